@@ -1,0 +1,157 @@
+"""COCO accuracy: detections in COCO's format, average precision, and a whole model over a whole dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.engines.base import Engine
+from gfldeploy.errors import DataError, EngineError
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.decode import read_image
+from gfldeploy.images.preprocess import Preprocess
+
+__all__ = ["Accuracy", "coco_accuracy", "coco_results", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """COCO's average precisions, from 0 to 1, over `images` images with `detections` detections.
+
+    `ap` is over IoU 0.50 to 0.95, `ap50` and `ap75` at one IoU; `ap_small`, `ap_medium` and `ap_large` are for objects
+    below 32², between, and from 96² square pixels. As in pycocotools, -1 means that the data have no such objects.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    ap_small: float
+    ap_medium: float
+    ap_large: float
+    images: int
+    detections: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Every field, ready for JSON."""
+        return asdict(self)
+
+
+def coco_results(image_id: int, detections: Detections, class_to_category: Sequence[int]) -> list[dict[str, Any]]:
+    """The detections of one image in COCO's result format: bbox is x, y, width, height in original pixels.
+
+    Width is x2 - x1, as PaddleDetection has it (`bias` 0). A detection whose class has no category is left out: GFLv2's
+    head has one score channel more than there are classes, and what it finds in the extra one is no object of the data.
+    """
+    rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True)
+    return [
+        {
+            "image_id": image_id,
+            "category_id": class_to_category[category],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for (x1, y1, x2, y2), score, category in rows
+        if 0 <= category < len(class_to_category)
+    ]
+
+
+def coco_accuracy(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> Accuracy:
+    """Average precision of `results` (COCO's result format) over the images of `dataset`, by pycocotools' COCOeval.
+
+    No results at all give 0, not an error. Raises `DataError` when the dataset has no annotations to measure against,
+    or a result is of an image outside it.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    if not dataset.annotations:
+        raise DataError(
+            f"the {len(dataset.images)} images have no annotations, so there is no accuracy to measure",
+            "Use more images, or annotations with boxes.",
+        )
+    known = {image.id for image in dataset.images}
+    if strangers := {result["image_id"] for result in results} - known:
+        raise DataError(
+            f"there are results for {len(strangers)} images outside the data, such as {min(strangers)}",
+            "Measure them against the annotations of the same images.",
+        )
+    truth = [
+        {
+            "image_id": item.image_id,
+            "category_id": item.category_id,
+            "bbox": list(item.bbox),
+            "area": item.area,
+            "iscrowd": int(item.crowd),
+        }
+        for item in dataset.annotations
+    ]
+    found = [
+        {**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0, "bbox": list(result["bbox"])}
+        for result in results
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
+        evaluation = COCOeval(_coco(dataset, truth), _coco(dataset, found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    ap, ap50, ap75, small, medium, large = (float(value) for value in evaluation.stats[:6])
+    return Accuracy(ap, ap50, ap75, small, medium, large, len(dataset.images), len(results))
+
+
+def evaluate(
+    engine: Engine,
+    dataset: CocoDataset,
+    preprocess: Preprocess,
+    nms: NmsParams,
+    classes: Sequence[str],
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Accuracy:
+    """Run an engine over a dataset, in its order, and measure the accuracy.
+
+    `classes`: the model's class names, in the order of its score channels. `progress(done, total)` is called after
+    every batch, with numbers of images.
+
+    Raises `DataError` at the first image that cannot be read, because the accuracy over a part of the data would pass
+    for one over all of it; `EngineError` when the engine fails or returns something unusable.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    class_to_category = dataset.class_to_category(classes)
+    results: list[dict[str, Any]] = []
+    total = len(dataset.images)
+    for start in range(0, total, batch_size):
+        images = dataset.images[start : start + batch_size]
+        prepared = [preprocess(read_image(image.path)) for image in images]
+        outputs = engine.infer({"image": preprocess.batch(prepared)})
+        if missing := {"scores", "boxes"} - set(outputs):
+            raise EngineError(
+                f"{engine.name} returned no {' and no '.join(sorted(missing))}", "Export the model again."
+            )
+        detections = postprocess(outputs["scores"], outputs["boxes"], [item.scale for item in prepared], nms)
+        if len(detections) != len(images):
+            raise EngineError(
+                f"{engine.name} returned {len(detections)} results for {len(images)} images", "Use a batch size of 1."
+            )
+        for image, found in zip(images, detections, strict=True):
+            results += coco_results(image.id, found, class_to_category)
+        if progress is not None:
+            progress(start + len(images), total)
+    return coco_accuracy(dataset, results)
+
+
+def _coco(dataset: CocoDataset, annotations: list[dict[str, Any]]) -> Any:
+    """A pycocotools COCO over these annotations, numbered from 1: COCOeval takes id 0 for "matched nothing"."""
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image.id, "height": image.height, "width": image.width} for image in dataset.images],
+        "categories": [{"id": category.id, "name": category.name} for category in dataset.categories],
+        "annotations": [{**item, "id": number} for number, item in enumerate(annotations, start=1)],
+    }
+    coco.createIndex()
+    return coco

@@ -1,0 +1,245 @@
+"""The bundle: a directory that says everything about one deployable detector.
+
+    DIR/
+      manifest.json     what the detector is, and the SHA-256 of every other file
+      infer_cfg.yml     the preprocessing and classes in PaddleDetection's own format
+      parity.json       how far each graph is from the eager model, as measured when it was made
+      paddle/           model.json (PIR) and model.pdmodel (program), sharing model.pdiparams
+      onnx/             model.onnx
+      calibration.json  INT8 only: scales by conv weight name
+      paddledetection/  only with --with-nms: PaddleDetection's own graph, NMS included
+
+Later steps need the bundle and nothing else: not ppdet, not the config, not the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from gfldeploy.detections import NmsParams
+from gfldeploy.errors import BundleError, ConfigError, DataError
+from gfldeploy.files import atomic_directory, read_json, sha256, write_json
+from gfldeploy.images.preprocess import Preprocess
+
+__all__ = ["MANIFEST", "SCHEMA", "Bundle", "FileRecord", "Graph", "GraphName", "Manifest", "TensorSpec", "write_bundle"]
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+GraphName = Literal["paddle", "paddle_program", "onnx", "paddledetection"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output. A dimension of `None` is free."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The files of one graph, relative to the bundle. ONNX has no `params` file."""
+
+    model: str
+    params: str | None = None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file of the bundle must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`.
+
+    `graphs`: `paddle` (PIR), `paddle_program` (the older format, which PaddleSlim and oneDNN INT8 need), `onnx`, and
+    `paddledetection` (with NMS, for PaddleDetection's deploy tools; no engine of ours runs it).
+    `classes`: names in the order of the score channels. `score_channels` may exceed their number: GFLv2 has one more.
+    `provenance`: config, checkpoint digest, versions, command line; for people, nothing reads it back.
+    """
+
+    name: str
+    precision: Literal["fp32", "int8"]
+    graphs: Mapping[GraphName, Graph]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocess: Preprocess
+    nms: NmsParams
+    classes: tuple[str, ...]
+    score_channels: int
+    strides: tuple[int, ...]
+    reg_max: int
+    parameters: int
+    provenance: Mapping[str, Any]
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data; `from_dict` is the inverse."""
+        data = asdict(self)
+        data["preprocess"] = self.preprocess.to_dict()
+        data["nms"] = self.nms.to_dict()
+        return {"schema": data.pop("schema"), **data}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Check and build. Raises `BundleError` for a newer schema, unknown or missing keys and wrong types."""
+        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+            raise BundleError("the manifest has no schema number", "Export the bundle again.")
+        if data["schema"] > SCHEMA:
+            raise BundleError(
+                f"the manifest has schema {data['schema']}, this gfldeploy reads up to {SCHEMA}",
+                "Update gfldeploy, or export the bundle again with this version.",
+            )
+        known = set(cls.__dataclass_fields__)
+        if set(data) != known:
+            odd = sorted(set(data) ^ known)
+            raise BundleError(f"the manifest has unknown or missing keys: {', '.join(odd)}", "Export the bundle again.")
+        try:
+            return cls(
+                **{
+                    **data,
+                    "graphs": {key: Graph(**value) for key, value in data["graphs"].items() if _graph_name(key)},
+                    "inputs": tuple(_tensor_spec(spec) for spec in data["inputs"]),
+                    "outputs": tuple(_tensor_spec(spec) for spec in data["outputs"]),
+                    "preprocess": Preprocess.from_dict(data["preprocess"]),
+                    "nms": NmsParams.from_dict(data["nms"]),
+                    "classes": tuple(data["classes"]),
+                    "strides": tuple(data["strides"]),
+                    "files": {key: FileRecord(**value) for key, value in data["files"].items()},
+                }
+            )
+        except (TypeError, ValueError, KeyError, AttributeError, ConfigError, DataError) as error:
+            raise BundleError(f"the manifest cannot be read: {error}", "Export the bundle again.") from error
+
+
+def _graph_name(key: str) -> bool:
+    if key not in get_args(GraphName):
+        raise ValueError(f"unknown graph {key!r}")
+    return True
+
+
+def _tensor_spec(data: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(**{**data, "shape": tuple(data["shape"])})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: `directory` and its checked `manifest`."""
+
+    directory: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read the manifest and check that every file is there in its right size, and no other.
+
+        Sizes are compared, not contents: `verify_files` does that. Raises `BundleError`.
+        """
+        path = directory / MANIFEST
+        if not directory.is_dir():
+            raise BundleError(f"{directory} is not a directory", "Give the directory that `gfldeploy export` wrote.")
+        if not path.is_file():
+            raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", "Make one with `gfldeploy export`.")
+        try:
+            data = read_json(path)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {error}", "Export the bundle again.") from error
+        try:
+            manifest = Manifest.from_dict(data)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error.problem}", error.remedy) from error
+        bundle = cls(directory, manifest)
+        bundle._check_files()
+        return bundle
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which itself holds the digest of every file: the bundle's identity."""
+        return sha256(self.directory / MANIFEST)
+
+    def has_graph(self, name: GraphName) -> bool:
+        return name in self.manifest.graphs
+
+    def graph(self, name: GraphName) -> tuple[Path, Path | None]:
+        """Paths of a graph's model and parameter files. Raises `BundleError` if the bundle has no such graph."""
+        graph = self.manifest.graphs.get(name)
+        if graph is None:
+            there = ", ".join(self.manifest.graphs)
+            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", "Export the bundle again.")
+        return self.directory / graph.model, self.directory / graph.params if graph.params else None
+
+    def verify_files(self) -> None:
+        """Hash every file again. Raises `BundleError` naming the first that changed."""
+        self._check_files()
+        for name, record in self.manifest.files.items():
+            if sha256(self.directory / name) != record.sha256:
+                raise BundleError(
+                    f"{self.directory / name} has changed since the bundle was made",
+                    "Export the bundle again, or restore the file.",
+                )
+
+    def _check_files(self) -> None:
+        expected = self.manifest.files
+        present = set(_files_below(self.directory)) - {MANIFEST}
+        escaping = [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts]
+        named = {path for graph in self.manifest.graphs.values() for path in (graph.model, graph.params) if path}
+        if escaping or not named <= set(expected):
+            raise BundleError(f"{self.directory / MANIFEST} names files outside the bundle", "Do not use this bundle.")
+        if missing := sorted(set(expected) - present):
+            raise BundleError(f"{self.directory} lacks {_some(missing)}", "Copy the whole directory, or export again.")
+        if extra := sorted(present - set(expected)):
+            raise BundleError(
+                f"{self.directory} has files that are not part of the bundle: {_some(extra)}",
+                "Move them elsewhere: a bundle holds nothing but what its manifest lists.",
+            )
+        for name, record in expected.items():
+            size = (self.directory / name).stat().st_size
+            if size != record.bytes:
+                raise BundleError(
+                    f"{self.directory / name} has {size} bytes, {record.bytes} expected",
+                    "Copy the whole directory again, or export again.",
+                )
+
+
+@contextmanager
+def write_bundle(target: Path, *, force: bool = False, need_bytes: int = 0) -> Iterator[tuple[Path, list[Manifest]]]:
+    """Yield a directory to fill, and a list to put its `Manifest` in; publish both when the block succeeds.
+
+    The manifest's `files` are filled in here, from what the directory holds. Raises `OutputError`.
+    """
+    with atomic_directory(target, force=force, need_bytes=need_bytes) as directory:
+        manifests: list[Manifest] = []
+        yield directory, manifests
+        (manifest,) = manifests
+        files = {
+            name: asdict(FileRecord(sha256(directory / name), (directory / name).stat().st_size))
+            for name in sorted(_files_below(directory))
+        }
+        write_json(directory / MANIFEST, {**manifest.to_dict(), "files": files})
+        Bundle.open(directory)
+
+
+def _files_below(directory: Path) -> Iterator[str]:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            yield (Path(folder) / name).relative_to(directory).as_posix()
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,65 @@
+"""What the commands show while they work: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Progress", "command_line", "console", "progress_bar", "stages"]
+
+Progress = Callable[[int, int], None]
+
+
+def console() -> Console:
+    """A console on stdout, 120 columns wide where the output is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def stages() -> Callable[[str], None]:
+    """A reporter that prints each stage's name on stderr as it starts, with the seconds since the command began."""
+    start = time.monotonic()
+
+    def report(stage: str) -> None:
+        click.echo(f"[{time.monotonic() - start:6.1f} s] {stage}", err=True)
+
+    return report
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Progress]:
+    """A callback `(done, total)` behind a progress bar with rate and time left; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def command_line() -> str:
+    """This command, with paths cut to their last part: a bundle must not carry paths of the machine that made it."""
+    return shlex.join(["gfldeploy", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])

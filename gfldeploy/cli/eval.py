@@ -1,0 +1,55 @@
+"""`gfldeploy eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from gfldeploy.accuracy import evaluate
+from gfldeploy.bundle import Bundle
+from gfldeploy.cli.console import console, progress_bar
+from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, engine_options, json_option
+from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.images.coco import CocoDataset
+
+__all__ = ["command"]
+
+
+@click.command("eval")
+@bundle_argument
+@click.option("--data", required=True, type=FILE, help="COCO annotations (.json).")
+@click.option("--images", type=DIRECTORY, help="Folder of the images. Default: images/ beside the annotations.")
+@engine_options
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Use the first N images only.")
+@json_option
+def command(
+    bundle: Path,
+    data: Path,
+    images: Path | None,
+    engine: str,
+    precision: Precision | None,
+    device: Device,
+    threads: int,
+    batch_size: int,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Measure COCO mAP through an engine: one preprocessing and one NMS for all of them."""
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    dataset = CocoDataset.load(data, images, limit)
+    options = EngineOptions(precision or manifest.precision, device, threads)
+    with open_engine(engine, opened, options) as running, progress_bar("evaluating") as progress:
+        result = evaluate(running, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size, progress)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    console().print(
+        f"mAP {result.ap:.4f}  AP50 {result.ap50:.4f}  AP75 {result.ap75:.4f}  "
+        f"small {result.ap_small:.4f}  medium {result.ap_medium:.4f}  large {result.ap_large:.4f}  "
+        f"({result.images} images, {engine} {options.precision}, batch {batch_size})"
+    )

@@ -1,0 +1,58 @@
+"""`gfldeploy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gfldeploy.cli.console import command_line, stages
+from gfldeploy.cli.options import FILE, InputShapeType, force_option, output_option, threads_option
+from gfldeploy.export.exporter import ExportRequest, export_bundle
+
+__all__ = ["command"]
+
+
+@click.command("export")
+@click.option("--config", "-c", required=True, type=FILE, help="PaddleDetection config (.yml) of a GFL.")
+@click.option("--weights", "-w", type=FILE, help="Trained checkpoint (.pdparams).")
+@click.option("--random-weights", type=click.IntRange(0), metavar="SEED", help="Reproducible random weights instead.")
+@output_option("Directory of the bundle to write.")
+@click.option("--input-shape", type=InputShapeType(), help="Fix the input size in pixels. Default: any size.")
+@click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph, for its deploy tools.")
+@threads_option
+@force_option
+def command(
+    config: Path,
+    weights: Path | None,
+    random_weights: int | None,
+    output: Path,
+    input_shape: tuple[int | None, int, int] | None,
+    with_nms: bool,
+    threads: int,
+    force: bool,
+) -> None:
+    """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
+
+    Every graph is compared with the eager PaddleDetection model, in the engine that will run it, before the bundle is
+    published.
+    """
+    if (weights is None) == (random_weights is None):
+        raise click.UsageError("give either --weights or --random-weights")
+    if with_nms and input_shape:
+        raise click.UsageError("--with-nms goes with a free input size only: PaddleDetection cannot pad to a fixed one")
+    bundle = export_bundle(
+        ExportRequest(
+            config=config,
+            output=output,
+            weights=weights,
+            random_seed=random_weights,
+            input_shape=input_shape or (None, None, None),
+            with_nms=with_nms,
+            force=force,
+            threads=threads,
+            command=command_line(),
+        ),
+        stages(),
+    )
+    click.echo(bundle.directory)

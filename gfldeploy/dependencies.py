@@ -1,0 +1,51 @@
+"""Import a package that only some commands need, or say which command installs it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+from gfldeploy._quiet import quiet
+from gfldeploy.errors import MissingDependencyError
+
+__all__ = ["require"]
+
+# Packages that come as two wheels of the same module: the user has to choose.
+_TWO_WHEELS = {
+    "paddle": (
+        "pip install 'gfldeploy[paddle]' (CPU), or install the paddlepaddle-gpu wheel from Paddle's own index (GPU)"
+    ),
+    "onnxruntime": "pip install 'gfldeploy[onnxruntime]' (CPU) or pip install 'gfldeploy[onnxruntime-gpu]' (GPU)",
+}
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import `module` (a dotted name) and return it.
+
+    `extra` is the extra of gfldeploy that brings the package, `purpose` what needs it ("export", "the engine 'ort'").
+    What the package prints or warns about during the import is swallowed. Raises `MissingDependencyError` when the
+    package is not installed, and, with another message, when it is installed but cannot be imported.
+    """
+    loaded = sys.modules.get(module)
+    if loaded is not None:
+        return loaded
+    package = module.partition(".")[0]
+    command = _TWO_WHEELS.get(package, f"uv sync --extra {extra} (in a checkout of gfldeploy)")
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise MissingDependencyError(
+                f"{package} is not installed, {purpose} needs it", f"Run: {command}"
+            ) from error
+        raise _broken(package, purpose, command, error) from error
+    except (ImportError, OSError, AttributeError) as error:  # a shared library that is missing, or versions that clash
+        raise _broken(package, purpose, command, error) from error
+
+
+def _broken(package: str, purpose: str, command: str, error: Exception) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{package} is installed but cannot be imported, {purpose} needs it: {error}", f"Repair it with: {command}"
+    )

@@ -1,0 +1,92 @@
+"""ONNX Runtime, on the CPU or on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.bundle import Bundle
+from gfldeploy.dependencies import require
+from gfldeploy.engines.base import EngineOptions, Tensors
+from gfldeploy.errors import EngineError
+
+__all__ = ["OnnxRuntimeEngine"]
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeEngine:
+    """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
+        ort = require("onnxruntime", "onnxruntime", "the ONNX Runtime engine")
+        self.version: str = ort.__version__
+        self.options = options
+        self._ort = ort
+        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+        self._model, _ = bundle.graph("onnx")
+        self._session: Any = self._open(self._session_options())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._session = None
+
+    def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
+        try:
+            arrays = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime failed: {error}") from error
+        return dict(zip(self._outputs, arrays, strict=True))
+
+    def executed_precisions(self, inputs: Tensors) -> dict[str, int]:
+        """Convolutions by the precision they run in, counted in the graph that ONNX Runtime optimised for itself."""
+        import onnx
+
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "optimized.onnx"
+            options = self._session_options()
+            options.optimized_model_filepath = str(path)
+            self._open(options)
+            nodes = onnx.load(str(path)).graph.node
+        counts: Counter[str] = Counter()
+        for node in nodes:
+            if node.op_type in ("QLinearConv", "ConvInteger"):
+                counts["int8"] += 1
+            elif node.op_type in ("Conv", "FusedConv", "NhwcFusedConv", "NhwcConv"):
+                counts["fp32"] += 1
+        return dict(sorted(counts.items()))
+
+    def _session_options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self.options.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        return options
+
+    def _open(self, session_options: Any) -> Any:
+        providers = _PROVIDERS[self.options.device]
+        try:
+            session = self._ort.InferenceSession(str(self._model), session_options, providers=providers)
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime cannot load {self._model}: {error}") from error
+        if session.get_providers()[0] != providers[0]:
+            # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
+            raise EngineError(f"ONNX Runtime fell back to {session.get_providers()[0]} instead of {providers[0]}")
+        return session

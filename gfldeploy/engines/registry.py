@@ -1,0 +1,166 @@
+"""Which engines there are, and which engine x precision x device works on this machine.
+
+Answered from package metadata, the processor's flags and the driver: nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata, util
+from pathlib import Path
+
+from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Engine, EngineOptions, Precision
+from gfldeploy.errors import UnsupportedError
+
+__all__ = [
+    "ENGINES",
+    "Capability",
+    "capabilities",
+    "capability",
+    "check_bundle",
+    "cpu_flags",
+    "graph_for",
+    "open_engine",
+]
+
+ENGINES: dict[str, str] = {
+    "paddle": "gfldeploy.engines.paddle_engine:PaddleEngine",
+    "onnxruntime": "gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
+}
+
+# The distributions that provide each engine's module: the CPU build first.
+_DISTRIBUTIONS = {
+    "paddle": ("paddlepaddle", "paddlepaddle-gpu"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+}
+_INSTALL = {
+    ("paddle", "cpu"): "pip install 'gfldeploy[paddle]'",
+    ("paddle", "gpu"): "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+    ("onnxruntime", "cpu"): "pip install 'gfldeploy[onnxruntime]'",
+    ("onnxruntime", "gpu"): "pip uninstall onnxruntime, then pip install 'gfldeploy[onnxruntime-gpu]'",
+}
+# What no installation changes: the engine has no such kernels, or gfldeploy makes no such file yet.
+_NEVER: dict[tuple[str, Precision, Device], tuple[str, str]] = {
+    ("paddle", "fp16", "cpu"): ("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs"),
+    ("onnxruntime", "fp16", "cpu"): (
+        "ONNX Runtime's CPU kernels have no FP16 convolution: it would convert to FP32 and back",
+        "use int8 on CPUs",
+    ),
+    ("onnxruntime", "bf16", "cpu"): (
+        "ONNX Runtime's CPU kernels have no BF16 convolution",
+        "use the paddle engine for bf16",
+    ),
+    ("paddle", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp16"),
+    ("onnxruntime", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp32"),
+    ("onnxruntime", "fp16", "gpu"): ("gfldeploy writes no FP16 ONNX file yet", "use fp32, or paddle for fp16"),
+    ("paddle", "int8", "gpu"): ("INT8 on GPUs needs TensorRT, which gfldeploy does not drive yet", "use fp16"),
+    ("onnxruntime", "int8", "gpu"): ("INT8 on GPUs needs TensorRT, which gfldeploy does not drive yet", "use fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Whether a combination works here; if not, the `reason` and what to do (`remedy`)."""
+
+    engine: str
+    precision: Precision
+    device: Device
+    reason: str | None = None
+    remedy: str | None = None
+    note: str | None = None
+
+    @property
+    def works(self) -> bool:
+        return self.reason is None
+
+
+def capabilities() -> Iterator[Capability]:
+    """Every engine x device x precision, in that order."""
+    for engine in ENGINES:
+        for device in DEVICES:
+            for precision in PRECISIONS:
+                yield capability(engine, precision, device)
+
+
+def capability(engine: str, precision: Precision, device: Device) -> Capability:
+    """Whether this combination works on this machine. Raises `UnsupportedError` for an unknown engine."""
+    if engine not in ENGINES:
+        raise UnsupportedError(f"there is no engine {engine!r}", f"Choose from: {', '.join(ENGINES)}.")
+    if never := _NEVER.get((engine, precision, device)):
+        return Capability(engine, precision, device, *never)
+    if device == "gpu" and not _nvidia_driver():
+        return Capability(
+            engine, precision, device, "no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU"
+        )
+    if util.find_spec(engine) is None:
+        return Capability(engine, precision, device, f"{engine} is not installed", _INSTALL[engine, device])
+    if device == "gpu" and not _installed(_DISTRIBUTIONS[engine][1]):
+        return Capability(engine, precision, device, f"the CPU build of {engine} is installed", _INSTALL[engine, "gpu"])
+    flags = cpu_flags()
+    note = None
+    if device == "cpu" and precision == "bf16" and not flags & {"avx512_bf16", "amx_bf16"}:
+        return Capability(
+            engine, precision, device, "this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU"
+        )
+    if device == "cpu" and precision == "int8" and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+        note = "this CPU has neither VNNI nor AMX: expect INT8 to be little faster than FP32, if at all"
+    return Capability(engine, precision, device, note=note)
+
+
+def check_bundle(bundle: Bundle, precision: Precision) -> tuple[str, str] | None:
+    """Reason and remedy why this bundle cannot run in this precision, or None."""
+    has = bundle.manifest.precision
+    if precision == "int8" and has != "int8":
+        return f"{bundle.directory} is {has.upper()}", "make an INT8 bundle with `gfldeploy quantize`"
+    if precision != "int8" and has == "int8":
+        return f"{bundle.directory} is INT8", "use the bundle that `gfldeploy export` wrote"
+    return None
+
+
+def graph_for(engine: str, precision: Precision) -> GraphName:
+    """The graph of a bundle that an engine runs in this precision."""
+    if engine == "paddle":
+        return "paddle_program" if precision == "int8" else "paddle"
+    return "onnx"
+
+
+def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
+    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
+    can = capability(engine, options.precision, options.device)
+    problem = (can.reason, can.remedy) if can.reason else check_bundle(bundle, options.precision)
+    if problem:
+        reason, remedy = problem
+        combination = f"{engine} {options.precision} on {options.device}"
+        raise UnsupportedError(f"{combination} is not possible: {reason}", f"Remedy: {remedy}.")
+    module, name = ENGINES[engine].split(":")
+    loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options)
+    return loaded
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags, as Linux names them; empty where /proc/cpuinfo cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def _nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

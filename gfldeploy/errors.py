@@ -1,0 +1,77 @@
+"""Everything gfldeploy raises on purpose.
+
+    GfldeployError              any of the below: one line for the user, exit code 2
+    ├── ConfigError             the PaddleDetection config cannot be used
+    ├── CheckpointError         the checkpoint is missing, damaged, unsafe, or does not fit the config
+    ├── BundleError             a bundle directory is damaged, changed, too new or not a bundle
+    ├── DataError               images or annotations cannot be used
+    ├── OutputError             the output cannot be written, or is in the way
+    ├── ParityError             an exported graph does not compute what the eager model computes
+    ├── EngineError             an engine failed to load or run a model
+    │   └── UnsupportedError    this engine x precision x device does not work here
+    └── MissingDependencyError  a package is not installed; says which command installs it
+
+Every message says what is wrong and what to do about it. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "GfldeployError",
+    "MissingDependencyError",
+    "OutputError",
+    "ParityError",
+    "UnsupportedError",
+]
+
+
+class GfldeployError(Exception):
+    """Base of every deliberate error. `str(error)` is one line, followed by the remedy."""
+
+    def __init__(self, problem: str, remedy: str | None = None) -> None:
+        """`problem`: what is wrong; `remedy`: what the user can do about it."""
+        problem = " ".join(problem.split()).rstrip(".")
+        super().__init__(f"{problem}. {remedy}" if remedy else problem)
+        self.problem = problem
+        self.remedy = remedy
+
+
+class ConfigError(GfldeployError):
+    """The PaddleDetection config cannot be used."""
+
+
+class CheckpointError(GfldeployError):
+    """The checkpoint is missing, damaged, unsafe, or does not fit the config."""
+
+
+class BundleError(GfldeployError):
+    """A bundle directory is damaged, changed, too new or not a bundle."""
+
+
+class DataError(GfldeployError):
+    """Images or annotations cannot be used."""
+
+
+class OutputError(GfldeployError):
+    """The output cannot be written, or something is in the way."""
+
+
+class ParityError(GfldeployError):
+    """An exported graph does not compute what the eager model computes."""
+
+
+class EngineError(GfldeployError):
+    """An engine failed to load or run a model."""
+
+
+class UnsupportedError(EngineError):
+    """This engine x precision x device combination does not work here."""
+
+
+class MissingDependencyError(GfldeployError):
+    """A package is not installed; the remedy is the exact install command."""

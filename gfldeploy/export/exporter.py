@@ -1,0 +1,240 @@
+"""From config and checkpoint to a bundle whose every graph was compared with the eager model."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfldeploy import __version__
+from gfldeploy._quiet import quiet
+from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
+from gfldeploy.dependencies import require
+from gfldeploy.detections import NmsParams
+from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.errors import ConfigError
+from gfldeploy.export import parity
+from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, random_weights
+from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
+from gfldeploy.files import sha256, write_json, write_text
+from gfldeploy.images.preprocess import Preprocess
+
+__all__ = ["ExportRequest", "export_bundle", "open_graph"]
+
+# Three graphs' worth of parameters, the temporary program among them, and the ONNX file.
+_SPACE_FACTOR = 5
+# Arguments of MultiClassNMS that say what it returns, not what it keeps.
+_NMS_OUTPUT_KEYS = ("name", "return_index", "return_rois_num", "trt")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    `weights`: a `.pdparams` file; None with `random_seed` set builds reproducible random weights instead.
+    `input_shape`: batch, height, width in pixels; None is free.
+    """
+
+    config: Path
+    output: Path
+    weights: Path | None
+    random_seed: int | None = None
+    input_shape: tuple[int | None, int | None, int | None] = (None, None, None)
+    with_nms: bool = False
+    force: bool = False
+    threads: int = 1
+    command: str = ""
+
+
+def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda stage: None) -> Bundle:
+    """Export, compare with the eager model, publish. Nothing is published if anything differs or fails.
+
+    Raises `ConfigError`, `CheckpointError`, `ParityError`, `OutputError`, `EngineError`, `MissingDependencyError`.
+    """
+    # What is cheap to refuse is refused before Paddle is imported.
+    weights = load_checkpoint(request.weights) if request.weights is not None else None
+    report("loading Paddle and building the eager model")
+    require("paddle", "paddle", "export")
+    require("ppdet", "export", "export")
+    require("onnxruntime", "onnxruntime", "comparing the ONNX graph with the eager model")
+    config = load_detector_config(request.config)
+    preprocess = _preprocess(config, request.input_shape)
+    shapes = parity.parity_shapes(preprocess, request.input_shape)
+    nms = _nms_params(config)
+    detector = build_model(config)
+    if weights is not None:
+        fit_weights(detector, weights)
+    else:
+        random_weights(detector, request.random_seed or 0)
+    parameters = sum(int(np.prod(parameter.shape)) for parameter in detector.parameters())
+    with write_bundle(request.output, force=request.force, need_bytes=_SPACE_FACTOR * 4 * parameters) as (
+        directory,
+        manifests,
+    ):
+        images = [parity.parity_images(shape, preprocess, seed=0) for shape in shapes]
+        report("running the eager model for reference")
+        references = [parity.eager_outputs(detector, batch) for batch in images]
+        graphs = _write_graphs(detector, directory, request, report)
+        manifest = Manifest(
+            name=config.name,
+            precision="fp32",
+            graphs=graphs,
+            inputs=(TensorSpec("image", "float32", (request.input_shape[0], 3, *request.input_shape[1:])),),
+            outputs=(
+                TensorSpec("scores", "float32", (request.input_shape[0], None, references[0][0].shape[2])),
+                TensorSpec("boxes", "float32", (request.input_shape[0], None, 4)),
+            ),
+            preprocess=preprocess,
+            nms=nms,
+            classes=config.classes,
+            score_channels=references[0][0].shape[2],
+            strides=tuple(config.strides),
+            reg_max=config.reg_max,
+            parameters=parameters,
+            provenance=_provenance(request),
+        )
+        found = []
+        for graph in ("paddle", "paddle_program", "onnx"):
+            report(f"comparing the {graph} graph with the eager model")
+            with open_graph(Bundle(directory, manifest), graph, request.threads) as engine:
+                found += [
+                    parity.compare(graph, engine, batch, reference)
+                    for batch, reference in zip(images, references, strict=True)
+                ]
+        parity.check(found)
+        if request.with_nms:
+            report("comparing PaddleDetection's graph with its own forward pass")
+            parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
+        write_json(
+            directory / "parity.json",
+            {
+                "reference": "the eager ppdet model, before BatchNorm folding",
+                "tolerance": {"score": parity.SCORE_TOLERANCE, "box_px": parity.BOX_TOLERANCE_PX},
+                "comparisons": [comparison.to_dict() for comparison in found],
+            },
+        )
+        _write_infer_cfg(directory / "infer_cfg.yml", manifest)
+        if request.with_nms:
+            shutil.copy(directory / "infer_cfg.yml", directory / "paddledetection" / "infer_cfg.yml")
+        report(f"publishing {request.output}")
+        manifests.append(manifest)
+    return Bundle.open(request.output)
+
+
+def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
+    """The FP32 engine that runs this graph of the bundle."""
+    from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
+    from gfldeploy.engines.paddle_engine import PaddleEngine
+
+    options = EngineOptions("fp32", "cpu", threads)
+    return OnnxRuntimeEngine(bundle, options) if graph == "onnx" else PaddleEngine(bundle, options, graph)
+
+
+def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int | None]) -> Preprocess:
+    preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
+    stride = max(config.strides)
+    # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
+    needed = max(stride for stride in config.strides if stride <= 32)
+    pad = preprocess.pad_stride
+    if pad % needed:
+        raise ConfigError(
+            f"the reader pads to multiples of {pad} px, this GFL needs multiples of {needed}",
+            f"Set PadBatch's pad_to_stride to {needed} in TestReader.",
+        )
+    _, height, width = shape
+    if height is None or width is None:
+        return preprocess
+    if height % needed or width % needed:
+        raise ConfigError(
+            f"the input shape {height}x{width} is not a multiple of {needed} px (the coarsest level has stride {stride})",
+            f"Use {-(-height // needed) * needed}x{-(-width // needed) * needed}.",
+        )
+    return replace(preprocess, target_size=(height, width), fixed=True)
+
+
+def _nms_params(config: DetectorConfig) -> NmsParams:
+    try:
+        return NmsParams.from_dict({key: value for key, value in config.nms.items() if key not in _NMS_OUTPUT_KEYS})
+    except ConfigError as error:
+        raise ConfigError(f"the config's nms cannot be used: {error.problem}", error.remedy) from error
+
+
+def _write_graphs(
+    detector: Any, directory: Path, request: ExportRequest, report: Callable[[str], None]
+) -> dict[GraphName, Graph]:
+    import paddle
+
+    from gfldeploy.export.gfl_graph import GflGraph, fold_batch_norm
+    from gfldeploy.export.onnx_graph import convert
+    from gfldeploy.export.static_graph import save_paddle_graphs, save_paddledetection_graph
+
+    report("folding BatchNorm and writing the Paddle graphs")
+    (directory / "paddle").mkdir()
+    with quiet():
+        fold_batch_norm(detector, paddle.zeros([1, 3, 64, 64]))
+        layer = GflGraph(detector)
+        layer.eval()
+        save_paddle_graphs(layer, directory / "paddle", request.input_shape)
+    graphs: dict[GraphName, Graph] = {
+        "paddle": Graph("paddle/model.json", "paddle/model.pdiparams"),
+        "paddle_program": Graph("paddle/model.pdmodel", "paddle/model.pdiparams"),
+        "onnx": Graph("onnx/model.onnx"),
+    }
+    report("writing the ONNX graph")
+    (directory / "onnx").mkdir()
+    convert(directory / "paddle/model.json", directory / "paddle/model.pdiparams", directory / "onnx/model.onnx")
+    if request.with_nms:
+        report("writing PaddleDetection's graph with NMS")
+        (directory / "paddledetection").mkdir()
+        with quiet():
+            save_paddledetection_graph(layer, directory / "paddledetection", request.input_shape)
+        graphs["paddledetection"] = Graph("paddledetection/model.json", "paddledetection/model.pdiparams")
+    return graphs
+
+
+def _write_infer_cfg(path: Path, manifest: Manifest) -> None:
+    """PaddleDetection's description of an exported model: what its deploy tools read."""
+    import yaml
+
+    content = {
+        "mode": "paddle",
+        "draw_threshold": 0.5,
+        "metric": "COCO",
+        "use_dynamic_shape": manifest.inputs[0].shape[2] is None,
+        "arch": "GFL",
+        "min_subgraph_size": 16,
+        "Preprocess": manifest.preprocess.to_infer_cfg(),
+        "label_list": list(manifest.classes),
+    }
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _provenance(request: ExportRequest) -> dict[str, Any]:
+    packages = ("paddlepaddle", "paddlepaddle-gpu", "paddledet", "paddle2onnx", "onnx", "onnxruntime", "numpy")
+    versions = {"gfldeploy": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    weights = (
+        {"file": request.weights.name, "sha256": sha256(_weights_file(request.weights))}
+        if request.weights is not None
+        else {"random_seed": request.random_seed or 0}
+    )
+    return {
+        "config": {"file": request.config.name, "sha256": sha256(request.config)},
+        "weights": weights,
+        "versions": versions,
+        "command": request.command,
+    }
+
+
+def _weights_file(path: Path) -> Path:
+    return path if path.suffix == ".pdparams" else path.with_name(path.name + ".pdparams")

@@ -1,0 +1,185 @@
+"""The Layer that is exported: ppdet's backbone, neck and head convolutions, with a decode that every format can hold.
+
+ppdet's own export path fails on Paddle 3, and its decode flattens batch and anchors in ways that do not survive a
+dynamic batch. What is computed is the same; `gfldeploy.export.parity` holds it to that.
+"""
+
+# mypy: disable-error-code="misc"
+# Imported only by the exporter, after it has checked that Paddle is there.
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle  # noqa: TID253
+import paddle.nn.functional as F  # noqa: TID253
+from paddle import nn  # noqa: TID253
+
+__all__ = ["GflGraph", "GflNmsGraph", "fold_batch_norm"]
+
+
+class GflGraph(nn.Layer):
+    """Image to scores and boxes, without NMS.
+
+    forward: image float32 [N, 3, H, W], H and W multiples of the largest pad stride
+    returns: scores float32 [N, A, C], boxes float32 [N, A, 4] as x1, y1, x2, y2 in pixels of the network input,
+             A = the cells of all pyramid levels, finest level first, row by row.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        """`detector`: a ppdet GFL with a GFLHead or LDGFLHead; its sublayers are shared, not copied."""
+        super().__init__()
+        self.backbone = detector.backbone
+        self.neck = detector.neck
+        self.head = detector.head
+        bins = self.head.reg_max + 1
+        self.bins = bins
+        # Half of 0..reg_max, and the strides doubled in return, which changes no bit of the result: Paddle's oneDNN INT8
+        # pass takes any constant operand of whole numbers for a quantised weight, and then refuses the program.
+        self.half_projection = self.create_parameter(
+            [bins, 1], default_initializer=nn.initializer.Assign(np.arange(bins, dtype=np.float32).reshape(bins, 1) / 2)
+        )
+
+    def forward(self, image: Any) -> tuple[Any, Any]:
+        head = self.head
+        levels = self.neck(self.backbone({"image": image}))
+        logits, distributions, centres, strides = [], [], [], []
+        for stride, scale, level in zip(head.fpn_stride, head.scales_regs, levels):  # noqa: B905 - Paddle traces it
+            class_features, box_features = head.conv_feat(level)
+            logit = head.gfl_head_cls(class_features)
+            distribution = scale(head.gfl_head_reg(box_features))
+            if head.dgqp_module:
+                # GFLv2: ppdet squashes this product again below, as every score. The second sigmoid is part of what
+                # its checkpoints were trained and evaluated with.
+                logit = sigmoid(logit) * quality(head.dgqp_module, distribution)
+            centre = self.cell_centres(paddle.shape(logit), stride)
+            logits.append(paddle.flatten(logit, 2))
+            distributions.append(paddle.flatten(distribution, 2))
+            centres.append(centre)
+            strides.append(paddle.full_like(centre[:, :1], float(stride)))
+        scores = sigmoid(paddle.transpose(paddle.concat(logits, 2), [0, 2, 1]))
+        boxes = self.decode(paddle.concat(distributions, 2), paddle.concat(centres, 0), paddle.concat(strides, 0))
+        return scores, boxes
+
+    def cell_centres(self, shape: Any, stride: int) -> Any:
+        """x, y [H * W, 2] in pixels of the cells of one level of `shape` [N, C, H, W]."""
+        x = (paddle.arange(shape[3]).astype("float32") + self.head.cell_offset) * stride
+        y = (paddle.arange(shape[2]).astype("float32") + self.head.cell_offset) * stride
+        y, x = paddle.meshgrid(y, x)
+        return paddle.stack([x.flatten(), y.flatten()], -1)
+
+    def decode(self, distributions: Any, centres: Any, strides: Any) -> Any:
+        """Boxes [N, A, 4] from the logits of the side distributions [N, 4 * bins, A].
+
+        The distance to each side is the expectation of its distribution over 0..reg_max, in strides
+        (Li et al., Generalized Focal Loss, 2020, equation 4 and section 3.2).
+        """
+        sides = paddle.reshape(paddle.transpose(distributions, [0, 2, 1]), [0, -1, 4, self.bins])
+        distances = F.linear(F.softmax(sides, axis=-1), self.half_projection).squeeze(-1) * (strides * 2)
+        return paddle.concat([centres - distances[..., :2], centres + distances[..., 2:]], -1)
+
+
+class GflNmsGraph(nn.Layer):
+    """`GflGraph` with NMS, taking and giving what PaddleDetection's deploy tools expect of an exported model.
+
+    forward: im_shape [N, 2], image [N, 3, H, W], scale_factor [N, 2] (y, x)
+    returns: detections [M, 6] as class, score, x1, y1, x2, y2 in pixels of the original images; their number [N]
+    """
+
+    def __init__(self, graph: GflGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, im_shape: Any, image: Any, scale_factor: Any) -> tuple[Any, Any]:
+        scores, boxes = self.graph(image)
+        boxes = boxes / paddle.tile(paddle.flip(scale_factor, [1]), [1, 2]).unsqueeze(1)
+        nms = self.graph.head.nms
+        detections, _, count = paddle._C_ops.multiclass_nms3(
+            boxes,
+            paddle.transpose(scores, [0, 2, 1]),
+            None,
+            nms.score_threshold,
+            nms.nms_top_k,
+            nms.keep_top_k,
+            nms.nms_threshold,
+            nms.normalized,
+            nms.nms_eta,
+            -1,
+        )
+        # im_shape is part of the deploy contract but GFL does not use it: keep it from being pruned.
+        return detections + 0.0 * paddle.sum(im_shape), count
+
+
+def sigmoid(x: Any) -> Any:
+    """Sigmoid in eager, PIR and program mode: Paddle 3.2 lost its own spelling of the last."""
+    if paddle.in_dynamic_mode() or paddle.framework.in_pir_mode():
+        return F.sigmoid(x)
+    from paddle.base.layer_helper import LayerHelper
+
+    helper = LayerHelper("sigmoid", x=x)
+    out = helper.create_variable_for_type_inference(x.dtype)
+    helper.append_op(type="sigmoid", inputs={"X": x}, outputs={"Out": out})
+    return out
+
+
+def quality(module: Any, distribution: Any) -> Any:
+    """GFLv2's quality score [N, 1, H, W]: ppdet's DGQP with a sigmoid that program mode has, and a free batch."""
+    shape = paddle.shape(distribution)
+    bins = distribution.shape[1] // 4
+    probability = F.softmax(paddle.reshape(distribution, [0, 4, bins, shape[2] * shape[3]]), axis=2)
+    statistics, _ = paddle.topk(probability, module.reg_topk, axis=2)
+    if module.add_mean:
+        statistics = paddle.concat([statistics, paddle.mean(statistics, axis=2, keepdim=True)], axis=2)
+    statistics = paddle.reshape(statistics, [-1, 4 * module.total_dim, shape[2], shape[3]])
+    return sigmoid(module.reg_conv2(F.relu(module.reg_conv1(statistics))))
+
+
+def fold_batch_norm(detector: Any, image: Any) -> int:
+    """Fold every BatchNorm that directly follows a convolution into it, in place; returns how many.
+
+    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with weights scaled by gamma / sqrt(var + eps)
+    per output channel. Which norm follows which convolution is seen in one forward pass over `image`
+    [N, 3, H, W], so that any backbone works, whatever its attributes are called.
+    """
+    norms = (nn.BatchNorm, nn.BatchNorm1D, nn.BatchNorm2D, nn.SyncBatchNorm)
+    produced: dict[int, Any] = {}  # id of a convolution's output -> (convolution, output kept alive so ids stay unique)
+    uses: dict[int, int] = {}
+    pairs: dict[int, tuple[Any, Any]] = {}
+    handles = []
+
+    def after_convolution(layer: Any, inputs: Any, output: Any) -> None:
+        produced[id(output)] = (layer, output)
+        uses[id(layer)] = uses.get(id(layer), 0) + 1
+
+    def before_norm(layer: Any, inputs: Any) -> None:
+        if id(inputs[0]) in produced:
+            pairs[id(layer)] = (produced[id(inputs[0])][0], layer)
+
+    for layer in detector.sublayers():
+        if isinstance(layer, nn.Conv2D):
+            handles.append(layer.register_forward_post_hook(after_convolution))
+        elif isinstance(layer, norms):
+            handles.append(layer.register_forward_pre_hook(before_norm))
+    with paddle.no_grad():
+        detector.neck(detector.backbone({"image": image}))
+    for handle in handles:
+        handle.remove()
+
+    parents = {id(child): (parent, name) for parent in detector.sublayers() for name, child in parent.named_children()}
+    folded = 0
+    for convolution, norm in pairs.values():
+        if uses[id(convolution)] != 1:
+            continue
+        epsilon = norm._epsilon
+        scale = norm.weight / paddle.sqrt(norm._variance + epsilon)
+        bias = norm.bias - norm._mean * scale
+        if convolution.bias is not None:
+            bias = bias + convolution.bias * scale
+        else:
+            convolution.bias = convolution.create_parameter([convolution._out_channels], is_bias=True)
+        convolution.weight.set_value(convolution.weight * scale.reshape([-1, 1, 1, 1]))
+        convolution.bias.set_value(bias)
+        parent, name = parents[id(norm)]
+        setattr(parent, name, nn.Identity())
+        folded += 1
+    return folded

@@ -1,0 +1,79 @@
+"""Paddle's PIR graph as ONNX, tidied so that every engine can fuse it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gfldeploy._quiet import quiet
+from gfldeploy.dependencies import require
+from gfldeploy.errors import EngineError
+
+__all__ = ["OPSET", "convert"]
+
+# The newest that TensorRT 10, ONNX Runtime 1.16+ and OpenVINO 2023+ all read, with per-channel QuantizeLinear.
+OPSET = 17
+
+_DIMENSIONS = {"image": ("N", None, "H", "W"), "scores": ("N", "A", None), "boxes": ("N", "A", None)}
+
+
+def convert(model: Path, params: Path, output: Path) -> None:
+    """Convert a PIR graph to ONNX at `output`. Raises `EngineError` if paddle2onnx or ONNX Runtime cannot.
+
+    Convolutions keep Paddle's weight names (`conv2d_7.w_0`): calibration finds them by these.
+    """
+    import onnx
+
+    paddle2onnx = require("paddle2onnx", "export", "writing ONNX")
+    raw = output.with_suffix(".raw.onnx")
+    try:
+        with quiet():
+            # 'None' is a name here: the default tool sets an environment variable that makes Polygraphy run pip.
+            paddle2onnx.export(str(model), str(params), str(raw), opset_version=OPSET, optimize_tool="None")
+        _tidy(raw, output)
+    except Exception as error:
+        raise EngineError(f"{model.name} cannot be converted to ONNX: {error}") from error
+    finally:
+        os.environ.pop("POLYGRAPHY_AUTOINSTALL_DEPS", None)
+        raw.unlink(missing_ok=True)
+    graph = onnx.load(str(output))
+    del graph.opset_import[:]
+    graph.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    for value, name in zip(graph.graph.output, ("scores", "boxes"), strict=True):
+        _rename(graph, value.name, name)
+    for value in (*graph.graph.input, *graph.graph.output):
+        for dimension, name in zip(value.type.tensor_type.shape.dim, _DIMENSIONS[value.name], strict=True):
+            if name and not dimension.dim_value:
+                dimension.dim_param = name
+    # Intermediate shapes carry paddle2onnx's own dimension names, which contradict the ones given above.
+    del graph.graph.value_info[:]
+    graph.graph.name, graph.producer_name, graph.producer_version = "gfl", "gfldeploy", ""
+    onnx.checker.check_model(graph)
+    onnx.save(graph, str(output))
+
+
+def _tidy(source: Path, target: Path) -> None:
+    """Let ONNX Runtime apply its "basic" optimisations, which stay within standard ONNX.
+
+    They matter beyond tidiness: paddle2onnx writes a convolution's bias as Reshape + Add, and engines only run a
+    convolution in INT8 if the bias is its third input.
+    """
+    ort = require("onnxruntime", "onnxruntime", "writing ONNX")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+def _rename(model: Any, old: str, new: str) -> None:
+    """Rename a value everywhere, in place."""
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new
+    for value in model.graph.output:
+        if value.name == old:
+            value.name = new

@@ -1,0 +1,196 @@
+"""Does an exported graph compute what the eager model computes? Asked of every graph, every time.
+
+The reference is ppdet's own forward pass, before BatchNorm folding and through ppdet's own decode. What is compared is
+the engine that users deploy, oneDNN and graph fusions included, not the graph as an interpreter would run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy._quiet import quiet
+from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.engines.base import Engine
+from gfldeploy.errors import ParityError
+from gfldeploy.images.preprocess import Preprocess
+
+__all__ = [
+    "BOX_TOLERANCE_PX",
+    "SCORE_TOLERANCE",
+    "Comparison",
+    "check",
+    "compare",
+    "eager_outputs",
+    "parity_images",
+    "parity_shapes",
+]
+
+# Summing in another order moves FP32 scores by up to 1.5e-5 and boxes by 0.01 px, measured on random weights whose logits
+# spread over several units; real defects (a wrong epsilon, a folded stride, a swapped axis) are orders of magnitude
+# beyond that.
+SCORE_TOLERANCE = 5e-5
+BOX_TOLERANCE_PX = 0.05
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest absolute differences of one graph in one engine from the reference, for one input shape."""
+
+    graph: GraphName
+    engine: str
+    batch: int
+    height: int
+    width: int
+    max_score_difference: float
+    max_box_difference_px: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parity_shapes(preprocess: Preprocess, fixed: tuple[int | None, int | None, int | None]) -> list[Shape]:
+    """Batch, height, width of what is compared: portrait, a landscape batch of three, and the largest size in use.
+
+    The last is the reader's own largest picture (800x1344 for the model zoo), or 800x1344 if that is larger.
+    """
+    batch, height, width = fixed
+    if height and width:
+        return [(batch or n, height, width) for n in ((1, 3) if batch is None else (1, 1))]
+    stride = max(preprocess.pad_stride, 32)
+    short, long = sorted(_round_up(side, stride) for side in preprocess.target_size)
+    return [(1, 320, 256), (3, 256, 416), (1, max(short, 800), max(long, 1344))]
+
+
+def parity_images(shape: Shape, preprocess: Preprocess, seed: int) -> NDArray[np.float32]:
+    """Pictures [N, 3, H, W], normalised as the reader would: noise at several scales with sharp-edged shapes."""
+    import cv2
+
+    batch, height, width = shape
+    rng = np.random.default_rng([seed, batch, height, width])
+    pictures = np.empty((batch, height, width, 3), np.uint8)
+    for picture in pictures:
+        field = np.zeros((height, width, 3), np.float32)
+        for cells in (2, 8, 32, 128):
+            coarse = rng.standard_normal((cells, cells, 3)).astype(np.float32)
+            field += cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC) * 24
+        image = np.ascontiguousarray(np.clip(field + 128, 0, 255).astype(np.uint8))
+        for _ in range(12):
+            centre = (int(rng.integers(width)), int(rng.integers(height)))
+            size = int(rng.integers(6, max(8, min(height, width) // 3)))
+            colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+            if rng.random() < 0.5:
+                cv2.circle(image, centre, size, colour, -1)
+            else:
+                corner = (centre[0] + size, centre[1] + size)
+                cv2.rectangle(image, centre, corner, colour, -1)
+        picture[:] = image
+    as_is = replace(preprocess, target_size=(height, width), keep_ratio=False)  # which makes Resize do nothing
+    return np.stack([as_is(picture).tensor for picture in pictures])
+
+
+def eager_outputs(detector: Any, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores [N, A, C] and boxes [N, A, 4] from ppdet's own layers and decode."""
+    import paddle
+
+    with paddle.no_grad(), quiet():
+        scores, boxes = detector.head(detector.neck(detector.backbone({"image": paddle.to_tensor(images)})))
+        return paddle.concat(scores, 1).numpy(), paddle.concat(boxes, 1).numpy()
+
+
+def compare(
+    graph: GraphName,
+    engine: Engine,
+    images: NDArray[np.float32],
+    reference: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> Comparison:
+    """Run `images` [N, 3, H, W] and measure the largest differences. Raises `ParityError` for NaN or other shapes."""
+    outputs = engine.infer({"image": images})
+    batch, _, height, width = images.shape
+    where = f"the {graph} graph in {engine.name} at {batch}x3x{height}x{width}"
+    differences = []
+    for name, expected in zip(("scores", "boxes"), reference, strict=True):
+        actual = outputs[name]
+        if not np.isfinite(expected).all():
+            raise ParityError(f"the eager model itself gives NaN or infinite {name}", "Check the checkpoint.")
+        if actual.shape != expected.shape:
+            raise ParityError(f"{where} gives {name} {list(actual.shape)}, the eager model {list(expected.shape)}")
+        if not np.isfinite(actual).all():
+            raise ParityError(f"{where} gives NaN or infinite {name}", "Please report this with your config.")
+        differences.append(float(np.abs(actual.astype(np.float64) - expected).max()))
+    return Comparison(graph, engine.name, batch, height, width, *differences)
+
+
+def check(comparisons: Sequence[Comparison], factor: float = 1.0) -> None:
+    """Raise `ParityError` if any comparison exceeds `factor` times the tolerances."""
+    for found in comparisons:
+        if (
+            found.max_score_difference > SCORE_TOLERANCE * factor
+            or found.max_box_difference_px > BOX_TOLERANCE_PX * factor
+        ):
+            raise ParityError(
+                f"the {found.graph} graph in {found.engine} differs from the reference at "
+                f"{found.batch}x3x{found.height}x{found.width}: scores by {found.max_score_difference:.3g} "
+                f"(allowed {SCORE_TOLERANCE * factor:g}), boxes by {found.max_box_difference_px:.3g} px "
+                f"(allowed {BOX_TOLERANCE_PX * factor:g})",
+                "The graph must not be deployed. Please report this with your config and package versions.",
+            )
+
+
+def check_paddledetection(
+    detector: Any,
+    directory: Path,
+    images: NDArray[np.float32],
+    reference: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    """Raise `ParityError` unless PaddleDetection's graph gives the detections of ppdet's own NMS on the reference.
+
+    The images [N, 3, H, W] are taken to have been resized to half their size, so that a scale in the wrong place shows.
+    """
+    import paddle
+
+    batch, _, height, width = images.shape
+    half = np.full((batch, 2), 0.5, np.float32)
+    with quiet():
+        model = paddle.jit.load(str(directory / "model"))
+    inputs = [np.full((batch, 2), (height, width), np.float32), images, half]
+    actual, count = (output.numpy() for output in model(*(paddle.to_tensor(value) for value in inputs)))
+    scores, boxes = reference
+    expected, expected_count, _ = detector.head.nms(
+        paddle.to_tensor(boxes / 0.5), paddle.to_tensor(scores.transpose(0, 2, 1).copy())
+    )
+    expected = expected.numpy()
+    same = np.array_equal(count, expected_count.numpy()) and actual.shape == expected.shape
+    if same and len(actual):
+        same = bool(
+            np.abs(np.sort(actual[:, 1]) - np.sort(expected[:, 1])).max() <= SCORE_TOLERANCE
+            and np.abs(np.sort(actual[:, 2:], axis=0) - np.sort(expected[:, 2:], axis=0)).max() <= 2 * BOX_TOLERANCE_PX
+        )
+    if not same:
+        raise ParityError("PaddleDetection's graph and its eager NMS disagree", "Please report this with your config.")
+
+
+def cross_check(
+    bundle: Bundle,
+    shapes: Sequence[Shape],
+    open_graph: Callable[[GraphName], Engine],
+) -> list[Comparison]:
+    """Compare the bundle's ONNX graph with its Paddle graph on `shapes`; the latter is the reference."""
+    found = []
+    with open_graph("paddle") as paddle_engine, open_graph("onnx") as onnx_engine:
+        for shape in shapes:
+            images = parity_images(shape, bundle.manifest.preprocess, seed=0)
+            reference = paddle_engine.infer({"image": images})
+            found.append(compare("onnx", onnx_engine, images, (reference["scores"], reference["boxes"])))
+    return found
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

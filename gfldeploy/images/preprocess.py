@@ -1,0 +1,294 @@
+"""From an RGB image to the network's input, bit for bit as PaddleDetection's readers do it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.errors import ConfigError, DataError
+
+__all__ = ["Prepared", "Preprocess", "collate"]
+
+_NORM_TYPES = ("mean_std", "none")
+_INTERPOLATIONS = range(7)  # cv2.INTER_NEAREST (0) to cv2.INTER_NEAREST_EXACT (6)
+# The operators that are reproduced here, in the only order in which they are.
+_ORDER = ("Decode", "Resize", "NormalizeImage", "Permute", "PadBatch", "PadStride")
+_ARGUMENTS: dict[str, frozenset[str]] = {
+    "Decode": frozenset(),
+    "Resize": frozenset({"target_size", "keep_ratio", "interp"}),
+    "NormalizeImage": frozenset({"mean", "std", "is_scale", "norm_type"}),
+    "Permute": frozenset(),
+    "PadBatch": frozenset({"pad_to_stride"}),
+    "PadStride": frozenset({"stride"}),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image, ready for the network.
+
+    `tensor`: float32 [3, h, w], C-contiguous, not yet padded. `scale`: (y, x), network-input pixels per original pixel:
+    dividing a box of the network by it gives original pixels. `original_size`: (h, w) in original pixels.
+    """
+
+    tensor: NDArray[np.float32]
+    scale: tuple[float, float]
+    original_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.tensor.ndim != 3 or self.tensor.shape[0] != 3 or self.tensor.dtype != np.float32:
+            raise ValueError(f"tensor must be float32 [3, h, w], not {self.tensor.dtype} {list(self.tensor.shape)}")
+        if not all(math.isfinite(value) and value > 0 for value in self.scale):
+            raise ValueError(f"scale must be positive, not {self.scale}")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What PaddleDetection's TestReader does to an image: `Decode`, `Resize`, `NormalizeImage`, `Permute`, padding.
+
+    `target_size`: (h, w) in pixels; with `keep_ratio` the image is scaled by one factor so that its shorter side is at
+    most the smaller and its longer side at most the larger of the two. `interp`: OpenCV's interpolation code.
+    `is_scale`: multiply by 1/255 first. `norm_type`: "mean_std" subtracts `mean` and divides by `std` (RGB order);
+    "none" does not. `pad_stride`: pad right and bottom with zeros to a multiple of this many pixels; 0 = none.
+    `fixed`: the network takes `target_size` and no other. With `keep_ratio` the image is then scaled by one factor to
+    fit inside, whatever its orientation, and padded right and bottom; PaddleDetection has no such rule, since its own
+    (above) turns a portrait image into one that a landscape network cannot take.
+
+    Raises `ConfigError` for values that cannot work.
+    """
+
+    target_size: tuple[int, int]
+    keep_ratio: bool = True
+    interp: int = 1
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    is_scale: bool = True
+    norm_type: str = "mean_std"
+    pad_stride: int = 0
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        if not (_is_tuple_of(self.target_size, 2, int) and min(self.target_size) >= 1):
+            raise ConfigError(f"target_size is {self.target_size!r}", "Give it as (height, width), two whole pixels.")
+        for name in ("keep_ratio", "is_scale", "fixed"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}", "Set it to true or false.")
+        if not _is_int(self.interp) or self.interp not in _INTERPOLATIONS:
+            raise ConfigError(f"interp is {self.interp!r}", "Use an OpenCV code from 0 to 6, such as 1 for linear.")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if not (_is_tuple_of(value, 3, (int, float)) and all(math.isfinite(number) for number in value)):
+                raise ConfigError(f"{name} is {value!r}", "Give three numbers, for red, green and blue.")
+        if 0 in self.std:
+            raise ConfigError(f"std is {self.std!r}", "No entry may be 0: the image is divided by it.")
+        if self.norm_type not in _NORM_TYPES:
+            raise ConfigError(f"norm_type is {self.norm_type!r}", f"Use one of {', '.join(_NORM_TYPES)}.")
+        if not _is_int(self.pad_stride) or self.pad_stride < 0:
+            raise ConfigError(f"pad_stride is {self.pad_stride!r}", "Give a whole number of pixels, 0 for none.")
+
+    @classmethod
+    def from_reader(
+        cls,
+        sample_transforms: Sequence[Mapping[str, Any]],
+        batch_transforms: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Preprocess:
+        """Build it from the `sample_transforms` and `batch_transforms` of a PaddleDetection reader.
+
+        Supported, each at most once and in this order: Decode, Resize, NormalizeImage, Permute, then PadBatch or
+        PadStride; NormalizeImage and the pad may be absent.
+
+        Raises `ConfigError` for any other operator, order or argument.
+        """
+        found: dict[str, Mapping[str, Any]] = {}
+        for entry in [*sample_transforms, *(batch_transforms or [])]:
+            if not isinstance(entry, Mapping) or len(entry) != 1:
+                raise ConfigError(
+                    f"the reader has the transform {entry!r}", "Write it as one `- Operator: {...}` entry."
+                )
+            [(name, arguments)] = entry.items()
+            _check_operator(name, arguments, list(found))
+            found[name] = arguments or {}
+        for name in ("Decode", "Resize", "Permute"):
+            if name not in found:
+                raise ConfigError(f"the reader has no {name}", f"Add it; the order is {', '.join(_ORDER)}.")
+        resize = found["Resize"]
+        if "target_size" not in resize or "keep_ratio" not in resize:
+            raise ConfigError("the reader's Resize lacks target_size or keep_ratio", "Give both.")
+        size = resize["target_size"]
+        values: dict[str, Any] = {
+            "target_size": (size, size) if _is_int(size) else _as_tuple(size),
+            "keep_ratio": resize["keep_ratio"],
+            "interp": resize.get("interp", 1),
+            "pad_stride": _pad_stride(found),
+        }
+        if "NormalizeImage" in found:
+            normalize = dict(found["NormalizeImage"])
+            values |= {name: _as_tuple(value) for name, value in normalize.items()}
+        else:
+            values |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "is_scale": False, "norm_type": "none"}
+        return cls(**values)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`. Raises `ConfigError` for unknown or missing keys and unusable values."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(map(str, set(data) - known)):
+            raise ConfigError(
+                f"unknown preprocessing keys: {', '.join(unknown)}", f"Known: {', '.join(sorted(known))}."
+            )
+        if "target_size" not in data:
+            raise ConfigError("the preprocessing has no target_size", "Give it as [height, width].")
+        return cls(**{name: _as_tuple(value) for name, value in data.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, with lists for tuples, ready for JSON or YAML."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def to_infer_cfg(self) -> list[dict[str, Any]]:
+        """The `Preprocess` list of PaddleDetection's infer_cfg.yml, as its own export writes it (PadStride, no Decode).
+
+        A normalisation that changes nothing is left out.
+        """
+        operators: list[dict[str, Any]] = [
+            {
+                "type": "Resize",
+                "target_size": list(self.target_size),
+                "keep_ratio": self.keep_ratio,
+                "interp": self.interp,
+            }
+        ]
+        if self.is_scale or self.norm_type != "none":
+            normalize = {
+                "type": "NormalizeImage",
+                "mean": list(self.mean),
+                "std": list(self.std),
+                "is_scale": self.is_scale,
+            }
+            operators.append(normalize if self.norm_type == "mean_std" else normalize | {"norm_type": self.norm_type})
+        operators.append({"type": "Permute"})
+        if self.pad_stride:
+            operators.append({"type": "PadStride", "stride": self.pad_stride})
+        return operators
+
+    def scales(self, height: int, width: int) -> tuple[float, float]:
+        """The factors (y, x) by which an image of this size, in pixels, is resized."""
+        target_h, target_w = self.target_size
+        if not self.keep_ratio:
+            return target_h / height, target_w / width
+        if self.fixed:
+            scale = min(target_h / height, target_w / width)
+            return scale, scale
+        scale = min(min(target_h, target_w) / min(height, width), max(target_h, target_w) / max(height, width))
+        return scale, scale
+
+    def __call__(self, image: NDArray[np.uint8]) -> Prepared:
+        """Prepare an RGB image, uint8 [h, w, 3]; the result is not padded (`collate` pads).
+
+        Raises `DataError` when the image is so elongated that a side would vanish.
+        """
+        import cv2
+
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+            raise ValueError(f"the image must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
+        height, width = image.shape[:2]
+        scale_y, scale_x = self.scales(height, width)
+        # OpenCV rounds the new size to the nearest even half, as Python's round does.
+        if round(height * scale_y) < 1 or round(width * scale_x) < 1:
+            raise DataError(
+                f"an image of {width} x {height} px is too elongated: one side vanishes when it is resized",
+                "Remove it from the data.",
+            )
+        # By factors, not by size: OpenCV samples at fx and fy themselves, and so does PaddleDetection.
+        resized = cv2.resize(image, None, None, fx=scale_x, fy=scale_y, interpolation=self.interp)
+        table = self._table()
+        tensor = np.empty((3, *resized.shape[:2]), dtype=np.float32)
+        for channel, plane in enumerate(cv2.split(resized)):
+            cv2.LUT(plane, table[channel], dst=tensor[channel])
+        return Prepared(tensor, (scale_y, scale_x), (height, width))
+
+    def batch(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
+        """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros on the right and at the bottom."""
+        return collate(prepared, self.pad_stride, self.target_size if self.fixed else (1, 1))
+
+    def _table(self) -> NDArray[np.float32]:
+        """What each of the 256 pixel values becomes in each channel, float32 [3, 256].
+
+        The operations and their precisions are PaddleDetection's: multiply in float32, subtract and divide in float64
+        with the result rounded to float32 each time. The image is still uint8 here, so 768 results cover all pixels.
+        """
+        table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
+        if self.is_scale:
+            table *= np.float32(1.0 / 255.0)
+        if self.norm_type == "mean_std":
+            table -= np.array(self.mean, dtype=np.float64)[:, np.newaxis]
+            table /= np.array(self.std, dtype=np.float64)[:, np.newaxis]
+        return table
+
+
+def collate(prepared: Sequence[Prepared], stride: int, least: tuple[int, int] = (1, 1)) -> NDArray[np.float32]:
+    """Stack images into float32 [N, 3, H, W]: zeros on the right and at the bottom, as PaddleDetection's PadBatch.
+
+    H and W are the largest of the batch and at least `least` (h, w), rounded up to a multiple of `stride` pixels (0 = no
+    rounding).
+    """
+    if not prepared:
+        raise ValueError("a batch needs at least one image")
+    if stride < 0:
+        raise ValueError(f"stride must not be negative, not {stride}")
+    step = max(stride, 1)
+    height, width = (
+        -(-max(floor, *(item.tensor.shape[axis] for item in prepared)) // step) * step
+        for axis, floor in zip((1, 2), least, strict=True)
+    )
+    batch = np.zeros((len(prepared), 3, height, width), dtype=np.float32)
+    for row, item in zip(batch, prepared, strict=True):
+        row[:, : item.tensor.shape[1], : item.tensor.shape[2]] = item.tensor
+    return batch
+
+
+def _check_operator(name: object, arguments: object, before: list[str]) -> None:
+    """Raise `ConfigError` unless this operator, with these arguments, may come after those before it."""
+    if name not in _ARGUMENTS:
+        raise ConfigError(f"the reader uses {name}, which is not supported", f"Supported: {', '.join(_ORDER)}.")
+    assert isinstance(name, str)
+    if name in before:
+        raise ConfigError(f"the reader uses {name} twice", "Keep one.")
+    if {name, *before} >= {"PadBatch", "PadStride"}:
+        raise ConfigError("the reader uses both PadBatch and PadStride", "Keep one.")
+    if before and _ORDER.index(name) < _ORDER.index(before[-1]):
+        raise ConfigError(f"the reader applies {name} after {before[-1]}", f"Use the order {', '.join(_ORDER)}.")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ConfigError(f"the reader's {name} has {arguments!r}", "Give its arguments as `name: value` pairs.")
+    if unknown := sorted(str(key) for key in set(arguments or {}) - _ARGUMENTS[name]):
+        known = ", ".join(sorted(_ARGUMENTS[name])) or "none"
+        raise ConfigError(f"the reader's {name} has unknown arguments: {', '.join(unknown)}", f"Supported: {known}.")
+
+
+def _pad_stride(found: Mapping[str, Mapping[str, Any]]) -> Any:
+    if "PadStride" in found:
+        return found["PadStride"].get("stride", 0)
+    stride = found.get("PadBatch", {}).get("pad_to_stride", 0)
+    # PadBatch takes any number below 1 for "no rounding up".
+    return max(stride, 0) if _is_int(stride) else stride
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists as tuples; anything else as it is, for `__post_init__` to judge."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_tuple_of(value: object, length: int, kind: type | tuple[type, ...]) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == length
+        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+    )

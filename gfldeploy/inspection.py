@@ -1,0 +1,105 @@
+"""What a bundle holds, and whether it is still what it was: `gfldeploy inspect` and `gfldeploy verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gfldeploy.bundle import Bundle, TensorSpec
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.errors import ParityError
+from gfldeploy.export import parity
+from gfldeploy.files import read_json
+from gfldeploy.macs import count_macs
+from gfldeploy.quant.agreement import Reference, agreement
+
+__all__ = ["describe", "verify"]
+
+# Classes shown by name before the rest is counted.
+_SHOWN = 12
+# INT8 engines round differently from each other; a damaged graph finds next to nothing of what the other does.
+_LEAST_AGREEMENT = 0.5
+
+
+def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What a bundle holds, as JSON-ready data. `size`: height, width in pixels to count MACs at; default: the largest
+    picture that the preprocessing makes."""
+    manifest = bundle.manifest
+    shape = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
+    onnx_file, _ = bundle.graph("onnx")
+    classes = list(manifest.classes)
+    more = [f"and {len(classes) - _SHOWN} more"] if len(classes) > _SHOWN else []
+    return {
+        "name": manifest.name,
+        "precision": manifest.precision,
+        "inputs": [_tensor(spec) for spec in manifest.inputs],
+        "outputs": [_tensor(spec) for spec in manifest.outputs],
+        "classes": f"{len(classes)}: {', '.join([*classes[:_SHOWN], *more])}",
+        "parameters": manifest.parameters,
+        "macs": {
+            "gmac": round(count_macs(onnx_file, *shape, manifest.strides) / 1e9, 3),
+            "at": f"{shape[0]}x{shape[1]}",
+        },
+        "preprocess": manifest.preprocess.to_dict(),
+        "nms": manifest.nms.to_dict(),
+        "size_on_disk_mb": {
+            name: round(sum(_size(bundle, path) for path in (graph.model, graph.params) if path) / 1e6, 2)
+            for name, graph in manifest.graphs.items()
+        },
+        "digest": bundle.digest,
+        "provenance": dict(manifest.provenance),
+        "parity": read_json(bundle.directory / "parity.json"),
+    }
+
+
+def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:
+    """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
+
+    FP32: ONNX Runtime against Paddle, at the shapes of the export. INT8: the detections of one engine among the other's.
+    Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
+    """
+    report("hashing the files")
+    bundle.verify_files()
+    manifest = bundle.manifest
+    lines = [f"{len(manifest.files)} files are as they were made"]
+    shapes = parity.parity_shapes(manifest.preprocess, _fixed(bundle))
+    report("comparing the graphs")
+    options = EngineOptions(manifest.precision, "cpu", threads)
+    with open_engine("paddle", bundle, options) as first, open_engine("onnxruntime", bundle, options) as second:
+        if manifest.precision == "fp32":
+            found = []
+            for shape in shapes:
+                images = parity.parity_images(shape, manifest.preprocess, seed=0)
+                expected = first.infer({"image": images})
+                found.append(parity.compare("onnx", second, images, (expected["scores"], expected["boxes"])))
+            # Each graph may be off by one tolerance, in opposite directions.
+            parity.check(found, factor=2.0)
+            return lines + [
+                f"ONNX and Paddle at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
+                f"{one.max_score_difference:.2g}, boxes by {one.max_box_difference_px:.2g} px"
+                for one in found
+            ]
+        images = parity.parity_images((1, *shapes[0][1:]), manifest.preprocess, seed=0)
+        reference = Reference.of(first.infer({"image": images}), manifest.nms)
+        result = agreement([reference], [second.infer({"image": images})], manifest.nms)
+    if result.detections_found < _LEAST_AGREEMENT:
+        raise ParityError(
+            f"the INT8 graphs disagree: ONNX finds {result.detections_found:.0%} of what Paddle finds",
+            "Quantise the bundle again.",
+        )
+    return [*lines, f"ONNX and Paddle INT8: scores differ by {result.score_difference:.2g} on average"]
+
+
+def _fixed(bundle: Bundle) -> tuple[int | None, int | None, int | None]:
+    batch, _, height, width = bundle.manifest.inputs[0].shape
+    return batch, height, width
+
+
+def _tensor(spec: TensorSpec) -> str:
+    return f"{spec.name} {spec.dtype} [{', '.join('?' if size is None else str(size) for size in spec.shape)}]"
+
+
+def _size(bundle: Bundle, path: str) -> int:
+    return (Path(bundle.directory) / path).stat().st_size

@@ -1,0 +1,88 @@
+"""How much of what FP32 detects a quantised model detects again, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.errors import ParityError
+
+__all__ = ["Agreement", "Reference", "agreement"]
+
+# PaddleDetection's deploy tools draw detections from 0.5 up; a little lower also counts those that may just miss it.
+_CONFIDENT = 0.4
+_SAME_BOX = 0.5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Means over the images compared.
+
+    `score_difference` and `score_difference_max`: absolute, over all candidates. `detections`: how many the reference
+    has with a score of 0.4 or more. `detections_found`: the share of these that have a detection of the same class, an
+    IoU of 0.5 or more and a score of at least half of theirs; 1 where the reference has none.
+    `convolutions`: how many ran in which precision, as the engine reports it.
+    """
+
+    score_difference: float
+    score_difference_max: float
+    detections: int
+    detections_found: float
+    convolutions: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Scores [1, A, C] and detections of the FP32 model on one image."""
+
+    scores: NDArray[np.float32]
+    detections: Detections
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, NDArray[np.float32]], nms: NmsParams) -> Self:
+        (found,) = postprocess(outputs["scores"], outputs["boxes"], [(1.0, 1.0)], nms)
+        return cls(outputs["scores"], found)
+
+
+def agreement(
+    references: Sequence[Reference], outputs: Sequence[Mapping[str, NDArray[np.float32]]], nms: NmsParams
+) -> Agreement:
+    """Compare the outputs of a model, image by image, with the reference's. Raises `ParityError` for NaN or no image."""
+    if not references:
+        raise ParityError("there is no image to compare INT8 with FP32 on", "Give calibration images.")
+    means, largest, confident, found = [], 0.0, 0, 0
+    for reference, output in zip(references, outputs, strict=True):
+        if not all(np.isfinite(array).all() for array in output.values()):
+            raise ParityError("the quantised graph gives NaN or infinity", "Calibrate with another --algo.")
+        difference = np.abs(reference.scores - output["scores"])
+        means.append(float(difference.mean()))
+        largest = max(largest, float(difference.max()))
+        (actual,) = postprocess(output["scores"], output["boxes"], [(1.0, 1.0)], nms)
+        wanted = reference.detections.scores >= _CONFIDENT
+        confident += int(wanted.sum())
+        for box, score, category in zip(
+            reference.detections.boxes[wanted],
+            reference.detections.scores[wanted],
+            reference.detections.classes[wanted],
+            strict=True,
+        ):
+            same = (actual.classes == category) & (actual.scores >= score / 2)
+            found += bool((_iou(box, actual.boxes[same]) >= _SAME_BOX).any())
+    return Agreement(float(np.mean(means)), largest, confident, found / confident if confident else 1.0)
+
+
+def _iou(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """IoU of one box [4] with many [K, 4], x1, y1, x2, y2."""
+    size = np.clip(np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2]), 0, None)
+    overlap = size[:, 0] * size[:, 1]
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) + (box[2] - box[0]) * (box[3] - box[1])
+    result: NDArray[np.float32] = overlap / np.maximum(areas - overlap, 1e-9)
+    return result

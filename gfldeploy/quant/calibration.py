@@ -1,0 +1,63 @@
+"""What calibration found: the ranges that every INT8 artefact of a bundle is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from gfldeploy.errors import BundleError
+
+__all__ = ["Calibration", "ConvRanges", "OutputRange"]
+
+
+@dataclass(frozen=True)
+class OutputRange:
+    """The least and greatest value that a convolution gave over the calibration images, ReLU included if one follows."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ConvRanges:
+    """One convolution, keyed by its weight name.
+
+    `inputs`: the clipping threshold of its input, found by PaddleSlim, and `outputs`: the range of its output, one entry
+    for each time the graph uses the convolution; a head convolution shared by five pyramid levels has five, finest first.
+    `weights`: the largest absolute weight of each output channel.
+    An integer is round(value / threshold * 127).
+    """
+
+    inputs: tuple[float, ...]
+    outputs: tuple[OutputRange, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`calibration.json`: `algorithm` as PaddleSlim calls it, the `images` used as {file name: SHA-256}, the ranges."""
+
+    algorithm: str
+    images: Mapping[str, str]
+    convolutions: Mapping[str, ConvRanges]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Check and build. Raises `BundleError` where the data is not what `to_dict` gives."""
+        try:
+            convolutions = {
+                name: ConvRanges(
+                    tuple(entry["inputs"]),
+                    tuple(OutputRange(**output) for output in entry["outputs"]),
+                    tuple(entry["weights"]),
+                )
+                for name, entry in data["convolutions"].items()
+            }
+            return cls(data["algorithm"], dict(data["images"]), convolutions)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"calibration.json cannot be read: {error}", "Quantise the bundle again.") from error

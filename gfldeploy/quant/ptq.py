@@ -1,0 +1,148 @@
+"""PaddleSlim's static post-training quantisation, in a process of its own.
+
+It needs Paddle's old program format, switched on by a process-wide flag, prints to both streams, and keeps every
+activation it samples: all of that ends with the process. The parent talks to it through a JSON request and reads
+`progress DONE TOTAL` lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfldeploy.bundle import Bundle
+from gfldeploy.errors import EngineError, GfldeployError
+
+__all__ = ["ALGORITHMS", "PtqResult", "run_ptq"]
+
+ALGORITHMS = ("hist", "avg", "abs_max", "mse")
+
+# Only convolutions: the DFL integral and the box decode must stay in float.
+_QUANTIZED_OPS = ["conv2d", "depthwise_conv2d"]
+
+# Input thresholds by weight name, one for each use, and the largest absolute weight of each output channel.
+PtqResult = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+
+
+def run_ptq(
+    bundle: Bundle,
+    images: list[Path],
+    algorithm: str,
+    output: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PtqResult:
+    """Quantise the bundle's program into `output` (`model.pdmodel`, `model.pdiparams`); returns what it measured.
+
+    Raises `EngineError` with the last line of PaddleSlim's traceback if it fails, and what it raised if that was ours.
+    """
+    request = {
+        "bundle": str(bundle.directory),
+        "images": [str(path) for path in images],
+        "algorithm": algorithm,
+        "output": str(output),
+    }
+    environment = os.environ | {"FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "gfldeploy.quant.ptq", json.dumps(request)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        tail: deque[str] = deque(maxlen=40)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if match := re.fullmatch(r"progress (\d+) (\d+)\n", line):
+                    progress(int(match[1]), int(match[2]))
+                else:
+                    tail.append(line.strip())
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    if code != 0:
+        problem = next((line for line in reversed(tail) if line), f"exit code {code}")
+        if code == -signal.SIGKILL:
+            problem = "the process was killed, most likely for want of memory"
+        raise EngineError(f"PaddleSlim failed: {problem}", "Try another --algo or fewer --samples.")
+    result = json.loads((output / "ranges.json").read_text(encoding="utf-8"))
+    (output / "ranges.json").unlink()
+    return {name: (tuple(inputs), tuple(weights)) for name, (inputs, weights) in result.items()}
+
+
+def _quantize(request: dict[str, Any]) -> None:
+    """The child: quantise, then write `ranges.json` beside the quantised program."""
+    import paddle
+    from paddleslim.quant import quant_post_static
+
+    from gfldeploy.images.decode import read_image
+
+    preprocess = Bundle.open(Path(request["bundle"])).manifest.preprocess
+    images = [Path(name) for name in request["images"]]
+    passes = 1 if request["algorithm"] in ("avg", "abs_max") else 2
+    seen = 0
+
+    def batches() -> Iterator[dict[str, Any]]:
+        nonlocal seen
+        for path in images:
+            yield {"image": preprocess.batch([preprocess(read_image(path))])}
+            seen += 1
+            sys.stdout.write(f"\nprogress {min(seen, passes * len(images))} {passes * len(images)}\n")
+            sys.stdout.flush()
+
+    paddle.enable_static()
+    executor = paddle.static.Executor(paddle.CPUPlace())
+    names = {"model_filename": "model.pdmodel", "params_filename": "model.pdiparams"}
+    quant_post_static(
+        executor,
+        str(Path(request["bundle"]) / "paddle"),
+        request["output"],
+        data_loader=batches,
+        batch_nums=len(images),
+        algo=request["algorithm"],
+        weight_quantize_type="channel_wise_abs_max",
+        quantizable_op_type=_QUANTIZED_OPS,
+        is_full_quantize=False,
+        onnx_format=True,
+        **names,
+        **{f"save_{key}": value for key, value in names.items()},
+    )
+    program, _, _ = paddle.static.load_inference_model(request["output"], executor, **names)
+    ranges = _read_ranges(program, paddle.static.global_scope())
+    (Path(request["output"]) / "ranges.json").write_text(json.dumps(ranges), encoding="utf-8")
+
+
+def _read_ranges(program: Any, scope: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Input thresholds and weight maxima of every convolution, from the program's quantize_linear operators."""
+
+    def value(name: str) -> np.ndarray[Any, Any]:
+        return np.array(scope.find_var(name).get_tensor()).reshape(-1)
+
+    operators = program.global_block().ops
+    scales = {op.output("Y")[0]: op.input("Scale")[0] for op in operators if op.type == "dequantize_linear"}
+    ranges: dict[str, tuple[list[float], list[float]]] = {}
+    for op in operators:
+        if op.type not in _QUANTIZED_OPS:
+            continue
+        source, weight = op.input("Input")[0], op.input("Filter")[0]
+        if source not in scales or weight not in scales:
+            continue
+        name = weight.removesuffix(".quantized.dequantized")
+        inputs, _ = ranges.setdefault(name, ([], value(scales[weight]).astype(float).tolist()))
+        inputs.append(float(value(scales[source])[0]))
+    return ranges
+
+
+if __name__ == "__main__":
+    try:
+        _quantize(json.loads(sys.argv[1]))
+    except GfldeployError as error:
+        sys.exit(str(error))

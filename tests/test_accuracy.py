@@ -1,0 +1,233 @@
+"""COCO accuracy: values that can be worked out by hand, pycocotools' own, and a whole evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from gfldeploy.accuracy import Accuracy, coco_accuracy, coco_results, evaluate
+from gfldeploy.detections import Detections, NmsParams
+from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.errors import DataError, EngineError
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.preprocess import Preprocess
+
+NMS = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=100, keep_top_k=100)
+COLOURS = {3: (255, 0, 0), 7: (0, 0, 255)}  # category id -> RGB
+
+
+def make_data(directory: Path, count: int = 3) -> Path:
+    """Black images of different sizes, each with one red rectangle (category 3, "red") or blue one (7, "blue")."""
+    (directory / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for number in range(count):
+        height, width = 96 + 16 * number, 160 - 16 * number
+        category = (3, 7)[number % 2]
+        x, y, w, h = 8 + 8 * number, 16, 40, 48
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[y : y + h, x : x + w] = COLOURS[category]
+        assert cv2.imwrite(str(directory / "images" / f"{number}.png"), picture[..., ::-1])
+        images.append({"id": 10 + number, "file_name": f"{number}.png", "height": height, "width": width})
+        annotations.append(
+            {"id": number, "image_id": 10 + number, "category_id": category, "bbox": [x, y, w, h], "area": w * h}
+        )
+    path = directory / "labels.json"
+    categories = [{"id": 3, "name": "red"}, {"id": 7, "name": "blue"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+class ColourEngine:
+    """A detector without weights: it boxes what is red or blue, and has a spare score channel, as GFLv2 does."""
+
+    name = "colour"
+    version = "1"
+    options = EngineOptions()
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def close(self) -> None: ...
+
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        batch = inputs["image"]
+        self.shapes.append(batch.shape)
+        scores, boxes = np.zeros((len(batch), 2, 3), np.float32), np.zeros((len(batch), 2, 4), np.float32)
+        for number, image in enumerate(batch):
+            for label, channel in ((0, 2), (1, 0)):  # class 0 is blue, class 1 red
+                rows, columns = np.nonzero(image[channel] > 127)
+                if len(rows):
+                    boxes[number, label] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+                    scores[number, label, label] = 0.9
+        scores[:, 0, 2] = 0.99  # the spare channel, which must not count
+        return {"scores": scores, "boxes": boxes}
+
+
+PREPROCESS = Preprocess(target_size=(192, 320), is_scale=False, norm_type="none", interp=0, pad_stride=32)
+
+
+def test_results_in_cocos_format() -> None:
+    boxes = np.float32([[1, 2, 11, 22], [0, 0, 5, 5], [3, 3, 4, 4]])
+    found = Detections(boxes, np.float32([0.75, 0.5, 0.25]), np.array([1, 2, 0]))
+    # Class 2 has no category: the extra score channel of GFLv2.
+    assert coco_results(42, found, [3, 7]) == [
+        {"image_id": 42, "category_id": 7, "bbox": [1, 2, 10, 20], "score": 0.75},
+        {"image_id": 42, "category_id": 3, "bbox": [3, 3, 1, 1], "score": 0.25},
+    ]
+
+
+def perfect(dataset: CocoDataset) -> list[dict[str, Any]]:
+    return [
+        {"image_id": item.image_id, "category_id": item.category_id, "bbox": list(item.bbox), "score": 0.9}
+        for item in dataset.annotations
+    ]
+
+
+def test_perfect_results_score_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dataset = CocoDataset.load(make_data(tmp_path))
+    accuracy = coco_accuracy(dataset, perfect(dataset))
+    # 40 x 48 px is medium, 32² to 96²: there are no small and no large objects, which pycocotools reports as -1.
+    assert accuracy == Accuracy(
+        *map(pytest.approx, (1, 1, 1)), ap_small=-1, ap_medium=pytest.approx(1), ap_large=-1, images=3, detections=3
+    )
+    assert accuracy.to_dict()["images"] == 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_shifted_box_counts_up_to_its_iou(tmp_path: Path) -> None:
+    dataset = CocoDataset.load(make_data(tmp_path, count=1))
+    [result] = perfect(dataset)
+    result["bbox"][0] += 8  # 32 of 40 columns overlap: IoU 32 / 48 = 0.667, right at 0.50, 0.55, 0.60 and 0.65 of ten
+    accuracy = coco_accuracy(dataset, [result])
+    assert (accuracy.ap, accuracy.ap50, accuracy.ap75) == pytest.approx((0.4, 1, 0))
+
+
+def test_no_results_score_zero(tmp_path: Path) -> None:
+    accuracy = coco_accuracy(CocoDataset.load(make_data(tmp_path)), [])
+    assert (accuracy.ap, accuracy.ap50, accuracy.ap75, accuracy.ap_medium) == (0, 0, 0, 0)
+    assert (accuracy.images, accuracy.detections) == (3, 0)
+
+
+def test_only_the_datasets_images_count(tmp_path: Path) -> None:
+    path = make_data(tmp_path)
+    whole, part = CocoDataset.load(path), CocoDataset.load(path, limit=1)
+    assert coco_accuracy(part, perfect(part)).ap == pytest.approx(1)
+    with pytest.raises(DataError, match="2 images outside the data, such as 11"):
+        coco_accuracy(part, perfect(whole))
+
+
+def test_data_without_annotations_have_no_accuracy(tmp_path: Path) -> None:
+    path = make_data(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    with pytest.raises(DataError, match="no annotations"):
+        coco_accuracy(CocoDataset.load(path), [])
+
+
+def test_equals_pycocotools_on_files(tmp_path: Path) -> None:
+    """Against COCO(file).loadRes(results), the way PaddleDetection takes, with crowds, misses and false alarms."""
+    path = make_data(tmp_path, count=3)
+    rng = np.random.default_rng(5)
+    content = json.loads(path.read_text())
+    content["annotations"] = [
+        {
+            "id": number + 1,
+            "image_id": int(rng.integers(10, 13)),
+            "category_id": int(rng.choice([3, 7])),
+            "bbox": [float(value) for value in (*rng.uniform(0, 60, 2), *rng.uniform(5, 120, 2))],
+            "area": float(rng.uniform(100, 12000)),
+            "iscrowd": int(rng.random() < 0.15),
+        }
+        for number in range(60)
+    ]
+    path.write_text(json.dumps(content))
+    results = [
+        {
+            "image_id": item["image_id"],
+            "category_id": item["category_id"],
+            "bbox": [value + float(rng.normal(0, 2)) for value in item["bbox"]],
+            "score": float(rng.random()),
+        }
+        for item in content["annotations"] * 2
+        if rng.random() < 0.8
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        reference = COCOeval(truth, truth.loadRes([dict(result) for result in results]), "bbox")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+    ours = coco_accuracy(CocoDataset.load(path), results)
+    assert (ours.ap, ours.ap50, ours.ap75, ours.ap_small, ours.ap_medium, ours.ap_large) == tuple(reference.stats[:6])
+    assert 0 < ours.ap < 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
+    dataset = CocoDataset.load(make_data(tmp_path))
+    steps: list[tuple[int, int]] = []
+    with ColourEngine() as engine:
+        assert isinstance(engine, Engine)
+        accuracy = evaluate(
+            engine,
+            dataset,
+            PREPROCESS,
+            NMS,
+            ["blue", "red"],
+            batch_size,
+            lambda done, total: steps.append((done, total)),
+        )
+    assert accuracy.ap == pytest.approx(1)
+    assert (accuracy.images, accuracy.detections) == (3, 3)
+    assert steps == [(min(done, 3), 3) for done in range(batch_size, 3 + batch_size, batch_size)]
+    assert all(shape[2] % 32 == 0 and shape[3] % 32 == 0 for shape in engine.shapes)
+    assert sum(shape[0] for shape in engine.shapes) == 3
+
+
+def test_classes_that_cannot_be_matched_stop_the_evaluation(tmp_path: Path) -> None:
+    dataset = CocoDataset.load(make_data(tmp_path))
+    with pytest.raises(DataError, match="4 classes, the annotations 2 categories"):
+        evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red", "green", "black"])
+
+
+def test_an_unreadable_image_stops_the_evaluation(tmp_path: Path) -> None:
+    dataset = CocoDataset.load(make_data(tmp_path))
+    damaged = dataset.images[1].path
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(DataError, match=damaged.name):
+        evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red"])
+
+
+def test_a_broken_engine_is_named(tmp_path: Path) -> None:
+    class Broken(ColourEngine):
+        def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"scores": super().infer(inputs)["scores"]}
+
+    class NotANumber(ColourEngine):
+        def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            outputs = super().infer(inputs)
+            outputs["scores"][:] = np.nan
+            return outputs
+
+    dataset = CocoDataset.load(make_data(tmp_path))
+    with pytest.raises(EngineError, match="colour returned no boxes"):
+        evaluate(Broken(), dataset, PREPROCESS, NMS, ["blue", "red"])
+    with pytest.raises(EngineError, match="NaN"):
+        evaluate(NotANumber(), dataset, PREPROCESS, NMS, ["blue", "red"])

@@ -47,7 +47,7 @@ def main() -> None:
     limit.add_argument("--minutes", type=float, default=25.0, help="wall time of the training loop (default: 25)")
     limit.add_argument("--iterations", type=int, help="train for this many iterations instead: repeatable")
     parser.add_argument("--init", type=Path, help="checkpoint of an earlier run to start from")
-    parser.add_argument("--train-images", type=int, default=3000)
+    parser.add_argument("--train-images", type=int, default=2500)
     parser.add_argument("--val-images", type=int, default=200)
     parser.add_argument("--data", type=Path, help="directory for the generated images (default: OUTPUT/data)")
     args = parser.parse_args()

@@ -94,7 +94,7 @@ class Manifest:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """Check and build. Raises `BundleError` for a newer schema, unknown or missing keys and wrong types."""
-        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        if not isinstance(data, dict) or not _is(data.get("schema"), int) or data["schema"] < 1:
             raise BundleError("the manifest has no schema number", "Export the bundle again.")
         if data["schema"] > SCHEMA:
             raise BundleError(
@@ -106,31 +106,78 @@ class Manifest:
             odd = sorted(set(data) ^ known)
             raise BundleError(f"the manifest has unknown or missing keys: {', '.join(odd)}", "Export the bundle again.")
         try:
+            for key, kind in _KINDS.items():
+                _need(_is(data[key], kind), key, data[key])
+            _need(data["precision"] in ("fp32", "int8"), "precision", data["precision"])
+            _need(bool(data["inputs"]), "inputs", data["inputs"])
             return cls(
                 **{
                     **data,
-                    "graphs": {key: Graph(**value) for key, value in data["graphs"].items() if _graph_name(key)},
+                    "graphs": {key: _graph(key, value) for key, value in data["graphs"].items()},
                     "inputs": tuple(_tensor_spec(spec) for spec in data["inputs"]),
                     "outputs": tuple(_tensor_spec(spec) for spec in data["outputs"]),
                     "preprocess": Preprocess.from_dict(data["preprocess"]),
                     "nms": NmsParams.from_dict(data["nms"]),
-                    "classes": tuple(data["classes"]),
-                    "strides": tuple(data["strides"]),
-                    "files": {key: FileRecord(**value) for key, value in data["files"].items()},
+                    "classes": _all("classes", data["classes"], str),
+                    "strides": _all("strides", data["strides"], int),
+                    "files": {key: _file_record(key, value) for key, value in data["files"].items()},
                 }
             )
         except (TypeError, ValueError, KeyError, AttributeError, ConfigError, DataError) as error:
             raise BundleError(f"the manifest cannot be read: {error}", "Export the bundle again.") from error
 
 
-def _graph_name(key: str) -> bool:
-    if key not in get_args(GraphName):
-        raise ValueError(f"unknown graph {key!r}")
-    return True
+_KINDS: dict[str, type] = {
+    "name": str,
+    "precision": str,
+    "graphs": dict,
+    "inputs": list,
+    "outputs": list,
+    "preprocess": dict,
+    "nms": dict,
+    "classes": list,
+    "score_channels": int,
+    "strides": list,
+    "reg_max": int,
+    "parameters": int,
+    "provenance": dict,
+    "files": dict,
+}
 
 
-def _tensor_spec(data: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**data, "shape": tuple(data["shape"])})
+def _is(value: object, kind: type) -> bool:
+    """`isinstance`, where true and false are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _need(right: bool, key: str, value: object) -> None:
+    if not right:
+        raise ValueError(f"{key} is {value!r:.60}")
+
+
+def _all(key: str, values: Any, kind: type) -> tuple[Any, ...]:
+    _need(bool(values) and all(_is(value, kind) for value in values), key, values)
+    return tuple(values)
+
+
+def _graph(name: str, data: Any) -> Graph:
+    _need(name in get_args(GraphName), "a graph's name", name)
+    graph = Graph(**data)
+    _need(_is(graph.model, str) and (graph.params is None or _is(graph.params, str)), f"graph {name}", data)
+    return graph
+
+
+def _file_record(name: str, data: Any) -> FileRecord:
+    record = FileRecord(**data)
+    _need(_is(record.sha256, str) and _is(record.bytes, int), f"the record of {name}", data)
+    return record
+
+
+def _tensor_spec(data: Any) -> TensorSpec:
+    spec = TensorSpec(**{**data, "shape": tuple(data["shape"])})
+    _need(_is(spec.name, str) and _is(spec.dtype, str) and len(spec.shape) >= 1, "a tensor", data)
+    _need(all(size is None or (_is(size, int) and size > 0) for size in spec.shape), "a tensor's shape", data["shape"])
+    return spec
 
 
 @dataclass(frozen=True)
@@ -187,7 +234,13 @@ class Bundle:
         """Hash every file again. Raises `BundleError` naming the first that changed."""
         self._check_files()
         for name, record in self.manifest.files.items():
-            if sha256(self.directory / name) != record.sha256:
+            try:
+                same = sha256(self.directory / name) == record.sha256
+            except OSError as error:
+                raise BundleError(
+                    f"{self.directory / name} cannot be read: {error.strerror or error}", "Copy the bundle again."
+                ) from error
+            if not same:
                 raise BundleError(
                     f"{self.directory / name} has changed since the bundle was made",
                     "Export the bundle again, or restore the file.",
@@ -208,7 +261,12 @@ class Bundle:
                 "Move them elsewhere: a bundle holds nothing but what its manifest lists.",
             )
         for name, record in expected.items():
-            size = (self.directory / name).stat().st_size
+            try:
+                size = (self.directory / name).stat().st_size
+            except OSError as error:  # a symbolic link to nothing
+                raise BundleError(
+                    f"{self.directory / name} cannot be read: {error.strerror or error}", "Copy the bundle again."
+                ) from error
             if size != record.bytes:
                 raise BundleError(
                     f"{self.directory / name} has {size} bytes, {record.bytes} expected",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from gfldeploy._quiet import quiet
@@ -33,7 +36,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     package = module.partition(".")[0]
     command = _TWO_WHEELS.get(package, f"uv sync --extra {extra} (in a checkout of gfldeploy)")
     try:
-        with quiet():
+        with quiet(), _own_sigterm():
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == package:
@@ -43,6 +46,18 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise _broken(package, purpose, command, error) from error
     except (ImportError, OSError, AttributeError) as error:  # a shared library that is missing, or versions that clash
         raise _broken(package, purpose, command, error) from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Paddle installs its own in C, under which nothing is cleaned up."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # not the main thread
+            if callable(handler):
+                signal.signal(signal.SIGTERM, handler)
 
 
 def _broken(package: str, purpose: str, command: str, error: Exception) -> MissingDependencyError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -17,11 +19,21 @@ from typing import Any
 
 from gfldeploy.errors import OutputError
 
-__all__ = ["atomic_directory", "read_json", "sha256", "write_json", "write_text"]
+__all__ = [
+    "atomic_directory",
+    "check_target",
+    "native_writes",
+    "read_json",
+    "sha256",
+    "terminate_as_interrupt",
+    "write_json",
+    "write_text",
+]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PARTIAL = ".partial-"
+_PROBE_BYTES = 1 << 16
 
 
 def sha256(path: Path) -> str:
@@ -54,66 +66,236 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file. Raises `OSError` and `ValueError`: the caller knows what the file was for."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def check_target(target: Path, *, force: bool = False) -> None:
+    """Raise `OutputError` if `atomic_directory` would refuse `target`: worth asking before long work."""
+    target = _absolute(target)
+    try:
+        if not os.path.lexists(target):
+            return
+        if target.is_symlink() or not target.is_dir():
+            kind = "a symbolic link" if target.is_symlink() else "a file"
+            raise OutputError(f"{target} is {kind}, which is never replaced", "Choose another --output.")
+        if not force:
+            raise OutputError(f"{target} exists already", "Choose another --output, or add --force to replace it.")
+        if any(target.iterdir()) and not _is_ours(target):
+            raise OutputError(
+                f"{target} holds files that gfldeploy did not write, so --force does not replace it",
+                "Choose another --output, or empty it yourself.",
+            )
+    except OSError as error:
+        raise _output_error(target, error) from error
 
 
 @contextmanager
 def atomic_directory(target: Path, *, force: bool = False, need_bytes: int = 0) -> Iterator[Path]:
     """Yield an empty directory beside `target` that becomes `target` when the block succeeds.
 
-    `force` replaces an existing directory, exchanging the two in one system call. `need_bytes` is checked against the
-    free space first. On any exception, Ctrl-C and SIGTERM included, what was written is removed and `target` is as it
-    was. Raises `OutputError` for everything the file system refuses.
+    `force` replaces an existing directory that gfldeploy wrote, exchanging the two in one system call. `need_bytes` is
+    checked against the free space first. On any exception, Ctrl-C and SIGTERM included, what was written is removed and
+    `target` is as it was. Raises `OutputError` for everything the file system refuses.
     """
-    target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a symbolic link at the target
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists already", "Choose another --output, or add --force to replace it.")
-    if target.exists() and (not target.is_dir() or target.is_symlink()):
-        raise OutputError(f"{target} is not a directory, so --force does not replace it", "Choose another --output.")
-    if target.exists() and any(target.iterdir()) and not _is_ours(target):
-        raise OutputError(
-            f"{target} holds files that gfldeploy did not write, so --force does not replace it",
-            "Choose another --output, or empty it yourself.",
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
-        free = shutil.disk_usage(target.parent).free
+    target = _absolute(target)
+    check_target(target, force=force)
+    with terminate_as_interrupt(), _parents_of(target), _partial_of(target) as partial:
+        free = shutil.disk_usage(partial).free
         if free < need_bytes:
             raise OutputError(
                 f"{target.parent} has {free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB are needed",
                 "Free some space or choose another --output.",
             )
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}{os.getpid()}-", dir=target.parent))
-    except OSError as error:
-        raise _output_error(target, error) from error
-    try:
-        with _terminate_as_interrupt():
+        try:
             yield partial
-        partial.chmod(0o777 & ~_umask())
-        _publish(partial, target)
-    except OSError as error:
-        if error.errno in _FILESYSTEM_ERRORS:
+        except OSError as error:
+            if error.errno in _FILESYSTEM_ERRORS or _is_below(error.filename, partial):
+                raise _output_error(target, error) from error
+            raise
+        check_target(target, force=force)  # somebody else may have been faster
+        try:
+            partial.chmod(0o777 & ~_umask())
+            _publish(partial, target)
+        except OSError as error:
             raise _output_error(target, error) from error
+
+
+@contextmanager
+def native_writes(directory: Path) -> Iterator[None]:
+    """Around writing to `directory` by code that does not check, or does not say, whether a write failed.
+
+    Paddle and ONNX Runtime leave a file cut short on a full disk, with an error of their own or none. Raises
+    `OutputError` if, afterwards, `directory` takes no more data or holds a file as large as the process may write.
+    """
+    try:
+        yield
+    except Exception:
+        _probe(directory)
         raise
+    _probe(directory)
+
+
+def _probe(directory: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_PROBE_BYTES))
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        sizes = (path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        if limit != resource.RLIM_INFINITY and max(sizes, default=0) >= limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    except OSError as error:
+        raise _output_error(directory, error) from error
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does.
+
+    Does nothing outside the main thread, or where the program handles SIGTERM in its own way.
+    """
+    previous = signal.getsignal(signal.SIGTERM)
+    if previous not in (signal.SIG_DFL, _interrupt):
+        yield
+        return
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        signal.signal(signal.SIGTERM, previous)
 
 
-_FILESYSTEM_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.EEXIST}
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM: for a removal that takes milliseconds. Does nothing outside the main thread."""
+    previous: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+_FILESYSTEM_ERRORS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 def _output_error(target: Path, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     remedy = {
-        errno.ENOSPC: "Free some space or choose another --output.",
         errno.EDQUOT: "Free some of your quota or choose another --output.",
+        errno.EFBIG: "Raise the limit on file sizes (`ulimit -f`), or choose another --output.",
+        errno.ENOSPC: "Free some space or choose another --output.",
     }.get(error.errno or 0, "Choose an --output that you may write to.")
+    # The partial directory is gone by the time this is read: name the target.
+    for part in (target, *target.parents):
+        if _PARTIAL in part.name:
+            target = part.with_name(part.name[1:].rpartition(_PARTIAL)[0])
+            break
     return OutputError(f"cannot write {target}: {reason}", remedy)
 
 
+def _absolute(target: Path) -> Path:
+    return Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a symbolic link at the target
+
+
+def _is_below(name: object, directory: Path) -> bool:
+    return isinstance(name, str) and Path(name).is_relative_to(directory)
+
+
 def _is_ours(directory: Path) -> bool:
-    return any((directory / name).exists() for name in ("manifest.json", "demo.json"))
+    """Whether gfldeploy wrote `directory`: a bundle and nothing beside it, or what `gfldeploy demo` made."""
+    with suppress(OSError, ValueError):
+        note = read_json(directory / "demo.json")
+        return isinstance(note, dict) and "gfldeploy demo" in str(note.get("what"))
+    with suppress(OSError, ValueError):
+        manifest = read_json(directory / "manifest.json")
+        if isinstance(manifest, dict) and "schema" in manifest and isinstance(manifest.get("files"), dict):
+            listed = {directory / name for name in (*manifest["files"], "manifest.json")}
+            return all(path in listed for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return False
+
+
+@contextmanager
+def _parents_of(target: Path) -> Iterator[None]:
+    """Make the directories above `target`; those that were made are removed if the block fails."""
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _remove_empty(missing)
+        raise _output_error(target, error) from error
+    try:
+        yield
+    except BaseException:
+        _remove_empty(missing)
+        raise
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
+
+
+@contextmanager
+def _partial_of(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target`, locked while the block runs and removed, by that name, afterwards.
+
+    The lock ends with the process, however it ends, so that the next run knows what a killed one left: process ids are
+    used again, always the same few in containers, and mean nothing to another machine on a shared file system.
+    """
+    try:
+        _remove_stale(target)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise _output_error(target, error) from error
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not partial.exists():
+            # Another run took it for a stale one, in the instant before it was locked.
+            raise OutputError(f"another gfldeploy is starting to write {target}", "Try again.")
+        yield partial
+    finally:
+        with _uninterrupted():
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what killed runs left beside `target`."""
+    prefix = f".{target.name}{_PARTIAL}"
+    for path in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
+        with suppress(OSError):  # locked by a running process, or gone
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -130,42 +312,16 @@ def _publish(partial: Path, target: Path) -> None:
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
     # A file system without RENAME_EXCHANGE: two renames, undone if the second fails.
-    aside = partial.with_name(partial.name + ".old")
-    target.rename(aside)
-    try:
-        partial.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_stale(target: Path) -> None:
-    """Remove what a killed run of ours left beside `target`."""
-    prefix = f".{target.name}{_PARTIAL}"
-    for path in target.parent.glob(prefix.replace("[", "[[]") + "*"):
-        pid = path.name[len(prefix) :].split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does. Does nothing outside the main thread."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, previous)
+    # Its name is not that of a partial directory: if the process is killed in between, it is all that is left.
+    aside = partial.with_name(partial.name.replace(_PARTIAL, ".replaced-"))
+    with _uninterrupted():
+        target.rename(aside)
+        try:
+            partial.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from gfldeploy.bundle import Bundle, TensorSpec
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import ParityError
+from gfldeploy.errors import BundleError, ParityError
 from gfldeploy.export import parity
 from gfldeploy.files import read_json
 from gfldeploy.macs import count_macs
@@ -17,26 +17,28 @@ from gfldeploy.quant.agreement import Reference, agreement
 
 __all__ = ["describe", "verify"]
 
-# Classes shown by name before the rest is counted.
-_SHOWN = 12
+_PARITY = "parity.json"
 # INT8 engines round differently from each other; a damaged graph finds next to nothing of what the other does.
 _LEAST_AGREEMENT = 0.5
 
 
 def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """What a bundle holds, as JSON-ready data. `size`: height, width in pixels to count MACs at; default: the largest
-    picture that the preprocessing makes."""
+    """What a bundle holds, as JSON-ready data.
+
+    `size`: height, width in pixels of the picture to count MACs at, which is padded as the preprocessing does; default:
+    the largest picture that the preprocessing makes. Raises `BundleError`.
+    """
     manifest = bundle.manifest
     shape = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
+    pad = manifest.preprocess.pad_stride or 1
+    shape = (-(-shape[0] // pad) * pad, -(-shape[1] // pad) * pad)
     onnx_file, _ = bundle.graph("onnx")
-    classes = list(manifest.classes)
-    more = [f"and {len(classes) - _SHOWN} more"] if len(classes) > _SHOWN else []
     return {
         "name": manifest.name,
         "precision": manifest.precision,
         "inputs": [_tensor(spec) for spec in manifest.inputs],
         "outputs": [_tensor(spec) for spec in manifest.outputs],
-        "classes": f"{len(classes)}: {', '.join([*classes[:_SHOWN], *more])}",
+        "classes": list(manifest.classes),
         "parameters": manifest.parameters,
         "macs": {
             "gmac": round(count_macs(onnx_file, *shape, manifest.strides) / 1e9, 3),
@@ -50,14 +52,29 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         },
         "digest": bundle.digest,
         "provenance": dict(manifest.provenance),
-        "parity": read_json(bundle.directory / "parity.json"),
+        "parity": _parity(bundle),
     }
+
+
+def _parity(bundle: Bundle) -> dict[str, Any] | None:
+    """What `parity.json` says, or None where the bundle has none."""
+    if _PARITY not in bundle.manifest.files:
+        return None
+    path = bundle.directory / _PARITY
+    try:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", "Export the bundle again.") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} is no JSON object", "Export the bundle again.")
+    return data
 
 
 def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:
     """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
 
-    FP32: ONNX Runtime against Paddle, at the shapes of the export. INT8: the detections of one engine among the other's.
+    FP32: ONNX Runtime against Paddle, at the shapes of the export. INT8: the detections of one engine among the
+    other's.
     Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
     """
     report("hashing the files")

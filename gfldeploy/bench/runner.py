@@ -151,7 +151,7 @@ def _ask(
     asked, errors = directory / "request.json", directory / "stderr"
     asked.write_text(json.dumps({"kind": kind, "request": plain(request)}), encoding="utf-8")
     # Files rather than pipes: a worker that neither reads nor stops writing cannot block this process. What engines
-    # print on stdout goes nowhere. A session of its own makes the worker's process group ours to kill.
+    # print on stdout goes nowhere. The process group of its own is there to be killed whole.
     with asked.open("rb") as stdin, errors.open("wb") as stderr:
         process = subprocess.Popen(
             command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
@@ -163,9 +163,8 @@ def _ask(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if not in_time:
-        return _Failure(
-            f"it took longer than {timeout_s:g} s", "raise --cell-timeout, or use smaller batches or inputs"
-        )
+        remedy = "raise the cell timeout, or use smaller batches or inputs"
+        return _Failure(f"it took longer than {timeout_s:g} s", remedy)
     if process.returncode:
         return _Failure(_exit_reason(process.returncode, errors), None)
     return _read_answer(request.result)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.timing import median, percentile
 
-__all__ = ["Row", "rows"]
+__all__ = ["Row", "images_per_s", "rows"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _row(cell: CellResult) -> Row:
         batch_size=cell.batch_size,
         latency_ms=median(latency_ms) if ok else None,
         p90_ms=percentile(latency_ms, 90) if ok else None,
-        images_per_s=_images_per_s(cell) if ok else None,
+        images_per_s=images_per_s(cell) if ok else None,
         ap=cell.accuracy.ap if ok and cell.accuracy else None,
         low_precision=_low_precision(cell) if ok else None,
         memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in cell.runs) if ok else None,
@@ -56,7 +56,8 @@ def _row(cell: CellResult) -> Row:
     )
 
 
-def _images_per_s(cell: CellResult) -> float:
+def images_per_s(cell: CellResult) -> float:
+    """Completed images by wall time, over all rounds of a measured cell."""
     return sum(run.samples.images for run in cell.runs) / sum(run.samples.wall_s for run in cell.runs)
 
 

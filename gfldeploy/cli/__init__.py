@@ -15,6 +15,7 @@ import click
 
 from gfldeploy import __version__
 from gfldeploy.errors import GfldeployError
+from gfldeploy.files import terminate_as_interrupt
 
 __all__ = ["cli", "main"]
 
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Paddle's C++ side logs its progress to stderr unless told not to, and only listens before it is loaded.
     os.environ.setdefault("GLOG_minloglevel", "2")
     try:
-        result = cli.main(args=arguments, prog_name="gfldeploy", standalone_mode=False)
+        with terminate_as_interrupt():
+            result = cli.main(args=arguments, prog_name="gfldeploy", standalone_mode=False)
     except GfldeployError as error:
         _fail(str(error), 2)
     except click.exceptions.NoArgsIsHelpError as error:

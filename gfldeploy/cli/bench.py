@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gfldeploy.cli.console import console, stages
+from gfldeploy.cli.console import stages
 from gfldeploy.cli.options import CommaSeparated, threads_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import ENGINES
-from gfldeploy.errors import DataError, EngineError, GfldeployError, OutputError
+from gfldeploy.errors import EngineError, OutputError
 
 if TYPE_CHECKING:
     from gfldeploy.bench.matrix import Plan
-    from gfldeploy.bench.results import BenchResults
-    from gfldeploy.bench.table import Row
-    from gfldeploy.bundle import Bundle
 
 __all__ = ["command"]
 
@@ -88,48 +83,42 @@ def command(
     is listed with the reason. Latencies are of the network alone, on real images; preprocessing and NMS are recorded
     apart. mAP is measured at batch 1, once for each engine and precision.
     """
-    from gfldeploy.bench.matrix import plan as make_plan
-    from gfldeploy.bench.results import BenchResults, DataDescription, Settings
-    from gfldeploy.bench.runner import AccuracyData, run_plan
-    from gfldeploy.bench.table import rows
-    from gfldeploy.files import sha256
-    from gfldeploy.images.coco import CocoDataset
-    from gfldeploy.machine import describe_machine
+    from gfldeploy.bench.session import BenchRequest, prepare, run
+    from gfldeploy.cli.results import show_results
 
     _check_output(output, force)
-    opened = _open(bundles)
-    timed = CocoDataset.load(data, images, limit)
-    evaluated = _accuracy_data(data, images, accuracy_limit, opened) if accuracy else None
-    plan = make_plan(opened, engines, precisions, batch_sizes, device, threads)
-    _show_plan(plan)
-    if not plan.cells:
-        first = plan.skipped[0]
-        raise EngineError(f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}", first.remedy)
-    settings = Settings(min_seconds, min_count)
-    stage = stages()
-    cells = run_plan(
-        plan,
-        [image.path for image in timed.images],
-        settings,
-        AccuracyData(data, images, accuracy_limit) if accuracy else None,
-        cell_timeout,
-        lambda done, total, description: stage(f"{min(done + 1, total)}/{total} {description}"),
-    )
-    results = BenchResults(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        data=DataDescription(sha256(data), len(timed.images), evaluated),
-        settings=settings,
-        cells=cells,
-    )
-    results.write(output)
-    _show_results(results, rows(results))
-    click.echo(f"Wrote {output}")
-    if not any(cell.status == "ok" for cell in cells):
-        failed = next(cell for cell in cells if cell.status == "failed")
-        raise EngineError(
-            f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}", failed.remedy
+    prepared = prepare(
+        BenchRequest(
+            bundles=bundles,
+            annotations=data,
+            image_dir=images,
+            engines=engines,
+            precisions=precisions,
+            batch_sizes=batch_sizes,
+            device=device,
+            threads=threads,
+            min_seconds=min_seconds,
+            min_count=min_count,
+            timed_images=limit,
+            accuracy=accuracy,
+            accuracy_images=accuracy_limit,
+            cell_timeout_s=cell_timeout,
         )
+    )
+    _show_plan(prepared.plan)
+    if not prepared.plan.cells:
+        first = prepared.plan.skipped[0]
+        problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
+        raise EngineError(problem, _sentence(first.remedy))
+    stage = stages()
+    results = run(prepared, lambda done, total, description: stage(f"{min(done + 1, total)}/{total} {description}"))
+    results.write(output)
+    show_results(results)
+    click.echo(f"Wrote {output}")
+    if not any(cell.status == "ok" for cell in results.cells):
+        failed = next(cell for cell in results.cells if cell.status == "failed")
+        problem = f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}"
+        raise EngineError(problem, _sentence(failed.remedy))
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -143,41 +132,13 @@ def _check_output(output: Path, force: bool) -> None:
         raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
 
 
-def _open(paths: Sequence[Path]) -> list[Bundle]:
-    """Each bundle once, whatever ways its path is written in."""
-    from gfldeploy.bundle import Bundle
-
-    unique: dict[Path, Path] = {}
-    for path in paths:
-        unique.setdefault(path.resolve(), path)
-    # A path such as "." has no last part to name the bundle by.
-    return [Bundle.open(path if path.name not in ("", "..") else resolved) for resolved, path in unique.items()]
-
-
-def _accuracy_data(data: Path, images: Path | None, limit: int | None, bundles: Sequence[Bundle]) -> int:
-    """The number of images for mAP; raises `DataError` now for what would fail in every cell later."""
-    from gfldeploy.images.coco import CocoDataset
-
-    dataset = CocoDataset.load(data, images, limit)
-    if not dataset.annotations:
-        raise DataError(f"{data} has no boxes to measure mAP against", "Add --no-accuracy to measure speed alone.")
-    for bundle in bundles:
-        try:
-            dataset.class_to_category(bundle.manifest.classes)
-        except DataError as error:
-            raise DataError(
-                f"{bundle.directory}: {error.problem}", f"{error.remedy} Or add --no-accuracy to measure speed alone."
-            ) from error
-    return len(dataset.images)
-
-
 def _show_plan(plan: Plan) -> None:
     """What will run and what will not, on stderr."""
 
     def model(cell: Any) -> str:
         return f"{cell.engine:12} {cell.precision:5} {cell.bundle.name}"
 
-    click.echo(f"Plan: {len(plan.cells)} cells to measure.", err=True)
+    click.echo(f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure.", err=True)
     for name, cells in groupby(plan.cells, model):
         click.echo(f"  run   {name}, batch {', '.join(str(cell.batch_size) for cell in cells)}", err=True)
     for item in plan.skipped:
@@ -186,40 +147,6 @@ def _show_plan(plan: Plan) -> None:
         click.echo(f"  skip  {item.engine:12} {item.precision:5}{batch} {item.reason}{remedy}", err=True)
 
 
-def _show_results(results: BenchResults, shown: Sequence[Row]) -> None:
-    """The measured cells as a table, then a line for each of the others: reasons are too long for a column."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    threads = results.cells[0].threads
-    table = Table(title=escape(f"{results.machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"))
-    measured = [row for row in shown if row.latency_ms is not None]
-    several = len({row.bundle for row in measured}) > 1
-    for header in (*(["bundle"] if several else []), "engine", "precision"):
-        table.add_column(header)
-    for header in ("batch", "median ms", "p90 ms", "images/s", "mAP", "low-prec. convs", "memory MB"):
-        table.add_column(header, justify="right")
-    for row in measured:
-        table.add_row(
-            *([escape(row.bundle or "")] if several else []),
-            row.engine,
-            row.precision,
-            str(row.batch_size),
-            _number(row.latency_ms, 2),
-            _number(row.p90_ms, 2),
-            _number(row.images_per_s, 2),
-            _number(row.ap, 3),
-            row.low_precision or "",
-            _number(row.memory_mb, 0),
-        )
-    if measured:
-        console().print(table)
-    for row in shown:
-        if row.note:
-            batch = f" batch {row.batch_size}" if row.batch_size else ""
-            bundle = f" of {row.bundle}" if row.bundle and several else ""
-            click.echo(f"{row.engine} {row.precision}{batch}{bundle}: {row.note}")
-
-
-def _number(value: float | None, decimals: int) -> str:
-    return "" if value is None else f"{value:.{decimals}f}"
+def _sentence(remedy: str | None) -> str | None:
+    """The registry's remedies are clauses; an error's remedy is a sentence."""
+    return f"{remedy[0].upper()}{remedy[1:].rstrip('.')}." if remedy else None

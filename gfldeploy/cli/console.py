@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress", "command_line", "console", "progress_bar", "stages"]
+__all__ = ["Progress", "command_line", "console", "progress_bar", "progress_bars", "stages"]
 
 Progress = Callable[[int, int], None]
 
@@ -56,6 +56,22 @@ def progress_bar(label: str) -> Iterator[Progress]:
 
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback `(label, done, total)` behind one bar at a time, a new one for each new label."""
+    with ExitStack() as stack:
+        current: dict[str, Progress] = {}
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in current:
+                stack.pop_all().close()
+                current.clear()
+                current[label] = stack.enter_context(progress_bar(label))
+            current[label](done, total)
 
         yield advance
 

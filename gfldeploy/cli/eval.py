@@ -13,6 +13,7 @@ from gfldeploy.cli.console import console, progress_bar
 from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, engine_options, json_option
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine
+from gfldeploy.errors import UnsupportedError
 from gfldeploy.images.coco import CocoDataset
 
 __all__ = ["command"]
@@ -42,6 +43,13 @@ def command(
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     dataset = CocoDataset.load(data, images, limit)
+    fixed = manifest.inputs[0].shape[0]
+    if fixed is not None and (fixed != batch_size or len(dataset.images) % fixed):
+        count = len(dataset.images)
+        remedy = f"Use --batch-size {fixed} --limit {count - count % fixed}." if count >= fixed else "Add images."
+        raise UnsupportedError(
+            f"{bundle} takes batches of {fixed} only, not {count} images in batches of {batch_size}", remedy
+        )
     options = EngineOptions(precision or manifest.precision, device, threads)
     with open_engine(engine, opened, options) as running, progress_bar("evaluating") as progress:
         result = evaluate(running, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size, progress)

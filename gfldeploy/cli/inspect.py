@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +14,14 @@ from gfldeploy.cli.console import console
 from gfldeploy.cli.options import InputShapeType, bundle_argument, json_option
 from gfldeploy.inspection import describe
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 __all__ = ["command"]
+
+# Classes shown by name before the rest is counted.
+_SHOWN = 12
+_INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's codes 0 to 4
 
 
 @click.command("inspect")
@@ -26,19 +34,95 @@ def command(bundle: Path, size: tuple[int | None, int, int] | None, as_json: boo
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), _text(value))
-    console().print(table)
+    sheet = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    sheet.add_column(style="bold", no_wrap=True)
+    sheet.add_column(overflow="fold")
+    for label, text in _rows(facts):
+        sheet.add_row(label, escape(text))
+    console().print(sheet)
+    if facts["parity"]:
+        _show_parity(facts["parity"])
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(_text(item) for item in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    return str(value)
+def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    classes = facts["classes"]
+    more = [f"and {len(classes) - _SHOWN} more"] if len(classes) > _SHOWN else []
+    yield "name", f"{facts['name']}, {facts['precision'].upper()}"
+    yield "digest", facts["digest"]
+    yield "input", "; ".join(facts["inputs"])
+    yield "output", "; ".join(facts["outputs"])
+    yield "classes", f"{len(classes)}: {', '.join([*classes[:_SHOWN], *more])}"
+    yield "network", f"{facts['parameters']:,} parameters, {facts['macs']['gmac']} GMAC at {facts['macs']['at']}"
+    yield "preprocess", _preprocess(facts["preprocess"])
+    yield "nms", _pairs(facts["nms"])
+    yield "size in MB", ", ".join(f"{name} {size}" for name, size in facts["size_on_disk_mb"].items())
+    label = "provenance"
+    for key, value in facts["provenance"].items():
+        yield label, f"{key}: {_pairs(value) if isinstance(value, dict) else value}"
+        label = ""
+
+
+def _preprocess(data: Mapping[str, Any]) -> str:
+    height, width = data["target_size"]
+    steps = [f"resize to {height}x{width}"]
+    if data["fixed"]:
+        steps[0] += " and no other"
+    if data["keep_ratio"]:
+        steps[0] += " keeping the aspect ratio"
+    if data["interp"] < len(_INTERPOLATIONS):
+        steps[0] += f" ({_INTERPOLATIONS[data['interp']]})"
+    if data["is_scale"]:
+        steps.append("scale to 0..1")
+    if data["norm_type"] == "mean_std":
+        steps.append(f"subtract {_numbers(data['mean'])}, divide by {_numbers(data['std'])}")
+    if data["pad_stride"]:
+        steps.append(f"pad to multiples of {data['pad_stride']}")
+    return "; ".join(steps)
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _pairs(data: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} ({_pairs(value)})" if isinstance(value, dict) else f"{key} {value}" for key, value in data.items()
+    )
+
+
+def _show_parity(data: Mapping[str, Any]) -> None:
+    from rich.markup import escape
+
+    click.echo(f"\nLargest differences from {data.get('reference', 'the reference')}:")
+    if "comparisons" in data:
+        table = _table("graph", "engine", "shape", "score", "box, px")
+        for one in data["comparisons"]:
+            shape = f"{one['batch']}x3x{one['height']}x{one['width']}"
+            differences = (f"{one['max_score_difference']:.1e}", f"{one['max_box_difference_px']:.1e}")
+            table.add_row(escape(one["graph"]), escape(one["engine"]), shape, *differences)
+        console().print(table)
+        allowed = data.get("tolerance", {})
+        click.echo(f"Allowed: score {allowed.get('score', 0):.0e}, box {allowed.get('box_px', 0):g} px.")
+    if "engines" in data:
+        table = _table("engine", "score, mean", "score, largest", "detections found again", "convolutions")
+        for name, one in data["engines"].items():
+            table.add_row(
+                escape(name),
+                f"{one['score_difference']:.1e}",
+                f"{one['score_difference_max']:.1e}",
+                f"{one['detections_found']:.1%} of {one['detections']}",
+                _pairs(one["convolutions"]),
+            )
+        console().print(table)
+
+
+def _table(*headers: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in headers:
+        table.add_column(header, no_wrap=True)
+    return table

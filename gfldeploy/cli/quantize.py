@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
-from gfldeploy.cli.console import Progress, command_line, progress_bar, stages
+from gfldeploy.cli.console import command_line, progress_bars, stages
 from gfldeploy.cli.options import DIRECTORY, bundle_argument, force_option, output_option, threads_option
 from gfldeploy.quant.ptq import ALGORITHMS
 from gfldeploy.quant.quantizer import DEFAULT_SAMPLES, QuantizeRequest, calibration_images, quantize_bundle
@@ -40,18 +39,10 @@ def command(
 ) -> None:
     """Make an INT8 bundle from an FP32 one: PaddleSlim's static quantisation on your images.
 
-    One calibration gives the Paddle program for oneDNN and the QDQ ONNX file. Both are compared with FP32 on calibration
-    images before the bundle is published.
+    One calibration gives the Paddle program for oneDNN and the QDQ ONNX file. Both are compared with FP32 on
+    calibration images before the bundle is published.
     """
-    with ExitStack() as stack:
-        bars: dict[str, Progress] = {}
-
-        def progress(label: str, done: int, total: int) -> None:
-            if label not in bars:
-                stack.pop_all().close()
-                bars[label] = stack.enter_context(progress_bar(label))
-            bars[label](done, total)
-
+    with progress_bars() as progress:
         made = quantize_bundle(
             QuantizeRequest(
                 bundle=bundle,

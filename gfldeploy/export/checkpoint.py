@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import CheckpointError
 
-__all__ = ["fit_weights", "load_checkpoint", "random_weights"]
+__all__ = ["fit_weights", "load_checkpoint", "locate_checkpoint", "random_weights"]
 
 _SUFFIXES = (".pdparams", ".pdema")
 _NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own parameter names; the state_dict's names are what matters
@@ -261,7 +261,7 @@ def load_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
     Raises `CheckpointError` when the file is missing, empty, damaged, not a flat dict of number arrays, holds NaN or
     infinity, or names anything to be called or imported that an array does not need.
     """
-    path = _locate(Path(path))
+    path = locate_checkpoint(Path(path))
     try:
         content = _unpickle(path)
         if isinstance(content, dict):
@@ -296,7 +296,8 @@ def _finite(array: NDArray[Any]) -> bool:
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
-def _locate(path: Path) -> Path:
+def locate_checkpoint(path: Path) -> Path:
+    """The file that `path` means, with or without `.pdparams`. Raises `CheckpointError` if there is none."""
     candidates = [path] if path.suffix in _SUFFIXES else [path, path.with_name(path.name + ".pdparams")]
     for candidate in candidates:
         if candidate.is_file():

@@ -20,9 +20,9 @@ from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.errors import ConfigError
 from gfldeploy.export import parity
-from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, random_weights
+from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_checkpoint, random_weights
 from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
-from gfldeploy.files import sha256, write_json, write_text
+from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 
 __all__ = ["ExportRequest", "export_bundle", "open_graph"]
@@ -58,12 +58,12 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
     Raises `ConfigError`, `CheckpointError`, `ParityError`, `OutputError`, `EngineError`, `MissingDependencyError`.
     """
     # What is cheap to refuse is refused before Paddle is imported.
+    check_target(request.output, force=request.force)
     weights = load_checkpoint(request.weights) if request.weights is not None else None
     report("loading Paddle and building the eager model")
-    require("paddle", "paddle", "export")
-    require("ppdet", "export", "export")
-    require("onnxruntime", "onnxruntime", "comparing the ONNX graph with the eager model")
     config = load_detector_config(request.config)
+    require("onnxruntime", "onnxruntime", "comparing the ONNX graph with the eager model")
+    require("paddle2onnx", "export", "writing ONNX")
     preprocess = _preprocess(config, request.input_shape)
     shapes = parity.parity_shapes(preprocess, request.input_shape)
     nms = _nms_params(config)
@@ -138,7 +138,6 @@ def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
 
 def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int | None]) -> Preprocess:
     preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
-    stride = max(config.strides)
     # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
     needed = max(stride for stride in config.strides if stride <= 32)
     pad = preprocess.pad_stride
@@ -152,7 +151,7 @@ def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int
         return preprocess
     if height % needed or width % needed:
         raise ConfigError(
-            f"the input shape {height}x{width} is not a multiple of {needed} px (the coarsest level has stride {stride})",
+            f"the input shape {height}x{width} is not a multiple of {needed} px, the stride of the backbone",
             f"Use {-(-height // needed) * needed}x{-(-width // needed) * needed}.",
         )
     return replace(preprocess, target_size=(height, width), fixed=True)
@@ -224,7 +223,7 @@ def _provenance(request: ExportRequest) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     weights = (
-        {"file": request.weights.name, "sha256": sha256(_weights_file(request.weights))}
+        {"file": request.weights.name, "sha256": sha256(locate_checkpoint(request.weights))}
         if request.weights is not None
         else {"random_seed": request.random_seed or 0}
     )
@@ -234,7 +233,3 @@ def _provenance(request: ExportRequest) -> dict[str, Any]:
         "versions": versions,
         "command": request.command,
     }
-
-
-def _weights_file(path: Path) -> Path:
-    return path if path.suffix == ".pdparams" else path.with_name(path.name + ".pdparams")

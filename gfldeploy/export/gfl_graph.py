@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import paddle  # noqa: TID253
-import paddle.nn.functional as F  # noqa: TID253
+import paddle.nn.functional as F  # noqa: N812, TID253
 from paddle import nn  # noqa: TID253
 
 __all__ = ["GflGraph", "GflNmsGraph", "fold_batch_norm"]
@@ -34,8 +34,8 @@ class GflGraph(nn.Layer):
         self.head = detector.head
         bins = self.head.reg_max + 1
         self.bins = bins
-        # Half of 0..reg_max, and the strides doubled in return, which changes no bit of the result: Paddle's oneDNN INT8
-        # pass takes any constant operand of whole numbers for a quantised weight, and then refuses the program.
+        # Half of 0..reg_max, and the strides doubled in return, which changes no bit of the result: Paddle's oneDNN
+        # INT8 pass takes any constant operand of whole numbers for a quantised weight, and then refuses the program.
         self.half_projection = self.create_parameter(
             [bins, 1], default_initializer=nn.initializer.Assign(np.arange(bins, dtype=np.float32).reshape(bins, 1) / 2)
         )
@@ -137,8 +137,8 @@ def quality(module: Any, distribution: Any) -> Any:
 def fold_batch_norm(detector: Any, image: Any) -> int:
     """Fold every BatchNorm that directly follows a convolution into it, in place; returns how many.
 
-    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with weights scaled by gamma / sqrt(var + eps)
-    per output channel. Which norm follows which convolution is seen in one forward pass over `image`
+    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with weights scaled by
+    gamma / sqrt(var + eps) per output channel. Which norm follows which convolution is seen in one forward pass over `image`
     [N, 3, H, W], so that any backbone works, whatever its attributes are called.
     """
     norms = (nn.BatchNorm, nn.BatchNorm1D, nn.BatchNorm2D, nn.SyncBatchNorm)

@@ -8,7 +8,8 @@ from typing import Any
 
 from gfldeploy._quiet import quiet
 from gfldeploy.dependencies import require
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, GfldeployError
+from gfldeploy.files import native_writes
 
 __all__ = ["OPSET", "convert"]
 
@@ -19,7 +20,9 @@ _DIMENSIONS = {"image": ("N", None, "H", "W"), "scores": ("N", "A", None), "boxe
 
 
 def convert(model: Path, params: Path, output: Path) -> None:
-    """Convert a PIR graph to ONNX at `output`. Raises `EngineError` if paddle2onnx or ONNX Runtime cannot.
+    """Convert a PIR graph to ONNX at `output`.
+
+    Raises `EngineError` if paddle2onnx or ONNX Runtime cannot, `OutputError` if the file cannot be written.
 
     Convolutions keep Paddle's weight names (`conv2d_7.w_0`): calibration finds them by these.
     """
@@ -28,12 +31,17 @@ def convert(model: Path, params: Path, output: Path) -> None:
     paddle2onnx = require("paddle2onnx", "export", "writing ONNX")
     raw = output.with_suffix(".raw.onnx")
     try:
-        with quiet():
+        with native_writes(output.parent), quiet():
             # 'None' is a name here: the default tool sets an environment variable that makes Polygraphy run pip.
             paddle2onnx.export(str(model), str(params), str(raw), opset_version=OPSET, optimize_tool="None")
-        _tidy(raw, output)
+        with native_writes(output.parent):
+            _tidy(raw, output)
+    except GfldeployError:
+        raise
     except Exception as error:
-        raise EngineError(f"{model.name} cannot be converted to ONNX: {error}") from error
+        raise EngineError(
+            f"{model.name} cannot be converted to ONNX: {error}", "Please report this with your config."
+        ) from error
     finally:
         os.environ.pop("POLYGRAPHY_AUTOINSTALL_DEPS", None)
         raw.unlink(missing_ok=True)
@@ -43,9 +51,9 @@ def convert(model: Path, params: Path, output: Path) -> None:
     for value, name in zip(graph.graph.output, ("scores", "boxes"), strict=True):
         _rename(graph, value.name, name)
     for value in (*graph.graph.input, *graph.graph.output):
-        for dimension, name in zip(value.type.tensor_type.shape.dim, _DIMENSIONS[value.name], strict=True):
-            if name and not dimension.dim_value:
-                dimension.dim_param = name
+        for dimension, symbol in zip(value.type.tensor_type.shape.dim, _DIMENSIONS[value.name], strict=True):
+            if symbol and not dimension.dim_value:
+                dimension.dim_param = symbol
     # Intermediate shapes carry paddle2onnx's own dimension names, which contradict the ones given above.
     del graph.graph.value_info[:]
     graph.graph.name, graph.producer_name, graph.producer_version = "gfl", "gfldeploy", ""

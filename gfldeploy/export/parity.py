@@ -31,9 +31,9 @@ __all__ = [
     "parity_shapes",
 ]
 
-# Summing in another order moves FP32 scores by up to 1.5e-5 and boxes by 0.01 px, measured on random weights whose logits
-# spread over several units; real defects (a wrong epsilon, a folded stride, a swapped axis) are orders of magnitude
-# beyond that.
+# Summing in another order moves FP32 scores by up to 1.5e-5 and boxes by 0.01 px, measured on random weights whose
+# logits spread over several units; real defects (a wrong epsilon, a folded stride, a swapped axis) are orders of
+# magnitude beyond that.
 SCORE_TOLERANCE = 5e-5
 BOX_TOLERANCE_PX = 0.05
 
@@ -63,7 +63,7 @@ def parity_shapes(preprocess: Preprocess, fixed: tuple[int | None, int | None, i
     """
     batch, height, width = fixed
     if height and width:
-        return [(batch or n, height, width) for n in ((1, 3) if batch is None else (1, 1))]
+        return [(size, height, width) for size in ((1, 3) if batch is None else (batch,))]
     stride = max(preprocess.pad_stride, 32)
     short, long = sorted(_round_up(side, stride) for side in preprocess.target_size)
     return [(1, 320, 256), (3, 256, 416), (1, max(short, 800), max(long, 1344))]
@@ -121,7 +121,10 @@ def compare(
         if not np.isfinite(expected).all():
             raise ParityError(f"the eager model itself gives NaN or infinite {name}", "Check the checkpoint.")
         if actual.shape != expected.shape:
-            raise ParityError(f"{where} gives {name} {list(actual.shape)}, the eager model {list(expected.shape)}")
+            raise ParityError(
+                f"{where} gives {name} {list(actual.shape)}, the reference {list(expected.shape)}",
+                "The graph must not be deployed. Please report this with your config and package versions.",
+            )
         if not np.isfinite(actual).all():
             raise ParityError(f"{where} gives NaN or infinite {name}", "Please report this with your config.")
         differences.append(float(np.abs(actual.astype(np.float64) - expected).max()))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gfldeploy.errors import ParityError
+from gfldeploy.files import native_writes
 
-__all__ = ["InputShape", "save_paddle_graphs", "save_paddledetection_graph"]
+__all__ = ["InputShape", "save_paddle_graphs", "save_paddledetection_graph", "strip_call_stacks"]
 
 InputShape = tuple[int | None, int | None, int | None]
 
@@ -17,7 +18,8 @@ InputShape = tuple[int | None, int | None, int | None]
 def save_paddle_graphs(layer: Any, directory: Path, shape: InputShape) -> None:
     """Write `model.json` (PIR), `model.pdmodel` (program) and the `model.pdiparams` that both share.
 
-    `shape`: batch, height, width; None is free. Raises `ParityError` if the two formats would need different parameters.
+    `shape`: batch, height, width; None is free. Raises `ParityError` if the two formats would need different
+    parameters, `OutputError` if they cannot be written.
     """
     import paddle
     from paddle.pir_utils import OldIrGuard
@@ -37,6 +39,23 @@ def save_paddle_graphs(layer: Any, directory: Path, shape: InputShape) -> None:
         if not filecmp.cmp(Path(temporary) / "model.pdiparams", directory / "model.pdiparams", shallow=False):
             raise ParityError("the PIR graph and the program have different parameters", "Please report this.")
         (Path(temporary) / "model.pdmodel").rename(directory / "model.pdmodel")
+    strip_call_stacks(directory / "model.pdmodel")
+
+
+def strip_call_stacks(program: Path) -> None:
+    """Drop, in place, the Python call stack that Paddle keeps with every operator of a `.pdmodel`.
+
+    They name the paths of the machine that made the file, and are two thirds of it.
+    """
+    from paddle.base.proto import framework_pb2
+
+    description = framework_pb2.ProgramDesc.FromString(program.read_bytes())
+    for block in description.blocks:
+        for operator in block.ops:
+            kept = [attribute for attribute in operator.attrs if attribute.name != "op_callstack"]
+            del operator.attrs[:]
+            operator.attrs.extend(kept)
+    program.write_bytes(description.SerializeToString(deterministic=True))
 
 
 def save_paddledetection_graph(layer: Any, directory: Path, shape: InputShape) -> None:
@@ -61,5 +80,6 @@ def _save(layer: Any, spec: list[Any], prefix: Path) -> None:
     import paddle
 
     static = paddle.jit.to_static(layer, input_spec=spec, full_graph=True)
-    paddle.jit.save(static, str(prefix))
+    with native_writes(prefix.parent):
+        paddle.jit.save(static, str(prefix))
     prefix.with_suffix(".pdiparams.info").unlink(missing_ok=True)

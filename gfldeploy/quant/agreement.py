@@ -55,7 +55,10 @@ class Reference:
 def agreement(
     references: Sequence[Reference], outputs: Sequence[Mapping[str, NDArray[np.float32]]], nms: NmsParams
 ) -> Agreement:
-    """Compare the outputs of a model, image by image, with the reference's. Raises `ParityError` for NaN or no image."""
+    """Compare the outputs of a model, image by image, with the reference's.
+
+    Raises `ParityError` for NaN or no image.
+    """
     if not references:
         raise ParityError("there is no image to compare INT8 with FP32 on", "Give calibration images.")
     means, largest, confident, found = [], 0.0, 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -13,7 +14,7 @@ __all__ = ["Calibration", "ConvRanges", "OutputRange"]
 
 @dataclass(frozen=True)
 class OutputRange:
-    """The least and greatest value that a convolution gave over the calibration images, ReLU included if one follows."""
+    """The least and greatest value that a convolution gave over the calibration images, after its ReLU if any."""
 
     low: float
     high: float
@@ -23,8 +24,9 @@ class OutputRange:
 class ConvRanges:
     """One convolution, keyed by its weight name.
 
-    `inputs`: the clipping threshold of its input, found by PaddleSlim, and `outputs`: the range of its output, one entry
-    for each time the graph uses the convolution; a head convolution shared by five pyramid levels has five, finest first.
+    `inputs`: the clipping threshold of its input, found by PaddleSlim, and `outputs`: the range of its output, one
+    entry for each time the graph uses the convolution; a head convolution shared by five pyramid levels has five,
+    finest first.
     `weights`: the largest absolute weight of each output channel.
     An integer is round(value / threshold * 127).
     """
@@ -50,14 +52,34 @@ class Calibration:
     def from_dict(cls, data: Any) -> Self:
         """Check and build. Raises `BundleError` where the data is not what `to_dict` gives."""
         try:
-            convolutions = {
-                name: ConvRanges(
-                    tuple(entry["inputs"]),
-                    tuple(OutputRange(**output) for output in entry["outputs"]),
-                    tuple(entry["weights"]),
-                )
-                for name, entry in data["convolutions"].items()
-            }
-            return cls(data["algorithm"], dict(data["images"]), convolutions)
-        except (KeyError, TypeError, AttributeError) as error:
+            convolutions = {name: _ranges(entry) for name, entry in data["convolutions"].items()}
+            images = dict(data["images"])
+            if not all(isinstance(value, str) for value in (data["algorithm"], *images.values())):
+                raise TypeError("the algorithm and the images' digests must be text")
+            return cls(data["algorithm"], images, convolutions)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"calibration.json cannot be read: {error}", "Quantise the bundle again.") from error
+
+
+def _ranges(entry: Mapping[str, Any]) -> ConvRanges:
+    outputs = tuple(OutputRange(**output) for output in entry["outputs"])
+    for output in outputs:
+        if _number(output.low) > _number(output.high):
+            raise ValueError(f"the range {output.low} to {output.high} is empty")
+    return ConvRanges(
+        tuple(_magnitude(value) for value in entry["inputs"]),
+        outputs,
+        tuple(_magnitude(value) for value in entry["weights"]),
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r:.40} is no finite number")
+    return value
+
+
+def _magnitude(value: Any) -> float:
+    if _number(value) < 0:
+        raise ValueError(f"{value} is negative")
+    return float(value)

@@ -1,7 +1,8 @@
 """The range of every convolution's output over the calibration images.
 
 PaddleSlim gives thresholds of convolution inputs. Outputs are observed here, as plain minimum and maximum: the class
-logits of the rare positive cells are their outliers, and clipping those is what makes a quantised detector find nothing.
+logits of the rare positive cells are their outliers, and clipping those is what makes a quantised detector find
+nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def observe_outputs(
 
 
 def _reduce_in_graph(model: Any, tensors: list[str]) -> None:
-    """Replace the graph's outputs by minimum and maximum of each tensor: scalars, instead of gigabytes of activations."""
+    """Replace the graph's outputs by minimum and maximum of each tensor: scalars, not gigabytes of activations."""
     from onnx import TensorProto, helper
 
     del model.graph.output[:]

@@ -7,6 +7,7 @@ activation it samples: all of that ends with the process. The parent talks to it
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -22,9 +23,11 @@ import numpy as np
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import EngineError, GfldeployError
+from gfldeploy.files import native_writes
 
 __all__ = ["ALGORITHMS", "PtqResult", "run_ptq"]
 
+_PR_SET_PDEATHSIG = 1
 ALGORITHMS = ("hist", "avg", "abs_max", "mse")
 
 # Only convolutions: the DFL integral and the box decode must stay in float.
@@ -51,6 +54,14 @@ def run_ptq(
         "algorithm": algorithm,
         "output": str(output),
     }
+    with native_writes(output):
+        _run_child(request, progress)
+    result = json.loads((output / "ranges.json").read_text(encoding="utf-8"))
+    (output / "ranges.json").unlink()
+    return {name: (tuple(inputs), tuple(weights)) for name, (inputs, weights) in result.items()}
+
+
+def _run_child(request: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     environment = os.environ | {"FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "gfldeploy.quant.ptq", json.dumps(request)]
     with subprocess.Popen(
@@ -73,9 +84,6 @@ def run_ptq(
         if code == -signal.SIGKILL:
             problem = "the process was killed, most likely for want of memory"
         raise EngineError(f"PaddleSlim failed: {problem}", "Try another --algo or fewer --samples.")
-    result = json.loads((output / "ranges.json").read_text(encoding="utf-8"))
-    (output / "ranges.json").unlink()
-    return {name: (tuple(inputs), tuple(weights)) for name, (inputs, weights) in result.items()}
 
 
 def _quantize(request: dict[str, Any]) -> None:
@@ -83,6 +91,7 @@ def _quantize(request: dict[str, Any]) -> None:
     import paddle
     from paddleslim.quant import quant_post_static
 
+    from gfldeploy.export.static_graph import strip_call_stacks
     from gfldeploy.images.decode import read_image
 
     preprocess = Bundle.open(Path(request["bundle"])).manifest.preprocess
@@ -117,6 +126,7 @@ def _quantize(request: dict[str, Any]) -> None:
     )
     program, _, _ = paddle.static.load_inference_model(request["output"], executor, **names)
     ranges = _read_ranges(program, paddle.static.global_scope())
+    strip_call_stacks(Path(request["output"]) / names["model_filename"])
     (Path(request["output"]) / "ranges.json").write_text(json.dumps(ranges), encoding="utf-8")
 
 
@@ -142,6 +152,8 @@ def _read_ranges(program: Any, scope: Any) -> dict[str, tuple[list[float], list[
 
 
 if __name__ == "__main__":
+    # A parent that is killed cannot take this process with it: the kernel does.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         _quantize(json.loads(sys.argv[1]))
     except GfldeployError as error:

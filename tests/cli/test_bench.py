@@ -60,7 +60,10 @@ def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capf
         (("--batch-sizes", "1,0"), "'0' is not a whole number from 1"),
         (("--batch-sizes", "1;2"), "'1;2' is not a whole number from 1"),
         (("--batch-sizes", ""), "'' is not a whole number from 1"),
-        (("--precisions", "int8", "--engines", "onnxruntime"), "nothing to run: onnxruntime int8 on cpu: no INT8 bundle"),
+        (
+            ("--precisions", "int8", "--engines", "onnxruntime"),
+            "nothing to run: onnxruntime int8 on cpu: no INT8",
+        ),
         (("--threads", "0"), "0 is not in the range"),
         (("--output", "."), "is a directory"),
         (("--images", "nowhere"), "nowhere is not a directory"),

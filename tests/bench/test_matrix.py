@@ -1,0 +1,108 @@
+"""What a plan runs and what it skips."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gfldeploy.bench import matrix
+from gfldeploy.bench.matrix import Cell, Plan, plan
+from gfldeploy.bundle import Bundle, Graph, TensorSpec
+from gfldeploy.engines import registry
+from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.registry import Capability
+from gfldeploy.errors import UnsupportedError
+
+
+@pytest.fixture(autouse=True)
+def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of what never works stays as it is; what depends on this machine always works."""
+
+    def capability(engine: str, precision: Precision, device: Device) -> Capability:
+        if (engine, precision, device) in registry._NEVER or engine not in registry.ENGINES:
+            return registry.capability(engine, precision, device)
+        return Capability(engine, precision, device)
+
+    monkeypatch.setattr(matrix, "capability", capability)
+
+
+def variant(tiny: Path, name: str, precision: str = "fp32", batch: int | None = None, graphs: str = "onnx") -> Bundle:
+    bundle = Bundle.open(tiny)
+    manifest = replace(
+        bundle.manifest,
+        precision=precision,
+        inputs=(TensorSpec("image", "float32", (batch, 3, None, None)),),
+        graphs={graph: Graph("model") for graph in graphs.split()},
+    )
+    return Bundle(tiny.parent / name, manifest)
+
+
+def labels(result: Plan) -> list[tuple[str, str, str, int]]:
+    return [(cell.bundle.name, cell.engine, cell.precision, cell.batch_size) for cell in result.cells]
+
+
+def test_fp32_and_int8_bundles_run_in_their_own_precisions(tiny_bundle: Path) -> None:
+    fp32 = variant(tiny_bundle, "fp32", graphs="onnx paddle")
+    int8 = variant(tiny_bundle, "int8", "int8", graphs="onnx paddle_program")
+    result = plan([fp32, int8], ["paddle", "onnxruntime"], ["fp32", "fp16", "bf16", "int8"], [1, 2], "cpu", 3)
+    assert labels(result) == [
+        ("fp32", "paddle", "fp32", 1),
+        ("fp32", "paddle", "fp32", 2),
+        ("fp32", "paddle", "bf16", 1),
+        ("fp32", "paddle", "bf16", 2),
+        ("int8", "paddle", "int8", 1),
+        ("int8", "paddle", "int8", 2),
+        ("fp32", "onnxruntime", "fp32", 1),
+        ("fp32", "onnxruntime", "fp32", 2),
+        ("int8", "onnxruntime", "int8", 1),
+        ("int8", "onnxruntime", "int8", 2),
+    ]
+    assert {cell.threads for cell in result.cells} == {3}
+    skipped = [(item.engine, item.precision, item.bundle, item.batch_size) for item in result.skipped]
+    assert skipped == [
+        ("paddle", "fp16", None, None),
+        ("onnxruntime", "fp16", None, None),
+        ("onnxruntime", "bf16", None, None),
+    ]
+    assert "no FP16 convolution" in result.skipped[0].reason and result.skipped[0].remedy
+
+
+def test_a_precision_without_a_bundle_is_skipped_once(tiny_bundle: Path) -> None:
+    bundles = [variant(tiny_bundle, "a"), variant(tiny_bundle, "b")]
+    result = plan(bundles, ["onnxruntime"], ["int8"], [1, 2], "cpu", 1)
+    assert result.cells == ()
+    (skipped,) = result.skipped
+    assert skipped.reason == "no INT8 bundle was given" and "gfldeploy quantize" in (skipped.remedy or "")
+    (skipped,) = plan([variant(tiny_bundle, "q", "int8")], ["onnxruntime"], ["fp32"], [1], "cpu", 1).skipped
+    assert skipped.reason == "no FP32 bundle was given" and "gfldeploy export" in (skipped.remedy or "")
+
+
+def test_several_bundles_of_one_precision_are_compared(tiny_bundle: Path) -> None:
+    bundles = [variant(tiny_bundle, "a"), variant(tiny_bundle, "b")]
+    result = plan(bundles, ["onnxruntime"], ["fp32"], [1], "cpu", 1)
+    assert labels(result) == [("a", "onnxruntime", "fp32", 1), ("b", "onnxruntime", "fp32", 1)]
+
+
+def test_a_missing_graph_and_a_fixed_batch_are_reasons(tiny_bundle: Path) -> None:
+    bundle = variant(tiny_bundle, "fixed", batch=2)
+    result = plan([bundle], ["paddle", "onnxruntime"], ["fp32"], [1, 2], "cpu", 1)
+    assert labels(result) == [("fixed", "onnxruntime", "fp32", 2)]
+    no_graph, wrong_batch = result.skipped
+    assert (no_graph.engine, no_graph.reason) == ("paddle", "the bundle fixed has no paddle graph")
+    assert (wrong_batch.batch_size, wrong_batch.reason) == (1, "the bundle fixed is made for batches of 2")
+
+
+def test_an_unknown_engine(tiny_bundle: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no engine 'tensorflow'"):
+        plan([variant(tiny_bundle, "a")], ["tensorflow"], ["fp32"], [1], "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"engine": "x"}, {"precision": "int4"}, {"device": "tpu"}, {"batch_size": 0}, {"threads": 0}]
+)
+def test_impossible_cells(change: dict[str, object]) -> None:
+    cell = Cell(Path("bundle"), "onnxruntime", "fp32", "cpu", 1, 1)
+    with pytest.raises(ValueError):
+        replace(cell, **change)

@@ -1,0 +1,155 @@
+"""`results.json` there and back, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.results import (
+    SCHEMA,
+    BenchResults,
+    BundleIdentity,
+    CellResult,
+    DataDescription,
+    Run,
+    Settings,
+)
+from gfldeploy.bench.table import rows
+from gfldeploy.bench.timing import Samples
+from gfldeploy.errors import DataError, OutputError
+from gfldeploy.machine import describe_machine
+
+RUN = Run(
+    samples=Samples((10.0, 12.0, 20.0), (50.0,), batch_size=2, wall_s=0.05),
+    engine_version="1.2.3",
+    load_s=0.5,
+    first_inference_ms=60.0,
+    peak_rss_mb=300.0,
+    inputs_mb=20.0,
+    decode_ms=(1.0, 2.0),
+    preprocess_ms=(3.0, 4.0),
+    postprocess_ms=(0.5,),
+    convolutions={"fp32": 1, "int8": 52},
+    padding_ratio=1.25,
+)
+OK = CellResult(
+    bundle=BundleIdentity("tiny", "tiny_dir", "ab" * 32),
+    engine="onnxruntime",
+    precision="int8",
+    device="cpu",
+    batch_size=2,
+    threads=1,
+    status="ok",
+    reason=None,
+    remedy=None,
+    runs=(RUN, replace(RUN, samples=Samples((14.0,), (), batch_size=2, wall_s=0.03), peak_rss_mb=310.0)),
+    accuracy=Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9),
+    accuracy_reason=None,
+)
+FAILED = replace(OK, status="failed", reason="it crashed", runs=(RUN,), accuracy=None)
+SKIPPED = replace(
+    OK, bundle=None, batch_size=None, status="skipped", reason="it cannot", remedy="Try x.", runs=(), accuracy=None
+)
+
+
+@pytest.fixture
+def results() -> BenchResults:
+    return BenchResults(
+        created="2026-01-01T00:00:00+00:00",
+        machine=describe_machine(),
+        data=DataDescription("cd" * 32, 6, None),
+        settings=Settings(2.0, 10),
+        cells=(OK, FAILED, SKIPPED),
+    )
+
+
+def test_there_and_back(results: BenchResults, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    results.write(path)
+    assert BenchResults.read(path) == results
+    assert next(iter(json.loads(path.read_text()))) == "schema"
+
+
+def test_the_host_name_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "node", lambda: pytest.fail("asked for the host name"))
+    machine = describe_machine()
+    assert machine.cpu and machine.threads >= 1 and machine.memory_gb > 0
+    assert machine.packages["numpy"] and "paddlepaddle-gpu" not in {k for k, v in machine.packages.items() if not v}
+
+
+def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
+    def apply(data: dict[str, Any]) -> None:
+        *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
+        target: Any = data
+        for key in parents:
+            target = target[key]
+        target[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change("schema", SCHEMA + 1), "schema 2"),
+        (change("schema", None), "no schema number"),
+        (change("surprise", 1), "results has unknown keys: surprise"),
+        (change("cells.0.runs.0.surprise", 1), r"results.cells\[0\].runs\[0\] has unknown keys: surprise"),
+        (lambda data: data["cells"][0].pop("engine"), r"results.cells\[0\] lacks engine"),
+        (change("cells.0.status", "fine"), "must be one of ok, failed, skipped"),
+        (change("cells.0.threads", "2"), "threads must be of type int, not '2'"),
+        (change("cells.0.threads", True), "threads must be of type int"),
+        (change("cells.0.runs.0.samples.latency_ms", ["fast"]), r"latency_ms\[0\] must be a finite number"),
+        (change("cells.0.runs.0.samples.latency_ms", []), "at least one latency"),
+        (change("cells.0.runs.0.load_s", float("nan")), "load_s must be a finite number"),
+        (change("cells.0.runs", {}), "runs must be a list"),
+        (change("cells.0.runs", []), "needs runs"),
+        (change("cells.1.reason", None), "has a reason unless"),
+        (change("machine", 3), "results.machine must be an object"),
+        (change("machine.packages", {"numpy": 2}), "packages.numpy must be of type str"),
+        (change("settings.rounds", 0), "rounds must be at least 1"),
+    ],
+)
+def test_refuses(edit: Callable[[dict[str, Any]], object], message: str, results: BenchResults, tmp_path: Path) -> None:
+    data = copy.deepcopy(results.to_dict())
+    edit(data)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=message) as caught:
+        BenchResults.read(path)
+    assert str(path) in str(caught.value) and caught.value.remedy
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+def test_refuses_what_is_no_result_at_all(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=r"results\.json"):
+        BenchResults.read(path)
+
+
+def test_an_output_that_cannot_be_written(results: BenchResults, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        results.write(tmp_path / "file" / "results.json")
+
+
+def test_rows(results: BenchResults) -> None:
+    ok, failed, skipped = rows(results)
+    assert ok.latency_ms == 13.0  # of 10, 12, 20 and 14: both rounds
+    assert ok.p90_ms == pytest.approx(18.2)
+    assert ok.images_per_s == pytest.approx(8 / 0.08)
+    assert (ok.ap, ok.low_precision, ok.memory_mb, ok.note) == (0.5, "52/53", 290.0, None)
+    assert (failed.latency_ms, failed.note) == (None, "failed: it crashed")
+    assert (skipped.bundle, skipped.batch_size, skipped.note) == (None, None, "skipped: it cannot; Try x")
+    (no_accuracy,) = rows(replace(results, cells=(replace(OK, accuracy=None, accuracy_reason="no boxes"),)))
+    assert no_accuracy.note == "no mAP: no boxes"

@@ -109,7 +109,8 @@ class Manifest:
             for key, kind in _KINDS.items():
                 _need(_is(data[key], kind), key, data[key])
             _need(data["precision"] in ("fp32", "int8"), "precision", data["precision"])
-            _need(bool(data["inputs"]), "inputs", data["inputs"])
+            for key in ("graphs", "inputs", "outputs"):
+                _need(bool(data[key]), key, data[key])
             return cls(
                 **{
                     **data,

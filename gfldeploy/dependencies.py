@@ -12,14 +12,14 @@ from types import ModuleType
 from gfldeploy._quiet import quiet
 from gfldeploy.errors import MissingDependencyError
 
-__all__ = ["require"]
+__all__ = ["INSTALL_ENGINE", "require"]
 
-# Packages that come as two wheels of the same module: the user has to choose.
-_TWO_WHEELS = {
-    "paddle": (
-        "pip install 'gfldeploy[paddle]' (CPU), or install the paddlepaddle-gpu wheel from Paddle's own index (GPU)"
-    ),
-    "onnxruntime": "pip install 'gfldeploy[onnxruntime]' (CPU) or pip install 'gfldeploy[onnxruntime-gpu]' (GPU)",
+# How to get each engine, by module and device. The CPU and the GPU wheel of an engine are one module: the user chooses.
+INSTALL_ENGINE: dict[tuple[str, str], str] = {
+    ("paddle", "cpu"): "pip install paddlepaddle==3.2.2",
+    ("paddle", "gpu"): "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+    ("onnxruntime", "cpu"): "pip install onnxruntime",
+    ("onnxruntime", "gpu"): "pip uninstall onnxruntime, then pip install onnxruntime-gpu",
 }
 
 
@@ -34,7 +34,9 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     if loaded is not None:
         return loaded
     package = module.partition(".")[0]
-    command = _TWO_WHEELS.get(package, f"uv sync --extra {extra} (in a checkout of gfldeploy)")
+    command = f"uv sync --no-dev --inexact --extra {extra} (in a checkout of gfldeploy)"
+    if (package, "cpu") in INSTALL_ENGINE:
+        command = f"{INSTALL_ENGINE[package, 'cpu']} (CPU), or {INSTALL_ENGINE[package, 'gpu']} (GPU)"
     try:
         with quiet(), _own_sigterm():
             return importlib.import_module(module)

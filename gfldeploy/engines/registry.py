@@ -13,6 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.dependencies import INSTALL_ENGINE
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Engine, EngineOptions, Precision
 from gfldeploy.errors import UnsupportedError
 
@@ -36,12 +37,6 @@ ENGINES: dict[str, str] = {
 _DISTRIBUTIONS = {
     "paddle": ("paddlepaddle", "paddlepaddle-gpu"),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-}
-_INSTALL = {
-    ("paddle", "cpu"): "pip install 'gfldeploy[paddle]'",
-    ("paddle", "gpu"): "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
-    ("onnxruntime", "cpu"): "pip install 'gfldeploy[onnxruntime]'",
-    ("onnxruntime", "gpu"): "pip uninstall onnxruntime, then pip install 'gfldeploy[onnxruntime-gpu]'",
 }
 # What no installation changes: the engine has no such kernels, or gfldeploy makes no such file yet.
 _NEVER: dict[tuple[str, Precision, Device], tuple[str, str]] = {
@@ -97,9 +92,9 @@ def capability(engine: str, precision: Precision, device: Device) -> Capability:
             engine, precision, device, "no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU"
         )
     if util.find_spec(engine) is None:
-        return Capability(engine, precision, device, f"{engine} is not installed", _INSTALL[engine, device])
+        return Capability(engine, precision, device, f"{engine} is not installed", INSTALL_ENGINE[engine, device])
     if device == "gpu" and not _installed(_DISTRIBUTIONS[engine][1]):
-        return Capability(engine, precision, device, f"the CPU build of {engine} is installed", _INSTALL[engine, "gpu"])
+        return Capability(engine, precision, device, f"the CPU build of {engine} is installed", INSTALL_ENGINE[engine, "gpu"])
     flags = cpu_flags()
     note = None
     if device == "cpu" and precision == "bf16" and not flags & {"avx512_bf16", "amx_bf16"}:

@@ -138,8 +138,8 @@ def fold_batch_norm(detector: Any, image: Any) -> int:
     """Fold every BatchNorm that directly follows a convolution into it, in place; returns how many.
 
     y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with weights scaled by
-    gamma / sqrt(var + eps) per output channel. Which norm follows which convolution is seen in one forward pass over `image`
-    [N, 3, H, W], so that any backbone works, whatever its attributes are called.
+    gamma / sqrt(var + eps) per output channel. Which norm follows which convolution is seen in one forward pass over
+    `image` [N, 3, H, W], so that any backbone works, whatever its attributes are called.
     """
     norms = (nn.BatchNorm, nn.BatchNorm1D, nn.BatchNorm2D, nn.SyncBatchNorm)
     produced: dict[int, Any] = {}  # id of a convolution's output -> (convolution, output kept alive so ids stay unique)

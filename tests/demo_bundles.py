@@ -1,0 +1,144 @@
+"""The demo detector as real bundles, made once for all tests, and the command line in processes of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from gfldeploy import demo
+
+SEED = 0
+STAGE = re.compile(r"\[ *\d+\.\d s\] .*")
+
+# Fails at the first attempt to reach anything: what is downloaded would come from there.
+NO_NETWORK = """
+import sys
+def no_network(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
+        sys.stderr.write(f"network: {event} {arguments}\\n")
+        sys.stderr.flush()
+        import os
+        os._exit(99)
+sys.addaudithook(no_network)
+"""
+
+
+def command(arguments: Sequence[object], before: str, folder: Path) -> list[str]:
+    """The command line that runs gfldeploy with `arguments`, after the Python code `before`."""
+    # A file, since Paddle reads the source of what it traces.
+    script = folder / "gfldeploy"
+    script.write_text(f"{before}\nfrom gfldeploy.cli import main\nmain()\n")
+    return [sys.executable, str(script), *map(str, arguments)]
+
+
+def run(
+    *arguments: object, folder: Path, before: str = "", cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `gfldeploy` in a process of its own; `folder` is for its script."""
+    return subprocess.run(
+        command(arguments, before, folder), capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}
+    )
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a refused command ends with, after its progress."""
+    return refusal_in(done.returncode, done.stdout, done.stderr)
+
+
+def refusal_in(code: int | str | None, out: str, err: str) -> str:
+    *stages, message = err.splitlines()
+    assert [line for line in stages if not STAGE.fullmatch(line)] == [], err
+    assert message.startswith("Error: "), err
+    assert code == 2, err
+    assert out == ""
+    # What is wrong, a full stop, and what to do about it.
+    assert re.search(r"[^.]\. \S.{5}", message), message
+    return message
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    """Everything below a directory, with its content."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
+
+
+def export_arguments(config: Path) -> tuple[object, ...]:
+    return ("export", "-c", config, "--random-weights", SEED, "--with-nms")
+
+
+def write_config(folder: Path, text: str = "", name: str = "gfl_demo.yml") -> Path:
+    """The demo's config with `text` on top."""
+    path = folder / name
+    path.write_text(f"_BASE_: ['{demo.config_path()}']\n{text}\n")
+    return path
+
+
+@functools.cache
+def exported(factory: pytest.TempPathFactory) -> Path:
+    """An FP32 bundle with random weights and PaddleDetection's graph. Read it, do not change it.
+
+    Its config asks for pretrained weights from the network, and the process that makes it has none.
+    """
+    folder = factory.mktemp("exported")
+    config = write_config(folder, "pretrain_weights: https://example.invalid/weights.pdparams")
+    done = run(*export_arguments(config), "-o", folder / "fp32", folder=folder, before=NO_NETWORK, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{folder / 'fp32'}\n"
+    return folder / "fp32"
+
+
+@functools.cache
+def pictures(factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of every kind that is read: see `write_pictures`."""
+    folder = factory.mktemp("pictures")
+    write_pictures(folder)
+    return folder
+
+
+def write_pictures(folder: Path) -> list[str]:
+    """Write one picture, 120x200, as colour, grey, RGBA, 16-bit, CMYK and EXIF-rotated files; returns their names."""
+    picture = np.full((120, 200, 3), 60, np.uint8)
+    for index in range(8):
+        corner = (20 * index, 10 * index)
+        cv2.rectangle(picture, corner, (corner[0] + 40, corner[1] + 30), (30 * index, 255 - 20 * index, 90), -1)
+    grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+    files = {
+        "colour.jpg": picture,
+        "grey.jpg": grey,
+        "grey.png": grey,
+        "rgba.png": cv2.cvtColor(picture, cv2.COLOR_BGR2BGRA),
+        "sixteen.png": picture.astype(np.uint16) * 257,
+    }
+    for name, content in files.items():
+        assert cv2.imwrite(str(folder / name), content)
+    jpeg = (folder / "colour.jpg").read_bytes()
+    # An APP1 segment with one Exif tag: orientation 6, to be turned by 90 degrees.
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    (folder / "turned.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:])
+    names = [*files, "turned.jpg"]
+    image_module = pytest.importorskip("PIL.Image", reason="Pillow writes the CMYK file")
+    image_module.fromarray(picture[..., ::-1].copy()).convert("CMYK").save(folder / "cmyk.jpg")
+    return [*names, "cmyk.jpg"]
+
+
+@functools.cache
+def quantized(factory: pytest.TempPathFactory) -> Path:
+    """The INT8 bundle of `exported`, calibrated on `pictures`. Read it, do not change it."""
+    folder = factory.mktemp("quantized")
+    data = pictures(factory)
+    samples = len(list(data.iterdir()))
+    arguments = ("quantize", exported(factory), "--data", data, "--samples", samples, "--algo", "abs_max")
+    done = run(*arguments, "-o", folder / "int8", folder=folder, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "int8"

@@ -1,0 +1,164 @@
+"""`gfldeploy export` on the demo detector: what it publishes is right, says nothing of this machine, and runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import demo_bundles
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from gfldeploy import demo
+from gfldeploy.bundle import Bundle
+from gfldeploy.demo.dataset import CLASSES
+
+pytest.importorskip("ppdet")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read it, do not change it."""
+    return demo_bundles.exported(tmp_path_factory)
+
+
+def rehash(directory: Path) -> None:
+    """Let the manifest agree with the files again, as somebody who tampers with them would."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, record in manifest["files"].items():
+        content = (directory / name).read_bytes()
+        record |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_bundle_is_described_and_verified(bundle: Path, tmp_path: Path) -> None:
+    described = demo_bundles.run("inspect", bundle, "--json", "--size", "64x128", folder=tmp_path)
+    facts = json.loads(described.stdout)
+    assert facts["classes"] == list(CLASSES)
+    assert facts["inputs"] == ["image float32 [?, 3, ?, ?]"]
+    assert set(facts["size_on_disk_mb"]) == {"paddle", "paddle_program", "onnx", "paddledetection"}
+    assert facts["parameters"] < 1_900_000  # as gfl_demo.yml promises
+    assert facts["macs"]["at"] == "64x128"
+    compared = {(one["graph"], one["batch"]) for one in facts["parity"]["comparisons"]}
+    assert compared == {(graph, batch) for graph in ("paddle", "paddle_program", "onnx") for batch in (1, 3)}
+    sheet = demo_bundles.run("inspect", bundle, folder=tmp_path).stdout
+    assert max(map(len, sheet.splitlines())) <= 120
+    for text in ("resize to 320x512 keeping the aspect ratio", "6: disc, ring", "weights: random_seed 0", "3x3x256x416"):
+        assert text in sheet
+    verified = demo_bundles.run("verify", bundle, folder=tmp_path)
+    assert verified.returncode == 0, verified.stderr
+    assert "files are as they were made" in verified.stdout
+
+
+def test_nothing_in_the_bundle_names_this_machine(bundle: Path) -> None:
+    package, home = Path(demo.__file__).parents[2], Path(sys.prefix)
+    found = {
+        (name, path)
+        for name, content in demo_bundles.snapshot(bundle).items()
+        for path in (bundle.parent, package, home, Path.home() / ".", "site-packages")
+        if content and os.fsencode(path) in content
+    }
+    assert {entry for entry in found if entry[1] != Path("/")} == set()
+    provenance = Bundle.open(bundle).manifest.provenance
+    assert provenance["weights"] == {"random_seed": demo_bundles.SEED}
+    assert provenance["command"].startswith("gfldeploy export -c gfl_demo.yml --random-weights 0")
+
+
+def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "fixed"
+    arguments = ("export", "-c", demo.config_path(), "--random-weights", 1, "--input-shape", "320x416", "-o", output)
+    done = demo_bundles.run(*arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Bundle.open(output).manifest.inputs[0].shape == (None, 3, 320, 416)
+    data = json.loads(tiny_coco.read_text())
+    data["categories"] = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
+    (tmp_path / "annotations.json").write_text(json.dumps(data))
+    shutil.copytree(tiny_coco.parent / "images", tmp_path / "images")
+    assert {image["height"] > image["width"] for image in data["images"]} == {True, False}
+    for engine in ("onnxruntime", "paddle"):
+        arguments = ("eval", output, "--data", tmp_path / "annotations.json", "--engine", engine, "--batch-size", 4)
+        done = demo_bundles.run(*arguments, "--json", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert result["images"] == len(data["images"])
+
+
+_RUN_NMS_GRAPH = """
+import json, sys
+import numpy as np
+from paddle import inference
+config = inference.Config(sys.argv[1] + "/model.json", sys.argv[1] + "/model.pdiparams")
+config.disable_gpu()
+config.disable_glog_info()
+predictor = inference.create_predictor(config)
+image = np.load(sys.argv[2])
+feeds = {"im_shape": np.float32([[192, 256]] * 2), "image": image, "scale_factor": np.float32([[0.5, 0.5]] * 2)}
+assert sorted(predictor.get_input_names()) == sorted(feeds)
+for name, value in feeds.items():
+    predictor.get_input_handle(name).copy_from_cpu(value)
+predictor.run()
+outputs = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
+np.savez(sys.argv[3], detections=outputs[0], counts=outputs[1])
+"""
+
+
+def test_paddledetections_graph_runs_as_its_deploy_tools_run_it(bundle: Path, tmp_path: Path) -> None:
+    directory = bundle / "paddledetection"
+    assert {path.name for path in directory.iterdir()} == {"infer_cfg.yml", "model.json", "model.pdiparams"}
+    image = cv2.resize(np.random.default_rng(0).random((24, 32, 3), np.float32) * 4 - 2, (256, 192))
+    np.save(tmp_path / "image.npy", np.stack([image.transpose(2, 0, 1)] * 2))
+    arguments = [sys.executable, "-c", _RUN_NMS_GRAPH, directory, tmp_path / "image.npy", tmp_path / "out.npz"]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outputs = np.load(tmp_path / "out.npz")
+    detections, counts = outputs["detections"], outputs["counts"]
+    assert counts.shape == (2,) and counts[0] == counts[1] > 0
+    assert detections.shape == (counts.sum(), 6)
+    nms = Bundle.open(bundle).manifest.nms
+    assert counts[0] <= nms.keep_top_k
+    assert set(detections[:, 0]) <= set(range(len(CLASSES)))
+    assert (detections[:, 1] > nms.score_threshold).all() and (detections[:, 1] <= 1).all()
+    np.testing.assert_allclose(detections[: counts[0]], detections[counts[0] :], atol=1e-3)
+
+
+# --- sabotage ---------------------------------------------------------------------------------------------------------
+
+
+def test_verify_catches_one_percent(bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    path = copy / "onnx" / "model.onnx"
+    model = onnx.load(str(path))
+    weights = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name in weights)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.01), tensor.name))
+    onnx.save(model, str(path))
+    assert "has changed" in demo_bundles.refusal(demo_bundles.run("verify", copy, folder=tmp_path))
+    rehash(copy)
+    message = demo_bundles.refusal(demo_bundles.run("verify", copy, folder=tmp_path))
+    assert "the onnx graph in onnxruntime differs from the reference" in message
+
+
+_WRONG_STRIDE = """
+import gfldeploy.export.gfl_graph as gfl_graph
+class Wrong(gfl_graph.GflGraph):
+    def decode(self, distributions, centres, strides):
+        return super().decode(distributions, centres, strides * 1.01)
+gfl_graph.GflGraph = Wrong
+"""
+
+
+def test_export_catches_a_wrong_stride(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out"
+    arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output)
+    message = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=_WRONG_STRIDE))
+    assert "graph in paddle differs from the reference" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"

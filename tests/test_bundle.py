@@ -1,0 +1,218 @@
+"""A bundle says what it is; one that was changed, damaged or made up is refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gfldeploy.bundle import MANIFEST, SCHEMA, Bundle, Manifest, write_bundle
+from gfldeploy.errors import BundleError
+from gfldeploy.inspection import describe
+from gfldeploy.macs import count_macs
+
+ONNX = "onnx/model.onnx"
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(directory).verify_files()
+    message = str(caught.value)
+    assert caught.value.remedy
+    assert "\n" not in message
+    assert str(directory) in message
+    return message
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest as JSON."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    change(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def rehash(directory: Path) -> None:
+    """Let the manifest agree with the files again, as somebody who tampers with them would."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for name, record in manifest["files"].items():
+            content = (directory / name).read_bytes()
+            record |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+    rewrite(directory, change)
+
+
+def test_what_is_written_is_read_back(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+    assert (manifest.schema, set(manifest.files)) == (SCHEMA, {ONNX})
+    with write_bundle(tmp_path / "again") as (directory, manifests):
+        shutil.copytree(tiny_bundle / "onnx", directory / "onnx")
+        manifests.append(manifest)
+    assert Bundle.open(tmp_path / "again").digest == Bundle.open(tiny_bundle).digest
+
+
+def test_nothing_incomplete_is_published(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    with pytest.raises(BundleError), write_bundle(tmp_path / "out") as (_, manifests):
+        manifests.append(manifest)  # which names a graph that is not there
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_file_of_the_same_size(bundle: Path) -> None:
+    content = bytearray((bundle / ONNX).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / ONNX).write_bytes(content)
+    Bundle.open(bundle)  # sizes only
+    assert "has changed since the bundle was made" in refusal(bundle)
+
+
+def test_a_shortened_file(bundle: Path) -> None:
+    size = (bundle / ONNX).stat().st_size
+    (bundle / ONNX).write_bytes((bundle / ONNX).read_bytes()[:-1])
+    assert f"has {size - 1} bytes, {size} expected" in refusal(bundle)
+
+
+def test_a_missing_file(bundle: Path) -> None:
+    (bundle / ONNX).unlink()
+    assert f"lacks {ONNX}" in refusal(bundle)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "onnx/model.onnx.bak", ".hidden"])
+def test_an_extra_file(bundle: Path, name: str) -> None:
+    (bundle / name).write_text("mine")
+    assert f"files that are not part of the bundle: {name}" in refusal(bundle)
+
+
+def test_a_link_to_nothing(bundle: Path) -> None:
+    (bundle / ONNX).unlink()
+    (bundle / ONNX).symlink_to("nowhere")
+    assert "cannot be read" in refusal(bundle)
+
+
+def test_places_that_are_no_bundle(tmp_path: Path) -> None:
+    assert "is not a directory" in refusal(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    assert "is not a directory" in refusal(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert f"has no {MANIFEST}" in refusal(tmp_path / "empty")
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'{"schema": "1"}'])
+def test_what_is_no_manifest(bundle: Path, content: bytes) -> None:
+    (bundle / MANIFEST).write_bytes(content)
+    assert MANIFEST in refusal(bundle)
+
+
+def test_a_newer_schema(bundle: Path) -> None:
+    rewrite(bundle, lambda manifest: manifest.update(schema=SCHEMA + 1, novelty=1))
+    message = refusal(bundle)
+    assert f"has schema {SCHEMA + 1}, this gfldeploy reads up to {SCHEMA}" in message
+    assert "Update gfldeploy" in message
+
+
+def test_unknown_and_missing_keys(bundle: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["clases"] = manifest.pop("classes")
+
+    rewrite(bundle, change)
+    assert "unknown or missing keys: clases, classes" in refusal(bundle)
+
+
+@pytest.mark.parametrize("wrong", [None, True, 1.5, "text", [], {}, [None], ["a", 1], {"a": 1}, {"a": {}}])
+@pytest.mark.parametrize("key", [key for key in Manifest.__dataclass_fields__ if key != "provenance"])
+def test_wrong_types(bundle: Path, key: str, wrong: Any) -> None:
+    if (key, wrong) == ("name", "text"):
+        wrong = 3
+    rewrite(bundle, lambda manifest: manifest.update({key: wrong}))
+    assert MANIFEST in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("provenance", []),
+        ("precision", "int4"),
+        ("schema", 0),
+        ("classes", "ab"),
+        ("classes", []),
+        ("strides", [True]),
+        ("graphs", {"tensorrt": {"model": ONNX, "params": None}}),
+        ("graphs", {"onnx": {"model": 3, "params": None}}),
+        ("graphs", {"onnx": {"model": ONNX, "params": None, "extra": 1}}),
+        ("inputs", [{"name": "image", "dtype": "float32", "shape": "abcd"}]),
+        ("inputs", [{"name": "image", "dtype": "float32", "shape": [-1, 3, None, None]}]),
+        ("files", {ONNX: {"sha256": 1, "bytes": 1}}),
+        ("files", {ONNX: {"sha256": "0", "bytes": "1"}}),
+        ("nms", {"score_threshold": 0.1}),
+        ("preprocess", {"target_size": [0, 0]}),
+    ],
+)
+def test_wrong_values(bundle: Path, key: str, wrong: Any) -> None:
+    rewrite(bundle, lambda manifest: manifest.update({key: wrong}))
+    assert MANIFEST in refusal(bundle)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "onnx/../../secret"])
+def test_files_outside_the_bundle(bundle: Path, name: str) -> None:
+    (bundle.parent / "secret").write_text("s")
+    record = {"sha256": hashlib.sha256(b"s").hexdigest(), "bytes": 1}
+    rewrite(bundle, lambda manifest: manifest["files"].update({name: record}))
+    assert "names files outside the bundle" in refusal(bundle)
+
+
+def test_a_graph_that_is_not_listed(bundle: Path) -> None:
+    rewrite(bundle, lambda manifest: manifest["graphs"]["onnx"].update(model="../secret"))
+    assert "names files outside the bundle" in refusal(bundle)
+
+
+def test_a_graph_that_is_not_there(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no paddle graph \(it has: onnx\)"):
+        Bundle.open(tiny_bundle).graph("paddle")
+
+
+# --- describing -------------------------------------------------------------------------------------------------------
+
+
+def test_macs_by_hand(tiny_bundle: Path) -> None:
+    # One 3x3 convolution from 3 to 6 channels, of stride 8.
+    assert count_macs(tiny_bundle / ONNX, 64, 96, (8,)) == (64 // 8) * (96 // 8) * 6 * 3 * 3 * 3
+    facts = describe(Bundle.open(tiny_bundle), (33, 64))
+    assert facts["macs"] == {"gmac": 0.0, "at": "64x64"}, "padded as the preprocessing does"
+    assert facts["parity"] is None
+    assert facts["classes"] == ["box", "ball"]
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-200], lambda content: b"\xff" * 99])
+def test_macs_of_a_damaged_graph(bundle: Path, damage: Callable[[bytes], bytes]) -> None:
+    (bundle / ONNX).write_bytes(damage((bundle / ONNX).read_bytes()))
+    rehash(bundle)
+    with pytest.raises(BundleError, match=r"model\.onnx") as caught:
+        describe(Bundle.open(bundle))
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_parity_that_is_no_json_object(bundle: Path, content: str) -> None:
+    (bundle / "parity.json").write_text(content)
+    rewrite(bundle, lambda manifest: manifest["files"].update({"parity.json": {}}))
+    rehash(bundle)
+    with pytest.raises(BundleError, match=r"parity\.json"):
+        describe(Bundle.open(bundle))

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -84,7 +84,21 @@ def write_config(folder: Path, text: str = "", name: str = "gfl_demo.yml") -> Pa
     return path
 
 
-@functools.cache
+def once(make: Callable[[pytest.TempPathFactory], Path]) -> Callable[[pytest.TempPathFactory], Path]:
+    """Call `make` once in a session, whichever tests ask for what it returns."""
+    made: dict[Path, Path] = {}
+
+    @functools.wraps(make)
+    def cached(factory: pytest.TempPathFactory) -> Path:
+        base = factory.getbasetemp()
+        if base not in made:
+            made[base] = make(factory)
+        return made[base]
+
+    return cached
+
+
+@once
 def exported(factory: pytest.TempPathFactory) -> Path:
     """An FP32 bundle with random weights and PaddleDetection's graph. Read it, do not change it.
 
@@ -98,7 +112,7 @@ def exported(factory: pytest.TempPathFactory) -> Path:
     return folder / "fp32"
 
 
-@functools.cache
+@once
 def pictures(factory: pytest.TempPathFactory) -> Path:
     """A folder of images of every kind that is read: see `write_pictures`."""
     folder = factory.mktemp("pictures")
@@ -132,7 +146,7 @@ def write_pictures(folder: Path) -> list[str]:
     return [*names, "cmyk.jpg"]
 
 
-@functools.cache
+@once
 def quantized(factory: pytest.TempPathFactory) -> Path:
     """The INT8 bundle of `exported`, calibrated on `pictures`. Read it, do not change it."""
     folder = factory.mktemp("quantized")

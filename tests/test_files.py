@@ -241,7 +241,7 @@ def test_another_thread_may_write(tmp_path: Path) -> None:
         try:
             with atomic_directory(tmp_path / "out") as directory:
                 (directory / "a").write_text("1")
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the test fails on it
             failures.append(error)
 
     thread = threading.Thread(target=write)
@@ -275,9 +275,12 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 
 def test_native_code_that_keeps_a_full_disk_to_itself(small_disk: Path) -> None:
-    with pytest.raises(OutputError, match="No space left on device"), native_writes(small_disk):
-        with open(small_disk / "big", "wb", buffering=0) as file:
-            file.write(bytes(2 << 20))  # writes what fits, and says so in a return value that nobody reads
+    with (
+        pytest.raises(OutputError, match="No space left on device"),
+        native_writes(small_disk),
+        (small_disk / "big").open("wb", buffering=0) as file,
+    ):
+        file.write(bytes(2 << 20))  # writes what fits, and says so in a return value that nobody reads
     (small_disk / "big").unlink()
     with pytest.raises(OutputError, match="No space left on device"), native_writes(small_disk):
         (small_disk / "big").write_bytes(bytes(1 << 20))

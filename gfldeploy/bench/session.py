@@ -42,7 +42,7 @@ class BenchRequest:
     threads: int = 1
     min_seconds: float = 2.0
     min_count: int = 10
-    timed_images: int = 64
+    timed_images: int = 32
     accuracy: bool = True
     accuracy_images: int | None = None
     cell_timeout_s: float = 600.0

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +49,9 @@ def measure(
     """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N.
 
     First come `warmup` inferences of every distinct shape, because engines compile or plan for each shape anew. Then
-    the batches go round in their order until at least `min_seconds` have passed and `min_count` inferences are done; a
-    slow engine may therefore see the first batches only. Raises `EngineError` when the engine fails.
+    the batches go round in their order, whole rounds only, until at least `min_seconds` have passed and `min_count`
+    inferences are done: every engine and batch size is timed on the same images. Raises `EngineError` when the engine
+    fails.
     """
     sizes = {len(batch) for batch in batches}
     if len(sizes) != 1:
@@ -65,11 +65,9 @@ def measure(
     latency_ms: list[float] = []
     wall_ns = 0
     start = time.perf_counter_ns()
-    for batch in cycle(batches):
-        latency_ms.append(_inference_ms(engine, batch))
+    while wall_ns < min_seconds * 1e9 or len(latency_ms) < min_count:
+        latency_ms += [_inference_ms(engine, batch) for batch in batches]
         wall_ns = time.perf_counter_ns() - start
-        if wall_ns >= min_seconds * 1e9 and len(latency_ms) >= min_count:
-            break
     return Samples(tuple(latency_ms), tuple(warmup_ms), sizes.pop(), wall_ns / 1e9)
 
 

@@ -45,7 +45,7 @@ __all__ = ["command"]
 @click.option(
     "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."
 )
-@click.option("--limit", type=click.IntRange(1), default=64, show_default=True, help="Images used for timing.")
+@click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP too.")
 @click.option("--accuracy-limit", type=click.IntRange(1), help="Images used for mAP.  [default: all]")
 @click.option(

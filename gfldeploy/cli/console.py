@@ -62,7 +62,7 @@ def progress_bar(label: str) -> Iterator[Progress]:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback `(label, done, total)` behind one bar at a time, a new one for each new label."""
+    """A callback `(label, done, total)` behind one bar at a time, which goes when it is full or a new label comes."""
     with ExitStack() as stack:
         current: dict[str, Progress] = {}
 
@@ -72,6 +72,9 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
                 current.clear()
                 current[label] = stack.enter_context(progress_bar(label))
             current[label](done, total)
+            if done >= total:
+                stack.pop_all().close()
+                current.clear()
 
         yield advance
 

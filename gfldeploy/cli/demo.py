@@ -26,8 +26,8 @@ __all__ = ["command"]
 def command(output: Path, threads: int, force: bool) -> None:
     """Export, quantise and benchmark the built-in detector.
 
-    A small GFL trained on generated shapes goes through every step that your own detector would. Takes a few minutes and
-    leaves the bundles, the images, results.json and summary.md in the output directory.
+    A small GFL trained on generated shapes goes through every step that your own detector would. Takes a few minutes
+    and leaves the bundles, the images, results.json and summary.md in the output directory.
     """
     from gfldeploy.cli.results import show_results
     from gfldeploy.demo.pipeline import explain, run_demo

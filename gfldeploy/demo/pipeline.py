@@ -40,7 +40,7 @@ def run_demo(
     report: Callable[[str], None] = lambda stage: None,
     progress: Progress = lambda label, done, total: None,
 ) -> BenchResults:
-    """Write `output`: data/, fp32/ and int8/ (bundles), results.json, summary.md. All of it appears at once, or nothing.
+    """Write `output`: data/, fp32/ and int8/ (bundles), results.json, summary.md. All of it appears at once, or none.
 
     Raises whatever the steps raise, and `OutputError`.
     """

@@ -52,7 +52,10 @@ class OnnxRuntimeEngine:
         try:
             arrays = self._session.run(self._outputs, dict(inputs))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed: {error}") from error
+            raise EngineError(
+                f"ONNX Runtime failed: {error}",
+                "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
+            ) from error
         return dict(zip(self._outputs, arrays, strict=True))
 
     def executed_precisions(self, inputs: Tensors) -> dict[str, int]:
@@ -85,8 +88,13 @@ class OnnxRuntimeEngine:
         try:
             session = self._ort.InferenceSession(str(self._model), session_options, providers=providers)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot load {self._model}: {error}") from error
+            raise EngineError(
+                f"ONNX Runtime cannot load {self._model}: {error}", "Check the bundle with `gfldeploy verify`."
+            ) from error
         if session.get_providers()[0] != providers[0]:
             # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
-            raise EngineError(f"ONNX Runtime fell back to {session.get_providers()[0]} instead of {providers[0]}")
+            raise EngineError(
+                f"ONNX Runtime fell back to {session.get_providers()[0]} instead of {providers[0]}",
+                "Install the CUDA and cuDNN libraries that this onnxruntime-gpu was built for.",
+            )
         return session

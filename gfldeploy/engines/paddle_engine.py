@@ -72,7 +72,10 @@ class PaddleEngine:
             with quiet(native_stderr=True):
                 self._predictor: Any = inference.create_predictor(config)
         except Exception as error:
-            raise EngineError(f"Paddle Inference cannot load {model}: {_first_line(error)}") from error
+            raise EngineError(
+                f"Paddle Inference cannot load {model}: {_first_line(error)}",
+                "Check the bundle with `gfldeploy verify`.",
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +99,10 @@ class PaddleEngine:
             predictor.run()
             arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
         except Exception as error:
-            raise EngineError(f"Paddle Inference failed: {_first_line(error)}") from error
+            raise EngineError(
+                f"Paddle Inference failed: {_first_line(error)}",
+                "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
+            ) from error
         return dict(zip(self._outputs, arrays, strict=True))
 
     def executed_precisions(self, inputs: Tensors) -> dict[str, int]:

@@ -94,7 +94,9 @@ def capability(engine: str, precision: Precision, device: Device) -> Capability:
     if util.find_spec(engine) is None:
         return Capability(engine, precision, device, f"{engine} is not installed", INSTALL_ENGINE[engine, device])
     if device == "gpu" and not _installed(_DISTRIBUTIONS[engine][1]):
-        return Capability(engine, precision, device, f"the CPU build of {engine} is installed", INSTALL_ENGINE[engine, "gpu"])
+        return Capability(
+            engine, precision, device, f"the CPU build of {engine} is installed", INSTALL_ENGINE[engine, "gpu"]
+        )
     flags = cpu_flags()
     note = None
     if device == "cpu" and precision == "bf16" and not flags & {"avx512_bf16", "amx_bf16"}:

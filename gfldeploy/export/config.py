@@ -94,9 +94,9 @@ def load_detector_config(path: Path) -> DetectorConfig:
 
     Nothing is downloaded: `pretrain_weights` and every module's `pretrained` are set to None. Class names come from
     the label list or annotations of TestDataset, then EvalDataset, looked up from the working directory as
-    PaddleDetection does and then from the config's own folder; COCO categories keep the order of the file, which is the
-    order PaddleDetection trains in. Without such a file they are COCO's 80 names if there are 80 classes, else
-    `class_0`, `class_1` and so on.
+    PaddleDetection does and then from the config's own folder and those of its bases; COCO categories keep the order of
+    the file, which is the order PaddleDetection trains in. Without such a file they are COCO's 80 names if there are 80
+    classes, else `class_0`, `class_1` and so on.
 
     Raises `ConfigError`, or `MissingDependencyError` where paddle or ppdet is missing.
     """
@@ -333,6 +333,7 @@ class _Checker:
 
     def __init__(self, path: Path, layers: list[tuple[Path, dict[str, Any]]], modules: dict[str, Any]) -> None:
         self.path = path
+        self.folders = [file.parent for file, _ in reversed(layers)]  # the config's own first
         self.modules = modules
         self._layers = layers
         self._known = _RUNTIME_KEYS | modules.keys() | _shared_keys(modules)
@@ -550,7 +551,7 @@ def _positive_int(checker: _Checker, value: Any, what: str) -> int:
 
 def _class_names(checker: _Checker, settings: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     for section in ("TestDataset", "EvalDataset"):
-        file = _class_file(checker.path.parent, section, settings.get(section))
+        file = _class_file(checker.folders, section, settings.get(section))
         if file is None:
             continue
         names = _names_from_json(file) if file.suffix == ".json" else _names_from_text(file)
@@ -568,7 +569,7 @@ def _class_names(checker: _Checker, settings: Mapping[str, Any], num_classes: in
     return tuple(f"class_{index}" for index in range(num_classes))
 
 
-def _class_file(folder: Path, section: str, values: Any) -> Path | None:
+def _class_file(folders: Iterable[Path], section: str, values: Any) -> Path | None:
     """The existing file that names the classes, if the dataset section `values` points at one."""
     if not isinstance(values, dict):
         return None
@@ -582,7 +583,8 @@ def _class_file(folder: Path, section: str, values: Any) -> Path | None:
         lists_classes = key == "label_list" or kind == "ImageFolder" or (kind is None and section == "TestDataset")
         if not given.endswith(".json") and not (given.endswith(".txt") and lists_classes):
             continue
-        for candidate in (root / given, folder / root / given, folder / given):
+        beside = [path for folder in folders for path in (folder / root / given, folder / given)]
+        for candidate in (root / given, *beside):
             if candidate.is_file():
                 return candidate
     return None

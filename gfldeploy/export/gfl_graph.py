@@ -8,6 +8,7 @@ dynamic batch. What is computed is the same; `gfldeploy.export.parity` holds it 
 # Imported only by the exporter, after it has checked that Paddle is there.
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -135,51 +136,59 @@ def quality(module: Any, distribution: Any) -> Any:
 
 
 def fold_batch_norm(detector: Any, image: Any) -> int:
-    """Fold every BatchNorm that directly follows a convolution into it, in place; returns how many.
+    """Fold every BatchNorm that follows a convolution, and it alone, into that convolution, in place; returns how many.
 
     y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with weights scaled by
     gamma / sqrt(var + eps) per output channel. Which norm follows which convolution is seen in one forward pass over
-    `image` [N, 3, H, W], so that any backbone works, whatever its attributes are called.
+    `image` [N, 3, H, W], so that any backbone works, whatever its attributes are called. A head's convolution and norm
+    that all pyramid levels share are folded too; a convolution with a norm for each level is not.
     """
-    norms = (nn.BatchNorm, nn.BatchNorm1D, nn.BatchNorm2D, nn.SyncBatchNorm)
-    produced: dict[int, Any] = {}  # id of a convolution's output -> (convolution, output kept alive so ids stay unique)
-    uses: dict[int, int] = {}
-    pairs: dict[int, tuple[Any, Any]] = {}
+    norms = (nn.BatchNorm, nn.BatchNorm2D, nn.SyncBatchNorm)
+    layers = {id(layer): layer for layer in detector.sublayers()}
+    produced: dict[
+        int, tuple[int, Any]
+    ] = {}  # id of an output -> its convolution, and the output: ids must stay unique
+    calls: Counter[int] = Counter()
+    pairs: Counter[tuple[int, int]] = Counter()
     handles = []
 
     def after_convolution(layer: Any, inputs: Any, output: Any) -> None:
-        produced[id(output)] = (layer, output)
-        uses[id(layer)] = uses.get(id(layer), 0) + 1
+        produced[id(output)] = (id(layer), output)
+        calls[id(layer)] += 1
 
     def before_norm(layer: Any, inputs: Any) -> None:
+        calls[id(layer)] += 1
         if id(inputs[0]) in produced:
-            pairs[id(layer)] = (produced[id(inputs[0])][0], layer)
+            pairs[produced[id(inputs[0])][0], id(layer)] += 1
 
-    for layer in detector.sublayers():
+    for layer in layers.values():
         if isinstance(layer, nn.Conv2D):
             handles.append(layer.register_forward_post_hook(after_convolution))
         elif isinstance(layer, norms):
             handles.append(layer.register_forward_pre_hook(before_norm))
     with paddle.no_grad():
-        detector.neck(detector.backbone({"image": image}))
+        detector.head(detector.neck(detector.backbone({"image": image})))
     for handle in handles:
         handle.remove()
 
-    parents = {id(child): (parent, name) for parent in detector.sublayers() for name, child in parent.named_children()}
+    parents = {id(child): (parent, name) for parent in layers.values() for name, child in parent.named_children()}
     folded = 0
-    for convolution, norm in pairs.values():
-        if uses[id(convolution)] != 1:
+    for (convolution_id, norm_id), together in pairs.items():
+        if calls[convolution_id] != together or calls[norm_id] != together:
             continue
-        epsilon = norm._epsilon
-        scale = norm.weight / paddle.sqrt(norm._variance + epsilon)
-        bias = norm.bias - norm._mean * scale
-        if convolution.bias is not None:
-            bias = bias + convolution.bias * scale
-        else:
-            convolution.bias = convolution.create_parameter([convolution._out_channels], is_bias=True)
-        convolution.weight.set_value(convolution.weight * scale.reshape([-1, 1, 1, 1]))
-        convolution.bias.set_value(bias)
-        parent, name = parents[id(norm)]
+        _fold(layers[convolution_id], layers[norm_id])
+        parent, name = parents[norm_id]
         setattr(parent, name, nn.Identity())
         folded += 1
     return folded
+
+
+def _fold(convolution: Any, norm: Any) -> None:
+    scale = norm.weight / paddle.sqrt(norm._variance + norm._epsilon)
+    bias = norm.bias - norm._mean * scale
+    if convolution.bias is not None:
+        bias = bias + convolution.bias * scale
+    else:
+        convolution.bias = convolution.create_parameter([convolution._out_channels], is_bias=True)
+    convolution.weight.set_value(convolution.weight * scale.reshape([-1, 1, 1, 1]))
+    convolution.bias.set_value(bias)

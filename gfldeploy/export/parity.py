@@ -6,7 +6,7 @@ the engine that users deploy, oneDNN and graph fusions included, not the graph a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
-from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.bundle import GraphName
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import ParityError
 from gfldeploy.images.preprocess import Preprocess
@@ -178,21 +178,6 @@ def check_paddledetection(
         )
     if not same:
         raise ParityError("PaddleDetection's graph and its eager NMS disagree", "Please report this with your config.")
-
-
-def cross_check(
-    bundle: Bundle,
-    shapes: Sequence[Shape],
-    open_graph: Callable[[GraphName], Engine],
-) -> list[Comparison]:
-    """Compare the bundle's ONNX graph with its Paddle graph on `shapes`; the latter is the reference."""
-    found = []
-    with open_graph("paddle") as paddle_engine, open_graph("onnx") as onnx_engine:
-        for shape in shapes:
-            images = parity_images(shape, bundle.manifest.preprocess, seed=0)
-            reference = paddle_engine.infer({"image": images})
-            found.append(compare("onnx", onnx_engine, images, (reference["scores"], reference["boxes"])))
-    return found
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -212,7 +212,7 @@ class Preprocess:
         return Prepared(tensor, (scale_y, scale_x), (height, width))
 
     def batch(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
-        """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros on the right and at the bottom."""
+        """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros right and below."""
         return collate(prepared, self.pad_stride, self.target_size if self.fixed else (1, 1))
 
     def _table(self) -> NDArray[np.float32]:
@@ -233,8 +233,8 @@ class Preprocess:
 def collate(prepared: Sequence[Prepared], stride: int, least: tuple[int, int] = (1, 1)) -> NDArray[np.float32]:
     """Stack images into float32 [N, 3, H, W]: zeros on the right and at the bottom, as PaddleDetection's PadBatch.
 
-    H and W are the largest of the batch and at least `least` (h, w), rounded up to a multiple of `stride` pixels (0 = no
-    rounding).
+    H and W are the largest of the batch and at least `least` (h, w), rounded up to a multiple of `stride` pixels
+    (0 = no rounding).
     """
     if not prepared:
         raise ValueError("a batch needs at least one image")

@@ -44,12 +44,12 @@ def batch(mark: int, width: int, size: int = 2) -> np.ndarray:
     return np.full((size, 3, 4, width), mark, np.float32)
 
 
-def test_warms_up_every_shape_then_goes_round_in_order() -> None:
+def test_warms_up_every_shape_then_goes_round_in_order_and_ends_with_a_round() -> None:
     engine = Recorder()
     samples = measure(engine, [batch(1, 8), batch(2, 6), batch(3, 8)], min_seconds=0, min_count=5, warmup=2)
-    assert engine.seen == [1, 1, 2, 2, 1, 2, 3, 1, 2]
-    assert (len(samples.warmup_ms), len(samples.latency_ms)) == (4, 5)
-    assert (samples.batch_size, samples.images) == (2, 10)
+    assert engine.seen == [1, 1, 2, 2, 1, 2, 3, 1, 2, 3]
+    assert (len(samples.warmup_ms), len(samples.latency_ms)) == (4, 6)
+    assert (samples.batch_size, samples.images) == (2, 12)
     # The wall time holds the latencies and what lies between them.
     assert samples.wall_s >= sum(samples.latency_ms) / 1e3
 

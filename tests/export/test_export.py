@@ -52,7 +52,12 @@ def test_the_bundle_is_described_and_verified(bundle: Path, tmp_path: Path) -> N
     assert compared == {(graph, batch) for graph in ("paddle", "paddle_program", "onnx") for batch in (1, 3)}
     sheet = demo_bundles.run("inspect", bundle, folder=tmp_path).stdout
     assert max(map(len, sheet.splitlines())) <= 120
-    for text in ("resize to 320x512 keeping the aspect ratio", "6: disc, ring", "weights: random_seed 0", "3x3x256x416"):
+    for text in (
+        "resize to 320x512 keeping the aspect ratio",
+        "6: disc, ring",
+        "weights: random_seed 0",
+        "3x3x256x416",
+    ):
         assert text in sheet
     verified = demo_bundles.run("verify", bundle, folder=tmp_path)
     assert verified.returncode == 0, verified.stderr
@@ -148,6 +153,10 @@ def test_verify_catches_one_percent(bundle: Path, tmp_path: Path) -> None:
 
 
 _WRONG_STRIDE = """
+import os
+os.environ["GLOG_minloglevel"] = "2"
+from gfldeploy.dependencies import require
+require("paddle", "paddle", "this test")
 import gfldeploy.export.gfl_graph as gfl_graph
 class Wrong(gfl_graph.GflGraph):
     def decode(self, distributions, centres, strides):

@@ -46,7 +46,9 @@ def test_every_convolution_is_calibrated_and_runs_in_int8(fp32: Path, int8: Path
         assert engines[engine]["convolutions"] == {"int8": len(uses)}
 
 
-def test_the_bundle_says_what_it_was_made_from(fp32: Path, int8: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_bundle_says_what_it_was_made_from(
+    fp32: Path, int8: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     pictures = demo_bundles.pictures(tmp_path_factory)
     images = json.loads((int8 / "calibration.json").read_text())["images"]
     assert images == {path.name: sha256(path) for path in pictures.iterdir()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,6 +16,10 @@ import numpy as np
 import pytest
 
 from gfldeploy import demo
+
+# Asked without importing: that takes seconds, and ppdet prints.
+needs_export = pytest.mark.skipif(importlib.util.find_spec("ppdet") is None, reason="ppdet is not installed")
+needs_quant = pytest.mark.skipif(importlib.util.find_spec("paddleslim") is None, reason="PaddleSlim is not installed")
 
 SEED = 0
 STAGE = re.compile(r"\[ *\d+\.\d s\] .*")

@@ -10,7 +10,17 @@ from typing import Literal, Protocol, Self, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEVICES", "PRECISIONS", "Device", "Engine", "EngineOptions", "Precision", "ReportsPrecision", "Tensors"]
+__all__ = [
+    "DEVICES",
+    "PRECISIONS",
+    "ClosesOnExit",
+    "Device",
+    "Engine",
+    "EngineOptions",
+    "Precision",
+    "ReportsPrecision",
+    "Tensors",
+]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Device = Literal["cpu", "gpu"]
@@ -63,6 +73,21 @@ class Engine(Protocol):
     def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]: ...
 
     def close(self) -> None: ...
+
+
+class ClosesOnExit:
+    """The context manager half of an `Engine`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
 
 
 @runtime_checkable

@@ -5,15 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.dependencies import require
-from gfldeploy.engines.base import EngineOptions, Tensors
+from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Tensors
 from gfldeploy.errors import EngineError
 
 __all__ = ["OnnxRuntimeEngine"]
@@ -22,28 +21,20 @@ _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(ClosesOnExit):
     """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
 
     name = "onnxruntime"
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
+        self._model, _ = bundle.graph("onnx")
         ort = require("onnxruntime", "onnxruntime", "the ONNX Runtime engine")
         self.version: str = ort.__version__
         self.options = options
         self._ort = ort
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
-        self._model, _ = bundle.graph("onnx")
         self._session: Any = self._open(self._session_options())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._session = None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import require
-from gfldeploy.engines.base import EngineOptions, Tensors
+from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Tensors
 from gfldeploy.engines.onednn import convolutions_by_precision
 from gfldeploy.errors import EngineError
 
@@ -26,7 +25,7 @@ _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _GPU_POOL_MB = 256
 
 
-class PaddleEngine:
+class PaddleEngine(ClosesOnExit):
     """`Engine` over `paddle.inference`.
 
     FP32 and BF16 run the bundle's PIR graph, INT8 its older program: Paddle 3.2 quantises only the latter on CPUs.
@@ -39,16 +38,16 @@ class PaddleEngine:
 
         Raises `MissingDependencyError`, `BundleError` or `EngineError`.
         """
+        int8 = options.precision == "int8"
+        graph = graph or ("paddle_program" if int8 else "paddle")
+        pir = graph == "paddle"
+        model, params = bundle.graph(graph)  # before the import, which takes seconds
         paddle = require("paddle", "paddle", "the Paddle Inference engine")
         from paddle import inference
 
         self.version: str = paddle.__version__
         self.options = options
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
-        int8 = options.precision == "int8"
-        graph = graph or ("paddle_program" if int8 else "paddle")
-        pir = graph == "paddle"
-        model, params = bundle.graph(graph)
         config = inference.Config(str(model), str(params))
         config.disable_glog_info()
         config.switch_ir_optim(True)
@@ -76,14 +75,6 @@ class PaddleEngine:
                 f"Paddle Inference cannot load {model}: {_first_line(error)}",
                 "Check the bundle with `gfldeploy verify`.",
             ) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._predictor = None

@@ -102,10 +102,10 @@ def _quantize(request: dict[str, Any]) -> None:
     def batches() -> Iterator[dict[str, Any]]:
         nonlocal seen
         for path in images:
-            yield {"image": preprocess.batch([preprocess(read_image(path))])}
             seen += 1
             sys.stdout.write(f"\nprogress {min(seen, passes * len(images))} {passes * len(images)}\n")
             sys.stdout.flush()
+            yield {"image": preprocess.batch([preprocess(read_image(path))])}
 
     paddle.enable_static()
     executor = paddle.static.Executor(paddle.CPUPlace())

@@ -21,8 +21,6 @@ from gfldeploy.cli import main
 
 pytest.importorskip("onnxruntime")
 
-HAS_PPDET = "needs ppdet"
-
 
 def run(*arguments: object) -> int | str | None:
     with pytest.raises(SystemExit) as stopped:
@@ -77,8 +75,8 @@ def test_checkpoints(name: str, tmp_path: Path, refused: Callable[..., str], mon
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 def test_weights_of_another_model(tmp_path: Path, refused: Callable[..., str]) -> None:
-    pytest.importorskip("ppdet", reason=HAS_PPDET)
     with demo.weights_path().open("rb") as file:
         weights = pickle.load(file)
     names = list(weights)
@@ -122,15 +120,15 @@ def test_configs_that_are_not_there(tmp_path: Path, refused: Callable[..., str])
         ("TestReader:\n  sample_transforms:\n  - Decode: {}\n  - RandomFlip: {}", "RandomFlip"),
     ],
 )
+@demo_bundles.needs_export
 def test_configs_that_cannot_be_exported(text: str, message: str, tmp_path: Path, refused: Callable[..., str]) -> None:
-    pytest.importorskip("ppdet", reason=HAS_PPDET)
     config = demo_bundles.write_config(tmp_path, text)
     assert message in refused("export", "-c", config, "--random-weights", 0, "-o", tmp_path / "out")
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 def test_an_input_shape_that_does_not_fit(tmp_path: Path, refused: Callable[..., str]) -> None:
-    pytest.importorskip("ppdet", reason=HAS_PPDET)
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", tmp_path / "out")
     assert "Use 320x416" in refused(*arguments, "--input-shape", "310x400")
 
@@ -192,8 +190,8 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 def test_a_read_only_target(tmp_path: Path, refused: Callable[..., str]) -> None:
-    pytest.importorskip("ppdet", reason=HAS_PPDET)
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o")
     assert "cannot write /proc/out: " in refused(*arguments, "/proc/out")
 
@@ -219,8 +217,8 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 def test_a_small_disk_is_refused_before_the_work(disk: Callable[[int], Path], refused: Callable[..., str]) -> None:
-    pytest.importorskip("ppdet", reason=HAS_PPDET)
     shown = refused("export", "-c", demo.config_path(), "--random-weights", 0, "-o", disk(8) / "new" / "out")
     assert "MB free, 34 MB are needed" in shown
 
@@ -232,9 +230,9 @@ _LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}
 
 # Paddle's parameters take 6.7 MB, and are written twice; the ONNX file as much again, also twice.
 @pytest.mark.slow
-@pytest.mark.parametrize("megabytes", [4, 11, 17])
+@pytest.mark.parametrize("megabytes", [11, 17])
+@demo_bundles.needs_export
 def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_path: Path) -> None:
-    pytest.importorskip("ppdet", reason=HAS_PPDET)
     output = disk(megabytes) / "new" / "out"
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output)
     shown = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=_FILLS_UP))
@@ -245,8 +243,8 @@ def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_p
 
 
 @pytest.mark.slow
+@demo_bundles.needs_quant
 def test_a_limit_on_file_sizes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    pytest.importorskip("paddleslim")
     output = tmp_path / "new" / "out"
     source, data = demo_bundles.exported(tmp_path_factory), demo_bundles.pictures(tmp_path_factory)
     for arguments, limit in (
@@ -389,8 +387,8 @@ def test_an_engine_that_is_not_installed(
     ],
 )
 @pytest.mark.slow
+@demo_bundles.needs_export
 def test_a_package_that_export_needs(module: str, remedy: str, tmp_path: Path) -> None:
-    pytest.importorskip("ppdet", reason=HAS_PPDET)
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", tmp_path / "out")
     shown = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=MISSING.format(module)))
     assert f"{module} is not installed" in shown
@@ -398,6 +396,8 @@ def test_a_package_that_export_needs(module: str, remedy: str, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"
 
 
+@pytest.mark.slow
+@demo_bundles.needs_quant
 def test_a_package_that_quantize_needs(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     source = with_program(tiny_bundle, tmp_path / "source")
     arguments = ("quantize", source, "--data", tiny_coco, "--samples", 1, "-o", tmp_path / "out")
@@ -461,10 +461,10 @@ def test_broken_pictures(
 
 
 @pytest.mark.slow
+@demo_bundles.needs_quant
 def test_a_broken_picture_is_found_before_calibration(
     tiny_bundle: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    pytest.importorskip("paddleslim")
     (pictures / "cut.jpg").write_bytes((pictures / "colour.jpg").read_bytes()[:500])
     source = with_program(tiny_bundle, tmp_path / "source")
     arguments = ("quantize", source, "--data", pictures, "--samples", 8, "-o", tmp_path / "out")

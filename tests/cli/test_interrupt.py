@@ -15,8 +15,7 @@ import pytest
 
 from gfldeploy.bundle import Bundle
 
-pytest.importorskip("ppdet")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
 
 
 @pytest.fixture
@@ -75,7 +74,6 @@ def check_unwound(process: subprocess.Popen[str], target: Path, before: dict[str
     ("stage", "number"),
     [
         ("loading Paddle", signal.SIGTERM),
-        ("running the eager model", signal.SIGTERM),
         ("folding BatchNorm", signal.SIGINT),
         ("comparing the paddle_program graph", signal.SIGTERM),
     ],

@@ -18,8 +18,7 @@ from gfldeploy.demo.dataset import CLASSES
 from gfldeploy.files import sha256
 from gfldeploy.quant.calibration import Calibration
 
-pytest.importorskip("paddleslim")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
 
 
 @pytest.fixture(scope="session")

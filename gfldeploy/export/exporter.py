@@ -140,14 +140,15 @@ def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int
     preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
     # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
     needed = max(stride for stride in config.strides if stride <= 32)
-    pad = preprocess.pad_stride
-    if pad % needed:
-        raise ConfigError(
-            f"the reader pads to multiples of {pad} px, this GFL needs multiples of {needed}",
-            f"Set PadBatch's pad_to_stride to {needed} in TestReader.",
-        )
     _, height, width = shape
     if height is None or width is None:
+        pad = preprocess.pad_stride
+        sizes = () if preprocess.keep_ratio else preprocess.target_size
+        if pad % needed or (pad == 0 and (not sizes or any(size % needed for size in sizes))):
+            raise ConfigError(
+                f"the reader pads to multiples of {max(pad, 1)} px, this GFL needs multiples of {needed}",
+                f"Set PadBatch's pad_to_stride to {needed} in TestReader.",
+            )
         return preprocess
     if height % needed or width % needed:
         raise ConfigError(

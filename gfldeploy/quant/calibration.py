@@ -38,7 +38,7 @@ class ConvRanges:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`calibration.json`: `algorithm` as PaddleSlim calls it, the `images` used as {file name: SHA-256}, the ranges."""
+    """`calibration.json`: `algorithm` as PaddleSlim calls it, the `images` used as {SHA-256: file name}, the ranges."""
 
     algorithm: str
     images: Mapping[str, str]

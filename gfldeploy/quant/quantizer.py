@@ -117,7 +117,7 @@ def quantize_bundle(
             )
         calibration = Calibration(
             algorithm=request.algorithm,
-            images={path.name: sha256(path) for path in request.images},
+            images={sha256(path): path.name for path in request.images},
             convolutions={
                 name: ConvRanges(inputs, outputs[name], weights) for name, (inputs, weights) in found.items()
             },

@@ -117,6 +117,7 @@ def test_configs_that_are_not_there(tmp_path: Path, refused: Callable[..., str])
         ("GFLHead:\n  nms:\n    name: MultiClassNMS\n    nms_threshold: 2", "nms"),
         ("SlimResNet:\n  widths: [24, 32]", "cannot build this model"),
         ("TestReader:\n  batch_transforms:\n  - PadBatch: {pad_to_stride: 16}", "multiples of 16 px"),
+        ("TestReader:\n  batch_transforms: []", "multiples of 1 px"),
         ("TestReader:\n  sample_transforms:\n  - Decode: {}\n  - RandomFlip: {}", "RandomFlip"),
     ],
 )

@@ -50,7 +50,7 @@ def test_the_bundle_says_what_it_was_made_from(
 ) -> None:
     pictures = demo_bundles.pictures(tmp_path_factory)
     images = json.loads((int8 / "calibration.json").read_text())["images"]
-    assert images == {path.name: sha256(path) for path in pictures.iterdir()}
+    assert images == {sha256(path): path.name for path in pictures.iterdir()}
     manifest = Bundle.open(int8).manifest
     assert manifest.precision == "int8"
     assert manifest.provenance["quantized"]["from"] == Bundle.open(fp32).digest

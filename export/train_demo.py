@@ -1,6 +1,6 @@
 """Train the demo detector that ships with gfldeploy, from nothing, on generated shapes, with PaddleDetection's pieces.
 
-    python export/train_demo.py --output DIR --minutes 25
+    python export/train_demo.py --output DIR
 
 Writes DIR/gfl_demo.pdparams, the checkpoint of the package: averaged weights as float16 arrays, evaluated after that
 rounding with PaddleDetection's own evaluation. See README.md beside this file.
@@ -16,6 +16,7 @@ import pickle
 import random
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,13 @@ from gfldeploy import demo
 from gfldeploy.demo import dataset
 
 SEED = 7
-SCHEDULE_STEPS = 1000  # resolution of the learning-rate schedule of a run that is limited by time
 MAX_BYTES = 4_000_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for checkpoints, log and data")
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--minutes", type=float, default=25.0, help="wall time of the training loop (default: 25)")
-    limit.add_argument("--iterations", type=int, help="train for this many iterations instead: repeatable")
-    parser.add_argument("--init", type=Path, help="checkpoint of an earlier run to start from")
+    parser.add_argument("--iterations", type=int, default=2600)
     parser.add_argument("--train-images", type=int, default=2500)
     parser.add_argument("--val-images", type=int, default=200)
     parser.add_argument("--data", type=Path, help="directory for the generated images (default: OUTPUT/data)")
@@ -71,12 +68,10 @@ def main() -> None:
         config[name].dataset_dir = str(data)
 
     model = create(config.architecture)
-    if args.init:
-        load(model, paddle.load(str(args.init), return_numpy=True))
     size = sum(int(p.size) for p in model.parameters())
     print(f"{size:,} parameters (batch statistics included)", flush=True)
     started = time.perf_counter()
-    ema = train(config, model, output, None if args.iterations else args.minutes * 60, args.iterations)
+    ema = train(config, model, output, args.iterations)
     seconds = time.perf_counter() - started
 
     averaged = {name: value.numpy() for name, value in ema.apply().items()}
@@ -150,18 +145,17 @@ def endless(loader: Any) -> Iterator[dict[str, Any]]:
             continue
 
 
-def train(config: Any, model: Any, output: Path, seconds: float | None, iterations: int | None) -> ModelEMA:
-    """Train until `seconds` or `iterations` are used up; returns the averaged weights."""
+def train(config: Any, model: Any, output: Path, iterations: int) -> ModelEMA:
+    """Train for so many batches; returns the averaged weights."""
     images = config["TrainDataset"]
     images.parse_dataset()
     sampler = SameShapeBatches(images.roidbs, config["TrainReader"]["batch_size"])
     loader = create("TrainReader")(images, 0, batch_sampler=sampler)
-    steps = iterations or SCHEDULE_STEPS
     # one "epoch" of the schedule is the whole run, however long it is
     for scheduler in config["LearningRate"]["schedulers"]:
         if hasattr(scheduler, "max_epochs"):
             scheduler.max_epochs = 1
-    rate = create("LearningRate")(steps)
+    rate = create("LearningRate")(iterations)
     optimizer = create("OptimizerBuilder")(rate, model)
     ema = ModelEMA(model, decay=0.997, ema_decay_type="normal")
 
@@ -169,12 +163,9 @@ def train(config: Any, model: Any, output: Path, seconds: float | None, iteratio
     started = saved = time.perf_counter()
     sums: dict[str, float] = {}
     logged = 0
-    for iteration, batch in enumerate(endless(loader)):
-        elapsed = time.perf_counter() - started
-        used = iteration / iterations if iterations else elapsed / (seconds or 1.0)
-        if used >= 1.0:
-            break
-        rate.step(min(int(used * steps), steps - 1))
+    for iteration, batch in enumerate(islice(endless(loader), iterations)):
+        # Rounded as it is: the committed checkpoint was trained so, and a step of the schedule less changes its bits.
+        rate.step(int(iteration / iterations * iterations))
         losses = model(batch)
         losses["loss"].backward()
         optimizer.step()
@@ -185,12 +176,13 @@ def train(config: Any, model: Any, output: Path, seconds: float | None, iteratio
         logged += 1
         if logged == config["log_iter"]:
             shown = "  ".join(f"{name} {total / logged:.3f}" for name, total in sums.items())
+            elapsed = time.perf_counter() - started
             print(f"{elapsed:6.0f} s  iteration {iteration + 1}  lr {rate.get_lr():.5f}  {shown}", flush=True)
             sums, logged = {}, 0
         if time.perf_counter() - saved > 120:
             write_checkpoint({k: v.numpy() for k, v in ema.apply().items()}, output / "last.pdparams")
             saved = time.perf_counter()
-    print(f"{iteration} iterations in {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{iterations} iterations in {time.perf_counter() - started:.0f} s", flush=True)
     return ema
 
 

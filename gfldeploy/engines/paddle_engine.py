@@ -15,6 +15,7 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import require
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Tensors
 from gfldeploy.engines.onednn import convolutions_by_precision
+from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError
 
 __all__ = ["PaddleEngine"]
@@ -38,8 +39,7 @@ class PaddleEngine(ClosesOnExit):
 
         Raises `MissingDependencyError`, `BundleError` or `EngineError`.
         """
-        int8 = options.precision == "int8"
-        graph = graph or ("paddle_program" if int8 else "paddle")
+        graph = graph or graph_for(self.name, options.precision)
         pir = graph == "paddle"
         model, params = bundle.graph(graph)  # before the import, which takes seconds
         paddle = require("paddle", "paddle", "the Paddle Inference engine")
@@ -64,7 +64,7 @@ class PaddleEngine(ClosesOnExit):
             if options.precision == "bf16":
                 config.enable_mkldnn_bfloat16()
                 config.set_bfloat16_op(_LOW_PRECISION_OPS)
-            elif int8:
+            elif options.precision == "int8":
                 config.enable_mkldnn_int8(_LOW_PRECISION_OPS)
         try:
             # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.

@@ -1,8 +1,8 @@
 """PaddleSlim's static post-training quantisation, in a process of its own.
 
 It needs Paddle's old program format, switched on by a process-wide flag, prints to both streams, and keeps every
-activation it samples: all of that ends with the process. The parent talks to it through a JSON request and reads
-`progress DONE TOTAL` lines.
+activation it samples: all of that ends with the process. The parent talks to it through a JSON request on stdin and
+reads `progress DONE TOTAL` lines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,24 @@ def run_ptq(
 
 def _run_child(request: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     environment = os.environ | {"FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "gfldeploy.quant.ptq", json.dumps(request)]
+    # -P: what lies in the user's directory must not be imported.
+    command = [sys.executable, "-P", "-m", "gfldeploy.quant.ptq"]
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     ) as process:
         tail: deque[str] = deque(maxlen=40)
         try:
+            assert process.stdin is not None
             assert process.stdout is not None
+            with suppress(BrokenPipeError):  # the child ended at once: its exit code and last words say why
+                process.stdin.write(json.dumps(request))
+                process.stdin.close()
             for line in process.stdout:
                 if match := re.fullmatch(r"progress (\d+) (\d+)\n", line):
                     progress(int(match[1]), int(match[2]))
@@ -155,6 +167,6 @@ if __name__ == "__main__":
     # A parent that is killed cannot take this process with it: the kernel does.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        _quantize(json.loads(sys.argv[1]))
+        _quantize(json.load(sys.stdin))
     except GfldeployError as error:
         sys.exit(str(error))

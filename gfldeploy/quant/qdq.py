@@ -168,7 +168,6 @@ def _activation_scales(model: Any, calibration: Calibration) -> dict[str, Activa
     makers = {name: node for node in model.graph.node for name in node.output}
     scales: dict[str, ActivationScale] = {}
     outputs = conv_outputs(model)
-    inputs = {(node.input[1], node.output[0]): node.input[0] for node in model.graph.node if node.op_type == "Conv"}
     nodes = [node for node in model.graph.node if node.op_type == "Conv"]
     uses: dict[str, int] = defaultdict(int)
     for node in nodes:
@@ -181,7 +180,7 @@ def _activation_scales(model: Any, calibration: Calibration) -> dict[str, Activa
             raise EngineError(
                 f"calibration has {len(entry.inputs)} uses of {node.input[1]}, the graph has more", _REMEDY
             )
-        tensor = inputs[node.input[1], node.output[0]]
+        tensor = node.input[0]
         scales.setdefault(tensor, ActivationScale.from_threshold(entry.inputs[use], _non_negative(tensor, makers)))
     for weight, use, tensor in outputs:
         entry = calibration.convolutions.get(weight)

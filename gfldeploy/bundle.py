@@ -5,7 +5,7 @@
       infer_cfg.yml     the preprocessing and classes in PaddleDetection's own format
       parity.json       how far each graph is from the eager model, as measured when it was made
       paddle/           model.json (PIR) and model.pdmodel (program), sharing model.pdiparams
-      onnx/             model.onnx
+      onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too
       calibration.json  INT8 only: scales by conv weight name
       paddledetection/  only with --with-nms: PaddleDetection's own graph, NMS included
 
@@ -30,7 +30,7 @@ __all__ = ["MANIFEST", "SCHEMA", "Bundle", "FileRecord", "Graph", "GraphName", "
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-GraphName = Literal["paddle", "paddle_program", "onnx", "paddledetection"]
+GraphName = Literal["paddle", "paddle_program", "onnx", "onnx_fp16", "onnx_tensorrt", "paddledetection"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,11 @@ class FileRecord:
 class Manifest:
     """`manifest.json`.
 
-    `graphs`: `paddle` (PIR), `paddle_program` (the older format, which PaddleSlim and oneDNN INT8 need), `onnx`, and
-    `paddledetection` (with NMS, for PaddleDetection's deploy tools; no engine of ours runs it).
+    `graphs`: `paddle` (PIR), `paddle_program` (the older format, which PaddleSlim and oneDNN INT8 need), `onnx` (with
+    ONNX Runtime's and OpenVINO's Q/DQ in INT8 bundles), and, run by no engine of ours:
+    `onnx_fp16` (FP32 bundles: FP16 convolutions for GPUs, the decode and all inputs and outputs FP32; absent where FP16
+    differs too much), `onnx_tensorrt` (INT8 bundles: symmetric Q/DQ as TensorRT wants them, from the same calibration),
+    `paddledetection` (with NMS, for PaddleDetection's deploy tools).
     `classes`: names in the order of the score channels. `score_channels` may exceed their number: GFLv2 has one more.
     `provenance`: config, checkpoint digest, versions, command line; for people, nothing reads it back.
     """

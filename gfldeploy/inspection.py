@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from gfldeploy.files import read_json
 from gfldeploy.macs import count_macs
 from gfldeploy.quant.agreement import Reference, agreement
 
-__all__ = ["describe", "verify"]
+__all__ = ["describe", "int8_lines", "verify"]
 
 _PARITY = "parity.json"
 # INT8 engines round differently from each other; a damaged graph finds next to nothing of what the other does.
@@ -68,6 +68,24 @@ def _parity(bundle: Bundle) -> dict[str, Any] | None:
     if not isinstance(data, dict):
         raise BundleError(f"{path} is no JSON object", "Export the bundle again.")
     return data
+
+
+def int8_lines(parity: Mapping[str, Any]) -> list[str]:
+    """What `parity.json` of an INT8 bundle says of each engine, a line each; none for an FP32 bundle."""
+    lines = []
+    accuracy = parity.get("accuracy")
+    for name, one in parity.get("engines", {}).items():
+        ran = one["convolutions"]
+        facts = [f"{ran.get('int8', 0)} of {sum(ran.values())} convolutions in int8"] if ran else []
+        if one["detections"]:
+            facts.append(f"{one['detections_found']:.1%} of {one['detections']} FP32 detections found again")
+        else:
+            facts.append("FP32 had no detections to find again")
+        if accuracy:
+            fp32, int8 = accuracy["fp32"], accuracy["engines"][name]
+            facts.append(f"mAP {int8['ap']:.4f} (FP32 {fp32['ap']:.4f}) on {fp32['images']} images")
+        lines.append(f"{name}: {', '.join(facts)}")
+    return lines
 
 
 def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:

@@ -118,6 +118,16 @@ def exported(factory: pytest.TempPathFactory) -> Path:
 
 
 @once
+def trained(factory: pytest.TempPathFactory) -> Path:
+    """The FP32 bundle of the trained demo detector. Read it, do not change it."""
+    folder = factory.mktemp("trained")
+    arguments = ("export", "-c", demo.config_path(), "-w", demo.weights_path(), "-o", folder / "fp32")
+    done = run(*arguments, folder=folder, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "fp32"
+
+
+@once
 def pictures(factory: pytest.TempPathFactory) -> Path:
     """A folder of images of every kind that is read: see `write_pictures`."""
     folder = factory.mktemp("pictures")
@@ -153,11 +163,14 @@ def write_pictures(folder: Path) -> list[str]:
 
 @once
 def quantized(factory: pytest.TempPathFactory) -> Path:
-    """The INT8 bundle of `exported`, calibrated on `pictures`. Read it, do not change it."""
+    """The INT8 bundle of `exported`, calibrated on `pictures`. Read it, do not change it.
+
+    What random weights detect, if anything, is nothing to judge INT8 by.
+    """
     folder = factory.mktemp("quantized")
     data = pictures(factory)
     samples = len(list(data.iterdir()))
     arguments = ("quantize", exported(factory), "--data", data, "--samples", samples, "--algo", "abs_max")
-    done = run(*arguments, "-o", folder / "int8", folder=folder, cwd=folder)
+    done = run(*arguments, "--min-agreement", 0, "-o", folder / "int8", folder=folder, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "int8"

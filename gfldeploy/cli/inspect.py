@@ -12,7 +12,7 @@ import click
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console
 from gfldeploy.cli.options import InputShapeType, bundle_argument, json_option
-from gfldeploy.inspection import describe
+from gfldeploy.inspection import describe, int8_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,6 +63,10 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for key, value in facts["provenance"].items():
         yield label, f"{key}: {_pairs(value) if isinstance(value, dict) else value}"
         label = ""
+    label = "int8"
+    for line in int8_lines(facts["parity"] or {}):
+        yield label, line
+        label = ""
 
 
 def _preprocess(data: Mapping[str, Any]) -> str:
@@ -107,15 +111,20 @@ def _show_parity(data: Mapping[str, Any]) -> None:
         allowed = data.get("tolerance", {})
         click.echo(f"Allowed: score {allowed.get('score', 0):.0e}, box {allowed.get('box_px', 0):g} px.")
     if "engines" in data:
-        table = _table("engine", "score, mean", "score, largest", "detections found again", "convolutions")
+        table = _table("engine", "score, mean", "score, largest")
         for name, one in data["engines"].items():
-            table.add_row(
-                escape(name),
-                f"{one['score_difference']:.1e}",
-                f"{one['score_difference_max']:.1e}",
-                f"{one['detections_found']:.1%} of {one['detections']}",
-                _pairs(one["convolutions"]),
-            )
+            table.add_row(escape(name), f"{one['score_difference']:.1e}", f"{one['score_difference_max']:.1e}")
+        console().print(table)
+    if "algorithms" in data:
+        click.echo(f"\nAlgorithms tried, of which {data['algorithms']['chosen']} was chosen:")
+        table = _table("algorithm", "engine", "mAP", "found again", "score, mean")
+        for tried in data["algorithms"]["tried"]:
+            if tried["error"]:
+                table.add_row(escape(tried["algorithm"]), escape(f"failed: {tried['error']}"))
+            for name, one in tried["engines"].items():
+                ap = "-" if one["ap"] is None else f"{one['ap']:.4f}"
+                numbers = (ap, f"{one['detections_found']:.1%}", f"{one['score_difference']:.1e}")
+                table.add_row(escape(tried["algorithm"]), escape(name), *numbers)
         console().print(table)
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import click
 
 from gfldeploy.cli.console import command_line, progress_bars, stages
-from gfldeploy.cli.options import DIRECTORY, bundle_argument, force_option, output_option, threads_option
-from gfldeploy.quant.ptq import ALGORITHMS
-from gfldeploy.quant.quantizer import DEFAULT_SAMPLES, QuantizeRequest, calibration_images, quantize_bundle
+from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, force_option, output_option, threads_option
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, Limits
+from gfldeploy.quant.ptq import ALGORITHMS, AUTO
+from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
+from gfldeploy.quant.samples import DEFAULT_SAMPLES, calibration_images
 
 __all__ = ["command"]
 
@@ -22,9 +25,27 @@ __all__ = ["command"]
 @click.option("--images", type=DIRECTORY, help="Folder of the annotations' images. Default: images/ beside them.")
 @output_option("Directory of the INT8 bundle to write.")
 @click.option(
-    "--algo", type=click.Choice(ALGORITHMS), default="hist", show_default=True, help="PaddleSlim's algorithm."
+    "--algo",
+    metavar=f"[auto|{'|'.join(ALGORITHMS)}]",
+    default="hist",
+    show_default=True,
+    help=f"PaddleSlim's algorithm; auto tries {', '.join(AUTO)} and takes the best.",
 )
 @click.option("--samples", type=click.IntRange(1), default=DEFAULT_SAMPLES, show_default=True, help="Images to use.")
+@click.option("--eval-data", type=FILE, help="COCO annotations (.json) of other images, to measure mAP on.")
+@click.option("--eval-images", type=DIRECTORY, help="Folder of their images. Default: images/ beside them.")
+@click.option("--eval-limit", type=click.IntRange(1), help="Measure mAP on the first N images only.")
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1),
+    help=f"mAP that INT8 may lose in any engine, absolute. Needs --eval-data. Default: {DEFAULT_MAX_DROP:g}.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    help="Without --eval-data: least share of the FP32 detections on calibration images that INT8 finds again; "
+    f"0 publishes unjudged. Default: {DEFAULT_MIN_AGREEMENT:g}.",
+)
 @threads_option
 @force_option
 def command(
@@ -34,14 +55,26 @@ def command(
     output: Path,
     algo: str,
     samples: int,
+    eval_data: Path | None,
+    eval_images: Path | None,
+    eval_limit: int | None,
+    max_drop: float | None,
+    min_agreement: float | None,
     threads: int,
     force: bool,
 ) -> None:
     """Make an INT8 bundle from an FP32 one: PaddleSlim's static quantisation on your images.
 
-    One calibration gives the Paddle program for oneDNN and the QDQ ONNX file. Both are compared with FP32 on
-    calibration images before the bundle is published.
+    One calibration gives the Paddle program for oneDNN and the QDQ ONNX file. Before the bundle is published both are
+    run in their engines: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the
+    detections on calibration images, must stay close to FP32.
     """
+    if eval_data is None:
+        for name, value in (("--eval-images", eval_images), ("--eval-limit", eval_limit), ("--max-drop", max_drop)):
+            if value is not None:
+                raise click.UsageError(f"{name} needs --eval-data.")
+    elif min_agreement is not None:
+        raise click.UsageError("--min-agreement is for quantising without --eval-data; with it, use --max-drop.")
     with progress_bars() as progress:
         made = quantize_bundle(
             QuantizeRequest(
@@ -49,6 +82,11 @@ def command(
                 images=calibration_images(data, images, samples),
                 output=output,
                 algorithm=algo,
+                evaluation=CocoDataset.load(eval_data, eval_images, eval_limit) if eval_data else None,
+                limits=Limits(
+                    DEFAULT_MAX_DROP if max_drop is None else max_drop,
+                    DEFAULT_MIN_AGREEMENT if min_agreement is None else min_agreement,
+                ),
                 force=force,
                 threads=threads,
                 command=command_line(),

@@ -13,7 +13,8 @@ from gfldeploy.bench.table import images_per_s
 from gfldeploy.demo.dataset import generate
 from gfldeploy.export.exporter import ExportRequest, export_bundle
 from gfldeploy.files import atomic_directory, write_json, write_text
-from gfldeploy.quant.quantizer import QuantizeRequest, calibration_images, quantize_bundle
+from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
+from gfldeploy.quant.samples import calibration_images
 
 __all__ = ["DemoSize", "explain", "run_demo"]
 

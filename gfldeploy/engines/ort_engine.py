@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import require
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Tensors
 from gfldeploy.errors import EngineError
@@ -26,9 +26,9 @@ class OnnxRuntimeEngine(ClosesOnExit):
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName = "onnx") -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
-        self._model, _ = bundle.graph("onnx")
+        self._model, _ = bundle.graph(graph)
         ort = require("onnxruntime", "onnxruntime", "the ONNX Runtime engine")
         self.version: str = ort.__version__
         self.options = options

@@ -51,7 +51,10 @@ _NEVER: dict[tuple[str, Precision, Device], tuple[str, str]] = {
     ),
     ("paddle", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp16"),
     ("onnxruntime", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp32"),
-    ("onnxruntime", "fp16", "gpu"): ("gfldeploy writes no FP16 ONNX file yet", "use fp32, or paddle for fp16"),
+    ("onnxruntime", "fp16", "gpu"): (
+        "the bundle's FP16 ONNX file is not run by gfldeploy yet",
+        "use fp32, or paddle for fp16",
+    ),
     ("paddle", "int8", "gpu"): ("INT8 on GPUs needs TensorRT, which gfldeploy does not drive yet", "use fp16"),
     ("onnxruntime", "int8", "gpu"): ("INT8 on GPUs needs TensorRT, which gfldeploy does not drive yet", "use fp32"),
 }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gfldeploy import __version__
 from gfldeploy._quiet import quiet
@@ -18,8 +19,8 @@ from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, wri
 from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.errors import ConfigError
-from gfldeploy.export import parity
+from gfldeploy.errors import ConfigError, EngineError, ParityError
+from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_checkpoint, random_weights
 from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
 from gfldeploy.files import check_target, sha256, write_json, write_text
@@ -27,8 +28,8 @@ from gfldeploy.images.preprocess import Preprocess
 
 __all__ = ["ExportRequest", "export_bundle", "open_graph"]
 
-# Three graphs' worth of parameters, the temporary program among them, and the ONNX file.
-_SPACE_FACTOR = 5
+# Three graphs' worth of parameters, the temporary program among them, and the ONNX files.
+_SPACE_FACTOR = 6
 # Arguments of MultiClassNMS that say what it returns, not what it keeps.
 _NMS_OUTPUT_KEYS = ("name", "return_index", "return_rois_num", "trt")
 
@@ -54,6 +55,8 @@ class ExportRequest:
 
 def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda stage: None) -> Bundle:
     """Export, compare with the eager model, publish. Nothing is published if anything differs or fails.
+
+    The FP16 file is the exception: not every detector fits FP16, so it is left out where it fails or differs too much.
 
     Raises `ConfigError`, `CheckpointError`, `ParityError`, `OutputError`, `EngineError`, `MissingDependencyError`.
     """
@@ -111,12 +114,27 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         if request.with_nms:
             report("comparing PaddleDetection's graph with its own forward pass")
             parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
+        report("writing the FP16 ONNX graph and comparing it with the eager model")
+        with_half = replace(manifest, graphs={**graphs, "onnx_fp16": Graph("onnx/model_fp16.onnx")})
+        try:
+            halves = _write_half(Bundle(directory, with_half), images, references, request.threads)
+            half_record: dict[str, Any] = {"comparisons": [comparison.to_dict() for comparison in halves]}
+            manifest = with_half
+        except (EngineError, ParityError) as error:
+            problem = error.problem.replace(f"{directory}/", "")  # ONNX Runtime names the file that it cannot load
+            report(f"leaving out the FP16 ONNX graph: {problem}")
+            half_record = {"left_out": problem}
+            (directory / "onnx/model_fp16.onnx").unlink(missing_ok=True)
         write_json(
             directory / "parity.json",
             {
                 "reference": "the eager ppdet model, before BatchNorm folding",
                 "tolerance": {"score": parity.SCORE_TOLERANCE, "box_px": parity.BOX_TOLERANCE_PX},
                 "comparisons": [comparison.to_dict() for comparison in found],
+                "fp16": {
+                    "tolerance": {"score": half.SCORE_TOLERANCE, "box_px": half.BOX_TOLERANCE_PX},
+                    **half_record,
+                },
             },
         )
         _write_infer_cfg(directory / "infer_cfg.yml", manifest)
@@ -128,12 +146,28 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
 
 
 def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
-    """The FP32 engine that runs this graph of the bundle."""
+    """The engine that runs this FP32 or FP16 graph of the bundle on a CPU."""
     from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
     from gfldeploy.engines.paddle_engine import PaddleEngine
 
     options = EngineOptions("fp32", "cpu", threads)
-    return OnnxRuntimeEngine(bundle, options) if graph == "onnx" else PaddleEngine(bundle, options, graph)
+    if graph in ("onnx", "onnx_fp16"):
+        return OnnxRuntimeEngine(bundle, options, graph)
+    return PaddleEngine(bundle, options, graph)
+
+
+def _write_half(
+    bundle: Bundle, images: Sequence[NDArray[np.float32]], references: Sequence[parity.Outputs], threads: int
+) -> list[parity.Comparison]:
+    """Write the bundle's FP16 file from its FP32 one. Raises `EngineError` or `ParityError` where it cannot be used."""
+    half.write_half_onnx(bundle.graph("onnx")[0], bundle.graph("onnx_fp16")[0])
+    with open_graph(bundle, "onnx_fp16", threads) as engine:
+        found = [
+            parity.compare("onnx_fp16", engine, batch, reference)
+            for batch, reference in zip(images, references, strict=True)
+        ]
+    parity.check(found, score_tolerance=half.SCORE_TOLERANCE, box_tolerance_px=half.BOX_TOLERANCE_PX)
+    return found
 
 
 def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int | None]) -> Preprocess:

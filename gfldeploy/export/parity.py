@@ -24,6 +24,7 @@ __all__ = [
     "BOX_TOLERANCE_PX",
     "SCORE_TOLERANCE",
     "Comparison",
+    "Outputs",
     "check",
     "compare",
     "eager_outputs",
@@ -38,6 +39,7 @@ SCORE_TOLERANCE = 5e-5
 BOX_TOLERANCE_PX = 0.05
 
 Shape = tuple[int, int, int]
+Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -131,18 +133,23 @@ def compare(
     return Comparison(graph, engine.name, batch, height, width, *differences)
 
 
-def check(comparisons: Sequence[Comparison], factor: float = 1.0) -> None:
+def check(
+    comparisons: Sequence[Comparison],
+    factor: float = 1.0,
+    score_tolerance: float = SCORE_TOLERANCE,
+    box_tolerance_px: float = BOX_TOLERANCE_PX,
+) -> None:
     """Raise `ParityError` if any comparison exceeds `factor` times the tolerances."""
     for found in comparisons:
         if (
-            found.max_score_difference > SCORE_TOLERANCE * factor
-            or found.max_box_difference_px > BOX_TOLERANCE_PX * factor
+            found.max_score_difference > score_tolerance * factor
+            or found.max_box_difference_px > box_tolerance_px * factor
         ):
             raise ParityError(
                 f"the {found.graph} graph in {found.engine} differs from the reference at "
                 f"{found.batch}x3x{found.height}x{found.width}: scores by {found.max_score_difference:.3g} "
-                f"(allowed {SCORE_TOLERANCE * factor:g}), boxes by {found.max_box_difference_px:.3g} px "
-                f"(allowed {BOX_TOLERANCE_PX * factor:g})",
+                f"(allowed {score_tolerance * factor:g}), boxes by {found.max_box_difference_px:.3g} px "
+                f"(allowed {box_tolerance_px * factor:g})",
                 "The graph must not be deployed. Please report this with your config and package versions.",
             )
 

@@ -46,6 +46,11 @@ class Reference:
     scores: NDArray[np.float32]
     detections: Detections
 
+    @property
+    def confident(self) -> int:
+        """How many detections are to be found again: those with a score of 0.4 or more."""
+        return int((self.detections.scores >= _CONFIDENT).sum())
+
     @classmethod
     def of(cls, outputs: Mapping[str, NDArray[np.float32]], nms: NmsParams) -> Self:
         (found,) = postprocess(outputs["scores"], outputs["boxes"], [(1.0, 1.0)], nms)
@@ -70,7 +75,7 @@ def agreement(
         largest = max(largest, float(difference.max()))
         (actual,) = postprocess(output["scores"], output["boxes"], [(1.0, 1.0)], nms)
         wanted = reference.detections.scores >= _CONFIDENT
-        confident += int(wanted.sum())
+        confident += reference.confident
         for box, score, category in zip(
             reference.detections.boxes[wanted],
             reference.detections.scores[wanted],

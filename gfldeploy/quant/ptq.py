@@ -23,19 +23,45 @@ from typing import Any
 import numpy as np
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.errors import EngineError, GfldeployError
+from gfldeploy.errors import EngineError, GfldeployError, UnsupportedError
 from gfldeploy.files import native_writes
 
-__all__ = ["ALGORITHMS", "PtqResult", "run_ptq"]
+__all__ = ["ALGORITHMS", "AUTO", "UNUSABLE", "PtqResult", "algorithms_of", "run_ptq"]
 
 _PR_SET_PDEATHSIG = 1
-ALGORITHMS = ("hist", "avg", "abs_max", "mse")
+# PaddleSlim's names for its algorithms that run here, the quick ones first.
+ALGORITHMS = ("hist", "avg", "abs_max", "ptf", "mse", "emd", "KL")
+# What `auto` tries.
+AUTO = ("hist", "avg", "abs_max", "mse")
+# Those that do not run here: why, and what to use instead.
+UNUSABLE = {
+    "min_max": (
+        "PaddleSlim only records minima and maxima with it and leaves the program in FP32",
+        "Use abs_max, which takes the same extremes for thresholds.",
+    ),
+}
+# These run over the images twice: for the range of each histogram, then to fill it.
+_TWO_PASSES = ("hist", "KL")
 
 # Only convolutions: the DFL integral and the box decode must stay in float.
 _QUANTIZED_OPS = ["conv2d", "depthwise_conv2d"]
 
 # Input thresholds by weight name, one for each use, and the largest absolute weight of each output channel.
 PtqResult = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+
+
+def algorithms_of(name: str) -> tuple[str, ...]:
+    """The algorithms that `name` stands for: itself, or all of `AUTO`. Raises `UnsupportedError`."""
+    if name == "auto":
+        return AUTO
+    if unusable := UNUSABLE.get(name):
+        reason, remedy = unusable
+        raise UnsupportedError(f"{name} does not quantise on this stack: {reason}", remedy)
+    if name not in ALGORITHMS:
+        raise UnsupportedError(
+            f"PaddleSlim has no algorithm {name!r} to quantise with", f"Choose from: auto, {', '.join(ALGORITHMS)}."
+        )
+    return (name,)
 
 
 def run_ptq(
@@ -108,7 +134,7 @@ def _quantize(request: dict[str, Any]) -> None:
 
     preprocess = Bundle.open(Path(request["bundle"])).manifest.preprocess
     images = [Path(name) for name in request["images"]]
-    passes = 1 if request["algorithm"] in ("avg", "abs_max") else 2
+    passes = 2 if request["algorithm"] in _TWO_PASSES else 1
     seen = 0
 
     def batches() -> Iterator[dict[str, Any]]:

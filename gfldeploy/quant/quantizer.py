@@ -1,75 +1,116 @@
-"""From an FP32 bundle and images to an INT8 bundle whose graphs were compared with the FP32 one on those images."""
+"""From an FP32 bundle and images to an INT8 bundle that was measured against the FP32 one before it is published."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from gfldeploy import __version__
+from gfldeploy.accuracy import Accuracy
 from gfldeploy.bundle import Bundle, Graph, Manifest, write_bundle
 from gfldeploy.dependencies import require
-from gfldeploy.engines.base import EngineOptions, ReportsPrecision
-from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import BundleError, DataError, EngineError, ParityError
-from gfldeploy.files import check_target, sha256, write_json
-from gfldeploy.images.coco import CocoDataset, list_images
+from gfldeploy.engines.registry import capability
+from gfldeploy.errors import BundleError, EngineError, ParityError
+from gfldeploy.files import check_target, write_json
+from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
-from gfldeploy.quant.agreement import Agreement, Reference, agreement
-from gfldeploy.quant.calibration import Calibration, ConvRanges
+from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
+from gfldeploy.quant.gate import Candidate, Limits, best, failure, unjudgeable
+from gfldeploy.quant.measurement import INT8_ENGINES, Yardstick
 from gfldeploy.quant.observer import observe_outputs
-from gfldeploy.quant.ptq import run_ptq
+from gfldeploy.quant.ptq import algorithms_of, run_ptq
 from gfldeploy.quant.qdq import write_qdq_onnx
+from gfldeploy.quant.samples import digests, refuse_overlap, spread
+from gfldeploy.quant.tensorrt import write_tensorrt_onnx
 
-__all__ = ["DEFAULT_SAMPLES", "QuantizeRequest", "calibration_images", "quantize_bundle"]
+__all__ = ["QuantizeRequest", "quantize_bundle"]
 
-DEFAULT_SAMPLES = 64
-
-# Below this share of the FP32 detections found again, INT8 is not a little worse but broken: quantised box arithmetic
-# finds next to none, a sound calibration nearly all.
-_LEAST_AGREEMENT = 0.5
 _AGREEMENT_IMAGES = 8
 
+Report = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class QuantizeRequest:
-    """What to quantise: an FP32 `bundle`, on which `images`, with which of PaddleSlim's algorithms."""
+    """What to quantise: an FP32 `bundle`, on which `images`, with which of PaddleSlim's algorithms, or `auto`.
+
+    `evaluation`: labelled images to measure mAP on, none of them among `images`. `limits`: what is not published.
+    """
 
     bundle: Path
     images: Sequence[Path]
     output: Path
     algorithm: str = "hist"
+    evaluation: CocoDataset | None = None
+    limits: Limits = field(default_factory=Limits)
     force: bool = False
     threads: int = 1
     command: str = ""
 
 
-def calibration_images(data: Path, images: Path | None, samples: int) -> list[Path]:
-    """`samples` images, spread evenly over a COCO file's or a folder's. Raises `DataError` if there are fewer."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, not {samples}")
-    paths = list_images(data) if data.is_dir() else [image.path for image in CocoDataset.load(data, images).images]
-    if len(paths) < samples:
-        raise DataError(
-            f"{data} has {len(paths)} images, {samples} were asked for", f"Add images, or use --samples {len(paths)}."
-        )
-    return [paths[index * len(paths) // samples] for index in range(samples)]
-
-
 def quantize_bundle(
     request: QuantizeRequest,
-    report: Callable[[str], None] = lambda stage: None,
+    report: Report = lambda stage: None,
     progress: Progress = lambda label, done, total: None,
 ) -> Bundle:
-    """Calibrate once, write the Paddle INT8 program and the QDQ ONNX file, compare both with FP32, publish.
+    """Calibrate, write the Paddle INT8 program and the QDQ ONNX file, measure both against FP32, publish.
 
-    Raises `BundleError`, `DataError`, `EngineError`, `ParityError`, `OutputError`, `MissingDependencyError`.
+    With `auto` that is done with several algorithms and the best is published. Raises `BundleError`, `DataError`,
+    `EngineError`, `ParityError`, `OutputError`, `UnsupportedError`, `MissingDependencyError`.
     """
+    algorithms = algorithms_of(request.algorithm)
+    source = _checked(request)
+    for note in {capability(engine, "int8", "cpu").note for engine in INT8_ENGINES}:
+        if note:
+            report(f"note: {note}")
+    report(f"checking {len(request.images)} calibration images")
+    for path in request.images:
+        read_image(path)
+    calibrated_on = digests(request.images)
+    if request.evaluation is not None:
+        request.evaluation.class_to_category(source.manifest.classes)
+        refuse_overlap(calibrated_on, request.evaluation)
+
+    size = sum(record.bytes for record in source.manifest.files.values())
+    need = size * len(algorithms)
+    with write_bundle(request.output, force=request.force, need_bytes=need) as (directory, manifests):
+        report("running FP32 on calibration images" if request.evaluation is None else "measuring FP32")
+        compared = spread(request.images, _AGREEMENT_IMAGES)
+        yardstick = Yardstick.of(source, compared, request.evaluation, request.threads, progress)
+        if problem := unjudgeable(yardstick.detections, yardstick.accuracy, request.limits):
+            raise problem
+        report("observing the convolutions' outputs")
+        observed = _observe(source, request, progress)
+        candidates = []
+        for algorithm in algorithms:
+            # Inside the unfinished bundle, so that whatever ends the run removes them too.
+            bundle = Bundle(directory / algorithm, _manifest(source, request, algorithm))
+            try:
+                report(f"calibrating with PaddleSlim ({algorithm})")
+                _calibrate(source, bundle, Calibration(algorithm, calibrated_on, {}), request, observed, progress)
+                report(f"comparing {algorithm} with FP32 in {' and '.join(INT8_ENGINES)}")
+                candidates.append(Candidate(algorithm, yardstick.measure(bundle, algorithm, progress)))
+            except (EngineError, ParityError) as error:
+                report(f"{algorithm} failed")
+                candidates.append(Candidate(algorithm, {}, error))
+        chosen = best(candidates, yardstick.accuracy, request.limits)
+        if problem := failure(chosen.engines, yardstick.accuracy, request.limits):
+            raise problem
+        _keep(directory, chosen.algorithm, algorithms)
+        record = _parity(request, [path.name for path in compared], candidates, chosen, yardstick.accuracy)
+        write_json(directory / "parity.json", record)
+        (directory / "infer_cfg.yml").write_bytes((source.directory / "infer_cfg.yml").read_bytes())
+        report(f"publishing {request.output} ({chosen.algorithm})")
+        manifests.append(_manifest(source, request, chosen.algorithm))
+    return Bundle.open(request.output)
+
+
+def _checked(request: QuantizeRequest) -> Bundle:
+    """The FP32 bundle, once it is clear that it can be quantised here and the result written."""
     source = Bundle.open(request.bundle)
     if source.manifest.precision != "fp32":
         raise BundleError(f"{request.bundle} is INT8 already", "Quantise the bundle that `gfldeploy export` wrote.")
@@ -79,92 +120,89 @@ def quantize_bundle(
             f"{request.bundle} has a fixed batch of {batch}, calibration runs image by image",
             "Export it with a free batch: --input-shape HxW.",
         )
-    onnx_file, _ = source.graph("onnx")
+    source.graph("onnx")
     source.graph("paddle_program")
     check_target(request.output, force=request.force)
     for module, extra in (("paddle", "paddle"), ("paddleslim", "quant"), ("onnxruntime", "onnxruntime")):
         require(module, extra, "quantize")
+    return source
+
+
+def _observe(source: Bundle, request: QuantizeRequest, progress: Progress) -> dict[str, tuple[OutputRange, ...]]:
+    """The range of every convolution's output: the same for every algorithm."""
     preprocess = source.manifest.preprocess
-    report(f"checking {len(request.images)} calibration images")
-    for path in request.images:
-        read_image(path)
+    return observe_outputs(
+        source.graph("onnx")[0],
+        (preprocess.batch([preprocess(read_image(path))]) for path in request.images),
+        len(request.images),
+        request.threads,
+        lambda done, total: progress("observing", done, total),
+    )
 
-    def batches() -> list[NDArray[np.float32]]:
-        return [preprocess.batch([preprocess(read_image(path))]) for path in request.images[:_AGREEMENT_IMAGES]]
 
-    size = sum(record.bytes for record in source.manifest.files.values())
-    with write_bundle(request.output, force=request.force, need_bytes=size) as (directory, manifests):
-        report(f"calibrating with PaddleSlim ({request.algorithm})")
-        (directory / "paddle").mkdir()
-        found = run_ptq(
-            source,
-            list(request.images),
-            request.algorithm,
-            directory / "paddle",
-            lambda done, total: progress("PaddleSlim", done, total),
+def _calibrate(
+    source: Bundle,
+    bundle: Bundle,
+    blank: Calibration,
+    request: QuantizeRequest,
+    observed: Mapping[str, tuple[OutputRange, ...]],
+    progress: Progress,
+) -> None:
+    """Write the graphs and `calibration.json` of `bundle`: `blank` with its ranges filled in."""
+    onnx_file, _ = source.graph("onnx")
+    for folder in ("paddle", "onnx"):
+        (bundle.directory / folder).mkdir(parents=True)
+    found = run_ptq(
+        source,
+        list(request.images),
+        blank.algorithm,
+        bundle.directory / "paddle",
+        lambda done, total: progress(f"PaddleSlim {blank.algorithm}", done, total),
+    )
+    if unknown := sorted(set(found) - set(observed)):
+        raise EngineError(
+            f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does", "Export the bundle again."
         )
-        report("observing the convolutions' outputs")
-        outputs = observe_outputs(
-            onnx_file,
-            (preprocess.batch([preprocess(read_image(path))]) for path in request.images),
-            len(request.images),
-            request.threads,
-            lambda done, total: progress("observing", done, total),
-        )
-        if unknown := sorted(set(found) - set(outputs)):
-            raise EngineError(
-                f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does", "Export the bundle again."
-            )
-        calibration = Calibration(
-            algorithm=request.algorithm,
-            images={sha256(path): path.name for path in request.images},
-            convolutions={
-                name: ConvRanges(inputs, outputs[name], weights) for name, (inputs, weights) in found.items()
-            },
-        )
-        write_json(directory / "calibration.json", calibration.to_dict())
-        report("writing the QDQ ONNX graph")
-        (directory / "onnx").mkdir()
-        write_qdq_onnx(onnx_file, directory / "onnx/model.onnx", calibration)
-        manifest = _manifest(source, request)
-        bundle = Bundle(directory, manifest)
-        report("comparing with FP32 on calibration images")
-        checks = _compare(source, bundle, batches(), request.threads)
-        write_json(
-            directory / "parity.json",
-            {
-                "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
-                "images": [path.name for path in request.images[:_AGREEMENT_IMAGES]],
-                "engines": {name: check.to_dict() for name, check in checks.items()},
-            },
-        )
-        (directory / "infer_cfg.yml").write_bytes((source.directory / "infer_cfg.yml").read_bytes())
-        report(f"publishing {request.output}")
-        manifests.append(manifest)
-    return Bundle.open(request.output)
+    ranges = {name: ConvRanges(inputs, observed[name], weights) for name, (inputs, weights) in found.items()}
+    calibration = replace(blank, convolutions=ranges)
+    write_json(bundle.directory / "calibration.json", calibration.to_dict())
+    write_qdq_onnx(onnx_file, bundle.directory / "onnx/model.onnx", calibration)
+    write_tensorrt_onnx(onnx_file, bundle.directory / "onnx/model_tensorrt.onnx", calibration)
 
 
-def _compare(source: Bundle, bundle: Bundle, batches: list[NDArray[np.float32]], threads: int) -> dict[str, Agreement]:
-    """How far each INT8 engine is from FP32, and that it is not far. Raises `ParityError`."""
-    nms = source.manifest.nms
-    with open_engine("onnxruntime", source, EngineOptions("fp32", "cpu", threads)) as engine:
-        references = [Reference.of(engine.infer({"image": batch}), nms) for batch in batches]
-    checks = {}
-    for name in ("onnxruntime", "paddle"):
-        with open_engine(name, bundle, EngineOptions("int8", "cpu", threads)) as engine:
-            found = agreement(references, [engine.infer({"image": batch}) for batch in batches], nms)
-            if isinstance(engine, ReportsPrecision):
-                found = replace(found, convolutions=engine.executed_precisions({"image": batches[0]}))
-            checks[name] = found
-        if found.detections_found < _LEAST_AGREEMENT:
-            raise ParityError(
-                f"INT8 in {name} finds only {found.detections_found:.0%} of what FP32 finds on the calibration images",
-                "Calibrate on images like those you deploy on, with more --samples or another --algo.",
-            )
-    return checks
+def _keep(directory: Path, chosen: str, algorithms: Sequence[str]) -> None:
+    """Move the chosen candidate's files up into `directory`; remove the other candidates."""
+    for path in (directory / chosen).iterdir():
+        path.rename(directory / path.name)
+    for algorithm in algorithms:
+        shutil.rmtree(directory / algorithm)
 
 
-def _manifest(source: Bundle, request: QuantizeRequest) -> Manifest:
+def _parity(
+    request: QuantizeRequest,
+    compared: Sequence[str],
+    candidates: Sequence[Candidate],
+    chosen: Candidate,
+    fp32: Accuracy | None,
+) -> dict[str, Any]:
+    """`parity.json`: what was measured of the chosen candidate, and the table of those tried where there were more."""
+    data: dict[str, Any] = {
+        "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
+        "images": list(compared),
+        "limits": asdict(request.limits),
+        "engines": {name: one.agreement.to_dict() for name, one in chosen.engines.items()},
+    }
+    if fp32 is not None:
+        data["accuracy"] = {
+            "fp32": fp32.to_dict(),
+            "engines": {name: one.accuracy.to_dict() for name, one in chosen.engines.items() if one.accuracy},
+        }
+    if len(candidates) > 1:
+        data["algorithms"] = {"chosen": chosen.algorithm, "tried": [one.to_dict() for one in candidates]}
+    return data
+
+
+def _manifest(source: Bundle, request: QuantizeRequest, algorithm: str) -> Manifest:
     return replace(
         source.manifest,
         name=f"{source.name}_int8",
@@ -172,12 +210,13 @@ def _manifest(source: Bundle, request: QuantizeRequest) -> Manifest:
         graphs={
             "paddle_program": Graph("paddle/model.pdmodel", "paddle/model.pdiparams"),
             "onnx": Graph("onnx/model.onnx"),
+            "onnx_tensorrt": Graph("onnx/model_tensorrt.onnx"),
         },
         provenance={
             **source.manifest.provenance,
             "quantized": {
                 "from": source.digest,
-                "algorithm": request.algorithm,
+                "algorithm": algorithm,
                 "images": len(request.images),
                 "gfldeploy": __version__,
                 "command": request.command,

@@ -44,7 +44,7 @@ def test_the_bundle_is_described_and_verified(bundle: Path, tmp_path: Path) -> N
     facts = json.loads(described.stdout)
     assert facts["classes"] == list(CLASSES)
     assert facts["inputs"] == ["image float32 [?, 3, ?, ?]"]
-    assert set(facts["size_on_disk_mb"]) == {"paddle", "paddle_program", "onnx", "paddledetection"}
+    assert set(facts["size_on_disk_mb"]) == {"paddle", "paddle_program", "onnx", "onnx_fp16", "paddledetection"}
     assert facts["parameters"] < 1_900_000  # as gfl_demo.yml promises
     assert facts["macs"]["at"] == "64x128"
     compared = {(one["graph"], one["batch"]) for one in facts["parity"]["comparisons"]}

@@ -16,6 +16,7 @@ from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import CLASSES
 from gfldeploy.files import sha256
+from gfldeploy.inspection import int8_lines
 from gfldeploy.quant.calibration import Calibration
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
@@ -64,7 +65,10 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "ONNX and Paddle INT8" in done.stdout
     sheet = demo_bundles.run("inspect", int8, folder=tmp_path).stdout
-    assert "detections found again" in sheet and "quantized: from" in sheet
+    for line in int8_lines(json.loads((int8 / "parity.json").read_text())):
+        assert " convolutions in int8, " in line
+        assert line in " ".join(sheet.split())  # the table wraps it
+    assert "quantized: from" in sheet
     data = json.loads(tiny_coco.read_text())
     data["categories"] = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     (tmp_path / "annotations.json").write_text(json.dumps(data))

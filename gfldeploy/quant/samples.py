@@ -1,0 +1,55 @@
+"""Which images calibration uses, and that none of them is one to evaluate on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gfldeploy.errors import DataError
+from gfldeploy.files import sha256
+from gfldeploy.images.coco import CocoDataset, list_images
+
+__all__ = ["DEFAULT_SAMPLES", "calibration_images", "digests", "refuse_overlap", "spread"]
+
+DEFAULT_SAMPLES = 64
+
+
+def calibration_images(data: Path, images: Path | None, samples: int) -> list[Path]:
+    """`samples` images, spread evenly over a COCO file's or a folder's. Raises `DataError` if there are fewer."""
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, not {samples}")
+    paths = list_images(data) if data.is_dir() else [image.path for image in CocoDataset.load(data, images).images]
+    if len(paths) < samples:
+        raise DataError(
+            f"{data} has {len(paths)} images, {samples} were asked for", f"Add images, or use --samples {len(paths)}."
+        )
+    return spread(paths, samples)
+
+
+def spread(paths: Sequence[Path], count: int) -> list[Path]:
+    """`count` of the paths at even distances, or all if there are fewer."""
+    count = min(count, len(paths))
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
+def digests(paths: Sequence[Path]) -> dict[str, str]:
+    """The files as {SHA-256: file name}; of equal files the last. Raises `DataError` for one that cannot be read."""
+    found = {}
+    for path in paths:
+        try:
+            found[sha256(path)] = path.name
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror or error}", "Replace the image, or leave it out."
+            ) from error
+    return found
+
+
+def refuse_overlap(calibration: Mapping[str, str], dataset: CocoDataset) -> None:
+    """Raise `DataError` if an image of `dataset` is, by content, one of `calibration` as `digests` gives it."""
+    paths = [image.path for image in dataset.images]
+    if shared := [name for digest, name in digests(paths).items() if digest in calibration]:
+        raise DataError(
+            f"{len(shared)} of the {len(paths)} evaluation images are calibration images too, the first {shared[0]}",
+            "Calibrate on other images: mAP on images that INT8 was fitted to flatters it.",
+        )

@@ -1,0 +1,194 @@
+"""The INT8 ONNX file for TensorRT, and the rules that it keeps.
+
+TensorRT's libraries are not needed to write the file, so its parser's rules are checked here instead. They are NVIDIA's
+guide to explicit quantisation (TensorRT 10 and 11; 11 dropped every other way to INT8) and the support matrix of its
+ONNX parser, `docs/operators.md` of the onnx-tensorrt project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.errors import EngineError
+from gfldeploy.files import native_writes
+from gfldeploy.quant.calibration import Calibration
+from gfldeploy.quant.qdq import TENSORRT, insert_qdq
+
+__all__ = ["OPERATORS", "check_tensorrt", "write_tensorrt_onnx"]
+
+# Standard operators that the matrix marks as supported both for TensorRT 8.4 and for 10.15, hence in between; 11 refers
+# to the same matrix. Left out although supported: control flow, random numbers, and operators whose output shape
+# depends on values (NonZero, NonMaxSuppression). No detector here needs them, and each has restrictions of its own.
+_NAMES = """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Celu Clip Concat
+    Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout Einsum Elu
+    Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool
+    Greater GreaterOrEqual HardSigmoid Identity InstanceNormalization IsNaN LRN LeakyRelu Less LessOrEqual Log
+    LogSoftmax LpNormalization LpPool MatMul Max MaxPool Mean Min Mul Neg Not Or PRelu Pad Pow QuantizeLinear Range
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+    Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax Softplus
+    Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Where Xor
+"""
+OPERATORS = frozenset(_NAMES.split())
+_CONTROL_FLOW = {"If", "Loop", "Scan"}
+_VALUE_DEPENDENT = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}
+_INTEGER_KERNELS = {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
+# What the matrix says of Resize.
+_RESIZE = {
+    "mode": {"nearest", "linear"},
+    "coordinate_transformation_mode": {
+        "half_pixel",
+        "pytorch_half_pixel",
+        "tf_half_pixel_for_nn",
+        "asymmetric",
+        "align_corners",
+    },
+    "nearest_mode": {"floor", "ceil", "round_prefer_floor", "round_prefer_ceil"},
+}
+_OPSETS = range(9, 21)  # of TensorRT 10.0; later ones read newer opsets as well
+_FREE_DIMENSIONS = {0, 2, 3}  # of an image [N, 3, H, W]
+_REMEDY = "Please report this with your config."
+
+
+def write_tensorrt_onnx(source: Path, target: Path, calibration: Calibration) -> int:
+    """Write TensorRT's INT8 version of the FP32 file `source`; returns how many convolutions are quantised.
+
+    Raises `EngineError` if the calibration does not fit the graph or the result breaks one of TensorRT's rules,
+    `OutputError` if the file cannot be written.
+    """
+    import onnx
+
+    model = onnx.load(str(source))
+    count = insert_qdq(model, calibration, TENSORRT)
+    onnx.checker.check_model(model)
+    if problems := check_tensorrt(model):
+        raise EngineError(f"TensorRT would refuse the INT8 graph: {problems[0]}", _REMEDY)
+    with native_writes(target.parent):
+        onnx.save(model, str(target))
+    return count
+
+
+def check_tensorrt(model: Any) -> list[str]:
+    """What TensorRT 10 or 11 would refuse in an ONNX model or take for something else, one line each, in graph order.
+
+    An empty list says that no rule known here is broken, not that an engine was built.
+    """
+    return [*_check_model(model), *(problem for node in model.graph.node for problem in _Node(model, node).problems())]
+
+
+def _check_model(model: Any) -> Iterator[str]:
+    for opset in model.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version not in _OPSETS:
+            yield f"opset {opset.version} is outside {_OPSETS[0]} to {_OPSETS[-1]}"
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        sizes = value.type.tensor_type.shape.dim
+        if len(sizes) != 4:
+            yield f"input {value.name} has {len(sizes)} dimensions, an image has 4"
+        for index, size in enumerate(sizes):
+            if size.dim_value <= 0 and index not in _FREE_DIMENSIONS:
+                yield f"dimension {index} of input {value.name} is free: only batch, height and width may be"
+
+
+class _Node:
+    """One node and what it reads."""
+
+    def __init__(self, model: Any, node: Any) -> None:
+        self.node = node
+        self.name = f"{node.op_type} {node.name or node.output[0]}"
+        self.graph = model.graph
+
+    def problems(self) -> Iterator[str]:
+        kind = self.node.op_type
+        if self.node.domain not in ("", "ai.onnx"):
+            yield f"{self.name} is not standard ONNX but of {self.node.domain}"
+        elif kind in _CONTROL_FLOW:
+            yield f"{self.name} is control flow"
+        elif kind in _VALUE_DEPENDENT:
+            yield f"the shape that {self.name} gives depends on values"
+        elif kind in _INTEGER_KERNELS:
+            yield f"{self.name} is an integer kernel: INT8 is expressed by QuantizeLinear and DequantizeLinear only"
+        elif kind not in OPERATORS:
+            yield f"the ONNX parser has no operator {kind} ({self.name})"
+        elif kind in ("QuantizeLinear", "DequantizeLinear"):
+            yield from self._quantization()
+        elif kind == "Conv":
+            yield from self._convolution()
+        elif kind == "Resize":
+            yield from self._resize()
+        elif kind == "TopK" and self._attribute("sorted", 1) != 1:
+            yield f"{self.name} must sort"
+        elif kind in ("Squeeze", "Unsqueeze") and len(self.node.input) > 1 and self._constant(1) is None:
+            yield f"{self.name} needs constant axes"
+
+    def _quantization(self) -> Iterator[str]:
+        scale, zero = self._constant(1), self._constant(2)
+        source = self._constant(0) if self.node.op_type == "DequantizeLinear" else None
+        integer = next((value.dtype for value in (zero, source) if value is not None), np.dtype(np.uint8))
+        if integer == np.int32:
+            yield f"{self.name} dequantises int32: a bias has to be float"
+        elif integer != np.int8:
+            yield f"{self.name} is of {integer}, not int8"
+        if zero is not None and zero.any():
+            yield f"{self.name} has a zero point other than 0"
+        elif zero is None and self._has(2):
+            yield f"{self.name} has a zero point that is not constant"
+        if scale is None:
+            yield f"{self.name} has a scale that is not constant"
+            return
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            yield f"{self.name} has a scale that is not positive and finite"
+        if scale.ndim and scale.size > 1:
+            axis = self._attribute("axis", 1)
+            if source is None:
+                yield f"{self.name} has {scale.size} scales: an activation has one"
+            elif axis != 0:
+                yield f"{self.name} has scales along axis {axis}, weights have them along axis 0"
+            elif scale.shape != source.shape[:1]:
+                yield f"{self.name} has {scale.size} scales for {source.shape[0]} output channels"
+
+    def _convolution(self) -> Iterator[str]:
+        data, weight = self._maker(0), self._maker(1)
+        quantized = weight is not None and weight.op_type == "DequantizeLinear"
+        if not quantized and self._constant(1) is None:
+            yield f"{self.name} has weights that are not constant"
+        if quantized and (data is None or data.op_type != "DequantizeLinear"):
+            yield f"{self.name} has quantised weights and a float input: it has no kernel for that"
+        if self._has(2) and self._constant(2) is None:
+            yield f"{self.name} has a bias that is not constant"
+
+    def _resize(self) -> Iterator[str]:
+        for name, allowed in _RESIZE.items():
+            value = self._attribute(name, b"").decode()
+            if value and value not in allowed:  # ONNX's defaults are among them
+                yield f"{self.name} has {name} {value}"
+
+    def _has(self, index: int) -> bool:
+        return len(self.node.input) > index and bool(self.node.input[index])
+
+    def _attribute(self, name: str, default: Any) -> Any:
+        from onnx import helper
+
+        found = (helper.get_attribute_value(one) for one in self.node.attribute if one.name == name)
+        return next(found, default)
+
+    def _maker(self, index: int) -> Any:
+        """The node that makes an input, or None."""
+        return next((node for node in self.graph.node if self.node.input[index] in node.output), None)
+
+    def _constant(self, index: int) -> NDArray[Any] | None:
+        """The value of an input, or None where it is absent or computed."""
+        from onnx import numpy_helper
+
+        if not self._has(index):
+            return None
+        name = self.node.input[index]
+        tensor = next((tensor for tensor in self.graph.initializer if tensor.name == name), None)
+        return None if tensor is None else numpy_helper.to_array(tensor)

@@ -1,0 +1,384 @@
+"""What `gfldeploy quantize` refuses to publish, and what `--algo auto` chooses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import demo_bundles
+import numpy as np
+import pytest
+
+from gfldeploy.accuracy import Accuracy
+from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.cli import main
+from gfldeploy.demo.dataset import generate
+from gfldeploy.engines.registry import Capability
+from gfldeploy.errors import DataError, EngineError, GfldeployError, ParityError, UnsupportedError
+from gfldeploy.files import sha256, write_json
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.inspection import int8_lines
+from gfldeploy.quant import quantizer
+from gfldeploy.quant.agreement import Agreement
+from gfldeploy.quant.gate import Candidate, Limits, Measured, best, failure, unjudgeable
+from gfldeploy.quant.measurement import Yardstick
+from gfldeploy.quant.ptq import ALGORITHMS, AUTO, UNUSABLE, algorithms_of
+from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
+from gfldeploy.quant.samples import calibration_images, digests, refuse_overlap, spread
+
+LIMITS = Limits(max_drop=0.005, min_agreement=0.9)
+
+
+def accuracy(ap: float) -> Accuracy:
+    return Accuracy(ap, ap, ap, ap, ap, ap, images=10, detections=100)
+
+
+def measured(
+    ap: float | None = None, found: float = 1.0, difference: float = 1e-3, ran: Mapping[str, int] | None = None
+) -> Measured:
+    ran = {"int8": 57} if ran is None else ran
+    return Measured(Agreement(difference, 0.1, 40, found, ran), None if ap is None else accuracy(ap))
+
+
+def both(onnxruntime: Measured, paddle: Measured) -> dict[str, Measured]:
+    return {"onnxruntime": onnxruntime, "paddle": paddle}
+
+
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+def test_a_drop_in_one_engine_names_everything_one_needs() -> None:
+    fp32 = accuracy(0.868)
+    assert failure(both(measured(0.8635), measured(0.9)), fp32, LIMITS) is None
+    assert failure(both(measured(0.863), measured(0.863)), accuracy(0.863), Limits(max_drop=0.0)) is None
+    problem = failure(both(measured(0.8635), measured(0.8557)), fp32, LIMITS)
+    assert isinstance(problem, ParityError)
+    assert str(problem).startswith(
+        "INT8 in paddle loses 0.0123 mAP (FP32 0.8680, INT8 0.8557), more than the 0.005 of --max-drop. Try another"
+    )
+    for word in ("--algo", "--samples", "images like those you deploy on"):
+        assert word in (problem.remedy or "")
+
+
+def test_labels_decide_where_there_are_labels() -> None:
+    lost, good = measured(0.9, found=0.2), measured(0.9)
+    assert failure(both(lost, good), accuracy(0.9), LIMITS) is None
+    problem = failure(both(measured(found=0.2), measured()), None, LIMITS)
+    assert isinstance(problem, ParityError)
+    assert "INT8 in onnxruntime finds only 20.0% of what FP32 finds" in str(problem)
+    assert failure(both(measured(found=0.9), measured()), None, LIMITS) is None
+    assert failure(both(measured(found=0.0), measured()), None, replace(LIMITS, min_agreement=0.0)) is None
+    with pytest.raises(ValueError, match="not in every INT8 engine"):
+        failure(both(measured(0.9), measured()), accuracy(0.9), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("ran", "refused"),
+    [
+        ({"int8": 57}, False),
+        ({"int8": 90, "fp32": 10}, False),
+        ({"int8": 89, "fp32": 11}, True),
+        ({"fp32": 57}, True),
+        ({}, False),  # an engine that cannot tell
+    ],
+)
+def test_most_convolutions_must_run_in_int8(ran: dict[str, int], refused: bool) -> None:
+    problem = failure(both(measured(0.9), measured(0.9, ran=ran)), accuracy(0.9), LIMITS)
+    assert isinstance(problem, EngineError) == refused
+    if refused:
+        ratio = f"{ran.get('int8', 0)} of {sum(ran.values())}"
+        assert f"paddle runs only {ratio} convolutions in int8 ({ran['fp32']} in fp32)" in str(problem)
+
+
+def test_images_that_judge_nothing() -> None:
+    assert unjudgeable(3, None, LIMITS) is None
+    assert unjudgeable(0, accuracy(0.5), LIMITS) is None
+    assert unjudgeable(0, None, replace(LIMITS, min_agreement=0.0)) is None
+    assert "detects nothing on the calibration images" in str(unjudgeable(0, None, LIMITS))
+    for ap in (0.0, -1.0):
+        assert "reaches mAP 0.0000 on the evaluation images" in str(unjudgeable(9, accuracy(ap), LIMITS))
+
+
+@pytest.mark.parametrize("limits", [{"max_drop": -0.1}, {"max_drop": float("nan")}, {"min_agreement": 1.1}])
+def test_limits_are_shares(limits: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Limits(**limits)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def candidate(name: str, *engines: Measured, error: GfldeployError | None = None) -> Candidate:
+    return Candidate(name, dict(zip(("onnxruntime", "paddle"), engines, strict=False)), error)
+
+
+FAILED = candidate("KL", error=EngineError("no memory"))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "fp32", "wanted"),
+    [
+        # the worse of the two engines counts
+        ([("a", measured(0.9), measured(0.5)), ("b", measured(0.7), measured(0.7))], 0.9, "b"),
+        # of equals the first, which is the cheaper one
+        ([("a", measured(0.7), measured(0.8)), ("b", measured(0.8), measured(0.7))], 0.9, "a"),
+        ([("a", measured(), measured(found=0.8)), ("b", measured(found=0.9), measured(found=0.9))], None, "b"),
+        ([("a", measured(difference=2e-3), measured()), ("b", measured(), measured())], None, "b"),
+        # one that may be published before a better one that may not
+        ([("a", measured(0.9), measured(0.9, ran={"fp32": 9})), ("b", measured(0.898), measured(0.898))], 0.9, "b"),
+    ],
+)
+def test_the_best_is_chosen(candidates: list[Any], fp32: float | None, wanted: str) -> None:
+    made = [candidate(name, *engines) for name, *engines in candidates]
+    assert best([FAILED, *made], accuracy(fp32) if fp32 else None, LIMITS).algorithm == wanted
+
+
+def test_nothing_to_choose_from() -> None:
+    with pytest.raises(EngineError, match="no memory"):
+        best([FAILED, candidate("mse", error=ParityError("NaN"))], None, LIMITS)
+
+
+# --- algorithms -------------------------------------------------------------------------------------------------------
+
+
+def test_algorithms_and_why_one_does_not_run() -> None:
+    assert algorithms_of("mse") == ("mse",)
+    assert algorithms_of("auto") == AUTO
+    assert set(AUTO) <= set(ALGORITHMS)
+    assert not set(UNUSABLE) & set(ALGORITHMS)
+    with pytest.raises(UnsupportedError, match=r"min_max does not quantise on this stack: .* FP32") as caught:
+        algorithms_of("min_max")
+    assert "Use abs_max" in str(caught.value)
+    with pytest.raises(UnsupportedError, match=r"no algorithm 'magic'.* Choose from: auto, hist"):
+        algorithms_of("magic")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_images_are_not_evaluated_on(tiny_coco: Path, tmp_path: Path) -> None:
+    dataset = CocoDataset.load(tiny_coco)
+    paths = [image.path for image in dataset.images]
+    copies = [Path(shutil.copy(path, tmp_path / f"copy{path.name}")) for path in paths[1:4]]
+    with pytest.raises(DataError, match=r"3 of the 6 evaluation images are calibration images too, the first 2\.jpg"):
+        refuse_overlap(digests(copies), dataset)
+    refuse_overlap(digests(copies[:0]), dataset)
+    refuse_overlap(digests(copies), CocoDataset.load(tiny_coco, limit=1))
+    with pytest.raises(DataError, match=r"cannot read .*gone"):
+        digests([tmp_path / "gone.jpg"])
+
+
+def test_spread(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(10)]
+    assert spread(paths, 3) == [paths[0], paths[3], paths[6]]
+    assert spread(paths[:2], 3) == paths[:2]
+    assert spread([], 3) == []
+
+
+# --- the whole, without PaddleSlim ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def request_on_tiny(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> QuantizeRequest:
+    """A request that passes every check; what needs Paddle is replaced."""
+    pytest.importorskip("onnxruntime")
+    source = Path(shutil.copytree(tiny_bundle, tmp_path / "source"))
+    (source / "paddle").mkdir()
+    for name in ("paddle/model.pdmodel", "paddle/model.pdiparams", "infer_cfg.yml"):
+        (source / name).write_bytes(b"x")
+    manifest = json.loads((source / "manifest.json").read_text())
+    manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"}
+    for path in source.rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            record = {"sha256": sha256(path), "bytes": path.stat().st_size}
+            manifest["files"][path.relative_to(source).as_posix()] = record
+    write_json(source / "manifest.json", manifest)
+
+    def calibrate(origin: Bundle, bundle: Bundle, blank: Any, *rest: Any) -> None:
+        for graph in bundle.manifest.graphs.values():
+            for name in (graph.model, graph.params):
+                if name:
+                    (bundle.directory / name).parent.mkdir(parents=True, exist_ok=True)
+                    (bundle.directory / name).write_text(blank.algorithm)
+
+    monkeypatch.setattr(quantizer, "require", lambda *arguments: None)
+    monkeypatch.setattr(quantizer, "_observe", lambda *arguments: {})
+    monkeypatch.setattr(quantizer, "_calibrate", calibrate)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        assert cv2.imwrite(str(pictures / f"{number}.png"), np.full((48, 80, 3), 50 * number, np.uint8))
+    return QuantizeRequest(source, calibration_images(pictures, None, 3), tmp_path / "out", "auto")
+
+
+def with_results(monkeypatch: pytest.MonkeyPatch, results: Mapping[str, dict[str, Measured] | GfldeployError]) -> None:
+    def measure(self: Yardstick, bundle: Bundle, label: str, progress: Any) -> dict[str, Measured]:
+        assert (bundle.directory / "onnx/model.onnx").read_text() == label
+        result = results[label]
+        if isinstance(result, GfldeployError):
+            raise result
+        return result
+
+    monkeypatch.setattr(Yardstick, "measure", measure)
+
+
+def test_auto_publishes_the_best_and_the_table(
+    request_on_tiny: QuantizeRequest,
+    tiny_coco: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results: dict[str, dict[str, Measured] | GfldeployError] = {
+        "hist": both(measured(0.9), measured(0.997)),
+        "avg": both(measured(0.996), measured(0.998)),
+        "abs_max": EngineError("out of luck"),
+        "mse": both(measured(0.999), measured(0.2)),
+    }
+    assert tuple(results) == AUTO
+    with_results(monkeypatch, results)
+    made = quantize_bundle(replace(request_on_tiny, evaluation=CocoDataset.load(tiny_coco)))
+    assert made.manifest.provenance["quantized"]["algorithm"] == "avg"
+    assert made.manifest.graphs["onnx"] == Graph("onnx/model.onnx")
+    assert (made.directory / "paddle/model.pdmodel").read_text() == "avg"
+    assert not [path.name for path in made.directory.iterdir() if path.name in AUTO]
+    parity = json.loads((made.directory / "parity.json").read_text())
+    assert parity["accuracy"]["fp32"]["ap"] == pytest.approx(1)
+    assert parity["accuracy"]["engines"]["onnxruntime"]["ap"] == 0.996
+    assert parity["algorithms"]["chosen"] == "avg"
+    table = {one["algorithm"]: one for one in parity["algorithms"]["tried"]}
+    assert tuple(table) == AUTO
+    assert table["abs_max"]["error"] == "out of luck"
+    assert table["mse"]["engines"]["paddle"]["ap"] == 0.2
+    assert int8_lines(parity)[1] == (
+        "paddle: 57 of 57 convolutions in int8, 100.0% of 40 FP32 detections found again, "
+        "mAP 0.9980 (FP32 1.0000) on 6 images"
+    )
+    assert int8_lines({"comparisons": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hist": both(measured(), measured(found=0.5))}, "INT8 in paddle finds only 50.0%"),
+        ({"hist": both(measured(ran={"int8": 1, "fp32": 3}), measured())}, "onnxruntime runs only 1 of 4"),
+        ({"hist": ParityError("the quantised graph gives NaN")}, "gives NaN"),
+    ],
+)
+def test_what_fails_is_not_published(
+    changes: Any, message: str, request_on_tiny: QuantizeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_results(monkeypatch, changes)
+    with pytest.raises(GfldeployError, match=message) as caught:
+        quantize_bundle(replace(request_on_tiny, algorithm="hist"))
+    assert caught.value.remedy or "NaN" in message
+    assert {path.name for path in request_on_tiny.output.parent.iterdir()} == {"source", "pictures"}
+
+
+def test_evaluation_data_are_checked_before_the_work(
+    request_on_tiny: QuantizeRequest, tiny_coco: Path, tmp_path: Path
+) -> None:
+    dataset = CocoDataset.load(tiny_coco)
+    stages: list[str] = []
+    seen = replace(request_on_tiny, images=[image.path for image in dataset.images[:2]], evaluation=dataset)
+    with pytest.raises(DataError, match=r"2 of the 6 evaluation images are calibration images too, the first 1\.jpg"):
+        quantize_bundle(seen, stages.append)
+    other = replace(dataset, categories=dataset.categories[:1])
+    with pytest.raises(DataError, match="the model has 2 classes, the annotations 1"):
+        quantize_bundle(replace(request_on_tiny, evaluation=other), stages.append)
+    assert all("calibration images" in stage for stage in stages), "nothing but reading the images was begun"
+
+
+def test_a_processor_without_vnni_is_told_first(
+    request_on_tiny: QuantizeRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = "this CPU has neither VNNI nor AMX"
+    monkeypatch.setattr(quantizer, "capability", lambda *what: Capability(*what, note=slow))
+    stages: list[str] = []
+    with pytest.raises(DataError):
+        quantize_bundle(replace(request_on_tiny, images=[tmp_path / "gone.png"]), stages.append)
+    assert stages[0] == f"note: {slow}"
+    assert len(stages) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--algo", "min_max"), "min_max does not quantise on this stack"),
+        (("--algo", "magic"), "no algorithm 'magic'"),
+        (("--max-drop", 0.01), "--max-drop needs --eval-data"),
+        (("--eval-limit", 3), "--eval-limit needs --eval-data"),
+        (("--eval-data", "COCO", "--min-agreement", 0.5), "with it, use --max-drop"),
+        (("--max-drop", 2), "2.0 is not in the range 0<=x<=1"),
+        (("--eval-data", "nowhere.json"), "cannot read nowhere.json"),
+    ],
+)
+def test_options_that_make_no_sense(
+    options: tuple[object, ...], message: str, tiny_bundle: Path, tiny_coco: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [tiny_coco if option == "COCO" else option for option in options]
+    arguments = ("quantize", tiny_bundle, "--data", tiny_coco, "--samples", 1, "-o", "out", *given)
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, arguments)))
+    assert message in demo_bundles.refusal_in(stopped.value.code, *capfd.readouterr())
+    assert not Path("out").exists()
+
+
+# --- the demo detector ------------------------------------------------------------------------------------------------
+
+EVALUATED = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Annotations to calibrate and to evaluate on, and a folder of black images."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "black").mkdir()
+    for number in range(2):
+        assert cv2.imwrite(str(folder / "black" / f"{number}.png"), np.zeros((320 + number, 320, 3), np.uint8))
+    return {
+        "good": generate(folder, "calib", 8),
+        "eval": generate(folder, "val", EVALUATED),
+        "black": folder / "black",
+    }
+
+
+@pytest.mark.slow
+@demo_bundles.needs_quant
+def test_a_good_calibration_passes_and_is_shown(
+    data: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = demo_bundles.trained(tmp_path_factory)
+    arguments = ("quantize", source, "--data", data["good"], "--samples", 8, "--eval-data", data["eval"])
+    # Few images make a coarse measure: what is wanted here is that a sound calibration passes.
+    done = demo_bundles.run(*arguments, "--max-drop", 0.02, "-o", tmp_path / "int8", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    parity = json.loads((tmp_path / "int8/parity.json").read_text())
+    assert parity["accuracy"]["fp32"]["images"] == EVALUATED
+    for name, one in parity["engines"].items():
+        assert one["detections_found"] > 0.9, name
+        assert list(one["convolutions"]) == ["int8"]
+    sheet = demo_bundles.run("inspect", tmp_path / "int8", folder=tmp_path).stdout
+    assert " convolutions in int8, " in sheet
+    assert f"mAP {parity['accuracy']['engines']['paddle']['ap']:.4f}" in sheet
+
+
+@pytest.mark.slow
+@demo_bundles.needs_quant
+def test_calibration_on_black_images_is_caught(
+    data: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = demo_bundles.trained(tmp_path_factory)
+    sabotage = ("quantize", source, "--data", data["black"], "--samples", 2, "-o", tmp_path / "int8")
+    shown = demo_bundles.refusal(demo_bundles.run(*sabotage, folder=tmp_path))
+    assert "FP32 detects nothing on the calibration images" in shown
+    labels = ("--eval-data", data["eval"], "--algo", "abs_max")
+    shown = demo_bundles.refusal(demo_bundles.run(*sabotage, *labels, folder=tmp_path))
+    assert "mAP (FP32 0." in shown and "more than the 0.005 of --max-drop" in shown
+    assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"

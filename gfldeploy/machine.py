@@ -6,14 +6,22 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 
-from gfldeploy.engines.registry import cpu_flags
-
-__all__ = ["CPU_FLAGS", "PACKAGES", "Machine", "describe_machine", "installed_packages", "nvidia_driver"]
+__all__ = [
+    "CPU_FLAGS",
+    "PACKAGES",
+    "Machine",
+    "cpu_flags",
+    "describe_machine",
+    "installed_packages",
+    "nvidia_driver",
+    "usable_threads",
+]
 
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
@@ -60,7 +68,7 @@ def describe_machine() -> Machine:
     return Machine(
         cpu=_cpu_model(),
         cores=psutil.cpu_count(logical=False),
-        threads=len(os.sched_getaffinity(0)),
+        threads=usable_threads(),
         flags=tuple(flag for flag in CPU_FLAGS if flag in cpu_flags()),
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
         gpus=_gpu_models(),
@@ -69,6 +77,17 @@ def describe_machine() -> Machine:
         python=platform.python_version(),
         packages={name: version for name, version in installed_packages().items() if version},
     )
+
+
+def usable_threads() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags, as Linux names them; empty where /proc/cpuinfo cannot be read."""
+    return frozenset((_cpuinfo("flags") or "").split())
 
 
 def installed_packages() -> dict[str, str | None]:
@@ -105,11 +124,16 @@ def _gpu_models() -> tuple[str, ...]:
 
 
 def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
+    """The value of the first line of /proc/cpuinfo for `key`, or None."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), None)
 
 
 def _os_name() -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from gfldeploy.machine import usable_threads
 
 __all__ = [
     "CommaSeparated",
@@ -24,11 +25,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
-
-
-def available_threads() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def bundle_argument(command: Command) -> Command:
@@ -53,7 +49,7 @@ def threads_option(command: Command) -> Command:
     return click.option(
         "--threads",
         type=click.IntRange(1),
-        default=available_threads,
+        default=usable_threads,
         show_default="all available",
         help="CPU threads of one inference.",
     )(command)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata, util
-from pathlib import Path
+from importlib import util
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import INSTALL_ENGINE
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Engine, EngineOptions, Precision
 from gfldeploy.errors import UnsupportedError
+from gfldeploy.machine import cpu_flags, installed_packages, nvidia_driver
 
 __all__ = [
     "ENGINES",
@@ -23,7 +22,6 @@ __all__ = [
     "capabilities",
     "capability",
     "check_bundle",
-    "cpu_flags",
     "graph_for",
     "open_engine",
 ]
@@ -90,13 +88,13 @@ def capability(engine: str, precision: Precision, device: Device) -> Capability:
         raise UnsupportedError(f"there is no engine {engine!r}", f"Choose from: {', '.join(ENGINES)}.")
     if never := _NEVER.get((engine, precision, device)):
         return Capability(engine, precision, device, *never)
-    if device == "gpu" and not _nvidia_driver():
+    if device == "gpu" and nvidia_driver() is None:
         return Capability(
             engine, precision, device, "no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU"
         )
     if util.find_spec(engine) is None:
         return Capability(engine, precision, device, f"{engine} is not installed", INSTALL_ENGINE[engine, device])
-    if device == "gpu" and not _installed(_DISTRIBUTIONS[engine][1]):
+    if device == "gpu" and installed_packages()[_DISTRIBUTIONS[engine][1]] is None:
         return Capability(
             engine, precision, device, f"the CPU build of {engine} is installed", INSTALL_ENGINE[engine, "gpu"]
         )
@@ -139,28 +137,3 @@ def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
     module, name = ENGINES[engine].split(":")
     loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options)
     return loaded
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags, as Linux names them; empty where /proc/cpuinfo cannot be read."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
-
-
-def _nvidia_driver() -> bool:
-    return Path("/proc/driver/nvidia/version").exists()
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -6,14 +6,12 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy import __version__
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
 from gfldeploy.dependencies import require
@@ -25,6 +23,7 @@ from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_che
 from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
 from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.machine import installed_packages
 
 __all__ = ["ExportRequest", "export_bundle", "open_graph"]
 
@@ -250,13 +249,8 @@ def _write_infer_cfg(path: Path, manifest: Manifest) -> None:
 
 
 def _provenance(request: ExportRequest) -> dict[str, Any]:
-    packages = ("paddlepaddle", "paddlepaddle-gpu", "paddledet", "paddle2onnx", "onnx", "onnxruntime", "numpy")
-    versions = {"gfldeploy": __version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version()}
+    versions |= {name: version for name, version in installed_packages().items() if version}
     weights = (
         {"file": request.weights.name, "sha256": sha256(locate_checkpoint(request.weights))}
         if request.weights is not None

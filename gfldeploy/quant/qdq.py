@@ -73,8 +73,8 @@ class ActivationScale:
         """From PaddleSlim's threshold: 127 steps up to it, as oneDNN runs the same calibration.
 
         Values that cannot be negative keep the steps and use the integers up to 255 as headroom, to twice the
-        threshold. Spending all 255 steps below the threshold instead clips what the threshold was not meant to clip:
-        it cost the demo detector 0.013 mAP.
+        threshold. Spending all 255 steps below the threshold instead would clip what the threshold was not meant to
+        clip, and cost mAP.
         """
         return cls((threshold if threshold >= _LEAST_RANGE else 1.0) / 127, 0 if non_negative else 128)
 
@@ -91,8 +91,8 @@ class ActivationScale:
     def symmetric(cls, threshold: float, non_negative: bool = False) -> ActivationScale:
         """int8, reaching as far as `from_threshold` does: to twice the threshold where values cannot be negative.
 
-        uint8 has integers to spare for that, int8 takes larger steps. Clipping at the threshold instead cost the demo
-        detector 0.008 mAP.
+        uint8 has integers to spare for that, int8 takes larger steps. Clipping at the threshold would cost more mAP
+        than the larger steps do.
         """
         reach = threshold * 2 if non_negative else threshold
         return cls((reach if reach >= _LEAST_RANGE else 1.0) / 127, 0)

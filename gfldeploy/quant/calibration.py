@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Self
 
 from gfldeploy.errors import BundleError
 
-__all__ = ["Calibration", "ConvRanges", "OutputRange"]
+__all__ = ["Calibration", "ConvRanges", "ConvUse", "OutputRange"]
+
+
+class ConvUse(NamedTuple):
+    """One application of a convolution: its weight name, and which of its uses in graph order (0 unless shared)."""
+
+    weight: str
+    use: int
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,29 @@ class ConvRanges:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`calibration.json`: `algorithm` as PaddleSlim calls it, the `images` used as {SHA-256: file name}, the ranges."""
+    """`calibration.json`: `algorithm` as PaddleSlim calls it, the `images` used as {SHA-256: file name}, the ranges.
+
+    `kept_float`: the uses of convolutions that stay in float although they have ranges.
+    """
 
     algorithm: str
     images: Mapping[str, str]
     convolutions: Mapping[str, ConvRanges]
+    kept_float: frozenset[ConvUse] = frozenset()
+
+    @property
+    def uses(self) -> tuple[ConvUse, ...]:
+        """Every use of every convolution that has ranges, kept in float or not."""
+        counts = {name: len(entry.inputs) for name, entry in self.convolutions.items()}
+        return tuple(ConvUse(name, use) for name, count in counts.items() for use in range(count))
+
+    def keeping(self, kept: Iterable[ConvUse]) -> Self:
+        """The same ranges with exactly these uses left in float."""
+        return replace(self, kept_float=frozenset(kept))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data; `from_dict` is the inverse."""
-        return asdict(self)
+        return {**asdict(self), "kept_float": [list(one) for one in sorted(self.kept_float)]}
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
@@ -56,7 +77,10 @@ class Calibration:
             images = dict(data["images"])
             if not all(isinstance(value, str) for value in (data["algorithm"], *images.values())):
                 raise TypeError("the algorithm and the images' digests must be text")
-            return cls(data["algorithm"], images, convolutions)
+            kept = frozenset(ConvUse(name, use) for name, use in data["kept_float"])
+            if unknown := sorted(one.weight for one in kept if one.weight not in convolutions):
+                raise ValueError(f"kept_float names {unknown[0]}, which has no ranges")
+            return cls(data["algorithm"], images, convolutions, kept)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"calibration.json cannot be read: {error}", "Quantise the bundle again.") from error
 

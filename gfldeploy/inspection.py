@@ -17,7 +17,6 @@ from gfldeploy.quant.agreement import Reference, agreement
 
 __all__ = ["describe", "int8_lines", "verify"]
 
-_PARITY = "parity.json"
 # INT8 engines round differently from each other; a damaged graph finds next to nothing of what the other does.
 _LEAST_AGREEMENT = 0.5
 
@@ -52,15 +51,16 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         },
         "digest": bundle.digest,
         "provenance": dict(manifest.provenance),
-        "parity": _parity(bundle),
+        "parity": _record(bundle, "parity.json"),
+        "sensitivity": _record(bundle, "sensitivity.json"),
     }
 
 
-def _parity(bundle: Bundle) -> dict[str, Any] | None:
-    """What `parity.json` says, or None where the bundle has none."""
-    if _PARITY not in bundle.manifest.files:
+def _record(bundle: Bundle, name: str) -> dict[str, Any] | None:
+    """What this JSON file of the bundle says, or None where the bundle has none."""
+    if name not in bundle.manifest.files:
         return None
-    path = bundle.directory / _PARITY
+    path = bundle.directory / name
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
@@ -71,21 +71,35 @@ def _parity(bundle: Bundle) -> dict[str, Any] | None:
 
 
 def int8_lines(parity: Mapping[str, Any]) -> list[str]:
-    """What `parity.json` of an INT8 bundle says of each engine, a line each; none for an FP32 bundle."""
+    """What `parity.json` of an INT8 bundle says of each engine, one or more lines each; none for an FP32 bundle.
+
+    Some records are optional: which convolutions an engine ran, the accuracy, the speed, what was kept in float.
+    """
     lines = []
     accuracy = parity.get("accuracy")
+    speeds = parity.get("speed", {})
     for name, one in parity.get("engines", {}).items():
-        ran = one["convolutions"]
+        ran = one.get("convolutions")
         facts = [f"{ran.get('int8', 0)} of {sum(ran.values())} convolutions in int8"] if ran else []
         if one["detections"]:
             facts.append(f"{one['detections_found']:.1%} of {one['detections']} FP32 detections found again")
         else:
             facts.append("FP32 had no detections to find again")
-        if accuracy:
+        if accuracy and name in accuracy["engines"]:
             fp32, int8 = accuracy["fp32"], accuracy["engines"][name]
             facts.append(f"mAP {int8['ap']:.4f} (FP32 {fp32['ap']:.4f}) on {fp32['images']} images")
+        if speed := speeds.get(name):
+            times = f"{speed['int8_ms']:.1f} ms, FP32 {speed['fp32_ms']:.1f} ms"
+            facts.append(f"{speed['ratio']:.2f} times as fast as FP32 ({times})")
         lines.append(f"{name}: {', '.join(facts)}")
-    return lines
+        lines += [f"{name} not in int8: {reason}" for reason in one.get("not_int8", ())]
+    return lines + [f"kept in float: {_kept(one)}" for one in parity.get("kept_float", ())]
+
+
+def _kept(entry: Mapping[str, Any]) -> str:
+    """A layer or group that was left in float on purpose, and why."""
+    count = entry.get("convolutions", 1)
+    return f"{entry['name']}{f' ({count} convolutions)' if count > 1 else ''}, {entry['why']}"
 
 
 def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:

@@ -74,8 +74,10 @@ class Run:
     `inputs_mb`: how much of that were the prepared batches.
 
     `decode_ms`, `preprocess_ms` and `postprocess_ms` are per image, raw; no latency includes them. `convolutions`:
-    those of one inference, by the precision that they ran in; None where the engine cannot tell. `padding_ratio`:
-    pixels of the batches by pixels of the images in them, 1.0 without padding.
+    those of one inference, by the precision that they ran in; None where the engine cannot tell. `not_low_precision`:
+    why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason (`engines.base.reasons`); empty
+    where FP32 was asked for, None where it was not recorded or the engine cannot tell. `padding_ratio`: pixels of the
+    batches by pixels of the images in them, 1.0 without padding.
     """
 
     samples: Samples
@@ -88,6 +90,7 @@ class Run:
     preprocess_ms: tuple[float, ...]
     postprocess_ms: tuple[float, ...]
     convolutions: Mapping[str, int] | None
+    not_low_precision: tuple[str, ...] | None
     padding_ratio: float
 
 

@@ -28,8 +28,8 @@ class BenchRequest:
     """What to measure on what.
 
     `timed_images`: how many of the first images are used for timing. `accuracy_images`: how many for mAP; None is all.
-    `min_seconds` and `min_count`: least time and number of inferences of one cell. `cell_timeout_s`: seconds after
-    which a cell has failed; for mAP, seconds without an image done.
+    `min_seconds` and `min_count`: least time and number of inferences of one cell in each of the `rounds`.
+    `cell_timeout_s`: seconds after which a cell has failed; for mAP, seconds without an image done.
     """
 
     bundles: Sequence[Path]
@@ -42,6 +42,7 @@ class BenchRequest:
     threads: int = 1
     min_seconds: float = 2.0
     min_count: int = 10
+    rounds: int = 1
     timed_images: int = 32
     accuracy: bool = True
     accuracy_images: int | None = None
@@ -70,7 +71,7 @@ def prepare(request: BenchRequest) -> PreparedBench:
 def run(prepared: PreparedBench, progress: Progress | None = None) -> BenchResults:
     """Measure every cell of the plan; failed ones are results with their reason."""
     request = prepared.request
-    settings = Settings(request.min_seconds, request.min_count)
+    settings = Settings(request.min_seconds, request.min_count, rounds=request.rounds)
     accuracy = AccuracyData(request.annotations, request.image_dir, request.accuracy_images)
     cells = run_plan(
         prepared.plan,

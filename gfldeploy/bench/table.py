@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import shorten
 
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.timing import median, percentile
 
 __all__ = ["Row", "images_per_s", "rows"]
+
+# Characters of a reason, which names every convolution that it holds for; results.json has it whole.
+_REASON_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Row:
     `latency_ms` is the median and `p90_ms` the 90th percentile of a whole batch; `images_per_s` are the completed
     images by the wall time. `low_precision`: convolutions that ran in less than FP32, of all, such as "53/53".
     `memory_mb`: the peak resident memory less the prepared inputs, 10^6 bytes. `note`: why a cell was skipped or
-    failed, or why there is no accuracy.
+    failed, why there is no accuracy, how many convolutions did not run in the low precision asked for and why.
     """
 
     bundle: str | None
@@ -69,8 +73,20 @@ def _low_precision(cell: CellResult) -> str | None:
     return f"{total - convolutions.get('fp32', 0)}/{total}"
 
 
+def _not_lowered(cell: CellResult) -> str | None:
+    run = cell.runs[-1]
+    if cell.precision == "fp32" or not run.convolutions or not run.convolutions.get("fp32"):
+        return None
+    lines = run.not_low_precision
+    first = f": {shorten(lines[0], _REASON_WIDTH, placeholder=' ...')}" if lines else ""
+    more = f", and {len(lines) - 1} more reason{'s' if len(lines) > 2 else ''}" if lines and len(lines) > 1 else ""
+    total = sum(run.convolutions.values())
+    return f"{run.convolutions['fp32']} of {total} convolutions not in {cell.precision}{first}{more}"
+
+
 def _note(cell: CellResult) -> str | None:
     if cell.status == "ok":
-        return f"no mAP: {cell.accuracy_reason}" if cell.accuracy_reason else None
+        no_accuracy = f"no mAP: {cell.accuracy_reason}" if cell.accuracy_reason else None
+        return "; ".join(filter(None, (_not_lowered(cell), no_accuracy))) or None
     remedy = f"; {cell.remedy.rstrip('.')}" if cell.remedy else ""
     return f"{cell.status}: {cell.reason}{remedy}"

@@ -27,7 +27,15 @@ from gfldeploy.bench.results import Run, Settings
 from gfldeploy.bench.timing import measure
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import postprocess
-from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision
+from gfldeploy.engines.base import (
+    Engine,
+    EngineOptions,
+    ExecutedConvolution,
+    Precision,
+    ReportsPrecision,
+    count_precisions,
+    reasons,
+)
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import DataError, EngineError, GfldeployError
 from gfldeploy.files import write_json, write_text
@@ -119,7 +127,8 @@ def _time(request: TimingRequest) -> Run:
         decode_ms=tuple(value for batch in batches for value in batch.decode_ms),
         preprocess_ms=tuple(value for batch in batches for value in batch.preprocess_ms),
         postprocess_ms=postprocess_ms,
-        convolutions=convolutions,
+        convolutions=count_precisions(convolutions) if convolutions else None,
+        not_low_precision=_not_low_precision(cell.precision, convolutions),
         padding_ratio=sum(batch.padded_pixels for batch in batches) / sum(batch.real_pixels for batch in batches),
     )
 
@@ -194,13 +203,20 @@ def _time_postprocess(engine: Engine, batches: Sequence[_Batch], bundle: Bundle)
     return tuple(times)
 
 
-def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> dict[str, int] | None:
+def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> tuple[ExecutedConvolution, ...]:
+    """Those of one inference; none where the engine cannot tell."""
     if not isinstance(engine, ReportsPrecision):
-        return None
+        return ()
     try:
-        return engine.executed_precisions({"image": tensor}) or None
+        return engine.executed_convolutions({"image": tensor})
     except EngineError:
-        return None
+        return ()
+
+
+def _not_low_precision(asked: Precision, convolutions: Sequence[ExecutedConvolution]) -> tuple[str, ...] | None:
+    if asked == "fp32":
+        return ()  # all of them, for that reason
+    return reasons(convolutions) if convolutions else None
 
 
 def _peak_rss_mb() -> float:

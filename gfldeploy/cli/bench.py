@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +42,25 @@ __all__ = ["command"]
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @threads_option
 @click.option(
-    "--min-seconds", type=click.FloatRange(0), default=2.0, show_default=True, help="Time each cell at least so long."
+    "--rounds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Run every cell once a round, so that a machine that slows down favours none; medians are over all rounds.",
 )
 @click.option(
-    "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."
+    "--min-seconds",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Time each cell at least so long, in each round.",
+)
+@click.option(
+    "--min-count",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Time at least so many inferences, in each round.",
 )
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP too.")
@@ -68,6 +85,7 @@ def command(
     batch_sizes: tuple[int, ...],
     device: Device,
     threads: int,
+    rounds: int,
     min_seconds: float,
     min_count: int,
     limit: int,
@@ -97,6 +115,7 @@ def command(
             batch_sizes=batch_sizes,
             device=device,
             threads=threads,
+            rounds=rounds,
             min_seconds=min_seconds,
             min_count=min_count,
             timed_images=limit,
@@ -110,8 +129,7 @@ def command(
         first = prepared.plan.skipped[0]
         problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
         raise EngineError(problem, _sentence(first.remedy))
-    stage = stages()
-    results = run(prepared, lambda done, total, description: stage(f"{min(done + 1, total)}/{total} {description}"))
+    results = run(prepared, _progress())
     results.write(output)
     show_results(results)
     click.echo(f"Wrote {output}")
@@ -130,6 +148,27 @@ def _check_output(output: Path, force: bool) -> None:
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
+
+
+def _progress() -> Callable[[int, int, str], None]:
+    """A reporter of each step, with the time left if the others take as long as those done so far."""
+    stage = stages()
+    start = time.monotonic()
+
+    def report(done: int, total: int, description: str) -> None:
+        left = ""
+        if 0 < done < total:
+            left = f" (about {_duration((time.monotonic() - start) / done * (total - done))} left)"
+        stage(f"{min(done + 1, total)}/{total} {description}{left}")
+
+    return report
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that it is read in, a whole number of it."""
+    if seconds < 59.5:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _show_plan(plan: Plan) -> None:

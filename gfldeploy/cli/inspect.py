@@ -45,6 +45,8 @@ def command(bundle: Path, size: tuple[int | None, int, int] | None, as_json: boo
     console().print(sheet)
     if facts["parity"]:
         _show_parity(facts["parity"])
+    if facts["sensitivity"]:
+        _show_sensitivity(facts["sensitivity"])
 
 
 def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -67,6 +69,8 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for line in int8_lines(facts["parity"] or {}):
         yield label, line
         label = ""
+    if evaluation := (facts["parity"] or {}).get("evaluation"):
+        yield "evaluated", f"on {evaluation['images']} images"
 
 
 def _preprocess(data: Mapping[str, Any]) -> str:
@@ -102,14 +106,13 @@ def _show_parity(data: Mapping[str, Any]) -> None:
 
     click.echo(f"\nLargest differences from {data.get('reference', 'the reference')}:")
     if "comparisons" in data:
-        table = _table("graph", "engine", "shape", "score", "box, px")
-        for one in data["comparisons"]:
-            shape = f"{one['batch']}x3x{one['height']}x{one['width']}"
-            differences = (f"{one['max_score_difference']:.1e}", f"{one['max_box_difference_px']:.1e}")
-            table.add_row(escape(one["graph"]), escape(one["engine"]), shape, *differences)
-        console().print(table)
-        allowed = data.get("tolerance", {})
-        click.echo(f"Allowed: score {allowed.get('score', 0):.0e}, box {allowed.get('box_px', 0):g} px.")
+        _show_comparisons(data)
+    if fp16 := data.get("fp16"):
+        if "comparisons" in fp16:
+            click.echo("\nThe FP16 ONNX file:")
+            _show_comparisons(fp16)
+        else:
+            click.echo(f"\nThere is no FP16 ONNX file: {fp16.get('left_out', 'no reason was recorded')}")
     if "engines" in data:
         table = _table("engine", "score, mean", "score, largest")
         for name, one in data["engines"].items():
@@ -126,6 +129,31 @@ def _show_parity(data: Mapping[str, Any]) -> None:
                 numbers = (ap, f"{one['detections_found']:.1%}", f"{one['score_difference']:.1e}")
                 table.add_row(escape(tried["algorithm"]), escape(name), *numbers)
         console().print(table)
+
+
+def _show_comparisons(data: Mapping[str, Any]) -> None:
+    from rich.markup import escape
+
+    table = _table("graph", "engine", "shape", "score", "box, px")
+    for one in data["comparisons"]:
+        shape = f"{one['batch']}x3x{one['height']}x{one['width']}"
+        differences = (f"{one['max_score_difference']:.1e}", f"{one['max_box_difference_px']:.1e}")
+        table.add_row(escape(one["graph"]), escape(one["engine"]), shape, *differences)
+    console().print(table)
+    allowed = data.get("tolerance", {})
+    click.echo(f"Allowed: score {allowed.get('score', 0):.0e}, box {allowed.get('box_px', 0):g} px.")
+
+
+def _show_sensitivity(data: Mapping[str, Any]) -> None:
+    """The groups of convolutions by what INT8 in each alone does to the outputs, the worst first."""
+    from rich.markup import escape
+
+    click.echo(f"\nSensitivity to INT8{': ' + data['measure'] if 'measure' in data else ''}:")
+    table = _table("group", "convs", "MACs", "score", "box", "total")
+    for one in sorted(data.get("groups", ()), key=lambda one: -one["total"]):
+        moved = (f"{one[key]:.1e}" for key in ("score_difference", "box_difference", "total"))
+        table.add_row(escape(one["name"]), str(one["convolutions"]), f"{one['macs_share']:.1%}", *moved)
+    console().print(table)
 
 
 def _table(*headers: str) -> Table:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self, get_args, runtime_checkable
@@ -12,14 +13,18 @@ from numpy.typing import NDArray
 
 __all__ = [
     "DEVICES",
+    "NOT_ASKED",
     "PRECISIONS",
     "ClosesOnExit",
     "Device",
     "Engine",
     "EngineOptions",
+    "ExecutedConvolution",
     "Precision",
     "ReportsPrecision",
     "Tensors",
+    "count_precisions",
+    "reasons",
 ]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -28,6 +33,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
+
+NOT_ASKED = "FP32 was asked for"
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,51 @@ class ClosesOnExit:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class ExecutedConvolution:
+    """One convolution of one inference, as the engine itself tells of it.
+
+    `precision`: that it ran in. `what`: how the engine identifies it, by its weight name where it can, with "use N" (0
+    is the first in the file) where several share the weight, else by its shape or the name of its node. `why` it did
+    not run in less than FP32; None if it did.
+    """
+
+    precision: str
+    what: str
+    why: str | None = None
+
+
 @runtime_checkable
 class ReportsPrecision(Protocol):
     """An engine that can tell what it really ran."""
+
+    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
+        """The convolutions of one inference of `inputs`; none where the engine cannot tell. Raises `EngineError`."""
+        ...
 
     def executed_precisions(self, inputs: Tensors) -> dict[str, int]:
         """Number of convolutions of one inference of `inputs`, by the precision that they ran in.
 
         Empty where the engine cannot tell. Raises `EngineError`.
         """
-        ...
+        return count_precisions(self.executed_convolutions(inputs))
+
+
+def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:
+    """Number of convolutions by the precision that they ran in."""
+    return dict(sorted(Counter(one.precision for one in convolutions).items()))
+
+
+def reasons(convolutions: Iterable[ExecutedConvolution]) -> tuple[str, ...]:
+    """Why those convolutions that did not run in less than FP32 did not: a line for each reason, the commonest first.
+
+    A line reads `REASON (COUNT): WHAT, WHAT xCOUNT, ...`.
+    """
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in convolutions:
+        if one.why is not None:
+            found[one.why][one.what] += 1
+    return tuple(
+        f"{why} ({which.total()}): {', '.join(f'{what} x{n}' if n > 1 else what for what, n in which.items())}"
+        for why, which in sorted(found.items(), key=lambda item: -item[1].total())
+    )

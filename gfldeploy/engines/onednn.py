@@ -6,19 +6,32 @@ import ctypes
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gfldeploy.errors import EngineError
 
-__all__ = ["convolutions_by_precision", "count_convolutions"]
+__all__ = ["LoggedConvolution", "log_convolutions", "read_convolutions"]
 
 _PRECISION = {"s8": "int8", "u8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
 
-def convolutions_by_precision(libraries: Sequence[Path], run: Callable[[], object], log: Path) -> dict[str, int]:
-    """Call `run` with oneDNN's verbose mode on and count the convolutions executed, by precision.
+@dataclass(frozen=True)
+class LoggedConvolution:
+    """One executed convolution.
+
+    `implementation`: oneDNN's name of it, such as "brgconv_1x1:avx512_core". `shape`: such as
+    "mb1_ic3oc24_ih256oh128kh3sh2dh0ph1_iw320ow160kw3sw2dw0pw1" (oneDNN's benchdnn notation).
+    """
+
+    precision: str
+    implementation: str
+    shape: str
+
+
+def log_convolutions(libraries: Sequence[Path], run: Callable[[], object], log: Path) -> tuple[LoggedConvolution, ...]:
+    """Call `run` with oneDNN's verbose mode on; returns the convolutions that it executed, in order.
 
     `libraries`: the libdnnl file that the engine has loaded. Its log goes to this process's stdout, which is redirected
     to the file `log` meanwhile. Raises `EngineError` if the library has no verbose mode to switch.
@@ -44,20 +57,23 @@ def convolutions_by_precision(libraries: Sequence[Path], run: Callable[[], objec
                 os.dup2(saved, 1)
     finally:
         os.close(saved)
-    return count_convolutions(log.read_text(errors="replace"))
+    return read_convolutions(log.read_text(errors="replace"))
 
 
-def count_convolutions(log: str) -> dict[str, int]:
-    """Count the executed convolutions in a oneDNN verbose log by the data type of their source (and weights).
+def read_convolutions(log: str) -> tuple[LoggedConvolution, ...]:
+    """The executed convolutions of a oneDNN verbose log; the data type of the weights gives the precision.
 
-    A line reads `onednn_verbose,[v1,]primitive,exec,cpu,convolution,IMPLEMENTATION,PROP,src_u8::... wei_s8::...,...`
-    (oneDNN developer guide, "Verbose Mode"). `src:u8:...` is the newer spelling of the same.
+    A line reads `onednn_verbose,[v1,primitive,]exec,cpu,convolution,IMPLEMENTATION,PROP,src_u8::... wei_s8::...,
+    ATTRIBUTES,AUXILIARY,SHAPE,MILLISECONDS` (oneDNN developer guide, "Verbose Mode"). `src:u8:...` is the newer
+    spelling of the same.
     """
-    counts: Counter[str] = Counter()
+    found = []
     for line in log.splitlines():
-        if "exec" not in line or ",convolution," not in line:
+        fields = line.split(",")
+        if "exec" not in fields or "convolution" not in fields:
             continue
-        weights = re.search(r"wei[_:](\w+?)(?::|_)", line.replace("wei_", "wei:"))
-        if weights:
-            counts[_PRECISION.get(weights.group(1), weights.group(1))] += 1
-    return dict(sorted(counts.items()))
+        weights = re.search(r"wei[_:]([a-z0-9]+)", line)
+        after = fields[fields.index("convolution") + 1 :]
+        if weights and len(after) > 2:
+            found.append(LoggedConvolution(_PRECISION.get(weights[1], weights[1]), after[0], after[-2]))
+    return tuple(found)

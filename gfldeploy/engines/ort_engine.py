@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import require
-from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Tensors
+from gfldeploy.engines.base import (
+    NOT_ASKED,
+    ClosesOnExit,
+    EngineOptions,
+    ExecutedConvolution,
+    ReportsPrecision,
+    Tensors,
+)
+from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.errors import EngineError
 
 __all__ = ["OnnxRuntimeEngine"]
@@ -21,7 +29,7 @@ _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine(ClosesOnExit):
+class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision):
     """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
 
     name = "onnxruntime"
@@ -49,8 +57,8 @@ class OnnxRuntimeEngine(ClosesOnExit):
             ) from error
         return dict(zip(self._outputs, arrays, strict=True))
 
-    def executed_precisions(self, inputs: Tensors) -> dict[str, int]:
-        """Convolutions by the precision they run in, counted in the graph that ONNX Runtime optimised for itself."""
+    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
+        """What the graph that ONNX Runtime optimised for itself runs; `inputs` make no difference to that."""
         import onnx
 
         with tempfile.TemporaryDirectory() as directory:
@@ -58,14 +66,10 @@ class OnnxRuntimeEngine(ClosesOnExit):
             options = self._session_options()
             options.optimized_model_filepath = str(path)
             self._open(options)
-            nodes = onnx.load(str(path)).graph.node
-        counts: Counter[str] = Counter()
-        for node in nodes:
-            if node.op_type in ("QLinearConv", "ConvInteger"):
-                counts["int8"] += 1
-            elif node.op_type in ("Conv", "FusedConv", "NhwcFusedConv", "NhwcConv"):
-                counts["fp32"] += 1
-        return dict(sorted(counts.items()))
+            found = convolutions(onnx.load(str(path)), onnx.load(str(self._model)))
+        if self.options.precision == "fp32":
+            return tuple(replace(one, why=NOT_ASKED) for one in found)
+        return found
 
     def _session_options(self) -> Any:
         options = self._ort.SessionOptions()

@@ -13,8 +13,16 @@ from numpy.typing import NDArray
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import require
-from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Tensors
-from gfldeploy.engines.onednn import convolutions_by_precision
+from gfldeploy.engines.base import (
+    NOT_ASKED,
+    ClosesOnExit,
+    EngineOptions,
+    ExecutedConvolution,
+    ReportsPrecision,
+    Tensors,
+)
+from gfldeploy.engines.onednn import log_convolutions
+from gfldeploy.engines.paddle_program import explain, program_convolutions
 from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError
 
@@ -26,7 +34,7 @@ _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _GPU_POOL_MB = 256
 
 
-class PaddleEngine(ClosesOnExit):
+class PaddleEngine(ClosesOnExit, ReportsPrecision):
     """`Engine` over `paddle.inference`.
 
     FP32 and BF16 run the bundle's PIR graph, INT8 its older program: Paddle 3.2 quantises only the latter on CPUs.
@@ -47,6 +55,7 @@ class PaddleEngine(ClosesOnExit):
 
         self.version: str = paddle.__version__
         self.options = options
+        self._model = model
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
         config = inference.Config(str(model), str(params))
         config.disable_glog_info()
@@ -96,14 +105,24 @@ class PaddleEngine(ClosesOnExit):
             ) from error
         return dict(zip(self._outputs, arrays, strict=True))
 
-    def executed_precisions(self, inputs: Tensors) -> dict[str, int]:
-        """Convolutions by the precision they really ran in, from oneDNN's own log of one inference."""
+    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
+        """From oneDNN's own log of one inference; none on a GPU."""
         if self.options.device == "gpu":
-            return {}
+            return ()
         self.infer(inputs)
         libraries = list((Path(require("paddle", "paddle", "Paddle").__file__ or "").parent / "libs").glob("libdnnl*"))
         with tempfile.TemporaryDirectory() as directory:
-            return convolutions_by_precision(libraries, lambda: self.infer(inputs), Path(directory) / "onednn.log")
+            ran = log_convolutions(libraries, lambda: self.infer(inputs), Path(directory) / "onednn.log")
+        asked = self.options.precision
+        if asked == "int8":
+            return explain(ran, program_convolutions(self._model))
+        why = NOT_ASKED if asked == "fp32" else f"Paddle left it in f32 when asked for {asked}"
+        return tuple(
+            ExecutedConvolution(
+                one.precision, f"{one.shape} {one.implementation}", why if one.precision == "fp32" else None
+            )
+            for one in ran
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -24,6 +24,7 @@ from gfldeploy.bench.results import (
 )
 from gfldeploy.bench.table import rows
 from gfldeploy.bench.timing import Samples
+from gfldeploy.engines.base import Precision
 from gfldeploy.errors import DataError, OutputError
 from gfldeploy.machine import describe_machine
 
@@ -38,6 +39,7 @@ RUN = Run(
     preprocess_ms=(3.0, 4.0),
     postprocess_ms=(0.5,),
     convolutions={"fp32": 1, "int8": 52},
+    not_low_precision=("kept in float in the ONNX file (1): stem",),
     padding_ratio=1.25,
 )
 OK = CellResult(
@@ -54,6 +56,7 @@ OK = CellResult(
     accuracy=Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9),
     accuracy_reason=None,
 )
+NOT_INT8 = "1 of 53 convolutions not in int8: kept in float in the ONNX file (1): stem"
 FAILED = replace(OK, status="failed", reason="it crashed", runs=(RUN,), accuracy=None)
 SKIPPED = replace(
     OK, bundle=None, batch_size=None, status="skipped", reason="it cannot", remedy="Try x.", runs=(), accuracy=None
@@ -148,8 +151,48 @@ def test_rows(results: BenchResults) -> None:
     assert ok.latency_ms == 13.0  # of 10, 12, 20 and 14: both rounds
     assert ok.p90_ms == pytest.approx(18.2)
     assert ok.images_per_s == pytest.approx(8 / 0.08)
-    assert (ok.ap, ok.low_precision, ok.memory_mb, ok.note) == (0.5, "52/53", 290.0, None)
+    assert (ok.ap, ok.low_precision, ok.memory_mb, ok.note) == (0.5, "52/53", 290.0, NOT_INT8)
     assert (failed.latency_ms, failed.note) == (None, "failed: it crashed")
     assert (skipped.bundle, skipped.batch_size, skipped.note) == (None, None, "skipped: it cannot; Try x")
     (no_accuracy,) = rows(replace(results, cells=(replace(OK, accuracy=None, accuracy_reason="no boxes"),)))
-    assert no_accuracy.note == "no mAP: no boxes"
+    assert no_accuracy.note == f"{NOT_INT8}; no mAP: no boxes"
+
+
+@pytest.mark.parametrize(
+    ("precision", "convolutions", "lines", "note"),
+    [
+        ("int8", {"int8": 53}, (), None),
+        ("int8", None, None, None),
+        ("fp32", {"fp32": 53}, (), None),
+        ("int8", {"fp32": 2, "int8": 51}, None, "2 of 53 convolutions not in int8"),
+        (
+            "bf16",
+            {"bf16": 50, "fp32": 3},
+            ("a (2): x", "b (1): y"),
+            "3 of 53 convolutions not in bf16: a (2): x, and 1 ",
+        ),
+        ("int8", {"fp32": 9}, (f"a (9): {'weight ' * 99}",), "9 of 9 convolutions not in int8: a (9): weight weight "),
+    ],
+)
+def test_the_note_on_what_did_not_run_in_low_precision(
+    precision: Precision,
+    convolutions: dict[str, int] | None,
+    lines: tuple[str, ...] | None,
+    note: str | None,
+    results: BenchResults,
+) -> None:
+    run = replace(RUN, convolutions=convolutions, not_low_precision=lines)
+    (row,) = rows(replace(results, cells=(replace(OK, precision=precision, runs=(run,)),)))
+    if note is None:
+        assert row.note is None
+    else:
+        assert row.note is not None and row.note.startswith(note) and len(row.note) < 200
+
+
+def test_the_committed_results_are_read() -> None:
+    files = list((Path(__file__).parents[2] / "benchmarks/results").rglob("*.json"))
+    assert files
+    for path in files:
+        read = rows(BenchResults.read(path))
+        assert [row for row in read if row.latency_ms is not None]
+        assert all(row.note for row in read if row.latency_ms is None)

@@ -135,6 +135,7 @@ def test_the_rest_goes_on_and_a_failed_cell_is_not_tried_again(tiny_bundle: Path
         "preprocess_ms": [],
         "postprocess_ms": [],
         "convolutions": None,
+        "not_low_precision": None,
         "padding_ratio": 1.0,
     }
     code = (
@@ -206,7 +207,8 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
     run = {
         "samples": {"latency_ms": [1.0], "warmup_ms": [], "batch_size": 1, "wall_s": 1.0}, "engine_version": "1",
         "load_s": 1.0, "first_inference_ms": 1.0, "peak_rss_mb": 1.0, "inputs_mb": 1.0, "decode_ms": [],
-        "preprocess_ms": [], "postprocess_ms": [], "convolutions": None, "padding_ratio": 1.0,
+        "preprocess_ms": [], "postprocess_ms": [], "convolutions": None,
+        "not_low_precision": None, "padding_ratio": 1.0,
     }  # fmt: skip
     code = (
         "if 'progress' in request:\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,23 @@ def run(*arguments: object) -> int:
 
 def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "results.json"
-    quick = ("--min-seconds", 0, "--min-count", 3, "--threads", 1, "--batch-sizes", "1,2")
+    quick = ("--min-seconds", 0, "--min-count", 3, "--threads", 1, "--batch-sizes", "1,2", "--rounds", 2)
     assert run(tiny_bundle, "--data", tiny_coco, "-o", output, *quick) == 0
     shown, progress = capfd.readouterr()
     assert "1.000" in shown and "images/s" in shown and "0/1" in shown
     assert "onnxruntime int8: skipped: no INT8 bundle was given; make an INT8 bundle" in shown
-    assert progress.index("skip  onnxruntime  fp16") < progress.index("1/3 tiny: onnxruntime fp32 on cpu, batch 1")
+    assert progress.index("skip  onnxruntime  fp16") < progress.index("1/5 tiny: onnxruntime fp32 on cpu, batch 1\n")
+    assert re.search(r"3/5 tiny: onnxruntime fp32 on cpu, batch 1 \(about \d+ s left\)\n", progress)
+    assert re.search(r"5/5 tiny: onnxruntime fp32 on cpu, accuracy \(about \d+ s left\)\n", progress)
     results = BenchResults.read(output)
     assert (results.data.timed_images, results.data.accuracy_images) == (6, 6)
     one, two = (cell for cell in results.cells if cell.status == "ok")
     assert (one.batch_size, two.batch_size) == (1, 2)
     assert one.accuracy == two.accuracy and one.accuracy is not None and one.accuracy.ap == pytest.approx(1)
-    (run_one,), (run_two,) = one.runs, two.runs
+    assert results.settings.rounds == len(one.runs) == len(two.runs) == 2
+    run_one, run_two = one.runs[0], two.runs[0]
     assert len(run_one.samples.latency_ms) >= 3
-    assert run_one.convolutions == {"fp32": 1}
+    assert run_one.convolutions == {"fp32": 1} and run_one.not_low_precision == ()
     # Prepared: 58x96, 96x58, 64x64 and 64x96, padded to multiples of 32; in twos, landscape meets portrait.
     assert 1 < run_one.padding_ratio < run_two.padding_ratio
     assert len(run_one.samples.warmup_ms) == 2 * 3  # three distinct shapes

@@ -4,6 +4,7 @@
       manifest.json     what the detector is, and the SHA-256 of every other file
       infer_cfg.yml     the preprocessing and classes in PaddleDetection's own format
       parity.json       how far each graph is from the eager model, as measured when it was made
+      layers.json       path of the layer in the eager model by conv weight name, in graph order
       paddle/           model.json (PIR) and model.pdmodel (program), sharing model.pdiparams
       onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too
       calibration.json  INT8 only: scales by conv weight name
@@ -26,10 +27,22 @@ from gfldeploy.errors import BundleError, ConfigError, DataError
 from gfldeploy.files import atomic_directory, read_json, sha256, write_json
 from gfldeploy.images.preprocess import Preprocess
 
-__all__ = ["MANIFEST", "SCHEMA", "Bundle", "FileRecord", "Graph", "GraphName", "Manifest", "TensorSpec", "write_bundle"]
+__all__ = [
+    "LAYERS",
+    "MANIFEST",
+    "SCHEMA",
+    "Bundle",
+    "FileRecord",
+    "Graph",
+    "GraphName",
+    "Manifest",
+    "TensorSpec",
+    "write_bundle",
+]
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+LAYERS = "layers.json"
 GraphName = Literal["paddle", "paddle_program", "onnx", "onnx_fp16", "onnx_tensorrt", "paddledetection"]
 
 
@@ -233,6 +246,20 @@ class Bundle:
             there = ", ".join(self.manifest.graphs)
             raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", "Export the bundle again.")
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
+
+    def layers(self) -> dict[str, str]:
+        """Layer path (`backbone.stem.conv`) by convolution weight name, in graph order. Raises `BundleError`."""
+        path = self.directory / LAYERS
+        remedy = "Export the bundle again."
+        if not path.is_file():
+            raise BundleError(f"{self.directory} has no {LAYERS}, which names its layers", remedy)
+        try:
+            data = read_json(path)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {error}", remedy) from error
+        if not isinstance(data, dict) or not all(isinstance(name, str) for name in data.values()):
+            raise BundleError(f"{path} does not name layers", remedy)
+        return data
 
     def verify_files(self) -> None:
         """Hash every file again. Raises `BundleError` naming the first that changed."""

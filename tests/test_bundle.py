@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gfldeploy.bundle import MANIFEST, SCHEMA, Bundle, Manifest, write_bundle
+from gfldeploy.bundle import LAYERS, MANIFEST, SCHEMA, Bundle, Manifest, write_bundle
 from gfldeploy.errors import BundleError
 from gfldeploy.inspection import describe
 from gfldeploy.macs import count_macs
@@ -186,6 +186,28 @@ def test_a_graph_that_is_not_listed(bundle: Path) -> None:
 def test_a_graph_that_is_not_there(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"has no paddle graph \(it has: onnx\)"):
         Bundle.open(tiny_bundle).graph("paddle")
+
+
+def test_layers(tiny_bundle: Path, tmp_path: Path) -> None:
+    layers = {"conv2d_1.w_0": "backbone.stem.conv", "conv2d_0.w_0": "head.gfl_head_cls"}
+    with write_bundle(tmp_path / "layered") as (directory, manifests):
+        shutil.copytree(tiny_bundle / "onnx", directory / "onnx")
+        (directory / LAYERS).write_text(json.dumps(layers))
+        manifests.append(Bundle.open(tiny_bundle).manifest)
+    assert list(Bundle.open(tmp_path / "layered").layers().items()) == list(layers.items()), "in graph order"
+
+
+def test_a_bundle_without_layers(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=rf"has no {LAYERS}.* Export the bundle again\."):
+        Bundle.open(tiny_bundle).layers()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"[]", b"null", b'{"w": 1}', b'{"w": null}'])
+def test_layers_that_cannot_be_read(bundle: Path, content: bytes) -> None:
+    opened = Bundle.open(bundle)
+    (bundle / LAYERS).write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{LAYERS}.* Export the bundle again\."):
+        opened.layers()
 
 
 # --- describing -------------------------------------------------------------------------------------------------------

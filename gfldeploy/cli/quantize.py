@@ -9,6 +9,7 @@ import click
 from gfldeploy.cli.console import command_line, progress_bars, stages
 from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, force_option, output_option, threads_option
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.quant.fallback import MOST_FLOAT_MACS
 from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, Limits
 from gfldeploy.quant.ptq import ALGORITHMS, AUTO
 from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
@@ -46,6 +47,26 @@ __all__ = ["command"]
     help="Without --eval-data: least share of the FP32 detections on calibration images that INT8 finds again; "
     f"0 publishes unjudged. Default: {DEFAULT_MIN_AGREEMENT:g}.",
 )
+@click.option(
+    "--keep-float",
+    metavar="PATTERN",
+    multiple=True,
+    help="Leave these convolutions in float: the path of a layer (the bundle's layers.json) or the name of a group "
+    "(shown by --sensitivity), with * and ? as in a shell. May be given more than once.",
+)
+@click.option(
+    "--fallback/--no-fallback",
+    default=True,
+    show_default=True,
+    help="Where INT8 loses too much, put the most sensitive groups of convolutions back to float, as few as needed, "
+    f"with at most {MOST_FLOAT_MACS:.0%} of the multiply-accumulates. Without it, fail at once.",
+)
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Rank the groups of convolutions by what INT8 in each alone does, even if nothing is lost, into the bundle's "
+    "sensitivity.json.",
+)
 @threads_option
 @force_option
 def command(
@@ -60,14 +81,18 @@ def command(
     eval_limit: int | None,
     max_drop: float | None,
     min_agreement: float | None,
+    keep_float: tuple[str, ...],
+    fallback: bool,
+    sensitivity: bool,
     threads: int,
     force: bool,
 ) -> None:
     """Make an INT8 bundle from an FP32 one: PaddleSlim's static quantisation on your images.
 
-    One calibration gives the Paddle program for oneDNN and the QDQ ONNX file. Before the bundle is published both are
-    run in their engines: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the
-    detections on calibration images, must stay close to FP32.
+    One calibration gives the Paddle program for oneDNN and the QDQ ONNX files. Before the bundle is published they are
+    run: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the detections on calibration
+    images, must stay close to FP32 in Paddle, in ONNX Runtime, and in a simulation of TensorRT on the CPU. What loses
+    too much goes back to float, group by group, and the bundle's parity.json says what that costs in speed.
     """
     if eval_data is None:
         for name, value in (("--eval-images", eval_images), ("--eval-limit", eval_limit), ("--max-drop", max_drop)):
@@ -83,10 +108,14 @@ def command(
                 output=output,
                 algorithm=algo,
                 evaluation=CocoDataset.load(eval_data, eval_images, eval_limit) if eval_data else None,
+                annotations=eval_data,
                 limits=Limits(
                     DEFAULT_MAX_DROP if max_drop is None else max_drop,
                     DEFAULT_MIN_AGREEMENT if min_agreement is None else min_agreement,
                 ),
+                keep_float=keep_float,
+                fallback=fallback,
+                sensitivity=sensitivity,
                 force=force,
                 threads=threads,
                 command=command_line(),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
-from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
+from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
 from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
@@ -222,6 +222,7 @@ def _write_graphs(
     report("writing the ONNX graph")
     (directory / "onnx").mkdir()
     convert(directory / "paddle/model.json", directory / "paddle/model.pdiparams", directory / "onnx/model.onnx")
+    write_json(directory / LAYERS, _layers(detector, directory / "onnx/model.onnx"))
     if request.with_nms:
         report("writing PaddleDetection's graph with NMS")
         (directory / "paddledetection").mkdir()
@@ -229,6 +230,19 @@ def _write_graphs(
             save_paddledetection_graph(layer, directory / "paddledetection", request.input_shape)
         graphs["paddledetection"] = Graph("paddledetection/model.json", "paddledetection/model.pdiparams")
     return graphs
+
+
+def _layers(detector: Any, onnx_file: Path) -> dict[str, str]:
+    """The layer path of each convolution in the ONNX graph, by weight name, in graph order."""
+    import onnx
+    from paddle import nn
+
+    paths: dict[str, str] = {}
+    for path, layer in detector.named_sublayers():
+        if isinstance(layer, nn.Conv2D):
+            paths.setdefault(layer.weight.name, path)
+    weights = (node.input[1] for node in onnx.load(str(onnx_file)).graph.node if node.op_type == "Conv")
+    return {weight: paths[weight] for weight in weights if weight in paths}
 
 
 def _write_infer_cfg(path: Path, manifest: Manifest) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ def convert(model: Path, params: Path, output: Path) -> None:
             paddle2onnx.export(str(model), str(params), str(raw), opset_version=OPSET, optimize_tool="None")
         with native_writes(output.parent):
             _tidy(raw, output)
+        in_order = [name for node in onnx.load(str(raw)).graph.node for name in node.output]
     except GfldeployError:
         raise
     except Exception as error:
@@ -46,6 +50,7 @@ def convert(model: Path, params: Path, output: Path) -> None:
         os.environ.pop("POLYGRAPHY_AUTOINSTALL_DEPS", None)
         raw.unlink(missing_ok=True)
     graph = onnx.load(str(output))
+    _sort(graph.graph, in_order)
     del graph.opset_import[:]
     graph.opset_import.append(onnx.helper.make_opsetid("", OPSET))
     for value, name in zip(graph.graph.output, ("scores", "boxes"), strict=True):
@@ -73,6 +78,36 @@ def _tidy(source: Path, target: Path) -> None:
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 3
     ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+def _sort(graph: Any, tensors: Sequence[str]) -> None:
+    """Sort the nodes topologically, as near to the order of `tensors`, their outputs, as that allows.
+
+    ONNX Runtime writes them coarsest pyramid level first. A convolution that the levels share is known by its weight
+    and the place of its use in the graph, and that place has to be the same as in the Paddle program.
+    """
+    place = {name: index for index, name in enumerate(tensors)}
+    nodes = list(graph.node)
+    makers = {name: index for index, node in enumerate(nodes) for name in node.output}
+    missing = [{makers[name] for name in node.input if name in makers} for node in nodes]
+    users: dict[int, list[int]] = defaultdict(list)
+    for index, before in enumerate(missing):
+        for one in before:
+            users[one].append(index)
+    # A node that is new in the graph goes where it can go first.
+    ranks = [min((place[name] for name in node.output if name in place), default=0) for node in nodes]
+    ready = [(ranks[index], index) for index, before in enumerate(missing) if not before]
+    heapify(ready)
+    ordered = []
+    while ready:
+        _, index = heappop(ready)
+        ordered.append(nodes[index])
+        for user in users[index]:
+            missing[user].discard(index)
+            if not missing[user]:
+                heappush(ready, (ranks[user], user))
+    del graph.node[:]
+    graph.node.extend(ordered)
 
 
 def _rename(model: Any, old: str, new: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gfldeploy.detections import Detections, NmsParams, postprocess
 from gfldeploy.errors import ParityError
 
-__all__ = ["Agreement", "Reference", "agreement"]
+__all__ = ["Agreement", "Reference", "agreement", "check_finite"]
 
 # PaddleDetection's deploy tools draw detections from 0.5 up; a little lower also counts those that may just miss it.
 _CONFIDENT = 0.4
@@ -26,7 +26,8 @@ class Agreement:
     `score_difference` and `score_difference_max`: absolute, over all candidates. `detections`: how many the reference
     has with a score of 0.4 or more. `detections_found`: the share of these that have a detection of the same class, an
     IoU of 0.5 or more and a score of at least half of theirs; 1 where the reference has none.
-    `convolutions`: how many ran in which precision, as the engine reports it.
+    `convolutions`: how many ran in which precision, and `not_int8`: why some did not in INT8, both as the engine
+    reports it; empty where it cannot.
     """
 
     score_difference: float
@@ -34,6 +35,7 @@ class Agreement:
     detections: int
     detections_found: float
     convolutions: Mapping[str, int] = field(default_factory=dict)
+    not_int8: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,9 +43,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Reference:
-    """Scores [1, A, C] and detections of the FP32 model on one image."""
+    """Scores [1, A, C], boxes [1, A, 4] and detections of the FP32 model on one image."""
 
     scores: NDArray[np.float32]
+    boxes: NDArray[np.float32]
     detections: Detections
 
     @property
@@ -54,11 +57,11 @@ class Reference:
     @classmethod
     def of(cls, outputs: Mapping[str, NDArray[np.float32]], nms: NmsParams) -> Self:
         (found,) = postprocess(outputs["scores"], outputs["boxes"], [(1.0, 1.0)], nms)
-        return cls(outputs["scores"], found)
+        return cls(outputs["scores"], outputs["boxes"], found)
 
 
 def agreement(
-    references: Sequence[Reference], outputs: Sequence[Mapping[str, NDArray[np.float32]]], nms: NmsParams
+    references: Sequence[Reference], outputs: Iterable[Mapping[str, NDArray[np.float32]]], nms: NmsParams
 ) -> Agreement:
     """Compare the outputs of a model, image by image, with the reference's.
 
@@ -68,8 +71,7 @@ def agreement(
         raise ParityError("there is no image to compare INT8 with FP32 on", "Give calibration images.")
     means, largest, confident, found = [], 0.0, 0, 0
     for reference, output in zip(references, outputs, strict=True):
-        if not all(np.isfinite(array).all() for array in output.values()):
-            raise ParityError("the quantised graph gives NaN or infinity", "Calibrate with another --algo.")
+        check_finite(output)
         difference = np.abs(reference.scores - output["scores"])
         means.append(float(difference.mean()))
         largest = max(largest, float(difference.max()))
@@ -85,6 +87,12 @@ def agreement(
             same = (actual.classes == category) & (actual.scores >= score / 2)
             found += bool((_iou(box, actual.boxes[same]) >= _SAME_BOX).any())
     return Agreement(float(np.mean(means)), largest, confident, found / confident if confident else 1.0)
+
+
+def check_finite(outputs: Mapping[str, NDArray[np.float32]]) -> None:
+    """Raise `ParityError` if a quantised graph gives NaN or infinity."""
+    if not all(np.isfinite(array).all() for array in outputs.values()):
+        raise ParityError("the quantised graph gives NaN or infinity", "Calibrate with another --algo.")
 
 
 def _iou(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -78,9 +78,10 @@ class Calibration:
             if not all(isinstance(value, str) for value in (data["algorithm"], *images.values())):
                 raise TypeError("the algorithm and the images' digests must be text")
             kept = frozenset(ConvUse(name, use) for name, use in data["kept_float"])
-            if unknown := sorted(one.weight for one in kept if one.weight not in convolutions):
-                raise ValueError(f"kept_float names {unknown[0]}, which has no ranges")
-            return cls(data["algorithm"], images, convolutions, kept)
+            calibration = cls(data["algorithm"], images, convolutions, kept)
+            if unknown := kept.difference(calibration.uses):
+                raise ValueError(f"kept_float names {list(min(unknown))}, which has no ranges")
+            return calibration
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"calibration.json cannot be read: {error}", "Quantise the bundle again.") from error
 

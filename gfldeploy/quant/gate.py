@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_MAX_DROP",
     "DEFAULT_MIN_AGREEMENT",
     "MIN_INT8_SHARE",
+    "SIMULATED_TENSORRT",
     "Candidate",
     "Limits",
     "Measured",
@@ -28,8 +29,10 @@ __all__ = [
 DEFAULT_MAX_DROP = 0.005
 # Every sound calibration of the demo detector found all that FP32 finds (quant/README.md); a tenth is left for others.
 DEFAULT_MIN_AGREEMENT = 0.9
-# Below this share of the convolutions the speed that INT8 is for is not there.
+# Below this share of the convolutions that were to run in INT8, the speed that it is for is not there.
 MIN_INT8_SHARE = 0.9
+# No engine: how the TensorRT file is measured, and what that is called everywhere.
+SIMULATED_TENSORRT = "tensorrt, simulated"
 
 _REMEDY = "Try another --algo (auto tries several), more --samples, or calibration images like those you deploy on."
 
@@ -54,7 +57,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Measured:
-    """One INT8 engine against FP32: on calibration images, and, where there are labels, on evaluation images."""
+    """One INT8 engine against FP32: on calibration images, and, where there are labels, on evaluation images.
+
+    The TensorRT file's, `SIMULATED_TENSORRT`, is what ONNX Runtime makes of it on the CPU.
+    """
 
     agreement: Agreement
     accuracy: Accuracy | None = None
@@ -85,13 +91,18 @@ class Candidate:
         }
 
 
-def failure(engines: Mapping[str, Measured], fp32: Accuracy | None, limits: Limits) -> GfldeployError | None:
+def failure(
+    engines: Mapping[str, Measured], fp32: Accuracy | None, limits: Limits, kept: int = 0
+) -> GfldeployError | None:
     """The first reason not to publish, for the engine in which it is worst; None if there is none.
 
+    `EngineError`: too little ran in INT8; `ParityError`: too much was lost.
     `fp32`: the accuracy of the FP32 model on the same images, if there are labels. Then mAP decides, and the agreement
-    on calibration images does not.
+    on calibration images does not. `kept`: how many convolutions are in float on purpose.
     """
-    return _not_int8(engines) or (_lost_agreement(engines, limits) if fp32 is None else _drop(engines, fp32, limits))
+    return _not_int8(engines, kept) or (
+        _lost_agreement(engines, limits) if fp32 is None else _drop(engines, fp32, limits)
+    )
 
 
 def unjudgeable(detections: int, fp32: Accuracy | None, limits: Limits) -> GfldeployError | None:
@@ -115,11 +126,11 @@ def unjudgeable(detections: int, fp32: Accuracy | None, limits: Limits) -> Gflde
     )
 
 
-def best(candidates: Sequence[Candidate], fp32: Accuracy | None, limits: Limits) -> Candidate:
+def best(candidates: Sequence[Candidate], fp32: Accuracy | None, limits: Limits, kept: int = 0) -> Candidate:
     """The candidate whose worse engine is the best: one that may be published before one that may not.
 
     By mAP if there are labels, else by the share of detections found again, then by the mean score difference. Of
-    equals the first. Raises the first error if every candidate has one.
+    equals the first. `kept`: as in `failure`. Raises the first error if every candidate has one.
     """
     alive = [one for one in candidates if one.error is None]
     if not alive:
@@ -131,20 +142,21 @@ def best(candidates: Sequence[Candidate], fp32: Accuracy | None, limits: Limits)
             (one.accuracy.ap if one.accuracy else one.agreement.detections_found, -one.agreement.score_difference)
             for one in measured
         ]
-        return failure(candidate.engines, fp32, limits) is None, *min(quality)
+        return failure(candidate.engines, fp32, limits, kept) is None, *min(quality)
 
     return max(alive, key=rank)
 
 
-def _not_int8(engines: Mapping[str, Measured]) -> EngineError | None:
+def _not_int8(engines: Mapping[str, Measured], kept: int) -> EngineError | None:
     for name, one in engines.items():
         ran = one.agreement.convolutions  # empty where the engine cannot tell
-        total = sum(ran.values())
-        if total and ran.get("int8", 0) < MIN_INT8_SHARE * total:
+        wanted = sum(ran.values()) - kept
+        if ran and ran.get("int8", 0) < MIN_INT8_SHARE * wanted:
             others = ", ".join(f"{count} in {precision}" for precision, count in ran.items() if precision != "int8")
+            purpose = f", {kept} of them on purpose" if kept else ""
             return EngineError(
-                f"{name} runs only {ran.get('int8', 0)} of {total} convolutions in int8 ({others}): "
-                f"{MIN_INT8_SHARE:.0%} are needed",
+                f"{name} runs only {ran.get('int8', 0)} of {sum(ran.values())} convolutions in int8 "
+                f"({others}{purpose}): {MIN_INT8_SHARE:.0%}{' of the rest' if kept else ''} are needed",
                 "Export the bundle again, and install the engine versions that gfldeploy's extras ask for.",
             )
     return None
@@ -159,7 +171,7 @@ def _drop(engines: Mapping[str, Measured], fp32: Accuracy, limits: Limits) -> Pa
     if drop <= limits.max_drop:
         return None
     return ParityError(
-        f"INT8 in {name} loses {drop:.4f} mAP (FP32 {fp32.ap:.4f}, INT8 {int8.ap:.4f}), "
+        f"INT8 in {_place(name)} loses {drop:.4f} mAP (FP32 {fp32.ap:.4f}, INT8 {int8.ap:.4f}), "
         f"more than the {limits.max_drop:g} of --max-drop",
         _REMEDY,
     )
@@ -170,7 +182,11 @@ def _lost_agreement(engines: Mapping[str, Measured], limits: Limits) -> ParityEr
     if worst.agreement.detections_found >= limits.min_agreement:
         return None
     return ParityError(
-        f"INT8 in {name} finds only {worst.agreement.detections_found:.1%} of what FP32 finds on the calibration "
-        f"images, less than the {limits.min_agreement:g} of --min-agreement",
+        f"INT8 in {_place(name)} finds only {worst.agreement.detections_found:.1%} of what FP32 finds on the "
+        f"calibration images, less than the {limits.min_agreement:g} of --min-agreement",
         _REMEDY,
     )
+
+
+def _place(name: str) -> str:
+    return f"{name} by ONNX Runtime on the CPU," if name == SIMULATED_TENSORRT else name

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, evaluate
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision
+from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision, count_precisions, reasons
+from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.quant.agreement import Reference, agreement
-from gfldeploy.quant.gate import Measured
+from gfldeploy.quant.gate import SIMULATED_TENSORRT, Measured
 
-__all__ = ["INT8_ENGINES", "Yardstick"]
+__all__ = ["INT8_ENGINES", "SimulatedTensorRT", "Yardstick"]
 
 INT8_ENGINES = ("onnxruntime", "paddle")
 
@@ -29,13 +30,15 @@ Progress = Callable[[str, int, int], None]
 class Yardstick:
     """What FP32 in ONNX Runtime gives, and how far an INT8 bundle is from it.
 
-    `detections`: how many FP32 has, of those that are compared. `accuracy`: of FP32 on the evaluation images, or None
-    if there are none.
+    `images`: names of the images that are compared; `batches` [1, 3, H, W] and `references`: each of them as the
+    network's input, and what FP32 gives for it. `detections`: how many FP32 has there. `accuracy`: of FP32 on the
+    evaluation images, or None if there are none.
     """
 
     def __init__(
         self,
         source: Bundle,
+        images: Sequence[str],
         batches: Sequence[NDArray[np.float32]],
         references: Sequence[Reference],
         dataset: CocoDataset | None,
@@ -44,9 +47,10 @@ class Yardstick:
     ) -> None:
         self.detections = sum(reference.confident for reference in references)
         self.accuracy = accuracy
+        self.images = images
+        self.batches = batches
+        self.references = references
         self._source = source
-        self._batches = batches
-        self._references = references
         self._dataset = dataset
         self._threads = threads
 
@@ -68,25 +72,55 @@ class Yardstick:
         with open_engine("onnxruntime", source, EngineOptions("fp32", "cpu", threads)) as engine:
             references = [Reference.of(engine.infer({"image": batch}), manifest.nms) for batch in batches]
             accuracy = None if dataset is None else _accuracy(engine, source, dataset, "mAP of FP32", progress)
-        return cls(source, batches, references, dataset, accuracy, threads)
+        names = [path.name for path in images]
+        return cls(source, names, batches, references, dataset, accuracy, threads)
 
     def measure(
         self, bundle: Bundle, label: str, progress: Progress = lambda label, done, total: None
     ) -> dict[str, Measured]:
-        """Run the INT8 `bundle` in every engine. `label` is what progress calls it. Raises `ParityError` for NaN."""
-        nms = self._source.manifest.nms
+        """Run the INT8 `bundle` in every engine and, simulated, as TensorRT reads it. `label`: what progress calls it.
+
+        Raises `EngineError`, and `ParityError` for NaN.
+        """
+        options = EngineOptions("int8", "cpu", self._threads)
         found = {}
         for name in INT8_ENGINES:
-            with open_engine(name, bundle, EngineOptions("int8", "cpu", self._threads)) as engine:
-                outputs = [engine.infer({"image": batch}) for batch in self._batches]
-                agreed = agreement(self._references, outputs, nms)
+            with open_engine(name, bundle, options) as engine:
+                found[name] = self._measured(engine, name, label, progress)
                 if isinstance(engine, ReportsPrecision):
-                    agreed = replace(agreed, convolutions=engine.executed_precisions({"image": self._batches[0]}))
-                accuracy = None
-                if self._dataset is not None:
-                    accuracy = _accuracy(engine, self._source, self._dataset, f"mAP of {label} in {name}", progress)
-            found[name] = Measured(agreed, accuracy)
+                    ran = engine.executed_convolutions({"image": self.batches[0]})
+                    told = replace(found[name].agreement, convolutions=count_precisions(ran), not_int8=reasons(ran))
+                    found[name] = replace(found[name], agreement=told)
+        with SimulatedTensorRT(bundle, options) as engine:
+            found[SIMULATED_TENSORRT] = self._measured(engine, SIMULATED_TENSORRT, label, progress)
         return found
+
+    def _measured(self, engine: Engine, name: str, label: str, progress: Progress) -> Measured:
+        outputs = (engine.infer({"image": batch}) for batch in self.batches)
+        agreed = agreement(self.references, outputs, self._source.manifest.nms)
+        accuracy = None
+        if self._dataset is not None:
+            accuracy = _accuracy(engine, self._source, self._dataset, f"mAP of {label} in {name}", progress)
+        return Measured(agreed, accuracy)
+
+
+class SimulatedTensorRT(OnnxRuntimeEngine):
+    """The TensorRT file in ONNX Runtime on the CPU: Q and DQ round as written, and everything between them is float.
+
+    TensorRT multiplies and adds up the same integers, exactly; its own roundings besides are left out.
+    """
+
+    name = SIMULATED_TENSORRT
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
+        super().__init__(bundle, options, graph="onnx_tensorrt")
+
+    def _session_options(self) -> Any:
+        options = super()._session_options()
+        # It would fuse some convolutions into its own INT8 kernels, and round their biases for that.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return options
 
 
 def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, progress: Progress) -> Accuracy:

@@ -1,34 +1,25 @@
 """PaddleSlim's static post-training quantisation, in a process of its own.
 
 It needs Paddle's old program format, switched on by a process-wide flag, prints to both streams, and keeps every
-activation it samples: all of that ends with the process. The parent talks to it through a JSON request on stdin and
-reads `progress DONE TOTAL` lines.
+activation it samples: all of that ends with the process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.errors import EngineError, GfldeployError, UnsupportedError
+from gfldeploy.errors import UnsupportedError
 from gfldeploy.files import native_writes
+from gfldeploy.quant.child import OLD_PROGRAMS, report_progress, run_child, serve
 
 __all__ = ["ALGORITHMS", "AUTO", "UNUSABLE", "PtqResult", "algorithms_of", "run_ptq"]
 
-_PR_SET_PDEATHSIG = 1
 # PaddleSlim's names for its algorithms that run here, the quick ones first.
 ALGORITHMS = ("hist", "avg", "abs_max", "ptf", "mse", "emd", "KL")
 # What `auto` tries.
@@ -82,46 +73,17 @@ def run_ptq(
         "output": str(output),
     }
     with native_writes(output):
-        _run_child(request, progress)
+        run_child(
+            "gfldeploy.quant.ptq",
+            request,
+            subject="PaddleSlim",
+            remedy="Try another --algo or fewer --samples.",
+            environment=OLD_PROGRAMS,
+            progress=progress,
+        )
     result = json.loads((output / "ranges.json").read_text(encoding="utf-8"))
     (output / "ranges.json").unlink()
     return {name: (tuple(inputs), tuple(weights)) for name, (inputs, weights) in result.items()}
-
-
-def _run_child(request: dict[str, Any], progress: Callable[[int, int], None]) -> None:
-    environment = os.environ | {"FLAGS_enable_pir_api": "0", "GLOG_minloglevel": "2", "PYTHONWARNINGS": "ignore"}
-    # -P: what lies in the user's directory must not be imported.
-    command = [sys.executable, "-P", "-m", "gfldeploy.quant.ptq"]
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        tail: deque[str] = deque(maxlen=40)
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with suppress(BrokenPipeError):  # the child ended at once: its exit code and last words say why
-                process.stdin.write(json.dumps(request))
-                process.stdin.close()
-            for line in process.stdout:
-                if match := re.fullmatch(r"progress (\d+) (\d+)\n", line):
-                    progress(int(match[1]), int(match[2]))
-                else:
-                    tail.append(line.strip())
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-    if code != 0:
-        problem = next((line for line in reversed(tail) if line), f"exit code {code}")
-        if code == -signal.SIGKILL:
-            problem = "the process was killed, most likely for want of memory"
-        raise EngineError(f"PaddleSlim failed: {problem}", "Try another --algo or fewer --samples.")
 
 
 def _quantize(request: dict[str, Any]) -> None:
@@ -141,8 +103,7 @@ def _quantize(request: dict[str, Any]) -> None:
         nonlocal seen
         for path in images:
             seen += 1
-            sys.stdout.write(f"\nprogress {min(seen, passes * len(images))} {passes * len(images)}\n")
-            sys.stdout.flush()
+            report_progress(min(seen, passes * len(images)), passes * len(images))
             yield {"image": preprocess.batch([preprocess(read_image(path))])}
 
     paddle.enable_static()
@@ -190,9 +151,4 @@ def _read_ranges(program: Any, scope: Any) -> dict[str, tuple[list[float], list[
 
 
 if __name__ == "__main__":
-    # A parent that is killed cannot take this process with it: the kernel does.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        _quantize(json.load(sys.stdin))
-    except GfldeployError as error:
-        sys.exit(str(error))
+    serve(_quantize)

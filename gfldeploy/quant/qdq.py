@@ -7,13 +7,14 @@ Weights are int8 per output channel in every form; the rest differs by engine (`
 - TensorRT takes int8 with a zero point of 0 only, and a float bias; it chooses the outputs' type itself.
 
 Everything that is no convolution, the residual additions aside, keeps its float kernel; the DFL integral and the box
-decode are never touched.
+decode are never touched. Nor are the uses of convolutions that the calibration keeps in float: they read the float
+weight and bias, and the float input, unless an INT8 convolution of ONNX Runtime's makes that: see `_Editor`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.errors import EngineError
-from gfldeploy.quant.calibration import Calibration, OutputRange
+from gfldeploy.quant.calibration import Calibration, ConvUse, OutputRange
 
 __all__ = ["ONNX_RUNTIME", "TENSORRT", "ActivationScale", "QdqForm", "conv_outputs", "insert_qdq", "write_qdq_onnx"]
 
@@ -104,18 +105,25 @@ def conv_outputs(model: Any) -> list[tuple[str, int, str]]:
     The output tensor is that of the ReLU where the convolution feeds a ReLU and nothing else.
     """
     consumers = _consumers(model)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    uses: dict[str, int] = defaultdict(int)
     found = []
-    for node in model.graph.node:
-        if node.op_type != "Conv" or node.input[1] not in constants:
-            continue
+    for (weight, use), node in _convolutions(model).items():
         output = node.output[0]
         users = consumers[output]
         if len(users) == 1 and users[0].op_type == _RELU:
             output = users[0].output[0]
-        found.append((node.input[1], uses[node.input[1]], output))
-        uses[node.input[1]] += 1
+        found.append((weight, use, output))
+    return found
+
+
+def _convolutions(model: Any) -> dict[ConvUse, Any]:
+    """Every convolution with a constant weight, in graph order."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    uses: dict[str, int] = defaultdict(int)
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in constants:
+            found[ConvUse(node.input[1], uses[node.input[1]])] = node
+            uses[node.input[1]] += 1
     return found
 
 
@@ -134,38 +142,39 @@ def write_qdq_onnx(source: Path, target: Path, calibration: Calibration) -> int:
 
 
 def insert_qdq(model: Any, calibration: Calibration, form: QdqForm = ONNX_RUNTIME) -> int:
-    """Quantise every convolution that `calibration` names, in place; returns how many.
+    """Quantise every use of a convolution that `calibration` names and does not keep in float; returns how many.
 
-    Raises `EngineError` if the calibration does not fit the graph.
+    The model is changed in place. Raises `EngineError` if the calibration does not fit the graph.
     """
     from onnx import numpy_helper
 
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    convolutions = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in constants]
-    if absent := sorted(set(calibration.convolutions) - {node.input[1] for node in convolutions}):
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    convolutions = _convolutions(model)
+    if absent := sorted(set(calibration.convolutions) - {weight for weight, _ in convolutions}):
         raise EngineError(f"the graph has no convolution {absent[0]}, calibration does", _REMEDY)
-    activations = _activation_scales(model, calibration, form)
-    weight_scales = _weight_scales(convolutions, constants, activations, calibration, form)
+    quantized = {
+        use: node
+        for use, node in convolutions.items()
+        if use.weight in calibration.convolutions and use not in calibration.kept_float
+    }
+    in_float = [node for use, node in convolutions.items() if use not in quantized]
+    activations = _activation_scales(model, quantized, in_float, calibration, form)
+    weight_scales = _weight_scales(quantized, constants, activations, calibration, form)
+    made_in_int8 = {tensor for weight, use, tensor in conv_outputs(model) if ConvUse(weight, use) in quantized}
     editor = _Editor(model, form)
+    float_outputs = {node.output[0] for node in in_float}
     for name, scale in activations.items():
-        editor.quantize_activation(name, scale)
-    count = 0
-    for node in convolutions:
-        weight_name = node.input[1]
-        if weight_name not in weight_scales:
-            continue
-        scales = weight_scales[weight_name]
-        weight = numpy_helper.to_array(constants[weight_name])
-        node.input[1] = editor.dequantized_weight(weight_name, weight, scales)
+        editor.quantize_activation(name, scale, float_outputs, form.every_output and name in made_in_int8)
+    for (weight, _), node in quantized.items():
+        scales = weight_scales[weight]
+        node.input[1] = editor.dequantized_weight(weight, numpy_helper.to_array(constants[weight]), scales)
         if form.integer_bias and (bias := _bias(node, constants)):
             source = activations[editor.source_of(node.input[0])]
             node.input[2] = editor.dequantized_bias(
                 f"{node.output[0]}.bias", numpy_helper.to_array(bias), source.scale * scales
             )
-        count += 1
     editor.finish()
-    return count
+    return len(quantized)
 
 
 def _bias(node: Any, constants: Mapping[str, Any]) -> Any:
@@ -173,7 +182,7 @@ def _bias(node: Any, constants: Mapping[str, Any]) -> Any:
 
 
 def _weight_scales(
-    convolutions: Iterable[Any],
+    quantized: Mapping[ConvUse, Any],
     constants: Mapping[str, Any],
     activations: Mapping[str, ActivationScale],
     calibration: Calibration,
@@ -187,11 +196,8 @@ def _weight_scales(
     from onnx import numpy_helper
 
     found: dict[str, NDArray[np.float64]] = {}
-    for node in convolutions:
-        name = node.input[1]
-        entry = calibration.convolutions.get(name)
-        if entry is None:
-            continue
+    for (name, _), node in quantized.items():
+        entry = calibration.convolutions[name]
         channels = constants[name].dims[0]
         if channels != len(entry.weights):
             raise EngineError(
@@ -205,54 +211,48 @@ def _weight_scales(
     return found
 
 
-def _activation_scales(model: Any, calibration: Calibration, form: QdqForm) -> dict[str, ActivationScale]:
-    """The scale of every tensor to quantise, in graph order: convolution inputs, then outputs not yet covered."""
+def _activation_scales(
+    model: Any, quantized: Mapping[ConvUse, Any], in_float: Collection[Any], calibration: Calibration, form: QdqForm
+) -> dict[str, ActivationScale]:
+    """The scale of every tensor to quantise: convolution inputs, and outputs not yet covered.
+
+    What an INT8 convolution makes for a float one besides others follows its output range, which clips nothing.
+    """
     makers = {name: node for node in model.graph.node for name in node.output}
-    scales: dict[str, ActivationScale] = {}
-    outputs = conv_outputs(model)
-    nodes = [node for node in model.graph.node if node.op_type == "Conv"]
-    uses: dict[str, int] = defaultdict(int)
-    for node in nodes:
-        entry = calibration.convolutions.get(node.input[1])
-        use = uses[node.input[1]]
-        uses[node.input[1]] += 1
-        if entry is None:
-            continue
-        if use >= len(entry.inputs):
-            raise EngineError(
-                f"calibration has {len(entry.inputs)} uses of {node.input[1]}, the graph has more", _REMEDY
-            )
+    scale_of = ActivationScale.symmetric if form.symmetric else ActivationScale.from_threshold
+    inputs: dict[str, ActivationScale] = {}
+    for (weight, use), node in quantized.items():
+        thresholds = calibration.convolutions[weight].inputs
+        if use >= len(thresholds):
+            raise EngineError(f"calibration has {len(thresholds)} uses of {weight}, the graph has more", _REMEDY)
         tensor = node.input[0]
-        scale_of = ActivationScale.symmetric if form.symmetric else ActivationScale.from_threshold
-        scales.setdefault(tensor, scale_of(entry.inputs[use], _non_negative(tensor, makers)))
-    wanted = {tensor for _, _, tensor in outputs} if form.every_output else _shortcuts(model, makers)
-    for weight, use, tensor in outputs:
-        entry = calibration.convolutions.get(weight)
-        if tensor in wanted and entry is not None and use < len(entry.outputs):
-            found = entry.outputs[use]
-            scales.setdefault(
-                tensor,
+        inputs.setdefault(tensor, scale_of(thresholds[use], _non_negative(tensor, makers)))
+    outputs = {}
+    shortcuts = set() if form.every_output else _shortcuts(model, {node.output[0] for node in quantized.values()})
+    for weight, use, tensor in conv_outputs(model):
+        ranges = calibration.convolutions[weight].outputs if ConvUse(weight, use) in quantized else ()
+        if use < len(ranges) and (form.every_output or tensor in shortcuts):
+            found = ranges[use]
+            outputs[tensor] = (
                 ActivationScale.symmetric(max(abs(found.low), abs(found.high)))
                 if form.symmetric
-                else ActivationScale.from_range(found),
+                else ActivationScale.from_range(found)
             )
-    return scales
+    read_in_float = {node.input[0] for node in in_float} if form.every_output else set()
+    return inputs | {name: scale for name, scale in outputs.items() if name not in inputs or name in read_in_float}
 
 
-def _shortcuts(model: Any, makers: Mapping[str, Any]) -> set[str]:
-    """Where two convolutions' outputs are added, the one that comes first: it has to be kept until the other is there.
+def _shortcuts(model: Any, made_in_int8: Collection[str]) -> set[str]:
+    """Where two INT8 convolutions' outputs are added, the one that comes first: it has to be kept until the other is.
 
     A shortcut without a convolution is some convolution's input, and quantised as that.
     """
     order = {name: index for index, node in enumerate(model.graph.node) for name in node.output}
-    found = set()
-    for node in model.graph.node:
-        if node.op_type != "Add":
-            continue
-        summands = [makers.get(name) for name in node.input]
-        if all(maker is not None and maker.op_type == "Conv" for maker in summands):
-            found.add(min(node.input, key=order.__getitem__))
-    return found
+    return {
+        min(node.input, key=order.__getitem__)
+        for node in model.graph.node
+        if node.op_type == "Add" and all(name in made_in_int8 for name in node.input)
+    }
 
 
 def _non_negative(tensor: str, makers: Mapping[str, Any]) -> bool:
@@ -271,7 +271,13 @@ def _consumers(model: Any) -> dict[str, list[Any]]:
 
 
 class _Editor:
-    """Collects new nodes and constants, then writes the graph anew in topological order."""
+    """Collects new nodes and constants, then writes the graph anew in topological order.
+
+    ONNX Runtime fuses an INT8 convolution only if every reader of its output reads it quantised. That is why float
+    convolutions may read the original of any tensor but that one. It also quantises the float weight of a convolution
+    that stands between a DQ and a Q, however little that was asked for: such a convolution reads the DQ's output
+    through the maximum of that tensor alone, an operator that changes nothing and that no optimisation removes.
+    """
 
     def __init__(self, model: Any, form: QdqForm) -> None:
         self.graph = model.graph
@@ -288,11 +294,17 @@ class _Editor:
         """The tensor that a dequantised value came from, or the name itself."""
         return self.sources.get(name, name)
 
-    def quantize_activation(self, name: str, scale: ActivationScale) -> None:
-        """Put a Q/DQ pair behind `name`, for the operators that gain from it: convolutions and residual additions."""
+    def quantize_activation(
+        self, name: str, scale: ActivationScale, float_outputs: Collection[str], made_in_int8: bool
+    ) -> None:
+        """Put a Q/DQ pair behind `name`.
+
+        The float convolutions, those with an output in `float_outputs`, read `name` itself as before, or what was
+        quantised if an INT8 convolution has made it.
+        """
         from onnx import helper
 
-        quantized, restored = f"{name}.q", f"{name}.dq"
+        quantized, restored, unfused = f"{name}.q", f"{name}.dq", f"{name}.dq.float"
         parameters = [
             self._constant(f"{name}.scale", np.float32(scale.scale)),
             self._constant(f"{name}.zero", self.integer(scale.zero_point)),
@@ -303,9 +315,14 @@ class _Editor:
         ]
         self.sources[restored] = name
         for node in self.consumers[name]:
+            target = restored
+            if node.output[0] in float_outputs:
+                target = unfused if made_in_int8 else name
             for index, value in enumerate(node.input):
                 if value == name:
-                    node.input[index] = restored
+                    node.input[index] = target
+        if made_in_int8 and any(node.output[0] in float_outputs for node in self.consumers[name]):
+            self.after[name].append(helper.make_node("Max", [restored], [unfused], name=f"{name}.Max"))
 
     def dequantized_weight(self, name: str, weight: NDArray[Any], scales: NDArray[np.float64]) -> str:
         """The DequantizeLinear output of an int8 weight [out, ...] per output channel; shared weights share it."""

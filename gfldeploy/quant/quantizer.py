@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from gfldeploy import __version__
-from gfldeploy.accuracy import Accuracy
-from gfldeploy.bundle import Bundle, Graph, Manifest, write_bundle
+from gfldeploy.bundle import LAYERS, Bundle, write_bundle
 from gfldeploy.dependencies import require
 from gfldeploy.engines.registry import capability
-from gfldeploy.errors import BundleError, EngineError, ParityError
+from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError
 from gfldeploy.files import check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
-from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
-from gfldeploy.quant.gate import Candidate, Limits, best, failure, unjudgeable
+from gfldeploy.quant.artefacts import Quantized
+from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
+from gfldeploy.quant.gate import Candidate, Limits, best, unjudgeable
+from gfldeploy.quant.groups import match
 from gfldeploy.quant.measurement import INT8_ENGINES, Yardstick
 from gfldeploy.quant.observer import observe_outputs
 from gfldeploy.quant.ptq import algorithms_of, run_ptq
-from gfldeploy.quant.qdq import write_qdq_onnx
-from gfldeploy.quant.samples import digests, refuse_overlap, spread
-from gfldeploy.quant.tensorrt import write_tensorrt_onnx
+from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
+from gfldeploy.quant.samples import digests, evaluation_record, refuse_overlap, spread
+from gfldeploy.quant.sensitivity import macs_shares, sensitivity_record
+from gfldeploy.quant.trials import Trial, Workbench
 
 __all__ = ["QuantizeRequest", "quantize_bundle"]
 
 _AGREEMENT_IMAGES = 8
+_COPIED = ("infer_cfg.yml", LAYERS)
 
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -38,7 +39,10 @@ Progress = Callable[[str, int, int], None]
 class QuantizeRequest:
     """What to quantise: an FP32 `bundle`, on which `images`, with which of PaddleSlim's algorithms, or `auto`.
 
-    `evaluation`: labelled images to measure mAP on, none of them among `images`. `limits`: what is not published.
+    `evaluation`: labelled images to measure mAP on, none of them among `images`; `annotations`: the file that they are
+    from, for the record. `limits`: what is not published. `keep_float`: patterns of layers or groups that stay in
+    float. `fallback`: put groups back to float if the limits do not hold otherwise. `sensitivity`: rank the groups even
+    if they hold.
     """
 
     bundle: Path
@@ -46,7 +50,11 @@ class QuantizeRequest:
     output: Path
     algorithm: str = "hist"
     evaluation: CocoDataset | None = None
+    annotations: Path | None = None
     limits: Limits = field(default_factory=Limits)
+    keep_float: tuple[str, ...] = ()
+    fallback: bool = True
+    sensitivity: bool = False
     force: bool = False
     threads: int = 1
     command: str = ""
@@ -57,9 +65,9 @@ def quantize_bundle(
     report: Report = lambda stage: None,
     progress: Progress = lambda label, done, total: None,
 ) -> Bundle:
-    """Calibrate, write the Paddle INT8 program and the QDQ ONNX file, measure both against FP32, publish.
+    """Calibrate, write the graphs, measure them against FP32, put groups back to float if need be, publish.
 
-    With `auto` that is done with several algorithms and the best is published. Raises `BundleError`, `DataError`,
+    With `auto` that is done with several algorithms, and the best goes on. Raises `BundleError`, `DataError`,
     `EngineError`, `ParityError`, `OutputError`, `UnsupportedError`, `MissingDependencyError`.
     """
     algorithms = algorithms_of(request.algorithm)
@@ -67,16 +75,19 @@ def quantize_bundle(
     for note in {capability(engine, "int8", "cpu").note for engine in INT8_ENGINES}:
         if note:
             report(f"note: {note}")
+    asked = _asked(source, request.keep_float)
     report(f"checking {len(request.images)} calibration images")
     for path in request.images:
         read_image(path)
     calibrated_on = digests(request.images)
+    evaluated_on: dict[str, str] = {}
     if request.evaluation is not None:
         request.evaluation.class_to_category(source.manifest.classes)
-        refuse_overlap(calibrated_on, request.evaluation)
+        evaluated_on = digests([image.path for image in request.evaluation.images])
+        refuse_overlap(calibrated_on, evaluated_on)
 
     size = sum(record.bytes for record in source.manifest.files.values())
-    need = size * len(algorithms)
+    need = size * (len(algorithms) + 1)
     with write_bundle(request.output, force=request.force, need_bytes=need) as (directory, manifests):
         report("running FP32 on calibration images" if request.evaluation is None else "measuring FP32")
         compared = spread(request.images, _AGREEMENT_IMAGES)
@@ -85,27 +96,41 @@ def quantize_bundle(
             raise problem
         report("observing the convolutions' outputs")
         observed = _observe(source, request, progress)
+        # Inside the unfinished bundle, so that whatever ends the run removes it too.
+        (directory / "work").mkdir()
+        bench = Workbench(source, yardstick, request.limits, directory / "work", request.threads, report, progress)
+        trials: dict[str, Trial] = {}
         candidates = []
         for algorithm in algorithms:
-            # Inside the unfinished bundle, so that whatever ends the run removes them too.
-            bundle = Bundle(directory / algorithm, _manifest(source, request, algorithm))
             try:
                 report(f"calibrating with PaddleSlim ({algorithm})")
-                _calibrate(source, bundle, Calibration(algorithm, calibrated_on, {}), request, observed, progress)
-                report(f"comparing {algorithm} with FP32 in {' and '.join(INT8_ENGINES)}")
-                candidates.append(Candidate(algorithm, yardstick.measure(bundle, algorithm, progress)))
+                blank = Calibration(algorithm, calibrated_on, {})
+                quantized = _calibrate(
+                    source, bench.scratch / algorithm / "program", blank, request, observed, progress
+                )
+                report(f"comparing {algorithm} with FP32 in {' and '.join(INT8_ENGINES)}, and its TensorRT file")
+                trials[algorithm] = bench.trial(quantized, asked, algorithm)
+                candidates.append(Candidate(algorithm, trials[algorithm].engines))
             except (EngineError, ParityError) as error:
                 report(f"{algorithm} failed")
                 candidates.append(Candidate(algorithm, {}, error))
-        chosen = best(candidates, yardstick.accuracy, request.limits)
-        if problem := failure(chosen.engines, yardstick.accuracy, request.limits):
-            raise problem
-        _keep(directory, chosen.algorithm, algorithms)
-        record = _parity(request, [path.name for path in compared], candidates, chosen, yardstick.accuracy)
+        chosen = best(candidates, yardstick.accuracy, request.limits, len(asked))
+        outcome = bench.settle(trials[chosen.algorithm], request.fallback, request.sensitivity)
+        record = parity_record(outcome, yardstick, request.limits, bench.speeds(outcome.trial))
+        if request.evaluation is not None:
+            record["evaluation"] = evaluation_record(request.annotations, evaluated_on)
+        if len(candidates) > 1:
+            record["algorithms"] = algorithms_record(candidates, chosen)
+        if outcome.ranked:
+            write_json(directory / "sensitivity.json", sensitivity_record(outcome.ranked, yardstick.images))
+        for path in outcome.trial.bundle.directory.iterdir():
+            path.rename(directory / path.name)
+        shutil.rmtree(bench.scratch)
         write_json(directory / "parity.json", record)
-        (directory / "infer_cfg.yml").write_bytes((source.directory / "infer_cfg.yml").read_bytes())
+        for name in _COPIED:
+            shutil.copyfile(source.directory / name, directory / name)
         report(f"publishing {request.output} ({chosen.algorithm})")
-        manifests.append(_manifest(source, request, chosen.algorithm))
+        manifests.append(int8_manifest(source, chosen.algorithm, len(request.images), request.command))
     return Bundle.open(request.output)
 
 
@@ -123,9 +148,21 @@ def _checked(request: QuantizeRequest) -> Bundle:
     source.graph("onnx")
     source.graph("paddle_program")
     check_target(request.output, force=request.force)
+    source.layers()
     for module, extra in (("paddle", "paddle"), ("paddleslim", "quant"), ("onnxruntime", "onnxruntime")):
         require(module, extra, "quantize")
     return source
+
+
+def _asked(source: Bundle, patterns: tuple[str, ...]) -> frozenset[ConvUse]:
+    """What the patterns keep in float. Raises `UnsupportedError` where that is everything."""
+    if not patterns:
+        return frozenset()
+    uses = tuple(macs_shares(source))
+    asked = match(source.layers(), uses, patterns)
+    if len(asked) == len(uses):
+        raise UnsupportedError("--keep-float leaves no convolution to run in INT8", "Give narrower patterns.")
+    return asked
 
 
 def _observe(source: Bundle, request: QuantizeRequest, progress: Progress) -> dict[str, tuple[OutputRange, ...]]:
@@ -142,85 +179,25 @@ def _observe(source: Bundle, request: QuantizeRequest, progress: Progress) -> di
 
 def _calibrate(
     source: Bundle,
-    bundle: Bundle,
+    program: Path,
     blank: Calibration,
     request: QuantizeRequest,
     observed: Mapping[str, tuple[OutputRange, ...]],
     progress: Progress,
-) -> None:
-    """Write the graphs and `calibration.json` of `bundle`: `blank` with its ranges filled in."""
-    onnx_file, _ = source.graph("onnx")
-    for folder in ("paddle", "onnx"):
-        (bundle.directory / folder).mkdir(parents=True)
+) -> Quantized:
+    """A method of quantising: PaddleSlim's post-training quantisation with the algorithm and images of `blank`."""
+    program.mkdir(parents=True)
     found = run_ptq(
         source,
         list(request.images),
         blank.algorithm,
-        bundle.directory / "paddle",
+        program,
         lambda done, total: progress(f"PaddleSlim {blank.algorithm}", done, total),
     )
     if unknown := sorted(set(found) - set(observed)):
         raise EngineError(
-            f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does", "Export the bundle again."
+            f"{source.graph('onnx')[0]} has no convolution {unknown[0]}, the Paddle program does",
+            "Export the bundle again.",
         )
     ranges = {name: ConvRanges(inputs, observed[name], weights) for name, (inputs, weights) in found.items()}
-    calibration = replace(blank, convolutions=ranges)
-    write_json(bundle.directory / "calibration.json", calibration.to_dict())
-    write_qdq_onnx(onnx_file, bundle.directory / "onnx/model.onnx", calibration)
-    write_tensorrt_onnx(onnx_file, bundle.directory / "onnx/model_tensorrt.onnx", calibration)
-
-
-def _keep(directory: Path, chosen: str, algorithms: Sequence[str]) -> None:
-    """Move the chosen candidate's files up into `directory`; remove the other candidates."""
-    for path in (directory / chosen).iterdir():
-        path.rename(directory / path.name)
-    for algorithm in algorithms:
-        shutil.rmtree(directory / algorithm)
-
-
-def _parity(
-    request: QuantizeRequest,
-    compared: Sequence[str],
-    candidates: Sequence[Candidate],
-    chosen: Candidate,
-    fp32: Accuracy | None,
-) -> dict[str, Any]:
-    """`parity.json`: what was measured of the chosen candidate, and the table of those tried where there were more."""
-    data: dict[str, Any] = {
-        "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
-        "images": list(compared),
-        "limits": asdict(request.limits),
-        "engines": {name: one.agreement.to_dict() for name, one in chosen.engines.items()},
-    }
-    if fp32 is not None:
-        data["accuracy"] = {
-            "fp32": fp32.to_dict(),
-            "engines": {name: one.accuracy.to_dict() for name, one in chosen.engines.items() if one.accuracy},
-        }
-    if len(candidates) > 1:
-        data["algorithms"] = {"chosen": chosen.algorithm, "tried": [one.to_dict() for one in candidates]}
-    return data
-
-
-def _manifest(source: Bundle, request: QuantizeRequest, algorithm: str) -> Manifest:
-    return replace(
-        source.manifest,
-        name=f"{source.name}_int8",
-        precision="int8",
-        graphs={
-            "paddle_program": Graph("paddle/model.pdmodel", "paddle/model.pdiparams"),
-            "onnx": Graph("onnx/model.onnx"),
-            "onnx_tensorrt": Graph("onnx/model_tensorrt.onnx"),
-        },
-        provenance={
-            **source.manifest.provenance,
-            "quantized": {
-                "from": source.digest,
-                "algorithm": algorithm,
-                "images": len(request.images),
-                "gfldeploy": __version__,
-                "command": request.command,
-            },
-        },
-        files={},
-    )
+    return Quantized(source, program, replace(blank, convolutions=ranges))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gfldeploy.errors import DataError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset, list_images
 
-__all__ = ["DEFAULT_SAMPLES", "calibration_images", "digests", "refuse_overlap", "spread"]
+__all__ = ["DEFAULT_SAMPLES", "calibration_images", "digests", "evaluation_record", "refuse_overlap", "spread"]
 
 DEFAULT_SAMPLES = 64
 
@@ -45,11 +47,27 @@ def digests(paths: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def refuse_overlap(calibration: Mapping[str, str], dataset: CocoDataset) -> None:
-    """Raise `DataError` if an image of `dataset` is, by content, one of `calibration` as `digests` gives it."""
-    paths = [image.path for image in dataset.images]
-    if shared := [name for digest, name in digests(paths).items() if digest in calibration]:
+def refuse_overlap(calibration: Mapping[str, str], evaluation: Mapping[str, str]) -> None:
+    """Raise `DataError` if an image to evaluate on is, by content, a calibration image.
+
+    Both are as `digests` gives them.
+    """
+    if shared := [name for digest, name in evaluation.items() if digest in calibration]:
         raise DataError(
-            f"{len(shared)} of the {len(paths)} evaluation images are calibration images too, the first {shared[0]}",
+            f"{len(shared)} of the {len(evaluation)} evaluation images are calibration images too, the first "
+            f"{shared[0]}",
             "Calibrate on other images: mAP on images that INT8 was fitted to flatters it.",
         )
+
+
+def evaluation_record(annotations: Path | None, images: Mapping[str, str]) -> dict[str, Any]:
+    """What mAP was measured on, as JSON-ready data: the annotation file's digest, and one over the images' digests.
+
+    `images`: as `digests` gives them; the one digest is SHA-256 over the sorted hex digests, a line each.
+    """
+    together = "".join(f"{digest}\n" for digest in sorted(images))
+    return {
+        "annotations_sha256": sha256(annotations) if annotations else None,
+        "images_sha256": hashlib.sha256(together.encode()).hexdigest(),
+        "images": len(images),
+    }

@@ -63,6 +63,17 @@ def test_the_bundle_is_described_and_verified(bundle: Path, tmp_path: Path) -> N
     assert "files are as they were made" in verified.stdout
 
 
+def test_every_convolution_is_named_by_its_layer(bundle: Path) -> None:
+    layers = Bundle.open(bundle).layers()
+    nodes = onnx.load(str(bundle / "onnx/model.onnx")).graph.node
+    assert list(layers) == list(dict.fromkeys(node.input[1] for node in nodes if node.op_type == "Conv"))
+    paths = list(layers.values())
+    assert len(set(paths)) == len(paths)
+    assert paths[0] == "backbone.stem.conv"
+    assert paths[-1] == "head.gfl_head_reg"
+    assert "head.conv_feat.fcos_head_reg_tower_conv_1.conv" in paths
+
+
 def test_nothing_in_the_bundle_names_this_machine(bundle: Path) -> None:
     checkout, environment = Path(demo.__file__).parents[2], Path(sys.prefix)
     for name, content in demo_bundles.snapshot(bundle).items():

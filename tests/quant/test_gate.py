@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -23,13 +24,17 @@ from gfldeploy.errors import DataError, EngineError, GfldeployError, ParityError
 from gfldeploy.files import sha256, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.inspection import int8_lines
-from gfldeploy.quant import quantizer
+from gfldeploy.quant import quantizer, trials
 from gfldeploy.quant.agreement import Agreement
-from gfldeploy.quant.gate import Candidate, Limits, Measured, best, failure, unjudgeable
+from gfldeploy.quant.artefacts import GRAPHS, Quantized
+from gfldeploy.quant.calibration import ConvRanges, ConvUse, OutputRange
+from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, Limits, Measured, best, failure, unjudgeable
 from gfldeploy.quant.measurement import Yardstick
 from gfldeploy.quant.ptq import ALGORITHMS, AUTO, UNUSABLE, algorithms_of
 from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
-from gfldeploy.quant.samples import calibration_images, digests, refuse_overlap, spread
+from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
+from gfldeploy.quant.sensitivity import Sensitivity
+from gfldeploy.quant.speed import Speed
 
 LIMITS = Limits(max_drop=0.005, min_agreement=0.9)
 
@@ -93,6 +98,27 @@ def test_most_convolutions_must_run_in_int8(ran: dict[str, int], refused: bool) 
     if refused:
         ratio = f"{ran.get('int8', 0)} of {sum(ran.values())}"
         assert f"paddle runs only {ratio} convolutions in int8 ({ran['fp32']} in fp32)" in str(problem)
+
+
+@pytest.mark.parametrize(("ran", "refused"), [({"int8": 45, "fp32": 12}, False), ({"int8": 40, "fp32": 17}, True)])
+def test_what_is_float_on_purpose_is_not_missed(ran: dict[str, int], refused: bool) -> None:
+    problem = failure(both(measured(ran=ran), measured(ran=ran)), None, LIMITS, kept=12)
+    assert isinstance(problem, EngineError) == refused
+    assert isinstance(failure(both(measured(ran=ran), measured(ran=ran)), None, LIMITS), EngineError)
+    if refused:
+        assert "runs only 40 of 57 convolutions in int8 (17 in fp32, 12 of them on purpose): 90% of the rest" in str(
+            problem
+        )
+
+
+def test_the_simulation_is_called_one() -> None:
+    engines = both(measured(0.9), measured(0.9)) | {SIMULATED_TENSORRT: measured(0.8, found=0.5, ran={})}
+    told = str(failure(engines, accuracy(0.9), LIMITS))
+    assert told.startswith("INT8 in tensorrt, simulated by ONNX Runtime on the CPU, loses 0.1000 mAP")
+    unlabelled = {name: replace(one, accuracy=None) for name, one in engines.items()}
+    assert "INT8 in tensorrt, simulated by ONNX Runtime on the CPU, finds only 50.0%" in str(
+        failure(unlabelled, None, LIMITS)
+    )
 
 
 def test_images_that_judge_nothing() -> None:
@@ -166,11 +192,25 @@ def test_calibration_images_are_not_evaluated_on(tiny_coco: Path, tmp_path: Path
     paths = [image.path for image in dataset.images]
     copies = [Path(shutil.copy(path, tmp_path / f"copy{path.name}")) for path in paths[1:4]]
     with pytest.raises(DataError, match=r"3 of the 6 evaluation images are calibration images too, the first 2\.jpg"):
-        refuse_overlap(digests(copies), dataset)
-    refuse_overlap(digests(copies[:0]), dataset)
-    refuse_overlap(digests(copies), CocoDataset.load(tiny_coco, limit=1))
+        refuse_overlap(digests(copies), digests(paths))
+    refuse_overlap({}, digests(paths))
+    refuse_overlap(digests(copies), digests(paths[:1]))
     with pytest.raises(DataError, match=r"cannot read .*gone"):
         digests([tmp_path / "gone.jpg"])
+
+
+def test_what_was_evaluated_on_is_recorded(tmp_path: Path) -> None:
+    for name, content in {"a.jpg": b"a", "b.jpg": b"b", "labels.json": b"{}"}.items():
+        (tmp_path / name).write_bytes(content)
+    images = digests([tmp_path / "b.jpg", tmp_path / "a.jpg"])
+    record = evaluation_record(tmp_path / "labels.json", images)
+    together = hashlib.sha256("".join(f"{digest}\n" for digest in sorted(images)).encode()).hexdigest()
+    assert record == {
+        "annotations_sha256": sha256(tmp_path / "labels.json"),
+        "images_sha256": together,
+        "images": 2,
+    }
+    assert evaluation_record(None, dict(reversed(images.items()))) == {**record, "annotations_sha256": None}
 
 
 def test_spread(tmp_path: Path) -> None:
@@ -193,6 +233,7 @@ def request_on_tiny(
     (source / "paddle").mkdir()
     for name in ("paddle/model.pdmodel", "paddle/model.pdiparams", "infer_cfg.yml"):
         (source / name).write_bytes(b"x")
+    write_json(source / "layers.json", {"weights": "head.conv"})
     manifest = json.loads((source / "manifest.json").read_text())
     manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"}
     for path in source.rglob("*"):
@@ -201,16 +242,30 @@ def request_on_tiny(
             manifest["files"][path.relative_to(source).as_posix()] = record
     write_json(source / "manifest.json", manifest)
 
-    def calibrate(origin: Bundle, bundle: Bundle, blank: Any, *rest: Any) -> None:
-        for graph in bundle.manifest.graphs.values():
+    ranges = ConvRanges((3.0,), (OutputRange(-5, 49),), (0.005,) * 6)
+
+    def calibrate(origin: Bundle, program: Path, blank: Any, *rest: Any) -> Quantized:
+        program.mkdir(parents=True)
+        return Quantized(origin, program, replace(blank, convolutions={"weights": ranges}))
+
+    def write(quantized: Quantized, kept: Any, directory: Path) -> Bundle:
+        calibration = quantized.calibration.keeping(kept)
+        write_json(directory / "calibration.json", calibration.to_dict())
+        for graph in GRAPHS.values():
             for name in (graph.model, graph.params):
                 if name:
-                    (bundle.directory / name).parent.mkdir(parents=True, exist_ok=True)
-                    (bundle.directory / name).write_text(blank.algorithm)
+                    (directory / name).parent.mkdir(exist_ok=True)
+                    (directory / name).write_text(calibration.algorithm)
+        return Bundle(directory, replace(quantized.source.manifest, precision="int8", graphs=GRAPHS, files={}))
+
+    def speed(name: str, fp32: Bundle, int8: Bundle, all_int8: Bundle | None, *rest: Any) -> Speed:
+        return Speed(name, 30.0, 10.0, 9.0 if all_int8 else None)
 
     monkeypatch.setattr(quantizer, "require", lambda *arguments: None)
     monkeypatch.setattr(quantizer, "_observe", lambda *arguments: {})
     monkeypatch.setattr(quantizer, "_calibrate", calibrate)
+    monkeypatch.setattr(trials, "write_artefacts", write)
+    monkeypatch.setattr(trials, "measure_speed", speed)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(3):
@@ -243,24 +298,156 @@ def test_auto_publishes_the_best_and_the_table(
     }
     assert tuple(results) == AUTO
     with_results(monkeypatch, results)
-    made = quantize_bundle(replace(request_on_tiny, evaluation=CocoDataset.load(tiny_coco)))
+    made = quantize_bundle(replace(request_on_tiny, evaluation=CocoDataset.load(tiny_coco), annotations=tiny_coco))
     assert made.manifest.provenance["quantized"]["algorithm"] == "avg"
     assert made.manifest.graphs["onnx"] == Graph("onnx/model.onnx")
     assert (made.directory / "paddle/model.pdmodel").read_text() == "avg"
-    assert not [path.name for path in made.directory.iterdir() if path.name in AUTO]
+    assert {path.name for path in made.directory.iterdir()} == {
+        "calibration.json",
+        "infer_cfg.yml",
+        "layers.json",
+        "manifest.json",
+        "onnx",
+        "paddle",
+        "parity.json",
+    }
     parity = json.loads((made.directory / "parity.json").read_text())
     assert parity["accuracy"]["fp32"]["ap"] == pytest.approx(1)
     assert parity["accuracy"]["engines"]["onnxruntime"]["ap"] == 0.996
     assert parity["algorithms"]["chosen"] == "avg"
+    assert parity["evaluation"]["images"] == 6
+    assert parity["evaluation"]["annotations_sha256"] == sha256(tiny_coco)
+    assert parity["speed"]["paddle"]["ratio"] == 3
+    assert not {"kept_float", "fallback"} & set(parity)
     table = {one["algorithm"]: one for one in parity["algorithms"]["tried"]}
     assert tuple(table) == AUTO
     assert table["abs_max"]["error"] == "out of luck"
     assert table["mse"]["engines"]["paddle"]["ap"] == 0.2
     assert int8_lines(parity)[1] == (
         "paddle: 57 of 57 convolutions in int8, 100.0% of 40 FP32 detections found again, "
-        "mAP 0.9980 (FP32 1.0000) on 6 images"
+        "mAP 0.9980 (FP32 1.0000) on 6 images, 3.00 times as fast as FP32 (10.0 ms, FP32 30.0 ms)"
     )
     assert int8_lines({"comparisons": []}) == []
+
+
+# --- the fallback -----------------------------------------------------------------------------------------------------
+
+USES = {name: ConvUse(name, 0) for name in ("stem", "res", "neck", "head")}
+
+
+@pytest.fixture
+def request_of_four(request_on_tiny: QuantizeRequest, monkeypatch: pytest.MonkeyPatch) -> QuantizeRequest:
+    """With four convolutions, of which INT8 in `neck` and in `res` loses too much; `head` has most of the work."""
+    layers = {name: f"model.{name}" for name in USES}
+    write_json(request_on_tiny.bundle / "layers.json", layers)
+    manifest = json.loads((request_on_tiny.bundle / "manifest.json").read_text())
+    path = request_on_tiny.bundle / "layers.json"
+    manifest["files"]["layers.json"] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    write_json(request_on_tiny.bundle / "manifest.json", manifest)
+    ranges = ConvRanges((3.0,), (OutputRange(-5, 49),), (0.005,) * 6)
+    shares = dict(zip(USES.values(), (0.1, 0.1, 0.2, 0.6), strict=True))
+
+    def calibrate(origin: Bundle, program: Path, blank: Any, *rest: Any) -> Quantized:
+        program.mkdir(parents=True)
+        return Quantized(origin, program, replace(blank, convolutions=dict.fromkeys(USES, ranges)))
+
+    def rank(source: Bundle, calibration: Any, found: Any, *rest: Any) -> tuple[Sensitivity, ...]:
+        order = ("head", "neck", "res", "stem")
+        return tuple(
+            Sensitivity(f"model.{name}", frozenset({USES[name]}), shares[USES[name]], 0.1, 0.1)
+            for name in order
+            if USES[name] not in calibration.kept_float
+        )
+
+    def measure(self: Yardstick, bundle: Bundle, label: str, progress: Any) -> dict[str, Measured]:
+        kept = {name for name, _ in json.loads((bundle.directory / "calibration.json").read_text())["kept_float"]}
+        found = 1 - 0.3 * len({"neck", "res"} - kept)
+        ran = {"int8": 4 - len(kept), "fp32": len(kept)}
+        return both(measured(found=found, ran=ran), measured(found=found, ran=ran))
+
+    monkeypatch.setattr(quantizer, "_calibrate", calibrate)
+    for module in (quantizer, trials):
+        monkeypatch.setattr(module, "macs_shares", lambda source: shares)
+    monkeypatch.setattr(trials, "measure_sensitivity", rank)
+    monkeypatch.setattr(Yardstick, "measure", measure)
+    return replace(request_on_tiny, algorithm="hist")
+
+
+def test_the_most_sensitive_go_back_to_float(request_of_four: QuantizeRequest) -> None:
+    stages: list[str] = []
+    made = quantize_bundle(request_of_four, stages.append)
+    kept = json.loads((made.directory / "calibration.json").read_text())["kept_float"]
+    assert kept == [["neck", 0], ["res", 0]], "head alone has more than half of the work"
+    parity = json.loads((made.directory / "parity.json").read_text())
+    assert parity["kept_float"] == [
+        {"name": f"model.{name}", "convolutions": 1, "why": "to hold the gate"} for name in ("neck", "res")
+    ]
+    fallback = parity["fallback"]
+    assert fallback["before"]["worst_detections_found"] == pytest.approx(0.4)
+    assert [(step["groups"], step["holds"]) for step in fallback["steps"]] == [
+        (["model.neck"], False),
+        (["model.neck", "model.res"], True),
+    ]
+    assert fallback["cost"]["paddle"] == {"all_int8_ms": 9.0, "int8_ms": 10.0}
+    ranking = json.loads((made.directory / "sensitivity.json").read_text())["groups"]
+    assert [one["name"] for one in ranking] == ["model.head", "model.neck", "model.res", "model.stem"]
+    assert "paddle: what is kept in float makes it 10.0 ms an image, instead of 9.0 ms" in stages
+    assert "kept in float to hold the gate: model.neck, model.res" in stages
+    assert not (made.directory / "work").exists()
+
+
+def test_what_was_asked_for_stays_in_float(request_of_four: QuantizeRequest) -> None:
+    made = quantize_bundle(replace(request_of_four, keep_float=("*.res",)))
+    parity = json.loads((made.directory / "parity.json").read_text())
+    assert [(one["name"], one["why"]) for one in parity["kept_float"]] == [
+        ("model.res", "asked for"),
+        ("model.neck", "to hold the gate"),
+    ]
+    made = quantize_bundle(replace(request_of_four, keep_float=("*.res", "model.neck"), force=True))
+    parity = json.loads((made.directory / "parity.json").read_text())
+    assert {one["why"] for one in parity["kept_float"]} == {"asked for"}
+    assert "fallback" not in parity
+    assert parity["speed"]["paddle"]["all_int8_ms"] == 9.0
+    with pytest.raises(UnsupportedError, match="no convolution to run in INT8"):
+        quantize_bundle(replace(request_of_four, keep_float=("*",), force=True))
+    with pytest.raises(DataError, match="no layer and no group is called tail"):
+        quantize_bundle(replace(request_of_four, keep_float=("tail",), force=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "ranked"),
+    [
+        ({"fallback": False}, r"finds only 40\.0% of what FP32 finds.* --min-agreement\. Try", False),
+        ({"fallback": False, "sensitivity": True}, r"finds only 40\.0%", True),
+        # With head in float, which is 60 % of the work, nothing else may be.
+        ({"keep_float": ("*.head",)}, r"finds only 40\.0%.*and no group can go back to float", True),
+    ],
+)
+def test_when_nothing_goes_back(
+    changes: dict[str, Any], message: str, ranked: bool, request_of_four: QuantizeRequest
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(ParityError, match=message):
+        quantize_bundle(replace(request_of_four, **changes), stages.append)
+    assert not request_of_four.output.exists()
+    assert bool([stage for stage in stages if stage.split()[0] == "model.neck"]) == ranked
+
+
+def test_the_ranking_can_be_had_without_need(request_of_four: QuantizeRequest) -> None:
+    request = replace(request_of_four, sensitivity=True, limits=Limits(min_agreement=0.0))
+    made = quantize_bundle(request)
+    assert (made.directory / "sensitivity.json").is_file()
+    assert "fallback" not in json.loads((made.directory / "parity.json").read_text())
+
+
+def test_an_engine_without_int8_is_not_mended(
+    request_of_four: QuantizeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_results(monkeypatch, {"hist": both(measured(ran={"int8": 1, "fp32": 3}), measured(found=0.1))})
+    stages: list[str] = []
+    with pytest.raises(EngineError, match="runs only 1 of 4"):
+        quantize_bundle(request_of_four, stages.append)
+    assert not [stage for stage in stages if "alone" in stage]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +463,7 @@ def test_what_fails_is_not_published(
 ) -> None:
     with_results(monkeypatch, changes)
     with pytest.raises(GfldeployError, match=message) as caught:
-        quantize_bundle(replace(request_on_tiny, algorithm="hist"))
+        quantize_bundle(replace(request_on_tiny, algorithm="hist", fallback=False))
     assert caught.value.remedy or "NaN" in message
     assert {path.name for path in request_on_tiny.output.parent.iterdir()} == {"source", "pictures"}
 
@@ -363,7 +550,7 @@ def test_a_good_calibration_passes_and_is_shown(
     assert parity["accuracy"]["fp32"]["images"] == EVALUATED
     for name, one in parity["engines"].items():
         assert one["detections_found"] > 0.9, name
-        assert list(one["convolutions"]) == ["int8"]
+        assert list(one["convolutions"]) == ([] if name == SIMULATED_TENSORRT else ["int8"])
     sheet = demo_bundles.run("inspect", tmp_path / "int8", folder=tmp_path).stdout
     assert " convolutions in int8, " in sheet
     assert f"mAP {parity['accuracy']['engines']['paddle']['ap']:.4f}" in sheet
@@ -378,7 +565,7 @@ def test_calibration_on_black_images_is_caught(
     sabotage = ("quantize", source, "--data", data["black"], "--samples", 2, "-o", tmp_path / "int8")
     shown = demo_bundles.refusal(demo_bundles.run(*sabotage, folder=tmp_path))
     assert "FP32 detects nothing on the calibration images" in shown
-    labels = ("--eval-data", data["eval"], "--algo", "abs_max")
+    labels = ("--eval-data", data["eval"], "--algo", "abs_max", "--no-fallback")
     shown = demo_bundles.refusal(demo_bundles.run(*sabotage, *labels, folder=tmp_path))
     assert "mAP (FP32 0." in shown and "more than the 0.005 of --max-drop" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from gfldeploy.errors import BundleError, EngineError
-from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
+from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
 from gfldeploy.quant.observer import observe_outputs
-from gfldeploy.quant.qdq import ActivationScale, conv_outputs, insert_qdq, write_qdq_onnx
+from gfldeploy.quant.qdq import (
+    ONNX_RUNTIME,
+    TENSORRT,
+    ActivationScale,
+    QdqForm,
+    conv_outputs,
+    insert_qdq,
+    write_qdq_onnx,
+)
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -213,6 +223,91 @@ def test_convolutions_that_are_not_named_stay_float(tmp_path: Path) -> None:
     assert insert_qdq(residual().model(), Calibration("hist", {}, {})) == 0
 
 
+def forked() -> Graph:
+    """`image` and then `b`, which a convolution makes, are each read by two convolutions."""
+    graph = Graph().conv("image", "a", "w1", "b1").op("Relu", "a", "b").conv("image", "s", "w2", "b2")
+    graph.conv("b", "c", "w3", "b3").conv("b", "d", "w4", "b4")
+    return graph.op("Add", "s", "c", "e").op("Add", "e", "d", "f").op("Tanh", "f", "result")
+
+
+KEPT = {
+    "first": (forked, {("w1", 0)}),
+    "one of two on the image": (forked, {("w2", 0)}),
+    "one of two behind an INT8 one": (forked, {("w4", 0)}),
+    "both behind an INT8 one": (forked, {("w3", 0), ("w4", 0)}),
+    "one of two behind a float one": (forked, {("w1", 0), ("w3", 0)}),
+    "before the addition": (residual, {("w2", 0)}),
+    "around": (residual, {("w1", 0), ("w3", 0)}),
+    "one use": (shared, {("w", 1)}),
+    "without bias": (no_bias, {("w1", 0)}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_uses_run_in_float_and_all_others_in_int8(name: str, tmp_path: Path) -> None:
+    make, kept = KEPT[name]
+    model = make().model()
+    calibration = calibrate(model, tmp_path).keeping(ConvUse(*one) for one in kept)
+    int8 = quantized(model, calibration)
+    kinds = executed(int8, tmp_path)
+    assert kinds["QLinearConv"] == len(calibration.uses) - len(kept)
+    assert sum(kinds.get(kind, 0) for kind in ("Conv", "FusedConv", "NhwcFusedConv")) == len(kept)
+    for image in images():
+        expected, actual = run(model, image, "result")[0], run(int8, image, "result")[0]
+        # `forked` adds up three branches, each off by what one convolution after another is off by elsewhere.
+        assert np.abs(expected - actual).max() < (0.1 if make is forked else 0.05)
+        assert np.abs(expected - actual).mean() < 0.01
+
+
+@pytest.mark.parametrize("form", [ONNX_RUNTIME, TENSORRT])
+@pytest.mark.parametrize(
+    ("make", "kept", "output"), [(forked, ("w2", 0), "s"), (shared, ("w", 0), "p"), (no_bias, ("w1", 0), "b")]
+)
+def test_a_kept_use_gives_what_float_gives(
+    make: Callable[[], Graph], kept: tuple[str, int], output: str, form: QdqForm, tmp_path: Path
+) -> None:
+    """Although what it reads, or its weight, is quantised for another."""
+    model = make().model()
+    int8 = onnx.ModelProto.FromString(model.SerializeToString())
+    calibration = calibrate(model, tmp_path).keeping([ConvUse(*kept)])
+    assert insert_qdq(int8, calibration, form) == len(calibration.uses) - 1
+    for image in images():
+        np.testing.assert_array_equal(run(int8, image, output)[0], run(model, image, output)[0])
+    for _, use, other in conv_outputs(model):
+        if other != output:
+            found, expected = run(int8, images()[0], other)[0], run(model, images()[0], other)[0]
+            assert np.abs(found - expected).max() > 1e-4, use
+
+
+def test_a_float_reader_does_not_get_what_another_threshold_clips(tmp_path: Path) -> None:
+    """What an INT8 convolution makes reaches a float one through its own output range."""
+    model = forked().model()
+    full = calibrate(model, tmp_path)
+    clipping = replace(full.convolutions["w3"], inputs=(full.convolutions["w3"].inputs[0] / 10,))
+    calibration = replace(full, convolutions={**full.convolutions, "w3": clipping})
+    int8 = quantized(model, calibration.keeping([ConvUse("w4", 0)]))
+    for image in images():
+        assert np.abs(run(int8, image, "d")[0] - run(model, image, "d")[0]).max() < 0.1
+
+
+def test_tensorrt_quantizes_no_shortcut_of_a_kept_convolution(tmp_path: Path) -> None:
+    model = forked().model()
+    full = calibrate(model, tmp_path)
+    for kept, shortcuts in (([], {"s"}), ([ConvUse("w2", 0)], set()), ([ConvUse("w3", 0)], set())):
+        int8 = onnx.ModelProto.FromString(model.SerializeToString())
+        insert_qdq(int8, full.keeping(kept), TENSORRT)
+        assert set(scales_of(int8)) - {"image", "b"} == shortcuts
+
+
+def test_with_every_use_kept_the_graph_stays_as_it_is(tmp_path: Path) -> None:
+    for make in (residual, shared, forked):
+        model = make().model()
+        full = calibrate(model, tmp_path)
+        copy = onnx.ModelProto.FromString(model.SerializeToString())
+        assert insert_qdq(copy, full.keeping(full.uses)) == 0
+        assert copy == model
+
+
 @pytest.mark.parametrize("dead", ["weights", "input"])
 def test_a_bias_survives_where_nothing_else_is(dead: str, tmp_path: Path) -> None:
     """Folding BatchNorm leaves channels whose weights are zero and whose bias is not; a ReLU can be dead for good."""
@@ -352,6 +447,15 @@ def test_malformed_calibration(key: str, value: Any) -> None:
     with pytest.raises(BundleError, match=r"calibration\.json") as caught:
         Calibration.from_dict(data)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("kept", [[["conv2d_9.w_0", 0]], [["conv2d_7.w_0", 2]], [["conv2d_7.w_0", "0"]], [1], 1, [[]]])
+def test_malformed_kept_uses(kept: Any) -> None:
+    assert Calibration.from_dict(calibration_data() | {"kept_float": [["conv2d_7.w_0", 1]]}).kept_float == {
+        ConvUse("conv2d_7.w_0", 1)
+    }
+    with pytest.raises(BundleError, match=r"calibration\.json"):
+        Calibration.from_dict(calibration_data() | {"kept_float": kept})
 
 
 def test_malformed_calibration_of_images() -> None:

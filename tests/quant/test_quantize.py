@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
 
 import demo_bundles
+import numpy as np
 import onnx
 import pytest
 
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
-from gfldeploy.demo.dataset import CLASSES
+from gfldeploy.demo.dataset import CLASSES, generate
 from gfldeploy.files import sha256
 from gfldeploy.inspection import int8_lines
 from gfldeploy.quant.calibration import Calibration
@@ -66,7 +68,7 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) ->
     assert "ONNX and Paddle INT8" in done.stdout
     sheet = demo_bundles.run("inspect", int8, folder=tmp_path).stdout
     for line in int8_lines(json.loads((int8 / "parity.json").read_text())):
-        assert " convolutions in int8, " in line
+        assert " convolutions in int8, " in line or line.startswith("tensorrt, simulated: ")
         assert line in " ".join(sheet.split())  # the table wraps it
     assert "quantized: from" in sheet
     data = json.loads(tiny_coco.read_text())
@@ -78,3 +80,96 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) ->
         done = demo_bundles.run(*arguments, "--engine", engine, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["images"] == len(data["images"])
+
+
+# --- what stays in float ----------------------------------------------------------------------------------------------
+
+
+def write_lopsided(path: Path) -> None:
+    """The demo detector's checkpoint with one block that computes the same, but not in eight bits.
+
+    Four channels between its convolutions are 300 times as large and their weights behind 300 times smaller, so that
+    the one threshold of that tensor leaves nothing of the others. `backbone.stage4` is where.
+    """
+    state = pickle.loads(demo.weights_path().read_bytes(), encoding="latin1")
+    block = "backbone.stage4.1"
+    for name, axis, factor in (
+        ("conv1.norm.weight", 0, 300),
+        ("conv1.norm.bias", 0, 300),
+        ("conv2.conv.weight", 1, 1 / 300),
+    ):
+        array = state[f"{block}.{name}"] = np.array(state[f"{block}.{name}"])
+        np.moveaxis(array, axis, 0)[:4] *= factor
+    path.write_bytes(pickle.dumps(state, protocol=2))
+
+
+@pytest.fixture(scope="module")
+def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lopsided")
+    write_lopsided(folder / "weights.pdparams")
+    arguments = ("export", "-c", demo.config_path(), "-w", folder / "weights.pdparams", "-o", folder / "fp32")
+    done = demo_bundles.run(*arguments, folder=folder, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "fp32"
+
+
+def test_what_breaks_in_int8_goes_back_to_float(lopsided: Path, tmp_path: Path) -> None:
+    calibration, evaluation = generate(tmp_path, "calib", 8), generate(tmp_path, "val", 24)
+    arguments = ("quantize", lopsided, "--data", calibration, "--samples", 8, "--algo", "abs_max")
+    # Few images make a coarse measure: what is wanted here is that the broken part is found.
+    arguments += ("--eval-data", evaluation, "--max-drop", 0.03)
+    shown = demo_bundles.refusal(
+        demo_bundles.run(*arguments, "--no-fallback", "-o", tmp_path / "int8", folder=tmp_path)
+    )
+    assert "more than the 0.03 of --max-drop" in shown
+    assert not (tmp_path / "int8").exists()
+
+    done = demo_bundles.run(*arguments, "-o", tmp_path / "int8", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'int8'}\n"
+    assert "kept in float to hold the gate: backbone.stage4" in done.stderr
+    parity = json.loads((tmp_path / "int8/parity.json").read_text())
+    assert parity["fallback"]["before"]["worst_ap"] < parity["accuracy"]["fp32"]["ap"] - 0.1
+    for one in parity["accuracy"]["engines"].values():
+        assert one["ap"] >= parity["accuracy"]["fp32"]["ap"] - 0.03
+    assert set(parity["accuracy"]["engines"]) == {"onnxruntime", "paddle", "tensorrt, simulated"}
+    assert parity["kept_float"] == [{"name": "backbone.stage4", "convolutions": 5, "why": "to hold the gate"}]
+    for name in ("onnxruntime", "paddle"):
+        ran = parity["engines"][name]["convolutions"]
+        assert 5 <= ran["fp32"] <= 6, (name, "what was kept, and at most one that it took along")
+        assert parity["speed"][name].keys() >= {"fp32_ms", "int8_ms", "ratio", "all_int8_ms"}
+    ranking = json.loads((tmp_path / "int8/sensitivity.json").read_text())["groups"]
+    assert ranking[0]["name"] == "backbone.stage4"
+    assert ranking[0]["total"] > 5 * ranking[1]["total"]
+    calibrated = Calibration.from_dict(json.loads((tmp_path / "int8/calibration.json").read_text()))
+    layers = Bundle.open(tmp_path / "int8").layers()
+    assert layers == Bundle.open(lopsided).layers()
+    assert {".".join(layers[use.weight].split(".")[:2]) for use in calibrated.kept_float} == {"backbone.stage4"}
+
+
+def test_keep_float_and_sensitivity_without_labels(lopsided: Path, tmp_path: Path) -> None:
+    calibration = generate(tmp_path, "calib", 8)
+    arguments = ("quantize", lopsided, "--data", calibration, "--samples", 8, "--algo", "abs_max", "--sensitivity")
+    keep = ("--keep-float", "backbone.stage4.1.*", "--keep-float", "backbone.stem*")
+    done = demo_bundles.run(*arguments, *keep, "-o", tmp_path / "int8", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'int8'}\n"
+    parity = json.loads((tmp_path / "int8/parity.json").read_text())
+    assert {(one["name"], one["why"]) for one in parity["kept_float"]} == {
+        ("backbone.stem.conv", "asked for"),
+        ("backbone.stage4.1.conv1.conv", "asked for"),
+        ("backbone.stage4.1.conv2.conv", "asked for"),
+    }
+    assert "fallback" not in parity
+    ranking = {one["name"]: one for one in json.loads((tmp_path / "int8/sensitivity.json").read_text())["groups"]}
+    assert "backbone.stem" not in ranking
+    assert ranking["backbone.stage4"]["convolutions"] == 3
+    assert all(f" {name} " in done.stderr for name in ranking), "each has its row"
+    shown = demo_bundles.refusal(
+        demo_bundles.run(*arguments, "--keep-float", "backbone.stage9", "-o", tmp_path / "out", folder=tmp_path)
+    )
+    assert "no layer and no group is called backbone.stage9" in shown
+    shown = demo_bundles.refusal(
+        demo_bundles.run(*arguments, "--keep-float", "*", "-o", tmp_path / "out", folder=tmp_path)
+    )
+    assert "--keep-float leaves no convolution to run in INT8" in shown

@@ -1,0 +1,104 @@
+"""What an INT8 bundle says of itself: its manifest and `parity.json`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from gfldeploy import __version__
+from gfldeploy.bundle import Bundle, Manifest
+from gfldeploy.quant.artefacts import GRAPHS
+from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, Limits
+from gfldeploy.quant.groups import groups
+from gfldeploy.quant.measurement import Yardstick
+from gfldeploy.quant.speed import Speed
+from gfldeploy.quant.trials import Outcome
+
+__all__ = ["algorithms_record", "int8_manifest", "parity_record"]
+
+_NOTES = {
+    SIMULATED_TENSORRT: "onnx/model_tensorrt.onnx in ONNX Runtime on the CPU, float between Q and DQ: no TensorRT ran"
+}
+
+
+def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> Manifest:
+    """The manifest of an INT8 bundle made of `source` with `images` calibration images; its files are not in it yet."""
+    return replace(
+        source.manifest,
+        name=f"{source.name}_int8",
+        precision="int8",
+        graphs=GRAPHS,
+        provenance={
+            **source.manifest.provenance,
+            "quantized": {
+                "from": source.digest,
+                "algorithm": algorithm,
+                "images": images,
+                "gfldeploy": __version__,
+                "command": command,
+            },
+        },
+        files={},
+    )
+
+
+def parity_record(outcome: Outcome, yardstick: Yardstick, limits: Limits, speeds: Sequence[Speed]) -> dict[str, Any]:
+    """What `parity.json` says of every INT8 bundle: what was measured of it, what stays in float and why, how fast."""
+    trial, fp32 = outcome.trial, yardstick.accuracy
+    data: dict[str, Any] = {
+        "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
+        "images": list(yardstick.images),
+        "limits": asdict(limits),
+        "engines": {
+            name: one.agreement.to_dict() | ({"note": _NOTES[name]} if name in _NOTES else {})
+            for name, one in trial.engines.items()
+        },
+    }
+    if fp32 is not None:
+        data["accuracy"] = {
+            "fp32": fp32.to_dict(),
+            "engines": {name: one.accuracy.to_dict() for name, one in trial.engines.items() if one.accuracy},
+        }
+    if trial.kept:
+        data["kept_float"] = _kept_float(outcome)
+    if outcome.steps:
+        data["fallback"] = _fallback(outcome, speeds)
+    data["speed"] = {speed.engine: speed.to_dict() for speed in speeds}
+    return data
+
+
+def algorithms_record(candidates: Sequence[Candidate], chosen: Candidate) -> dict[str, Any]:
+    """The table of the algorithms that were tried, before any fallback."""
+    return {"chosen": chosen.algorithm, "tried": [one.to_dict() for one in candidates]}
+
+
+def _kept_float(outcome: Outcome) -> list[dict[str, Any]]:
+    """By name and why: the layers that were asked for, then the groups that went back to float."""
+    quantized = outcome.trial.quantized
+    layers, uses = quantized.source.layers(), quantized.calibration.uses
+    asked = outcome.trial.kept.difference(*(group.uses for group in outcome.groups))
+    # A convolution that pyramid levels share is only named as a whole if all of its uses were asked for.
+    part_of = {use: group.name for group in groups(layers, uses) for use in group.uses}
+    in_part = {use.weight for use in uses if use not in asked}
+    names = Counter(
+        part_of[use] if use.weight in in_part else layers.get(use.weight, use.weight) for use in sorted(asked)
+    )
+    return [{"name": name, "convolutions": count, "why": "asked for"} for name, count in names.items()] + [
+        {"name": one.name, "convolutions": one.convolutions, "why": "to hold the gate"} for one in outcome.groups
+    ]
+
+
+def _fallback(outcome: Outcome, speeds: Sequence[Speed]) -> dict[str, Any]:
+    """What failed first, what was tried then, and what it cost: an image's milliseconds before and after."""
+    before, *steps = outcome.steps
+    return {
+        "before": before.to_dict(),
+        "steps": [step.to_dict() for step in steps],
+        "cost": {
+            speed.engine: {"all_int8_ms": speed.all_int8_ms, "int8_ms": speed.int8_ms}
+            for speed in speeds
+            if speed.all_int8_ms is not None
+        },
+    }

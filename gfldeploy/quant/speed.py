@@ -1,0 +1,118 @@
+"""What INT8 is worth here: FP32 and INT8 of one engine by turns in one process, on one image.
+
+A hint with the accuracy, not a benchmark: `gfldeploy bench` measures properly, one process a cell.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.registry import capability, open_engine
+
+__all__ = ["Speed", "by_turns", "measure_speed"]
+
+_WARMUP = 2
+_LEAST_ROUNDS = 5
+_LEAST_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median milliseconds of one inference of one image in `engine`.
+
+    `all_int8_ms`: with nothing kept in float; None where nothing is. `note`: why INT8 cannot be expected to be fast
+    on this processor, if so.
+    """
+
+    engine: str
+    fp32_ms: float
+    int8_ms: float
+    all_int8_ms: float | None = None
+    note: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as FP32 INT8 is: below 1 it is slower."""
+        return self.fp32_ms / self.int8_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data, without the engine."""
+        data: dict[str, Any] = {"fp32_ms": self.fp32_ms, "int8_ms": self.int8_ms, "ratio": self.ratio}
+        if self.all_int8_ms is not None:
+            data["all_int8_ms"] = self.all_int8_ms
+        if self.note and self.ratio < 1:
+            data["note"] = self.note
+        return data
+
+    def lines(self) -> list[str]:
+        """What to tell: a line, and one more for each thing that is not as one would wish."""
+        if self.ratio >= 1:
+            told = [f"{self.engine}: INT8 runs {self.ratio:.1f} times as fast as FP32 on one calibration image"]
+        else:
+            told = [
+                f"{self.engine}: INT8 is SLOWER than FP32 on one calibration image: {self.int8_ms:.1f} ms against "
+                f"{self.fp32_ms:.1f} ms"
+            ]
+            told.append(f"note: {self.note or 'deploy FP32 in this engine on processors like this one'}")
+        if self.all_int8_ms is not None:
+            told.append(
+                f"{self.engine}: what is kept in float makes it {self.int8_ms:.1f} ms an image, instead of "
+                f"{self.all_int8_ms:.1f} ms"
+            )
+        return told
+
+
+def measure_speed(
+    name: str,
+    fp32: Bundle,
+    int8: Bundle,
+    all_int8: Bundle | None,
+    batch: NDArray[np.float32],
+    threads: int,
+) -> Speed:
+    """Time engine `name` on `batch` [1, 3, H, W]; takes seconds. Raises `EngineError`."""
+    bundles = {"fp32": fp32, "int8": int8} | ({"all_int8": all_int8} if all_int8 else {})
+    with ExitStack() as stack:
+        engines = {
+            key: stack.enter_context(
+                open_engine(name, bundle, EngineOptions("fp32" if key == "fp32" else "int8", "cpu", threads))
+            )
+            for key, bundle in bundles.items()
+        }
+        medians = by_turns(engines, batch)
+    return Speed(name, medians["fp32"], medians["int8"], medians.get("all_int8"), capability(name, "int8", "cpu").note)
+
+
+def by_turns(
+    engines: Mapping[str, Engine],
+    batch: NDArray[np.float32],
+    least_rounds: int = _LEAST_ROUNDS,
+    least_seconds: float = _LEAST_SECONDS,
+) -> dict[str, float]:
+    """Median milliseconds of each engine: one inference of each in turn, so that what else the machine does meets all.
+
+    Goes on until `least_rounds` rounds and `least_seconds` seconds are over, after two rounds of warm-up.
+    """
+    for engine in engines.values():
+        for _ in range(_WARMUP):
+            engine.infer({"image": batch})
+    times: dict[str, list[float]] = {key: [] for key in engines}
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < least_rounds or time.perf_counter() - start < least_seconds:
+        for key, engine in engines.items():
+            before = time.perf_counter_ns()
+            engine.infer({"image": batch})
+            times[key].append((time.perf_counter_ns() - before) / 1e6)
+        rounds += 1
+    return {key: statistics.median(values) for key, values in times.items()}

@@ -1,0 +1,141 @@
+"""INT8 programs of the demo detector with convolutions in float, run by the engine that deploys them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import demo_bundles
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.errors import EngineError
+from gfldeploy.files import read_json
+from gfldeploy.images.decode import read_image
+from gfldeploy.quant.calibration import Calibration, ConvUse
+from gfldeploy.quant.program import write_program
+
+pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
+
+Outputs = Mapping[str, NDArray[np.float32]]
+FILES = ("model.pdmodel", "model.pdiparams")
+
+
+class Detector:
+    """The demo detector in FP32 and, as PaddleSlim left it, in INT8."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.fp32 = Bundle.open(demo_bundles.exported(factory))
+        self.quantized = demo_bundles.quantized(factory)
+        self.calibration = Calibration.from_dict(read_json(self.quantized / "calibration.json"))
+        preprocess = self.fp32.manifest.preprocess
+        picture = read_image(demo_bundles.pictures(factory) / "colour.jpg")
+        self.image = preprocess.batch([preprocess(picture)])
+        self.expected, _ = self.run(self.fp32, "fp32")
+
+    def weight(self, path: str) -> str:
+        return next(weight for weight, layer in self.fp32.layers().items() if layer == path)
+
+    def run(self, bundle: Bundle, precision: str) -> tuple[Outputs, Mapping[str, int]]:
+        from gfldeploy.engines.paddle_engine import PaddleEngine
+
+        with PaddleEngine(bundle, EngineOptions(precision, "cpu", 1)) as engine:
+            return engine.infer({"image": self.image}), engine.executed_precisions({"image": self.image})
+
+    def keeping(self, kept: Collection[ConvUse], folder: Path) -> tuple[Outputs, Mapping[str, int]]:
+        write_program(self.quantized / "paddle", self.fp32, kept, folder)
+        graphs = {"paddle_program": Graph(*FILES)}
+        return self.run(Bundle(folder, replace(self.fp32.manifest, precision="int8", graphs=graphs)), "int8")
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Detector:
+    return Detector(tmp_path_factory)
+
+
+def counts(int8: int, fp32: int) -> dict[str, int]:
+    return {name: count for name, count in (("fp32", fp32), ("int8", int8)) if count}
+
+
+def difference(one: Outputs, other: Outputs, name: str) -> float:
+    return float(np.abs(one[name] - other[name]).max())
+
+
+def test_with_nothing_kept_it_is_a_copy(detector: Detector, tmp_path: Path) -> None:
+    write_program(detector.quantized / "paddle", detector.fp32, frozenset(), tmp_path)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (detector.quantized / "paddle" / name).read_bytes()
+
+
+def test_exactly_the_kept_uses_run_in_float(detector: Detector, tmp_path: Path) -> None:
+    regression = detector.weight("head.gfl_head_reg")
+    kept = {ConvUse(detector.weight("backbone.stem.conv"), 0), ConvUse(regression, 0), ConvUse(regression, 2)}
+    total = len(detector.calibration.uses)
+    found, ran = detector.keeping(kept, tmp_path)
+    assert ran == counts(int8=total - 3, fp32=3)
+    assert difference(found, detector.expected, "boxes") > 0.01
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_float_and_int8_in_turns(detector: Detector, part: int, tmp_path: Path) -> None:
+    """Float convolutions between INT8 ones and beside them, on one input and on both sides of residual additions."""
+    uses = detector.calibration.uses
+    kept = uses[part::2]
+    found, ran = detector.keeping(kept, tmp_path)
+    assert ran == counts(int8=len(uses) - len(kept), fp32=len(kept))
+    assert difference(found, detector.expected, "scores") < 0.1
+
+
+def test_everything_in_float_gives_what_fp32_gives(detector: Detector, tmp_path: Path) -> None:
+    uses = detector.calibration.uses
+    found, ran = detector.keeping(uses, tmp_path)
+    assert ran == counts(int8=0, fp32=len(uses))
+    assert difference(found, detector.expected, "scores") < 1e-5
+    assert difference(found, detector.expected, "boxes") < 1e-2
+
+
+def test_one_level_of_a_shared_convolution_in_int8(detector: Detector, tmp_path: Path) -> None:
+    """The scores stay as they are, and so do the boxes of every other level."""
+    level = 1
+    alone = ConvUse(detector.weight("head.gfl_head_reg"), level)
+    found, ran = detector.keeping(set(detector.calibration.uses) - {alone}, tmp_path)
+    assert ran == counts(int8=1, fp32=len(detector.calibration.uses) - 1)
+    assert difference(found, detector.expected, "scores") < 1e-5
+    height, width = detector.image.shape[2:]
+    cells = [-(-height // stride) * -(-width // stride) for stride in detector.fp32.manifest.strides]
+    assert sum(cells) == found["boxes"].shape[1]
+    moved = np.abs(found["boxes"] - detector.expected["boxes"])[0].max(axis=1)
+    for index, rows in enumerate(np.split(moved, np.cumsum(cells)[:-1])):
+        assert (rows.max() > 1e-2) == (index == level), index
+
+
+def test_files_are_the_same_each_time(detector: Detector, tmp_path: Path) -> None:
+    kept = detector.calibration.uses[::3]
+    contents = []
+    for name, order in (("a", kept), ("b", kept[::-1])):
+        (tmp_path / name).mkdir()
+        write_program(detector.quantized / "paddle", detector.fp32, order, tmp_path / name)
+        contents.append([(tmp_path / name / file).read_bytes() for file in FILES])
+    assert contents[0] == contents[1]
+
+
+def test_what_is_refused(detector: Detector, tmp_path: Path) -> None:
+    stem = detector.weight("backbone.stem.conv")
+    for use in (ConvUse(stem, 1), ConvUse("conv2d_999.w_0", 0)):
+        with pytest.raises(EngineError, match=f"no use {use.use} of {use.weight}") as caught:
+            write_program(detector.quantized / "paddle", detector.fp32, {use}, tmp_path)
+        assert caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    model, parameters = ((detector.quantized / "paddle" / name).read_bytes() for name in FILES)
+    for contents in ((model, parameters[:-1]), (model, b""), (model, b"\xff" * 99), (b"\xff" * 99, parameters)):
+        for name, content in zip(FILES, contents, strict=True):
+            (broken / name).write_bytes(content)
+        with pytest.raises(EngineError, match="no Paddle program") as caught:
+            write_program(broken, detector.fp32, {ConvUse(stem, 0)}, tmp_path)
+        assert caught.value.remedy

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, write_bundle
 from gfldeploy.errors import EngineError
+from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.child import OLD_PROGRAMS, report_progress, run_child, serve
 from gfldeploy.quant.program import write_parameters
-from gfldeploy.quant.ptq import PtqResult
 
 __all__ = ["DEFAULT_STEPS", "Distilled", "run_distill"]
 
@@ -59,22 +59,23 @@ class Distilled:
 def run_distill(
     source: Bundle,
     images: Sequence[Path],
-    ranges: PtqResult,
+    calibration: Calibration,
     output: Path,
     steps: int = DEFAULT_STEPS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Distilled:
     """Fine-tune the convolutions of the FP32 bundle `source` on `images` and write them as an FP32 bundle to `output`.
 
-    `ranges`: what calibrating `source` gave. The new bundle has the graphs that quantisation needs and no others.
-    Raises `EngineError` if Paddle fails or the loss is not finite, `OutputError`.
+    `calibration`: that of `source`; its thresholds are the ones that training rounds by. The new bundle has the graphs
+    that quantisation needs and no others. Raises `EngineError` if Paddle fails or the loss is not finite,
+    `OutputError`.
     """
     work = output.with_name(f"{output.name}.work")
     work.mkdir()
     request = {
         "bundle": str(source.directory),
         "images": [str(path) for path in images],
-        "thresholds": {name: inputs for name, (inputs, _) in ranges.items()},
+        "thresholds": {name: entry.inputs for name, entry in calibration.convolutions.items()},
         "steps": steps,
         "output": str(work),
     }

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
 from gfldeploy.dependencies import require
@@ -16,6 +17,7 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.quant.artefacts import Quantized
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
+from gfldeploy.quant.distill import DEFAULT_STEPS, Distilled, run_distill
 from gfldeploy.quant.gate import Candidate, Limits, best, unjudgeable
 from gfldeploy.quant.groups import match
 from gfldeploy.quant.measurement import INT8_ENGINES, Yardstick
@@ -26,9 +28,13 @@ from gfldeploy.quant.samples import digests, evaluation_record, refuse_overlap, 
 from gfldeploy.quant.sensitivity import macs_shares, sensitivity_record
 from gfldeploy.quant.trials import Trial, Workbench
 
-__all__ = ["QuantizeRequest", "quantize_bundle"]
+__all__ = ["METHODS", "Method", "QuantizeRequest", "quantize_bundle"]
+
+Method = Literal["ptq", "distill"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 _AGREEMENT_IMAGES = 8
+_DISTILLED = "distilled"
 _COPIED = ("infer_cfg.yml", LAYERS)
 
 Report = Callable[[str], None]
@@ -39,6 +45,8 @@ Progress = Callable[[str, int, int], None]
 class QuantizeRequest:
     """What to quantise: an FP32 `bundle`, on which `images`, with which of PaddleSlim's algorithms, or `auto`.
 
+    `method`: `ptq` calibrates; `distill` also fine-tunes the weights for `distill_steps`, starting from the best
+    calibration, and publishes whichever of the two is measured to be better.
     `evaluation`: labelled images to measure mAP on, none of them among `images`; `annotations`: the file that they are
     from, for the record. `limits`: what is not published. `keep_float`: patterns of layers or groups that stay in
     float. `fallback`: put groups back to float if the limits do not hold otherwise. `sensitivity`: rank the groups even
@@ -49,6 +57,8 @@ class QuantizeRequest:
     images: Sequence[Path]
     output: Path
     algorithm: str = "hist"
+    method: Method = "ptq"
+    distill_steps: int = DEFAULT_STEPS
     evaluation: CocoDataset | None = None
     annotations: Path | None = None
     limits: Limits = field(default_factory=Limits)
@@ -87,40 +97,55 @@ def quantize_bundle(
         refuse_overlap(calibrated_on, evaluated_on)
 
     size = sum(record.bytes for record in source.manifest.files.values())
-    need = size * (len(algorithms) + 1)
+    need = size * (len(algorithms) + (3 if request.method == "distill" else 1))
     with write_bundle(request.output, force=request.force, need_bytes=need) as (directory, manifests):
         report("running FP32 on calibration images" if request.evaluation is None else "measuring FP32")
         compared = spread(request.images, _AGREEMENT_IMAGES)
         yardstick = Yardstick.of(source, compared, request.evaluation, request.threads, progress)
         if problem := unjudgeable(yardstick.detections, yardstick.accuracy, request.limits):
             raise problem
-        report("observing the convolutions' outputs")
-        observed = _observe(source, request, progress)
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
         bench = Workbench(source, yardstick, request.limits, directory / "work", request.threads, report, progress)
         trials: dict[str, Trial] = {}
         candidates = []
-        for algorithm in algorithms:
+
+        def attempt(
+            label: str, algorithm: str, weights: Bundle, observed: Mapping[str, tuple[OutputRange, ...]]
+        ) -> None:
             try:
-                report(f"calibrating with PaddleSlim ({algorithm})")
+                report(f"calibrating with PaddleSlim ({label})")
                 blank = Calibration(algorithm, calibrated_on, {})
-                quantized = _calibrate(
-                    source, bench.scratch / algorithm / "program", blank, request, observed, progress
-                )
-                report(f"comparing {algorithm} with FP32 in {' and '.join(INT8_ENGINES)}, and its TensorRT file")
-                trials[algorithm] = bench.trial(quantized, asked, algorithm)
-                candidates.append(Candidate(algorithm, trials[algorithm].engines))
+                program = bench.scratch / label / "program"
+                quantized = _calibrate(weights, program, blank, request, observed, progress)
+                report(f"comparing {label} with FP32 in {' and '.join(INT8_ENGINES)}, and its TensorRT file")
+                trials[label] = bench.trial(quantized, asked, label)
+                candidates.append(Candidate(label, trials[label].engines))
             except (EngineError, ParityError) as error:
-                report(f"{algorithm} failed")
-                candidates.append(Candidate(algorithm, {}, error))
+                report(f"{label} failed")
+                candidates.append(Candidate(label, {}, error))
+
+        report("observing the convolutions' outputs")
+        observed = _observe(source, request, progress)
+        for algorithm in algorithms:
+            attempt(algorithm, algorithm, source, observed)
         chosen = best(candidates, yardstick.accuracy, request.limits, len(asked))
+        distilled: Distilled | None = None
+        if request.method == "distill":
+            start = trials[chosen.algorithm].quantized.calibration
+            report(f"distilling FP32 into weights for INT8, {request.distill_steps} steps from {chosen.algorithm}")
+            distilled = _distil(source, start, bench.scratch / _DISTILLED, request, progress)
+            observed = _observe(distilled.bundle, request, progress)
+            attempt(f"{chosen.algorithm}, {_DISTILLED}", start.algorithm, distilled.bundle, observed)
+            chosen = best(candidates, yardstick.accuracy, request.limits, len(asked))
         outcome = bench.settle(trials[chosen.algorithm], request.fallback, request.sensitivity)
         record = parity_record(outcome, yardstick, request.limits, bench.speeds(outcome.trial))
         if request.evaluation is not None:
             record["evaluation"] = evaluation_record(request.annotations, evaluated_on)
         if len(candidates) > 1:
             record["algorithms"] = algorithms_record(candidates, chosen)
+        if distilled is not None:
+            record["distillation"] = distilled.to_dict()
         if outcome.ranked:
             write_json(directory / "sensitivity.json", sensitivity_record(outcome.ranked, yardstick.images))
         for path in outcome.trial.bundle.directory.iterdir():
@@ -174,6 +199,20 @@ def _observe(source: Bundle, request: QuantizeRequest, progress: Progress) -> di
         len(request.images),
         request.threads,
         lambda done, total: progress("observing", done, total),
+    )
+
+
+def _distil(
+    source: Bundle, start: Calibration, output: Path, request: QuantizeRequest, progress: Progress
+) -> Distilled:
+    """A method of quantising, up to the calibration of the weights that it gives."""
+    return run_distill(
+        source,
+        list(request.images),
+        start,
+        output,
+        request.distill_steps,
+        lambda done, total: progress(_DISTILLED, done, total),
     )
 
 

@@ -20,11 +20,18 @@ from typing import Any
 
 from gfldeploy.errors import EngineError, GfldeployError
 
-__all__ = ["OLD_PROGRAMS", "report_progress", "run_child", "serve"]
+__all__ = ["old_programs", "report_progress", "run_child", "serve"]
 
-# Environment for a child that needs Paddle's old program format.
-OLD_PROGRAMS = {"FLAGS_enable_pir_api": "0"}
 _PR_SET_PDEATHSIG = 1
+
+
+def old_programs(threads: int) -> dict[str, str]:
+    """Environment of a child that runs programs of Paddle's old format on so many CPU threads."""
+    return {
+        "FLAGS_enable_pir_api": "0",
+        "FLAGS_paddle_num_threads": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+    }
 
 
 def run_child(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, write_bundle
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import Calibration
-from gfldeploy.quant.child import OLD_PROGRAMS, report_progress, run_child, serve
+from gfldeploy.quant.child import old_programs, report_progress, run_child, serve
 from gfldeploy.quant.program import write_parameters
 
 __all__ = ["DEFAULT_STEPS", "Distilled", "run_distill"]
@@ -62,6 +62,7 @@ def run_distill(
     calibration: Calibration,
     output: Path,
     steps: int = DEFAULT_STEPS,
+    threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Distilled:
     """Fine-tune the convolutions of the FP32 bundle `source` on `images` and write them as an FP32 bundle to `output`.
@@ -84,7 +85,7 @@ def run_distill(
         request,
         subject="the distillation",
         remedy=_REMEDY,
-        environment=OLD_PROGRAMS,
+        environment=old_programs(threads),
         progress=progress,
     )
     losses = json.loads((work / "losses.json").read_text(encoding="utf-8"))

@@ -212,6 +212,7 @@ def _distil(
         start,
         output,
         request.distill_steps,
+        request.threads,
         lambda done, total: progress(_DISTILLED, done, total),
     )
 
@@ -231,6 +232,7 @@ def _calibrate(
         list(request.images),
         blank.algorithm,
         program,
+        request.threads,
         lambda done, total: progress(f"PaddleSlim {blank.algorithm}", done, total),
     )
     if unknown := sorted(set(found) - set(observed)):

@@ -44,7 +44,12 @@ def test_a_few_steps_move_the_weights_a_little_and_alike_in_both_graphs(
     entries = {name: ConvRanges(inputs, (), weights) for name, (inputs, weights) in ranges.items()}
     seen: list[tuple[int, int]] = []
     found = run_distill(
-        source, images, Calibration("abs_max", {}, entries), tmp_path / "new", 4, lambda *step: seen.append(step)
+        source,
+        images,
+        Calibration("abs_max", {}, entries),
+        tmp_path / "new",
+        4,
+        progress=lambda *step: seen.append(step),
     )
 
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -1,0 +1,340 @@
+"""The recipes that quantise and time: that they start, and what they make of a bundle's and a benchmark's JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult, DataDescription, Run, Settings
+from gfldeploy.bench.timing import Samples
+from gfldeploy.bundle import Bundle
+from gfldeploy.cli.bench import command as bench
+from gfldeploy.cli.quantize import command as quantize
+from gfldeploy.machine import describe_machine
+
+ROOT = Path(__file__).parents[2]
+COMPARE = ROOT / "quant" / "compare.py"
+INT8_SPEED = ROOT / "benchmarks" / "int8_speed.py"
+GRAPHS = {
+    "paddle_program": {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"},
+    "onnx": {"model": "onnx/model.onnx", "params": None},
+}
+TENSORRT = {"onnx_tensorrt": {"model": "onnx/model_tensorrt.onnx", "params": None}}
+SIZES = {"paddle/model.pdmodel": 100, "paddle/model.pdiparams": 900, "onnx/model.onnx": 1000}
+
+
+@contextmanager
+def imported(path: Path) -> Iterator[ModuleType]:
+    """The script as a module, in `sys.modules` meanwhile: dataclasses look there."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[spec.name]
+
+
+@pytest.fixture
+def compare() -> Iterator[ModuleType]:
+    with imported(COMPARE) as module:
+        yield module
+
+
+@pytest.fixture
+def int8_speed() -> Iterator[ModuleType]:
+    with imported(INT8_SPEED) as module:
+        yield module
+
+
+def engine(int8: int, fp32: int = 0, **more: object) -> dict[str, Any]:
+    """One engine's record in an INT8 bundle's parity.json."""
+    ran = {"int8": int8} | ({"fp32": fp32} if fp32 else {})
+    return {
+        "score_difference": 0.01,
+        "score_difference_max": 0.2,
+        "detections": 40,
+        "detections_found": 0.975,
+        "convolutions": ran if int8 else {},
+        "not_int8": [],
+        **more,
+    }
+
+
+PARITY = {
+    "engines": {"onnxruntime": engine(56, 1), "paddle": engine(57), "tensorrt, simulated": engine(0, note="simulated")},
+    "accuracy": {
+        "fp32": {"ap": 0.7084, "images": 500},
+        "engines": {"onnxruntime": {"ap": 0.7075}, "paddle": {"ap": 0.7101}, "tensorrt, simulated": {"ap": 0.7}},
+    },
+    "kept_float": [{"name": "backbone.stem", "convolutions": 1, "why": "asked for"}],
+    "speed": {"onnxruntime": {"fp32_ms": 20.0, "int8_ms": 10.0, "ratio": 2.0}},
+}
+
+
+def write_bundles(directory: Path, fp32: str, int8: str) -> None:
+    """The JSON files of an FP32 bundle and of an INT8 bundle a quarter its size, as far as the recipe reads them."""
+    write_manifest(directory / fp32, {**GRAPHS, "paddle": GRAPHS["paddle_program"]}, SIZES)
+    write_int8(directory, int8)
+
+
+def write_int8(directory: Path, name: str) -> None:
+    sizes = {path: size // 4 for path, size in SIZES.items()} | {"onnx/model_tensorrt.onnx": 300}
+    write_manifest(directory / name, GRAPHS | TENSORRT, sizes)
+    (directory / name / "parity.json").write_text(json.dumps(PARITY))
+
+
+def write_manifest(bundle: Path, graphs: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    bundle.mkdir()
+    files = {path: {"sha256": "", "bytes": size} for path, size in sizes.items()}
+    (bundle / "manifest.json").write_text(json.dumps({"graphs": graphs, "files": files}))
+
+
+@pytest.mark.parametrize("arguments", [(COMPARE,), (COMPARE, "demo"), (COMPARE, "zoo"), (INT8_SPEED,)])
+def test_help(arguments: tuple[object, ...]) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments), "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage:" in done.stdout
+
+
+class Faked:
+    """In the place of what takes minutes: takes the arguments as the commands would, and writes a bundle's JSON."""
+
+    def __init__(self, compare: ModuleType, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ended = compare.Ended
+        monkeypatch.chdir(directory)
+        monkeypatch.setattr(compare, "generate", self.generate)
+        monkeypatch.setattr(compare, "export", lambda *arguments: None)
+        monkeypatch.setattr(compare, "gfldeploy", self.gfldeploy)
+
+    def generate(self, directory: Path, split: str, count: int) -> None:
+        (directory / split / "images").mkdir(parents=True)
+        (directory / split / "annotations.json").write_text("{}")
+
+    def gfldeploy(self, arguments: list[str], directory: Path) -> Any:
+        assert arguments[0] == "quantize"
+        given = quantize.make_context("quantize", arguments[1:]).params
+        if not (directory / given["bundle"]).exists():
+            write_bundles(directory, str(given["bundle"]), str(given["output"]))
+        else:
+            write_int8(directory, str(given["output"]))
+        return self.ended(1.0, 100.0, "it loses too much" if given["max_drop"] == 0.005 else None)
+
+
+def test_demo_from_end_to_end(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Faked(compare, tmp_path, monkeypatch)
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "demo", "--output", str(tmp_path)])
+    compare.main()
+    rows = json.loads((tmp_path / "results" / "demo.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == [variant.name for variant in compare.VARIANTS]
+    assert {row["variant"] for row in rows if row["refused"]} == {"black", "pale"}
+    assert str(tmp_path) not in json.dumps(rows)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_a_published_calibration_on_black_images_is_a_failure(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Faked(compare, tmp_path, monkeypatch)
+    monkeypatch.setattr(compare, "MAX_DROP", "0.5")
+    monkeypatch.setattr(sys, "argv", ["compare.py", "demo", "--output", str(tmp_path), "--variants", "hist", "black"])
+    with pytest.raises(SystemExit, match=r"not as it should be: black$"):
+        compare.main()
+
+
+def test_zoo_from_end_to_end(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Faked(compare, tmp_path, monkeypatch)
+    found = tmp_path / "zoo.json"
+    configs = ["gfl_r18vd_1x_coco", "gfl_r34vd_1x_coco"]
+    options = ["--output", str(tmp_path), "--results", str(found), "--samples", "4", "--configs", *configs]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "zoo", *options])
+    compare.main()
+    data = json.loads(found.read_text())
+    assert [row["config"] for row in data["rows"]] == configs
+    assert data["settings"] == {"samples": 4, "algo": "hist", "random_weights": 0}
+
+
+def test_only_unsuitable_images_are_to_be_refused(compare: ModuleType) -> None:
+    drops = {}
+    for variant in compare.VARIANTS:
+        arguments = variant.arguments()
+        drops[variant.name] = arguments[arguments.index("--max-drop") + 1]
+    assert {name for name, drop in drops.items() if drop != "1"} == {"black", "pale"}
+
+
+def test_a_published_variant(compare: ModuleType, tmp_path: Path) -> None:
+    variant = compare.VARIANTS[0]
+    write_bundles(tmp_path, "fp32", variant.name)
+    row = compare.demo_row(variant, compare.Ended(12.345, 800.0, None), tmp_path)
+    assert row["map"] == {"fp32": 0.7084, "onnxruntime": 0.7075, "paddle": 0.7101, "tensorrt, simulated": 0.7}
+    # The simulation cannot tell what ran in INT8.
+    assert row["convolutions"] == {"onnxruntime": {"int8": 56, "total": 57}, "paddle": {"int8": 57, "total": 57}}
+    assert row["bytes"]["paddle_program"] == {"int8": 250, "fp32": 1000, "share": 0.25}
+    assert row["bytes"]["onnx_tensorrt"] == {"int8": 300, "fp32": 1000, "share": 0.3}
+    assert row["speed"] == PARITY["speed"]
+    assert (row["seconds"], row["refused"]) == (12.3, None)
+    assert "sensitivity" not in row
+    assert str(tmp_path) not in json.dumps(row)
+    text = compare.line(variant.name, row)
+    assert "paddle mAP 0.7101" in text and "onnxruntime 56/57 in int8" in text and "onnxruntime 2.00x" in text
+
+
+def test_the_ranking_is_copied(compare: ModuleType, tmp_path: Path) -> None:
+    variant = next(one for one in compare.VARIANTS if "--sensitivity" in one.options)
+    write_bundles(tmp_path, "fp32", variant.name)
+    ranking = {"measure": "how", "images": ["1.jpg"], "groups": [{"name": "backbone.stem", "total": 0.1}]}
+    (tmp_path / variant.name / "sensitivity.json").write_text(json.dumps(ranking))
+    assert compare.demo_row(variant, compare.Ended(1, 1, None), tmp_path)["sensitivity"] == ranking
+
+
+def test_a_refused_variant_keeps_the_reason(compare: ModuleType, tmp_path: Path) -> None:
+    variant = next(one for one in compare.VARIANTS if one.name == "black")
+    row = compare.demo_row(variant, compare.Ended(3.0, 800.0, "INT8 in paddle loses 0.6 mAP"), tmp_path)
+    assert row["refused"] == "INT8 in paddle loses 0.6 mAP" and row["to_be_refused"]
+    assert "map" not in row
+    assert "refused: INT8 in paddle loses" in compare.line(variant.name, row)
+
+
+def test_a_config_of_the_zoo(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(PARITY, "accuracy")
+    write_bundles(tmp_path, "gfl_r50", "gfl_r50_int8")
+    row = compare.zoo_row("gfl_r50", ["quantize", "gfl_r50"], compare.Ended(60.0, 2345.6, None), tmp_path)
+    assert (row["map"], row["largest_process_mb"], row["command"]) == (None, 2346, "gfldeploy quantize gfl_r50")
+    assert row["closeness"]["paddle"]["score_difference"] == 0.01
+    assert "paddle scores 0.01 off" in compare.line("gfl_r50", row)
+
+
+def test_a_command_refused_is_told_from_one_that_is_wrong(compare: ModuleType, tmp_path: Path) -> None:
+    ended = compare.gfldeploy(["inspect", "nothing_here"], tmp_path)
+    assert "nothing_here" in ended.error and "\n" not in ended.error
+    assert ended.largest_process_mb > 1
+    assert compare.gfldeploy(["--version"], tmp_path).error is None
+    with pytest.raises(SystemExit, match="inspect --wrong` ended with exit code 2"):
+        compare.gfldeploy(["inspect", "--wrong"], tmp_path)
+
+
+def test_unsuitable_images(compare: ModuleType, tiny_coco: Path, tmp_path: Path) -> None:
+    import cv2
+
+    compare.write_black(tmp_path / "black")
+    compare.write_pale(tiny_coco.parent / "images", tmp_path / "pale")
+    black = [cv2.imread(str(path)) for path in (tmp_path / "black").iterdir()]
+    assert len(black) == 32 and not any(image.any() for image in black)
+    for path in (tiny_coco.parent / "images").iterdir():
+        before, after = cv2.imread(str(path)), cv2.imread(str(tmp_path / "pale" / path.name))
+        assert before.shape == after.shape
+        assert 0.2 < after.std() / before.std() < 0.4
+
+
+def test_results_are_written(compare: ModuleType, tmp_path: Path) -> None:
+    compare.record(tmp_path / "results" / "demo.json", {"val_images": 1}, [{"variant": "hist"}])
+    data = json.loads((tmp_path / "results" / "demo.json").read_text())
+    assert data["rows"] == [{"variant": "hist"}] and data["machine"]["threads"] >= 1
+    compare.record(None, {}, [])
+
+
+def cell(precision: str, rounds: tuple[tuple[float, ...], ...], **more: Any) -> CellResult:
+    """A cell measured in rounds, of these latencies."""
+    runs = tuple(
+        Run(
+            samples=Samples(latencies, (), batch_size=1, wall_s=1.0),
+            engine_version="1",
+            load_s=1.0,
+            first_inference_ms=1.0,
+            peak_rss_mb=300.0,
+            inputs_mb=20.0,
+            decode_ms=(1.0,),
+            preprocess_ms=(1.0,),
+            postprocess_ms=(1.0,),
+            convolutions={"int8": 52, "fp32": 1} if precision == "int8" else {"fp32": 53},
+            not_low_precision=("the first reason (1): stem",) if precision == "int8" else (),
+            padding_ratio=1.0,
+        )
+        for latencies in rounds
+    )
+    values: dict[str, Any] = {
+        "bundle": BundleIdentity("tiny", precision, "ab" * 32),
+        "engine": "onnxruntime",
+        "precision": precision,
+        "device": "cpu",
+        "batch_size": 1,
+        "threads": 2,
+        "status": "ok",
+        "reason": None,
+        "remedy": None,
+        "runs": runs,
+        "accuracy": None,
+        "accuracy_reason": None,
+    }
+    return CellResult(**values | more)
+
+
+def results(*cells: CellResult) -> BenchResults:
+    data = DataDescription("cd" * 32, 2, None)
+    return BenchResults("2026-01-01T00:00:00+00:00", describe_machine(), data, Settings(1.0, 1, rounds=2), cells)
+
+
+def test_int8_speed_of_each_engine(int8_speed: ModuleType) -> None:
+    failed = cell("fp32", (), engine="paddle", status="failed", reason="it crashed")
+    found = results(
+        cell("fp32", ((20.0, 20.0, 20.0), (30.0, 30.0, 30.0))),
+        failed,
+        cell("int8", ((10.0, 10.0, 10.0), (10.0, 10.0, 10.0))),
+        cell("int8", ((10.0,), (10.0,)), engine="paddle"),
+    )
+    (one,) = int8_speed.speedups(found)
+    assert (one.fp32_ms, one.int8_ms, one.ratio, one.least, one.most) == (25.0, 10.0, 2.5, 2.0, 3.0)
+    assert one.row("r50") == "| r50 | onnxruntime | 25.0 | 10.0 | 2.50 (2.00 to 3.00) | 52/53 |"
+    assert int8_speed.HEADER.splitlines()[0].count("|") == one.row("r50").count("|")
+    assert list(int8_speed.problems(found)) == [
+        "paddle fp32 failed: it crashed",
+        "onnxruntime not in int8: the first reason (1): stem",
+        "paddle not in int8: the first reason (1): stem",
+    ]
+
+
+def test_input_shapes(int8_speed: ModuleType, tiny_bundle: Path, tiny_coco: Path) -> None:
+    assert int8_speed.shapes(Bundle.open(tiny_bundle), tiny_coco, 3) == "2 of 1x3x64x96, 1 of 1x3x96x64"
+
+
+def test_int8_speed_from_end_to_end(
+    int8_speed: ModuleType,
+    tiny_bundle: Path,
+    tiny_coco: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given: dict[str, Any] = {}
+
+    def run(command: list[str], check: bool) -> None:
+        assert check and command[:4] == [sys.executable, "-m", "gfldeploy", "bench"]
+        given.update(bench.make_context("bench", command[4:]).params)
+        results(cell("fp32", ((20.0,), (20.0,))), cell("int8", ((10.0,), (10.0,)))).write(given["output"])
+
+    monkeypatch.setattr(int8_speed, "HERE", tmp_path)
+    monkeypatch.setattr(int8_speed.subprocess, "run", run)
+    options = {"bundle": tiny_bundle, "int8": tiny_bundle, "data": tiny_coco, "name": "r50", "machine": "epyc-2core"}
+    arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["int8_speed.py", *arguments, "--limit", "3"])
+    int8_speed.main()
+    assert given["output"] == tmp_path / "results" / "epyc-2core" / "r50.json"
+    assert (given["precisions"], given["batch_sizes"], given["rounds"]) == (("fp32", "int8"), (1,), 5)
+    assert (given["limit"], given["accuracy"], given["min_seconds"]) == (3, False, 10.0)
+    shown = capsys.readouterr().out
+    assert "| r50 | onnxruntime | 20.0 | 10.0 | 2.00 (2.00 to 2.00) | 52/53 |" in shown
+    assert "Inputs: 2 of 1x3x64x96, 1 of 1x3x96x64" in shown

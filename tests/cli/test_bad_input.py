@@ -181,11 +181,12 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
     shutil.copytree(bundle, copy)
     (copy / "paddle").mkdir()
-    (copy / "paddle" / "model.pdmodel").write_bytes(b"none")
+    added = {"paddle/model.pdmodel": b"none", "layers.json": b'{"weights": "head.conv"}'}
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": None}
-    record = {"sha256": sha256(copy / "paddle" / "model.pdmodel"), "bytes": 4}
-    manifest["files"]["paddle/model.pdmodel"] = record
+    for name, content in added.items():
+        (copy / name).write_bytes(content)
+        manifest["files"][name] = {"sha256": sha256(copy / name), "bytes": len(content)}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     return copy
 

@@ -199,7 +199,8 @@ class _Student:
         convolutions = [op for op in block.ops if op.type in _CONVOLUTIONS and op.input("Filter")[0] in thresholds]
         self._trained = list(dict.fromkeys(op.input("Filter")[0] for op in convolutions))
         self.outputs = _outputs(block, bundle)
-        unsigned = {name for op in convolutions if _non_negative(block, name := op.input("Input")[0])}
+        makers = {output: op for op in block.ops for output in op.output_arg_names}
+        unsigned = {name for op in convolutions if _non_negative(name := op.input("Input")[0], makers)}
         startup = paddle.static.Program()
         with paddle.static.program_guard(program, startup):
             _complete(block)
@@ -364,8 +365,7 @@ def _add_loss(block: Any, logits: str, sides: str) -> Any:
     return add("elementwise_add", "Out", {"X": parts[0], "Y": parts[1]}, {"axis": -1})
 
 
-def _non_negative(block: Any, name: str) -> bool:
-    makers = {output: op for op in block.ops for output in op.output_arg_names}
+def _non_negative(name: str, makers: Mapping[str, Any]) -> bool:
     op = makers.get(name)
     while op is not None and op.type in _KEEPS_SIGN:
         op = makers.get(op.input("X")[0])

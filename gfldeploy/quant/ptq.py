@@ -79,7 +79,7 @@ def run_ptq(
             request,
             subject="PaddleSlim",
             remedy="Try another --algo or fewer --samples.",
-            # oneDNN halves the time of a large network's image and moves no threshold by more than FP32 rounding.
+            # oneDNN runs the network faster, and moves no threshold by more than FP32 rounding.
             environment={**old_programs(threads), "FLAGS_use_mkldnn": "1"},
             progress=progress,
         )

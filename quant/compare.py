@@ -4,7 +4,8 @@
     python quant/compare.py zoo --output DIR [--configs NAME ...] [--samples N] [--algo NAME] [--results FILE]
 
 Every export and quantisation runs as a user would run it, in a process of its own, with DIR as its working directory.
-DIR receives the generated images and the bundles; FILE the rows as JSON, written again after each of them.
+DIR receives the generated images and the bundles; FILE the rows as JSON, written again after each of them. Rows that it
+has already, from the same machine, software and settings, stay, but for those that are measured again.
 
 `demo` measures mAP on generated labelled images, with nothing put back to float and no drop refused, but for the
 calibrations on unsuitable images: those are to be refused, and the row holds the error. It exits with 1 if one was
@@ -139,7 +140,7 @@ def run_demo(args: argparse.Namespace) -> None:
     write_pale(args.output / "data" / "calib" / "images", args.output / "data" / "pale" / "images")
     export(args.output, "fp32", demo.config_path(), "--weights", str(demo.weights_path()))
     settings = {"calib_images": CALIB_IMAGES, "black_images": BLACK_IMAGES, "val_images": args.val_images}
-    rows: list[dict[str, Any]] = []
+    rows = earlier(results, settings, "variant", [variant.name for variant in chosen])
     for variant in chosen:
         rows.append(demo_row(variant, gfldeploy(variant.arguments(), args.output), args.output))
         print(line(variant.name, rows[-1]), flush=True)
@@ -151,7 +152,8 @@ def run_demo(args: argparse.Namespace) -> None:
 def run_zoo(args: argparse.Namespace) -> None:
     """Export configs with random weights and quantise them."""
     generate(args.output / "data", "calib", args.samples)
-    rows: list[dict[str, Any]] = []
+    settings = {"samples": args.samples, "algo": args.algo, "random_weights": 0}
+    rows = earlier(args.results, settings, "config", args.configs)
     for name in args.configs:
         export(args.output, name, CONFIGS / f"{name}.yml", "--random-weights", "0")
         arguments = [
@@ -160,7 +162,7 @@ def run_zoo(args: argparse.Namespace) -> None:
         ]
         rows.append(zoo_row(name, arguments, gfldeploy(arguments, args.output), args.output))
         print(line(name, rows[-1]), flush=True)
-        record(args.results, {"samples": args.samples, "algo": args.algo, "random_weights": 0}, rows)
+        record(args.results, settings, rows)
     if refused := [row["config"] for row in rows if row["refused"] is not None]:
         sys.exit(f"not quantised: {', '.join(refused)}")
 
@@ -245,6 +247,16 @@ def line(name: str, row: dict[str, Any]) -> str:
     facts += [f"{engine} {one['ratio']:.2f}x" for engine, one in row["speed"].items()]
     facts += [f"{graph} {one['share']:.0%} of FP32" for graph, one in row["bytes"].items()]
     return f"{start}  {', '.join(facts)}"
+
+
+def earlier(results: Path | None, settings: dict[str, Any], key: str, again: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that `results` has of the same machine and settings, without those whose `key` is measured `again`."""
+    if results is None or not results.exists():
+        return []
+    content = read_json(results)
+    if (content["machine"], content["settings"]) != (plain(describe_machine()), settings):
+        return []
+    return [row for row in content["rows"] if row[key] not in again]
 
 
 def record(results: Path | None, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -96,7 +96,7 @@ def write_int8(directory: Path, name: str) -> None:
 
 
 def write_manifest(bundle: Path, graphs: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    bundle.mkdir()
+    bundle.mkdir(exist_ok=True)
     files = {path: {"sha256": "", "bytes": size} for path, size in sizes.items()}
     (bundle / "manifest.json").write_text(json.dumps({"graphs": graphs, "files": files}))
 
@@ -119,7 +119,7 @@ class Faked:
         monkeypatch.setattr(compare, "gfldeploy", self.gfldeploy)
 
     def generate(self, directory: Path, split: str, count: int) -> None:
-        (directory / split / "images").mkdir(parents=True)
+        (directory / split / "images").mkdir(parents=True, exist_ok=True)
         (directory / split / "annotations.json").write_text("{}")
 
     def gfldeploy(self, arguments: list[str], directory: Path) -> Any:
@@ -166,6 +166,21 @@ def test_zoo_from_end_to_end(compare: ModuleType, tmp_path: Path, monkeypatch: p
     data = json.loads(found.read_text())
     assert [row["config"] for row in data["rows"]] == configs
     assert data["settings"] == {"samples": 4, "algo": "hist", "random_weights": 0}
+
+
+def test_rows_of_the_same_settings_stay(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Faked(compare, tmp_path, monkeypatch)
+    found = tmp_path / "zoo.json"
+
+    def measure(samples: int, *configs: str) -> list[str]:
+        options = ["--output", str(tmp_path), "--results", str(found), "--samples", str(samples), "--configs", *configs]
+        monkeypatch.setattr(sys, "argv", ["compare.py", "zoo", *options])
+        compare.main()
+        return [row["config"] for row in json.loads(found.read_text())["rows"]]
+
+    assert measure(4, "gfl_r18vd_1x_coco", "gfl_r34vd_1x_coco") == ["gfl_r18vd_1x_coco", "gfl_r34vd_1x_coco"]
+    assert measure(4, "gfl_r18vd_1x_coco") == ["gfl_r34vd_1x_coco", "gfl_r18vd_1x_coco"]
+    assert measure(8, "gfl_r18vd_1x_coco") == ["gfl_r18vd_1x_coco"]
 
 
 def test_only_unsuitable_images_are_to_be_refused(compare: ModuleType) -> None:

@@ -3,50 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.records import build, plain
-from gfldeploy.bench.timing import Samples
+from gfldeploy.bench.timing import Samples, StopRule
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError
 from gfldeploy.files import read_json, write_json
 from gfldeploy.machine import Machine
 
-__all__ = ["SCHEMA", "BenchResults", "BundleIdentity", "CellResult", "DataDescription", "Run", "Settings", "Status"]
+__all__ = [
+    "SCENARIOS",
+    "SCHEMA",
+    "BenchResults",
+    "BundleIdentity",
+    "CellResult",
+    "DataDescription",
+    "Idle",
+    "Monitored",
+    "Peak",
+    "Run",
+    "Scenario",
+    "Settings",
+    "Stages",
+    "Status",
+    "Work",
+]
 
-SCHEMA = 1
+SCHEMA = 2
 Status = Literal["ok", "failed", "skipped"]
+# After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
+# images after the other; offline: all images at once, in whatever order and grouping is fastest; server: images arrive
+# at random times, whether or not the earlier ones are done.
+Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How it was measured: every cell in each of `rounds` rounds, `min_seconds` and `min_count` inferences at least.
+    """How it was measured: every cell in each of `rounds` rounds, as `timing.StopRule` and `warmup` of `measure` say.
 
-    `warmup` is the number of untimed inferences of each input shape.
+    `seed`: of the arrival times. `latency_bound_ms`: that the server scenario is judged by. `monitor_hz`: hardware
+    samples per second, 0 for none. `quick`: the times were too short for figures to be quoted.
     """
 
     min_seconds: float
     min_count: int
+    max_seconds: float
     warmup: int = 2
     rounds: int = 1
+    seed: int = 0
+    latency_bound_ms: float | None = None
+    monitor_hz: float = 5.0
+    quick: bool = False
 
     def __post_init__(self) -> None:
-        if self.min_seconds < 0 or self.min_count < 1 or self.warmup < 0 or self.rounds < 1:
-            raise ValueError("min_count and rounds must be at least 1, min_seconds and warmup not negative")
+        if self.warmup < 0 or self.rounds < 1 or self.monitor_hz < 0:
+            raise ValueError("rounds must be at least 1, warmup and monitor_hz not negative")
+        if self.latency_bound_ms is not None and self.latency_bound_ms <= 0:
+            raise ValueError("latency_bound_ms must be positive")
+        _ = self.stop  # refuses values that contradict each other
+
+    @property
+    def stop(self) -> StopRule:
+        """When a run has been timed for long enough."""
+        return StopRule(self.min_seconds, self.min_count, self.max_seconds)
 
 
 @dataclass(frozen=True)
 class DataDescription:
     """What was measured on: the SHA-256 of the annotation file, and how many of its images.
 
-    `timed_images` went through the timing; `accuracy_images` is None where accuracy was not measured.
+    `timed_images` went through the timing, and `timed_sha256` is of their contents in order; `accuracy_images` is None
+    where accuracy was not measured.
     """
 
     annotations_sha256: str
+    timed_sha256: str
     timed_images: int
     accuracy_images: int | None
 
@@ -66,41 +103,138 @@ class BundleIdentity:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """Milliseconds of whole batches, from file to detections, batch after batch: the k-th of each is the k-th batch.
+
+    `decode_ms` (from the file), `preprocess_ms` (resize, normalise, pad, collate), `input_copy_ms` (host to device),
+    `inference_ms`, `output_copy_ms` (device to host), `postprocess_ms` (NMS), and `end_to_end_ms` around all of them.
+    On a CPU the copies are those into and out of the engine's own buffers, 0 where it reads and writes the caller's.
+    """
+
+    decode_ms: tuple[float, ...]
+    preprocess_ms: tuple[float, ...]
+    input_copy_ms: tuple[float, ...]
+    inference_ms: tuple[float, ...]
+    output_copy_ms: tuple[float, ...]
+    postprocess_ms: tuple[float, ...]
+    end_to_end_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len({len(getattr(self, field.name)) for field in fields(self)}) != 1:
+            raise ValueError("every stage must have one value for each batch")
+
+
+@dataclass(frozen=True)
+class Idle:
+    """The machine before a run: what other processes used, and how long was waited for them.
+
+    `cpu_percent`: of all CPUs that may be used, 0 to 100. `gpu_percent`: None without a GPU in use.
+    """
+
+    cpu_percent: float
+    gpu_percent: float | None
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class Monitored:
+    """The hardware while a run was timed; the k-th of each is the sample at `t_s[k]` seconds from its start.
+
+    `cpu_percent`: of each CPU that the process may use, 0 to 100, by all processes. `cpu_mhz`: their mean frequency.
+    `rss_mb`: resident memory of the process, 10^6 bytes. Of the GPU: `gpu_percent` (of the time in which any kernel
+    ran), `gpu_memory_mb` (by all processes), `gpu_power_w`, `gpu_clock_mhz` (of its multiprocessors). A tuple is empty
+    where the hardware does not tell. `throttled`: why it ran below full speed at any time, in words; empty if it did
+    not. `overhead_percent`: processor time that the monitor itself took, of one CPU.
+    """
+
+    t_s: tuple[float, ...]
+    cpu_percent: tuple[tuple[float, ...], ...]
+    cpu_mhz: tuple[float, ...]
+    rss_mb: tuple[float, ...]
+    gpu_percent: tuple[float, ...]
+    gpu_memory_mb: tuple[float, ...]
+    gpu_power_w: tuple[float, ...]
+    gpu_clock_mhz: tuple[float, ...]
+    throttled: tuple[str, ...]
+    overhead_percent: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One process that measured one cell.
 
-    `load_s`: seconds to open the engine, the import of its library included; `first_inference_ms`: the very first one,
-    before the warm-up; `peak_rss_mb`: the process's largest resident memory, 10^6 bytes, up to the end of the timing;
-    `inputs_mb`: how much of that were the prepared batches.
+    `started`: UTC, ISO 8601. `load_s`: seconds to open the engine, the import of its library included; `build_s`: of
+    those, to build a TensorRT engine or read it from the cache, None where none is; `first_inference_ms`: the very
+    first one, before the warm-up; `peak_rss_mb`: the process's largest resident memory, 10^6 bytes, up to the end of
+    the timing; `inputs_mb`: how much of that were the prepared batches.
 
-    `decode_ms`, `preprocess_ms` and `postprocess_ms` are per image, raw; no latency includes them. `convolutions`:
-    those of one inference, by the precision that they ran in; None where the engine cannot tell. `not_low_precision`:
-    why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason (`engines.base.reasons`); empty
-    where FP32 was asked for, None where it was not recorded or the engine cannot tell. `padding_ratio`: pixels of the
+    `samples` are of the network alone on prepared batches; `stages` of whole batches from file to detections, after
+    that. `shapes`: how many of the batches had which shape, such as "1x3x800x1216". `padding_ratio`: pixels of the
     batches by pixels of the images in them, 1.0 without padding.
+
+    `convolutions`: those of one inference, by the precision that they ran in; None where the engine cannot tell.
+    `not_low_precision`: why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason
+    (`engines.base.reasons`); empty where FP32 was asked for, None where it was not recorded or the engine cannot tell.
+    `delegated`: how much of the graph runs in TensorRT, in words; None where none is asked for.
     """
 
+    started: str
     samples: Samples
+    stages: Stages
     engine_version: str
     load_s: float
+    build_s: float | None
     first_inference_ms: float
     peak_rss_mb: float
     inputs_mb: float
-    decode_ms: tuple[float, ...]
-    preprocess_ms: tuple[float, ...]
-    postprocess_ms: tuple[float, ...]
+    shapes: Mapping[str, int]
+    padding_ratio: float
     convolutions: Mapping[str, int] | None
     not_low_precision: tuple[str, ...] | None
-    padding_ratio: float
+    delegated: str | None
+    idle: Idle
+    monitored: Monitored | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one image costs, by arithmetic on the graph (`macs.py`): not measured, the same for every engine.
+
+    `macs`: multiply-accumulates at the size of the image itself, mean over the timed images; `padded_macs`: at the size
+    of the batch it was in. One MAC is two FLOPs. `traffic_mb`: least memory traffic of the padded image, 10^6 bytes,
+    with every convolution's input, output and weights read or written once in the precision asked for.
+    """
+
+    macs: float
+    padded_macs: float
+    traffic_mb: float
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What an engine reaches here on a graph of nothing but convolutions that suit it: a ceiling, not a promise.
+
+    `gmac_per_s`: 10^9 multiply-accumulates a second; `memory_gb_per_s`: 10^9 bytes a second of a large copy, read and
+    written, with as many threads. None where it could not be measured, for the `reason`.
+    """
+
+    engine: str
+    precision: Precision
+    device: Device
+    threads: int
+    gmac_per_s: float | None
+    memory_gb_per_s: float | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class CellResult:
     """What became of one cell.
 
-    `status` ok: it was measured, once in each round (`runs`); failed: the process of a round failed for the `reason`,
-    `runs` are the earlier rounds; skipped: it cannot run here (`bundle` and `batch_size` are None where that holds for
-    all of them). `accuracy` is None where it was not measured; had it been asked for, `accuracy_reason` says why.
+    `rate`: images arriving a second, in the server scenario. `status` ok: it was measured, once in each round (`runs`);
+    failed: the process of a round failed for the `reason`, `runs` are the earlier rounds; skipped: it cannot run here
+    (`bundle`, `batch_size` and `scenario` are None where that holds for all of them). `accuracy` is None where it was
+    not measured; had it been asked for, `accuracy_reason` says why. `work` is None where it could not be counted.
     """
 
     bundle: BundleIdentity | None
@@ -109,20 +243,25 @@ class CellResult:
     device: Device
     batch_size: int | None
     threads: int
+    scenario: Scenario | None
+    rate: float | None
     status: Status
     reason: str | None
     remedy: str | None
     runs: tuple[Run, ...]
     accuracy: Accuracy | None
     accuracy_reason: str | None
+    work: Work | None
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.reason is None):
             raise ValueError("a cell has a reason unless its status is ok")
-        if self.status == "ok" and not (self.runs and self.bundle and self.batch_size):
-            raise ValueError("a cell with the status ok needs runs, a bundle and a batch size")
+        if self.status == "ok" and not (self.runs and self.bundle and self.batch_size and self.scenario):
+            raise ValueError("a cell with the status ok needs runs, a bundle, a batch size and a scenario")
         if self.status == "skipped" and self.runs:
             raise ValueError("a skipped cell has no runs")
+        if (self.scenario == "server") != (self.rate is not None):
+            raise ValueError("the server scenario has a rate, and no other has")
 
     @property
     def latency_ms(self) -> tuple[float, ...]:
@@ -138,6 +277,7 @@ class BenchResults:
     machine: Machine
     data: DataDescription
     settings: Settings
+    peaks: tuple[Peak, ...]
     cells: tuple[CellResult, ...]
     schema: int = SCHEMA
 

@@ -12,78 +12,102 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import Engine
 
-__all__ = ["Samples", "measure", "median", "percentile"]
+__all__ = ["Samples", "StopRule", "is_stable", "measure", "warm_up"]
+
+# How many windows the samples are cut into, the latest of which must agree.
+_WINDOWS = 5
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When a run has been timed for long enough.
+
+    Not before `min_seconds` have passed and `min_count` inferences are done; then as soon as the samples are stable
+    (`is_stable`), and in any case once `max_seconds` have passed.
+    """
+
+    min_seconds: float
+    min_count: int
+    max_seconds: float
+
+    def __post_init__(self) -> None:
+        if self.min_count < 1 or self.min_seconds < 0 or self.max_seconds < self.min_seconds:
+            raise ValueError("min_count must be at least 1, min_seconds not negative, max_seconds not less than that")
 
 
 @dataclass(frozen=True)
 class Samples:
     """One timed run, raw.
 
-    `latency_ms`: of each inference of one batch, in the order they ran; `warmup_ms`: of the inferences before them,
-    which count for nothing; `batch_size`: images in each inference; `wall_s`: seconds from the start of the first timed
-    inference to the end of the last.
+    `latency_ms`: in the order of completion. Of each query, a batch of `batch_size` images; in the server scenario of
+    each image, from its arrival to the end of its batch. `warmup_ms`: of the inferences before them, which count for
+    nothing. `batch_size`: images in each inference, at most that many in the server scenario. `images`: completed ones.
+    `wall_s`: seconds from the start of the first timed inference to the end of the last. `stable`: whether the run
+    ended because the samples had become stable, rather than because time was up.
     """
 
     latency_ms: tuple[float, ...]
     warmup_ms: tuple[float, ...]
     batch_size: int
+    images: int
     wall_s: float
+    stable: bool
 
     def __post_init__(self) -> None:
         if not self.latency_ms:
             raise ValueError("there must be at least one latency")
         if min(*self.latency_ms, *self.warmup_ms, 0.0) < 0 or self.wall_s <= 0:
             raise ValueError("times must be positive")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
-
-    @property
-    def images(self) -> int:
-        """Images that the timed inferences completed."""
-        return len(self.latency_ms) * self.batch_size
+        if self.batch_size < 1 or self.images < 1:
+            raise ValueError("batch_size and images must be at least 1")
 
 
-def measure(
-    engine: Engine, batches: Sequence[NDArray[np.float32]], min_seconds: float, min_count: int, warmup: int = 2
-) -> Samples:
-    """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N.
+def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], stop: StopRule, warmup: int = 2) -> Samples:
+    """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N, one after the other.
 
     First come `warmup` inferences of every distinct shape, because engines compile or plan for each shape anew. Then
-    the batches go round in their order, whole rounds only, until at least `min_seconds` have passed and `min_count`
-    inferences are done: every engine and batch size is timed on the same images. Raises `EngineError` when the engine
-    fails.
+    the batches go round in their order, whole rounds only, until `stop` says so: every engine and batch size is timed
+    on the same images. Raises `EngineError` when the engine fails.
     """
     sizes = {len(batch) for batch in batches}
     if len(sizes) != 1:
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
-    if min_count < 1 or min_seconds < 0 or warmup < 0:
-        raise ValueError("min_count must be at least 1, min_seconds and warmup not negative")
+    if warmup < 0:
+        raise ValueError("warmup must not be negative")
+    (batch_size,) = sizes
+    warmup_ms = warm_up(engine, batches, warmup)
+    latency_ms: list[float] = []
+    start = time.perf_counter_ns()
+    while True:
+        latency_ms += [_inference_ms(engine, batch) for batch in batches]
+        wall_s = (time.perf_counter_ns() - start) / 1e9
+        if wall_s < stop.min_seconds or len(latency_ms) < stop.min_count:
+            continue
+        stable = is_stable(latency_ms, len(batches))
+        if stable or wall_s >= stop.max_seconds:
+            break
+    return Samples(tuple(latency_ms), tuple(warmup_ms), batch_size, len(latency_ms) * batch_size, wall_s, stable)
+
+
+def warm_up(engine: Engine, batches: Sequence[NDArray[np.float32]], times: int) -> tuple[float, ...]:
+    """Infer every distinct shape of the batches so many `times`; the latencies in milliseconds."""
     shapes: dict[tuple[int, ...], NDArray[np.float32]] = {}
     for batch in batches:
         shapes.setdefault(batch.shape, batch)
-    warmup_ms = [_inference_ms(engine, batch) for batch in shapes.values() for _ in range(warmup)]
-    latency_ms: list[float] = []
-    wall_ns = 0
-    start = time.perf_counter_ns()
-    while wall_ns < min_seconds * 1e9 or len(latency_ms) < min_count:
-        latency_ms += [_inference_ms(engine, batch) for batch in batches]
-        wall_ns = time.perf_counter_ns() - start
-    return Samples(tuple(latency_ms), tuple(warmup_ms), sizes.pop(), wall_ns / 1e9)
+    return tuple(_inference_ms(engine, batch) for batch in shapes.values() for _ in range(times))
 
 
-def median(values: Sequence[float]) -> float:
-    """The median; the mean of the two middle values of an even number. Raises `ValueError` for none at all."""
-    return float(statistics.median(values))
+def is_stable(latency_ms: Sequence[float], period: int, within: float = 0.02) -> bool:
+    """Whether the timing has settled: of five windows, the medians of the last three differ by `within` at most.
 
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The percentile (0 to 100) by linear interpolation between the two nearest values, NumPy's default.
-
-    Raises `ValueError` for no values at all.
+    The windows are equal, and whole multiples of `period`, the number of inferences after which the inputs repeat:
+    else their medians would differ because their inputs do. False while there are fewer than five periods.
     """
-    if not values:
-        raise ValueError("there is no percentile of no values")
-    return float(np.percentile(values, percent))
+    size = len(latency_ms) // period // _WINDOWS * period
+    if size == 0:
+        return False
+    medians = [statistics.median(latency_ms[len(latency_ms) - (k + 1) * size :][:size]) for k in range(3)]
+    return max(medians) <= min(medians) * (1 + within)
 
 
 def _inference_ms(engine: Engine, batch: NDArray[np.float32]) -> float:

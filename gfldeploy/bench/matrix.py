@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from gfldeploy.bench.results import SCENARIOS, Scenario
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import ENGINES, capability, check_bundle, graph_for
 
-__all__ = ["Cell", "Plan", "Skipped", "plan"]
+__all__ = ["STREAMS", "Cell", "Plan", "Skipped", "plan"]
+
+# One query after the other; the batch size says which of the two it is.
+STREAMS: tuple[Scenario, ...] = ("single-stream", "multi-stream")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure: a bundle in an engine. `threads`: CPU threads of one inference."""
+    """One thing to measure: a bundle in an engine, in a scenario.
+
+    `threads`: CPU threads of one inference. `rate`: images arriving a second, in the server scenario alone.
+    """
 
     bundle: Path
     engine: str
@@ -24,6 +31,8 @@ class Cell:
     device: Device
     batch_size: int
     threads: int
+    scenario: Scenario
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -34,9 +43,20 @@ class Cell:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.batch_size < 1 or self.threads < 1:
             raise ValueError("batch_size and threads must be at least 1")
+        if self.scenario not in SCENARIOS:
+            raise ValueError(f"scenario must be one of {', '.join(SCENARIOS)}, not {self.scenario!r}")
+        if not _suits(self.scenario, self.batch_size):
+            raise ValueError(f"{self.scenario} does not go with batches of {self.batch_size}")
+        if (self.scenario == "server") != (self.rate is not None) or (self.rate is not None and self.rate <= 0):
+            raise ValueError("the server scenario needs a positive rate, and no other has one")
 
     def __str__(self) -> str:
-        return f"{self.bundle.name}: {self.engine} {self.precision} on {self.device}, batch {self.batch_size}"
+        """For progress: the scenario is named where the batch size does not give it away."""
+        more = "" if self.scenario in STREAMS else f", {self.scenario}"
+        rate = f" at {self.rate:g} images/s" if self.rate else ""
+        return (
+            f"{self.bundle.name}: {self.engine} {self.precision} on {self.device}, batch {self.batch_size}{more}{rate}"
+        )
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,11 @@ def plan(
     batch_sizes: Sequence[int],
     device: Device,
     threads: int,
+    scenarios: Sequence[Scenario] = STREAMS,
+    rates: Sequence[float] = (),
 ) -> Plan:
-    """Cross everything with everything.
+    """Cross everything with everything: `rates` with the server scenario, batches of 1 with single-stream, others with
+    multi-stream.
 
     An engine and precision that do not work on this machine, or that none of the bundles is made for, are skipped once.
     When some of the bundles fit, the others are not mentioned: of an FP32 and an INT8 bundle each runs in its own
@@ -94,17 +117,27 @@ def plan(
             skipped.append(Skipped(None, engine, precision, device, None, threads, reason, remedy))
         for bundle in fitting:
             for item in _of_bundle(bundle, engine, precision, batch_sizes, device, threads):
-                if isinstance(item, Cell):
-                    cells.append(item)
-                else:
+                if isinstance(item, Skipped):
                     skipped.append(item)
+                else:
+                    cells += [
+                        Cell(bundle.directory, engine, precision, device, item, threads, scenario, rate)
+                        for scenario in scenarios
+                        if _suits(scenario, item)
+                        for rate in (rates if scenario == "server" else (None,))
+                    ]
     return Plan(tuple(cells), tuple(skipped))
+
+
+def _suits(scenario: Scenario, batch_size: int) -> bool:
+    return scenario not in STREAMS or (scenario == "single-stream") == (batch_size == 1)
 
 
 def _of_bundle(
     bundle: Bundle, engine: str, precision: Precision, batch_sizes: Sequence[int], device: Device, threads: int
-) -> Iterator[Cell | Skipped]:
-    graph = graph_for(engine, precision)
+) -> Iterator[int | Skipped]:
+    """The batch sizes that can run, and why others cannot."""
+    graph = graph_for(engine, precision, device)
     if not bundle.has_graph(graph):
         reason = f"the bundle {bundle.directory.name} has no {graph} graph"
         remedy = "make it again with `gfldeploy export`"
@@ -113,7 +146,7 @@ def _of_bundle(
     fixed = bundle.manifest.inputs[0].shape[0]
     for batch_size in batch_sizes:
         if fixed in (None, batch_size):
-            yield Cell(bundle.directory, engine, precision, device, batch_size, threads)
+            yield batch_size
         else:
             reason = f"the bundle {bundle.directory.name} is made for batches of {fixed}"
             remedy = "export it again without a fixed batch size"

@@ -1,4 +1,4 @@
-"""Runs a plan: one process per cell, so that a crash, a hang or a leak of one cannot touch the others."""
+"""Runs a plan: one process for each thing to measure, so that a crash, a hang or a leak of one touches no other."""
 
 from __future__ import annotations
 
@@ -9,38 +9,56 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import psutil
 
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Cell, Plan, Skipped
+from gfldeploy.bench.monitor import wait_until_idle
 from gfldeploy.bench.records import build, plain
-from gfldeploy.bench.results import BundleIdentity, CellResult, Run, Settings
-from gfldeploy.bench.worker import AccuracyRequest, TimingRequest
+from gfldeploy.bench.results import BundleIdentity, CellResult, Peak, Settings, Work
+from gfldeploy.bench.work import work
+from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
-from gfldeploy.errors import DataError
+from gfldeploy.errors import DataError, GfldeployError
 
-__all__ = ["WORKER", "AccuracyData", "Progress", "run_plan"]
+__all__ = ["WORKER", "Data", "Limits", "Progress", "run_plan"]
 
 # -P: a folder named onnx or paddle in the current directory (a bundle has both) must not shadow the package.
 WORKER = (sys.executable, "-P", "-m", "gfldeploy.bench.worker")
 
 Progress = Callable[[int, int, str], None]
 
-_POLL_S = 0.5
+_POLL_S = 0.25
 _TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class AccuracyData:
-    """What accuracy is measured on: the first `limit` images of a COCO file, None for all; see `CocoDataset.load`."""
+class Limits:
+    """What a process may take: seconds (for accuracy: without an image done) and 10^6 bytes of resident memory."""
 
-    annotations: Path
+    timeout_s: float = 600.0
+    memory_mb: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is measured on: `images` for timing; for accuracy the first `accuracy_limit` (None: all) of a COCO file.
+
+    `annotations` is None where accuracy is not to be measured. `digest` is of the contents of all of it.
+    """
+
+    images: tuple[Path, ...]
+    digest: str
+    annotations: Path | None = None
     image_dir: Path | None = None
-    limit: int | None = None
+    accuracy_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,103 +67,180 @@ class _Failure:
     remedy: str | None
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One process: a `round` of a cell, the accuracy of a bundle in an engine, or the peak of an engine.
+
+    `cell`: of an accuracy or a peak, one of those that it is of.
+    """
+
+    kind: Literal["timing", "accuracy", "peak"]
+    cell: Cell
+    round: int = 0
+
+    def __str__(self) -> str:
+        cell = self.cell
+        if self.kind == "peak":
+            return f"peak of {cell.engine} {cell.precision} on {cell.device}"
+        if self.kind == "accuracy":
+            return f"{cell.bundle.name}: {cell.engine} {cell.precision} on {cell.device}, accuracy"
+        return str(cell)
+
+
 def run_plan(
     plan: Plan,
-    images: Sequence[Path],
+    data: Data,
     settings: Settings,
-    accuracy: AccuracyData | None = None,
-    timeout_s: float = 600.0,
-    progress: Progress | None = None,
+    journal: Journal,
+    *,
+    limits: Limits = Limits(),
+    engine_cache: Path = Path(),
+    peaks: bool = False,
+    about: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total, description: None,
     command: Sequence[str] = WORKER,
-) -> tuple[CellResult, ...]:
-    """Measure every cell of the plan on these images; the results are in the plan's order, the skipped ones last.
+) -> tuple[tuple[CellResult, ...], tuple[Peak, ...]]:
+    """Measure every cell of the plan; the results are in the plan's order, the skipped ones last; then the peaks.
 
-    Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. Then, unless
-    `accuracy` is None, each bundle x engine x precision of which a cell was measured is evaluated, once.
+    Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. Then each
+    bundle x engine x precision of which a cell was measured is evaluated, once, if there are annotations; then, with
+    `peaks`, what each engine x precision reaches at best.
 
-    A process that crashes, exits with an error, answers nonsense, or takes longer than `timeout_s` (for accuracy:
-    finishes no image for so long) becomes a result with its reason, and the rest goes on. Whatever ends this function,
-    KeyboardInterrupt included, kills the process at work and all it started.
+    Every answer goes to the `journal`, failures included, and what is there already is not measured again. `about` is
+    what else answers depend on, the machine and its software: part of the question.
+
+    A process that crashes, exits with an error, answers nonsense, or goes beyond the `limits` becomes a result with its
+    reason, and the rest goes on. Whatever ends this function, KeyboardInterrupt included, kills the process at work and
+    all it started.
 
     `progress(done, total, description)` is called before each process, with the number of processes done and in all,
-    and once at the end. `command` is the worker's command line. Raises `BundleError` for a bundle that cannot be read.
+    and once at the end; processes of an earlier run are not counted. `command` is the worker's command line. Raises
+    `BundleError` for a bundle that cannot be read.
     """
     identities = {cell.bundle: BundleIdentity.of(Bundle.open(cell.bundle)) for cell in plan.cells}
-    models = {_model(cell): cell for cell in reversed(plan.cells)} if accuracy else {}
-    total = len(plan.cells) * settings.rounds + len(models)
-    done = 0
+    steps = _steps(plan, settings.rounds, data.annotations is not None, peaks)
 
-    def start(description: str) -> None:
-        nonlocal done
-        if progress is not None:
-            progress(done, total, description)
-        done += 1
+    def question(step: _Step) -> dict[str, Any]:
+        cell = {**plain(step.cell), "bundle": identities[step.cell.bundle].digest}
+        return {
+            "kind": step.kind, "cell": cell, "round": step.round,
+            "settings": plain(settings), "data": data.digest, "about": about or {},
+        }  # fmt: skip
 
-    runs: dict[Cell, list[Run]] = {cell: [] for cell in plan.cells}
-    failures: dict[Cell, _Failure] = {}
-    for _ in range(settings.rounds):
-        for cell in plan.cells:
-            start(str(cell))
-            if cell in failures:
-                continue
-            run = _time(cell, images, settings, timeout_s, command)
-            if isinstance(run, Run):
-                runs[cell].append(run)
-            else:
-                failures[cell] = run
-    measured = {_model(cell) for cell in plan.cells if cell not in failures}
-    accuracies: dict[tuple[object, ...], Accuracy | _Failure] = {}
-    for model, cell in reversed(models.items()):
-        start(f"{cell.bundle.name}: {cell.engine} {cell.precision} on {cell.device}, accuracy")
-        if accuracy is not None and model in measured:
-            accuracies[model] = _accuracy(cell, accuracy, timeout_s, command)
-    if progress is not None:
-        progress(total, total, "done")
+    answers: dict[_Step, Timed | Accuracy | Peak | _Failure] = {}
+    for step in steps:
+        kept = journal.find(question(step))
+        if kept is not None:
+            answers[step] = _read(kept, step)
+    pending = [step for step in steps if step not in answers]
+    for number, step in enumerate(pending):
+        progress(number, len(pending), str(step))
+        if not _worth_it(step, steps, answers):
+            continue
+        answers[step] = _run(step, data, settings, limits, engine_cache, command)
+        journal.keep(question(step), _written(answers[step]))
+    progress(len(pending), len(pending), "done")
+    works = _Works()
     return (
-        *(
-            _cell_result(cell, identities[cell.bundle], runs[cell], failures.get(cell), accuracies.get(_model(cell)))
-            for cell in plan.cells
+        (
+            *(_cell_result(cell, identities[cell.bundle], answers, settings.rounds, works) for cell in plan.cells),
+            *(_skipped_result(item) for item in plan.skipped),
         ),
-        *(_skipped_result(item) for item in plan.skipped),
+        tuple(answer for answer in answers.values() if isinstance(answer, Peak)),
     )
 
 
-def _model(cell: Cell) -> tuple[object, ...]:
-    """What accuracy depends on: not the batch size."""
+def _steps(plan: Plan, rounds: int, accuracy: bool, peaks: bool) -> list[_Step]:
+    """In the order in which they are run."""
+    steps = [_Step("timing", cell, number) for number in range(rounds) for cell in plan.cells]
+    if accuracy:
+        steps += [_Step("accuracy", cell) for cell in _first_of(plan.cells, _model)]
+    if peaks:
+        steps += [_Step("peak", cell) for cell in _first_of(plan.cells, _configuration)]
+    return steps
+
+
+def _first_of(cells: Sequence[Cell], key: Callable[[Cell], Hashable]) -> list[Cell]:
+    """The first cell of each key."""
+    return list({key(cell): cell for cell in reversed(cells)}.values())[::-1]
+
+
+def _model(cell: Cell) -> Hashable:
+    """What accuracy depends on: neither the batch size nor the scenario."""
     return cell.bundle, cell.engine, cell.precision, cell.device
 
 
-def _time(
-    cell: Cell, images: Sequence[Path], settings: Settings, timeout_s: float, command: Sequence[str]
-) -> Run | _Failure:
-    with tempfile.TemporaryDirectory(prefix="gfldeploy-bench-") as name:
-        request = TimingRequest(cell, tuple(path.absolute() for path in images), settings, Path(name) / "result.json")
-        answer = _ask("timing", request, Path(name), timeout_s, command)
-    if not isinstance(answer, _Failure):
-        try:
-            return build(Run, answer.get("run"), "run")
-        except DataError as error:
-            answer = _Failure(f"the process answered nonsense: {error.problem}", None)
-    return _without_path(answer, cell.bundle)
+def _configuration(cell: Cell) -> Hashable:
+    """What an engine's peak depends on: not the bundle either."""
+    return cell.engine, cell.precision, cell.device, cell.threads
 
 
-def _accuracy(cell: Cell, data: AccuracyData, timeout_s: float, command: Sequence[str]) -> Accuracy | _Failure:
+def _worth_it(step: _Step, steps: Sequence[_Step], answers: Mapping[_Step, object]) -> bool:
+    """Whether a step still has a use: another round of a cell that failed has none, nor has what no cell needs now."""
+    alike: Callable[[Cell], Hashable] = {"timing": lambda cell: cell, "accuracy": _model, "peak": _configuration}[
+        step.kind
+    ]
+    rounds = [other for other in steps if other.kind == "timing" and alike(other.cell) == alike(step.cell)]
+    failed = {other.cell for other in rounds if isinstance(answers.get(other), _Failure)}
+    return any(other.cell not in failed for other in rounds)
+
+
+def _run(
+    step: _Step, data: Data, settings: Settings, limits: Limits, engine_cache: Path, command: Sequence[str]
+) -> Timed | Accuracy | Peak | _Failure:
+    """Run the step's process and read its answer."""
+    cell = step.cell
+    idle = wait_until_idle(cell.device)
     with tempfile.TemporaryDirectory(prefix="gfldeploy-bench-") as name:
-        directory = Path(name)
-        request = AccuracyRequest(
-            cell, data.annotations, data.image_dir, data.limit, directory / "result.json", directory / "progress"
-        )
-        answer = _ask("accuracy", request, directory, timeout_s, command)
-    if not isinstance(answer, _Failure):
+        result, progress = Path(name) / "result.json", Path(name) / "progress"
+        request: TimingRequest | AccuracyRequest | PeakRequest
+        if step.kind == "timing":
+            images = tuple(path.absolute() for path in data.images)
+            request = TimingRequest(cell, images, settings, idle, engine_cache, result)
+        elif step.kind == "accuracy":
+            assert data.annotations is not None
+            request = AccuracyRequest(
+                cell, data.annotations, data.image_dir, data.accuracy_limit, engine_cache, result, progress
+            )
+        else:
+            request = PeakRequest(cell.engine, cell.precision, cell.device, cell.threads, result)
+        answer = _ask(step.kind, request, Path(name), limits, command)
+    return answer if isinstance(answer, _Failure) else _read(answer, step)
+
+
+def _read(answer: Mapping[str, Any], step: _Step) -> Timed | Accuracy | Peak | _Failure:
+    """What a worker, or the journal, says of a step."""
+    if "reason" in answer:
+        remedy = answer.get("remedy")
+        failure = _Failure(str(answer["reason"]), None if remedy is None else str(remedy))
+    else:
         try:
-            return build(Accuracy, answer.get("accuracy"), "accuracy")
+            if step.kind == "timing":
+                return build(Timed, answer.get("timed"), "timed")
+            if step.kind == "accuracy":
+                return build(Accuracy, answer.get("accuracy"), "accuracy")
+            return build(Peak, answer.get("peak"), "peak")
         except DataError as error:
-            answer = _Failure(f"the process answered nonsense: {error.problem}", None)
-    return _without_path(answer, cell.bundle)
+            failure = _Failure(f"the process answered nonsense: {error.problem}", None)
+    # Results are published: name the bundle, not where it lies on this machine.
+    bundle = step.cell.bundle
+    return replace(failure, reason=failure.reason.replace(str(bundle), bundle.resolve().name))
+
+
+def _written(answer: Timed | Accuracy | Peak | _Failure) -> dict[str, Any]:
+    """The inverse of `_read`."""
+    if isinstance(answer, _Failure):
+        return {"reason": answer.reason, "remedy": answer.remedy}
+    kind = {Timed: "timed", Accuracy: "accuracy", Peak: "peak"}[type(answer)]
+    return {kind: plain(answer)}
 
 
 def _ask(
-    kind: str, request: TimingRequest | AccuracyRequest, directory: Path, timeout_s: float, command: Sequence[str]
+    kind: str,
+    request: TimingRequest | AccuracyRequest | PeakRequest,
+    directory: Path,
+    limits: Limits,
+    command: Sequence[str],
 ) -> Mapping[str, Any] | _Failure:
     """Run one worker process on one request. `directory` is its own."""
     asked, errors = directory / "request.json", directory / "stderr"
@@ -157,22 +252,21 @@ def _ask(
             command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
         )
         try:
-            in_time = _wait(process, timeout_s, directory / "progress")
+            failure = _wait(process, limits, directory / "progress")
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if not in_time:
-        remedy = "raise the cell timeout, or use smaller batches or inputs"
-        return _Failure(f"it took longer than {timeout_s:g} s", remedy)
+    if failure:
+        return failure
     if process.returncode:
         return _Failure(_exit_reason(process.returncode, errors), None)
     return _read_answer(request.result)
 
 
-def _wait(process: subprocess.Popen[bytes], timeout_s: float, progress: Path) -> bool:
-    """Whether the process ended within `timeout_s` of its start or of its last sign of progress."""
-    deadline = time.monotonic() + timeout_s
+def _wait(process: subprocess.Popen[bytes], limits: Limits, progress: Path) -> _Failure | None:
+    """Wait for the process to end; None if it did, within the limits. Signs of progress give it its time again."""
+    deadline = time.monotonic() + limits.timeout_s
     seen = 0
     while True:
         try:
@@ -181,11 +275,24 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float, progress: Path) ->
             with suppress(FileNotFoundError):
                 changed = progress.stat().st_mtime_ns
                 if changed != seen:
-                    seen, deadline = changed, time.monotonic() + timeout_s
+                    seen, deadline = changed, time.monotonic() + limits.timeout_s
             if time.monotonic() >= deadline:
-                return False
+                remedy = "raise the cell timeout, or use smaller batches or inputs"
+                return _Failure(f"it took longer than {limits.timeout_s:g} s", remedy)
+            if _resident_mb(process.pid) > limits.memory_mb:
+                remedy = "raise the memory limit, or use smaller batches or inputs"
+                return _Failure(f"out of memory: it took more than {limits.memory_mb:.0f} MB", remedy)
         else:
-            return True
+            return None
+
+
+def _resident_mb(pid: int) -> float:
+    """Resident memory, 10^6 bytes, of a process and all it started; 0 once it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 1e6
+    except psutil.Error:
+        return 0.0
 
 
 def _exit_reason(code: int, errors: Path) -> str:
@@ -213,25 +320,48 @@ def _read_answer(path: Path) -> Mapping[str, Any] | _Failure:
         return _Failure(f"the process answered nonsense: {error}", None)
     if not isinstance(answer, dict):
         return _Failure("the process answered nonsense: not an object", None)
-    if "reason" in answer:
-        remedy = answer.get("remedy")
-        return _Failure(str(answer["reason"]), None if remedy is None else str(remedy))
     return answer
 
 
-def _without_path(failure: _Failure, bundle: Path) -> _Failure:
-    """Results are published: name the bundle, not where it lies on this machine."""
-    return replace(failure, reason=failure.reason.replace(str(bundle), bundle.resolve().name))
+class _Works:
+    """The work of cells, counted once for all cells with the same bundle, precision and shapes."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Work | None] = {}
+
+    def of(self, cell: Cell, timed: Timed) -> Work | None:
+        key = (cell.bundle, cell.precision, timed.image_sizes, tuple(sorted(timed.run.shapes.items())))
+        if key not in self._known:
+            sizes = [(height, width) for height, width in timed.image_sizes]
+            self._known[key] = None
+            with suppress(GfldeployError):  # a graph that cannot be counted is no reason to lose its timing
+                self._known[key] = work(Bundle.open(cell.bundle), cell.precision, sizes, _batches(timed.run.shapes))
+        return self._known[key]
+
+
+def _batches(shapes: Mapping[str, int]) -> dict[tuple[int, int, int], int]:
+    """The number of batches by (batch, height, width), from that by "NxCxHxW"."""
+    counts = {}
+    for text, count in shapes.items():
+        batch, _, height, width = map(int, text.split("x"))
+        counts[batch, height, width] = count
+    return counts
 
 
 def _cell_result(
     cell: Cell,
     identity: BundleIdentity,
-    runs: Sequence[Run],
-    failure: _Failure | None,
-    accuracy: Accuracy | _Failure | None,
+    answers: Mapping[_Step, Timed | Accuracy | Peak | _Failure],
+    rounds: int,
+    works: _Works,
 ) -> CellResult:
-    measured = accuracy if isinstance(accuracy, Accuracy) else None
+    found = [answers.get(_Step("timing", cell, number)) for number in range(rounds)]
+    timed = [answer for answer in found if isinstance(answer, Timed)]
+    failure = next((answer for answer in found if isinstance(answer, _Failure)), None)
+    accuracy = next(
+        (answer for step, answer in answers.items() if step.kind == "accuracy" and _model(step.cell) == _model(cell)),
+        None,
+    )
     return CellResult(
         bundle=identity,
         engine=cell.engine,
@@ -239,12 +369,15 @@ def _cell_result(
         device=cell.device,
         batch_size=cell.batch_size,
         threads=cell.threads,
+        scenario=cell.scenario,
+        rate=cell.rate,
         status="failed" if failure else "ok",
         reason=failure.reason if failure else None,
         remedy=failure.remedy if failure else None,
-        runs=tuple(runs),
-        accuracy=measured,
+        runs=tuple(answer.run for answer in timed),
+        accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
         accuracy_reason=accuracy.reason if isinstance(accuracy, _Failure) else None,
+        work=works.of(cell, timed[0]) if timed else None,
     )
 
 
@@ -257,10 +390,13 @@ def _skipped_result(skipped: Skipped) -> CellResult:
         device=skipped.device,
         batch_size=skipped.batch_size,
         threads=skipped.threads,
+        scenario=None,
+        rate=None,
         status="skipped",
         reason=skipped.reason,
         remedy=skipped.remedy,
         runs=(),
         accuracy=None,
         accuracy_reason=None,
+        work=None,
     )

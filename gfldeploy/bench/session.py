@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gfldeploy.bench.matrix import Plan, plan
-from gfldeploy.bench.results import BenchResults, DataDescription, Settings
-from gfldeploy.bench.runner import AccuracyData, run_plan
+import psutil
+
+from gfldeploy.bench.journal import Journal
+from gfldeploy.bench.matrix import STREAMS, Plan, plan
+from gfldeploy.bench.records import plain
+from gfldeploy.bench.results import BenchResults, DataDescription, Scenario, Settings
+from gfldeploy.bench.runner import Data, Limits, run_plan
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import ENGINES
+from gfldeploy.engines.registry import DEFAULT_ENGINES
 from gfldeploy.errors import DataError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset
@@ -22,41 +27,62 @@ __all__ = ["BenchRequest", "PreparedBench", "prepare", "run"]
 
 Progress = Callable[[int, int, str], None]
 
+# Of the memory that is free before the benchmark: what is left keeps the machine usable.
+_MEMORY_SHARE = 0.9
+# Seconds that a process takes at least besides what it measures: to start, import an engine and decode the images.
+_STARTUP_S = 4.0
+# A worker also times whole batches, stage by stage, for `min_seconds`.
+_TIMED_PARTS = 2
+
 
 @dataclass(frozen=True)
 class BenchRequest:
     """What to measure on what.
 
     `timed_images`: how many of the first images are used for timing. `accuracy_images`: how many for mAP; None is all.
-    `min_seconds` and `min_count`: least time and number of inferences of one cell in each of the `rounds`.
-    `cell_timeout_s`: seconds after which a cell has failed; for mAP, seconds without an image done.
+    `settings`: how long and how often. `rates`: images a second, in the server scenario. `cell_timeout_s`: seconds
+    after which a cell has failed; for mAP, seconds without an image done. `memory_limit_mb`: 10^6 bytes of resident memory
+    after which a cell has failed; None is 90% of what is free. `peaks`: measure what each engine reaches at best too.
+    `engine_cache`: where TensorRT engines are kept.
     """
 
     bundles: Sequence[Path]
     annotations: Path
+    settings: Settings
     image_dir: Path | None = None
-    engines: Sequence[str] = tuple(ENGINES)
+    engines: Sequence[str] = DEFAULT_ENGINES
     precisions: Sequence[Precision] = PRECISIONS
     batch_sizes: Sequence[int] = (1, 2, 4, 8)
+    scenarios: Sequence[Scenario] = STREAMS
+    rates: Sequence[float] = ()
     device: Device = "cpu"
     threads: int = 1
-    min_seconds: float = 2.0
-    min_count: int = 10
-    rounds: int = 1
     timed_images: int = 32
     accuracy: bool = True
     accuracy_images: int | None = None
+    peaks: bool = True
     cell_timeout_s: float = 600.0
+    memory_limit_mb: float | None = None
+    engine_cache: Path = Path.home() / ".cache" / "gfldeploy" / "engines"
 
 
 @dataclass(frozen=True)
 class PreparedBench:
-    """A request whose bundles and data were found sound, and the `plan` of cells that follows from it."""
+    """A request whose bundles and data were found sound, and the `plan` of cells that follows from it.
+
+    `evaluated`: number of images for mAP, None where it is not measured. `least_s`: seconds that it takes at least,
+    without mAP.
+    """
 
     request: BenchRequest
     plan: Plan
     images: tuple[Path, ...]
     evaluated: int | None
+
+    @property
+    def least_s(self) -> float:
+        settings = self.request.settings
+        return len(self.plan.cells) * settings.rounds * (_STARTUP_S + _TIMED_PARTS * settings.min_seconds)
 
 
 def prepare(request: BenchRequest) -> PreparedBench:
@@ -64,30 +90,59 @@ def prepare(request: BenchRequest) -> PreparedBench:
     bundles = _open(request.bundles)
     timed = CocoDataset.load(request.annotations, request.image_dir, request.timed_images)
     evaluated = _check_accuracy_data(request, bundles) if request.accuracy else None
-    cells = plan(bundles, request.engines, request.precisions, request.batch_sizes, request.device, request.threads)
+    cells = plan(
+        bundles,
+        request.engines,
+        request.precisions,
+        request.batch_sizes,
+        request.device,
+        request.threads,
+        request.scenarios,
+        request.rates,
+    )
     return PreparedBench(request, cells, tuple(image.path for image in timed.images), evaluated)
 
 
-def run(prepared: PreparedBench, progress: Progress | None = None) -> BenchResults:
-    """Measure every cell of the plan; failed ones are results with their reason."""
+def run(prepared: PreparedBench, journal: Journal, progress: Progress = lambda done, total, text: None) -> BenchResults:
+    """Measure every cell of the plan that is not in the `journal` yet; failed ones are results with their reason."""
     request = prepared.request
-    settings = Settings(request.min_seconds, request.min_count, rounds=request.rounds)
-    accuracy = AccuracyData(request.annotations, request.image_dir, request.accuracy_images)
-    cells = run_plan(
+    machine = describe_machine()
+    annotations_sha256, timed_sha256 = sha256(request.annotations), _contents(prepared.images)
+    data = Data(
+        images=prepared.images,
+        digest=f"{annotations_sha256} {timed_sha256}",
+        annotations=request.annotations if request.accuracy else None,
+        image_dir=request.image_dir,
+        accuracy_limit=request.accuracy_images,
+    )
+    cells, peaks = run_plan(
         prepared.plan,
-        prepared.images,
-        settings,
-        accuracy if request.accuracy else None,
-        request.cell_timeout_s,
-        progress,
+        data,
+        request.settings,
+        journal,
+        limits=Limits(request.cell_timeout_s, request.memory_limit_mb or _free_mb() * _MEMORY_SHARE),
+        engine_cache=request.engine_cache,
+        peaks=request.peaks,
+        about={"machine": plain(machine), "accuracy_images": request.accuracy_images},
+        progress=progress,
     )
     return BenchResults(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(),
-        data=DataDescription(sha256(request.annotations), len(prepared.images), prepared.evaluated),
-        settings=settings,
+        machine=machine,
+        data=DataDescription(annotations_sha256, timed_sha256, len(prepared.images), prepared.evaluated),
+        settings=request.settings,
+        peaks=peaks,
         cells=cells,
     )
+
+
+def _contents(paths: Sequence[Path]) -> str:
+    """SHA-256 of the digests of files, in their order."""
+    return hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
+
+
+def _free_mb() -> float:
+    return psutil.virtual_memory().available / 1e6
 
 
 def _open(paths: Sequence[Path]) -> list[Bundle]:

@@ -2,67 +2,178 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
-from gfldeploy.bench.results import BenchResults, CellResult
-from gfldeploy.bench.timing import median, percentile
+from gfldeploy.bench.estimates import Estimate, median, percentile, supports
+from gfldeploy.bench.results import BenchResults, CellResult, Peak, Scenario, Status
+from gfldeploy.engines.base import Device, Precision
 
-__all__ = ["Row", "images_per_s", "rows"]
+__all__ = ["FLAGS", "UNKNOWN", "BoundCheck", "Row", "images_per_s", "rows"]
+
+# What is said of a measured cell without an mAP.
+UNKNOWN = "unknown"
+
+# Why a measured cell is to be read with care.
+FLAGS: Mapping[str, str] = {
+    "quick": "measured too briefly for figures to be quoted",
+    "unstable": "the latencies had not settled when the time was up",
+    "busy": "other processes used more than 20 % of the CPUs or of the GPU before a run",
+    "throttled": "the hardware ran below full speed",
+}
+_BUSY_PERCENT = 20.0
+
+# Percentiles that the bound of the server scenario may be judged by, the best first.
+_BOUND_PERCENTS = (99, 95, 90, 50)
 
 # Characters of a reason, which names every convolution that it holds for; results.json has it whole.
 _REASON_WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line. None where there is nothing to show.
+class BoundCheck:
+    """Whether the latency at `percent`, the highest percentile that the samples support up to 99, is within the bound.
 
-    `latency_ms` is the median and `p90_ms` the 90th percentile of a whole batch; `images_per_s` are the completed
-    images by the wall time. `low_precision`: convolutions that ran in less than FP32, of all, such as "53/53".
-    `memory_mb`: the peak resident memory less the prepared inputs, 10^6 bytes. `note`: why a cell was skipped or
-    failed, why there is no accuracy, how many convolutions did not run in the low precision asked for and why.
+    `value_ms`: that latency; `bound_ms`: the settings' bound.
+    """
+
+    percent: int
+    value_ms: float
+    bound_ms: float
+
+    @property
+    def held(self) -> bool:
+        """Whether the server kept up."""
+        return self.value_ms <= self.bound_ms
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell. None where there is nothing to show; of a cell that is not ok, everything but its reason, in `note`.
+
+    `bundle` is the name of its directory. `median_ms`, `p90_ms`, `p99_ms`: of the latency of a query, all rounds
+    together, with intervals; the percentiles only where the samples support them (`estimates.supports`).
+    `images_per_s`: completed images by wall time. `end_to_end_ms`: the median of a whole batch from file to detections.
+    `ap`: COCO's, 0 to 1; see `accuracy`. `low_precision`: convolutions that ran in less than FP32, of all, such as
+    "53/53". `memory_mb`: the peak resident memory less the prepared inputs, 10^6 bytes.
+
+    `gmac_per_s`: 10^9 multiply-accumulates a second that the images took, padding included; `percent_of_peak`: of what
+    the same engine, precision, device and number of threads reach here. `bound`: for the server scenario with a
+    latency bound. `flags`: those of `FLAGS` that hold. `note`: why a cell was skipped or failed, why there is no
+    accuracy, how many convolutions did not run in the low precision asked for and why.
     """
 
     bundle: str | None
     engine: str
-    precision: str
+    precision: Precision
+    device: Device
     batch_size: int | None
-    latency_ms: float | None
-    p90_ms: float | None
+    threads: int
+    scenario: Scenario | None
+    rate: float | None
+    status: Status
+    median_ms: Estimate | None
+    p90_ms: Estimate | None
+    p99_ms: Estimate | None
     images_per_s: float | None
+    end_to_end_ms: float | None
     ap: float | None
     low_precision: str | None
     memory_mb: float | None
+    gmac_per_s: float | None
+    percent_of_peak: float | None
+    bound: BoundCheck | None
+    flags: tuple[str, ...]
     note: str | None
+
+    @property
+    def accuracy(self) -> str:
+        """The mAP with three decimals; "unknown" of a measured cell without one, nothing of any other."""
+        if self.status != "ok":
+            return ""
+        return UNKNOWN if self.ap is None else f"{self.ap:.3f}"
 
 
 def rows(results: BenchResults) -> list[Row]:
-    """One row for each cell, in the results' order. Of a failed cell nothing but the reason is shown."""
-    return [_row(cell) for cell in results.cells]
-
-
-def _row(cell: CellResult) -> Row:
-    ok = cell.status == "ok"
-    latency_ms = cell.latency_ms
-    return Row(
-        bundle=cell.bundle.directory if cell.bundle else None,
-        engine=cell.engine,
-        precision=cell.precision,
-        batch_size=cell.batch_size,
-        latency_ms=median(latency_ms) if ok else None,
-        p90_ms=percentile(latency_ms, 90) if ok else None,
-        images_per_s=images_per_s(cell) if ok else None,
-        ap=cell.accuracy.ap if ok and cell.accuracy else None,
-        low_precision=_low_precision(cell) if ok else None,
-        memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in cell.runs) if ok else None,
-        note=_note(cell),
-    )
+    """One row for each cell, in the results' order."""
+    return [_row(cell, results) for cell in results.cells]
 
 
 def images_per_s(cell: CellResult) -> float:
     """Completed images by wall time, over all rounds of a measured cell."""
     return sum(run.samples.images for run in cell.runs) / sum(run.samples.wall_s for run in cell.runs)
+
+
+def _row(cell: CellResult, results: BenchResults) -> Row:
+    ok = cell.status == "ok"
+    latency_ms = cell.latency_ms if ok else ()
+    gmac_per_s = _gmac_per_s(cell) if ok else None
+    return Row(
+        bundle=cell.bundle.directory if cell.bundle else None,
+        engine=cell.engine,
+        precision=cell.precision,
+        device=cell.device,
+        batch_size=cell.batch_size,
+        threads=cell.threads,
+        scenario=cell.scenario,
+        rate=cell.rate,
+        status=cell.status,
+        median_ms=median(latency_ms) if ok else None,
+        p90_ms=_supported(latency_ms, 90),
+        p99_ms=_supported(latency_ms, 99),
+        images_per_s=images_per_s(cell) if ok else None,
+        end_to_end_ms=_end_to_end_ms(cell) if ok else None,
+        ap=cell.accuracy.ap if ok and cell.accuracy else None,
+        low_precision=_low_precision(cell) if ok else None,
+        memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in cell.runs) if ok else None,
+        gmac_per_s=gmac_per_s,
+        percent_of_peak=_percent_of_peak(gmac_per_s, cell, results.peaks),
+        bound=_bound(cell, latency_ms, results.settings.latency_bound_ms),
+        flags=_flags(cell, results) if ok else (),
+        note=_note(cell),
+    )
+
+
+def _supported(latency_ms: Sequence[float], percent: int) -> Estimate | None:
+    return percentile(latency_ms, percent) if supports(len(latency_ms), percent) else None
+
+
+def _end_to_end_ms(cell: CellResult) -> float | None:
+    values = [value for run in cell.runs for value in run.stages.end_to_end_ms]
+    return statistics.median(values) if values else None
+
+
+def _gmac_per_s(cell: CellResult) -> float | None:
+    return cell.work.padded_macs * images_per_s(cell) / 1e9 if cell.work else None
+
+
+def _percent_of_peak(gmac_per_s: float | None, cell: CellResult, peaks: Sequence[Peak]) -> float | None:
+    wanted = (cell.engine, cell.precision, cell.device, cell.threads)
+    for peak in peaks:
+        if (peak.engine, peak.precision, peak.device, peak.threads) == wanted and peak.gmac_per_s and gmac_per_s:
+            return 100 * gmac_per_s / peak.gmac_per_s
+    return None
+
+
+def _bound(cell: CellResult, latency_ms: Sequence[float], bound_ms: float | None) -> BoundCheck | None:
+    if cell.scenario != "server" or bound_ms is None:
+        return None
+    for percent in _BOUND_PERCENTS:
+        if estimate := _supported(latency_ms, percent):
+            return BoundCheck(percent, estimate.value, bound_ms)
+    return None
+
+
+def _flags(cell: CellResult, results: BenchResults) -> tuple[str, ...]:
+    holds = {
+        "quick": results.settings.quick,
+        "unstable": not all(run.samples.stable for run in cell.runs),
+        "busy": any(max(run.idle.cpu_percent, run.idle.gpu_percent or 0) > _BUSY_PERCENT for run in cell.runs),
+        "throttled": any(run.monitored and run.monitored.throttled for run in cell.runs),
+    }
+    return tuple(flag for flag in FLAGS if holds[flag])
 
 
 def _low_precision(cell: CellResult) -> str | None:

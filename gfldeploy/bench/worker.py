@@ -1,7 +1,7 @@
-"""Measures one cell in this process: `python -m gfldeploy.bench.worker`.
+"""Measures one thing in this process: `python -m gfldeploy.bench.worker`.
 
-Reads a request as JSON from stdin, writes the answer as JSON to the path that the request names:
-`{"run": ...}` or `{"accuracy": ...}`, or `{"reason": ..., "remedy": ...}` for a deliberate error. Anything else ends
+Reads a request as JSON from stdin, writes the answer as JSON to the path that the request names: `{"timed": ...}`,
+`{"accuracy": ...}` or `{"peak": ...}`, or `{"reason": ..., "remedy": ...}` for a deliberate error. Anything else ends
 the process with a traceback on stderr, for the runner to report.
 """
 
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, evaluate
+from gfldeploy.bench.inputs import (
+    Batch,
+    batches_in_order,
+    padding_ratio,
+    prepare_images,
+    shape_counts,
+    uniform_batches,
+)
 from gfldeploy.bench.matrix import Cell
+from gfldeploy.bench.monitor import Monitor
+from gfldeploy.bench.peak import measure_peak
 from gfldeploy.bench.records import build, plain
-from gfldeploy.bench.results import Run, Settings
-from gfldeploy.bench.timing import measure
+from gfldeploy.bench.results import Idle, Peak, Run, Settings
+from gfldeploy.bench.scenarios import arrival_times, serve
+from gfldeploy.bench.stages import time_stages
+from gfldeploy.bench.timing import Samples, measure
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import (
+    Device,
     Engine,
     EngineOptions,
     ExecutedConvolution,
@@ -36,27 +51,39 @@ from gfldeploy.engines.base import (
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import DataError, EngineError, GfldeployError
+from gfldeploy.engines.registry import TENSORRT_ENGINES, open_engine
+from gfldeploy.engines.tensorrt import TensorRtOptions, profile
+from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import write_json, write_text
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["AccuracyRequest", "TimingRequest", "main"]
+__all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest", "main"]
 
-_POSTPROCESSED = 8  # images whose postprocessing is timed
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class TimingRequest:
-    """Time a cell on these images; the answer goes to `result`."""
+    """Time a cell on these images; the answer goes to `result`.
+
+    `idle`: how the machine was before. `engine_cache`: the folder where TensorRT engines are kept.
+    """
 
     cell: Cell
     images: tuple[Path, ...]
     settings: Settings
+    idle: Idle
+    engine_cache: Path
     result: Path
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A run, and the sizes of its images as resized, (height, width) in pixels, each once for every image."""
+
+    run: Run
+    image_sizes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -70,67 +97,120 @@ class AccuracyRequest:
     annotations: Path
     image_dir: Path | None
     limit: int | None
+    engine_cache: Path
     result: Path
     progress: Path
+
+
+@dataclass(frozen=True)
+class PeakRequest:
+    """Measure what the engine reaches at best; the answer goes to `result`."""
+
+    engine: str
+    precision: Precision
+    device: Device
+    threads: int
+    result: Path
 
 
 def main() -> None:
     """Serve the one request on stdin."""
     _die_with_parent()
+    _die_first()
     message = json.load(sys.stdin)
     kind, content = message["kind"], message["request"]
     answer: dict[str, Any]
-    if kind == "timing":
-        request: TimingRequest | AccuracyRequest = build(TimingRequest, content, "request")
-    elif kind == "accuracy":
-        request = build(AccuracyRequest, content, "request")
-    else:
-        raise ValueError(f"unknown kind of request: {kind!r}")
+    result = Path(content["result"])
     try:
-        if isinstance(request, TimingRequest):
-            answer = {"run": plain(_time(request))}
+        if kind == "timing":
+            answer = {"timed": plain(_time(build(TimingRequest, content, "request")))}
+        elif kind == "accuracy":
+            answer = {"accuracy": plain(_accuracy(build(AccuracyRequest, content, "request")))}
+        elif kind == "peak":
+            answer = {"peak": plain(_peak(build(PeakRequest, content, "request")))}
         else:
-            answer = {"accuracy": plain(_accuracy(request))}
+            raise ValueError(f"unknown kind of request: {kind!r}")
     except GfldeployError as error:
         answer = {"reason": error.problem, "remedy": error.remedy}
-    write_json(request.result, answer)
+    write_json(result, answer)
 
 
-def _time(request: TimingRequest) -> Run:
+def _time(request: TimingRequest) -> Timed:
     import cv2
 
-    cell = request.cell
+    cell, settings = request.cell, request.settings
     cv2.setNumThreads(cell.threads)
     bundle = Bundle.open(cell.bundle)
-    batches = _prepare(request.images, bundle.manifest.preprocess, cell.batch_size)
-    tensors = [batch.tensor for batch in batches]
+    preprocess = bundle.manifest.preprocess
+    images = prepare_images(request.images, preprocess)
+    arrange = uniform_batches if cell.scenario == "offline" else batches_in_order
+    batches = arrange(images, preprocess, cell.batch_size)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
-    with open_engine(cell.engine, bundle, EngineOptions(cell.precision, cell.device, cell.threads)) as engine:
+    with _open(cell, bundle, _shapes(cell, batches), request.engine_cache) as engine:
         load_s = time.perf_counter() - start
         start = time.perf_counter()
-        engine.infer({"image": tensors[0]})
+        engine.infer({"image": batches[0].tensor})
         first_ms = (time.perf_counter() - start) * 1e3
-        settings = request.settings
-        samples = measure(engine, tensors, settings.min_seconds, settings.min_count, settings.warmup)
-        # Before anything else runs: to say what it executes, an engine may load the model a second time.
-        peak_rss_mb = _peak_rss_mb()
-        postprocess_ms = _time_postprocess(engine, batches, bundle)
-        convolutions = _convolutions(engine, tensors[0])
-        version = engine.version
-    return Run(
-        samples=samples,
-        engine_version=version,
-        load_s=load_s,
-        first_inference_ms=first_ms,
-        peak_rss_mb=peak_rss_mb,
-        inputs_mb=sum(tensor.nbytes for tensor in tensors) / 1e6,
-        decode_ms=tuple(value for batch in batches for value in batch.decode_ms),
-        preprocess_ms=tuple(value for batch in batches for value in batch.preprocess_ms),
-        postprocess_ms=postprocess_ms,
-        convolutions=count_precisions(convolutions) if convolutions else None,
-        not_low_precision=_not_low_precision(cell.precision, convolutions),
-        padding_ratio=sum(batch.padded_pixels for batch in batches) / sum(batch.real_pixels for batch in batches),
-    )
+        monitor = Monitor(settings.monitor_hz, cell.device) if settings.monitor_hz else None
+        with monitor or nullcontext():
+            samples = _samples(engine, cell, images, batches, preprocess, settings)
+            # Before anything else runs: to say what it executes, an engine may load the model a second time.
+            peak_rss_mb = _peak_rss_mb()
+            stages = time_stages(engine, request.images, bundle, cell.batch_size, settings.min_seconds)
+        convolutions = _convolutions(engine, batches[0].tensor)
+        run = Run(
+            started=started,
+            samples=samples,
+            stages=stages,
+            engine_version=engine.version,
+            load_s=load_s,
+            build_s=getattr(engine, "build_s", None),
+            first_inference_ms=first_ms,
+            peak_rss_mb=peak_rss_mb,
+            inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
+            shapes=shape_counts(batches),
+            padding_ratio=padding_ratio(batches),
+            convolutions=count_precisions(convolutions) if convolutions else None,
+            not_low_precision=_not_low_precision(cell.precision, convolutions),
+            delegated=getattr(engine, "delegated", None),
+            idle=request.idle,
+            monitored=monitor.record() if monitor else None,
+        )
+    return Timed(run, tuple(image.tensor.shape[1:] for image in images))
+
+
+def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
+    """`shapes`: (batch, height, width) of the inputs to come, which TensorRT builds its engine for."""
+    tensorrt = TensorRtOptions(profile(shapes), cache) if cell.engine in TENSORRT_ENGINES else None
+    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt)
+    return open_engine(cell.engine, bundle, options)
+
+
+def _shapes(cell: Cell, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
+    shapes = [(len(batch.tensor), *batch.tensor.shape[2:]) for batch in batches]
+    if cell.scenario == "server":  # any number of images up to the batch size
+        shapes += [(1, height, width) for _, height, width in shapes]
+    return shapes
+
+
+def _samples(
+    engine: Engine,
+    cell: Cell,
+    images: Sequence[Prepared],
+    batches: Sequence[Batch],
+    preprocess: Preprocess,
+    settings: Settings,
+) -> Samples:
+    if cell.rate is None:
+        return measure(engine, [batch.tensor for batch in batches], settings.stop, settings.warmup)
+    count = max(settings.min_count, math.ceil(cell.rate * settings.min_seconds))
+    arrivals = arrival_times(cell.rate, count, settings.seed)
+    return serve(engine, images, preprocess, cell.batch_size, arrivals, settings.warmup)
+
+
+def _peak(request: PeakRequest) -> Peak:
+    return measure_peak(request.engine, request.precision, request.device, request.threads)
 
 
 def _accuracy(request: AccuracyRequest) -> Accuracy:
@@ -142,65 +222,11 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     def progress(done: int, total: int) -> None:
         write_text(request.progress, f"{done} {total}")
 
-    with open_engine(cell.engine, bundle, EngineOptions(cell.precision, cell.device, cell.threads)) as engine:
+    shapes = [(1, *manifest.preprocess.input_size(image.height, image.width)) for image in dataset.images]
+    with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return evaluate(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=progress
         )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    tensor: NDArray[np.float32]
-    scales: tuple[tuple[float, float], ...]
-    real_pixels: int
-    decode_ms: tuple[float, ...]
-    preprocess_ms: tuple[float, ...]
-
-    @property
-    def padded_pixels(self) -> int:
-        return self.tensor.size // 3
-
-
-def _prepare(images: Sequence[Path], preprocess: Preprocess, batch_size: int) -> list[_Batch]:
-    """Batches of the images in their order; the last is filled up from the beginning, so that all are of one size."""
-    if not images:
-        raise DataError("there are no images to measure on", "Give at least one.")
-    count = -(-len(images) // batch_size) * batch_size
-    paths = [images[number % len(images)] for number in range(count)]
-    return [_prepare_batch(paths[start : start + batch_size], preprocess) for start in range(0, count, batch_size)]
-
-
-def _prepare_batch(paths: Sequence[Path], preprocess: Preprocess) -> _Batch:
-    prepared: list[Prepared] = []
-    decode_ms, preprocess_ms = [], []
-    for path in paths:
-        start = time.perf_counter()
-        image = read_image(path)
-        decoded = time.perf_counter()
-        prepared.append(preprocess(image))
-        preprocess_ms.append((time.perf_counter() - decoded) * 1e3)
-        decode_ms.append((decoded - start) * 1e3)
-    return _Batch(
-        tensor=preprocess.batch(prepared),
-        scales=tuple(item.scale for item in prepared),
-        real_pixels=sum(item.tensor.shape[1] * item.tensor.shape[2] for item in prepared),
-        decode_ms=tuple(decode_ms),
-        preprocess_ms=tuple(preprocess_ms),
-    )
-
-
-def _time_postprocess(engine: Engine, batches: Sequence[_Batch], bundle: Bundle) -> tuple[float, ...]:
-    """Milliseconds per image of the NMS, over the first few images."""
-    times: list[float] = []
-    for batch in batches:
-        outputs = engine.infer({"image": batch.tensor})
-        for scores, boxes, scale in zip(outputs["scores"], outputs["boxes"], batch.scales, strict=True):
-            start = time.perf_counter()
-            postprocess(scores[np.newaxis], boxes[np.newaxis], [scale], bundle.manifest.nms)
-            times.append((time.perf_counter() - start) * 1e3)
-            if len(times) == _POSTPROCESSED:
-                return tuple(times)
-    return tuple(times)
 
 
 def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> tuple[ExecutedConvolution, ...]:
@@ -229,6 +255,12 @@ def _peak_rss_mb() -> float:
 def _die_with_parent() -> None:
     """Have the kernel kill this process when the runner goes away, however it does. Linux only; best effort."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _die_first() -> None:
+    """Have the kernel choose this process, not the user's others, when the machine runs out of memory."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 if __name__ == "__main__":

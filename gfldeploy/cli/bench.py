@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.cli.console import stages
-from gfldeploy.cli.options import CommaSeparated, threads_option
+from gfldeploy.cli.options import CommaSeparated, PositiveNumbers, threads_option, yaml_config_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import ENGINES
-from gfldeploy.errors import EngineError, OutputError
+from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES, capability
+from gfldeploy.errors import EngineError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from gfldeploy.bench.matrix import Plan
+    from gfldeploy.bench.session import PreparedBench
 
 __all__ = ["command"]
+
+_SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
+# Figures of less than this, over all rounds, are good for a first look alone.
+_QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 
 
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@yaml_config_option
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), metavar="COCO.json", help="A COCO annotation file."
 )
@@ -35,10 +40,27 @@ __all__ = ["command"]
     help="Where its file names start.  [default: images/ beside it, else its folder]",
 )
 @click.option(
-    "--engines", type=CommaSeparated(tuple(ENGINES)), default=",".join(ENGINES), show_default=True, help="What runs."
+    "--engines",
+    type=CommaSeparated(tuple(ENGINES)),
+    default=",".join(DEFAULT_ENGINES),
+    show_default=True,
+    help=f"What runs, of {', '.join(ENGINES)}.",
 )
 @click.option("--precisions", type=CommaSeparated(PRECISIONS), default=",".join(PRECISIONS), show_default=True)
 @click.option("--batch-sizes", type=CommaSeparated(), default="1,2,4,8", show_default=True)
+@click.option(
+    "--scenarios",
+    type=CommaSeparated(_SCENARIOS),
+    default="single-stream,multi-stream",
+    show_default=True,
+    help="After MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, multi-stream); all images "
+    "at once, grouped by size (offline); random arrivals (server).",
+)
+@click.option("--rates", type=PositiveNumbers(), default=(), help="Images a second that arrive at the server.")
+@click.option(
+    "--latency-bound-ms", type=click.FloatRange(0, min_open=True), help="What the server's latencies are judged by."
+)
+@click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @threads_option
 @click.option(
@@ -62,9 +84,22 @@ __all__ = ["command"]
     show_default=True,
     help="Time at least so many inferences, in each round.",
 )
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(0),
+    help="Time no longer, though medians still change by over 2%.  [default: 5 times --min-seconds]",
+)
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP too.")
 @click.option("--accuracy-limit", type=click.IntRange(1), help="Images used for mAP.  [default: all]")
+@click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
+@click.option(
+    "--monitor-hz",
+    type=click.FloatRange(0, 100),
+    default=5.0,
+    show_default=True,
+    help="Hardware samples a second; 0 for none.",
+)
 @click.option(
     "--cell-timeout",
     type=click.FloatRange(0, min_open=True),
@@ -73,9 +108,27 @@ __all__ = ["command"]
     help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path("results.json"), show_default=True, help="The file."
+    "--memory-limit",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MB",
+    help="Resident memory beyond which a cell has failed.  [default: 90% of what is free]",
 )
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrival times.")
+@click.option(
+    "--engine-cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where TensorRT engines are kept.  [default: ~/.cache/gfldeploy/engines]",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    default=Path("results.json"),
+    show_default=True,
+    help="The file; a table (.csv) and a report (.html) are written beside it.",
+)
+@click.option("--force", is_flag=True, help="Replace the output files if they exist.")
 def command(
     bundles: tuple[Path, ...],
     data: Path,
@@ -83,68 +136,130 @@ def command(
     engines: tuple[str, ...],
     precisions: tuple[Precision, ...],
     batch_sizes: tuple[int, ...],
+    scenarios: tuple[Any, ...],
+    rates: tuple[float, ...],
+    latency_bound_ms: float | None,
+    trt: bool,
     device: Device,
     threads: int,
     rounds: int,
     min_seconds: float,
     min_count: int,
+    max_seconds: float | None,
     limit: int,
     accuracy: bool,
     accuracy_limit: int | None,
+    peak: bool,
+    monitor_hz: float,
     cell_timeout: float,
+    memory_limit: float | None,
+    seed: int,
+    engine_cache: Path | None,
     output: Path,
     force: bool,
 ) -> None:
     """Measure engines, precisions and batch sizes side by side.
 
     Every BUNDLE runs in every engine and precision it is made for, each cell in a process of its own; what cannot run
-    is listed with the reason. Latencies are of the network alone, on real images; preprocessing and NMS are recorded
-    apart. mAP is measured at batch 1, once for each engine and precision.
+    is listed with the reason. Latencies are of the network alone, on real images; whole batches, from file to
+    detections, are timed stage by stage after that. mAP is measured at batch 1, once for each engine and precision.
+
+    Interrupted or killed, the same command goes on where it stopped.
     """
+    if trt:
+        _check_tensorrt()
+        engines, device = tuple(dict.fromkeys((*engines, *TENSORRT_ENGINES))), "gpu"
+    if ("server" in scenarios) != bool(rates):
+        raise click.UsageError("the server scenario needs --rates, and --rates needs the server scenario")
+    if max_seconds is not None and max_seconds < min_seconds:
+        raise click.UsageError("--max-seconds is less than --min-seconds")
+    _check_output(output, force)
+
+    from gfldeploy.bench.csv_file import write_csv
+    from gfldeploy.bench.journal import journal_beside
+    from gfldeploy.bench.report.page import write_report
+    from gfldeploy.bench.results import Settings
     from gfldeploy.bench.session import BenchRequest, prepare, run
     from gfldeploy.cli.results import show_results
 
-    _check_output(output, force)
-    prepared = prepare(
-        BenchRequest(
-            bundles=bundles,
-            annotations=data,
-            image_dir=images,
-            engines=engines,
-            precisions=precisions,
-            batch_sizes=batch_sizes,
-            device=device,
-            threads=threads,
-            rounds=rounds,
+    optional: dict[str, Any] = {} if engine_cache is None else {"engine_cache": engine_cache}
+    request = BenchRequest(
+        bundles=bundles,
+        annotations=data,
+        settings=Settings(
             min_seconds=min_seconds,
             min_count=min_count,
-            timed_images=limit,
-            accuracy=accuracy,
-            accuracy_images=accuracy_limit,
-            cell_timeout_s=cell_timeout,
-        )
+            max_seconds=5 * min_seconds if max_seconds is None else max_seconds,
+            rounds=rounds,
+            seed=seed,
+            latency_bound_ms=latency_bound_ms,
+            monitor_hz=monitor_hz,
+            quick=rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT,
+        ),
+        image_dir=images,
+        engines=engines,
+        precisions=precisions,
+        batch_sizes=batch_sizes,
+        scenarios=scenarios,
+        rates=rates,
+        device=device,
+        threads=threads,
+        timed_images=limit,
+        accuracy=accuracy,
+        accuracy_images=accuracy_limit,
+        peaks=peak,
+        cell_timeout_s=cell_timeout,
+        memory_limit_mb=memory_limit,
+        **optional,
     )
-    _show_plan(prepared.plan)
+    prepared = prepare(request)
+    _show_plan(prepared)
     if not prepared.plan.cells:
+        if not prepared.plan.skipped:
+            raise EngineError(
+                "nothing to run: the scenarios do not go with the batch sizes",
+                "single-stream takes batches of 1, multi-stream larger ones.",
+            )
         first = prepared.plan.skipped[0]
         problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
         raise EngineError(problem, _sentence(first.remedy))
-    results = run(prepared, _progress())
-    results.write(output)
+    try:
+        with journal_beside(output) as journal:
+            results = run(prepared, journal, _progress())
+            results.write(output)
+    except KeyboardInterrupt:
+        click.echo("What was measured so far is kept: the same command goes on from there.", err=True)
+        raise
     show_results(results)
-    click.echo(f"Wrote {output}")
+    write_csv(results, output.with_suffix(".csv"))
+    write_report(results, output.with_suffix(".html"))
+    click.echo(f"Wrote {output}, and beside it {output.stem}.csv and {output.stem}.html")
     if not any(cell.status == "ok" for cell in results.cells):
         failed = next(cell for cell in results.cells if cell.status == "failed")
         problem = f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}"
         raise EngineError(problem, _sentence(failed.remedy))
 
 
+def _check_tensorrt() -> None:
+    """Stop before any work where neither way to TensorRT is open."""
+    closed = [capability(engine, "fp16", "gpu") for engine in TENSORRT_ENGINES]
+    if all(not one.works for one in closed):
+        reasons = dict.fromkeys(one.reason for one in closed)
+        remedies = dict.fromkeys(one.remedy for one in closed if one.remedy)
+        raise UnsupportedError(
+            f"--trt cannot work here: {'; '.join(map(str, reasons))}", _sentence("; ".join(remedies))
+        )
+
+
 def _check_output(output: Path, force: bool) -> None:
     """Refuse now what would otherwise fail after an hour of measuring."""
     if output.is_dir():
         raise OutputError(f"{output} is a directory", "Give a file name as --output.")
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already", "Choose another --output, or add --force to replace it.")
+    if output.suffix != ".json":
+        raise OutputError(f"{output} does not end in .json", "A .csv and a .html are written beside it: name it so.")
+    for path in (output, output.with_suffix(".csv"), output.with_suffix(".html")):
+        if path.exists() and not force:
+            raise OutputError(f"{path} exists already", "Choose another --output, or add --force to replace it.")
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
@@ -171,19 +286,26 @@ def _duration(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _show_plan(plan: Plan) -> None:
+def _show_plan(prepared: PreparedBench) -> None:
     """What will run and what will not, on stderr."""
 
-    def model(cell: Any) -> str:
-        return f"{cell.engine:12} {cell.precision:5} {cell.bundle.name}"
+    def model(cell: Any) -> tuple[str, str]:
+        rate = f" at {cell.rate:g} images/s" if cell.rate else ""
+        scenario = f", {cell.scenario}{rate}" if cell.scenario in ("offline", "server") else ""
+        return f"{cell.engine:20} {cell.precision:5} {cell.bundle.name}", scenario
 
-    click.echo(f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure.", err=True)
-    for name, cells in groupby(plan.cells, model):
-        click.echo(f"  run   {name}, batch {', '.join(str(cell.batch_size) for cell in cells)}", err=True)
+    plan = prepared.plan
+    click.echo(
+        f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure, {_duration(prepared.least_s)} at "
+        f"least{', and mAP' if prepared.evaluated else ''}.",
+        err=True,
+    )
+    for (name, scenario), cells in groupby(sorted(plan.cells, key=model), model):
+        click.echo(f"  run   {name}, batch {', '.join(str(cell.batch_size) for cell in cells)}{scenario}", err=True)
     for item in plan.skipped:
         batch = f" batch {item.batch_size}" if item.batch_size else ""
         remedy = f"; {item.remedy}" if item.remedy else ""
-        click.echo(f"  skip  {item.engine:12} {item.precision:5}{batch} {item.reason}{remedy}", err=True)
+        click.echo(f"  skip  {item.engine:20} {item.precision:5}{batch} {item.reason}{remedy}", err=True)
 
 
 def _sentence(remedy: str | None) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +16,13 @@ from gfldeploy.machine import usable_threads
 __all__ = [
     "CommaSeparated",
     "InputShapeType",
+    "PositiveNumbers",
     "bundle_argument",
     "engine_options",
     "force_option",
     "json_option",
     "output_option",
+    "yaml_config_option",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -103,11 +107,70 @@ class CommaSeparated(click.ParamType):  # type: ignore[type-arg]
     ) -> tuple[str, ...] | tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        words = [word.strip() for word in value.split(",")]
+        # A list comes from a YAML file.
+        words = [str(word).strip() for word in (value if isinstance(value, list) else str(value).split(","))]
         if self._choices is not None:
             if wrong := [word for word in words if word not in self._choices]:
-                self.fail(f"{wrong[0]!r} is not one of {', '.join(self._choices)}", param, ctx)
+                nearest = (
+                    f" (did you mean {near[0]}?)" if (near := get_close_matches(wrong[0], self._choices, 1)) else ""
+                )
+                self.fail(f"{wrong[0]!r} is not one of {', '.join(self._choices)}{nearest}", param, ctx)
             return tuple(dict.fromkeys(words))
         if wrong := [word for word in words if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word)]:
             self.fail(f"{wrong[0]!r} is not a whole number from 1; write them as 1,2,4", param, ctx)
         return tuple(dict.fromkeys(map(int, words)))
+
+
+class PositiveNumbers(click.ParamType):  # type: ignore[type-arg]
+    """A comma-separated list of positive numbers, as a tuple of floats; one given twice counts once."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers = []
+        for word in value if isinstance(value, list) else str(value).split(","):
+            try:
+                number = float(word)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not (math.isfinite(number) and number > 0):
+                self.fail(f"{str(word).strip()!r} is not a positive number; write them as 5,10,20", param, ctx)
+            numbers.append(number)
+        return tuple(dict.fromkeys(numbers))
+
+
+def yaml_config_option(command: Command) -> Command:
+    """--config FILE: a YAML mapping of option names to values, which flags on the command line go before."""
+    return click.option(
+        "--config",
+        type=FILE,
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="A YAML file of these options, such as `batch-sizes: [1, 4]`; flags go before it.",
+    )(command)
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.BadParameter(f"{path} cannot be read: {error.strerror or error}", ctx, param) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise click.BadParameter(f"{path} is not YAML: {error}", ctx, param) from error
+    if not isinstance(content, dict):
+        raise click.BadParameter(f"{path} must be a mapping of option names to values", ctx, param)
+    known = {one.name for one in ctx.command.params if isinstance(one, click.Option)} - {"config", "force", "help"}
+    defaults = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in defaults:
+        if key not in known:
+            near = get_close_matches(key, sorted(name for name in known if name), 1)
+            nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
+            raise click.BadParameter(f"{path} has an unknown option, {key.replace('_', '-')!r}{nearest}", ctx, param)
+    ctx.default_map = defaults

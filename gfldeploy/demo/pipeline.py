@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gfldeploy import demo
-from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.bench.journal import Journal
+from gfldeploy.bench.results import BenchResults, CellResult, Settings
 from gfldeploy.bench.session import BenchRequest, prepare, run
 from gfldeploy.bench.table import images_per_s
 from gfldeploy.demo.dataset import generate
@@ -84,13 +86,17 @@ def run_demo(
                 annotations=val,
                 batch_sizes=size.batch_sizes,
                 threads=threads,
-                min_seconds=size.min_seconds,
+                settings=Settings(size.min_seconds, 10, 2 * size.min_seconds, quick=True),
+                engines=("paddle", "paddle-plain", "onnxruntime"),
                 timed_images=size.timed_images,
             )
         )
-        results = run(
-            prepared, lambda done, total, description: report(f"  {min(done + 1, total)}/{total} {description}")
-        )
+        with TemporaryDirectory(prefix="gfldeploy-demo-") as journal:
+            results = run(
+                prepared,
+                Journal(Path(journal)),
+                lambda done, total, description: report(f"  {min(done + 1, total)}/{total} {description}"),
+            )
         results.write(directory / "results.json")
         write_text(directory / "summary.md", "# What the demo saw\n\n" + "\n\n".join(explain(results)) + "\n")
     return results

@@ -211,6 +211,16 @@ class Preprocess:
             cv2.LUT(plane, table[channel], dst=tensor[channel])
         return Prepared(tensor, (scale_y, scale_x), (height, width))
 
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size (h, w) of the network's input for one image of this size, padding included; all in pixels."""
+        scale_y, scale_x = self.scales(height, width)
+        least_h, least_w = self.target_size if self.fixed else (1, 1)
+        step = max(self.pad_stride, 1)
+        return (
+            -(-max(round(height * scale_y), least_h) // step) * step,
+            -(-max(round(width * scale_x), least_w) // step) * step,
+        )
+
     def batch(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
         """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros right and below."""
         return collate(prepared, self.pad_stride, self.target_size if self.fixed else (1, 1))

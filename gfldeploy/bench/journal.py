@@ -1,0 +1,82 @@
+"""What a benchmark has finished so far, on disk: an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gfldeploy.errors import OutputError
+from gfldeploy.files import read_json, write_json
+
+__all__ = ["Journal", "journal_beside"]
+
+
+class Journal:
+    """Answers of finished processes, one file each, found again by what was asked.
+
+    The question holds everything that the answer depends on (the bundle's digest, the settings, the data, the machine
+    and its software, ...), so that an answer is never used for another question.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Keep the files in `directory`, which exists."""
+        self._directory = directory
+
+    def find(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer to this question, if there is one. A damaged file is none."""
+        try:
+            entry = read_json(self._path(question))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(entry, dict) or entry.get("question") != json.loads(_canonical(question)):
+            return None
+        answer = entry.get("answer")
+        return answer if isinstance(answer, dict) else None
+
+    def keep(self, question: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        """Write the answer, in one step. Raises `OutputError`."""
+        write_json(self._path(question), {"question": question, "answer": answer})
+
+    def _path(self, question: Mapping[str, Any]) -> Path:
+        return self._directory / f"{hashlib.sha256(_canonical(question).encode()).hexdigest()}.json"
+
+
+@contextmanager
+def journal_beside(output: Path) -> Iterator[Journal]:
+    """The journal of the results file `output`: a folder beside it, removed when the block ends without an error.
+
+    An error, an interruption or a kill leaves the folder for the next run. Raises `OutputError` if another process is
+    measuring for the same file, or the folder cannot be written.
+    """
+    directory = output.with_name(f"{output.name}.unfinished")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {directory}: {error.strerror or error}", "Choose another --output, or remove it."
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another gfldeploy is measuring for {output}", "Wait for it, or choose another --output."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield Journal(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _canonical(question: Mapping[str, Any]) -> str:
+    return json.dumps(question, sort_keys=True)

@@ -1,15 +1,27 @@
-"""Multiply-accumulate operations of an ONNX graph at a given input size."""
+"""Multiply-accumulate operations and memory traffic of an ONNX graph at a given input size."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gfldeploy.errors import BundleError
 
-__all__ = ["convolution_macs", "count_macs"]
+__all__ = ["GraphCost", "convolution_macs", "count_macs", "graph_cost"]
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """Of one image: `macs` as `count_macs`; `activations`: values that its convolutions read and write; and `weights`:
+    values of the convolutions' weights, those that several uses share counted for each use.
+    """
+
+    macs: int
+    activations: int
+    weights: int
 
 
 def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> int:
@@ -19,20 +31,27 @@ def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int])
     A convolution costs outputs x (input channels / groups) x kernel height x kernel width; one MAC is two FLOPs.
     Raises `BundleError` if ONNX's shape inference cannot follow the graph at that size.
     """
+    return graph_cost(onnx_file, height, width, strides).macs
+
+
+def graph_cost(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> GraphCost:
+    """`count_macs` and the values that the convolutions move, at the same terms."""
     model, weights = _load(onnx_file)
-    total = sum(_convolutions(model, weights, onnx_file, height, width, strides).values())
+    found = _convolutions(model, weights, onnx_file, height, width, strides).values()
+    macs = sum(one.macs for one in found)
     # The DFL projection: inference may not follow the reshapes before it, but its size is known without.
     cells = sum(-(-height // stride) * -(-width // stride) for stride in strides)
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in weights:
-            total += cells * 4 * _product(list(weights[node.input[1]]), onnx_file)
-    return total
+            macs += cells * 4 * _product(list(weights[node.input[1]]), onnx_file)
+    return GraphCost(macs, sum(one.activations for one in found), sum(one.weights for one in found))
 
 
 def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], int]:
     """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_macs`."""
     model, weights = _load(onnx_file)
-    return _convolutions(model, weights, onnx_file, height, width, strides)
+    found = _convolutions(model, weights, onnx_file, height, width, strides)
+    return {use: cost.macs for use, cost in found.items()}
 
 
 def _load(onnx_file: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
@@ -58,8 +77,8 @@ def _convolutions(
     height: int,
     width: int,
     strides: Sequence[int],
-) -> dict[tuple[str, int], int]:
-    """MACs by weight name and use. Fixes the input's size in `model` and takes its outputs away."""
+) -> dict[tuple[str, int], GraphCost]:
+    """What each convolution costs, by weight name and use. Fixes the input's size in `model` and takes its outputs away."""
     import onnx
 
     for dimension, value in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, 3, height, width), strict=True):
@@ -83,8 +102,11 @@ def _convolutions(
         if node.op_type == "Conv" and node.input[1] in weights:
             name = node.input[1]
             _, channels, *kernel = weights[name]
-            size = _product(shapes.get(node.output[0], []), onnx_file)
-            found[name, uses[name]] = size * channels * _product(kernel, onnx_file)
+            read, written = (_product(shapes.get(tensor, []), onnx_file) for tensor in (node.input[0], node.output[0]))
+            window = channels * _product(kernel, onnx_file)
+            found[name, uses[name]] = GraphCost(
+                written * window, read + written, _product(list(weights[name]), onnx_file)
+            )
             uses[name] += 1
     return found
 

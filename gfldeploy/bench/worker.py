@@ -34,7 +34,6 @@ from gfldeploy.bench.inputs import (
 )
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.monitor import Monitor
-from gfldeploy.bench.peak import measure_peak
 from gfldeploy.bench.records import build, plain
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
 from gfldeploy.bench.scenarios import arrival_times, serve
@@ -51,8 +50,7 @@ from gfldeploy.engines.base import (
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import TENSORRT_ENGINES, open_engine
-from gfldeploy.engines.tensorrt import TensorRtOptions, profile
+from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import write_json, write_text
 from gfldeploy.images.coco import CocoDataset
@@ -182,8 +180,7 @@ def _time(request: TimingRequest) -> Timed:
 
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come, which TensorRT builds its engine for."""
-    tensorrt = TensorRtOptions(profile(shapes), cache) if cell.engine in TENSORRT_ENGINES else None
-    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt)
+    options = EngineOptions(cell.precision, cell.device, cell.threads)
     return open_engine(cell.engine, bundle, options)
 
 
@@ -210,7 +207,7 @@ def _samples(
 
 
 def _peak(request: PeakRequest) -> Peak:
-    return measure_peak(request.engine, request.precision, request.device, request.threads)
+    return Peak(request.engine, request.precision, request.device, request.threads, None, None, "not measured yet")
 
 
 def _accuracy(request: AccuracyRequest) -> Accuracy:

@@ -14,8 +14,8 @@ import click
 from gfldeploy.cli.console import stages
 from gfldeploy.cli.options import CommaSeparated, PositiveNumbers, threads_option, yaml_config_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES, capability
-from gfldeploy.errors import EngineError, OutputError, UnsupportedError
+from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
+from gfldeploy.errors import EngineError, OutputError
 
 if TYPE_CHECKING:
     from gfldeploy.bench.session import PreparedBench
@@ -53,14 +53,13 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
     type=CommaSeparated(_SCENARIOS),
     default="single-stream,multi-stream",
     show_default=True,
-    help="After MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, multi-stream); all images "
-    "at once, grouped by size (offline); random arrivals (server).",
+    help="After MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, multi-stream); all "
+    "images at once, grouped by size (offline); random arrivals (server).",
 )
 @click.option("--rates", type=PositiveNumbers(), default=(), help="Images a second that arrive at the server.")
 @click.option(
     "--latency-bound-ms", type=click.FloatRange(0, min_open=True), help="What the server's latencies are judged by."
 )
-@click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @threads_option
 @click.option(
@@ -139,7 +138,6 @@ def command(
     scenarios: tuple[Any, ...],
     rates: tuple[float, ...],
     latency_bound_ms: float | None,
-    trt: bool,
     device: Device,
     threads: int,
     rounds: int,
@@ -166,9 +164,6 @@ def command(
 
     Interrupted or killed, the same command goes on where it stopped.
     """
-    if trt:
-        _check_tensorrt()
-        engines, device = tuple(dict.fromkeys((*engines, *TENSORRT_ENGINES))), "gpu"
     if ("server" in scenarios) != bool(rates):
         raise click.UsageError("the server scenario needs --rates, and --rates needs the server scenario")
     if max_seconds is not None and max_seconds < min_seconds:
@@ -177,7 +172,6 @@ def command(
 
     from gfldeploy.bench.csv_file import write_csv
     from gfldeploy.bench.journal import journal_beside
-    from gfldeploy.bench.report.page import write_report
     from gfldeploy.bench.results import Settings
     from gfldeploy.bench.session import BenchRequest, prepare, run
     from gfldeploy.cli.results import show_results
@@ -232,23 +226,11 @@ def command(
         raise
     show_results(results)
     write_csv(results, output.with_suffix(".csv"))
-    write_report(results, output.with_suffix(".html"))
-    click.echo(f"Wrote {output}, and beside it {output.stem}.csv and {output.stem}.html")
+    click.echo(f"Wrote {output}, and beside it {output.stem}.csv")
     if not any(cell.status == "ok" for cell in results.cells):
         failed = next(cell for cell in results.cells if cell.status == "failed")
         problem = f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}"
         raise EngineError(problem, _sentence(failed.remedy))
-
-
-def _check_tensorrt() -> None:
-    """Stop before any work where neither way to TensorRT is open."""
-    closed = [capability(engine, "fp16", "gpu") for engine in TENSORRT_ENGINES]
-    if all(not one.works for one in closed):
-        reasons = dict.fromkeys(one.reason for one in closed)
-        remedies = dict.fromkeys(one.remedy for one in closed if one.remedy)
-        raise UnsupportedError(
-            f"--trt cannot work here: {'; '.join(map(str, reasons))}", _sentence("; ".join(remedies))
-        )
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -296,8 +278,8 @@ def _show_plan(prepared: PreparedBench) -> None:
 
     plan = prepared.plan
     click.echo(
-        f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure, {_duration(prepared.least_s)} at "
-        f"least{', and mAP' if prepared.evaluated else ''}.",
+        f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure, "
+        f"{_duration(prepared.least_s)} at least{', and mAP' if prepared.evaluated else ''}.",
         err=True,
     )
     for (name, scenario), cells in groupby(sorted(plan.cells, key=model), model):

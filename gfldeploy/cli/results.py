@@ -19,7 +19,7 @@ def show_results(results: BenchResults) -> None:
     shown = rows(results)
     threads = results.cells[0].threads
     table = Table(title=escape(f"{results.machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"))
-    measured = [row for row in shown if row.latency_ms is not None]
+    measured = [row for row in shown if row.median_ms is not None]
     several = len({row.bundle for row in measured}) > 1
     for header in (*(["bundle"] if several else []), "engine", "precision"):
         table.add_column(header)
@@ -31,8 +31,8 @@ def show_results(results: BenchResults) -> None:
             row.engine,
             row.precision,
             str(row.batch_size),
-            _number(row.latency_ms),
-            _number(row.p90_ms),
+            _number(row.median_ms.value),
+            _number(row.p90_ms.value if row.p90_ms else None),
             _number(row.images_per_s),
             _number(row.ap, 3),
             row.low_precision or "",

@@ -16,6 +16,7 @@ __all__ = [
     "NOT_ASKED",
     "PRECISIONS",
     "ClosesOnExit",
+    "CopyTimes",
     "Device",
     "Engine",
     "EngineOptions",
@@ -23,6 +24,7 @@ __all__ = [
     "Precision",
     "ReportsPrecision",
     "Tensors",
+    "TimesCopies",
     "count_precisions",
     "reasons",
 ]
@@ -80,6 +82,27 @@ class Engine(Protocol):
     def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class CopyTimes:
+    """Milliseconds of one inference: host to device, the inference itself, device to host.
+
+    On a CPU the copies are those into and out of the engine's own buffers, 0 where it has none.
+    """
+
+    input_copy_ms: float
+    inference_ms: float
+    output_copy_ms: float
+
+
+@runtime_checkable
+class TimesCopies(Protocol):
+    """An engine that can tell its copies from its computing."""
+
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
+        """As `infer`, the same outputs to the bit, with the times of its parts."""
+        ...
 
 
 class ClosesOnExit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gfldeploy.dependencies import require
 from gfldeploy.engines.base import (
     NOT_ASKED,
     ClosesOnExit,
+    CopyTimes,
     EngineOptions,
     ExecutedConvolution,
     ReportsPrecision,
@@ -26,7 +28,7 @@ from gfldeploy.engines.paddle_program import explain, program_convolutions
 from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError
 
-__all__ = ["PaddleEngine"]
+__all__ = ["PaddleEngine", "PlainPaddleEngine"]
 
 # Only convolutions leave FP32. Left to itself Paddle also lowers the DFL integral and the box arithmetic: in INT8 the
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
@@ -41,6 +43,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
     """
 
     name = "paddle"
+    onednn = True
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName | None = None) -> None:
         """Load the graph: `graph` if given, else the one that the precision needs.
@@ -53,6 +56,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
         paddle = require("paddle", "paddle", "the Paddle Inference engine")
         from paddle import inference
 
+        self._paddle = paddle
         self.version: str = paddle.__version__
         self.options = options
         self._model = model
@@ -69,7 +73,10 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(options.threads)
-            config.enable_mkldnn()
+            if self.onednn:
+                config.enable_mkldnn()
+            else:
+                config.disable_mkldnn()
             if options.precision == "bf16":
                 config.enable_mkldnn_bfloat16()
                 config.set_bfloat16_op(_LOW_PRECISION_OPS)
@@ -89,25 +96,39 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
         self._predictor = None
 
     def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
+        return self.infer_timed(inputs)[0]
+
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
         predictor = self._predictor
+        start = time.perf_counter()
         try:
             for name in predictor.get_input_names():
                 array = np.ascontiguousarray(inputs[name], dtype=np.float32)
                 handle = predictor.get_input_handle(name)
                 handle.reshape(array.shape)
                 handle.copy_from_cpu(array)
+            copied = time.perf_counter()
             predictor.run()
+            self._synchronize()
+            ran = time.perf_counter()
             arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
         except Exception as error:
             raise EngineError(
                 f"Paddle Inference failed: {_first_line(error)}",
                 "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
             ) from error
-        return dict(zip(self._outputs, arrays, strict=True))
+        end = time.perf_counter()
+        times = CopyTimes((copied - start) * 1e3, (ran - copied) * 1e3, (end - ran) * 1e3)
+        return dict(zip(self._outputs, arrays, strict=True)), times
+
+    def _synchronize(self) -> None:
+        """Wait for the GPU: `run` only starts its work, which copying the outputs would be charged with."""
+        if self.options.device == "gpu":
+            self._paddle.device.synchronize()
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
-        """From oneDNN's own log of one inference; none on a GPU."""
-        if self.options.device == "gpu":
+        """From oneDNN's own log of one inference; none without oneDNN."""
+        if self.options.device == "gpu" or not self.onednn:
             return ()
         self.infer(inputs)
         libraries = list((Path(require("paddle", "paddle", "Paddle").__file__ or "").parent / "libs").glob("libdnnl*"))
@@ -123,6 +144,13 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
             )
             for one in ran
         )
+
+
+class PlainPaddleEngine(PaddleEngine):
+    """Paddle Inference on the CPU with its own kernels: what it does unless oneDNN is asked for."""
+
+    name = "paddle-plain"
+    onednn = False
 
 
 def _first_line(error: Exception) -> str:

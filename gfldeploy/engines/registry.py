@@ -17,6 +17,7 @@ from gfldeploy.errors import UnsupportedError
 from gfldeploy.machine import cpu_flags, installed_packages, nvidia_driver
 
 __all__ = [
+    "DEFAULT_ENGINES",
     "ENGINES",
     "Capability",
     "capabilities",
@@ -28,10 +29,16 @@ __all__ = [
 
 ENGINES: dict[str, str] = {
     "paddle": "gfldeploy.engines.paddle_engine:PaddleEngine",
+    "paddle-plain": "gfldeploy.engines.paddle_engine:PlainPaddleEngine",
     "onnxruntime": "gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
 }
+# Those worth measuring without being asked for: Paddle's kernels without oneDNN are there to be compared with.
+DEFAULT_ENGINES = ("paddle", "onnxruntime")
 
-# The distributions that provide each engine's module: the CPU build first.
+# The module that each engine is in; its name is also the key of `INSTALL_ENGINE`.
+_MODULES = {"paddle": "paddle", "paddle-plain": "paddle", "onnxruntime": "onnxruntime"}
+
+# The distributions that provide each module: the CPU build first.
 _DISTRIBUTIONS = {
     "paddle": ("paddlepaddle", "paddlepaddle-gpu"),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
@@ -86,17 +93,20 @@ def capability(engine: str, precision: Precision, device: Device) -> Capability:
     """Whether this combination works on this machine. Raises `UnsupportedError` for an unknown engine."""
     if engine not in ENGINES:
         raise UnsupportedError(f"there is no engine {engine!r}", f"Choose from: {', '.join(ENGINES)}.")
+    if engine == "paddle-plain" and (precision, device) != ("fp32", "cpu"):
+        return Capability(engine, precision, device, "it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
     if never := _NEVER.get((engine, precision, device)):
         return Capability(engine, precision, device, *never)
     if device == "gpu" and nvidia_driver() is None:
         return Capability(
             engine, precision, device, "no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU"
         )
-    if util.find_spec(engine) is None:
-        return Capability(engine, precision, device, f"{engine} is not installed", INSTALL_ENGINE[engine, device])
-    if device == "gpu" and installed_packages()[_DISTRIBUTIONS[engine][1]] is None:
+    module = _MODULES[engine]
+    if util.find_spec(module) is None:
+        return Capability(engine, precision, device, f"{module} is not installed", INSTALL_ENGINE[module, device])
+    if device == "gpu" and installed_packages()[_DISTRIBUTIONS[module][1]] is None:
         return Capability(
-            engine, precision, device, f"the CPU build of {engine} is installed", INSTALL_ENGINE[engine, "gpu"]
+            engine, precision, device, f"the CPU build of {module} is installed", INSTALL_ENGINE[module, "gpu"]
         )
     flags = cpu_flags()
     note = None
@@ -121,7 +131,7 @@ def check_bundle(bundle: Bundle, precision: Precision) -> tuple[str, str] | None
 
 def graph_for(engine: str, precision: Precision) -> GraphName:
     """The graph of a bundle that an engine runs in this precision."""
-    if engine == "paddle":
+    if _MODULES[engine] == "paddle":
         return "paddle_program" if precision == "int8" else "paddle"
     return "onnx"
 

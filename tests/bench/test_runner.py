@@ -8,19 +8,65 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Cell, Plan, Skipped
 from gfldeploy.bench.results import CellResult, Settings
-from gfldeploy.bench.runner import AccuracyData, run_plan
+from gfldeploy.bench.runner import Data, Limits, run_plan
 
-QUICK = Settings(min_seconds=0, min_count=2, warmup=1)
+QUICK = Settings(min_seconds=0, min_count=2, max_seconds=0, warmup=1)
+TIMED = {
+    "run": {
+        "started": "2026-01-01T00:00:00+00:00",
+        "samples": {
+            "latency_ms": [1.0], "warmup_ms": [], "batch_size": 1, "images": 1, "wall_s": 1.0, "stable": True,
+        },
+        "stages": {
+            name: [1.0]
+            for name in (
+                "decode_ms", "preprocess_ms", "input_copy_ms", "inference_ms", "output_copy_ms", "postprocess_ms",
+                "end_to_end_ms",
+            )
+        },
+        "engine_version": "1", "load_s": 1.0, "build_s": None, "first_inference_ms": 1.0, "peak_rss_mb": 1.0,
+        "inputs_mb": 1.0, "shapes": {"1x3x64x96": 1}, "padding_ratio": 1.0, "convolutions": None,
+        "not_low_precision": None, "delegated": None,
+        "idle": {"cpu_percent": 1.0, "gpu_percent": None, "waited_s": 0.0}, "monitored": None,
+    },
+    "image_sizes": [[58, 96]],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def a_folder_for_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`measure` keeps its journal in ./journal."""
+    (tmp_path / "here" / "journal").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def measure(
+    plan: Plan,
+    data: Data = Data((Path("a.jpg"),), "digest"),  # noqa: B008 - immutable
+    settings: Settings = QUICK,
+    limits: Limits = Limits(60),  # noqa: B008 - immutable
+    **more: Any,
+) -> tuple[CellResult, ...]:
+    """The cells of `run_plan`."""
+    return run_plan(plan, data, settings, Journal(Path("journal")), limits=limits, **more)[0]
+
+
+def cell(bundle: Path, size: int) -> Cell:
+    return Cell(bundle, "onnxruntime", "fp32", "cpu", size, 1, "single-stream" if size == 1 else "multi-stream")
 
 
 def cells(bundle: Path, *batch_sizes: int) -> Plan:
-    return Plan(tuple(Cell(bundle, "onnxruntime", "fp32", "cpu", size, 1) for size in batch_sizes), ())
+    return Plan(tuple(cell(bundle, size) for size in batch_sizes), ())
 
 
 def child(code: str) -> tuple[str, ...]:
@@ -34,7 +80,7 @@ def child(code: str) -> tuple[str, ...]:
 
 
 def run_one(tiny_bundle: Path, code: str, timeout_s: float = 60) -> CellResult:
-    (result,) = run_plan(cells(tiny_bundle, 1), [Path("a.jpg")], QUICK, timeout_s=timeout_s, command=child(code))
+    (result,) = measure(cells(tiny_bundle, 1), limits=Limits(timeout_s), command=child(code))
     return result
 
 
@@ -65,8 +111,8 @@ def wait_until_dead(pid: int) -> bool:
         ("print('{}')", "ended without an answer"),
         ("answer('{')", "answered nonsense"),
         ("answer([])", "answered nonsense: not an object"),
-        ("answer({})", "answered nonsense: run must be an object"),
-        ("answer({'run': {'samples': 1}})", "answered nonsense: run lacks"),
+        ("answer({})", "answered nonsense: timed must be an object"),
+        ("answer({'timed': {'run': 1}})", "answered nonsense: timed lacks"),
         ("answer({'reason': 'too big for ' + request['cell']['bundle'], 'remedy': 'x'})", "too big for tiny"),
     ],
 )
@@ -94,7 +140,8 @@ def test_a_child_that_does_not_read_is_still_killed(tiny_bundle: Path) -> None:
     # A request larger than a pipe holds.
     images = [Path("x" * 100 + f"{number}.jpg") for number in range(5000)]
     command = (sys.executable, "-c", "import time; time.sleep(300)")
-    (result,) = run_plan(cells(tiny_bundle, 1), images, QUICK, timeout_s=1, command=command)
+    data = Data(tuple(images), "digest")
+    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(1), command=command)
     assert result.reason == "it took longer than 1 s"
 
 
@@ -103,11 +150,13 @@ def test_ctrl_c_kills_the_child(tiny_bundle: Path, tmp_path: Path) -> None:
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     code = (
         "from pathlib import Path\n"
+        "from gfldeploy.bench.journal import Journal\n"
         "from gfldeploy.bench.matrix import Cell, Plan\n"
         "from gfldeploy.bench.results import Settings\n"
-        "from gfldeploy.bench.runner import run_plan\n"
-        f"plan = Plan((Cell(Path({str(tiny_bundle)!r}), 'onnxruntime', 'fp32', 'cpu', 1, 1),) , ())\n"
-        f"run_plan(plan, [Path('a.jpg')], Settings(0, 1), command={child(hang)!r})\n"
+        "from gfldeploy.bench.runner import Data, run_plan\n"
+        f"cell = Cell(Path({str(tiny_bundle)!r}), 'onnxruntime', 'fp32', 'cpu', 1, 1, 'single-stream')\n"
+        "data = Data((Path('a.jpg'),), 'digest')\n"
+        f"run_plan(Plan((cell,), ()), data, Settings(0, 1, 0), Journal(Path('journal')), command={child(hang)!r})\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         for _ in range(600):
@@ -124,31 +173,16 @@ def test_ctrl_c_kills_the_child(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_the_rest_goes_on_and_a_failed_cell_is_not_tried_again(tiny_bundle: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    run = {
-        "samples": {"latency_ms": [1.0], "warmup_ms": [], "batch_size": 1, "wall_s": 1.0},
-        "engine_version": "1",
-        "load_s": 1.0,
-        "first_inference_ms": 1.0,
-        "peak_rss_mb": 1.0,
-        "inputs_mb": 1.0,
-        "decode_ms": [],
-        "preprocess_ms": [],
-        "postprocess_ms": [],
-        "convolutions": None,
-        "not_low_precision": None,
-        "padding_ratio": 1.0,
-    }
     code = (
         f"size = request['cell']['batch_size']; open({str(log)!r}, 'a').write(f'{{size}} ')\n"
-        f"sys.exit('bad') if size == 2 else answer({{'run': {run!r}}})\n"
+        f"sys.exit('bad') if size == 2 else answer({{'timed': {TIMED!r}}})\n"
     )
     skipped = Skipped(None, "paddle", "fp16", "cpu", None, 1, "never", None)
     plan = Plan(cells(tiny_bundle, 1, 2, 4).cells, (skipped,))
     steps: list[tuple[int, int, str]] = []
-    results = run_plan(
+    results = measure(
         plan,
-        [Path("a.jpg")],
-        Settings(0, 1, rounds=2),
+        settings=Settings(0, 1, 0, rounds=2),
         progress=lambda done, total, text: steps.append((done, total, text)),
         command=child(code),
     )
@@ -160,30 +194,138 @@ def test_the_rest_goes_on_and_a_failed_cell_is_not_tried_again(tiny_bundle: Path
     assert steps[0][2] == "tiny: onnxruntime fp32 on cpu, batch 1" and steps[-1][2] == "done"
 
 
-def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_in_the_journal_is_not_measured_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        f"size = request['cell']['batch_size']; open({str(log)!r}, 'a').write(f'{{size}} ')\n"
+        f"sys.exit('bad') if size == 2 else answer({{'timed': {TIMED!r}}})\n"
+    )
+    settings = Settings(0, 1, 0, rounds=2)
+    first = measure(cells(tiny_bundle, 1, 2), settings=settings, command=child(code))
+    assert log.read_text().split() == ["1", "2", "1"]
+    steps: list[str] = []
+    again = measure(
+        cells(tiny_bundle, 1, 2, 4),
+        settings=settings,
+        command=child(code),
+        progress=lambda done, total, text: steps.append(f"{done}/{total}"),
+    )
+    assert log.read_text().split() == ["1", "2", "1", "4", "4"], "the failed cell stays failed"
+    assert again[:2] == first and len(again[2].runs) == 2
+    assert steps[0] == "0/2" and steps[-1] == "2/2"
+
+
+@pytest.mark.parametrize("change", ["settings", "data", "about"])
+def test_answers_are_not_used_for_another_question(change: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = f"open({str(log)!r}, 'a').write('x'); answer({{'timed': {TIMED!r}}})"
+    plan, data = cells(tiny_bundle, 1), Data((Path("a.jpg"),), "digest")
+    measure(plan, data, command=child(code), about={"machine": "one"})
+    measure(
+        plan,
+        Data(data.images, "other") if change == "data" else data,
+        replace(QUICK, seed=5) if change == "settings" else QUICK,
+        command=child(code),
+        about={"machine": "other" if change == "about" else "one"},
+    )
+    assert log.read_text() == "xx"
+
+
+def test_a_damaged_journal_is_measured_again(tiny_bundle: Path) -> None:
+    code = f"answer({{'timed': {TIMED!r}}})"
+    first = measure(cells(tiny_bundle, 1), command=child(code))
+    (entry,) = Path("journal").iterdir()
+    entry.write_text(entry.read_text()[:-20])
+    assert measure(cells(tiny_bundle, 1), command=child(code)) == first
+
+
+def test_a_child_that_takes_too_much_memory(tiny_bundle: Path) -> None:
+    code = "hoard = bytearray(os.urandom(1) * 400_000_000); time.sleep(300)"
+    (result,) = measure(cells(tiny_bundle, 1), limits=Limits(60, memory_mb=200), command=child(code))
+    assert result.status == "failed"
+    assert result.reason == "out of memory: it took more than 200 MB"
+    assert result.remedy is not None and "memory limit" in result.remedy
+
+
+def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     # A bundle has folders of these names; in the current directory they must not hide the packages.
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "onnx.py").write_text("raise SystemExit('shadowed')")
-    (tmp_path / "numpy.py").write_text("raise SystemExit('shadowed')")
-    images = sorted((tiny_coco.parent / "images").iterdir())
-    results = run_plan(cells(tiny_bundle, 1, 4), images, QUICK, AccuracyData(tiny_coco, limit=3), 120)
+    Path("onnx.py").write_text("raise SystemExit('shadowed')")
+    Path("numpy.py").write_text("raise SystemExit('shadowed')")
+    images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
+    data = Data(images, "digest", tiny_coco, accuracy_limit=3)
+    results = measure(cells(tiny_bundle, 1, 4), data, limits=Limits(120))
     assert [(result.status, result.reason) for result in results] == [("ok", None)] * 2
     for result in results:
         (run,) = result.runs
         assert result.bundle is not None and result.bundle.directory == "tiny"
         assert result.accuracy is not None and result.accuracy.images == 3
         assert run.samples.batch_size == result.batch_size
+        assert run.samples.images == len(run.samples.latency_ms) * run.samples.batch_size
         assert run.peak_rss_mb > run.inputs_mb > 0
-    # Six images in fours: the last batch is filled up from the beginning.
-    assert len(results[1].runs[0].decode_ms) == 8
+        stages = run.stages
+        for total, *parts in zip(
+            stages.end_to_end_ms,
+            stages.decode_ms,
+            stages.preprocess_ms,
+            stages.input_copy_ms,
+            stages.inference_ms,
+            stages.output_copy_ms,
+            stages.postprocess_ms,
+            strict=True,
+        ):
+            assert 0 < sum(parts) <= total
+        assert run.monitored is not None and run.monitored.gpu_percent == ()
+        # One convolution of 3x3 over 3 channels to 6, at stride 8: of the six images as they are, then as padded.
+        assert result.work is not None
+        sizes = [preprocess_size(path) for path in images]
+        macs = [-(-height // 8) * -(-width // 8) * 6 * 27 for height, width in sizes]
+        assert result.work.macs == sum(macs) / 6
+    one, four = (result.runs[0] for result in results)
+    assert one.shapes == {"1x3x64x96": 3, "1x3x96x64": 2, "1x3x64x64": 1}
+    assert four.shapes == {"4x3x96x96": 2}  # the last batch is filled up from the beginning
+    assert results[1].work is not None and results[1].work.padded_macs == 12 * 12 * 6 * 27
+
+
+def preprocess_size(path: Path) -> tuple[int, int]:
+    """Height and width as the tiny detector resizes it: the short side to 64, the long one to 96 at most."""
+    from gfldeploy.images.decode import read_image
+    from gfldeploy.images.preprocess import Preprocess
+
+    return Preprocess(target_size=(64, 96), pad_stride=32)(read_image(path)).tensor.shape[1:]
+
+
+@pytest.mark.parametrize(("scenario", "rate"), [("offline", None), ("server", 200.0)])
+def test_other_scenarios(scenario: Any, rate: float | None, tiny_bundle: Path, tiny_coco: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
+    plan = Plan((Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, scenario, rate),), ())
+    (result,) = measure(plan, Data(images, "digest"), Settings(0, 20, 0))
+    assert result.status == "ok", result.reason
+    (run,) = result.runs
+    if scenario == "offline":
+        assert run.padding_ratio == pytest.approx(padding_of_single_images(images))
+        assert run.shapes == {"2x3x64x96": 2, "2x3x96x64": 1, "2x3x64x64": 1}
+    else:
+        assert run.samples.images == len(run.samples.latency_ms) == 20
+        assert result.rate == 200
+
+
+def padding_of_single_images(images: Sequence[Path]) -> float:
+    """Of batches of two: three landscapes with the first once more, two portraits, a square twice."""
+    landscapes, portraits, squares = [], [], []
+    for path in images:
+        height, width = preprocess_size(path)
+        (landscapes if width > height else portraits if height > width else squares).append(height * width)
+    real = sum(landscapes) + landscapes[0] + sum(portraits) + 2 * sum(squares)
+    return (4 * 64 * 96 + 2 * 96 * 64 + 2 * 64 * 64) / real
 
 
 def test_a_deliberate_error_in_the_worker(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    (result,) = run_plan(cells(tiny_bundle, 1), [broken], QUICK)
+    (result,) = measure(cells(tiny_bundle, 1), Data((broken,), "digest"))
     assert result.status == "failed" and result.reason is not None and "broken.jpg" in result.reason
     assert result.remedy and "Traceback" not in result.reason
 
@@ -194,7 +336,7 @@ def test_a_failing_accuracy_leaves_the_timing(tiny_bundle: Path, tiny_coco: Path
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps({**source, "annotations": []}))
     images = tiny_coco.parent / "images"
-    (result,) = run_plan(cells(tiny_bundle, 1), [images / "1.jpg"], QUICK, AccuracyData(empty, images))
+    (result,) = measure(cells(tiny_bundle, 1), Data((images / "1.jpg",), "digest", empty, images))
     assert result.status == "ok" and result.accuracy is None
     assert result.accuracy_reason is not None and "no annotations" in result.accuracy_reason
 
@@ -204,22 +346,15 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
         "ap": 1.0, "ap50": 1.0, "ap75": 1.0, "ap_small": -1.0, "ap_medium": 1.0, "ap_large": -1.0,
         "images": 1, "detections": 1,
     }  # fmt: skip
-    run = {
-        "samples": {"latency_ms": [1.0], "warmup_ms": [], "batch_size": 1, "wall_s": 1.0}, "engine_version": "1",
-        "load_s": 1.0, "first_inference_ms": 1.0, "peak_rss_mb": 1.0, "inputs_mb": 1.0, "decode_ms": [],
-        "preprocess_ms": [], "postprocess_ms": [], "convolutions": None,
-        "not_low_precision": None, "padding_ratio": 1.0,
-    }  # fmt: skip
     code = (
         "if 'progress' in request:\n"
         "    for number in range(12):\n"
         "        open(request['progress'], 'w').write(f'{number} 12'); time.sleep(0.5)\n"
         f"    answer({{'accuracy': {accuracy!r}}})\n"
-        f"else: answer({{'run': {run!r}}})\n"
+        f"else: answer({{'timed': {TIMED!r}}})\n"
     )
-    (result,) = run_plan(
-        cells(tiny_bundle, 1), [Path("a.jpg")], QUICK, AccuracyData(Path("a")), timeout_s=4, command=child(code)
-    )
+    data = Data((Path("a.jpg"),), "digest", Path("a"))
+    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(4), command=child(code))
     assert result.accuracy is not None and result.accuracy.ap == 1.0
 
 

@@ -119,13 +119,16 @@ def plan(
             for item in _of_bundle(bundle, engine, precision, batch_sizes, device, threads):
                 if isinstance(item, Skipped):
                     skipped.append(item)
-                else:
-                    cells += [
-                        Cell(bundle.directory, engine, precision, device, item, threads, scenario, rate)
-                        for scenario in scenarios
-                        if _suits(scenario, item)
-                        for rate in (rates if scenario == "server" else (None,))
-                    ]
+                    continue
+                for scenario in scenarios:
+                    # A server takes as many images as wait.
+                    if scenario == "server" and item > 1 and bundle.manifest.inputs[0].shape[0] is not None:
+                        skipped.append(_fixed_batch(bundle, engine, precision, device, item, threads))
+                    elif _suits(scenario, item):
+                        cells += [
+                            Cell(bundle.directory, engine, precision, device, item, threads, scenario, rate)
+                            for rate in (rates if scenario == "server" else (None,))
+                        ]
     return Plan(tuple(cells), tuple(skipped))
 
 
@@ -148,6 +151,12 @@ def _of_bundle(
         if fixed in (None, batch_size):
             yield batch_size
         else:
-            reason = f"the bundle {bundle.directory.name} is made for batches of {fixed}"
-            remedy = "export it again without a fixed batch size"
-            yield Skipped(bundle.directory, engine, precision, device, batch_size, threads, reason, remedy)
+            yield _fixed_batch(bundle, engine, precision, device, batch_size, threads)
+
+
+def _fixed_batch(
+    bundle: Bundle, engine: str, precision: Precision, device: Device, batch_size: int, threads: int
+) -> Skipped:
+    reason = f"the bundle {bundle.directory.name} is made for batches of {bundle.manifest.inputs[0].shape[0]}"
+    remedy = "export it again without a fixed batch size"
+    return Skipped(bundle.directory, engine, precision, device, batch_size, threads, reason, remedy)

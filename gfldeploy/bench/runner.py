@@ -132,7 +132,7 @@ def run_plan(
         kept = journal.find(question(step))
         if kept is not None:
             answers[step] = _read(kept, step)
-    pending = [step for step in steps if step not in answers]
+    pending = [step for step in steps if step not in answers and _worth_it(step, steps, answers)]
     for number, step in enumerate(pending):
         progress(number, len(pending), str(step))
         if not _worth_it(step, steps, answers):

@@ -37,8 +37,8 @@ def serve(
     """Serve images as they arrive, in real time; they are taken in their order, over and over.
 
     Whenever the engine is free it takes all that wait, `batch_size` at most, and pads them to a common size. That
-    counts, decoding and preprocessing do not. `Samples.latency_ms` is of each image from its arrival to the end of its
-    batch; `Samples.stable` says whether the server kept up with the arrivals. Before that every batch size is warmed up.
+    counts, decoding and preprocessing do not. `Samples.latency_ms` is of each image from arrival to the end of its
+    batch; `Samples.stable` says whether the server kept up with the arrivals. Every batch size is warmed up first.
     Raises `EngineError` when the engine fails.
     """
     if batch_size < 1 or len(arrivals) == 0:

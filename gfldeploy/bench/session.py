@@ -42,8 +42,8 @@ class BenchRequest:
     `timed_images`: how many of the first images are used for timing. `accuracy_images`: how many for mAP; None is all.
     `settings`: how long and how often. `rates`: images a second, in the server scenario. `cell_timeout_s`: seconds
     after which a cell has failed; for mAP, seconds without an image done. `memory_limit_mb`: 10^6 bytes of resident
-    memory after which a cell has failed; None is 90% of what is free. `peaks`: measure what each engine reaches at best too.
-    `engine_cache`: where TensorRT engines are kept.
+    memory after which a cell has failed; None is 90% of what is free. `peaks`: measure what each engine reaches at best
+    too. `engine_cache`: where TensorRT engines are kept.
     """
 
     bundles: Sequence[Path]

@@ -100,9 +100,50 @@ def test_an_unknown_engine(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"engine": "x"}, {"precision": "int4"}, {"device": "tpu"}, {"batch_size": 0}, {"threads": 0}]
+    "change",
+    [
+        {"engine": "x"},
+        {"precision": "int4"},
+        {"device": "tpu"},
+        {"batch_size": 0},
+        {"threads": 0},
+        {"batch_size": 2},
+        {"scenario": "x"},
+        {"scenario": "server"},
+        {"rate": 5.0},
+        {"scenario": "server", "rate": -1.0},
+    ],
 )
 def test_impossible_cells(change: dict[str, object]) -> None:
-    cell = Cell(Path("bundle"), "onnxruntime", "fp32", "cpu", 1, 1)
+    cell = Cell(Path("bundle"), "onnxruntime", "fp32", "cpu", 1, 1, "single-stream")
     with pytest.raises(ValueError):
         replace(cell, **change)
+
+
+def test_scenarios_take_the_batch_sizes_that_suit_them(tiny_bundle: Path) -> None:
+    bundle = variant(tiny_bundle, "fp32")
+    asked = ["single-stream", "multi-stream", "offline", "server"]
+    result = plan([bundle], ["onnxruntime"], ["fp32"], [1, 4], "cpu", 1, asked, [5.0, 10.0])  # type: ignore[arg-type]
+    assert [(cell.batch_size, cell.scenario, cell.rate) for cell in result.cells] == [
+        (1, "single-stream", None),
+        (1, "offline", None),
+        (1, "server", 5.0),
+        (1, "server", 10.0),
+        (4, "multi-stream", None),
+        (4, "offline", None),
+        (4, "server", 5.0),
+        (4, "server", 10.0),
+    ]
+    assert [str(cell) for cell in result.cells[:3]] == [
+        "fp32: onnxruntime fp32 on cpu, batch 1",
+        "fp32: onnxruntime fp32 on cpu, batch 1, offline",
+        "fp32: onnxruntime fp32 on cpu, batch 1, server at 5 images/s",
+    ]
+
+
+def test_a_fixed_batch_cannot_serve_what_comes(tiny_bundle: Path) -> None:
+    bundle = variant(tiny_bundle, "fixed", batch=4)
+    result = plan([bundle], ["onnxruntime"], ["fp32"], [4], "cpu", 1, ["server"], [5.0])
+    assert result.cells == ()
+    (skipped,) = result.skipped
+    assert "made for batches of 4" in skipped.reason and skipped.remedy

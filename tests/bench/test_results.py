@@ -11,67 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_results import OK, RUN, sample_results
 
-from gfldeploy.accuracy import Accuracy
-from gfldeploy.bench.results import (
-    SCHEMA,
-    BenchResults,
-    BundleIdentity,
-    CellResult,
-    DataDescription,
-    Run,
-    Settings,
-)
+from gfldeploy.bench.results import SCHEMA, BenchResults
 from gfldeploy.bench.table import rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.engines.base import Precision
 from gfldeploy.errors import DataError, OutputError
 from gfldeploy.machine import describe_machine
 
-RUN = Run(
-    samples=Samples((10.0, 12.0, 20.0), (50.0,), batch_size=2, wall_s=0.05),
-    engine_version="1.2.3",
-    load_s=0.5,
-    first_inference_ms=60.0,
-    peak_rss_mb=300.0,
-    inputs_mb=20.0,
-    decode_ms=(1.0, 2.0),
-    preprocess_ms=(3.0, 4.0),
-    postprocess_ms=(0.5,),
-    convolutions={"fp32": 1, "int8": 52},
-    not_low_precision=("kept in float in the ONNX file (1): stem",),
-    padding_ratio=1.25,
-)
-OK = CellResult(
-    bundle=BundleIdentity("tiny", "tiny_dir", "ab" * 32),
-    engine="onnxruntime",
-    precision="int8",
-    device="cpu",
-    batch_size=2,
-    threads=1,
-    status="ok",
-    reason=None,
-    remedy=None,
-    runs=(RUN, replace(RUN, samples=Samples((14.0,), (), batch_size=2, wall_s=0.03), peak_rss_mb=310.0)),
-    accuracy=Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9),
-    accuracy_reason=None,
-)
 NOT_INT8 = "1 of 53 convolutions not in int8: kept in float in the ONNX file (1): stem"
-FAILED = replace(OK, status="failed", reason="it crashed", runs=(RUN,), accuracy=None)
-SKIPPED = replace(
-    OK, bundle=None, batch_size=None, status="skipped", reason="it cannot", remedy="Try x.", runs=(), accuracy=None
-)
 
 
 @pytest.fixture
 def results() -> BenchResults:
-    return BenchResults(
-        created="2026-01-01T00:00:00+00:00",
-        machine=describe_machine(),
-        data=DataDescription("cd" * 32, 6, None),
-        settings=Settings(2.0, 10),
-        cells=(OK, FAILED, SKIPPED),
-    )
+    return sample_results()
 
 
 def test_there_and_back(results: BenchResults, tmp_path: Path) -> None:
@@ -102,7 +56,8 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", SCHEMA + 1), "schema 2"),
+        (change("schema", SCHEMA + 1), "schema 3"),
+        (change("schema", 1), "schema 1"),
         (change("schema", None), "no schema number"),
         (change("surprise", 1), "results has unknown keys: surprise"),
         (change("cells.0.runs.0.surprise", 1), r"results.cells\[0\].runs\[0\] has unknown keys: surprise"),
@@ -119,6 +74,9 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("machine", 3), "results.machine must be an object"),
         (change("machine.packages", {"numpy": 2}), "packages.numpy must be of type str"),
         (change("settings.rounds", 0), "rounds must be at least 1"),
+        (change("settings.max_seconds", 1.0), "max_seconds not less than"),
+        (change("cells.0.rate", 5.0), "the server scenario has a rate"),
+        (change("cells.0.runs.0.stages.decode_ms", [1.0]), "one value for each batch"),
     ],
 )
 def test_refuses(edit: Callable[[dict[str, Any]], object], message: str, results: BenchResults, tmp_path: Path) -> None:
@@ -148,14 +106,47 @@ def test_an_output_that_cannot_be_written(results: BenchResults, tmp_path: Path)
 
 def test_rows(results: BenchResults) -> None:
     ok, failed, skipped = rows(results)
-    assert ok.latency_ms == 13.0  # of 10, 12, 20 and 14: both rounds
-    assert ok.p90_ms == pytest.approx(18.2)
+    assert ok.median_ms is not None and ok.median_ms.value == 13.0  # of 10, 12, 20 and 14: both rounds
+    assert ok.p90_ms is None, "four samples say nothing of it"
     assert ok.images_per_s == pytest.approx(8 / 0.08)
+    assert ok.end_to_end_ms == 18.0
     assert (ok.ap, ok.low_precision, ok.memory_mb, ok.note) == (0.5, "52/53", 290.0, NOT_INT8)
-    assert (failed.latency_ms, failed.note) == (None, "failed: it crashed")
+    # 100 images a second of 10^9 MACs each, of a peak of 200 10^9.
+    assert ok.gmac_per_s == pytest.approx(100) and ok.percent_of_peak == pytest.approx(50)
+    assert ok.flags == ()
+    assert (failed.median_ms, failed.note) == (None, "failed: it crashed")
     assert (skipped.bundle, skipped.batch_size, skipped.note) == (None, None, "skipped: it cannot; Try x")
     (no_accuracy,) = rows(replace(results, cells=(replace(OK, accuracy=None, accuracy_reason="no boxes"),)))
     assert no_accuracy.note == f"{NOT_INT8}; no mAP: no boxes"
+    assert no_accuracy.accuracy == "unknown"
+
+
+def test_flags(results: BenchResults) -> None:
+    assert RUN.monitored is not None
+    careful = replace(
+        RUN,
+        samples=replace(RUN.samples, stable=False),
+        idle=replace(RUN.idle, cpu_percent=60.0),
+        monitored=replace(RUN.monitored, throttled=("heat of CPU 0",)),
+    )
+    quick = replace(results.settings, quick=True)
+    (row,) = rows(replace(results, settings=quick, cells=(replace(OK, runs=(RUN, careful)),)))
+    assert row.flags == ("quick", "unstable", "busy", "throttled")
+
+
+def test_the_servers_bound_is_judged_by_the_highest_percentile_that_the_samples_support(results: BenchResults) -> None:
+    samples = Samples(tuple(float(number) for number in range(1, 101)), (), 2, 100, 10.0, True)
+    served = replace(OK, scenario="server", rate=10.0, runs=(replace(RUN, samples=samples),))
+
+    def bound(bound_ms: float) -> tuple[int, bool] | None:
+        settings = replace(results.settings, latency_bound_ms=bound_ms)
+        (row,) = rows(replace(results, settings=settings, cells=(served,)))
+        return (row.bound.percent, row.bound.held) if row.bound else None
+
+    # A hundred samples support the 95th percentile, 95.05 ms, not the 99th.
+    assert bound(96.0) == (95, True) and bound(95.0) == (95, False)
+    (row,) = rows(replace(results, cells=(served,)))
+    assert row.bound is None
 
 
 @pytest.mark.parametrize(
@@ -194,5 +185,5 @@ def test_the_committed_results_are_read() -> None:
     assert files
     for path in files:
         read = rows(BenchResults.read(path))
-        assert [row for row in read if row.latency_ms is not None]
-        assert all(row.note for row in read if row.latency_ms is None)
+        assert [row for row in read if row.median_ms is not None]
+        assert all(row.note for row in read if row.median_ms is None)

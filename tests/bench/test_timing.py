@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import pytest
 
-from gfldeploy.bench.timing import Samples, measure, median, percentile
+from gfldeploy.bench.timing import Samples, StopRule, is_stable, measure
 from gfldeploy.engines.base import EngineOptions, Tensors
 from gfldeploy.errors import EngineError
 
@@ -46,7 +47,7 @@ def batch(mark: int, width: int, size: int = 2) -> np.ndarray:
 
 def test_warms_up_every_shape_then_goes_round_in_order_and_ends_with_a_round() -> None:
     engine = Recorder()
-    samples = measure(engine, [batch(1, 8), batch(2, 6), batch(3, 8)], min_seconds=0, min_count=5, warmup=2)
+    samples = measure(engine, [batch(1, 8), batch(2, 6), batch(3, 8)], StopRule(0, 5, 0), warmup=2)
     assert engine.seen == [1, 1, 2, 2, 1, 2, 3, 1, 2, 3]
     assert (len(samples.warmup_ms), len(samples.latency_ms)) == (4, 6)
     assert (samples.batch_size, samples.images) == (2, 12)
@@ -55,41 +56,72 @@ def test_warms_up_every_shape_then_goes_round_in_order_and_ends_with_a_round() -
 
 
 def test_both_minima_are_met() -> None:
-    by_time = measure(Recorder(), [batch(1, 8)], min_seconds=0.05, min_count=1)
+    by_time = measure(Recorder(), [batch(1, 8)], StopRule(0.05, 1, 0.05))
     assert by_time.wall_s >= 0.05
-    assert len(measure(Recorder(), [batch(1, 8)], min_seconds=0, min_count=7, warmup=0).latency_ms) == 7
+    assert len(measure(Recorder(), [batch(1, 8)], StopRule(0, 7, 0), warmup=0).latency_ms) == 7
 
 
 def test_an_engines_failure_passes_through() -> None:
     with pytest.raises(EngineError, match="no more"):
-        measure(Recorder(fail_at=3), [batch(1, 8)], min_seconds=0, min_count=5, warmup=1)
+        measure(Recorder(fail_at=3), [batch(1, 8)], StopRule(0, 5, 0), warmup=1)
 
 
 @pytest.mark.parametrize("batches", [[], [batch(1, 8, 1), batch(1, 8, 2)]])
 def test_batches_must_be_of_one_size(batches: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match="same size"):
-        measure(Recorder(), batches, 0, 1)
+        measure(Recorder(), batches, StopRule(0, 1, 0))
 
 
-@pytest.mark.parametrize("arguments", [(-1, 1, 1), (0, 0, 1), (0, 1, -1)])
-def test_limits_must_make_sense(arguments: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
-        measure(Recorder(), [batch(1, 8)], *arguments)
+def test_goes_on_until_the_latencies_have_settled_or_time_is_up() -> None:
+    class Sleeper(Recorder):
+        """Takes longer and longer for as long as `grows`."""
 
+        def __init__(self, grows: int) -> None:
+            super().__init__()
+            self.grows = grows
 
-def test_statistics() -> None:
-    assert median([3, 1, 2]) == 2 and median([1, 2, 3, 10]) == 2.5
-    # Linear between the neighbours: 90 % of the way through 4 steps lies 0.6 between 4 and 5.
-    assert percentile([5, 1, 2, 3, 4], 90) == pytest.approx(4.6)
-    assert percentile([7], 90) == 7
-    for statistic in (median, lambda values: percentile(values, 90)):
-        with pytest.raises(ValueError):
-            statistic([])
+        def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
+            time.sleep(0.001 * min(len(self.seen), self.grows))
+            return super().infer(inputs)
+
+    restless = measure(Sleeper(1000), [batch(1, 8)], StopRule(0, 5, 0.3), warmup=0)
+    assert not restless.stable and restless.wall_s >= 0.3
+    # Windows of a fifth: 10 of 50 samples, of which the first two may be anything.
+    settled = measure(Sleeper(4), [batch(1, 8)], StopRule(0, 5, 60), warmup=0)
+    assert settled.stable and len(settled.latency_ms) < 1000
 
 
 @pytest.mark.parametrize(
-    "values", [((), (), 1, 1.0), ((-1.0,), (), 1, 1.0), ((1.0,), (), 0, 1.0), ((1.0,), (), 1, 0.0)]
+    ("latencies", "period", "stable"),
+    [
+        ([9, 9, 1, 1, 1], 1, True),
+        ([1, 1, 1, 1], 1, False),  # fewer than five windows
+        ([1, 1, 1, 1, 1.03], 1, False),
+        ([1, 1, 1, 1, 1.01], 1, True),
+        ([1, 5] * 5, 2, True),  # two inputs of different size: the windows hold both
+        ([5, 9, 1, 1, 1, 1], 1, True),  # what is left over lies before the windows
+    ],
 )
-def test_impossible_samples(values: tuple[tuple[float, ...], tuple[float, ...], int, float]) -> None:
+def test_stable_means_that_the_last_three_windows_agree(latencies: list[float], period: int, stable: bool) -> None:
+    assert is_stable(latencies, period) is stable
+
+
+@pytest.mark.parametrize("arguments", [(-1, 1, 1), (0, 0, 1), (2, 1, 1)])
+def test_limits_must_make_sense(arguments: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        StopRule(*arguments)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ((), (), 1, 1, 1.0, True),
+        ((-1.0,), (), 1, 1, 1.0, True),
+        ((1.0,), (), 0, 1, 1.0, True),
+        ((1.0,), (), 1, 0, 1.0, True),
+        ((1.0,), (), 1, 1, 0.0, True),
+    ],
+)
+def test_impossible_samples(values: tuple[tuple[float, ...], tuple[float, ...], int, int, float, bool]) -> None:
     with pytest.raises(ValueError):
         Samples(*values)

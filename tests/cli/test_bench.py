@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,12 +26,13 @@ def run(*arguments: object) -> int:
 
 def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "results.json"
-    quick = ("--min-seconds", 0, "--min-count", 3, "--threads", 1, "--batch-sizes", "1,2", "--rounds", 2)
+    quick = ("--min-seconds", 0, "--min-count", 3, "--threads", 1, "--batch-sizes", "1,2", "--rounds", 2, "--no-peak")
     assert run(tiny_bundle, "--data", tiny_coco, "-o", output, *quick) == 0
     shown, progress = capfd.readouterr()
     assert "1.000" in shown and "images/s" in shown and "0/1" in shown
     assert "onnxruntime int8: skipped: no INT8 bundle was given; make an INT8 bundle" in shown
-    assert progress.index("skip  onnxruntime  fp16") < progress.index("1/5 tiny: onnxruntime fp32 on cpu, batch 1\n")
+    skip = progress.index("skip  onnxruntime          fp16")
+    assert skip < progress.index("1/5 tiny: onnxruntime fp32 on cpu, batch 1\n")
     assert re.search(r"3/5 tiny: onnxruntime fp32 on cpu, batch 1 \(about \d+ s left\)\n", progress)
     assert re.search(r"5/5 tiny: onnxruntime fp32 on cpu, accuracy \(about \d+ s left\)\n", progress)
     results = BenchResults.read(output)
@@ -43,7 +47,9 @@ def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: p
     # Prepared: 58x96, 96x58, 64x64 and 64x96, padded to multiples of 32; in twos, landscape meets portrait.
     assert 1 < run_one.padding_ratio < run_two.padding_ratio
     assert len(run_one.samples.warmup_ms) == 2 * 3  # three distinct shapes
-    assert len(run_one.decode_ms) == len(run_one.preprocess_ms) == len(run_one.postprocess_ms) == 6
+    assert len(run_one.stages.decode_ms) >= 2
+    assert output.with_suffix(".csv").read_text().count("\n") == 1 + len(results.cells)
+    assert not output.with_name("results.json.unfinished").exists()
     assert str(tiny_bundle.parent) not in output.read_text()
 
 
@@ -59,7 +65,17 @@ def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capf
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--engines", "onnxruntime,tensorflow"), "'tensorflow' is not one of paddle, onnxruntime"),
+        (("--engines", "onnxruntime,tensorflow"), "'tensorflow' is not one of paddle, paddle-plain, onnxruntime"),
+        (("--engines", "onnxrutime"), "(did you mean onnxruntime?)"),
+        (("--precisions", "in8"), "(did you mean int8?)"),
+        (("--scenarios", "server"), "the server scenario needs --rates"),
+        (("--rates", "5"), "--rates needs the server scenario"),
+        (("--rates", "5,-1", "--scenarios", "server"), "'-1' is not a positive number"),
+        (("--max-seconds", "1"), "--max-seconds is less than --min-seconds"),
+        (
+            ("--scenarios", "single-stream", "--batch-sizes", "2", "--engines", "onnxruntime", "--precisions", "fp32"),
+            "the scenarios do not go with the batch sizes",
+        ),
         (("--precisions", "int4"), "'int4' is not one of fp32, fp16, bf16, int8"),
         (("--batch-sizes", "1,0"), "'0' is not a whole number from 1"),
         (("--batch-sizes", "1;2"), "'1;2' is not a whole number from 1"),
@@ -70,6 +86,7 @@ def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capf
         ),
         (("--threads", "0"), "0 is not in the range"),
         (("--output", "."), "is a directory"),
+        (("--output", "results.txt"), "results.txt does not end in .json"),
         (("--images", "nowhere"), "nowhere is not a directory"),
     ],
 )
@@ -112,3 +129,79 @@ def test_no_cell_measured(
     assert "onnxruntime fp32 batch 1: failed: it took longer than 0.001 s" in shown
     assert error.splitlines()[-1].startswith("Error: no cell could be measured; onnxruntime fp32: it took longer")
     assert [cell.status for cell in BenchResults.read(output).cells] == ["failed"]
+
+
+def test_options_from_a_file(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, output = tmp_path / "quick.yml", tmp_path / "results.json"
+    config.write_text(
+        f"data: {tiny_coco}\nengines: [onnxruntime]\nprecisions: fp32\nbatch-sizes: [1, 2]\nrounds: 1\n"
+        "min_seconds: 0\nmin-count: 2\nthreads: 1\naccuracy: false\npeak: false\n"
+    )
+    # What the command line says goes before.
+    assert run(tiny_bundle, "--config", config, "--batch-sizes", "2", "-o", output) == 0
+    results = BenchResults.read(output)
+    assert [(cell.engine, cell.precision, cell.batch_size) for cell in results.cells] == [("onnxruntime", "fp32", 2)]
+    assert (results.settings.rounds, results.settings.min_count, results.settings.quick) == (1, 2, True)
+    assert results.cells[0].accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsizes: [1]", "has an unknown option, 'batchsizes' (did you mean batch-sizes?)"),
+        ("- 1", "must be a mapping of option names to values"),
+        ("{", "is not YAML"),
+        ("engines: [tensorflow]", "'tensorflow' is not one of"),
+        ("rounds: many", "'many' is not a valid integer range"),
+        ("batch-sizes: [1, 0]", "'0' is not a whole number from 1"),
+        ("force: true", "has an unknown option, 'force'"),
+    ],
+)
+def test_a_bad_file_of_options(
+    text: str,
+    message: str,
+    tiny_bundle: Path,
+    tiny_coco: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yml").write_text(text)
+    assert run(tiny_bundle, "--data", tiny_coco, "--config", "bad.yml") == 2
+    error = capfd.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("Error:") and message in error[0]
+
+
+def test_killed_and_resumed(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "results.json", tmp_path / "log"
+    arguments = [
+        *(tiny_bundle, "--data", tiny_coco, "-o", output, "--engines", "onnxruntime", "--precisions", "fp32"),
+        *("--min-seconds", 0, "--min-count", 2, "--threads", 1, "--batch-sizes", "1,2,4", "--rounds", 2, "--no-peak"),
+    ]
+    command = [sys.executable, "-m", "gfldeploy", "bench", *map(str, arguments)]
+    with log.open("w") as errors, subprocess.Popen(command, stderr=errors, stdout=subprocess.DEVNULL) as process:
+        for _ in range(1200):
+            if "] 4/7 " in log.read_text():
+                break
+            time.sleep(0.05)
+        process.kill()
+    assert not output.exists()
+    kept = list(output.with_name("results.json.unfinished").glob("*.json"))
+    assert len(kept) in (3, 4)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert f"1/{7 - len(kept)} " in done.stderr and f"/{7 - len(kept) + 1} " not in done.stderr
+    assert [len(cell.runs) for cell in BenchResults.read(output).cells] == [2, 2, 2]
+    assert not output.with_name("results.json.unfinished").exists()
+
+
+def test_two_at_once_for_one_file(tmp_path: Path) -> None:
+    from gfldeploy.bench.journal import journal_beside
+    from gfldeploy.errors import OutputError
+
+    with journal_beside(tmp_path / "r.json"), pytest.raises(OutputError, match="another gfldeploy is measuring"):
+        with journal_beside(tmp_path / "r.json"):
+            pass
+    assert list(tmp_path.iterdir()) == []

@@ -1,26 +1,54 @@
-"""Multiply-accumulate operations and memory traffic of an ONNX graph at a given input size."""
+"""Multiply-accumulate operations and memory traffic of an ONNX graph at a given input size, by arithmetic on shapes."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.engines.base import Precision
 from gfldeploy.errors import BundleError
 
-__all__ = ["GraphCost", "convolution_macs", "count_macs", "graph_cost"]
+__all__ = ["BYTES", "GraphWork", "convolution_macs", "count_macs", "count_work"]
+
+# Of one number.
+BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+# Shape inference needs the values of no larger constant: what Reshape, Resize and the like read has a few numbers.
+_MOST_INFERRED_BYTES = 1024
 
 
 @dataclass(frozen=True)
-class GraphCost:
-    """Of one image: `macs` as `count_macs`; `activations`: values that its convolutions read and write; and `weights`:
-    values of the convolutions' weights, those that several uses share counted for each use.
+class GraphWork:
+    """What one image costs.
+
+    `macs`: multiply-accumulates, as `count_macs`. Of all convolutions together, in numbers (not bytes): `activations`,
+    the inputs and outputs of one image, and `weights`; those of a convolution that is used more than once count each
+    time.
     """
 
     macs: int
     activations: int
+    weights: int
+
+    def traffic_bytes(self, precision: Precision, batch_size: int) -> float:
+        """Least memory traffic of one image of a batch.
+
+        Every convolution's input and output, and its share of the weights, are read or written once in `precision`.
+        What lies between convolutions is taken for fused with them, and nothing to stay in the cache.
+        """
+        return (self.activations + self.weights / batch_size) * BYTES[precision]
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """One use of a convolution. `inputs`, `outputs`, `weights`: how many numbers, of one image."""
+
+    macs: int
+    inputs: int
+    outputs: int
     weights: int
 
 
@@ -31,98 +59,131 @@ def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int])
     A convolution costs outputs x (input channels / groups) x kernel height x kernel width; one MAC is two FLOPs.
     Raises `BundleError` if ONNX's shape inference cannot follow the graph at that size.
     """
-    return graph_cost(onnx_file, height, width, strides).macs
-
-
-def graph_cost(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> GraphCost:
-    """`count_macs` and the values that the convolutions move, at the same terms."""
-    model, weights = _load(onnx_file)
-    found = _convolutions(model, weights, onnx_file, height, width, strides).values()
-    macs = sum(one.macs for one in found)
-    # The DFL projection: inference may not follow the reshapes before it, but its size is known without.
-    cells = sum(-(-height // stride) * -(-width // stride) for stride in strides)
-    for node in model.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            macs += cells * 4 * _product(list(weights[node.input[1]]), onnx_file)
-    return GraphCost(macs, sum(one.activations for one in found), sum(one.weights for one in found))
+    return count_work(onnx_file, [(height, width)], strides)[height, width].macs
 
 
 def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], int]:
     """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_macs`."""
-    model, weights = _load(onnx_file)
-    found = _convolutions(model, weights, onnx_file, height, width, strides)
-    return {use: cost.macs for use, cost in found.items()}
+    convolutions = _Graph(onnx_file).convolutions(height, width, strides)
+    return {key: one.macs for key, one in convolutions.items()}
 
 
-def _load(onnx_file: Path) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """The model, and the shapes of its weights by the name under which nodes read them."""
-    import onnx
+def count_work(
+    onnx_file: Path, sizes: Collection[tuple[int, int]], strides: Sequence[int]
+) -> dict[tuple[int, int], GraphWork]:
+    """The work of one image of each of the `sizes` (height, width in pixels), by size; else as `count_macs`.
 
-    try:
-        model = onnx.load(str(onnx_file))
-        weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-        if len(model.graph.input[0].type.tensor_type.shape.dim) != 4:
-            raise ValueError("its input is no batch of images")
-    except Exception as error:  # protobuf's own error for damaged bytes, and what a graph of something else causes
-        raise BundleError(
-            f"{onnx_file} is not the ONNX graph of a detector: {error}", "Export the bundle again."
-        ) from error
-    return model, weights | _through_dequantize(model, weights)
-
-
-def _convolutions(
-    model: Any,
-    weights: Mapping[str, tuple[int, ...]],
-    onnx_file: Path,
-    height: int,
-    width: int,
-    strides: Sequence[int],
-) -> dict[tuple[str, int], GraphCost]:
-    """What each convolution costs, by weight name and use. Fixes the input's size in `model` and takes its outputs away."""
-    import onnx
-
-    for dimension, value in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, 3, height, width), strict=True):
-        dimension.dim_value = value
-    # The outputs' symbolic sizes would contradict the sizes inferred from the input's.
-    del model.graph.output[:]
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise BundleError(
-            f"{onnx_file}: its shapes cannot be inferred at {height}x{width}: {error}",
-            f"Give a --size of multiples of {max(strides)} px; if that fails too, export the bundle again.",
-        ) from error
-    shapes = {
-        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        for value in (*inferred.graph.value_info, *inferred.graph.input)
-    }
-    uses: Counter[str] = Counter()
+    An INT8 (Q/DQ) graph counts as the FP32 graph that it was made from. The file is read once: a further size takes
+    milliseconds.
+    """
+    graph = _Graph(onnx_file)
     found = {}
-    for node in model.graph.node:
-        if node.op_type == "Conv" and node.input[1] in weights:
-            name = node.input[1]
-            _, channels, *kernel = weights[name]
-            read, written = (_product(shapes.get(tensor, []), onnx_file) for tensor in (node.input[0], node.output[0]))
-            window = channels * _product(kernel, onnx_file)
-            found[name, uses[name]] = GraphCost(
-                written * window, read + written, _product(list(weights[name]), onnx_file)
-            )
-            uses[name] += 1
+    for height, width in dict.fromkeys(sizes):
+        convolutions = graph.convolutions(height, width, strides).values()
+        found[height, width] = GraphWork(
+            macs=sum(one.macs for one in convolutions) + graph.projection_macs(height, width, strides),
+            activations=sum(one.inputs + one.outputs for one in convolutions),
+            weights=sum(one.weights for one in convolutions),
+        )
     return found
 
 
-def _through_dequantize(model: Any, weights: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+class _Graph:
+    """A detector's graph, loaded without the values of its weights."""
+
+    def __init__(self, onnx_file: Path) -> None:
+        """Raises `BundleError` if the file is not the ONNX graph of a detector."""
+        import onnx
+
+        self._file = onnx_file
+        try:
+            self._model = onnx.load(str(onnx_file))
+            graph = self._model.graph
+            weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+            if len(graph.input[0].type.tensor_type.shape.dim) != 4:
+                raise ValueError("its input is no batch of images")
+        except Exception as error:  # protobuf's own error for damaged bytes, and what a graph of something else causes
+            raise BundleError(
+                f"{onnx_file} is not the ONNX graph of a detector: {error}", "Export the bundle again."
+            ) from error
+        # By the name under which nodes read them.
+        self._weights = weights | _through_dequantize(self._model, weights)
+        # The outputs' symbolic sizes would contradict the sizes inferred from the input's.
+        del graph.output[:]
+        _drop_values(graph)
+
+    def convolutions(self, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], _Convolution]:
+        """By weight name and use. Raises `BundleError`."""
+        shapes = self._shapes(height, width, strides)
+        uses: Counter[str] = Counter()
+        found = {}
+        for node in self._model.graph.node:
+            if node.op_type != "Conv" or node.input[1] not in self._weights:
+                continue
+            name = node.input[1]
+            weights = self._weights[name]
+            outputs = self._product(shapes.get(node.output[0], []))
+            found[name, uses[name]] = _Convolution(
+                macs=outputs * self._product(weights[1:]),
+                inputs=self._product(shapes.get(node.input[0], [])),
+                outputs=outputs,
+                weights=self._product(weights),
+            )
+            uses[name] += 1
+        return found
+
+    def projection_macs(self, height: int, width: int, strides: Sequence[int]) -> int:
+        """Of the DFL projection: inference may not follow the reshapes before it, but its size is known without."""
+        cells = sum(-(-height // stride) * -(-width // stride) for stride in strides)
+        return sum(
+            cells * 4 * self._product(self._weights[node.input[1]])
+            for node in self._model.graph.node
+            if node.op_type == "MatMul" and node.input[1] in self._weights
+        )
+
+    def _shapes(self, height: int, width: int, strides: Sequence[int]) -> dict[str, list[int]]:
+        """The shapes of all tensors for one image, 0 for a size that is not known."""
+        import onnx
+
+        image = self._model.graph.input[0]
+        for dimension, value in zip(image.type.tensor_type.shape.dim, (1, 3, height, width), strict=True):
+            dimension.dim_value = value
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self._model, data_prop=True)
+        except onnx.shape_inference.InferenceError as error:
+            raise BundleError(
+                f"{self._file}: its shapes cannot be inferred at {height}x{width}: {error}",
+                f"Give a --size of multiples of {max(strides)} px; if that fails too, export the bundle again.",
+            ) from error
+        return {
+            value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+            for value in (*inferred.graph.value_info, *inferred.graph.input)
+        }
+
+    def _product(self, sizes: Sequence[int]) -> int:
+        result = math.prod(sizes)
+        if not sizes or result <= 0:
+            raise BundleError(f"{self._file}: the sizes of a convolution are unknown", "Export the bundle again.")
+        return result
+
+
+def _drop_values(graph: Any) -> None:
+    """Turn large constants into inputs, of which inference knows type and shape too: it copies the whole model."""
+    from onnx import TensorProto, helper
+
+    kept = []
+    for tensor in graph.initializer:
+        if tensor.ByteSize() > _MOST_INFERRED_BYTES:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            kept.append(TensorProto.FromString(tensor.SerializeToString()))  # the list that holds it is emptied next
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _through_dequantize(model: Any, weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {
         node.output[0]: weights[node.input[0]]
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in weights
     }
-
-
-def _product(sizes: list[int], onnx_file: Path) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    if not sizes or result <= 0:
-        raise BundleError(f"{onnx_file}: a convolution's output size is unknown", "Export the bundle again.")
-    return result

@@ -1,20 +1,18 @@
-"""What one image costs, by arithmetic on a bundle's graph."""
+"""What the images of a benchmark cost, by arithmetic on the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 
 from gfldeploy.bench.results import Work
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Precision
-from gfldeploy.macs import GraphCost, graph_cost
+from gfldeploy.macs import GraphWork, count_work
 
 __all__ = ["work"]
 
-# Of an activation and of a weight; INT8's biases and scales are left out.
-_BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+# By bundle digest, height and width: cells of a benchmark differ in engine and batch size more than in these.
+_counted: dict[tuple[str, int, int], GraphWork] = {}
 
 
 def work(
@@ -23,29 +21,42 @@ def work(
     image_sizes: Sequence[tuple[int, int]],
     batches: Mapping[tuple[int, int, int], int],
 ) -> Work:
-    """The mean over images of these sizes, (height, width) in pixels as resized, in batches of these shapes.
+    """The mean work of one image.
 
-    `batches`: their number by (batch, height, width). The network rounds an image's own size up to a multiple of its
-    largest stride. Raises `BundleError` where the graph cannot be followed.
+    `image_sizes`: height, width in pixels of each image as resized, not padded. Counted is the least size that the
+    network takes for it, that of a batch of this image alone. `batches`: how many there were by batch size, height and
+    width, padding included.
+    Raises `BundleError` if the bundle's ONNX graph cannot be counted, `ValueError` for no images or batches.
     """
-    strides = bundle.manifest.strides
-    step = max(strides)
-    model, _ = bundle.graph("onnx")
+    images = sum(size * count for (size, _, _), count in batches.items())
+    if not image_sizes or images < 1:
+        raise ValueError("there must be at least one image and one batch")
+    own = [_alone(bundle, height, width) for height, width in image_sizes]
+    counted = _count(bundle, {*own, *((height, width) for _, height, width in batches)})
+    padded_macs = traffic_bytes = 0.0
+    for (size, height, width), count in batches.items():
+        one = counted[height, width]
+        padded_macs += size * count * one.macs
+        traffic_bytes += size * count * one.traffic_bytes(precision, size)
+    return Work(
+        macs=sum(counted[size].macs for size in own) / len(own),
+        padded_macs=padded_macs / images,
+        traffic_mb=traffic_bytes / images / 1e6,
+    )
 
-    def cost(height: int, width: int) -> GraphCost:
-        return _cost(model, bundle.digest, -(-height // step) * step, -(-width // step) * step, strides)
 
-    images = sum(batch * count for (batch, _, _), count in batches.items())
-    padded_macs = traffic = 0.0
-    for (batch, height, width), count in batches.items():
-        one = cost(height, width)
-        padded_macs += one.macs * batch * count
-        traffic += (one.activations * batch + one.weights) * count * _BYTES[precision]
-    macs = sum(cost(height, width).macs for height, width in image_sizes) / len(image_sizes)
-    return Work(macs, padded_macs / images, traffic / images / 1e6)
+def _alone(bundle: Bundle, height: int, width: int) -> tuple[int, int]:
+    """The size of the network's input for an image of this size, as `Preprocess.batch` pads it."""
+    preprocess = bundle.manifest.preprocess
+    least_height, least_width = preprocess.target_size if preprocess.fixed else (1, 1)
+    step = max(preprocess.pad_stride, 1)
+    return -(-max(height, least_height) // step) * step, -(-max(width, least_width) // step) * step
 
 
-@lru_cache(maxsize=256)
-def _cost(model: Path, digest: str, height: int, width: int, strides: tuple[int, ...]) -> GraphCost:
-    """`digest`: the bundle's, so that another bundle at the same path is not taken for this one."""
-    return graph_cost(model, height, width, strides)
+def _count(bundle: Bundle, sizes: Collection[tuple[int, int]]) -> dict[tuple[int, int], GraphWork]:
+    digest = bundle.digest
+    if new := [size for size in sizes if (digest, *size) not in _counted]:
+        onnx_file, _ = bundle.graph("onnx")
+        for size, one in count_work(onnx_file, new, bundle.manifest.strides).items():
+            _counted[digest, *size] = one
+    return {size: _counted[digest, *size] for size in sizes}

@@ -34,6 +34,7 @@ from gfldeploy.bench.inputs import (
 )
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.monitor import Monitor
+from gfldeploy.bench.peak import measure_peak
 from gfldeploy.bench.records import build, plain
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
 from gfldeploy.bench.scenarios import arrival_times, serve
@@ -207,7 +208,7 @@ def _samples(
 
 
 def _peak(request: PeakRequest) -> Peak:
-    return Peak(request.engine, request.precision, request.device, request.threads, None, None, "not measured yet")
+    return measure_peak(request.engine, request.precision, request.device, request.threads)
 
 
 def _accuracy(request: AccuracyRequest) -> Accuracy:

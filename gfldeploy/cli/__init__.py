@@ -27,6 +27,7 @@ _COMMANDS = {
     "eval": ("gfldeploy.cli.eval", "Measure COCO mAP through an engine."),
     "quantize": ("gfldeploy.cli.quantize", "Make an INT8 bundle from an FP32 one."),
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
+    "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "doctor": ("gfldeploy.cli.doctor", "Show what works on this machine, and why the rest does not."),
 }
 

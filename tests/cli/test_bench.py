@@ -201,7 +201,11 @@ def test_two_at_once_for_one_file(tmp_path: Path) -> None:
     from gfldeploy.bench.journal import journal_beside
     from gfldeploy.errors import OutputError
 
-    with journal_beside(tmp_path / "r.json"), pytest.raises(OutputError, match="another gfldeploy is measuring"):
-        with journal_beside(tmp_path / "r.json"):
-            pass
+    output = tmp_path / "r.json"
+    with (
+        journal_beside(output),
+        pytest.raises(OutputError, match="another gfldeploy is measuring"),
+        journal_beside(output),
+    ):
+        pass
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,144 @@
+"""Two results files side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_results import OK, RUN, sample_results
+
+from gfldeploy.bench.compare import compare
+from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.bench.timing import Samples
+from gfldeploy.cli import main
+from gfldeploy.errors import DataError
+
+STEADY = [10.0, 10.2, 9.9, 10.1, 10.0, 9.8, 10.1, 10.0, 9.9, 10.2]
+
+
+def timed(latencies: Sequence[float], factor: float = 1, **more: Any) -> CellResult:
+    """Two rounds of these latencies, times `factor`."""
+    samples = Samples(tuple(value * factor for value in latencies), (), 2, 2 * len(latencies), 1.0, True)
+    return replace(OK, runs=(replace(RUN, samples=samples),) * 2, **more)
+
+
+def results(*cells: CellResult) -> BenchResults:
+    return replace(sample_results(), cells=cells)
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"),
+    [(0.8, "faster"), (1.25, "slower"), (1.0, "no difference found"), (1.001, "no difference found")],
+)
+def test_verdicts(factor: float, verdict: str) -> None:
+    (found,) = compare(results(timed(STEADY)), results(timed(STEADY, factor))).differences
+    assert found.ratio.value == pytest.approx(factor)
+    assert found.ratio.low is not None and found.ratio.high is not None
+    assert found.ratio.low <= factor <= found.ratio.high
+    assert (found.verdict, found.ap_change, found.same_bundle, found.flags) == (verdict, 0, True, ())
+
+
+def test_few_samples_allow_no_verdict() -> None:
+    (found,) = compare(results(OK), results(OK)).differences
+    assert found.verdict == "too few samples"
+
+
+def test_cells_are_matched_by_what_they_are() -> None:
+    base = timed(STEADY)
+    others = [
+        timed(STEADY, engine="paddle"),
+        timed(STEADY, precision="fp32"),
+        timed(STEADY, batch_size=4),
+        timed(STEADY, scenario="offline"),
+        timed(STEADY, threads=2),
+    ]
+    assert OK.bundle is not None
+    rebuilt = replace(base, bundle=replace(OK.bundle, directory="elsewhere", digest="cd" * 32), accuracy=None)
+    found = compare(results(base, *others[:2]), results(*others[2:], rebuilt))
+    (same,) = found.differences
+    assert not same.same_bundle and same.ap_change is None
+    assert len(found.only_first) == 2 and len(found.only_second) == 3
+    assert found.only_first[0] == "tiny_dir: paddle int8 on cpu, batch 2"
+    assert found.only_second[1] == "tiny_dir: onnxruntime int8 on cpu, batch 2, offline"
+
+
+def test_bundles_of_one_name_are_told_apart_by_directory() -> None:
+    assert OK.bundle is not None
+    one, two = (timed(STEADY, bundle=replace(OK.bundle, directory=name)) for name in ("one", "two"))
+    found = compare(results(one, two), results(replace(two, runs=timed(STEADY, 2).runs), one))
+    assert [(difference.name[:3], difference.verdict) for difference in found.differences] == [
+        ("one", "no difference found"),
+        ("two", "slower"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cpu": "Another"}, "cpu: "),
+        ({"threads": 99}, "threads: "),
+        ({"flags": ()}, "flags: "),
+        ({"memory_gb": 1.0}, "memory_gb: "),
+        ({"gpus": ("H200",)}, "gpus: none against H200"),
+    ],
+)
+def test_other_hardware_is_refused_unless_told(change: dict[str, Any], message: str) -> None:
+    one = replace(results(timed(STEADY)), machine=replace(sample_results().machine, flags=("avx2",)))
+    other = replace(one, machine=replace(one.machine, **change))
+    with pytest.raises(DataError, match=message) as caught:
+        compare(one, other)
+    assert "--different-machines" in str(caught.value)
+    assert any(warning.startswith(message) for warning in compare(one, other, different_machines=True).warnings)
+
+
+def test_other_images_are_refused_unless_told() -> None:
+    one = results(timed(STEADY))
+    other = replace(one, data=replace(one.data, timed_sha256="00" * 32))
+    with pytest.raises(DataError, match="other images were timed"):
+        compare(one, other)
+    assert compare(one, other, different_data=True).warnings == ("other images were timed",)
+
+
+def test_other_software_is_told_of() -> None:
+    one = results(timed(STEADY))
+    other = replace(one, machine=replace(one.machine, packages={**one.machine.packages, "numpy": "0.1"}))
+    (warning,) = compare(one, other).warnings
+    assert warning == f"numpy: {one.machine.packages['numpy']} against 0.1"
+
+
+def test_nothing_in_common() -> None:
+    with pytest.raises(DataError, match="no cell was measured in both"):
+        compare(results(timed(STEADY)), results(timed(STEADY, batch_size=4)))
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *map(str, arguments)])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    results(timed(STEADY), timed(STEADY, batch_size=4)).write(one)
+    results(timed(STEADY, 0.5)).write(two)
+    assert run(one, two) == 0
+    shown = capsys.readouterr().out
+    assert "0.500" in shown and "faster" in shown and "+0.0000" in shown
+    assert "only in one.json: tiny_dir: onnxruntime int8 on cpu, batch 4" in shown
+    assert run(two, one, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["differences"]
+    assert found["ratio"]["value"] == pytest.approx(2) and found["verdict"] == "slower"
+
+
+def test_a_file_that_was_cut_off_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    results(timed(STEADY)).write(one)
+    two.write_text(one.read_text()[:500])
+    assert run(one, two) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and "two.json is not JSON" in error and error.count("\n") == 1

@@ -1,170 +1,301 @@
-"""Two results files side by side: which cells became faster or slower, beyond what chance explains."""
+"""Two results files cell by cell: what became faster or slower, and whether the files can be compared at all."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from gfldeploy.bench.estimates import Estimate, ratio_of_medians
-from gfldeploy.bench.results import BenchResults, CellResult, Settings
-from gfldeploy.bench.table import rows
+from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
+from gfldeploy.bench.results import BenchResults, CellResult, Scenario
+from gfldeploy.bench.table import Row, rows
+from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError
 from gfldeploy.machine import Machine
 
-__all__ = ["Comparison", "Difference", "compare"]
+__all__ = ["CellKey", "Comparison", "Difference", "OneSided", "Pair", "Verdict", "compare"]
 
 Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
 
-# Of the hardware; memory may differ by what firmware and kernel keep.
-_HARDWARE = ("cpu", "cores", "threads", "flags", "gpus")
-_MEMORY_SHARE = 0.01
-_SOFTWARE = ("driver", "os", "python")
-# Settings that change what a latency is; the others change how well it is known.
-_SETTINGS = ("warmup", "seed", "latency_bound_ms")
+# Memory is what the kernel leaves of what is built in: that differs a little from kernel to kernel.
+_MEMORY_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """What a cell is found again by. `directory`: the bundle's, where nothing else tells two cells of a file apart."""
+
+    bundle: str
+    directory: str | None
+    engine: str
+    precision: Precision
+    device: Device
+    batch_size: int
+    threads: int
+    scenario: Scenario
+    rate: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A cell that both files measured.
+
+    `a_ms`, `b_ms`: median latencies of a query, all rounds together; `ratio`: B's over A's; `verdict`: on B, "faster"
+    or "slower" where 1 is outside the ratio's interval. `ap_difference`: B's mAP less A's, None where one is unknown or
+    they are not of the same images. `bundle_changed`: whether the manifests differ, that is, any file of the bundles.
+    `a_flags`, `b_flags`: `table.FLAGS` that hold.
+    """
+
+    cell: CellKey
+    a_ms: Estimate
+    b_ms: Estimate
+    ratio: Estimate
+    verdict: Verdict
+    ap_difference: float | None
+    bundle_changed: bool
+    a_flags: tuple[str, ...]
+    b_flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """A cell that only one file measured, and, in words, why the other did not; None where it has no such cell."""
+
+    cell: CellKey
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One cell of both files.
+    """Something that the files differ in; None on a side that lacks it."""
 
-    `ratio`: the median latency in the second file over that in the first, with its interval; below 1 the second is
-    faster. `ap_change`: second less first, None where either is unknown. `same_bundle`: whether the bundle is the same
-    to the bit. `flags`: those of `table.FLAGS` that hold in either file.
-    """
+    what: str
+    a: str | None
+    b: str | None
 
-    name: str
-    ratio: Estimate
-    ap_change: float | None
-    same_bundle: bool
-    flags: tuple[str, ...]
-
-    @property
-    def verdict(self) -> Verdict:
-        """In words: "no difference found" where the interval holds 1."""
-        if self.ratio.low is None or self.ratio.high is None:
-            return "too few samples"
-        if self.ratio.high < 1:
-            return "faster"
-        return "slower" if self.ratio.low > 1 else "no difference found"
+    def __str__(self) -> str:
+        return f"{self.what} ({self.a or 'none'}, {self.b or 'none'})"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`differences` of the cells that both files measured; the names of those that `only_first` or `only_second` did.
+    """What `compare` found. `identical`: the files hold the same results; everything else is computed all the same.
 
-    `warnings`: what else differs between the files, software first.
+    `hardware`, `data` and `settings` are differences that make latencies incomparable and had to be allowed; `software`
+    and `notes` (accuracy data, how long was measured) are there to explain what is found.
     """
 
-    differences: tuple[Difference, ...]
-    only_first: tuple[str, ...]
-    only_second: tuple[str, ...]
-    warnings: tuple[str, ...]
+    identical: bool
+    pairs: tuple[Pair, ...]
+    only_a: tuple[OneSided, ...]
+    only_b: tuple[OneSided, ...]
+    hardware: tuple[Difference, ...]
+    data: tuple[Difference, ...]
+    software: tuple[Difference, ...]
+    notes: tuple[Difference, ...]
 
 
 def compare(
-    first: BenchResults, second: BenchResults, *, different_machines: bool = False, different_data: bool = False
+    a: BenchResults, b: BenchResults, different_machines: bool = False, different_data: bool = False
 ) -> Comparison:
-    """Compare the cells that both files measured.
+    """Compare the cells that both measured, in A's order.
 
-    Cells are the same by engine, precision, device, batch size, scenario, rate, threads and the bundle's name, and,
-    where a file has several bundles of that name, its directory. Raises `DataError` if the machines or the data differ,
-    unless told that they may, and if no cell is in both.
+    Each verdict is at 95 % confidence by itself: of twenty cells that did not change, one may look as if it had. Runs
+    of the two files cannot be paired, so what changed on the machine from one to the other counts as a change too.
+
+    Raises `DataError` where the hardware differs, unless `different_machines`; where the timed images or the settings
+    that latencies depend on differ, unless `different_data`; and where no cell is measured in both.
     """
-    machines, data = _hardware(first.machine, second.machine), _data(first, second)
-    if machines and not different_machines:
+    hardware, data = tuple(_hardware(a.machine, b.machine)), tuple(_timing(a, b))
+    if hardware and not different_machines:
         raise DataError(
-            f"the machines differ: {'; '.join(machines)}", "Measure both on one, or add --different-machines."
+            f"the machines differ: {_listed(hardware)}",
+            "Compare results of one machine, or add --different-machines: the ratios are then of the machines too.",
         )
     if data and not different_data:
-        raise DataError(f"the measurements differ: {'; '.join(data)}", "Measure both alike, or add --different-data.")
-    names = _ambiguous(first) | _ambiguous(second)
-    left, right = _cells(first, names), _cells(second, names)
-    if not left.keys() & right.keys():
-        raise DataError("no cell was measured in both files", "Compare files of the same engines and batch sizes.")
-    flags = [dict(zip(map(id, one.cells), (row.flags for row in rows(one)), strict=True)) for one in (first, second)]
-    differences = []
-    for key, base in left.items():
-        if (other := right.get(key)) is None:
-            continue
-        rounds = [[run.samples.latency_ms for run in cell.runs] for cell in (base, other)]
-        known = base.accuracy and other.accuracy
-        differences.append(
-            Difference(
-                _name(base),
-                ratio_of_medians(*rounds),
-                other.accuracy.ap - base.accuracy.ap if known and other.accuracy and base.accuracy else None,
-                base.bundle == other.bundle
-                or (base.bundle and base.bundle.digest) == (other.bundle and other.bundle.digest),
-                tuple(dict.fromkeys((*flags[0][id(base)], *flags[1][id(other)]))),
-            )
+        raise DataError(
+            f"the latencies are not of the same work: {_listed(data)}",
+            "Measure both in the same way, or add --different-data: the ratios are then of that too.",
+        )
+    a_cells, b_cells = _cells(a, b)
+    same_images = (a.data.annotations_sha256, a.data.accuracy_images) == (
+        b.data.annotations_sha256,
+        b.data.accuracy_images,
+    )
+    pairs = tuple(
+        _pair(key, one, b_cells[key], same_images)
+        for key, one in a_cells.items()
+        if key in b_cells and one.measured and b_cells[key].measured
+    )
+    if not pairs:
+        raise DataError(
+            f"no cell is measured in both files: {_extent(a_cells)} in the first, {_extent(b_cells)} in the second",
+            "Measure the same engines, precisions, batch sizes, threads and scenarios of bundles of the same name.",
         )
     return Comparison(
-        tuple(differences),
-        tuple(_name(cell) for key, cell in left.items() if key not in right),
-        tuple(_name(cell) for key, cell in right.items() if key not in left),
-        (*_software(first.machine, second.machine), *machines, *data),
+        identical=a == b,
+        pairs=pairs,
+        only_a=tuple(_one_sided(a_cells, b_cells)),
+        only_b=tuple(_one_sided(b_cells, a_cells)),
+        hardware=hardware,
+        data=data,
+        software=tuple(_software(a.machine, b.machine)),
+        notes=tuple(_notes(a, b)),
     )
 
 
-def _hardware(first: Machine, second: Machine) -> list[str]:
-    found = [_differs(name, first, second) for name in _HARDWARE if getattr(first, name) != getattr(second, name)]
-    if abs(first.memory_gb - second.memory_gb) > _MEMORY_SHARE * max(first.memory_gb, second.memory_gb):
-        found.append(_differs("memory_gb", first, second))
-    return found
+@dataclass(frozen=True)
+class _Cell:
+    """A cell with its row of the table."""
+
+    result: CellResult
+    row: Row
+
+    @property
+    def measured(self) -> bool:
+        return self.result.status == "ok"
+
+    @property
+    def rounds(self) -> list[tuple[float, ...]]:
+        return [run.samples.latency_ms for run in self.result.runs]
 
 
-def _software(first: Machine, second: Machine) -> list[str]:
-    found = [_differs(name, first, second) for name in _SOFTWARE if getattr(first, name) != getattr(second, name)]
-    for package in sorted(first.packages.keys() | second.packages.keys()):
-        versions = [machine.packages.get(package, "not installed") for machine in (first, second)]
-        if versions[0] != versions[1]:
-            found.append(f"{package}: {versions[0]} against {versions[1]}")
-    return found
+def _cells(a: BenchResults, b: BenchResults) -> tuple[dict[CellKey, _Cell], dict[CellKey, _Cell]]:
+    """The cells of each file by their keys, with the directory in those that are twice in either file without it."""
+    sides = [[(_key(cell), _Cell(cell, row)) for cell, row in zip(one.cells, rows(one), strict=True)] for one in (a, b)]
+    counts = [Counter(key for key, _ in side if key) for side in sides]
+    ambiguous = {key for count in counts for key, times in count.items() if times > 1}
+    found: list[dict[CellKey, _Cell]] = [{}, {}]
+    for cells, side, name in zip(found, sides, ("first", "second"), strict=True):
+        for key, cell in side:
+            if key is None or cell.result.bundle is None:
+                continue
+            if key in ambiguous:
+                key = replace(key, directory=cell.result.bundle.directory)
+            if key in cells:
+                raise DataError(
+                    f"the {name} file holds {key.engine} {key.precision} batch {key.batch_size} of "
+                    f"{cell.result.bundle.directory} more than once, so it is not clear which to compare",
+                    "Give the bundles' directories different names, and measure again.",
+                )
+            cells[key] = cell
+    return found[0], found[1]
 
 
-def _data(first: BenchResults, second: BenchResults) -> list[str]:
-    found = []
-    if first.data.timed_sha256 != second.data.timed_sha256:
-        found.append("other images were timed")
-    known = {field.name for field in fields(Settings)}
-    assert known.issuperset(_SETTINGS)
-    for name in _SETTINGS:
-        if getattr(first.settings, name) != getattr(second.settings, name):
-            found.append(_differs(name, first.settings, second.settings))
-    return found
-
-
-def _differs(name: str, first: object, second: object) -> str:
-    one, other = (
-        ", ".join(value) or "none" if isinstance(value := getattr(side, name), tuple) else str(value)
-        for side in (first, second)
+def _key(cell: CellResult) -> CellKey | None:
+    """None of a cell that stands for several, which was skipped."""
+    if cell.bundle is None or cell.batch_size is None or cell.scenario is None:
+        return None
+    return CellKey(
+        bundle=cell.bundle.name,
+        directory=None,
+        engine=cell.engine,
+        precision=cell.precision,
+        device=cell.device,
+        batch_size=cell.batch_size,
+        threads=cell.threads,
+        scenario=cell.scenario,
+        rate=cell.rate,
     )
-    return f"{name}: {one} against {other}"
 
 
-def _ambiguous(results: BenchResults) -> set[str]:
-    """Names that several bundles of these results have."""
-    names = Counter(
-        name for name, _ in {(cell.bundle.name, cell.bundle.directory) for cell in results.cells if cell.bundle}
+def _pair(key: CellKey, a: _Cell, b: _Cell, same_images: bool) -> Pair:
+    ratio = ratio_of_medians(a.rounds, b.rounds)
+    return Pair(
+        cell=key,
+        a_ms=median(a.result.latency_ms),
+        b_ms=median(b.result.latency_ms),
+        ratio=ratio,
+        verdict=_verdict(ratio),
+        ap_difference=b.row.ap - a.row.ap if same_images and a.row.ap is not None and b.row.ap is not None else None,
+        bundle_changed=a.result.bundle is not None
+        and b.result.bundle is not None
+        and a.result.bundle.digest != b.result.bundle.digest,
+        a_flags=a.row.flags,
+        b_flags=b.row.flags,
     )
-    return {name for name, count in names.items() if count > 1}
 
 
-def _cells(results: BenchResults, ambiguous: set[str]) -> dict[Hashable, CellResult]:
-    cells: dict[Hashable, CellResult] = {}
-    for cell in results.cells:
-        if cell.status == "ok" and cell.bundle:
-            directory = cell.bundle.directory if cell.bundle.name in ambiguous else None
-            bundle = (cell.bundle.name, directory)
-            what = (cell.engine, cell.precision, cell.device, cell.batch_size, cell.scenario, cell.rate, cell.threads)
-            cells[bundle, what] = cell
-    return cells
+def _verdict(ratio: Estimate) -> Verdict:
+    if ratio.low is None or ratio.high is None:
+        return "too few samples"
+    if ratio.high < 1:
+        return "faster"
+    return "slower" if ratio.low > 1 else "no difference found"
 
 
-def _name(cell: CellResult) -> str:
-    bundle = cell.bundle.directory if cell.bundle else "?"
-    rate = f" at {cell.rate:g}/s" if cell.rate else ""
-    scenario = f", {cell.scenario}{rate}" if cell.scenario in ("offline", "server") else ""
-    return f"{bundle}: {cell.engine} {cell.precision} on {cell.device}, batch {cell.batch_size}{scenario}"
+def _one_sided(cells: dict[CellKey, _Cell], others: dict[CellKey, _Cell]) -> Iterator[OneSided]:
+    for key, cell in cells.items():
+        other = others.get(key)
+        if cell.measured and not (other and other.measured):
+            yield OneSided(key, f"{other.result.status}: {other.result.reason}" if other else None)
+
+
+def _hardware(a: Machine, b: Machine) -> Iterator[Difference]:
+    yield from _differences(
+        ("CPU model", a.cpu, b.cpu),
+        ("cores", _text(a.cores), _text(b.cores)),
+        ("usable CPUs", _text(a.threads), _text(b.threads)),
+        ("CPU flags", " ".join(sorted(a.flags)), " ".join(sorted(b.flags))),
+        ("GPUs", ", ".join(sorted(a.gpus)), ", ".join(sorted(b.gpus))),
+    )
+    if abs(a.memory_gb - b.memory_gb) > _MEMORY_TOLERANCE * max(a.memory_gb, b.memory_gb):
+        yield Difference("memory", f"{a.memory_gb:g} GB", f"{b.memory_gb:g} GB")
+
+
+def _timing(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
+    """What latencies depend on: the timed images, the warm-up, the load that the monitor is, a server's arrivals."""
+    yield from _differences(
+        ("timed images", _images(a), _images(b)),
+        ("warm-up inferences", _text(a.settings.warmup), _text(b.settings.warmup)),
+        ("hardware samples a second", f"{a.settings.monitor_hz:g}", f"{b.settings.monitor_hz:g}"),
+    )
+    if all(any(cell.scenario == "server" for cell in one.cells) for one in (a, b)):
+        yield from _differences(("seed of the arrivals", _text(a.settings.seed), _text(b.settings.seed)))
+
+
+def _images(results: BenchResults) -> str:
+    return f"{results.data.timed_images}, SHA-256 {results.data.timed_sha256[:12]}"
+
+
+def _software(a: Machine, b: Machine) -> Iterator[Difference]:
+    yield from _differences(("operating system", a.os, b.os), ("Python", a.python, b.python))
+    yield from _differences(("NVIDIA driver", a.driver, b.driver))
+    for name in sorted({*a.packages, *b.packages}):
+        yield from _differences((name, a.packages.get(name), b.packages.get(name)))
+
+
+def _notes(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
+    """What does not move a latency: how long was measured, and what mAP is of."""
+    one, two = a.settings, b.settings
+    yield from _differences(
+        ("rounds", _text(one.rounds), _text(two.rounds)),
+        ("least seconds", f"{one.min_seconds:g}", f"{two.min_seconds:g}"),
+        ("least inferences", _text(one.min_count), _text(two.min_count)),
+        ("most seconds", f"{one.max_seconds:g}", f"{two.max_seconds:g}"),
+        ("latency bound in ms", _text(one.latency_bound_ms), _text(two.latency_bound_ms)),
+        ("annotations", a.data.annotations_sha256[:12], b.data.annotations_sha256[:12]),
+        ("images for mAP", _text(a.data.accuracy_images), _text(b.data.accuracy_images)),
+    )
+
+
+def _differences(*values: tuple[str, str | None, str | None]) -> Iterator[Difference]:
+    return (Difference(what, a, b) for what, a, b in values if a != b)
+
+
+def _text(value: float | None) -> str | None:
+    return None if value is None else f"{value:g}"
+
+
+def _listed(differences: Sequence[Difference]) -> str:
+    return "; ".join(map(str, differences))
+
+
+def _extent(cells: dict[CellKey, _Cell]) -> str:
+    """Such as "onnxruntime fp32, paddle int8 of tiny, 8 cells"."""
+    measured = [key for key, cell in cells.items() if cell.measured]
+    if not measured:
+        return "none"
+    models = ", ".join(sorted({f"{key.engine} {key.precision} of {key.bundle}" for key in measured}))
+    return f"{len(measured)} cell{'s' if len(measured) > 1 else ''} ({models})"

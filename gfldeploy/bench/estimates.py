@@ -108,9 +108,8 @@ def ratio_of_medians(
     n = min(sum(map(len, rounds)) for rounds in sides)
     if not supports(n, 50):
         return Estimate(above / below, None, None, n)
-    resamples = min(
-        resamples, max(_RESAMPLED_VALUES // sum(len(values) for rounds in sides for values in rounds), _LEAST_RESAMPLES)
-    )
+    total = sum(len(values) for rounds in sides for values in rounds)
+    resamples = min(resamples, max(_RESAMPLED_VALUES // total, _LEAST_RESAMPLES))
     generator = np.random.default_rng(seed)
     denominators, numerators = (_resampled_medians(rounds, resamples, generator) for rounds in sides)
     tail = 50 * (1 - CONFIDENCE)

@@ -292,10 +292,15 @@ class BenchResults:
         schema = data.get("schema") if isinstance(data, dict) else None
         if type(schema) is not int:
             raise DataError("the results have no schema number", "Give a file that `gfldeploy bench` wrote.")
-        if schema != SCHEMA:
+        if schema > SCHEMA:
             raise DataError(
-                f"the results have schema {schema}, this gfldeploy reads schema {SCHEMA}",
-                "Update gfldeploy, or measure again with this version.",
+                f"the results were written by a newer gfldeploy: schema {schema}, this one reads schema {SCHEMA}",
+                "Update gfldeploy.",
+            )
+        if schema < SCHEMA:
+            raise DataError(
+                f"the results were written by an older gfldeploy: schema {schema}, this one reads schema {SCHEMA}",
+                "Measure again with this version.",
             )
         return build(cls, data, "results")
 

@@ -20,6 +20,7 @@ UNKNOWN = "unknown"
 FLAGS: Mapping[str, str] = {
     "quick": "measured too briefly for figures to be quoted",
     "unstable": "the latencies had not settled when the time was up",
+    "overloaded": "the server did not keep up with the arrivals",
     "busy": "other processes used more than 20 % of the CPUs or of the GPU before a run",
     "throttled": "the hardware ran below full speed",
 }
@@ -167,9 +168,11 @@ def _bound(cell: CellResult, latency_ms: Sequence[float], bound_ms: float | None
 
 
 def _flags(cell: CellResult, results: BenchResults) -> tuple[str, ...]:
+    stable = all(run.samples.stable for run in cell.runs)
     holds = {
         "quick": results.settings.quick,
-        "unstable": not all(run.samples.stable for run in cell.runs),
+        "unstable": not stable and cell.scenario != "server",
+        "overloaded": not stable and cell.scenario == "server",
         "busy": any(max(run.idle.cpu_percent, run.idle.gpu_percent or 0) > _BUSY_PERCENT for run in cell.runs),
         "throttled": any(run.monitored and run.monitored.throttled for run in cell.runs),
     }

@@ -3,62 +3,147 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.console import console
 from gfldeploy.cli.options import json_option
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gfldeploy.bench.compare import CellKey, Comparison, Difference, OneSided, Pair
 
 __all__ = ["command"]
 
 
-@click.command(name="compare")
-@click.argument("first", type=click.Path(path_type=Path), metavar="A.json")
-@click.argument("second", type=click.Path(path_type=Path), metavar="B.json")
-@click.option("--different-machines", is_flag=True, help="Compare though the machines differ.")
-@click.option("--different-data", is_flag=True, help="Compare though images or settings differ.")
+@click.command("compare")
+@click.argument("a", metavar="A.json", type=click.Path(path_type=Path))
+@click.argument("b", metavar="B.json", type=click.Path(path_type=Path))
+@click.option("--different-machines", is_flag=True, help="Compare although the hardware differs.")
+@click.option(
+    "--different-data", is_flag=True, help="Compare although the timed images, or how they were timed, differ."
+)
 @json_option
-def command(first: Path, second: Path, different_machines: bool, different_data: bool, as_json: bool) -> None:
-    """Compare two files of `gfldeploy bench`: B's latencies against A's, with 95% intervals.
+def command(a: Path, b: Path, different_machines: bool, different_data: bool, as_json: bool) -> None:
+    """Compare two results files, with intervals.
 
-    A ratio below 1 means that B is faster. The intervals hold what differs between the rounds of a file: measure both
-    with several rounds.
+    Shows how the median latency of each cell changed from A to B: their ratio with its 95% interval, and whether B is
+    faster, slower, or no difference was found, because the interval includes 1. Packages and drivers may differ, and
+    are listed where they do.
     """
-    from rich.markup import escape
-    from rich.table import Table
-
     from gfldeploy.bench.compare import compare
     from gfldeploy.bench.records import plain
     from gfldeploy.bench.results import BenchResults
 
-    found = compare(
-        BenchResults.read(first),
-        BenchResults.read(second),
-        different_machines=different_machines,
-        different_data=different_data,
-    )
+    found = compare(BenchResults.read(a), BenchResults.read(b), different_machines, different_data)
     if as_json:
-        verdicts = [{**plain(one), "verdict": one.verdict} for one in found.differences]
-        click.echo(json.dumps({**plain(found), "differences": verdicts}, indent=2))
-        return
-    table = Table(title=escape(f"latency of {second.name} over {first.name}"))
-    for header in ("cell", "ratio", "95% interval", "verdict", "mAP", "note"):
-        table.add_column(header)
-    for one in found.differences:
-        ratio = one.ratio
-        notes = [] if one.same_bundle else ["other bundle"]
+        click.echo(json.dumps(plain(found), indent=2))
+    elif found.identical:
+        click.echo(f"{a} and {b} hold the same results.")
+    else:
+        _show(found)
+
+
+def _show(found: Comparison) -> None:
+    from gfldeploy.bench.table import FLAGS
+    from gfldeploy.cli.console import console
+
+    console().print(_table(found))
+    counts = Counter(pair.verdict for pair in found.pairs)
+    click.echo(f"B is {', '.join(f'{verdict}: {count}' for verdict, count in counts.items())}.")
+    if len(found.pairs) >= 10:
+        click.echo(f"Of {len(found.pairs)} cells, {len(found.pairs) * 0.05:.0f} or so would differ by chance alone.")
+    for flag, meaning in FLAGS.items():
+        if any(flag in pair.a_flags or flag in pair.b_flags for pair in found.pairs):
+            click.echo(f"{flag}: {meaning}")
+    _show_one_sided("A", found.only_a)
+    _show_one_sided("B", found.only_b)
+    _show_differences("Hardware", found.hardware)
+    _show_differences("Timing", found.data)
+    _show_differences("Software", found.software)
+    _show_differences("Other", found.notes)
+
+
+def _table(found: Comparison) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    from gfldeploy.cli.results import number
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    changed = any(pair.bundle_changed for pair in found.pairs)
+    flagged = any(pair.a_flags or pair.b_flags for pair in found.pairs)
+    accuracy = any(pair.ap_difference is not None for pair in found.pairs)
+    table.add_column("cell", overflow="fold")
+    for header in ("A, ms", "B, ms", "B / A"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("B is", no_wrap=True)
+    if accuracy:
+        table.add_column("mAP", justify="right", no_wrap=True)
+    if changed:
+        table.add_column("bundle", no_wrap=True)
+    if flagged:
+        table.add_column("flags", overflow="fold")
+    keys = [pair.cell for pair in found.pairs]
+    for pair in found.pairs:
         table.add_row(
-            escape(one.name),
-            f"{ratio.value:.3f}",
-            "" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}",
-            one.verdict,
-            "unknown" if one.ap_change is None else f"{one.ap_change:+.4f}",
-            ", ".join([*notes, *one.flags]),
+            escape(_name(pair.cell, keys)),
+            number(pair.a_ms.value),
+            number(pair.b_ms.value),
+            _ratio(pair),
+            pair.verdict,
+            *([_points(pair.ap_difference)] if accuracy else []),
+            *(["changed" if pair.bundle_changed else "same"] if changed else []),
+            *([_flags(pair)] if flagged else []),
         )
-    console().print(table)
-    for path, names in ((first, found.only_first), (second, found.only_second)):
-        for name in names:
-            click.echo(f"only in {path.name}: {name}")
-    for warning in found.warnings:
-        click.echo(f"differs: {warning}")
+    return table
+
+
+def _ratio(pair: Pair) -> str:
+    ratio = pair.ratio
+    bounds = "" if ratio.low is None else f" ({ratio.low:.3f}-{ratio.high:.3f})"
+    return f"{ratio.value:.3f}{bounds}"
+
+
+def _points(difference: float | None) -> str:
+    return "unknown" if difference is None else f"{difference:+.3f}"
+
+
+def _flags(pair: Pair) -> str:
+    sides = (("A", pair.a_flags), ("B", pair.b_flags))
+    return "; ".join(f"{side} {' '.join(flags)}" for side, flags in sides if flags)
+
+
+def _name(key: CellKey, keys: Sequence[CellKey]) -> str:
+    """What tells the cell from the others, or from those of another file."""
+
+    def several(name: str) -> bool:
+        return len({getattr(one, name) for one in keys}) > 1
+
+    parts = [key.engine, key.precision, f"batch {key.batch_size}"]
+    if key.scenario in ("offline", "server"):
+        parts.append(f"{key.scenario} {key.rate:g}/s" if key.rate else key.scenario)
+    if several("device"):
+        parts.append(f"on {key.device}")
+    if several("threads"):
+        parts.append(f"with {key.threads} thread{'s' if key.threads > 1 else ''}")
+    if key.directory or several("bundle"):
+        parts.append(f"of {key.directory or key.bundle}")
+    return " ".join(parts)
+
+
+def _show_one_sided(side: str, cells: Sequence[OneSided]) -> None:
+    keys = [one.cell for one in cells]
+    for one in cells:
+        reason = f" (in the other, {one.reason})" if one.reason else ""
+        click.echo(f"Only in {side}: {_name(one.cell, keys)}{reason}")
+
+
+def _show_differences(title: str, differences: Sequence[Difference]) -> None:
+    for one in differences:
+        click.echo(f"{title}: {one.what}: {one.a or 'none'} in A, {one.b or 'none'} in B")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,84 +13,170 @@ from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import FLAGS, Row, rows
 from gfldeploy.cli.console import console
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 __all__ = ["interval", "number", "show_results"]
+
+# Which of these a cell has follows from its batch size.
+_STREAMS = {"single-stream", "multi-stream"}
+
+
+@dataclass(frozen=True)
+class _Column:
+    """`cell`: the text of a row. `optional`: left out where the table is too wide, the highest first; 0 for never."""
+
+    header: str
+    cell: Callable[[Row], str]
+    right: bool = True
+    optional: int = 0
 
 
 def show_results(results: BenchResults) -> None:
     """The measured cells as a table, then a line for each of the others: reasons are too long for a column."""
-    from rich.markup import escape
-    from rich.table import Table
-
     shown = rows(results)
     measured = [row for row in shown if row.status == "ok"]
-    threads = results.cells[0].threads
-    table = Table(title=escape(f"{results.machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"))
-    several = len({row.bundle for row in measured}) > 1
-    scenarios = not {row.scenario for row in measured} <= {"single-stream", "multi-stream"}
-    for header in (*(["bundle"] if several else []), "engine", "precision", *(["scenario"] if scenarios else [])):
-        table.add_column(header)
-    for header in ("batch", "median ms", "p90 ms", "images/s", "mAP", "low", "peak %", "MB"):
-        table.add_column(header, justify="right")
-    flagged = any(row.flags for row in measured)
-    if flagged:
-        table.add_column("note")
-    for row in measured:
-        table.add_row(
-            *([escape(row.bundle or "")] if several else []),
-            row.engine,
-            row.precision,
-            *([_scenario(row)] if scenarios else []),
-            str(row.batch_size),
-            interval(row.median_ms),
-            number(row.p90_ms.value if row.p90_ms else None),
-            number(row.images_per_s),
-            row.accuracy,
-            row.low_precision or "",
-            number(row.percent_of_peak, 0),
-            number(row.memory_mb, 0),
-            *([", ".join(row.flags)] if flagged else []),
-        )
     if measured:
-        console().print(table)
-        for line in _legend(measured):
-            click.echo(line)
+        _show_table(results, measured)
+    for flag in FLAGS:
+        if any(flag in row.flags for row in measured):
+            click.echo(f"{flag}: {FLAGS[flag]}")
     for row in shown:
         if row.note:
-            batch = f" batch {row.batch_size}" if row.batch_size else ""
-            bundle = f" of {row.bundle}" if row.bundle and several else ""
-            click.echo(f"{row.engine} {row.precision}{batch}{bundle}: {row.note}")
-
-
-def _legend(measured: Sequence[Row]) -> list[str]:
-    lines = ["low: convolutions below FP32; peak: of what the engine reaches here; MB: memory without the inputs."]
-    lines += [f"{flag}: {what}." for flag, what in FLAGS.items() if any(flag in row.flags for row in measured)]
-    for row in measured:
-        if row.bound:
-            held = "within" if row.bound.held else "beyond"
-            lines.append(
-                f"{row.engine} {row.precision} batch {row.batch_size} at {row.rate:g} images/s: p{row.bound.percent} "
-                f"{number(row.bound.value_ms)} ms, {held} the bound of {row.bound.bound_ms:g} ms."
-            )
-    return lines
-
-
-def _scenario(row: Row) -> str:
-    return f"{row.scenario} {row.rate:g}/s" if row.rate else str(row.scenario)
-
-
-def interval(estimate: Estimate | None) -> str:
-    """The value with half the width of its interval, such as `12.3 ±0.2`."""
-    if estimate is None:
-        return ""
-    if estimate.low is None or estimate.high is None:
-        return number(estimate.value)
-    return f"{number(estimate.value)} ±{number((estimate.high - estimate.low) / 2)}"
+            click.echo(f"{_name(row, shown)}: {row.note}")
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
     """With so many decimals; by default as many as its size deserves."""
     if value is None:
         return ""
+    return f"{value:.{_decimals(value) if decimals is None else decimals}f}"
+
+
+def interval(estimate: Estimate | None, decimals: int | None = None) -> str:
+    """An estimate with its interval: `12.3 ±0.2` where it is as wide on both sides, else `12.3 (12.2-12.8)`."""
+    if estimate is None:
+        return ""
     if decimals is None:
-        decimals = 3 if value < 1 else 2 if value < 100 else 1
-    return f"{value:.{decimals}f}"
+        decimals = _decimals(estimate.value)
+    value = f"{estimate.value:.{decimals}f}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    below, above = (
+        f"{width:.{decimals}f}" for width in (estimate.value - estimate.low, estimate.high - estimate.value)
+    )
+    if below == above:
+        return f"{value} ±{above}"
+    return f"{value} ({estimate.low:.{decimals}f}-{estimate.high:.{decimals}f})"
+
+
+def _decimals(value: float) -> int:
+    return 3 if value < 1 else 2 if value < 100 else 1
+
+
+def _show_table(results: BenchResults, measured: Sequence[Row]) -> None:
+    from rich.measure import Measurement
+
+    terminal = console()
+    columns = _columns(results, measured)
+    left_out: list[str] = []
+    while True:
+        table = _table(results, measured, columns)
+        wide = Measurement.get(terminal, terminal.options.update(max_width=10_000), table).maximum > terminal.width
+        last = max(columns, key=lambda column: column.optional)
+        if not wide or not last.optional:
+            break
+        columns.remove(last)
+        left_out.append(last.header)
+    terminal.print(table)
+    if left_out:
+        click.echo(f"Too narrow for: {', '.join(left_out)}. The CSV file has every column.")
+
+
+def _table(results: BenchResults, measured: Sequence[Row], columns: Sequence[_Column]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(_title(results, measured)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column.header, justify="right" if column.right else "left", no_wrap=True)
+    for row in measured:
+        table.add_row(*(escape(column.cell(row)) for column in columns))
+    return table
+
+
+def _title(results: BenchResults, measured: Sequence[Row]) -> str:
+    """The machine, and what all cells have in common."""
+    parts = [results.machine.cpu]
+    if len(threads := {row.threads for row in measured}) == 1:
+        (count,) = threads
+        parts.append(f"{count} thread{'s' if count > 1 else ''}")
+    if len(devices := {row.device for row in measured}) == 1:
+        parts += [*devices]
+    if len(scenarios := {row.scenario for row in measured}) == 1:
+        parts += [str(scenario) for scenario in scenarios]
+    return ", ".join(parts)
+
+
+def _columns(results: BenchResults, measured: Sequence[Row]) -> list[_Column]:
+    """What the rows differ in, then what they hold."""
+    columns = [_Column("engine", lambda row: f"{row.engine} {row.precision}", right=False)]
+    if _several(measured, lambda row: row.bundle):
+        columns.insert(0, _Column("bundle", lambda row: row.bundle or "", right=False))
+    if _several(measured, lambda row: row.device):
+        columns.append(_Column("device", lambda row: row.device, right=False))
+    if _several(measured, lambda row: row.threads):
+        columns.append(_Column("threads", lambda row: str(row.threads)))
+    if _scenarios_vary(measured):
+        columns.append(_Column("scenario", _scenario, right=False))
+    columns += [
+        _Column("batch", lambda row: str(row.batch_size)),
+        _Column("median ms", lambda row: interval(row.median_ms)),
+        _Column("p90", lambda row: number(row.p90_ms.value if row.p90_ms else None), optional=2),
+        _Column("p99", lambda row: number(row.p99_ms.value if row.p99_ms else None)),
+        _Column(f"within {results.settings.latency_bound_ms or 0:g} ms", _within),
+        _Column("images/s", lambda row: number(row.images_per_s)),
+        _Column("file to\nboxes, ms", lambda row: number(row.end_to_end_ms), optional=3),
+        _Column("mAP", lambda row: row.accuracy),
+        _Column("low-prec.\nconvs", lambda row: row.low_precision or "", optional=1),
+        _Column("memory\nMB", lambda row: number(row.memory_mb, 0), optional=5),
+        _Column("% of\npeak", lambda row: number(row.percent_of_peak, 0), optional=4),
+        _Column("flags", lambda row: " ".join(row.flags), right=False),
+    ]
+    return [column for column in columns if any(column.cell(row) for row in measured)]
+
+
+def _several(measured: Sequence[Row], value: Callable[[Row], object]) -> bool:
+    return len({value(row) for row in measured}) > 1
+
+
+def _scenarios_vary(shown: Sequence[Row]) -> bool:
+    scenarios = {row.scenario for row in shown if row.scenario}
+    return (len(scenarios) > 1 and not scenarios <= _STREAMS) or len({row.rate for row in shown if row.rate}) > 1
+
+
+def _scenario(row: Row) -> str:
+    return f"{row.scenario} {row.rate:g}/s" if row.rate else str(row.scenario)
+
+
+def _within(row: Row) -> str:
+    if row.bound is None:
+        return ""
+    return f"{'yes' if row.bound.held else 'no'} (p{row.bound.percent})"
+
+
+def _name(row: Row, shown: Sequence[Row]) -> str:
+    """What tells the row from the others."""
+    parts = [row.engine, row.precision]
+    if row.batch_size:
+        parts.append(f"batch {row.batch_size}")
+    if row.scenario and _scenarios_vary(shown):
+        parts.append(_scenario(row))
+    if _several(shown, lambda one: one.device):
+        parts.append(f"on {row.device}")
+    if _several(shown, lambda one: one.threads):
+        parts.append(f"with {row.threads} thread{'s' if row.threads > 1 else ''}")
+    if row.bundle and len({one.bundle for one in shown if one.bundle}) > 1:
+        parts.append(f"of {row.bundle}")
+    return " ".join(parts)

@@ -56,8 +56,8 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", SCHEMA + 1), "schema 3"),
-        (change("schema", 1), "schema 1"),
+        (change("schema", SCHEMA + 1), "newer gfldeploy: schema 3"),
+        (change("schema", 1), "older gfldeploy: schema 1"),
         (change("schema", None), "no schema number"),
         (change("surprise", 1), "results has unknown keys: surprise"),
         (change("cells.0.runs.0.surprise", 1), r"results.cells\[0\].runs\[0\] has unknown keys: surprise"),

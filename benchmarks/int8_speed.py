@@ -10,6 +10,7 @@ brackets the least and the largest of that in a single round. All of it is compu
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gfldeploy.bench.results import BenchResults, CellResult
-from gfldeploy.bench.timing import median
 from gfldeploy.bundle import Bundle
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
@@ -94,9 +94,9 @@ def speedups(results: BenchResults) -> list[Speedup]:
 
 def speedup(fp32: CellResult, int8: CellResult) -> Speedup:
     """Two measured cells of one engine."""
-    slow, fast = median(fp32.latency_ms), median(int8.latency_ms)
+    slow, fast = statistics.median(fp32.latency_ms), statistics.median(int8.latency_ms)
     by_round = [
-        median(base.samples.latency_ms) / median(run.samples.latency_ms)
+        statistics.median(base.samples.latency_ms) / statistics.median(run.samples.latency_ms)
         for base, run in zip(fp32.runs, int8.runs, strict=True)
     ]
     ran = int8.runs[-1].convolutions

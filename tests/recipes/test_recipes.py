@@ -8,18 +8,19 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from sample_results import OK, RUN, sample_results
 
-from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult, DataDescription, Run, Settings
+from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult
 from gfldeploy.bench.timing import Samples
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
-from gfldeploy.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
@@ -265,42 +266,21 @@ def test_results_are_written(compare: ModuleType, tmp_path: Path) -> None:
 def cell(precision: str, rounds: tuple[tuple[float, ...], ...], **more: Any) -> CellResult:
     """A cell measured in rounds, of these latencies."""
     runs = tuple(
-        Run(
-            samples=Samples(latencies, (), batch_size=1, wall_s=1.0),
-            engine_version="1",
-            load_s=1.0,
-            first_inference_ms=1.0,
-            peak_rss_mb=300.0,
-            inputs_mb=20.0,
-            decode_ms=(1.0,),
-            preprocess_ms=(1.0,),
-            postprocess_ms=(1.0,),
+        replace(
+            RUN,
+            samples=Samples(latencies, (), batch_size=1, images=len(latencies), wall_s=1.0, stable=True),
             convolutions={"int8": 52, "fp32": 1} if precision == "int8" else {"fp32": 53},
             not_low_precision=("the first reason (1): stem",) if precision == "int8" else (),
-            padding_ratio=1.0,
         )
         for latencies in rounds
     )
-    values: dict[str, Any] = {
-        "bundle": BundleIdentity("tiny", precision, "ab" * 32),
-        "engine": "onnxruntime",
-        "precision": precision,
-        "device": "cpu",
-        "batch_size": 1,
-        "threads": 2,
-        "status": "ok",
-        "reason": None,
-        "remedy": None,
-        "runs": runs,
-        "accuracy": None,
-        "accuracy_reason": None,
-    }
-    return CellResult(**values | more)
+    bundle = BundleIdentity("tiny", precision, "ab" * 32)
+    base = replace(OK, bundle=bundle, precision=precision, batch_size=1, scenario="single-stream", runs=runs)
+    return replace(base, **more)
 
 
 def results(*cells: CellResult) -> BenchResults:
-    data = DataDescription("cd" * 32, 2, None)
-    return BenchResults("2026-01-01T00:00:00+00:00", describe_machine(), data, Settings(1.0, 1, rounds=2), cells)
+    return replace(sample_results(), cells=cells)
 
 
 def test_int8_speed_of_each_engine(int8_speed: ModuleType) -> None:

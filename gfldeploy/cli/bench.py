@@ -172,6 +172,7 @@ def command(
 
     from gfldeploy.bench.csv_file import write_csv
     from gfldeploy.bench.journal import journal_beside
+    from gfldeploy.bench.report.page import write_report
     from gfldeploy.bench.results import Settings
     from gfldeploy.bench.session import BenchRequest, prepare, run
     from gfldeploy.cli.results import show_results
@@ -226,7 +227,8 @@ def command(
         raise
     show_results(results)
     write_csv(results, output.with_suffix(".csv"))
-    click.echo(f"Wrote {output}, and beside it {output.stem}.csv")
+    write_report(results, output.with_suffix(".html"))
+    click.echo(f"Wrote {output}, and beside it {output.stem}.csv and {output.stem}.html")
     if not any(cell.status == "ok" for cell in results.cells):
         failed = next(cell for cell in results.cells if cell.status == "failed")
         problem = f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}"

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from gfldeploy import demo
 from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.journal import Journal
+from gfldeploy.bench.report.page import write_report
 from gfldeploy.bench.results import BenchResults, CellResult, Settings
 from gfldeploy.bench.session import BenchRequest, prepare, run
 from gfldeploy.bench.table import images_per_s
@@ -44,7 +45,7 @@ def run_demo(
     report: Callable[[str], None] = lambda stage: None,
     progress: Progress = lambda label, done, total: None,
 ) -> BenchResults:
-    """Write `output`: data/, fp32/ and int8/ (bundles), results.json and .csv, summary.md. All of it appears at once, or none.
+    """Write `output`: data/, fp32/ and int8/ (bundles), results (.json, .csv, .html), summary.md: all at once, or none.
 
     Raises whatever the steps raise, and `OutputError`.
     """
@@ -101,6 +102,7 @@ def run_demo(
             )
         results.write(directory / "results.json")
         write_csv(results, directory / "results.csv")
+        write_report(results, directory / "results.html")
         write_text(directory / "summary.md", "# What the demo saw\n\n" + "\n\n".join(explain(results)) + "\n")
     return results
 

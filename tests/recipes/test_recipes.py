@@ -275,8 +275,8 @@ def cell(precision: str, rounds: tuple[tuple[float, ...], ...], **more: Any) -> 
         for latencies in rounds
     )
     bundle = BundleIdentity("tiny", precision, "ab" * 32)
-    base = replace(OK, bundle=bundle, precision=precision, batch_size=1, scenario="single-stream", runs=runs)
-    return replace(base, **more)
+    values = {"bundle": bundle, "precision": precision, "batch_size": 1, "scenario": "single-stream", "runs": runs}
+    return replace(OK, **values | more)
 
 
 def results(*cells: CellResult) -> BenchResults:

@@ -1,0 +1,354 @@
+"""Results as figures in plotly.js's format: plain dictionaries of `data` and `layout`, without colours of the page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gfldeploy.bench.estimates import Estimate
+from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.bench.table import Row, rows
+
+__all__ = ["Plot", "label", "pareto_front", "plots"]
+
+# Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1", "#999999")
+_STAGES = {
+    "decode_ms": "decode",
+    "preprocess_ms": "preprocess",
+    "input_copy_ms": "input copy",
+    "inference_ms": "inference",
+    "output_copy_ms": "output copy",
+    "postprocess_ms": "NMS",
+}
+_MOST_POINTS = 2000
+# Timelines shown at first; the legend brings the others.
+_TIMELINES = 3
+_STREAMS = ("single-stream", "multi-stream")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its heading and what to see in it; `height` in pixels."""
+
+    title: str
+    about: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    height: int = 420
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A cell that was measured, with its row of the table and the series of lines that it is a point of."""
+
+    cell: CellResult
+    row: Row
+    series: str
+    colour: str
+
+
+def plots(results: BenchResults) -> list[Plot]:
+    """Every figure that the results have something for."""
+    measured = _measured(results)
+    streams = [one for one in measured if one.cell.scenario in _STREAMS]
+    makers: list[tuple[Callable[[list[_Measured]], Plot | None], list[_Measured]]] = [
+        (_throughput, [one for one in measured if one.cell.scenario != "server"]),
+        (_latency, streams),
+        (_distributions, streams),
+        (_stages, streams),
+        (_accuracy, streams),
+        (lambda some: _server(some, results.settings.latency_bound_ms), [one for one in measured if one.row.rate]),
+        (lambda some: _peaks(some, results), measured),
+        (_timelines, measured),
+    ]
+    made = [make(some) for make, some in makers if some]
+    return [plot for plot in made if plot is not None]
+
+
+def label(row: Row) -> str:
+    """What a cell is called where its bundle is known: "onnxruntime int8, batch 4"."""
+    more = "" if row.scenario in _STREAMS else f", {row.scenario}"
+    rate = f" at {row.rate:g}/s" if row.rate else ""
+    return f"{row.engine} {row.precision}, batch {row.batch_size}{more}{rate}"
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points (x, y) that no other is as good as in both and better than in one, by rising x; more is better."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), key=lambda point: (-point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front[::-1]
+
+
+def _measured(results: BenchResults) -> list[_Measured]:
+    shown = [(cell, row) for cell, row in zip(results.cells, rows(results), strict=True) if cell.status == "ok"]
+    models = {(row.engine, row.precision) for _, row in shown}
+    # The bundle matters where an engine runs several in one precision.
+    several = len({(row.engine, row.precision, row.bundle) for _, row in shown}) > len(models)
+    devices = len({row.device for _, row in shown}) > 1
+    found: list[_Measured] = []
+    colours: dict[str, str] = {}
+    for cell, row in shown:
+        series = f"{row.engine} {row.precision}"
+        series += f" on {row.device}" if devices else ""
+        series += f" of {row.bundle}" if several else ""
+        series += f", {row.scenario}" if row.scenario not in _STREAMS else ""
+        colour = colours.setdefault(series, _COLOURS[len(colours) % len(_COLOURS)])
+        found.append(_Measured(cell, row, series, colour))
+    return found
+
+
+def _lines(measured: Sequence[_Measured]) -> Iterator[tuple[str, str, list[_Measured]]]:
+    """Name, colour and points of each series, by batch size."""
+    for series in dict.fromkeys(one.series for one in measured):
+        points = sorted((one for one in measured if one.series == series), key=lambda one: one.row.batch_size or 0)
+        yield series, points[0].colour, points
+
+
+def _throughput(measured: list[_Measured]) -> Plot:
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": series,
+            "x": [one.row.batch_size for one in points],
+            "y": [one.row.images_per_s for one in points],
+            "line": {"color": colour},
+            "hovertemplate": "batch %{x}: %{y:.1f} images/s",
+        }
+        for series, colour, points in _lines(measured)
+    ]
+    about = "Completed images by wall time. A line that falls has passed its best batch size."
+    return Plot("Throughput", about, data, _axes("batch size", "images/s", measured))
+
+
+def _latency(measured: list[_Measured]) -> Plot:
+    data = []
+    for series, colour, points in _lines(measured):
+        estimates = [one.row.median_ms for one in points if one.row.median_ms]
+        spread = [(e.high - e.value, e.value - e.low) if e.high and e.low else (0.0, 0.0) for e in estimates]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": series,
+                "x": [one.row.batch_size for one in points],
+                "y": [e.value for e in estimates],
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [above for above, _ in spread],
+                    "arrayminus": [below for _, below in spread],
+                    "color": colour,
+                },
+                "line": {"color": colour},
+                "hovertemplate": "batch %{x}: %{y:.2f} ms",
+            }
+        )
+    about = "Median of a whole batch through the network alone, with its 95% interval where the samples support one."
+    return Plot("Latency", about, data, _axes("batch size", "ms for a batch", measured))
+
+
+def _distributions(measured: list[_Measured]) -> Plot:
+    random = np.random.default_rng(0)
+    data = []
+    for one in reversed(measured):  # the first at the top
+        values = np.asarray(one.cell.latency_ms)
+        if len(values) > _MOST_POINTS:
+            values = random.choice(values, _MOST_POINTS, replace=False)
+        data.append(
+            {
+                "type": "box",
+                "name": f"{one.series}, batch {one.row.batch_size}",
+                "x": [round(float(value), 4) for value in values],
+                "marker": {"color": one.colour, "size": 3},
+                "boxpoints": "outliers",
+                "showlegend": False,
+                "orientation": "h",
+            }
+        )
+    layout = {
+        "xaxis": {"title": {"text": "ms for a batch"}, "type": "log", "automargin": True},
+        "yaxis": {"automargin": True},
+    }
+    about = "All samples of all rounds: the box is the middle half, the line in it the median."
+    return Plot("How latencies are spread", about, data, layout, 140 + 24 * len(measured))
+
+
+def _stages(measured: list[_Measured]) -> Plot:
+    names = [f"{one.series}, batch {one.row.batch_size}" for one in reversed(measured)]
+    data = []
+    for (field, name), colour in zip(_STAGES.items(), _COLOURS, strict=False):
+        values = [
+            statistics.median(value for run in one.cell.runs for value in getattr(run.stages, field))
+            / (one.row.batch_size or 1)
+            for one in reversed(measured)
+        ]
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": name,
+                "x": [round(value, 4) for value in values],
+                "y": names,
+                "marker": {"color": colour},
+                "hovertemplate": f"{name}: %{{x:.2f}} ms",
+            }
+        )
+    layout = {
+        "barmode": "stack",
+        "xaxis": {"title": {"text": "ms for an image"}, "automargin": True},
+        "yaxis": {"automargin": True},
+    }
+    about = "Medians by image, from the file to the detections, one stage after the other."
+    return Plot("Where the time goes", about, data, layout, 180 + 24 * len(measured))
+
+
+def _accuracy(measured: list[_Measured]) -> Plot | None:
+    known = [one for one in measured if one.row.ap is not None and one.row.images_per_s is not None]
+    if not known:
+        return None
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": series,
+            "x": [one.row.images_per_s for one in points],
+            "y": [one.row.ap for one in points],
+            "text": [f"batch {one.row.batch_size}" for one in points],
+            "marker": {"color": colour, "size": 9},
+            "hovertemplate": "%{text}: %{x:.1f} images/s, mAP %{y:.4f}",
+        }
+        for series, colour, points in _lines(known)
+    ]
+    front = pareto_front([(one.row.images_per_s or 0.0, one.row.ap or 0.0) for one in known])
+    data.append(
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "Pareto front",
+            "x": [x for x, _ in front],
+            "y": [y for _, y in front],
+            "line": {"dash": "dot", "color": "#888888", "shape": "vh"},
+            "hoverinfo": "skip",
+        }
+    )
+    layout = {"xaxis": _axis("images/s"), "yaxis": _axis("mAP")}
+    about = "Right is faster, up is more accurate: what lies on the dotted line is beaten by nothing in both."
+    return Plot("Accuracy against speed", about, data, layout)
+
+
+def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
+    data = []
+    for series in dict.fromkeys(f"{one.series}, batch {one.row.batch_size}" for one in measured):
+        points = sorted(
+            (one for one in measured if f"{one.series}, batch {one.row.batch_size}" == series),
+            key=lambda one: one.row.rate or 0,
+        )
+        for name, dash in (("median", "solid"), ("p90", "dash"), ("p99", "dot")):
+            estimates: list[Estimate | None] = [getattr(one.row, f"{name}_ms") for one in points]
+            some = [(one.row.rate, e.value) for one, e in zip(points, estimates, strict=True) if e]
+            if some:
+                data.append(
+                    {
+                        "type": "scatter",
+                        "mode": "lines+markers",
+                        "name": f"{series}: {name}",
+                        "x": [rate for rate, _ in some],
+                        "y": [value for _, value in some],
+                        "line": {"color": points[0].colour, "dash": dash},
+                    }
+                )
+    layout = {"xaxis": _axis("images arriving a second"), "yaxis": _axis("ms from arrival to result") | {"type": "log"}}
+    about = "Images arrive at random; where the lines turn up, the engine no longer keeps up with them."
+    if bound_ms:
+        bound = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": bound_ms, "y1": bound_ms}
+        layout["shapes"] = [bound | {"line": {"color": "#888888", "dash": "dot"}}]  # type: ignore[assignment]
+        about += f" The dotted level is the bound of {bound_ms:g} ms."
+    return Plot("Server", about, data, layout)
+
+
+def _peaks(measured: list[_Measured], results: BenchResults) -> Plot | None:
+    best: dict[str, tuple[_Measured, float]] = {}
+    for one in measured:
+        if one.row.gmac_per_s and one.row.gmac_per_s > best.get(one.series, (one, 0.0))[1]:
+            best[one.series] = (one, one.row.gmac_per_s)
+    ceilings = {
+        (peak.engine, peak.precision, peak.device, peak.threads): peak.gmac_per_s
+        for peak in results.peaks
+        if peak.gmac_per_s
+    }
+    if not best:
+        return None
+    names = list(best)[::-1]
+    cells = [best[name][0].row for name in names]
+    peak = [ceilings.get((row.engine, row.precision, row.device, row.threads)) for row in cells]
+    data: list[dict[str, Any]] = [
+        {"type": "bar", "orientation": "h", "name": "reached", "y": names, "x": [best[name][1] for name in names]}
+    ]
+    if any(peak):
+        data.append({"type": "bar", "orientation": "h", "name": "peak of the engine here", "y": names, "x": peak})
+    for trace, colour in zip(data, ("#0072B2", "#999999"), strict=False):
+        trace["marker"] = {"color": colour}
+        trace["hovertemplate"] = "%{x:.1f} GMAC/s"
+    layout = {"barmode": "group", "xaxis": _axis("10⁹ multiply-accumulates a second"), "yaxis": {"automargin": True}}
+    about = "At the best batch size, padding included; against a stack of convolutions that suits the engine, measured here."
+    return Plot("Arithmetic reached", about, data, layout, 160 + 44 * len(names))
+
+
+def _timelines(measured: list[_Measured]) -> Plot | None:
+    seen = [one for one in measured if one.cell.runs[0].monitored and one.cell.runs[0].monitored.t_s]
+    if not seen:
+        return None
+    gpu = any(one.cell.runs[0].monitored and one.cell.runs[0].monitored.gpu_percent for one in seen)
+    data: list[dict[str, Any]] = []
+    for number, one in enumerate(seen):
+        record = one.cell.runs[0].monitored
+        assert record is not None
+        columns = [("CPU %", "y", [statistics.fmean(values) for values in record.cpu_percent])]
+        columns.append(("MB", "y2", list(record.rss_mb)))
+        if gpu:
+            columns.append(("GPU %", "y3", list(record.gpu_percent)))
+        for unit, axis, values in columns:
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "name": f"{one.series}, batch {one.row.batch_size}",
+                    "legendgroup": str(number),
+                    "showlegend": axis == "y",
+                    "visible": True if number < _TIMELINES else "legendonly",
+                    "x": [round(t, 2) for t in record.t_s],
+                    "y": [round(value, 1) for value in values],
+                    "yaxis": axis,
+                    "line": {"color": one.colour},
+                    "hovertemplate": f"%{{y:.0f}} {unit}",
+                }
+            )
+    spans = [(0.7, 1.0), (0.36, 0.64), (0.0, 0.3)] if gpu else [(0.55, 1.0), (0.0, 0.45)]
+    layout: dict[str, Any] = {"xaxis": _axis("seconds from the first warm-up")}
+    titles = ("CPU %, mean", "memory, MB", "GPU %")
+    for name, title, span in zip(("yaxis", "yaxis2", "yaxis3"), titles, spans, strict=False):
+        layout[name] = _axis(title) | {"domain": list(span)}
+    about = (
+        "The first round of each cell; click on a name to show or hide it. After the network alone come whole batches."
+    )
+    return Plot("The machine meanwhile", about, data, layout, 560)
+
+
+def _axes(x: str, y: str, measured: Sequence[_Measured]) -> dict[str, Any]:
+    sizes = sorted({one.row.batch_size for one in measured if one.row.batch_size})
+    return {
+        "xaxis": _axis(x) | {"type": "log", "tickvals": sizes, "ticktext": list(map(str, sizes))},
+        "yaxis": _axis(y),
+    }
+
+
+def _axis(title: str) -> dict[str, Any]:
+    return {"title": {"text": title}, "automargin": True, "rangemode": "tozero" if title != "mAP" else "normal"}

@@ -1,0 +1,32 @@
+"""`gfldeploy report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gfldeploy.errors import OutputError
+
+__all__ = ["command"]
+
+
+@click.command(name="report")
+@click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS.json")
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), help="The page.  [default: RESULTS.html beside the file]"
+)
+@click.option("--force", is_flag=True, help="Replace the page if it exists.")
+def command(results: Path, output: Path | None, force: bool) -> None:
+    """Turn a file of `gfldeploy bench` into one HTML page, which needs no network.
+
+    The short answer, a table that can be sorted, interactive plots, the machine and the settings.
+    """
+    from gfldeploy.bench.report.page import write_report
+    from gfldeploy.bench.results import BenchResults
+
+    output = output or results.with_suffix(".html")
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists already", "Choose another --output, or add --force to replace it.")
+    write_report(BenchResults.read(results), output)
+    click.echo(f"Wrote {output}")

@@ -175,6 +175,13 @@ def test_a_bad_file_of_options(
     assert len(error) == 1 and error[0].startswith("Error:") and message in error[0]
 
 
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[2] / "configs" / "bench").glob("*.yml")))
+def test_the_committed_files_of_options(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # They are read, and the first thing that is wrong is the bundle.
+    assert run(tmp_path / "none", "--config", config, "--data", "x.json", "-o", tmp_path / "r.json") == 2
+    assert "none is not a bundle" in capfd.readouterr().err
+
+
 def test_killed_and_resumed(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "results.json", tmp_path / "log"
     arguments = [

@@ -298,7 +298,7 @@ def _peaks(measured: list[_Measured], results: BenchResults) -> Plot | None:
         trace["marker"] = {"color": colour}
         trace["hovertemplate"] = "%{x:.1f} GMAC/s"
     layout = {"barmode": "group", "xaxis": _axis("10⁹ multiply-accumulates a second"), "yaxis": {"automargin": True}}
-    about = "At the best batch size, padding included; against a stack of convolutions that suits the engine, measured here."
+    about = "At the best batch size, padding included; against convolutions that suit the engine, measured here."
     return Plot("Arithmetic reached", about, data, layout, 160 + 44 * len(names))
 
 
@@ -332,7 +332,7 @@ def _timelines(measured: list[_Measured]) -> Plot | None:
                 }
             )
     spans = [(0.7, 1.0), (0.36, 0.64), (0.0, 0.3)] if gpu else [(0.55, 1.0), (0.0, 0.45)]
-    layout: dict[str, Any] = {"xaxis": _axis("seconds from the first warm-up")}
+    layout: dict[str, Any] = {"xaxis": _axis("seconds from the first warm-up") | {"anchor": "y3" if gpu else "y2"}}
     titles = ("CPU %, mean", "memory, MB", "GPU %")
     for name, title, span in zip(("yaxis", "yaxis2", "yaxis3"), titles, spans, strict=False):
         layout[name] = _axis(title) | {"domain": list(span)}

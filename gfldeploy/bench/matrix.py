@@ -140,7 +140,7 @@ def _of_bundle(
     bundle: Bundle, engine: str, precision: Precision, batch_sizes: Sequence[int], device: Device, threads: int
 ) -> Iterator[int | Skipped]:
     """The batch sizes that can run, and why others cannot."""
-    graph = graph_for(engine, precision)
+    graph = graph_for(engine, precision, device)
     if not bundle.has_graph(graph):
         reason = f"the bundle {bundle.directory.name} has no {graph} graph"
         remedy = "make it again with `gfldeploy export`"

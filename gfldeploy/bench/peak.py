@@ -65,7 +65,9 @@ def _gmac_per_s(engine: str, options: EngineOptions, seconds: float) -> float:
     stack = _STACKS[options.device]
     inputs = {"image": stack.image()}
     with tempfile.TemporaryDirectory() as folder:
-        bundle = stack.write(Path(folder) / "peak", graph_for(engine, options.precision), options.precision)
+        bundle = stack.write(
+            Path(folder) / "peak", graph_for(engine, options.precision, options.device), options.precision
+        )
         with open_engine(engine, bundle, options) as opened:
             _check_precision(opened, inputs, stack.depth)
             for _ in range(_WARMUP):

@@ -51,7 +51,8 @@ from gfldeploy.engines.base import (
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import TENSORRT_ENGINES, open_engine
+from gfldeploy.engines.tensorrt import TensorRtOptions, profile
 from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import write_json, write_text
 from gfldeploy.images.coco import CocoDataset
@@ -181,7 +182,8 @@ def _time(request: TimingRequest) -> Timed:
 
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come, which TensorRT builds its engine for."""
-    options = EngineOptions(cell.precision, cell.device, cell.threads)
+    tensorrt = TensorRtOptions(profile(shapes), cache) if cell.engine in TENSORRT_ENGINES else None
+    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt)
     return open_engine(cell.engine, bundle, options)
 
 

@@ -14,8 +14,8 @@ import click
 from gfldeploy.cli.console import stages
 from gfldeploy.cli.options import CommaSeparated, PositiveNumbers, threads_option, yaml_config_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
-from gfldeploy.errors import EngineError, OutputError
+from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES, capability
+from gfldeploy.errors import EngineError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
     from gfldeploy.bench.session import PreparedBench
@@ -60,6 +60,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 @click.option(
     "--latency-bound-ms", type=click.FloatRange(0, min_open=True), help="What the server's latencies are judged by."
 )
+@click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @threads_option
 @click.option(
@@ -138,6 +139,7 @@ def command(
     scenarios: tuple[Any, ...],
     rates: tuple[float, ...],
     latency_bound_ms: float | None,
+    trt: bool,
     device: Device,
     threads: int,
     rounds: int,
@@ -164,6 +166,9 @@ def command(
 
     Interrupted or killed, the same command goes on where it stopped.
     """
+    if trt:
+        _check_tensorrt()
+        engines, device = tuple(dict.fromkeys((*engines, *TENSORRT_ENGINES))), "gpu"
     if ("server" in scenarios) != bool(rates):
         raise click.UsageError("the server scenario needs --rates, and --rates needs the server scenario")
     if max_seconds is not None and max_seconds < min_seconds:
@@ -233,6 +238,17 @@ def command(
         failed = next(cell for cell in results.cells if cell.status == "failed")
         problem = f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}"
         raise EngineError(problem, _sentence(failed.remedy))
+
+
+def _check_tensorrt() -> None:
+    """Stop before any work where neither way to TensorRT is open."""
+    closed = [capability(engine, "fp16", "gpu") for engine in TENSORRT_ENGINES]
+    if all(not one.works for one in closed):
+        reasons = dict.fromkeys(one.reason for one in closed)
+        remedies = dict.fromkeys(one.remedy for one in closed if one.remedy)
+        raise UnsupportedError(
+            f"--trt cannot work here: {'; '.join(map(str, reasons))}", _sentence("; ".join(remedies))
+        )
 
 
 def _check_output(output: Path, force: bool) -> None:

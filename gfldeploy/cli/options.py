@@ -62,14 +62,15 @@ def threads_option(command: Command) -> Command:
 def engine_options(command: Command) -> Command:
     """--engine, --precision, --device, --threads."""
     from gfldeploy.engines.base import DEVICES, PRECISIONS
-    from gfldeploy.engines.registry import ENGINES
+    from gfldeploy.engines.registry import ENGINES, TENSORRT_ENGINES
 
+    engines = [name for name in ENGINES if name not in TENSORRT_ENGINES]
     command = threads_option(command)
     command = click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)(command)
     command = click.option(
         "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: what the bundle is, fp32 or int8."
     )(command)
-    return click.option("--engine", type=click.Choice(list(ENGINES)), default="onnxruntime", show_default=True)(command)
+    return click.option("--engine", type=click.Choice(engines), default="onnxruntime", show_default=True)(command)
 
 
 class InputShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only

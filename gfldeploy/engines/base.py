@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, Self, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
+if TYPE_CHECKING:
+    from gfldeploy.engines.tensorrt import TensorRtOptions
+
 NOT_ASKED = "FP32 was asked for"
 
 
@@ -43,12 +46,14 @@ NOT_ASKED = "FP32 was asked for"
 class EngineOptions:
     """How an engine runs a bundle.
 
-    `threads` is the number of CPU threads of one inference; it must be at least 1.
+    `threads` is the number of CPU threads of one inference; it must be at least 1. `tensorrt`: for the engines that
+    build with it, which need it.
     """
 
     precision: Precision = "fp32"
     device: Device = "cpu"
     threads: int = 1
+    tensorrt: TensorRtOptions | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from gfldeploy.engines.base import (
     Tensors,
 )
 from gfldeploy.engines.ort_graph import convolutions
+from gfldeploy.engines.registry import graph_for
+from gfldeploy.engines.tensorrt import cache_directory, onnxruntime_options, required, tensorrt_library
 from gfldeploy.errors import EngineError
 
-__all__ = ["OnnxRuntimeEngine"]
+__all__ = ["OnnxRuntimeEngine", "OnnxRuntimeTensorRtEngine", "describe_delegation"]
 
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
 _ERRORS_ONLY = 3
@@ -35,15 +39,19 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision):
     """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
 
     name = "onnxruntime"
+    libraries = "CUDA and cuDNN"
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName = "onnx") -> None:
-        """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
-        self._model, _ = bundle.graph(graph)
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName | None = None) -> None:
+        """Load the graph: `graph` if given, else the one that the precision needs.
+
+        Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
+        self._model, _ = bundle.graph(graph or graph_for(self.name, options.precision, options.device))
         ort = require("onnxruntime", "onnxruntime", "the ONNX Runtime engine")
         self.version: str = ort.__version__
         self.options = options
         self._ort = ort
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
+        self._providers: list[Any] = self._choose_providers(bundle)
         self._session: Any = self._open(self._session_options())
 
     def close(self) -> None:
@@ -109,17 +117,79 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision):
         return options
 
     def _open(self, session_options: Any) -> Any:
-        providers = _PROVIDERS[self.options.device]
+        providers = self._providers
         try:
             session = self._ort.InferenceSession(str(self._model), session_options, providers=providers)
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime cannot load {self._model}: {error}", "Check the bundle with `gfldeploy verify`."
             ) from error
-        if session.get_providers()[0] != providers[0]:
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if session.get_providers()[0] != wanted:
             # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
             raise EngineError(
-                f"ONNX Runtime fell back to {session.get_providers()[0]} instead of {providers[0]}",
-                "Install the CUDA and cuDNN libraries that this onnxruntime-gpu was built for.",
+                f"ONNX Runtime fell back to {session.get_providers()[0]} instead of {wanted}",
+                f"Install the {self.libraries} libraries that this onnxruntime-gpu was built for.",
             )
         return session
+
+    def _choose_providers(self, bundle: Bundle) -> list[Any]:
+        """The execution providers, the one that must not be missing first."""
+        return list(_PROVIDERS[self.options.device])
+
+
+class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
+    """ONNX Runtime with its TensorRT execution provider; what that does not take runs in CUDA.
+
+    `build_s`: seconds to open the session and run the commonest input once, which builds the engine or reads it from
+    the cache. `delegated`: what one inference ran where.
+    """
+
+    name = "onnxruntime-tensorrt"
+    libraries = "CUDA, cuDNN and TensorRT"
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
+        start = time.perf_counter()
+        super().__init__(bundle, options, graph_for(self.name, options.precision, options.device))
+        batch, height, width = required(options).profile.commonest
+        example = {"image": np.zeros((batch, 3, height, width), np.float32)}
+        self.infer(example)
+        self.build_s = time.perf_counter() - start
+        self.delegated = self._delegated(example)
+        self.version = f"{self.version}, TensorRT {tensorrt_library()}"
+
+    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
+        """None: what TensorRT makes of them is not told; see `delegated`."""
+        return ()
+
+    def _choose_providers(self, bundle: Bundle) -> list[Any]:
+        tensorrt = required(self.options)
+        directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
+        options = onnxruntime_options(self.options.precision, tensorrt, directory)
+        return [("TensorrtExecutionProvider", options), "CUDAExecutionProvider"]
+
+    def _delegated(self, inputs: Tensors) -> str:
+        """From ONNX Runtime's profile of one inference, in a session of its own; the engine is in the cache by now."""
+        with tempfile.TemporaryDirectory() as directory:
+            options = self._session_options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(directory) / "profile")
+            session = self._open(options)
+            session.run(self._outputs, dict(inputs))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return describe_delegation(events)
+
+
+def describe_delegation(events: list[dict[str, Any]]) -> str:
+    """How much ran in TensorRT, from the events of an ONNX Runtime profile."""
+    ran: dict[str, Counter[str]] = defaultdict(Counter)
+    for event in events:
+        arguments = event.get("args", {})
+        if event.get("cat") == "Node" and "provider" in arguments:
+            ran[arguments["provider"]][arguments.get("op_name", "?")] += 1
+    parts = ran.pop("TensorrtExecutionProvider", Counter()).total()
+    outside = Counter(name for names in ran.values() for name in names.elements())
+    listed = ", ".join(f"{name} x{count}" for name, count in outside.most_common())
+    more = f": {listed}" if listed else ""
+    return f"{parts} part{'' if parts == 1 else 's'} in TensorRT, {outside.total()} nodes outside{more}"

@@ -20,7 +20,7 @@ _ACTIVATIONS = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "
 _UNIQUE = re.compile(r"_token_\d+$")
 _BLOCKED = "_nchwc"
 _INTEGERS = ".q"  # what gfldeploy appends to the name of a weight that it quantises
-_INT32 = 6  # onnx.TensorProto.INT32
+_INT32, _FLOAT16 = 6, 10  # of onnx.TensorProto
 _FLOAT_BIAS = "its bias is not int32 in the ONNX file"
 _NOT_FUSED = "quantised in the ONNX file, but not fused by ONNX Runtime"
 
@@ -47,6 +47,7 @@ def convolutions(optimized: Any, source: Any) -> tuple[ExecutedConvolution, ...]
     """The convolutions of the ONNX model `optimized`, which ONNX Runtime made of `source`, in its order."""
     known = _read(source)
     makers = {name: node for node in optimized.graph.node for name in node.output}
+    halves = {tensor.name for tensor in optimized.graph.initializer if tensor.data_type == _FLOAT16}
     found = []
     for node in optimized.graph.node:
         if node.op_type not in _INT8 | _FLOAT:
@@ -58,7 +59,10 @@ def convolutions(optimized: Any, source: Any) -> tuple[ExecutedConvolution, ...]
         if why == _FLOAT_BIAS and _dequantized(node.input[2], makers):
             why = _NOT_FUSED  # newer versions quantise the bias themselves
         what = _what(node, candidates)
-        found.append(ExecutedConvolution("int8", what) if int8 else ExecutedConvolution("fp32", what, why))
+        if int8 or halves & {*node.input}:
+            found.append(ExecutedConvolution("int8" if int8 else "fp16", what))
+        else:
+            found.append(ExecutedConvolution("fp32", what, why))
     return tuple(found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,17 @@ from gfldeploy.engines.base import (
 from gfldeploy.engines.onednn import log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
 from gfldeploy.engines.registry import graph_for
+from gfldeploy.engines.tensorrt import (
+    Call,
+    cache_directory,
+    paddle_calls,
+    required,
+    shape_file,
+    tensorrt_library,
+)
 from gfldeploy.errors import EngineError
 
-__all__ = ["PaddleEngine", "PlainPaddleEngine"]
+__all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_calls"]
 
 # Only convolutions leave FP32. Left to itself Paddle also lowers the DFL integral and the box arithmetic: in INT8 the
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
@@ -50,7 +59,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
 
         Raises `MissingDependencyError`, `BundleError` or `EngineError`.
         """
-        graph = graph or graph_for(self.name, options.precision)
+        graph = graph or graph_for(self.name, options.precision, options.device)
         pir = graph == "paddle"
         model, params = bundle.graph(graph)  # before the import, which takes seconds
         paddle = require("paddle", "paddle", "the Paddle Inference engine")
@@ -61,7 +70,21 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
         self.options = options
         self._model = model
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
-        config = inference.Config(str(model), str(params))
+        config = self._configure(inference, bundle, str(model), str(params), pir)
+        try:
+            # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
+            with quiet(native_stderr=True):
+                self._predictor: Any = inference.create_predictor(config)
+        except Exception as error:
+            raise EngineError(
+                f"Paddle Inference cannot load {model}: {_first_line(error)}",
+                "Check the bundle with `gfldeploy verify`.",
+            ) from error
+
+    def _configure(self, inference: Any, bundle: Bundle, model: str, params: str, pir: bool) -> Any:
+        """What the predictor is made of; `pir`: whether the graph is in the newer format."""
+        options = self.options
+        config = inference.Config(model, params)
         config.disable_glog_info()
         config.switch_ir_optim(True)
         config.enable_new_ir(pir)
@@ -82,15 +105,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
                 config.set_bfloat16_op(_LOW_PRECISION_OPS)
             elif options.precision == "int8":
                 config.enable_mkldnn_int8(_LOW_PRECISION_OPS)
-        try:
-            # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
-            with quiet(native_stderr=True):
-                self._predictor: Any = inference.create_predictor(config)
-        except Exception as error:
-            raise EngineError(
-                f"Paddle Inference cannot load {model}: {_first_line(error)}",
-                "Check the bundle with `gfldeploy verify`.",
-            ) from error
+        return config
 
     def close(self) -> None:
         self._predictor = None
@@ -151,6 +166,71 @@ class PlainPaddleEngine(PaddleEngine):
 
     name = "paddle-plain"
     onednn = False
+
+
+class PaddleTensorRtEngine(PaddleEngine):
+    """Paddle Inference with TensorRT for the parts of the program that it takes, CUDA for the rest.
+
+    It runs the older program format, whose passes know TensorRT and explicit quantisation. `build_s`: seconds to load
+    it and to run the commonest input once, which builds the engine or reads it from the cache. `delegated`: None, as
+    Paddle does not tell.
+    """
+
+    name = "paddle-tensorrt"
+    delegated: str | None = None
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        """Load the program and build it.
+
+        Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
+        """
+        start = time.perf_counter()
+        super().__init__(bundle, options)
+        self.infer(_example(required(options).profile.commonest))
+        self.build_s = time.perf_counter() - start
+        self.version = f"{self.version}, TensorRT {tensorrt_library()}"
+
+    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
+        """None: neither Paddle nor TensorRT tells."""
+        return ()
+
+    def _configure(self, inference: Any, bundle: Bundle, model: str, params: str, pir: bool) -> Any:
+        tensorrt = required(self.options)
+        directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
+        if not shape_file(directory).exists():
+            self._collect_shapes(inference, super()._configure(inference, bundle, model, params, pir), directory)
+        config = super()._configure(inference, bundle, model, params, pir)
+        apply_calls(config, inference.PrecisionType, paddle_calls(self.options.precision, tensorrt, directory))
+        return config
+
+    def _collect_shapes(self, inference: Any, config: Any, directory: Path) -> None:
+        """Run the least, commonest and largest input once without TensorRT, and keep what shapes tensors had."""
+        collected = directory / "collecting"
+        config.collect_shape_range_info(str(collected))
+        try:
+            with quiet(native_stderr=True):
+                self._predictor = inference.create_predictor(config)
+            shapes = required(self.options).profile
+            for shape in (shapes.least, shapes.commonest, shapes.largest):
+                self.infer(_example(shape))
+            self._predictor = None  # Paddle writes the file when the predictor goes
+            collected.rename(shape_file(directory))
+        except OSError as error:
+            raise EngineError(f"Paddle did not collect the shapes that TensorRT needs: {error}", None) from error
+
+
+def apply_calls(config: Any, precision_type: Any, calls: Iterable[Call]) -> None:
+    """Make these calls of a `paddle.inference.Config`."""
+    for call in calls:
+        arguments = dict(call.arguments)
+        if "precision_mode" in arguments:
+            arguments["precision_mode"] = getattr(precision_type, arguments["precision_mode"])
+        getattr(config, call.method)(*call.positional, **arguments)
+
+
+def _example(shape: tuple[int, int, int]) -> dict[str, NDArray[np.float32]]:
+    batch, height, width = shape
+    return {"image": np.zeros((batch, 3, height, width), np.float32)}
 
 
 def _first_line(error: Exception) -> str:

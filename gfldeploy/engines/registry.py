@@ -13,12 +13,14 @@ from importlib import util
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import INSTALL_ENGINE
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Engine, EngineOptions, Precision
+from gfldeploy.engines.tensorrt import tensorrt_library
 from gfldeploy.errors import UnsupportedError
 from gfldeploy.machine import cpu_flags, installed_packages, nvidia_driver
 
 __all__ = [
     "DEFAULT_ENGINES",
     "ENGINES",
+    "TENSORRT_ENGINES",
     "Capability",
     "capabilities",
     "capability",
@@ -30,13 +32,17 @@ __all__ = [
 ENGINES: dict[str, str] = {
     "paddle": "gfldeploy.engines.paddle_engine:PaddleEngine",
     "paddle-plain": "gfldeploy.engines.paddle_engine:PlainPaddleEngine",
+    "paddle-tensorrt": "gfldeploy.engines.paddle_engine:PaddleTensorRtEngine",
     "onnxruntime": "gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
+    "onnxruntime-tensorrt": "gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
 }
+# They build an engine for the shapes of the data: `gfldeploy bench` alone knows those.
+TENSORRT_ENGINES = ("paddle-tensorrt", "onnxruntime-tensorrt")
 # Those worth measuring without being asked for: Paddle's kernels without oneDNN are there to be compared with.
 DEFAULT_ENGINES = ("paddle", "onnxruntime")
 
 # The module that each engine is in; its name is also the key of `INSTALL_ENGINE`.
-_MODULES = {"paddle": "paddle", "paddle-plain": "paddle", "onnxruntime": "onnxruntime"}
+_MODULES = {name: name.partition("-")[0] for name in ENGINES}
 
 # The distributions that provide each module: the CPU build first.
 _DISTRIBUTIONS = {
@@ -56,12 +62,8 @@ _NEVER: dict[tuple[str, Precision, Device], tuple[str, str]] = {
     ),
     ("paddle", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp16"),
     ("onnxruntime", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp32"),
-    ("onnxruntime", "fp16", "gpu"): (
-        "the bundle's FP16 ONNX file is not run by gfldeploy yet",
-        "use fp32, or paddle for fp16",
-    ),
-    ("paddle", "int8", "gpu"): ("INT8 on GPUs needs TensorRT, which gfldeploy does not drive yet", "use fp16"),
-    ("onnxruntime", "int8", "gpu"): ("INT8 on GPUs needs TensorRT, which gfldeploy does not drive yet", "use fp32"),
+    ("paddle", "int8", "gpu"): ("INT8 on GPUs needs TensorRT", "use the engine paddle-tensorrt, or fp16"),
+    ("onnxruntime", "int8", "gpu"): ("INT8 on GPUs needs TensorRT", "use the engine onnxruntime-tensorrt, or fp16"),
 }
 
 
@@ -95,6 +97,10 @@ def capability(engine: str, precision: Precision, device: Device) -> Capability:
         raise UnsupportedError(f"there is no engine {engine!r}", f"Choose from: {', '.join(ENGINES)}.")
     if engine == "paddle-plain" and (precision, device) != ("fp32", "cpu"):
         return Capability(engine, precision, device, "it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
+    if engine in TENSORRT_ENGINES and device != "gpu":
+        return Capability(engine, precision, device, "TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
+    if engine in TENSORRT_ENGINES and precision == "bf16":
+        return Capability(engine, precision, device, "gfldeploy has no BF16 on GPUs yet", "use fp16")
     if never := _NEVER.get((engine, precision, device)):
         return Capability(engine, precision, device, *never)
     if device == "gpu" and nvidia_driver() is None:
@@ -107,6 +113,10 @@ def capability(engine: str, precision: Precision, device: Device) -> Capability:
     if device == "gpu" and installed_packages()[_DISTRIBUTIONS[module][1]] is None:
         return Capability(
             engine, precision, device, f"the CPU build of {module} is installed", INSTALL_ENGINE[module, "gpu"]
+        )
+    if engine in TENSORRT_ENGINES and tensorrt_library() is None:
+        return Capability(
+            engine, precision, device, "TensorRT is not installed", "pip install tensorrt, in the version of your CUDA"
         )
     flags = cpu_flags()
     note = None
@@ -129,11 +139,14 @@ def check_bundle(bundle: Bundle, precision: Precision) -> tuple[str, str] | None
     return None
 
 
-def graph_for(engine: str, precision: Precision) -> GraphName:
+def graph_for(engine: str, precision: Precision, device: Device) -> GraphName:
     """The graph of a bundle that an engine runs in this precision."""
     if _MODULES[engine] == "paddle":
-        return "paddle_program" if precision == "int8" else "paddle"
-    return "onnx"
+        # Paddle's passes for INT8 and for TensorRT know the older program format.
+        return "paddle_program" if precision == "int8" or engine in TENSORRT_ENGINES else "paddle"
+    if precision == "int8" and engine in TENSORRT_ENGINES:
+        return "onnx_tensorrt"
+    return "onnx_fp16" if precision == "fp16" and device == "gpu" else "onnx"
 
 
 def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:

@@ -1,0 +1,182 @@
+"""What TensorRT would be told, held against the signatures and names of the libraries: no GPU, no TensorRT."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gfldeploy.engines.base import EngineOptions, Precision
+from gfldeploy.engines.ort_engine import describe_delegation
+from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
+from gfldeploy.engines.tensorrt import (
+    Profile,
+    TensorRtOptions,
+    cache_directory,
+    cache_key,
+    onnxruntime_options,
+    paddle_calls,
+    profile,
+    required,
+    shape_file,
+    tensorrt_library,
+)
+from gfldeploy.errors import EngineError, OutputError
+
+SHAPES = Profile((1, 800, 800), (4, 800, 1216), (8, 1216, 1344))
+OPTIONS = TensorRtOptions(SHAPES, Path("cache"), workspace_mb=512, min_subgraph=5)
+
+
+def test_the_profile_bounds_each_dimension_and_is_best_at_the_commonest_shape() -> None:
+    shapes = [(2, 800, 1216), (2, 1216, 800), (2, 1216, 800), (1, 1088, 1088)]
+    assert profile(shapes) == Profile((1, 800, 800), (2, 1216, 800), (2, 1216, 1216))
+    with pytest.raises(ValueError):
+        profile([])
+    with pytest.raises(ValueError):
+        Profile((1, 800, 800), (1, 640, 800), (1, 800, 800))
+
+
+@pytest.mark.parametrize(
+    ("precision", "fp16", "int8"), [("fp32", "False", "False"), ("fp16", "True", "False"), ("int8", "False", "True")]
+)
+def test_onnxruntime_options(precision: Precision, fp16: str, int8: str) -> None:
+    found = onnxruntime_options(precision, OPTIONS, Path("cache/engine"))
+    assert (found["trt_fp16_enable"], found["trt_int8_enable"]) == (fp16, int8)
+    assert found["trt_profile_min_shapes"] == "image:1x3x800x800"
+    assert found["trt_profile_opt_shapes"] == "image:4x3x800x1216"
+    assert found["trt_profile_max_shapes"] == "image:8x3x1216x1344"
+    assert (found["trt_max_workspace_size"], found["trt_min_subgraph_size"]) == (str(512 * 1024 * 1024), "5")
+    assert (found["trt_engine_cache_enable"], found["trt_engine_cache_path"]) == ("True", "cache/engine")
+    assert (found["trt_timing_cache_enable"], found["trt_timing_cache_path"]) == ("True", "cache")
+    # Explicit Q/DQ: a calibration table would be in its way.
+    assert not any("calibration" in name for name in found)
+    # Those of the provider's documentation ("Execution Provider Options" of the TensorRT execution provider).
+    known = {
+        "trt_fp16_enable", "trt_int8_enable", "trt_max_workspace_size", "trt_min_subgraph_size",
+        "trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes", "trt_engine_cache_enable",
+        "trt_engine_cache_path", "trt_timing_cache_enable", "trt_timing_cache_path",
+    }  # fmt: skip
+    assert set(found) == known and all(isinstance(value, str) for value in found.values())
+
+
+@pytest.mark.parametrize(("precision", "mode"), [("fp32", "Float32"), ("fp16", "Half"), ("int8", "Int8")])
+def test_paddle_calls(precision: Precision, mode: str) -> None:
+    made = paddle_calls(precision, OPTIONS, Path("cache/engine"))
+    calls = {call.method: call.arguments for call in made}
+    engine = calls["enable_tensorrt_engine"]
+    assert engine["precision_mode"] == mode
+    assert (engine["workspace_size"], engine["max_batch_size"], engine["min_subgraph_size"]) == (
+        512 * 1024 * 1024,
+        8,
+        5,
+    )
+    assert engine["use_static"] and not engine["use_calib_mode"], "kept on disk, and by the program's own scales"
+    assert [call.positional for call in made if call.method == "set_optim_cache_dir"] == [("cache/engine",)]
+    tuned = calls["enable_tuned_tensorrt_dynamic_shape"]
+    assert tuned["shape_range_info_path"] == str(shape_file(Path("cache/engine")))
+    assert ("enable_tensorrt_explicit_quantization" in calls) == (precision == "int8")
+
+
+@pytest.mark.slow
+def test_paddle_takes_the_calls(tmp_path: Path) -> None:
+    """In a process of its own: a Config without CUDA logs an error for each of them, and may end the process later."""
+    pytest.importorskip("paddle")
+    code = (
+        "import sys; from pathlib import Path; from paddle import inference\n"
+        "from gfldeploy.engines.paddle_engine import apply_calls\n"
+        "from gfldeploy.engines.tensorrt import *\n"
+        "options = TensorRtOptions(profile([(2, 800, 1216)]), Path(sys.argv[1]))\n"
+        "for precision in ('fp32', 'fp16', 'int8'):\n"
+        "    config = inference.Config()\n"
+        "    apply_calls(config, inference.PrecisionType, paddle_calls(precision, options, Path(sys.argv[1])))\n"
+        "    config.collect_shape_range_info(sys.argv[1] + '/shapes')\n"
+        "print('all taken', flush=True)\n"
+        "import os; os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "all taken" in done.stdout, done.stderr
+
+
+def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes() -> None:
+    machine = {"gpu": "H100", "driver": "580.1", "tensorrt": "10.9"}
+    keys = {
+        cache_key(OPTIONS, machine),
+        cache_key(OPTIONS, {**machine, "gpu": "H200"}),
+        cache_key(OPTIONS, {**machine, "driver": "580.2"}),
+        cache_key(OPTIONS, {**machine, "tensorrt": "10.10"}),
+        cache_key(replace(OPTIONS, workspace_mb=513), machine),
+        cache_key(replace(OPTIONS, min_subgraph=6), machine),
+        cache_key(replace(OPTIONS, profile=replace(SHAPES, commonest=(4, 800, 800))), machine),
+    }
+    assert len(keys) == 7
+    # Not where the caches lie: the folder can be moved.
+    assert cache_key(replace(OPTIONS, cache_dir=Path("elsewhere")), machine) in keys
+
+
+def test_the_folder_of_an_engine(tmp_path: Path) -> None:
+    options = replace(OPTIONS, cache_dir=tmp_path / "new")
+    one = cache_directory(options, "onnxruntime-tensorrt", "1.2", "fp16", "ab")
+    assert one.is_dir() and one.parent == tmp_path / "new"
+    assert cache_directory(options, "onnxruntime-tensorrt", "1.2", "fp16", "ab") == one
+    others = [("paddle-tensorrt", "1.2", "fp16", "ab"), ("onnxruntime-tensorrt", "1.3", "fp16", "ab")]
+    others += [("onnxruntime-tensorrt", "1.2", "int8", "ab"), ("onnxruntime-tensorrt", "1.2", "fp16", "cd")]
+    assert len({cache_directory(options, *other) for other in others} | {one}) == 5
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="--engine-cache"):
+        cache_directory(replace(options, cache_dir=tmp_path / "file"), "x", "1", "fp16", "ab")
+
+
+def test_shapes_are_needed() -> None:
+    with pytest.raises(EngineError, match="gfldeploy bench"):
+        required(EngineOptions(device="gpu"))
+    assert required(EngineOptions(device="gpu", tensorrt=OPTIONS)) is OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "graph"),
+    [
+        ("paddle-tensorrt", "fp32", "paddle_program"),
+        ("paddle-tensorrt", "fp16", "paddle_program"),
+        ("paddle-tensorrt", "int8", "paddle_program"),
+        ("onnxruntime-tensorrt", "fp32", "onnx"),
+        ("onnxruntime-tensorrt", "fp16", "onnx_fp16"),
+        ("onnxruntime-tensorrt", "int8", "onnx_tensorrt"),
+        ("onnxruntime", "fp16", "onnx_fp16"),
+        ("paddle", "fp32", "paddle"),
+    ],
+)
+def test_the_graph_that_each_runs_on_a_gpu(engine: str, precision: Precision, graph: str) -> None:
+    assert graph_for(engine, precision, "gpu") == graph
+
+
+def test_what_ran_where() -> None:
+    def node(provider: str, name: str) -> dict[str, object]:
+        return {"cat": "Node", "args": {"provider": provider, "op_name": name}}
+
+    events = [
+        node("TensorrtExecutionProvider", "TRTKernel_graph_1"),
+        node("CUDAExecutionProvider", "Cast"),
+        node("CUDAExecutionProvider", "Cast"),
+        node("CPUExecutionProvider", "Shape"),
+        {"cat": "Session", "args": {}},
+    ]
+    assert describe_delegation(events) == "1 part in TensorRT, 3 nodes outside: Cast x2, Shape x1"
+    assert describe_delegation(events[:1]) == "1 part in TensorRT, 0 nodes outside"
+
+
+@pytest.mark.skipif(tensorrt_library() is not None, reason="TensorRT is installed")
+def test_without_tensorrt_the_option_is_one_line_and_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gfldeploy", "bench", "x", "--data", "y", "--trt", "-o", str(tmp_path / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Error: --trt cannot work here: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", TENSORRT_ENGINES)
+def test_capabilities(engine: str) -> None:
+    assert "GPUs alone" in (capability(engine, "fp16", "cpu").reason or "")
+    assert not capability(engine, "bf16", "gpu").works

@@ -37,4 +37,4 @@ def command(output: Path, threads: int, force: bool) -> None:
     show_results(results)
     for line in explain(results):
         click.echo(f"\n{line}")
-    click.echo(f"\nWrote {output}: fp32/ and int8/ (bundles), data/, results.json, summary.md.")
+    click.echo(f"\nWrote {output}: fp32/ and int8/ (bundles), data/, results.json, results.html, summary.md.")

@@ -91,7 +91,8 @@ class TensorRtOptions:
 class Call:
     """A call of a method of `paddle.inference.Config`.
 
-    `positional`: arguments that the method has no names for. A value of `precision_mode` is the name of a member of `paddle.inference.PrecisionType`.
+    `positional`: arguments that the method has no names for. A value of `precision_mode` is the name of a member of
+    `paddle.inference.PrecisionType`.
     """
 
     method: str

@@ -82,22 +82,29 @@ def test_paddle_calls(precision: Precision, mode: str) -> None:
 
 @pytest.mark.slow
 def test_paddle_takes_the_calls(tmp_path: Path) -> None:
-    """In a process of its own: a Config without CUDA logs an error for each of them, and may end the process later."""
+    """Names and arguments, by the real Config: a wheel without TensorRT refuses the calls only after it took them."""
     pytest.importorskip("paddle")
     code = (
-        "import sys; from pathlib import Path; from paddle import inference\n"
+        "import os, sys; from pathlib import Path; from paddle import inference\n"
         "from gfldeploy.engines.paddle_engine import apply_calls\n"
         "from gfldeploy.engines.tensorrt import *\n"
         "options = TensorRtOptions(profile([(2, 800, 1216)]), Path(sys.argv[1]))\n"
         "for precision in ('fp32', 'fp16', 'int8'):\n"
-        "    config = inference.Config()\n"
-        "    apply_calls(config, inference.PrecisionType, paddle_calls(precision, options, Path(sys.argv[1])))\n"
-        "    config.collect_shape_range_info(sys.argv[1] + '/shapes')\n"
-        "print('all taken', flush=True)\n"
-        "import os; os._exit(0)\n"
+        "    for call in paddle_calls(precision, options, Path(sys.argv[1])):\n"
+        "        try:\n"
+        "            apply_calls(inference.Config(), inference.PrecisionType, [call])\n"
+        "        except RuntimeError as error:\n"
+        "            assert 'TENSORRT' in str(error), error\n"
+        "        print(call.method, flush=True)\n"
+        "inference.Config().collect_shape_range_info(sys.argv[1] + '/shapes')\n"
+        "os._exit(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert "all taken" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    taken = [
+        call.method for precision in ("fp32", "fp16", "int8") for call in paddle_calls(precision, OPTIONS, tmp_path)
+    ]
+    assert done.stdout.split() == taken
 
 
 def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes() -> None:

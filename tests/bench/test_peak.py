@@ -45,7 +45,7 @@ precision, folder = sys.argv[1], Path(sys.argv[2])
 small = Stack(depth=2, batch=1)
 peak._STACKS, peak._copy_bytes = {"cpu": small}, lambda: 8 * 10**6
 found = peak.measure_peak("paddle", precision, "cpu", 1, seconds=0)
-bundle = small.write(folder, graph_for("paddle", precision), precision)
+bundle = small.write(folder, graph_for("paddle", precision, "cpu"), precision)
 with open_engine("paddle", bundle, EngineOptions(precision)) as engine:
     scores = engine.infer({"image": small.image()})["scores"].ravel().tolist()
 print(json.dumps({"peak": asdict(found), "scores": scores}))

@@ -65,7 +65,10 @@ def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capf
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--engines", "onnxruntime,tensorflow"), "'tensorflow' is not one of paddle, paddle-plain, onnxruntime"),
+        (
+            ("--engines", "onnxruntime,tensorflow"),
+            "'tensorflow' is not one of paddle, paddle-plain, paddle-tensorrt, onnx",
+        ),
         (("--engines", "onnxrutime"), "(did you mean onnxruntime?)"),
         (("--precisions", "in8"), "(did you mean int8?)"),
         (("--scenarios", "server"), "the server scenario needs --rates"),
@@ -179,7 +182,7 @@ def test_a_bad_file_of_options(
 def test_the_committed_files_of_options(config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # They are read, and the first thing that is wrong is the bundle.
     assert run(tmp_path / "none", "--config", config, "--data", "x.json", "-o", tmp_path / "r.json") == 2
-    assert "none is not a bundle" in capfd.readouterr().err
+    assert "none is not a directory" in capfd.readouterr().err
 
 
 def test_killed_and_resumed(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.report.plots import Plot, label, plots
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import FLAGS, UNKNOWN, Row, rows
-from gfldeploy.dependencies import require
 from gfldeploy.files import write_text
 
 __all__ = ["short_answer", "write_report"]
@@ -25,9 +24,10 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 def write_report(results: BenchResults, path: Path) -> None:
     """Write the page, replacing any other file.
 
-    Raises `MissingDependencyError` without plotly, whose plotly.js (MIT licence) the page holds, and `OutputError`.
+    The page holds plotly.js (MIT licence). Raises `OutputError`.
     """
-    offline = require("plotly.offline", "report", "the report")
+    from plotly import offline
+
     figures = plots(results)
     template = Template(_TEMPLATE.read_text(encoding="utf-8"))
     # "</" would end the script that the data are in.

@@ -39,6 +39,7 @@ def test_the_interval_covers_the_percentile_as_often_as_it_says(percent: int, n:
     assert 0.93 <= covered <= 1
 
 
+@pytest.mark.slow
 def test_the_ratios_interval_covers_it_though_rounds_drift() -> None:
     random = np.random.default_rng(0)
     covered = 0

@@ -341,6 +341,7 @@ def test_a_failing_accuracy_leaves_the_timing(tiny_bundle: Path, tiny_coco: Path
     assert result.accuracy_reason is not None and "no annotations" in result.accuracy_reason
 
 
+@pytest.mark.slow
 def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None:
     accuracy = {
         "ap": 1.0, "ap50": 1.0, "ap75": 1.0, "ap_small": -1.0, "ap_medium": 1.0, "ap_large": -1.0,

@@ -185,6 +185,7 @@ def test_the_committed_files_of_options(config: Path, tmp_path: Path, capfd: pyt
     assert "none is not a directory" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "results.json", tmp_path / "log"
     arguments = [

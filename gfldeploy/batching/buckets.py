@@ -1,0 +1,145 @@
+"""Which images go into one batch: grouping by input size, so that no image is padded to the size of another.
+
+Everything here is arithmetic on sizes, without an image or an engine: `audit` predicts with it what `bench`, `eval` and
+the batcher then do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+__all__ = [
+    "ORDERS",
+    "Group",
+    "Order",
+    "Size",
+    "area",
+    "bucket_of",
+    "choose_buckets",
+    "group",
+    "is_mixed",
+    "padding",
+    "union",
+]
+
+# (height, width) in pixels of the network's input for one image, rounded up to the network's stride.
+Size = tuple[int, int]
+# listed: as the images come; shuffled: at random; sorted: by size, so that neighbours are alike; bucketed: batches of
+# one bucket each.
+Order = Literal["listed", "shuffled", "sorted", "bucketed"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One batch: `indices` of its images among all, in order, and the `size` that they are padded to."""
+
+    indices: tuple[int, ...]
+    size: Size
+
+
+def area(size: Size) -> int:
+    """In pixels."""
+    return size[0] * size[1]
+
+
+def union(sizes: Iterable[Size]) -> Size:
+    """The least size that holds all of them: 800x1216 and 1216x800 need 1216x1216. Raises `ValueError` for none."""
+    heights, widths = zip(*sizes, strict=True)
+    return max(heights), max(widths)
+
+
+def padding(groups: Iterable[Group], sizes: Sequence[Size]) -> float:
+    """Pixels of the batches by pixels of their images, each at its own size: 1.0 without padding to another's."""
+    paid = own = 0
+    for one in groups:
+        paid += len(one.indices) * area(one.size)
+        own += sum(area(sizes[index]) for index in one.indices)
+    return paid / own
+
+
+def is_mixed(group: Group, sizes: Sequence[Size]) -> bool:
+    """Whether the batch holds both portrait and landscape images; square ones are neither."""
+    turns = {(height > width) - (height < width) for height, width in (sizes[index] for index in group.indices)}
+    return {1, -1} <= turns
+
+
+def choose_buckets(sizes: Iterable[Size], most: int | None = None) -> tuple[Size, ...]:
+    """The sizes that batches are to have, the smallest first: those of the images, merged until there are `most`.
+
+    Few are for engines that compile for each shape; None keeps every distinct size, so that nothing is padded. Each
+    step replaces the two buckets whose union costs the fewest pixels over all images: agglomerative, not optimal, and
+    never worse than one bucket for all. Raises `ValueError` without sizes or with `most` below 1.
+    """
+    counts = Counter(sizes)
+    if not counts or (most is not None and most < 1):
+        raise ValueError("there must be at least one size, and most must be at least 1")
+    buckets = np.array(sorted(counts), dtype=np.int64)
+    numbers = np.array([counts[height, width] for height, width in buckets.tolist()], dtype=np.int64)
+    pixels = numbers * buckets.prod(axis=1)
+    while len(buckets) > (most or len(buckets)):
+        unions = np.maximum(buckets[:, None], buckets[None]).prod(axis=2)
+        added = (unions * (numbers[:, None] + numbers[None]) - pixels[:, None] - pixels[None]).astype(np.float64)
+        np.fill_diagonal(added, np.inf)
+        first, second = sorted(divmod(int(added.argmin()), len(buckets)))
+        buckets[first] = np.maximum(buckets[first], buckets[second])
+        numbers[first] += numbers[second]
+        buckets, numbers = np.delete(buckets, second, axis=0), np.delete(numbers, second)
+        pixels = numbers * buckets.prod(axis=1)
+    distinct = {(int(height), int(width)) for height, width in buckets}
+    return tuple(sorted(distinct, key=lambda size: (area(size), size)))
+
+
+def bucket_of(size: Size, buckets: Sequence[Size]) -> Size:
+    """The smallest of the buckets that holds an image of this size; its own size where none does."""
+    fitting = [one for one in buckets if one[0] >= size[0] and one[1] >= size[1]]
+    return min(fitting, key=area, default=size)
+
+
+def group(
+    sizes: Sequence[Size],
+    batch_size: int,
+    order: Order = "bucketed",
+    buckets: Sequence[Size] | None = None,
+    seed: int = 0,
+) -> list[Group]:
+    """Split images of these sizes into batches of at most `batch_size`, each image in exactly one.
+
+    `buckets`: for the bucketed order; None is every distinct size. Bucketed batches come in the order in which they are
+    full, the rest in that of their first image, so that a stream can be cut the same way. `seed`: of the shuffled
+    order. Raises `ValueError` for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if order == "bucketed":
+        return list(_bucketed(sizes, batch_size, choose_buckets(sizes) if buckets is None and sizes else buckets or ()))
+    indices = list(range(len(sizes)))
+    if order == "shuffled":
+        random.Random(seed).shuffle(indices)
+    elif order == "sorted":
+        indices.sort(key=lambda index: (_is_portrait(sizes[index]), sizes[index]))
+    cuts = (tuple(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size))
+    return [Group(cut, union(sizes[index] for index in cut)) for cut in cuts]
+
+
+def _is_portrait(size: Size) -> bool:
+    """Higher than wide."""
+    return size[0] > size[1]
+
+
+def _bucketed(sizes: Sequence[Size], batch_size: int, buckets: Sequence[Size]) -> Iterator[Group]:
+    known: Mapping[Size, Size] = {size: bucket_of(size, buckets) for size in set(sizes)}
+    waiting: dict[Size, list[int]] = defaultdict(list)
+    for index, size in enumerate(sizes):
+        bucket = known[size]
+        waiting[bucket].append(index)
+        if len(waiting[bucket]) == batch_size:
+            yield Group(tuple(waiting.pop(bucket)), bucket)
+    for bucket, indices in sorted(waiting.items(), key=lambda item: item[1][0]):
+        yield Group(tuple(indices), bucket)

@@ -51,6 +51,7 @@ _COLUMNS = (
     "memory_mb",
     "gmac_per_s",
     "percent_of_peak",
+    "percent_of_bandwidth",
     "bound_percentile",
     "bound_held",
     "flags",

@@ -26,9 +26,10 @@ from gfldeploy.bench.results import BundleIdentity, CellResult, Peak, Settings, 
 from gfldeploy.bench.work import work
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError, GfldeployError
 
-__all__ = ["WORKER", "Data", "Limits", "Progress", "run_plan"]
+__all__ = ["WORKER", "Data", "Limits", "Progress", "run_peak", "run_plan"]
 
 # -P: a folder named onnx or paddle in the current directory (a bundle has both) must not shadow the package.
 WORKER = (sys.executable, "-P", "-m", "gfldeploy.bench.worker")
@@ -148,6 +149,26 @@ def run_plan(
         ),
         tuple(answer for answer in answers.values() if isinstance(answer, Peak)),
     )
+
+
+def run_peak(
+    engine: str,
+    precision: Precision,
+    device: Device,
+    threads: int,
+    *,
+    limits: Limits = Limits(),
+    command: Sequence[str] = WORKER,
+) -> Peak:
+    """What an engine reaches here at best, measured in a process of its own; a failure is the `reason` of the peak."""
+    with tempfile.TemporaryDirectory(prefix="gfldeploy-peak-") as name:
+        request = PeakRequest(engine, precision, device, threads, Path(name) / "result.json")
+        answer = _ask("peak", request, Path(name), limits, command)
+    if isinstance(answer, _Failure):
+        return Peak(engine, precision, device, threads, None, None, answer.reason)
+    if "reason" in answer:
+        return Peak(engine, precision, device, threads, None, None, str(answer["reason"]))
+    return build(Peak, answer.get("peak"), "peak")
 
 
 def _steps(plan: Plan, rounds: int, accuracy: bool, peaks: bool) -> list[_Step]:

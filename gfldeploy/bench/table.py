@@ -61,9 +61,10 @@ class Row:
     "53/53". `memory_mb`: the peak resident memory less the prepared inputs, 10^6 bytes.
 
     `gmac_per_s`: 10^9 multiply-accumulates a second that the images took, padding included; `percent_of_peak`: of what
-    the same engine, precision, device and number of threads reach here. `bound`: for the server scenario with a
-    latency bound. `flags`: those of `FLAGS` that hold. `note`: why a cell was skipped or failed, why there is no
-    accuracy, how many convolutions did not run in the low precision asked for and why.
+    the same engine, precision, device and number of threads reach here; `percent_of_bandwidth`: the images' least
+    memory traffic, of what a large copy reaches here. `bound`: for the server scenario with a latency bound. `flags`:
+    those of `FLAGS` that hold. `note`: why a cell was skipped or failed, why there is no accuracy, how many
+    convolutions did not run in the low precision asked for and why.
     """
 
     bundle: str | None
@@ -85,6 +86,7 @@ class Row:
     memory_mb: float | None
     gmac_per_s: float | None
     percent_of_peak: float | None
+    percent_of_bandwidth: float | None
     bound: BoundCheck | None
     flags: tuple[str, ...]
     note: str | None
@@ -111,6 +113,7 @@ def _row(cell: CellResult, results: BenchResults) -> Row:
     ok = cell.status == "ok"
     latency_ms = cell.latency_ms if ok else ()
     gmac_per_s = _gmac_per_s(cell) if ok else None
+    peak = _peak(cell, results.peaks)
     return Row(
         bundle=cell.bundle.directory if cell.bundle else None,
         engine=cell.engine,
@@ -130,7 +133,8 @@ def _row(cell: CellResult, results: BenchResults) -> Row:
         low_precision=_low_precision(cell) if ok else None,
         memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in cell.runs) if ok else None,
         gmac_per_s=gmac_per_s,
-        percent_of_peak=_percent_of_peak(gmac_per_s, cell, results.peaks),
+        percent_of_peak=_percent(gmac_per_s, peak.gmac_per_s if peak else None),
+        percent_of_bandwidth=_percent(_traffic_gb_per_s(cell) if ok else None, peak.memory_gb_per_s if peak else None),
         bound=_bound(cell, latency_ms, results.settings.latency_bound_ms),
         flags=_flags(cell, results) if ok else (),
         note=_note(cell),
@@ -150,12 +154,17 @@ def _gmac_per_s(cell: CellResult) -> float | None:
     return cell.work.padded_macs * images_per_s(cell) / 1e9 if cell.work else None
 
 
-def _percent_of_peak(gmac_per_s: float | None, cell: CellResult, peaks: Sequence[Peak]) -> float | None:
+def _traffic_gb_per_s(cell: CellResult) -> float | None:
+    return cell.work.traffic_mb * images_per_s(cell) / 1e3 if cell.work else None
+
+
+def _peak(cell: CellResult, peaks: Sequence[Peak]) -> Peak | None:
     wanted = (cell.engine, cell.precision, cell.device, cell.threads)
-    for peak in peaks:
-        if (peak.engine, peak.precision, peak.device, peak.threads) == wanted and peak.gmac_per_s and gmac_per_s:
-            return 100 * gmac_per_s / peak.gmac_per_s
-    return None
+    return next((one for one in peaks if (one.engine, one.precision, one.device, one.threads) == wanted), None)
+
+
+def _percent(reached: float | None, most: float | None) -> float | None:
+    return 100 * reached / most if reached and most else None
 
 
 def _bound(cell: CellResult, latency_ms: Sequence[float], bound_ms: float | None) -> BoundCheck | None:

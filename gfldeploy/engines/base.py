@@ -15,6 +15,7 @@ __all__ = [
     "DEVICES",
     "NOT_ASKED",
     "PRECISIONS",
+    "SHARE_RUNS",
     "ClosesOnExit",
     "CopyTimes",
     "Device",
@@ -24,6 +25,7 @@ __all__ = [
     "Precision",
     "ReportsPrecision",
     "Tensors",
+    "TimesConvolutions",
     "TimesCopies",
     "count_precisions",
     "reasons",
@@ -39,6 +41,7 @@ Tensors = Mapping[str, NDArray[np.float32]]
 if TYPE_CHECKING:
     from gfldeploy.engines.tensorrt import TensorRtOptions
 
+SHARE_RUNS = 3  # inferences behind a `convolution_share`
 NOT_ASKED = "FP32 was asked for"
 
 
@@ -107,6 +110,18 @@ class TimesCopies(Protocol):
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
         """As `infer`, the same outputs to the bit, with the times of its parts."""
+        ...
+
+
+@runtime_checkable
+class TimesConvolutions(Protocol):
+    """An engine that can tell how long its convolutions take."""
+
+    def convolution_share(self, inputs: Tensors) -> float | None:
+        """The share, 0 to 1, of the time of one inference that its convolutions take; None where it cannot be told.
+
+        It infers `inputs` a few times. Raises `EngineError`.
+        """
         ...
 
 

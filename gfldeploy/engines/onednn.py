@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gfldeploy.errors import EngineError
@@ -22,12 +22,13 @@ class LoggedConvolution:
     """One executed convolution.
 
     `implementation`: oneDNN's name of it, such as "brgconv_1x1:avx512_core". `shape`: such as
-    "mb1_ic3oc24_ih256oh128kh3sh2dh0ph1_iw320ow160kw3sw2dw0pw1" (oneDNN's benchdnn notation).
+    "mb1_ic3oc24_ih256oh128kh3sh2dh0ph1_iw320ow160kw3sw2dw0pw1" (oneDNN's benchdnn notation). `ms`: that it took.
     """
 
     precision: str
     implementation: str
     shape: str
+    ms: float = field(default=0.0, compare=False)
 
 
 def log_convolutions(libraries: Sequence[Path], run: Callable[[], object], log: Path) -> tuple[LoggedConvolution, ...]:
@@ -75,5 +76,13 @@ def read_convolutions(log: str) -> tuple[LoggedConvolution, ...]:
         weights = re.search(r"wei[_:]([a-z0-9]+)", line)
         after = fields[fields.index("convolution") + 1 :]
         if weights and len(after) > 2:
-            found.append(LoggedConvolution(_PRECISION.get(weights[1], weights[1]), after[0], after[-2]))
+            precision = _PRECISION.get(weights[1], weights[1])
+            found.append(LoggedConvolution(precision, after[0], after[-2], _milliseconds(after[-1])))
     return tuple(found)
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:  # what other writers of the same stdout put into the line
+        return 0.0

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import require
 from gfldeploy.engines.base import (
     NOT_ASKED,
+    SHARE_RUNS,
     ClosesOnExit,
     CopyTimes,
     EngineOptions,
     ExecutedConvolution,
     ReportsPrecision,
     Tensors,
+    TimesConvolutions,
 )
 from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.engines.registry import graph_for
@@ -35,7 +38,7 @@ _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision):
+class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
 
     name = "onnxruntime"
@@ -102,6 +105,24 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision):
         if self.options.precision == "fp32":
             return tuple(replace(one, why=NOT_ASKED) for one in found)
         return found
+
+    def convolution_share(self, inputs: Tensors) -> float | None:
+        """From ONNX Runtime's profile, in a session of its own; None on a GPU, where it times the launches alone."""
+        if self.options.device == "gpu":
+            return None
+        return convolution_share(self._profile(inputs, SHARE_RUNS))
+
+    def _profile(self, inputs: Tensors, runs: int) -> list[dict[str, Any]]:
+        """The events of so many inferences."""
+        with tempfile.TemporaryDirectory() as directory:
+            options = self._session_options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(directory) / "profile")
+            session = self._open(options)
+            for _ in range(runs):
+                session.run(self._outputs, dict(inputs))
+            events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        return events
 
     @staticmethod
     def _failed(error: Exception) -> EngineError:
@@ -171,14 +192,20 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
 
     def _delegated(self, inputs: Tensors) -> str:
         """From ONNX Runtime's profile of one inference, in a session of its own; the engine is in the cache by now."""
-        with tempfile.TemporaryDirectory() as directory:
-            options = self._session_options()
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(directory) / "profile")
-            session = self._open(options)
-            session.run(self._outputs, dict(inputs))
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return describe_delegation(events)
+        return describe_delegation(self._profile(inputs, 1))
+
+
+def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:
+    """The share of the nodes' time that convolutions took, by an ONNX Runtime profile; None without nodes.
+
+    The first inference is in it: its share differs little, and its nodes are not told apart.
+    """
+    spent: Counter[bool] = Counter()
+    for event in events:
+        name = event.get("args", {}).get("op_name")
+        if event.get("cat") == "Node" and name:
+            spent["Conv" in name] += event.get("dur", 0)
+    return spent[True] / spent.total() if spent.total() else None
 
 
 def describe_delegation(events: list[dict[str, Any]]) -> str:

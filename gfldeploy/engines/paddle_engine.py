@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.dependencies import require
 from gfldeploy.engines.base import (
     NOT_ASKED,
+    SHARE_RUNS,
     ClosesOnExit,
     CopyTimes,
     EngineOptions,
     ExecutedConvolution,
     ReportsPrecision,
     Tensors,
+    TimesConvolutions,
 )
-from gfldeploy.engines.onednn import log_convolutions
+from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
 from gfldeploy.engines.registry import graph_for
 from gfldeploy.engines.tensorrt import (
@@ -45,7 +48,7 @@ _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _GPU_POOL_MB = 256
 
 
-class PaddleEngine(ClosesOnExit, ReportsPrecision):
+class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     """`Engine` over `paddle.inference`.
 
     FP32 and BF16 run the bundle's PIR graph, INT8 its older program: Paddle 3.2 quantises only the latter on CPUs.
@@ -146,9 +149,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
         if self.options.device == "gpu" or not self.onednn:
             return ()
         self.infer(inputs)
-        libraries = list((Path(require("paddle", "paddle", "Paddle").__file__ or "").parent / "libs").glob("libdnnl*"))
-        with tempfile.TemporaryDirectory() as directory:
-            ran = log_convolutions(libraries, lambda: self.infer(inputs), Path(directory) / "onednn.log")
+        ran = self._logged(lambda: self.infer(inputs))
         asked = self.options.precision
         if asked == "int8":
             return explain(ran, program_convolutions(self._model))
@@ -159,6 +160,24 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision):
             )
             for one in ran
         )
+
+    def convolution_share(self, inputs: Tensors) -> float | None:
+        """From the times in oneDNN's own log; None without oneDNN."""
+        if self.options.device == "gpu" or not self.onednn:
+            return None
+        self.infer(inputs)
+        times: list[float] = []
+
+        def run() -> None:
+            times.append(self.infer_timed(inputs)[1].inference_ms)
+
+        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(SHARE_RUNS)]
+        return statistics.median(shares)
+
+    def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
+        libraries = list((Path(require("paddle", "paddle", "Paddle").__file__ or "").parent / "libs").glob("libdnnl*"))
+        with tempfile.TemporaryDirectory() as directory:
+            return log_convolutions(libraries, run, Path(directory) / "onednn.log")
 
 
 class PlainPaddleEngine(PaddleEngine):

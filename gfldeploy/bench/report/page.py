@@ -112,6 +112,7 @@ _HEADERS = (
     "mAP",
     "convs below FP32",
     "% of peak",
+    "% of bandwidth",
     "memory MB",
     "flags",
 )
@@ -142,7 +143,7 @@ def _cells(row: Row) -> Iterator[tuple[str, float | None]]:
         yield "" if value is None else f"{value:.{digits}f}", value
     yield (UNKNOWN, None) if row.ap is None else (f"{row.ap:.4f}", row.ap)
     yield row.low_precision or "", None
-    for value in (row.percent_of_peak, row.memory_mb):
+    for value in (row.percent_of_peak, row.percent_of_bandwidth, row.memory_mb):
         yield "" if value is None else f"{value:.0f}", value
     yield " ".join(row.flags), None
 

@@ -5,7 +5,7 @@
 By turns, `--rounds` times, each in a process of its own and on the same input: `InferenceSession.run` in a loop with
 nothing else of this project, `gfldeploy bench` with its monitor, and `gfldeploy bench` without. Their order turns with
 each round. Prints the medians over all rounds, and the median over the rounds of each ratio; writes all samples to
-results/MACHINE/bench_overhead.json beside this script.
+results/MACHINE/checks/bench_overhead.json beside this script.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of each of the three in each round")
     args = parser.parse_args()
     samples = measure(args.bundle, args.data, args.rounds, args.seconds)
-    output = HERE / "results" / args.machine / "bench_overhead.json"
+    output = HERE / "results" / args.machine / "checks" / "bench_overhead.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {"machine": plain(describe_machine()), "latency_ms": samples})
     print(summary(samples))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import ConfigError, EngineError
 
-__all__ = ["Detections", "NmsParams", "postprocess"]
+__all__ = ["Detections", "NmsParams", "pairwise_iou", "postprocess"]
 
 _BLOCK = 64  # candidates compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
@@ -167,10 +167,12 @@ def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsPa
     for start in range(0, len(boxes), _BLOCK):
         block = boxes[start : start + _BLOCK]
         block_classes = classes[start : start + _BLOCK]
-        among = np.where(block_classes[:, np.newaxis] == block_classes, _iou(block, block, params.normalized), 0)
+        among = np.where(
+            block_classes[:, np.newaxis] == block_classes, pairwise_iou(block, block, params.normalized), 0
+        )
         worst = np.zeros(len(block), dtype=np.float32)  # the largest IoU with a survivor so far
         if block_classes[0] == current and first < len(kept):
-            before = _iou(boxes[kept[first:]], block, params.normalized).max(axis=0)
+            before = pairwise_iou(boxes[kept[first:]], block, params.normalized).max(axis=0)
             worst = np.where(block_classes == current, before, worst)
         for offset, category in enumerate(block_classes.tolist()):
             if category != current:
@@ -184,7 +186,7 @@ def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsPa
     return np.array(kept, dtype=np.intp)
 
 
-def _iou(one: NDArray[np.float32], other: NDArray[np.float32], normalized: bool) -> NDArray[np.float32]:
+def pairwise_iou(one: NDArray[np.float32], other: NDArray[np.float32], normalized: bool = True) -> NDArray[np.float32]:
     """Pairwise IoU [M, K] of boxes [M, 4] and [K, 4], with Paddle's rules for odd boxes.
 
     A box with x2 < x1 or y2 < y1 has no area; boxes that merely touch intersect; 0 / 0 is NaN. With `normalized` False,

@@ -66,8 +66,9 @@ def _fields(row: Row) -> Iterator[tuple[str, Value]]:
     for name, estimate in (("median", row.median_ms), ("p90", row.p90_ms), ("p99", row.p99_ms)):
         yield from _bounds(name, estimate)
     yield "samples", row.median_ms.n if row.median_ms else None
-    for name in ("images_per_s", "end_to_end_ms", "memory_mb", "gmac_per_s", "percent_of_peak", "note"):
+    for name in ("images_per_s", "end_to_end_ms", "memory_mb", "gmac_per_s", "percent_of_peak", "percent_of_bandwidth"):
         yield name, getattr(row, name)
+    yield "note", row.note
     yield "ap", UNKNOWN if row.status == "ok" and row.ap is None else row.ap
     # Two columns: a spreadsheet takes 5/12 for a date.
     low, _, total = (row.low_precision or "").partition("/")

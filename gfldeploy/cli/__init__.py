@@ -26,6 +26,7 @@ _COMMANDS = {
     "verify": ("gfldeploy.cli.verify", "Hash a bundle again and compare its graphs."),
     "eval": ("gfldeploy.cli.eval", "Measure COCO mAP through an engine."),
     "quantize": ("gfldeploy.cli.quantize", "Make an INT8 bundle from an FP32 one."),
+    "analyze": ("gfldeploy.cli.analyze", "Say why images take longer in larger batches, or no less."),
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "report": ("gfldeploy.cli.report", "Turn a results file into one HTML page."),

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections, NmsParams, pairwise_iou, postprocess
 from gfldeploy.errors import ParityError
 
 __all__ = ["Agreement", "Reference", "agreement", "check_finite"]
@@ -85,7 +85,7 @@ def agreement(
             strict=True,
         ):
             same = (actual.classes == category) & (actual.scores >= score / 2)
-            found += bool((_iou(box, actual.boxes[same]) >= _SAME_BOX).any())
+            found += bool((pairwise_iou(box[np.newaxis], actual.boxes[same]) >= _SAME_BOX).any())
     return Agreement(float(np.mean(means)), largest, confident, found / confident if confident else 1.0)
 
 
@@ -93,12 +93,3 @@ def check_finite(outputs: Mapping[str, NDArray[np.float32]]) -> None:
     """Raise `ParityError` if a quantised graph gives NaN or infinity."""
     if not all(np.isfinite(array).all() for array in outputs.values()):
         raise ParityError("the quantised graph gives NaN or infinity", "Calibrate with another --algo.")
-
-
-def _iou(box: NDArray[np.float32], boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """IoU of one box [4] with many [K, 4], x1, y1, x2, y2."""
-    size = np.clip(np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2]), 0, None)
-    overlap = size[:, 0] * size[:, 1]
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) + (box[2] - box[0]) * (box[3] - box[1])
-    result: NDArray[np.float32] = overlap / np.maximum(areas - overlap, 1e-9)
-    return result

@@ -82,8 +82,8 @@ def text(tmp_path: Path) -> str:
 
 def test_every_measured_cell_is_in_the_table_and_every_other_has_its_reason(text: str) -> None:
     page = Page(text)
-    assert len(page.cells) == 16 * 8
-    first = page.cells[:16]
+    assert len(page.cells) == 17 * 8
+    first = page.cells[:17]
     assert first[:6] == ["tiny_dir", "paddle", "fp32", "cpu", "single-stream", "1"]
     assert first[6].startswith("20.30 (") and first[9] == "50.0" and first[11] == "0.5000"
     assert "failed: it crashed" in text and "skipped: it cannot; Try x" in text

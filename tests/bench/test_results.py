@@ -181,7 +181,7 @@ def test_the_note_on_what_did_not_run_in_low_precision(
 
 
 def test_the_committed_results_are_read() -> None:
-    files = list((Path(__file__).parents[2] / "benchmarks/results").rglob("*.json"))
+    files = list((Path(__file__).parents[2] / "benchmarks/results").glob("*/*.json"))
     assert files
     for path in files:
         read = rows(BenchResults.read(path))

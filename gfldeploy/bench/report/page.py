@@ -1,49 +1,37 @@
-"""Results as one HTML page that needs no network: what to ship, the evidence, and how it was measured."""
+"""Benchmark results as a page: what to ship, the evidence, and how it was measured."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.report.plots import Plot, label, plots
+from gfldeploy.bench.report.plots import label, plots
+from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import FLAGS, UNKNOWN, Row, rows
-from gfldeploy.files import write_text
 
 __all__ = ["short_answer", "write_report"]
 
 # What quantising may cost by default (`gfldeploy quantize --max-drop`): within it accuracy counts as the same.
 _SAME_ACCURACY = 0.005
-_TEMPLATE = Path(__file__).with_name("page.html")
+_BODY = Path(__file__).with_name("bench.html")
 
 
 def write_report(results: BenchResults, path: Path) -> None:
-    """Write the page, replacing any other file.
-
-    The page holds plotly.js (MIT licence). Raises `OutputError`.
-    """
-    from plotly import offline
-
+    """Write the page, replacing any other file. Raises `OutputError`."""
     figures = plots(results)
-    template = Template(_TEMPLATE.read_text(encoding="utf-8"))
-    # "</" would end the script that the data are in.
-    data = json.dumps([{"data": one.data, "layout": one.layout} for one in figures], allow_nan=False)
-    page = template.substitute(
-        subtitle=escape(_subtitle(results)),
-        answer="\n".join(f"<p>{escape(sentence)}</p>" for sentence in short_answer(results)),
+    body = Template(_BODY.read_text(encoding="utf-8")).substitute(
         table=_table(rows(results)),
         missing=_missing(rows(results)),
-        sections="\n".join(_section(number, plot) for number, plot in enumerate(figures)),
+        sections=sections(figures),
         machine="\n".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _facts(results)),
         flags="\n".join(f"<dt>{escape(flag)}</dt><dd>{escape(what)}</dd>" for flag, what in FLAGS.items()),
-        figures=data.replace("</", "<\\/"),
-        plotly=offline.get_plotlyjs(),
     )
-    write_text(path, page)
+    subtitle = machine_line(results.machine, results.created)
+    write_page(path, "gfldeploy benchmark", subtitle, short_answer(results), body, figures)
 
 
 def short_answer(results: BenchResults) -> list[str]:
@@ -80,12 +68,6 @@ def _named(row: Row) -> str:
 def _figures(row: Row) -> str:
     accuracy = f"mAP {row.ap:.4f}" if row.ap is not None else "unknown mAP"
     return f"{row.images_per_s:.1f} images/s, {accuracy}"
-
-
-def _subtitle(results: BenchResults) -> str:
-    machine = results.machine
-    gpus = f", {', '.join(machine.gpus)}" if machine.gpus else ""
-    return f"{machine.cpu}, {machine.threads} CPUs{gpus}; {results.created[:16].replace('T', ' ')} UTC"
 
 
 def _ms(estimate: Estimate | None) -> str:
@@ -163,14 +145,6 @@ def _missing(shown: Sequence[Row]) -> str:
                 f"<li><b>{escape(f'{row.engine} {row.precision}{batch}{bundle}')}</b>: {escape(row.note)}</li>"
             )
     return f"<ul>{''.join(items)}</ul>" if items else "<p>Nothing: every cell was measured as asked.</p>"
-
-
-def _section(number: int, plot: Plot) -> str:
-    title, about = escape(plot.title), escape(plot.about)
-    return (
-        f'<section><h2>{title}</h2><p>{about}</p><div class="plot" id="plot{number}" role="img" '
-        f'aria-label="{title}. {about}" style="height:{plot.height}px"></div></section>'
-    )
 
 
 def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:

@@ -13,10 +13,10 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.table import Row, rows
 
-__all__ = ["Plot", "label", "pareto_front", "plots"]
+__all__ = ["COLOURS", "Plot", "label", "pareto_front", "plots"]
 
 # Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1", "#999999")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1", "#999999")
 _STAGES = {
     "decode_ms": "decode",
     "preprocess_ms": "preprocess",
@@ -99,7 +99,7 @@ def _measured(results: BenchResults) -> list[_Measured]:
         series += f" on {row.device}" if devices else ""
         series += f" of {row.bundle}" if several else ""
         series += f", {row.scenario}" if row.scenario not in _STREAMS else ""
-        colour = colours.setdefault(series, _COLOURS[len(colours) % len(_COLOURS)])
+        colour = colours.setdefault(series, COLOURS[len(colours) % len(COLOURS)])
         found.append(_Measured(cell, row, series, colour))
     return found
 
@@ -184,7 +184,7 @@ def _distributions(measured: list[_Measured]) -> Plot:
 def _stages(measured: list[_Measured]) -> Plot:
     names = [f"{one.series}, batch {one.row.batch_size}" for one in reversed(measured)]
     data = []
-    for (field, name), colour in zip(_STAGES.items(), _COLOURS, strict=False):
+    for (field, name), colour in zip(_STAGES.items(), COLOURS, strict=False):
         values = [
             statistics.median(value for run in one.cell.runs for value in getattr(run.stages, field))
             / (one.row.batch_size or 1)

@@ -1,0 +1,119 @@
+"""What padding does to detections: the same image alone and in a batch.
+
+A batch pads smaller images with zeros. GroupNorm takes its statistics over the padding too, so that a GFL detector
+gives other scores and boxes for an image beside a larger one: faster must not mean different without saying so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gfldeploy.accuracy import Accuracy, coco_accuracy, coco_results
+from gfldeploy.analysis.passes import arrangements, input_sizes
+from gfldeploy.batching.buckets import Order, group, padding
+from gfldeploy.bundle import Bundle
+from gfldeploy.detections import Detections, pairwise_iou, postprocess
+from gfldeploy.engines.base import Engine
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.decode import read_image
+
+__all__ = ["Invariance", "difference", "measure_invariance"]
+
+# Detections below this are noise that a user never draws; as in `quant.agreement`.
+_CONFIDENT = 0.4
+_SAME_BOX = 0.5
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """Detections of images in batches against those of the same images alone.
+
+    `padding`: pixels of the batches by those of the images. `score_change`, `box_change_px`: the largest, over the
+    detections with a score of 0.4 or more alone that are found again, boxes in original pixels. `detections`: how many
+    those are; `lost`: how many have no detection of their class with an IoU of 0.5 or more. `accuracy`: mAP in these
+    batches, None for data without boxes.
+    """
+
+    batch_size: int
+    order: Order
+    padding: float
+    detections: int
+    lost: int
+    score_change: float
+    box_change_px: float
+    accuracy: Accuracy | None
+
+
+def measure_invariance(
+    engine: Engine,
+    dataset: CocoDataset,
+    bundle: Bundle,
+    batch_sizes: Sequence[int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Invariance]:
+    """Batch 1, then each larger size as listed and grouped by size. Raises `DataError` and `EngineError`."""
+    manifest = bundle.manifest
+    paths = [image.path for image in dataset.images]
+    sizes = input_sizes(paths, bundle)
+    labels = dataset.class_to_category(manifest.classes) if dataset.annotations else None
+    wanted = arrangements(batch_sizes)
+    total, done = len(wanted) * len(paths), 0
+    alone: list[Detections] = []
+    found: list[Invariance] = []
+    for arrangement in wanted:
+        batch_size, order = arrangement.batch_size, arrangement.order
+        groups = group(sizes, batch_size, order)
+        detections: dict[int, Detections] = {}
+        for one in groups:
+            prepared = [manifest.preprocess(read_image(paths[index])) for index in one.indices]
+            outputs = engine.infer({"image": manifest.preprocess.batch(prepared)})
+            results = postprocess(outputs["scores"], outputs["boxes"], [item.scale for item in prepared], manifest.nms)
+            detections |= dict(zip(one.indices, results, strict=True))
+            done += len(one.indices)
+            progress(done, total)
+        ordered = [detections[index] for index in range(len(paths))]
+        alone = alone or ordered
+        changes = [difference(before, after) for before, after in zip(alone, ordered, strict=True)]
+        accuracy = None
+        if labels is not None:
+            rows = [
+                row
+                for image, one in zip(dataset.images, ordered, strict=True)
+                for row in coco_results(image.id, one, labels)
+            ]
+            accuracy = coco_accuracy(dataset, rows)
+        found.append(
+            Invariance(
+                batch_size,
+                order,
+                padding(groups, sizes),
+                detections=sum(change[0] for change in changes),
+                lost=sum(change[1] for change in changes),
+                score_change=max(change[2] for change in changes),
+                box_change_px=max(change[3] for change in changes),
+                accuracy=accuracy,
+            )
+        )
+    return found
+
+
+def difference(alone: Detections, batched: Detections) -> tuple[int, int, float, float]:
+    """Of one image: confident detections, those lost, the largest change of a score, and of a box side in pixels."""
+    count = lost = 0
+    score_change = box_change = 0.0
+    for box, score, category in zip(alone.boxes, alone.scores, alone.classes, strict=True):
+        if score < _CONFIDENT:
+            continue
+        count += 1
+        same = np.flatnonzero(batched.classes == category)
+        overlaps = pairwise_iou(box[np.newaxis], batched.boxes[same])[0]
+        if not len(same) or overlaps.max() < _SAME_BOX:
+            lost += 1
+            continue
+        match = same[int(overlaps.argmax())]
+        score_change = max(score_change, abs(float(batched.scores[match] - score)))
+        box_change = max(box_change, float(np.abs(batched.boxes[match] - box).max()))
+    return count, lost, score_change, box_change

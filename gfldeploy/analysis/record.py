@@ -1,0 +1,155 @@
+"""`analysis.json` and its page: what was measured, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from gfldeploy.analysis.causes import PARTS, BatchAnalysis, Part, sentences
+from gfldeploy.analysis.invariance import Invariance
+from gfldeploy.analysis.passes import Pass
+from gfldeploy.bench.records import plain
+from gfldeploy.bench.report.plots import COLOURS, Plot
+from gfldeploy.bench.report.shell import machine_line, sections, write_page
+from gfldeploy.bench.results import BundleIdentity, Peak
+from gfldeploy.engines.base import Precision
+from gfldeploy.files import write_json
+from gfldeploy.machine import Machine
+
+__all__ = ["SCHEMA", "Analysis", "told_invariance"]
+
+SCHEMA = 1
+_PART_NAMES: dict[Part, str] = {
+    "padding": "padding",
+    "convolutions": "convolutions",
+    "memory": "the network's other work",
+    "network": "the network",
+    "host": "host work",
+}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that `gfldeploy analyze` found. `rounds`: the passes of each; `created`: UTC, ISO 8601."""
+
+    created: str
+    machine: Machine
+    bundle: BundleIdentity
+    engine: str
+    precision: Precision
+    threads: int
+    images: int
+    peak: Peak | None
+    rounds: tuple[tuple[Pass, ...], ...]
+    batches: tuple[BatchAnalysis, ...]
+    invariance: tuple[Invariance, ...]
+
+    @property
+    def answer(self) -> list[str]:
+        """Two sentences for each batch size, and what batches do to the detections."""
+        told = [" ".join(sentences(one)) for one in self.batches]
+        return told + told_invariance(self.invariance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {"schema": SCHEMA, **plain(self), "answer": self.answer}
+
+    def write(self, path: Path) -> None:
+        """Write `path` (JSON) and the page beside it (.html). Raises `OutputError`."""
+        write_json(path, self.to_dict())
+        figures = [_stacked(self)]
+        title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {self.precision}"
+        body = "\n".join([sections(figures), _table(self), _reading()])
+        write_page(
+            path.with_suffix(".html"), title, machine_line(self.machine, self.created), self.answer, body, figures
+        )
+
+
+def told_invariance(found: Sequence[Invariance]) -> list[str]:
+    """What batches do to the detections, in a sentence for the worst of each order."""
+    told = []
+    for order, name in (("listed", "as listed"), ("bucketed", "grouped by size")):
+        some = [one for one in found if one.order == order and one.batch_size > 1]
+        if not some:
+            continue
+        worst = max(some, key=lambda one: (one.lost, one.score_change))
+        single = next((one.accuracy for one in found if one.batch_size == 1), None)
+        ap = f", mAP {worst.accuracy.ap:.4f} against {single.ap:.4f} alone" if worst.accuracy and single else ""
+        told.append(
+            f"Batches {name} change a score by {worst.score_change:.2g} and a box by {worst.box_change_px:.2g} px at "
+            f"most, and lose {worst.lost} of {worst.detections} detections (batch {worst.batch_size}{ap})."
+        )
+    return told
+
+
+def _stacked(analysis: Analysis) -> Plot:
+    """Time per image by batch size: that at batch 1, and what each cause adds to it or takes away."""
+    labels = [str(one.batch_size) for one in analysis.batches]
+    data: list[dict[str, Any]] = [
+        _bar("as at batch 1", labels, [one.single_ms for one in analysis.batches], COLOURS[-1])
+    ]
+    for number, part in enumerate(PARTS):
+        values = [one.parts[part].ms if part in one.parts else 0.0 for one in analysis.batches]
+        if any(values):
+            data.append(_bar(_PART_NAMES[part], labels, values, COLOURS[number]))
+    data.append(
+        {
+            "type": "scatter", "mode": "markers", "name": "grouped by size", "x": labels,
+            "y": [one.grouped_ms for one in analysis.batches],
+            "marker": {"symbol": "line-ew-open", "size": 40, "color": "#009E73", "line": {"width": 3}},
+        }
+    )  # fmt: skip
+    layout = {
+        "barmode": "relative",
+        "xaxis": {"title": {"text": "batch size, images in the order listed"}, "type": "category", "automargin": True},
+        "yaxis": {"title": {"text": "ms per image, file to boxes"}, "rangemode": "tozero", "automargin": True},
+    }
+    return Plot(
+        "Where the time of an image goes",
+        "Milliseconds of one image: that at batch 1, and what each cause adds (above) or takes away (below the axis). "
+        "The line is the same batch size with images grouped by size.",
+        data,
+        layout,
+    )
+
+
+def _bar(name: str, labels: Sequence[str], values: Sequence[float], colour: str) -> dict[str, Any]:
+    return {"type": "bar", "name": name, "x": list(labels), "y": list(values), "marker": {"color": colour}}
+
+
+def _table(analysis: Analysis) -> str:
+    head = ["batch", "ms per image", "grouped", *(_PART_NAMES[part] for part in _parts(analysis)), "unexplained"]
+    head += ["padding", "% of peak", "cause"]
+    rows = []
+    for one in analysis.batches:
+        cells = [str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}"]
+        for part in _parts(analysis):
+            change = one.parts[part]
+            cells.append(f"{change.ms:+.1f} ({change.low:+.1f} to {change.high:+.1f})")
+        cells += [f"{one.unexplained_ms:+.2f}", f"{one.padding:.2f}x"]
+        cells += ["" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}", one.cause]
+        rows.append(cells)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    titles = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    return (
+        '<section><h2>The figures</h2><div class="wide"><table><caption>Milliseconds of one image against batch 1: '
+        f"mean over {len(analysis.rounds)} rounds, and in brackets the least and the most of a round.</caption>"
+        f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def _parts(analysis: Analysis) -> Iterable[Part]:
+    return [part for part in PARTS if part in analysis.batches[0].parts] if analysis.batches else []
+
+
+def _reading() -> str:
+    return """<section><h2>How it was measured</h2><dl>
+<dt>padding</dt><dd>The network on batches as the images are listed, less the same on batches of one size each.</dd>
+<dt>convolutions, other work</dt><dd>The network on batches of one size each, less that at batch 1: the same images and
+the same arithmetic. Split by the time that the engine itself says its convolutions take.</dd>
+<dt>host work</dt><dd>Decoding, preprocessing, copies and NMS, timed in the same batches.</dd>
+<dt>% of peak</dt><dd>Multiply-accumulates a second in batches of one size, of what the same engine reaches here on
+convolutions that suit it.</dd></dl></section>"""

@@ -19,7 +19,7 @@ Cause = Literal["starved", "padding", "convolutions", "memory", "network", "host
 
 # Time per image within this of batch 1's counts as no change: what a user would not see.
 _NOTICEABLE = 0.05
-# The engine's threads had no CPU for this share of their time: far above what an idle machine shows (below 0.02).
+# Others used this share of the engine's CPUs: far above what an idle machine shows (below 0.02).
 _STARVED = 0.10
 # Host work is what limits where it takes at least this share of the time.
 _HOST_LIMITS = 0.5
@@ -46,7 +46,7 @@ class BatchAnalysis:
     `ms`: from file to detections; `single_ms`: the same at batch 1; `grouped_ms`: in batches of one size each.
     `change`: of `ms` against `single_ms`; `parts` add up to it but for `unexplained_ms`, what no stage's timer saw.
     Where the engine cannot tell its convolutions from the rest, `network` stands for both. `padding`: pixels of the
-    batches by those of the images. `host_share`: of `ms`. `waited`: see `Pass`. `gmac_per_s`: multiply-accumulates a
+    batches by those of the images. `host_share`: of `ms`. `taken`: see `Pass`. `gmac_per_s`: multiply-accumulates a
     second of the network in grouped batches, 10^9; `percent_of_peak`: of what the engine reaches here at best;
     `convolutions_percent_of_peak`: the same while convolutions run; None where unknown. `cause`: the main one.
     """
@@ -60,7 +60,7 @@ class BatchAnalysis:
     unexplained_ms: float
     padding: float
     host_share: float
-    waited: float
+    taken: float
     gmac_per_s: float | None
     percent_of_peak: float | None
     convolutions_percent_of_peak: float | None
@@ -89,7 +89,7 @@ def sentences(found: BatchAnalysis) -> tuple[str, str]:
         grouped=f"{found.grouped_ms:.1f} ms",
         gain=f"{found.ms / found.grouped_ms:.2f}x",
         host=f"{found.host_share:.0%}",
-        waited=f"{found.waited:.0%}",
+        taken=f"{found.taken:.0%}",
         peak=_of_peak(found),
     )
 
@@ -105,8 +105,8 @@ _ADVICE: Mapping[Cause, str] = {
     "network": "The network itself is slower in larger batches, without padding too: stay at the smaller batch.",
     "saturated": "The processor is saturated already{peak}: a larger batch is only more of the same work; what helps "
     "is INT8, a smaller input, or more cores.",
-    "starved": "For {waited} of their time the threads were ready and had no CPU: others use it, or there are fewer "
-    "CPUs than threads; free them, or lower --threads.",
+    "starved": "The engine had to do without {taken} of its CPUs: others use them, or there are fewer CPUs than threads; "
+    "free them, or lower --threads.",
     "faster": "Batching pays here: use this size if its latency is short enough.",
 }
 
@@ -152,7 +152,7 @@ def _analyze(
     percent = 100 * gmac_per_s / peak if gmac_per_s and peak else None
     share = grouped[0].convolution_share
     single_ms, host_share = _mean(one.end_to_end_ms for one in single), host_ms / ms
-    waited = _mean(one.waited for one in listed)
+    taken = _mean(one.taken for one in listed)
     return BatchAnalysis(
         batch_size=size,
         ms=ms,
@@ -163,11 +163,11 @@ def _analyze(
         unexplained_ms=change.ms - sum(one.ms for one in parts.values()),
         padding=listed[0].padding,
         host_share=host_share,
-        waited=waited,
+        taken=taken,
         gmac_per_s=gmac_per_s,
         percent_of_peak=percent,
         convolutions_percent_of_peak=percent / share if percent and share else None,
-        cause=_cause(ms / single_ms, change, parts, host_share, waited),
+        cause=_cause(ms / single_ms, change, parts, host_share, taken),
     )
 
 
@@ -188,9 +188,9 @@ def _parts(single: Sequence[Pass], listed: Sequence[Pass], grouped: Sequence[Pas
     return parts
 
 
-def _cause(ratio: float, change: Change, parts: Mapping[Part, Change], host_share: float, waited: float) -> Cause:
+def _cause(ratio: float, change: Change, parts: Mapping[Part, Change], host_share: float, taken: float) -> Cause:
     """`ratio`: time of an image to that at batch 1."""
-    if waited >= _STARVED:
+    if taken >= _STARVED:
         return "starved"
     if change.beyond_noise and ratio >= 1 + _NOTICEABLE:
         return max(parts, key=lambda name: parts[name].ms)

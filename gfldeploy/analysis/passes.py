@@ -7,20 +7,20 @@ the batch size alone, since each image costs the same arithmetic in both.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gfldeploy.batching.buckets import Group, Order, Size, group, padding
+from gfldeploy.bench.monitor import OthersUse
 from gfldeploy.bench.stages import BatchTimes, time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, TimesConvolutions
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
+from gfldeploy.machine import usable_threads
 
 __all__ = ["Arrangement", "Pass", "Progress", "arrangements", "input_sizes", "measure_passes"]
 
@@ -40,8 +40,8 @@ class Pass:
     """All images once in one arrangement; times in milliseconds of one image, means over the images.
 
     `host_ms`: decoding, preprocessing, copies and NMS; `inference_ms`: the network; `end_to_end_ms`: from file to
-    detections, timed around all of it. `waited`: the share, 0 to 1, of the time of the engine's threads for which
-    threads of this process were ready and had no CPU. `padding`: pixels of the batches by those of their images, each
+    detections, timed around all of it. `taken`: the share, 0 to 1, of
+    the CPUs that the engine was to have, which others used or which are not there. `padding`: pixels of the batches by those of their images, each
     padded to the network's stride alone. `convolution_share`: of the inference, 0 to 1, in batches of one size; None in
     others and where the engine cannot tell.
     """
@@ -53,7 +53,7 @@ class Pass:
     inference_ms: float
     postprocess_ms: float
     end_to_end_ms: float
-    waited: float
+    taken: float
     padding: float
     convolution_share: float | None
 
@@ -91,6 +91,9 @@ def measure_passes(
     """
     if rounds < 1 or not chosen:
         raise ValueError("there must be at least one round and one arrangement")
+    import cv2
+
+    cv2.setNumThreads(engine.options.threads)
     sizes = input_sizes(paths, bundle)
     planned = {one: group(sizes, one.batch_size, one.order) for one in chosen}
     total, done = len(chosen) * (rounds + 1), 0
@@ -137,11 +140,10 @@ def _pass(
     share: float | None,
 ) -> Pass:
     times: list[BatchTimes] = []
-    waited_s, start = _waited_s(), time.perf_counter()
+    others = OthersUse()
     for one in groups:
         times.append(time_batch(engine, _filled(paths, one, arrangement.batch_size), bundle))
-    wall_s = time.perf_counter() - start
-    waited_s = _waited_s() - waited_s
+    taken = max(others.share(), 1 - usable_threads() / engine.options.threads)
     weights = np.array([len(one.indices) for one in groups]) / arrangement.batch_size / len(paths)
     mean = BatchTimes(*(float(value) for value in weights @ np.array(times)))
     return Pass(
@@ -152,7 +154,7 @@ def _pass(
         inference_ms=mean.inference_ms,
         postprocess_ms=mean.postprocess_ms,
         end_to_end_ms=mean.end_to_end_ms,
-        waited=min(waited_s / (wall_s * engine.options.threads), 1.0),
+        taken=taken,
         padding=padding(groups, sizes),
         convolution_share=share,
     )
@@ -160,16 +162,3 @@ def _pass(
 
 def _filled(paths: Sequence[Path], one: Group, batch_size: int) -> list[Path]:
     return [paths[one.indices[number % len(one.indices)]] for number in range(batch_size)]
-
-
-def _waited_s() -> float:
-    """Seconds that this process's threads have been ready to run without a CPU, since they began.
-
-    The second number of /proc/PID/task/TID/schedstat (Linux's Documentation/scheduler/sched-stats.rst), nanoseconds; 0
-    where the kernel keeps no such statistics.
-    """
-    total = 0
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError, IndexError, ValueError):  # a thread may end meanwhile
-            total += int((task / "schedstat").read_text(encoding="ascii").split()[1])
-    return total / 1e9

@@ -171,6 +171,29 @@ def wait_until_idle(device: Device, busy_percent: float = BUSY_PERCENT, patience
         waited_s = time.perf_counter() - start
 
 
+class OthersUse:
+    """What other processes, and the host of a virtual machine, take of the CPUs that this process may use."""
+
+    def __init__(self) -> None:
+        """Starts to count."""
+        self._cpus = sorted(os.sched_getaffinity(0))
+        self._process = psutil.Process()
+        self._before = self._now()
+
+    def share(self) -> float:
+        """Of the time of these CPUs since the start, 0 to 1; the clock ticks every 10 ms, so give it a second."""
+        since, busy_s, own_s = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        return min(max((busy_s - own_s) / (since * len(self._cpus)), 0.0), 1.0) if since > 0 else 0.0
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: the clock's, those that the CPUs were busy for anyone, and those that this process ran."""
+        times = _cpu_times(self._cpus).values()
+        own = self._process.cpu_times()
+        # Linux counts guests in user time already.
+        busy = sum(sum(one) - one.idle - one.iowait - one.guest - one.guest_nice for one in times)
+        return time.perf_counter(), busy, own.user + own.system
+
+
 def _cpu_times(cpus: list[int]) -> dict[int, Any]:
     times = psutil.cpu_times(percpu=True)
     # Containers may list fewer CPUs than there are numbers.

@@ -105,7 +105,7 @@ _ADVICE: Mapping[Cause, str] = {
     "network": "The network itself is slower in larger batches, without padding too: stay at the smaller batch.",
     "saturated": "The processor is saturated already{peak}: a larger batch is only more of the same work; what helps "
     "is INT8, a smaller input, or more cores.",
-    "starved": "The engine had to do without {taken} of its CPUs: others use them, or there are fewer CPUs than threads; "
+    "starved": "The engine had to do without {taken} of its CPUs: others use them, or there are fewer than threads; "
     "free them, or lower --threads.",
     "faster": "Batching pays here: use this size if its latency is short enough.",
 }

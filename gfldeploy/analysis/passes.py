@@ -39,11 +39,10 @@ class Arrangement:
 class Pass:
     """All images once in one arrangement; times in milliseconds of one image, means over the images.
 
-    `host_ms`: decoding, preprocessing, copies and NMS; `inference_ms`: the network; `end_to_end_ms`: from file to
-    detections, timed around all of it. `taken`: the share, 0 to 1, of
-    the CPUs that the engine was to have, which others used or which are not there. `padding`: pixels of the batches by those of their images, each
-    padded to the network's stride alone. `convolution_share`: of the inference, 0 to 1, in batches of one size; None in
-    others and where the engine cannot tell.
+    `inference_ms`: the network; `end_to_end_ms`: from file to detections, timed around all of it. `taken`: the share,
+    0 to 1, of the CPUs that the engine was to have, which others used or which are not there. `padding`: pixels of the
+    batches by those of their images, each padded to the network's stride alone. `convolution_share`: of the inference,
+    0 to 1, in batches of one size; None in others and where the engine cannot tell.
     """
 
     arrangement: Arrangement
@@ -59,6 +58,7 @@ class Pass:
 
     @property
     def host_ms(self) -> float:
+        """Decoding, preprocessing, copies and NMS."""
         return self.decode_ms + self.preprocess_ms + self.copy_ms + self.postprocess_ms
 
 

@@ -14,7 +14,18 @@ from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError
 from gfldeploy.machine import Machine
 
-__all__ = ["CellKey", "Comparison", "Difference", "OneSided", "Pair", "Verdict", "compare"]
+__all__ = [
+    "CellKey",
+    "Comparison",
+    "Difference",
+    "OneSided",
+    "Pair",
+    "Verdict",
+    "compare",
+    "hardware_differences",
+    "software_differences",
+    "timing_differences",
+]
 
 Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
 
@@ -107,7 +118,7 @@ def compare(
     Raises `DataError` where the hardware differs, unless `different_machines`; where the timed images or the settings
     that latencies depend on differ, unless `different_data`; and where no cell is measured in both.
     """
-    hardware, data = tuple(_hardware(a.machine, b.machine)), tuple(_timing(a, b))
+    hardware, data = tuple(hardware_differences(a.machine, b.machine)), tuple(timing_differences(a, b))
     if hardware and not different_machines:
         raise DataError(
             f"the machines differ: {_listed(hardware)}",
@@ -140,7 +151,7 @@ def compare(
         only_b=tuple(_one_sided(b_cells, a_cells)),
         hardware=hardware,
         data=data,
-        software=tuple(_software(a.machine, b.machine)),
+        software=tuple(software_differences(a.machine, b.machine)),
         notes=tuple(_notes(a, b)),
     )
 
@@ -232,7 +243,8 @@ def _one_sided(cells: dict[CellKey, _Cell], others: dict[CellKey, _Cell]) -> Ite
             yield OneSided(key, f"{other.result.status}: {other.result.reason}" if other else None)
 
 
-def _hardware(a: Machine, b: Machine) -> Iterator[Difference]:
+def hardware_differences(a: Machine, b: Machine) -> Iterator[Difference]:
+    """What makes latencies of two machines incomparable."""
     yield from _differences(
         ("CPU model", a.cpu, b.cpu),
         ("cores", _text(a.cores), _text(b.cores)),
@@ -244,7 +256,7 @@ def _hardware(a: Machine, b: Machine) -> Iterator[Difference]:
         yield Difference("memory", f"{a.memory_gb:g} GB", f"{b.memory_gb:g} GB")
 
 
-def _timing(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
+def timing_differences(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
     """What latencies depend on: the timed images, the warm-up, the load that the monitor is, a server's arrivals."""
     yield from _differences(
         ("timed images", _images(a), _images(b)),
@@ -259,7 +271,8 @@ def _images(results: BenchResults) -> str:
     return f"{results.data.timed_images}, SHA-256 {results.data.timed_sha256[:12]}"
 
 
-def _software(a: Machine, b: Machine) -> Iterator[Difference]:
+def software_differences(a: Machine, b: Machine) -> Iterator[Difference]:
+    """System, driver and packages in other versions."""
     yield from _differences(("operating system", a.os, b.os), ("Python", a.python, b.python))
     yield from _differences(("NVIDIA driver", a.driver, b.driver))
     for name in sorted({*a.packages, *b.packages}):

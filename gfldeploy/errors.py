@@ -7,6 +7,7 @@
     ├── DataError               images or annotations cannot be used
     ├── OutputError             the output cannot be written, or is in the way
     ├── ParityError             an exported graph does not compute what the eager model computes
+    ├── BoundsError             no configuration keeps the bounds that were set
     ├── EngineError             an engine failed to load or run a model
     │   └── UnsupportedError    this engine x precision x device does not work here
     └── MissingDependencyError  a package is not installed; says which command installs it
@@ -17,6 +18,7 @@ Every message says what is wrong and what to do about it. Anything else that esc
 from __future__ import annotations
 
 __all__ = [
+    "BoundsError",
     "BundleError",
     "CheckpointError",
     "ConfigError",
@@ -63,6 +65,10 @@ class OutputError(GfldeployError):
 
 class ParityError(GfldeployError):
     """An exported graph does not compute what the eager model computes."""
+
+
+class BoundsError(GfldeployError):
+    """No configuration keeps the bounds that were set."""
 
 
 class EngineError(GfldeployError):

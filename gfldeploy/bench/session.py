@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -21,9 +22,9 @@ from gfldeploy.engines.registry import DEFAULT_ENGINES
 from gfldeploy.errors import DataError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.machine import describe_machine
+from gfldeploy.machine import Machine, describe_machine
 
-__all__ = ["BenchRequest", "PreparedBench", "prepare", "run"]
+__all__ = ["BenchRequest", "PreparedBench", "about", "describe_data", "limits", "prepare", "run"]
 
 Progress = Callable[[int, int, str], None]
 
@@ -107,6 +108,31 @@ def run(prepared: PreparedBench, journal: Journal, progress: Progress = lambda d
     """Measure every cell of the plan that is not in the `journal` yet; failed ones are results with their reason."""
     request = prepared.request
     machine = describe_machine()
+    data, description = describe_data(prepared)
+    cells, peaks = run_plan(
+        prepared.plan,
+        data,
+        request.settings,
+        journal,
+        limits=limits(request),
+        engine_cache=request.engine_cache,
+        peaks=request.peaks,
+        about=about(request, machine),
+        progress=progress,
+    )
+    return BenchResults(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        data=description,
+        settings=request.settings,
+        peaks=peaks,
+        cells=cells,
+    )
+
+
+def describe_data(prepared: PreparedBench) -> tuple[Data, DataDescription]:
+    """What is measured on, for the runner and for the results: hashes the files."""
+    request = prepared.request
     annotations_sha256, timed_sha256 = sha256(request.annotations), _contents(prepared.images)
     data = Data(
         images=prepared.images,
@@ -115,25 +141,17 @@ def run(prepared: PreparedBench, journal: Journal, progress: Progress = lambda d
         image_dir=request.image_dir,
         accuracy_limit=request.accuracy_images,
     )
-    cells, peaks = run_plan(
-        prepared.plan,
-        data,
-        request.settings,
-        journal,
-        limits=Limits(request.cell_timeout_s, request.memory_limit_mb or _free_mb() * _MEMORY_SHARE),
-        engine_cache=request.engine_cache,
-        peaks=request.peaks,
-        about={"machine": plain(machine), "accuracy_images": request.accuracy_images},
-        progress=progress,
-    )
-    return BenchResults(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine,
-        data=DataDescription(annotations_sha256, timed_sha256, len(prepared.images), prepared.evaluated),
-        settings=request.settings,
-        peaks=peaks,
-        cells=cells,
-    )
+    return data, DataDescription(annotations_sha256, timed_sha256, len(prepared.images), prepared.evaluated)
+
+
+def limits(request: BenchRequest) -> Limits:
+    """What a process may take, by what memory is free now."""
+    return Limits(request.cell_timeout_s, request.memory_limit_mb or _free_mb() * _MEMORY_SHARE)
+
+
+def about(request: BenchRequest, machine: Machine) -> dict[str, Any]:
+    """What answers depend on besides cell, settings and data: part of the journal's questions."""
+    return {"machine": plain(machine), "accuracy_images": request.accuracy_images}
 
 
 def _contents(paths: Sequence[Path]) -> str:

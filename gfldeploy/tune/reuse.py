@@ -1,0 +1,75 @@
+"""Results of `gfldeploy bench` as what a search knows already."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.compare import hardware_differences, software_differences, timing_differences
+from gfldeploy.bench.matrix import Cell
+from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.errors import DataError
+from gfldeploy.tune.search import Model, Space, model_of
+
+__all__ = ["Reused", "reuse"]
+
+
+@dataclass(frozen=True)
+class Reused:
+    """`cells`: those of the space that were measured before; `accuracies`: of models, on the images to be used now."""
+
+    cells: Mapping[Cell, CellResult]
+    accuracies: Mapping[Model, Accuracy]
+
+
+def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now: BenchResults) -> Reused:
+    """What results files say of the cells of the `space`; of a cell in several of them, the last file.
+
+    `digests`: of the bundles' manifests. `now`: results without cells, of this machine, its software, the data and the
+    settings of now. Raises `DataError` where a file is not of the same machine, software, images and way of timing, or
+    has none of the cells: such a file was given by mistake.
+    """
+    cells: dict[Cell, CellResult] = {}
+    accuracies: dict[Model, Accuracy] = {}
+    for path in paths:
+        results = BenchResults.read(path)
+        _check(path, results, now)
+        same_images = (results.data.annotations_sha256, results.data.accuracy_images) == (
+            now.data.annotations_sha256,
+            now.data.accuracy_images,
+        )
+        found = _found(results.cells, space.cells, digests)
+        if not found:
+            raise DataError(
+                f"{path} has no measured cell of these bundles, engines, precisions, batch sizes and threads",
+                "Leave it out of --results.",
+            )
+        cells |= found
+        if same_images:
+            accuracies |= {model_of(cell): one.accuracy for cell, one in found.items() if one.accuracy}
+    return Reused(cells, accuracies)
+
+
+def _check(path: Path, results: BenchResults, now: BenchResults) -> None:
+    for differences, what in (
+        (hardware_differences(results.machine, now.machine), "measured on another machine"),
+        (software_differences(results.machine, now.machine), "measured with other software"),
+        (timing_differences(results, now), "not of the same work"),
+    ):
+        if listed := "; ".join(map(str, differences)):
+            raise DataError(f"{path} is {what}: {listed} (there, here)", "Leave it out of --results.")
+
+
+def _found(
+    results: Collection[CellResult], cells: Collection[Cell], digests: Mapping[Path, str]
+) -> dict[Cell, CellResult]:
+    measured = {
+        (one.bundle.digest, *_key(one)): one for one in results if one.status == "ok" and one.bundle is not None
+    }
+    return {cell: one for cell in cells if (one := measured.get((digests[cell.bundle], *_key(cell)))) is not None}
+
+
+def _key(cell: Cell | CellResult) -> tuple[object, ...]:
+    return cell.engine, cell.precision, cell.device, cell.batch_size, cell.threads, cell.scenario, cell.rate

@@ -1,0 +1,150 @@
+"""A choice in plain words."""
+
+from __future__ import annotations
+
+from gfldeploy.bench.estimates import Estimate
+from gfldeploy.bench.matrix import Cell
+from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence
+from gfldeploy.tune.measured import Measured, speed_ratio
+from gfldeploy.tune.search import Miss, Policy, policy_of
+
+__all__ = ["miss_in_words", "summarize"]
+
+_ENGINES = {
+    "paddle": "Paddle Inference",
+    "paddle-plain": "Paddle Inference without oneDNN",
+    "paddle-tensorrt": "Paddle Inference with TensorRT",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-tensorrt": "ONNX Runtime with TensorRT",
+}
+
+
+def summarize(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> str:
+    """One paragraph for who decides: what to deploy, how fast, what it costs, what came second and why, the knee."""
+    machine, one = deploy.machine, deploy.choice
+    where = f"{machine.cpu} with {_count(machine.threads, 'CPU')}"
+    if one.device == "gpu" and machine.gpus:
+        where = machine.gpus[0]
+    sentences = [
+        f"Deploy {_what(one)}, on {where}.",
+        _speed(one, deploy),
+        _cost(one.evidence, deploy),
+        _second(deploy, choice, runner_up),
+        _knee(deploy),
+        _search(deploy),
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def miss_in_words(miss: Miss) -> str:
+    """Such as "ONNX Runtime in INT8 of hist, one image at a time with 2 threads, whose latency of ..."."""
+    if miss.unit == "mAP":
+        value = f"{miss.what} of {miss.value:.4f} is above {miss.bound:g}"
+    else:
+        more = f"{miss.percent:.0f}%" if miss.percent >= 1 else f"{miss.percent:.1g}%"
+        value = f"{miss.what} of {miss.value:.1f} {miss.unit} is {more} above {miss.bound:g}"
+    return f"{_cell(miss.cell)}, whose {value}"
+
+
+def _cell(cell: Cell) -> str:
+    shape = _batches(cell.batch_size, policy_of(cell))
+    return f"{cell.bundle.name} in {_engine(cell.engine, cell.precision)}, {shape} with {_threads(cell.threads)}"
+
+
+def _what(one: Configuration) -> str:
+    name = one.bundle.rpartition("/")[2]
+    return f"{name} in {_engine(one.engine, one.precision)}, {_batches(one.batch_size, one.policy)}{_with(one)}"
+
+
+def _with(one: Configuration) -> str:
+    return "" if one.device == "gpu" else f" with {_threads(one.threads)}"
+
+
+def _engine(engine: str, precision: str) -> str:
+    return f"{_ENGINES.get(engine, engine)} ({precision.upper()})"
+
+
+def _batches(size: int, policy: Policy) -> str:
+    if policy == "single":
+        return "one image at a time"
+    how = "grouped by size" if policy == "grouped" else "in the order they come"
+    return f"{size} images at a time {how}" if size > 1 else "one image at a time"
+
+
+def _threads(count: int) -> str:
+    return _count(count, "thread")
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" (95% interval {_number(estimate.low)} to {_number(estimate.high)})"
+
+
+def _speed(one: Configuration, deploy: Deploy) -> str:
+    found, bounds = one.evidence, deploy.bounds
+    speed = f"It handles {_number(found.images_per_s.value)} images a second{_interval(found.images_per_s)}"
+    what = "a batch" if one.batch_size > 1 else "an image"
+    within = "" if bounds.max_latency_ms is None else f", where {bounds.max_latency_ms:g} ms were allowed"
+    half = f"half of the time {what} takes {_number(found.latency_p50_ms.value)} ms or less"
+    if found.latency_percent == 50:
+        return f"{speed}; {half}{within}, which is all that so few measurements can say."
+    high = f"{found.latency_percent} times in 100 {_number(found.latency_ms.value)} ms or less"
+    return f"{speed}; {half}, and {high}{within}."
+
+
+def _cost(found: Evidence, deploy: Deploy) -> str:
+    bounds = deploy.bounds
+    allowed = "" if bounds.max_memory_mb is None else f" of the {bounds.max_memory_mb:g} MB allowed"
+    memory = f"It takes {found.memory_mb:.0f} MB of memory{allowed}"
+    if found.ap is None:
+        return f"{memory}; its accuracy was not measured."
+    accuracy = f"its accuracy is {found.ap:.3f} mAP on {_count(found.ap_images or 0, 'image')}"
+    if found.ap_drop is None:
+        return f"{memory}; {accuracy}."
+    limit = "" if bounds.max_drop is None else f" ({bounds.max_drop:g} may be lost)"
+    if found.ap_drop <= 0:
+        return f"{memory}; {accuracy}, no less than the FP32 model{limit}."
+    return f"{memory}; {accuracy}, {found.ap_drop:.4f} less than the FP32 model{limit}."
+
+
+def _second(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> str:
+    second = deploy.runner_up
+    if second is None or runner_up is None:
+        return "Nothing else kept the bounds." if deploy.bounds != type(deploy.bounds)() else ""
+    ratio = speed_ratio(choice, runner_up)
+    what = f"Second came {_what(second)}"
+    speed = f"{_number(second.evidence.images_per_s.value)} images a second"
+    if ratio.high is not None and ratio.high < 1:
+        return f"{what}: {speed}, {100 * (1 - ratio.value):.0f}% fewer."
+    longer = choice.median_ms < runner_up.median_ms
+    why = "; it lost because its answers take longer" if longer else ", a little slower on average"
+    return f"{what}: {speed}, no clear difference in speed{why}."
+
+
+def _knee(deploy: Deploy) -> str:
+    knee = deploy.knee
+    if knee is None:
+        return ""
+    tried = f"(tried up to {knee.curve[-1].batch_size})"
+    if knee.last:
+        return f"Throughput still rises at {knee.batch_size} images at a time, the most that was measured."
+    if knee.batch_size == 1:
+        return f"More than one image at a time makes it no faster {tried}."
+    return f"More than {knee.batch_size} images at a time make it no faster {tried}."
+
+
+def _search(deploy: Deploy) -> str:
+    search = deploy.search
+    how = f"{search.measured} of {search.cells} configurations were measured on {deploy.created[:10]}"
+    if not search.complete:
+        return f"{how}, when the time was up: there may be a better one."
+    return f"{how}; figures hold for this machine and bundle alone."

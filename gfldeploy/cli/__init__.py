@@ -28,6 +28,7 @@ _COMMANDS = {
     "quantize": ("gfldeploy.cli.quantize", "Make an INT8 bundle from an FP32 one."),
     "analyze": ("gfldeploy.cli.analyze", "Say why images take longer in larger batches, or no less."),
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
+    "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "report": ("gfldeploy.cli.report", "Turn a results file into one HTML page."),
     "doctor": ("gfldeploy.cli.doctor", "Show what works on this machine, and why the rest does not."),

@@ -1,0 +1,252 @@
+"""`gfldeploy tune`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gfldeploy.cli.console import stages
+from gfldeploy.cli.options import CommaSeparated, yaml_config_option
+from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
+from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
+from gfldeploy.errors import OutputError
+from gfldeploy.machine import usable_threads
+
+if TYPE_CHECKING:
+    from gfldeploy.tune.session import PreparedTune
+
+__all__ = ["command"]
+
+
+def _all_threads() -> tuple[int, ...]:
+    """1, doubled up to all."""
+    most = usable_threads()
+    return (*(1 << power for power in range(most.bit_length()) if 1 << power < most), most)
+
+
+@click.command(name="tune")
+@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@yaml_config_option
+@click.option("--data", type=click.Path(path_type=Path), metavar="COCO.json", help="A COCO annotation file.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where its file names start.  [default: images/ beside it, else its folder]",
+)
+@click.option(
+    "--max-latency-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Of a batch: the 99th percentile, or the highest that the samples support.",
+)
+@click.option(
+    "--max-memory-mb", type=click.FloatRange(0, min_open=True), help="Peak resident memory, the images left out."
+)
+@click.option("--max-drop", type=click.FloatRange(0, 1), help="mAP lost against the first FP32 bundle, such as 0.01.")
+@click.option(
+    "--engines",
+    type=CommaSeparated(tuple(ENGINES)),
+    default=",".join(DEFAULT_ENGINES),
+    show_default=True,
+    help=f"What may run, of {', '.join(ENGINES)}.",
+)
+@click.option("--precisions", type=CommaSeparated(PRECISIONS), default=",".join(PRECISIONS), show_default=True)
+@click.option("--batch-sizes", type=CommaSeparated(), default="1,2,4,8,16", show_default=True)
+@click.option(
+    "--threads",
+    type=CommaSeparated(),
+    default=_all_threads,
+    show_default="1,2,4,... up to all available",
+    help="CPU threads of one inference, each number to be tried.",
+)
+@click.option(
+    "--policies",
+    type=CommaSeparated(("in-order", "grouped")),
+    default="in-order,grouped",
+    show_default=True,
+    help="How batches may be formed: of images as they come, padded to a common size, or of one size each.",
+)
+@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Results of `gfldeploy bench` on this machine and data: what they hold is not looked at again.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="By turns, of the finish.")
+@click.option(
+    "--min-seconds",
+    type=click.FloatRange(0),
+    default=2.0,
+    show_default=True,
+    help="Time each cell at least so long, in each round of the finish.",
+)
+@click.option(
+    "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."
+)
+@click.option(
+    "--look-seconds", type=click.FloatRange(0), default=0.5, show_default=True, help="The same of a first look."
+)
+@click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
+@click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP of the choice.")
+@click.option("--accuracy-limit", type=click.IntRange(1), help="Images used for mAP.  [default: all]")
+@click.option(
+    "--budget-seconds",
+    type=click.FloatRange(0),
+    help="Look at no more cells after so long; the finish and mAP come on top.",
+)
+@click.option("--exhaustive", is_flag=True, help="Measure every cell at length, to judge the search by.")
+@click.option(
+    "--cell-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
+)
+@click.option(
+    "--engine-cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where TensorRT engines are kept.  [default: ~/.cache/gfldeploy/engines]",
+)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), default=Path("deploy.yml"), show_default=True, help="The file."
+)
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
+)
+def command(
+    bundles: tuple[Path, ...],
+    data: Path | None,
+    images: Path | None,
+    max_latency_ms: float | None,
+    max_memory_mb: float | None,
+    max_drop: float | None,
+    engines: tuple[str, ...],
+    precisions: tuple[Precision, ...],
+    batch_sizes: tuple[int, ...],
+    threads: tuple[int, ...],
+    policies: tuple[Any, ...],
+    device: Device,
+    results: tuple[Path, ...],
+    rounds: int,
+    min_seconds: float,
+    min_count: int,
+    look_seconds: float,
+    limit: int,
+    accuracy: bool,
+    accuracy_limit: int | None,
+    budget_seconds: float | None,
+    exhaustive: bool,
+    cell_timeout: float,
+    engine_cache: Path | None,
+    output: Path,
+    force: bool,
+    check: Path | None,
+) -> None:
+    """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
+
+    Every engine and precision that the BUNDLEs are made for gets a short look; the hopeless ones are left there, larger
+    batches are tried of the others until throughput stops to rise, and the best are measured at length, by turns. mAP
+    is measured of what is about to be chosen alone. Give the FP32 and the INT8 bundle together.
+
+    Interrupted or killed, the same command goes on where it stopped.
+    """
+    if check is not None:
+        _check(check, bundles)
+        return
+    if not bundles:
+        raise click.UsageError("Missing argument 'BUNDLE...'")
+    if data is None:
+        raise click.UsageError("Missing option '--data'")
+    if max_drop is not None and not accuracy:
+        raise click.UsageError("--max-drop needs mAP: leave --no-accuracy out")
+    _check_output(output, force)
+
+    from gfldeploy.bench.journal import journal_beside
+    from gfldeploy.bench.results import Settings
+    from gfldeploy.bench.session import BenchRequest
+    from gfldeploy.tune.search import Bounds
+    from gfldeploy.tune.session import TuneRequest, prepare, run
+
+    optional: dict[str, Any] = {} if engine_cache is None else {"engine_cache": engine_cache}
+    settings = Settings(min_seconds=min_seconds, min_count=min_count, max_seconds=5 * min_seconds, rounds=rounds)
+    request = TuneRequest(
+        bench=BenchRequest(
+            bundles=bundles,
+            annotations=data,
+            settings=settings,
+            image_dir=images,
+            engines=engines,
+            precisions=precisions,
+            batch_sizes=batch_sizes,
+            device=device,
+            timed_images=limit,
+            accuracy=accuracy,
+            accuracy_images=accuracy_limit,
+            cell_timeout_s=cell_timeout,
+            **optional,
+        ),
+        bounds=Bounds(max_latency_ms, max_memory_mb, max_drop),
+        look=Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True),
+        threads=threads,
+        policies=policies,
+        results=results,
+        exhaustive=exhaustive,
+        budget_s=budget_seconds,
+    )
+    prepared = prepare(request)
+    _show_space(prepared)
+    try:
+        with journal_beside(output) as journal:
+            deploy = run(prepared, output, journal, stages())
+            deploy.write(output)
+    except KeyboardInterrupt:
+        click.echo("What was measured so far is kept: the same command goes on from there.", err=True)
+        raise
+    click.echo(deploy.summary)
+    click.echo(f"Wrote {output}")
+
+
+def _check(path: Path, bundles: tuple[Path, ...]) -> None:
+    from gfldeploy.bundle import Bundle
+    from gfldeploy.machine import describe_machine
+    from gfldeploy.tune.deploy_file import Deploy
+
+    if len(bundles) > 1:
+        raise click.UsageError("--check takes one BUNDLE at most")
+    deploy, machine = Deploy.read(path), describe_machine()
+    deploy.check(Bundle.open(bundles[0] if bundles else deploy.bundle_path(path)), machine)
+    for change in deploy.software_changes(machine):
+        click.echo(f"Changed since it was tuned: {change}")
+    click.echo(f"{path} holds for this machine and this bundle.")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Refuse now what would otherwise fail after the measuring."""
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory", "Give a file name as --output.")
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists already", "Choose another --output, or add --force to replace it.")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
+
+
+def _show_space(prepared: PreparedTune) -> None:
+    """What may be chosen and what cannot run, on stderr."""
+    reused = len(prepared.reused.cells)
+    known = f", {reused} of them known from --results" if reused else ""
+    click.echo(f"{len(prepared.space.cells)} configurations of {len(prepared.space.models)} models{known}.", err=True)
+    for item in prepared.skipped:
+        batch = f" batch {item.batch_size}" if item.batch_size else ""
+        remedy = f"; {item.remedy}" if item.remedy else ""
+        click.echo(f"  skip  {item.engine:20} {item.precision:5}{batch} {item.reason}{remedy}", err=True)

@@ -26,6 +26,7 @@ from gfldeploy.tune.measured import NOISE, Measured
 __all__ = [
     "BATCH_GAIN",
     "POLICIES",
+    "TIE",
     "TURN_GAIN",
     "Bounds",
     "Known",

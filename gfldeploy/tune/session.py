@@ -189,7 +189,11 @@ class _Session:
 
     def look(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
-        self.progress(f"{len(self.results)} of {len(self.prepared.space.cells)} cells known; next: {step.why}")
+        known, threads = len(self.results), step.cells[0].threads
+        self.progress(
+            f"{known} of {len(self.prepared.space.cells)} cells known; next: {step.why} "
+            f"({threads} thread{'' if threads == 1 else 's'})"
+        )
         return self._measure(step.cells, self.prepared.request.look)
 
     def finish(self, cells: Sequence[Cell]) -> dict[Cell, Measured | None]:

@@ -6,7 +6,7 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence
 from gfldeploy.tune.measured import Measured, speed_ratio
-from gfldeploy.tune.search import Miss, Policy, policy_of
+from gfldeploy.tune.search import TIE, Miss, Policy, policy_of
 
 __all__ = ["miss_in_words", "summarize"]
 
@@ -125,9 +125,13 @@ def _second(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> str
     speed = f"{_number(second.evidence.images_per_s.value)} images a second"
     if ratio.high is not None and ratio.high < 1:
         return f"{what}: {speed}, {100 * (1 - ratio.value):.0f}% fewer."
-    longer = choice.median_ms < runner_up.median_ms
-    why = "; it lost because its answers take longer" if longer else ", a little slower on average"
-    return f"{what}: {speed}, no clear difference in speed{why}."
+    if ratio.value < 1 - TIE:
+        return f"{what}: {speed}, {100 * (1 - ratio.value):.0f}% fewer, though so few measurements leave that open."
+    return f"{what}: {speed}, as fast within the noise; it lost by {_lost_by(choice, runner_up)}."
+
+
+def _lost_by(choice: Measured, runner_up: Measured) -> str:
+    return "longer waits" if choice.median_ms < runner_up.median_ms else "a little speed"
 
 
 def _knee(deploy: Deploy) -> str:

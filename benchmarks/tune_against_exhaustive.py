@@ -1,6 +1,6 @@
 """Hold `gfldeploy tune` against the same with `--exhaustive`: the time of each, and both choices side by side.
 
-    python benchmarks/tune_against_exhaustive.py --bundles demo/fp32 demo/int8 --data annotations.json --machine epyc-2core
+    python benchmarks/tune_against_exhaustive.py --bundles FP32 INT8 --data annotations.json --machine epyc-2core
 
 Runs the search, then the exhaustive search, each with a journal of its own, then both choices by turns through the
 benchmark's runner, `--rounds` times. Prints the seconds of each, what each chose, and how fast both choices are; writes
@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="of each in each round")
     parser.add_argument("--limit", type=int, default=32, metavar="L", help="images, all of them timed")
     parser.add_argument("--output", type=Path, help="instead of results/MACHINE/tune_demo.json")
-    args, more = parser.parse_known_args()
-    more = [word for word in more if word != "--"]
+    words = sys.argv[1:]
+    own = words.index("--") if "--" in words else len(words)
+    args, more = parser.parse_args(words[:own]), words[own + 1 :]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         common = [*map(str, args.bundles), "--data", str(args.data), "--limit", str(args.limit), *more]
@@ -107,8 +108,8 @@ def summary(record: dict[str, Any]) -> str:
     for name in ("search", "exhaustive"):
         one, cells = record[name]["choice"], record[name]["search"]
         lines.append(
-            f"{name:10} {record[name]['wall_s']:7.1f} s, {cells['measured']} of {cells['cells']} cells: {one['engine']} "
-            f"{one['precision']}, batch {one['batch_size']} {one['policy']}, threads {one['threads']}"
+            f"{name:10} {record[name]['wall_s']:7.1f} s, {cells['measured']} of {cells['cells']} cells: "
+            f"{one['engine']} {one['precision']}, batch {one['batch_size']} {one['policy']}, threads {one['threads']}"
         )
     both, part = record["side_by_side"], record["search"]["wall_s"] / record["exhaustive"]["wall_s"]
     share = both["search_images_per_s"] / both["exhaustive_images_per_s"]

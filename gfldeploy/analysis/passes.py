@@ -22,7 +22,7 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.machine import usable_threads
 
-__all__ = ["Arrangement", "Pass", "Progress", "arrangements", "input_sizes", "measure_passes"]
+__all__ = ["Arrangement", "Pass", "Progress", "arrangements", "input_sizes", "measure_passes", "run_pass"]
 
 Progress = Callable[[int, int], None]
 
@@ -108,7 +108,7 @@ def measure_passes(
         found: dict[Arrangement, Pass] = {}
         for one in (*chosen[turn:], *chosen[:turn]):
             progress(done, total)
-            found[one] = _pass(engine, paths, bundle, one, planned[one], sizes, shares[one])
+            found[one] = run_pass(engine, paths, bundle, one, planned[one], sizes, shares[one])
             done += 1
         measured.append([found[one] for one in chosen])
     progress(total, total)
@@ -130,15 +130,16 @@ def _warm_up(
     return engine.convolution_share({"image": preprocess.batch(images)})
 
 
-def _pass(
+def run_pass(
     engine: Engine,
     paths: Sequence[Path],
     bundle: Bundle,
     arrangement: Arrangement,
     groups: Sequence[Group],
     sizes: Sequence[Size],
-    share: float | None,
+    share: float | None = None,
 ) -> Pass:
+    """All images once in these `groups`; `sizes` are the images', `share` that of the convolutions. Warm up before."""
     times: list[BatchTimes] = []
     others = OthersUse()
     for one in groups:

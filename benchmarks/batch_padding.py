@@ -1,0 +1,121 @@
+"""What mixed orientations cost a batch, and what grouping by size gives back.
+
+    python benchmarks/batch_padding.py --bundle r50_int8 --data annotations.json --engine onnxruntime --precision int8 \\
+        --name gfl_r50_int8 --machine epyc-2core
+
+Of the data, images of the commonest landscape and of the commonest portrait input size, as many of each, in turn. By
+turns, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped by
+size, and landscape images alone. Prints images a second of the network and from file to boxes, and the ratios that
+matter, each the median over the rounds with the least and the most; writes all passes to
+results/MACHINE/checks/NAME_padding.json beside this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from gfldeploy.analysis.passes import Arrangement, Pass, input_sizes, run_pass
+from gfldeploy.batching.buckets import Size, group
+from gfldeploy.bench.records import plain
+from gfldeploy.bench.stages import time_batch
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.files import write_json
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.machine import describe_machine, usable_threads
+
+HERE = Path(__file__).resolve().parent
+# How the images are arranged: mixed orientations as listed, the same grouped by size, landscape alone.
+WAYS = ("naive", "grouped", "uniform")
+Leg = tuple[int, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="COCO annotations (.json), images/ beside them")
+    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--name", required=True, help="of the results file and in the table")
+    parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
+    parser.add_argument("--images", type=int, default=16, metavar="I", help="half of each orientation (default: 16)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=3, metavar="R")
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    landscape, portrait, sizes = choose(bundle, args.data, args.images // 2)
+    options = EngineOptions(args.precision, "cpu", usable_threads())
+    mixed = [path for pair in zip(landscape, portrait, strict=True) for path in pair]
+    with open_engine(args.engine, bundle, options) as engine:
+
+        def once(leg: Leg) -> Pass:
+            batch_size, way = leg
+            paths = landscape * 2 if way == "uniform" else mixed
+            inputs = [sizes[0]] * len(paths) if way == "uniform" else list(sizes) * len(landscape)
+            arrangement = Arrangement(batch_size, "bucketed" if way == "grouped" else "listed")
+            groups = group(inputs, batch_size, arrangement.order)
+            return run_pass(engine, paths, bundle, arrangement, groups, inputs)
+
+        legs: list[Leg] = [(1, "naive"), *((size, way) for size in args.batch_sizes for way in WAYS)]
+        for size in (1, *args.batch_sizes):  # warm up every shape
+            for paths in (mixed[:size], landscape[:size], portrait[:size]):
+                time_batch(engine, [paths[k % len(paths)] for k in range(size)], bundle)
+        passes: dict[Leg, list[Pass]] = {leg: [] for leg in legs}
+        for number in range(args.rounds):
+            turn = number * len(legs) // args.rounds
+            for leg in legs[turn:] + legs[:turn]:
+                passes[leg].append(once(leg))
+    output = HERE / "results" / args.machine / "checks" / f"{args.name}_padding.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "machine": plain(describe_machine()), "engine": args.engine, "precision": args.precision,
+        "sizes": sizes, "legs": [{"batch_size": leg[0], "way": leg[1], "rounds": plain(passes[leg])} for leg in legs],
+    }  # fmt: skip
+    write_json(output, record)
+    print(table(passes))
+
+
+def choose(bundle: Bundle, data: Path, count: int) -> tuple[list[Path], list[Path], tuple[Size, Size]]:
+    """So many images of the commonest landscape and portrait input sizes, and these sizes."""
+    paths = [image.path for image in CocoDataset.load(data).images]
+    sizes = input_sizes(paths, bundle)
+    counts = Counter(sizes)
+    wide = max((size for size in counts if size[1] > size[0]), key=lambda size: counts[size])
+    tall = max((size for size in counts if size[0] > size[1]), key=lambda size: (size == wide[::-1], counts[size]))
+    chosen = [[path for path, size in zip(paths, sizes, strict=True) if size == one][:count] for one in (wide, tall)]
+    if min(map(len, chosen)) < count:
+        raise SystemExit(f"there are only {[len(some) for some in chosen]} images of {wide} and {tall}: lower --images")
+    return chosen[0], chosen[1], (wide, tall)
+
+
+def table(passes: dict[Leg, list[Pass]]) -> str:
+    """Images a second from file to boxes by batch size and way, and the ratios that are judged."""
+    lines = ["| batch | naive | grouped | uniform | grouped / naive | grouped / uniform | grouped / batch 1 |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    single = passes[1, "naive"]
+    lines.append(f"| 1 | {rate(single)} | | | | | |")
+    for size in dict.fromkeys(leg[0] for leg in passes if leg[0] > 1):
+        naive, grouped, uniform = (passes[size, way] for way in WAYS)
+        lines.append(
+            f"| {size} | {rate(naive)} | {rate(grouped)} | {rate(uniform)} | {ratio(grouped, naive)} "
+            f"| {ratio(grouped, uniform)} | {ratio(grouped, single)} |"
+        )
+    return "\n".join(lines)
+
+
+def rate(passes: list[Pass]) -> str:
+    return f"{1e3 / statistics.median(one.end_to_end_ms for one in passes):.3g}"
+
+
+def ratio(passes: list[Pass], base: list[Pass]) -> str:
+    """How many times as fast, from file to boxes."""
+    found = [b.end_to_end_ms / a.end_to_end_ms for a, b in zip(passes, base, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,13 @@
 """What mixed orientations cost a batch, and what grouping by size gives back.
 
-    python benchmarks/batch_padding.py --bundle r50_int8 --data annotations.json --engine onnxruntime --precision int8 \\
+    python benchmarks/batch_padding.py --bundle r50_int8 --data annotations.json --precision int8 \\
         --name gfl_r50_int8 --machine epyc-2core
 
 Of the data, images of the commonest landscape and of the commonest portrait input size, as many of each, in turn. By
 turns, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped by
-size, and landscape images alone. Prints images a second of the network and from file to boxes, and the ratios that
-matter, each the median over the rounds with the least and the most; writes all passes to
-results/MACHINE/checks/NAME_padding.json beside this script.
+size, and those of each orientation alone ("uniform": the mean of both). Prints images a second and the ratios that
+matter, of the network and from file to boxes, each the median over the rounds with the least and the most; writes all
+passes to results/MACHINE/checks/NAME_padding.json beside this script.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine, usable_threads
 
 HERE = Path(__file__).resolve().parent
-# How the images are arranged: mixed orientations as listed, the same grouped by size, landscape alone.
-WAYS = ("naive", "grouped", "uniform")
+# How the images are arranged: mixed orientations as listed, the same grouped by size, one orientation alone.
+WAYS = ("naive", "grouped", "landscape", "portrait")
 Leg = tuple[int, str]
 
 
@@ -54,8 +54,10 @@ def main() -> None:
 
         def once(leg: Leg) -> Pass:
             batch_size, way = leg
-            paths = landscape * 2 if way == "uniform" else mixed
-            inputs = [sizes[0]] * len(paths) if way == "uniform" else list(sizes) * len(landscape)
+            paths, inputs = {"landscape": (landscape, sizes[:1]), "portrait": (portrait, sizes[1:])}.get(
+                way, (mixed, sizes)
+            )
+            inputs = inputs * (len(paths) // len(inputs))
             arrangement = Arrangement(batch_size, "bucketed" if way == "grouped" else "listed")
             groups = group(inputs, batch_size, arrangement.order)
             return run_pass(engine, paths, bundle, arrangement, groups, inputs)
@@ -93,27 +95,30 @@ def choose(bundle: Bundle, data: Path, count: int) -> tuple[list[Path], list[Pat
 
 
 def table(passes: dict[Leg, list[Pass]]) -> str:
-    """Images a second from file to boxes by batch size and way, and the ratios that are judged."""
-    lines = ["| batch | naive | grouped | uniform | grouped / naive | grouped / uniform | grouped / batch 1 |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    single = passes[1, "naive"]
-    lines.append(f"| 1 | {rate(single)} | | | | | |")
-    for size in dict.fromkeys(leg[0] for leg in passes if leg[0] > 1):
-        naive, grouped, uniform = (passes[size, way] for way in WAYS)
-        lines.append(
-            f"| {size} | {rate(naive)} | {rate(grouped)} | {rate(uniform)} | {ratio(grouped, naive)} "
-            f"| {ratio(grouped, uniform)} | {ratio(grouped, single)} |"
-        )
+    """Images a second by batch size and arrangement, and the ratios that are judged."""
+    head = ("batch", "naive", "grouped", "uniform", "grouped / naive", "grouped / uniform", "grouped / batch 1")
+    lines = []
+    for name, what in (("inference_ms", "The network"), ("end_to_end_ms", "From file to boxes")):
+        ms = {leg: [float(getattr(one, name)) for one in found] for leg, found in passes.items()}
+        lines += [f"{what}, images a second:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines.append(f"| 1 | {rate(ms[1, 'naive'])} | | | | | |")
+        for size in dict.fromkeys(leg[0] for leg in passes if leg[0] > 1):
+            naive, grouped, wide, tall = (ms[size, way] for way in WAYS)
+            uniform = [(a + b) / 2 for a, b in zip(wide, tall, strict=True)]
+            rates = [rate(one) for one in (naive, grouped, uniform)]
+            ratios = [ratio(grouped, one) for one in (naive, uniform, ms[1, "naive"])]
+            lines.append(f"| {size} | {' | '.join(rates + ratios)} |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def rate(passes: list[Pass]) -> str:
-    return f"{1e3 / statistics.median(one.end_to_end_ms for one in passes):.3g}"
+def rate(ms: list[float]) -> str:
+    return f"{1e3 / statistics.median(ms):.3g}"
 
 
-def ratio(passes: list[Pass], base: list[Pass]) -> str:
-    """How many times as fast, from file to boxes."""
-    found = [b.end_to_end_ms / a.end_to_end_ms for a, b in zip(passes, base, strict=True)]
+def ratio(ms: list[float], base: list[float]) -> str:
+    """How many times as fast."""
+    found = [b / a for a, b in zip(ms, base, strict=True)]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 

@@ -1,0 +1,93 @@
+"""How long a batch will take: fitted to measurements, corrected by what is seen as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from gfldeploy.batching.buckets import Size, area
+
+__all__ = ["LatencyModel", "Point"]
+
+# Weight of a new observation against all earlier ones of the same batch size and input size.
+_LEARNING = 0.2
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement: `ms` milliseconds for a batch of `images` padded to `size`."""
+
+    images: int
+    size: Size
+    ms: float
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or min(self.size) < 1 or self.ms <= 0:
+            raise ValueError("images, size and ms must be positive")
+
+
+class LatencyModel:
+    """Milliseconds of a batch: a + b x images + c x pixels of the batch, with nothing negative, times a correction.
+
+    Where `a` is 0, a larger batch is no cheaper by the image and batching does not pay. The correction is learnt for
+    each batch size and input size from `observe`; what was never seen takes that of everything seen.
+    """
+
+    def __init__(self, per_batch_ms: float, per_image_ms: float, per_megapixel_ms: float) -> None:
+        """Raises `ValueError` for a negative number, or if all are 0."""
+        self.coefficients = (per_batch_ms, per_image_ms, per_megapixel_ms)
+        if min(self.coefficients) < 0 or not any(self.coefficients):
+            raise ValueError("times must not be negative, nor all of them 0")
+        self._ratios: dict[tuple[int, Size], float] = {}
+        self._spread = 0.0
+        self._overall: float | None = None
+
+    @classmethod
+    def fit(cls, points: Iterable[Point]) -> LatencyModel:
+        """Least relative squares under the constraint that nothing is negative. Raises `ValueError` without points.
+
+        With three coefficients, the best of all subsets of them that come out positive is the constrained optimum.
+        """
+        measured = list(points)
+        if not measured:
+            raise ValueError("there must be at least one measurement")
+        rows = np.array([(1.0, one.images, one.images * area(one.size) / 1e6) for one in measured])
+        scaled = rows / np.array([[one.ms] for one in measured])
+        best, least = (0.0, 0.0, 0.0), np.inf
+        for count in (1, 2, 3):
+            for chosen in combinations(range(3), count):
+                solution, *_ = np.linalg.lstsq(scaled[:, chosen], np.ones(len(measured)), rcond=None)
+                error = float(((scaled[:, chosen] @ solution - 1) ** 2).sum())
+                if solution.min() >= 0 and error < least * (1 - 1e-9):
+                    values = [0.0, 0.0, 0.0]
+                    for index, value in zip(chosen, solution.tolist(), strict=True):
+                        values[index] = value
+                    best, least = (values[0], values[1], values[2]), error
+        return cls(*best)
+
+    def predict(self, images: int, size: Size) -> float:
+        """Milliseconds that a batch is expected to take."""
+        return self._prior(images, size) * self._ratios.get((images, size), self._overall or 1.0)
+
+    def margin(self, images: int, size: Size) -> float:
+        """Milliseconds to plan with: what it is expected to take, and twice its mean deviation."""
+        return self.predict(images, size) * (1 + 2 * self._spread)
+
+    def observe(self, images: int, size: Size, ms: float) -> None:
+        """Learn what a batch took. An exponentially weighted mean: old observations fade."""
+        if ms <= 0:
+            return
+        ratio = ms / self._prior(images, size)
+        known = self._ratios.get((images, size))
+        expected = known if known is not None else self._overall
+        if expected is not None:
+            self._spread += _LEARNING * (min(abs(ratio / expected - 1), 1.0) - self._spread)
+        self._ratios[images, size] = ratio if known is None else known + _LEARNING * (ratio - known)
+        self._overall = ratio if self._overall is None else self._overall + _LEARNING * (ratio - self._overall)
+
+    def _prior(self, images: int, size: Size) -> float:
+        per_batch, per_image, per_megapixel = self.coefficients
+        return per_batch + images * (per_image + per_megapixel * area(size) / 1e6)

@@ -1,0 +1,168 @@
+"""Playing a trace of requests to a policy: in virtual time, or in real time on a real engine, with the same loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gfldeploy.batching.buckets import Size, area
+from gfldeploy.batching.policy import Policy, Request
+
+__all__ = ["Clock", "Outcome", "Played", "RealClock", "Run", "VirtualClock", "most_kept", "play"]
+
+# Runs the requests as one batch padded to a size; in virtual time it returns the milliseconds that this takes, in real
+# time it takes them.
+Run = Callable[[Sequence[Request], Size], float | None]
+
+
+class Clock(Protocol):
+    """Seconds from the start of a trace."""
+
+    def now(self) -> float: ...
+
+    def sleep_until(self, at: float) -> None: ...
+
+
+class VirtualClock:
+    """Time passes only as it is told to."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def sleep_until(self, at: float) -> None:
+        self._now = max(self._now, at)
+
+
+class RealClock:
+    """From its making on."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def sleep_until(self, at: float) -> None:
+        time.sleep(max(at - self.now(), 0.0))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request: `served` or turned away at `at`, in seconds; `batch`: images in its batch, else 0."""
+
+    request: Request
+    served: bool
+    at: float
+    batch: int
+
+    @property
+    def kept(self) -> bool:
+        """Served by its deadline."""
+        return self.served and self.at <= self.request.deadline
+
+
+@dataclass(frozen=True)
+class Played:
+    """The outcomes in the order in which they came about, and `padding`: pixels of the batches by those of the images'
+    own buckets."""
+
+    outcomes: tuple[Outcome, ...]
+    padding: float
+
+    @property
+    def latency_ms(self) -> list[float]:
+        """Of those served, from arrival to the end of their batch."""
+        return [(one.at - one.request.arrived) * 1e3 for one in self.outcomes if one.served]
+
+    @property
+    def kept(self) -> int:
+        """How many were served by their deadline."""
+        return sum(one.kept for one in self.outcomes)
+
+    @property
+    def served_per_s(self) -> float:
+        """Images served by their deadlines, by the time to the last outcome."""
+        return self.kept / max(one.at for one in self.outcomes)
+
+
+def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Played:
+    """Let requests arrive as the trace says, one engine serving them as the policy decides, until none is left.
+
+    Raises `RuntimeError` if the policy breaks its contract: it runs or rejects what does not wait, or does nothing.
+    """
+    waiting: dict[int, Request] = {}
+    outcomes: list[Outcome] = []
+    arrived, paid, own = 0, 0, 0
+    while len(outcomes) < len(trace):
+        now = clock.now()
+        while arrived < len(trace) and trace[arrived].arrived <= now:
+            waiting[trace[arrived].id] = trace[arrived]
+            arrived += 1
+        if not waiting:
+            clock.sleep_until(trace[arrived].arrived)
+            continue
+        decision = policy.decide(now, list(waiting.values()))
+        wanted = decision.reject + decision.run
+        if len(set(wanted)) < len(wanted) or not waiting.keys() >= set(wanted):
+            raise RuntimeError("the policy decided on a request that does not wait, or twice on one")
+        for number in decision.reject:
+            outcomes.append(Outcome(waiting.pop(number), False, now, 0))
+        if not decision.run:
+            if not decision.reject:
+                times = [decision.wake] if decision.wake is not None else []
+                times += [trace[arrived].arrived] if arrived < len(trace) else []
+                if not times or min(times) <= now:
+                    raise RuntimeError("the policy neither runs nor rejects, and names no time to wake")
+                clock.sleep_until(min(times))
+            continue
+        batch = [waiting.pop(number) for number in decision.run]
+        assert decision.size is not None
+        taken_ms = run(batch, decision.size)
+        if taken_ms is not None:
+            clock.sleep_until(now + taken_ms / 1e3)
+        done = clock.now()
+        policy.observe(len(batch), decision.size, (done - now) * 1e3)
+        outcomes += [Outcome(one, True, done, len(batch)) for one in batch]
+        paid += len(batch) * area(decision.size)
+        own += sum(area(one.size) for one in batch)
+    return Played(tuple(outcomes), paid / own if own else 1.0)
+
+
+def most_kept(trace: Sequence[Request], least_ms: Callable[[Size], float]) -> int:
+    """How many deadlines no policy can do better than, even one that knows the whole trace: an upper bound.
+
+    `least_ms`: of one image of a size, in the batch size with the best rate. Any schedule of batches can be turned into
+    one of single images of that length, each inside the time of its batch, which keeps the same deadlines: so the best
+    of those bounds it. All requests must be due equally long after they arrive; then the later an image arrives the
+    later it is due, and taking images by deadline, leaving out the one without which the others end soonest whenever
+    one would be late, is optimal (Kise, Ibaraki and Mine, Operations Research 26, 1978).
+    """
+    chosen: list[tuple[float, float, float]] = []  # arrival, deadline, seconds
+    ends: list[float] = []
+    for one in sorted(trace, key=lambda request: request.deadline):
+        chosen.append((one.arrived, one.deadline, least_ms(one.size) / 1e3))
+        ends.append(_end(ends[-1] if ends else 0.0, chosen[-1]))
+        if ends[-1] <= one.deadline:
+            continue
+        # An idle moment separates what comes before it from what can help.
+        first = next((k for k in range(len(chosen) - 1, 0, -1) if chosen[k][0] >= ends[k - 1]), 0)
+        best, best_end = len(chosen) - 1, ends[-2] if len(ends) > 1 else 0.0
+        for out in range(first, len(chosen) - 1):
+            end = ends[out - 1] if out else 0.0
+            for job in chosen[out + 1 :]:
+                end = _end(end, job)
+            if end < best_end:
+                best, best_end = out, end
+        del chosen[best], ends[best:]
+        for job in chosen[best:]:
+            ends.append(_end(ends[-1] if ends else 0.0, job))
+    return len(chosen)
+
+
+def _end(busy_until: float, job: tuple[float, float, float]) -> float:
+    return max(busy_until, job[0]) + job[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -133,19 +134,23 @@ def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Pl
     return Played(tuple(outcomes), paid / own if own else 1.0)
 
 
-def most_kept(trace: Sequence[Request], least_ms: Callable[[Size], float]) -> int:
+def most_kept(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], most: int) -> int:
     """How many deadlines no policy can do better than, even one that knows the whole trace: an upper bound.
 
-    `least_ms`: of one image of a size, in the batch size with the best rate. Any schedule of batches can be turned into
-    one of single images of that length, each inside the time of its batch, which keeps the same deadlines: so the best
-    of those bounds it. All requests must be due equally long after they arrive; then the later an image arrives the
-    later it is due, and taking images by deadline, leaving out the one without which the others end soonest whenever
-    one would be late, is optimal (Kise, Ibaraki and Mine, Operations Research 26, 1978).
+    `batch_ms`: of so many images of a size; an image must not take longer in a larger batch. `most`: images in a batch.
+    All requests must be due equally long after they arrive. Images that share a batch have all arrived when it begins
+    and are all due after its end, so that they arrive within that time less the batch's of each other: this limits how
+    many an image can share with, and so what it costs at least. Any schedule of batches can be turned into one of
+    single images of that cost, each inside the time of its batch, which keeps the same deadlines: so the best of those
+    bounds it. The later an image arrives the later it is due, hence to take images by deadline and to leave out,
+    whenever one would be late, the one without which the others end soonest is optimal (Kise, Ibaraki and Mine,
+    Operations Research 26, 1978).
     """
+    least_s = _least_s(trace, batch_ms, most)
     chosen: list[tuple[float, float, float]] = []  # arrival, deadline, seconds
     ends: list[float] = []
     for one in sorted(trace, key=lambda request: request.deadline):
-        chosen.append((one.arrived, one.deadline, least_ms(one.size) / 1e3))
+        chosen.append((one.arrived, one.deadline, least_s[one.id]))
         ends.append(_end(ends[-1] if ends else 0.0, chosen[-1]))
         if ends[-1] <= one.deadline:
             continue
@@ -162,6 +167,22 @@ def most_kept(trace: Sequence[Request], least_ms: Callable[[Size], float]) -> in
         for job in chosen[best:]:
             ends.append(_end(ends[-1] if ends else 0.0, job))
     return len(chosen)
+
+
+def _least_s(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], most: int) -> dict[int, float]:
+    """Seconds that each request costs at least."""
+    found = {}
+    for size in {one.size for one in trace}:
+        alike = sorted((one for one in trace if one.size == size), key=lambda one: one.arrived)
+        arrivals = [one.arrived for one in alike]
+        window = alike[0].deadline - alike[0].arrived - batch_ms(1, size) / 1e3
+        # Of the images that arrive from each on within the window.
+        counts = [bisect_right(arrivals, at + window) - first for first, at in enumerate(arrivals)]
+        for number, one in enumerate(alike):
+            first = bisect_left(arrivals, one.arrived - window)
+            count = max(1, min(most, max(counts[first : number + 1])))
+            found[one.id] = batch_ms(count, size) / count / 1e3
+    return found
 
 
 def _end(busy_until: float, job: tuple[float, float, float]) -> float:

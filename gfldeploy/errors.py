@@ -10,6 +10,7 @@
     ├── BoundsError             no configuration keeps the bounds that were set
     ├── EngineError             an engine failed to load or run a model
     │   └── UnsupportedError    this engine x precision x device does not work here
+    ├── RejectedError           a busy server turned a request away rather than serve it late
     └── MissingDependencyError  a package is not installed; says which command installs it
 
 Every message says what is wrong and what to do about it. Anything else that escapes is a bug and keeps its traceback.
@@ -28,6 +29,7 @@ __all__ = [
     "MissingDependencyError",
     "OutputError",
     "ParityError",
+    "RejectedError",
     "UnsupportedError",
 ]
 
@@ -77,6 +79,10 @@ class EngineError(GfldeployError):
 
 class UnsupportedError(EngineError):
     """This engine x precision x device combination does not work here."""
+
+
+class RejectedError(GfldeployError):
+    """A busy server turned a request away rather than serve it late."""
 
 
 class MissingDependencyError(GfldeployError):

@@ -151,7 +151,7 @@ class Adaptive:
         return best
 
     def _leaves_time(self, now: float, size: Size, count: int, buckets: Mapping[Size, Sequence[Request]]) -> bool:
-        """Whether the most urgent of every bucket is served in time after this batch, each with all that it can take."""
+        """Whether after this batch the most urgent of every bucket is served in time, with all it can take along."""
         clock = now + self.model.margin(count, size) / 1e3
         left = [images[count:] if other == size else images for other, images in buckets.items()]
         for images in sorted((images for images in left if images), key=lambda images: images[0].deadline):

@@ -221,9 +221,12 @@ class Preprocess:
             -(-max(round(width * scale_x), least_w) // step) * step,
         )
 
-    def batch(self, prepared: Sequence[Prepared]) -> NDArray[np.float32]:
-        """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros right and below."""
-        return collate(prepared, self.pad_stride, self.target_size if self.fixed else (1, 1))
+    def batch(self, prepared: Sequence[Prepared], least: tuple[int, int] = (1, 1)) -> NDArray[np.float32]:
+        """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros right and below.
+
+        `least`: (h, w) in pixels that the input has at least, such as those of a bucket.
+        """
+        return collate(prepared, self.pad_stride, self.target_size if self.fixed else least)
 
     def _table(self) -> NDArray[np.float32]:
         """What each of the 256 pixel values becomes in each channel, float32 [3, 256].

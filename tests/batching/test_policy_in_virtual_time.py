@@ -63,20 +63,21 @@ def test_at_80_percent_load_hardly_a_deadline_is_missed_that_could_be_kept(count
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_at_150_percent_load_it_rejects_early_and_keeps_its_word(count: int) -> None:
     served, late = 0, 0
+    waited: list[float] = []
     for seed in range(count):
         scenario = Scenario(seed, 1.5)
         played = scenario.play()
         check_each_once(scenario, played)
-        rejected = [one for one in played.outcomes if not one.served]
         bound_s = scenario.trace[0].deadline - scenario.trace[0].arrived
-        # Told within half of the bound, in the mean: time left to ask another server.
-        assert np.mean([one.at - one.request.arrived for one in rejected] or [0.0]) <= bound_s / 2
+        waited += [(one.at - one.request.arrived) / bound_s for one in played.outcomes if not one.served]
         served += sum(one.served for one in played.outcomes)
         late += sum(one.served and not one.kept for one in played.outcomes)
         # More than the rest of a server that collapses; half of what arrives at the least.
         assert played.kept >= 0.45 * len(scenario.trace)
         starves_nobody(played)
     assert late <= 0.01 * served
+    # Most are told when hardly a fifth of their time has passed: enough is left to ask another server.
+    assert np.percentile(waited, 75) <= 0.2
 
 
 def starves_nobody(played: Played) -> None:

@@ -12,12 +12,19 @@ from typing import Any
 from gfldeploy.engines.base import Precision
 from gfldeploy.errors import BundleError
 
-__all__ = ["BYTES", "GraphWork", "convolution_macs", "count_macs", "count_work"]
+__all__ = ["BYTES", "GraphWork", "convolution_macs", "count_macs", "count_work", "peak_activations"]
 
 # Of one number.
 BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 # Shape inference needs the values of no larger constant: what Reshape, Resize and the like read has a few numbers.
 _MOST_INFERRED_BYTES = 1024
+# Operators whose output is their input under another name or shape. Q and DQ become part of what they surround.
+_ALIASES = frozenset({"DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Unsqueeze"})
+# Operators that may write over an input that nothing needs any more.
+_IN_PLACE = frozenset(
+    {"Add", "BatchNormalization", "Clip", "Div", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid"}
+    | {"Softmax", "Sub", "Tanh"}
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,21 @@ def count_work(
     return found
 
 
+def peak_activations(
+    onnx_file: Path, sizes: Collection[tuple[int, int]], strides: Sequence[int]
+) -> dict[tuple[int, int], int]:
+    """How many numbers (not bytes) are needed at once between the layers for one image of each of the `sizes`, by size.
+
+    An estimate from the graph alone: its operators run in their order, every tensor is kept until its last use, and
+    element-wise operators write over an input where they can. The image is counted, weights are not, nor what an engine
+    adds (workspace, fragments, tensors in a layout of its own). Tensors whose size inference does not know are left
+    out: the anchors' coordinates and the decoded boxes, which are small. A Q/DQ graph counts as in FP32.
+    Sizes are height, width in pixels; `strides` and what is raised: as `count_macs`.
+    """
+    graph = _Graph(onnx_file)
+    return {size: graph.peak(*size, strides) for size in dict.fromkeys(sizes)}
+
+
 class _Graph:
     """A detector's graph, loaded without the values of its weights."""
 
@@ -141,6 +163,38 @@ class _Graph:
             if node.op_type == "MatMul" and node.input[1] in self._weights
         )
 
+    def peak(self, height: int, width: int, strides: Sequence[int]) -> int:
+        """As `peak_activations`. Raises `BundleError`."""
+        shapes = self._shapes(height, width, strides)
+        nodes = self._model.graph.node
+        image = self._model.graph.input[0].name
+        # The tensor whose memory a tensor takes, and how often each memory is yet to be read.
+        memory: dict[str, str] = {}
+        for node in nodes:
+            if node.op_type in _ALIASES and node.input[0] not in self._weights:
+                memory[node.output[0]] = memory.get(node.input[0], node.input[0])
+        reads = Counter(memory.get(name, name) for node in nodes if node.output[0] not in memory for name in node.input)
+        reads[image] += 1  # the caller's: never freed
+        numbers = {name: math.prod(shape) for name, shape in shapes.items() if name not in self._weights}
+        live = {image: numbers[image]}
+        most = live[image]
+        for node in nodes:
+            if node.output[0] in memory:
+                continue
+            inputs = [memory.get(name, name) for name in node.input]
+            over = self._overwritten(node, inputs, reads, numbers, live)
+            for name in node.output:
+                if numbers.get(name, 0) > 0:
+                    live[name] = numbers[name]
+            if over is not None:
+                del live[over]
+            most = max(most, sum(live.values()))
+            reads.subtract(inputs)
+            for name in inputs:
+                if reads[name] == 0:
+                    live.pop(name, None)
+        return most
+
     def _shapes(self, height: int, width: int, strides: Sequence[int]) -> dict[str, list[int]]:
         """The shapes of all tensors for one image, 0 for a size that is not known."""
         import onnx
@@ -159,6 +213,17 @@ class _Graph:
             value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
             for value in (*inferred.graph.value_info, *inferred.graph.input)
         }
+
+    @staticmethod
+    def _overwritten(
+        node: Any, inputs: Sequence[str], reads: Mapping[str, int], numbers: Mapping[str, int], live: Mapping[str, int]
+    ) -> str | None:
+        """The input that the node's output takes the memory of; None where it needs its own."""
+        if node.op_type not in _IN_PLACE:
+            return None
+        size = numbers.get(node.output[0], 0)
+        free = (name for name in inputs if live.get(name) == size and reads[name] == inputs.count(name))
+        return next(free, None)
 
     def _product(self, sizes: Sequence[int]) -> int:
         result = math.prod(sizes)

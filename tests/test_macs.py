@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gfldeploy.errors import BundleError
-from gfldeploy.macs import GraphWork, convolution_macs, count_macs, count_work
+from gfldeploy.macs import GraphWork, convolution_macs, count_macs, count_work, peak_activations
 from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
 from gfldeploy.quant.qdq import write_qdq_onnx
 
@@ -89,6 +89,24 @@ def test_a_quantised_graph_counts_as_the_one_that_it_was_made_from(graph: Path, 
     assert write_qdq_onnx(graph, quantized, calibration) == (2 if stem_in_float else 3)
     sizes = [(16, 24), (64, 64)]
     assert count_work(quantized, sizes, STRIDES) == count_work(graph, sizes, STRIDES)
+    assert peak_activations(quantized, sizes, STRIDES) == peak_activations(graph, sizes, STRIDES)
+
+
+def test_the_most_that_is_needed_at_once(graph: Path) -> None:
+    # The image, and the input and output of either shared convolution: the ReLU writes over the stem's output.
+    assert peak_activations(graph, [(16, 24), (32, 24)], STRIDES) == {
+        (16, 24): 3 * 16 * 24 + 2 * 8 * 96,
+        (32, 24): 2 * (3 * 16 * 24 + 2 * 8 * 96),
+    }
+
+
+def test_what_is_read_again_later_is_kept(graph: Path) -> None:
+    model = onnx.load(str(graph))
+    nodes = model.graph.node
+    nodes[3].output[0] = "d"
+    nodes.insert(4, onnx.helper.make_node("Add", ["d", "b"], ["scores"]))  # over d, as nothing else reads it
+    onnx.save(model, str(graph))
+    assert peak_activations(graph, [(16, 24)], STRIDES) == {(16, 24): 3 * 16 * 24 + 3 * 8 * 96}
 
 
 def test_a_size_that_the_graph_cannot_take(graph: Path) -> None:

@@ -196,13 +196,8 @@ class Preprocess:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"the image must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
         height, width = image.shape[:2]
+        self.resized_size(height, width)
         scale_y, scale_x = self.scales(height, width)
-        # OpenCV rounds the new size to the nearest even half, as Python's round does.
-        if round(height * scale_y) < 1 or round(width * scale_x) < 1:
-            raise DataError(
-                f"an image of {width} x {height} px is too elongated: one side vanishes when it is resized",
-                "Remove it from the data.",
-            )
         # By factors, not by size: OpenCV samples at fx and fy themselves, and so does PaddleDetection.
         resized = cv2.resize(image, None, None, fx=scale_x, fy=scale_y, interpolation=self.interp)
         table = self._table()
@@ -210,6 +205,21 @@ class Preprocess:
         for channel, plane in enumerate(cv2.split(resized)):
             cv2.LUT(plane, table[channel], dst=tensor[channel])
         return Prepared(tensor, (scale_y, scale_x), (height, width))
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size (h, w) of an image of this size once resized, without padding; all in pixels.
+
+        Raises `DataError` when the image is so elongated that a side would vanish.
+        """
+        scale_y, scale_x = self.scales(height, width)
+        # OpenCV rounds the new size to the nearest even half, as Python's round does.
+        resized = round(height * scale_y), round(width * scale_x)
+        if min(resized) < 1:
+            raise DataError(
+                f"an image of {width} x {height} px is too elongated: one side vanishes when it is resized",
+                "Remove it from the data.",
+            )
+        return resized
 
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (h, w) of the network's input for one image of this size, padding included; all in pixels."""

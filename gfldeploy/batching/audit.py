@@ -1,0 +1,176 @@
+"""What batches of these images would cost, before any inference: padding, MACs and memory by batch size and order.
+
+A batch is padded to one size, so that a portrait and a landscape image in it cost more than both would alone. `survey`
+reads the heads of the files; the rest is arithmetic on sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gfldeploy.batching.buckets import ORDERS, Group, Order, Size, area, choose_buckets, group, is_mixed, padding
+from gfldeploy.errors import DataError
+from gfldeploy.images.headers import image_size
+from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.macs import BYTES
+
+__all__ = ["Audit", "LeftOut", "Row", "Survey", "audit", "survey"]
+
+_FEW_BUCKETS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An image that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Images by their heads, in the order in which they come.
+
+    `original`: height, width in pixels as read; `resized`: as the preprocessing resizes them; `inputs`: of the
+    network's input for each image alone.
+    """
+
+    paths: tuple[Path, ...]
+    original: tuple[Size, ...]
+    resized: tuple[Size, ...]
+    inputs: tuple[Size, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """All batches of one batch size and order.
+
+    `mixed`: how many of the `batches` hold both portrait and landscape images. `padding`: their pixels by those of the
+    same images at batch 1. `macs`: the mean of an image, None where they are not known. `largest`: images, height and
+    width of the batch that takes the most memory. In bytes of FP32: `input_bytes`, the network's input for that batch;
+    `mean_input_bytes`, for the mean batch; `activation_bytes`, the estimate of `macs.peak_activations` for the largest
+    batch, its input included, None where it is not known.
+    """
+
+    batch_size: int
+    order: Order
+    batches: int
+    mixed: int
+    padding: float
+    macs: float | None
+    largest: tuple[int, int, int]
+    input_bytes: int
+    mean_input_bytes: float
+    activation_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What batches of some images would cost.
+
+    `sizes`: how many distinct sizes the network's inputs have at batch 1. `rounding`: their pixels by those of the
+    resized images: what rounding up to the stride costs, and with a fixed input size the bars around the image. `macs`:
+    the mean of an image at batch 1. `limited`: the padding of bucketed batches, as in `Row`, by the number of buckets.
+    """
+
+    images: int
+    sizes: int
+    rounding: float
+    macs: float | None
+    limited: Mapping[int, float]
+    rows: tuple[Row, ...]
+
+
+def survey(
+    paths: Sequence[Path], preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Survey:
+    """Read the heads of the files. One that cannot be used is left out.
+
+    Raises `DataError` where none can be used.
+    """
+    kept: list[tuple[Path, Size, Size, Size]] = []
+    left_out = []
+    for done, path in enumerate(paths, start=1):
+        try:
+            size = image_size(path)
+            kept.append((path, size, preprocess.resized_size(*size), preprocess.input_size(*size)))
+        except DataError as error:
+            problem = error.problem if str(path) in error.problem else f"{path}: {error.problem}"
+            left_out.append(LeftOut(path, problem))
+        progress(done, len(paths))
+    if not kept:
+        first = f": {left_out[0].reason}" if left_out else ""
+        raise DataError(f"none of {len(paths)} images can be used{first}", "Give images that OpenCV reads.")
+    files, original, resized, inputs = zip(*kept, strict=True)
+    return Survey(files, original, resized, inputs, tuple(left_out))
+
+
+def audit(
+    found: Survey,
+    batch_sizes: Sequence[int],
+    most_buckets: int | None = None,
+    seed: int = 0,
+    macs: Callable[[set[Size]], Mapping[Size, int]] | None = None,
+    activations: Callable[[set[Size]], Mapping[Size, int]] | None = None,
+) -> Audit:
+    """Cut the images into batches of each size and order, and add up what they cost.
+
+    `most_buckets`: of the bucketed order; None is every distinct size. `seed`: of the shuffled order. `macs`,
+    `activations`: of one image by the size of the network's input, as `macs.count_work` and `macs.peak_activations`
+    count them; each is called once. Raises `ValueError` for no images, or numbers below 1.
+    """
+    sizes = found.inputs
+    buckets = choose_buckets(sizes, most_buckets)
+    cuts = {
+        (batch_size, order): group(sizes, batch_size, order, buckets, seed)
+        for batch_size in batch_sizes
+        for order in ORDERS
+    }
+    largest = {key: max(groups, key=_pixels) for key, groups in cuts.items()}
+    every = set(sizes) | {one.size for groups in cuts.values() for one in groups}
+    macs_of = macs(every) if macs else None
+    activations_of = activations({one.size for one in largest.values()}) if activations else None
+    distinct = len(set(sizes))
+    return Audit(
+        images=len(sizes),
+        sizes=distinct,
+        rounding=sum(map(area, sizes)) / sum(map(area, found.resized)),
+        macs=sum(macs_of[size] for size in sizes) / len(sizes) if macs_of else None,
+        limited={
+            most: padding(group(sizes, 1, buckets=choose_buckets(sizes, most)), sizes)
+            for most in (*(few for few in _FEW_BUCKETS if few < distinct), distinct)
+        },
+        rows=tuple(_row(*key, groups, sizes, largest[key], macs_of, activations_of) for key, groups in cuts.items()),
+    )
+
+
+def _row(
+    batch_size: int,
+    order: Order,
+    groups: Sequence[Group],
+    sizes: Sequence[Size],
+    largest: Group,
+    macs: Mapping[Size, int] | None,
+    activations: Mapping[Size, int] | None,
+) -> Row:
+    pixel_bytes = 3 * BYTES["fp32"]
+    images = len(largest.indices)
+    return Row(
+        batch_size=batch_size,
+        order=order,
+        batches=len(groups),
+        mixed=sum(is_mixed(one, sizes) for one in groups),
+        padding=padding(groups, sizes),
+        macs=sum(len(one.indices) * macs[one.size] for one in groups) / len(sizes) if macs else None,
+        largest=(images, *largest.size),
+        input_bytes=_pixels(largest) * pixel_bytes,
+        mean_input_bytes=sum(map(_pixels, groups)) * pixel_bytes / len(groups),
+        activation_bytes=images * activations[largest.size] * BYTES["fp32"] if activations else None,
+    )
+
+
+def _pixels(one: Group) -> int:
+    return len(one.indices) * area(one.size)

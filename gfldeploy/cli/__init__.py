@@ -27,6 +27,7 @@ _COMMANDS = {
     "eval": ("gfldeploy.cli.eval", "Measure COCO mAP through an engine."),
     "quantize": ("gfldeploy.cli.quantize", "Make an INT8 bundle from an FP32 one."),
     "analyze": ("gfldeploy.cli.analyze", "Say why images take longer in larger batches, or no less."),
+    "audit": ("gfldeploy.cli.audit", "Show what batches of your images would cost, before any inference."),
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
     "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),

@@ -103,7 +103,8 @@ def peak_activations(
     An estimate from the graph alone: its operators run in their order, every tensor is kept until its last use, and
     element-wise operators write over an input where they can. The image is counted, weights are not, nor what an engine
     adds (workspace, fragments, tensors in a layout of its own). Tensors whose size inference does not know are left
-    out: the anchors' coordinates and the decoded boxes, which are small. A Q/DQ graph counts as in FP32.
+    out: the anchors' coordinates and the decoded boxes, which are small. A Q/DQ graph counts as in FP32. For GFL-R50 at
+    800x1216 this gives 152 MB in FP32, where ONNX Runtime, which also fuses additions into convolutions, took 125 MB.
     Sizes are height, width in pixels; `strides` and what is raised: as `count_macs`.
     """
     graph = _Graph(onnx_file)

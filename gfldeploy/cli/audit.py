@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,13 +159,16 @@ def _show(result: Audit) -> None:
     headers = ["pixels", *(["GMAC"] if result.macs else []), "mixed", "batches", "largest batch", "input, MB"]
     for header in (*headers, *(["activations, MB"] if result.macs else [])):
         table.add_column(header, justify="right", no_wrap=True)
-    before = None
-    for row in result.rows:
-        table.add_row("" if row.batch_size == before else str(row.batch_size), row.order, *_cells(row))
-        before = row.batch_size
+    for batch_size, group in groupby(result.rows, lambda row: row.batch_size):
+        cells = {row.order: tuple(_cells(row)) for row in group}
+        if len(set(cells.values())) == 1:  # batches of one image
+            table.add_row(str(batch_size), "any", *cells["listed"])
+            continue
+        for order, texts in cells.items():
+            table.add_row("" if order != "listed" else str(batch_size), order, *texts)
     console().print(table)
     work = ", GMAC: per image" if result.macs else ""
-    memory = "; activations: an estimate for FP32, that batch included, weights not" if result.macs else ""
+    memory = "; activations: an estimate for FP32, the input included, weights not" if result.macs else ""
     click.echo(
         f"pixels: by those of the same images at batch 1{work}; mixed: batches with portrait and landscape images"
     )
@@ -205,7 +209,7 @@ def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]
         )
     if result.sizes > 1:
         costs = ", ".join(f"{most}: {cost:.2f}x" for most, cost in result.limited.items())
-        yield f"Grouped by size, by how many sizes are allowed: {costs}."
+        yield f"Grouped by size with no more than so many sizes: {costs}."
 
 
 def _gmac(macs: float) -> str:

@@ -282,17 +282,21 @@ def test_bundles(name: str, tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, 
         ("inspect", bundle, "--json"),
         ("verify", bundle),
         ("eval", bundle, *data),
+        ("audit", "--config-or-bundle", bundle, *data),
         ("quantize", bundle, *data, "--samples", 1, "-o", tmp_path / "out"),
     ):
         assert message in refused(*arguments)
 
 
-def test_a_changed_file_of_the_same_size(tiny_bundle: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_changed_file_of_the_same_size(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     content = (bundle / "onnx/model.onnx").read_bytes()
     (bundle / "onnx/model.onnx").write_bytes(bytes(len(content)))
     assert "has changed since the bundle was made" in refused("verify", bundle)
     assert "not the ONNX graph of a detector" in refused("inspect", bundle)
+    assert "not the ONNX graph of a detector" in refused("audit", "--config-or-bundle", bundle, "--data", tiny_coco)
 
 
 def test_a_damaged_graph_is_the_engines_to_refuse(

@@ -33,6 +33,7 @@ Size = tuple[int, int]
 # listed: as the images come; shuffled: at random; sorted: by size, so that neighbours are alike; bucketed: batches of
 # one bucket each.
 Order = Literal["listed", "shuffled", "sorted", "bucketed"]
+_MOST_COMPARED = 512
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 
@@ -75,9 +76,12 @@ def choose_buckets(sizes: Iterable[Size], most: int | None = None) -> tuple[Size
 
     Few are for engines that compile for each shape; None keeps every distinct size, so that nothing is padded. Each
     step replaces the two buckets whose union costs the fewest pixels over all images: agglomerative, not optimal, and
-    never worse than one bucket for all. Raises `ValueError` without sizes or with `most` below 1.
+    never worse than one bucket for all. Of more than 512 distinct sizes, as without a stride, neighbours are merged
+    first. Raises `ValueError` without sizes or with `most` below 1.
     """
     counts = Counter(sizes)
+    if most is not None:
+        counts = _coarser(counts)
     if not counts or (most is not None and most < 1):
         raise ValueError("there must be at least one size, and most must be at least 1")
     buckets = np.array(sorted(counts), dtype=np.int64)
@@ -94,6 +98,18 @@ def choose_buckets(sizes: Iterable[Size], most: int | None = None) -> tuple[Size
         pixels = numbers * buckets.prod(axis=1)
     distinct = {(int(height), int(width)) for height, width in buckets}
     return tuple(sorted(distinct, key=lambda size: (area(size), size)))
+
+
+def _coarser(counts: Counter[Size]) -> Counter[Size]:
+    """The sizes rounded up to multiples of so many pixels that few enough are left to compare each with each."""
+    step = 1
+    rounded = counts
+    while len(rounded) > _MOST_COMPARED:
+        step *= 2
+        rounded = Counter()
+        for (height, width), number in counts.items():
+            rounded[-(-height // step) * step, -(-width // step) * step] += number
+    return rounded
 
 
 def bucket_of(size: Size, buckets: Sequence[Size]) -> Size:

@@ -81,6 +81,15 @@ def test_more_buckets_never_cost_more() -> None:
     assert costs[-1] == 1.0
 
 
+def test_thousands_of_distinct_sizes_do_not_take_for_ever() -> None:
+    draw = random.Random(0)
+    sizes = [(draw.randint(100, 1300), draw.randint(100, 1300)) for _ in range(5000)]
+    buckets = choose_buckets(sizes, 8)
+    assert len(buckets) <= 8
+    assert all(bucket_of(size, buckets) in buckets for size in sizes)
+    assert padding(group(sizes, 8, buckets=buckets), sizes) < padding(group(sizes, 8, "listed"), sizes)
+
+
 def test_what_no_bucket_holds_keeps_its_size() -> None:
     assert bucket_of((800, 1344), [(800, 1216)]) == (800, 1344)
     assert bucket_of((640, 640), [(1216, 1216), (800, 1216), (640, 672)]) == (640, 672)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gfldeploy.batching.buckets import Order, group
 from gfldeploy.detections import Detections, NmsParams, postprocess
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import DataError, EngineError
@@ -108,12 +109,14 @@ def evaluate(
     nms: NmsParams,
     classes: Sequence[str],
     batch_size: int = 1,
+    order: Order = "listed",
     progress: Callable[[int, int], None] | None = None,
 ) -> Accuracy:
-    """Run an engine over a dataset, in its order, and measure the accuracy.
+    """Run an engine over a dataset and measure the accuracy.
 
-    `classes`: the model's class names, in the order of its score channels. `progress(done, total)` is called after
-    every batch, with numbers of images.
+    `order`: how the images are put into batches, see `batching.buckets`: with "bucketed", each batch has images of one
+    input size by the annotations, so that none is padded to another's. `classes`: the model's class names, in the order
+    of its score channels. `progress(done, total)` is called after every batch, with numbers of images.
 
     Raises `DataError` at the first image that cannot be read, because the accuracy over a part of the data would pass
     for one over all of it; `EngineError` when the engine fails or returns something unusable.
@@ -123,8 +126,10 @@ def evaluate(
     class_to_category = dataset.class_to_category(classes)
     results: list[dict[str, Any]] = []
     total = len(dataset.images)
-    for start in range(0, total, batch_size):
-        images = dataset.images[start : start + batch_size]
+    sizes = [preprocess.input_size(image.height, image.width) for image in dataset.images]
+    done = 0
+    for one in group(sizes, batch_size, order):
+        images = [dataset.images[index] for index in one.indices]
         prepared = [preprocess(read_image(image.path)) for image in images]
         outputs = engine.infer({"image": preprocess.batch(prepared)})
         if missing := {"scores", "boxes"} - set(outputs):
@@ -138,8 +143,9 @@ def evaluate(
             )
         for image, found in zip(images, detections, strict=True):
             results += coco_results(image.id, found, class_to_category)
+        done += len(images)
         if progress is not None:
-            progress(start + len(images), total)
+            progress(done, total)
     return coco_accuracy(dataset, results)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gfldeploy.accuracy import evaluate
+from gfldeploy.batching.buckets import ORDERS, Order
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console, progress_bar
 from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, engine_options, json_option
@@ -25,6 +26,13 @@ __all__ = ["command"]
 @click.option("--images", type=DIRECTORY, help="Folder of the images. Default: images/ beside the annotations.")
 @engine_options
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--order",
+    type=click.Choice(ORDERS),
+    default="listed",
+    show_default=True,
+    help="How batches are formed; bucketed: of one input size each, which pads no image to another's size.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Use the first N images only.")
 @json_option
 def command(
@@ -36,6 +44,7 @@ def command(
     device: Device,
     threads: int,
     batch_size: int,
+    order: Order,
     limit: int | None,
     as_json: bool,
 ) -> None:
@@ -52,12 +61,14 @@ def command(
         )
     options = EngineOptions(precision or manifest.precision, device, threads)
     with open_engine(engine, opened, options) as running, progress_bar("evaluating") as progress:
-        result = evaluate(running, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size, progress)
+        result = evaluate(
+            running, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size, order, progress
+        )
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return
     console().print(
         f"mAP {result.ap:.4f}  AP50 {result.ap50:.4f}  AP75 {result.ap75:.4f}  "
         f"small {result.ap_small:.4f}  medium {result.ap_medium:.4f}  large {result.ap_large:.4f}  "
-        f"({result.images} images, {engine} {options.precision}, batch {batch_size})"
+        f"({result.images} images, {engine} {options.precision}, batch {batch_size}{f', {order}' if batch_size > 1 else ''})"
     )

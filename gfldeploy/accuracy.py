@@ -109,8 +109,8 @@ def evaluate(
     nms: NmsParams,
     classes: Sequence[str],
     batch_size: int = 1,
-    order: Order = "listed",
     progress: Callable[[int, int], None] | None = None,
+    order: Order = "listed",
 ) -> Accuracy:
     """Run an engine over a dataset and measure the accuracy.
 

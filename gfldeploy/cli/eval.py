@@ -62,7 +62,7 @@ def command(
     options = EngineOptions(precision or manifest.precision, device, threads)
     with open_engine(engine, opened, options) as running, progress_bar("evaluating") as progress:
         result = evaluate(
-            running, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size, order, progress
+            running, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size, progress, order
         )
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
@@ -70,5 +70,5 @@ def command(
     console().print(
         f"mAP {result.ap:.4f}  AP50 {result.ap50:.4f}  AP75 {result.ap75:.4f}  "
         f"small {result.ap_small:.4f}  medium {result.ap_medium:.4f}  large {result.ap_large:.4f}  "
-        f"({result.images} images, {engine} {options.precision}, batch {batch_size}{f', {order}' if batch_size > 1 else ''})"
+        f"({result.images} images, {engine} {options.precision}, batch {batch_size} {order})"
     )

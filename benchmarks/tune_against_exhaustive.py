@@ -4,7 +4,7 @@
 
 Runs the search, then the exhaustive search, each with a journal of its own, then both choices by turns through the
 benchmark's runner, `--rounds` times. Prints the seconds of each, what each chose, and how fast both choices are; writes
-that with both deploy files to results/MACHINE/tune_demo.json beside this script. What follows `--` goes to both runs.
+that with both deploy files to results/MACHINE/checks/tune_demo.json beside this script. What follows `--` goes to both runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="R", help="of both choices by turns")
     parser.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="of each in each round")
     parser.add_argument("--limit", type=int, default=32, metavar="L", help="images, all of them timed")
-    parser.add_argument("--output", type=Path, help="instead of results/MACHINE/tune_demo.json")
+    parser.add_argument("--output", type=Path, help="instead of results/MACHINE/checks/tune_demo.json")
     words = sys.argv[1:]
     own = words.index("--") if "--" in words else len(words)
     args, more = parser.parse_args(words[:own]), words[own + 1 :]
@@ -61,7 +61,7 @@ def main() -> None:
         search = tune([*common], folder / "search.yml")
         exhaustive = tune([*common, "--exhaustive"], folder / "exhaustive.yml")
         ratio = side_by_side(search.cell, exhaustive.cell, args, folder)
-    output = args.output or HERE / "results" / args.machine / "tune_demo.json"
+    output = args.output or HERE / "results" / args.machine / "checks" / "tune_demo.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": plain(describe_machine()),

@@ -4,7 +4,8 @@
 
 Runs the search, then the exhaustive search, each with a journal of its own, then both choices by turns through the
 benchmark's runner, `--rounds` times. Prints the seconds of each, what each chose, and how fast both choices are; writes
-that with both deploy files to results/MACHINE/checks/tune_demo.json beside this script. What follows `--` goes to both runs.
+that with both deploy files to results/MACHINE/checks/tune_demo.json beside this script. What follows `--` goes to both
+runs.
 """
 
 from __future__ import annotations

@@ -5,14 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, wait
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gfldeploy.batching.batcher import DynamicBatcher
+from gfldeploy.batching.batcher import DetectorBatcher, DynamicBatcher
 from gfldeploy.batching.buckets import Size
 from gfldeploy.batching.latency import LatencyModel
 from gfldeploy.batching.policy import Adaptive, Decision, FixedWithTimeout, NoBatching, Request
+from gfldeploy.bundle import Bundle
+from gfldeploy.detections import postprocess
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import EngineError, RejectedError
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.decode import read_image
 
 SMALL, LARGE = (32, 32), (64, 64)
 LONG_MS = 60_000.0
@@ -200,3 +208,23 @@ def test_many_threads() -> None:
         for thread in threads:
             thread.join(60)
     assert answers == {number: number**2 for k in range(1, 9) for number in range(1000 * k, 1000 * k + 50)}
+
+
+def test_a_detector_behind_it_answers_as_it_does_alone(tiny_bundle: Path, tiny_coco: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    manifest = bundle.manifest
+    images = [read_image(image.path) for image in CocoDataset.load(tiny_coco).images]
+    with open_engine("onnxruntime", bundle, EngineOptions("fp32", "cpu", 1)) as engine:
+        alone = []
+        for image in images:
+            prepared = manifest.preprocess(image)
+            outputs = engine.infer({"image": manifest.preprocess.batch([prepared])})
+            alone += postprocess(outputs["scores"], outputs["boxes"], [prepared.scale], manifest.nms)
+        with DetectorBatcher(engine, bundle, adaptive()) as batcher:
+            futures = [batcher.detect(image, LONG_MS) for image in images * 3]
+            found = [future.result(60) for future in futures]
+    assert batcher.counts.answered == 18 and batcher.counts.padding == 1.0
+    for before, after in zip(alone * 3, found, strict=True):
+        np.testing.assert_allclose(after.boxes, before.boxes, atol=1e-3)
+        np.testing.assert_allclose(after.scores, before.scores, atol=1e-5)
+        np.testing.assert_array_equal(after.classes, before.classes)

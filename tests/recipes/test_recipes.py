@@ -333,3 +333,34 @@ def test_int8_speed_from_end_to_end(
     shown = capsys.readouterr().out
     assert "| r50 | onnxruntime | 20.0 | 10.0 | 2.00 (2.00 to 2.00) | 52/53 |" in shown
     assert "Inputs: 2 of 1x3x64x96, 1 of 1x3x96x64" in shown
+
+
+def test_mixed_orientations_measured_by_a_recipe(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    script = tmp_path / "batch_padding.py"  # which writes beside itself
+    script.write_text((ROOT / "benchmarks" / "batch_padding.py").read_text())
+    options = ["--name", "tiny", "--machine", "here", "--images", "4", "--batch-sizes", "2", "--rounds", "2"]
+    command = [sys.executable, str(script), "--bundle", str(tiny_bundle), "--data", str(tiny_coco), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "From file to boxes, images a second:" in done.stdout
+    record = json.loads((tmp_path / "results/here/checks/tiny_padding.json").read_text())
+    ways = [(leg["batch_size"], leg["way"]) for leg in record["legs"]]
+    assert ways == [(1, "naive"), (2, "naive"), (2, "grouped"), (2, "landscape"), (2, "portrait")]
+    padded = {leg["way"]: leg["rounds"][0]["padding"] for leg in record["legs"] if leg["batch_size"] == 2}
+    assert padded["naive"] > 1 and padded["grouped"] == padded["landscape"] == padded["portrait"] == 1
+
+
+def test_what_measuring_costs_is_computed_round_by_round() -> None:
+    with imported(ROOT / "benchmarks" / "bench_overhead.py") as module:
+        samples = {
+            "bare": [[10.0, 10.0, 99.0], [20.0, 20.0]],
+            "monitored": [[11.0, 11.0, 11.0], [20.0, 20.0]],
+            "unmonitored": [[10.0, 10.0], [20.0, 20.0]],
+        }
+        assert module.ratios(samples["monitored"], samples["bare"]) == pytest.approx([1.1, 1.0])
+        assert "bench / bare loop: 1.0500 (1.0000 to 1.1000)" in module.summary(samples)
+
+
+@pytest.mark.parametrize("name", ["bench_overhead", "batch_padding", "serve_policies", "tune_against_exhaustive"])
+def test_a_recipe_explains_itself(name: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
+    assert "results/MACHINE" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

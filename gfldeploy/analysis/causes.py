@@ -9,7 +9,7 @@ from typing import Literal
 
 from gfldeploy.analysis.passes import Arrangement, Pass
 
-__all__ = ["PARTS", "BatchAnalysis", "Cause", "Change", "Part", "analyze_passes", "sentences"]
+__all__ = ["PARTS", "PART_NAMES", "BatchAnalysis", "Cause", "Change", "Part", "analyze_passes", "sentences"]
 
 # What a change is split into: padding to the size of other images; convolutions that run at another rate; everything
 # else in the network (normalisation, additions, resizing, box arithmetic), which memory limits; host work.
@@ -117,11 +117,11 @@ def _what(found: BatchAnalysis) -> str:
     if abs(ratio - 1) < _NOTICEABLE:
         return f"{head}: no change to speak of ({ratio:.2f}x)."
     parts = sorted(found.parts.items(), key=lambda item: -abs(item[1].ms))
-    told = [f"{_NAMES[name]} {change.ms:+.1f} ms" for name, change in parts if change.beyond_noise][:3]
+    told = [f"{PART_NAMES[name]} {change.ms:+.1f} ms" for name, change in parts if change.beyond_noise][:3]
     return f"{head} ({ratio:.2f}x){': ' if told else ''}{', '.join(told)}."
 
 
-_NAMES: Mapping[Part, str] = {
+PART_NAMES: Mapping[Part, str] = {
     "padding": "padding",
     "convolutions": "convolutions",
     "memory": "the network's other work",

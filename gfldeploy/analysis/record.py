@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.analysis.causes import PARTS, BatchAnalysis, Part, sentences
+from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, sentences
 from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.passes import Pass
 from gfldeploy.bench.records import plain
@@ -22,13 +22,6 @@ from gfldeploy.machine import Machine
 __all__ = ["SCHEMA", "Analysis", "told_invariance"]
 
 SCHEMA = 1
-_PART_NAMES: dict[Part, str] = {
-    "padding": "padding",
-    "convolutions": "convolutions",
-    "memory": "the network's other work",
-    "network": "the network",
-    "host": "host work",
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,7 @@ def _stacked(analysis: Analysis) -> Plot:
     for number, part in enumerate(PARTS):
         values = [one.parts[part].ms if part in one.parts else 0.0 for one in analysis.batches]
         if any(values):
-            data.append(_bar(_PART_NAMES[part], labels, values, COLOURS[number]))
+            data.append(_bar(PART_NAMES[part], labels, values, COLOURS[number]))
     data.append(
         {
             "type": "scatter", "mode": "markers", "name": "grouped by size", "x": labels,
@@ -121,7 +114,7 @@ def _bar(name: str, labels: Sequence[str], values: Sequence[float], colour: str)
 
 
 def _table(analysis: Analysis) -> str:
-    head = ["batch", "ms per image", "grouped", *(_PART_NAMES[part] for part in _parts(analysis)), "unexplained"]
+    head = ["batch", "ms per image", "grouped", *(PART_NAMES[part] for part in _parts(analysis)), "unexplained"]
     head += ["padding", "% of peak", "cause"]
     rows = []
     for one in analysis.batches:

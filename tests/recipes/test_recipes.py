@@ -360,7 +360,9 @@ def test_what_measuring_costs_is_computed_round_by_round() -> None:
         assert "bench / bare loop: 1.0500 (1.0000 to 1.1000)" in module.summary(samples)
 
 
-@pytest.mark.parametrize("name", ["bench_overhead", "batch_padding", "serve_policies", "tune_against_exhaustive"])
+@pytest.mark.parametrize(
+    "name", ["bench_overhead", "batch_padding", "planted_causes", "serve_policies", "tune_against_exhaustive"]
+)
 def test_a_recipe_explains_itself(name: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
     assert "results/MACHINE" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -116,6 +116,8 @@ def _what(found: BatchAnalysis) -> str:
     head = f"At batch {found.batch_size} an image takes {found.ms:.1f} ms, {found.single_ms:.1f} ms at batch 1"
     if abs(ratio - 1) < _NOTICEABLE:
         return f"{head}: no change to speak of ({ratio:.2f}x)."
+    if not found.change.beyond_noise:
+        return f"{head} ({ratio:.2f}x), but the rounds do not agree on it: run more of them on a quieter machine."
     parts = sorted(found.parts.items(), key=lambda item: -abs(item[1].ms))
     told = [f"{PART_NAMES[name]} {change.ms:+.1f} ms" for name, change in parts if change.beyond_noise][:3]
     return f"{head} ({ratio:.2f}x){': ' if told else ''}{', '.join(told)}."

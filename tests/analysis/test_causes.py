@@ -112,6 +112,7 @@ def test_a_change_that_rounds_disagree_on_is_none() -> None:
     (found,) = analyze_passes(rounds)
     assert found.ms / found.single_ms > 1.05 and not found.change.beyond_noise
     assert found.cause == "saturated"
+    assert "the rounds do not agree on it" in sentences(found)[0]
 
 
 def test_the_parts_add_up_to_the_change() -> None:

@@ -169,7 +169,7 @@ def _analyze(
         gmac_per_s=gmac_per_s,
         percent_of_peak=percent,
         convolutions_percent_of_peak=percent / share if percent and share else None,
-        cause=_cause(ms / single_ms, change, parts, host_share, taken),
+        cause=_cause(ms, single_ms, change, parts, host_share, taken),
     )
 
 
@@ -190,12 +190,17 @@ def _parts(single: Sequence[Pass], listed: Sequence[Pass], grouped: Sequence[Pas
     return parts
 
 
-def _cause(ratio: float, change: Change, parts: Mapping[Part, Change], host_share: float, taken: float) -> Cause:
-    """`ratio`: time of an image to that at batch 1."""
+def _cause(
+    ms: float, single_ms: float, change: Change, parts: Mapping[Part, Change], host_share: float, taken: float
+) -> Cause:
+    ratio, name = ms / single_ms, max(parts, key=lambda name: parts[name].ms)
     if taken >= _STARVED:
         return "starved"
     if change.beyond_noise and ratio >= 1 + _NOTICEABLE:
-        return max(parts, key=lambda name: parts[name].ms)
+        return name
+    # What batching gains may hide what padding costs.
+    if name == "padding" and parts[name].beyond_noise and parts[name].ms >= _NOTICEABLE * ms:
+        return name
     if change.beyond_noise and ratio <= 1 - _NOTICEABLE:
         return "faster"
     return "host" if host_share >= _HOST_LIMITS else "saturated"

@@ -54,6 +54,12 @@ def test_padding() -> None:
     assert "Group images by size" in advice and "22.2 ms" in advice and "1.49x" in advice
 
 
+def test_padding_that_a_gain_hides() -> None:
+    found = analyzed(one_pass(1, "listed", 20), one_pass(8, "listed", 20), one_pass(8, "bucketed", 15))
+    assert found.cause == "padding"
+    assert "batches of one size each take 17.0 ms an image" in sentences(found)[1]
+
+
 @pytest.mark.parametrize(("share", "cause"), [(0.9, "convolutions"), (0.4, "memory"), (None, "network")])
 def test_a_network_that_slows_down_without_padding(share: float | None, cause: str) -> None:
     single = one_pass(1, "listed", 20, share=None if share is None else 0.7)

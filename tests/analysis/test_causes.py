@@ -107,7 +107,7 @@ def test_a_thread_without_a_cpu_goes_before_what_it_causes() -> None:
 
 
 def test_a_batch_that_pays() -> None:
-    found = analyzed(one_pass(1, "listed", 20), one_pass(8, "listed", 12), one_pass(8, "bucketed", 11))
+    found = analyzed(one_pass(1, "listed", 20), one_pass(8, "listed", 12), one_pass(8, "bucketed", 11.9))
     assert found.cause == "faster" and found.change.ms == pytest.approx(-8)
 
 

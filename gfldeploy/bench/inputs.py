@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.batching.buckets import Size
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -53,10 +54,10 @@ def uniform_batches(images: Sequence[Prepared], preprocess: Preprocess, batch_si
 
     An order that only those may choose who have all images at once: the offline scenario.
     """
-    by_shape: dict[tuple[int, ...], list[Prepared]] = defaultdict(list)
+    by_size: dict[Size, list[Prepared]] = defaultdict(list)
     for image in images:
-        by_shape[preprocess.batch([image]).shape].append(image)
-    return [batch for group in by_shape.values() for batch in batches_in_order(group, preprocess, batch_size)]
+        by_size[preprocess.padded_size(*image.tensor.shape[1:])].append(image)
+    return [batch for some in by_size.values() for batch in batches_in_order(some, preprocess, batch_size)]
 
 
 def padding_ratio(batches: Sequence[Batch]) -> float:

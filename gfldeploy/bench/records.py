@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from gfldeploy.errors import DataError
 
-__all__ = ["build", "plain"]
+__all__ = ["build", "check_schema", "plain"]
 
 Record = TypeVar("Record")
 
@@ -82,3 +82,18 @@ def _convert_scalar(kind: Any, value: object, where: str) -> Any:
 
 def _wrong(where: str, expected: str, value: object) -> DataError:
     return DataError(f"{where} must be {expected}, not {value!r:.60}", "Use a file that gfldeploy wrote.")
+
+
+def check_schema(data: object, schema: int, what: str, writer: str, again: str) -> None:
+    """Raise `DataError` unless `data` is of this schema. `what`: names the data; `writer`, `again`: remedies for what
+    is no such file, and for one of an older version."""
+    found = data.get("schema") if isinstance(data, dict) else None
+    if type(found) is not int:
+        raise DataError(f"{what} with no schema number", writer)
+    if found != schema:
+        newer = found > schema
+        raise DataError(
+            f"{what} written by {'a newer' if newer else 'an older'} gfldeploy: schema {found}, this one reads schema "
+            f"{schema}",
+            "Update gfldeploy." if newer else again,
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.bench.records import build, plain
+from gfldeploy.bench.records import build, check_schema, plain
 from gfldeploy.bench.timing import Samples, StopRule
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
@@ -289,19 +289,9 @@ class BenchResults:
     @classmethod
     def from_dict(cls, data: object) -> Self:
         """Check and build. Raises `DataError` for a newer schema, unknown or missing keys and wrong types."""
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if type(schema) is not int:
-            raise DataError("the results have no schema number", "Give a file that `gfldeploy bench` wrote.")
-        if schema > SCHEMA:
-            raise DataError(
-                f"the results were written by a newer gfldeploy: schema {schema}, this one reads schema {SCHEMA}",
-                "Update gfldeploy.",
-            )
-        if schema < SCHEMA:
-            raise DataError(
-                f"the results were written by an older gfldeploy: schema {schema}, this one reads schema {SCHEMA}",
-                "Measure again with this version.",
-            )
+        check_schema(
+            data, SCHEMA, "results", "Give a file that `gfldeploy bench` wrote.", "Measure again with this version."
+        )
         return build(cls, data, "results")
 
     def write(self, path: Path) -> None:

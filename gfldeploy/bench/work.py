@@ -31,7 +31,7 @@ def work(
     images = sum(size * count for (size, _, _), count in batches.items())
     if not image_sizes or images < 1:
         raise ValueError("there must be at least one image and one batch")
-    own = [_alone(bundle, height, width) for height, width in image_sizes]
+    own = [bundle.manifest.preprocess.padded_size(height, width) for height, width in image_sizes]
     counted = _count(bundle, {*own, *((height, width) for _, height, width in batches)})
     padded_macs = traffic_bytes = 0.0
     for (size, height, width), count in batches.items():
@@ -43,14 +43,6 @@ def work(
         padded_macs=padded_macs / images,
         traffic_mb=traffic_bytes / images / 1e6,
     )
-
-
-def _alone(bundle: Bundle, height: int, width: int) -> tuple[int, int]:
-    """The size of the network's input for an image of this size, as `Preprocess.batch` pads it."""
-    preprocess = bundle.manifest.preprocess
-    least_height, least_width = preprocess.target_size if preprocess.fixed else (1, 1)
-    step = max(preprocess.pad_stride, 1)
-    return -(-max(height, least_height) // step) * step, -(-max(width, least_width) // step) * step
 
 
 def _count(bundle: Bundle, sizes: Collection[tuple[int, int]]) -> dict[tuple[int, int], GraphWork]:

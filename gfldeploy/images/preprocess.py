@@ -224,12 +224,13 @@ class Preprocess:
     def input_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (h, w) of the network's input for one image of this size, padding included; all in pixels."""
         scale_y, scale_x = self.scales(height, width)
+        return self.padded_size(round(height * scale_y), round(width * scale_x))
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size (h, w) of the network's input for one image of this size after it was resized; all in pixels."""
         least_h, least_w = self.target_size if self.fixed else (1, 1)
         step = max(self.pad_stride, 1)
-        return (
-            -(-max(round(height * scale_y), least_h) // step) * step,
-            -(-max(round(width * scale_x), least_w) // step) * step,
-        )
+        return -(-max(height, least_h) // step) * step, -(-max(width, least_w) // step) * step
 
     def batch(self, prepared: Sequence[Prepared], least: tuple[int, int] = (1, 1)) -> NDArray[np.float32]:
         """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros right and below.

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.records import build, plain
+from gfldeploy.bench.records import build, check_schema, plain
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
@@ -125,16 +125,7 @@ class Deploy:
     @classmethod
     def from_dict(cls, data: object) -> Self:
         """Check and build. Raises `DataError` for another schema, unknown or missing keys and wrong types."""
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if type(schema) is not int:
-            raise DataError("it has no schema number", _WRITER)
-        if schema != SCHEMA:
-            newer = schema > SCHEMA
-            raise DataError(
-                f"it was written by {'a newer' if newer else 'an older'} gfldeploy: schema {schema}, this one reads "
-                f"schema {SCHEMA}",
-                "Update gfldeploy." if newer else "Run `gfldeploy tune` again.",
-            )
+        check_schema(data, SCHEMA, "a deploy file", _WRITER, "Run `gfldeploy tune` again.")
         return build(cls, data, "it")
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From JPEG to boxes: gfldeploy's INT8 against its own FP32, and against plain uses of ONNX Runtime and OpenVINO + NNCF.
+"""From JPEG to boxes: our INT8 against our FP32, and against plain uses of ONNX Runtime and of OpenVINO with NNCF.
 
     python benchmarks/materials.py --output materials
     python benchmarks/end_to_end.py --materials materials --machine epyc-2core
@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from gfldeploy.detector import Detector
+
 from gfldeploy.bench.records import plain
 from gfldeploy.bundle import Bundle
-from gfldeploy.detector import Detector
 from gfldeploy.engines.base import EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json
@@ -118,7 +119,7 @@ def work(leg: Leg, materials: Path, pipe: Connection) -> None:
             pipe.send(time.perf_counter() - start)
     except EOFError:
         return
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - for the script to end with
         pipe.send(f"{leg.name}:\n{traceback.format_exc()}")
 
 

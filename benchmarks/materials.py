@@ -3,13 +3,13 @@
     python benchmarks/materials.py --output materials [--photographs 16] [--algo hist] [--samples 16]
 
 Writes materials/photos/ (annotations.json without boxes, images/ with JPEGs of 640x427 and 427x640 in turn, from the
-two photographs that scikit-learn brings), materials/calib/ (others of the same kind), and the bundles fp32/, exact/ (every
-candidate leaves the graph, as plain exports have it) and int8/. At the model zoo's 800x1333 rule the photographs become
-inputs of 800x1216 and 1216x800, which in one batch are padded to 1216x1216: 1.52 times the pixels.
+two photographs that scikit-learn brings), materials/calib/ (others of the same kind), and the bundles fp32/, int8/ and
+exact/ (FP32; every candidate leaves the graph, as plain exports have it). At the model zoo's 800x1333 rule the
+photographs become inputs of 800x1216 and 1216x800, in one batch padded to 1216x1216: 1.52 times the pixels.
 
 The weights are random, since no trained ones can be had offline: times, memory and sizes are those of the real model.
-The class bias is lower than that of `gfldeploy export --random-weights`, so that some hundreds of the candidates of an image
-come through the score threshold, as with a trained detector, and NMS costs what it costs there.
+The class bias is lower than that of `gfldeploy export --random-weights`, so that some hundreds of an
+image's candidates come through the score threshold, as with a trained detector, and NMS costs what it costs there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plain uses of ONNX Runtime, and of OpenVINO with NNCF, as their users write them: what `end_to_end.py` measures against.
+"""Plain uses of ONNX Runtime, and of OpenVINO with NNCF, as their users write them, for `end_to_end.py`.
 
 Both take GFL-R50 as paddle2onnx exports it (every candidate leaves the graph), one image after the other, at one fixed
 input size: the image in a corner of a square that holds both orientations ("letterbox"), or stretched to 800x1344

@@ -19,12 +19,7 @@ from onnx import numpy_helper
 
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
-from gfldeploy.candidates import DEFAULT_CANDIDATES
 from gfldeploy.demo.dataset import CLASSES
-from gfldeploy.detections import postprocess
-from gfldeploy.engines.base import EngineOptions
-from gfldeploy.engines.registry import open_engine
-from gfldeploy.images.decode import read_image
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
 
@@ -106,35 +101,6 @@ def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Pat
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert result["images"] == len(data["images"])
-
-
-def test_candidates_give_what_all_anchors_give(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    arguments = ("export", "-c", demo.config_path(), "-w", demo.weights_path(), "--candidates", "all")
-    done = demo_bundles.run(*arguments, "-o", tmp_path / "all", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    every, chosen = Bundle.open(tmp_path / "all"), Bundle.open(demo_bundles.trained(tmp_path_factory))
-    assert (every.manifest.candidates, chosen.manifest.candidates) == (None, DEFAULT_CANDIDATES)
-    pictures = [read_image(path) for path in sorted(demo_bundles.pictures(tmp_path_factory).iterdir())[:3]]
-    preprocess, nms = every.manifest.preprocess, every.manifest.nms
-    large = preprocess.batch([preprocess(picture) for picture in pictures])
-    for engine in ("onnxruntime", "paddle"):
-        options = EngineOptions("fp32", "cpu", 1)
-        with open_engine(engine, every, options) as one, open_engine(engine, chosen, options) as other:
-            for batch in (large, np.ascontiguousarray(large[:, :, :64, :96])):  # the second has 129 anchors
-                expected, actual = one.infer({"image": batch}), other.infer({"image": batch})
-                anchors = actual["anchors"]
-                there = min(expected["scores"].shape[1], DEFAULT_CANDIDATES)
-                assert ((anchors >= 0).sum(axis=1) == there).all() and (anchors[:, there:] == -1).all()
-                assert not actual["scores"][:, there:].any()
-                scales = [(1.0, 1.0)] * len(batch)
-                for theirs, ours in zip(
-                    postprocess(expected["scores"], expected["boxes"], scales, nms),
-                    postprocess(actual["scores"], actual["boxes"], scales, nms),
-                    strict=True,
-                ):
-                    np.testing.assert_array_equal(ours.classes, theirs.classes)
-                    np.testing.assert_allclose(ours.scores, theirs.scores, rtol=0, atol=1e-6)
-                    np.testing.assert_allclose(ours.boxes, theirs.boxes, rtol=0, atol=1e-3)
 
 
 _RUN_NMS_GRAPH = """

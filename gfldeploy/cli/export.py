@@ -58,6 +58,8 @@ def command(
 ) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 
+    They decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there are.
+
     Every graph is compared with the eager PaddleDetection model, in the engine that will run it, before the bundle is
     published.
     """

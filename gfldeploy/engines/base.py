@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,8 @@ class Engine(Protocol):
     """A loaded model, used as a context manager; leaving the block frees it.
 
     `infer` takes `{"image": float32 [N, 3, H, W]}` and returns
-    `{"scores": float32 [N, A, C], "boxes": float32 [N, A, 4]}`, boxes as x1, y1, x2, y2 in pixels of the network input.
+    `{"scores": float32 [N, A, C], "boxes": float32 [N, A, 4]}`, boxes as x1, y1, x2, y2 in pixels of the network input;
+    of a bundle that decodes K candidates, A is K, and `"anchors"` int32 [N, K] says which they are, -1 for none.
     The arrays returned are the caller's to keep: a later `infer` never overwrites them.
     It raises `EngineError` when the engine refuses the input or fails.
     """
@@ -87,7 +88,7 @@ class Engine(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]: ...
+    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
 
     def close(self) -> None: ...
 
@@ -108,7 +109,7 @@ class CopyTimes:
 class TimesCopies(Protocol):
     """An engine that can tell its copies from its computing."""
 
-    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """As `infer`, the same outputs to the bit, with the times of its parts."""
         ...
 

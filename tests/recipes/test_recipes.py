@@ -24,6 +24,7 @@ from gfldeploy.cli.quantize import command as quantize
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
+CANDIDATES = ROOT / "export" / "candidates.py"
 INT8_SPEED = ROOT / "benchmarks" / "int8_speed.py"
 GRAPHS = {
     "paddle_program": {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"},
@@ -102,7 +103,7 @@ def write_manifest(bundle: Path, graphs: Mapping[str, Any], sizes: Mapping[str, 
     (bundle / "manifest.json").write_text(json.dumps({"graphs": graphs, "files": files}))
 
 
-@pytest.mark.parametrize("arguments", [(COMPARE,), (COMPARE, "demo"), (COMPARE, "zoo"), (INT8_SPEED,)])
+@pytest.mark.parametrize("arguments", [(COMPARE,), (COMPARE, "demo"), (COMPARE, "zoo"), (INT8_SPEED,), (CANDIDATES,)])
 def test_help(arguments: tuple[object, ...]) -> None:
     done = subprocess.run([sys.executable, *map(str, arguments), "--help"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -349,6 +350,19 @@ def test_mixed_orientations_measured_by_a_recipe(tiny_bundle: Path, tiny_coco: P
     assert padded["naive"] > 1 and padded["grouped"] == padded["landscape"] == padded["portrait"] == 1
 
 
+@pytest.mark.slow
+def test_nms_beside_that_of_others_measured_by_a_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("paddle")
+    script = tmp_path / "postprocess.py"  # which writes beside itself
+    script.write_text((ROOT / "benchmarks" / "postprocess.py").read_text())
+    command = [sys.executable, str(script), "--machine", "here", "--rounds", "1", "--cases", "detections"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "100 detections" in done.stdout
+    (case,) = json.loads((tmp_path / "results/here/checks/postprocess.json").read_text())["cases"]
+    assert case["detections"] == 100 and case["same"]["paddle"]
+    assert set(case["times_ms"]) == {"gfldeploy", "paddle", "opencv"}
+
+
 def test_what_measuring_costs_is_computed_round_by_round() -> None:
     with imported(ROOT / "benchmarks" / "bench_overhead.py") as module:
         samples = {
@@ -361,7 +375,8 @@ def test_what_measuring_costs_is_computed_round_by_round() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bench_overhead", "batch_padding", "planted_causes", "serve_policies", "tune_against_exhaustive"]
+    "name",
+    ["bench_overhead", "batch_padding", "planted_causes", "postprocess", "serve_policies", "tune_against_exhaustive"],
 )
 def test_a_recipe_explains_itself(name: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]

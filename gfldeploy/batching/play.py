@@ -194,4 +194,3 @@ def _least_s(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], m
             count = max(1, min(most, max(counts[first : number + 1])))
             found[one.id] = batch_ms(count, size) / count / 1e3
     return found
-

@@ -129,7 +129,7 @@ def _table(analysis: Analysis) -> str:
     titles = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     return (
         '<section><h2>The figures</h2><div class="wide"><table><caption>Milliseconds of one image against batch 1: '
-        f"mean over {len(analysis.rounds)} rounds, and in brackets the least and the most of a round.</caption>"
+        f"mean over the typical of {len(analysis.rounds)} rounds, and in brackets the interval of the median.</caption>"
         f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
 

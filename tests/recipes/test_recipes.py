@@ -349,6 +349,18 @@ def test_mixed_orientations_measured_by_a_recipe(tiny_bundle: Path, tiny_coco: P
     assert padded["naive"] > 1 and padded["grouped"] == padded["landscape"] == padded["portrait"] == 1
 
 
+def test_photographs_of_one_aspect(tiny_coco: Path, tmp_path: Path) -> None:
+    import cv2
+
+    with imported(ROOT / "benchmarks" / "batch_padding.py") as module:
+        paths = sorted((tiny_coco.parent / "images").iterdir())
+        made = module.photographs(paths, module.photo_size("40x60"), 2, tmp_path)
+        shapes = [cv2.imread(str(path)).shape for path in made]
+        assert shapes == [(40, 60, 3)] * 2 + [(60, 40, 3)] * 2
+        with pytest.raises(ValueError, match="larger than the height"):
+            module.photo_size("60x40")
+
+
 def test_what_measuring_costs_is_computed_round_by_round() -> None:
     with imported(ROOT / "benchmarks" / "bench_overhead.py") as module:
         samples = {

@@ -136,7 +136,7 @@ def _columns(results: BenchResults, measured: Sequence[Row]) -> list[_Column]:
     columns.append(_Column("policy", lambda row: row.policy or "", right=False))
     columns += [
         _Column("batch", lambda row: str(row.batch_size)),
-        _Column("median ms", lambda row: interval(row.median_ms)),
+        _Column("median ms", lambda row: _median(row, servers)),
         _Column("p90", lambda row: number(row.p90_ms.value if row.p90_ms else None), optional=6),
         _Column("p99", lambda row: number(row.p99_ms.value if row.p99_ms else None)),
         _Column(f"within {results.settings.latency_bound_ms or 0:g} ms", _within, optional=1),
@@ -173,6 +173,11 @@ def _scenario(row: Row) -> str:
 def _within(row: Row) -> str:
     bound = row.served.bound if row.served else None
     return "" if bound is None else f"{'yes' if bound.held else 'no'} (p{bound.percent})"
+
+
+def _median(row: Row, servers: bool) -> str:
+    """Without its interval in a table of servers, which has more columns."""
+    return number(row.median_ms.value if row.median_ms else None) if servers else interval(row.median_ms)
 
 
 def _of_served(text: Callable[[Served], str]) -> Callable[[Row], str]:

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from sample_results import OK, RUN, sample_results
 
-from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult
+from gfldeploy.batching.latency import Point
+from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult, Serving
+from gfldeploy.bench.table import rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
@@ -363,6 +365,18 @@ def test_nms_beside_that_of_others_measured_by_a_recipe(tmp_path: Path) -> None:
     assert set(case["times_ms"]) == {"gfldeploy", "paddle", "opencv"}
 
 
+def test_photographs_of_one_aspect(tiny_coco: Path, tmp_path: Path) -> None:
+    import cv2
+
+    with imported(ROOT / "benchmarks" / "batch_padding.py") as module:
+        paths = sorted((tiny_coco.parent / "images").iterdir())
+        made = module.photographs(paths, module.photo_size("40x60"), 2, tmp_path)
+        shapes = [cv2.imread(str(path)).shape for path in made]
+        assert shapes == [(40, 60, 3)] * 2 + [(60, 40, 3)] * 2
+        with pytest.raises(ValueError, match="larger than the height"):
+            module.photo_size("60x40")
+
+
 def test_what_measuring_costs_is_computed_round_by_round() -> None:
     with imported(ROOT / "benchmarks" / "bench_overhead.py") as module:
         samples = {
@@ -381,3 +395,16 @@ def test_what_measuring_costs_is_computed_round_by_round() -> None:
 def test_a_recipe_explains_itself(name: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
     assert "results/MACHINE" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_row_for_each_policy_of_a_server() -> None:
+    serving = Serving(8, 2, (Point(1, (64, 96), 5.0),), 6)
+    runs = (replace(RUN, serving=serving, samples=Samples((5.0, 6.0, 7.0, 8.0, 9.0, 99.0), (), 2, 6, 2.0, True)),)
+    cells = tuple(
+        replace(OK, scenario="server", rate=4.0, policy=policy, runs=runs) for policy in ("no-batching", "adaptive")
+    )
+    settings = replace(sample_results().settings, latency_bound_ms=50.0)
+    with imported(ROOT / "benchmarks" / "serve_policies.py") as module:
+        *_, one, two = module.table(rows(replace(sample_results(), cells=cells, settings=settings))).splitlines()
+    # Five in time of six possible in two seconds; 99 ms was too late, and six say nothing of a 99th percentile.
+    assert one == "| no-batching | 2.5 | 83% | 25% |  | 2.0 | 1.25 |" and two.startswith("| adaptive | 2.5 ")

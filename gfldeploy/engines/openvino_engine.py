@@ -37,8 +37,8 @@ Shape = tuple[int, ...]
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 # Input shapes with a compiled model of their own. Each has the weights once more, in its own layout.
 _OWN_MODELS = 4
-# A shape takes another's place when it was asked for more than twice as often, and by this much. Compiling takes as long
-# as a few inferences.
+# A shape takes another's place when it was asked for more than twice as often, and by this much: compiling takes as
+# long as a few inferences.
 _LEAD = 16
 _REMEMBERED = 512  # inferences, after which earlier ones count half
 _DYNAMIC: Shape = ()
@@ -85,7 +85,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     @property
     def models(self) -> Mapping[Shape, bool]:
-        """The input shapes that have a model of their own, () for the one of all others: whether it was in the cache."""
+        """The input shapes with a model of their own, () for the one of all others: whether it was in the cache."""
         return {
             shape: bool(request.get_compiled_model().get_property("LOADED_FROM_CACHE"))
             for shape, request in self._requests.items()
@@ -189,8 +189,8 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 def _spell_out_products(model: Any, openvino: Any) -> None:
     """Replace products with a constant column by a multiplication and a sum.
 
-    OpenVINO keeps what follows the last convolution or matrix product in FP32, so that the DFL integral, which is such a
-    product, and the softmax before it would run in BF16.
+    OpenVINO keeps what follows the last convolution or matrix product in FP32. The DFL integral is such a product: it
+    and the softmax before it would run in BF16.
     """
     ops = openvino.opset13
     for node in model.get_ordered_ops():

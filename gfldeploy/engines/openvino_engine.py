@@ -114,9 +114,12 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
         """From the runtime model of what runs inputs of this shape."""
         import onnx
 
+        return convolutions(self.runtime_model(inputs), onnx.load(str(self._file)), self.options.precision)
+
+    def runtime_model(self, inputs: Tensors) -> Any:
+        """OpenVINO's own account of what runs inputs of this shape. Raises `EngineError`."""
         self.infer(inputs)
-        compiled = self._request_for(_shape(inputs)).get_compiled_model()
-        return convolutions(compiled.get_runtime_model(), onnx.load(str(self._file)), self.options.precision)
+        return self._request_for(_shape(inputs)).get_compiled_model().get_runtime_model()
 
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From OpenVINO's own times, in a model of its own."""

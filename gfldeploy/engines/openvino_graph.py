@@ -13,6 +13,8 @@ __all__ = ["convolutions", "in_low_precision"]
 _CONVOLUTION = "Convolution"
 # What the decode is made of, besides arithmetic of single values: it must stay FP32.
 _DECODE = {"Softmax", "FullyConnected", "MatMul", "Reduce"}
+# Their factor OpenVINO draws into the convolution before them.
+_FACTORS = {"Mul", "Div", "Neg"}
 _PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
 
@@ -47,7 +49,8 @@ def _told(node: Any, key: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.removesuffix("/WithoutBiases")
+    """Without what OpenVINO appends."""
+    return name.removesuffix("/WithoutBiases").removesuffix("_original")
 
 
 def _what(one: FileConvolution) -> str:
@@ -65,18 +68,18 @@ def _why(precision: str, one: FileConvolution | None, asked: Precision) -> str |
 
 
 def _owners(source: Any) -> Mapping[str, FileConvolution]:
-    """By the name of a node, its convolution: itself, or the one whose output it alone goes on with.
+    """By the name of a node, its convolution: itself, or the one whose output alone it takes a multiple of.
 
     The latter since OpenVINO multiplies a factor behind a convolution into its weights, and names it after the factor.
+    A node without a name is called after its output.
     """
-    makers = {name: node for node in source.graph.node for name in node.output}
     by_output = {one.outputs[0]: one for one in read_file(source)}
     owners = {}
     for node in source.graph.node:
         if node.op_type == "Conv":
-            owners[node.name] = by_output.get(node.output[0])
-        elif node.op_type == "Mul":
-            made = [makers[name] for name in node.input if name in makers]
-            if len(made) == 1 and made[0].op_type == "Conv":
-                owners[node.name] = by_output.get(made[0].output[0])
-    return {name: one for name, one in owners.items() if one is not None}
+            owners[node.name or node.output[0]] = by_output[node.output[0]]
+        elif node.op_type in _FACTORS:
+            taken = [by_output[name] for name in node.input if name in by_output]
+            if len(taken) == 1:
+                owners[node.name or node.output[0]] = taken[0]
+    return owners

@@ -68,7 +68,7 @@ _PR_SET_PDEATHSIG = 1
 class TimingRequest:
     """Time a cell on these images; the answer goes to `result`.
 
-    `idle`: how the machine was before. `engine_cache`: the folder where TensorRT engines are kept.
+    `idle`: how the machine was before. `engine_cache`: where TensorRT and OpenVINO keep what they built.
     """
 
     cell: Cell
@@ -188,7 +188,7 @@ def _time(request: TimingRequest) -> Timed:
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come, which TensorRT builds its engine for."""
     tensorrt = TensorRtOptions(profile(shapes), cache) if cell.engine in TENSORRT_ENGINES else None
-    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt)
+    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt, cache)
     return open_engine(cell.engine, bundle, options)
 
 

@@ -129,7 +129,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
     "--engine-cache",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where TensorRT engines are kept.  [default: ~/.cache/gfldeploy/engines]",
+    help="Where TensorRT and OpenVINO keep what they built.  [default: ~/.cache/gfldeploy/engines]",
 )
 @click.option(
     "--output",

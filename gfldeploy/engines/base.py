@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, runtime_checkable
 
@@ -50,13 +51,14 @@ class EngineOptions:
     """How an engine runs a bundle.
 
     `threads` is the number of CPU threads of one inference; it must be at least 1. `tensorrt`: for the engines that
-    build with it, which need it.
+    build with it, which need it. `cache_dir`: where other engines keep what they compiled, None for nowhere.
     """
 
     precision: Precision = "fp32"
     device: Device = "cpu"
     threads: int = 1
     tensorrt: TensorRtOptions | None = None
+    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -16,6 +16,7 @@ _ENGINES = {
     "paddle-tensorrt": "Paddle Inference with TensorRT",
     "onnxruntime": "ONNX Runtime",
     "onnxruntime-tensorrt": "ONNX Runtime with TensorRT",
+    "openvino": "OpenVINO",
 }
 
 

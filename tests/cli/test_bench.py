@@ -27,7 +27,8 @@ def run(*arguments: object) -> int:
 def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "results.json"
     quick = ("--min-seconds", 0, "--min-count", 3, "--threads", 1, "--batch-sizes", "1,2", "--rounds", 2, "--no-peak")
-    assert run(tiny_bundle, "--data", tiny_coco, "-o", output, *quick) == 0
+    engines = ("--engines", "paddle,onnxruntime")
+    assert run(tiny_bundle, "--data", tiny_coco, "-o", output, *engines, *quick) == 0
     shown, progress = capfd.readouterr()
     assert "1.000" in shown and "images/s" in shown and "0/1" in shown
     assert "onnxruntime int8: skipped: no INT8 bundle was given; make an INT8 bundle" in shown

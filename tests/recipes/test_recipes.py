@@ -23,6 +23,7 @@ from gfldeploy.bench.timing import Samples
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
+from gfldeploy.images.coco import CocoDataset
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
@@ -377,6 +378,45 @@ def test_photographs_of_one_aspect(tiny_coco: Path, tmp_path: Path) -> None:
             module.photo_size("60x40")
 
 
+@pytest.mark.slow
+def test_memory_stays_flat_over_many_shapes(tiny_bundle: Path, tmp_path: Path) -> None:
+    script = tmp_path / "memory.py"  # which writes beside itself
+    script.write_text((ROOT / "benchmarks" / "memory.py").read_text())
+    options = ["--name", "tiny", "--machine", "here", "--images", "600", "--early", "200"]
+    command = [sys.executable, str(script), "--bundles", str(tiny_bundle), *options, "--engines"]
+    engines = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
+    done = subprocess.run([*command, ",".join(engines)], capture_output=True, text=True, check=True)
+    record = json.loads((tmp_path / "results/here/checks/tiny_memory.json").read_text())
+    assert {one["engine"] for one in record["engines"]} == set(engines)
+    assert done.stdout.count("| fp32 |") == len(engines)
+    for one in record["engines"]:
+        assert one["late_mb"] < one["early_mb"] * 1.25, one
+        assert one["curve"][-1][0] == 600
+
+
+def test_our_int8_against_nncf_round_by_round() -> None:
+    with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
+        race = module.Race((1, 3, 64, 96), (10.0, 20.0, 10.0), (11.0, 20.0, 12.0))
+        assert race.ratios == pytest.approx([1.1, 1.0, 1.2])
+        assert race.row("demo") == "| demo | 1x3x64x96 | 10.0 | 12.0 | 1.100 (1.000 to 1.200) |"
+
+
+def test_what_is_left_to_nncf(tiny_bundle: Path, tiny_coco: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
+        bundle = Bundle.open(tiny_bundle)
+        shapes = module.commonest_shapes(bundle, CocoDataset.load(tiny_coco, None, None))
+        assert shapes[0] == (1, 3, 64, 96) and len(shapes) == 2
+        model = openvino.Core().read_model(str(bundle.graph("onnx")[0]))
+        # Everything behind the one convolution, and the addition of its bias.
+        named = set(module.behind_convolutions(model))
+        assert {"rows", "anchors", "scores"} <= named
+        assert not any("WithoutBiases" in name for name in named)
+        with module.OpenVinoEngine(bundle, module.EngineOptions()) as engine:
+            counted = module.count_operators(engine, (1, 3, 64, 96))
+        assert counted["Convolution f32 -> f32"] == 1
+
+
 def test_what_measuring_costs_is_computed_round_by_round() -> None:
     with imported(ROOT / "benchmarks" / "bench_overhead.py") as module:
         samples = {
@@ -390,7 +430,16 @@ def test_what_measuring_costs_is_computed_round_by_round() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["bench_overhead", "batch_padding", "planted_causes", "postprocess", "serve_policies", "tune_against_exhaustive"],
+    [
+        "bench_overhead",
+        "batch_padding",
+        "memory",
+        "openvino_against_nncf",
+        "planted_causes",
+        "postprocess",
+        "serve_policies",
+        "tune_against_exhaustive",
+    ],
 )
 def test_a_recipe_explains_itself(name: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]

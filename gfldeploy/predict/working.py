@@ -39,13 +39,20 @@ class WorkingFile:
         self.complete = False
         try:
             self._file = path.open("r+b" if path.exists() else "w+b")
+        except OSError as error:
+            raise _refused(path, error) from error
+        try:
             kept = self._read(question, anew)
             self._file.seek(kept)
             self._file.truncate()
+            if kept == 0:
+                self._append(question)
         except OSError as error:
+            self._file.close()
             raise _refused(path, error) from error
-        if kept == 0:
-            self._append(question)
+        except OutputError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -139,7 +139,9 @@ def _announce(choice: Choice) -> None:
 
 def _report(summary: Summary, seconds: float) -> None:
     click.echo(
-        f"{summary.images:,} images in {seconds:.1f} s, {summary.detections:,} detections"
+        f"{summary.images:,} images"
+        + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")
+        + f" in {seconds:.1f} s, {summary.detections:,} detections"
         + (f"; {summary.failed:,} could not be read:" if summary.failed else ""),
         err=True,
     )

@@ -24,12 +24,16 @@ _SCORE_DIGITS = 6
 
 @dataclass(frozen=True)
 class Summary:
-    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections`."""
+    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections`.
+
+    `kept`: images that an earlier run had done.
+    """
 
     images: int
     failed: int
     reasons: tuple[str, ...]
     detections: int
+    kept: int = 0
 
 
 def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:

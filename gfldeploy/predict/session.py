@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
     with unfinished_beside(request.output) as directory:
         question = _question(request)
         with WorkingFile(directory / _WORKING, question, request.force) as working:
-            if not working.batches:
+            kept = working.images
+            if not kept:
                 shutil.rmtree(directory / PICTURES, ignore_errors=True)
             if not working.complete:
                 _detect(request, working, progress)
@@ -93,7 +94,7 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
             raise OutputError(
                 f"cannot write {request.output}: {error.strerror or error}", "Free some space, and run it again."
             ) from error
-    return summary
+    return replace(summary, kept=kept)
 
 
 def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -> None:

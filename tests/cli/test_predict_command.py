@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -282,7 +283,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny_bundle: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_says_so_and_goes_on(number: signal.Signals, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_interrupted_it_says_so_and_goes_on(
+    number: signal.Signals, tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = write_images(tmp_path / "images", 600)
     output = tmp_path / "out"
     with start(tmp_path, tiny_bundle, folder, "-o", output) as process:
@@ -291,4 +294,5 @@ def test_interrupted_it_says_so_and_goes_on(number: signal.Signals, tiny_bundle:
     assert "the same command goes on from there" in said and "Traceback" not in said
     assert not output.exists()
     assert run(tiny_bundle, folder, "-o", output) == 0
+    assert re.search(r"600 images \(\d+ of them by an earlier run\) in ", capfd.readouterr().err)
     assert len(lines(output)) == 600

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gfldeploy import Detector
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
@@ -65,6 +66,11 @@ def test_a_deploy_file_of_another_machine_is_used_with_a_note(tiny_bundle: Path,
     assert "made on another machine" in hardware and "gfldeploy tune" in hardware
     (software,) = choose(write_deploy(tmp_path / "b", tiny_bundle, {"python": "9.9"})).notes
     assert "other software" in software
+    with (
+        pytest.warns(UserWarning, match="made on another machine"),
+        Detector(tmp_path / "a" / "deploy.yml") as detector,
+    ):
+        assert detector.choice.batch_size == 2
 
 
 def test_a_deploy_file_of_another_bundle_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -176,25 +176,40 @@ def test_a_run_that_goes_on_makes_the_missing_batches(engine: Engine, manifest: 
         ]
 
 
+class Watched:
+    """An engine that notes the batches it gets."""
+
+    name = "watched"
+    version = ""
+
+    def __init__(self, engine: Engine, options: EngineOptions) -> None:
+        self.options, self.taken = options, list[int]()
+        self._engine = engine
+
+    def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.taken.append(len(inputs["image"]))
+        return self._engine.infer(inputs)
+
+
 def test_a_network_of_a_fixed_batch_size_gets_it(engine: Engine, manifest: Manifest, folder: Path) -> None:
     (image,) = manifest.inputs
     fixed = replace(manifest, inputs=(replace(image, shape=(4, *image.shape[1:])),))
-    taken: list[int] = []
-
-    class Watched:
-        name = "watched"
-
-        def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            taken.append(len(inputs["image"]))
-            return engine.infer(inputs)
-
-    watched = Watched()
-    watched.options = engine.options  # type: ignore[attr-defined]
+    watched = Watched(engine, engine.options)
     paths = sorted(folder.iterdir())
     found = ordered(run(watched, fixed, paths, batch_size=4, look_ahead=100))  # type: ignore[arg-type]
-    assert set(taken) == {4}
+    assert set(watched.taken) == {4}
     for number, (one, path) in enumerate(zip(found, paths, strict=True)):
         assert number in (5, 12) or same(one.detections, alone(engine, manifest, path))
+
+
+def test_several_threads_decode_for_a_gpu(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    watched = Watched(engine, EngineOptions(device="gpu", threads=4))
+    paths = sorted(folder.iterdir())
+    found = ordered(run(watched, manifest, paths, batch_size=4, look_ahead=100))  # type: ignore[arg-type]
+    assert max(watched.taken) == 4
+    for number, (one, path) in enumerate(zip(found, paths, strict=True)):
+        assert (number in (5, 12)) == (one.error is not None)
+        assert one.error or same(one.detections, alone(engine, manifest, path))
 
 
 def test_classes_without_a_name_are_left_out(engine: Engine, manifest: Manifest, folder: Path) -> None:

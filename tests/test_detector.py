@@ -87,6 +87,17 @@ def test_a_stream_is_lazy_and_may_be_left(detector: Detector) -> None:
     assert [one.name for one in threading.enumerate() if one.name.startswith("gfldeploy")] == []
 
 
+def test_what_goes_wrong_with_the_images_themselves_is_raised(detector: Detector, paths: list[Path]) -> None:
+    def images() -> Iterator[Path]:
+        yield from paths
+        raise RuntimeError("the camera is gone")
+
+    found = []
+    with pytest.raises(RuntimeError, match="the camera is gone"):
+        found += detector.stream(images(), look_ahead=0)
+    assert [one.name for one in threading.enumerate() if one.name.startswith("gfldeploy")] == []
+
+
 def test_reduced_decoding_is_asked_for(detector: Detector, tmp_path: Path) -> None:
     picture = cv2.resize(np.random.default_rng(3).integers(0, 256, (6, 9, 3), np.uint8), (903, 601))
     cv2.imwrite(str(tmp_path / "large.jpg"), picture)

@@ -88,6 +88,7 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
                     progress("drawing", done, summary.images)
             found = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
             write_json(directory / NOTE, {"what": "results of gfldeploy predict", **question, **found})
+            check_target(request.output, force=request.force)  # somebody else may have been faster
             (directory / _WORKING).unlink()
             publish(directory, Path(request.output).absolute())
         except OSError as error:

@@ -138,6 +138,19 @@ def test_a_video(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     drawn.release()
 
 
+def test_names_of_any_kind(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "zwölf"
+    folder.mkdir()
+    names = ['say "no".jpg', "two\nlines.jpg", "\udcff.jpg", "日本.jpg"]
+    for name in names:
+        shutil.copy(images / "0000.jpg", folder / name)
+    (folder / "bad\n.jpg").write_text("no picture")
+    assert run(tiny_bundle, folder, "-o", tmp_path / "out", "--draw") == 0
+    found = lines(tmp_path / "out")
+    assert [one["file"] for one in found] == sorted(str(folder / name) for name in [*names, "bad\n.jpg"])
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 4
+
+
 def test_results_are_replaced_only_on_request(
     tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gfldeploy.batching.buckets import Order, group
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Engine
-from gfldeploy.errors import DataError, EngineError
+from gfldeploy.engines.detect import detect_batch
+from gfldeploy.errors import DataError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
@@ -131,16 +132,8 @@ def evaluate(
     for one in group(sizes, batch_size, order):
         images = [dataset.images[index] for index in one.indices]
         prepared = [preprocess(read_image(image.path)) for image in images]
-        outputs = engine.infer({"image": preprocess.batch(prepared)})
-        if missing := {"scores", "boxes"} - set(outputs):
-            raise EngineError(
-                f"{engine.name} returned no {' and no '.join(sorted(missing))}", "Export the model again."
-            )
-        detections = postprocess(outputs["scores"], outputs["boxes"], [item.scale for item in prepared], nms)
-        if len(detections) != len(images):
-            raise EngineError(
-                f"{engine.name} returned {len(detections)} results for {len(images)} images", "Use a batch size of 1."
-            )
+        tensor = preprocess.batch(prepared)
+        detections = detect_batch(engine, tensor, [item.scale for item in prepared], nms)
         for image, found in zip(images, detections, strict=True):
             results += coco_results(image.id, found, class_to_category)
         done += len(images)

@@ -23,9 +23,11 @@ __all__ = [
     "atomic_directory",
     "check_target",
     "native_writes",
+    "publish",
     "read_json",
     "sha256",
     "terminate_as_interrupt",
+    "unfinished_beside",
     "write_json",
     "write_text",
 ]
@@ -118,9 +120,40 @@ def atomic_directory(target: Path, *, force: bool = False, need_bytes: int = 0) 
         check_target(target, force=force)  # somebody else may have been faster
         try:
             partial.chmod(0o777 & ~_umask())
-            _publish(partial, target)
+            publish(partial, target)
         except OSError as error:
             raise _output_error(target, error) from error
+
+
+@contextmanager
+def unfinished_beside(output: Path) -> Iterator[Path]:
+    """A directory beside `output` for what is done already, removed when the block ends without an error.
+
+    An error, an interruption or a kill leaves it for the next run. Raises `OutputError` if another process is using it,
+    or it cannot be written.
+    """
+    output = _absolute(output)
+    directory = output.with_name(f"{output.name}.unfinished")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {directory}: {error.strerror or error}", "Choose another --output, or remove it."
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another gfldeploy is working on {output}", "Wait for it, or choose another --output."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield directory
+        shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -225,10 +258,11 @@ def _is_below(name: object, directory: Path) -> bool:
 
 
 def _is_ours(directory: Path) -> bool:
-    """Whether gfldeploy wrote `directory`: a bundle and nothing beside it, or what `gfldeploy demo` made."""
-    with suppress(OSError, ValueError):
-        note = read_json(directory / "demo.json")
-        return isinstance(note, dict) and "gfldeploy demo" in str(note.get("what"))
+    """Whether gfldeploy wrote `directory`: a bundle and nothing beside it, or what `demo` or `predict` made."""
+    for command in ("demo", "predict"):
+        with suppress(OSError, ValueError):
+            note = read_json(directory / f"{command}.json")
+            return isinstance(note, dict) and f"gfldeploy {command}" in str(note.get("what"))
     with suppress(OSError, ValueError):
         manifest = read_json(directory / "manifest.json")
         if isinstance(manifest, dict) and "schema" in manifest and isinstance(manifest.get("files"), dict):
@@ -298,8 +332,8 @@ def _remove_stale(target: Path) -> None:
                 os.close(lock)
 
 
-def _publish(partial: Path, target: Path) -> None:
-    """Give `partial` the name `target`; a directory already there ends up under the name of `partial`."""
+def publish(partial: Path, target: Path) -> None:
+    """Give `partial` the name `target` in one step; a directory already there ends up under the name of `partial`."""
     if not target.exists():
         partial.rename(target)
         return
@@ -313,7 +347,7 @@ def _publish(partial: Path, target: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
     # A file system without RENAME_EXCHANGE: two renames, undone if the second fails.
     # Its name is not that of a partial directory: if the process is killed in between, it is all that is left.
-    aside = partial.with_name(partial.name.replace(_PARTIAL, ".replaced-"))
+    aside = partial.with_name(f".{target.name}.replaced-{partial.name.rpartition('-')[2]}")
     with _uninterrupted():
         target.rename(aside)
         try:

@@ -15,8 +15,9 @@ from gfldeploy.accuracy import Accuracy, coco_accuracy, coco_results
 from gfldeploy.analysis.passes import arrangements, input_sizes
 from gfldeploy.batching.buckets import Order, group, padding
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import Detections, pairwise_iou, postprocess
+from gfldeploy.detections import Detections, pairwise_iou
 from gfldeploy.engines.base import Engine
+from gfldeploy.engines.detect import detect_batch
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 
@@ -69,8 +70,8 @@ def measure_invariance(
         detections: dict[int, Detections] = {}
         for one in groups:
             prepared = [manifest.preprocess(read_image(paths[index])) for index in one.indices]
-            outputs = engine.infer({"image": manifest.preprocess.batch(prepared)})
-            results = postprocess(outputs["scores"], outputs["boxes"], [item.scale for item in prepared], manifest.nms)
+            tensor = manifest.preprocess.batch(prepared)
+            results = detect_batch(engine, tensor, [item.scale for item in prepared], manifest.nms)
             detections |= dict(zip(one.indices, results, strict=True))
             done += len(one.indices)
             progress(done, total)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from gfldeploy.batching.buckets import Size, area, bucket_of
 from gfldeploy.batching.policy import Policy, Request
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import Detections, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
+from gfldeploy.engines.detect import detect_batch
 from gfldeploy.errors import EngineError, RejectedError
 from gfldeploy.images.preprocess import Prepared
 
@@ -249,5 +250,5 @@ class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
         return self.submit(preprocess(image), preprocess.input_size(*image.shape[:2]), timeout_ms)
 
     def _detect(self, prepared: Sequence[Prepared], size: Size) -> Sequence[Detections]:
-        outputs = self._engine.infer({"image": self._manifest.preprocess.batch(prepared, size)})
-        return postprocess(outputs["scores"], outputs["boxes"], [one.scale for one in prepared], self._manifest.nms)
+        tensor = self._manifest.preprocess.batch(prepared, size)
+        return detect_batch(self._engine, tensor, [one.scale for one in prepared], self._manifest.nms)

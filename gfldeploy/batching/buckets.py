@@ -7,10 +7,10 @@ the batcher then do.
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -23,11 +23,13 @@ __all__ = [
     "bucket_of",
     "choose_buckets",
     "group",
+    "group_stream",
     "is_mixed",
     "padding",
     "union",
 ]
 
+Item = TypeVar("Item")
 # (height, width) in pixels of the network's input for one image, rounded up to the network's stride.
 Size = tuple[int, int]
 # listed: as the images come; shuffled: at random; sorted: by size, so that neighbours are alike; bucketed: batches of
@@ -128,7 +130,7 @@ def group(
     """Split images of these sizes into batches of at most `batch_size`, each image in exactly one.
 
     `buckets`: for the bucketed order; None is every distinct size. Bucketed batches come in the order in which they are
-    full, the rest in that of their first image, so that a stream can be cut the same way. `seed`: of the shuffled
+    full, the rest in that of their first image; `group_stream` cuts a stream the same way. `seed`: of the shuffled
     order. Raises `ValueError` for a batch size below 1.
     """
     if batch_size < 1:
@@ -149,13 +151,33 @@ def _is_portrait(size: Size) -> bool:
     return size[0] > size[1]
 
 
+def group_stream(
+    items: Iterable[tuple[Item, Size]], batch_size: int, look_ahead: int | None = None
+) -> Iterator[tuple[list[Item], Size]]:
+    """Split a stream of items, each with its size, into batches of one size: those of `group`'s bucketed order.
+
+    Reads no further than the next batch needs. `look_ahead`: a batch that is not full goes when so many items have come
+    since its first, so that no more than that many ever wait; None is for a stream that ends. The batches depend on the
+    sizes alone. Raises `ValueError` for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    waiting: dict[Size, tuple[int, list[Item]]] = {}  # by size, with the number of the first: in order of the firsts
+    for number, (item, size) in enumerate(items):
+        _, batch = waiting.setdefault(size, (number, []))
+        batch.append(item)
+        if len(batch) == batch_size:
+            del waiting[size]
+            yield batch, size
+        if look_ahead is not None and waiting:
+            oldest, (first, _) = next(iter(waiting.items()))
+            if number - first >= look_ahead:
+                yield waiting.pop(oldest)[1], oldest
+    for size, (_, batch) in waiting.items():
+        yield batch, size
+
+
 def _bucketed(sizes: Sequence[Size], batch_size: int, buckets: Sequence[Size]) -> Iterator[Group]:
     known: Mapping[Size, Size] = {size: bucket_of(size, buckets) for size in set(sizes)}
-    waiting: dict[Size, list[int]] = defaultdict(list)
-    for index, size in enumerate(sizes):
-        bucket = known[size]
-        waiting[bucket].append(index)
-        if len(waiting[bucket]) == batch_size:
-            yield Group(tuple(waiting.pop(bucket)), bucket)
-    for bucket, indices in sorted(waiting.items(), key=lambda item: item[1][0]):
+    for indices, bucket in group_stream(((index, known[size]) for index, size in enumerate(sizes)), batch_size):
         yield Group(tuple(indices), bucket)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.errors import OutputError
-from gfldeploy.files import read_json, write_json
+from gfldeploy.files import read_json, unfinished_beside, write_json
 
 __all__ = ["Journal", "journal_beside"]
 
@@ -55,27 +51,8 @@ def journal_beside(output: Path) -> Iterator[Journal]:
     An error, an interruption or a kill leaves the folder for the next run. Raises `OutputError` if another process is
     measuring for the same file, or the folder cannot be written.
     """
-    directory = output.with_name(f"{output.name}.unfinished")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {directory}: {error.strerror or error}", "Choose another --output, or remove it."
-        ) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another gfldeploy is measuring for {output}", "Wait for it, or choose another --output."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+    with unfinished_beside(output) as directory:
         yield Journal(directory)
-        shutil.rmtree(directory, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def _canonical(question: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ _COMMANDS = {
     "analyze": ("gfldeploy.cli.analyze", "Say why images take longer in larger batches, or no less."),
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
     "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
+    "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, and videos."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "report": ("gfldeploy.cli.report", "Turn a results file into one HTML page."),
     "doctor": ("gfldeploy.cli.doctor", "Show what works on this machine, and why the rest does not."),
@@ -55,7 +56,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="gfldeploy")
 def cli() -> None:
-    """Deploy PaddleDetection GFL detectors: export, quantise, benchmark, compare."""
+    """Deploy PaddleDetection GFL detectors: export, quantise, benchmark, compare, predict."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

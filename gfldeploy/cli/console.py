@@ -48,14 +48,22 @@ def progress_bar(label: str) -> Iterator[Progress]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(label, total=None, rate="")
+        first: list[tuple[float, int]] = []  # when, and what a run before this one had done by then
 
         def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            now = time.monotonic()
+            if not first:
+                first.append((now, done))
+                bar.reset(task, completed=done, total=total, rate="")
+            start, before = first[0]
+            rate = f"{(done - before) / (now - start):.3g}/s" if done > before and now > start else ""
+            bar.update(task, completed=done, total=total, rate=rate)
 
         yield advance
 

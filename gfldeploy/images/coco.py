@@ -12,9 +12,9 @@ from typing import Any
 
 from gfldeploy.errors import DataError
 
-__all__ = ["CocoAnnotation", "CocoCategory", "CocoDataset", "CocoImage", "list_images"]
+__all__ = ["IMAGE_SUFFIXES", "CocoAnnotation", "CocoCategory", "CocoDataset", "CocoImage", "list_images"]
 
-_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 _SHOWN = 3  # how many offenders an error names
 
 
@@ -120,14 +120,14 @@ def list_images(directory: Path) -> list[Path]:
     """
     directory = Path(directory)
     try:
-        paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+        paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
         raise DataError(
             f"cannot list the images of {directory}: {error.strerror or error}", "Give a directory of images."
         ) from error
     if not paths:
         raise DataError(
-            f"there are no images in {directory}", f"Give a directory with {', '.join(sorted(_SUFFIXES))} files."
+            f"there are no images in {directory}", f"Give a directory with {', '.join(sorted(IMAGE_SUFFIXES))} files."
         )
     return paths
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import DataError
 
-__all__ = ["read_image"]
+__all__ = ["load_cv2", "read_image"]
 
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -24,7 +24,7 @@ _JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0-7
 _JPEG_END = 0xD9
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: Path, reduction: int = 1) -> NDArray[np.uint8]:
     """Read an image file as RGB uint8, shape [height, width, 3].
 
     The same as PaddleDetection's `Decode`: `cv2.imdecode(..., IMREAD_COLOR)`, then BGR to RGB. Hence EXIF orientation
@@ -33,6 +33,9 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
     Unlike OpenCV, whose older releases fill the missing part of a truncated JPEG with grey, this refuses every file
     that stops before its end. Bytes after the end of a complete image are ignored.
+
+    `reduction`: 2, 4 or 8 decodes a JPEG at that fraction of its sides, rounded up, without the pixels between; they
+    differ from those that resizing the whole image gives. Other formats, which know no such thing, are read whole.
 
     Raises `DataError`, naming the file, when it is missing, unreadable, empty, truncated or not an image.
     """
@@ -49,9 +52,12 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"the image file {path} is empty", "Fetch or copy it again, or remove it from the data.")
     if _is_truncated(data):
         raise DataError(f"the image file {path} is truncated", "Fetch or copy it again, or remove it from the data.")
-    cv2 = _load_cv2()
+    cv2 = load_cv2()
+    flag = cv2.IMREAD_COLOR
+    if reduction > 1 and data.startswith(_JPEG_START):
+        flag = getattr(cv2, f"IMREAD_REDUCED_COLOR_{reduction}")
     try:
-        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flag)
     except cv2.error as error:
         raise DataError(
             f"OpenCV cannot decode {path}: {getattr(error, 'err', error)}",
@@ -67,7 +73,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 @functools.cache
-def _load_cv2() -> Any:
+def load_cv2() -> Any:
     """OpenCV, told once not to log to stderr, as failures are raised here. OPENCV_LOG_LEVEL still has the last word."""
     import cv2
 

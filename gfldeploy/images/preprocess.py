@@ -191,20 +191,49 @@ class Preprocess:
 
         Raises `DataError` when the image is so elongated that a side would vanish.
         """
+        _check_image(image)
+        height, width = image.shape[:2]
+        tensor = np.empty((3, *self.resized_size(height, width)), dtype=np.float32)
+        return Prepared(tensor, self.into(image, tensor), (height, width))
+
+    def into(
+        self, image: NDArray[np.uint8], out: NDArray[np.float32], original: tuple[int, int] | None = None
+    ) -> tuple[float, float]:
+        """Prepare an RGB image, uint8 [h, w, 3], straight into `out`, float32 [3, H, W], such as a row of a batch.
+
+        `out` is overwritten whole: zeros on the right and at the bottom. `original`: the size (h, w) in pixels of what
+        `image` was decoded from at a reduced scale; the result then has the size that the whole image would have.
+        Returns the scale (y, x), network-input pixels per original pixel.
+
+        Raises `DataError` as `__call__`, and `ValueError` for an `out` that does not hold the image.
+        """
         import cv2
 
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise ValueError(f"the image must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
-        height, width = image.shape[:2]
-        self.resized_size(height, width)
-        scale_y, scale_x = self.scales(height, width)
-        # By factors, not by size: OpenCV samples at fx and fy themselves, and so does PaddleDetection.
-        resized = cv2.resize(image, None, None, fx=scale_x, fy=scale_y, interpolation=self.interp)
+        _check_image(image)
+        size = original or (image.shape[0], image.shape[1])
+        scale_y, scale_x = self.scales(*size)
+        height, width = self.resized_size(*size)
+        if out.dtype != np.float32 or out.ndim != 3 or out.shape[0] != 3 or out.strides[2] != out.itemsize:
+            raise ValueError(f"out must be float32 [3, H, W], not {out.dtype} {list(out.shape)}")
+        if out.shape[1] < height or out.shape[2] < width:
+            raise ValueError(f"out {list(out.shape)} does not hold an image of {height} x {width}")
+        if image.shape[:2] == size:
+            # By factors, not by size: OpenCV samples at fx and fy themselves, and so does PaddleDetection.
+            resized = cv2.resize(image, None, None, fx=scale_x, fy=scale_y, interpolation=self.interp)
+        else:
+            resized = cv2.resize(image, (width, height), interpolation=self.interp)
         table = self._table()
-        tensor = np.empty((3, *resized.shape[:2]), dtype=np.float32)
         for channel, plane in enumerate(cv2.split(resized)):
-            cv2.LUT(plane, table[channel], dst=tensor[channel])
-        return Prepared(tensor, (scale_y, scale_x), (height, width))
+            cv2.LUT(plane, table[channel], dst=out[channel, :height, :width])
+        out[:, height:] = 0
+        out[:, :height, width:] = 0
+        return scale_y, scale_x
+
+    def reduction(self, height: int, width: int) -> int:
+        """How many times smaller (1, 2, 4 or 8) an image of this size may be decoded and still be no smaller than what
+        it is resized to."""
+        scale = max(self.scales(height, width))
+        return next((factor for factor in (8, 4, 2) if scale * factor <= 1), 1)
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (h, w) of an image of this size once resized, without padding; all in pixels.
@@ -273,6 +302,11 @@ def collate(prepared: Sequence[Prepared], stride: int, least: tuple[int, int] = 
     for row, item in zip(batch, prepared, strict=True):
         row[:, : item.tensor.shape[1], : item.tensor.shape[2]] = item.tensor
     return batch
+
+
+def _check_image(image: NDArray[np.uint8]) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"the image must be uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
 
 
 def _check_operator(name: object, arguments: object, before: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,7 @@ from gfldeploy.batching.buckets import (
     bucket_of,
     choose_buckets,
     group,
+    group_stream,
     is_mixed,
     padding,
     union,
@@ -113,3 +115,36 @@ def _sizes(count: int) -> list[Size]:
     draw = random.Random(0)
     sides = [(800, draw.randrange(800, 1345, 32)) for _ in range(count)]
     return [(b, a) if draw.random() < 0.3 else (a, b) for a, b in sides]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_stream_that_ends_is_cut_as_a_list_is(batch_size: int) -> None:
+    sizes = _sizes(57)
+    batches = list(group_stream(enumerate(sizes), batch_size))
+    assert [Group(tuple(indices), size) for indices, size in batches] == group(sizes, batch_size)
+
+
+@pytest.mark.parametrize("look_ahead", [0, 1, 5, 40])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_nothing_waits_longer_than_the_look_ahead(look_ahead: int, batch_size: int) -> None:
+    sizes = _sizes(200)
+    read = 0
+
+    def items() -> Iterator[tuple[int, Size]]:
+        nonlocal read
+        for index, size in enumerate(sizes):
+            read = index + 1
+            yield index, size
+
+    seen: list[int] = []
+    for indices, size in group_stream(items(), batch_size, look_ahead):
+        assert {sizes[index] for index in indices} == {size}
+        assert 1 <= len(indices) <= batch_size
+        assert read - 1 - min(indices) <= look_ahead, "no further than the batch needs"
+        seen += indices
+    assert sorted(seen) == list(range(200))
+
+
+def test_a_stream_refuses_batches_of_none() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        list(group_stream([], 0))

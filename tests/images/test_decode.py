@@ -197,3 +197,22 @@ def test_every_file_equals_paddledetections_decode(tmp_path: Path) -> None:
         path = write(tmp_path, name, data)
         theirs = operators.Decode()({"im_file": str(path)})["image"]
         np.testing.assert_array_equal(read_image(path), theirs, err_msg=name)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_reduced_jpeg_is_the_whole_one_made_smaller(orientation: int, reduction: int, tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    path.write_bytes(oriented(orientation))
+    whole, small = read_image(path), read_image(path, reduction)
+    assert small.shape == (*(-(-side // reduction) for side in whole.shape[:2]), 3)
+    height, width = small.shape[:2]
+    near = cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
+    corners = np.ix_((0, -1), (0, -1))
+    np.testing.assert_allclose(small[corners], near[corners], atol=12)
+
+
+def test_other_formats_are_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(QUARTERS, "PNG"))
+    np.testing.assert_array_equal(read_image(path, 4), QUARTERS)

@@ -254,3 +254,61 @@ def test_every_bit_equals_paddledetections_operators(tmp_path: Path) -> None:
         padded = batch_operators.PadBatch(preprocess.pad_stride)(samples)
         ours = collate(prepared, preprocess.pad_stride)
         np.testing.assert_array_equal(ours, np.stack([sample["image"] for sample in padded]))
+
+
+# --- straight into a batch --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("size", [(48, 80), (80, 48), (37, 53), (64, 96), (200, 31), (640, 480)])
+def test_into_a_batch_is_preparing_and_collating(size: tuple[int, int], fixed: bool) -> None:
+    preprocess = Preprocess(target_size=(64, 96), pad_stride=32, fixed=fixed)
+    picture = image(*size)
+    prepared = preprocess(picture)
+    batch = np.full((3, 3, *preprocess.input_size(*size)), np.nan, np.float32)
+    assert preprocess.into(picture, batch[1]) == prepared.scale
+    np.testing.assert_array_equal(batch[1], preprocess.batch([prepared])[0])
+    assert np.isnan(batch[[0, 2]]).all(), "the other rows are left alone"
+
+
+def test_into_refuses_what_does_not_hold_the_image() -> None:
+    preprocess = Preprocess(target_size=(64, 96))
+    with pytest.raises(ValueError, match="does not hold an image of 64 x 85"):
+        preprocess.into(image(48, 64), np.zeros((3, 64, 84), np.float32))
+    with pytest.raises(ValueError, match="out must be float32"):
+        preprocess.into(image(48, 64), np.zeros((3, 64, 96), np.float64))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="too elongated"):
+        preprocess.into(image(1, 3000), np.zeros((3, 64, 96), np.float32))
+
+
+def test_a_reduced_image_has_the_geometry_of_the_whole() -> None:
+    preprocess = Preprocess(target_size=(64, 96), pad_stride=32)
+    whole = cv2.resize(image(6, 10), (515, 303), interpolation=cv2.INTER_CUBIC)
+    prepared = preprocess(whole)
+    out = np.zeros((3, *preprocess.input_size(303, 515)), np.float32)
+    half = cv2.resize(whole, (258, 152), interpolation=cv2.INTER_AREA)
+    assert preprocess.into(half, out, original=(303, 515)) == prepared.scale
+    height, width = prepared.tensor.shape[1:]
+    assert not out[:, height:].any() and not out[:, :, width:].any()
+    # Close, not equal: other pixels.
+    assert 0 < np.abs(out[:, :height, :width] - prepared.tensor).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"),
+    [
+        ((64, 96), 1),
+        ((127, 190), 1),
+        ((128, 192), 2),
+        ((255, 300), 2),
+        ((256, 384), 4),
+        ((384, 256), 4),
+        ((1e4, 1e4), 8),
+    ],
+)
+def test_the_reduction_never_goes_below_the_target(size: tuple[int, int], factor: int) -> None:
+    preprocess = Preprocess(target_size=(64, 96))
+    height, width = map(int, size)
+    assert preprocess.reduction(height, width) == factor
+    resized = preprocess.resized_size(height, width)
+    assert all(-(-side // factor) >= wanted for side, wanted in zip((height, width), resized, strict=True))

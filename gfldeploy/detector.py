@@ -1,0 +1,111 @@
+"""Images to detections in three lines: `Detector`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.detections import Detections
+from gfldeploy.engines.base import ClosesOnExit, Device, Precision
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.predict.choice import choose
+from gfldeploy.predict.pipeline import Found, detect_groups, in_order
+from gfldeploy.predict.sources import picture_of
+
+__all__ = ["Detector", "Image"]
+
+# A file, or RGB pixels, uint8 [h, w, 3].
+Image: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8]"
+_BATCHES_AHEAD = 4
+
+
+class Detector(ClosesOnExit):
+    """A detector that is ready to run; a context manager, which frees it.
+
+        from gfldeploy import Detector
+        detector = Detector("bundle")
+        for found in detector.detect(["a.jpg", "b.jpg"]): print(found.boxes, found.scores, found.classes)
+
+    `classes`: their names; `Detections.classes` are indices into them. `choice`: what runs, how, and why that. Not for
+    several threads at once.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        engine: str | None = None,
+        precision: Precision | None = None,
+        device: Device | None = None,
+        threads: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Load a bundle, or what a `deploy.yml` chose; see `predict.choice.choose` for what is not given.
+
+        Warns (`UserWarning`) where a `deploy.yml` was made on another machine or with other software. Raises
+        `BundleError`, `DataError`, `UnsupportedError`, `MissingDependencyError` and `EngineError`.
+        """
+        self.choice = choose(Path(source), engine, precision, device, threads, batch_size)
+        for note in self.choice.notes:
+            warnings.warn(note, stacklevel=2)
+        self._manifest = self.choice.bundle.manifest
+        self._engine = open_engine(self.choice.engine, self.choice.bundle, self.choice.options)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, by the numbers in `Detections.classes`."""
+        return self._manifest.classes
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def detect(self, images: Image | Iterable[Image], *, reduced: bool = False) -> list[Detections]:
+        """What is in each image, in their order; a single image makes a list of one.
+
+        `reduced`: as for `stream`. Raises `DataError` for the first image that cannot be used, `ValueError` for
+        an array that is not RGB, uint8 [h, w, 3], and `EngineError`.
+        """
+        given = [images] if isinstance(images, str | os.PathLike) or _is_one(images) else images
+        detections = []
+        with closing(self.stream(given, reduced=reduced)) as stream:  # type: ignore[arg-type]  # narrowed above
+            for found in stream:
+                if found.detections is None:
+                    raise found.error or AssertionError(found)
+                detections.append(found.detections)
+        return detections
+
+    def stream(
+        self, images: Iterable[Image], *, look_ahead: int | None = None, reduced: bool = False
+    ) -> Generator[Found]:
+        """What is in each image, in their order, as it is found: an image that cannot be used has its `error`.
+
+        Images are taken as they are needed, so that there may be any number; decoding, the network and NMS work at the
+        same time. `look_ahead`: how many images may come after one before it must run, though its batch is not full;
+        default: four batches. `reduced`: decode a JPEG at 1/2, 1/4 or 1/8 where that is no less than the network's
+        input: faster, but not the same pixels, so that scores and boxes differ a little.
+
+        Raises `ValueError` and `EngineError` as `detect`.
+        """
+        batch_size = self.choice.batch_size
+        groups = detect_groups(
+            self._engine,
+            self._manifest,
+            (picture_of(image) for image in images),
+            batch_size=batch_size,
+            look_ahead=_BATCHES_AHEAD * batch_size if look_ahead is None else look_ahead,
+            reduced=reduced,
+        )
+        with closing(groups):
+            yield from in_order([(found.index, found) for found in group] for group in groups)
+
+
+def _is_one(images: object) -> bool:
+    """Whether it is the pixels of one image, not of several."""
+    return isinstance(images, np.ndarray) and images.ndim == 3

@@ -1,0 +1,38 @@
+"""One batch through a network and NMS: the step that whatever detects shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.engines.base import Engine
+from gfldeploy.errors import EngineError
+
+__all__ = ["check_outputs", "detect_batch"]
+
+
+def detect_batch(
+    engine: Engine, tensor: NDArray[np.float32], scales: Sequence[tuple[float, float]], nms: NmsParams
+) -> list[Detections]:
+    """Detections, in original pixels, for each image of a batch, float32 [N, 3, H, W]; `scales` as for `postprocess`.
+
+    Raises `EngineError` when the engine fails or returns something unusable.
+    """
+    scores, boxes = check_outputs(engine, engine.infer({"image": tensor}), len(tensor))
+    return postprocess(scores, boxes, scales, nms)
+
+
+def check_outputs(
+    engine: Engine, outputs: dict[str, NDArray[np.float32]], images: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The scores and boxes that an engine returned for so many images. Raises `EngineError` where they are none."""
+    if missing := {"scores", "boxes"} - set(outputs):
+        raise EngineError(f"{engine.name} returned no {' and no '.join(sorted(missing))}", "Export the model again.")
+    if len(outputs["scores"]) != images:
+        raise EngineError(
+            f"{engine.name} returned {len(outputs['scores'])} results for {images} images", "Use a batch size of 1."
+        )
+    return outputs["scores"], outputs["boxes"]

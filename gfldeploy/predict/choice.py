@@ -1,0 +1,105 @@
+"""Which engine runs a detector, and how: as `deploy.yml` says, or by what works here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.registry import capability, check_bundle, graph_for
+from gfldeploy.errors import BundleError, DataError, UnsupportedError
+from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.tune.deploy_file import Deploy
+
+__all__ = ["Choice", "choose"]
+
+# What runs a precision fastest, as far as the results in benchmarks/ go. `gfldeploy tune` measures it.
+_FASTEST_FIRST = ("onnxruntime", "paddle")
+_DEPLOY_SUFFIXES = (".yml", ".yaml")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs, and how. `why`: this engine, in words. `notes`: what the user should know, such as that a
+    `deploy.yml` was made on another machine."""
+
+    bundle: Bundle
+    engine: str
+    options: EngineOptions
+    batch_size: int
+    why: str
+    notes: tuple[str, ...] = ()
+
+
+def choose(
+    source: Path,
+    engine: str | None = None,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+) -> Choice:
+    """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; what is given goes before both.
+
+    A bundle runs in its own precision on the CPU, with all threads, one image at a time. A network of a fixed batch
+    size has that one.
+
+    Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
+    `UnsupportedError` where nothing here can run it.
+    """
+    notes: tuple[str, ...] = ()
+    why = ""
+    if source.suffix in _DEPLOY_SUFFIXES and not source.is_dir():
+        deploy = Deploy.read(source)
+        bundle = Bundle.open(deploy.bundle_path(source))
+        notes = tuple(_differences(deploy, bundle))
+        choice = deploy.choice
+        if (engine, precision, device) == (None, None, None):
+            why = f"as {source.name} says"
+        engine, precision = engine or choice.engine, precision or choice.precision
+        device = device or choice.device
+        threads, batch_size = threads or choice.threads, batch_size or choice.batch_size
+    elif source.is_dir():
+        bundle = Bundle.open(source)
+    else:
+        problem = f"{source} is neither a bundle nor a deploy file" if source.exists() else f"there is no {source}"
+        raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
+    options = EngineOptions(precision or bundle.manifest.precision, device or "cpu", threads or usable_threads())
+    if engine is None:
+        engine, why = _fastest(bundle, options)
+    fixed = bundle.manifest.inputs[0].shape[0]
+    if fixed is not None and batch_size not in (None, fixed):
+        raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
+    return Choice(bundle, engine, options, fixed or batch_size or 1, why or "as asked for", notes)
+
+
+def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:
+    """Where the file is not about this machine. Raises `BundleError` where it is not about this bundle."""
+    machine = describe_machine()
+    try:
+        deploy.check(bundle, machine)
+    except DataError as error:
+        yield f"{error.problem}; it may not be the fastest here: `gfldeploy tune` finds out"
+    if changes := deploy.software_changes(machine):
+        yield f"since the choice was made, other software is installed: {'; '.join(changes)}"
+
+
+def _fastest(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
+    """The engine, and why."""
+    precision, device = options.precision, options.device
+    if problem := check_bundle(bundle, precision):
+        raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
+    refused = []
+    for name in _FASTEST_FIRST:
+        can = capability(name, precision, device)
+        if can.reason is not None:
+            refused.append((name, can.reason, can.remedy))
+        elif not bundle.has_graph(graph_for(name, precision, device)):
+            refused.append((name, f"{bundle.directory} has no graph for it", "export the model again"))
+        else:
+            others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
+            return name, f"first of {', '.join(_FASTEST_FIRST)} that runs {precision} on {device} here{others}"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
+    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")

@@ -1,0 +1,138 @@
+"""What a prediction leaves: `detections.jsonl`, `coco.json`, and the images that its ids stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from gfldeploy.predict.pipeline import Found
+from gfldeploy.predict.working import Record
+
+__all__ = ["COCO", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+
+DETECTIONS = "detections.jsonl"
+COCO = "coco.json"
+IMAGES = "images.json"
+# A thousandth of a pixel and a millionth of a score are below what engines differ by.
+_PIXEL_DIGITS = 3
+_SCORE_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections`.
+
+    `kept`: images that an earlier run had done.
+    """
+
+    images: int
+    failed: int
+    reasons: tuple[str, ...]
+    detections: int
+    kept: int = 0
+
+
+def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:
+    """One line of `detections.jsonl`, without detections that score below `threshold`.
+
+    `bbox` is x, y, width, height in original pixels, to 0.001; `score` to 0.000001.
+    """
+    record: Record = {"file": found.name}
+    if found.frame is not None and found.time_s is not None:
+        record |= {"frame": found.frame, "time_s": round(found.time_s, 3)}
+    if found.detections is None or found.size is None:
+        return {**record, "error": str(found.error)}
+    height, width = found.size
+    one = found.detections
+    rows = zip(one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), strict=True)
+    detections = [
+        {
+            "class": classes[category],
+            "class_id": category,
+            "score": round(score, _SCORE_DIGITS),
+            "bbox": [round(value, _PIXEL_DIGITS) for value in (x1, y1, x2 - x1, y2 - y1)],
+        }
+        for (x1, y1, x2, y2), score, category in rows
+        if score >= threshold
+    ]
+    return {**record, "width": width, "height": height, "detections": detections}
+
+
+def write_outputs(
+    directory: Path,
+    records: Iterable[Record],
+    classes: Sequence[str],
+    image_ids: Sequence[int] | None = None,
+    category_ids: Sequence[int] | None = None,
+    most_reasons: int = 3,
+) -> Summary:
+    """Write the files, one record at a time: memory does not grow with their number.
+
+    `coco.json` is a list of results as COCO's tools read it. `image_ids` and `category_ids`: those of annotations, by
+    image and by class. Without them images and classes are numbered from 1 in their order, and `images.json` says which
+    they are, in the format of annotations. Raises `OSError`.
+    """
+    categories = category_ids or range(1, len(classes) + 1)
+    images = failed = detections = 0
+    reasons: list[str] = []
+    with ExitStack() as stack:
+        lines = stack.enter_context((directory / DETECTIONS).open("w", encoding="utf-8"))
+        results = stack.enter_context(_List(directory / COCO, "[", "]"))
+        listed = None
+        if image_ids is None:
+            named = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+            tail = f'], "categories": {json.dumps(named)}, "annotations": []}}'
+            listed = stack.enter_context(_List(directory / IMAGES, '{"images": [', tail))
+        for index, record in enumerate(records):
+            lines.write(json.dumps(record) + "\n")
+            images += 1
+            if "error" in record:
+                failed += 1
+                reasons += [record["error"]] if failed <= most_reasons else []
+                continue
+            image_id = index + 1 if image_ids is None else image_ids[index]
+            if listed is not None:
+                name = record["file"] + (f"#{record['frame']}" if "frame" in record else "")
+                listed.add({"id": image_id, "file_name": name, "width": record["width"], "height": record["height"]})
+            for one in record["detections"]:
+                detections += 1
+                results.add(
+                    {
+                        "image_id": image_id,
+                        "category_id": categories[one["class_id"]],
+                        "bbox": one["bbox"],
+                        "score": one["score"],
+                    }
+                )
+    return Summary(images, failed, tuple(reasons), detections)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The lines of a `detections.jsonl`. Raises `OSError` and `ValueError`."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+class _List:
+    """A JSON list in a file, written entry by entry between `head` and `tail`; a context manager."""
+
+    def __init__(self, path: Path, head: str, tail: str) -> None:
+        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._tail, self._empty = tail, True
+        self._file.write(head)
+
+    def __enter__(self) -> _List:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.write(f"{'' if self._empty else chr(10)}{self._tail}\n")
+        self._file.close()
+
+    def add(self, entry: Any) -> None:
+        self._file.write(f"{'' if self._empty else ','}\n{json.dumps(entry)}")
+        self._empty = False

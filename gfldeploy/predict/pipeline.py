@@ -1,0 +1,267 @@
+"""From pictures to detections, the stages at once: decoding and preprocessing, the network, NMS.
+
+Each stage but the last has a thread of its own and works one batch ahead of the next, so that memory is bounded and the
+network never waits for the others unless they are slower. Batches hold images of one input size, cut by the sizes
+alone: an image has the detections that it has by itself, and the same images always make the same batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.batching.buckets import Size, group_stream
+from gfldeploy.bundle import Manifest
+from gfldeploy.detections import Detections, postprocess
+from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.detect import check_outputs
+from gfldeploy.errors import DataError
+from gfldeploy.predict.sources import Picture
+
+__all__ = ["Found", "ahead", "detect_groups", "in_order"]
+
+T = TypeVar("T")
+_NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
+_MOST_DECODERS = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of one image.
+
+    `index`: its place among all, from 0. `name`: its file, or "array". `size`: (h, w) in pixels. Either `detections`,
+    best first, boxes in original pixels; or `error`, why there are none. `frame`, `time_s`: of a video's frame.
+    """
+
+    index: int
+    name: str
+    size: tuple[int, int] | None
+    detections: Detections | None
+    error: DataError | None = None
+    frame: int | None = None
+    time_s: float | None = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """`tensor`: the network's input, its first rows those of `rows`: the place in `group` and the scale of each image
+    that could be read. `errors`: of those that could not, by place. `memory`: what `tensor` is a view of."""
+
+    group: Sequence[tuple[int, Picture]]
+    tensor: NDArray[np.float32] | None
+    rows: Sequence[tuple[int, tuple[float, float]]]
+    errors: Mapping[int, DataError]
+    memory: NDArray[np.float32]
+
+
+def detect_groups(
+    engine: Engine,
+    manifest: Manifest,
+    pictures: Iterable[Picture],
+    *,
+    batch_size: int = 1,
+    look_ahead: int = 0,
+    skip: int = 0,
+    reduced: bool = False,
+) -> Generator[list[Found]]:
+    """What was found, batch by batch, in the order in which the batches are cut.
+
+    `look_ahead`: how many pictures may come after one before its batch runs though it is not full. `skip`: so many
+    batches are left out, without reading their files. `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 where that is no less
+    than the network's input; the pixels then differ. Detections of channels without a class are left out.
+
+    While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
+    the iterator ends the threads once what they are at is done. Raises `EngineError`.
+    """
+    with _cpu_shared(engine.options) as decoders:
+        batches = _prepared(manifest, pictures, batch_size, look_ahead, skip, reduced, decoders)
+        with closing(ahead(_inferred(engine, ahead(batches)))) as done:
+            for batch, scores, boxes in done:
+                scales = [scale for _, scale in batch.rows]
+                found = postprocess(scores, boxes, scales, manifest.nms) if scales else []
+                known = [_of_classes(one, len(manifest.classes)) for one in found]
+                detections = dict(zip((place for place, _ in batch.rows), known, strict=True))
+                yield [
+                    Found(
+                        *(index, picture.name, picture.size, detections.get(place), batch.errors.get(place)),
+                        *(picture.frame, picture.time_s),
+                    )
+                    for place, (index, picture) in enumerate(batch.group)
+                ]
+
+
+def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
+    """What comes in these groups with its number, by the numbers from 0; what comes early waits."""
+    waiting: dict[int, T] = {}
+    following = 0
+    for group in groups:
+        waiting |= group
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
+    """The same items, none of them None, worked out in a thread of its own, `most` of them before they are asked for.
+
+    What goes wrong there is raised here. Closing the iterator ends the thread, after the item that it is at.
+    """
+    ready: queue.Queue[_Ready[T]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def put(one: _Ready[T]) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(one, timeout=0.1)  # to look whether anybody is still there
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        iterator = iter(items)
+        try:
+            for item in iterator:
+                if not put(_Ready(item)):
+                    return
+            put(_Ready())
+        except BaseException as error:  # noqa: BLE001 - raised in the other thread
+            put(_Ready(error=error))
+        finally:
+            if isinstance(iterator, Iterator) and hasattr(iterator, "close"):
+                iterator.close()
+
+    thread = threading.Thread(target=work, name="gfldeploy-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            one = ready.get()
+            if one.error is not None:
+                raise one.error
+            if one.item is None:
+                return
+            yield one.item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _Ready(Generic[T]):
+    """An item, or an error, or neither: the end."""
+
+    item: T | None = None
+    error: BaseException | None = None
+
+
+@contextmanager
+def _cpu_shared(options: EngineOptions) -> Iterator[int]:
+    """How many threads decode, with OpenCV kept from threads of its own; the one place that splits the CPU.
+
+    An engine on the CPU has it, and one thread that decodes an image in milliseconds keeps up with it. A GPU leaves the
+    CPU to decoding.
+    """
+    import cv2
+
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield 1 if options.device == "cpu" else min(options.threads, _MOST_DECODERS)
+    finally:
+        cv2.setNumThreads(before)
+
+
+class _Memory:
+    """Arrays that batches take by turns: as many as there are batches at once, each as large as the largest so far."""
+
+    def __init__(self) -> None:
+        self._free: queue.SimpleQueue[NDArray[np.float32]] = queue.SimpleQueue()
+
+    def take(self, values: int) -> NDArray[np.float32]:
+        """At least so many values."""
+        try:
+            memory = self._free.get_nowait()
+        except queue.Empty:
+            memory = np.empty(0, np.float32)
+        return memory if memory.size >= values else np.empty(values, np.float32)
+
+    def give(self, memory: NDArray[np.float32]) -> None:
+        self._free.put(memory)
+
+
+def _prepared(
+    manifest: Manifest,
+    pictures: Iterable[Picture],
+    batch_size: int,
+    look_ahead: int,
+    skip: int,
+    reduced: bool,
+    decoders: int,
+) -> Iterator[tuple[_Batch, _Memory]]:
+    """Decode and preprocess, batch by batch, straight into the network's input."""
+    preprocess = manifest.preprocess
+    fixed = manifest.inputs[0].shape[0]  # a network that takes so many images and no other number
+    memory = _Memory()
+
+    def size_of(picture: Picture) -> Size:
+        return preprocess.input_size(*picture.size) if picture.size else _NOWHERE
+
+    def fill(job: tuple[Picture, NDArray[np.float32]]) -> tuple[float, float] | DataError:
+        picture, row = job
+        try:
+            assert picture.size is not None
+            factor = preprocess.reduction(*picture.size) if reduced else 1
+            return preprocess.into(picture.read(factor), row, picture.size)
+        except DataError as error:
+            return error
+
+    items = (((index, picture), size_of(picture)) for index, picture in enumerate(pictures))
+    with ThreadPoolExecutor(decoders) as pool:
+        for group, size in islice(group_stream(items, batch_size, look_ahead), skip, None):
+            if size == _NOWHERE:
+                errors = {place: picture.error for place, (_, picture) in enumerate(group) if picture.error}
+                yield _Batch(group, None, (), errors, memory.take(0)), memory
+                continue
+            shape = (fixed or len(group), 3, *size)
+            block = memory.take(int(np.prod(shape)))
+            tensor = block[: int(np.prod(shape))].reshape(shape)
+            jobs = [(picture, tensor[place]) for place, (_, picture) in enumerate(group)]
+            filled = list(map(fill, jobs) if decoders == 1 else pool.map(fill, jobs))
+            rows = [(place, one) for place, one in enumerate(filled) if not isinstance(one, DataError)]
+            errors = {place: one for place, one in enumerate(filled) if isinstance(one, DataError)}
+            for row, (place, _) in enumerate(rows):
+                if row != place:  # close the gap that an image left which could not be read
+                    tensor[row] = tensor[place]
+            tensor[len(rows) :] = 0
+            yield _Batch(group, tensor[: fixed or len(rows)] if rows else None, rows, errors, block), memory
+
+
+def _inferred(
+    engine: Engine, batches: Generator[tuple[_Batch, _Memory]]
+) -> Iterator[tuple[_Batch, NDArray[np.float32], NDArray[np.float32]]]:
+    """Run the network; its input's memory is free again afterwards."""
+    nothing = np.empty(0, np.float32)
+    with closing(batches):
+        for batch, memory in batches:
+            scores, boxes = nothing, nothing
+            if batch.tensor is not None:
+                scores, boxes = check_outputs(engine, engine.infer({"image": batch.tensor}), len(batch.tensor))
+            memory.give(batch.memory)
+            yield batch, scores[: len(batch.rows)], boxes[: len(batch.rows)]
+
+
+def _of_classes(found: Detections, classes: int) -> Detections:
+    """Those of a named class: GFLv2 has a score channel more, and what it finds there is nothing."""
+    named = found.classes < classes
+    if named.all():
+        return found
+    return Detections(found.boxes[named], found.scores[named], found.classes[named])

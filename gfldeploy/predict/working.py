@@ -1,0 +1,134 @@
+"""What a prediction has done so far, on disk: a killed one goes on where it stopped, to the same result.
+
+A JSON line for the question (all that the answer depends on), one for each batch in the order in which they are cut,
+and one for the end. Lines are appended; a last one that was cut short is taken off. Since batches depend on the
+question alone, a run that goes on makes those that are missing, and no others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+from gfldeploy.errors import OutputError
+
+__all__ = ["Record", "WorkingFile"]
+
+# One image's line in the result, ready for JSON.
+Record: TypeAlias = dict[str, Any]
+_END = {"end": True}
+
+
+class WorkingFile:
+    """A context manager over the open file.
+
+    `batches`, `images`: how many are done. `complete`: all are.
+    """
+
+    def __init__(self, path: Path, question: Mapping[str, Any], anew: bool = False) -> None:
+        """Go on with the file at `path` if there is one, else begin it.
+
+        `anew`: begin again where it answers another question. Raises `OutputError` for one that does unless `anew`, and
+        for what the file system refuses.
+        """
+        self.path = path
+        self.batches = self.images = 0
+        self.complete = False
+        try:
+            self._file = path.open("r+b" if path.exists() else "w+b")
+        except OSError as error:
+            raise _refused(path, error) from error
+        try:
+            kept = self._read(question, anew)
+            self._file.seek(kept)
+            self._file.truncate()
+            if kept == 0:
+                self._append(question)
+        except OSError as error:
+            self._file.close()
+            raise _refused(path, error) from error
+        except OutputError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, batch: Sequence[tuple[int, Record]]) -> None:
+        """Append a batch: each image's number among all, from 0, and its record. Raises `OutputError`."""
+        self._append({"batch": self.batches, "images": batch})
+        self.batches += 1
+        self.images += len(batch)
+
+    def end(self) -> None:
+        """Say that this was the last batch. Raises `OutputError`."""
+        self._append(_END)
+        self.complete = True
+
+    def groups(self) -> Iterator[Iterable[tuple[int, Record]]]:
+        """The batches."""
+        with self.path.open("rb") as file:
+            next(file)
+            for line in file:
+                entry = json.loads(line)
+                if entry != _END:
+                    yield [(index, record) for index, record in entry["images"]]
+
+    def _read(self, question: Mapping[str, Any], anew: bool) -> int:
+        """How many bytes of the file are of use."""
+        position = 0
+        for number, line in enumerate(self._file):
+            entry = _parsed(line)
+            if number == 0 and entry is not None and (other := _differences(entry, question)):
+                if anew:
+                    return 0
+                raise OutputError(
+                    f"{self.path.parent} is of an unfinished run with other {', '.join(other)}",
+                    "Give the same command to go on with it, or add --force to begin again.",
+                )
+            if number > 0 and entry == _END:
+                self.complete = True
+            elif number > 0 and entry is not None and entry.get("batch") == self.batches:
+                self.batches += 1
+                self.images += len(entry["images"])
+            elif number > 0 or entry is None:
+                break
+            position += len(line)
+        return position
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise _refused(self.path, error) from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None for a line that was cut short."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _differences(before: Mapping[str, Any], question: Mapping[str, Any]) -> list[str]:
+    """What differs, in words."""
+    now = json.loads(json.dumps(question))
+    return [key.replace("_", " ") for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def _refused(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {path}: {error.strerror or error}",
+        "Free some space, or choose another --output, and run it again.",
+    )

@@ -1,0 +1,311 @@
+"""`gfldeploy predict`: what it writes, what it says, and that it goes on after a kill to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import demo_bundles
+import numpy as np
+import pytest
+
+from gfldeploy.accuracy import coco_accuracy
+from gfldeploy.bundle import Bundle
+from gfldeploy.cli import main
+from gfldeploy.images.coco import CocoDataset
+
+pytest.importorskip("onnxruntime")
+
+SIZES = [(48, 80), (80, 48), (64, 64), (48, 72)]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", *map(str, arguments)])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def write_images(folder: Path, count: int) -> Path:
+    """Images of four sizes in turn, the tenth of which is damaged."""
+    folder.mkdir(parents=True)
+    source = np.random.default_rng(0)
+    for number in range(count):
+        picture = source.integers(0, 256, (*SIZES[number % 4], 3), np.uint8)
+        assert cv2.imwrite(str(folder / f"{number:04d}.jpg"), picture)
+    damaged = folder / "0009.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("predict") / "images", 40)
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
+
+
+def test_a_folder(tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "out"
+    assert run(tiny_bundle, images, "-o", output, "--batch-size", 4, "--threshold", 0.5) == 0
+    shown, said = capfd.readouterr()
+    assert shown == f"{output}\n"
+    assert "tiny in onnxruntime fp32 on cpu, batch 4" in said and "runs fp32 on cpu here" in said
+    assert "40 images in" in said and "1 could not be read:\n  the image file" in said
+    assert "0009.jpg is truncated" in said
+    found = lines(output)
+    assert [one["file"] for one in found] == [str(path) for path in sorted(images.iterdir())]
+    assert "0009.jpg is truncated" in found[9]["error"] and "detections" not in found[9]
+    preprocess = Bundle.open(tiny_bundle).manifest.preprocess
+    for number, one in enumerate(found):
+        if number == 9:
+            continue
+        assert (one["height"], one["width"]) == SIZES[number % 4]
+        (box,) = one["detections"]
+        side = pytest.approx(48 / preprocess.scales(*SIZES[number % 4])[0], abs=1e-3)
+        assert box["class"] == "box" and box["class_id"] == 0 and box["score"] > 0.8
+        assert box["bbox"] == [0, 0, side, side]
+    named = json.loads((output / "images.json").read_text())
+    assert [one["id"] for one in named["images"]] == [number for number in range(1, 41) if number != 10]
+    assert named["categories"] == [{"id": 1, "name": "box"}, {"id": 2, "name": "ball"}]
+    results = json.loads((output / "coco.json").read_text())
+    assert len(results) == 39 and {one["category_id"] for one in results} == {1}
+    assert results[9] == {"image_id": 11, "category_id": 1} | {
+        key: found[10]["detections"][0][key] for key in ("bbox", "score")
+    }
+    note = json.loads((output / "predict.json").read_text())
+    assert (note["images"], note["failed"], note["batch_size"], note["decoding"]) == (40, 1, 4, "exact")
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out"], "nothing else is left"
+
+
+def test_annotations_give_the_ids(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    data = json.loads(tiny_coco.read_text())
+    for table, key in (("images", "id"), ("annotations", "image_id")):
+        for one in data[table]:
+            one[key] += 500
+    for table, key in (("categories", "id"), ("annotations", "category_id")):
+        for one in data[table]:
+            one[key] += 70
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(data))
+    output = tmp_path / "out"
+    assert run(tiny_bundle, tiny_coco.parent / "images", "--data", path, "-o", output, "--batch-size", 2) == 0
+    results = json.loads((output / "coco.json").read_text())
+    assert {one["image_id"] for one in results} == set(range(501, 507))
+    assert {one["category_id"] for one in results} == {71}
+    assert not (output / "images.json").exists()
+    dataset = CocoDataset.load(path, tiny_coco.parent / "images")
+    assert coco_accuracy(dataset, results).ap == pytest.approx(1)
+
+
+def test_pictures(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert run(tiny_bundle, images / "0003.jpg", images / "0009.jpg", images / "0001.jpg", "-o", output, "--draw") == 0
+    assert [path.name for path in sorted((output / "pictures").iterdir())] == ["000001-0003.jpg", "000003-0001.jpg"]
+    picture = cv2.imread(str(output / "pictures" / "000003-0001.jpg"))
+    assert picture.shape == (80, 48, 3)
+
+
+def test_a_video(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
+    path, output = tmp_path / "clip.avi", tmp_path / "out"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (80, 48))
+    for number in range(11):
+        writer.write(np.full((48, 80, 3), 20 * number, np.uint8))
+    writer.release()
+    assert run(tiny_bundle, images / "0000.jpg", path, "-o", output, "--batch-size", 4, "--draw") == 0
+    image, *frames = lines(output)
+    assert "frame" not in image
+    assert [one["frame"] for one in frames] == list(range(11))
+    assert [one["time_s"] for one in frames] == [number / 10 for number in range(11)]
+    assert {(one["file"], one["height"], one["width"], len(one["detections"])) for one in frames} == {
+        (str(path), 48, 80, 1)
+    }
+    named = json.loads((output / "images.json").read_text())["images"]
+    assert [one["file_name"] for one in named] == [str(images / "0000.jpg"), *(f"{path}#{k}" for k in range(11))]
+    assert [one.name for one in sorted((output / "pictures").iterdir())] == ["000001-0000.jpg", "000002-clip.mp4"]
+    drawn = cv2.VideoCapture(str(output / "pictures" / "000002-clip.mp4"))
+    assert (drawn.get(cv2.CAP_PROP_FRAME_COUNT), drawn.get(cv2.CAP_PROP_FPS)) == (11, 10)
+    drawn.release()
+
+
+def test_names_of_any_kind(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "zwölf"
+    folder.mkdir()
+    names = ['say "no".jpg', "two\nlines.jpg", "\udcff.jpg", "日本.jpg"]
+    for name in names:
+        shutil.copy(images / "0000.jpg", folder / name)
+    (folder / "bad\n.jpg").write_text("no picture")
+    assert run(tiny_bundle, folder, "-o", tmp_path / "out", "--draw") == 0
+    found = lines(tmp_path / "out")
+    assert [one["file"] for one in found] == sorted(str(folder / name) for name in [*names, "bad\n.jpg"])
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 4
+
+
+def test_results_are_replaced_only_on_request(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert run(tiny_bundle, images, "-o", output) == 0
+    before = demo_bundles.snapshot(output)
+    assert run(tiny_bundle, images / "0000.jpg", "-o", output) == 2
+    assert "exists already" in capfd.readouterr().err
+    assert demo_bundles.snapshot(output) == before
+    assert run(tiny_bundle, images / "0000.jpg", "-o", output, "--force") == 0
+    assert len(lines(output)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (output / "mine.txt").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    assert run(tiny_bundle, images, "-o", tmp_path / "other", "--force") == 2
+    assert "gfldeploy did not write" in capfd.readouterr().err
+
+
+def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    for _ in range(2):
+        assert run(tiny_bundle, folder, "-o", folder / "out", "--draw", "--force") == 0
+        assert len(lines(folder / "out")) == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("BUNDLE",), "Missing argument 'INPUT...'"),
+        (("BUNDLE", "IMAGES", "nowhere.jpg"), "there is no nowhere.jpg"),
+        (("nowhere", "IMAGES"), "there is no nowhere"),
+        (("BUNDLE", "IMAGES", "--precision", "int8"), "int8 is not possible"),
+        (("BUNDLE", "IMAGES", "IMAGES", "--data", "DATA"), "With --data, INPUT is the one folder"),
+        (("BUNDLE", "IMAGES", "--threshold", "1.5"), "1.5 is not in the range"),
+        (("BUNDLE", "BAD"), "none of 1 images can be used: "),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    tiny_bundle: Path,
+    tiny_coco: Path,
+    images: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = {"BUNDLE": tiny_bundle, "DATA": tiny_coco, "IMAGES": images, "BAD": images / "0009.jpg"}
+    assert run(*(words.get(word, word) for word in arguments), "-o", tmp_path / "out") == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("Error:") and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- interrupted and killed -------------------------------------------------------------------------------------------
+
+
+def unfinished(output: Path, length: int, source: Path, *arguments: object) -> Path:
+    """What a run that was killed leaves when so many bytes were written: the head of a whole run's working file."""
+    working = output.with_name(f"{output.name}.unfinished")
+    working.mkdir()
+    (working / "working.jsonl").write_bytes(source.read_bytes()[:length])
+    return working
+
+
+def test_a_run_that_was_cut_anywhere_ends_with_the_same_bytes(
+    tiny_bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gfldeploy.predict import session
+
+    kept = tmp_path / "working.jsonl"
+    write = session.write_outputs
+
+    def and_keep(directory: Path, *arguments: Any) -> Any:
+        shutil.copyfile(directory / "working.jsonl", kept)
+        return write(directory, *arguments)
+
+    monkeypatch.setattr(session, "write_outputs", and_keep)
+    command = (tiny_bundle, images, "--batch-size", 4, "--threads", 1)
+    assert run(*command, "-o", tmp_path / "whole") == 0
+    whole = demo_bundles.snapshot(tmp_path / "whole")
+    source = Path(shutil.copyfile(kept, tmp_path / "source.jsonl"))
+    chooser = random.Random(0)
+    for number in range(12):
+        output = tmp_path / f"out{number}"
+        unfinished(output, chooser.randrange(source.stat().st_size + 1), source)
+        assert run(*command, "-o", output) == 0
+        assert demo_bundles.snapshot(output) == whole
+        assert kept.read_bytes() == source.read_bytes()
+
+
+def test_an_unfinished_run_of_other_options(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    working = output.with_name("out.unfinished")
+    working.mkdir()
+    (working / "working.jsonl").write_text('{"bundle": "ab"}\n')
+    assert run(tiny_bundle, images, "-o", output) == 2
+    error = capfd.readouterr().err
+    assert "out.unfinished is of an unfinished run with other bundle, " in error and "--force" in error
+    assert run(tiny_bundle, images, "-o", output, "--force") == 0
+    assert len(lines(output)) == 40
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    script = demo_bundles.command(("predict", *arguments), "", folder)
+    return subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def stop_at(process: subprocess.Popen[str], working: Path, size: int, number: signal.Signals) -> str:
+    """Signal the process once its working file has so many bytes; what it said."""
+    while process.poll() is None:
+        if working.exists() and working.stat().st_size >= size:
+            process.send_signal(number)
+            break
+        time.sleep(0.001)
+    return process.communicate(timeout=60)[1]
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 600)
+    options = (tiny_bundle, folder, "--batch-size", 2, "--threads", 1)
+    assert run(*options, "-o", tmp_path / "whole") == 0
+    whole = demo_bundles.snapshot(tmp_path / "whole")
+    output = tmp_path / "out"
+    working = tmp_path / "out.unfinished" / "working.jsonl"
+    chooser = random.Random(1)
+    least, killed = 0, 0
+    while killed < 5 and not output.exists():
+        with start(tmp_path, *options, "-o", output) as process:
+            stop_at(process, working, least + chooser.randrange(1, 12_000), signal.SIGKILL)
+        killed += process.returncode == -signal.SIGKILL
+        least = working.stat().st_size if working.exists() else least
+    assert killed > 0
+    if not output.exists():
+        done = demo_bundles.run("predict", *options, "-o", output, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert demo_bundles.snapshot(output) == whole
+    assert not working.parent.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_so_and_goes_on(
+    number: signal.Signals, tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(tmp_path / "images", 600)
+    output = tmp_path / "out"
+    with start(tmp_path, tiny_bundle, folder, "-o", output) as process:
+        said = stop_at(process, tmp_path / "out.unfinished" / "working.jsonl", 3000, number)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said and "Traceback" not in said
+    assert not output.exists()
+    assert run(tiny_bundle, folder, "-o", output) == 0
+    assert re.search(r"600 images \(\d+ of them by an earlier run\) in ", capfd.readouterr().err)
+    assert len(lines(output)) == 600

@@ -1,0 +1,92 @@
+"""What runs: by `deploy.yml`, by what is asked for, or by what works here."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gfldeploy import Detector
+from gfldeploy.bench.estimates import Estimate
+from gfldeploy.bench.results import DataDescription
+from gfldeploy.bundle import Bundle
+from gfldeploy.errors import BundleError, DataError, UnsupportedError
+from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.predict.choice import choose
+from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
+from gfldeploy.tune.search import Bounds
+
+pytest.importorskip("onnxruntime")
+
+ONE = Estimate(1.0, None, None, 1)
+EVIDENCE = Evidence(ONE, ONE, ONE, 99, 1.0, None, None, None, 1, "2026-01-01T00:00:00+00:00")
+
+
+def write_deploy(folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "") -> Path:
+    """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
+    shutil.copytree(bundle, folder / "tiny")
+    digest = digest or Bundle.open(bundle).digest
+    choice = Configuration("tiny", digest, "onnxruntime", "fp32", "cpu", 3, 2, "grouped", EVIDENCE)
+    deploy = Deploy(
+        "2026-01-01T00:00:00+00:00", "Deploy it.", choice, None, Bounds(), None, SearchRecord(1, 1, 0, 1, True, True),
+        replace(describe_machine(), **machine or {}), DataDescription("ab" * 32, "cd" * 32, 1, None),
+    )  # fmt: skip
+    deploy.write(folder / "deploy.yml")
+    return folder / "deploy.yml"
+
+
+def test_a_bundle_gets_what_works_here(tiny_bundle: Path) -> None:
+    choice = choose(tiny_bundle)
+    assert (choice.engine, choice.options.precision, choice.options.device) == ("onnxruntime", "fp32", "cpu")
+    assert (choice.batch_size, choice.options.threads, choice.notes) == (1, usable_threads(), ())
+    assert "runs fp32 on cpu" in choice.why
+
+
+def test_what_is_asked_for_goes_first(tiny_bundle: Path) -> None:
+    choice = choose(tiny_bundle, engine="paddle", threads=1, batch_size=4)
+    assert (choice.engine, choice.options.threads, choice.batch_size) == ("paddle", 1, 4)
+    assert choice.why == "as asked for"
+
+
+def test_a_deploy_file(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = write_deploy(tmp_path, tiny_bundle)
+    choice = choose(path)
+    assert (choice.engine, choice.options.threads, choice.batch_size) == ("onnxruntime", 3, 2)
+    assert (choice.why, choice.notes) == ("as deploy.yml says", ())
+    assert choice.bundle.directory == tmp_path / "tiny"
+    other = choose(path, batch_size=1, threads=1)
+    assert (other.options.threads, other.batch_size) == (1, 1)
+
+
+def test_a_deploy_file_of_another_machine_is_used_with_a_note(tiny_bundle: Path, tmp_path: Path) -> None:
+    (hardware,) = choose(write_deploy(tmp_path / "a", tiny_bundle, {"cpu": "Abacus"})).notes
+    assert "made on another machine" in hardware and "gfldeploy tune" in hardware
+    (software,) = choose(write_deploy(tmp_path / "b", tiny_bundle, {"python": "9.9"})).notes
+    assert "other software" in software
+    with (
+        pytest.warns(UserWarning, match="made on another machine"),
+        Detector(tmp_path / "a" / "deploy.yml") as detector,
+    ):
+        assert detector.choice.batch_size == 2
+
+
+def test_a_deploy_file_of_another_bundle_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not the bundle that was tuned"):
+        choose(write_deploy(tmp_path, tiny_bundle, digest="ab" * 32))
+
+
+def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"int8 is not possible: .* is FP32"):
+        choose(tiny_bundle, precision="int8")
+    with pytest.raises(UnsupportedError, match=r"no engine runs fp16 on cpu: onnxruntime: .*; paddle: "):
+        choose(tiny_bundle, precision="fp16")
+    with pytest.raises(BundleError, match=r"there is no .*nowhere"):
+        choose(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="neither a bundle nor a deploy file"):
+        choose(tmp_path / "file")
+    with pytest.raises(DataError, match=r"cannot read .*absent\.yml"):
+        choose(tmp_path / "absent.yml")

@@ -1,0 +1,264 @@
+"""The stages at once: the same detections as one image after the other, in order, with bounded reading, and no thread
+left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from gfldeploy.bundle import Bundle, Manifest
+from gfldeploy.detections import Detections
+from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.detect import detect_batch
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.images.decode import read_image
+from gfldeploy.predict.pipeline import Found, ahead, detect_groups, in_order
+from gfldeploy.predict.sources import picture_of
+
+pytest.importorskip("onnxruntime")
+
+SIZES = [(48, 80), (80, 48), (64, 64), (48, 72), (200, 160)]
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("gfldeploy")}
+
+
+# --- ahead ------------------------------------------------------------------------------------------------------------
+
+
+def test_ahead_gives_the_same_items() -> None:
+    assert list(ahead(range(100))) == list(range(100))
+    assert list(ahead(iter(()))) == []
+    assert threads() == set()
+
+
+def test_ahead_works_so_far_ahead_and_no_further() -> None:
+    begun: list[int] = []
+
+    def work() -> Iterator[int]:
+        for number in range(100):
+            begun.append(number)
+            yield number
+
+    with closing(ahead(work(), 2)) as items:
+        assert next(items) == 0
+        # One with the reader, two that are ready, one that waits for a place.
+        while len(begun) < 4:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(begun) == 4
+        assert next(items) == 1
+    assert len(begun) <= 5
+    assert threads() == set()
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    def work() -> Iterator[int]:
+        yield 1
+        raise KeyError("two")
+
+    items = ahead(work())
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="two"):
+        next(items)
+    assert threads() == set()
+
+
+def test_closing_ends_what_is_behind_too() -> None:
+    closed = []
+
+    def work() -> Iterator[int]:
+        try:
+            yield from range(1000)
+        finally:
+            closed.append(threading.current_thread().name)
+
+    with closing(ahead(ahead(work()))) as items:
+        next(items)
+    assert threads() == set()
+    assert len(closed) == 1
+
+
+def test_order_is_restored() -> None:
+    groups = [[(1, "b"), (3, "d")], [(0, "a")], [(4, "e")], [(2, "c")]]
+    assert "".join(in_order(groups)) == "abcde"
+
+
+# --- detections -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty images of five sizes in turn; the fifth and the twelfth are damaged: in the body, in the head."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for number in range(20):
+        picture = random.integers(0, 256, (*SIZES[number % 5], 3), np.uint8)
+        assert cv2.imwrite(str(folder / f"{number:02d}.jpg"), picture)
+    body, head = folder / "05.jpg", folder / "12.jpg"
+    body.write_bytes(body.read_bytes()[:-200])
+    head.write_bytes(b"this is no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_bundle: Path) -> Manifest:
+    return Bundle.open(tiny_bundle).manifest
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Path) -> Iterator[Engine]:
+    with open_engine("onnxruntime", Bundle.open(tiny_bundle), EngineOptions(threads=1)) as engine:
+        yield engine
+
+
+def alone(engine: Engine, manifest: Manifest, path: Path) -> Detections:
+    prepared = manifest.preprocess(read_image(path))
+    (found,) = detect_batch(engine, manifest.preprocess.batch([prepared]), [prepared.scale], manifest.nms)
+    return found
+
+
+def same(one: Detections | None, other: Detections) -> bool:
+    return one is not None and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("boxes", "scores", "classes")
+    )
+
+
+def run(engine: Engine, manifest: Manifest, paths: Sequence[Path], **options: int) -> list[list[Found]]:
+    return list(detect_groups(engine, manifest, map(picture_of, paths), **options))
+
+
+def ordered(groups: list[list[Found]]) -> list[Found]:
+    return list(in_order([(one.index, one) for one in group] for group in groups))
+
+
+def indices(groups: list[list[Found]]) -> list[list[int]]:
+    return [[one.index for one in group] for group in groups]
+
+
+@pytest.mark.parametrize(("batch_size", "look_ahead"), [(1, 0), (2, 3), (4, 100)])
+def test_images_have_the_detections_that_they_have_alone(
+    engine: Engine, manifest: Manifest, folder: Path, batch_size: int, look_ahead: int
+) -> None:
+    paths = sorted(folder.iterdir())
+    before = cv2.getNumThreads()
+    groups = run(engine, manifest, paths, batch_size=batch_size, look_ahead=look_ahead)
+    assert cv2.getNumThreads() == before and threads() == set()
+    assert max(map(len, groups)) <= batch_size
+    found = ordered(groups)
+    assert [one.name for one in found] == [str(path) for path in paths]
+    for number, (one, path) in enumerate(zip(found, paths, strict=True)):
+        if number in (5, 12):
+            assert one.detections is None and path.name in str(one.error)
+        else:
+            assert one.error is None and same(one.detections, alone(engine, manifest, path)), number
+            assert one.size == SIZES[number % 5]
+    scores = {float(one.detections.scores[0]) for one in found if one.detections}
+    assert len(scores) == 18, "each image has scores of its own, so that an exchange would be seen"
+
+
+def test_a_run_that_goes_on_makes_the_missing_batches(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    paths = sorted(folder.iterdir())
+    whole = run(engine, manifest, paths, batch_size=3, look_ahead=6)
+    for skip in range(len(whole) + 2):
+        rest = run(engine, manifest, paths, batch_size=3, look_ahead=6, skip=skip)
+        assert [[one.index for one in group] for group in rest] == [
+            [one.index for one in group] for group in whole[skip:]
+        ]
+
+
+class Watched:
+    """An engine that notes the batches it gets."""
+
+    name = "watched"
+    version = ""
+
+    def __init__(self, engine: Engine, options: EngineOptions) -> None:
+        self.options, self.taken = options, list[int]()
+        self._engine = engine
+
+    def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.taken.append(len(inputs["image"]))
+        return self._engine.infer(inputs)
+
+
+def test_a_network_of_a_fixed_batch_size_gets_it(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    (image,) = manifest.inputs
+    fixed = replace(manifest, inputs=(replace(image, shape=(4, *image.shape[1:])),))
+    watched = Watched(engine, engine.options)
+    paths = sorted(folder.iterdir())
+    found = ordered(run(watched, fixed, paths, batch_size=4, look_ahead=100))  # type: ignore[arg-type]
+    assert set(watched.taken) == {4}
+    for number, (one, path) in enumerate(zip(found, paths, strict=True)):
+        assert number in (5, 12) or same(one.detections, alone(engine, manifest, path))
+
+
+def test_several_threads_decode_for_a_gpu(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    watched = Watched(engine, EngineOptions(device="gpu", threads=4))
+    paths = sorted(folder.iterdir())
+    found = ordered(run(watched, manifest, paths, batch_size=4, look_ahead=100))  # type: ignore[arg-type]
+    assert max(watched.taken) == 4
+    for number, (one, path) in enumerate(zip(found, paths, strict=True)):
+        assert (number in (5, 12)) == (one.error is not None)
+        assert one.error or same(one.detections, alone(engine, manifest, path))
+
+
+def test_classes_without_a_name_are_left_out(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    less = replace(manifest, classes=("box",), nms=replace(manifest.nms, score_threshold=0.0))
+    (found,) = ordered(run(engine, less, [folder / "00.jpg"]))
+    assert found.detections is not None and set(found.detections.classes.tolist()) == {0}
+
+
+def test_arrays_wait_no_longer_than_the_look_ahead(engine: Engine, manifest: Manifest) -> None:
+    read = 0
+
+    def arrays() -> Iterator[np.ndarray]:
+        nonlocal read
+        for number in range(200):
+            read += 1
+            yield np.full((*SIZES[number % 5], 3), number, np.uint8)
+
+    groups = detect_groups(engine, manifest, map(picture_of, arrays()), batch_size=4, look_ahead=8)
+    with closing(groups):
+        for done, _ in enumerate(groups, start=1):
+            # Three batches of up to four are under way, and eight pictures wait.
+            assert read <= 4 * (done + 3) + 8
+            if done == 10:
+                break
+    assert threads() == set()
+
+
+def test_an_engine_that_fails_ends_it(manifest: Manifest, folder: Path) -> None:
+    class Broken:
+        name = "broken"
+        options = EngineOptions()
+
+        def infer(self, inputs: object) -> dict[str, np.ndarray]:
+            raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        run(Broken(), manifest, sorted(folder.iterdir()))  # type: ignore[arg-type]
+    assert threads() == set()
+
+
+def test_reduced_decoding_keeps_boxes_in_original_pixels(engine: Engine, manifest: Manifest, tmp_path: Path) -> None:
+    picture = cv2.resize(np.random.default_rng(3).integers(0, 256, (6, 9, 3), np.uint8), (1003, 671))
+    assert cv2.imwrite(str(tmp_path / "large.jpg"), picture)
+    pictures = [picture_of(tmp_path / "large.jpg")]
+    (exact,), (fast,) = (
+        ordered(list(detect_groups(engine, manifest, pictures, reduced=reduced))) for reduced in (False, True)
+    )
+    assert exact.size == fast.size == (671, 1003)
+    assert exact.detections is not None and fast.detections is not None
+    np.testing.assert_allclose(fast.detections.boxes, exact.detections.boxes, atol=1e-3)
+    np.testing.assert_allclose(fast.detections.scores, exact.detections.scores, atol=0.02)
+    assert not np.array_equal(fast.detections.scores, exact.detections.scores)

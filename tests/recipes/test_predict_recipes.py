@@ -1,0 +1,53 @@
+"""The recipes of `gfldeploy predict`, on the tiny detector."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(name: str, folder: Path, *arguments: object) -> tuple[str, dict[str, Any]]:
+    """What it prints, and what it writes."""
+    script = folder / name
+    script.write_text((BENCHMARKS / name).read_text())  # it writes beside itself
+    command = [sys.executable, str(script), "--name", "tiny", "--machine", "here", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = json.loads((folder / f"results/here/checks/tiny_{script.stem}.json").read_text())
+    assert str(folder) not in json.dumps(record)
+    return done.stdout, record
+
+
+@pytest.mark.slow
+def test_killed_and_watched(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    images = ("--images", tiny_coco.parent / "images")
+    options = ("--count", 40, "--kills", 2, "--", "--batch-size", 2)
+    shown, record = run("predict_robust.py", tmp_path, "--source", tiny_bundle, *images, *options)
+    assert "killed after" in shown and "the same bytes" in shown
+    assert record["same"] and record["images"] == 40 and set(record["files"]) >= {"detections.jsonl", "coco.json"}
+
+
+def test_what_the_pipeline_costs(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    options = ("--data", tiny_coco, "--images", 4, "--rounds", 2, "--batch-size", 2)
+    shown, record = run("predict_overhead.py", tmp_path, "--source", tiny_bundle, *options)
+    assert "| network | " in shown and "| in turn | " in shown
+    assert {name: len(times) for name, times in record["seconds"].items()} == dict.fromkeys(
+        ("network", "pipeline", "in_turn"), 2
+    )
+
+
+def test_what_fast_decoding_changes(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    options = ("--data", tiny_coco, "--factors", 1, 4, "--timed", 2, "--rounds", 2)
+    shown, record = run("fast_decode.py", tmp_path, "--source", tiny_bundle, *options)
+    assert "| 4x | 1/2, 1/4 | 1.0000 | 1.0000 | " in shown
+    assert [row["reductions"] for row in record["rows"]] == [[1], [2, 4]]
+    assert [row["ap"] for row in record["rows"]] == [[pytest.approx(1)] * 2] * 2

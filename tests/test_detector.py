@@ -1,0 +1,114 @@
+"""The three lines of the README."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import gfldeploy
+from gfldeploy import Detector
+from gfldeploy.errors import BundleError, DataError
+from gfldeploy.images.decode import read_image
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def detector(tiny_bundle: Path) -> Iterator[Detector]:
+    with Detector(tiny_bundle, threads=1) as detector:
+        yield detector
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_coco: Path) -> list[Path]:
+    return sorted((tiny_coco.parent / "images").iterdir())
+
+
+def test_files_and_arrays_give_the_same(detector: Detector, paths: list[Path]) -> None:
+    found = detector.detect(paths)
+    assert len(found) == len(paths)
+    assert all(detector.classes[one.classes[0]] == "box" and one.scores[0] > 0.8 for one in found)
+    mixed = [str(path) if place % 2 else read_image(path) for place, path in enumerate(paths)]
+    for one, other in zip(found, detector.detect(mixed), strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def test_one_image_makes_a_list_of_one(detector: Detector, paths: list[Path]) -> None:
+    pixels = read_image(paths[0])
+    for image in (paths[0], str(paths[0]), pixels, pixels[np.newaxis]):
+        (found,) = detector.detect(image)
+        assert len(found) == 1
+    assert detector.detect([]) == []
+
+
+def test_a_batch_gives_what_single_images_give(tiny_bundle: Path, paths: list[Path], detector: Detector) -> None:
+    with Detector(str(tiny_bundle), threads=1, batch_size=4) as batched:
+        assert batched.choice.batch_size == 4
+        for one, other in zip(detector.detect(paths), batched.detect(paths), strict=True):
+            np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def test_a_bad_image_raises_or_is_kept_to_itself(detector: Detector, paths: list[Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(paths[0].read_bytes()[:300])
+    images = [paths[0], bad, tmp_path / "absent.jpg", paths[1]]
+    with pytest.raises(DataError, match=r"bad\.jpg is truncated"):
+        detector.detect(images)
+    found = list(detector.stream(images))
+    assert [one.index for one in found] == [0, 1, 2, 3]
+    assert [one.error is None for one in found] == [True, False, False, True]
+    assert "absent.jpg" in str(found[2].error) and found[2].size is None
+    with pytest.raises(ValueError, match="an image must be RGB"):
+        detector.detect([np.zeros((4, 4), np.uint8)])
+    assert len(detector.detect(paths)) == len(paths), "it works on"
+
+
+def test_a_stream_is_lazy_and_may_be_left(detector: Detector) -> None:
+    taken = 0
+
+    def endless() -> Iterator[np.ndarray]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield np.full((48, 80, 3), taken % 256, np.uint8)
+
+    stream = detector.stream(endless())
+    for found in stream:
+        if found.index == 20:
+            break
+    assert taken < 40
+    stream.close()
+    assert [one.name for one in threading.enumerate() if one.name.startswith("gfldeploy")] == []
+
+
+def test_what_goes_wrong_with_the_images_themselves_is_raised(detector: Detector, paths: list[Path]) -> None:
+    def images() -> Iterator[Path]:
+        yield from paths
+        raise RuntimeError("the camera is gone")
+
+    found = []
+    with pytest.raises(RuntimeError, match="the camera is gone"):
+        found += detector.stream(images(), look_ahead=0)
+    assert [one.name for one in threading.enumerate() if one.name.startswith("gfldeploy")] == []
+
+
+def test_reduced_decoding_is_asked_for(detector: Detector, tmp_path: Path) -> None:
+    picture = cv2.resize(np.random.default_rng(3).integers(0, 256, (6, 9, 3), np.uint8), (903, 601))
+    cv2.imwrite(str(tmp_path / "large.jpg"), picture)
+    (exact,), (fast,) = (detector.detect(tmp_path / "large.jpg", reduced=reduced) for reduced in (False, True))
+    np.testing.assert_allclose(exact.boxes, fast.boxes, atol=1e-3)
+    assert not np.array_equal(exact.scores, fast.scores)
+
+
+def test_the_package_offers_it_and_nothing_more() -> None:
+    assert gfldeploy.Detector is Detector
+    with pytest.raises(AttributeError, match="no attribute 'Detectr'"):
+        gfldeploy.Detectr  # noqa: B018
+    with pytest.raises(BundleError, match="there is no nowhere"):
+        Detector("nowhere")

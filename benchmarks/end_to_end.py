@@ -23,10 +23,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from gfldeploy.detector import Detector
-
 from gfldeploy.bench.records import plain
 from gfldeploy.bundle import Bundle
+from gfldeploy.detector import Detector
 from gfldeploy.engines.base import EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json

@@ -4,7 +4,7 @@
 
 Exports the demo detector once for each K and once with `all`, quantises it where INT8 is asked for, each as a user
 would, and runs ONNX Runtime over N generated images (`val`), and over pictures made of nine of these that have one
-size (`crowds`): 30,000 anchors and some 60 objects each, at the scale that the detector was trained for. DIR receives
+size (`crowds`): 20,000 to 30,000 anchors and some 60 objects each, at the scale that the detector is for. DIR receives
 images and bundles, FILE the rows (default: results/candidates.json beside this script). A row says how far mAP is from
 that of all anchors, and how many images have the same detections: classes, scores to 1e-5, boxes to 0.01 px.
 Exits with 1 if mAP at the default K differs by more than 0.0005.

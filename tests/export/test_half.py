@@ -229,8 +229,10 @@ def test_the_bundles_fp16_file(tmp_path_factory: pytest.TempPathFactory) -> None
     assert len(here) > 0.9 * len(anchors[0])
     assert 0 < np.abs(scores[0, here] - half_scores[0, there]).max() < half.SCORE_TOLERANCE
     assert 0 < np.abs(boxes[0, here] - half_boxes[0, there]).max() < half.BOX_TOLERANCE_PX
-    # Coordinates in FP16 would be off by 0.1 px and more on average.
-    assert np.abs(boxes[0, here] - half_boxes[0, there]).mean() < 0.05
+    # Coordinates in FP16 would be off by 0.1 px and more on average, whatever the stride.
+    finest = anchors[0, here] < (shape[1] // 8) * (shape[2] // 8)
+    assert finest.sum() > 100
+    assert np.abs(boxes[0, here] - half_boxes[0, there])[finest].mean() < 0.05
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ class Preprocess:
         return scale_y, scale_x
 
     def batch_of(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
-        """Prepare RGB images, uint8 [h, w, 3], as the network's input, float32 [N, 3, H, W]; with their scales as of `into`.
+        """Prepare RGB images, uint8 [h, w, 3], as the network's input, float32 [N, 3, H, W]; and their scales.
 
         The same as `batch` of what `__call__` gives, without copies in between. Raises `DataError` as `__call__`.
         """

@@ -106,7 +106,7 @@ def kill(command: list[str], folder: Path, kills: int, seconds: float, chooser: 
                     process.wait(seconds * chooser.uniform(0, 1) / (kills + 1))
                 except subprocess.TimeoutExpired:
                     process.kill()
-        if process.returncode == 0:
+        if (folder / "out").exists():
             return done
         size = working.stat().st_size
         done.append(working.read_bytes().count(b'"file"'))

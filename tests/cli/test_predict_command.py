@@ -20,6 +20,7 @@ import pytest
 from gfldeploy.accuracy import coco_accuracy
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli import main
+from gfldeploy.files import unfinished_beside
 from gfldeploy.images.coco import CocoDataset
 
 pytest.importorskip("onnxruntime")
@@ -249,11 +250,23 @@ def test_an_unfinished_run_of_other_options(
     working = output.with_name("out.unfinished")
     working.mkdir()
     (working / "working.jsonl").write_text('{"bundle": "ab"}\n')
+    (working / "pictures").mkdir()
+    (working / "pictures" / "000001-old.jpg").touch()
     assert run(tiny_bundle, images, "-o", output) == 2
     error = capfd.readouterr().err
     assert "out.unfinished is of an unfinished run with other bundle, " in error and "--force" in error
     assert run(tiny_bundle, images, "-o", output, "--force") == 0
     assert len(lines(output)) == 40
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["coco.json", "detections.jsonl", "images.json", "predict.json"]
+
+
+def test_two_at_once_are_refused(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with unfinished_beside(tmp_path / "out"):
+        assert run(tiny_bundle, images, "-o", tmp_path / "out") == 2
+    assert "another gfldeploy is working on" in capfd.readouterr().err
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:

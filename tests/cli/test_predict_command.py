@@ -17,7 +17,8 @@ import demo_bundles
 import numpy as np
 import pytest
 
-from gfldeploy.accuracy import coco_accuracy
+from gfldeploy import Detector
+from gfldeploy.accuracy import coco_accuracy, coco_results
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli import main
 from gfldeploy.files import unfinished_beside
@@ -106,6 +107,10 @@ def test_annotations_give_the_ids(tiny_bundle: Path, tiny_coco: Path, tmp_path: 
     assert {one["category_id"] for one in results} == {71}
     assert not (output / "images.json").exists()
     dataset = CocoDataset.load(path, tiny_coco.parent / "images")
+    with Detector(tiny_bundle) as detector:
+        labels = dataset.class_to_category(detector.classes)
+        found = zip(dataset.images, detector.detect([image.path for image in dataset.images]), strict=True)
+        assert results == [row for image, one in found for row in coco_results(image.id, one, labels)]
     assert coco_accuracy(dataset, results).ap == pytest.approx(1)
 
 

@@ -68,7 +68,7 @@ def ways(engine: Engine, choice: Choice, paths: list[Path]) -> dict[str, Callabl
     preprocess = manifest.preprocess
     sizes = [preprocess.input_size(*image_size(path)) for path in paths]
     groups = [[paths[index] for index in one.indices] for one in group(sizes, choice.batch_size)]
-    ready = [preprocess.batch([preprocess(read_image(path)) for path in one]) for one in groups]
+    ready = [preprocess.batch_of([read_image(path) for path in one])[0] for one in groups]
 
     def network() -> None:
         for tensor in ready:
@@ -82,8 +82,8 @@ def ways(engine: Engine, choice: Choice, paths: list[Path]) -> dict[str, Callabl
 
     def in_turn() -> None:
         for one in groups:
-            prepared = [preprocess(read_image(path)) for path in one]
-            detect_batch(engine, preprocess.batch(prepared), [item.scale for item in prepared], manifest.nms)
+            tensor, scales = preprocess.batch_of([read_image(path) for path in one])
+            detect_batch(engine, tensor, scales, manifest.nms)
 
     return dict(zip(NAMES, (network, pipeline, in_turn), strict=True))
 

@@ -131,9 +131,8 @@ def evaluate(
     done = 0
     for one in group(sizes, batch_size, order):
         images = [dataset.images[index] for index in one.indices]
-        prepared = [preprocess(read_image(image.path)) for image in images]
-        tensor = preprocess.batch(prepared)
-        detections = detect_batch(engine, tensor, [item.scale for item in prepared], nms)
+        tensor, scales = preprocess.batch_of([read_image(image.path) for image in images])
+        detections = detect_batch(engine, tensor, scales, nms)
         for image, found in zip(images, detections, strict=True):
             results += coco_results(image.id, found, class_to_category)
         done += len(images)

@@ -69,9 +69,8 @@ def measure_invariance(
         groups = group(sizes, batch_size, order)
         detections: dict[int, Detections] = {}
         for one in groups:
-            prepared = [manifest.preprocess(read_image(paths[index])) for index in one.indices]
-            tensor = manifest.preprocess.batch(prepared)
-            results = detect_batch(engine, tensor, [item.scale for item in prepared], manifest.nms)
+            tensor, scales = manifest.preprocess.batch_of([read_image(paths[index]) for index in one.indices])
+            results = detect_batch(engine, tensor, scales, manifest.nms)
             detections |= dict(zip(one.indices, results, strict=True))
             done += len(one.indices)
             progress(done, total)

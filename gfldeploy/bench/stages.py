@@ -49,8 +49,7 @@ def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle) -> BatchTi
     start = time.perf_counter()
     images = [read_image(path) for path in paths]
     decoded = time.perf_counter()
-    prepared = [preprocess(image) for image in images]
-    tensor = preprocess.batch(prepared)
+    tensor, scales = preprocess.batch_of(images)
     preprocessed = time.perf_counter()
     if isinstance(engine, TimesCopies):
         outputs, copies = engine.infer_timed({"image": tensor})
@@ -59,7 +58,7 @@ def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle) -> BatchTi
         outputs = engine.infer({"image": tensor})
         inferred = time.perf_counter()
         copies = CopyTimes(0.0, (inferred - preprocessed) * 1e3, 0.0)
-    postprocess(outputs["scores"], outputs["boxes"], [item.scale for item in prepared], nms)
+    postprocess(outputs["scores"], outputs["boxes"], scales, nms)
     end = time.perf_counter()
     return BatchTimes(
         decode_ms=(decoded - start) * 1e3,

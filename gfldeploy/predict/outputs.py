@@ -17,9 +17,6 @@ __all__ = ["COCO", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of
 DETECTIONS = "detections.jsonl"
 COCO = "coco.json"
 IMAGES = "images.json"
-# A thousandth of a pixel and a millionth of a score are below what engines differ by.
-_PIXEL_DIGITS = 3
-_SCORE_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ class Summary:
 def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:
     """One line of `detections.jsonl`, without detections that score below `threshold`.
 
-    `bbox` is x, y, width, height in original pixels, to 0.001; `score` to 0.000001.
+    `bbox` is x, y, width, height in original pixels. Nothing is rounded: even a thousandth of a pixel turns some
+    IoU, and the mAP of the results would not be that of `gfldeploy eval`.
     """
     record: Record = {"file": found.name}
     if found.frame is not None and found.time_s is not None:
@@ -53,8 +51,8 @@ def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:
         {
             "class": classes[category],
             "class_id": category,
-            "score": round(score, _SCORE_DIGITS),
-            "bbox": [round(value, _PIXEL_DIGITS) for value in (x1, y1, x2 - x1, y2 - y1)],
+            "score": score,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
         }
         for (x1, y1, x2, y2), score, category in rows
         if score >= threshold

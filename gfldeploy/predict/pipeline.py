@@ -137,7 +137,7 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
         except BaseException as error:  # noqa: BLE001 - raised in the other thread
             put(_Ready(error=error))
         finally:
-            if isinstance(iterator, Iterator) and hasattr(iterator, "close"):
+            if isinstance(iterator, Generator):
                 iterator.close()
 
     thread = threading.Thread(target=work, name="gfldeploy-ahead", daemon=True)
@@ -152,7 +152,8 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
             yield one.item
     finally:
         stopped.set()
-        thread.join()
+        if thread is not threading.current_thread():  # where the garbage collector closes what was left unfinished
+            thread.join()
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
         with WorkingFile(directory / _WORKING, question, request.force) as working:
             kept = working.images
             if not kept:
-                shutil.rmtree(directory / PICTURES, ignore_errors=True)
+                _clear(directory)
             if not working.complete:
                 _detect(request, working, progress)
         try:
@@ -96,6 +96,15 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
                 f"cannot write {request.output}: {error.strerror or error}", "Free some space, and run it again."
             ) from error
     return replace(summary, kept=kept)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what another run left, results that it had replaced among them; the new working file stays."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _WORKING:
+            path.unlink()
 
 
 def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -> None:

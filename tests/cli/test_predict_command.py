@@ -17,9 +17,11 @@ import demo_bundles
 import numpy as np
 import pytest
 
-from gfldeploy.accuracy import coco_accuracy
+from gfldeploy import Detector
+from gfldeploy.accuracy import coco_accuracy, coco_results
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli import main
+from gfldeploy.files import unfinished_beside
 from gfldeploy.images.coco import CocoDataset
 
 pytest.importorskip("onnxruntime")
@@ -105,6 +107,10 @@ def test_annotations_give_the_ids(tiny_bundle: Path, tiny_coco: Path, tmp_path: 
     assert {one["category_id"] for one in results} == {71}
     assert not (output / "images.json").exists()
     dataset = CocoDataset.load(path, tiny_coco.parent / "images")
+    with Detector(tiny_bundle) as detector:
+        labels = dataset.class_to_category(detector.classes)
+        found = zip(dataset.images, detector.detect([image.path for image in dataset.images]), strict=True)
+        assert results == [row for image, one in found for row in coco_results(image.id, one, labels)]
     assert coco_accuracy(dataset, results).ap == pytest.approx(1)
 
 
@@ -249,11 +255,23 @@ def test_an_unfinished_run_of_other_options(
     working = output.with_name("out.unfinished")
     working.mkdir()
     (working / "working.jsonl").write_text('{"bundle": "ab"}\n')
+    (working / "pictures").mkdir()
+    (working / "pictures" / "000001-old.jpg").touch()
     assert run(tiny_bundle, images, "-o", output) == 2
     error = capfd.readouterr().err
     assert "out.unfinished is of an unfinished run with other bundle, " in error and "--force" in error
     assert run(tiny_bundle, images, "-o", output, "--force") == 0
     assert len(lines(output)) == 40
+    names = sorted(path.name for path in output.iterdir())
+    assert names == ["coco.json", "detections.jsonl", "images.json", "predict.json"]
+
+
+def test_two_at_once_are_refused(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with unfinished_beside(tmp_path / "out"):
+        assert run(tiny_bundle, images, "-o", tmp_path / "out") == 2
+    assert "another gfldeploy is working on" in capfd.readouterr().err
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:

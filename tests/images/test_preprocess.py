@@ -271,6 +271,16 @@ def test_into_a_batch_is_preparing_and_collating(size: tuple[int, int], fixed: b
     assert np.isnan(batch[[0, 2]]).all(), "the other rows are left alone"
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_batch_of_images_is_preparing_and_collating(fixed: bool) -> None:
+    preprocess = Preprocess(target_size=(64, 96), pad_stride=32, fixed=fixed)
+    pictures = [image(*size) for size in ((48, 80), (80, 48), (37, 53))]
+    prepared = [preprocess(picture) for picture in pictures]
+    batch, scales = preprocess.batch_of(pictures)
+    np.testing.assert_array_equal(batch, preprocess.batch(prepared))
+    assert scales == [one.scale for one in prepared]
+
+
 def test_into_refuses_what_does_not_hold_the_image() -> None:
     preprocess = Preprocess(target_size=(64, 96))
     with pytest.raises(ValueError, match="does not hold an image of 64 x 85"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -27,7 +28,6 @@ def run(name: str, folder: Path, *arguments: object) -> tuple[str, dict[str, Any
     return done.stdout, record
 
 
-@pytest.mark.slow
 def test_killed_and_watched(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     images = ("--images", tiny_coco.parent / "images")
     options = ("--count", 40, "--kills", 2, "--", "--batch-size", 2)

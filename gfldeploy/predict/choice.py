@@ -16,7 +16,7 @@ from gfldeploy.tune.deploy_file import Deploy
 __all__ = ["Choice", "choose"]
 
 # What runs a precision fastest, as far as the results in benchmarks/ go. `gfldeploy tune` measures it.
-_FASTEST_FIRST = ("onnxruntime", "paddle")
+_FASTEST_FIRST = ("openvino", "onnxruntime", "paddle")
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
 
 

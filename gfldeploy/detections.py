@@ -151,7 +151,7 @@ def _image_nms(
         pair_scores = scores.reshape(-1)[flat]
         # By falling score, then by class; the sort is stable, so that equals stay in the candidates' order.
         order = np.lexsort((classes, -pair_scores))
-        if params.nms_top_k != -1:
+        if 0 <= params.nms_top_k < len(scores):
             order = order[_places(classes[order]) < params.nms_top_k]
         anchors, classes, pair_scores = anchors[order], classes[order], pair_scores[order]
         pair_boxes = boxes[anchors] / factors

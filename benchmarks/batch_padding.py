@@ -1,9 +1,11 @@
 """What mixed orientations cost a batch, and what grouping by size gives back.
 
-    python benchmarks/batch_padding.py --bundle r50_int8 --data annotations.json --precision int8 \\
+    python benchmarks/batch_padding.py --bundle r50_int8 --data annotations.json --precision int8 --photos 427x640 \\
         --name gfl_r50_int8 --machine epyc-2core
 
-Of the data, images of the commonest landscape and of the commonest portrait input size, as many of each, in turn. By
+Of the data, images of the commonest landscape and of the commonest portrait input size, as many of each, in turn; with
+`--photos`, any landscape and portrait images, cropped and resized to photographs of that height and width and of the
+same turned upright: 427x640 is 3:2, which the 800x1333 rule makes 800x1216 and 1216x800, the classic case of 1.52. By
 turns, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped by
 size, and those of each orientation alone ("uniform": the mean of both). Prints images a second and the ratios that
 matter, of the network and from file to boxes, each the median over the rounds with the least and the most; writes all
@@ -14,8 +16,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+import cv2
 
 from gfldeploy.analysis.passes import Arrangement, Pass, input_sizes, run_pass
 from gfldeploy.batching.buckets import Size, group
@@ -42,12 +48,22 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--name", required=True, help="of the results file and in the table")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
+    parser.add_argument("--photos", type=photo_size, metavar="HxW", help="make the images photographs of this size")
     parser.add_argument("--images", type=int, default=16, metavar="I", help="half of each orientation (default: 16)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3, metavar="R")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, Path(folder))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> None:
+    """`folder`: for photographs."""
     bundle = Bundle.open(args.bundle)
-    landscape, portrait, sizes = choose(bundle, args.data, args.images // 2)
+    paths = [image.path for image in CocoDataset.load(args.data).images]
+    if args.photos:
+        paths = photographs(paths, args.photos, args.images // 2, folder)
+    landscape, portrait, sizes = choose(bundle, paths, args.images // 2)
     options = EngineOptions(args.precision, "cpu", usable_threads())
     mixed = [path for pair in zip(landscape, portrait, strict=True) for path in pair]
     with open_engine(args.engine, bundle, options) as engine:
@@ -75,17 +91,48 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": plain(describe_machine()), "engine": args.engine, "precision": args.precision,
-        "sizes": sizes, "legs": [{"batch_size": leg[0], "way": leg[1], "rounds": plain(passes[leg])} for leg in legs],
+        "sizes": sizes, "photos": args.photos,
+        "legs": [{"batch_size": leg[0], "way": leg[1], "rounds": plain(passes[leg])} for leg in legs],
     }  # fmt: skip
     write_json(output, record)
+    shown = " and ".join(f"{height}x{width}" for height, width in sizes)
+    print(f"Images of {shown}, padded together {passes[args.batch_sizes[0], 'naive'][0].padding:.2f}x\n")
     print(table(passes))
 
 
-def choose(bundle: Bundle, data: Path, count: int) -> tuple[list[Path], list[Path], tuple[Size, Size]]:
+def photo_size(text: str) -> Size:
+    """Height and width of a landscape photograph."""
+    height, width = map(int, text.split("x"))
+    if not 0 < height < width:
+        raise ValueError("the width must be larger than the height")
+    return height, width
+
+
+def photographs(paths: Sequence[Path], size: Size, count: int, folder: Path) -> list[Path]:
+    """So many landscape and as many portrait images of these, with their middle cropped and resized to the size."""
+    written: dict[Size, list[Path]] = {size: [], size[::-1]: []}
+    for path in paths:
+        image = cv2.imread(str(path))
+        height, width = image.shape[:2]
+        wanted = size if width > height else size[::-1]
+        if width == height or len(written[wanted]) == count:
+            continue
+        scale = min(height / wanted[0], width / wanted[1])
+        cut = [max(int(side * scale), 1) for side in wanted]
+        top, left = (height - cut[0]) // 2, (width - cut[1]) // 2
+        target = folder / f"{len(written[wanted])}_{wanted[0]}x{wanted[1]}.jpg"
+        crop = image[top : top + cut[0], left : left + cut[1]]
+        cv2.imwrite(str(target), cv2.resize(crop, wanted[::-1], interpolation=cv2.INTER_AREA))
+        written[wanted].append(target)
+    return [path for some in written.values() for path in some]
+
+
+def choose(bundle: Bundle, paths: Sequence[Path], count: int) -> tuple[list[Path], list[Path], tuple[Size, Size]]:
     """So many images of the commonest landscape and portrait input sizes, and these sizes."""
-    paths = [image.path for image in CocoDataset.load(data).images]
     sizes = input_sizes(paths, bundle)
     counts = Counter(sizes)
+    if not {size[1] > size[0] for size in counts if size[0] != size[1]} == {True, False}:
+        raise SystemExit("there must be landscape and portrait images")
     wide = max((size for size in counts if size[1] > size[0]), key=lambda size: counts[size])
     tall = max((size for size in counts if size[0] > size[1]), key=lambda size: (size == wide[::-1], counts[size]))
     chosen = [[path for path, size in zip(paths, sizes, strict=True) if size == one][:count] for one in (wide, tall)]

@@ -40,7 +40,7 @@ __all__ = [
     "write_bundle",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 LAYERS = "layers.json"
 GraphName = Literal["paddle", "paddle_program", "onnx", "onnx_fp16", "onnx_tensorrt", "paddledetection"]
@@ -80,6 +80,7 @@ class Manifest:
     `onnx_fp16` (FP32 bundles: FP16 convolutions for GPUs, the decode and all inputs and outputs FP32; absent where FP16
     differs too much), `onnx_tensorrt` (INT8 bundles: symmetric Q/DQ as TensorRT wants them, from the same calibration),
     `paddledetection` (with NMS, for PaddleDetection's deploy tools).
+    `candidates`: how many anchors of an image the graphs decode, those with the highest scores; None for all.
     `classes`: names in the order of the score channels. `score_channels` may exceed their number: GFLv2 has one more.
     `provenance`: config, checkpoint digest, versions, command line; for people, nothing reads it back.
     """
@@ -98,6 +99,7 @@ class Manifest:
     parameters: int
     provenance: Mapping[str, Any]
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    candidates: int | None = None
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,13 +111,18 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Check and build. Raises `BundleError` for a newer schema, unknown or missing keys and wrong types."""
+        """Check and build. Raises `BundleError` for another schema, unknown or missing keys and wrong types."""
         if not isinstance(data, dict) or not _is(data.get("schema"), int) or data["schema"] < 1:
             raise BundleError("the manifest has no schema number", "Export the bundle again.")
         if data["schema"] > SCHEMA:
             raise BundleError(
                 f"the manifest has schema {data['schema']}, this gfldeploy reads up to {SCHEMA}",
                 "Update gfldeploy, or export the bundle again with this version.",
+            )
+        if data["schema"] < SCHEMA:
+            raise BundleError(
+                f"the manifest has schema {data['schema']}, of an older gfldeploy; this one reads schema {SCHEMA}",
+                "Export the bundle again; quantise the new one for INT8.",
             )
         known = set(cls.__dataclass_fields__)
         if set(data) != known:
@@ -127,6 +134,8 @@ class Manifest:
             _need(data["precision"] in ("fp32", "int8"), "precision", data["precision"])
             for key in ("graphs", "inputs", "outputs"):
                 _need(bool(data[key]), key, data[key])
+            candidates = data["candidates"]
+            _need(candidates is None or (_is(candidates, int) and candidates > 0), "candidates", candidates)
             return cls(
                 **{
                     **data,

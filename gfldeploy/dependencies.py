@@ -20,6 +20,7 @@ INSTALL_ENGINE: dict[tuple[str, str], str] = {
     ("paddle", "gpu"): "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
     ("onnxruntime", "cpu"): "pip install onnxruntime",
     ("onnxruntime", "gpu"): "pip uninstall onnxruntime, then pip install onnxruntime-gpu",
+    ("openvino", "cpu"): "pip install openvino",
 }
 
 
@@ -36,7 +37,9 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     package = module.partition(".")[0]
     command = f"uv sync --no-dev --inexact --extra {extra} (in a checkout of gfldeploy)"
     if (package, "cpu") in INSTALL_ENGINE:
-        command = f"{INSTALL_ENGINE[package, 'cpu']} (CPU), or {INSTALL_ENGINE[package, 'gpu']} (GPU)"
+        command = INSTALL_ENGINE[package, "cpu"]
+        if gpu := INSTALL_ENGINE.get((package, "gpu")):
+            command = f"{command} (CPU), or {gpu} (GPU)"
     try:
         with quiet(), _own_sigterm():
             return importlib.import_module(module)

@@ -14,7 +14,10 @@ from gfldeploy.errors import ConfigError, EngineError
 
 __all__ = ["Detections", "NmsParams", "pairwise_iou", "postprocess"]
 
-_BLOCK = 64  # candidates compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
+# Pairs of a candidate and a class that are looked at first, the best of the image: mostly all that is needed, since an
+# image keeps few and no pair can drop a better one. If they leave too few, all pairs are looked at.
+_FIRST = 2048
+_BLOCK = 128  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
 
 @dataclass(frozen=True)
@@ -133,57 +136,124 @@ def _image_nms(
     scores: NDArray[np.float32], boxes: NDArray[np.float32], scale: tuple[float, float], params: NmsParams
 ) -> Detections:
     """NMS over one image: `scores` [A, C], `boxes` [A, 4]."""
-    flat = np.flatnonzero(scores > np.float32(params.score_threshold))
-    anchors, classes = np.divmod(flat, max(scores.shape[1], 1))
-    candidate_scores = scores.reshape(-1)[flat]
-    # By class, then by falling score; the sort is stable, so equal scores stay in the candidates' order.
-    order = np.lexsort((-candidate_scores, classes))
-    if params.nms_top_k != -1:
-        sorted_classes = classes[order]
-        starts = np.searchsorted(sorted_classes, sorted_classes, side="left")
-        order = order[np.arange(len(order)) - starts < params.nms_top_k]
-    classes, candidate_scores = classes[order], candidate_scores[order]
     scale_y, scale_x = scale
-    candidate_boxes = boxes[anchors[order]] / np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
-    kept = _greedy(candidate_boxes, classes, params)
-    kept = kept[np.argsort(-candidate_scores[kept], kind="stable")]
+    factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
+    above = scores > np.float32(params.score_threshold)
+    count = int(np.count_nonzero(above))
+    limited = params.keep_top_k != -1 and count > _FIRST
+    if limited:
+        # All that score as much as the last of the first: among equals, the order of classes decides.
+        least = np.partition(scores[above], count - _FIRST)[count - _FIRST]
+        first = scores >= least
+    while True:
+        flat = np.flatnonzero(first if limited else above)
+        anchors, classes = np.divmod(flat, max(scores.shape[1], 1))
+        pair_scores = scores.reshape(-1)[flat]
+        # By falling score, then by class; the sort is stable, so that equals stay in the candidates' order.
+        order = np.lexsort((classes, -pair_scores))
+        if params.nms_top_k != -1:
+            order = order[_places(classes[order]) < params.nms_top_k]
+        anchors, classes, pair_scores = anchors[order], classes[order], pair_scores[order]
+        pair_boxes = boxes[anchors] / factors
+        kept = _greedy(pair_boxes, classes, params)
+        if not limited or len(kept) >= params.keep_top_k:
+            break
+        limited = False
     if params.keep_top_k != -1:
         kept = kept[: params.keep_top_k]
-    return Detections(candidate_boxes[kept], candidate_scores[kept], classes[kept].astype(np.int64))
+    return Detections(pair_boxes[kept], pair_scores[kept], classes[kept].astype(np.int64))
+
+
+def _places(classes: NDArray[np.intp]) -> NDArray[np.intp]:
+    """The place of each pair among those of its class, 0 for the first."""
+    order = np.argsort(classes, kind="stable")
+    ordered = classes[order]
+    places = np.empty(len(classes), dtype=np.intp)
+    places[order] = np.arange(len(classes)) - np.searchsorted(ordered, ordered)
+    return places
 
 
 def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsParams) -> NDArray[np.intp]:
-    """Indices of the boxes that survive, in order; the input is sorted by class, then by falling score.
+    """Indices of the boxes that survive, in order, `keep_top_k` of them or a few more; the input has falling scores.
 
     A box survives when its IoU with every surviving, earlier box of its class is at most the threshold. It goes block
-    by block: each block is compared with the survivors of its first class (later classes have none yet), then with
-    itself.
+    by block, each together with the survivors of those before.
     """
-    kept: list[int] = []
-    current, first = -1, 0  # the class at hand, and where its survivors start in `kept`
-    limit = threshold = np.float32(params.nms_threshold)
-    eta = np.float32(params.nms_eta)
-    half = np.float32(0.5)
+    columns = _columns(boxes, params.normalized)
+    most = len(boxes) if params.keep_top_k == -1 else params.keep_top_k
+    kept = np.empty(0, dtype=np.intp)
+    limits: dict[int, np.float32] = {}
     for start in range(0, len(boxes), _BLOCK):
-        block = boxes[start : start + _BLOCK]
-        block_classes = classes[start : start + _BLOCK]
-        among = np.where(
-            block_classes[:, np.newaxis] == block_classes, pairwise_iou(block, block, params.normalized), 0
-        )
-        worst = np.zeros(len(block), dtype=np.float32)  # the largest IoU with a survivor so far
-        if block_classes[0] == current and first < len(kept):
-            before = pairwise_iou(boxes[kept[first:]], block, params.normalized).max(axis=0)
-            worst = np.where(block_classes == current, before, worst)
-        for offset, category in enumerate(block_classes.tolist()):
-            if category != current:
-                current, first, limit = category, len(kept), threshold
-            # Not `worst > limit`: a NaN, the IoU of two equal boxes without area, drops the box, as in Paddle.
-            if worst[offset] <= limit:
-                kept.append(start + offset)
-                np.maximum(worst, among[offset], out=worst)
-                if eta < 1 and limit > half:
-                    limit = limit * eta
-    return np.array(kept, dtype=np.intp)
+        if len(kept) >= most:
+            break
+        pool = np.concatenate([kept, np.arange(start, min(start + _BLOCK, len(boxes)))])
+        earlier, later = _pairs_of_a_class(classes[pool], len(kept))
+        here = columns.take(pool, axis=1)
+        near = ~_apart(here.take(earlier, axis=1), here.take(later, axis=1))
+        earlier, later = earlier[near], later[near]
+        iou = _iou(here.take(earlier, axis=1), here.take(later, axis=1), params.normalized)
+        if params.nms_eta < 1:
+            survives = _falling_threshold(classes[pool], len(kept), earlier, later, iou, params, limits)
+        else:
+            # Not `iou > threshold`: a NaN, the IoU of two equal boxes without area, drops the box, as in Paddle.
+            drops = ~(iou <= np.float32(params.nms_threshold))
+            survives = _survivors(len(pool), earlier[drops], later[drops])
+        kept = pool[survives]
+    return kept
+
+
+def _pairs_of_a_class(classes: NDArray[np.intp], settled: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Positions (earlier, later) of all pairs of one class, but those whose later one is among the first `settled`.
+
+    Pairs are in rising order of the earlier one for each later one.
+    """
+    order = np.argsort(classes, kind="stable")
+    ordered = classes[order]
+    firsts = np.searchsorted(ordered, ordered)  # of each one's class, in `order`
+    before = np.where(order < settled, 0, np.arange(len(order)) - firsts)
+    ends = np.cumsum(before)
+    later = np.repeat(np.arange(len(order)), before)
+    earlier = np.arange(len(later)) - np.repeat(ends - before - firsts, before)
+    return order[earlier], order[later]
+
+
+def _survivors(count: int, earlier: NDArray[np.intp], later: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which of `count` boxes survive if each surviving `earlier` one drops its `later` one.
+
+    All at once, again and again: what a round says of a box is final once it is of all that could drop it, so that it
+    takes as many rounds as the longest chain of boxes of which each would drop the next, mostly two or three.
+    """
+    survives = np.ones(count, dtype=np.bool_)
+    while True:
+        again = np.ones(count, dtype=np.bool_)
+        again[later[survives[earlier]]] = False
+        if np.array_equal(again, survives):
+            return survives
+        survives = again
+
+
+def _falling_threshold(
+    classes: NDArray[np.intp],
+    settled: int,
+    earlier: NDArray[np.intp],
+    later: NDArray[np.intp],
+    iou: NDArray[np.float32],
+    params: NmsParams,
+    limits: dict[int, np.float32],
+) -> NDArray[np.bool_]:
+    """As `_survivors`, box by box: every survivor lowers the threshold of its class, which `limits` holds."""
+    dropping: dict[int, list[tuple[int, np.float32]]] = {}
+    for one, other, overlap in zip(earlier.tolist(), later.tolist(), iou, strict=True):
+        dropping.setdefault(other, []).append((one, overlap))
+    survives = np.ones(len(classes), dtype=np.bool_)
+    eta, half = np.float32(params.nms_eta), np.float32(0.5)
+    for position in range(settled, len(classes)):
+        category = int(classes[position])
+        limit = limits.get(category, np.float32(params.nms_threshold))
+        survives[position] = all(overlap <= limit for one, overlap in dropping.get(position, ()) if survives[one])
+        if survives[position]:
+            limits[category] = limit * eta if limit > half else limit
+    return survives
 
 
 def pairwise_iou(one: NDArray[np.float32], other: NDArray[np.float32], normalized: bool = True) -> NDArray[np.float32]:
@@ -192,21 +262,32 @@ def pairwise_iou(one: NDArray[np.float32], other: NDArray[np.float32], normalize
     A box with x2 < x1 or y2 < y1 has no area; boxes that merely touch intersect; 0 / 0 is NaN. With `normalized` False,
     widths and heights gain 1, but whether two boxes intersect is decided without it.
     """
+    first, second = _columns(one, normalized)[:, :, np.newaxis], _columns(other, normalized)[:, np.newaxis]
+    return np.where(_apart(first, second), np.float32(0), _iou(first, second, normalized))
+
+
+def _columns(boxes: NDArray[np.float32], normalized: bool) -> NDArray[np.float32]:
+    """x1, y1, x2, y2 and the area of boxes [M, 4]: [5, M]."""
     extra = np.float32(0 if normalized else 1)
-    x1, y1, x2, y2 = (one[:, [index]] for index in range(4))
-    other_x1, other_y1, other_x2, other_y2 = other.T
     with np.errstate(all="ignore"):
-        width = np.minimum(x2, other_x2) - np.maximum(x1, other_x1)
-        height = np.minimum(y2, other_y2) - np.maximum(y1, other_y1)
+        width = boxes[:, 2] - boxes[:, 0]
+        height = boxes[:, 3] - boxes[:, 1]
+        area = np.where((width < 0) | (height < 0), np.float32(0), (width + extra) * (height + extra))
+    return np.concatenate([boxes.T, area[np.newaxis]])
+
+
+def _apart(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Whether boxes neither overlap nor touch; columns as `_columns` gives them, in any shapes that go together."""
+    apart: NDArray[np.bool_] = (other[0] > one[2]) | (other[2] < one[0]) | (other[1] > one[3]) | (other[3] < one[1])
+    return apart
+
+
+def _iou(one: NDArray[np.float32], other: NDArray[np.float32], normalized: bool) -> NDArray[np.float32]:
+    """IoU of boxes that are not `_apart`, from columns as there; 0 / 0 is NaN."""
+    extra = np.float32(0 if normalized else 1)
+    with np.errstate(all="ignore"):
+        width = np.minimum(one[2], other[2]) - np.maximum(one[0], other[0])
+        height = np.minimum(one[3], other[3]) - np.maximum(one[1], other[1])
         overlap = (width + extra) * (height + extra)
-        iou = overlap / (_area(one, extra)[:, np.newaxis] + _area(other, extra) - overlap)
-    apart = (other_x1 > x2) | (other_x2 < x1) | (other_y1 > y2) | (other_y2 < y1)
-    result: NDArray[np.float32] = np.where(apart, np.float32(0), iou)
-    return result
-
-
-def _area(boxes: NDArray[np.float32], extra: np.float32) -> NDArray[np.float32]:
-    width = boxes[:, 2] - boxes[:, 0]
-    height = boxes[:, 3] - boxes[:, 1]
-    area: NDArray[np.float32] = np.where((width < 0) | (height < 0), np.float32(0), (width + extra) * (height + extra))
-    return area
+        iou: NDArray[np.float32] = overlap / (one[4] + other[4] - overlap)
+    return iou

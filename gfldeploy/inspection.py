@@ -38,6 +38,7 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         "inputs": [_tensor(spec) for spec in manifest.inputs],
         "outputs": [_tensor(spec) for spec in manifest.outputs],
         "classes": list(manifest.classes),
+        "candidates": manifest.candidates or "all",
         "parameters": manifest.parameters,
         "macs": {
             "gmac": round(count_macs(onnx_file, *shape, manifest.strides) / 1e9, 3),
@@ -122,7 +123,7 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
             for shape in shapes:
                 images = parity.parity_images(shape, manifest.preprocess, seed=0)
                 expected = first.infer({"image": images})
-                found.append(parity.compare("onnx", second, images, (expected["scores"], expected["boxes"])))
+                found.append(parity.compare("onnx", second, images, expected))
             # Each graph may be off by one tolerance, in opposite directions.
             parity.check(found, factor=2.0)
             return lines + [

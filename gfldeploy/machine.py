@@ -36,6 +36,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "numpy",
     "opencv-python-headless",
     "opencv-python",

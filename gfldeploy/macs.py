@@ -131,6 +131,9 @@ class _Graph:
             ) from error
         # By the name under which nodes read them.
         self._weights = weights | _through_dequantize(self._model, weights)
+        # How many cells are decoded, 0 for all.
+        chosen = [value for value in graph.output if value.name == "anchors"]
+        self._candidates = chosen[0].type.tensor_type.shape.dim[1].dim_value if chosen else 0
         # The outputs' symbolic sizes would contradict the sizes inferred from the input's.
         del graph.output[:]
         _drop_values(graph)
@@ -157,7 +160,7 @@ class _Graph:
 
     def projection_macs(self, height: int, width: int, strides: Sequence[int]) -> int:
         """Of the DFL projection: inference may not follow the reshapes before it, but its size is known without."""
-        cells = sum(-(-height // stride) * -(-width // stride) for stride in strides)
+        cells = self._candidates or sum(-(-height // stride) * -(-width // stride) for stride in strides)
         return sum(
             cells * 4 * self._product(self._weights[node.input[1]])
             for node in self._model.graph.node

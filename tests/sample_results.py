@@ -38,6 +38,7 @@ RUN = Run(
     delegated=None,
     idle=Idle(3.0, None, 0.0),
     monitored=Monitored((0.2, 0.4), ((90.0, 80.0), (95.0, 85.0)), (), (280.0, 290.0), (), (), (), (), (), 0.1),
+    serving=None,
 )
 OK = CellResult(
     bundle=BundleIdentity("tiny", "tiny_dir", "ab" * 32),
@@ -48,6 +49,7 @@ OK = CellResult(
     threads=1,
     scenario="multi-stream",
     rate=None,
+    policy=None,
     status="ok",
     reason=None,
     remedy=None,

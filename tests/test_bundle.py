@@ -128,6 +128,13 @@ def test_a_newer_schema(bundle: Path) -> None:
     assert "Update gfldeploy" in message
 
 
+def test_an_older_schema(bundle: Path) -> None:
+    rewrite(bundle, lambda manifest: (manifest.update(schema=SCHEMA - 1), manifest.pop("candidates")))
+    message = refusal(bundle)
+    assert f"has schema {SCHEMA - 1}, of an older gfldeploy" in message
+    assert "Export the bundle again" in message
+
+
 def test_unknown_and_missing_keys(bundle: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["clases"] = manifest.pop("classes")
@@ -139,6 +146,8 @@ def test_unknown_and_missing_keys(bundle: Path) -> None:
 @pytest.mark.parametrize("wrong", [None, True, 1.5, "text", [], {}, [None], ["a", 1], {"a": 1}, {"a": {}}])
 @pytest.mark.parametrize("key", [key for key in Manifest.__dataclass_fields__ if key != "provenance"])
 def test_wrong_types(bundle: Path, key: str, wrong: Any) -> None:
+    if (key, wrong) == ("candidates", None):
+        wrong = 0
     if (key, wrong) == ("name", "text"):
         wrong = 3
     rewrite(bundle, lambda manifest: manifest.update({key: wrong}))

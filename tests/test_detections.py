@@ -154,6 +154,23 @@ def test_a_full_size_model_takes_milliseconds() -> None:
     assert min(times) < 0.1  # some 4 ms: the bound only catches a loop over anchors, even on a busy machine
 
 
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+@pytest.mark.parametrize("nms_top_k", [-1, 40])
+def test_many_pairs_give_the_best_of_what_all_would_give(kind: str, nms_top_k: int) -> None:
+    # 12,000 pairs of a candidate and a class; the objects of "clustered" fill `keep_top_k` late, or never.
+    rng = np.random.default_rng(7)
+    scores = np.round(rng.uniform(0.03, 1, (2, 300, 40)), 2).astype(np.float32)  # many equal scores
+    boxes = random_boxes(rng, kind, 2, 300)
+    params = dataclasses.replace(GFL, nms_top_k=nms_top_k, nms_threshold=0.1)
+    everything = postprocess(scores, boxes, ONE * 2, dataclasses.replace(params, keep_top_k=-1))
+    for keep in (50, 150, 100_000):
+        found = postprocess(scores, boxes, ONE * 2, dataclasses.replace(params, keep_top_k=keep))
+        for ours, theirs in zip(found, everything, strict=True):
+            np.testing.assert_array_equal(ours.boxes, theirs.boxes[:keep])
+            np.testing.assert_array_equal(ours.scores, theirs.scores[:keep])
+            np.testing.assert_array_equal(ours.classes, theirs.classes[:keep])
+
+
 def random_boxes(rng: np.random.Generator, kind: str, images: int, anchors: int) -> np.ndarray:
     if kind == "random":
         corners = rng.uniform(0, 300, (images, anchors, 2))
@@ -179,6 +196,8 @@ def test_every_detection_equals_paddles(kind: str) -> None:
     rng = np.random.default_rng(len(kind))
     for case in range(300):
         images, anchors, classes = int(rng.integers(1, 4)), int(rng.integers(1, 400)), int(rng.integers(1, 6))
+        if case % 25 == 0:  # more pairs than NMS looks at first
+            anchors, classes = 1000, 20
         boxes = random_boxes(rng, kind, images, anchors)
         scores = (rng.uniform(0, 1, (images, anchors, classes)) ** 3).astype(np.float32)
         if case % 3 == 0:

@@ -109,6 +109,13 @@ def test_what_is_read_again_later_is_kept(graph: Path) -> None:
     assert peak_activations(graph, [(16, 24)], STRIDES) == {(16, 24): 3 * 16 * 24 + 3 * 8 * 96}
 
 
+def test_the_projection_of_candidates_is_that_of_as_many(graph: Path) -> None:
+    model = onnx.load(str(graph))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("anchors", 6, ["N", 50]))
+    onnx.save(model, str(graph))
+    assert count_macs(graph, 16, 24, STRIDES) == MACS - PROJECTION + 50 * 4 * 3
+
+
 def test_a_size_that_the_graph_cannot_take(graph: Path) -> None:
     model = onnx.load(str(graph))
     model.graph.node.insert(2, onnx.helper.make_node("Add", ["b", "fixed"], ["b8x12"]))

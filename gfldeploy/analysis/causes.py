@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gfldeploy.analysis.passes import Arrangement, Pass
+from gfldeploy.bench.estimates import median
 
 __all__ = ["PARTS", "PART_NAMES", "BatchAnalysis", "Cause", "Change", "Part", "analyze_passes", "sentences"]
 
@@ -19,6 +20,8 @@ Cause = Literal["starved", "padding", "convolutions", "memory", "network", "host
 
 # Time per image within this of batch 1's counts as no change: what a user would not see.
 _NOTICEABLE = 0.05
+# From so many rounds on, the two whose changes are the extremes count for the noise alone.
+_ROUNDS_TO_TRIM = 5
 # Others used this share of the engine's CPUs: far above what an idle machine shows (below 0.02).
 _STARVED = 0.10
 # Host work is what limits where it takes at least this share of the time.
@@ -27,7 +30,11 @@ _HOST_LIMITS = 0.5
 
 @dataclass(frozen=True)
 class Change:
-    """Milliseconds of one image, against batch 1: the mean over the rounds, with the least and the most of a round."""
+    """Milliseconds of one image, against batch 1: the mean over the typical rounds (`analyze_passes`).
+
+    `low`, `high`: the 95 % interval of the median of all rounds, which is the least and the most of a round up to eight
+    rounds; below six these are less sure than that.
+    """
 
     ms: float
     low: float
@@ -35,8 +42,12 @@ class Change:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether every round says the same of its sign."""
+        """Whether its sign is sure."""
         return self.low > 0 or self.high < 0
+
+    def surely(self, least_ms: float) -> int:
+        """1 where it is surely more than so many milliseconds, -1 where surely less than the negative of it, else 0."""
+        return int(self.low >= least_ms) - int(self.high <= -least_ms)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,8 @@ class BatchAnalysis:
     Where the engine cannot tell its convolutions from the rest, `network` stands for both. `padding`: pixels of the
     batches by those of the images. `host_share`: of `ms`. `taken`: see `Pass`. `gmac_per_s`: multiply-accumulates a
     second of the network in grouped batches, 10^9; `percent_of_peak`: of what the engine reaches here at best;
-    `convolutions_percent_of_peak`: the same while convolutions run; None where unknown. `cause`: the main one.
+    `convolutions_percent_of_peak`: the same while convolutions run; None where unknown, and where the engine
+    was starved, since the peak may not have been. `cause`: the main one.
     """
 
     batch_size: int
@@ -73,7 +85,9 @@ def analyze_passes(
     """Split the change of every batch size above 1, from `measure_passes` with `arrangements`.
 
     `macs`: multiply-accumulates of one image without padding to others; `peak_gmac_per_s`: what the engine reaches here
-    at best, 10^9 a second. Raises `ValueError` without batch 1 or without both orders of a batch size.
+    at best, 10^9 a second. Of five rounds or more, all but the two with the least and the most change at a batch size
+    are typical: times are means over these, so that one bad round moves none of them and the parts still add up. Raises
+    `ValueError` without batch 1 or without both orders of a batch size.
     """
     by_round = [{one.arrangement: one for one in passes} for passes in rounds]
     sizes = sorted({one.arrangement.batch_size for one in rounds[0]} - {1})
@@ -115,9 +129,14 @@ def _what(found: BatchAnalysis) -> str:
     ratio = found.ms / found.single_ms
     head = f"At batch {found.batch_size} an image takes {found.ms:.1f} ms, {found.single_ms:.1f} ms at batch 1"
     if abs(ratio - 1) < _NOTICEABLE:
-        return f"{head}: no change to speak of ({ratio:.2f}x)."
-    if not found.change.beyond_noise:
-        return f"{head} ({ratio:.2f}x), but the rounds do not agree on it: run more of them on a quieter machine."
+        hidden = f", though padding takes {found.parts['padding'].ms:.1f} ms of it" if found.cause == "padding" else ""
+        return f"{head}: no change to speak of ({ratio:.2f}x){hidden}."
+    if not found.change.surely(_NOTICEABLE * found.single_ms):
+        low, high = (1 + ms / found.single_ms for ms in (found.change.low, found.change.high))
+        return (
+            f"{head} ({ratio:.2f}x), but by the rounds {low:.2f}x to {high:.2f}x: no change that is sure to be "
+            "noticed, unless more rounds on a quieter machine show one."
+        )
     parts = sorted(found.parts.items(), key=lambda item: -abs(item[1].ms))
     told = [f"{PART_NAMES[name]} {change.ms:+.1f} ms" for name, change in parts if change.beyond_noise][:3]
     return f"{head} ({ratio:.2f}x){': ' if told else ''}{', '.join(told)}."
@@ -146,20 +165,26 @@ def _analyze(
         grouped = [found[Arrangement(size, "bucketed")] for found in by_round]
     except KeyError as error:
         raise ValueError(f"batch {size} was not measured in both orders") from error
-    change = _change([many.end_to_end_ms - one.end_to_end_ms for many, one in zip(listed, single, strict=True)])
-    parts = _parts(single, listed, grouped)
-    ms, host_ms = _mean(one.end_to_end_ms for one in listed), _mean(one.host_ms for one in listed)
-    inference_ms = _mean(one.inference_ms for one in grouped)
+    changes = [many.end_to_end_ms - one.end_to_end_ms for many, one in zip(listed, single, strict=True)]
+    typical = _typical(changes)
+    change, parts = _change(changes, typical), _parts(single, listed, grouped, typical)
+
+    def mean(values: Iterable[float]) -> float:
+        every = list(values)
+        return statistics.fmean(every[number] for number in typical)
+
+    ms, host_ms = mean(one.end_to_end_ms for one in listed), mean(one.host_ms for one in listed)
+    inference_ms = mean(one.inference_ms for one in grouped)
     gmac_per_s = macs / inference_ms / 1e6 if macs else None
-    percent = 100 * gmac_per_s / peak if gmac_per_s and peak else None
+    single_ms, host_share = mean(one.end_to_end_ms for one in single), host_ms / ms
+    taken = mean(one.taken for one in listed)
+    percent = 100 * gmac_per_s / peak if gmac_per_s and peak and taken < _STARVED else None
     share = grouped[0].convolution_share
-    single_ms, host_share = _mean(one.end_to_end_ms for one in single), host_ms / ms
-    taken = _mean(one.taken for one in listed)
     return BatchAnalysis(
         batch_size=size,
         ms=ms,
         single_ms=single_ms,
-        grouped_ms=_mean(one.end_to_end_ms for one in grouped),
+        grouped_ms=mean(one.end_to_end_ms for one in grouped),
         change=change,
         parts=parts,
         unexplained_ms=change.ms - sum(one.ms for one in parts.values()),
@@ -173,35 +198,37 @@ def _analyze(
     )
 
 
-def _parts(single: Sequence[Pass], listed: Sequence[Pass], grouped: Sequence[Pass]) -> dict[Part, Change]:
+def _parts(
+    single: Sequence[Pass], listed: Sequence[Pass], grouped: Sequence[Pass], typical: Sequence[int]
+) -> dict[Part, Change]:
     rows = list(zip(single, listed, grouped, strict=True))
-    parts: dict[Part, Change] = {"padding": _change([many.inference_ms - same.inference_ms for _, many, same in rows])}
+    parts: dict[Part, list[float]] = {"padding": [many.inference_ms - same.inference_ms for _, many, same in rows]}
     if all(one.convolution_share is not None and same.convolution_share is not None for one, _, same in rows):
-        parts["convolutions"] = _change([_convolutions_ms(same) - _convolutions_ms(one) for one, _, same in rows])
-        parts["memory"] = _change(
-            [
-                (same.inference_ms - _convolutions_ms(same)) - (one.inference_ms - _convolutions_ms(one))
-                for one, _, same in rows
-            ]
-        )
+        parts["convolutions"] = [_convolutions_ms(same) - _convolutions_ms(one) for one, _, same in rows]
+        parts["memory"] = [
+            (same.inference_ms - _convolutions_ms(same)) - (one.inference_ms - _convolutions_ms(one))
+            for one, _, same in rows
+        ]
     else:
-        parts["network"] = _change([same.inference_ms - one.inference_ms for one, _, same in rows])
-    parts["host"] = _change([many.host_ms - one.host_ms for one, many, _ in rows])
-    return parts
+        parts["network"] = [same.inference_ms - one.inference_ms for one, _, same in rows]
+    parts["host"] = [many.host_ms - one.host_ms for one, many, _ in rows]
+    return {name: _change(values, typical) for name, values in parts.items()}
 
 
 def _cause(
     ms: float, single_ms: float, change: Change, parts: Mapping[Part, Change], host_share: float, taken: float
 ) -> Cause:
-    ratio, name = ms / single_ms, max(parts, key=lambda name: parts[name].ms)
     if taken >= _STARVED:
         return "starved"
-    if change.beyond_noise and ratio >= 1 + _NOTICEABLE:
+    # A change is put down to something only where even the low end of its interval would be noticed.
+    sign = change.surely(_NOTICEABLE * single_ms)
+    name = max(parts, key=lambda name: (parts[name].low > 0, parts[name].ms))
+    if sign > 0:
         return name
     # What batching gains may hide what padding costs.
-    if name == "padding" and parts[name].beyond_noise and parts[name].ms >= _NOTICEABLE * ms:
+    if name == "padding" and parts[name].surely(_NOTICEABLE * ms) > 0:
         return name
-    if change.beyond_noise and ratio <= 1 - _NOTICEABLE:
+    if sign < 0:
         return "faster"
     return "host" if host_share >= _HOST_LIMITS else "saturated"
 
@@ -210,9 +237,14 @@ def _convolutions_ms(one: Pass) -> float:
     return one.inference_ms * (one.convolution_share or 0.0)
 
 
-def _change(values: Sequence[float]) -> Change:
-    return Change(statistics.fmean(values), min(values), max(values))
+def _typical(changes: Sequence[float]) -> list[int]:
+    """The numbers of the rounds that times are means over."""
+    order = sorted(range(len(changes)), key=lambda number: changes[number])
+    return sorted(order[1:-1] if len(order) >= _ROUNDS_TO_TRIM else order)
 
 
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
+def _change(values: Sequence[float], typical: Sequence[int]) -> Change:
+    known = median(values)
+    low = min(values) if known.low is None else known.low
+    high = max(values) if known.high is None else known.high
+    return Change(statistics.fmean(values[number] for number in typical), low, high)

@@ -55,7 +55,7 @@ class Analysis:
         write_json(path, self.to_dict())
         figures = [_stacked(self)]
         title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {self.precision}"
-        body = "\n".join([sections(figures), _table(self), _reading()])
+        body = "\n".join([sections(figures), _table(self), _detections(self.invariance), _reading()])
         write_page(
             path.with_suffix(".html"), title, machine_line(self.machine, self.created), self.answer, body, figures
         )
@@ -125,11 +125,36 @@ def _table(analysis: Analysis) -> str:
         cells += [f"{one.unexplained_ms:+.2f}", f"{one.padding:.2f}x"]
         cells += ["" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}", one.cause]
         rows.append(cells)
+    caption = (
+        "Milliseconds of one image against batch 1: mean over the typical of "
+        f"{len(analysis.rounds)} rounds, and in brackets the interval of the median."
+    )
+    return _section("The figures", caption, head, rows)
+
+
+def _detections(found: Sequence[Invariance]) -> str:
+    """What batches do to detections, by batch size and order; nothing where it was not measured."""
+    if not found:
+        return ""
+    names = {"listed": "as listed", "bucketed": "grouped by size"}
+    head = ["batch", "images", "padding", "largest change of a score", "of a box, px", "lost", "mAP"]
+    rows = [
+        [
+            *(str(one.batch_size), names.get(one.order, one.order), f"{one.padding:.2f}x", f"{one.score_change:.2g}"),
+            *(f"{one.box_change_px:.2g}", f"{one.lost} of {one.detections}"),
+            "" if one.accuracy is None else f"{one.accuracy.ap:.4f}",
+        ]
+        for one in found
+    ]
+    caption = "Against the same image alone, of detections with a score of 0.4 or more; lost: not found again."
+    return _section("What batches do to detections", caption, head, rows)
+
+
+def _section(title: str, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     titles = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     return (
-        '<section><h2>The figures</h2><div class="wide"><table><caption>Milliseconds of one image against batch 1: '
-        f"mean over {len(analysis.rounds)} rounds, and in brackets the least and the most of a round.</caption>"
+        f'<section><h2>{escape(title)}</h2><div class="wide"><table><caption>{escape(caption)}</caption>'
         f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
 

@@ -14,6 +14,8 @@ __all__ = ["LatencyModel", "Point"]
 
 # Weight of a new observation against all earlier ones of the same batch size and input size.
 _LEARNING = 0.2
+# What one call of `fade` takes of all of them.
+_FADING = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LatencyModel:
             raise ValueError("times must not be negative, nor all of them 0")
         self._ratios: dict[tuple[int, Size], float] = {}
         self._spread = 0.0
-        self._overall: float | None = None
+        self._overall = 1.0
 
     @classmethod
     def fit(cls, points: Iterable[Point]) -> LatencyModel:
@@ -70,23 +72,35 @@ class LatencyModel:
 
     def predict(self, images: int, size: Size) -> float:
         """Milliseconds that a batch is expected to take."""
-        return self._prior(images, size) * self._ratios.get((images, size), self._overall or 1.0)
+        return self._prior(images, size) * self._ratios.get((images, size), self._overall)
 
     def margin(self, images: int, size: Size) -> float:
         """Milliseconds to plan with: what it is expected to take, and twice its mean deviation."""
         return self.predict(images, size) * (1 + 2 * self._spread)
 
     def observe(self, images: int, size: Size, ms: float) -> None:
-        """Learn what a batch took. An exponentially weighted mean: old observations fade."""
+        """Learn what a batch took. An exponentially weighted mean: old observations fade.
+
+        One batch counts for twice what was expected at most: the first of a shape, which an engine prepares itself for,
+        or one that another process held up, says little of the next.
+        """
         if ms <= 0:
             return
         ratio = ms / self._prior(images, size)
-        known = self._ratios.get((images, size))
-        expected = known if known is not None else self._overall
-        if expected is not None:
-            self._spread += _LEARNING * (min(abs(ratio / expected - 1), 1.0) - self._spread)
-        self._ratios[images, size] = ratio if known is None else known + _LEARNING * (ratio - known)
-        self._overall = ratio if self._overall is None else self._overall + _LEARNING * (ratio - self._overall)
+        expected = self._ratios.get((images, size), self._overall)
+        self._spread += _LEARNING * (min(abs(ratio / expected - 1), 1.0) - self._spread)
+        self._ratios[images, size] = expected + _LEARNING * (min(ratio, 2 * expected) - expected)
+        self._overall += _LEARNING * (min(ratio, 2 * self._overall) - self._overall)
+
+    def fade(self) -> None:
+        """Forget a little of what was seen, towards what was measured at first.
+
+        For when nothing runs because everything seems too slow: without new observations that would never end.
+        """
+        self._overall += _FADING * (1 - self._overall)
+        for key, ratio in self._ratios.items():
+            self._ratios[key] = ratio + _FADING * (1 - ratio)
+        self._spread -= _FADING * self._spread
 
     def _prior(self, images: int, size: Size) -> float:
         per_batch, per_image, per_megapixel = self.coefficients

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gfldeploy.batching.buckets import Size, area
 from gfldeploy.batching.policy import Policy, Request
 
@@ -16,6 +19,7 @@ __all__ = ["Clock", "Outcome", "Played", "RealClock", "Run", "VirtualClock", "mo
 # Runs the requests as one batch padded to a size; in virtual time it returns the milliseconds that this takes, in real
 # time it takes them.
 Run = Callable[[Sequence[Request], Size], float | None]
+Times = NDArray[np.float64]
 
 
 class Clock(Protocol):
@@ -147,26 +151,33 @@ def most_kept(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], 
     Operations Research 26, 1978).
     """
     least_s = _least_s(trace, batch_ms, most)
-    chosen: list[tuple[float, float, float]] = []  # arrival, deadline, seconds
-    ends: list[float] = []
-    for one in sorted(trace, key=lambda request: request.deadline):
-        chosen.append((one.arrived, one.deadline, least_s[one.id]))
-        ends.append(_end(ends[-1] if ends else 0.0, chosen[-1]))
-        if ends[-1] <= one.deadline:
-            continue
-        # An idle moment separates what comes before it from what can help.
-        first = next((k for k in range(len(chosen) - 1, 0, -1) if chosen[k][0] >= ends[k - 1]), 0)
-        best, best_end = len(chosen) - 1, ends[-2] if len(ends) > 1 else 0.0
-        for out in range(first, len(chosen) - 1):
-            end = ends[out - 1] if out else 0.0
-            for job in chosen[out + 1 :]:
-                end = _end(end, job)
-            if end < best_end:
-                best, best_end = out, end
-        del chosen[best], ends[best:]
-        for job in chosen[best:]:
-            ends.append(_end(ends[-1] if ends else 0.0, job))
+    urgent = sorted(trace, key=lambda request: request.deadline)
+    arrival, took = np.array([one.arrived for one in urgent]), np.array([least_s[one.id] for one in urgent])
+    chosen: list[int] = []
+    ends = np.zeros(0)
+    for number, one in enumerate(urgent):
+        chosen.append(number)
+        ends = np.append(ends, max(ends[-1] if len(ends) else 0.0, arrival[number]) + took[number])
+        if ends[-1] > one.deadline:
+            del chosen[_best_left_out(arrival[chosen], took[chosen], ends)]
+            ends = _ends(arrival[chosen], took[chosen])
     return len(chosen)
+
+
+def _ends(arrival: Times, took: Times) -> Times:
+    """When each ends that runs after all before it and not before it arrives."""
+    total = np.cumsum(took)
+    return total + np.maximum.accumulate(arrival - (total - took)) if len(took) else total
+
+
+def _best_left_out(arrival: Times, took: Times, ends: Times) -> int:
+    """The place of the one without which the last of the others ends soonest; `ends` as `_ends` says."""
+    # Seconds of all that come after each, and the end of these if nothing came before them.
+    after = np.cumsum(took[::-1])[::-1] - took
+    alone = np.maximum.accumulate((arrival + took + after)[::-1])[::-1]
+    before = np.concatenate([[0.0], ends[:-1]])
+    last = np.maximum(before + after, np.append(alone[1:], 0.0))
+    return int(len(last) - 1 - np.argmin(last[::-1]))
 
 
 def _least_s(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], most: int) -> dict[int, float]:
@@ -183,7 +194,3 @@ def _least_s(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], m
             count = max(1, min(most, max(counts[first : number + 1])))
             found[one.id] = batch_ms(count, size) / count / 1e3
     return found
-
-
-def _end(busy_until: float, job: tuple[float, float, float]) -> float:
-    return max(busy_until, job[0]) + job[2]

@@ -75,6 +75,7 @@ class Adaptive:
         for one in kept:
             buckets.setdefault(one.size, []).append(one)
         if not buckets:
+            self.model.fade()
             return Decision(reject=rejected)
         counts = {size: self._count(now, images) for size, images in buckets.items()}
         safe = [size for size in buckets if len(buckets) == 1 or self._leaves_time(now, size, counts[size], buckets)]
@@ -94,7 +95,8 @@ class Adaptive:
 
         An image is expected to end after all that are due before it, in batches of their buckets as full as they make
         them. A new one must leave room for a full batch on top of that, or the most urgent would soon force batches of
-        one, and nobody would be served at the best rate; the room shrinks with the time that it has left.
+        one, and nobody would be served at the best rate; the room shrinks with the time that it has left. A full batch
+        is the largest that can wait for another one and still end in time.
         """
         kept: list[Request] = []
         rejected: list[int] = []
@@ -102,10 +104,11 @@ class Adaptive:
         work_s: dict[Size, float] = {}
         for one in urgent:
             size, count = one.size, counts.get(one.size, 0) + 1
-            own_s = self._work_s(size, count)
+            full = self._full(size, one.deadline - one.arrived)
+            own_s = self._work_s(size, count, full)
             busy_s = sum(work_s.values()) - work_s.get(size, 0.0) + own_s
             left = (one.deadline - now) / max(one.deadline - one.arrived, 1e-9)
-            room_s = (self.model.predict(self.most, size) - self.model.predict(1, size)) / 1e3 * max(left, 0.0)
+            room_s = (self.model.predict(full, size) - self.model.predict(1, size)) / 1e3 * max(left, 0.0)
             alone = now + self.model.margin(1, size) / 1e3
             if max(alone, now + busy_s + room_s) > one.deadline:
                 rejected.append(one.id)
@@ -114,10 +117,15 @@ class Adaptive:
                 counts[size], work_s[size] = count, own_s
         return kept, tuple(rejected)
 
-    def _work_s(self, size: Size, count: int) -> float:
-        """Seconds that so many images of a bucket take in batches as full as they make them."""
-        full, rest = divmod(count, self.most)
-        whole = full * self.model.predict(self.most, size)
+    def _full(self, size: Size, bound_s: float) -> int:
+        """Images in a full batch, of a bucket whose images are due so many seconds after they arrive."""
+        counts = range(self.most, 1, -1)
+        return next((count for count in counts if 2 * self.model.predict(count, size) <= bound_s * 1e3), 1)
+
+    def _work_s(self, size: Size, count: int, full: int) -> float:
+        """Seconds that so many images of a bucket take in batches of `full` images and a rest."""
+        batches, rest = divmod(count, full)
+        whole = batches * self.model.predict(full, size)
         return (whole + (self.model.predict(rest, size) if rest else 0.0)) / 1e3
 
     def _count(self, now: float, images: Sequence[Request]) -> int:

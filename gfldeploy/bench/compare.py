@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
-from gfldeploy.bench.results import BenchResults, CellResult, Scenario
+from gfldeploy.bench.results import BenchResults, CellResult, Scenario, ServerPolicy
 from gfldeploy.bench.table import Row, rows
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError
@@ -46,6 +46,7 @@ class CellKey:
     threads: int
     scenario: Scenario
     rate: float | None
+    policy: ServerPolicy | None
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Pair:
 
     `a_ms`, `b_ms`: median latencies of a query, all rounds together; `ratio`: B's over A's; `verdict`: on B, "faster"
     or "slower" where 1 is outside the ratio's interval. `ap_difference`: B's mAP less A's, None where one is unknown or
-    they are not of the same images. `bundle_changed`: whether the manifests differ, that is, any file of the bundles.
-    `a_flags`, `b_flags`: `table.FLAGS` that hold.
+    they are not of the same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what
+    they did not turn away, the images answered within the bound. `bundle_changed`: whether the manifests differ, that
+    is, any file of the bundles. `a_flags`, `b_flags`: `table.FLAGS` that hold.
     """
 
     cell: CellKey
@@ -64,6 +66,8 @@ class Pair:
     ratio: Estimate
     verdict: Verdict
     ap_difference: float | None
+    a_in_time_per_s: float | None
+    b_in_time_per_s: float | None
     bundle_changed: bool
     a_flags: tuple[str, ...]
     b_flags: tuple[str, ...]
@@ -208,6 +212,7 @@ def _key(cell: CellResult) -> CellKey | None:
         threads=cell.threads,
         scenario=cell.scenario,
         rate=cell.rate,
+        policy=cell.policy,
     )
 
 
@@ -220,6 +225,8 @@ def _pair(key: CellKey, a: _Cell, b: _Cell, same_images: bool) -> Pair:
         ratio=ratio,
         verdict=_verdict(ratio),
         ap_difference=b.row.ap - a.row.ap if same_images and a.row.ap is not None and b.row.ap is not None else None,
+        a_in_time_per_s=a.row.served.in_time_per_s if a.row.served else None,
+        b_in_time_per_s=b.row.served.in_time_per_s if b.row.served else None,
         bundle_changed=a.result.bundle is not None
         and b.result.bundle is not None
         and a.result.bundle.digest != b.result.bundle.digest,
@@ -257,14 +264,19 @@ def hardware_differences(a: Machine, b: Machine) -> Iterator[Difference]:
 
 
 def timing_differences(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
-    """What latencies depend on: the timed images, the warm-up, the load that the monitor is, a server's arrivals."""
+    """What latencies depend on: the timed images, the warm-up, the load that the monitor is, a server's arrivals
+    and their bound."""
     yield from _differences(
         ("timed images", _images(a), _images(b)),
         ("warm-up inferences", _text(a.settings.warmup), _text(b.settings.warmup)),
         ("hardware samples a second", f"{a.settings.monitor_hz:g}", f"{b.settings.monitor_hz:g}"),
     )
     if all(any(cell.scenario == "server" for cell in one.cells) for one in (a, b)):
-        yield from _differences(("seed of the arrivals", _text(a.settings.seed), _text(b.settings.seed)))
+        one, two = a.settings, b.settings
+        yield from _differences(
+            ("seed of the arrivals", _text(one.seed), _text(two.seed)),
+            ("latency bound in ms", _text(one.latency_bound_ms), _text(two.latency_bound_ms)),
+        )
 
 
 def _images(results: BenchResults) -> str:
@@ -287,7 +299,6 @@ def _notes(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
         ("least seconds", f"{one.min_seconds:g}", f"{two.min_seconds:g}"),
         ("least inferences", _text(one.min_count), _text(two.min_count)),
         ("most seconds", f"{one.max_seconds:g}", f"{two.max_seconds:g}"),
-        ("latency bound in ms", _text(one.latency_bound_ms), _text(two.latency_bound_ms)),
         ("annotations", a.data.annotations_sha256[:12], b.data.annotations_sha256[:12]),
         ("images for mAP", _text(a.data.accuracy_images), _text(b.data.accuracy_images)),
     )

@@ -40,6 +40,7 @@ _COLUMNS = (
     "threads",
     "scenario",
     "rate_per_s",
+    "policy",
     "status",
     *(f"{name}{bound}_ms" for name in ("median", "p90", "p99") for bound in ("", "_low", "_high")),
     "samples",
@@ -52,6 +53,11 @@ _COLUMNS = (
     "gmac_per_s",
     "percent_of_peak",
     "percent_of_bandwidth",
+    "padding",
+    "in_time_per_s",
+    "rejected",
+    "mean_batch",
+    "percent_of_possible",
     "bound_percentile",
     "bound_held",
     "flags",
@@ -60,7 +66,7 @@ _COLUMNS = (
 
 
 def _fields(row: Row) -> Iterator[tuple[str, Value]]:
-    for name in ("bundle", "engine", "precision", "device", "batch_size", "threads", "scenario", "status"):
+    for name in ("bundle", "engine", "precision", "device", "batch_size", "threads", "scenario", "policy", "status"):
         yield name, getattr(row, name)
     yield "rate_per_s", row.rate
     for name, estimate in (("median", row.median_ms), ("p90", row.p90_ms), ("p99", row.p99_ms)):
@@ -68,14 +74,18 @@ def _fields(row: Row) -> Iterator[tuple[str, Value]]:
     yield "samples", row.median_ms.n if row.median_ms else None
     for name in ("images_per_s", "end_to_end_ms", "memory_mb", "gmac_per_s", "percent_of_peak", "percent_of_bandwidth"):
         yield name, getattr(row, name)
+    yield "padding", row.padding
+    for name in ("in_time_per_s", "rejected", "mean_batch", "percent_of_possible"):
+        yield name, getattr(row.served, name, None)
     yield "note", row.note
     yield "ap", UNKNOWN if row.status == "ok" and row.ap is None else row.ap
     # Two columns: a spreadsheet takes 5/12 for a date.
     low, _, total = (row.low_precision or "").partition("/")
     yield "low_precision_convolutions", low
     yield "convolutions", total
-    yield "bound_percentile", row.bound.percent if row.bound else None
-    yield "bound_held", {None: None, True: "yes", False: "no"}[row.bound.held if row.bound else None]
+    bound = row.served.bound if row.served else None
+    yield "bound_percentile", bound.percent if bound else None
+    yield "bound_held", {None: None, True: "yes", False: "no"}[bound.held if bound else None]
     yield "flags", " ".join(row.flags)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from gfldeploy.bench.results import SCENARIOS, Scenario
+from gfldeploy.bench.results import POLICIES, SCENARIOS, Scenario, ServerPolicy
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import ENGINES, capability, check_bundle, graph_for
@@ -22,7 +22,8 @@ STREAMS: tuple[Scenario, ...] = ("single-stream", "multi-stream")
 class Cell:
     """One thing to measure: a bundle in an engine, in a scenario.
 
-    `threads`: CPU threads of one inference. `rate`: images arriving a second, in the server scenario alone.
+    `threads`: CPU threads of one inference. `rate`: images arriving a second, and `policy`: how they become batches, in
+    the server scenario alone; its `batch_size` is the largest that the policy may form.
     """
 
     bundle: Path
@@ -33,6 +34,7 @@ class Cell:
     threads: int
     scenario: Scenario
     rate: float | None = None
+    policy: ServerPolicy | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -49,11 +51,17 @@ class Cell:
             raise ValueError(f"{self.scenario} does not go with batches of {self.batch_size}")
         if (self.scenario == "server") != (self.rate is not None) or (self.rate is not None and self.rate <= 0):
             raise ValueError("the server scenario needs a positive rate, and no other has one")
+        if (self.scenario == "server") != (self.policy is not None):
+            raise ValueError("the server scenario needs a policy, and no other has one")
+        if self.policy is not None and self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
+        if self.policy is not None and not _forms(self.policy, self.batch_size):
+            raise ValueError(f"{self.policy} does not go with batches of {self.batch_size}")
 
     def __str__(self) -> str:
         """For progress: the scenario is named where the batch size does not give it away."""
         more = "" if self.scenario in STREAMS else f", {self.scenario}"
-        rate = f" at {self.rate:g} images/s" if self.rate else ""
+        rate = f" at {self.rate:g} images/s, {self.policy}" if self.rate else ""
         return (
             f"{self.bundle.name}: {self.engine} {self.precision} on {self.device}, batch {self.batch_size}{more}{rate}"
         )
@@ -93,9 +101,10 @@ def plan(
     threads: int,
     scenarios: Sequence[Scenario] = STREAMS,
     rates: Sequence[float] = (),
+    policies: Sequence[ServerPolicy] = POLICIES,
 ) -> Plan:
-    """Cross everything with everything: `rates` with the server scenario, batches of 1 with single-stream, others with
-    multi-stream.
+    """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
+    single-stream and with no-batching, others with multi-stream and with the other policies.
 
     An engine and precision that do not work on this machine, or that none of the bundles is made for, are skipped once.
     When some of the bundles fit, the others are not mentioned: of an FP32 and an INT8 bundle each runs in its own
@@ -121,19 +130,24 @@ def plan(
                     skipped.append(item)
                     continue
                 for scenario in scenarios:
-                    # A server takes as many images as wait.
+                    # A server forms batches of fewer images too.
                     if scenario == "server" and item > 1 and bundle.manifest.inputs[0].shape[0] is not None:
                         skipped.append(_fixed_batch(bundle, engine, precision, device, item, threads))
                     elif _suits(scenario, item):
+                        served = [(rate, one) for rate in rates for one in policies if _forms(one, item)]
                         cells += [
-                            Cell(bundle.directory, engine, precision, device, item, threads, scenario, rate)
-                            for rate in (rates if scenario == "server" else (None,))
+                            Cell(bundle.directory, engine, precision, device, item, threads, scenario, *how)
+                            for how in (served if scenario == "server" else ((None, None),))
                         ]
     return Plan(tuple(cells), tuple(skipped))
 
 
 def _suits(scenario: Scenario, batch_size: int) -> bool:
     return scenario not in STREAMS or (scenario == "single-stream") == (batch_size == 1)
+
+
+def _forms(policy: ServerPolicy, batch_size: int) -> bool:
+    return (policy == "no-batching") == (batch_size == 1)
 
 
 def _of_bundle(

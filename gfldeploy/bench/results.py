@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.batching.latency import Point
 from gfldeploy.bench.records import build, check_schema, plain
 from gfldeploy.bench.timing import Samples, StopRule
 from gfldeploy.bundle import Bundle
@@ -17,6 +18,7 @@ from gfldeploy.files import read_json, write_json
 from gfldeploy.machine import Machine
 
 __all__ = [
+    "POLICIES",
     "SCENARIOS",
     "SCHEMA",
     "BenchResults",
@@ -28,27 +30,34 @@ __all__ = [
     "Peak",
     "Run",
     "Scenario",
+    "ServerPolicy",
+    "Serving",
     "Settings",
     "Stages",
     "Status",
     "Work",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 Status = Literal["ok", "failed", "skipped"]
 # After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
 # images after the other; offline: all images at once, in whatever order and grouping is fastest; server: images arrive
 # at random times, whether or not the earlier ones are done.
 Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+# What a server does with the images that wait. no-batching: one after the other as they arrive; fixed-timeout: a batch
+# as soon as it is full or its oldest image has waited for a tenth of the latency bound, Triton Inference Server's rule;
+# adaptive: the dynamic batcher's (`batching.policy.Adaptive`).
+ServerPolicy = Literal["no-batching", "fixed-timeout", "adaptive"]
+POLICIES: tuple[ServerPolicy, ...] = get_args(ServerPolicy)
 
 
 @dataclass(frozen=True)
 class Settings:
     """How it was measured: every cell in each of `rounds` rounds, as `timing.StopRule` and `warmup` of `measure` say.
 
-    `seed`: of the arrival times. `latency_bound_ms`: that the server scenario is judged by. `monitor_hz`: hardware
-    samples per second, 0 for none. `quick`: the times were too short for figures to be quoted.
+    `seed`: of the arrival times. `latency_bound_ms`: from arrival to answer, in the server scenario; None without it.
+    `monitor_hz`: hardware samples per second, 0 for none. `quick`: the times were too short for figures to be quoted.
     """
 
     min_seconds: float
@@ -160,6 +169,26 @@ class Monitored:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What became of the images that arrived at a server, besides the latencies of those that it served.
+
+    `requests`: images that arrived; `rejected`: of those, how many were turned away. `points`: what batches took before
+    the first arrival, which the adaptive policy's latency model is fitted to. `most_kept`: how many answers within the
+    bound no policy could do better than, with batches of the cell's size at most: by `batching.play.most_kept`, if no
+    batch is faster than the fastest of the `points`.
+    """
+
+    requests: int
+    rejected: int
+    points: tuple[Point, ...]
+    most_kept: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rejected < self.requests or not 0 <= self.most_kept <= self.requests:
+            raise ValueError("a server answers at least one request, and no more than there are")
+
+
+@dataclass(frozen=True)
 class Run:
     """One process that measured one cell.
 
@@ -170,7 +199,8 @@ class Run:
 
     `samples` are of the network alone on prepared batches; `stages` of whole batches from file to detections, after
     that. `shapes`: how many of the batches had which shape, such as "1x3x800x1216". `padding_ratio`: pixels of the
-    batches by pixels of the images in them, 1.0 without padding.
+    batches by pixels of the images in them, 1.0 without padding. In the server scenario both are of the batches that
+    were formed, and `serving` says the rest; it is None in the others.
 
     `convolutions`: those of one inference, by the precision that they ran in; None where the engine cannot tell.
     `not_low_precision`: why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason
@@ -194,6 +224,7 @@ class Run:
     delegated: str | None
     idle: Idle
     monitored: Monitored | None
+    serving: Serving | None
 
 
 @dataclass(frozen=True)
@@ -231,10 +262,11 @@ class Peak:
 class CellResult:
     """What became of one cell.
 
-    `rate`: images arriving a second, in the server scenario. `status` ok: it was measured, once in each round (`runs`);
-    failed: the process of a round failed for the `reason`, `runs` are the earlier rounds; skipped: it cannot run here
-    (`bundle`, `batch_size` and `scenario` are None where that holds for all of them). `accuracy` is None where it was
-    not measured; had it been asked for, `accuracy_reason` says why. `work` is None where it could not be counted.
+    `rate`: images arriving a second, and `policy`: how they become batches, in the server scenario. `status` ok: it was
+    measured, once in each round (`runs`); failed: the process of a round failed for the `reason`, `runs` are the
+    earlier rounds; skipped: it cannot run here (`bundle`, `batch_size` and `scenario` are None where that holds for all
+    of them). `accuracy` is None where it was not measured; had it been asked for, `accuracy_reason` says why. `work` is
+    None where it could not be counted.
     """
 
     bundle: BundleIdentity | None
@@ -245,6 +277,7 @@ class CellResult:
     threads: int
     scenario: Scenario | None
     rate: float | None
+    policy: ServerPolicy | None
     status: Status
     reason: str | None
     remedy: str | None
@@ -260,8 +293,10 @@ class CellResult:
             raise ValueError("a cell with the status ok needs runs, a bundle, a batch size and a scenario")
         if self.status == "skipped" and self.runs:
             raise ValueError("a skipped cell has no runs")
-        if (self.scenario == "server") != (self.rate is not None):
-            raise ValueError("the server scenario has a rate, and no other has")
+        if len({self.scenario == "server", self.rate is not None, self.policy is not None}) > 1:
+            raise ValueError("the server scenario has a rate and a policy, and no other has")
+        if any((run.serving is None) == (self.scenario == "server") for run in self.runs):
+            raise ValueError("runs of the server scenario say what became of the requests, and no others do")
 
     @property
     def latency_ms(self) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Cell, Plan, Skipped
 from gfldeploy.bench.monitor import wait_until_idle
 from gfldeploy.bench.records import build, plain
-from gfldeploy.bench.results import BundleIdentity, CellResult, Peak, Settings, Work
+from gfldeploy.bench.results import SCHEMA, BundleIdentity, CellResult, Peak, Settings, Work
 from gfldeploy.bench.work import work
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
@@ -124,7 +124,7 @@ def run_plan(
     def question(step: _Step) -> dict[str, Any]:
         cell = {**plain(step.cell), "bundle": identities[step.cell.bundle].digest}
         return {
-            "kind": step.kind, "cell": cell, "round": step.round,
+            "schema": SCHEMA, "kind": step.kind, "cell": cell, "round": step.round,
             "settings": plain(settings), "data": data.digest, "about": about or {},
         }  # fmt: skip
 
@@ -392,6 +392,7 @@ def _cell_result(
         threads=cell.threads,
         scenario=cell.scenario,
         rate=cell.rate,
+        policy=cell.policy,
         status="failed" if failure else "ok",
         reason=failure.reason if failure else None,
         remedy=failure.remedy if failure else None,
@@ -413,6 +414,7 @@ def _skipped_result(skipped: Skipped) -> CellResult:
         threads=skipped.threads,
         scenario=None,
         rate=None,
+        policy=None,
         status="skipped",
         reason=skipped.reason,
         remedy=skipped.remedy,

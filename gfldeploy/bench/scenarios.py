@@ -6,19 +6,41 @@ The other scenarios are `timing.measure` over batches in one order or another.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.batching.buckets import Size, area
+from gfldeploy.batching.latency import LatencyModel, Point
+from gfldeploy.batching.play import RealClock, VirtualClock, most_kept, play
+from gfldeploy.batching.policy import Adaptive, FixedWithTimeout, NoBatching, Policy, Request
+from gfldeploy.bench.results import ServerPolicy, Serving
 from gfldeploy.bench.timing import Samples, warm_up
 from gfldeploy.engines.base import Engine
+from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["arrival_times", "serve"]
+__all__ = ["Served", "arrival_times", "fastest", "measure_points", "serve"]
 
-# A server that completes less than this share of what arrives is falling behind.
+# A server that answers less than this share of what arrives is falling behind.
 _KEEPS_UP = 0.95
+# How long a fixed batch waits to fill, of the latency bound.
+_FIXED_DELAY = 0.1
+# Times that each batch is timed before the first arrival, unless these take so many seconds together.
+_POINT_TIMES, _POINT_S = 5, 1.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A trace that was served. `shapes`, `padding_ratio`: of the batches that were formed, as in `results.Run`."""
+
+    samples: Samples
+    serving: Serving
+    shapes: Mapping[str, int]
+    padding_ratio: float
 
 
 def arrival_times(rate: float, count: int, seed: int) -> NDArray[np.float64]:
@@ -30,33 +52,138 @@ def serve(
     engine: Engine,
     images: Sequence[Prepared],
     preprocess: Preprocess,
+    policy: ServerPolicy,
     batch_size: int,
     arrivals: NDArray[np.float64],
+    bound_ms: float,
     warmup: int = 2,
-) -> Samples:
+) -> Served:
     """Serve images as they arrive, in real time; they are taken in their order, over and over.
 
-    Whenever the engine is free it takes all that wait, `batch_size` at most, and pads them to a common size. That
-    counts, decoding and preprocessing do not. `Samples.latency_ms` is of each image from arrival to the end of its
-    batch; `Samples.stable` says whether the server kept up with the arrivals. Every batch size is warmed up first.
-    Raises `EngineError` when the engine fails.
+    Whenever the engine is free and something waits, the `policy` decides what runs, in a batch of `batch_size` at most,
+    and what is turned away; everything is due `bound_ms` after its arrival. Padding to a common size counts, decoding
+    and preprocessing do not. Batches of every number of images are run and timed before the first arrival, for every
+    policy alike, then once all shapes that the policy would form by these times: engines prepare for each shape.
+    `Samples.latency_ms` is of each image that was served, from arrival to the end of its batch; `Samples.stable` says
+    whether the server kept up with the arrivals. Raises `EngineError` when the engine fails, and when every image was
+    turned away.
     """
-    if batch_size < 1 or len(arrivals) == 0:
-        raise ValueError("batch_size must be at least 1, and there must be arrivals")
-    first = [images[number % len(images)] for number in range(batch_size)]
-    warmup_ms = warm_up(engine, [preprocess.batch(first[:size]) for size in range(1, batch_size + 1)], warmup)
-    latency_ms: list[float] = []
-    start = time.perf_counter()
-    while (done := len(latency_ms)) < len(arrivals):
-        now = time.perf_counter() - start
-        waiting = int(np.searchsorted(arrivals, now, side="right")) - done
-        if waiting <= 0:
-            time.sleep(max(arrivals[done] - now, 0))
-            continue
-        taken = range(done, done + min(waiting, batch_size))
-        engine.infer({"image": preprocess.batch([images[number % len(images)] for number in taken])})
-        now = time.perf_counter() - start
-        latency_ms += [float(now - arrivals[number]) * 1e3 for number in taken]
-    wall_s = time.perf_counter() - start
-    kept_up = bool(arrivals[-1] >= _KEEPS_UP * wall_s)
-    return Samples(tuple(latency_ms), warmup_ms, batch_size, len(latency_ms), wall_s, kept_up)
+    if batch_size < 1 or len(arrivals) == 0 or bound_ms <= 0:
+        raise ValueError("batch_size and bound_ms must be positive, and there must be arrivals")
+    points, warmup_ms = measure_points(engine, images, preprocess, batch_size, warmup)
+    make = _POLICIES[policy]
+    sizes = [preprocess.padded_size(*one.tensor.shape[1:]) for one in images]
+    trace = [
+        Request(number, sizes[number % len(sizes)], float(at), float(at) + bound_ms / 1e3)
+        for number, at in enumerate(arrivals)
+    ]
+    warmup_ms += _rehearse(engine, images, preprocess, trace, make(points, batch_size, bound_ms / 1e3), points)
+    shapes: Counter[str] = Counter()
+    real_pixels = 0
+
+    def run(batch: Sequence[Request], size: Size) -> None:
+        nonlocal real_pixels
+        taken = [images[one.id % len(images)] for one in batch]
+        tensor = preprocess.batch(taken, size)
+        engine.infer({"image": tensor})
+        shapes["x".join(map(str, tensor.shape))] += 1
+        real_pixels += sum(area(one.tensor.shape[1:]) for one in taken)
+
+    played = play(trace, make(points, batch_size, bound_ms / 1e3), run, RealClock())
+    if not played.latency_ms:
+        raise EngineError(
+            f"none of the {len(trace)} images that arrived could be answered within {bound_ms:g} ms",
+            "Raise the latency bound, or use a faster engine.",
+        )
+    wall_s = max(one.at for one in played.outcomes)
+    served = len(played.latency_ms)
+    pixels = sum(_pixels(shape) * count for shape, count in shapes.items())
+    kept_up = served / wall_s >= _KEEPS_UP * len(trace) / float(arrivals[-1])
+    return Served(
+        Samples(tuple(played.latency_ms), warmup_ms, batch_size, served, wall_s, kept_up),
+        Serving(
+            requests=len(trace),
+            rejected=len(trace) - served,
+            points=tuple(points),
+            most_kept=most_kept(trace, fastest(points).predict, batch_size),
+        ),
+        shapes=dict(shapes),
+        padding_ratio=pixels / real_pixels,
+    )
+
+
+def measure_points(
+    engine: Engine, images: Sequence[Prepared], preprocess: Preprocess, most: int, warmup: int = 2
+) -> tuple[list[Point], tuple[float, ...]]:
+    """What batches of 1 to `most` images take, padding included, each timed several times; and the warm-up's times.
+
+    At two input sizes: the commonest of the images, and the one whose area differs most from it. Raises `EngineError`.
+    """
+    by_size: dict[Size, list[Prepared]] = {}
+    for image in images:
+        by_size.setdefault(preprocess.padded_size(*image.tensor.shape[1:]), []).append(image)
+    common = max(by_size, key=lambda size: len(by_size[size]))
+    other = max(by_size, key=lambda size: (abs(area(size) - area(common)), size != common))
+    points: list[Point] = []
+    warmup_ms: list[float] = []
+
+    def once(batch: Sequence[Prepared]) -> float:
+        start = time.perf_counter()
+        engine.infer({"image": preprocess.batch(batch)})
+        return (time.perf_counter() - start) * 1e3
+
+    for size in dict.fromkeys((common, other)):
+        for count in range(1, most + 1):
+            batch = [by_size[size][number % len(by_size[size])] for number in range(count)]
+            warmup_ms += [once(batch) for _ in range(warmup)]
+            until = time.perf_counter() + _POINT_S
+            for _ in range(_POINT_TIMES):
+                points.append(Point(count, size, once(batch)))
+                if time.perf_counter() > until:
+                    break
+    return points, tuple(warmup_ms)
+
+
+def _rehearse(
+    engine: Engine,
+    images: Sequence[Prepared],
+    preprocess: Preprocess,
+    trace: Sequence[Request],
+    policy: Policy,
+    points: Sequence[Point],
+) -> tuple[float, ...]:
+    """Run every shape once that the policy forms in virtual time and that is not among the points; milliseconds."""
+    model = LatencyModel.fit(points)
+    formed: dict[tuple[int, Size], Sequence[Request]] = {}
+
+    def run(batch: Sequence[Request], size: Size) -> float:
+        formed.setdefault((len(batch), size), batch)
+        return model.predict(len(batch), size)
+
+    play(trace, policy, run, VirtualClock())
+    for known in {(one.images, one.size) for one in points}:
+        formed.pop(known, None)
+    times: list[float] = []
+    for (_, size), batch in formed.items():  # one at a time: together they may not fit into memory
+        times += warm_up(engine, [preprocess.batch([images[one.id % len(images)] for one in batch], size)], 1)
+    return tuple(times)
+
+
+def fastest(points: Sequence[Point]) -> LatencyModel:
+    """The fitted model, made so fast that no point is faster: what bounds a server from above must not be too slow."""
+    model = LatencyModel.fit(points)
+    least = min(one.ms / model.predict(one.images, one.size) for one in points)
+    return LatencyModel(*(value * least for value in model.coefficients))
+
+
+def _pixels(shape: str) -> int:
+    """Of all images of a batch of this shape, "NxCxHxW"."""
+    batch, _, height, width = map(int, shape.split("x"))
+    return batch * height * width
+
+
+_POLICIES: Mapping[ServerPolicy, Callable[[Sequence[Point], int, float], Policy]] = {
+    "no-batching": lambda points, most, bound_s: NoBatching(),
+    "fixed-timeout": lambda points, most, bound_s: FixedWithTimeout(most, _FIXED_DELAY * bound_s),
+    "adaptive": lambda points, most, bound_s: Adaptive(LatencyModel.fit(points), most),
+}

@@ -14,7 +14,7 @@ import psutil
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import STREAMS, Plan, plan
 from gfldeploy.bench.records import plain
-from gfldeploy.bench.results import BenchResults, DataDescription, Scenario, Settings
+from gfldeploy.bench.results import POLICIES, BenchResults, DataDescription, Scenario, ServerPolicy, Settings
 from gfldeploy.bench.runner import Data, Limits, run_plan
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
@@ -41,10 +41,12 @@ class BenchRequest:
     """What to measure on what.
 
     `timed_images`: how many of the first images are used for timing. `accuracy_images`: how many for mAP; None is all.
-    `settings`: how long and how often. `rates`: images a second, in the server scenario. `cell_timeout_s`: seconds
+    `settings`: how long and how often. `rates`: images a second, and
+    `policies`: what the server does with them, in the server scenario. `cell_timeout_s`: seconds
     after which a cell has failed; for mAP, seconds without an image done. `memory_limit_mb`: 10^6 bytes of resident
     memory after which a cell has failed; None is 90% of what is free. `peaks`: measure what each engine reaches at best
-    too. `engine_cache`: where TensorRT engines are kept.
+    too. `engine_cache`: where TensorRT and OpenVINO keep what they
+    built.
     """
 
     bundles: Sequence[Path]
@@ -56,6 +58,7 @@ class BenchRequest:
     batch_sizes: Sequence[int] = (1, 2, 4, 8)
     scenarios: Sequence[Scenario] = STREAMS
     rates: Sequence[float] = ()
+    policies: Sequence[ServerPolicy] = POLICIES
     device: Device = "cpu"
     threads: int = 1
     timed_images: int = 32
@@ -87,7 +90,10 @@ class PreparedBench:
 
 
 def prepare(request: BenchRequest) -> PreparedBench:
-    """Open the bundles, check the data, plan the cells. Raises `BundleError` and `DataError` before anything runs."""
+    """Open the bundles, check the data, plan the cells. Raises `BundleError` and `DataError` before anything runs, and
+    `ValueError` for a server without a latency bound."""
+    if "server" in request.scenarios and request.settings.latency_bound_ms is None:
+        raise ValueError("the server scenario needs a latency bound")
     bundles = _open(request.bundles)
     timed = CocoDataset.load(request.annotations, request.image_dir, request.timed_images)
     evaluated = _check_accuracy_data(request, bundles) if request.accuracy else None
@@ -100,6 +106,7 @@ def prepare(request: BenchRequest) -> PreparedBench:
         request.threads,
         request.scenarios,
         request.rates,
+        request.policies,
     )
     return PreparedBench(request, cells, tuple(image.path for image in timed.images), evaluated)
 

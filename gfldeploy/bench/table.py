@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from textwrap import shorten
 
 from gfldeploy.bench.estimates import Estimate, median, percentile, supports
-from gfldeploy.bench.results import BenchResults, CellResult, Peak, Scenario, Status
+from gfldeploy.bench.results import BenchResults, CellResult, Peak, Scenario, ServerPolicy, Status
 from gfldeploy.engines.base import Device, Precision
 
-__all__ = ["FLAGS", "UNKNOWN", "BoundCheck", "Row", "images_per_s", "rows"]
+__all__ = ["FLAGS", "UNKNOWN", "BoundCheck", "Row", "Served", "images_per_s", "rows"]
 
 # What is said of a measured cell without an mAP.
 UNKNOWN = "unknown"
@@ -20,7 +20,7 @@ UNKNOWN = "unknown"
 FLAGS: Mapping[str, str] = {
     "quick": "measured too briefly for figures to be quoted",
     "unstable": "the latencies had not settled when the time was up",
-    "overloaded": "the server did not keep up with the arrivals",
+    "overloaded": "the server fell behind the arrivals, or turned many away",
     "busy": "other processes used more than 20 % of the CPUs or of the GPU before a run",
     "throttled": "the hardware ran below full speed",
 }
@@ -35,19 +35,34 @@ _REASON_WIDTH = 120
 
 @dataclass(frozen=True)
 class BoundCheck:
-    """Whether the latency at `percent`, the highest percentile that the samples support up to 99, is within the bound.
+    """Whether of all images that arrived `percent` were answered within the latency bound.
 
-    `value_ms`: that latency; `bound_ms`: the settings' bound.
+    `percent`: the highest percentile up to 99 that so many images support; `share`: that were, 0 to 1.
     """
 
     percent: int
-    value_ms: float
-    bound_ms: float
+    share: float
 
     @property
     def held(self) -> bool:
-        """Whether the server kept up."""
-        return self.value_ms <= self.bound_ms
+        """Whether the server kept the bound."""
+        return self.share >= self.percent / 100
+
+
+@dataclass(frozen=True)
+class Served:
+    """What became of the images that arrived at a server, in all rounds.
+
+    `in_time_per_s`: answered within the bound, a second. `rejected`: turned away, 0 to 1. `mean_batch`: images in a
+    batch. `percent_of_possible`: answered within the bound, of what no policy could do better than with batches up to
+    this size (`Serving.most_kept`); None if that is nothing. `bound`: None if there were too few images to judge by.
+    """
+
+    in_time_per_s: float
+    rejected: float
+    mean_batch: float
+    percent_of_possible: float | None
+    bound: BoundCheck | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +77,10 @@ class Row:
 
     `gmac_per_s`: 10^9 multiply-accumulates a second that the images took, padding included; `percent_of_peak`: of what
     the same engine, precision, device and number of threads reach here; `percent_of_bandwidth`: the images' least
-    memory traffic, of what a large copy reaches here. `bound`: for the server scenario with a latency bound. `flags`:
-    those of `FLAGS` that hold. `note`: why a cell was skipped or failed, why there is no accuracy, how many
-    convolutions did not run in the low precision asked for and why.
+    memory traffic, of what a large copy reaches here. `padding`: pixels of the batches by those of the images.
+    `served`: of the server scenario, whose latencies are those of the images that were not turned away. `flags`: those
+    of `FLAGS` that hold. `note`: why a cell was skipped or failed, why there is no accuracy, how many convolutions did
+    not run in the low precision asked for and why.
     """
 
     bundle: str | None
@@ -75,6 +91,7 @@ class Row:
     threads: int
     scenario: Scenario | None
     rate: float | None
+    policy: ServerPolicy | None
     status: Status
     median_ms: Estimate | None
     p90_ms: Estimate | None
@@ -87,7 +104,8 @@ class Row:
     gmac_per_s: float | None
     percent_of_peak: float | None
     percent_of_bandwidth: float | None
-    bound: BoundCheck | None
+    padding: float | None
+    served: Served | None
     flags: tuple[str, ...]
     note: str | None
 
@@ -123,6 +141,7 @@ def _row(cell: CellResult, results: BenchResults) -> Row:
         threads=cell.threads,
         scenario=cell.scenario,
         rate=cell.rate,
+        policy=cell.policy,
         status=cell.status,
         median_ms=median(latency_ms) if ok else None,
         p90_ms=_supported(latency_ms, 90),
@@ -135,7 +154,8 @@ def _row(cell: CellResult, results: BenchResults) -> Row:
         gmac_per_s=gmac_per_s,
         percent_of_peak=_percent(gmac_per_s, peak.gmac_per_s if peak else None),
         percent_of_bandwidth=_percent(_traffic_gb_per_s(cell) if ok else None, peak.memory_gb_per_s if peak else None),
-        bound=_bound(cell, latency_ms, results.settings.latency_bound_ms),
+        padding=max(run.padding_ratio for run in cell.runs) if ok else None,
+        served=_served(cell, results.settings.latency_bound_ms) if ok else None,
         flags=_flags(cell, results) if ok else (),
         note=_note(cell),
     )
@@ -167,13 +187,21 @@ def _percent(reached: float | None, most: float | None) -> float | None:
     return 100 * reached / most if reached and most else None
 
 
-def _bound(cell: CellResult, latency_ms: Sequence[float], bound_ms: float | None) -> BoundCheck | None:
-    if cell.scenario != "server" or bound_ms is None:
+def _served(cell: CellResult, bound_ms: float | None) -> Served | None:
+    runs = [(run, run.serving) for run in cell.runs if run.serving]
+    if not runs or bound_ms is None:
         return None
-    for percent in _BOUND_PERCENTS:
-        if estimate := _supported(latency_ms, percent):
-            return BoundCheck(percent, estimate.value, bound_ms)
-    return None
+    requests = sum(serving.requests for _, serving in runs)
+    kept = sum(value <= bound_ms for value in cell.latency_ms)
+    possible = sum(serving.most_kept for _, serving in runs)
+    percent = next((percent for percent in _BOUND_PERCENTS if supports(requests, percent)), None)
+    return Served(
+        in_time_per_s=kept / sum(run.samples.wall_s for run, _ in runs),
+        rejected=sum(serving.rejected for _, serving in runs) / requests,
+        mean_batch=sum(run.samples.images for run, _ in runs) / sum(sum(run.shapes.values()) for run, _ in runs),
+        percent_of_possible=100 * kept / possible if possible else None,
+        bound=BoundCheck(percent, kept / requests) if percent else None,
+    )
 
 
 def _flags(cell: CellResult, results: BenchResults) -> tuple[str, ...]:

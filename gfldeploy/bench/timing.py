@@ -40,10 +40,11 @@ class Samples:
     """One timed run, raw.
 
     `latency_ms`: in the order of completion. Of each query, a batch of `batch_size` images; in the server scenario of
-    each image, from its arrival to the end of its batch. `warmup_ms`: of the inferences before them, which count for
-    nothing. `batch_size`: images in each inference, at most that many in the server scenario. `images`: completed ones.
-    `wall_s`: seconds from the start of the first timed inference to the end of the last. `stable`: whether the run
-    ended because the samples had become stable, rather than because time was up.
+    each image served, from its arrival to the end of its batch. `warmup_ms`: of the inferences before them, which count
+    for nothing. `batch_size`: images in each inference, at most that many in the server scenario. `images`: completed
+    ones. `wall_s`: seconds from the start of the first timed inference (server: of the arrivals) to the end of the
+    last. `stable`: whether the run ended because the samples had become stable, rather than because time was up
+    (server: whether it kept up with the arrivals).
     """
 
     latency_ms: tuple[float, ...]

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, evaluate
+from gfldeploy.batching.buckets import union
 from gfldeploy.bench.inputs import (
     Batch,
     batches_in_order,
@@ -37,7 +38,7 @@ from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.peak import measure_peak
 from gfldeploy.bench.records import build, plain
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
-from gfldeploy.bench.scenarios import arrival_times, serve
+from gfldeploy.bench.scenarios import Served, arrival_times, serve
 from gfldeploy.bench.stages import time_stages
 from gfldeploy.bench.timing import Samples, measure
 from gfldeploy.bundle import Bundle
@@ -67,7 +68,7 @@ _PR_SET_PDEATHSIG = 1
 class TimingRequest:
     """Time a cell on these images; the answer goes to `result`.
 
-    `idle`: how the machine was before. `engine_cache`: the folder where TensorRT engines are kept.
+    `idle`: how the machine was before. `engine_cache`: where TensorRT and OpenVINO keep what they built.
     """
 
     cell: Cell
@@ -144,24 +145,27 @@ def _time(request: TimingRequest) -> Timed:
     preprocess = bundle.manifest.preprocess
     images = prepare_images(request.images, preprocess)
     arrange = uniform_batches if cell.scenario == "offline" else batches_in_order
-    batches = arrange(images, preprocess, cell.batch_size)
+    # A server forms its batches as images arrive.
+    timed = images[: cell.batch_size] if cell.scenario == "server" else images
+    batches = arrange(timed, preprocess, cell.batch_size)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
-    with _open(cell, bundle, _shapes(cell, batches), request.engine_cache) as engine:
+    with _open(cell, bundle, _shapes(cell, images, batches, preprocess), request.engine_cache) as engine:
         load_s = time.perf_counter() - start
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
         first_ms = (time.perf_counter() - start) * 1e3
         monitor = Monitor(settings.monitor_hz, cell.device) if settings.monitor_hz else None
         with monitor or nullcontext():
-            samples = _samples(engine, cell, images, batches, preprocess, settings)
+            measured = _measure(engine, cell, images, batches, preprocess, settings)
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
             stages = time_stages(engine, request.images, bundle, cell.batch_size, settings.min_seconds)
         convolutions = _convolutions(engine, batches[0].tensor)
+        served = measured if isinstance(measured, Served) else None
         run = Run(
             started=started,
-            samples=samples,
+            samples=measured.samples if isinstance(measured, Served) else measured,
             stages=stages,
             engine_version=engine.version,
             load_s=load_s,
@@ -169,13 +173,14 @@ def _time(request: TimingRequest) -> Timed:
             first_inference_ms=first_ms,
             peak_rss_mb=peak_rss_mb,
             inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
-            shapes=shape_counts(batches),
-            padding_ratio=padding_ratio(batches),
+            shapes=served.shapes if served else shape_counts(batches),
+            padding_ratio=served.padding_ratio if served else padding_ratio(batches),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
             delegated=getattr(engine, "delegated", None),
             idle=request.idle,
             monitored=monitor.record() if monitor else None,
+            serving=served.serving if served else None,
         )
     return Timed(run, tuple(image.tensor.shape[1:] for image in images))
 
@@ -183,30 +188,34 @@ def _time(request: TimingRequest) -> Timed:
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come, which TensorRT builds its engine for."""
     tensorrt = TensorRtOptions(profile(shapes), cache) if cell.engine in TENSORRT_ENGINES else None
-    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt)
+    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt, cache)
     return open_engine(cell.engine, bundle, options)
 
 
-def _shapes(cell: Cell, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
+def _shapes(
+    cell: Cell, images: Sequence[Prepared], batches: Sequence[Batch], preprocess: Preprocess
+) -> list[tuple[int, int, int]]:
     shapes = [(len(batch.tensor), *batch.tensor.shape[2:]) for batch in batches]
-    if cell.scenario == "server":  # any number of images up to the batch size
-        shapes += [(1, height, width) for _, height, width in shapes]
+    if cell.scenario == "server":  # any number of images up to the batch size, of any sizes
+        sizes = [preprocess.padded_size(*image.tensor.shape[1:]) for image in images]
+        shapes += [*((1, *size) for size in sizes), (cell.batch_size, *union(sizes))]
     return shapes
 
 
-def _samples(
+def _measure(
     engine: Engine,
     cell: Cell,
     images: Sequence[Prepared],
     batches: Sequence[Batch],
     preprocess: Preprocess,
     settings: Settings,
-) -> Samples:
-    if cell.rate is None:
+) -> Samples | Served:
+    if cell.rate is None or cell.policy is None or settings.latency_bound_ms is None:
         return measure(engine, [batch.tensor for batch in batches], settings.stop, settings.warmup)
     count = max(settings.min_count, math.ceil(cell.rate * settings.min_seconds))
     arrivals = arrival_times(cell.rate, count, settings.seed)
-    return serve(engine, images, preprocess, cell.batch_size, arrivals, settings.warmup)
+    bound_ms, warmup = settings.latency_bound_ms, settings.warmup
+    return serve(engine, images, preprocess, cell.policy, cell.batch_size, arrivals, bound_ms, warmup)
 
 
 def _peak(request: PeakRequest) -> Peak:

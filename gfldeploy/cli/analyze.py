@@ -33,7 +33,7 @@ __all__ = ["command"]
 @engine_options
 @click.option("--batch-sizes", type=CommaSeparated(), default="2,4,8", show_default=True, help="Beside batch 1.")
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Use the first N images only.")
-@click.option("--rounds", type=click.IntRange(2), default=3, show_default=True, help="How often each is run, by turns.")
+@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="How often each is run, by turns.")
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engine reaches at best too.")
 @click.option(
     "--invariance/--no-invariance", default=True, show_default=True, help="Compare detections with those of batch 1."
@@ -122,13 +122,14 @@ def _show(found: Analysis) -> None:
 
     parts = [part for part in PARTS if found.batches and part in found.batches[0].parts]
     table = Table(box=SIMPLE_HEAD, title=f"{found.engine} {found.precision}, {found.threads} threads, ms per image")
-    for header in ("batch", "as listed", "grouped", *parts, "padded", "% of peak", "cause"):
+    for header in ("batch", "as listed", "grouped", *parts, "unexplained", "padded", "% of peak", "cause"):
         table.add_column(header, justify="left" if header == "cause" else "right")
     for one in found.batches:
         changes = [f"{one.parts[part].ms:+.1f}" for part in parts]
         percent = "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}"
         table.add_row(
-            str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}", *changes, f"{one.padding:.2f}x", percent,
+            str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}", *changes,
+            f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x", percent,
             one.cause,
         )  # fmt: skip
     console().print(table)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
+_POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 # Figures of less than this, over all rounds, are good for a first look alone.
 _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 
@@ -58,7 +59,17 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 )
 @click.option("--rates", type=PositiveNumbers(), default=(), help="Images a second that arrive at the server.")
 @click.option(
-    "--latency-bound-ms", type=click.FloatRange(0, min_open=True), help="What the server's latencies are judged by."
+    "--policies",
+    type=CommaSeparated(_POLICIES),
+    default=",".join(_POLICIES),
+    show_default=True,
+    help="What the server does with images that wait: one after the other (batch 1); a batch when it is full or its "
+    "oldest image has waited for a tenth of the bound; what gfldeploy's dynamic batcher decides.",
+)
+@click.option(
+    "--latency-bound-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="From arrival to answer: what later answers of the server count for is nothing.",
 )
 @click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
@@ -118,7 +129,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
     "--engine-cache",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where TensorRT engines are kept.  [default: ~/.cache/gfldeploy/engines]",
+    help="Where TensorRT and OpenVINO keep what they built.  [default: ~/.cache/gfldeploy/engines]",
 )
 @click.option(
     "--output",
@@ -138,6 +149,7 @@ def command(
     batch_sizes: tuple[int, ...],
     scenarios: tuple[Any, ...],
     rates: tuple[float, ...],
+    policies: tuple[Any, ...],
     latency_bound_ms: float | None,
     trt: bool,
     device: Device,
@@ -171,6 +183,8 @@ def command(
         engines, device = tuple(dict.fromkeys((*engines, *TENSORRT_ENGINES))), "gpu"
     if ("server" in scenarios) != bool(rates):
         raise click.UsageError("the server scenario needs --rates, and --rates needs the server scenario")
+    if rates and latency_bound_ms is None:
+        raise click.UsageError("the server scenario needs --latency-bound-ms")
     if max_seconds is not None and max_seconds < min_seconds:
         raise click.UsageError("--max-seconds is less than --min-seconds")
     _check_output(output, force)
@@ -202,6 +216,7 @@ def command(
         batch_sizes=batch_sizes,
         scenarios=scenarios,
         rates=rates,
+        policies=policies,
         device=device,
         threads=threads,
         timed_images=limit,
@@ -218,7 +233,7 @@ def command(
         if not prepared.plan.skipped:
             raise EngineError(
                 "nothing to run: the scenarios do not go with the batch sizes",
-                "single-stream takes batches of 1, multi-stream larger ones.",
+                "single-stream and no-batching take batches of 1, multi-stream and the other policies larger ones.",
             )
         first = prepared.plan.skipped[0]
         problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
@@ -290,7 +305,7 @@ def _show_plan(prepared: PreparedBench) -> None:
     """What will run and what will not, on stderr."""
 
     def model(cell: Any) -> tuple[str, str]:
-        rate = f" at {cell.rate:g} images/s" if cell.rate else ""
+        rate = f" at {cell.rate:g} images/s, {cell.policy}" if cell.rate else ""
         scenario = f", {cell.scenario}{rate}" if cell.scenario in ("offline", "server") else ""
         return f"{cell.engine:20} {cell.precision:5} {cell.bundle.name}", scenario
 

@@ -32,8 +32,9 @@ def command(a: Path, b: Path, different_machines: bool, different_data: bool, as
     """Compare two results files, with intervals.
 
     Shows how the median latency of each cell changed from A to B: their ratio with its 95% interval, and whether B is
-    faster, slower, or no difference was found, because the interval includes 1. Packages and drivers may differ, and
-    are listed where they do.
+    faster, slower, or no difference was found, because the interval includes 1. Of servers it also shows the images
+    answered in time, as their latencies are only of those that they did not turn away. Packages and drivers may differ,
+    and are listed where they do.
     """
     from gfldeploy.bench.compare import compare
     from gfldeploy.bench.records import plain
@@ -78,11 +79,14 @@ def _table(found: Comparison) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     changed = any(pair.bundle_changed for pair in found.pairs)
     flagged = any(pair.a_flags or pair.b_flags for pair in found.pairs)
+    served = any(pair.a_in_time_per_s is not None for pair in found.pairs)
     accuracy = any(pair.ap_difference is not None for pair in found.pairs)
     table.add_column("cell", overflow="fold")
     for header in ("A, ms", "B, ms", "B / A"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("B is", no_wrap=True)
+    if served:
+        table.add_column("in time/s", justify="right", no_wrap=True)
     if accuracy:
         table.add_column("mAP", justify="right", no_wrap=True)
     if changed:
@@ -97,6 +101,7 @@ def _table(found: Comparison) -> Table:
             number(pair.b_ms.value),
             _ratio(pair),
             pair.verdict,
+            *([_in_time(pair)] if served else []),
             *([_points(pair.ap_difference)] if accuracy else []),
             *(["changed" if pair.bundle_changed else "same"] if changed else []),
             *([_flags(pair)] if flagged else []),
@@ -108,6 +113,14 @@ def _ratio(pair: Pair) -> str:
     ratio = pair.ratio
     bounds = "" if ratio.low is None else f" ({ratio.low:.3f}-{ratio.high:.3f})"
     return f"{ratio.value:.3f}{bounds}"
+
+
+def _in_time(pair: Pair) -> str:
+    from gfldeploy.cli.results import number
+
+    if pair.a_in_time_per_s is None:
+        return ""
+    return f"{number(pair.a_in_time_per_s)}, {number(pair.b_in_time_per_s)}"
 
 
 def _points(difference: float | None) -> str:
@@ -127,7 +140,7 @@ def _name(key: CellKey, keys: Sequence[CellKey]) -> str:
 
     parts = [key.engine, key.precision, f"batch {key.batch_size}"]
     if key.scenario in ("offline", "server"):
-        parts.append(f"{key.scenario} {key.rate:g}/s" if key.rate else key.scenario)
+        parts.append(f"{key.scenario} {key.rate:g}/s {key.policy}" if key.rate else key.scenario)
     if several("device"):
         parts.append(f"on {key.device}")
     if several("threads"):

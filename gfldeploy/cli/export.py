@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
+from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
 from gfldeploy.cli.console import command_line, stages
 from gfldeploy.cli.options import FILE, InputShapeType, force_option, output_option, threads_option
 from gfldeploy.export.exporter import ExportRequest, export_bundle
 
 __all__ = ["command"]
+
+
+class _Candidates(click.ParamType):  # type: ignore[type-arg]
+    """A whole number from 1 to `MOST_CANDIDATES`, or `all`, which is None."""
+
+    name = "K|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "all":
+            return None
+        if not re.fullmatch(r"[0-9]{1,6}", str(value)) or not 1 <= int(value) <= MOST_CANDIDATES:
+            self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all", param, ctx)
+        return int(value)
 
 
 @click.command("export")
@@ -19,6 +35,13 @@ __all__ = ["command"]
 @click.option("--random-weights", type=click.IntRange(0), metavar="SEED", help="Reproducible random weights instead.")
 @output_option("Directory of the bundle to write.")
 @click.option("--input-shape", type=InputShapeType(), help="Fix the input size in pixels. Default: any size.")
+@click.option(
+    "--candidates",
+    type=_Candidates(),
+    default=str(DEFAULT_CANDIDATES),
+    show_default=True,
+    help=f"Anchors of each image to decode, those with the highest scores: 1 to {MOST_CANDIDATES}, or all.",
+)
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph, for its deploy tools.")
 @threads_option
 @force_option
@@ -28,11 +51,14 @@ def command(
     random_weights: int | None,
     output: Path,
     input_shape: tuple[int | None, int, int] | None,
+    candidates: int | None,
     with_nms: bool,
     threads: int,
     force: bool,
 ) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
+
+    They decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there are.
 
     Every graph is compared with the eager PaddleDetection model, in the engine that will run it, before the bundle is
     published.
@@ -48,6 +74,7 @@ def command(
             weights=weights,
             random_seed=random_weights,
             input_shape=input_shape or (None, None, None),
+            candidates=candidates,
             with_nms=with_nms,
             force=force,
             threads=threads,

@@ -10,7 +10,7 @@ import click
 
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import FLAGS, Row, rows
+from gfldeploy.bench.table import FLAGS, Row, Served, rows
 from gfldeploy.cli.console import console
 
 if TYPE_CHECKING:
@@ -128,20 +128,30 @@ def _columns(results: BenchResults, measured: Sequence[Row]) -> list[_Column]:
         columns.append(_Column("device", lambda row: row.device, right=False))
     if _several(measured, lambda row: row.threads):
         columns.append(_Column("threads", lambda row: str(row.threads)))
-    if _scenarios_vary(measured):
+    servers = all(row.scenario == "server" for row in measured)
+    if _several(measured, lambda row: row.rate) and servers:
+        columns.append(_Column("rate", lambda row: f"{row.rate:g}/s"))
+    elif _scenarios_vary(measured):
         columns.append(_Column("scenario", _scenario, right=False))
+    columns.append(_Column("policy", lambda row: row.policy or "", right=False))
     columns += [
         _Column("batch", lambda row: str(row.batch_size)),
-        _Column("median ms", lambda row: interval(row.median_ms)),
-        _Column("p90", lambda row: number(row.p90_ms.value if row.p90_ms else None), optional=2),
+        _Column("median ms", lambda row: _median(row, servers)),
+        _Column("p90", lambda row: number(row.p90_ms.value if row.p90_ms else None), optional=6),
         _Column("p99", lambda row: number(row.p99_ms.value if row.p99_ms else None)),
-        _Column(f"within {results.settings.latency_bound_ms or 0:g} ms", _within),
-        _Column("images/s", lambda row: number(row.images_per_s)),
-        _Column("file to\nboxes, ms", lambda row: number(row.end_to_end_ms), optional=3),
+        _Column(f"within {results.settings.latency_bound_ms or 0:g} ms", _within, optional=1),
+        _Column("in time\nimages/s", _of_served(lambda served: number(served.in_time_per_s))),
+        _Column("of pos-\nsible", _of_served(lambda served: _percent(served.percent_of_possible))),
+        _Column("turned\naway", _of_served(lambda served: _percent(100 * served.rejected))),
+        _Column("mean\nbatch", _of_served(lambda served: number(served.mean_batch, 1)), optional=4),
+        _Column("padding", lambda row: number(row.padding, 2) if row.served else "", optional=2),
+        # Of servers, what counts is what they answer in time.
+        _Column("images/s", lambda row: number(row.images_per_s), optional=3 if servers else 0),
+        _Column("file to\nboxes, ms", lambda row: number(row.end_to_end_ms), optional=7),
         _Column("mAP", lambda row: row.accuracy),
-        _Column("low-prec.\nconvs", lambda row: row.low_precision or "", optional=1),
-        _Column("memory\nMB", lambda row: number(row.memory_mb, 0), optional=5),
-        _Column("% of\npeak", lambda row: number(row.percent_of_peak, 0), optional=4),
+        _Column("low-prec.\nconvs", lambda row: row.low_precision or "", optional=5),
+        _Column("memory\nMB", lambda row: number(row.memory_mb, 0), optional=9),
+        _Column("% of\npeak", lambda row: number(row.percent_of_peak, 0), optional=8),
         _Column("flags", lambda row: " ".join(row.flags), right=False),
     ]
     return [column for column in columns if any(column.cell(row) for row in measured)]
@@ -161,9 +171,22 @@ def _scenario(row: Row) -> str:
 
 
 def _within(row: Row) -> str:
-    if row.bound is None:
-        return ""
-    return f"{'yes' if row.bound.held else 'no'} (p{row.bound.percent})"
+    bound = row.served.bound if row.served else None
+    return "" if bound is None else f"{'yes' if bound.held else 'no'} (p{bound.percent})"
+
+
+def _median(row: Row, servers: bool) -> str:
+    """Without its interval in a table of servers, which has more columns."""
+    return number(row.median_ms.value if row.median_ms else None) if servers else interval(row.median_ms)
+
+
+def _of_served(text: Callable[[Served], str]) -> Callable[[Row], str]:
+    """Nothing of the other scenarios."""
+    return lambda row: text(row.served) if row.served else ""
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}%"
 
 
 def _name(row: Row, shown: Sequence[Row]) -> str:
@@ -173,6 +196,8 @@ def _name(row: Row, shown: Sequence[Row]) -> str:
         parts.append(f"batch {row.batch_size}")
     if row.scenario and _scenarios_vary(shown):
         parts.append(_scenario(row))
+    if row.policy:
+        parts.append(row.policy)
     if _several(shown, lambda one: one.device):
         parts.append(f"on {row.device}")
     if _several(shown, lambda one: one.threads):

@@ -111,7 +111,7 @@ def _all_threads() -> tuple[int, ...]:
     "--engine-cache",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where TensorRT engines are kept.  [default: ~/.cache/gfldeploy/engines]",
+    help="Where TensorRT and OpenVINO keep what they built.  [default: ~/.cache/gfldeploy/engines]",
 )
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), default=Path("deploy.yml"), show_default=True, help="The file."

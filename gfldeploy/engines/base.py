@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,13 +51,14 @@ class EngineOptions:
     """How an engine runs a bundle.
 
     `threads` is the number of CPU threads of one inference; it must be at least 1. `tensorrt`: for the engines that
-    build with it, which need it.
+    build with it, which need it. `cache_dir`: where other engines keep what they compiled, None for nowhere.
     """
 
     precision: Precision = "fp32"
     device: Device = "cpu"
     threads: int = 1
     tensorrt: TensorRtOptions | None = None
+    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -72,7 +74,8 @@ class Engine(Protocol):
     """A loaded model, used as a context manager; leaving the block frees it.
 
     `infer` takes `{"image": float32 [N, 3, H, W]}` and returns
-    `{"scores": float32 [N, A, C], "boxes": float32 [N, A, 4]}`, boxes as x1, y1, x2, y2 in pixels of the network input.
+    `{"scores": float32 [N, A, C], "boxes": float32 [N, A, 4]}`, boxes as x1, y1, x2, y2 in pixels of the network input;
+    of a bundle that decodes K candidates, A is K, and `"anchors"` int32 [N, K] says which they are, -1 for none.
     The arrays returned are the caller's to keep: a later `infer` never overwrites them.
     It raises `EngineError` when the engine refuses the input or fails.
     """
@@ -87,7 +90,7 @@ class Engine(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]: ...
+    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
 
     def close(self) -> None: ...
 
@@ -108,7 +111,7 @@ class CopyTimes:
 class TimesCopies(Protocol):
     """An engine that can tell its copies from its computing."""
 
-    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """As `infer`, the same outputs to the bit, with the times of its parts."""
         ...
 

@@ -60,14 +60,14 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     def close(self) -> None:
         self._session = None
 
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
+    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         try:
             arrays = self._session.run(self._outputs, dict(inputs))
         except Exception as error:
             raise self._failed(error) from error
         return dict(zip(self._outputs, arrays, strict=True))
 
-    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """On a GPU through bound inputs and outputs; on a CPU nothing is copied."""
         start = time.perf_counter()
         if self.options.device == "cpu":

@@ -10,7 +10,7 @@ from typing import Any
 
 from gfldeploy.engines.base import ExecutedConvolution
 
-__all__ = ["convolutions"]
+__all__ = ["FileConvolution", "convolutions", "read_file"]
 
 _INT8 = {"QLinearConv", "ConvInteger"}
 _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv"}
@@ -26,12 +26,12 @@ _NOT_FUSED = "quantised in the ONNX file, but not fused by ONNX Runtime"
 
 
 @dataclass(frozen=True)
-class _Convolution:
+class FileConvolution:
     """One of the file's.
 
     `weight`: the tensor that it takes; `integers`: the one that this is dequantised from, or None. `outputs`: its
     output, and that of its activation. `label`: the name of its weight in FP32; `use`: which one of those that share
-    it, or None. `why_float`: the reason, should it run in float.
+    it, or None. `why_float`: the reason, should ONNX Runtime run it in float. `quantized`: its weight and input are.
     """
 
     name: str
@@ -41,11 +41,12 @@ class _Convolution:
     label: str
     use: int | None
     why_float: str
+    quantized: bool
 
 
 def convolutions(optimized: Any, source: Any) -> tuple[ExecutedConvolution, ...]:
     """The convolutions of the ONNX model `optimized`, which ONNX Runtime made of `source`, in its order."""
-    known = _read(source)
+    known = read_file(source)
     makers = {name: node for node in optimized.graph.node for name in node.output}
     halves = {tensor.name for tensor in optimized.graph.initializer if tensor.data_type == _FLOAT16}
     found = []
@@ -66,7 +67,7 @@ def convolutions(optimized: Any, source: Any) -> tuple[ExecutedConvolution, ...]
     return tuple(found)
 
 
-def _what(node: Any, candidates: Sequence[_Convolution]) -> str:
+def _what(node: Any, candidates: Sequence[FileConvolution]) -> str:
     labels = {one.label for one in candidates}
     if len(labels) != 1:
         return str(node.name or node.output[0])
@@ -75,7 +76,7 @@ def _what(node: Any, candidates: Sequence[_Convolution]) -> str:
     return labels.pop() if use is None else f"{labels.pop()} use {use}"
 
 
-def _candidates(node: Any, int8: bool, known: Sequence[_Convolution]) -> list[_Convolution]:
+def _candidates(node: Any, int8: bool, known: Sequence[FileConvolution]) -> list[FileConvolution]:
     """Those of the file's convolutions that `node` may be: one, unless ONNX Runtime dropped the names."""
     same_weight = [one for one in known if (one.integers if int8 else one.weight) in node.input]
     name = _UNIQUE.sub("", node.name)
@@ -90,7 +91,8 @@ def _candidates(node: Any, int8: bool, known: Sequence[_Convolution]) -> list[_C
     return exact or same_weight
 
 
-def _read(model: Any) -> list[_Convolution]:
+def read_file(model: Any) -> list[FileConvolution]:
+    """The convolutions of an ONNX file, in its order."""
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
     consumers: dict[str, list[Any]] = defaultdict(list)
@@ -116,7 +118,8 @@ def _read(model: Any) -> list[_Convolution]:
         use = uses[name] if names.count(name) > 1 else None
         uses[name] += 1
         why = _why_float(node, makers, read_by, outputs[-1] in results, int32)
-        found.append(_Convolution(node.name, node.input[1], values, tuple(outputs), name, use, why))
+        quantized = values is not None and _dequantized(node.input[0], makers) is not None
+        found.append(FileConvolution(node.name, node.input[1], values, tuple(outputs), name, use, why, quantized))
     return found
 
 

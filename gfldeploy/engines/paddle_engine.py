@@ -113,10 +113,10 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     def close(self) -> None:
         self._predictor = None
 
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
+    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         return self.infer_timed(inputs)[0]
 
-    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         predictor = self._predictor
         start = time.perf_counter()
         try:
@@ -247,7 +247,7 @@ def apply_calls(config: Any, precision_type: Any, calls: Iterable[Call]) -> None
         getattr(config, call.method)(*call.positional, **arguments)
 
 
-def _example(shape: tuple[int, int, int]) -> dict[str, NDArray[np.float32]]:
+def _example(shape: tuple[int, int, int]) -> dict[str, NDArray[Any]]:
     batch, height, width = shape
     return {"image": np.zeros((batch, 3, height, width), np.float32)}
 

@@ -35,11 +35,12 @@ ENGINES: dict[str, str] = {
     "paddle-tensorrt": "gfldeploy.engines.paddle_engine:PaddleTensorRtEngine",
     "onnxruntime": "gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
     "onnxruntime-tensorrt": "gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
+    "openvino": "gfldeploy.engines.openvino_engine:OpenVinoEngine",
 }
 # They build an engine for the shapes of the data: `gfldeploy bench` alone knows those.
 TENSORRT_ENGINES = ("paddle-tensorrt", "onnxruntime-tensorrt")
 # Those worth measuring without being asked for: Paddle's kernels without oneDNN are there to be compared with.
-DEFAULT_ENGINES = ("paddle", "onnxruntime")
+DEFAULT_ENGINES = ("paddle", "onnxruntime", "openvino")
 
 # The module that each engine is in; its name is also the key of `INSTALL_ENGINE`.
 _MODULES = {name: name.partition("-")[0] for name in ENGINES}
@@ -48,6 +49,7 @@ _MODULES = {name: name.partition("-")[0] for name in ENGINES}
 _DISTRIBUTIONS = {
     "paddle": ("paddlepaddle", "paddlepaddle-gpu"),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
 }
 # What no installation changes: the engine has no such kernels, or gfldeploy makes no such file yet.
 _NEVER: dict[tuple[str, Precision, Device], tuple[str, str]] = {
@@ -56,9 +58,10 @@ _NEVER: dict[tuple[str, Precision, Device], tuple[str, str]] = {
         "ONNX Runtime's CPU kernels have no FP16 convolution: it would convert to FP32 and back",
         "use int8 on CPUs",
     ),
+    ("openvino", "fp16", "cpu"): ("gfldeploy's FP16 file is for GPUs", "use bf16 or int8 on CPUs"),
     ("onnxruntime", "bf16", "cpu"): (
         "ONNX Runtime's CPU kernels have no BF16 convolution",
-        "use the paddle engine for bf16",
+        "use the engines paddle or openvino for bf16",
     ),
     ("paddle", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp16"),
     ("onnxruntime", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp32"),
@@ -95,6 +98,10 @@ def capability(engine: str, precision: Precision, device: Device) -> Capability:
     """Whether this combination works on this machine. Raises `UnsupportedError` for an unknown engine."""
     if engine not in ENGINES:
         raise UnsupportedError(f"there is no engine {engine!r}", f"Choose from: {', '.join(ENGINES)}.")
+    if engine == "openvino" and device == "gpu":
+        return Capability(
+            engine, precision, device, "OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"
+        )
     if engine == "paddle-plain" and (precision, device) != ("fp32", "cpu"):
         return Capability(engine, precision, device, "it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
     if engine in TENSORRT_ENGINES and device != "gpu":

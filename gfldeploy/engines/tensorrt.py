@@ -6,8 +6,6 @@ can hold it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from ctypes.util import find_library
@@ -17,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gfldeploy.engines.base import EngineOptions, Precision
-from gfldeploy.errors import EngineError, OutputError
+from gfldeploy.engines.cache import digest_of, engine_directory
+from gfldeploy.errors import EngineError
 from gfldeploy.machine import describe_machine
 
 __all__ = [
@@ -119,7 +118,7 @@ def cache_key(options: TensorRtOptions, depends_on: Mapping[str, str]) -> str:
         "workspace_mb": options.workspace_mb,
         "min_subgraph": options.min_subgraph,
     }
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+    return digest_of(everything)
 
 
 def cache_directory(options: TensorRtOptions, engine: str, version: str, precision: str, bundle: str) -> Path:
@@ -137,14 +136,7 @@ def cache_directory(options: TensorRtOptions, engine: str, version: str, precisi
         "gpu": ", ".join(machine.gpus),
         "driver": str(machine.driver),
     }
-    directory = options.cache_dir / cache_key(options, depends_on)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {directory}: {error.strerror or error}", "Choose another --engine-cache."
-        ) from error
-    return directory
+    return engine_directory(options.cache_dir, cache_key(options, depends_on))
 
 
 def onnxruntime_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:

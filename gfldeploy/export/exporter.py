@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
+from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
 from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
@@ -38,7 +39,8 @@ class ExportRequest:
     """What to export.
 
     `weights`: a `.pdparams` file; None with `random_seed` set builds reproducible random weights instead.
-    `input_shape`: batch, height, width in pixels; None is free.
+    `input_shape`: batch, height, width in pixels; None is free. `candidates`: how many anchors of an image the graphs
+    decode, those with the highest scores; None for all.
     """
 
     config: Path
@@ -46,6 +48,7 @@ class ExportRequest:
     weights: Path | None
     random_seed: int | None = None
     input_shape: tuple[int | None, int | None, int | None] = (None, None, None)
+    candidates: int | None = DEFAULT_CANDIDATES
     with_nms: bool = False
     force: bool = False
     threads: int = 1
@@ -60,6 +63,10 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
     Raises `ConfigError`, `CheckpointError`, `ParityError`, `OutputError`, `EngineError`, `MissingDependencyError`.
     """
     # What is cheap to refuse is refused before Paddle is imported.
+    if request.candidates is not None and not 1 <= request.candidates <= MOST_CANDIDATES:
+        raise ConfigError(
+            f"{request.candidates} candidates cannot be chosen in the graph", f"Give 1 to {MOST_CANDIDATES}, or all."
+        )
     check_target(request.output, force=request.force)
     weights = load_checkpoint(request.weights) if request.weights is not None else None
     report("loading Paddle and building the eager model")
@@ -82,24 +89,23 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         images = [parity.parity_images(shape, preprocess, seed=0) for shape in shapes]
         report("running the eager model for reference")
         references = [parity.eager_outputs(detector, batch) for batch in images]
+        channels = references[0]["scores"].shape[2]
         graphs = _write_graphs(detector, directory, request, report)
         manifest = Manifest(
             name=config.name,
             precision="fp32",
             graphs=graphs,
             inputs=(TensorSpec("image", "float32", (request.input_shape[0], 3, *request.input_shape[1:])),),
-            outputs=(
-                TensorSpec("scores", "float32", (request.input_shape[0], None, references[0][0].shape[2])),
-                TensorSpec("boxes", "float32", (request.input_shape[0], None, 4)),
-            ),
+            outputs=_outputs(request, channels),
             preprocess=preprocess,
             nms=nms,
             classes=config.classes,
-            score_channels=references[0][0].shape[2],
+            score_channels=channels,
             strides=tuple(config.strides),
             reg_max=config.reg_max,
             parameters=parameters,
             provenance=_provenance(request),
+            candidates=request.candidates,
         )
         found = []
         for graph in ("paddle", "paddle_program", "onnx"):
@@ -153,6 +159,12 @@ def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
     if graph in ("onnx", "onnx_fp16"):
         return OnnxRuntimeEngine(bundle, options, graph)
     return PaddleEngine(bundle, options, graph)
+
+
+def _outputs(request: ExportRequest, channels: int) -> tuple[TensorSpec, ...]:
+    rows = (request.input_shape[0], request.candidates)
+    specs = (TensorSpec("scores", "float32", (*rows, channels)), TensorSpec("boxes", "float32", (*rows, 4)))
+    return specs if request.candidates is None else (*specs, TensorSpec("anchors", "int32", rows))
 
 
 def _write_half(
@@ -211,7 +223,7 @@ def _write_graphs(
     (directory / "paddle").mkdir()
     with quiet():
         fold_batch_norm(detector, paddle.zeros([1, 3, 64, 64]))
-        layer = GflGraph(detector)
+        layer = GflGraph(detector, request.candidates)
         layer.eval()
         save_paddle_graphs(layer, directory / "paddle", request.input_shape)
     graphs: dict[GraphName, Graph] = {

@@ -19,17 +19,28 @@ from paddle import nn  # noqa: TID253
 __all__ = ["GflGraph", "GflNmsGraph", "fold_batch_norm"]
 
 
+# Below any logit: the score of cells that are not there.
+_NO_CELL = -1e30
+
+
 class GflGraph(nn.Layer):
     """Image to scores and boxes, without NMS.
 
     forward: image float32 [N, 3, H, W], H and W multiples of the largest pad stride
     returns: scores float32 [N, A, C], boxes float32 [N, A, 4] as x1, y1, x2, y2 in pixels of the network input,
-             A = the cells of all pyramid levels, finest level first, row by row.
+             A = the cells (anchors) of all pyramid levels, finest level first, row by row;
+             with `candidates` = K: scores [N, K, C] and boxes [N, K, 4] of the K cells of each image whose best class
+             scores highest, in the order of cells, and anchors int32 [N, K], which cells those are. Where an image has
+             fewer than K, the rest of scores is 0 and of anchors -1.
     """
 
-    def __init__(self, detector: Any) -> None:
-        """`detector`: a ppdet GFL with a GFLHead or LDGFLHead; its sublayers are shared, not copied."""
+    def __init__(self, detector: Any, candidates: int | None = None) -> None:
+        """`detector`: a ppdet GFL with a GFLHead or LDGFLHead, or a `GflGraph`; its sublayers are shared, not copied.
+
+        `candidates`: how many cells of an image to decode; None for all.
+        """
         super().__init__()
+        self.candidates = candidates
         self.backbone = detector.backbone
         self.neck = detector.neck
         self.head = detector.head
@@ -41,10 +52,10 @@ class GflGraph(nn.Layer):
             [bins, 1], default_initializer=nn.initializer.Assign(np.arange(bins, dtype=np.float32).reshape(bins, 1) / 2)
         )
 
-    def forward(self, image: Any) -> tuple[Any, Any]:
+    def forward(self, image: Any) -> tuple[Any, ...]:
         head = self.head
         levels = self.neck(self.backbone({"image": image}))
-        logits, distributions, centres, strides = [], [], [], []
+        logits, distributions, cells = [], [], []
         for stride, scale, level in zip(head.fpn_stride, head.scales_regs, levels):  # noqa: B905 - Paddle traces it
             class_features, box_features = head.conv_feat(level)
             logit = head.gfl_head_cls(class_features)
@@ -56,11 +67,29 @@ class GflGraph(nn.Layer):
             centre = self.cell_centres(paddle.shape(logit), stride)
             logits.append(paddle.flatten(logit, 2))
             distributions.append(paddle.flatten(distribution, 2))
-            centres.append(centre)
-            strides.append(paddle.full_like(centre[:, :1], float(stride)))
-        scores = sigmoid(paddle.transpose(paddle.concat(logits, 2), [0, 2, 1]))
-        boxes = self.decode(paddle.concat(distributions, 2), paddle.concat(centres, 0), paddle.concat(strides, 0))
-        return scores, boxes
+            cells.append(paddle.concat([centre, paddle.full_like(centre[:, :1], float(stride))], 1))
+        logit, distribution, cell = paddle.concat(logits, 2), paddle.concat(distributions, 2), paddle.concat(cells, 0)
+        if self.candidates is None:
+            return sigmoid(paddle.transpose(logit, [0, 2, 1])), self.decode(distribution, cell)
+        anchors, there = self.best_cells(logit)
+        chosen = paddle.clip(anchors, min=0)
+        scores = sigmoid(paddle.transpose(take(logit, chosen), [0, 2, 1])) * there.astype("float32").unsqueeze(-1)
+        cell = paddle.reshape(paddle.gather(cell, paddle.flatten(chosen)), [-1, self.candidates, 3])
+        return scores, self.decode(take(distribution, chosen), cell), anchors.astype("int32")
+
+    def best_cells(self, logits: Any) -> tuple[Any, Any]:
+        """Of logits [N, C, A] the cells with the highest best class, int64 [N, K] in rising order, and which are there.
+
+        The graph must do with fewer cells than it is to choose, and its shapes must not depend on that: K cells that
+        no other scores below are added. They come last, as -1 in the result.
+        """
+        best = paddle.max(logits, axis=1)
+        absent = paddle.tile(paddle.full_like(best[:, :1], _NO_CELL), [1, self.candidates])
+        highest, cells = paddle.topk(paddle.concat([best, absent], 1), self.candidates, axis=1)
+        # NMS keeps the order of candidates where scores are equal: it has to be that of all cells.
+        cells, _ = paddle.topk(cells, self.candidates, axis=1, largest=False)
+        there = (highest > _NO_CELL).astype("int64")
+        return (cells + 1) * there - 1, there
 
     def cell_centres(self, shape: Any, stride: int) -> Any:
         """x, y [H * W, 2] in pixels of the cells of one level of `shape` [N, C, H, W]."""
@@ -69,13 +98,16 @@ class GflGraph(nn.Layer):
         y, x = paddle.meshgrid(y, x)
         return paddle.stack([x.flatten(), y.flatten()], -1)
 
-    def decode(self, distributions: Any, centres: Any, strides: Any) -> Any:
-        """Boxes [N, A, 4] from the logits of the side distributions [N, 4 * bins, A].
+    def decode(self, distributions: Any, cells: Any) -> Any:
+        """Boxes [N, A, 4] from the logits of the side distributions [N, 4 * bins, A] of cells [A, 3] or [N, A, 3].
+
+        A cell is the x and y of its centre, and its stride, in pixels.
 
         The distance to each side is the expectation of its distribution over 0..reg_max, in strides
         (Li et al., Generalized Focal Loss, 2020, equation 4 and section 3.2).
         """
         sides = paddle.reshape(paddle.transpose(distributions, [0, 2, 1]), [0, -1, 4, self.bins])
+        centres, strides = cells[..., :2], cells[..., 2:]
         distances = F.linear(F.softmax(sides, axis=-1), self.half_projection).squeeze(-1) * (strides * 2)
         return paddle.concat([centres - distances[..., :2], centres + distances[..., 2:]], -1)
 
@@ -109,6 +141,11 @@ class GflNmsGraph(nn.Layer):
         )
         # im_shape is part of the deploy contract but GFL does not use it: keep it from being pruned.
         return detections + 0.0 * paddle.sum(im_shape), count
+
+
+def take(values: Any, cells: Any) -> Any:
+    """Of values [N, M, A] those of cells [N, K]: [N, M, K]."""
+    return paddle.take_along_axis(values, paddle.tile(cells.unsqueeze(1), [1, values.shape[1], 1]), 2, broadcast=False)
 
 
 def sigmoid(x: Any) -> Any:

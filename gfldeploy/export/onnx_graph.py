@@ -19,7 +19,13 @@ __all__ = ["OPSET", "convert"]
 # The newest that TensorRT 10, ONNX Runtime 1.16+ and OpenVINO 2023+ all read, with per-channel QuantizeLinear.
 OPSET = 17
 
-_DIMENSIONS = {"image": ("N", None, "H", "W"), "scores": ("N", "A", None), "boxes": ("N", "A", None)}
+_OUTPUTS = ("scores", "boxes", "anchors")
+_DIMENSIONS = {
+    "image": ("N", None, "H", "W"),
+    "scores": ("N", "A", None),
+    "boxes": ("N", "A", None),
+    "anchors": ("N", "A"),
+}
 
 
 def convert(model: Path, params: Path, output: Path) -> None:
@@ -53,7 +59,7 @@ def convert(model: Path, params: Path, output: Path) -> None:
     _sort(graph.graph, in_order)
     del graph.opset_import[:]
     graph.opset_import.append(onnx.helper.make_opsetid("", OPSET))
-    for value, name in zip(graph.graph.output, ("scores", "boxes"), strict=True):
+    for value, name in zip(graph.graph.output, _OUTPUTS[: len(graph.graph.output)], strict=True):
         _rename(graph, value.name, name)
     for value in (*graph.graph.input, *graph.graph.output):
         for dimension, symbol in zip(value.type.tensor_type.shape.dim, _DIMENSIONS[value.name], strict=True):

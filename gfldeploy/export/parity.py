@@ -6,7 +6,7 @@ the engine that users deploy, oneDNN and graph fusions included, not the graph a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import GraphName
+from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import ParityError
 from gfldeploy.images.preprocess import Preprocess
@@ -38,13 +39,20 @@ __all__ = [
 SCORE_TOLERANCE = 5e-5
 BOX_TOLERANCE_PX = 0.05
 
+_DEFECT = "The graph must not be deployed. Please report this with your config and package versions."
+
 Shape = tuple[int, int, int]
-Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+# As engines give them: "scores" [N, A, C] and "boxes" [N, A, 4], with "anchors" [N, A] where the graph chooses.
+Outputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest absolute differences of one graph in one engine from the reference, for one input shape."""
+    """Largest absolute differences of one graph in one engine from the reference, for one input shape.
+
+    Where a graph chooses its candidates, those that both have are compared; one that is left out, although it scores
+    more than the worst that was chosen, counts with how much more.
+    """
 
     graph: GraphName
     engine: str
@@ -98,39 +106,60 @@ def parity_images(shape: Shape, preprocess: Preprocess, seed: int) -> NDArray[np
     return np.stack([as_is(picture).tensor for picture in pictures])
 
 
-def eager_outputs(detector: Any, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def eager_outputs(detector: Any, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
     """Scores [N, A, C] and boxes [N, A, 4] from ppdet's own layers and decode."""
     import paddle
 
     with paddle.no_grad(), quiet():
         scores, boxes = detector.head(detector.neck(detector.backbone({"image": paddle.to_tensor(images)})))
-        return paddle.concat(scores, 1).numpy(), paddle.concat(boxes, 1).numpy()
+        return {"scores": paddle.concat(scores, 1).numpy(), "boxes": paddle.concat(boxes, 1).numpy()}
 
 
-def compare(
-    graph: GraphName,
-    engine: Engine,
-    images: NDArray[np.float32],
-    reference: tuple[NDArray[np.float32], NDArray[np.float32]],
-) -> Comparison:
-    """Run `images` [N, 3, H, W] and measure the largest differences. Raises `ParityError` for NaN or other shapes."""
+def compare(graph: GraphName, engine: Engine, images: NDArray[np.float32], reference: Outputs) -> Comparison:
+    """Run `images` [N, 3, H, W] and measure the largest differences.
+
+    Raises `ParityError` for NaN, other shapes, or candidates that are not as many as can be in the order of anchors.
+    """
     outputs = engine.infer({"image": images})
     batch, _, height, width = images.shape
     where = f"the {graph} graph in {engine.name} at {batch}x3x{height}x{width}"
-    differences = []
-    for name, expected in zip(("scores", "boxes"), reference, strict=True):
-        actual = outputs[name]
+    rows = outputs.get("anchors", reference["scores"][..., 0]).shape
+    for name in ("scores", "boxes"):
+        actual, expected = outputs[name], reference[name]
         if not np.isfinite(expected).all():
             raise ParityError(f"the eager model itself gives NaN or infinite {name}", "Check the checkpoint.")
-        if actual.shape != expected.shape:
+        if len(rows) != 2 or rows[0] != len(expected) or actual.shape != (*rows, expected.shape[2]):
             raise ParityError(
-                f"{where} gives {name} {list(actual.shape)}, the reference {list(expected.shape)}",
-                "The graph must not be deployed. Please report this with your config and package versions.",
+                f"{where} gives {name} {list(actual.shape)}, the reference {list(expected.shape)}", _DEFECT
             )
         if not np.isfinite(actual).all():
             raise ParityError(f"{where} gives NaN or infinite {name}", "Please report this with your config.")
-        differences.append(float(np.abs(actual.astype(np.float64) - expected).max()))
-    return Comparison(graph, engine.name, batch, height, width, *differences)
+    differences = [_differences(outputs, reference, image, where) for image in range(batch)]
+    return Comparison(graph, engine.name, batch, height, width, *(max(column) for column in zip(*differences)))  # noqa: B905
+
+
+def _differences(outputs: Outputs, reference: Outputs, image: int, where: str) -> tuple[float, float]:
+    """Of scores and boxes of one image of the batch; see `Comparison`."""
+    ours, theirs = anchors_of(outputs, image), anchors_of(reference, image)
+    there = ours[ours >= 0]
+    if len(there) != min(len(ours), int((theirs >= 0).sum())) or (np.diff(there) <= 0).any():
+        raise ParityError(f"{where} does not choose as many different anchors as there are, in their order", _DEFECT)
+    here, same = matched(ours, theirs)
+    scores, boxes = (
+        np.abs(outputs[name][image, here].astype(np.float64) - reference[name][image, same]).max(initial=0)
+        for name in ("scores", "boxes")
+    )
+    best, best_of_reference = (every["scores"][image].max(axis=1) for every in (outputs, reference))
+    beyond = (
+        _beyond(best_of_reference[np.isin(theirs, ours, invert=True)], best[ours >= 0]),
+        _beyond(best[np.isin(ours, theirs, invert=True)], best_of_reference[theirs >= 0]),
+    )
+    return float(max(scores, *beyond)), float(boxes)
+
+
+def _beyond(left_out: NDArray[np.float32], chosen: NDArray[np.float32]) -> float:
+    """How much more the best that was left out scores than the worst that was chosen."""
+    return float(left_out.max() - chosen.min()) if len(left_out) else 0.0
 
 
 def check(
@@ -150,16 +179,11 @@ def check(
                 f"{found.batch}x3x{found.height}x{found.width}: scores by {found.max_score_difference:.3g} "
                 f"(allowed {score_tolerance * factor:g}), boxes by {found.max_box_difference_px:.3g} px "
                 f"(allowed {box_tolerance_px * factor:g})",
-                "The graph must not be deployed. Please report this with your config and package versions.",
+                _DEFECT,
             )
 
 
-def check_paddledetection(
-    detector: Any,
-    directory: Path,
-    images: NDArray[np.float32],
-    reference: tuple[NDArray[np.float32], NDArray[np.float32]],
-) -> None:
+def check_paddledetection(detector: Any, directory: Path, images: NDArray[np.float32], reference: Outputs) -> None:
     """Raise `ParityError` unless PaddleDetection's graph gives the detections of ppdet's own NMS on the reference.
 
     The images [N, 3, H, W] are taken to have been resized to half their size, so that a scale in the wrong place shows.
@@ -172,7 +196,7 @@ def check_paddledetection(
         model = paddle.jit.load(str(directory / "model"))
     inputs = [np.full((batch, 2), (height, width), np.float32), images, half]
     actual, count = (output.numpy() for output in model(*(paddle.to_tensor(value) for value in inputs)))
-    scores, boxes = reference
+    scores, boxes = reference["scores"], reference["boxes"]
     expected, expected_count, _ = detector.head.nms(
         paddle.to_tensor(boxes / 0.5), paddle.to_tensor(scores.transpose(0, 2, 1).copy())
     )

@@ -30,7 +30,7 @@ def save_paddle_graphs(layer: Any, directory: Path, shape: InputShape) -> None:
     spec = [paddle.static.InputSpec([batch, 3, height, width], "float32", name="image")]
     _save(layer, spec, directory / "model")
     # A layer already traced for PIR cannot be traced again: a second one over the same sublayers can.
-    program_layer = GflGraph(layer)
+    program_layer = GflGraph(layer, layer.candidates)
     program_layer.half_projection = layer.half_projection
     program_layer.eval()
     with tempfile.TemporaryDirectory(dir=directory) as temporary:

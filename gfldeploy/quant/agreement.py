@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.detections import Detections, NmsParams, pairwise_iou, postprocess
 from gfldeploy.errors import ParityError
 
@@ -23,7 +24,8 @@ _SAME_BOX = 0.5
 class Agreement:
     """Means over the images compared.
 
-    `score_difference` and `score_difference_max`: absolute, over all candidates. `detections`: how many the reference
+    `score_difference` and `score_difference_max`: absolute, over the candidates that both have, 1 if there are none.
+    `detections`: how many the reference
     has with a score of 0.4 or more. `detections_found`: the share of these that have a detection of the same class, an
     IoU of 0.5 or more and a score of at least half of theirs; 1 where the reference has none.
     `convolutions`: how many ran in which precision, and `not_int8`: why some did not in INT8, both as the engine
@@ -43,10 +45,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Reference:
-    """Scores [1, A, C], boxes [1, A, 4] and detections of the FP32 model on one image."""
+    """Scores [1, A, C], boxes [1, A, 4], anchors [A] (-1: none) and detections of the FP32 model on one image."""
 
     scores: NDArray[np.float32]
     boxes: NDArray[np.float32]
+    anchors: NDArray[np.int64]
     detections: Detections
 
     @property
@@ -55,13 +58,13 @@ class Reference:
         return int((self.detections.scores >= _CONFIDENT).sum())
 
     @classmethod
-    def of(cls, outputs: Mapping[str, NDArray[np.float32]], nms: NmsParams) -> Self:
+    def of(cls, outputs: Mapping[str, NDArray[Any]], nms: NmsParams) -> Self:
         (found,) = postprocess(outputs["scores"], outputs["boxes"], [(1.0, 1.0)], nms)
-        return cls(outputs["scores"], outputs["boxes"], found)
+        return cls(outputs["scores"], outputs["boxes"], anchors_of(outputs, 0), found)
 
 
 def agreement(
-    references: Sequence[Reference], outputs: Iterable[Mapping[str, NDArray[np.float32]]], nms: NmsParams
+    references: Sequence[Reference], outputs: Iterable[Mapping[str, NDArray[Any]]], nms: NmsParams
 ) -> Agreement:
     """Compare the outputs of a model, image by image, with the reference's.
 
@@ -72,7 +75,8 @@ def agreement(
     means, largest, confident, found = [], 0.0, 0, 0
     for reference, output in zip(references, outputs, strict=True):
         check_finite(output)
-        difference = np.abs(reference.scores - output["scores"])
+        here, there = matched(reference.anchors, anchors_of(output, 0))
+        difference = np.abs(reference.scores[0, here] - output["scores"][0, there]) if len(here) else np.ones(1)
         means.append(float(difference.mean()))
         largest = max(largest, float(difference.max()))
         (actual,) = postprocess(output["scores"], output["boxes"], [(1.0, 1.0)], nms)
@@ -89,7 +93,7 @@ def agreement(
     return Agreement(float(np.mean(means)), largest, confident, found / confident if confident else 1.0)
 
 
-def check_finite(outputs: Mapping[str, NDArray[np.float32]]) -> None:
+def check_finite(outputs: Mapping[str, NDArray[Any]]) -> None:
     """Raise `ParityError` if a quantised graph gives NaN or infinity."""
     if not all(np.isfinite(array).all() for array in outputs.values()):
         raise ParityError("the quantised graph gives NaN or infinity", "Calibrate with another --algo.")

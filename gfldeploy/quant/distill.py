@@ -37,6 +37,9 @@ _GRAPHS: tuple[GraphName, ...] = ("paddle_program", "onnx")
 _CONVOLUTIONS = ("conv2d", "depthwise_conv2d")
 # Operators whose gradient needs an output that inference programs have dropped.
 _RESHAPING = ("flatten2", "flatten_contiguous_range", "reshape2", "squeeze2", "transpose2", "unsqueeze2")
+_RESHAPED = ("Out", "XShape")
+# What lies between the logits of all cells and the scores and distances of the candidates.
+_REARRANGING = ("reshape2", "take_along_axis", "transpose2")
 _KEEPS_SIGN = ("pool2d", "nearest_interp_v2", "reshape2", "transpose2")
 # 127 steps reach the threshold. Where values cannot be negative the engines have twice as many integers above zero.
 _SIGNED_BITS, _UNSIGNED_BITS = 8, 9
@@ -130,10 +133,11 @@ def _distill(request: dict[str, Any]) -> None:
     teacher_scope = paddle.static.Scope()
     with paddle.static.scope_guard(teacher_scope):
         teacher = _load(bundle, executor)
+        outputs = _every_cell(teacher.global_block(), bundle)
     student = _Student(_load(bundle, executor), bundle, request["thresholds"], executor, steps)
     losses = []
     for batch in _batches(bundle, [Path(name) for name in request["images"]], steps):
-        targets = executor.run(teacher, {"image": batch}, fetch_list=list(student.outputs), scope=teacher_scope)
+        targets = executor.run(teacher, {"image": batch}, fetch_list=list(outputs), scope=teacher_scope)
         losses.append(student.step(batch, *targets))
         if not np.isfinite(losses[-1]):
             raise EngineError(f"the loss is not finite after {len(losses)} steps", _REMEDY)
@@ -198,7 +202,7 @@ class _Student:
         block = program.global_block()
         convolutions = [op for op in block.ops if op.type in _CONVOLUTIONS and op.input("Filter")[0] in thresholds]
         self._trained = list(dict.fromkeys(op.input("Filter")[0] for op in convolutions))
-        self.outputs = _outputs(block, bundle)
+        outputs = _every_cell(block, bundle)
         makers = {output: op for op in block.ops for output in op.output_arg_names}
         unsigned = {name for op in convolutions if _non_negative(name := op.input("Input")[0], makers)}
         startup = paddle.static.Program()
@@ -209,7 +213,7 @@ class _Student:
                 block.vars[name] = paddle.base.framework.Parameter(
                     block, list(variable.shape), variable.dtype, name=name, trainable=True
                 )
-            self._loss = _add_loss(block, *self.outputs)
+            self._loss = _add_loss(block, *outputs)
             paddle.optimizer.Adam(_LEARNING_RATE).minimize(self._loss, startup, self._trained)
             self._rate = next(op for op in block.ops if op.type == "adam").input("LearningRate")[0]
         executor.run(startup)
@@ -294,21 +298,36 @@ def _reach(threshold: float, non_negative: bool) -> float:
     return threshold * (2 ** (_UNSIGNED_BITS - 1) - 1) / 127 if non_negative else threshold
 
 
-def _outputs(block: Any, bundle: Bundle) -> tuple[str, str]:
-    """The class logits [N, A, C] and the side distributions' logits [N, A, 4, bins] of the program.
+def _every_cell(block: Any, bundle: Bundle) -> tuple[str, str]:
+    """Add to the program, and name, the class logits [N, A, C] and the side distributions' logits [N, A, 4, bins].
 
-    Raises `EngineError` if it has none.
+    Of all cells, whichever are candidates: student and teacher would choose others. Raises `EngineError` if the program
+    has none.
     """
+    from paddle.base import unique_name
+
+    def add(kind: str, source: str, attributes: Mapping[str, Any]) -> str:
+        made = {name: block.create_var(name=unique_name.generate("distill"), dtype="float32") for name in _RESHAPED}
+        outputs = {name: [value] for name, value in made.items()}
+        block.append_op(type=kind, inputs={"X": [block.var(source)]}, outputs=outputs, attrs=dict(attributes))
+        return str(made["Out"].name)
+
     manifest = bundle.manifest
+    bins = manifest.reg_max + 1
+    makers = {name: op for op in block.ops for name in op.output_arg_names}
     found = []
-    for kind, last in (("sigmoid", manifest.score_channels), ("softmax", manifest.reg_max + 1)):
-        names = [op.input("X")[0] for op in block.ops if op.type == kind]
-        if not names or block.var(names[-1]).shape[-1] != last:
+    for kind, channels in (("sigmoid", manifest.score_channels), ("softmax", 4 * bins)):
+        # The pyramid levels are put together, transposed, and perhaps chosen from, before the last of its kind.
+        name = next((op.input("X")[0] for op in reversed(block.ops) if op.type == kind), "")
+        while name in makers and makers[name].type in _REARRANGING:
+            maker = makers[name]
+            name = maker.input("Input" if maker.type == "take_along_axis" else "X")[0]
+        if name not in makers or makers[name].type != "concat" or block.var(name).shape[1] != channels:
             raise EngineError(
-                f"the program has no {kind} over {last} channels to distil at", "Export the bundle again."
+                f"the program has no {kind} over {channels} channels to distil at", "Export the bundle again."
             )
-        found.append(names[-1])
-    return found[0], found[1]
+        found.append(add("transpose2", name, {"axis": [0, 2, 1]}))
+    return found[0], add("reshape2", found[1], {"shape": [0, -1, 4, bins]})
 
 
 def _complete(block: Any) -> None:

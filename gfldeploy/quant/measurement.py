@@ -14,17 +14,20 @@ from gfldeploy.accuracy import Accuracy, evaluate
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision, count_precisions, reasons
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import capability, open_engine
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Measured
 
-__all__ = ["INT8_ENGINES", "SimulatedTensorRT", "Yardstick"]
-
-INT8_ENGINES = ("onnxruntime", "paddle")
+__all__ = ["SimulatedTensorRT", "Yardstick", "int8_engines"]
 
 Progress = Callable[[str, int, int], None]
+
+
+def int8_engines() -> tuple[str, ...]:
+    """The engines that judge INT8 on this machine: those that quantising needs, and OpenVINO where it is installed."""
+    return ("onnxruntime", "paddle", *(("openvino",) if capability("openvino", "int8", "cpu").works else ()))
 
 
 class Yardstick:
@@ -84,7 +87,7 @@ class Yardstick:
         """
         options = EngineOptions("int8", "cpu", self._threads)
         found = {}
-        for name in INT8_ENGINES:
+        for name in int8_engines():
             with open_engine(name, bundle, options) as engine:
                 found[name] = self._measured(engine, name, label, progress)
                 if isinstance(engine, ReportsPrecision):

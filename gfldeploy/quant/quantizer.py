@@ -20,7 +20,7 @@ from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, Output
 from gfldeploy.quant.distill import DEFAULT_STEPS, Distilled, run_distill
 from gfldeploy.quant.gate import Candidate, Limits, best, unjudgeable
 from gfldeploy.quant.groups import match
-from gfldeploy.quant.measurement import INT8_ENGINES, Yardstick
+from gfldeploy.quant.measurement import Yardstick, int8_engines
 from gfldeploy.quant.observer import observe_outputs
 from gfldeploy.quant.ptq import algorithms_of, run_ptq
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
@@ -82,7 +82,7 @@ def quantize_bundle(
     """
     algorithms = algorithms_of(request.algorithm)
     source = _checked(request)
-    for note in {capability(engine, "int8", "cpu").note for engine in INT8_ENGINES}:
+    for note in {capability(engine, "int8", "cpu").note for engine in int8_engines()}:
         if note:
             report(f"note: {note}")
     asked = _asked(source, request.keep_float)
@@ -118,7 +118,7 @@ def quantize_bundle(
                 blank = Calibration(algorithm, calibrated_on, {})
                 program = bench.scratch / label / "program"
                 quantized = _calibrate(weights, program, blank, request, observed, progress)
-                report(f"comparing {label} with FP32 in {' and '.join(INT8_ENGINES)}, and its TensorRT file")
+                report(f"comparing {label} with FP32 in {', '.join(int8_engines())}, and its TensorRT file")
                 trials[label] = bench.trial(quantized, asked, label)
                 candidates.append(Candidate(label, trials[label].engines))
             except (EngineError, ParityError) as error:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.macs import convolution_macs
@@ -74,19 +75,24 @@ class Sensitivity:
         }
 
 
-def output_difference(reference: Reference, output: Mapping[str, NDArray[np.float32]]) -> tuple[float, float]:
+def output_difference(reference: Reference, output: Mapping[str, NDArray[Any]]) -> tuple[float, float]:
     """Mean |score difference| and mean 1 - IoU over the candidates that FP32 scores highest, both from 0 to 1.
 
-    A candidate is a cell with its best class; there are `CANDIDATES` of them, or all cells if there are fewer.
-    Raises `ParityError` for NaN.
+    A candidate is a cell with its best class; there are `CANDIDATES` of them, or all cells if there are fewer. One that
+    the other graph did not choose has lost its score and its box. Raises `ParityError` for NaN.
     """
     check_finite(output)
     scores, boxes = reference.scores[0], reference.boxes[0]
     classes = scores.argmax(axis=1)
     best = scores[np.arange(len(scores)), classes]
     cells = np.argsort(-best, kind="stable")[:CANDIDATES]
-    moved = np.abs(best[cells] - output["scores"][0, cells, classes[cells]])
-    return float(moved.mean()), float((1 - _pairwise_iou(boxes[cells], output["boxes"][0, cells])).mean())
+    cells = cells[reference.anchors[cells] >= 0]
+    here, there = matched(reference.anchors[cells], anchors_of(output, 0))
+    kept = cells[here]
+    moved, apart = best[cells], np.ones(len(cells))
+    moved[here] = np.abs(best[kept] - output["scores"][0, there, classes[kept]])
+    apart[here] = 1 - _pairwise_iou(boxes[kept], output["boxes"][0, there])
+    return float(moved.mean()), float(apart.mean())
 
 
 def _pairwise_iou(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.candidates import MOST_CANDIDATES
 from gfldeploy.errors import EngineError
 from gfldeploy.files import native_writes
 from gfldeploy.quant.calibration import Calibration
@@ -123,8 +124,8 @@ class _Node:
             yield from self._convolution()
         elif kind == "Resize":
             yield from self._resize()
-        elif kind == "TopK" and self._attribute("sorted", 1) != 1:
-            yield f"{self.name} must sort"
+        elif kind == "TopK":
+            yield from self._topk()
         elif kind in ("Squeeze", "Unsqueeze") and len(self.node.input) > 1 and self._constant(1) is None:
             yield f"{self.name} needs constant axes"
 
@@ -169,6 +170,15 @@ class _Node:
             value = self._attribute(name, b"").decode()
             if value and value not in allowed:  # ONNX's defaults are among them
                 yield f"{self.name} has {name} {value}"
+
+    def _topk(self) -> Iterator[str]:
+        if self._attribute("sorted", 1) != 1:
+            yield f"{self.name} must sort"
+        count = self._constant(1)
+        if count is None:
+            yield f"{self.name} has a number to choose that is not constant"
+        elif count.max() > MOST_CANDIDATES:
+            yield f"{self.name} chooses {count.max()}, more than {MOST_CANDIDATES}"
 
     def _has(self, index: int) -> bool:
         return len(self.node.input) > index and bool(self.node.input[index])

@@ -15,7 +15,7 @@ from gfldeploy.quant.calibration import ConvUse
 from gfldeploy.quant.fallback import Step, affordable, fall_back, not_held
 from gfldeploy.quant.gate import Limits, Measured, failure
 from gfldeploy.quant.groups import groups
-from gfldeploy.quant.measurement import INT8_ENGINES, Yardstick
+from gfldeploy.quant.measurement import Yardstick, int8_engines
 from gfldeploy.quant.sensitivity import Sensitivity, macs_shares, measure_sensitivity, rows
 from gfldeploy.quant.speed import Speed, measure_speed
 
@@ -93,7 +93,7 @@ class Workbench:
         self.report("timing FP32 and INT8 by turns")
         everything = self._write(trial.quantized, frozenset()) if trial.kept else None
         found = []
-        for name in INT8_ENGINES:
+        for name in int8_engines():
             batch = self.yardstick.batches[0]
             found.append(measure_speed(name, self.source, trial.bundle, everything, batch, self.threads))
             for line in found[-1].lines():

@@ -72,4 +72,5 @@ def _found(
 
 
 def _key(cell: Cell | CellResult) -> tuple[object, ...]:
-    return cell.engine, cell.precision, cell.device, cell.batch_size, cell.threads, cell.scenario, cell.rate
+    how = cell.scenario, cell.rate, cell.policy
+    return cell.engine, cell.precision, cell.device, cell.batch_size, cell.threads, *how

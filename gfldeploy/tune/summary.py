@@ -16,6 +16,7 @@ _ENGINES = {
     "paddle-tensorrt": "Paddle Inference with TensorRT",
     "onnxruntime": "ONNX Runtime",
     "onnxruntime-tensorrt": "ONNX Runtime with TensorRT",
+    "openvino": "OpenVINO",
 }
 
 
@@ -42,7 +43,7 @@ def miss_in_words(miss: Miss) -> str:
         value = f"{miss.what} of {miss.value:.4f} is above {miss.bound:g}"
     else:
         more = f"{miss.percent:.0f}%" if miss.percent >= 1 else f"{miss.percent:.1g}%"
-        value = f"{miss.what} of {miss.value:.1f} {miss.unit} is {more} above {miss.bound:g}"
+        value = f"{miss.what} of {miss.value:.1f} {miss.unit} is {more} above {miss.bound:g} {miss.unit}"
     return f"{_cell(miss.cell)}, whose {value}"
 
 

@@ -57,7 +57,9 @@ def test_padding() -> None:
 def test_padding_that_a_gain_hides() -> None:
     found = analyzed(one_pass(1, "listed", 20), one_pass(8, "listed", 20), one_pass(8, "bucketed", 15))
     assert found.cause == "padding"
-    assert "batches of one size each take 17.0 ms an image" in sentences(found)[1]
+    what, advice = sentences(found)
+    assert what.endswith("no change to speak of (1.00x), though padding takes 5.0 ms of it.")
+    assert "batches of one size each take 17.0 ms an image" in advice
 
 
 @pytest.mark.parametrize(("share", "cause"), [(0.9, "convolutions"), (0.4, "memory"), (None, "network")])
@@ -111,14 +113,59 @@ def test_a_batch_that_pays() -> None:
     assert found.cause == "faster" and found.change.ms == pytest.approx(-8)
 
 
-def test_a_change_that_rounds_disagree_on_is_none() -> None:
+def rounds_of(listed_ms: Sequence[float], single_ms: float = 20.0) -> BatchAnalysis:
+    """Batch 8 takes what its rounds say, all of it in the network without padding; batch 1 is always the same."""
+    (found,) = analyze_passes(
+        [[one_pass(1, "listed", single_ms), one_pass(8, "listed", ms), one_pass(8, "bucketed", ms)] for ms in listed_ms]
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("listed_ms", "told"),
+    [
+        ((18.0, 21.0, 35.0), "0.91x to 1.68x"),  # of different signs
+        ((20.1, 21.5, 22.5, 22.9, 21.9), "1.00x to 1.13x"),  # all slower, but perhaps by nothing to speak of
+        ((19.8, 18.2, 18.1, 18.3, 18.2), "0.91x to 0.99x"),  # and faster
+    ],
+)
+def test_a_change_that_may_not_be_noticed_has_no_cause(listed_ms: Sequence[float], told: str) -> None:
+    found = rounds_of(listed_ms)
+    assert found.cause == "saturated"
+    assert f"by the rounds {told}: no change that is sure to be noticed" in sentences(found)[0]
+
+
+@pytest.mark.parametrize(
+    ("listed_ms", "cause"),
+    [((22.6, 22.4, 22.5, 22.7, 22.5), "convolutions"), ((17.0, 17.5, 17.3, 17.2, 17.1), "faster")],
+)
+def test_a_small_change_beyond_the_noise_has_one(listed_ms: Sequence[float], cause: str) -> None:
+    assert rounds_of(listed_ms).cause == cause
+
+
+def test_one_bad_round_changes_neither_the_times_nor_with_nine_rounds_the_cause() -> None:
+    good = (25.0, 25.2, 24.9, 25.1, 25.0, 24.8, 25.3, 25.1)
+    for bad in (5.0, 250.0):
+        found = rounds_of((*good, bad))
+        assert found.change.ms == pytest.approx(5.05, abs=0.2) and found.ms == pytest.approx(27.05, abs=0.2)
+        assert found.cause == "convolutions"
+        assert found.unexplained_ms == pytest.approx(0, abs=1e-9)
+
+
+def test_the_largest_part_is_not_named_where_a_smaller_one_is_sure() -> None:
     rounds = [
-        [one_pass(1, "listed", 20), one_pass(8, "listed", ms), one_pass(8, "bucketed", 20)] for ms in (18.0, 21.0, 35.0)
+        [one_pass(1, "listed", 20, 5), one_pass(8, "listed", listed, 9), one_pass(8, "bucketed", grouped, 9)]
+        for listed, grouped in ((25.0, 12.0), (25.0, 12.0), (25.0, 26.0))
     ]
     (found,) = analyze_passes(rounds)
-    assert found.ms / found.single_ms > 1.05 and not found.change.beyond_noise
-    assert found.cause == "saturated"
-    assert "the rounds do not agree on it" in sentences(found)[0]
+    assert found.parts["padding"].ms > found.parts["host"].ms and not found.parts["padding"].beyond_noise
+    assert found.cause == "host"
+
+
+def test_what_starved_engines_reach_is_not_told() -> None:
+    single, listed = one_pass(1, "listed", 20), one_pass(8, "listed", 30, taken=0.25)
+    found = analyzed(single, listed, one_pass(8, "bucketed", 30), macs=2e9, peak_gmac_per_s=50.0)
+    assert found.gmac_per_s and found.percent_of_peak is None and found.convolutions_percent_of_peak is None
 
 
 def test_the_parts_add_up_to_the_change() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -187,12 +188,45 @@ def test_nothing_fitted_is_negative() -> None:
 
 def test_what_is_seen_corrects_the_model() -> None:
     model = LatencyModel(10.0, 0.0, 0.0)
-    for _ in range(50):
+    for _ in range(100):
         model.observe(2, (32, 32), 30.0)
     assert model.predict(2, (32, 32)) == pytest.approx(30.0)
     assert model.margin(2, (32, 32)) < 33.0
     # Of what was never seen, everything seen tells.
     assert model.predict(1, (64, 64)) == pytest.approx(30.0)
+
+
+def test_one_slow_batch_says_little_and_is_forgotten() -> None:
+    model = LatencyModel(10.0, 0.0, 0.0)
+    model.observe(2, (32, 32), 1000.0)
+    assert model.predict(2, (32, 32)) == pytest.approx(12.0) == model.predict(1, (64, 64))
+    for _ in range(100):
+        model.fade()
+    assert model.predict(2, (32, 32)) == pytest.approx(10.0, rel=0.01) == model.margin(1, (64, 64))
+
+
+@pytest.mark.parametrize("slow", [range(1), range(20, 60)])
+def test_a_spell_of_slowness_does_not_close_the_server_for_good(slow: range) -> None:
+    """Batches that take 20 times as long, the first alone or forty of them."""
+    truth = LatencyModel(10.0, 2.0, 0.0)
+    trace = make_trace("poisson", 100.0, 2000, {(32, 32): 1.0}, 0.1, seed=3)
+    number = itertools.count()
+    policy = Adaptive(LatencyModel(10.0, 2.0, 0.0), MOST)
+    played = play(
+        trace,
+        policy,
+        lambda batch, size: truth.predict(len(batch), size) * (20 if next(number) in slow else 1),
+        VirtualClock(),
+    )
+    assert sum(one.kept for one in played.outcomes if one.request.id >= 1900) >= 95
+
+
+def test_a_bound_shorter_than_a_full_batch() -> None:
+    """Batches of eight take 90 ms, and nothing may take more than 60: it forms smaller ones."""
+    truth = LatencyModel(10.0, 10.0, 0.0)
+    trace = make_trace("poisson", 60.0, 500, {(32, 32): 1.0}, 0.06, seed=4)
+    played = play(trace, Adaptive(truth, MOST), lambda batch, size: truth.predict(len(batch), size), VirtualClock())
+    assert played.kept >= 0.8 * len(trace)
 
 
 @pytest.mark.parametrize("kind", KINDS)

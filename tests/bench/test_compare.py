@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from sample_results import OK, RUN, sample_results
 
+from gfldeploy.batching.latency import Point
 from gfldeploy.bench.compare import compare
-from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.bench.results import BenchResults, CellResult, Serving
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import main
 from gfldeploy.errors import DataError
@@ -157,3 +158,29 @@ def test_a_file_that_was_cut_off_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert run(one, two) == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: ") and "two.json is not JSON" in error and error.count("\n") == 1
+
+
+def test_servers_are_compared_by_what_they_answered_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def results(in_time: int, bound_ms: float = 50.0) -> BenchResults:
+        samples = Samples((10.0,) * in_time + (60.0,) * (40 - in_time), (), 2, 40, 4.0, True)
+        runs = (replace(RUN, samples=samples, serving=Serving(45, 5, (Point(1, (64, 96), 5.0),), 45)),)
+        cells = tuple(
+            replace(OK, scenario="server", rate=10.0, policy=policy, runs=runs)
+            for policy in ("fixed-timeout", "adaptive")
+        )
+        settings = replace(sample_results().settings, latency_bound_ms=bound_ms)
+        return replace(sample_results(), settings=settings, cells=cells)
+
+    found = compare(results(30), results(36))
+    assert [(pair.cell.policy, pair.a_in_time_per_s, pair.b_in_time_per_s) for pair in found.pairs] == [
+        ("fixed-timeout", 7.5, 9.0),
+        ("adaptive", 7.5, 9.0),
+    ]
+    with pytest.raises(DataError, match="latency bound in ms \\(50, 70\\)"):
+        compare(results(30), results(30, bound_ms=70.0))
+    for name, one in (("a", results(30)), ("b", results(36))):
+        one.write(tmp_path / f"{name}.json")
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    shown = capsys.readouterr().out
+    assert "in time/s" in shown and shown.count("7.50, 9.00") == 2

@@ -111,7 +111,11 @@ def test_an_unknown_engine(tiny_bundle: Path) -> None:
         {"scenario": "x"},
         {"scenario": "server"},
         {"rate": 5.0},
-        {"scenario": "server", "rate": -1.0},
+        {"scenario": "server", "rate": -1.0, "policy": "no-batching"},
+        {"scenario": "server", "rate": 5.0},
+        {"scenario": "server", "rate": 5.0, "policy": "x"},
+        {"scenario": "server", "rate": 5.0, "policy": "adaptive"},
+        {"policy": "no-batching"},
     ],
 )
 def test_impossible_cells(change: dict[str, object]) -> None:
@@ -124,20 +128,22 @@ def test_scenarios_take_the_batch_sizes_that_suit_them(tiny_bundle: Path) -> Non
     bundle = variant(tiny_bundle, "fp32")
     asked = ["single-stream", "multi-stream", "offline", "server"]
     result = plan([bundle], ["onnxruntime"], ["fp32"], [1, 4], "cpu", 1, asked, [5.0, 10.0])  # type: ignore[arg-type]
-    assert [(cell.batch_size, cell.scenario, cell.rate) for cell in result.cells] == [
-        (1, "single-stream", None),
-        (1, "offline", None),
-        (1, "server", 5.0),
-        (1, "server", 10.0),
-        (4, "multi-stream", None),
-        (4, "offline", None),
-        (4, "server", 5.0),
-        (4, "server", 10.0),
+    assert [(cell.batch_size, cell.scenario, cell.rate, cell.policy) for cell in result.cells] == [
+        (1, "single-stream", None, None),
+        (1, "offline", None, None),
+        (1, "server", 5.0, "no-batching"),
+        (1, "server", 10.0, "no-batching"),
+        (4, "multi-stream", None, None),
+        (4, "offline", None, None),
+        (4, "server", 5.0, "fixed-timeout"),
+        (4, "server", 5.0, "adaptive"),
+        (4, "server", 10.0, "fixed-timeout"),
+        (4, "server", 10.0, "adaptive"),
     ]
     assert [str(cell) for cell in result.cells[:3]] == [
         "fp32: onnxruntime fp32 on cpu, batch 1",
         "fp32: onnxruntime fp32 on cpu, batch 1, offline",
-        "fp32: onnxruntime fp32 on cpu, batch 1, server at 5 images/s",
+        "fp32: onnxruntime fp32 on cpu, batch 1, server at 5 images/s, no-batching",
     ]
 
 

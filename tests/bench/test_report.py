@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
 
+from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
 from gfldeploy.bench.report.plots import pareto_front, plots
-from gfldeploy.bench.results import BenchResults
+from gfldeploy.bench.results import BenchResults, Serving
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import main
 
@@ -69,7 +70,9 @@ def many() -> BenchResults:
                     runs=(replace(RUN, samples=samples),),
                 )
             )
-    served = [replace(cells[-1], scenario="server", rate=rate) for rate in (10.0, 20.0)]
+    serving = Serving(60, 10, (Point(1, (64, 96), 5.0),), 55)
+    runs = tuple(replace(run, serving=serving) for run in cells[-1].runs)
+    served = [replace(cells[-1], scenario="server", rate=rate, policy="adaptive", runs=runs) for rate in (10.0, 20.0)]
     settings = replace(sample_results().settings, latency_bound_ms=100.0)
     return replace(sample_results(), settings=settings, cells=(*cells, *served, FAILED, SKIPPED))
 
@@ -82,8 +85,9 @@ def text(tmp_path: Path) -> str:
 
 def test_every_measured_cell_is_in_the_table_and_every_other_has_its_reason(text: str) -> None:
     page = Page(text)
-    assert len(page.cells) == 17 * 8
-    first = page.cells[:17]
+    assert len(page.cells) == 22 * 8
+    first, last = page.cells[:22], page.cells[-22:]
+    assert last[4] == "server 20/s, adaptive" and last[16:21] == ["41.7", "91", "17", "66.7", "1.25"]
     assert first[:6] == ["tiny_dir", "paddle", "fp32", "cpu", "single-stream", "1"]
     assert first[6].startswith("20.30 (") and first[9] == "50.0" and first[11] == "0.5000"
     assert "failed: it crashed" in text and "skipped: it cannot; Try x" in text
@@ -111,7 +115,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 def test_the_figures_hold_the_samples(text: str) -> None:
     figures = json.loads(Page(text).scripts["script figures"])
-    assert len(figures) == len(plots(many())) == 8
+    assert len(figures) == len(plots(many())) == 9
     boxes = figures[2]["data"]
     # From below, so that the first cell is on top.
     assert boxes[-1]["name"] == "paddle fp32, batch 1" and sorted(boxes[-1]["x"])[0] == 20.0
@@ -120,7 +124,11 @@ def test_the_figures_hold_the_samples(text: str) -> None:
     assert throughput["onnxruntime int8"]["x"] == [1, 4]
     assert throughput["onnxruntime int8"]["y"] == pytest.approx([1 * 50 / 0.3, 4 * 50 / 1.2])
     assert len({trace["line"]["color"] for trace in figures[0]["data"]}) == 3
-    server = figures[5]
+    in_time, server = figures[5:7]
+    assert (
+        in_time["data"][0]["y"] == [10.0, 20.0] and in_time["data"][1]["name"] == "onnxruntime int8, adaptive, batch 4"
+    )
+    assert in_time["data"][1]["y"] == pytest.approx([50 / 1.2] * 2)
     assert server["layout"]["shapes"][0]["y0"] == 100.0 and server["data"][0]["x"] == [10.0, 20.0]
 
 
@@ -138,6 +146,11 @@ def test_the_short_answer() -> None:
     assert ": onnxruntime fp32, batch" in short_answer(replace(results, cells=worse))[2]
     unknown = tuple(replace(cell, accuracy=None) for cell in results.cells[:6])
     assert "not known" in short_answer(replace(results, cells=unknown))[2]
+    assert any(
+        sentence.startswith("Most answers within 100 ms: onnxruntime int8, batch 4, server at 10/s, adaptive, bundle")
+        and sentence.endswith("with 41.7 images/s, 91% of what is possible.")
+        for sentence in short_answer(results)
+    )
     quick = replace(results, settings=replace(results.settings, quick=True))
     assert "quick (measured too briefly" in short_answer(quick)[-1]
     assert short_answer(replace(results, cells=(FAILED,))) == ["Nothing could be measured; the reasons are below."]

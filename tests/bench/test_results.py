@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 from sample_results import OK, RUN, sample_results
 
-from gfldeploy.bench.results import SCHEMA, BenchResults
-from gfldeploy.bench.table import rows
+from gfldeploy.batching.latency import Point
+from gfldeploy.bench.results import SCHEMA, BenchResults, CellResult, Serving, Settings
+from gfldeploy.bench.table import BoundCheck, Served, rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.engines.base import Precision
 from gfldeploy.errors import DataError, OutputError
 from gfldeploy.machine import describe_machine
 
+SERVING = {"requests": 1, "rejected": 0, "points": [], "most_kept": 1}
 NOT_INT8 = "1 of 53 convolutions not in int8: kept in float in the ONNX file (1): stem"
 
 
@@ -56,7 +58,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", SCHEMA + 1), "newer gfldeploy: schema 3"),
+        (change("schema", SCHEMA + 1), "newer gfldeploy: schema 4"),
         (change("schema", 1), "older gfldeploy: schema 1"),
         (change("schema", None), "no schema number"),
         (change("surprise", 1), "results has unknown keys: surprise"),
@@ -75,7 +77,8 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("machine.packages", {"numpy": 2}), "packages.numpy must be of type str"),
         (change("settings.rounds", 0), "rounds must be at least 1"),
         (change("settings.max_seconds", 1.0), "max_seconds not less than"),
-        (change("cells.0.rate", 5.0), "the server scenario has a rate"),
+        (change("cells.0.rate", 5.0), "the server scenario has a rate and a policy"),
+        (change("cells.0.runs.0.serving", SERVING), "what became of the requests"),
         (change("cells.0.runs.0.stages.decode_ms", [1.0]), "one value for each batch"),
     ],
 )
@@ -134,19 +137,42 @@ def test_flags(results: BenchResults) -> None:
     assert row.flags == ("quick", "unstable", "busy", "throttled")
 
 
-def test_the_servers_bound_is_judged_by_the_highest_percentile_that_the_samples_support(results: BenchResults) -> None:
-    samples = Samples(tuple(float(number) for number in range(1, 101)), (), 2, 100, 10.0, True)
-    served = replace(OK, scenario="server", rate=10.0, runs=(replace(RUN, samples=samples),))
+def server(latency_ms: Sequence[float], rejected: int, most_kept: int) -> CellResult:
+    """A round of 10 s in which half of the batches held two images."""
+    served = len(latency_ms)
+    run = replace(
+        RUN,
+        samples=Samples(tuple(latency_ms), (), 2, served, 10.0, True),
+        shapes={"1x3x64x96": served // 3, "2x3x64x96": served // 3},
+        serving=Serving(served + rejected, rejected, (Point(1, (64, 96), 5.0),), most_kept),
+    )
+    return replace(OK, scenario="server", rate=10.0, policy="adaptive", runs=(run,))
 
-    def bound(bound_ms: float) -> tuple[int, bool] | None:
-        settings = replace(results.settings, latency_bound_ms=bound_ms)
-        (row,) = rows(replace(results, settings=settings, cells=(served,)))
-        return (row.bound.percent, row.bound.held) if row.bound else None
 
-    # A hundred samples support the 95th percentile, 95.05 ms, not the 99th.
-    assert bound(96.0) == (95, True) and bound(95.0) == (95, False)
-    (row,) = rows(replace(results, cells=(served,)))
-    assert row.bound is None
+def served(cell: CellResult, bound_ms: float) -> Served:
+    (row,) = rows(replace(sample_results(), settings=Settings(2, 10, 10, latency_bound_ms=bound_ms), cells=(cell,)))
+    assert row.policy == "adaptive" and row.padding == 1.25 and row.served is not None
+    return row.served
+
+
+def test_what_a_server_did_with_what_arrived() -> None:
+    cell = server([float(number) for number in range(1, 91)], rejected=10, most_kept=80)
+    found = served(cell, 60.0)
+    assert found.in_time_per_s == 6.0 and found.rejected == 0.1
+    assert found.mean_batch == pytest.approx(1.5) and found.percent_of_possible == 75.0
+    assert served(replace(cell, runs=cell.runs * 4), 60.0) == replace(found, bound=BoundCheck(99, 0.6))
+    assert served(server([5.0] * 3, 0, most_kept=0), 60.0).percent_of_possible is None
+
+
+def test_the_servers_bound_is_judged_by_the_highest_percentile_that_what_arrived_supports() -> None:
+    cell = server([float(number) for number in range(1, 101)], rejected=0, most_kept=100)
+    # A hundred images support the 95th percentile, not the 99th.
+    assert served(cell, 95.0).bound == BoundCheck(95, 0.95) and BoundCheck(95, 0.95).held
+    assert not BoundCheck(95, 0.94).held
+    # What was turned away was not answered in time.
+    turned_away = served(server([1.0] * 90, rejected=10, most_kept=100), 95.0)
+    assert turned_away.bound is not None and not turned_away.bound.held
+    assert served(server([1.0] * 3, 0, most_kept=3), 95.0).bound is None
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ TIMED = {
         "inputs_mb": 1.0, "shapes": {"1x3x64x96": 1}, "padding_ratio": 1.0, "convolutions": None,
         "not_low_precision": None, "delegated": None,
         "idle": {"cpu_percent": 1.0, "gpu_percent": None, "waited_s": 0.0}, "monitored": None,
+        "serving": None,
     },
     "image_sizes": [[58, 96]],
 }  # fmt: skip
@@ -295,20 +296,28 @@ def preprocess_size(path: Path) -> tuple[int, int]:
     return Preprocess(target_size=(64, 96), pad_stride=32)(read_image(path)).tensor.shape[1:]
 
 
-@pytest.mark.parametrize(("scenario", "rate"), [("offline", None), ("server", 200.0)])
-def test_other_scenarios(scenario: Any, rate: float | None, tiny_bundle: Path, tiny_coco: Path) -> None:
+def test_the_offline_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
     pytest.importorskip("onnxruntime")
     images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
-    plan = Plan((Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, scenario, rate),), ())
+    plan = Plan((Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, "offline"),), ())
     (result,) = measure(plan, Data(images, "digest"), Settings(0, 20, 0))
     assert result.status == "ok", result.reason
     (run,) = result.runs
-    if scenario == "offline":
-        assert run.padding_ratio == pytest.approx(padding_of_single_images(images))
-        assert run.shapes == {"2x3x64x96": 2, "2x3x96x64": 1, "2x3x64x64": 1}
-    else:
-        assert run.samples.images == len(run.samples.latency_ms) == 20
-        assert result.rate == 200
+    assert run.serving is None
+    assert run.padding_ratio == pytest.approx(padding_of_single_images(images))
+    assert run.shapes == {"2x3x64x96": 2, "2x3x96x64": 1, "2x3x64x64": 1}
+
+
+def test_the_server_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
+    cell = Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, "server", 200.0, "adaptive")
+    (result,) = measure(Plan((cell,), ()), Data(images, "digest"), Settings(0, 20, 0, latency_bound_ms=500))
+    assert result.status == "ok", result.reason
+    (run,) = result.runs
+    assert (result.rate, result.policy) == (200.0, "adaptive") and result.work is not None
+    assert run.serving is not None and run.serving.requests == 20 == run.samples.images + run.serving.rejected
+    assert sum(int(shape[0]) * count for shape, count in run.shapes.items()) == run.samples.images
 
 
 def padding_of_single_images(images: Sequence[Path]) -> float:

@@ -165,8 +165,9 @@ from gfldeploy.dependencies import require
 require("paddle", "paddle", "this test")
 import gfldeploy.export.gfl_graph as gfl_graph
 class Wrong(gfl_graph.GflGraph):
-    def decode(self, distributions, centres, strides):
-        return super().decode(distributions, centres, strides * 1.01)
+    def decode(self, distributions, cells):
+        wrong = gfl_graph.paddle.concat([cells[..., :2], cells[..., 2:] * 1.01], -1)
+        return super().decode(distributions, wrong)
 gfl_graph.GflGraph = Wrong
 """
 

@@ -327,13 +327,16 @@ def test_one_scale_for_all_weights_is_allowed() -> None:
             "Resize result has coordinate_transformation_mode tf_crop_and_resize",
         ),
         (op("TopK", "image", "one", "result", sorted=0), "TopK result must sort"),
+        (op("TopK", "image", "many", "result"), "TopK result chooses 3840, more than 3839"),
+        (op("TopK", "image", "image", "result"), "TopK result has a number to choose that is not constant"),
         (op("Unsqueeze", "image", "image", "result"), "Unsqueeze result needs constant axes"),
         (op("Conv", "image", "image", "result"), "Conv result has weights that are not constant"),
         (op("Conv", "image", "w", "image", "result"), "Conv result has a bias that is not constant"),
     ],
 )
 def test_an_operator_that_tensorrt_refuses(node: Any, problem: str) -> None:
-    constants = {"half": np.float32([1, 1, 0.5, 0.5]), "one": np.int64([1]), "w": np.zeros((3, 3, 1, 1), np.float32)}
+    constants: dict[str, Any] = {"one": np.int64([1]), "many": np.int64([3840])}
+    constants |= {"half": np.float32([1, 1, 0.5, 0.5]), "w": np.zeros((3, 3, 1, 1), np.float32)}
     (found,) = check_tensorrt(model_of([node], constants))
     assert problem in found
 

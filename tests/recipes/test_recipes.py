@@ -16,14 +16,18 @@ from typing import Any
 import pytest
 from sample_results import OK, RUN, sample_results
 
-from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult
+from gfldeploy.batching.latency import Point
+from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult, Serving
+from gfldeploy.bench.table import rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
+from gfldeploy.images.coco import CocoDataset
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
+CANDIDATES = ROOT / "export" / "candidates.py"
 INT8_SPEED = ROOT / "benchmarks" / "int8_speed.py"
 GRAPHS = {
     "paddle_program": {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"},
@@ -102,7 +106,7 @@ def write_manifest(bundle: Path, graphs: Mapping[str, Any], sizes: Mapping[str, 
     (bundle / "manifest.json").write_text(json.dumps({"graphs": graphs, "files": files}))
 
 
-@pytest.mark.parametrize("arguments", [(COMPARE,), (COMPARE, "demo"), (COMPARE, "zoo"), (INT8_SPEED,)])
+@pytest.mark.parametrize("arguments", [(COMPARE,), (COMPARE, "demo"), (COMPARE, "zoo"), (INT8_SPEED,), (CANDIDATES,)])
 def test_help(arguments: tuple[object, ...]) -> None:
     done = subprocess.run([sys.executable, *map(str, arguments), "--help"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -349,6 +353,70 @@ def test_mixed_orientations_measured_by_a_recipe(tiny_bundle: Path, tiny_coco: P
     assert padded["naive"] > 1 and padded["grouped"] == padded["landscape"] == padded["portrait"] == 1
 
 
+@pytest.mark.slow
+def test_nms_beside_that_of_others_measured_by_a_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("paddle")
+    script = tmp_path / "postprocess.py"  # which writes beside itself
+    script.write_text((ROOT / "benchmarks" / "postprocess.py").read_text())
+    command = [sys.executable, str(script), "--machine", "here", "--rounds", "1", "--cases", "detections"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "100 detections" in done.stdout
+    (case,) = json.loads((tmp_path / "results/here/checks/postprocess.json").read_text())["cases"]
+    assert case["detections"] == 100 and case["same"]["paddle"]
+    assert set(case["times_ms"]) == {"gfldeploy", "paddle", "opencv"}
+
+
+def test_photographs_of_one_aspect(tiny_coco: Path, tmp_path: Path) -> None:
+    import cv2
+
+    with imported(ROOT / "benchmarks" / "batch_padding.py") as module:
+        paths = sorted((tiny_coco.parent / "images").iterdir())
+        made = module.photographs(paths, module.photo_size("40x60"), 2, tmp_path)
+        shapes = [cv2.imread(str(path)).shape for path in made]
+        assert shapes == [(40, 60, 3)] * 2 + [(60, 40, 3)] * 2
+        with pytest.raises(ValueError, match="larger than the height"):
+            module.photo_size("60x40")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_many_shapes(tiny_bundle: Path, tmp_path: Path) -> None:
+    script = tmp_path / "memory.py"  # which writes beside itself
+    script.write_text((ROOT / "benchmarks" / "memory.py").read_text())
+    options = ["--name", "tiny", "--machine", "here", "--images", "600", "--early", "200"]
+    command = [sys.executable, str(script), "--bundles", str(tiny_bundle), *options, "--engines"]
+    engines = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
+    done = subprocess.run([*command, ",".join(engines)], capture_output=True, text=True, check=True)
+    record = json.loads((tmp_path / "results/here/checks/tiny_memory.json").read_text())
+    assert {one["engine"] for one in record["engines"]} == set(engines)
+    assert done.stdout.count("| fp32 |") == len(engines)
+    for one in record["engines"]:
+        assert one["late_mb"] < one["early_mb"] * 1.25, one
+        assert one["curve"][-1][0] == 600
+
+
+def test_our_int8_against_nncf_round_by_round() -> None:
+    with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
+        race = module.Race((1, 3, 64, 96), (10.0, 20.0, 10.0), (11.0, 20.0, 12.0))
+        assert race.ratios == pytest.approx([1.1, 1.0, 1.2])
+        assert race.row("demo") == "| demo | 1x3x64x96 | 10.0 | 12.0 | 1.100 (1.000 to 1.200) |"
+
+
+def test_what_is_left_to_nncf(tiny_bundle: Path, tiny_coco: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
+        bundle = Bundle.open(tiny_bundle)
+        shapes = module.commonest_shapes(bundle, CocoDataset.load(tiny_coco, None, None))
+        assert shapes[0] == (1, 3, 64, 96) and len(shapes) == 2
+        model = openvino.Core().read_model(str(bundle.graph("onnx")[0]))
+        # Everything behind the one convolution, and the addition of its bias.
+        named = set(module.behind_convolutions(model))
+        assert {"rows", "anchors", "scores"} <= named
+        assert not any("WithoutBiases" in name for name in named)
+        with module.OpenVinoEngine(bundle, module.EngineOptions()) as engine:
+            counted = module.count_operators(engine, (1, 3, 64, 96))
+        assert counted["Convolution f32 -> f32"] == 1
+
+
 def test_what_measuring_costs_is_computed_round_by_round() -> None:
     with imported(ROOT / "benchmarks" / "bench_overhead.py") as module:
         samples = {
@@ -361,8 +429,31 @@ def test_what_measuring_costs_is_computed_round_by_round() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bench_overhead", "batch_padding", "planted_causes", "serve_policies", "tune_against_exhaustive"]
+    "name",
+    [
+        "bench_overhead",
+        "batch_padding",
+        "memory",
+        "openvino_against_nncf",
+        "planted_causes",
+        "postprocess",
+        "serve_policies",
+        "tune_against_exhaustive",
+    ],
 )
 def test_a_recipe_explains_itself(name: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"]
     assert "results/MACHINE" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_row_for_each_policy_of_a_server() -> None:
+    serving = Serving(8, 2, (Point(1, (64, 96), 5.0),), 6)
+    runs = (replace(RUN, serving=serving, samples=Samples((5.0, 6.0, 7.0, 8.0, 9.0, 99.0), (), 2, 6, 2.0, True)),)
+    cells = tuple(
+        replace(OK, scenario="server", rate=4.0, policy=policy, runs=runs) for policy in ("no-batching", "adaptive")
+    )
+    settings = replace(sample_results().settings, latency_bound_ms=50.0)
+    with imported(ROOT / "benchmarks" / "serve_policies.py") as module:
+        *_, one, two = module.table(rows(replace(sample_results(), cells=cells, settings=settings))).splitlines()
+    # Five in time of six possible in two seconds; 99 ms was too late, and six say nothing of a 99th percentile.
+    assert one == "| no-batching | 2.5 | 83% | 25% |  | 2.0 | 1.25 |" and two.startswith("| adaptive | 2.5 ")

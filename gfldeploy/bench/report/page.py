@@ -45,6 +45,14 @@ def short_answer(results: BenchResults) -> list[str]:
     if singles:
         quick = min(singles, key=lambda row: row.median_ms.value if row.median_ms else 0.0)
         sentences.append(f"Shortest latency of one image: {_named(quick)} with {_ms(quick.median_ms)}.")
+    servers = [(row, row.served) for row in measured if row.served]
+    if servers:
+        row, served = max(servers, key=lambda one: one[1].in_time_per_s)
+        share = f", {served.percent_of_possible:.0f}% of what is possible" if served.percent_of_possible else ""
+        bound_ms = results.settings.latency_bound_ms or 0.0
+        sentences.append(
+            f"Most answers within {bound_ms:g} ms: {_named(row)} with {served.in_time_per_s:.1f} images/s{share}."
+        )
     reference = [row.ap for row in measured if row.precision == "fp32" and row.ap is not None]
     if reference:
         safe = [row for row in measured if row.ap is not None and row.ap >= max(reference) - _SAME_ACCURACY]
@@ -95,6 +103,11 @@ _HEADERS = (
     "convs below FP32",
     "% of peak",
     "% of bandwidth",
+    "in time/s",
+    "% of possible",
+    "turned away, %",
+    "images in a batch",
+    "padding",
     "memory MB",
     "flags",
 )
@@ -127,11 +140,21 @@ def _cells(row: Row) -> Iterator[tuple[str, float | None]]:
     yield row.low_precision or "", None
     for value in (row.percent_of_peak, row.percent_of_bandwidth, row.memory_mb):
         yield "" if value is None else f"{value:.0f}", value
+    served = row.served
+    rejected = 100 * served.rejected if served else None
+    for value, digits in (
+        (served.in_time_per_s if served else None, 1),
+        (served.percent_of_possible if served else None, 0),
+        (rejected, 0),
+        (served.mean_batch if served else None, 1),
+        (row.padding, 2),
+    ):
+        yield "" if value is None else f"{value:.{digits}f}", value
     yield " ".join(row.flags), None
 
 
 def _scenario(row: Row) -> str:
-    return f"{row.scenario} {row.rate:g}/s" if row.rate else str(row.scenario)
+    return f"{row.scenario} {row.rate:g}/s, {row.policy}" if row.rate else str(row.scenario)
 
 
 def _missing(shown: Sequence[Row]) -> str:

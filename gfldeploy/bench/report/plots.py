@@ -62,6 +62,7 @@ def plots(results: BenchResults) -> list[Plot]:
         (_distributions, streams),
         (_stages, streams),
         (_accuracy, streams),
+        (lambda some: _in_time(some, results.settings.latency_bound_ms), [one for one in measured if one.row.served]),
         (lambda some: _server(some, results.settings.latency_bound_ms), [one for one in measured if one.row.rate]),
         (lambda some: _peaks(some, results), measured),
         (_timelines, measured),
@@ -73,7 +74,7 @@ def plots(results: BenchResults) -> list[Plot]:
 def label(row: Row) -> str:
     """What a cell is called where its bundle is known: "onnxruntime int8, batch 4"."""
     more = "" if row.scenario in _STREAMS else f", {row.scenario}"
-    rate = f" at {row.rate:g}/s" if row.rate else ""
+    rate = f" at {row.rate:g}/s, {row.policy}" if row.rate else ""
     return f"{row.engine} {row.precision}, batch {row.batch_size}{more}{rate}"
 
 
@@ -98,7 +99,7 @@ def _measured(results: BenchResults) -> list[_Measured]:
         series = f"{row.engine} {row.precision}"
         series += f" on {row.device}" if devices else ""
         series += f" of {row.bundle}" if several else ""
-        series += f", {row.scenario}" if row.scenario not in _STREAMS else ""
+        series += f", {row.policy or row.scenario}" if row.scenario not in _STREAMS else ""
         colour = colours.setdefault(series, COLOURS[len(colours) % len(COLOURS)])
         found.append(_Measured(cell, row, series, colour))
     return found
@@ -244,13 +245,40 @@ def _accuracy(measured: list[_Measured]) -> Plot | None:
     return Plot("Accuracy against speed", about, data, layout)
 
 
+def _servers(measured: Sequence[_Measured]) -> Iterator[tuple[str, list[_Measured]]]:
+    """The name and the points of each server, by the rate of arrivals."""
+    for name in dict.fromkeys(f"{one.series}, batch {one.row.batch_size}" for one in measured):
+        some = (one for one in measured if f"{one.series}, batch {one.row.batch_size}" == name)
+        yield name, sorted(some, key=lambda one: one.row.rate or 0)
+
+
+def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
+    rates = sorted({one.row.rate for one in measured if one.row.rate})
+    grey = {"color": "#888888", "dash": "dot"}
+    data: list[dict[str, Any]] = [
+        {"type": "scatter", "mode": "lines", "name": "all that arrive", "x": rates, "y": rates, "line": grey}
+    ]
+    for name, points in _servers(measured):
+        some = [(one.row.rate, one.row.served) for one in points if one.row.served]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": name,
+                "x": [rate for rate, _ in some],
+                "y": [served.in_time_per_s for _, served in some],
+                "line": {"color": points[0].colour},
+                "hovertext": [f"{100 * served.rejected:.0f}% turned away" for _, served in some],
+            }
+        )
+    layout = {"xaxis": _axis("images arriving a second"), "yaxis": _axis("images a second answered in time")}
+    about = f"Answers within {bound_ms:g} ms of the arrival, by what the server does with the images that wait."
+    return Plot("Server: answers in time", about, data, layout)
+
+
 def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
     data = []
-    for series in dict.fromkeys(f"{one.series}, batch {one.row.batch_size}" for one in measured):
-        points = sorted(
-            (one for one in measured if f"{one.series}, batch {one.row.batch_size}" == series),
-            key=lambda one: one.row.rate or 0,
-        )
+    for series, points in _servers(measured):
         for name, dash in (("median", "solid"), ("p90", "dash"), ("p99", "dot")):
             estimates: list[Estimate | None] = [getattr(one.row, f"{name}_ms") for one in points]
             some = [(one.row.rate, e.value) for one, e in zip(points, estimates, strict=True) if e]
@@ -271,7 +299,7 @@ def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
         bound = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": bound_ms, "y1": bound_ms}
         layout["shapes"] = [bound | {"line": {"color": "#888888", "dash": "dot"}}]  # type: ignore[assignment]
         about += f" The dotted level is the bound of {bound_ms:g} ms."
-    return Plot("Server", about, data, layout)
+    return Plot("Server: latency of what was not turned away", about, data, layout)
 
 
 def _peaks(measured: list[_Measured], results: BenchResults) -> Plot | None:

@@ -1,0 +1,187 @@
+"""Compare INT8 in OpenVINO: the bundle's Q/DQ file with what NNCF makes of the same FP32 ONNX file, by turns.
+
+    pip install nncf
+    python benchmarks/openvino_against_nncf.py --bundle demo/fp32 --int8 demo/int8 --machine epyc-2core --name demo \\
+        --calib demo/data/calib/annotations.json --data demo/data/val/annotations.json
+
+NNCF calibrates on the first `--samples` images of `--calib` with its defaults, the decode left in float as its guides
+advise for what follows a detector's head. Both files run in the same engine with the same settings. Printed are: how
+many times as fast as NNCF's ours is, the median over rounds by turns and in brackets the least and the largest of one
+round; mAP of FP32 and both; how many operators of each kind run in which precision. All of it goes to
+results/MACHINE/checks/NAME_nncf.json beside this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.accuracy import evaluate
+from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.openvino_engine import OpenVinoEngine
+from gfldeploy.files import write_json
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.decode import read_image
+from gfldeploy.machine import describe_machine, usable_threads
+
+HERE = Path(__file__).resolve().parent
+_WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Race:
+    """Median milliseconds of each round, of one input shape."""
+
+    shape: tuple[int, ...]
+    ours_ms: tuple[float, ...]
+    nncf_ms: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast as NNCF's ours is, round by round."""
+        return [nncf / ours for ours, nncf in zip(self.ours_ms, self.nncf_ms, strict=True)]
+
+    def row(self, name: str) -> str:
+        """Of the table that is printed."""
+        ratios = self.ratios
+        return (
+            f"| {name} | {'x'.join(map(str, self.shape))} | {statistics.median(self.ours_ms):.1f} "
+            f"| {statistics.median(self.nncf_ms):.1f} "
+            f"| {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True, metavar="FP32", help="the FP32 bundle")
+    parser.add_argument("--int8", type=Path, required=True, help="the INT8 bundle made of it")
+    parser.add_argument("--calib", type=Path, required=True, help="COCO annotations (.json), images/ beside them")
+    parser.add_argument("--data", type=Path, required=True, help="the same, for the shapes and mAP")
+    parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
+    parser.add_argument("--name", required=True, help="of the results file and in the table")
+    parser.add_argument("--samples", type=int, default=32, metavar="N", help="for NNCF (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="R", help="(default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="inferences a round (default: %(default)s)")
+    parser.add_argument("--no-accuracy", action="store_true", help="for random weights")
+    args = parser.parse_args()
+    bundle, dataset = Bundle.open(args.bundle), CocoDataset.load(args.data, None, None)
+    shapes = commonest_shapes(bundle, dataset)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        theirs = nncf_bundle(bundle, args.calib, args.samples, Path(folder))
+        options = EngineOptions("int8", "cpu", usable_threads())
+        engines = {
+            name: stack.enter_context(OpenVinoEngine(one, options))
+            for name, one in {"ours": Bundle.open(args.int8), "nncf": theirs}.items()
+        }
+        races = [race(engines, shape, args.rounds, args.runs) for shape in shapes]
+        operators = {name: count_operators(engine, shapes[0]) for name, engine in engines.items()}
+        ap: dict[str, float] = {}
+        if not args.no_accuracy:
+            engines["fp32"] = stack.enter_context(OpenVinoEngine(bundle, replace(options, precision="fp32")))
+            manifest = bundle.manifest
+            for name, engine in engines.items():
+                ap[name] = evaluate(engine, dataset, manifest.preprocess, manifest.nms, manifest.classes).ap
+    print("| model | input | ours ms | NNCF ms | ours is faster by |\n|---|---|---|---|---|")
+    for one in races:
+        print(one.row(args.name))
+    print("\nmAP: " + (", ".join(f"{name} {value:.4f}" for name, value in ap.items()) or "not measured"))
+    print("\n| operator | inside, out | ours | NNCF |\n|---|---|---|---|")
+    for key in sorted(set(operators["ours"]) | set(operators["nncf"])):
+        kind, precision = key.split(" ", 1)
+        print(f"| {kind} | {precision} | {operators['ours'].get(key, 0)} | {operators['nncf'].get(key, 0)} |")
+    output = HERE / "results" / args.machine / "checks" / f"{args.name}_nncf.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": asdict(describe_machine()), "races": [asdict(one) for one in races], "ap": ap}
+    write_json(output, record | {"operators": operators})
+
+
+def nncf_bundle(source: Bundle, calib: Path, samples: int, folder: Path) -> Bundle:
+    """NNCF's INT8 of the FP32 ONNX file of `source`, as a bundle of OpenVINO's own format in `folder`."""
+    import nncf
+    import openvino
+
+    preprocess = source.manifest.preprocess
+    images = CocoDataset.load(calib, None, samples).images
+    model = openvino.Core().read_model(str(source.graph("onnx")[0]))
+    quantized = nncf.quantize(
+        model,
+        nncf.Dataset(images, lambda image: {"image": preprocess.batch([preprocess(read_image(image.path))])}),
+        subset_size=len(images),
+        ignored_scope=nncf.IgnoredScope(names=behind_convolutions(model)),
+    )
+    openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
+    return Bundle(folder, replace(source.manifest, precision="int8", graphs={"onnx": Graph("nncf.xml")}))
+
+
+def behind_convolutions(model: Any) -> list[str]:
+    """The names of the operators that no convolution comes after, constants aside."""
+    before: set[str] = set()
+    for node in reversed(model.get_ordered_ops()):
+        if "Convolution" in node.get_type_name() or node.get_friendly_name() in before:
+            before |= {value.get_node().get_friendly_name() for value in node.input_values()}
+    skipped = {"Constant", "Parameter", "Result"}
+    return [
+        node.get_friendly_name()
+        for node in model.get_ordered_ops()
+        if node.get_type_name() not in skipped
+        and "Convolution" not in node.get_type_name()
+        and node.get_friendly_name() not in before
+    ]
+
+
+def commonest_shapes(bundle: Bundle, dataset: CocoDataset, most: int = 2) -> list[tuple[int, ...]]:
+    """The most frequent input shapes of one image."""
+    preprocess = bundle.manifest.preprocess
+    found = Counter((1, 3, *preprocess.input_size(image.height, image.width)) for image in dataset.images)
+    return [shape for shape, _ in found.most_common(most)]
+
+
+def race(engines: Mapping[str, OpenVinoEngine], shape: tuple[int, ...], rounds: int, runs: int) -> Race:
+    """Time both in rounds by turns; who begins alternates."""
+    image: NDArray[np.float32] = np.random.default_rng(0).standard_normal(shape, np.float32)
+    medians: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        for _ in range(_WARMUP):
+            engine.infer({"image": image})
+    for number in range(rounds):
+        for name in list(engines)[:: 1 if number % 2 else -1]:
+            medians[name].append(statistics.median(_times(engines[name], image, runs)))
+    return Race(shape, tuple(medians["ours"]), tuple(medians["nncf"]))
+
+
+def count_operators(engine: OpenVinoEngine, shape: Sequence[int]) -> dict[str, int]:
+    """How many of each kind ran in which precision, inside and of its output: {"Convolution u8 -> u8": 111}."""
+    runtime = engine.runtime_model({"image": np.zeros(shape, np.float32)})
+    told = [{key: str(value.astype(str)) for key, value in node.get_rt_info().items()} for node in runtime.get_ops()]
+    counted = Counter(
+        f"{one['layerType']} {one['runtimePrecision']} -> {one.get('outputPrecisions', '')}"
+        for one in told
+        if one["layerType"] not in ("Const", "Input", "Output")
+    )
+    return dict(sorted(counted.items()))
+
+
+def _times(engine: OpenVinoEngine, image: NDArray[np.float32], runs: int) -> list[float]:
+    """Milliseconds of each of so many inferences."""
+    found = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        engine.infer({"image": image})
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+if __name__ == "__main__":
+    main()

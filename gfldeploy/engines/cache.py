@@ -1,0 +1,30 @@
+"""Folders on this machine for what engines build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gfldeploy.errors import OutputError
+
+__all__ = ["digest_of", "engine_directory"]
+
+
+def digest_of(depends_on: Mapping[str, Any]) -> str:
+    """A digest of all that something built depends on, so that it is never used for anything else."""
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def engine_directory(root: Path, digest: str) -> Path:
+    """The folder under `root` of what has this digest, made if it is not there. Raises `OutputError`."""
+    directory = root / digest
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {directory}: {error.strerror or error}", "Choose another --engine-cache."
+        ) from error
+    return directory

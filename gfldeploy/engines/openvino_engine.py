@@ -1,0 +1,224 @@
+"""OpenVINO, on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.dependencies import require
+from gfldeploy.engines.base import (
+    SHARE_RUNS,
+    ClosesOnExit,
+    CopyTimes,
+    EngineOptions,
+    ExecutedConvolution,
+    ReportsPrecision,
+    Tensors,
+    TimesConvolutions,
+)
+from gfldeploy.engines.cache import digest_of, engine_directory
+from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
+from gfldeploy.engines.registry import graph_for
+from gfldeploy.errors import EngineError
+from gfldeploy.machine import describe_machine
+
+__all__ = ["OpenVinoEngine"]
+
+Shape = tuple[int, ...]
+
+# FP32 has to be said: processors with BF16 use it on their own.
+_PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+# Input shapes with a compiled model of their own. Each has the weights once more, in its own layout.
+_OWN_MODELS = 4
+# A shape takes another's place when it was asked for more than twice as often, and by this much: compiling takes as
+# long as a few inferences.
+_LEAD = 16
+_REMEMBERED = 512  # inferences, after which earlier ones count half
+_DYNAMIC: Shape = ()
+
+
+class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
+    """`Engine` over OpenVINO's CPU plugin. Every precision runs the bundle's ONNX file, INT8 that of ONNX Runtime.
+
+    The commonest input shapes have a compiled model each, the others share one for any shape. That is slower: it fuses
+    fewer operators, and is prepared anew when the shape changes. A model for each shape without bound would fill the
+    memory, and a bounded number in turn would compile all the time where there are more shapes.
+    """
+
+    name = "openvino"
+
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName | None = None) -> None:
+        """Read the graph: `graph` if given, else the one that the precision needs.
+
+        It is compiled when the first input of a shape comes. Raises `MissingDependencyError`, `BundleError`,
+        `OutputError` or `EngineError`.
+        """
+        self._file, _ = bundle.graph(graph or graph_for(self.name, options.precision, options.device))
+        self._openvino = require("openvino", "openvino", "the OpenVINO engine")
+        self.version: str = self._openvino.__version__.partition("-")[0]
+        self.options = options
+        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+        self._cache = self._cache_directory(bundle)
+        self._core: Any = self._openvino.Core()
+        try:
+            self._model: Any = self._core.read_model(str(self._file))
+        except Exception as error:
+            raise EngineError(
+                f"OpenVINO cannot read {self._file}: {_one_line(error)}", "Check the bundle with `gfldeploy verify`."
+            ) from error
+        if options.precision == "bf16":
+            _spell_out_products(self._model, self._openvino)
+        self._any_shape = self._model.is_dynamic()
+        self._requests: dict[Shape, Any] = {}
+        self._asked: Counter[Shape] = Counter()
+
+    def close(self) -> None:
+        self._requests.clear()
+        self._model = self._core = None
+
+    @property
+    def models(self) -> Mapping[Shape, bool]:
+        """The input shapes with a model of their own, () for the one of all others: whether it was in the cache."""
+        return {
+            shape: bool(request.get_compiled_model().get_property("LOADED_FROM_CACHE"))
+            for shape, request in self._requests.items()
+        }
+
+    def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
+        return self.infer_timed(inputs)[0]
+
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
+        """The input is read where it lies; outputs are copied out."""
+        arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
+        try:
+            request = self._request_for(_shape(arrays))
+            start = time.perf_counter()
+            results = request.infer(arrays, share_inputs=True, share_outputs=True)
+            ran = time.perf_counter()
+            outputs = {name: np.array(results[name]) for name in self._outputs}
+        except Exception as error:
+            raise EngineError(
+                f"OpenVINO failed: {_one_line(error)}",
+                "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
+            ) from error
+        return outputs, CopyTimes(0.0, (ran - start) * 1e3, (time.perf_counter() - ran) * 1e3)
+
+    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
+        """From the runtime model of what runs inputs of this shape."""
+        import onnx
+
+        return convolutions(self.runtime_model(inputs), onnx.load(str(self._file)), self.options.precision)
+
+    def runtime_model(self, inputs: Tensors) -> Any:
+        """OpenVINO's own account of what runs inputs of this shape. Raises `EngineError`."""
+        self.infer(inputs)
+        return self._request_for(_shape(inputs)).get_compiled_model().get_runtime_model()
+
+    def convolution_share(self, inputs: Tensors) -> float | None:
+        """From OpenVINO's own times, in a model of its own."""
+        request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
+        spent: Counter[bool] = Counter()
+        for _ in range(SHARE_RUNS):
+            request.infer(dict(inputs))
+            for one in request.profiling_info:
+                spent[one.node_type == "Convolution"] += one.real_time.total_seconds()
+        return spent[True] / spent.total() if spent.total() else None
+
+    def _request_for(self, shape: Shape) -> Any:
+        """An inference request of the model that serves inputs of this shape."""
+        if not self._any_shape:
+            shape = _DYNAMIC
+        self._count(shape)
+        if shape in self._requests:
+            return self._requests[shape]
+        own = [other for other in self._requests if other != _DYNAMIC]
+        if shape != _DYNAMIC and len(own) >= _OWN_MODELS:
+            rarest = min(own, key=self._asked.__getitem__)
+            if self._asked[shape] > 2 * self._asked[rarest] + _LEAD:
+                del self._requests[rarest]
+            else:
+                shape = _DYNAMIC
+        if shape not in self._requests:
+            self._requests[shape] = self._compile(shape).create_infer_request()
+        return self._requests[shape]
+
+    def _count(self, shape: Shape) -> None:
+        self._asked[shape] += 1
+        if self._asked.total() > _REMEMBERED:
+            self._asked = Counter({other: count // 2 for other, count in self._asked.items() if count > 1})
+
+    def _compile(self, shape: Shape, more: Mapping[str, Any] | None = None) -> Any:
+        model = self._model.clone()
+        if shape != _DYNAMIC:
+            model.reshape({"image": list(shape)})
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": self.options.threads,
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[self.options.precision],
+            # Threads that are bound to a processor each would meet those of another process there.
+            "ENABLE_CPU_PINNING": False,
+        }
+        if self._cache is not None:
+            settings["CACHE_DIR"] = str(self._cache)
+        compiled = self._core.compile_model(model, "CPU", settings | dict(more or {}))
+        if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
+            raise EngineError(f"it runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")
+        return compiled
+
+    def _cache_directory(self, bundle: Bundle) -> Path | None:
+        if self.options.cache_dir is None:
+            return None
+        machine = describe_machine()
+        depends_on = {
+            "engine": self.name,
+            "version": self.version,
+            "precision": self.options.precision,
+            "threads": self.options.threads,
+            "bundle": bundle.digest,
+            "cpu": machine.cpu,
+            "flags": list(machine.flags),
+        }
+        return engine_directory(self.options.cache_dir, digest_of(depends_on))
+
+
+def _spell_out_products(model: Any, openvino: Any) -> None:
+    """Replace products with a constant column by a multiplication and a sum.
+
+    OpenVINO keeps what follows the last convolution or matrix product in FP32. The DFL integral is such a product: it
+    and the softmax before it would run in BF16.
+    """
+    ops = openvino.opset13
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or any(
+            node.get_attributes()[key] for key in ("transpose_a", "transpose_b")
+        ):
+            continue
+        column = node.input_value(1).get_node()
+        if column.get_type_name() != "Constant" or list(column.shape)[1:] != [1]:
+            continue
+        row = ops.constant(column.data.reshape(-1), dtype=np.float32)
+        total = ops.reduce_sum(
+            ops.multiply(node.input_value(0), row), ops.constant([-1], dtype=np.int64), keep_dims=True
+        )
+        for target in node.output(0).get_target_inputs():
+            target.replace_source_output(total.output(0))
+
+
+def _shape(inputs: Tensors) -> Shape:
+    return tuple(inputs["image"].shape)
+
+
+def _one_line(error: Exception) -> str:
+    """The last line that says something: OpenVINO puts where it happened before what."""
+    if isinstance(error, EngineError):
+        return error.problem
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1]

@@ -1,0 +1,85 @@
+"""Which convolutions of an ONNX file OpenVINO runs in which precision, from its runtime model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gfldeploy.engines.base import NOT_ASKED, ExecutedConvolution, Precision
+from gfldeploy.engines.ort_graph import FileConvolution, read_file
+
+__all__ = ["convolutions", "in_low_precision"]
+
+_CONVOLUTION = "Convolution"
+# What the decode is made of, besides arithmetic of single values: it must stay FP32.
+_DECODE = {"Softmax", "FullyConnected", "MatMul", "Reduce"}
+# Their factor OpenVINO draws into the convolution before them.
+_FACTORS = {"Mul", "Div", "Neg"}
+_PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
+
+
+def convolutions(runtime: Any, source: Any, asked: Precision) -> tuple[ExecutedConvolution, ...]:
+    """The convolutions of `runtime`, what OpenVINO made of the ONNX model `source` when asked for this precision."""
+    owners = _owners(source)
+    found = []
+    for node in runtime.get_ordered_ops():
+        if _told(node, "layerType") != _CONVOLUTION:
+            continue
+        ran = _told(node, "runtimePrecision")
+        precision = _PRECISIONS.get(ran, ran)
+        names = _told(node, "originalLayersNames").split(",")
+        # Of what OpenVINO drew into a convolution the first names it: an addition also has the other summand's.
+        one = next((owners[name] for name in map(_plain, names) if name in owners), None)
+        what = node.get_friendly_name() if one is None else _what(one)
+        found.append(ExecutedConvolution(precision, what, _why(precision, one, asked)))
+    return tuple(found)
+
+
+def in_low_precision(runtime: Any) -> list[str]:
+    """The names of the decode's operators that do not run in FP32."""
+    return [
+        node.get_friendly_name()
+        for node in runtime.get_ordered_ops()
+        if _told(node, "layerType") in _DECODE and _told(node, "runtimePrecision") not in ("f32", "i32", "i64")
+    ]
+
+
+def _told(node: Any, key: str) -> str:
+    return str(node.get_rt_info()[key].astype(str))
+
+
+def _plain(name: str) -> str:
+    """Without what OpenVINO appends."""
+    return name.removesuffix("/WithoutBiases").removesuffix("_original")
+
+
+def _what(one: FileConvolution) -> str:
+    return one.label if one.use is None else f"{one.label} use {one.use}"
+
+
+def _why(precision: str, one: FileConvolution | None, asked: Precision) -> str | None:
+    if precision != "fp32":
+        return None
+    if asked == "fp32":
+        return NOT_ASKED
+    if asked == "int8" and one is not None and not one.quantized:
+        return one.why_float
+    return f"OpenVINO ran it in f32 when asked for {asked}"
+
+
+def _owners(source: Any) -> Mapping[str, FileConvolution]:
+    """By the name of a node, its convolution: itself, or the one whose output alone it takes a multiple of.
+
+    The latter since OpenVINO multiplies a factor behind a convolution into its weights, and names it after the factor.
+    A node without a name is called after its output.
+    """
+    by_output = {one.outputs[0]: one for one in read_file(source)}
+    owners = {}
+    for node in source.graph.node:
+        if node.op_type == "Conv":
+            owners[node.name or node.output[0]] = by_output[node.output[0]]
+        elif node.op_type in _FACTORS:
+            taken = [by_output[name] for name in node.input if name in by_output]
+            if len(taken) == 1:
+                owners[node.name or node.output[0]] = taken[0]
+    return owners

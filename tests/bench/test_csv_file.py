@@ -1,0 +1,47 @@
+"""The CSV file: every cell, and what servers answered in time."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sample_results import OK, RUN, sample_results
+
+from gfldeploy.batching.latency import Point
+from gfldeploy.bench.csv_file import write_csv
+from gfldeploy.bench.results import Serving
+from gfldeploy.bench.timing import Samples
+from gfldeploy.cli.results import show_results
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_line_for_each_cell(tmp_path: Path) -> None:
+    write_csv(sample_results(), tmp_path / "results.csv")
+    ok, failed, skipped = lines(tmp_path / "results.csv")
+    assert (ok["median_ms"], ok["padding"], ok["low_precision_convolutions"]) == ("13.0", "1.25", "52")
+    assert ok["policy"] == ok["in_time_per_s"] == ok["rejected"] == ok["bound_held"] == ""
+    assert failed["note"] == "failed: it crashed" and skipped["batch_size"] == skipped["padding"] == ""
+
+
+def test_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = Serving(50, 10, (Point(1, (64, 96), 5.0),), 40)
+    run = replace(RUN, serving=serving, samples=Samples((5.0,) * 30 + (99.0,) * 10, (), 2, 40, 4.0, True))
+    cell = replace(OK, scenario="server", rate=12.0, policy="adaptive", runs=(replace(run, shapes={"2x3x64x96": 20}),))
+    settings = replace(sample_results().settings, latency_bound_ms=50.0)
+    results = replace(sample_results(), cells=(cell,), settings=settings)
+    write_csv(results, tmp_path / "results.csv")
+    (line,) = lines(tmp_path / "results.csv")
+    assert (line["policy"], line["in_time_per_s"], line["rejected"], line["mean_batch"]) == (
+        *("adaptive", "7.5", "0.2", "2.0"),
+    )
+    assert (line["percent_of_possible"], line["bound_percentile"], line["bound_held"]) == ("75.0", "90", "no")
+    monkeypatch.setenv("COLUMNS", "200")
+    show_results(results)
+    shown = capsys.readouterr().out
+    assert "adaptive" in shown and "7.50" in shown and "75%" in shown and "20%" in shown and "no (p90)" in shown

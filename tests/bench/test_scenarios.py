@@ -1,0 +1,83 @@
+"""The server on a real engine, with each policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gfldeploy.batching.latency import Point
+from gfldeploy.bench.inputs import prepare_images
+from gfldeploy.bench.results import ServerPolicy
+from gfldeploy.bench.scenarios import Served, arrival_times, fastest, measure_points, serve
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.errors import EngineError
+from gfldeploy.images.preprocess import Prepared, Preprocess
+
+SIZES = {(64, 96), (96, 64), (64, 64)}
+
+
+@pytest.fixture
+def engine(tiny_bundle: Path) -> Iterator[Engine]:
+    pytest.importorskip("onnxruntime")
+    with open_engine("onnxruntime", Bundle.open(tiny_bundle), EngineOptions("fp32", "cpu", 1)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def preprocess(tiny_bundle: Path) -> Preprocess:
+    return Bundle.open(tiny_bundle).manifest.preprocess
+
+
+@pytest.fixture
+def images(preprocess: Preprocess, tiny_coco: Path) -> list[Prepared]:
+    return prepare_images(sorted((tiny_coco.parent / "images").iterdir()), preprocess)
+
+
+def shapes(served: Served) -> list[tuple[int, tuple[int, int], int]]:
+    """Images, size and number of the batches."""
+    found = []
+    for shape, count in served.shapes.items():
+        batch, _, height, width = map(int, shape.split("x"))
+        found.append((batch, (height, width), count))
+    return found
+
+
+@pytest.mark.parametrize(("policy", "most"), [("no-batching", 1), ("fixed-timeout", 3), ("adaptive", 3)])
+def test_every_image_is_answered_or_turned_away(
+    policy: ServerPolicy, most: int, engine: Engine, images: list[Prepared], preprocess: Preprocess
+) -> None:
+    served = serve(engine, images, preprocess, policy, most, arrival_times(400.0, 60, seed=0), bound_ms=500.0)
+    samples, serving = served.samples, served.serving
+    assert serving.requests == 60 == samples.images + serving.rejected
+    assert len(samples.latency_ms) == samples.images == sum(batch * count for batch, _, count in shapes(served))
+    assert max(batch for batch, _, _ in shapes(served)) <= most
+    assert serving.most_kept <= 60
+    if policy == "fixed-timeout":  # Triton's rule knows no sizes: 50 ms after the first, three more wait
+        assert (3, (96, 96)) in {(batch, size) for batch, size, _ in shapes(served)} and served.padding_ratio > 1.2
+    else:
+        assert {size for _, size, _ in shapes(served)} <= SIZES
+
+
+def test_batches_of_every_number_of_images_are_timed_at_two_sizes(
+    engine: Engine, images: list[Prepared], preprocess: Preprocess
+) -> None:
+    points, warmup_ms = measure_points(engine, images, preprocess, 3, warmup=2)
+    # The commonest, and the one whose area differs most from it.
+    assert {(one.images, one.size) for one in points} == {(n, size) for n in (1, 2, 3) for size in ((64, 96), (64, 64))}
+    assert len(warmup_ms) == 2 * 6
+
+
+def test_a_server_that_turns_everything_away(engine: Engine, images: list[Prepared], preprocess: Preprocess) -> None:
+    with pytest.raises(EngineError, match=r"none of the 5 images that arrived could be answered within 0\.001 ms"):
+        serve(engine, images, preprocess, "adaptive", 2, arrival_times(200.0, 5, seed=0), bound_ms=1e-3)
+
+
+def test_no_point_is_faster_than_what_bounds_the_server() -> None:
+    points = [Point(n, (64, 64), ms) for n, ms in ((1, 10.0), (1, 14.0), (2, 16.0), (4, 40.0), (4, 33.0))]
+    model = fastest(points)
+    shares = [one.ms / model.predict(one.images, one.size) for one in points]
+    assert min(shares) == pytest.approx(1.0)

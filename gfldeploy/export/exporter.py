@@ -18,6 +18,7 @@ from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
 from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.registry import capability, open_engine
 from gfldeploy.errors import ConfigError, EngineError, ParityError
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_checkpoint, random_weights
@@ -113,6 +114,13 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
             with open_graph(Bundle(directory, manifest), graph, request.threads) as engine:
                 found += [
                     parity.compare(graph, engine, batch, reference)
+                    for batch, reference in zip(images, references, strict=True)
+                ]
+        if capability("openvino", "fp32", "cpu").works:
+            report("comparing the onnx graph in OpenVINO with the eager model")
+            with open_engine("openvino", Bundle(directory, manifest), EngineOptions(threads=request.threads)) as engine:
+                found += [
+                    parity.compare("onnx", engine, batch, reference)
                     for batch, reference in zip(images, references, strict=True)
                 ]
         parity.check(found)

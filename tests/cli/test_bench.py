@@ -218,7 +218,7 @@ def test_two_at_once_for_one_file(tmp_path: Path) -> None:
     output = tmp_path / "r.json"
     with (
         journal_beside(output),
-        pytest.raises(OutputError, match="another gfldeploy is working"),
+        pytest.raises(OutputError, match="another gfldeploy is working on"),
         journal_beside(output),
     ):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def run_demo(
                 batch_sizes=size.batch_sizes,
                 threads=threads,
                 settings=Settings(size.min_seconds, 10, 2 * size.min_seconds, quick=True),
-                engines=("paddle", "paddle-plain", "onnxruntime"),
+                engines=("paddle", "paddle-plain", "onnxruntime", "openvino"),
+                engine_cache=directory / "engines",
                 timed_images=size.timed_images,
                 peaks=False,  # a minute more, for what is of no use without the user's own detector
             )
@@ -100,6 +102,7 @@ def run_demo(
                 Journal(Path(journal)),
                 lambda done, total, description: report(f"  {min(done + 1, total)}/{total} {description}"),
             )
+        shutil.rmtree(directory / "engines", ignore_errors=True)
         results.write(directory / "results.json")
         write_csv(results, directory / "results.csv")
         write_report(results, directory / "results.html")

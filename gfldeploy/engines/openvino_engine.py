@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,10 @@ _OWN_MODELS = 4
 _LEAD = 16
 _REMEMBERED = 512  # inferences, after which earlier ones count half
 _DYNAMIC: Shape = ()
+# Kernels that the model for any shape keeps for shapes it has seen: some six shapes' worth. OpenVINO's own 5000 hold
+# the memory of thirty.
+_KEPT_KERNELS = 1000
+_TRIM_EVERY = 100  # inferences of that model: its buffers change size all the time, which leaves holes in the heap
 
 
 class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
@@ -78,6 +84,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
         self._any_shape = self._model.is_dynamic()
         self._requests: dict[Shape, Any] = {}
         self._asked: Counter[Shape] = Counter()
+        self._shared = 0
 
     def close(self) -> None:
         self._requests.clear()
@@ -104,10 +111,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             ran = time.perf_counter()
             outputs = {name: np.array(results[name]) for name in self._outputs}
         except Exception as error:
-            raise EngineError(
-                f"OpenVINO failed: {_one_line(error)}",
-                "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
-            ) from error
+            raise _failed(error) from error
         return outputs, CopyTimes(0.0, (ran - start) * 1e3, (time.perf_counter() - ran) * 1e3)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
@@ -123,12 +127,15 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From OpenVINO's own times, in a model of its own."""
-        request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
         spent: Counter[bool] = Counter()
-        for _ in range(SHARE_RUNS):
-            request.infer(dict(inputs))
-            for one in request.profiling_info:
-                spent[one.node_type == "Convolution"] += one.real_time.total_seconds()
+        try:
+            request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
+            for _ in range(SHARE_RUNS):
+                request.infer(dict(inputs))
+                for one in request.profiling_info:
+                    spent[one.node_type == "Convolution"] += one.real_time.total_seconds()
+        except Exception as error:
+            raise _failed(error) from error
         return spent[True] / spent.total() if spent.total() else None
 
     def _request_for(self, shape: Shape) -> Any:
@@ -145,6 +152,10 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
                 del self._requests[rarest]
             else:
                 shape = _DYNAMIC
+        if self._any_shape and shape == _DYNAMIC:
+            self._shared += 1
+            if self._shared % _TRIM_EVERY == 0:
+                _give_back_memory()
         if shape not in self._requests:
             self._requests[shape] = self._compile(shape).create_infer_request()
         return self._requests[shape]
@@ -156,8 +167,6 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     def _compile(self, shape: Shape, more: Mapping[str, Any] | None = None) -> Any:
         model = self._model.clone()
-        if shape != _DYNAMIC:
-            model.reshape({"image": list(shape)})
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -166,6 +175,10 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             # Threads that are bound to a processor each would meet those of another process there.
             "ENABLE_CPU_PINNING": False,
         }
+        if shape != _DYNAMIC:
+            model.reshape({"image": list(shape)})
+        elif self._any_shape:
+            settings["CPU_RUNTIME_CACHE_CAPACITY"] = _KEPT_KERNELS
         if self._cache is not None:
             settings["CACHE_DIR"] = str(self._cache)
         compiled = self._core.compile_model(model, "CPU", settings | dict(more or {}))
@@ -212,8 +225,20 @@ def _spell_out_products(model: Any, openvino: Any) -> None:
             target.replace_source_output(total.output(0))
 
 
+def _give_back_memory() -> None:
+    """Have glibc return what was freed to the system; other C libraries have no such call."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _shape(inputs: Tensors) -> Shape:
     return tuple(inputs["image"].shape)
+
+
+def _failed(error: Exception) -> EngineError:
+    return EngineError(
+        f"OpenVINO failed: {_one_line(error)}", "Check the bundle with `gfldeploy verify`, or use fewer images at once."
+    )
 
 
 def _one_line(error: Exception) -> str:

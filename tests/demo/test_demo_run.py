@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from gfldeploy.inspection import verify
 pytestmark = pytest.mark.slow
 
 THREADS = 2
+ENGINES = ("paddle", "onnxruntime", *(("openvino",) if importlib.util.find_spec("openvino") else ()))
 # mAP differences of FP32 graphs and of INT8 that the project promises.
 FP32_TOLERANCE, INT8_TOLERANCE = 0.001, 0.01
 
@@ -44,9 +47,8 @@ def accuracies(results: BenchResults) -> dict[tuple[str, str], float]:
 def test_the_demo_measures_every_combination_that_works_here(demo_run: tuple[Path, BenchResults]) -> None:
     _, results = demo_run
     outcome = {(cell.engine, cell.precision, cell.batch_size): cell.status for cell in results.cells}
-    for engine, precision in (("paddle", "fp32"), ("paddle", "int8"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")):
-        for batch in (1, 2):
-            assert outcome[engine, precision, batch] == "ok"
+    for engine, precision, batch in product(ENGINES, ("fp32", "int8"), (1, 2)):
+        assert outcome[engine, precision, batch] == "ok"
     skipped = [cell for cell in results.cells if cell.precision == "fp16"]
     assert skipped
     assert all(cell.status == "skipped" and cell.reason for cell in skipped)
@@ -55,7 +57,7 @@ def test_the_demo_measures_every_combination_that_works_here(demo_run: tuple[Pat
 def test_int8_keeps_its_accuracy_and_every_convolution_ran_in_it(demo_run: tuple[Path, BenchResults]) -> None:
     _, results = demo_run
     found = accuracies(results)
-    for engine in ("paddle", "onnxruntime"):
+    for engine in ENGINES:
         assert abs(found[engine, "int8"] - found[engine, "fp32"]) <= INT8_TOLERANCE, engine
     for cell in results.cells:
         if cell.status == "ok" and cell.precision == "int8":
@@ -94,7 +96,7 @@ def eager_accuracy(model: Any, bundle: Bundle, dataset: CocoDataset) -> float:
     return coco_accuracy(dataset, results).ap
 
 
-def test_both_engines_and_our_nms_match_ppdets_forward_pass(demo_run: tuple[Path, BenchResults]) -> None:
+def test_every_engine_and_our_nms_match_ppdets_forward_pass(demo_run: tuple[Path, BenchResults]) -> None:
     from gfldeploy.export.checkpoint import fit_weights, load_checkpoint
     from gfldeploy.export.config import build_model, load_detector_config
 
@@ -105,5 +107,5 @@ def test_both_engines_and_our_nms_match_ppdets_forward_pass(demo_run: tuple[Path
     assert len(dataset.images) == 200
     expected = eager_accuracy(model, Bundle.open(output / "fp32"), dataset)
     assert expected >= 0.6
-    for engine in ("paddle", "onnxruntime"):
+    for engine in ENGINES:
         assert abs(accuracies(results)[engine, "fp32"] - expected) <= FP32_TOLERANCE, engine

@@ -20,6 +20,7 @@ from gfldeploy.demo.dataset import CLASSES, generate
 from gfldeploy.files import sha256
 from gfldeploy.inspection import int8_lines
 from gfldeploy.quant.calibration import Calibration
+from gfldeploy.quant.measurement import int8_engines
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
 
@@ -44,7 +45,7 @@ def test_every_convolution_is_calibrated_and_runs_in_int8(fp32: Path, int8: Path
         assert len(ranges.inputs) == len(ranges.outputs) == uses.count(name)
     assert max(uses.count(name) for name in uses) == 5, "the head's convolutions, shared by five levels"
     engines = json.loads((int8 / "parity.json").read_text())["engines"]
-    for engine in ("onnxruntime", "paddle"):
+    for engine in int8_engines():
         assert engines[engine]["convolutions"] == {"int8": len(uses)}
 
 
@@ -76,7 +77,7 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) ->
     (tmp_path / "annotations.json").write_text(json.dumps(data))
     shutil.copytree(tiny_coco.parent / "images", tmp_path / "images")
     arguments = ("eval", int8, "--data", tmp_path / "annotations.json", "--json")
-    for engine in ("onnxruntime", "paddle"):
+    for engine in int8_engines():
         done = demo_bundles.run(*arguments, "--engine", engine, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["images"] == len(data["images"])
@@ -132,9 +133,9 @@ def test_what_breaks_in_int8_goes_back_to_float(lopsided: Path, tmp_path: Path) 
     assert parity["fallback"]["before"]["worst_ap"] < parity["accuracy"]["fp32"]["ap"] - 0.1
     for one in parity["accuracy"]["engines"].values():
         assert one["ap"] >= parity["accuracy"]["fp32"]["ap"] - 0.03
-    assert set(parity["accuracy"]["engines"]) == {"onnxruntime", "paddle", "tensorrt, simulated"}
+    assert set(parity["accuracy"]["engines"]) == {*int8_engines(), "tensorrt, simulated"}
     assert parity["kept_float"] == [{"name": "backbone.stage4", "convolutions": 5, "why": "to hold the gate"}]
-    for name in ("onnxruntime", "paddle"):
+    for name in int8_engines():
         ran = parity["engines"][name]["convolutions"]
         assert 5 <= ran["fp32"] <= 6, (name, "what was kept, and at most one that it took along")
         assert parity["speed"][name].keys() >= {"fp32_ms", "int8_ms", "ratio", "all_int8_ms"}

@@ -54,7 +54,7 @@ __all__ = ["command"]
 @click.option(
     "--engine",
     type=click.Choice([name for name in ENGINES if name not in TENSORRT_ENGINES]),
-    help="Default: that of deploy.yml, else the fastest installed.",
+    help="Default: that of deploy.yml, else onnxruntime, openvino or paddle, the first that can.",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Default: that of deploy.yml or the bundle.")
 @click.option("--device", type=click.Choice(DEVICES), help="Default: that of deploy.yml, else cpu.")
@@ -85,7 +85,8 @@ def command(
 
     Batches hold images of one input size, so that an image has the detections that it has by itself.
 
-    Interrupted or killed, the same command goes on where it stopped, to the same result.
+    Interrupted or killed, the same command goes on where it stopped, to the same bytes. OpenVINO in INT8 is the
+    exception to both: what it computes depends on the shapes that it had before.
     """
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")

@@ -15,8 +15,9 @@ from gfldeploy.tune.deploy_file import Deploy
 
 __all__ = ["Choice", "choose"]
 
-# What runs a precision fastest, as far as the results in benchmarks/ go. `gfldeploy tune` measures it.
-_FASTEST_FIRST = ("openvino", "onnxruntime", "paddle")
+# The first that runs a precision. OpenVINO may be faster, but compiles for shapes, and what it computes in INT8 depends
+# on those that it had before. `gfldeploy tune` measures all of them.
+_PREFERRED = ("onnxruntime", "openvino", "paddle")
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
 
 
@@ -68,7 +69,7 @@ def choose(
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
     options = EngineOptions(precision or bundle.manifest.precision, device or "cpu", threads or usable_threads())
     if engine is None:
-        engine, why = _fastest(bundle, options)
+        engine, why = _preferred(bundle, options)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
@@ -81,18 +82,18 @@ def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:
     try:
         deploy.check(bundle, machine)
     except DataError as error:
-        yield f"{error.problem}; it may not be the fastest here: `gfldeploy tune` finds out"
+        yield f"{error.problem}; `gfldeploy tune` finds what is fastest here"
     if changes := deploy.software_changes(machine):
         yield f"since the choice was made, other software is installed: {'; '.join(changes)}"
 
 
-def _fastest(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
+def _preferred(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
     """The engine, and why."""
     precision, device = options.precision, options.device
     if problem := check_bundle(bundle, precision):
         raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
     refused = []
-    for name in _FASTEST_FIRST:
+    for name in _PREFERRED:
         can = capability(name, precision, device)
         if can.reason is not None:
             refused.append((name, can.reason, can.remedy))
@@ -100,6 +101,6 @@ def _fastest(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
             refused.append((name, f"{bundle.directory} has no graph for it", "export the model again"))
         else:
             others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
-            return name, f"first of {', '.join(_FASTEST_FIRST)} that runs {precision} on {device} here{others}"
+            return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"
     reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
     raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")

@@ -81,7 +81,7 @@ def test_a_deploy_file_of_another_bundle_is_refused(tiny_bundle: Path, tmp_path:
 def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"int8 is not possible: .* is FP32"):
         choose(tiny_bundle, precision="int8")
-    with pytest.raises(UnsupportedError, match=r"no engine runs fp16 on cpu: onnxruntime: .*; paddle: "):
+    with pytest.raises(UnsupportedError, match=r"no engine runs fp16 on cpu: onnxruntime: .*; openvino: .*; paddle: "):
         choose(tiny_bundle, precision="fp16")
     with pytest.raises(BundleError, match=r"there is no .*nowhere"):
         choose(tmp_path / "nowhere")

@@ -46,13 +46,17 @@ class Detector(ClosesOnExit):
         device: Device | None = None,
         threads: int | None = None,
         batch_size: int | None = None,
+        engine_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """Load a bundle, or what a `deploy.yml` chose; see `predict.choice.choose` for what is not given.
+
+        `engine_cache`: a folder where engines that compile keep the result, for the next start to be faster.
 
         Warns (`UserWarning`) where a `deploy.yml` was made on another machine or with other software. Raises
         `BundleError`, `DataError`, `UnsupportedError`, `MissingDependencyError` and `EngineError`.
         """
-        self.choice = choose(Path(source), engine, precision, device, threads, batch_size)
+        cache = None if engine_cache is None else Path(engine_cache)
+        self.choice = choose(Path(source), engine, precision, device, threads, batch_size, cache)
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)
         self._manifest = self.choice.bundle.manifest

@@ -18,6 +18,7 @@ from gfldeploy.bench.results import POLICIES, BenchResults, DataDescription, Sce
 from gfldeploy.bench.runner import Data, Limits, run_plan
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES
 from gfldeploy.errors import DataError
 from gfldeploy.files import sha256
@@ -67,7 +68,7 @@ class BenchRequest:
     peaks: bool = True
     cell_timeout_s: float = 600.0
     memory_limit_mb: float | None = None
-    engine_cache: Path = Path.home() / ".cache" / "gfldeploy" / "engines"
+    engine_cache: Path = DEFAULT_ENGINE_CACHE
 
 
 @dataclass(frozen=True)

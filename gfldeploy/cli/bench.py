@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.cli.console import stages
-from gfldeploy.cli.options import CommaSeparated, PositiveNumbers, threads_option, yaml_config_option
+from gfldeploy.cli.options import (
+    CommaSeparated,
+    PositiveNumbers,
+    engine_cache_option,
+    threads_option,
+    yaml_config_option,
+)
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES, capability
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError
@@ -125,12 +131,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
     help="Resident memory beyond which a cell has failed.  [default: 90% of what is free]",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrival times.")
-@click.option(
-    "--engine-cache",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Where TensorRT and OpenVINO keep what they built.  [default: ~/.cache/gfldeploy/engines]",
-)
+@engine_cache_option
 @click.option(
     "--output",
     "-o",
@@ -166,7 +167,7 @@ def command(
     cell_timeout: float,
     memory_limit: float | None,
     seed: int,
-    engine_cache: Path | None,
+    engine_cache: Path,
     output: Path,
     force: bool,
 ) -> None:
@@ -196,7 +197,6 @@ def command(
     from gfldeploy.bench.session import BenchRequest, prepare, run
     from gfldeploy.cli.results import show_results
 
-    optional: dict[str, Any] = {} if engine_cache is None else {"engine_cache": engine_cache}
     request = BenchRequest(
         bundles=bundles,
         annotations=data,
@@ -225,7 +225,7 @@ def command(
         peaks=peak,
         cell_timeout_s=cell_timeout,
         memory_limit_mb=memory_limit,
-        **optional,
+        engine_cache=engine_cache,
     )
     prepared = prepare(request)
     _show_plan(prepared)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.machine import usable_threads
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "InputShapeType",
     "PositiveNumbers",
     "bundle_argument",
+    "engine_cache_option",
     "engine_options",
     "force_option",
     "json_option",
@@ -43,6 +45,17 @@ def force_option(command: Command) -> Command:
     return click.option("--force", is_flag=True, help="Replace the output directory if it exists, in one step.")(
         command
     )
+
+
+def engine_cache_option(command: Command) -> Command:
+    return click.option(
+        "--engine-cache",
+        type=click.Path(path_type=Path),
+        default=DEFAULT_ENGINE_CACHE,
+        show_default="~/.cache/gfldeploy/engines",
+        metavar="DIR",
+        help="Where TensorRT and OpenVINO keep what they built.",
+    )(command)
 
 
 def json_option(command: Command) -> Command:

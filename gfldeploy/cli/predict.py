@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gfldeploy.cli.console import progress_bars
-from gfldeploy.cli.options import FILE, output_option
+from gfldeploy.cli.options import FILE, engine_cache_option, output_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import ENGINES, TENSORRT_ENGINES
 from gfldeploy.errors import DataError
@@ -54,12 +54,13 @@ __all__ = ["command"]
 @click.option(
     "--engine",
     type=click.Choice([name for name in ENGINES if name not in TENSORRT_ENGINES]),
-    help="Default: that of deploy.yml, else onnxruntime, openvino or paddle, the first that can.",
+    help="Default: that of deploy.yml, else openvino, onnxruntime or paddle, the first that can.",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Default: that of deploy.yml or the bundle.")
 @click.option("--device", type=click.Choice(DEVICES), help="Default: that of deploy.yml, else cpu.")
 @click.option("--batch-size", type=click.IntRange(1), help="Default: that of deploy.yml, else 1.")
 @click.option("--threads", type=click.IntRange(1), help="Of one inference. Default: that of deploy.yml, else all.")
+@engine_cache_option
 @click.option("--force", is_flag=True, help="Replace the results if there are any, and what is left of another run.")
 def command(
     source: Path,
@@ -75,6 +76,7 @@ def command(
     device: Device | None,
     batch_size: int | None,
     threads: int | None,
+    engine_cache: Path,
     force: bool,
 ) -> None:
     """Detect in images, folders of them, and videos.
@@ -83,17 +85,17 @@ def command(
     images.json, what its ids stand for. Boxes are in pixels of the image as it is. What cannot be read is a line with
     an "error", is named, and does not stop the rest.
 
-    Batches hold images of one input size, so that an image has the detections that it has by itself.
+    Batches hold images of one input size, so that an image has the detections that it has by itself; in OpenVINO INT8,
+    but for rounding where there are more than four shapes of batches.
 
-    Interrupted or killed, the same command goes on where it stopped, to the same bytes. OpenVINO in INT8 is the
-    exception to both: what it computes depends on the shapes that it had before.
+    Interrupted or killed, the same command goes on where it stopped, to the same bytes.
     """
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     from gfldeploy.predict.choice import choose
     from gfldeploy.predict.session import PredictRequest, predict
 
-    choice = choose(source, engine, precision, device, threads, batch_size)
+    choice = choose(source, engine, precision, device, threads, batch_size, engine_cache)
     dataset, files = _inputs(inputs, data, output)
     request = PredictRequest(
         choice, files, output, dataset, threshold, draw_threshold if draw else None, decode == "fast", force

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.cli.console import stages
-from gfldeploy.cli.options import CommaSeparated, yaml_config_option
+from gfldeploy.cli.options import CommaSeparated, engine_cache_option, yaml_config_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
 from gfldeploy.errors import OutputError
@@ -107,12 +107,7 @@ def _all_threads() -> tuple[int, ...]:
     show_default=True,
     help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
 )
-@click.option(
-    "--engine-cache",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Where TensorRT and OpenVINO keep what they built.  [default: ~/.cache/gfldeploy/engines]",
-)
+@engine_cache_option
 @click.option(
     "--output", "-o", type=click.Path(path_type=Path), default=Path("deploy.yml"), show_default=True, help="The file."
 )
@@ -147,7 +142,7 @@ def command(
     budget_seconds: float | None,
     exhaustive: bool,
     cell_timeout: float,
-    engine_cache: Path | None,
+    engine_cache: Path,
     output: Path,
     force: bool,
     check: Path | None,
@@ -177,7 +172,6 @@ def command(
     from gfldeploy.tune.search import Bounds
     from gfldeploy.tune.session import TuneRequest, prepare, run
 
-    optional: dict[str, Any] = {} if engine_cache is None else {"engine_cache": engine_cache}
     settings = Settings(min_seconds=min_seconds, min_count=min_count, max_seconds=5 * min_seconds, rounds=rounds)
     request = TuneRequest(
         bench=BenchRequest(
@@ -193,7 +187,7 @@ def command(
             accuracy=accuracy,
             accuracy_images=accuracy_limit,
             cell_timeout_s=cell_timeout,
-            **optional,
+            engine_cache=engine_cache,
         ),
         bounds=Bounds(max_latency_ms, max_memory_mb, max_drop),
         look=Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True),

@@ -51,7 +51,9 @@ class EngineOptions:
     """How an engine runs a bundle.
 
     `threads` is the number of CPU threads of one inference; it must be at least 1. `tensorrt`: for the engines that
-    build with it, which need it. `cache_dir`: where other engines keep what they compiled, None for nowhere.
+    build with it, which need it. `cache_dir`: where other engines keep what they compiled, None for nowhere. `shapes`:
+    (batch, height, width) of the inputs to come, the commonest first, for engines that compile for shapes: what runs an
+    input then depends on these, not on the inputs before it; () where they are not known.
     """
 
     precision: Precision = "fp32"
@@ -59,6 +61,7 @@ class EngineOptions:
     threads: int = 1
     tensorrt: TensorRtOptions | None = None
     cache_dir: Path | None = None
+    shapes: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

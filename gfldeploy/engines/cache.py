@@ -10,7 +10,9 @@ from typing import Any
 
 from gfldeploy.errors import OutputError
 
-__all__ = ["digest_of", "engine_directory"]
+__all__ = ["DEFAULT_ENGINE_CACHE", "digest_of", "engine_directory"]
+
+DEFAULT_ENGINE_CACHE = Path.home() / ".cache" / "gfldeploy" / "engines"
 
 
 def digest_of(depends_on: Mapping[str, Any]) -> str:

@@ -55,7 +55,8 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     The commonest input shapes have a compiled model each, the others share one for any shape. That is slower: it fuses
     fewer operators, and is prepared anew when the shape changes. A model for each shape without bound would fill the
-    memory, and a bounded number in turn would compile all the time where there are more shapes.
+    memory, and a bounded number in turn would compile all the time where there are more shapes. In INT8 the two differ
+    a little in what they compute; with `EngineOptions.shapes` it is settled beforehand which one runs an input.
     """
 
     name = "openvino"
@@ -83,6 +84,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             _spell_out_products(self._model, self._openvino)
         self._any_shape = self._model.is_dynamic()
         self._requests: dict[Shape, Any] = {}
+        self._settled = frozenset((batch, 3, *size) for batch, *size in options.shapes[:_OWN_MODELS])
         self._asked: Counter[Shape] = Counter()
         self._shared = 0
 
@@ -140,7 +142,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     def _request_for(self, shape: Shape) -> Any:
         """An inference request of the model that serves inputs of this shape."""
-        if not self._any_shape:
+        if not self._any_shape or (self._settled and shape not in self._settled):
             shape = _DYNAMIC
         self._count(shape)
         if shape in self._requests:

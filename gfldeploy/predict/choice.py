@@ -15,9 +15,8 @@ from gfldeploy.tune.deploy_file import Deploy
 
 __all__ = ["Choice", "choose"]
 
-# The first that runs a precision. OpenVINO may be faster, but compiles for shapes, and what it computes in INT8 depends
-# on those that it had before. `gfldeploy tune` measures all of them.
-_PREFERRED = ("onnxruntime", "openvino", "paddle")
+# The first that runs a precision: the fastest by the results in benchmarks/. `gfldeploy tune` measures all of them.
+_PREFERRED = ("openvino", "onnxruntime", "paddle")
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
 
 
@@ -41,11 +40,12 @@ def choose(
     device: Device | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
+    engine_cache: Path | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; what is given goes before both.
 
     A bundle runs in its own precision on the CPU, with all threads, one image at a time. A network of a fixed batch
-    size has that one.
+    size has that one. `engine_cache`: where engines keep what they compiled, None for nowhere.
 
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
     `UnsupportedError` where nothing here can run it.
@@ -67,7 +67,9 @@ def choose(
     else:
         problem = f"{source} is neither a bundle nor a deploy file" if source.exists() else f"there is no {source}"
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
-    options = EngineOptions(precision or bundle.manifest.precision, device or "cpu", threads or usable_threads())
+    options = EngineOptions(
+        precision or bundle.manifest.precision, device or "cpu", threads or usable_threads(), cache_dir=engine_cache
+    )
     if engine is None:
         engine, why = _preferred(bundle, options)
     fixed = bundle.manifest.inputs[0].shape[0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.batching.buckets import group_stream
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import DataError, OutputError
 from gfldeploy.files import check_target, publish, unfinished_beside, write_json
@@ -19,7 +21,7 @@ from gfldeploy.predict.choice import Choice
 from gfldeploy.predict.draw import draw_all
 from gfldeploy.predict.outputs import DETECTIONS, Summary, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
-from gfldeploy.predict.sources import count_pictures, pictures
+from gfldeploy.predict.sources import count_pictures, picture_sizes, pictures
 from gfldeploy.predict.working import WorkingFile
 
 __all__ = ["NOTE", "PICTURES", "PredictRequest", "predict"]
@@ -112,7 +114,8 @@ def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -
     choice = request.choice
     manifest = choice.bundle.manifest
     total = count_pictures(request.inputs)
-    with open_engine(choice.engine, choice.bundle, choice.options) as engine:
+    options = replace(choice.options, shapes=_input_shapes(request))
+    with open_engine(choice.engine, choice.bundle, options) as engine:
         progress("detecting", working.images, total)
         groups = detect_groups(
             engine,
@@ -128,6 +131,15 @@ def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -
                 working.add([(one.index, record_of(one, manifest.classes, request.threshold)) for one in group])
                 progress("detecting", working.images, max(total, working.images))
     working.end()
+
+
+def _input_shapes(request: PredictRequest) -> tuple[tuple[int, int, int], ...]:
+    """(batch, height, width) of the network's inputs, the commonest first, by the heads of the files."""
+    choice = request.choice
+    input_size = choice.bundle.manifest.preprocess.input_size
+    sizes = ((None, input_size(*size)) for size in picture_sizes(request.inputs))
+    batches = group_stream(sizes, choice.batch_size, _BATCHES_AHEAD * choice.batch_size)
+    return tuple(shape for shape, _ in Counter((len(batch), *size) for batch, size in batches).most_common())
 
 
 def _question(request: PredictRequest) -> dict[str, Any]:

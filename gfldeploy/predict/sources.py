@@ -24,6 +24,7 @@ __all__ = [
     "is_video",
     "list_inputs",
     "picture_of",
+    "picture_sizes",
     "pictures",
     "video_frames",
     "video_rate",
@@ -112,6 +113,15 @@ def count_pictures(inputs: Sequence[Path]) -> int:
     return sum(_frame_count(path) if is_video(path) else 1 for path in inputs)
 
 
+def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int]]:
+    """(h, w) in pixels of every image of these files that can be read; of a video by its head."""
+    for path in inputs:
+        if is_video(path):
+            yield from [_frame_size(path)] * _frame_count(path)
+        elif (size := picture_of(path).size) is not None:
+            yield size
+
+
 def _below(folder: Path, exclude: set[Path]) -> Iterator[Path]:
     for name, folders, files in os.walk(folder):
         here = Path(name)
@@ -132,6 +142,16 @@ def _opened(path: Path) -> Iterator[Any]:
         yield capture if capture.isOpened() else None
     finally:
         capture.release()
+
+
+def _frame_size(path: Path) -> tuple[int, int]:
+    """(h, w) in pixels, 1 x 1 where it cannot be read."""
+    import cv2
+
+    with _opened(path) as capture:
+        if capture is None:
+            return 1, 1
+        return int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)) or 1, int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)) or 1
 
 
 def _frame_count(path: Path) -> int:

@@ -62,7 +62,7 @@ def test_a_folder(tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest
     assert run(tiny_bundle, images, "-o", output, "--batch-size", 4, "--threshold", 0.5) == 0
     shown, said = capfd.readouterr()
     assert shown == f"{output}\n"
-    assert "tiny in onnxruntime fp32 on cpu, batch 4" in said and "runs fp32 on cpu here" in said
+    assert "fp32 on cpu, batch 4" in said and "runs fp32 on cpu here" in said
     assert "40 images in" in said and "1 could not be read:\n  the image file" in said
     assert "0009.jpg is truncated" in said
     found = lines(output)

@@ -141,6 +141,18 @@ def test_the_commonest_shapes_have_models_of_their_own(tiny_bundle: Path) -> Non
         assert set(engine.models) == before
 
 
+def test_shapes_that_are_known_beforehand_settle_what_runs_an_input(tiny_bundle: Path) -> None:
+    shapes = tuple((1, 32, 32 * k) for k in range(1, 7))
+    with opened(tiny_bundle, shapes=shapes) as engine:
+        for _ in range(30):
+            for width in (192, 160, 224):  # none of the four commonest, however often it comes
+                engine.infer(image(32, width))
+        assert set(engine.models) == {()}
+        for batch, height, width in shapes:
+            assert len(engine.infer(image(height, width))["scores"]) == batch
+        assert set(engine.models) == {(), *((1, 3, 32, 32 * k) for k in range(1, 5))}
+
+
 def test_a_second_start_compiles_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     def start(**options: Any) -> tuple[dict[tuple[int, ...], bool], Any]:
         with opened(tiny_bundle, cache_dir=tmp_path / "cache", **options) as engine:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gfldeploy.errors import DataError
-from gfldeploy.predict.sources import count_pictures, list_inputs, picture_of, pictures, video_rate
+from gfldeploy.predict.sources import count_pictures, list_inputs, picture_of, picture_sizes, pictures, video_rate
 
 FRAMES, RATE = 7, 12.5
 
@@ -34,6 +34,16 @@ def test_the_frames_of_a_video(name: str, fourcc: str, tmp_path: Path) -> None:
         assert (picture.name, picture.frame, picture.size) == (str(path), number, (48, 80))
         assert picture.time_s == pytest.approx(number / RATE)
         np.testing.assert_allclose(picture.read(), 20 * number, atol=8)
+
+
+def test_sizes_are_known_before_anything_is_read(tiny_coco: Path, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mp4", "mp4v")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "empty.mp4").touch()
+    images = sorted((tiny_coco.parent / "images").iterdir())
+    sizes = list(picture_sizes([*images, tmp_path / "empty.jpg", video]))
+    assert sizes == [one.size for one in pictures([*images, video])]
+    assert list(picture_sizes([tmp_path / "empty.mp4"])) == [(1, 1)]
 
 
 def test_a_damaged_video_is_one_picture_with_an_error(tmp_path: Path) -> None:

@@ -60,13 +60,14 @@ class GflGraph(nn.Layer):
             class_features, box_features = head.conv_feat(level)
             logit = head.gfl_head_cls(class_features)
             distribution = scale(head.gfl_head_reg(box_features))
+            centre = self.cell_centres(paddle.shape(logit), stride)
+            logit, distribution = paddle.flatten(logit, 2), paddle.flatten(distribution, 2)
             if head.dgqp_module:
                 # GFLv2: ppdet squashes this product again below, as every score. The second sigmoid is part of what
                 # its checkpoints were trained and evaluated with.
                 logit = sigmoid(logit) * quality(head.dgqp_module, distribution)
-            centre = self.cell_centres(paddle.shape(logit), stride)
-            logits.append(paddle.flatten(logit, 2))
-            distributions.append(paddle.flatten(distribution, 2))
+            logits.append(logit)
+            distributions.append(distribution)
             cells.append(paddle.concat([centre, paddle.full_like(centre[:, :1], float(stride))], 1))
         logit, distribution, cell = paddle.concat(logits, 2), paddle.concat(distributions, 2), paddle.concat(cells, 0)
         if self.candidates is None:
@@ -161,15 +162,15 @@ def sigmoid(x: Any) -> Any:
 
 
 def quality(module: Any, distribution: Any) -> Any:
-    """GFLv2's quality score [N, 1, H, W]: ppdet's DGQP with a sigmoid that program mode has, and a free batch."""
-    shape = paddle.shape(distribution)
+    """GFLv2's quality score [N, 1, A] of distributions [N, 4 * bins, A]: ppdet's DGQP, with a sigmoid that program mode
+    has, and without sizes that are computed, so that ONNX's shape inference can follow. Its convolutions are 1x1."""
     bins = distribution.shape[1] // 4
-    probability = F.softmax(paddle.reshape(distribution, [0, 4, bins, shape[2] * shape[3]]), axis=2)
+    probability = F.softmax(paddle.reshape(distribution, [0, 4, bins, -1]), axis=2)
     statistics, _ = paddle.topk(probability, module.reg_topk, axis=2)
     if module.add_mean:
         statistics = paddle.concat([statistics, paddle.mean(statistics, axis=2, keepdim=True)], axis=2)
-    statistics = paddle.reshape(statistics, [-1, 4 * module.total_dim, shape[2], shape[3]])
-    return sigmoid(module.reg_conv2(F.relu(module.reg_conv1(statistics))))
+    statistics = paddle.reshape(statistics, [0, 4 * module.total_dim, -1, 1])
+    return sigmoid(module.reg_conv2(F.relu(module.reg_conv1(statistics)))).squeeze(-1)
 
 
 def fold_batch_norm(detector: Any, image: Any) -> int:

@@ -149,8 +149,8 @@ def prepare(leg: Leg, materials: Path, paths: Sequence[Path]) -> Callable[[], ob
 
 
 def table(seconds: dict[str, list[float]], images: int) -> str:
-    """Images a second of each leg; how many times as fast as FP32 it is, and as each rival our INT8 at batch 1 is."""
-    lines = ["| | images/s | of its time, ours at batch 1 takes |", "|---|---|---|"]
+    """Images a second of each leg, and how many times as long as our INT8 at batch 1 it takes."""
+    lines = ["| | images/s | times as long as our INT8 at batch 1 |", "|---|---|---|"]
     ours = next((name for name in seconds if "int8, batch 1" in name), None)
     for name, rounds in seconds.items():
         ratio = ratios(seconds[name], seconds[ours]) if ours else ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from sample_results import OK, RUN, sample_results
 
@@ -24,6 +25,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.headers import image_size
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
@@ -428,14 +430,51 @@ def test_what_measuring_costs_is_computed_round_by_round() -> None:
         assert "bench / bare loop: 1.0500 (1.0000 to 1.1000)" in module.summary(samples)
 
 
+def test_photographs_in_turn_and_what_plain_scripts_make_of_them(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    with imported(ROOT / "benchmarks" / "materials.py") as materials:
+        materials.write_photographs(tmp_path, 3, seed=0)
+    images = CocoDataset.load(tmp_path / "annotations.json").images
+    assert [(image.height, image.width) for image in images] == [(427, 640), (640, 427), (427, 640)]
+    assert [image_size(image.path) for image in images] == [(427, 640), (640, 427), (427, 640)]
+    with imported(ROOT / "benchmarks" / "rivals.py") as rivals:
+        letterbox, scales = rivals.preprocess(images[1].path, "letterbox")
+        assert letterbox.shape == (1, 3, 1344, 1344) and scales == pytest.approx((800 / 427, 800 / 427))
+        assert letterbox[0, :, :1199, :800].any(axis=0).all() and not letterbox[0, :, 1200:].any()
+        stretched, scales = rivals.preprocess(images[1].path, "stretch")
+        assert stretched.shape == (1, 3, 800, 1344) and scales == (800 / 640, 1344 / 427)
+        # Two boxes of a class on one another, one of another class, one below the threshold.
+        boxes = np.float32([[[0, 0, 20, 20], [0, 0, 20, 19], [0, 0, 20, 20], [0, 0, 20, 20]]])
+        scores = np.float32([[[0.9, 0], [0.8, 0], [0, 0.7], [0.01, 0]]])
+        found = rivals.detections(scores, boxes, (2.0, 1.0))
+        np.testing.assert_allclose(found, [[0, 0.9, 0, 0, 20, 10], [1, 0.7, 0, 0, 20, 10]])
+
+
+def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
+    def leg(size: int, way: str, *rounds: float) -> dict[str, Any]:
+        return {"batch_size": size, "way": way, "rounds": [{"inference_ms": ms} for ms in rounds]}
+
+    record = {"legs": [leg(1, "naive", 10, 20), leg(2, "naive", 20, 25), leg(2, "grouped", 10, 16)]}
+    with imported(ROOT / "benchmarks" / "plot_padding.py") as module:
+        assert module.relative(record, "naive") == {1: 1.0, 2: pytest.approx(0.65)}
+        assert module.relative(record, "grouped") == {1: 1.0, 2: pytest.approx(1.125)}
+    with imported(ROOT / "benchmarks" / "end_to_end.py") as module:
+        table = module.table({"x int8, batch 1": [2.0, 4.0], "y": [4.0, 6.0]}, images=12)
+        assert "| x int8, batch 1 | 4 | 1.00 (1.00 to 1.00) |" in table
+        assert "| y | 2.4 | 1.75 (1.50 to 2.00) |" in table
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "bench_overhead",
         "batch_padding",
+        "end_to_end",
+        "materials",
         "memory",
         "openvino_against_nncf",
         "planted_causes",
+        "plot_padding",
         "postprocess",
         "serve_policies",
         "tune_against_exhaustive",

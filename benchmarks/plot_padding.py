@@ -18,7 +18,7 @@ import matplotlib
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"gfl_r50_int8": "GFL-R50, INT8", "gfl_r50_fp32": "GFL-R50, FP32", "demo_fp32": "demo detector, FP32"}
-WAYS = {"naive": ("as they come: padded to a common size", "tab:red"), "grouped": ("grouped by size", "tab:blue")}
+WAYS = {"naive": ("naive, as they come", "tab:red"), "grouped": ("grouped by size", "tab:blue")}
 
 
 def main() -> None:

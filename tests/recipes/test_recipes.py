@@ -470,7 +470,6 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
         "bench_overhead",
         "batch_padding",
         "end_to_end",
-        "materials",
         "memory",
         "openvino_against_nncf",
         "planted_causes",

@@ -27,6 +27,7 @@ from gfldeploy.bench.work import work
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.errors import DataError, GfldeployError
 
 __all__ = ["WORKER", "Data", "Limits", "Progress", "run_peak", "run_plan"]
@@ -95,7 +96,7 @@ def run_plan(
     journal: Journal,
     *,
     limits: Limits = Limits(),
-    engine_cache: Path = Path(),
+    engine_cache: Path = DEFAULT_ENGINE_CACHE,
     peaks: bool = False,
     about: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total, description: None,

@@ -123,6 +123,7 @@ def test_a_failing_child_is_a_result_with_its_reason(code: str, reason: str, tin
     assert result.runs == ()
 
 
+@pytest.mark.slow
 def test_a_hanging_child_is_killed_with_all_it_started(tiny_bundle: Path, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     code = (
@@ -137,6 +138,7 @@ def test_a_hanging_child_is_killed_with_all_it_started(tiny_bundle: Path, tmp_pa
     assert wait_until_dead(int(note.read_text()))
 
 
+@pytest.mark.slow
 def test_a_child_that_does_not_read_is_still_killed(tiny_bundle: Path) -> None:
     # A request larger than a pipe holds.
     images = [Path("x" * 100 + f"{number}.jpg") for number in range(5000)]
@@ -248,6 +250,7 @@ def test_a_child_that_takes_too_much_memory(tiny_bundle: Path) -> None:
     assert result.remedy is not None and "memory limit" in result.remedy
 
 
+@pytest.mark.slow
 def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     # A bundle has folders of these names; in the current directory they must not hide the packages.
@@ -339,6 +342,7 @@ def test_a_deliberate_error_in_the_worker(tiny_bundle: Path, tmp_path: Path) -> 
     assert result.remedy and "Traceback" not in result.reason
 
 
+@pytest.mark.slow
 def test_a_failing_accuracy_leaves_the_timing(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     source = json.loads(tiny_coco.read_text())

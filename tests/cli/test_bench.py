@@ -24,6 +24,7 @@ def run(*arguments: object) -> int:
     return stopped.value.code
 
 
+@pytest.mark.slow
 def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "results.json"
     quick = ("--min-seconds", 0, "--min-count", 3, "--threads", 1, "--batch-sizes", "1,2", "--rounds", 2, "--no-peak")

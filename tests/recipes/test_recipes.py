@@ -430,6 +430,7 @@ def test_what_measuring_costs_is_computed_round_by_round() -> None:
         assert "bench / bare loop: 1.0500 (1.0000 to 1.1000)" in module.summary(samples)
 
 
+@pytest.mark.slow
 def test_photographs_in_turn_and_what_plain_scripts_make_of_them(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     with imported(ROOT / "benchmarks" / "materials.py") as materials:

@@ -27,6 +27,7 @@ from gfldeploy.engines.base import (
 )
 from gfldeploy.engines.cache import digest_of, engine_directory
 from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
+from gfldeploy.engines.openvino_rewrite import rewrite
 from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError
 from gfldeploy.machine import describe_machine
@@ -80,8 +81,6 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             raise EngineError(
                 f"OpenVINO cannot read {self._file}: {_one_line(error)}", "Check the bundle with `gfldeploy verify`."
             ) from error
-        if options.precision == "bf16":
-            _spell_out_products(self._model, self._openvino)
         self._any_shape = self._model.is_dynamic()
         self._requests: dict[Shape, Any] = {}
         self._settled = frozenset((batch, 3, *size) for batch, *size in options.shapes[:_OWN_MODELS])
@@ -181,6 +180,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             model.reshape({"image": list(shape)})
         elif self._any_shape:
             settings["CPU_RUNTIME_CACHE_CAPACITY"] = _KEPT_KERNELS
+        rewrite(model, self.options.precision)
         if self._cache is not None:
             settings["CACHE_DIR"] = str(self._cache)
         compiled = self._core.compile_model(model, "CPU", settings | dict(more or {}))
@@ -202,29 +202,6 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             "flags": list(machine.flags),
         }
         return engine_directory(self.options.cache_dir, digest_of(depends_on))
-
-
-def _spell_out_products(model: Any, openvino: Any) -> None:
-    """Replace products with a constant column by a multiplication and a sum.
-
-    OpenVINO keeps what follows the last convolution or matrix product in FP32. The DFL integral is such a product: it
-    and the softmax before it would run in BF16.
-    """
-    ops = openvino.opset13
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "MatMul" or any(
-            node.get_attributes()[key] for key in ("transpose_a", "transpose_b")
-        ):
-            continue
-        column = node.input_value(1).get_node()
-        if column.get_type_name() != "Constant" or list(column.shape)[1:] != [1]:
-            continue
-        row = ops.constant(column.data.reshape(-1), dtype=np.float32)
-        total = ops.reduce_sum(
-            ops.multiply(node.input_value(0), row), ops.constant([-1], dtype=np.int64), keep_dims=True
-        )
-        for target in node.output(0).get_target_inputs():
-            target.replace_source_output(total.output(0))
 
 
 def _give_back_memory() -> None:

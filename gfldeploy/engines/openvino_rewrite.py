@@ -1,0 +1,250 @@
+"""What is changed in a graph before OpenVINO compiles it: how something is computed, never what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.engines.base import Precision
+
+__all__ = ["rewrite"]
+
+# What OpenVINO draws into the weights of the convolution before it.
+_FACTORS = {"Multiply", "Divide", "Negative"}
+
+
+def rewrite(model: Any, precision: Precision) -> None:
+    """Change what is to run in `precision` in place, once its input shape is settled."""
+    if precision == "bf16":
+        _spell_out_products(model)
+    if precision == "int8":
+        _keep_last_outputs_float(model)
+        # Its dozen small operators cost more than they save where each is prepared anew for every other shape.
+        if not model.is_dynamic():
+            _normalize_by_channel(model)
+
+
+def _spell_out_products(model: Any) -> None:
+    """Replace products with a constant column by a multiplication and a sum.
+
+    OpenVINO keeps what follows the last convolution or matrix product in FP32. The DFL integral is such a product: it
+    and the softmax before it would run in BF16.
+    """
+    import openvino
+
+    ops = openvino.opset13
+    for node in model.get_ordered_ops():
+        if _kind(node) != "MatMul" or any(node.get_attributes()[key] for key in ("transpose_a", "transpose_b")):
+            continue
+        column = node.input_value(1).get_node()
+        if _kind(column) != "Constant" or list(column.shape)[1:] != [1]:
+            continue
+        row = ops.constant(column.data.reshape(-1), dtype=np.float32)
+        total = ops.reduce_sum(
+            ops.multiply(node.input_value(0), row), ops.constant([-1], dtype=np.int64), keep_dims=True
+        )
+        for target in node.output(0).get_target_inputs():
+            target.replace_source_output(total.output(0))
+
+
+def _normalize_by_channel(model: Any) -> None:
+    """Write group normalisation as sums over each channel's map, of the floats that the convolution before it gives.
+
+    OpenVINO's own wants a group's channels one behind the other, so that every map is moved from the layout of INT8
+    convolutions and back. Here the variance of a group is the mean of its channels' variances plus the variance of
+    their means (the law of total variance), all in FP32. The Q/DQ pair behind the convolution, without which ONNX
+    Runtime would run that in float, goes: one rounding less.
+    """
+    pairs = {pair.dequantize.get_friendly_name(): pair for pair in _pairs(model)}
+    for node in model.get_ordered_ops():
+        if (found := _GroupNorm.at(node)) is None:
+            continue
+        pair = pairs.get(found.source.get_node().get_friendly_name())
+        source = found.source if pair is None else pair.quantize.input_value(0)
+        normalized = _normalized(source, found)
+        for target in found.result.output(0).get_target_inputs():
+            target.replace_source_output(normalized.output(0))
+
+
+def _keep_last_outputs_float(model: Any) -> None:
+    """Take out the Q/DQ pairs that no convolution comes after.
+
+    Without them ONNX Runtime would run the last convolutions in float; OpenVINO's INT8 convolutions can give floats. A
+    factor behind such a convolution goes to its weights' scales and its bias: OpenVINO would multiply it into the
+    weights themselves, and run the convolution in float.
+    """
+    before = _before_convolutions(model)
+    for pair in _pairs(model):
+        if pair.quantize.get_friendly_name() in before:
+            continue
+        result = pair.quantize.input_value(0)
+        last, readers = pair.dequantize, _readers(pair.dequantize)
+        if any(_kind(reader) in _FACTORS for reader in readers):
+            factor = _factor(readers[0]) if len(readers) == 1 else None
+            if factor is None or not _scale(result.get_node(), factor):
+                continue
+            last = readers[0]
+        for target in last.output(0).get_target_inputs():
+            target.replace_source_output(result)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A Q/DQ pair as OpenVINO imports it: FakeQuantize, two Converts, Subtract (none if the zero point is 0), Multiply.
+
+    `quantize` is the first of them, `dequantize` the last.
+    """
+
+    quantize: Any
+    dequantize: Any
+
+
+@dataclass(frozen=True)
+class _GroupNorm:
+    """Group normalisation as paddle2onnx writes it: Reshape to groups, MVN, a factor of 1, an addend of 0, Reshape.
+
+    `source`: what is normalised [N, channels, H, W]; `result`: the second Reshape.
+    """
+
+    source: Any
+    result: Any
+    channels: int
+    groups: int
+    epsilon: float
+
+    @classmethod
+    def at(cls, node: Any) -> _GroupNorm | None:
+        """The one around the MVN `node`, or None if it is something else."""
+        if _kind(node) != "MVN" or not _is_all(node.input_value(1).get_node(), 2):
+            return None
+        attributes, to_groups = node.get_attributes(), node.input_value(0).get_node()
+        if attributes["eps_mode"] != "INSIDE_SQRT" or not attributes["normalize_variance"]:
+            return None
+        if _kind(to_groups) != "Reshape":
+            return None
+        source = to_groups.input_value(0)
+        for kind, neutral in (("Multiply", 1), ("Add", 0)):
+            after = _readers(node)
+            if len(after) != 1 or _kind(after[0]) != kind or not _is_all(after[0].input_value(1).get_node(), neutral):
+                return None
+            node = after[0]
+        after = _readers(node)
+        before, grouped = list(source.get_shape()), list(to_groups.output(0).get_shape())
+        if len(after) != 1 or _kind(after[0]) != "Reshape" or list(after[0].output(0).get_shape()) != before:
+            return None
+        if (len(before), len(grouped)) != (4, 3) or grouped[0] != before[0] or before[1] % grouped[1]:
+            return None
+        return cls(source, after[0], before[1], grouped[1], attributes["eps"])
+
+
+def _normalized(source: Any, norm: _GroupNorm) -> Any:
+    """The node that normalises `source` [N, channels, H, W] in groups of channels, the same shape."""
+    import openvino
+
+    ops = openvino.opset13
+    together = norm.channels // norm.groups
+
+    def in_groups(node: Any) -> Any:
+        return ops.reshape(node, np.array([-1, norm.groups, together]), special_zero=False)
+
+    def for_channels(node: Any) -> Any:
+        every = ops.tile(node, np.array([1, 1, together]))
+        return ops.reshape(every, np.array([-1, norm.channels, 1, 1]), special_zero=False)
+
+    sides = ops.gather(ops.shape_of(source), np.array([2, 3]), np.int64(0))
+    pixels = ops.convert(ops.reduce_prod(sides, np.array([0])), "f32")
+    mean = in_groups(ops.reduce_mean(source, np.array([2, 3])))
+    # One operator that makes no squares of the whole map: the root of their sum.
+    length = in_groups(ops.reduce_l2(source, np.array([2, 3])))
+    mean_square = ops.divide(ops.multiply(length, length), pixels)
+    # Rounding must not make it negative where the map is flat.
+    variance = ops.relu(ops.subtract(mean_square, ops.multiply(mean, mean)))
+    group_mean = ops.reduce_mean(mean, np.array([2]), keep_dims=True)
+    group_variance = ops.reduce_mean(
+        ops.add(variance, ops.squared_difference(mean, group_mean)), np.array([2]), keep_dims=True
+    )
+    deviation = ops.sqrt(ops.add(group_variance, np.float32(norm.epsilon)))
+    factor = ops.divide(np.float32(1), deviation)
+    return ops.multiply(ops.subtract(source, for_channels(group_mean)), for_channels(factor))
+
+
+def _scale(addition: Any, factor: float) -> bool:
+    """Multiply what an INT8 convolution with a bias gives; False, and nothing done, if `addition` is not one's last."""
+    import openvino
+
+    ops = openvino.opset13
+    if factor <= 0 or _kind(addition) != "Add":
+        return False
+    convolution, bias = (value.get_node() for value in addition.input_values())
+    weights = convolution.input_value(1).get_node() if _kind(convolution) == "Convolution" else convolution
+    if _kind(weights) != "Multiply":
+        return False
+    scales = weights.input_value(1).get_node()
+    if (values := _constant(scales)) is None:
+        return False
+    # Shared weights stay one array of integers. They are taken for INT8 only behind a Convert and in front of a
+    # constant that no other convolution has.
+    integers = weights.input_value(0)
+    if _kind(integers.get_node()) == "Convert":
+        integers = ops.convert(integers.get_node().input_value(0), "f32")
+    shaped = (values * np.float32(factor)).reshape(list(scales.output(0).get_shape()))
+    scaled = ops.multiply(integers, ops.constant(shaped))
+    convolution.input(1).replace_source_output(scaled.output(0))
+    addition.input(1).replace_source_output(ops.multiply(bias, np.float32(factor)).output(0))
+    return True
+
+
+def _factor(node: Any) -> float | None:
+    """The constant that `node` multiplies by, if that is all it does."""
+    if _kind(node) != "Multiply":
+        return None
+    constant = node.input_value(1).get_node()
+    return float(constant.data.item()) if _kind(constant) == "Constant" and constant.data.size == 1 else None
+
+
+def _pairs(model: Any) -> Iterator[_Pair]:
+    for node in model.get_ordered_ops():
+        if _factor(node) is None:
+            continue
+        before = node.input_value(0).get_node()
+        restored = before.input_value(0).get_node() if _kind(before) == "Subtract" else before
+        if _kind(restored) != "Convert" or _kind(stored := restored.input_value(0).get_node()) != "Convert":
+            continue
+        if _kind(quantize := stored.input_value(0).get_node()) == "FakeQuantize":
+            yield _Pair(quantize, node)
+
+
+def _before_convolutions(model: Any) -> set[str]:
+    """The names of the nodes that some convolution comes after."""
+    found: set[str] = set()
+    for node in reversed(model.get_ordered_ops()):
+        if "Convolution" in _kind(node) or node.get_friendly_name() in found:
+            found |= {value.get_node().get_friendly_name() for value in node.input_values()}
+    return found
+
+
+def _readers(node: Any) -> list[Any]:
+    """The nodes that take in the values of `node`, not only its shape."""
+    return [one.get_node() for one in node.output(0).get_target_inputs() if _kind(one.get_node()) != "ShapeOf"]
+
+
+def _is_all(node: Any, value: float) -> bool:
+    """Whether `node` is a constant of this value alone."""
+    values = _constant(node)
+    return values is not None and bool(np.all(values == value))
+
+
+def _constant(node: Any) -> NDArray[Any] | None:
+    """The values of a constant, whose shape another may have been made of; None if `node` is not one."""
+    while _kind(node) == "Reshape":
+        node = node.input_value(0).get_node()
+    return np.array(node.data) if _kind(node) == "Constant" else None
+
+
+def _kind(node: Any) -> str:
+    kind: str = node.get_type_name()
+    return kind

@@ -4,20 +4,23 @@
 
 Every engine and precision gets a process of its own and the same sequence of sizes, drawn at random from all whose
 sides are multiples of the padding within the limits. Resident memory after the first `--early` images and after the
-last one goes to results/MACHINE/checks/NAME_memory.json beside this script; printed is a row of a table for each.
+last one goes to results/MACHINE/checks/NAME_memory.json beside this script, where what was measured with the same
+settings stays unless it is measured again; printed is a row of a table for each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -84,7 +87,18 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"images": args.images, "early": args.early, "least_px": args.least, "most_px": args.most}
     record = {"machine": asdict(describe_machine()), "settings": settings, "sizes": len(set(sizes))}
-    write_json(output, record | {"engines": [asdict(one) for one in found]})
+    again = {(one.engine, one.precision) for one in found}
+    kept = [one for one in kept_of(output, record) if (one["engine"], one["precision"]) not in again]
+    write_json(output, record | {"engines": kept + [asdict(one) for one in found]})
+
+
+def kept_of(output: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The engines in the file `output`, none if it has another machine or other settings."""
+    if not output.exists():
+        return []
+    before: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    same = all(before[key] == json.loads(json.dumps(value)) for key, value in record.items())
+    return list(before["engines"]) if same else []
 
 
 def sequence(least: int, most: int, step: int, count: int) -> list[tuple[int, int]]:

@@ -2,13 +2,16 @@
 
     pip install nncf
     python benchmarks/openvino_against_nncf.py --bundle demo/fp32 --int8 demo/int8 --machine epyc-2core --name demo \\
-        --calib demo/data/calib/annotations.json --data demo/data/val/annotations.json
+        --calib demo/data/calib/annotations.json --demo-images 6000
 
 NNCF calibrates on the first `--samples` images of `--calib` with its defaults, the decode left in float as its guides
 advise for what follows a detector's head. Both files run in the same engine with the same settings. Printed are: how
 many times as fast as NNCF's ours is, the median over rounds by turns and in brackets the least and the largest of one
-round; mAP of FP32 and both; how many operators of each kind run in which precision. All of it goes to
-results/MACHINE/checks/NAME_nncf.json beside this script.
+round; mAP of FP32 and both, and the differences with their 95% intervals over images; how many operators of each kind
+run in which precision. All of it goes to results/MACHINE/checks/NAME_nncf.json beside this script.
+
+mAP of a few hundred images moves by more than the two INT8 differ. `--demo-images` has so many generated, the first of
+them the demo's own.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import evaluate
-from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.accuracy import ap_difference, coco_accuracy, results_of
+from gfldeploy.bundle import Bundle, Graph, Manifest
+from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.openvino_engine import OpenVinoEngine
 from gfldeploy.files import write_json
@@ -68,7 +72,9 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="FP32", help="the FP32 bundle")
     parser.add_argument("--int8", type=Path, required=True, help="the INT8 bundle made of it")
     parser.add_argument("--calib", type=Path, required=True, help="COCO annotations (.json), images/ beside them")
-    parser.add_argument("--data", type=Path, required=True, help="the same, for the shapes and mAP")
+    labelled = parser.add_mutually_exclusive_group(required=True)
+    labelled.add_argument("--data", type=Path, help="the same, for the shapes and mAP")
+    labelled.add_argument("--demo-images", type=int, metavar="N", help="so many of the demo's instead of --data")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
     parser.add_argument("--name", required=True, help="of the results file and in the table")
     parser.add_argument("--samples", type=int, default=32, metavar="N", help="for NNCF (default: %(default)s)")
@@ -76,9 +82,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="inferences a round (default: %(default)s)")
     parser.add_argument("--no-accuracy", action="store_true", help="for random weights")
     args = parser.parse_args()
-    bundle, dataset = Bundle.open(args.bundle), CocoDataset.load(args.data, None, None)
-    shapes = commonest_shapes(bundle, dataset)
+    bundle = Bundle.open(args.bundle)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        data = args.data or generate(Path(folder), "val", args.demo_images)
+        dataset = CocoDataset.load(data, None, None)
+        shapes = commonest_shapes(bundle, dataset)
         theirs = nncf_bundle(bundle, args.calib, args.samples, Path(folder))
         options = EngineOptions("int8", "cpu", usable_threads())
         engines = {
@@ -87,24 +95,46 @@ def main() -> None:
         }
         races = [race(engines, shape, args.rounds, args.runs) for shape in shapes]
         operators = {name: count_operators(engine, shapes[0]) for name, engine in engines.items()}
-        ap: dict[str, float] = {}
+        accuracy: dict[str, Any] = {}
         if not args.no_accuracy:
             engines["fp32"] = stack.enter_context(OpenVinoEngine(bundle, replace(options, precision="fp32")))
-            manifest = bundle.manifest
-            for name, engine in engines.items():
-                ap[name] = evaluate(engine, dataset, manifest.preprocess, manifest.nms, manifest.classes).ap
+            accuracy = compare(engines, dataset, bundle.manifest)
     print("| model | input | ours ms | NNCF ms | ours is faster by |\n|---|---|---|---|---|")
     for one in races:
         print(one.row(args.name))
-    print("\nmAP: " + (", ".join(f"{name} {value:.4f}" for name, value in ap.items()) or "not measured"))
+    print("\n" + (describe(accuracy) if accuracy else "mAP: not measured"))
     print("\n| operator | inside, out | ours | NNCF |\n|---|---|---|---|")
     for key in sorted(set(operators["ours"]) | set(operators["nncf"])):
         kind, precision = key.split(" ", 1)
         print(f"| {kind} | {precision} | {operators['ours'].get(key, 0)} | {operators['nncf'].get(key, 0)} |")
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_nncf.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": asdict(describe_machine()), "races": [asdict(one) for one in races], "ap": ap}
+    record = {"machine": asdict(describe_machine()), "races": [asdict(one) for one in races]} | accuracy
     write_json(output, record | {"operators": operators})
+
+
+def compare(engines: Mapping[str, OpenVinoEngine], dataset: CocoDataset, manifest: Manifest) -> dict[str, Any]:
+    """mAP of each engine, and by how much that of the first is higher than that of each other one."""
+    found = {
+        name: results_of(engine, dataset, manifest.preprocess, manifest.nms, manifest.classes)
+        for name, engine in engines.items()
+    }
+    first, *others = found
+    return {
+        "images": len(dataset.images),
+        "ap": {name: coco_accuracy(dataset, results).ap for name, results in found.items()},
+        "ap_differences": {name: ap_difference(dataset, found[first], found[name]) for name in others},
+    }
+
+
+def describe(accuracy: Mapping[str, Any]) -> str:
+    """A line on what `compare` gives."""
+    ap = ", ".join(f"{name} {value:.4f}" for name, value in accuracy["ap"].items())
+    differences = "; ".join(
+        f"ours less {name} {value:+.4f} ({low:+.4f} to {high:+.4f})"
+        for name, (value, low, high) in accuracy["ap_differences"].items()
+    )
+    return f"mAP on {accuracy['images']} images: {ap}; {differences}"
 
 
 def nncf_bundle(source: Bundle, calib: Path, samples: int, folder: Path) -> Bundle:

@@ -16,7 +16,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gfldeploy.accuracy import Accuracy, coco_accuracy, coco_results, evaluate
+from gfldeploy.accuracy import Accuracy, ap_difference, coco_accuracy, coco_results, evaluate
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.errors import DataError, EngineError
@@ -141,33 +141,44 @@ def test_data_without_annotations_have_no_accuracy(tmp_path: Path) -> None:
         coco_accuracy(CocoDataset.load(path), [])
 
 
-def test_equals_pycocotools_on_files(tmp_path: Path) -> None:
-    """Against COCO(file).loadRes(results), the way PaddleDetection takes, with crowds, misses and false alarms."""
-    path = make_data(tmp_path, count=3)
+def random_data(path: Path, images: int) -> None:
+    """Replace the annotations of `make_data` by random ones, crowds among them."""
     rng = np.random.default_rng(5)
     content = json.loads(path.read_text())
     content["annotations"] = [
         {
             "id": number + 1,
-            "image_id": int(rng.integers(10, 13)),
+            "image_id": int(rng.integers(10, 10 + images)),
             "category_id": int(rng.choice([3, 7])),
             "bbox": [float(value) for value in (*rng.uniform(0, 60, 2), *rng.uniform(5, 120, 2))],
             "area": float(rng.uniform(100, 12000)),
             "iscrowd": int(rng.random() < 0.15),
         }
-        for number in range(60)
+        for number in range(20 * images)
     ]
     path.write_text(json.dumps(content))
-    results = [
+
+
+def random_results(path: Path, seed: int, spread: float = 2.0) -> list[dict[str, Any]]:
+    """Boxes near the annotated ones, with misses and false alarms."""
+    rng = np.random.default_rng(seed)
+    return [
         {
             "image_id": item["image_id"],
             "category_id": item["category_id"],
-            "bbox": [value + float(rng.normal(0, 2)) for value in item["bbox"]],
+            "bbox": [value + float(rng.normal(0, spread)) for value in item["bbox"]],
             "score": float(rng.random()),
         }
-        for item in content["annotations"] * 2
+        for item in json.loads(path.read_text())["annotations"] * 2
         if rng.random() < 0.8
     ]
+
+
+def test_equals_pycocotools_on_files(tmp_path: Path) -> None:
+    """Against COCO(file).loadRes(results), the way PaddleDetection takes, with crowds, misses and false alarms."""
+    path = make_data(tmp_path, count=3)
+    random_data(path, 3)
+    results = random_results(path, seed=6)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
         reference = COCOeval(truth, truth.loadRes([dict(result) for result in results]), "bbox")
@@ -177,6 +188,45 @@ def test_equals_pycocotools_on_files(tmp_path: Path) -> None:
     ours = coco_accuracy(CocoDataset.load(path), results)
     assert (ours.ap, ours.ap50, ours.ap75, ours.ap_small, ours.ap_medium, ours.ap_large) == tuple(reference.stats[:6])
     assert 0 < ours.ap < 1
+
+
+def test_an_interval_over_images(tmp_path: Path) -> None:
+    """One resample is what COCO makes of a dataset that has the drawn images, some of them more than once."""
+    path = make_data(tmp_path, count=4)
+    random_data(path, 4)
+    near, far = random_results(path, seed=6), random_results(path, seed=7, spread=6.0)
+    dataset = CocoDataset.load(path)
+    value, low, high = ap_difference(dataset, near, far, resamples=1, seed=3)
+    assert value == coco_accuracy(dataset, near).ap - coco_accuracy(dataset, far).ap
+    assert low == high
+
+    content = json.loads(path.read_text())
+    drawn = np.random.default_rng(3).integers(4, size=4)
+    assert len(set(drawn.tolist())) < 4
+
+    def copies(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            item | {"image_id": 100 + place}
+            for place, image in enumerate(drawn)
+            for item in items
+            if item["image_id"] == 10 + image
+        ]
+
+    annotations = [item | {"id": number} for number, item in enumerate(copies(content["annotations"]))]
+    images = [content["images"][image] | {"id": 100 + place} for place, image in enumerate(drawn)]
+    path.write_text(json.dumps(content | {"images": images, "annotations": annotations}))
+    resampled = CocoDataset.load(path)
+    expected = coco_accuracy(resampled, copies(near)).ap - coco_accuracy(resampled, copies(far)).ap
+    assert low == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_is_better_on_every_image_is_better_for_certain(tmp_path: Path) -> None:
+    dataset = CocoDataset.load(make_data(tmp_path))
+    shifted = perfect(dataset)
+    for result in shifted:
+        result["bbox"] = [result["bbox"][0] + 8, *result["bbox"][1:]]  # IoU 0.667, see above
+    assert ap_difference(dataset, perfect(dataset), shifted) == pytest.approx((0.6, 0.6, 0.6))
+    assert ap_difference(dataset, shifted, shifted) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -394,6 +394,13 @@ def test_memory_stays_flat_over_many_shapes(tiny_bundle: Path, tmp_path: Path) -
     for one in record["engines"]:
         assert one["late_mb"] < one["early_mb"] * 1.25, one
         assert one["curve"][-1][0] == 600
+    # What is not measured again stays, with the same settings.
+    subprocess.run([*command, engines[0]], capture_output=True, check=True)
+    again = json.loads((tmp_path / "results/here/checks/tiny_memory.json").read_text())
+    assert {one["engine"] for one in again["engines"]} == set(engines)
+    assert [one for one in again["engines"] if one["engine"] != engines[0]] == [
+        one for one in record["engines"] if one["engine"] != engines[0]
+    ]
 
 
 def test_our_int8_against_nncf_round_by_round() -> None:
@@ -401,6 +408,19 @@ def test_our_int8_against_nncf_round_by_round() -> None:
         race = module.Race((1, 3, 64, 96), (10.0, 20.0, 10.0), (11.0, 20.0, 12.0))
         assert race.ratios == pytest.approx([1.1, 1.0, 1.2])
         assert race.row("demo") == "| demo | 1x3x64x96 | 10.0 | 12.0 | 1.100 (1.000 to 1.200) |"
+
+
+def test_the_map_of_one_engine_against_the_others(tiny_bundle: Path, tiny_coco: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle, dataset = Bundle.open(tiny_bundle), CocoDataset.load(tiny_coco, None, None)
+    with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
+        with module.OpenVinoEngine(bundle, module.EngineOptions()) as engine:
+            found = module.compare({"ours": engine, "nncf": engine}, dataset, bundle.manifest)
+        assert found["ap"]["ours"] == found["ap"]["nncf"] and found["ap_differences"] == {"nncf": (0, 0, 0)}
+        told = module.describe(
+            {"images": 7, "ap": {"ours": 0.5, "nncf": 0.4}, "ap_differences": {"nncf": (0.1, 0, 0.2)}}
+        )
+        assert told == ("mAP on 7 images: ours 0.5000, nncf 0.4000; ours less nncf +0.1000 (+0.0000 to +0.2000)")
 
 
 def test_what_is_left_to_nncf(tiny_bundle: Path, tiny_coco: Path) -> None:

@@ -21,7 +21,7 @@ from gfldeploy.predict.choice import Choice
 from gfldeploy.predict.draw import draw_all
 from gfldeploy.predict.outputs import DETECTIONS, Summary, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
-from gfldeploy.predict.sources import count_pictures, picture_sizes, pictures
+from gfldeploy.predict.sources import picture_sizes, pictures
 from gfldeploy.predict.working import WorkingFile
 
 __all__ = ["NOTE", "PICTURES", "PredictRequest", "predict"]
@@ -113,8 +113,9 @@ def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -
     """What is not in the working file yet."""
     choice = request.choice
     manifest = choice.bundle.manifest
-    total = count_pictures(request.inputs)
-    options = replace(choice.options, shapes=_input_shapes(request))
+    sizes = list(picture_sizes(request.inputs))
+    total = len(sizes)
+    options = replace(choice.options, shapes=_input_shapes(choice, sizes))
     with open_engine(choice.engine, choice.bundle, options) as engine:
         progress("detecting", working.images, total)
         groups = detect_groups(
@@ -133,12 +134,11 @@ def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -
     working.end()
 
 
-def _input_shapes(request: PredictRequest) -> tuple[tuple[int, int, int], ...]:
-    """(batch, height, width) of the network's inputs, the commonest first, by the heads of the files."""
-    choice = request.choice
+def _input_shapes(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> tuple[tuple[int, int, int], ...]:
+    """(batch, height, width) of the network's inputs, the commonest first, from the sizes of images (h, w) in order."""
     input_size = choice.bundle.manifest.preprocess.input_size
-    sizes = ((None, input_size(*size)) for size in picture_sizes(request.inputs))
-    batches = group_stream(sizes, choice.batch_size, _BATCHES_AHEAD * choice.batch_size)
+    known = ((None, input_size(*size)) for size in sizes if size is not None)
+    batches = group_stream(known, choice.batch_size, _BATCHES_AHEAD * choice.batch_size)
     return tuple(shape for shape, _ in Counter((len(batch), *size) for batch, size in batches).most_common())
 
 

@@ -20,7 +20,6 @@ from gfldeploy.images.headers import image_size
 __all__ = [
     "VIDEO_SUFFIXES",
     "Picture",
-    "count_pictures",
     "is_video",
     "list_inputs",
     "picture_of",
@@ -108,18 +107,16 @@ def list_inputs(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> list[Pa
     return list(dict.fromkeys(found))
 
 
-def count_pictures(inputs: Sequence[Path]) -> int:
-    """How many images these files have; of a video as many as its head says, which may be wrong."""
-    return sum(_frame_count(path) if is_video(path) else 1 for path in inputs)
+def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
+    """(h, w) in pixels of every image of these files, None where it cannot be read.
 
-
-def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int]]:
-    """(h, w) in pixels of every image of these files that can be read; of a video by its head."""
+    Of a video by what its head says, which may be wrong: as many as that has frames, at least one.
+    """
     for path in inputs:
         if is_video(path):
-            yield from [_frame_size(path)] * _frame_count(path)
-        elif (size := picture_of(path).size) is not None:
-            yield size
+            yield from _frame_sizes(path)
+        else:
+            yield picture_of(path).size
 
 
 def _below(folder: Path, exclude: set[Path]) -> Iterator[Path]:
@@ -144,21 +141,15 @@ def _opened(path: Path) -> Iterator[Any]:
         capture.release()
 
 
-def _frame_size(path: Path) -> tuple[int, int]:
-    """(h, w) in pixels, 1 x 1 where it cannot be read."""
+def _frame_sizes(path: Path) -> list[tuple[int, int] | None]:
     import cv2
 
     with _opened(path) as capture:
         if capture is None:
-            return 1, 1
-        return int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)) or 1, int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)) or 1
-
-
-def _frame_count(path: Path) -> int:
-    import cv2
-
-    with _opened(path) as capture:
-        return max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 1) if capture else 1
+            return [None]
+        height, width = (int(capture.get(key)) for key in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH))
+        size = (height, width) if height > 0 and width > 0 else None
+        return [size] * max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 1)
 
 
 def video_rate(path: Path) -> float:

@@ -1,4 +1,4 @@
-"""What is changed in a graph before OpenVINO compiles it: how something is computed, never what."""
+"""What is changed in a graph before OpenVINO compiles it: how something is computed, and fewer roundings of what is."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def test_counts_and_reasons() -> None:
     assert reasons(found[:1]) == ()
 
 
+@pytest.mark.slow
 def test_the_convolutions_of_a_program(tmp_path: Path) -> None:
     pytest.importorskip("paddle")
     from paddle.base.proto import framework_pb2

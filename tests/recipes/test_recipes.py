@@ -485,6 +485,7 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
         assert "| y | 2.4 | 1.75 (1.50 to 2.00) |" in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

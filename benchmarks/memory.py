@@ -97,7 +97,7 @@ def kept_of(output: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not output.exists():
         return []
     before: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    same = all(before[key] == json.loads(json.dumps(value)) for key, value in record.items())
+    same = all(before.get(key) == json.loads(json.dumps(value)) for key, value in record.items())
     return list(before["engines"]) if same else []
 
 

@@ -1,8 +1,7 @@
-"""What is changed in a graph before OpenVINO compiles it: how something is computed, and fewer roundings of what is."""
+"""What is changed in a graph before OpenVINO compiles it, so that it runs faster or rounds less."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +58,10 @@ def _normalize_by_channel(model: Any) -> None:
     their means (the law of total variance), all in FP32. The Q/DQ pair behind the convolution, without which ONNX
     Runtime would run that in float, goes: one rounding less.
     """
-    pairs = {pair.dequantize.get_friendly_name(): pair for pair in _pairs(model)}
     for node in model.get_ordered_ops():
         if (found := _GroupNorm.at(node)) is None:
             continue
-        pair = pairs.get(found.source.get_node().get_friendly_name())
+        pair = _Pair.ending_at(found.source.get_node())
         source = found.source if pair is None else pair.quantize.input_value(0)
         normalized = _normalized(source, found)
         for target in found.result.output(0).get_target_inputs():
@@ -78,8 +76,9 @@ def _keep_last_outputs_float(model: Any) -> None:
     weights themselves, and run the convolution in float.
     """
     before = _before_convolutions(model)
-    for pair in _pairs(model):
-        if pair.quantize.get_friendly_name() in before:
+    for node in model.get_ordered_ops():
+        pair = _Pair.ending_at(node)
+        if pair is None or pair.quantize.get_friendly_name() in before:
             continue
         result = pair.quantize.input_value(0)
         last, readers = pair.dequantize, _readers(pair.dequantize)
@@ -101,6 +100,18 @@ class _Pair:
 
     quantize: Any
     dequantize: Any
+
+    @classmethod
+    def ending_at(cls, node: Any) -> _Pair | None:
+        """The one whose last operator is `node`, None if there is none."""
+        if _factor(node) is None:
+            return None
+        before = node.input_value(0).get_node()
+        restored = before.input_value(0).get_node() if _kind(before) == "Subtract" else before
+        if _kind(restored) != "Convert" or _kind(stored := restored.input_value(0).get_node()) != "Convert":
+            return None
+        quantize = stored.input_value(0).get_node()
+        return cls(quantize, node) if _kind(quantize) == "FakeQuantize" else None
 
 
 @dataclass(frozen=True)
@@ -173,15 +184,18 @@ def _normalized(source: Any, norm: _GroupNorm) -> Any:
 
 
 def _scale(addition: Any, factor: float) -> bool:
-    """Multiply what an INT8 convolution with a bias gives; False, and nothing done, if `addition` is not one's last."""
+    """Multiply what an INT8 convolution with a bias gives, `addition` being that of the bias.
+
+    False, and nothing done, if it is something else or has another reader, whom the factor is not meant for.
+    """
     import openvino
 
     ops = openvino.opset13
-    if factor <= 0 or _kind(addition) != "Add":
+    if factor <= 0 or _kind(addition) != "Add" or len(_readers(addition)) != 1:
         return False
     convolution, bias = (value.get_node() for value in addition.input_values())
     weights = convolution.input_value(1).get_node() if _kind(convolution) == "Convolution" else convolution
-    if _kind(weights) != "Multiply":
+    if _kind(weights) != "Multiply" or len(_readers(convolution)) != 1:
         return False
     scales = weights.input_value(1).get_node()
     if (values := _constant(scales)) is None:
@@ -204,18 +218,6 @@ def _factor(node: Any) -> float | None:
         return None
     constant = node.input_value(1).get_node()
     return float(constant.data.item()) if _kind(constant) == "Constant" and constant.data.size == 1 else None
-
-
-def _pairs(model: Any) -> Iterator[_Pair]:
-    for node in model.get_ordered_ops():
-        if _factor(node) is None:
-            continue
-        before = node.input_value(0).get_node()
-        restored = before.input_value(0).get_node() if _kind(before) == "Subtract" else before
-        if _kind(restored) != "Convert" or _kind(stored := restored.input_value(0).get_node()) != "Convert":
-            continue
-        if _kind(quantize := stored.input_value(0).get_node()) == "FakeQuantize":
-            yield _Pair(quantize, node)
 
 
 def _before_convolutions(model: Any) -> set[str]:

@@ -191,10 +191,10 @@ class Head:
         inputs = [f"{source}.dq", f"{name}.dq", f"b{name}.dq"]
         self.nodes.append(node("Conv", inputs, [result], pads=[1, 1, 1, 1]))
 
-    def model(self) -> Any:
-        return read(self.nodes, self.constants, (1, 3, 16, 24), "left", "right")
+    def model(self, *more: str) -> Any:
+        return read(self.nodes, self.constants, (1, 3, 16, 24), "left", "right", *more)
 
-    def without_coarse_pairs(self) -> Any:
+    def without_coarse_pairs(self, *more: str) -> Any:
         """The same in float, where the pairs that are to go have never been."""
         nodes = []
         for one in self.nodes:
@@ -205,7 +205,7 @@ class Head:
                 if name in ("map.dq", "left map.dq", "right map.dq"):
                     copy.input[index] = name.removesuffix(".dq")
             nodes.append(copy)
-        return read(nodes, self.constants, (1, 3, 16, 24), "left", "right")
+        return read(nodes, self.constants, (1, 3, 16, 24), "left", "right", *more)
 
 
 IMAGE: Array = np.random.default_rng(2).normal(0, 1, (1, 3, 16, 24)).astype(np.float32)
@@ -236,3 +236,12 @@ def test_a_factor_that_is_not_known_to_fit_leaves_the_pair(factor: float, kind: 
     steps = after[1] / (head.step * factor if kind == "Mul" else head.step / factor)
     np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
     assert np.abs(after[1] - before[1]).mean() < head.step * abs(factor)
+
+
+@needs_vnni
+def test_a_factor_is_not_for_another_reader() -> None:
+    head = Head(3.0)
+    (_, _, expected), _ = run(head.without_coarse_pairs("right map"), IMAGE)
+    (_, right, found), _ = run(head.model("right map"), IMAGE, "int8")
+    assert np.abs(found - expected).mean() < 0.01 * head.step
+    np.testing.assert_allclose(right / (head.step * 3), np.rint(right / (head.step * 3)), atol=1e-3)

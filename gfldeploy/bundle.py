@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 from gfldeploy.detections import NmsParams
 from gfldeploy.errors import BundleError, ConfigError, DataError
@@ -40,7 +40,8 @@ __all__ = [
     "write_bundle",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
+_OLDEST_SCHEMA = 2  # older ones are refused, from here on they are upgraded on reading
 MANIFEST = "manifest.json"
 LAYERS = "layers.json"
 GraphName = Literal["paddle", "paddle_program", "onnx", "onnx_fp16", "onnx_tensorrt", "paddledetection"]
@@ -80,6 +81,8 @@ class Manifest:
     `onnx_fp16` (FP32 bundles: FP16 convolutions for GPUs, the decode and all inputs and outputs FP32; absent where FP16
     differs too much), `onnx_tensorrt` (INT8 bundles: symmetric Q/DQ as TensorRT wants them, from the same calibration),
     `paddledetection` (with NMS, for PaddleDetection's deploy tools).
+    `left_out`: why the bundle lacks a graph that a detector usually has, by the graph's name.
+    `notes`: what whoever uses the detector must know, one sentence each, such as that its class names are made up.
     `candidates`: how many anchors of an image the graphs decode, those with the highest scores; None for all.
     `classes`: names in the order of the score channels. `score_channels` may exceed their number: GFLv2 has one more.
     `provenance`: config, checkpoint digest, versions, command line; for people, nothing reads it back.
@@ -100,6 +103,8 @@ class Manifest:
     provenance: Mapping[str, Any]
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     candidates: int | None = None
+    left_out: Mapping[GraphName, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,11 +124,14 @@ class Manifest:
                 f"the manifest has schema {data['schema']}, this gfldeploy reads up to {SCHEMA}",
                 "Update gfldeploy, or export the bundle again with this version.",
             )
-        if data["schema"] < SCHEMA:
+        if data["schema"] < _OLDEST_SCHEMA:
             raise BundleError(
-                f"the manifest has schema {data['schema']}, of an older gfldeploy; this one reads schema {SCHEMA}",
+                f"the manifest has schema {data['schema']}, of an older gfldeploy; this one reads schemas from "
+                f"{_OLDEST_SCHEMA} on",
                 "Export the bundle again; quantise the new one for INT8.",
             )
+        if data["schema"] == 2:  # before `left_out` and `notes`
+            data = {"left_out": {}, "notes": [], **data, "schema": SCHEMA}
         known = set(cls.__dataclass_fields__)
         if set(data) != known:
             odd = sorted(set(data) ^ known)
@@ -147,6 +155,8 @@ class Manifest:
                     "classes": _all("classes", data["classes"], str),
                     "strides": _all("strides", data["strides"], int),
                     "files": {key: _file_record(key, value) for key, value in data["files"].items()},
+                    "left_out": {_graph_name(key): _text(key, value) for key, value in data["left_out"].items()},
+                    "notes": tuple(_text("notes", value) for value in data["notes"]),
                 }
             )
         except (TypeError, ValueError, KeyError, AttributeError, ConfigError, DataError) as error:
@@ -168,6 +178,8 @@ _KINDS: dict[str, type] = {
     "parameters": int,
     "provenance": dict,
     "files": dict,
+    "left_out": dict,
+    "notes": list,
 }
 
 
@@ -186,8 +198,18 @@ def _all(key: str, values: Any, kind: type) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _graph(name: str, data: Any) -> Graph:
+def _text(key: str, value: Any) -> str:
+    _need(_is(value, str), key, value)
+    return str(value)
+
+
+def _graph_name(name: Any) -> GraphName:
     _need(name in get_args(GraphName), "a graph's name", name)
+    return cast(GraphName, name)
+
+
+def _graph(name: str, data: Any) -> Graph:
+    _graph_name(name)
     graph = Graph(**data)
     _need(_is(graph.model, str) and (graph.params is None or _is(graph.params, str)), f"graph {name}", data)
     return graph
@@ -251,6 +273,10 @@ class Bundle:
     def graph(self, name: GraphName) -> tuple[Path, Path | None]:
         """Paths of a graph's model and parameter files. Raises `BundleError` if the bundle has no such graph."""
         graph = self.manifest.graphs.get(name)
+        if graph is None and name in self.manifest.left_out:
+            raise BundleError(
+                f"{self.directory} has no {name} graph: {self.manifest.left_out[name]}", "Use another engine."
+            )
         if graph is None:
             there = ", ".join(self.manifest.graphs)
             raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", "Export the bundle again.")

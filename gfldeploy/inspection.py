@@ -39,6 +39,8 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         "outputs": [_tensor(spec) for spec in manifest.outputs],
         "classes": list(manifest.classes),
         "candidates": manifest.candidates or "all",
+        "notes": list(manifest.notes),
+        "left_out": dict(manifest.left_out),
         "parameters": manifest.parameters,
         "macs": {
             "gmac": round(count_macs(onnx_file, *shape, manifest.strides) / 1e9, 3),

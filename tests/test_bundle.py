@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gfldeploy.bundle import LAYERS, MANIFEST, SCHEMA, Bundle, Manifest, write_bundle
+from gfldeploy.engines.registry import missing_graph
 from gfldeploy.errors import BundleError
 from gfldeploy.inspection import describe
 from gfldeploy.macs import count_macs
@@ -128,11 +129,27 @@ def test_a_newer_schema(bundle: Path) -> None:
     assert "Update gfldeploy" in message
 
 
-def test_an_older_schema(bundle: Path) -> None:
-    rewrite(bundle, lambda manifest: (manifest.update(schema=SCHEMA - 1), manifest.pop("candidates")))
+def test_a_schema_that_is_too_old(bundle: Path) -> None:
+    rewrite(bundle, lambda manifest: (manifest.update(schema=1), manifest.pop("candidates")))
     message = refusal(bundle)
-    assert f"has schema {SCHEMA - 1}, of an older gfldeploy" in message
+    assert "has schema 1, of an older gfldeploy" in message
     assert "Export the bundle again" in message
+
+
+def test_schema_2_is_upgraded_on_reading(bundle: Path) -> None:
+    expected = Bundle.open(bundle).manifest
+    rewrite(bundle, lambda manifest: (manifest.update(schema=2), manifest.pop("notes"), manifest.pop("left_out")))
+    assert Bundle.open(bundle).manifest == expected
+
+
+def test_a_graph_that_was_left_out(bundle: Path) -> None:
+    rewrite(bundle, lambda manifest: manifest.update(left_out={"paddle_program": "it cannot be traced"}))
+    opened = Bundle.open(bundle)
+    with pytest.raises(BundleError, match="has no paddle_program graph: it cannot be traced"):
+        opened.graph("paddle_program")
+    reason, _ = missing_graph(opened, "paddle", "int8", "cpu") or ("", "")
+    assert reason.endswith("has no paddle_program graph: it cannot be traced")
+    assert missing_graph(opened, "onnxruntime", "fp32", "cpu") is None
 
 
 def test_unknown_and_missing_keys(bundle: Path) -> None:
@@ -148,7 +165,7 @@ def test_unknown_and_missing_keys(bundle: Path) -> None:
 def test_wrong_types(bundle: Path, key: str, wrong: Any) -> None:
     if (key, wrong) == ("candidates", None):
         wrong = 0
-    if (key, wrong) == ("name", "text"):
+    if (key, wrong) in (("name", "text"), ("left_out", {}), ("notes", []), ("notes", ["a", 1])):
         wrong = 3
     rewrite(bundle, lambda manifest: manifest.update({key: wrong}))
     assert MANIFEST in refusal(bundle)

@@ -10,7 +10,7 @@ from pathlib import Path
 from gfldeploy.bench.results import POLICIES, SCENARIOS, Scenario, ServerPolicy
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import ENGINES, capability, check_bundle, graph_for
+from gfldeploy.engines.registry import ENGINES, capability, check_bundle, missing_graph
 
 __all__ = ["STREAMS", "Cell", "Plan", "Skipped", "plan"]
 
@@ -154,11 +154,8 @@ def _of_bundle(
     bundle: Bundle, engine: str, precision: Precision, batch_sizes: Sequence[int], device: Device, threads: int
 ) -> Iterator[int | Skipped]:
     """The batch sizes that can run, and why others cannot."""
-    graph = graph_for(engine, precision, device)
-    if not bundle.has_graph(graph):
-        reason = f"the bundle {bundle.directory.name} has no {graph} graph"
-        remedy = "make it again with `gfldeploy export`"
-        yield Skipped(bundle.directory, engine, precision, device, None, threads, reason, remedy)
+    if problem := missing_graph(bundle, engine, precision, device):
+        yield Skipped(bundle.directory, engine, precision, device, None, threads, *problem)
         return
     fixed = bundle.manifest.inputs[0].shape[0]
     for batch_size in batch_sizes:

@@ -61,6 +61,14 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "preprocess", _preprocess(facts["preprocess"])
     yield "nms", _pairs(facts["nms"])
     yield "size in MB", ", ".join(f"{name} {size}" for name, size in facts["size_on_disk_mb"].items())
+    label = "left out"
+    for graph, why in facts["left_out"].items():
+        yield label, f"{graph}: {why}"
+        label = ""
+    label = "note"
+    for note in facts["notes"]:
+        yield label, note
+        label = ""
     label = "provenance"
     for key, value in facts["provenance"].items():
         yield label, f"{key}: {_pairs(value) if isinstance(value, dict) else value}"

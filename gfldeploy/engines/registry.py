@@ -26,6 +26,7 @@ __all__ = [
     "capability",
     "check_bundle",
     "graph_for",
+    "missing_graph",
     "open_engine",
 ]
 
@@ -156,10 +157,21 @@ def graph_for(engine: str, precision: Precision, device: Device) -> GraphName:
     return "onnx_fp16" if precision == "fp16" and device == "gpu" else "onnx"
 
 
+def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Device) -> tuple[str, str] | None:
+    """Reason and remedy why this engine finds no graph of this precision in the bundle, or None."""
+    graph = graph_for(engine, precision, device)
+    if bundle.has_graph(graph):
+        return None
+    if why := bundle.manifest.left_out.get(graph):
+        return f"the bundle {bundle.directory.name} has no {graph} graph: {why}", "use another engine"
+    return f"the bundle {bundle.directory.name} has no {graph} graph", "export the model again"
+
+
 def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
     """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
     can = capability(engine, options.precision, options.device)
     problem = (can.reason, can.remedy) if can.reason else check_bundle(bundle, options.precision)
+    problem = problem or missing_graph(bundle, engine, options.precision, options.device)
     if problem:
         reason, remedy = problem
         combination = f"{engine} {options.precision} on {options.device}"

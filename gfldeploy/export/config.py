@@ -67,6 +67,7 @@ class DetectorConfig:
     `reader` is the whole TestReader section (EvalReader where there is none) with the lists `sample_transforms` and
     `batch_transforms` always present. `nms` holds every argument of MultiClassNMS, defaults included. `strides` are in
     pixels, one for each level. `classes` has `num_classes` names in the order of the score channels.
+    `notes`: what was understood otherwise than the user may think, one sentence each; they go into the bundle.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class DetectorConfig:
     nms: dict[str, Any] = field(repr=False)
     files: tuple[Path, ...] = field(repr=False)
     cfg: Any = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def load_detector_config(path: Path) -> DetectorConfig:

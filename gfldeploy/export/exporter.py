@@ -72,6 +72,8 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
     weights = load_checkpoint(request.weights) if request.weights is not None else None
     report("loading Paddle and building the eager model")
     config = load_detector_config(request.config)
+    for note in config.notes:
+        report(f"note: {note}")
     require("onnxruntime", "onnxruntime", "comparing the ONNX graph with the eager model")
     require("paddle2onnx", "export", "writing ONNX")
     preprocess = _preprocess(config, request.input_shape)
@@ -107,6 +109,7 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
             parameters=parameters,
             provenance=_provenance(request),
             candidates=request.candidates,
+            notes=config.notes,
         )
         found = []
         for graph in ("paddle", "paddle_program", "onnx"):
@@ -137,6 +140,7 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
             problem = error.problem.replace(f"{directory}/", "")  # ONNX Runtime names the file that it cannot load
             report(f"leaving out the FP16 ONNX graph: {problem}")
             half_record = {"left_out": problem}
+            manifest = replace(manifest, left_out={**manifest.left_out, "onnx_fp16": problem})
             (directory / "onnx/model_fp16.onnx").unlink(missing_ok=True)
         write_json(
             directory / "parity.json",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import capability, check_bundle, graph_for
+from gfldeploy.engines.registry import capability, check_bundle, missing_graph
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine, usable_threads
 from gfldeploy.tune.deploy_file import Deploy
@@ -75,6 +75,7 @@ def choose(
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
+    notes = (*notes, *bundle.manifest.notes)
     return Choice(bundle, engine, options, fixed or batch_size or 1, why or "as asked for", notes)
 
 
@@ -99,8 +100,8 @@ def _preferred(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
         can = capability(name, precision, device)
         if can.reason is not None:
             refused.append((name, can.reason, can.remedy))
-        elif not bundle.has_graph(graph_for(name, precision, device)):
-            refused.append((name, f"{bundle.directory} has no graph for it", "export the model again"))
+        elif problem := missing_graph(bundle, name, precision, device):
+            refused.append((name, *problem))
         else:
             others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
             return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"

@@ -30,6 +30,7 @@ def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> 
         name=f"{source.name}_int8",
         precision="int8",
         graphs=GRAPHS,
+        left_out={},
         provenance={
             **source.manifest.provenance,
             "quantized": {

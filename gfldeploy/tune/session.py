@@ -18,7 +18,7 @@ from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.bench.session import BenchRequest, PreparedBench, about, describe_data, limits
 from gfldeploy.bench.session import prepare as prepare_bench
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.registry import capability, graph_for
+from gfldeploy.engines.registry import capability, missing_graph
 from gfldeploy.errors import BoundsError, DataError, EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import Machine, describe_machine
@@ -267,7 +267,7 @@ class _Session:
             return None
         bundle = Bundle.open(path)
         for one in (engine, *self.prepared.request.bench.engines):
-            if capability(one, "fp32", device).works and bundle.has_graph(graph_for(one, "fp32", device)):
+            if capability(one, "fp32", device).works and not missing_graph(bundle, one, "fp32", device):
                 return Model(path, one, "fp32")
         return None
 

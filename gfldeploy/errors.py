@@ -18,6 +18,9 @@ Every message says what is wrong and what to do about it. Anything else that esc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "BoundsError",
     "BundleError",
@@ -31,6 +34,7 @@ __all__ = [
     "ParityError",
     "RejectedError",
     "UnsupportedError",
+    "reading",
 ]
 
 
@@ -87,3 +91,24 @@ class RejectedError(GfldeployError):
 
 class MissingDependencyError(GfldeployError):
     """A package is not installed; the remedy is the exact install command."""
+
+
+@contextmanager
+def reading(what: object, error: type[GfldeployError], remedy: str) -> Iterator[None]:
+    """Read a file that came from elsewhere: whatever goes wrong in the block is one line, an `error` about `what`.
+
+    The block should hold the parsing and checking of the file alone, since a bug in it reads like a damaged file, too.
+    """
+    try:
+        yield
+    except GfldeployError:
+        raise
+    except OSError as problem:
+        raise error(f"{what} cannot be read: {problem.strerror or problem}", remedy) from problem
+    except RecursionError as problem:
+        raise error(f"{what} cannot be read: it is nested too deeply", remedy) from problem
+    except MemoryError as problem:
+        raise error(f"{what} cannot be read: it takes too much memory", remedy) from problem
+    except Exception as problem:  # a file from elsewhere can make a parser raise anything
+        detail = str(problem)[:200] or type(problem).__name__
+        raise error(f"{what} cannot be read: {detail}", remedy) from problem

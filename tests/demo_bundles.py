@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
-import importlib.util
 import os
 import re
 import subprocess
@@ -17,9 +17,8 @@ import pytest
 
 from gfldeploy import demo
 
-# Asked without importing: that takes seconds, and ppdet prints.
-needs_export = pytest.mark.skipif(importlib.util.find_spec("ppdet") is None, reason="ppdet is not installed")
-needs_quant = pytest.mark.skipif(importlib.util.find_spec("paddleslim") is None, reason="PaddleSlim is not installed")
+needs_export = pytest.mark.needs_ppdet
+needs_quant = pytest.mark.needs_paddleslim
 
 SEED = 0
 STAGE = re.compile(r"\[ *\d+\.\d s\] .*")
@@ -90,17 +89,21 @@ def write_config(folder: Path, text: str = "", name: str = "gfl_demo.yml") -> Pa
 
 
 def once(make: Callable[[pytest.TempPathFactory], Path]) -> Callable[[pytest.TempPathFactory], Path]:
-    """Call `make` once in a session, whichever tests ask for what it returns."""
-    made: dict[Path, Path] = {}
+    """Call `make` once in a session, whichever tests ask for what it returns, in whichever of its processes."""
 
     @functools.wraps(make)
-    def cached(factory: pytest.TempPathFactory) -> Path:
+    def shared(factory: pytest.TempPathFactory) -> Path:
+        # pytest-xdist gives each of its workers a folder in that of the session.
         base = factory.getbasetemp()
-        if base not in made:
-            made[base] = make(factory)
-        return made[base]
+        session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        with (session / f"{make.__name__}.path").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if not (made := file.read()):
+                file.write(made := str(make(factory)))
+            return Path(made)
 
-    return cached
+    return shared
 
 
 @once

@@ -129,10 +129,10 @@ def test_a_size_that_the_graph_cannot_take(graph: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs_ppdet
 def test_gfl_r50_against_the_layers_of_the_eager_model(tmp_path: Path) -> None:
     """The output of every convolution layer is seen, whatever the ONNX graph says of it."""
     paddle = pytest.importorskip("paddle")
-    pytest.importorskip("ppdet")
     pytest.importorskip("paddle2onnx")
     from gfldeploy._quiet import quiet
     from gfldeploy.export.config import build_model, load_detector_config

@@ -248,6 +248,7 @@ def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_p
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 @demo_bundles.needs_quant
 def test_a_limit_on_file_sizes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     output = tmp_path / "new" / "out"

@@ -15,7 +15,7 @@ import pytest
 
 from gfldeploy.bundle import Bundle
 
-pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
+pytestmark = [pytest.mark.slow, demo_bundles.needs_export, demo_bundles.needs_quant]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ FP32_TOLERANCE, INT8_TOLERANCE = 0.001, 0.01
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchResults]:
+def demo_run(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchResults]:
     """The demo as users run it, but for how long it times each cell."""
     output = tmp_path_factory.mktemp("demo") / "out"
     size = DemoSize(timed_images=4, min_seconds=0.0, batch_sizes=(1, 2))

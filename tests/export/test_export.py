@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(exported: Path) -> Path:
     """Read it, do not change it."""
-    return demo_bundles.exported(tmp_path_factory)
+    return exported
 
 
 def rehash(directory: Path) -> None:

@@ -483,12 +483,10 @@ _PLACES = {
 _NOT_BUILT = ("ppdet.data.", "ppdet.optimizer", "ppdet.slim.", "ppdet.metrics.", "ppdet.engine.")
 # What earlier releases of PaddleDetection called what 2.6 has.
 _OLD_ARGUMENTS = {
-    "loss_qfl": "loss_class",  # 2.0 to 2.2
-    "spatial_scale": "spatial_scales",  # FPN, 2.0-beta
-    "num_chan": "out_channel",  # FPN, 0.x
-    "num_convs_feat": "num_convs",
-    "feature_maps": "return_idx",  # ResNet, 0.x, where stages count from 2
-    "target_dim": "target_size",  # 0.x
+    "loss_qfl": ("loss_class", "Call it loss_class."),
+    "spatial_scale": ("spatial_scales", "Call it spatial_scales."),
+    "num_chan": ("out_channel", "Call it out_channel."),
+    "feature_maps": ("return_idx", "Write 'return_idx: [1, 2, 3]' for 'feature_maps: [3, 4, 5]'."),
 }
 _OLD_MODULES = {"PAN": "CSPPAN", "LiteGFLFeat": "PicoFeat"}  # 2.1
 _OLD_TRANSFORMS = {"DecodeImage": "Decode", "ResizeImage": "Resize"}  # 0.x
@@ -615,11 +613,9 @@ class _Checker:
             if key in schema or (key == "name" and (len(keys) > 1 or not strict)):
                 continue
             close = _closest(str(key), schema, 0.6 if strict else 0.8)
-            new = _OLD_ARGUMENTS.get(str(key))
+            new, rename = _OLD_ARGUMENTS.get(str(key), ("", ""))
             if new in schema and (strict or close):
-                raise self.error(
-                    f"{'.'.join(keys)}.{key} is the old name of {new}", f"Call it {new}.", *keys, str(key)
-                )
+                raise self.error(f"{'.'.join(keys)}.{key} is the old name of {new}", rename, *keys, str(key))
             if strict or close:
                 where = ".".join(keys)
                 takes = "It takes: " + ", ".join(schema) + "." if schema else "It takes no arguments."

@@ -170,21 +170,28 @@ def yaml_config_option(command: Command) -> Command:
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
-    import yaml
+    from gfldeploy.yaml_file import YamlError, read_yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise click.BadParameter(f"{path} cannot be read: {error.strerror or error}", ctx, param) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise click.BadParameter(f"{path} is not YAML: {error}", ctx, param) from error
+    except YamlError as error:
+        raise click.BadParameter(f"{path} is not YAML that is read here: {error}", ctx, param) from error
     if not isinstance(content, dict):
         raise click.BadParameter(f"{path} must be a mapping of option names to values", ctx, param)
-    known = {one.name for one in ctx.command.params if isinstance(one, click.Option)} - {"config", "force", "help"}
+    types = {one.name: one.type for one in ctx.command.params if isinstance(one, click.Option)}
+    known = types.keys() - {"config", "force", "help"}
     defaults = {str(key).replace("-", "_"): value for key, value in content.items()}
-    for key in defaults:
+    for key, value in defaults.items():
+        option = key[:80].replace("_", "-")
         if key not in known:
-            near = get_close_matches(key, sorted(name for name in known if name), 1)
+            near = get_close_matches(key[:80], sorted(name for name in known if name), 1)
             nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
-            raise click.BadParameter(f"{path} has an unknown option, {key.replace('_', '-')!r}{nearest}", ctx, param)
+            raise click.BadParameter(f"{path} has an unknown option, {option!r}{nearest}", ctx, param)
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list) for item in items):
+            raise click.BadParameter(f"{path}: {option} must be a value or a list of values", ctx, param)
+        if isinstance(types[key], click.Path) and not isinstance(value, str | None):
+            raise click.BadParameter(f"{path}: {option} must be a path", ctx, param)
     ctx.default_map = defaults

@@ -120,7 +120,7 @@ class TestMistakes:
         [
             ("ResNet: {depht: 50}", ("ResNet has no argument 'depht'", "Did you mean 'depth'?")),
             ("GFLHead: {fpn_strides: [8]}", ("GFLHead has no argument 'fpn_strides'", "'fpn_stride'")),
-            ("GFLHead: {loss_qfl: {name: QualityFocalLoss}}", ("no argument 'loss_qfl'",)),
+            ("GFLHead: {loss_qfl: {name: QualityFocalLoss}}", ("GFLHead.loss_qfl is the old name of loss_class", "Call it")),
             ("GFLHead: {conv_feat: {feat_inn: 64}}", ("FCOSFeat has no argument 'feat_inn'", "'feat_in'")),
             ("GFLHead: {nms: {keep_topk: 10}}", ("MultiClassNMS has no argument 'keep_topk'", "'keep_top_k'")),
             ("GFLHead: {nms: {name: MultiClasNMS}}", ("module 'MultiClasNMS' does not exist", "'MultiClassNMS'")),

@@ -222,6 +222,7 @@ def _whole(key: str, value: Any, least: int, most: int) -> int:
 
 def _text(key: str, value: Any) -> str:
     _need(_is(value, str) and len(value) <= _MOST_TEXT, key, value)
+    _need(not any("\ud800" <= one <= "\udfff" for one in value), key, value)  # halves of a pair: no text
     return str(value)
 
 
@@ -357,7 +358,7 @@ class Bundle:
             return None
         path = self.directory / name
         with reading(path, BundleError, _AGAIN):
-            return check_record(name, read_json(path))
+            return check_record(name, read_json(path), path)
 
     def verify_files(self) -> None:
         """Hash every file again. Raises `BundleError` naming the first that changed."""

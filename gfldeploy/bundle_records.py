@@ -7,6 +7,7 @@ ends in `?`. `read_json` has seen to it that numbers are finite, text is Unicode
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gfldeploy.errors import BundleError
@@ -84,9 +85,9 @@ RECORDS: Mapping[str, Any] = {
 }
 
 
-def check_record(name: str, data: Any) -> dict[str, Any]:
-    """`data`, which the file `name` holds. Raises `BundleError` where it is not what gfldeploy writes there."""
-    _check(data, RECORDS[name], name)
+def check_record(name: str, data: Any, where: Path) -> dict[str, Any]:
+    """`data`, which the file `where`, a `name`, holds. Raises `BundleError` where gfldeploy writes no such thing."""
+    _check(data, RECORDS[name], f"{where}: it")
     assert isinstance(data, dict)
     return data
 

@@ -77,8 +77,9 @@ PIR_OPERATORS = _PADDLE_OPERATORS | _names(
     add add_n all amax amin any arange argmax argmin bicubic_interp bilinear bilinear_interp bitwise_and bitwise_not
     bitwise_or bitwise_xor data diag divide elementwise_pow embedding expand expand_as flatten floor_divide fmax fmin
     full full_batch_size_like full_int_array full_like full_with_tensor hardshrink hardsigmoid hardswish hardtanh
-    isclose isfinite isinf isnan linear_interp matmul_with_flatten max max_pool2d_with_index maximum min minimum multiply
-    nearest_interp nonzero numel one_hot ones ones_like prod range_v2 remainder reshape set_value set_value_with_tensor
+    isclose isfinite isinf isnan linear_interp matmul_with_flatten max max_pool2d_with_index maximum min minimum
+    multiply nearest_interp nonzero numel one_hot ones ones_like prod range_v2 remainder reshape set_value
+    set_value_with_tensor
     shadow_feed shadow_output softshrink split_with_num squared_l2_norm squeeze subtract topk transpose
     tril triu trilinear_interp unsqueeze zeros zeros_like
     """

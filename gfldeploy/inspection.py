@@ -9,9 +9,8 @@ from typing import Any
 from gfldeploy.bundle import Bundle, TensorSpec
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import BundleError, ParityError
+from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
-from gfldeploy.files import read_json
 from gfldeploy.macs import count_macs
 from gfldeploy.quant.agreement import Reference, agreement
 
@@ -54,23 +53,9 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         },
         "digest": bundle.digest,
         "provenance": dict(manifest.provenance),
-        "parity": _record(bundle, "parity.json"),
-        "sensitivity": _record(bundle, "sensitivity.json"),
+        "parity": bundle.record("parity.json"),
+        "sensitivity": bundle.record("sensitivity.json"),
     }
-
-
-def _record(bundle: Bundle, name: str) -> dict[str, Any] | None:
-    """What this JSON file of the bundle says, or None where the bundle has none."""
-    if name not in bundle.manifest.files:
-        return None
-    path = bundle.directory / name
-    try:
-        data = read_json(path)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", "Export the bundle again.") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} is no JSON object", "Export the bundle again.")
-    return data
 
 
 def int8_lines(parity: Mapping[str, Any]) -> list[str]:

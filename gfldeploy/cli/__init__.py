@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 from gfldeploy import __version__
+from gfldeploy.cli.plain_text import plain_streams
 from gfldeploy.errors import GfldeployError
 from gfldeploy.files import terminate_as_interrupt
 
@@ -61,6 +62,11 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for a user's mistake, 130 when interrupted."""
+    with plain_streams():
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     # Paddle's C++ side logs its progress to stderr unless told not to, and only listens before it is loaded.
     os.environ.setdefault("GLOG_minloglevel", "2")
     try:

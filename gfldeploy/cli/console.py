@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gfldeploy.cli.plain_text import escaping_console, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,9 +24,7 @@ Progress = Callable[[int, int], None]
 
 def console() -> Console:
     """A console on stdout, 120 columns wide where the output is not a terminal."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return escaping_console(width=None if sys.stdout.isatty() else 120)
 
 
 def stages() -> Callable[[str], None]:
@@ -32,7 +32,7 @@ def stages() -> Callable[[str], None]:
     start = time.monotonic()
 
     def report(stage: str) -> None:
-        click.echo(f"[{time.monotonic() - start:6.1f} s] {stage}", err=True)
+        click.echo(f"[{time.monotonic() - start:6.1f} s] {printable(stage, keep='')}", err=True)
 
     return report
 
@@ -40,7 +40,6 @@ def stages() -> Callable[[str], None]:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
     """A callback `(done, total)` behind a progress bar with rate and time left; silent where stderr is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
@@ -52,7 +51,9 @@ def progress_bar(label: str) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with RichProgress(
+        *columns, console=escaping_console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task(label, total=None, rate="")
         first: list[tuple[float, int]] = []  # when, and what a run before this one had done by then
 

@@ -84,17 +84,17 @@ def read_file(path: Path) -> bytes:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path, most_bytes: int | None = MAX_FILE_BYTES) -> Iterator[BinaryIO]:
     """An image file, open for reading. Raises `DataError` for what is no regular file, too large or not readable."""
     path = Path(path)
     try:
         # Without waiting for somebody to write into a pipe.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # noqa: PTH123
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
                 raise DataError(f"cannot read {path}: it is {kind}", "Give image files.")
-            if status.st_size > MAX_FILE_BYTES:
+            if most_bytes is not None and status.st_size > most_bytes:
                 raise DataError(f"the image file {path} has {status.st_size / 1e9:.1f} GB", "Scale it down, or cut it.")
             yield file
     except FileNotFoundError:
@@ -113,5 +113,5 @@ def load_cv2() -> Any:
         if hasattr(cv2.utils, "logging"):
             cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         else:  # before 4.13
-            cv2.setLogLevel(0)
+            getattr(cv2, "setLogLevel")(0)  # noqa: B009 - later stubs lack it
     return cv2

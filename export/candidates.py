@@ -153,7 +153,7 @@ def write_crowds(annotations: Path, directory: Path) -> Path | None:
     dataset = CocoDataset.load(annotations)
     by_size: dict[tuple[int, int], list[Any]] = defaultdict(list)
     for image in dataset.images:
-        by_size[image.height, image.width].append(image)
+        by_size[image.size()].append(image)
     objects = defaultdict(list)
     for item in dataset.annotations:
         objects[item.image_id].append(item)

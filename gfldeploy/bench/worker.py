@@ -231,7 +231,7 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     def progress(done: int, total: int) -> None:
         write_text(request.progress, f"{done} {total}")
 
-    shapes = [(1, *manifest.preprocess.input_size(image.height, image.width)) for image in dataset.images]
+    shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return evaluate(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=progress

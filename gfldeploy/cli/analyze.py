@@ -16,9 +16,9 @@ from gfldeploy.bench.runner import run_peak
 from gfldeploy.bench.work import work
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console, progress_bars, stages
-from gfldeploy.cli.options import DIRECTORY, FILE, CommaSeparated, bundle_argument, engine_options
+from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, bundle_argument, engine_options
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import open_engine, preferred_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
@@ -39,7 +39,7 @@ __all__ = ["command"]
     "--invariance/--no-invariance", default=True, show_default=True, help="Compare detections with those of batch 1."
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path("analysis.json"), show_default=True,
+    "--output", "-o", type=PATH, default=Path("analysis.json"), show_default=True,
     help="The file; a page (.html) is written beside it.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the output files if they exist.")
@@ -47,7 +47,7 @@ def command(
     bundle: Path,
     data: Path,
     images: Path | None,
-    engine: str,
+    engine: str | None,
     precision: Precision | None,
     device: Device,
     threads: int,
@@ -73,6 +73,9 @@ def command(
         raise UnsupportedError(f"{bundle} takes batches of {fixed} only", "Export it without a fixed batch size.")
     dataset = CocoDataset.load(data, images, limit)
     options = EngineOptions(precision or opened.manifest.precision, device, threads)
+    engine = engine or preferred_engine(opened, options.precision, device)[0]
+    for note in dataset.notes:
+        click.echo(f"Note: {note}", err=True)
     report = stages()
     chosen = arrangements(batch_sizes)
     best = None
@@ -109,7 +112,7 @@ def command(
 
 def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
     """Of one image by itself, the mean; None where the graph cannot be counted."""
-    sizes = [bundle.manifest.preprocess.input_size(image.height, image.width) for image in dataset.images]
+    sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
     try:
         return work(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
     except GfldeployError:

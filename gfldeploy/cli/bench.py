@@ -13,7 +13,9 @@ import click
 
 from gfldeploy.cli.console import stages
 from gfldeploy.cli.options import (
+    PATH,
     CommaSeparated,
+    FiniteFloat,
     PositiveNumbers,
     engine_cache_option,
     threads_option,
@@ -35,14 +37,12 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 
 
 @click.command(name="bench")
-@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @yaml_config_option
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), metavar="COCO.json", help="A COCO annotation file."
-)
+@click.option("--data", required=True, type=PATH, metavar="COCO.json", help="A COCO annotation file.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Where its file names start.  [default: images/ beside it, else its folder]",
 )
@@ -74,7 +74,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 )
 @click.option(
     "--latency-bound-ms",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     help="From arrival to answer: what later answers of the server count for is nothing.",
 )
 @click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
@@ -89,7 +89,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 )
 @click.option(
     "--min-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=2.0,
     show_default=True,
     help="Time each cell at least so long, in each round.",
@@ -103,7 +103,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 )
 @click.option(
     "--max-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     help="Time no longer, though medians still change by over 2%.  [default: 5 times --min-seconds]",
 )
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
@@ -112,21 +112,21 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
 @click.option(
     "--monitor-hz",
-    type=click.FloatRange(0, 100),
+    type=FiniteFloat(0, 100),
     default=5.0,
     show_default=True,
     help="Hardware samples a second; 0 for none.",
 )
 @click.option(
     "--cell-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
 )
 @click.option(
     "--memory-limit",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     metavar="MB",
     help="Resident memory beyond which a cell has failed.  [default: 90% of what is free]",
 )
@@ -135,7 +135,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("results.json"),
     show_default=True,
     help="The file; a table (.csv) and a report (.html) are written beside it.",
@@ -310,6 +310,8 @@ def _show_plan(prepared: PreparedBench) -> None:
         return f"{cell.engine:20} {cell.precision:5} {cell.bundle.name}", scenario
 
     plan = prepared.plan
+    for note in prepared.notes:
+        click.echo(f"Note: {note}", err=True)
     click.echo(
         f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure, "
         f"{_duration(prepared.least_s)} at least{', and mAP' if prepared.evaluated else ''}.",

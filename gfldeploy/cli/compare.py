@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.options import json_option
+from gfldeploy.cli.options import PATH, json_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,8 +21,8 @@ __all__ = ["command"]
 
 
 @click.command("compare")
-@click.argument("a", metavar="A.json", type=click.Path(path_type=Path))
-@click.argument("b", metavar="B.json", type=click.Path(path_type=Path))
+@click.argument("a", metavar="A.json", type=PATH)
+@click.argument("b", metavar="B.json", type=PATH)
 @click.option("--different-machines", is_flag=True, help="Compare although the hardware differs.")
 @click.option(
     "--different-data", is_flag=True, help="Compare although the timed images, or how they were timed, differ."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gfldeploy.cli.console import progress_bars
-from gfldeploy.cli.options import FILE, engine_cache_option, output_option
+from gfldeploy.cli.options import FILE, PATH, FiniteFloat, engine_cache_option, output_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import ENGINES, TENSORRT_ENGINES
 from gfldeploy.errors import DataError
@@ -24,8 +24,8 @@ __all__ = ["command"]
 
 
 @click.command("predict")
-@click.argument("source", metavar="BUNDLE|deploy.yml", type=click.Path(path_type=Path))
-@click.argument("inputs", nargs=-1, metavar="INPUT...", type=click.Path(path_type=Path))
+@click.argument("source", metavar="BUNDLE|deploy.yml", type=PATH)
+@click.argument("inputs", nargs=-1, metavar="INPUT...", type=PATH)
 @output_option("Folder for the results.")
 @click.option(
     "--data",
@@ -35,11 +35,11 @@ __all__ = ["command"]
 )
 @click.option("--draw", is_flag=True, help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos.")
 @click.option(
-    "--draw-threshold", type=click.FloatRange(0, 1), default=0.4, show_default=True, help="Draw from this score on."
+    "--draw-threshold", type=FiniteFloat(0, 1), default=0.4, show_default=True, help="Draw from this score on."
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FiniteFloat(0, 1),
     default=0.0,
     help="Write detections from this score on.  [default: all that NMS leaves]",
 )
@@ -96,10 +96,14 @@ def command(
     from gfldeploy.predict.session import PredictRequest, predict
 
     choice = choose(source, engine, precision, device, threads, batch_size, engine_cache)
-    dataset, files = _inputs(inputs, data, output)
+    dataset, files, notes = _inputs(inputs, data, output)
     request = PredictRequest(
         choice, files, output, dataset, threshold, draw_threshold if draw else None, decode == "fast", force
     )
+    if dataset is not None:
+        notes += [*dataset.notes, *dataset.match(choice.bundle.manifest.classes).notes]
+    for note in (*choice.notes, *notes):
+        click.echo(f"Note: {note}", err=True)
     _announce(choice)
     start = time.monotonic()
     try:
@@ -112,27 +116,30 @@ def command(
     click.echo(str(output))
 
 
-def _inputs(inputs: tuple[Path, ...], data: Path | None, output: Path) -> tuple[CocoDataset | None, list[Path]]:
+def _inputs(
+    inputs: tuple[Path, ...], data: Path | None, output: Path
+) -> tuple[CocoDataset | None, list[Path], list[str]]:
+    """The annotations, the files, and what is to be said of what is not among them."""
     from gfldeploy.images.coco import CocoDataset
     from gfldeploy.predict.sources import list_inputs
 
     if data is None:
         if not inputs:
             raise click.UsageError("Missing argument 'INPUT...'")
-        return None, list_inputs(inputs, (output, output.with_name(f"{output.name}.unfinished")))
+        notes: list[str] = []
+        exclude = (output, output.with_name(f"{output.name}.unfinished"))
+        return None, list_inputs(inputs, exclude, notes.append), notes
     if len(inputs) > 1:
         raise click.UsageError("With --data, INPUT is the one folder in which its file names start")
     dataset = CocoDataset.load(data, inputs[0] if inputs else None)
     files = [image.path for image in dataset.images]
     if len(set(files)) < len(files):
         raise DataError(f"{data} lists a file twice", "Give every image one id.")
-    return dataset, files
+    return dataset, files, []
 
 
 def _announce(choice: Choice) -> None:
     options = choice.options
-    for note in choice.notes:
-        click.echo(f"Note: {note}", err=True)
     click.echo(
         f"{choice.bundle.name} in {choice.engine} {options.precision} on {options.device}, batch {choice.batch_size}, "
         f"{options.threads} thread{'' if options.threads == 1 else 's'} ({choice.why})",

@@ -8,15 +8,13 @@ from pathlib import Path
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import capability, check_bundle, missing_graph
+from gfldeploy.engines.registry import preferred_engine
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine, usable_threads
 from gfldeploy.tune.deploy_file import Deploy
 
 __all__ = ["Choice", "choose"]
 
-# The first that runs a precision: the fastest by the results in benchmarks/. `gfldeploy tune` measures all of them.
-_PREFERRED = ("openvino", "onnxruntime", "paddle")
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
 
 
@@ -71,7 +69,7 @@ def choose(
         precision or bundle.manifest.precision, device or "cpu", threads or usable_threads(), cache_dir=engine_cache
     )
     if engine is None:
-        engine, why = _preferred(bundle, options)
+        engine, why = preferred_engine(bundle, options.precision, options.device)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
@@ -88,22 +86,3 @@ def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:
         yield f"{error.problem}; `gfldeploy tune` finds what is fastest here"
     if changes := deploy.software_changes(machine):
         yield f"since the choice was made, other software is installed: {'; '.join(changes)}"
-
-
-def _preferred(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
-    """The engine, and why."""
-    precision, device = options.precision, options.device
-    if problem := check_bundle(bundle, precision):
-        raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
-    refused = []
-    for name in _PREFERRED:
-        can = capability(name, precision, device)
-        if can.reason is not None:
-            refused.append((name, can.reason, can.remedy))
-        elif problem := missing_graph(bundle, name, precision, device):
-            refused.append((name, *problem))
-        else:
-            others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
-            return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
-    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")

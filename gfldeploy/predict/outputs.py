@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.working import Record
 
@@ -64,17 +65,18 @@ def write_outputs(
     directory: Path,
     records: Iterable[Record],
     classes: Sequence[str],
-    image_ids: Sequence[int] | None = None,
-    category_ids: Sequence[int] | None = None,
+    image_ids: Sequence[CocoId] | None = None,
+    category_ids: Sequence[CocoId | None] | None = None,
     most_reasons: int = 3,
 ) -> Summary:
     """Write the files, one record at a time: memory does not grow with their number.
 
     `coco.json` is a list of results as COCO's tools read it. `image_ids` and `category_ids`: those of annotations, by
-    image and by class. Without them images and classes are numbered from 1 in their order, and `images.json` says which
-    they are, in the format of annotations. Raises `OSError`.
+    image and by class; `coco.json` leaves out a class whose category is None. Without them images and classes are
+    numbered from 1 in their order, and `images.json` says which they are, in the format of annotations. Raises
+    `OSError`.
     """
-    categories = category_ids or range(1, len(classes) + 1)
+    categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
     images = failed = detections = 0
     reasons: list[str] = []
     with ExitStack() as stack:
@@ -92,16 +94,18 @@ def write_outputs(
                 failed += 1
                 reasons += [record["error"]] if failed <= most_reasons else []
                 continue
-            image_id = index + 1 if image_ids is None else image_ids[index]
+            image_id: CocoId = index + 1 if image_ids is None else image_ids[index]
             if listed is not None:
                 name = record["file"] + (f"#{record['frame']}" if "frame" in record else "")
                 listed.add({"id": image_id, "file_name": name, "width": record["width"], "height": record["height"]})
             for one in record["detections"]:
                 detections += 1
+                if (category_id := categories[one["class_id"]]) is None:
+                    continue
                 results.add(
                     {
                         "image_id": image_id,
-                        "category_id": categories[one["class_id"]],
+                        "category_id": category_id,
                         "bbox": one["bbox"],
                         "score": one["score"],
                     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
 from gfldeploy.dependencies import require
 from gfldeploy.engines.registry import capability
@@ -92,7 +93,10 @@ def quantize_bundle(
     calibrated_on = digests(request.images)
     evaluated_on: dict[str, str] = {}
     if request.evaluation is not None:
-        request.evaluation.class_to_category(source.manifest.classes)
+        match = request.evaluation.match(source.manifest.classes)
+        check_measurable(request.evaluation, match.category_ids)
+        for note in (*request.evaluation.notes, *match.notes):
+            report(f"note: {note}")
         evaluated_on = digests([image.path for image in request.evaluation.images])
         refuse_overlap(calibrated_on, evaluated_on)
 

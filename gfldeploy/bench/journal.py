@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.files import read_json, unfinished_beside, write_json
+from gfldeploy.files import Unfinished, read_json, unfinished_beside, write_json
 
 __all__ = ["Journal", "journal_beside"]
+
+_MADE = r"[0-9a-f]{64}\.json"
 
 
 class Journal:
@@ -21,9 +23,9 @@ class Journal:
     and its software, ...), so that an answer is never used for another question.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Keep the files in `directory`, which exists."""
-        self._directory = directory
+    def __init__(self, unfinished: Unfinished) -> None:
+        """Keep the files in its directory, which is worth keeping once there is one."""
+        self._unfinished = unfinished
 
     def find(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
         """The answer to this question, if there is one. A damaged file is none."""
@@ -39,20 +41,21 @@ class Journal:
     def keep(self, question: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Write the answer, in one step. Raises `OutputError`."""
         write_json(self._path(question), {"question": question, "answer": answer})
+        self._unfinished.worth_keeping = True
 
     def _path(self, question: Mapping[str, Any]) -> Path:
-        return self._directory / f"{hashlib.sha256(_canonical(question).encode()).hexdigest()}.json"
+        return self._unfinished.directory / f"{hashlib.sha256(_canonical(question).encode()).hexdigest()}.json"
 
 
 @contextmanager
-def journal_beside(output: Path) -> Iterator[Journal]:
-    """The journal of the results file `output`: a folder beside it, removed when the block ends without an error.
+def journal_beside(output: Path, command: str) -> Iterator[Journal]:
+    """The journal of `command` for the file `output`: a folder beside it, removed when the block ends without an error.
 
-    An error, an interruption or a kill leaves the folder for the next run. Raises `OutputError` if another process is
-    measuring for the same file, or the folder cannot be written.
+    An error or an interruption leaves what is in it for the next run, and so does a kill. Raises `OutputError` if
+    another process is measuring for the same file, or the folder cannot be written or is somebody else's.
     """
-    with unfinished_beside(output) as directory:
-        yield Journal(directory)
+    with unfinished_beside(output, command, _MADE) as unfinished:
+        yield Journal(unfinished)
 
 
 def _canonical(question: Mapping[str, Any]) -> str:

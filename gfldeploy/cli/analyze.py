@@ -20,8 +20,10 @@ from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, bundle_
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine, preferred_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
+from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
+from gfldeploy.signals import hold_interrupts
 
 __all__ = ["command"]
 
@@ -65,9 +67,7 @@ def command(
     size, by turns. The change in the time of an image is split into padding,
     convolutions, the network's other work, and host work.
     """
-    for path in (output, output.with_suffix(".html")):
-        if path.exists() and not force:
-            raise OutputError(f"{path} exists already", "Add --force to replace it, or choose another --output.")
+    _check_output(output, force)
     opened = Bundle.open(bundle)
     if (fixed := opened.manifest.inputs[0].shape[0]) is not None:
         raise UnsupportedError(f"{bundle} takes batches of {fixed} only", "Export it without a fixed batch size.")
@@ -105,9 +105,18 @@ def command(
         batches=tuple(analyze_passes(measured, _macs(opened, dataset), best.gmac_per_s if best else None)),
         invariance=tuple(compared),
     )
-    found.write(output)
+    _check_output(output, force)  # somebody else may have been faster
+    with hold_interrupts():
+        found.write(output)
     _show(found)
     click.echo(f"Wrote {output} and {output.with_suffix('.html')}")
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.suffix == ".html":
+        raise OutputError(f"{output} is where the page would be", "Give the name of a .json file.")
+    check_file(output, "json", force=force)
+    check_file(output.with_suffix(".html"), "html", force=force)
 
 
 def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:

@@ -24,6 +24,8 @@ from gfldeploy.cli.options import (
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES, capability
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError
+from gfldeploy.files import check_file, is_unfinished
+from gfldeploy.signals import hold_interrupts
 
 if TYPE_CHECKING:
     from gfldeploy.bench.session import PreparedBench
@@ -188,7 +190,7 @@ def command(
         raise click.UsageError("the server scenario needs --latency-bound-ms")
     if max_seconds is not None and max_seconds < min_seconds:
         raise click.UsageError("--max-seconds is less than --min-seconds")
-    _check_output(output, force)
+    resumed = _check_output(output, force)
 
     from gfldeploy.bench.csv_file import write_csv
     from gfldeploy.bench.journal import journal_beside
@@ -238,16 +240,14 @@ def command(
         first = prepared.plan.skipped[0]
         problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
         raise EngineError(problem, _sentence(first.remedy))
-    try:
-        with journal_beside(output) as journal:
-            results = run(prepared, journal, _progress())
+    with journal_beside(output, "bench") as journal:
+        results = run(prepared, journal, _progress())
+        with hold_interrupts():
+            _check_output(output, force, resumed)  # somebody else may have been faster
+            write_report(results, output.with_suffix(".html"))
+            write_csv(results, output.with_suffix(".csv"))
             results.write(output)
-    except KeyboardInterrupt:
-        click.echo("What was measured so far is kept: the same command goes on from there.", err=True)
-        raise
     show_results(results)
-    write_csv(results, output.with_suffix(".csv"))
-    write_report(results, output.with_suffix(".html"))
     click.echo(f"Wrote {output}, and beside it {output.stem}.csv and {output.stem}.html")
     if not any(cell.status == "ok" for cell in results.cells):
         failed = next(cell for cell in results.cells if cell.status == "failed")
@@ -266,18 +266,22 @@ def _check_tensorrt() -> None:
         )
 
 
-def _check_output(output: Path, force: bool) -> None:
-    """Refuse now what would otherwise fail after an hour of measuring."""
-    if output.is_dir():
-        raise OutputError(f"{output} is a directory", "Give a file name as --output.")
+def _check_output(output: Path, force: bool, resumed: bool | None = None) -> bool:
+    """Refuse now what would otherwise fail after an hour of measuring.
+
+    `resumed`, returned: whether this goes on from a run that was killed, perhaps after it had written the first files.
+    """
+    if resumed is None:
+        resumed = is_unfinished(output, "bench") and not output.exists()
     if output.suffix != ".json":
         raise OutputError(f"{output} does not end in .json", "A .csv and a .html are written beside it: name it so.")
-    for path in (output, output.with_suffix(".csv"), output.with_suffix(".html")):
-        if path.exists() and not force:
-            raise OutputError(f"{path} exists already", "Choose another --output, or add --force to replace it.")
+    check_file(output, "json", force=force)
+    check_file(output.with_suffix(".csv"), "csv", force=force or resumed)
+    check_file(output.with_suffix(".html"), "html", force=force or resumed)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
+    return resumed
 
 
 def _progress() -> Callable[[int, int, str], None]:

@@ -27,8 +27,11 @@ __all__ = ["command"]
 @click.option(
     "--different-data", is_flag=True, help="Compare although the timed images, or how they were timed, differ."
 )
+@click.option("--fail-if-slower", is_flag=True, help="Exit with 1 where B is slower in any cell.")
 @json_option
-def command(a: Path, b: Path, different_machines: bool, different_data: bool, as_json: bool) -> None:
+def command(
+    a: Path, b: Path, different_machines: bool, different_data: bool, fail_if_slower: bool, as_json: bool
+) -> int:
     """Compare two results files, with intervals.
 
     Shows how the median latency of each cell changed from A to B: their ratio with its 95% interval, and whether B is
@@ -47,6 +50,7 @@ def command(a: Path, b: Path, different_machines: bool, different_data: bool, as
         click.echo(f"{a} and {b} hold the same results.")
     else:
         _show(found)
+    return int(fail_if_slower and any(pair.verdict == "slower" for pair in found.pairs))
 
 
 def _show(found: Comparison) -> None:

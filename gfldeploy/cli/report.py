@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gfldeploy.cli.options import PATH
-from gfldeploy.errors import OutputError
+from gfldeploy.files import check_file
 
 __all__ = ["command"]
 
@@ -25,7 +25,6 @@ def command(results: Path, output: Path | None, force: bool) -> None:
     from gfldeploy.bench.results import BenchResults
 
     output = output or results.with_suffix(".html")
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already", "Choose another --output, or add --force to replace it.")
+    check_file(output, "html", force=force)
     write_report(BenchResults.read(results), output)
     click.echo(f"Wrote {output}")

@@ -13,6 +13,7 @@ from gfldeploy.cli.options import PATH, CommaSeparated, FiniteFloat, engine_cach
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
 from gfldeploy.errors import OutputError
+from gfldeploy.files import check_file
 from gfldeploy.machine import usable_threads
 
 if TYPE_CHECKING:
@@ -193,13 +194,10 @@ def command(
     )
     prepared = prepare(request)
     _show_space(prepared)
-    try:
-        with journal_beside(output) as journal:
-            deploy = run(prepared, output, journal, stages())
-            deploy.write(output)
-    except KeyboardInterrupt:
-        click.echo("What was measured so far is kept: the same command goes on from there.", err=True)
-        raise
+    with journal_beside(output, "tune") as journal:
+        deploy = run(prepared, output, journal, stages())
+        _check_output(output, force)  # somebody else may have been faster
+        deploy.write(output)
     click.echo(deploy.summary)
     click.echo(f"Wrote {output}")
 
@@ -220,10 +218,7 @@ def _check(path: Path, bundles: tuple[Path, ...]) -> None:
 
 def _check_output(output: Path, force: bool) -> None:
     """Refuse now what would otherwise fail after the measuring."""
-    if output.is_dir():
-        raise OutputError(f"{output} is a directory", "Give a file name as --output.")
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already", "Choose another --output, or add --force to replace it.")
+    check_file(output, "yml", force=force)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")

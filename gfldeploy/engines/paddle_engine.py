@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -39,6 +38,7 @@ from gfldeploy.engines.tensorrt import (
     tensorrt_library,
 )
 from gfldeploy.errors import EngineError
+from gfldeploy.files import scratch_directory
 
 __all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_calls"]
 
@@ -176,8 +176,8 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
         libraries = list((Path(require("paddle", "paddle", "Paddle").__file__ or "").parent / "libs").glob("libdnnl*"))
-        with tempfile.TemporaryDirectory() as directory:
-            return log_convolutions(libraries, run, Path(directory) / "onednn.log")
+        with scratch_directory() as directory:
+            return log_convolutions(libraries, run, directory / "onednn.log")
 
 
 class PlainPaddleEngine(PaddleEngine):

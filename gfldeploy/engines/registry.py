@@ -25,6 +25,7 @@ __all__ = [
     "capabilities",
     "capability",
     "check_bundle",
+    "check_possible",
     "graph_for",
     "missing_graph",
     "open_engine",
@@ -192,8 +193,8 @@ def preferred_engine(bundle: Bundle, precision: Precision, device: Device) -> tu
     raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")
 
 
-def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
-    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
+def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:
+    """Raise `UnsupportedError`, with the reason, where `open_engine` would, before anything is loaded."""
     can = capability(engine, options.precision, options.device)
     problem = (can.reason, can.remedy) if can.reason else check_bundle(bundle, options.precision)
     problem = problem or missing_graph(bundle, engine, options.precision, options.device)
@@ -201,6 +202,11 @@ def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
         reason, remedy = problem
         combination = f"{engine} {options.precision} on {options.device}"
         raise UnsupportedError(f"{combination} is not possible: {reason}", f"Remedy: {remedy}.")
+
+
+def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
+    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
+    check_possible(engine, bundle, options)
     module, name = ENGINES[engine].split(":")
     loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options)
     return loaded

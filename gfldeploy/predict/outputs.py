@@ -13,7 +13,10 @@ from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.working import Record
 
-__all__ = ["COCO", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+__all__ = ["COCO", "DEFAULT_THRESHOLD", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+
+# What PaddleDetection draws from, unless told otherwise.
+DEFAULT_THRESHOLD = 0.5
 
 DETECTIONS = "detections.jsonl"
 COCO = "coco.json"
@@ -22,7 +25,8 @@ IMAGES = "images.json"
 
 @dataclass(frozen=True)
 class Summary:
-    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections`.
+    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections` score
+    enough to be in `detections.jsonl`.
 
     `kept`: images that an earlier run had done.
     """
@@ -34,8 +38,8 @@ class Summary:
     kept: int = 0
 
 
-def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:
-    """One line of `detections.jsonl`, without detections that score below `threshold`.
+def record_of(found: Found, classes: Sequence[str]) -> Record:
+    """One image with all that NMS left, as a line of `detections.jsonl` has it.
 
     `bbox` is x, y, width, height in original pixels. Nothing is rounded: even a thousandth of a pixel turns some
     IoU, and the mAP of the results would not be that of `gfldeploy eval`.
@@ -56,7 +60,6 @@ def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:
             "bbox": [x1, y1, x2 - x1, y2 - y1],
         }
         for (x1, y1, x2, y2), score, category in rows
-        if score >= threshold
     ]
     return {**record, "width": width, "height": height, "detections": detections}
 
@@ -67,20 +70,22 @@ def write_outputs(
     classes: Sequence[str],
     image_ids: Sequence[CocoId] | None = None,
     category_ids: Sequence[CocoId | None] | None = None,
+    threshold: float = DEFAULT_THRESHOLD,
     most_reasons: int = 3,
 ) -> Summary:
     """Write the files, one record at a time: memory does not grow with their number.
 
-    `coco.json` is a list of results as COCO's tools read it. `image_ids` and `category_ids`: those of annotations, by
-    image and by class; `coco.json` leaves out a class whose category is None. Without them images and classes are
-    numbered from 1 in their order, and `images.json` says which they are, in the format of annotations. Raises
-    `OSError`.
+    `coco.json` is a list of results as COCO's tools read it: all of them, as mAP counts low scores too. `threshold`:
+    the least score in `detections.jsonl`. `image_ids` and `category_ids`: those of annotations, by image and by class;
+    `coco.json` leaves out a class whose category is None. Without them images and classes are numbered from 1 in their
+    order, and `images.json` says which they are, in the format of annotations. Raises `OSError`, also for a file that
+    is there.
     """
     categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
     images = failed = detections = 0
     reasons: list[str] = []
     with ExitStack() as stack:
-        lines = stack.enter_context((directory / DETECTIONS).open("w", encoding="utf-8"))
+        lines = stack.enter_context((directory / DETECTIONS).open("x", encoding="utf-8"))
         results = stack.enter_context(_List(directory / COCO, "[", "]"))
         listed = None
         if image_ids is None:
@@ -88,8 +93,10 @@ def write_outputs(
             tail = f'], "categories": {json.dumps(named)}, "annotations": []}}'
             listed = stack.enter_context(_List(directory / IMAGES, '{"images": [', tail))
         for index, record in enumerate(records):
-            lines.write(json.dumps(record) + "\n")
+            shown = [one for one in record.get("detections", ()) if one["score"] >= threshold]
+            lines.write(json.dumps({**record, "detections": shown} if "detections" in record else record) + "\n")
             images += 1
+            detections += len(shown)
             if "error" in record:
                 failed += 1
                 reasons += [record["error"]] if failed <= most_reasons else []
@@ -99,7 +106,6 @@ def write_outputs(
                 name = record["file"] + (f"#{record['frame']}" if "frame" in record else "")
                 listed.add({"id": image_id, "file_name": name, "width": record["width"], "height": record["height"]})
             for one in record["detections"]:
-                detections += 1
                 if (category_id := categories[one["class_id"]]) is None:
                     continue
                 results.add(
@@ -124,7 +130,7 @@ class _List:
     """A JSON list in a file, written entry by entry between `head` and `tail`; a context manager."""
 
     def __init__(self, path: Path, head: str, tail: str) -> None:
-        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file: IO[str] = path.open("x", encoding="utf-8")
         self._tail, self._empty = tail, True
         self._file.write(head)
 

@@ -302,9 +302,9 @@ def _not_lowered(cell: CellResult) -> str | None:
     run = cell.runs[-1]
     if cell.precision == "fp32" or not run.convolutions or not run.convolutions.get("fp32"):
         return None
-    lines = run.not_low_precision
-    first = f": {shorten(_SHAPES.sub(r'\1', lines[0]), _REASON_WIDTH, placeholder=' ...')}" if lines else ""
-    more = f", and {len(lines) - 1} more reason{'s' if len(lines) > 2 else ''}" if lines and len(lines) > 1 else ""
+    lines = [_SHAPES.sub(r"\1", line) for line in run.not_low_precision or ()]
+    first = f": {shorten(lines[0], _REASON_WIDTH, placeholder=' ...')}" if lines else ""
+    more = f", and {len(lines) - 1} more reason{'s' if len(lines) > 2 else ''}" if len(lines) > 1 else ""
     total = sum(run.convolutions.values())
     return f"{run.convolutions['fp32']} of {total} convolutions not in {cell.precision}{first}{more}"
 

@@ -344,13 +344,13 @@ class Column:
         return len(values) > 1 if self.constant else values != {None}
 
 
-def text_of(value: Value, digits: int | None = None) -> str:
-    """A value as text: an estimate with its interval, "12.3 ±0.2" where that is as wide on both sides, else
+def text_of(value: Value, digits: int | None = None, interval: bool = True) -> str:
+    """A value as text: an estimate, unless `interval` is False, with its interval, "12.3 ±0.2" where that is as wide on both sides, else
     "12.3 (12.2-12.8)"."""
     if isinstance(value, Estimate):
         digits = _digits(value.value) if digits is None else digits
         text = f"{value.value:.{digits}f}"
-        if value.low is None or value.high is None:
+        if not interval or value.low is None or value.high is None:
             return text
         below, above = (f"{width:.{digits}f}" for width in (value.value - value.low, value.high - value.value))
         return f"{text} ±{above}" if below == above else f"{text} ({value.low:.{digits}f}-{value.high:.{digits}f})"

@@ -22,17 +22,29 @@ def show_results(results: BenchResults) -> None:
     measured = [row for row in shown if row.status == "ok"]
     if measured:
         columns = [column for column in COLUMNS if column.shown(measured)]
+        several = _several_bundles(measured)
         show_table(
-            [TableColumn(one.header, one.drop, one.key not in _LEFT) for one in columns],
+            [
+                TableColumn(one.header, 0 if several and one.key == "bundle" else one.drop, one.key not in _LEFT)
+                for one in columns
+            ],
             [[text_of(one.value(row), one.digits) for one in columns] for row in measured],
             _title(results, measured),
             "The CSV file has every column.",
+            [[text_of(one.value(row), one.digits, interval=False) for one in columns] for row in measured],
         )
     for flag in FLAGS:
         if count := sum(flag in row.flags for row in measured):
             click.echo(f"{flag} ({count} of {len(measured)}): {FLAGS[flag]}")
     for note, names in notes(shown):
         click.echo(f"{names}: {note}")
+
+
+def _several_bundles(measured: Sequence[Row]) -> bool:
+    """Whether an engine ran more than one bundle in one precision, so that nothing but its name tells the rows apart."""
+    return len({(row.engine, row.precision, row.bundle) for row in measured}) > len(
+        {(row.engine, row.precision) for row in measured}
+    )
 
 
 def _title(results: BenchResults, measured: Sequence[Row]) -> str:

@@ -34,31 +34,45 @@ class TableColumn:
 
 
 def show_table(
-    columns: Sequence[TableColumn], lines: Sequence[Sequence[str]], title: str = "", elsewhere: str = ""
+    columns: Sequence[TableColumn],
+    lines: Sequence[Sequence[str]],
+    title: str = "",
+    elsewhere: str = "",
+    short: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Print `lines`, a text for each of the `columns`, on stdout; columns without any text are left out.
 
-    A table that is wider than the terminal (or than the environment's COLUMNS) loses the columns with the highest
-    `drop`, which are named below it; `elsewhere` says where they are. If that does not help, each line becomes a
-    paragraph of names and values. Without a terminal everything is shown.
+    A table that is wider than the terminal (or than the environment's COLUMNS) is made of the `short` lines, if there
+    are any, and then loses columns, those with the highest `drop` first, which are named below it; `elsewhere` says
+    where they are. If that does not help, each line becomes a paragraph of names and values. Without a terminal
+    everything is shown.
     """
-    kept = [number for number in range(len(columns)) if any(line[number] for line in lines)]
+    filled = [number for number in range(len(columns)) if any(line[number] for line in lines)]
     most = _width()
-    left_out: list[str] = []
-    while most is not None and _needed(columns, lines, kept) > most:
-        last = max(kept, key=lambda number: columns[number].drop)
-        if not columns[last].drop:
-            _show_paragraphs(columns, lines, kept, title, most)
-            break
-        kept.remove(last)
-        left_out.append(_one_line(columns[last].header))
+    if most is not None and short is not None and _needed(columns, lines, filled) > most:
+        lines = short
+    kept = filled if most is None else _fitting(columns, lines, filled, most)
+    if most is not None and _needed(columns, lines, kept) > most:
+        _show_paragraphs(columns, lines, kept, title, most)
     else:
         terminal = console()
         terminal.width = _needed(columns, lines, kept, widest=True) if most is None else most
         terminal.print(_table(columns, lines, kept, title))
-    if left_out:
+    if left_out := [_one_line(columns[number].header) for number in filled if number not in kept]:
         where = f" {elsewhere}" if elsewhere else ""
         click.echo(f"Too narrow for: {'; '.join(left_out)}.{where}")
+
+
+def _fitting(
+    columns: Sequence[TableColumn], lines: Sequence[Sequence[str]], filled: Sequence[int], most: int
+) -> list[int]:
+    """The columns that are never left out, and of the others those that there is room for, by their priority."""
+    kept = [number for number in filled if not columns[number].drop]
+    for number in sorted(filled, key=lambda number: columns[number].drop):
+        more = sorted({*kept, number})
+        if columns[number].drop and _needed(columns, lines, more) <= most:
+            kept = more
+    return kept
 
 
 def _width() -> int | None:
@@ -91,7 +105,12 @@ def _table(columns: Sequence[TableColumn], lines: Sequence[Sequence[str]], kept:
     from rich.table import Table
 
     table = Table(
-        title=escape(title) or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, _GAP - 1, 0, 0), pad_edge=False
+        title=escape(title) or None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, _GAP - 1, 0, 0),
+        pad_edge=False,
     )
     for number in kept:
         column = columns[number]

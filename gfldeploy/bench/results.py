@@ -36,6 +36,7 @@ __all__ = [
     "Stages",
     "Status",
     "Work",
+    "defined_ap",
 ]
 
 SCHEMA = 4
@@ -50,6 +51,10 @@ SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 # adaptive: the dynamic batcher's (`batching.policy.Adaptive`).
 ServerPolicy = Literal["no-batching", "fixed-timeout", "adaptive"]
 POLICIES: tuple[ServerPolicy, ...] = get_args(ServerPolicy)
+
+
+# Figures of less than this, over all rounds, are good for a first look alone.
+_QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class Settings:
         if self.latency_bound_ms is not None and self.latency_bound_ms <= 0:
             raise ValueError("latency_bound_ms must be positive")
         _ = self.stop  # refuses values that contradict each other
+
+    @staticmethod
+    def is_quick(rounds: int, min_seconds: float, min_count: int) -> bool:
+        """Whether all rounds together are good for a first look alone."""
+        return rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT
 
     @property
     def stop(self) -> StopRule:
@@ -312,10 +322,21 @@ class CellResult:
         return tuple(value for run in self.runs for value in run.samples.latency_ms)
 
     @property
+    def ap(self) -> float | None:
+        """COCO's mAP; None where it was not measured, or is undefined (`defined_ap`)."""
+        return defined_ap(self.accuracy)
+
+    @property
     def file_ms(self) -> tuple[float, ...]:
         """The latencies of batches from file to boxes, of all rounds; none if a round has none."""
         stages = [run.stages for run in self.runs if run.stages and run.stages.end_to_end_ms]
         return tuple(value for one in stages for value in one.end_to_end_ms) if len(stages) == len(self.runs) else ()
+
+
+def defined_ap(accuracy: Accuracy | None) -> float | None:
+    """The mAP; None where there is none to compare with, as of data without objects, which pycocotools gives -1."""
+    ap: float | None = accuracy.ap if accuracy else None
+    return ap if ap is not None and ap >= 0 else None
 
 
 @dataclass(frozen=True)

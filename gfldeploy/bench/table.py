@@ -19,6 +19,7 @@ __all__ = [
     "FLAGS",
     "NOT_MEASURED",
     "STREAMS",
+    "TEXT_KEYS",
     "UNKNOWN",
     "BoundCheck",
     "Column",
@@ -139,6 +140,7 @@ class Row:
     flags: tuple[str, ...]
     note: str | None
 
+
 def rows(results: BenchResults) -> list[Row]:
     """One row for each cell, in the results' order."""
     return [_row(cell, results) for cell in results.cells]
@@ -221,7 +223,7 @@ def _row(cell: CellResult, results: BenchResults) -> Row:
         p90_ms=_supported(latency_ms, 90),
         p99_ms=_supported(latency_ms, 99),
         images_per_s=_images_per_s(cell) if ok else None,
-        ap=cell.accuracy.ap if ok and cell.accuracy else None,
+        ap=cell.ap if ok else None,
         low_precision=_low_precision(cell) if ok else None,
         memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in cell.runs) if ok else None,
         gmac_per_s=gmac_per_s,
@@ -312,6 +314,8 @@ def _not_lowered(cell: CellResult) -> str | None:
 def _note(cell: CellResult) -> str | None:
     if cell.status == "ok":
         no_accuracy = f"no mAP: {cell.accuracy_reason}" if cell.accuracy_reason else None
+        if cell.accuracy and cell.ap is None:
+            no_accuracy = "no mAP: it is undefined, as the images have no objects to find"
         return "; ".join(filter(None, (_not_lowered(cell), no_accuracy))) or None
     remedy = f"; {cell.remedy.rstrip('.')}" if cell.remedy else ""
     return f"{cell.status}: {cell.reason}{remedy}"
@@ -345,8 +349,11 @@ class Column:
 
 
 def text_of(value: Value, digits: int | None = None, interval: bool = True) -> str:
-    """A value as text: an estimate, unless `interval` is False, with its interval, "12.3 ±0.2" where that is as wide on both sides, else
-    "12.3 (12.2-12.8)"."""
+    """A value as text.
+
+    An estimate has its interval, unless `interval` is False: "12.3 ±0.2" where that is as wide on both sides, else
+    "12.3 (12.2-12.8)".
+    """
     if isinstance(value, Estimate):
         digits = _digits(value.value) if digits is None else digits
         text = f"{value.value:.{digits}f}"
@@ -412,9 +419,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("rate_per_s", "arriving/s", lambda row: row.rate, constant=True),
     Column("policy", "policy", lambda row: row.policy),
     Column("batch_size", "batch", lambda row: row.batch_size),
-    Column(
-        "file_to_boxes_images_per_s", "file to boxes,\nimages/s", _file(lambda row: row.file_images_per_s)
-    ),
+    Column("file_to_boxes_images_per_s", "file to boxes,\nimages/s", _file(lambda row: row.file_images_per_s)),
     Column("file_to_boxes_median_ms", "file to boxes,\nms", _file(lambda row: row.file_ms), drop=4, interval=True),
     Column("file_to_boxes_p90_ms", "file to\nboxes, p90", lambda row: row.file_p90_ms, drop=13, interval=True),
     Column("file_to_boxes_p99_ms", "file to\nboxes, p99", lambda row: row.file_p99_ms, drop=11, interval=True),
@@ -439,3 +444,5 @@ COLUMNS: tuple[Column, ...] = (
     Column("padding", "padding", lambda row: row.padding, 2, drop=9),
     Column("flags", "flags", lambda row: " ".join(row.flags) or None, drop=6),
 )
+# Columns of words, which stand at the left edge; all others are numbers.
+TEXT_KEYS = ("engine", "precision", "bundle", "device", "scenario", "policy", "bound_held", "flags")

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import click
 
 from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import COLUMNS, FLAGS, Row, notes, rows, text_of
+from gfldeploy.bench.table import COLUMNS, FLAGS, TEXT_KEYS, Row, notes, rows, text_of
 from gfldeploy.cli.tables import TableColumn, show_table
 
 __all__ = ["show_results"]
-
-# Texts; all others are numbers.
-_LEFT = ("engine", "precision", "bundle", "device", "scenario", "policy", "flags")
 
 
 def show_results(results: BenchResults) -> None:
@@ -25,7 +22,7 @@ def show_results(results: BenchResults) -> None:
         several = _several_bundles(measured)
         show_table(
             [
-                TableColumn(one.header, 0 if several and one.key == "bundle" else one.drop, one.key not in _LEFT)
+                TableColumn(one.header, 0 if several and one.key == "bundle" else one.drop, one.key not in TEXT_KEYS)
                 for one in columns
             ],
             [[text_of(one.value(row), one.digits) for one in columns] for row in measured],
@@ -41,7 +38,7 @@ def show_results(results: BenchResults) -> None:
 
 
 def _several_bundles(measured: Sequence[Row]) -> bool:
-    """Whether an engine ran more than one bundle in one precision, so that nothing but its name tells the rows apart."""
+    """Whether an engine ran several bundles in one precision, so that only the bundle tells the rows apart."""
     return len({(row.engine, row.precision, row.bundle) for row in measured}) > len(
         {(row.engine, row.precision) for row in measured}
     )

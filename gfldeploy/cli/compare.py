@@ -30,9 +30,9 @@ def command(a: Path, b: Path, different_machines: bool, different_data: bool, as
     """Compare two results files, with intervals.
 
     Shows how the median latency of each cell, of the network alone, changed from A to B: their ratio with its 95%
-    interval, and whether B is faster, slower, or no difference was found, because the interval includes 1. Of servers it also shows the images
-    answered in time, as their latencies are only of those that they did not turn away. Packages and drivers may differ,
-    and are listed where they do.
+    interval, and whether B is faster, slower, or no difference was found, because the interval includes 1. Of servers
+    it also shows the images answered in time, as their latencies are only of those that they did not turn away.
+    Packages and drivers may differ, and are listed where they do.
     """
     from gfldeploy.bench.compare import compare
     from gfldeploy.bench.records import plain
@@ -102,10 +102,9 @@ def _show_pairs(pairs: Sequence[Pair]) -> None:
         ]
 
     servers = {pair.cell.scenario == "server" for pair in pairs}
-    what = ("the network alone, median of a batch",) if False in servers else ()
-    what += ("servers from arrival to answer, median of an image",) if True in servers else ()
-    title = "; ".join(what)
-    show_table(columns, lines(True), title[0].upper() + title[1:], "--json has everything.", lines(False))
+    what = ["The network alone, median of a batch"] if False in servers else []
+    what += ["Servers from arrival to answer, median of an image"] if True in servers else []
+    show_table(columns, lines(True), "; ".join(what), "--json has everything.", lines(False))
 
 
 def _ratio(pair: Pair, interval: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -21,10 +22,11 @@ Progress = Callable[[int, int], None]
 
 
 def console() -> Console:
-    """A console on stdout, 120 columns wide where the output is not a terminal."""
+    """A console on stdout, 120 columns wide where neither a terminal nor the environment says otherwise."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console(width=None if known else 120, highlight=False)
 
 
 def stages() -> Callable[[str], None]:

@@ -15,8 +15,9 @@ from gfldeploy.bench.results import BundleIdentity
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bench.work import work
 from gfldeploy.bundle import Bundle
-from gfldeploy.cli.console import console, progress_bars, stages
+from gfldeploy.cli.console import progress_bars, stages
 from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, bundle_argument, engine_options
+from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine, preferred_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
@@ -129,21 +130,29 @@ def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
 
 
 def _show(found: Analysis) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     parts = [part for part in PARTS if found.batches and part in found.batches[0].parts]
-    table = Table(box=SIMPLE_HEAD, title=f"{found.engine} {found.precision}, {found.threads} threads, ms per image")
-    for header in ("batch", "as listed", "grouped", *parts, "unexplained", "padded", "% of peak", "cause"):
-        table.add_column(header, justify="left" if header == "cause" else "right")
-    for one in found.batches:
-        changes = [f"{one.parts[part].ms:+.1f}" for part in parts]
-        percent = "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}"
-        table.add_row(
-            str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}", *changes,
-            f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x", percent,
+    columns = (
+        TableColumn("batch"),
+        TableColumn("listed"),
+        TableColumn("bucketed"),
+        *(TableColumn(part.replace(" ", "\n"), drop=3) for part in parts),
+        TableColumn("unexplained", drop=4),
+        TableColumn("padded", drop=1),
+        TableColumn("% of\npeak", drop=5),
+        TableColumn("cause", right=False, text=True, drop=2),
+    )
+    lines = [
+        (
+            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}"),
+            *(f"{one.parts[part].ms:+.1f}" for part in parts),
+            *(f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x"),
+            "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}",
             one.cause,
-        )  # fmt: skip
-    console().print(table)
+        )
+        for one in found.batches
+    ]
+    threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
+    title = f"{found.engine} {found.precision}, {threads}, ms an image from file to boxes"
+    show_table(columns, lines, title, "The page has every column.")
     for sentence in found.answer:
         click.echo(sentence)

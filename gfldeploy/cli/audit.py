@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.cli.console import console, progress_bar
+from gfldeploy.cli.console import progress_bar
 from gfldeploy.cli.options import DIRECTORY, PATH, CommaSeparated, json_option
+from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.errors import BundleError, UnsupportedError
 from gfldeploy.images.preprocess import Preprocess
 
@@ -151,22 +152,26 @@ def _report_other_sizes(found: Survey, annotated: Mapping[Path, tuple[int, int]]
 
 
 def _show(result: Audit) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("batch", justify="right")
-    table.add_column("order")
-    headers = ["pixels", *(["GMAC"] if result.macs else []), "mixed", "batches", "largest batch", "input, MB"]
-    for header in (*headers, *(["activations, MB"] if result.macs else [])):
-        table.add_column(header, justify="right", no_wrap=True)
+    columns = (
+        TableColumn("batch"),
+        TableColumn("order", right=False),
+        TableColumn("pixels"),
+        TableColumn("GMAC"),
+        TableColumn("mixed"),
+        TableColumn("batches", drop=3),
+        TableColumn("largest batch", drop=2),
+        TableColumn("input,\nMB", drop=1),
+        TableColumn("mean\ninput, MB", drop=4),
+        TableColumn("activations,\nMB", drop=1),
+    )
+    lines: list[tuple[str, ...]] = []
     for batch_size, group in groupby(result.rows, lambda row: row.batch_size):
         cells = {row.order: tuple(_cells(row)) for row in group}
         if len(set(cells.values())) == 1:  # batches of one image
-            table.add_row(str(batch_size), "any", *cells["listed"])
+            lines.append((str(batch_size), "any", *cells["listed"]))
             continue
-        for order, texts in cells.items():
-            table.add_row("" if order != "listed" else str(batch_size), order, *texts)
-    console().print(table)
+        lines += [(str(batch_size), order, *texts) for order, texts in cells.items()]
+    show_table(columns, lines, elsewhere="--json has everything.")
     work = ", GMAC: per image" if result.macs else ""
     memory = "; activations: an estimate for FP32, the input included, weights not" if result.macs else ""
     click.echo(
@@ -178,14 +183,13 @@ def _show(result: Audit) -> None:
 def _cells(row: Row) -> Iterator[str]:
     count, height, width = row.largest
     yield f"{row.padding:.3f}x"
-    if row.macs is not None:
-        yield _gmac(row.macs)
+    yield "" if row.macs is None else _gmac(row.macs)
     yield f"{row.mixed / row.batches:.0%}"
     yield f"{row.batches:,}"
     yield f"{count}x3x{height}x{width}"
-    yield f"{row.input_bytes / 1e6:,.1f} ({row.mean_input_bytes / 1e6:,.1f})"
-    if row.activation_bytes is not None:
-        yield f"{row.activation_bytes / 1e6:,.0f}"
+    yield f"{row.input_bytes / 1e6:,.1f}"
+    yield f"{row.mean_input_bytes / 1e6:,.1f}"
+    yield "" if row.activation_bytes is None else f"{row.activation_bytes / 1e6:,.0f}"
 
 
 def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]:

@@ -34,8 +34,6 @@ __all__ = ["command"]
 
 _SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
 _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
-# Figures of less than this, over all rounds, are good for a first look alone.
-_QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 
 
 @click.command(name="bench")
@@ -176,8 +174,9 @@ def command(
     """Measure engines, precisions and batch sizes side by side.
 
     Every BUNDLE runs in every engine and precision it is made for, each cell in a process of its own; what cannot run
-    is listed with the reason. Latencies are of the network alone, on real images; whole batches, from file to
-    detections, are timed stage by stage after that. mAP is measured at batch 1, once for each engine and precision.
+    is listed with the reason. Whole batches are timed from file to boxes, one after the other and stage by stage, and
+    the network alone on the same images, prepared before; servers from the arrival of an image to the end of its
+    batch, without decoding. mAP is measured at batch 1, once for each engine and precision.
 
     Interrupted or killed, the same command goes on where it stopped.
     """
@@ -210,7 +209,7 @@ def command(
             seed=seed,
             latency_bound_ms=latency_bound_ms,
             monitor_hz=monitor_hz,
-            quick=rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT,
+            quick=Settings.is_quick(rounds, min_seconds, min_count),
         ),
         image_dir=images,
         engines=engines,

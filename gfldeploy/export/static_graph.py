@@ -22,9 +22,9 @@ def save_paddle_graphs(layer: Any, directory: Path, shape: InputShape) -> None:
     parameters, `OutputError` if they cannot be written.
     """
     import paddle
-    from paddle.pir_utils import OldIrGuard
 
     from gfldeploy.export.gfl_graph import GflGraph
+    from gfldeploy.export.program_mode import program_mode
 
     batch, height, width = shape
     spec = [paddle.static.InputSpec([batch, 3, height, width], "float32", name="image")]
@@ -34,7 +34,7 @@ def save_paddle_graphs(layer: Any, directory: Path, shape: InputShape) -> None:
     program_layer.half_projection = layer.half_projection
     program_layer.eval()
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        with OldIrGuard():
+        with program_mode():
             _save(program_layer, spec, Path(temporary) / "model")
         if not filecmp.cmp(Path(temporary) / "model.pdiparams", directory / "model.pdiparams", shallow=False):
             raise ParityError("the PIR graph and the program have different parameters", "Please report this.")

@@ -46,6 +46,8 @@ __all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_c
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
 _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _GPU_POOL_MB = 256
+# Merges a reshape into what comes before it, even where something else reads that too: then the graph does not load.
+_BROKEN_PASS = "operator_reshape_onednn_fuse_pass"
 
 
 class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
@@ -101,6 +103,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             config.set_cpu_math_library_num_threads(options.threads)
             if self.onednn:
                 config.enable_mkldnn()
+                config.delete_pass(_BROKEN_PASS)
             else:
                 config.disable_mkldnn()
             if options.precision == "bf16":

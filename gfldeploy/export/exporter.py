@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
-from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
+from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
 from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
@@ -41,7 +41,8 @@ class ExportRequest:
 
     `weights`: a `.pdparams` file; None with `random_seed` set builds reproducible random weights instead.
     `input_shape`: batch, height, width in pixels; None is free. `candidates`: how many anchors of an image the graphs
-    decode, those with the highest scores; None for all.
+    decode, those with the highest scores; None for all; "auto" for `candidates.default_candidates`, or all where these
+    lose something of the pictures that the graphs are compared with.
     """
 
     config: Path
@@ -49,7 +50,7 @@ class ExportRequest:
     weights: Path | None
     random_seed: int | None = None
     input_shape: tuple[int | None, int | None, int | None] = (None, None, None)
-    candidates: int | None = DEFAULT_CANDIDATES
+    candidates: int | Literal["auto"] | None = "auto"
     with_nms: bool = False
     force: bool = False
     threads: int = 1
@@ -64,7 +65,7 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
     Raises `ConfigError`, `CheckpointError`, `ParityError`, `OutputError`, `EngineError`, `MissingDependencyError`.
     """
     # What is cheap to refuse is refused before Paddle is imported.
-    if request.candidates is not None and not 1 <= request.candidates <= MOST_CANDIDATES:
+    if isinstance(request.candidates, int) and not 1 <= request.candidates <= MOST_CANDIDATES:
         raise ConfigError(
             f"{request.candidates} candidates cannot be chosen in the graph", f"Give 1 to {MOST_CANDIDATES}, or all."
         )
@@ -93,13 +94,14 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         report("running the eager model for reference")
         references = [parity.eager_outputs(detector, batch) for batch in images]
         channels = references[0]["scores"].shape[2]
-        graphs = _write_graphs(detector, directory, request, report)
+        candidates, notes = _candidates(request, nms, references, report)
+        graphs = _write_graphs(detector, directory, request, candidates, report)
         manifest = Manifest(
             name=config.name,
             precision="fp32",
             graphs=graphs,
             inputs=(TensorSpec("image", "float32", (request.input_shape[0], 3, *request.input_shape[1:])),),
-            outputs=_outputs(request, channels),
+            outputs=_outputs(request, candidates, channels),
             preprocess=preprocess,
             nms=nms,
             classes=config.classes,
@@ -108,8 +110,8 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
             reg_max=config.reg_max,
             parameters=parameters,
             provenance=_provenance(request),
-            candidates=request.candidates,
-            notes=config.notes,
+            candidates=candidates,
+            notes=(*config.notes, *notes),
         )
         found = []
         for graph in ("paddle", "paddle_program", "onnx"):
@@ -173,10 +175,39 @@ def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
     return PaddleEngine(bundle, options, graph)
 
 
-def _outputs(request: ExportRequest, channels: int) -> tuple[TensorSpec, ...]:
-    rows = (request.input_shape[0], request.candidates)
+def _candidates(
+    request: ExportRequest, nms: NmsParams, references: Sequence[parity.Outputs], report: Callable[[str], None]
+) -> tuple[int | None, tuple[str, ...]]:
+    """How many anchors of an image the graphs decode, None for all, and what its user must know of that.
+
+    `references`: of all anchors, for the pictures that the graphs are compared with.
+    """
+    asked, most = request.candidates, max(batch["scores"].shape[1] for batch in references)
+    if asked is None:
+        return None, ()
+    default = default_candidates(nms, references[0]["scores"].shape[2])
+    kept = "every detection" if nms.keep_top_k == -1 else f"{nms.keep_top_k} detections of an image"
+    if asked == "auto":
+        if default is not None and suffice(default, references, nms):
+            return default, ()
+        why = f"the config keeps {kept}" if default is None else f"{default} do not suffice for test pictures"
+        report(f"all anchors will be decoded: {why}")
+        return None, ()
+    every = None not in request.input_shape[1:] and most <= asked  # no size has more anchors than that
+    if every or (default is not None and asked >= default and suffice(asked, references, nms)):
+        return asked, ()
+    note = (
+        f"only the {asked} anchors of an image that score highest are decoded, and the config keeps {kept}: detections "
+        "that score less than the worst of these anchors may be missing or differ (export --candidates all loses none)"
+    )
+    report(f"note: {note}")
+    return asked, (note,)
+
+
+def _outputs(request: ExportRequest, candidates: int | None, channels: int) -> tuple[TensorSpec, ...]:
+    rows = (request.input_shape[0], candidates)
     specs = (TensorSpec("scores", "float32", (*rows, channels)), TensorSpec("boxes", "float32", (*rows, 4)))
-    return specs if request.candidates is None else (*specs, TensorSpec("anchors", "int32", rows))
+    return specs if candidates is None else (*specs, TensorSpec("anchors", "int32", rows))
 
 
 def _write_half(
@@ -216,14 +247,24 @@ def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int
 
 
 def _nms_params(config: DetectorConfig) -> NmsParams:
+    values = {key: value for key, value in config.nms.items() if key not in _NMS_OUTPUT_KEYS}
+    # Paddle takes any number: no score is below 0, and an nms_eta above 1 does nothing.
+    if isinstance(values.get("score_threshold"), int | float):
+        values["score_threshold"] = max(values["score_threshold"], 0.0)
+    if isinstance(values.get("nms_eta"), int | float):
+        values["nms_eta"] = min(values["nms_eta"], 1.0)
     try:
-        return NmsParams.from_dict({key: value for key, value in config.nms.items() if key not in _NMS_OUTPUT_KEYS})
+        return NmsParams.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"the config's nms cannot be used: {error.problem}", error.remedy) from error
 
 
 def _write_graphs(
-    detector: Any, directory: Path, request: ExportRequest, report: Callable[[str], None]
+    detector: Any,
+    directory: Path,
+    request: ExportRequest,
+    candidates: int | None,
+    report: Callable[[str], None],
 ) -> dict[GraphName, Graph]:
     import paddle
 
@@ -235,7 +276,7 @@ def _write_graphs(
     (directory / "paddle").mkdir()
     with quiet():
         fold_batch_norm(detector, paddle.zeros([1, 3, 64, 64]))
-        layer = GflGraph(detector, request.candidates)
+        layer = GflGraph(detector, candidates)
         layer.eval()
         save_paddle_graphs(layer, directory / "paddle", request.input_shape)
     graphs: dict[GraphName, Graph] = {

@@ -147,7 +147,9 @@ def _triangle(lower: bool, x: Any, diagonal: int = 0) -> Any:
 
 
 _FORMS: dict[str, Callable[..., Any]] = {
-    **{name: partial(_unary, name, None) for name in ("cos", "floor", "log", "rsqrt", "sigmoid", "sign", "sin", "sqrt")},
+    **{
+        name: partial(_unary, name, None) for name in ("cos", "floor", "log", "rsqrt", "sigmoid", "sign", "sin", "sqrt")
+    },
     **{name: partial(_unary, f"{name}_v2", "bool") for name in ("isfinite", "isinf", "isnan")},
     "logical_not": partial(_unary, "logical_not", "bool"),
     **{name: partial(_binary, name, "bool") for name in ("greater_than", "logical_and", "logical_or", "logical_xor")},

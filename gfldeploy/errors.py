@@ -18,6 +18,7 @@ Every message says what is wrong and what to do about it. Anything else that esc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,7 @@ __all__ = [
     "RejectedError",
     "UnsupportedError",
     "reading",
+    "summary",
 ]
 
 
@@ -112,3 +114,11 @@ def reading(what: object, error: type[GfldeployError], remedy: str) -> Iterator[
     except Exception as problem:  # a file from elsewhere can make a parser raise anything
         detail = str(problem)[:200] or type(problem).__name__
         raise error(f"{what} cannot be read: {detail}", remedy) from problem
+
+
+def summary(error: Exception, length: int = 200) -> str:
+    """The line of another package's error that says what is wrong, on which its own source and call stack follow."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if re.search(r"Error|error|Cannot|cannot|not ", line)]
+    line = (told or lines or [type(error).__name__])[0].rstrip(".")
+    return line if len(line) <= length else f"{line[: length - 3]}..."

@@ -138,7 +138,7 @@ def test_gfl_r50_against_the_layers_of_the_eager_model(tmp_path: Path) -> None:
     from gfldeploy.export.config import build_model, load_detector_config
     from gfldeploy.export.gfl_graph import GflGraph, fold_batch_norm
     from gfldeploy.export.onnx_graph import convert
-    from gfldeploy.export.static_graph import save_paddle_graphs
+    from gfldeploy.export.static_graph import save_paddle_graph
 
     config = load_detector_config(CONFIGS / "gfl_r50_fpn_1x_coco.yml")
     detector = build_model(config)
@@ -164,7 +164,7 @@ def test_gfl_r50_against_the_layers_of_the_eager_model(tmp_path: Path) -> None:
         fold_batch_norm(detector, paddle.zeros([1, 3, 64, 64]))
         layer = GflGraph(detector)
         layer.eval()
-        save_paddle_graphs(layer, tmp_path, (None, None, None))
+        save_paddle_graph(layer, tmp_path, (None, None, None))
     onnx_file = tmp_path / "model.onnx"
     convert(tmp_path / "model.json", tmp_path / "model.pdiparams", onnx_file)
     for (height, width), convolutions in zip(sizes, expected, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -17,13 +17,17 @@ __all__ = ["command"]
 
 
 class _Candidates(click.ParamType):  # type: ignore[type-arg]
-    """A whole number from 1 to `MOST_CANDIDATES`, or `all`, which is None."""
+    """A whole number from 1 to `MOST_CANDIDATES`; `all`, which is None; or `auto`."""
 
-    name = "K|all"
+    name = "K|all|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["auto"] | None:
         if value == "all":
             return None
+        if value == "auto":
+            return "auto"
         if not re.fullmatch(r"[0-9]{1,6}", str(value)) or not 1 <= int(value) <= MOST_CANDIDATES:
             self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all", param, ctx)
         return int(value)
@@ -38,9 +42,11 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--candidates",
     type=_Candidates(),
-    default=str(DEFAULT_CANDIDATES),
+    default="auto",
     show_default=True,
-    help=f"Anchors of each image to decode, those with the highest scores: 1 to {MOST_CANDIDATES}, or all.",
+    help=f"Anchors of each image to decode, those with the highest scores: 1 to {MOST_CANDIDATES}, or all. auto: "
+    f"{DEFAULT_CANDIDATES}, or all where NMS could keep more of what lies beyond: where the config's keep_top_k is above "
+    f"{DEFAULT_CANDIDATES // 10} or -1, or test pictures would lose detections.",
 )
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph, for its deploy tools.")
 @threads_option
@@ -51,14 +57,15 @@ def command(
     random_weights: int | None,
     output: Path,
     input_shape: tuple[int | None, int, int] | None,
-    candidates: int | None,
+    candidates: int | Literal["auto"] | None,
     with_nms: bool,
     threads: int,
     force: bool,
 ) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 
-    They decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there are.
+    They decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there are. Where
+    a number given for --candidates may lose detections, export says so, and the bundle does wherever it is used.
 
     Every graph is compared with the eager PaddleDetection model, in the engine that will run it, before the bundle is
     published.

@@ -715,8 +715,12 @@ class _Checker:
             values.update({key: value for key, value in given.items() if key != "name"})
         for key in ("score_threshold", "nms_threshold"):
             value = values[key]
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-                raise self.error(f"{head}.nms.{key} must be between 0 and 1, not {_shown(value)}", "Correct it.", head, "nms")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            # A score threshold below 0 lets everything pass, as 0 does.
+            if not number or not value <= 1 or (key == "nms_threshold" and value < 0):
+                raise self.error(
+                    f"{head}.nms.{key} must be between 0 and 1, not {_shown(value)}", "Correct it.", head, "nms"
+                )
         for key in ("nms_top_k", "keep_top_k"):
             value = values[key]
             if not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0:

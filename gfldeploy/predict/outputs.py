@@ -28,7 +28,8 @@ class Summary:
     """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections` score
     enough to be in `detections.jsonl`.
 
-    `kept`: images that an earlier run had done.
+    `kept`: images that an earlier run had done. `incomplete`: images that may lack detections, or have others, since
+    the bundle decodes only so many anchors, and `lack_below`: the highest score of such a detection.
     """
 
     images: int
@@ -36,13 +37,16 @@ class Summary:
     reasons: tuple[str, ...]
     detections: int
     kept: int = 0
+    incomplete: int = 0
+    lack_below: float = 0.0
 
 
 def record_of(found: Found, classes: Sequence[str]) -> Record:
     """One image with all that NMS left, as a line of `detections.jsonl` has it.
 
     `bbox` is x, y, width, height in original pixels. Nothing is rounded: even a thousandth of a pixel turns some
-    IoU, and the mAP of the results would not be that of `gfldeploy eval`.
+    IoU, and the mAP of the results would not be that of `gfldeploy eval`. `may_lack_below` is there where detections
+    of that score and less may be missing or differ: see `Detections`.
     """
     record: Record = {"file": found.name}
     if found.frame is not None and found.time_s is not None:
@@ -61,7 +65,8 @@ def record_of(found: Found, classes: Sequence[str]) -> Record:
         }
         for (x1, y1, x2, y2), score, category in rows
     ]
-    return {**record, "width": width, "height": height, "detections": detections}
+    record |= {"width": width, "height": height, "detections": detections}
+    return {**record, "may_lack_below": one.may_lack_below} if one.may_lack_below > 0 else record
 
 
 def write_outputs(
@@ -82,7 +87,8 @@ def write_outputs(
     is there.
     """
     categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
-    images = failed = detections = 0
+    images = failed = detections = incomplete = 0
+    lack_below = 0.0
     reasons: list[str] = []
     with ExitStack() as stack:
         lines = stack.enter_context((directory / DETECTIONS).open("x", encoding="utf-8"))
@@ -101,6 +107,9 @@ def write_outputs(
                 failed += 1
                 reasons += [record["error"]] if failed <= most_reasons else []
                 continue
+            if "may_lack_below" in record:
+                incomplete += 1
+                lack_below = max(lack_below, record["may_lack_below"])
             image_id: CocoId = index + 1 if image_ids is None else image_ids[index]
             if listed is not None:
                 name = record["file"] + (f"#{record['frame']}" if "frame" in record else "")
@@ -116,7 +125,7 @@ def write_outputs(
                         "score": one["score"],
                     }
                 )
-    return Summary(images, failed, tuple(reasons), detections)
+    return Summary(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Size, StreamOrder, stream_batches
 from gfldeploy.bundle import Manifest
-from gfldeploy.detections import Detections, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.detect import check_outputs
+from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
 
@@ -90,7 +90,8 @@ def detect_groups(
         with closing(ahead(_inferred(engine, ahead(batches)))) as done:
             for batch, scores, boxes in done:
                 scales = [scale for _, scale in batch.rows]
-                found = postprocess(scores, boxes, scales, manifest.nms) if scales else []
+                chosen = manifest.candidates is not None
+                found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
                 known = [_of_classes(one, len(manifest.classes)) for one in found]
                 detections = dict(zip((place for place, _ in batch.rows), known, strict=True))
                 yield [
@@ -270,4 +271,4 @@ def _of_classes(found: Detections, classes: int) -> Detections:
     named = found.classes < classes
     if named.all():
         return found
-    return Detections(found.boxes[named], found.scores[named], found.classes[named])
+    return replace(found, boxes=found.boxes[named], scores=found.scores[named], classes=found.classes[named])

@@ -134,4 +134,5 @@ def _from(found: Found, threshold: float) -> Found:
     if found.detections is None:
         return found
     one, enough = found.detections, found.detections.scores >= threshold
-    return replace(found, detections=Detections(one.boxes[enough], one.scores[enough], one.classes[enough]))
+    kept = replace(one, boxes=one.boxes[enough], scores=one.scores[enough], classes=one.classes[enough])
+    return replace(found, detections=kept)

@@ -112,7 +112,7 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
                 expected = first.infer({"image": images})
                 found.append(parity.compare("onnx", second, images, expected))
             # Each graph may be off by one tolerance, in opposite directions.
-            parity.check(found, parity.Tolerance.recorded(_record(bundle, "parity.json")).times(2.0))
+            parity.check(found, parity.Tolerance.recorded(bundle.record("parity.json")).times(2.0))
             return lines + [
                 f"ONNX and Paddle at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
                 f"{one.max_score_difference:.2g}, boxes by {one.max_box_difference_px:.2g} px"

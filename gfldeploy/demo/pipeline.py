@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell; what is measured."""
+    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell; engines."""
 
     val_images: int = 200
     calib_images: int = 32

@@ -30,7 +30,7 @@ CLASSES = ("box", "ball")
 SIZES = ((48, 80), (80, 48), (48, 80), (64, 64), (80, 48), (48, 72))  # height, width: landscape, portrait, square
 
 NEEDS = {"needs_ppdet": "ppdet", "needs_paddleslim": "paddleslim"}  # by marker: the module
-LONGEST = ("test_quantize", "test_demo_run", "test_bad_input", "test_interrupt", "test_gate", "test_distill")  # files
+LONGEST = ("test_demo_run", "test_quantize", "test_bad_input", "test_interrupt", "test_gate", "test_distill")  # files
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 
 

@@ -10,6 +10,8 @@ import share_cpus
 import functools
 import importlib.util
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -18,7 +20,9 @@ import numpy as np
 import psutil
 import pytest
 
+from gfldeploy.bench import runner
 from gfldeploy.bundle import Graph, Manifest, TensorSpec, write_bundle
+from gfldeploy.cli import main
 from gfldeploy.detections import NmsParams
 from gfldeploy.images.preprocess import Preprocess
 
@@ -26,6 +30,7 @@ CLASSES = ("box", "ball")
 SIZES = ((48, 80), (80, 48), (48, 80), (64, 64), (80, 48), (48, 72))  # height, width: landscape, portrait, square
 
 NEEDS = {"needs_ppdet": "ppdet", "needs_paddleslim": "paddleslim"}  # by marker: the module
+LONGEST = ("test_demo_run", "test_quantize", "test_bad_input", "test_interrupt", "test_gate", "test_distill")  # files
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 
 
@@ -35,7 +40,7 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(min(share_cpus.CPUS, psutil.virtual_memory().available // (WORKER_GB * 10**9)), 1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses, and before pytest-xdist notes the groups
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         assert isinstance(item, pytest.Function)
@@ -44,13 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
             if item.get_closest_marker(marker) and not installed(module):
                 item.add_marker(pytest.mark.skip(f"{module} is not installed"))
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(fixture.scope == "module" for definitions in fixtures for fixture in definitions):
-            # In one process, so that what the fixture makes is made once.
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if share_cpus.WORKER is not None:
-        # So that no worker begins the longest when the others have nothing left.
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        # Files with slow tests first: no worker begins a long one when the others have nothing left.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        order = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: (order.get(item.path.stem, len(order)), item.path not in slow))
 
 
 @functools.cache
@@ -67,6 +70,30 @@ def needs_ppdet() -> None:
 @pytest.fixture(scope="session")
 def needs_paddleslim() -> None:
     """Marks the tests of every fixture that asks for it."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def impatient_bench() -> Iterator[None]:
+    """Measure at once, though others keep the machine busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "wait_until_idle", functools.partial(runner.wait_until_idle, patience_s=0))
+        yield
+
+
+@pytest.fixture
+def run_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `demo_bundles.run`, but in this process: Paddle is loaded once, and can be patched."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        words = list(map(str, arguments))
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return run
 
 
 def write_tiny_onnx(path: Path) -> None:

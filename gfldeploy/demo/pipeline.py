@@ -34,13 +34,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell."""
+    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell; engines."""
 
     val_images: int = 200
     calib_images: int = 32
     timed_images: int = 32
     min_seconds: float = 1.0
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    engines: tuple[str, ...] = ("paddle", "paddle-plain", "onnxruntime", "openvino")
 
 
 def run_demo(
@@ -95,7 +96,7 @@ def run_demo(
                 batch_sizes=size.batch_sizes,
                 threads=threads,
                 settings=Settings(size.min_seconds, 10, 2 * size.min_seconds, quick=True),
-                engines=("paddle", "paddle-plain", "onnxruntime", "openvino"),
+                engines=size.engines,
                 engine_cache=directory / "engines",
                 timed_images=size.timed_images,
                 peaks=False,  # a minute more, for what is of no use without the user's own detector

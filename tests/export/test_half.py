@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import demo_bundles
@@ -17,7 +19,7 @@ from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import matched
 from gfldeploy.errors import EngineError
-from gfldeploy.export import half
+from gfldeploy.export import half, parity
 from gfldeploy.export.half import convert_to_half, write_half_onnx
 from gfldeploy.export.parity import parity_images, parity_shapes
 
@@ -237,10 +239,12 @@ def test_the_bundles_fp16_file(tmp_path_factory: pytest.TempPathFactory) -> None
 
 @pytest.mark.slow
 @demo_bundles.needs_export
-def test_a_detector_that_fp16_does_not_suit_is_exported_without(tmp_path: Path) -> None:
-    strict = "import gfldeploy.export.half as half; half.TOLERANCE = half.Tolerance(0.0, 0.0)"
+def test_a_detector_that_fp16_does_not_suit_is_exported_without(
+    tmp_path: Path, run_here: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half, "TOLERANCE", parity.Tolerance(0.0, 0.0))
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", tmp_path / "fp32")
-    done = demo_bundles.run(*arguments, folder=tmp_path, before=strict)
+    done = run_here(*arguments)
     assert done.returncode == 0, done.stderr
     assert "leaving out the FP16 ONNX graph: the onnx_fp16 graph in onnxruntime differs" in done.stderr
     bundle = Bundle.open(tmp_path / "fp32")

@@ -105,9 +105,7 @@ def write_lopsided(path: Path) -> None:
 def lopsided(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lopsided")
     write_lopsided(folder / "weights.pdparams")
-    arguments = ("export", "-c", demo.config_path(), "-w", folder / "weights.pdparams", "-o", folder / "fp32")
-    done = demo_bundles.run(*arguments, folder=folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    demo_bundles.export_here(folder / "weights.pdparams", folder / "fp32")
     return folder / "fp32"
 
 

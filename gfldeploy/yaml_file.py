@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -39,11 +39,11 @@ class PlainLoader(yaml.SafeLoader):
     """YAML's safe loader without dates, binary data and sets, and with an eye on what aliases and numbers come to."""
 
     # What is written as a date stays the text that it is.
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[Any] = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag in (*_PLAIN, _PREFIX + "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    yaml_constructors = {
+    yaml_constructors: ClassVar[Any] = {
         tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag in (None, *_PLAIN)
     }
 

@@ -226,9 +226,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             near = get_close_matches(key[:80], sorted(name for name in known if name), 1)
             nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
             raise click.BadParameter(f"{path} has an unknown option, {option!r}{nearest}", ctx, param)
-        items = value if isinstance(value, list) else [value]
+        lists = isinstance(types[key], CommaSeparated | PositiveNumbers)
+        items = value if isinstance(value, list) and lists else [value]
         if any(isinstance(item, dict | list) for item in items):
-            raise click.BadParameter(f"{path}: {option} must be a value or a list of values", ctx, param)
+            raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
         if isinstance(types[key], click.Path) and not isinstance(value, str | None):
             raise click.BadParameter(f"{path}: {option} must be a path", ctx, param)
-    ctx.default_map = defaults
+    ctx.default_map = {key: value for key, value in defaults.items() if value is not None}

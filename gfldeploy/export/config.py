@@ -232,7 +232,8 @@ def _read_chain(path: Path) -> tuple[Layers, dict[str, Any]]:
             raise ConfigError(f"{file}: _BASE_ must be a list of files", "Write it as ['../base.yml'].")
         settings: dict[str, Any] = {}
         for base in bases:
-            below = visit(file.parent / (os.path.expanduser(base) if base.startswith("~") else base), (*chain, file))
+            home = os.path.expanduser(base) if base.startswith("~") else base  # noqa: PTH111 - unknown users stay
+            below = visit(file.parent / home, (*chain, file))
             spent += _size(below)
             if spent > _MOST_MERGED:
                 raise ConfigError(f"{path}: its _BASE_ chain merges the same files again and again", "Name each once.")

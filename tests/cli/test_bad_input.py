@@ -184,7 +184,7 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
     shutil.copytree(bundle, copy)
     (copy / "paddle").mkdir()
-    added = {"paddle/model.pdmodel": b"none", "layers.json": b'{"weights": "head.conv"}'}
+    added = {"paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00", "layers.json": b'{"weights": "head.conv"}'}
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": None}
     for name, content in added.items():

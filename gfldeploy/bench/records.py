@@ -50,7 +50,8 @@ def build(cls: type[Record], data: object, where: str) -> Record:
     hints = get_type_hints(cls)
     values = {name: _convert(hints[name], data[name], f"{where}.{name}") for name in names}
     for name, value in values.items():
-        if isinstance(value, int | float) and value < 0 and _NEVER_NEGATIVE.search(name):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if _NEVER_NEGATIVE.search(name) and any(isinstance(one, int | float) and one < 0 for one in numbers):
             raise _wrong(f"{where}.{name}", "0 or more", value)
     try:
         return cls(**values)

@@ -11,6 +11,7 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import UNKNOWN, Row, rows
 from gfldeploy.files import write_text
+from gfldeploy.text import spreadsheet_cell
 
 __all__ = ["write_csv"]
 
@@ -21,10 +22,11 @@ def write_csv(results: BenchResults, path: Path) -> None:
     """Write one line for each cell below a line of column names, which hold the units; replaces any other file.
 
     Columns are those of `table.Row`; `_low` and `_high` are the bounds of 95 % intervals. A field is empty where there
-    is nothing to show, but `ap` is "unknown" of a measured cell without one. Raises `OutputError`.
+    is nothing to show, but `ap` is "unknown" of a measured cell without one. Text that a spreadsheet would take for a
+    formula has an apostrophe before it. Raises `OutputError`.
     """
     text = io.StringIO()
-    lines = [dict(_fields(row)) for row in rows(results)]
+    lines = [{name: spreadsheet_cell(value) for name, value in _fields(row)} for row in rows(results)]
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)

@@ -52,6 +52,7 @@ _AGAIN = "Export the bundle again."
 # What no detector reaches: what a bundle says must not take memory or time that has nothing to do with its size.
 _MOST_FILES = 100
 _MOST_DEPTH = 8
+_MOST_BYTES = 8 << 30  # of a file
 _MOST_TEXT = 10_000
 _MOST_CLASSES = 100_000
 _MOST_STRIDE = 4096
@@ -435,25 +436,28 @@ def _files_below(directory: Path) -> Iterator[str]:
     pending, count = [(directory, 0)], 0
     while pending:
         folder, depth = pending.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise BundleError(
-                f"{folder} cannot be read: {error.strerror or error}", "Copy the bundle again."
-            ) from error
-        for entry in entries:
-            path = Path(entry.path)
-            mode = entry.stat(follow_symlinks=False).st_mode
-            if stat.S_ISLNK(mode):
-                raise BundleError(f"{path} is a link", "A bundle holds the files themselves: copy it with `cp -rL`.")
-            if stat.S_ISDIR(mode) and depth < _MOST_DEPTH:
-                pending.append((path, depth + 1))
-            elif stat.S_ISREG(mode) and count < _MOST_FILES:
+        with reading(folder, BundleError, "Copy the bundle again."), os.scandir(folder) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISLNK(status.st_mode):
+                    raise BundleError(
+                        f"{path} is a link", "A bundle holds the files themselves: copy it with `cp -rL`."
+                    )
+                if stat.S_ISDIR(status.st_mode) and depth < _MOST_DEPTH:
+                    pending.append((path, depth + 1))
+                    continue
+                if not stat.S_ISREG(status.st_mode):
+                    raise BundleError(f"{path} is no regular file", "Do not use this bundle.")
                 count += 1
+                if count > _MOST_FILES or status.st_size > _MOST_BYTES:
+                    problem = (
+                        f"has over {_MOST_FILES} files"
+                        if count > _MOST_FILES
+                        else f"has {path.name} of {status.st_size:,} bytes"
+                    )
+                    raise BundleError(f"{directory} is no bundle: it {problem}", "Do not use this bundle.")
                 yield path.relative_to(directory).as_posix()
-            else:
-                problem = "is no regular file" if not stat.S_ISREG(mode) else f"is the file number {count + 1}"
-                raise BundleError(f"{path} {problem}: that belongs into no bundle", "Do not use this bundle.")
 
 
 def _some(names: list[str], most: int = 3) -> str:

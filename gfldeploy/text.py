@@ -37,6 +37,8 @@ def spreadsheet_cell(value: Value) -> Value | str:
 
 
 def _obeyed(character: str) -> bool:
+    if character == "\x7f":  # terminals pass over it, and JSON holds it as it is
+        return False
     return unicodedata.category(character) in _CATEGORIES or ord(character) in _HIDDEN
 
 

@@ -52,6 +52,7 @@ _AGAIN = "Export the bundle again."
 # What no detector reaches: what a bundle says must not take memory or time that has nothing to do with its size.
 _MOST_FILES = 100
 _MOST_DEPTH = 8
+_MOST_BYTES = 8 << 30  # of a file
 _MOST_TEXT = 10_000
 _MOST_CLASSES = 100_000
 _MOST_STRIDE = 4096
@@ -276,14 +277,20 @@ def _check_together(manifest: Manifest) -> None:
     extra = manifest.score_channels - len(manifest.classes)
     if extra not in (0, 1):  # 1: GFLv2
         raise ValueError(f"{len(manifest.classes)} classes do not fit {manifest.score_channels} score channels")
+
+
+def _check_outputs(manifest: Manifest) -> None:
+    """Those of a detector, see ARCHITECTURE.md. Raises `BundleError`."""
     outputs = {spec.name: spec for spec in manifest.outputs}
     for name, rank, last in (("scores", 3, manifest.score_channels), ("boxes", 3, 4), ("anchors", 2, None)):
         spec = outputs.pop(name, None)
         right = spec is not None or (name == "anchors" and manifest.candidates is None)
         if spec is not None:
             right = len(spec.shape) == rank and (last is None or spec.shape[-1] in (None, last))
-        _need(right, f"the output {name}", list(spec.shape) if spec else None)
-    _need(not outputs, "an output", next(iter(outputs), None))
+        if not right:
+            raise BundleError(f"the output {name} is {list(spec.shape) if spec else 'missing'}", _AGAIN)
+    if outputs:
+        raise BundleError(f"there is an unknown output: {next(iter(outputs))!r:.60}", _AGAIN)
 
 
 @dataclass(frozen=True)
@@ -294,12 +301,12 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, directory: Path) -> Self:
+    def open(cls, directory: Path, *, detector: bool = True) -> Self:
         """Read the manifest and check everything that it and the other files say, whoever made them.
 
         Every file must be there in its right size, and no other; records must hold what gfldeploy writes (see
         `bundle_records`), and graphs arithmetic alone (see `graph_guard`). Digests are not compared: `verify_files`
-        does that. Raises `BundleError`.
+        does that. `detector`: False for a graph that is there to be timed and detects nothing. Raises `BundleError`.
         """
         path = directory / MANIFEST
         if not directory.is_dir():
@@ -310,6 +317,8 @@ class Bundle:
         with reading(path, BundleError, _AGAIN):
             try:
                 manifest = Manifest.from_dict(read_json(path))
+                if detector:
+                    _check_outputs(manifest)
             except BundleError as error:
                 raise BundleError(f"{path}: {error.problem}", error.remedy) from error
         bundle = cls(directory, manifest)
@@ -318,7 +327,11 @@ class Bundle:
             if name in RECORDS:
                 bundle.record(name)
         for graph in manifest.graphs:
-            check_graph(graph, *bundle.graph(graph))
+            try:
+                check_graph(graph, *bundle.graph(graph))
+            except BundleError:
+                bundle.verify_files()  # says it better where the file has only been damaged
+                raise
         return bundle
 
     @property
@@ -398,10 +411,13 @@ class Bundle:
 
 
 @contextmanager
-def write_bundle(target: Path, *, force: bool = False, need_bytes: int = 0) -> Iterator[tuple[Path, list[Manifest]]]:
+def write_bundle(
+    target: Path, *, force: bool = False, need_bytes: int = 0, detector: bool = True
+) -> Iterator[tuple[Path, list[Manifest]]]:
     """Yield a directory to fill, and a list to put its `Manifest` in; publish both when the block succeeds.
 
-    The manifest's `files` are filled in here, from what the directory holds. Raises `OutputError`.
+    The manifest's `files` are filled in here, from what the directory holds, and all is checked as whoever opens the
+    bundle will. `detector`: as for `Bundle.open`. Raises `OutputError`, `BundleError`.
     """
     with atomic_directory(target, force=force, need_bytes=need_bytes) as directory:
         manifests: list[Manifest] = []
@@ -412,7 +428,7 @@ def write_bundle(target: Path, *, force: bool = False, need_bytes: int = 0) -> I
             for name in sorted(_files_below(directory))
         }
         write_json(directory / MANIFEST, {**manifest.to_dict(), "files": files})
-        Bundle.open(directory)
+        Bundle.open(directory, detector=detector)
 
 
 def _files_below(directory: Path) -> Iterator[str]:
@@ -420,25 +436,28 @@ def _files_below(directory: Path) -> Iterator[str]:
     pending, count = [(directory, 0)], 0
     while pending:
         folder, depth = pending.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise BundleError(
-                f"{folder} cannot be read: {error.strerror or error}", "Copy the bundle again."
-            ) from error
-        for entry in entries:
-            path = Path(entry.path)
-            mode = entry.stat(follow_symlinks=False).st_mode
-            if stat.S_ISLNK(mode):
-                raise BundleError(f"{path} is a link", "A bundle holds the files themselves: copy it with `cp -rL`.")
-            if stat.S_ISDIR(mode) and depth < _MOST_DEPTH:
-                pending.append((path, depth + 1))
-            elif stat.S_ISREG(mode) and count < _MOST_FILES:
+        with reading(folder, BundleError, "Copy the bundle again."), os.scandir(folder) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISLNK(status.st_mode):
+                    raise BundleError(
+                        f"{path} is a link", "A bundle holds the files themselves: copy it with `cp -rL`."
+                    )
+                if stat.S_ISDIR(status.st_mode) and depth < _MOST_DEPTH:
+                    pending.append((path, depth + 1))
+                    continue
+                if not stat.S_ISREG(status.st_mode):
+                    raise BundleError(f"{path} is no regular file", "Do not use this bundle.")
                 count += 1
+                if count > _MOST_FILES or status.st_size > _MOST_BYTES:
+                    problem = (
+                        f"has over {_MOST_FILES} files"
+                        if count > _MOST_FILES
+                        else f"has {path.name} of {status.st_size:,} bytes"
+                    )
+                    raise BundleError(f"{directory} is no bundle: it {problem}", "Do not use this bundle.")
                 yield path.relative_to(directory).as_posix()
-            else:
-                problem = "is no regular file" if not stat.S_ISREG(mode) else f"is the file number {count + 1}"
-                raise BundleError(f"{path} {problem}: that belongs into no bundle", "Do not use this bundle.")
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -479,7 +479,8 @@ def _read_pir(data: memoryview) -> tuple[_Graph, _Shapes]:
             raise _refused(f"it has the operator {one['#']!r:.60}, which no export writes")
         attributes = {_pir_text(attribute["N"]): list(_pir_numbers(attribute["AT"])) for attribute in one["A"]}
         inputs: dict[int | str, Sequence[object]] = {place: [value["%"]] for place, value in enumerate(one["I"])}
-        graph.nodes.append(_Node(kind, inputs, attributes))
+        # A trailing underscore: the same in place.
+        graph.nodes.append(_Node(kind.removesuffix("_"), inputs, attributes))
         if kind in ("full", "full_int_array", "assign_value"):
             values = [number for key, numbers in attributes.items() if "value" in key for number in numbers]
             graph.constants.update((result["%"], values) for result in one["O"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gfldeploy.engines.base import Precision
-from gfldeploy.errors import BundleError
+from gfldeploy.errors import BundleError, reading
 
 __all__ = ["BYTES", "GraphWork", "convolution_macs", "count_macs", "count_work", "peak_activations"]
 
@@ -71,7 +72,8 @@ def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int])
 
 def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], int]:
     """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_macs`."""
-    convolutions = _Graph(onnx_file).convolutions(height, width, strides)
+    with _counting(onnx_file):
+        convolutions = _Graph(onnx_file).convolutions(height, width, strides)
     return {key: one.macs for key, one in convolutions.items()}
 
 
@@ -86,12 +88,13 @@ def count_work(
     graph = _Graph(onnx_file)
     found = {}
     for height, width in dict.fromkeys(sizes):
-        convolutions = graph.convolutions(height, width, strides).values()
-        found[height, width] = GraphWork(
-            macs=sum(one.macs for one in convolutions) + graph.projection_macs(height, width, strides),
-            activations=sum(one.inputs + one.outputs for one in convolutions),
-            weights=sum(one.weights for one in convolutions),
-        )
+        with _counting(onnx_file):
+            convolutions = graph.convolutions(height, width, strides).values()
+            found[height, width] = GraphWork(
+                macs=sum(one.macs for one in convolutions) + graph.projection_macs(height, width, strides),
+                activations=sum(one.inputs + one.outputs for one in convolutions),
+                weights=sum(one.weights for one in convolutions),
+            )
     return found
 
 
@@ -108,7 +111,13 @@ def peak_activations(
     Sizes are height, width in pixels; `strides` and what is raised: as `count_macs`.
     """
     graph = _Graph(onnx_file)
-    return {size: graph.peak(*size, strides) for size in dict.fromkeys(sizes)}
+    with _counting(onnx_file):
+        return {size: graph.peak(*size, strides) for size in dict.fromkeys(sizes)}
+
+
+def _counting(onnx_file: Path) -> AbstractContextManager[None]:
+    """For what a graph of something else than a detector can cause."""
+    return reading(f"{onnx_file}, which should be the graph of a detector,", BundleError, "Export the bundle again.")
 
 
 class _Graph:
@@ -119,16 +128,12 @@ class _Graph:
         import onnx
 
         self._file = onnx_file
-        try:
-            self._model = onnx.load(str(onnx_file))
+        with _counting(onnx_file):
+            self._model = onnx.load(str(onnx_file), load_external_data=False)
             graph = self._model.graph
             weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
             if len(graph.input[0].type.tensor_type.shape.dim) != 4:
                 raise ValueError("its input is no batch of images")
-        except Exception as error:  # protobuf's own error for damaged bytes, and what a graph of something else causes
-            raise BundleError(
-                f"{onnx_file} is not the ONNX graph of a detector: {error}", "Export the bundle again."
-            ) from error
         # By the name under which nodes read them.
         self._weights = weights | _through_dequantize(self._model, weights)
         # How many cells are decoded, 0 for all.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.plain_text import escaping_console, printable
+from gfldeploy.cli.plain_text import escaping_console
+from gfldeploy.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

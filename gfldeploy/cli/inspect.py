@@ -31,7 +31,12 @@ def command(bundle: Path, size: tuple[int | None, int, int] | None, as_json: boo
     facts = describe(Bundle.open(bundle), size[1:] if size else None)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
-        return
+    else:
+        show(facts)
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print what `describe` gives."""
     from rich.markup import escape
     from rich.table import Table
 

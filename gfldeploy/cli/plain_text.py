@@ -8,36 +8,17 @@ no command has to think of it.
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
+
+from gfldeploy.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleRenderable
     from rich.segment import Segment
 
-__all__ = ["escaping_console", "plain_streams", "printable"]
-
-# Besides control characters (Cc): marks and overrides of direction, tags, line separators, halves of a pair.
-_HIDDEN = {0x061C, 0x200E, 0x200F, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0000, 0xE0080)}
-_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
-
-
-def printable(text: str, keep: str = "\n\t") -> str:
-    """`text` with what a terminal would obey written as Python does (`\\x1b`), except for the characters to `keep`."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(one if one in keep or not _obeyed(one) else _written(one) for one in text)
-
-
-def _obeyed(character: str) -> bool:
-    return unicodedata.category(character) in _CATEGORIES or ord(character) in _HIDDEN
-
-
-def _written(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+__all__ = ["escaping_console", "plain_streams"]
 
 
 class _Escaping:

@@ -186,7 +186,7 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
     shutil.copytree(bundle, copy)
     (copy / "paddle").mkdir()
-    added = {"paddle/model.pdmodel": b"none", "layers.json": b'{"weights": "head.conv"}'}
+    added = {"paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00", "layers.json": b'{"weights": "head.conv"}'}
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": None}
     for name, content in added.items():
@@ -309,23 +309,20 @@ def test_a_changed_file_of_the_same_size(
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     content = (bundle / "onnx/model.onnx").read_bytes()
     (bundle / "onnx/model.onnx").write_bytes(bytes(len(content)))
-    assert "has changed since the bundle was made" in refused("verify", bundle)
-    assert "not the ONNX graph of a detector" in refused("inspect", bundle)
-    assert "not the ONNX graph of a detector" in refused("audit", "--config-or-bundle", bundle, "--data", tiny_coco)
+    for arguments in (("verify", bundle), ("inspect", bundle), ("audit", "--config-or-bundle", bundle)):
+        data = () if len(arguments) == 2 else ("--data", tiny_coco)
+        assert "has changed since the bundle was made" in refused(*arguments, *data)
 
 
-def test_a_damaged_graph_is_the_engines_to_refuse(
-    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_a_damaged_graph(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     (bundle / "onnx/model.onnx").write_bytes(bytes((bundle / "onnx/model.onnx").stat().st_size))
-    assert "ONNX Runtime cannot load" in refused("eval", bundle, "--data", tiny_coco)
+    assert "has changed since the bundle was made" in refused("eval", bundle, "--data", tiny_coco)
 
 
 def test_a_bundle_without_the_graph_that_is_asked_for(
     tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert "has no paddle graph (it has: onnx)" in refused("verify", tiny_bundle)
     arguments = ("quantize", tiny_bundle, "--data", tiny_coco, "--samples", 1, "-o", tmp_path / "out")
     assert "has no paddle_program graph" in refused(*arguments)
 

@@ -147,11 +147,12 @@ def _save(findings: Path, data: bytes, why: str, kind: str) -> None:
     if not (findings / f"{title}.txt").exists():
         (findings / f"{title}.bin").write_bytes(data)
         (findings / f"{title}.txt").write_text(why + "\n", errors="backslashreplace")
-        print(f"finding: {findings / title}.bin: {why.splitlines()[-1][:200]!a}", flush=True)
+        print(f"finding: {findings / title}.bin: {why.splitlines()[-1][:200]!a}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------- the reading process
 def _child(arguments: argparse.Namespace) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # readers may show what they read
     if arguments.engine == "atheris":
         import atheris
 

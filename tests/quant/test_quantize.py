@@ -63,7 +63,7 @@ def test_the_bundle_says_what_it_was_made_from(fp32: Path, int8: Path, pictures:
 def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) -> None:
     done = demo_bundles.run("verify", int8, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "ONNX and Paddle INT8" in done.stdout
+    assert "paddle and onnxruntime in INT8" in done.stdout
     sheet = demo_bundles.run("inspect", int8, folder=tmp_path).stdout
     for line in int8_lines(json.loads((int8 / "parity.json").read_text())):
         assert " convolutions in int8, " in line or line.startswith("tensorrt, simulated: ")

@@ -110,8 +110,5 @@ def load_cv2() -> Any:
     import cv2
 
     if "OPENCV_LOG_LEVEL" not in os.environ:
-        if hasattr(cv2.utils, "logging"):
-            cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        else:  # before 4.13
-            getattr(cv2, "setLogLevel")(0)  # noqa: B009 - later stubs lack it
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2

@@ -88,7 +88,7 @@ def _header(file: BinaryIO, whole: bool) -> Header | None:
     if start.startswith(JPEG_START):
         head = _at(file, 0, -1 if whole else _JPEG_HEAD)
         found = _jpeg(head, whole)
-        return _jpeg(_at(file, 0, -1), whole) if found is None and not whole else found
+        return _jpeg(_at(file, 0, -1), True) if found is None and not whole else found
     if start.startswith(PNG_START):
         return _png(file, start)
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
@@ -130,7 +130,7 @@ def _jpeg(data: bytes, whole: bool) -> Header | None:
     height, width = size
     if scans > _ORDINARY_SCANS and scans * height * width > _MOST_SCANNED:
         raise DataError(f"it is a JPEG of {scans} scans, each over {width} x {height} px", _REMEDY)
-    return Header("JPEG", height, width, bool(turned), ended)
+    return Header("JPEG", height, width, bool(turned), ended or not whole)
 
 
 def _png(file: BinaryIO, start: bytes) -> Header | None:

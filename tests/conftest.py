@@ -56,10 +56,8 @@ def write_tiny_onnx(path: Path) -> None:
     onnx.save(model, str(path))
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of an FP32 bundle with an ONNX graph only. Read it, do not change it."""
-    target = tmp_path_factory.mktemp("bundles") / "tiny"
+def write_tiny_bundle(target: Path) -> Path:
+    """Write an FP32 bundle with an ONNX graph only; returns its directory."""
     with write_bundle(target) as (directory, manifests):
         write_tiny_onnx(directory / "onnx" / "model.onnx")
         manifests.append(
@@ -83,6 +81,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         )
     return target
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an FP32 bundle with an ONNX graph only. Read it, do not change it."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
 
 
 @pytest.fixture(scope="session")

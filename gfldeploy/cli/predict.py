@@ -102,7 +102,9 @@ def command(
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     from gfldeploy.predict.choice import choose
+    from gfldeploy.predict.draw import drawing_notes
     from gfldeploy.predict.session import PredictRequest, predict
+    from gfldeploy.predict.sources import is_video
 
     choice = choose(source, engine, precision, device, threads, batch_size, engine_cache, order)
     read = [source, *inputs] if data is None else [source, data, *inputs]
@@ -114,6 +116,8 @@ def command(
     )
     if dataset is not None:
         notes += [*dataset.notes, *dataset.match(choice.bundle.manifest.classes).notes]
+    if draw:
+        notes += drawing_notes(choice.bundle.manifest.classes, any(map(is_video, files)))
     for note in (*choice.notes, *notes):
         click.echo(f"Note: {note}", err=True)
     _announce(choice)

@@ -27,6 +27,7 @@ _DAMAGED_JPEG = re.compile(
     rb"Corrupt JPEG data: (?!\d+ extraneous bytes before marker 0x(?:d9|e.|fe))|Premature end of JPEG|"
     rb"Inconsistent progression"
 )
+_LARGE_BYTES, _BAND = 1 << 26, 512  # rows
 _FETCH = "Fetch or copy it again, or remove it from the data."
 _CONVERT = "Convert it to JPEG or PNG, or remove it from the data."
 
@@ -73,8 +74,19 @@ def decode_image(data: bytes, what: object = "the image", reduction: int = 1) ->
     if header.kind == "JPEG" and (damage := _DAMAGED_JPEG.search(said)):
         line = said[damage.start() :].split(b"\n")[0].decode("ascii", "replace")
         raise DataError(f"the image file {what} is damaged ({line})", _FETCH)
-    rgb: NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, image)
-    return rgb
+    return _to_rgb(image)
+
+
+def _to_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """From BGR; a large image in place, band by band, so that it is not there twice."""
+    import cv2
+
+    if image.size <= _LARGE_BYTES:
+        return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    for top in range(0, image.shape[0], _BAND):
+        band = image[top : top + _BAND]
+        band[:] = cv2.cvtColor(band, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def read_file(path: Path) -> bytes:
@@ -110,8 +122,5 @@ def load_cv2() -> Any:
     import cv2
 
     if "OPENCV_LOG_LEVEL" not in os.environ:
-        if hasattr(cv2.utils, "logging"):
-            cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        else:  # before 4.13
-            getattr(cv2, "setLogLevel")(0)  # noqa: B009 - later stubs lack it
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2

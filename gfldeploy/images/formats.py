@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = frozenset(
 MAX_PIXELS = 1 << 27
 # Of one image file.
 MAX_FILE_BYTES = 1 << 30
+_MOST_PROGRESSIVE_PIXELS = MAX_PIXELS * 2 // 3
 # Pixels times scans of one JPEG: each scan goes over all pixels, and a few bytes make one.
 _MOST_SCANNED = 1 << 32
 _ORDINARY_SCANS = 16
@@ -44,6 +45,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0-7, SOI
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0-15; the others are DHT, JPG, DAC
+_JPEG_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)  # the decoder keeps all coefficients until the end
 _JPEG_SCAN, _JPEG_END, _JPEG_APP1 = 0xDA, 0xD9, 0xE1
 
 
@@ -88,7 +90,7 @@ def _header(file: BinaryIO, whole: bool) -> Header | None:
     if start.startswith(JPEG_START):
         head = _at(file, 0, -1 if whole else _JPEG_HEAD)
         found = _jpeg(head, whole)
-        return _jpeg(_at(file, 0, -1), whole) if found is None and not whole else found
+        return _jpeg(_at(file, 0, -1), True) if found is None and not whole else found
     if start.startswith(PNG_START):
         return _png(file, start)
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
@@ -106,7 +108,7 @@ def _at(file: BinaryIO, place: int, count: int) -> bytes:
 
 def _jpeg(data: bytes, whole: bool) -> Header | None:
     """Marker syntax: ITU-T T.81, annex B. An embedded thumbnail has markers too: segments are skipped whole."""
-    position, scans, size, turned, ended = 2, 0, None, None, False
+    position, scans, size, turned, ended, progressive = 2, 0, None, None, False, False
     while (found := _JPEG_MARKER.search(data, position)) is not None:
         marker = data[found.end() - 1]
         if ended := marker == _JPEG_END:
@@ -116,6 +118,7 @@ def _jpeg(data: bytes, whole: bool) -> Header | None:
             continue
         if marker in _JPEG_FRAMES and size is None:
             size = struct.unpack_from(">HH", data, position + 3) if position + 7 <= len(data) else None
+            progressive = marker in _JPEG_PROGRESSIVE
         elif marker == _JPEG_APP1 and turned is None and data.startswith(b"Exif\0\0", position + 2):
             turned = orientation(data[position + 2 : position + 2 + (1 << 16)]) in _TURNED
         elif marker == _JPEG_SCAN:
@@ -128,9 +131,11 @@ def _jpeg(data: bytes, whole: bool) -> Header | None:
         # A start alone, or the file ends here: with what it says it is a JPEG, cut short.
         return Header("JPEG", 1, 1, complete=False) if whole else None
     height, width = size
+    if progressive and height * width > _MOST_PROGRESSIVE_PIXELS:
+        raise DataError(f"it is a progressive JPEG of {width} x {height} px, which takes too much memory", _REMEDY)
     if scans > _ORDINARY_SCANS and scans * height * width > _MOST_SCANNED:
         raise DataError(f"it is a JPEG of {scans} scans, each over {width} x {height} px", _REMEDY)
-    return Header("JPEG", height, width, bool(turned), ended)
+    return Header("JPEG", height, width, bool(turned), ended or not whole)
 
 
 def _png(file: BinaryIO, start: bytes) -> Header | None:

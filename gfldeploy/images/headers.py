@@ -29,7 +29,7 @@ def size_of(file: BinaryIO, what: object = "the image") -> tuple[int, int]:
     if not file.read(1):
         decode_image(b"", what)
     header = read_header(file, what, whole=False)
-    if header.turned is None:
+    if header.turned is None or not header.complete:
         file.seek(0)
         height, width, _ = decode_image(file.read(), what).shape
         return height, width

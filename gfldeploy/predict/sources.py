@@ -51,8 +51,8 @@ VIDEO_SUFFIXES = frozenset(
 Image: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.uint8] | PilImage"
 ColorOrder: TypeAlias = Literal["rgb", "bgr"]
 
-# How containers begin, (place, bytes). FFmpeg itself would also follow playlists (HLS, DASH, concat scripts), which name
-# other files and addresses.
+# How containers begin, (place, bytes). FFmpeg itself would also follow playlists (HLS, DASH, concat scripts), which
+# name other files and addresses.
 _CONTAINERS = (
     *((4, kind) for kind in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")),  # MP4, QuickTime
     *((0, kind) for kind in (b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"DKIF")),  # Matroska, Flash, Ogg, IVF
@@ -73,8 +73,9 @@ _MOST_KINDS = 5  # that a note names
 class Picture:
     """One image to come.
 
-    `source`: the file, its content, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in pixels; None where it cannot be had, which
-    `error` explains. `frame`, from 0, and `time_s`, seconds from its beginning: of a frame of the video `name`.
+    `source`: the file, its content, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in pixels; None where it cannot
+    be had, which `error` explains. `frame`, from 0, and `time_s`, seconds from its beginning: of a frame of the video
+    `name`.
     """
 
     name: str

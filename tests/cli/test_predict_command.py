@@ -82,7 +82,7 @@ def test_a_folder(tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest
     assert named["categories"] == [{"id": 1, "name": "box"}, {"id": 2, "name": "ball"}]
     results = json.loads((output / "coco.json").read_text())
     assert [one["image_id"] for one in results if one["score"] >= 0.5] == [one["id"] for one in named["images"]]
-    assert [one for one in results if one["image_id"] == 11][0] == {"image_id": 11, "category_id": 1} | {
+    assert next(one for one in results if one["image_id"] == 11) == {"image_id": 11, "category_id": 1} | {
         key: found[10]["detections"][0][key] for key in ("bbox", "score")
     }
     note = json.loads((output / "predict.json").read_text())

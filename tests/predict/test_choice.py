@@ -26,7 +26,9 @@ ONE = Estimate(1.0, None, None, 1)
 EVIDENCE = Evidence(ONE, ONE, ONE, 99, 1.0, None, None, None, 1, "2026-01-01T00:00:00+00:00")
 
 
-def write_deploy(folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "", policy: Policy = "grouped") -> Path:
+def write_deploy(
+    folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "", policy: Policy = "grouped"
+) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")
     digest = digest or Bundle.open(bundle).digest

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-
-from gfldeploy.signals import ignore_interrupts, terminate_as_interrupt
 
 __all__ = ["main"]
 
 _BUG = 70
+_INTERRUPTED = "Error: interrupted; nothing half-written was left behind\n"
 
 
 def main() -> None:
     """Run the command line in a process of its own: interrupted at any moment, while it loads too, it says so."""
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == default:
+            signal.signal(number, _stop)
+    from gfldeploy.signals import ignore_interrupts, terminate_as_interrupt
+
     try:
-        with terminate_as_interrupt():
+        with terminate_as_interrupt(_stop):
             code = _run()
     except KeyboardInterrupt:
-        sys.stderr.write("Error: interrupted; nothing half-written was left behind\n")
+        sys.stderr.write(_INTERRUPTED)
         code = 130
     ignore_interrupts()
     if code == 130:
@@ -28,6 +33,12 @@ def main() -> None:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Before there is anything to unwind."""
+    os.write(2, _INTERRUPTED.encode())
+    os._exit(130)
 
 
 def _run() -> int:

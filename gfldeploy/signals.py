@@ -32,16 +32,16 @@ _asked: list[tuple[float, int]] = []  # when an interruption was asked for, by `
 
 
 @contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt(before: object = None) -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does, and a second signal right after the first not cut the unwinding.
 
-    Leaves alone what the program handles in its own way, or was started to ignore. Does nothing outside the main
-    thread, or inside another such block.
+    Leaves alone what the program handles in its own way, or was started to ignore, but takes over from the handler
+    `before`. Does nothing outside the main thread, or inside another such block.
     """
     ours: list[int] = [
         number
         for number in _NUMBERS
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler) and _is_main_thread()
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, before) and _is_main_thread()
     ]
     previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
     if previous:

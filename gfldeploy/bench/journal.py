@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.files import Unfinished, read_json, unfinished_beside, write_json
+from gfldeploy.files import read_json, unfinished_beside, write_json
 
 __all__ = ["Journal", "journal_beside"]
 
@@ -23,9 +23,9 @@ class Journal:
     and its software, ...), so that an answer is never used for another question.
     """
 
-    def __init__(self, unfinished: Unfinished) -> None:
-        """Keep the files in its directory, which is worth keeping once there is one."""
-        self._unfinished = unfinished
+    def __init__(self, directory: Path) -> None:
+        """Keep the files in `directory`, which exists."""
+        self._directory = directory
 
     def find(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
         """The answer to this question, if there is one. A damaged file is none."""
@@ -41,10 +41,9 @@ class Journal:
     def keep(self, question: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Write the answer, in one step. Raises `OutputError`."""
         write_json(self._path(question), {"question": question, "answer": answer})
-        self._unfinished.worth_keeping = True
 
     def _path(self, question: Mapping[str, Any]) -> Path:
-        return self._unfinished.directory / f"{hashlib.sha256(_canonical(question).encode()).hexdigest()}.json"
+        return self._directory / f"{hashlib.sha256(_canonical(question).encode()).hexdigest()}.json"
 
 
 @contextmanager
@@ -55,7 +54,10 @@ def journal_beside(output: Path, command: str) -> Iterator[Journal]:
     another process is measuring for the same file, or the folder cannot be written or is somebody else's.
     """
     with unfinished_beside(output, command, _MADE) as unfinished:
-        yield Journal(unfinished)
+        try:
+            yield Journal(unfinished.directory)
+        finally:
+            unfinished.worth_keeping = any(unfinished.directory.glob("*.json"))
 
 
 def _canonical(question: Mapping[str, Any]) -> str:

@@ -279,7 +279,7 @@ def _ask(
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,
-            env=child_environment(),
+            env=child_environment({"TMPDIR": str(directory)}),  # so that nothing outlives it there
         )
         try:
             failure = _wait(process, limits, directory / "progress")

@@ -134,8 +134,12 @@ def _lost_interrupt(otherwise: Callable[[Any], object]) -> Callable[[Any], objec
 
 
 def _interrupted(error: BaseException) -> int:
-    kept = getattr(error, "__notes__", None)
-    return _fail(f"interrupted; {'; '.join(kept) if kept else 'nothing half-written was left behind'}", 130)
+    kept: dict[str, None] = {}  # what those say who had something to leave behind
+    one: BaseException | None = error
+    while one is not None:
+        kept |= dict.fromkeys(getattr(one, "__notes__", ()))
+        one = one.__cause__ or one.__context__  # click makes an error of its own of it
+    return _fail(f"interrupted; {'; '.join(kept) or 'nothing half-written was left behind'}", 130)
 
 
 def _fail(message: str, code: int) -> int:

@@ -272,6 +272,8 @@ def _check_output(output: Path, force: bool, resumed: bool | None = None) -> boo
     """
     if resumed is None:
         resumed = is_unfinished(output, "bench") and not output.exists()
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory", "Give a file name as --output.")
     if output.suffix != ".json":
         raise OutputError(f"{output} does not end in .json", "A .csv and a .html are written beside it: name it so.")
     check_file(output, "json", force=force)

@@ -17,7 +17,6 @@ from gfldeploy.bench.table import Row, best_of_each, rows, text_of
 from gfldeploy.demo.dataset import generate
 from gfldeploy.export.exporter import ExportRequest, export_bundle
 from gfldeploy.files import (
-    Unfinished,
     atomic_directory,
     files_below,
     scratch_directory,
@@ -105,7 +104,7 @@ def run_demo(
         with scratch_directory() as journal:
             results = run(
                 prepared,
-                Journal(Unfinished(journal, worth_keeping=False)),
+                Journal(journal),
                 lambda done, total, description: report(f"  {min(done + 1, total)}/{total} {description}"),
             )
         shutil.rmtree(directory / "engines", ignore_errors=True)

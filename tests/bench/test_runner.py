@@ -375,9 +375,9 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
 def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\n"
-        "from gfldeploy.bench.worker import _die_with_parent\n"
+        "from gfldeploy.signals import die_with_parent\n"
         "if os.fork() == 0:\n"
-        f"    _die_with_parent(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)\n"
+        f"    die_with_parent(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)\n"
         f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n"
         "time.sleep(0.2); os._exit(0)\n"
     )

@@ -29,6 +29,7 @@ __all__ = [
     "best_of_each",
     "notes",
     "rows",
+    "several_bundles",
     "text_of",
 ]
 
@@ -160,6 +161,13 @@ def best_of_each(shown: Sequence[Row]) -> list[Row]:
         if key not in best or _speed(row) > _speed(best[key]):
             best[key] = row
     return sorted(best.values(), key=_speed, reverse=True)
+
+
+def several_bundles(some: Sequence[Row]) -> bool:
+    """Whether an engine ran several bundles in one precision, so that only the bundle tells the rows apart."""
+    return len({(row.engine, row.precision, row.bundle) for row in some}) > len(
+        {(row.engine, row.precision) for row in some}
+    )
 
 
 def notes(shown: Sequence[Row]) -> list[tuple[str, str]]:
@@ -420,11 +428,11 @@ COLUMNS: tuple[Column, ...] = (
     Column("policy", "policy", lambda row: row.policy),
     Column("batch_size", "batch", lambda row: row.batch_size),
     Column("file_to_boxes_images_per_s", "file to boxes,\nimages/s", _file(lambda row: row.file_images_per_s)),
+    Column("in_time_per_s", "in time,\nimages/s", _of_served(lambda served: served.in_time_per_s)),
+    Column("ap", "mAP", _ap, 4),
     Column("file_to_boxes_median_ms", "file to boxes,\nms", _file(lambda row: row.file_ms), drop=4, interval=True),
     Column("file_to_boxes_p90_ms", "file to\nboxes, p90", lambda row: row.file_p90_ms, drop=13, interval=True),
     Column("file_to_boxes_p99_ms", "file to\nboxes, p99", lambda row: row.file_p99_ms, drop=11, interval=True),
-    Column("in_time_per_s", "in time,\nimages/s", _of_served(lambda served: served.in_time_per_s)),
-    Column("ap", "mAP", _ap, 4),
     Column("percent_of_possible", "% of\npossible", _of_served(lambda served: served.percent_of_possible), 0, drop=2),
     Column("rejected_percent", "turned\naway, %", _of_served(lambda served: 100 * served.rejected), 0, drop=3),
     Column("answer_median_ms", "arrival to\nanswer, ms", _servers(lambda row: row.median_ms), drop=4, interval=True),

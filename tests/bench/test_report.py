@@ -14,7 +14,7 @@ from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
 from gfldeploy.bench.report.plots import pareto_front, plots
-from gfldeploy.bench.results import BenchResults, Serving
+from gfldeploy.bench.results import BenchResults, Serving, Stages
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import main
 
@@ -60,6 +60,7 @@ def many() -> BenchResults:
             samples = Samples(
                 tuple(ms * size + k % 7 / 10 for k in range(50)), (), size, 50 * size, ms * size / 20, True
             )
+            stages = Stages(*([(ms * size / 5,) * 4] * 6), end_to_end_ms=(ms * size * 1.2,) * 4)
             cells.append(
                 replace(
                     OK,
@@ -67,7 +68,7 @@ def many() -> BenchResults:
                     precision=precision,
                     batch_size=size,
                     scenario="single-stream" if size == 1 else "multi-stream",
-                    runs=(replace(RUN, samples=samples),),
+                    runs=(replace(RUN, samples=samples, stages=stages),),
                 )
             )
     serving = Serving(60, 10, (Point(1, (64, 96), 5.0),), 55)

@@ -407,6 +407,10 @@ def _scenario(row: Row) -> str | None:
     return None if row.scenario in STREAMS else row.scenario
 
 
+def _rate(row: Row) -> Value:
+    return int(row.rate) if row.rate and row.rate.is_integer() else row.rate
+
+
 def _ap(row: Row) -> Value:
     if row.status != "ok":
         return None
@@ -424,7 +428,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("device", "device", lambda row: row.device, constant=True),
     Column("threads", "threads", lambda row: row.threads, constant=True),
     Column("scenario", "scenario", _scenario, constant=True),
-    Column("rate_per_s", "arriving/s", lambda row: row.rate, constant=True),
+    Column("rate_per_s", "arriving/s", _rate, constant=True),
     Column("policy", "policy", lambda row: row.policy),
     Column("batch_size", "batch", lambda row: row.batch_size),
     Column("file_to_boxes_images_per_s", "file to boxes,\nimages/s", _file(lambda row: row.file_images_per_s)),

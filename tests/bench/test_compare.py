@@ -86,7 +86,7 @@ def test_latencies_of_0_are_not_comparable(other: tuple[float, ...], tmp_path: P
 
 
 def test_resamples_of_0_give_no_interval() -> None:
-    (pair,) = compare(results(timed((0.0, 0.0, 1.0, 1.0, 1.0) * 4)), results(timed(STEADY))).pairs
+    (pair,) = compare(results(timed((0.0,) * 9 + (1.0,) * 11)), results(timed(STEADY))).pairs
     assert pair.ratio is not None and pair.ratio.low is None and pair.verdict == "not comparable"
 
 

@@ -242,7 +242,7 @@ def _distributions(measured: list[_Measured]) -> Plot:
         "xaxis": {"title": {"text": "ms for a batch"}, "type": "log", "automargin": True},
         "yaxis": {"automargin": True},
     }
-    about = "All samples of all rounds: the box is the middle half, the line in it the median."
+    about = "The network alone, all samples of all rounds: the box is the middle half, the line in it the median."
     return Plot("How latencies are spread", about, data, layout, 140 + 24 * len(measured))
 
 

@@ -102,7 +102,7 @@ def test_results_keep_engine_batch_speed_and_map(shown: Shown) -> None:
         assert "0.5000" in line
     assert "network, ms" in narrow.split("Too narrow for: ")[1]
     wide = shown(lambda: show_results(many("one")), None)
-    assert "Too narrow" not in wide and "111 of 111" in wide and "1434.0 (" in wide, "without a terminal, all of it"
+    assert "Too narrow" not in wide and "111 of 111" in wide and "1434.0 ±" in wide, "without a terminal, all of it"
 
 
 def test_results_of_several_bundles_name_them(shown: Shown) -> None:

@@ -61,6 +61,30 @@ def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
     assert deploy.bundle_path(path) == tmp_path / "new" / "models" / "int8"
 
 
+def test_the_schema_before_is_read(tmp_path: Path) -> None:
+    data = DEPLOY.to_dict()
+    data["schema"] = 1
+    for one in (data["choice"], data["runner_up"]):
+        found = one["evidence"]
+        one["evidence"] = {
+            "images_per_s": found["network_images_per_s"],
+            "latency_p50_ms": found["network_p50_ms"],
+            "latency_ms": found["latency_p99_ms"],
+            "latency_percent": 99,
+            **{key: found[key] for key in ("memory_mb", "ap", "ap_drop", "ap_images", "runs", "started")},
+        }
+    path = tmp_path / "deploy.yml"
+    path.write_text(yaml.safe_dump(data))
+    read = Deploy.read(path)
+    assert read.choice.evidence.images_per_s is None and read.choice.evidence.latency_p99_ms is None
+    assert read.choice.evidence.network_p50_ms == EVIDENCE.network_p50_ms and read.knee is None
+    assert replace(read.choice, evidence=EVIDENCE) == CHOICE
+    for wrong in (3, {"evidence": 3}):
+        path.write_text(yaml.safe_dump({**data, "choice": wrong}))
+        with pytest.raises(DataError, match="choice"):
+            Deploy.read(path)
+
+
 def broken(change: Callable[[dict[str, Any]], object]) -> str:
     data = DEPLOY.to_dict()
     change(data)

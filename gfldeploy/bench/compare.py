@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
+from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians, supports
 from gfldeploy.bench.results import BenchResults, CellResult, Scenario, ServerPolicy
 from gfldeploy.bench.table import Row, rows
 from gfldeploy.engines.base import Device, Precision
@@ -55,7 +55,8 @@ class Pair:
 
     `a_ms`, `b_ms`: median latencies of a batch through the network alone (of servers: of an image, from its arrival to
     the end of its batch), all rounds together; `ratio`: B's over A's; `verdict`: on B, "faster" or "slower" where 1 is
-    outside the ratio's interval. There is no ratio where a median is 0, as no batch takes no time: "not comparable".
+    outside the ratio's interval. There is no ratio where a median is 0, and no
+    interval where many samples are: "not comparable".
     `ap_difference`: B's mAP less A's, None where one is unknown or
     they are not of the same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what
     they did not turn away, the images answered within the bound. `bundle_changed`: whether the manifests differ, that
@@ -242,7 +243,7 @@ def _verdict(ratio: Estimate | None) -> Verdict:
     if ratio is None:
         return "not comparable"
     if ratio.low is None or ratio.high is None:
-        return "too few samples"
+        return "not comparable" if supports(ratio.n, 50) else "too few samples"
     if ratio.high < 1:
         return "faster"
     return "slower" if ratio.low > 1 else "no difference found"

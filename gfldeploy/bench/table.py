@@ -29,6 +29,7 @@ __all__ = [
     "best_of_each",
     "notes",
     "rows",
+    "several_bundles",
     "text_of",
 ]
 
@@ -160,6 +161,13 @@ def best_of_each(shown: Sequence[Row]) -> list[Row]:
         if key not in best or _speed(row) > _speed(best[key]):
             best[key] = row
     return sorted(best.values(), key=_speed, reverse=True)
+
+
+def several_bundles(some: Sequence[Row]) -> bool:
+    """Whether an engine ran several bundles in one precision, so that only the bundle tells the rows apart."""
+    return len({(row.engine, row.precision, row.bundle) for row in some}) > len(
+        {(row.engine, row.precision) for row in some}
+    )
 
 
 def notes(shown: Sequence[Row]) -> list[tuple[str, str]]:
@@ -399,6 +407,10 @@ def _scenario(row: Row) -> str | None:
     return None if row.scenario in STREAMS else row.scenario
 
 
+def _rate(row: Row) -> Value:
+    return int(row.rate) if row.rate and row.rate.is_integer() else row.rate
+
+
 def _ap(row: Row) -> Value:
     if row.status != "ok":
         return None
@@ -416,27 +428,27 @@ COLUMNS: tuple[Column, ...] = (
     Column("device", "device", lambda row: row.device, constant=True),
     Column("threads", "threads", lambda row: row.threads, constant=True),
     Column("scenario", "scenario", _scenario, constant=True),
-    Column("rate_per_s", "arriving/s", lambda row: row.rate, constant=True),
+    Column("rate_per_s", "arriving/s", _rate, constant=True),
     Column("policy", "policy", lambda row: row.policy),
     Column("batch_size", "batch", lambda row: row.batch_size),
-    Column("file_to_boxes_images_per_s", "file to boxes,\nimages/s", _file(lambda row: row.file_images_per_s)),
-    Column("file_to_boxes_median_ms", "file to boxes,\nms", _file(lambda row: row.file_ms), drop=4, interval=True),
-    Column("file_to_boxes_p90_ms", "file to\nboxes, p90", lambda row: row.file_p90_ms, drop=13, interval=True),
-    Column("file_to_boxes_p99_ms", "file to\nboxes, p99", lambda row: row.file_p99_ms, drop=11, interval=True),
+    Column("file_to_boxes_images_per_s", "file to\nboxes,\nimages/s", _file(lambda row: row.file_images_per_s)),
     Column("in_time_per_s", "in time,\nimages/s", _of_served(lambda served: served.in_time_per_s)),
     Column("ap", "mAP", _ap, 4),
+    Column("file_to_boxes_median_ms", "file to\nboxes,\nms", _file(lambda row: row.file_ms), drop=4, interval=True),
+    Column("file_to_boxes_p90_ms", "file to\nboxes,\np90 ms", lambda row: row.file_p90_ms, drop=13, interval=True),
+    Column("file_to_boxes_p99_ms", "file to\nboxes,\np99 ms", lambda row: row.file_p99_ms, drop=11, interval=True),
     Column("percent_of_possible", "% of\npossible", _of_served(lambda served: served.percent_of_possible), 0, drop=2),
     Column("rejected_percent", "turned\naway, %", _of_served(lambda served: 100 * served.rejected), 0, drop=3),
     Column("answer_median_ms", "arrival to\nanswer, ms", _servers(lambda row: row.median_ms), drop=4, interval=True),
-    Column("answer_p90_ms", "answer\np90", _servers(lambda row: row.p90_ms), drop=13, interval=True),
-    Column("answer_p99_ms", "answer\np99", _servers(lambda row: row.p99_ms), drop=6, interval=True),
+    Column("answer_p90_ms", "answer,\np90 ms", _servers(lambda row: row.p90_ms), drop=13, interval=True),
+    Column("answer_p99_ms", "answer,\np99 ms", _servers(lambda row: row.p99_ms), drop=6, interval=True),
     Column("bound_held", "bound\nheld", _of_served(_bound_held), drop=6),
     Column("mean_batch", "mean\nbatch", _of_served(lambda served: served.mean_batch), 1, drop=9),
     Column("memory_mb", "memory\nMB", lambda row: row.memory_mb, 0, drop=5),
     Column("network_images_per_s", "network,\nimages/s", _streams(lambda row: row.images_per_s), drop=3),
     Column("network_median_ms", "network,\nms", _streams(lambda row: row.median_ms), drop=8, interval=True),
-    Column("network_p90_ms", "network\np90", _streams(lambda row: row.p90_ms), drop=14, interval=True),
-    Column("network_p99_ms", "network\np99", _streams(lambda row: row.p99_ms), drop=12, interval=True),
+    Column("network_p90_ms", "network,\np90 ms", _streams(lambda row: row.p90_ms), drop=14, interval=True),
+    Column("network_p99_ms", "network,\np99 ms", _streams(lambda row: row.p99_ms), drop=12, interval=True),
     Column("low_precision_convolutions", "low-prec.\nconvs", lambda row: row.low_precision, drop=10),
     Column("gmac_per_s", "GMAC/s", lambda row: row.gmac_per_s, 1, drop=15),
     Column("percent_of_peak", "% of\npeak", lambda row: row.percent_of_peak, 0, drop=11),

@@ -53,7 +53,11 @@ __all__ = ["command"]
     type=click.IntRange(1),
     help=f"Steps of --method distill, each of two images. Default: {DEFAULT_STEPS}.",
 )
-@click.option("--samples", type=click.IntRange(1), default=DEFAULT_SAMPLES, show_default=True, help="Images to use.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help=f"Images to calibrate on, spread evenly over all. Default: {DEFAULT_SAMPLES}, or all if there are fewer.",
+)
 @click.option("--eval-data", type=FILE, help="COCO annotations (.json) of other images, to measure mAP on.")
 @click.option("--eval-images", type=DIRECTORY, help="Folder of their images. Default: images/ beside them.")
 @click.option("--eval-limit", type=click.IntRange(1), help="Measure mAP on the first N images only.")
@@ -96,7 +100,7 @@ def command(
     images: Path | None,
     output: Path,
     algo: str,
-    samples: int,
+    samples: int | None,
     eval_data: Path | None,
     eval_images: Path | None,
     eval_limit: int | None,

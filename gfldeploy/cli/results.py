@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import COLUMNS, FLAGS, TEXT_KEYS, Row, notes, rows, text_of
+from gfldeploy.bench.table import COLUMNS, FLAGS, TEXT_KEYS, Row, notes, rows, several_bundles, text_of
 from gfldeploy.cli.tables import TableColumn, show_table
 
 __all__ = ["show_results"]
@@ -19,7 +19,7 @@ def show_results(results: BenchResults) -> None:
     measured = [row for row in shown if row.status == "ok"]
     if measured:
         columns = [column for column in COLUMNS if column.shown(measured)]
-        several = _several_bundles(measured)
+        several = several_bundles(measured)
         show_table(
             [
                 TableColumn(one.header, 0 if several and one.key == "bundle" else one.drop, one.key not in TEXT_KEYS)
@@ -35,13 +35,6 @@ def show_results(results: BenchResults) -> None:
             click.echo(f"{flag} ({count} of {len(measured)}): {FLAGS[flag]}")
     for note, names in notes(shown):
         click.echo(f"{names}: {note}")
-
-
-def _several_bundles(measured: Sequence[Row]) -> bool:
-    """Whether an engine ran several bundles in one precision, so that only the bundle tells the rows apart."""
-    return len({(row.engine, row.precision, row.bundle) for row in measured}) > len(
-        {(row.engine, row.precision) for row in measured}
-    )
 
 
 def _title(results: BenchResults, measured: Sequence[Row]) -> str:

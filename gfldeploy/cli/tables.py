@@ -58,6 +58,7 @@ def show_table(
         terminal = console()
         terminal.width = _needed(columns, lines, kept, widest=True) if most is None else most
         terminal.print(_table(columns, lines, kept, title))
+    click.echo()
     if left_out := [_one_line(columns[number].header) for number in filled if number not in kept]:
         where = f" {elsewhere}" if elsewhere else ""
         click.echo(f"Too narrow for: {'; '.join(left_out)}.{where}")

@@ -21,6 +21,7 @@ from gfldeploy.bench.table import (
     best_of_each,
     notes,
     rows,
+    several_bundles,
     text_of,
 )
 
@@ -58,9 +59,10 @@ def write_report(results: BenchResults, path: Path) -> None:
     shown = rows(results)
     measured = [row for row in shown if row.status == "ok"]
     best = best_of_each(measured)
+    keys = [key for key in _BEST_KEYS if key != "bundle" or several_bundles(best)]
     servers = [row for row in measured if row.scenario == "server"]
     body = Template(_BODY.read_text(encoding="utf-8")).substitute(
-        best=_table("best", best, _BEST_KEYS) if best else "<p>No batches were measured.</p>",
+        best=_table("best", best, keys) if best else "<p>No batches were measured.</p>",
         servers=f"<section><h2>Servers</h2>{_table('servers', servers)}</section>" if servers else "",
         count=f"{len(measured)} cell{'' if len(measured) == 1 else 's'}",
         table=_table("cells", measured),

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.bundle import Bundle, TensorSpec
-from gfldeploy.engines.base import EngineOptions
+from gfldeploy.bundle import Bundle, GraphName, TensorSpec
+from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import BundleError, ParityError
 from gfldeploy.export import parity
@@ -111,8 +111,8 @@ def _kept(entry: Mapping[str, Any]) -> str:
 def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:
     """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
 
-    FP32: ONNX Runtime against Paddle, at the shapes of the export. INT8: the detections of one engine among the
-    other's.
+    FP32: ONNX Runtime against Paddle, at the shapes of the export; the older program in its place where the bundle has
+    no ONNX graph, and nothing where it has neither. INT8: the detections of one engine among the other's.
     Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
     """
     report("hashing the files")
@@ -120,19 +120,25 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
     manifest = bundle.manifest
     lines = [f"{len(manifest.files)} files are as they were made"]
     shapes = parity.parity_shapes(manifest.preprocess, _fixed(bundle))
-    report("comparing the graphs")
     options = EngineOptions(manifest.precision, "cpu", threads)
-    with open_engine("paddle", bundle, options) as first, open_engine("onnxruntime", bundle, options) as second:
+    other: GraphName = "onnx"
+    if manifest.precision == "fp32" and not bundle.has_graph(other):
+        other = "paddle_program"
+        if not bundle.has_graph(other):
+            return [*lines, "there is one graph only: nothing to compare it with"]
+    report("comparing the graphs")
+    with open_engine("paddle", bundle, options) as first, _second(bundle, other, options) as second:
         if manifest.precision == "fp32":
             found = []
             for shape in shapes:
                 images = parity.parity_images(shape, manifest.preprocess, seed=0)
                 expected = first.infer({"image": images})
-                found.append(parity.compare("onnx", second, images, expected))
+                found.append(parity.compare(other, second, images, expected))
             # Each graph may be off by one tolerance, in opposite directions.
             parity.check(found, parity.Tolerance.recorded(_record(bundle, "parity.json")).times(2.0))
+            name = "ONNX" if other == "onnx" else "The older program"
             return lines + [
-                f"ONNX and Paddle at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
+                f"{name} and Paddle at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
                 f"{one.max_score_difference:.2g}, boxes by {one.max_box_difference_px:.2g} px"
                 for one in found
             ]
@@ -145,6 +151,15 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
             "Quantise the bundle again.",
         )
     return [*lines, f"ONNX and Paddle INT8: scores differ by {result.score_difference:.2g} on average"]
+
+
+def _second(bundle: Bundle, graph: GraphName, options: EngineOptions) -> Engine:
+    """What the Paddle engine's graph is compared with."""
+    if graph == "onnx":
+        return open_engine("onnxruntime", bundle, options)
+    from gfldeploy.engines.paddle_engine import PaddleEngine
+
+    return PaddleEngine(bundle, options, graph)
 
 
 def _fixed(bundle: Bundle) -> tuple[int | None, int | None, int | None]:

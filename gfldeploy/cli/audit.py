@@ -69,7 +69,9 @@ def command(
         found = survey(paths, preprocess, progress)
     _report_left_out(found)
     _report_other_sizes(found, annotated)
-    result = audit(found, batch_sizes, buckets, seed, *(_counters(bundle) if bundle else ()))
+    result = audit(
+        found, batch_sizes, buckets, seed, *(_counters(bundle) if bundle and bundle.has_graph("onnx") else ())
+    )
     if as_json:
         left_out = [{"path": str(one.path), "reason": one.reason} for one in found.left_out]
         click.echo(json.dumps({**asdict(result), "left_out": left_out}, indent=2))

@@ -95,7 +95,7 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         _check_levels(detector, config, preprocess, *shapes[0][1:])
         report("running the eager model for reference")
         references = [parity.eager_outputs(detector, batch) for batch in images]
-        tolerance = parity.tolerance(detector, images[0], references[0])
+        tolerance = parity.TOLERANCE
         channels = references[0]["scores"].shape[2]
         candidates, notes = _candidates(request, nms, references, report)
         graphs, left_out = _write_graphs(detector, directory, request, candidates, images[0][:1], report)
@@ -121,6 +121,9 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         for graph in tuple(graph for graph in manifest.graphs if graph != "paddledetection"):
             try:
                 compared = _compare(Bundle(directory, manifest), graph, images, references, request.threads, report)
+                if tolerance is parity.TOLERANCE and any(parity.exceeds(one, tolerance) for one in compared):
+                    report("measuring how far rounding alone moves the eager model")
+                    tolerance = parity.tolerance(detector, images)
                 parity.check(compared, tolerance)
                 found += compared
             except (EngineError, ParityError) as error:
@@ -213,7 +216,9 @@ def _levels(detector: Any, size: tuple[int, int]) -> list[tuple[int, int]] | str
 
     try:
         with paddle.no_grad(), quiet(native_stderr=True):
-            levels = list(detector.neck(detector.backbone({"image": paddle.zeros([1, 3, *size])})))
+            levels = detector.neck(detector.backbone({"image": paddle.zeros([1, 3, *size])}))
+            if not isinstance(levels, list | tuple):
+                return "the neck gives one level as a tensor, the head takes a list of levels"
             if len(levels) == len(detector.head.fpn_stride):
                 detector.head(levels)
             return [(int(level.shape[2]), int(level.shape[3])) for level in levels]

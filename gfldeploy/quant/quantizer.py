@@ -174,8 +174,12 @@ def _checked(request: QuantizeRequest) -> Bundle:
             f"{request.bundle} has a fixed batch of {batch}, calibration runs image by image",
             "Export it with a free batch: --input-shape HxW.",
         )
-    source.graph("onnx")
-    source.graph("paddle_program")
+    for graph in ("onnx", "paddle_program"):
+        if why := source.manifest.left_out.get(graph):
+            raise UnsupportedError(
+                f"{request.bundle} cannot be quantised, which needs its {graph} graph: {why}", "Deploy it in float."
+            )
+        source.graph(graph)
     check_target(request.output, force=request.force)
     source.layers()
     for module, extra in (("paddle", "paddle"), ("paddleslim", "quant"), ("onnxruntime", "onnxruntime")):

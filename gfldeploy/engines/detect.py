@@ -39,7 +39,9 @@ def detections_of(
     found = postprocess(scores, boxes, scales, nms)
     if not chosen:
         return found
-    return [replace(one, may_lack_below=may_lack_below(each, one, nms)) for each, one in zip(scores, found, strict=True)]
+    return [
+        replace(one, may_lack_below=may_lack_below(each, one, nms)) for each, one in zip(scores, found, strict=True)
+    ]
 
 
 def check_outputs(

@@ -21,13 +21,13 @@ import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from gfldeploy.batching.batcher import Counts, DetectorBatcher
 from gfldeploy.batching.buckets import Size
@@ -46,7 +46,7 @@ HERE = Path(__file__).resolve().parent
 _PHASES = ((30.0, 0.7), (40.0, 1.5))  # until that many seconds of a round: how high the load is
 _MOST = 8
 _BOUND = 6.0  # the deadline, times what the largest batch takes
-_PICTURES = 60
+_LEAST, _LARGEST = 64, 224  # sides of the images, pixels
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,8 @@ def main() -> None:
     options = EngineOptions(bundle.manifest.precision, "cpu", usable_threads())
     curve: list[Sample] = []
     with open_engine(args.engine, bundle, options) as engine:
-        pictures = random_pictures()
         preprocess = bundle.manifest.preprocess
-        prepared = [preprocess(one) for one in pictures]
+        prepared = random_images(preprocess.pad_stride or 32)
         points, _ = measure_points(engine, prepared, preprocess, _MOST)
         model = LatencyModel.fit(points)
         sizes = [preprocess.padded_size(*one.tensor.shape[1:]) for one in prepared]
@@ -116,11 +115,10 @@ def main() -> None:
         sys.exit("requests were never answered, or memory grew")
 
 
-def random_pictures() -> list[NDArray[np.uint8]]:
-    """RGB images of all shapes between 1:3 and 3:1, always the same."""
-    draw = np.random.default_rng(0)
-    sizes = [(int(height), int(width)) for height, width in draw.integers(200, 600, (_PICTURES, 2))]
-    return [draw.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+def random_images(step: int) -> list[Prepared]:
+    """One of every size whose sides are such multiples within the limits, ready for the network."""
+    draw, sides = np.random.default_rng(0), range(-(-_LEAST // step) * step, _LARGEST + 1, step)
+    return [Prepared(draw.standard_normal((3, *size), np.float32), (1.0, 1.0), size) for size in product(sides, sides)]
 
 
 def serve(

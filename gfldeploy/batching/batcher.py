@@ -22,7 +22,7 @@ from gfldeploy.batching.policy import Policy, Request
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
-from gfldeploy.engines.detect import detect_batch
+from gfldeploy.engines.detect import detect_batch, of_classes
 from gfldeploy.errors import EngineError, RejectedError, Rejection
 from gfldeploy.images.preprocess import Prepared
 
@@ -65,6 +65,10 @@ class _Item(Generic[In, Out]):
     own_size: Size
     request: Request
     future: Future[Out]
+
+    @property
+    def settled(self) -> bool:
+        return "future" not in vars(self)
 
     def begin(self) -> bool:
         """Whether somebody still waits for the answer; from here on it cannot be cancelled."""
@@ -195,17 +199,19 @@ class DynamicBatcher(Generic[In, Out]):
             )  # fmt: skip
 
     def _work(self) -> None:
+        step: _Step[In, Out] | None = None
         try:
             while (step := self._next()) is not None:
                 self._reject(step.rejected, step.reason)
                 if step.batch:
                     self._answer(step.batch, step.size)
-                del step  # while nothing comes, the images of the last batch need not stay
+                step = None
         except BaseException as error:
+            left = [item for item in (*step.rejected, *step.batch) if not item.settled] if step else []
             with self._changed:
                 self._closed = True
                 self._why_closed = f"the batcher has stopped, {type(error).__name__}: {error}"
-                left = self._take(list(self._waiting))
+                left += self._take(list(self._waiting))
                 self._counter["failed"] += len(left)
             for item in left:  # nobody must wait for an answer that never comes
                 item.settle(error if isinstance(error, Exception) else _stopped(error))
@@ -313,8 +319,8 @@ def _stopped(cause: BaseException) -> EngineError:
 class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
     """A `DynamicBatcher` over a detector: images in, detections in original pixels out.
 
-    Images are preprocessed in the caller's thread, the network and NMS run in the batcher's. The engine must not be
-    used by others meanwhile.
+    Images are preprocessed in the caller's thread, the network and NMS run in the batcher's. Detections of channels
+    without a class are left out. The engine must not be used by others meanwhile.
     """
 
     def __init__(
@@ -336,4 +342,5 @@ class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
 
     def _detect(self, prepared: Sequence[Prepared], size: Size) -> Sequence[Detections]:
         tensor = self._manifest.preprocess.batch(prepared, size)
-        return detect_batch(self._engine, tensor, [one.scale for one in prepared], self._manifest.nms)
+        found = detect_batch(self._engine, tensor, [one.scale for one in prepared], self._manifest.nms)
+        return [of_classes(one, len(self._manifest.classes)) for one in found]

@@ -29,7 +29,7 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
         if value == "auto":
             return "auto"
         if not re.fullmatch(r"[0-9]{1,6}", str(value)) or not 1 <= int(value) <= MOST_CANDIDATES:
-            self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all", param, ctx)
+            self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all or auto", param, ctx)
         return int(value)
 
 

@@ -44,8 +44,8 @@ def default_candidates(nms: NmsParams, channels: int) -> int | None:
     """How many anchors of an image a graph with so many score channels should decode; None for all.
 
     1000 where the config keeps up to 100 detections, and with one class at least as many as enter NMS. Otherwise all:
-    several hundred detections can need more candidates than TensorRT's TopK gives, and decoding all anchors takes little
-    beside the network.
+    several hundred detections can need more candidates than TensorRT's TopK gives, and decoding all anchors takes
+    little beside the network.
     """
     if channels == 1 and 0 < nms.nms_top_k <= MOST_CANDIDATES:
         return max(DEFAULT_CANDIDATES, nms.nms_top_k)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 __all__ = [
     "BoundsError",
@@ -34,6 +35,7 @@ __all__ = [
     "OutputError",
     "ParityError",
     "RejectedError",
+    "Rejection",
     "UnsupportedError",
     "reading",
     "summary",
@@ -87,8 +89,16 @@ class UnsupportedError(EngineError):
     """This engine x precision x device combination does not work here."""
 
 
+# deadline: the answer would come too late; queue full: too many wait already; closed: nothing is answered any more.
+Rejection = Literal["deadline", "queue full", "closed"]
+
+
 class RejectedError(GfldeployError):
-    """A busy server turned a request away rather than serve it late."""
+    """A busy server turned a request away rather than serve it late; `reason` says why, for programs."""
+
+    def __init__(self, problem: str, remedy: str | None = None, reason: Rejection = "closed") -> None:
+        super().__init__(problem, remedy)
+        self.reason: Rejection = reason
 
 
 class MissingDependencyError(GfldeployError):

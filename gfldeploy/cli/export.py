@@ -29,7 +29,7 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
         if value == "auto":
             return "auto"
         if not re.fullmatch(r"[0-9]{1,6}", str(value)) or not 1 <= int(value) <= MOST_CANDIDATES:
-            self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all", param, ctx)
+            self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all or auto", param, ctx)
         return int(value)
 
 
@@ -45,8 +45,8 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
     default="auto",
     show_default=True,
     help=f"Anchors of each image to decode, those with the highest scores: 1 to {MOST_CANDIDATES}, or all. auto: "
-    f"{DEFAULT_CANDIDATES}, or all where NMS could keep more of what lies beyond: where the config's keep_top_k is above "
-    f"{DEFAULT_CANDIDATES // 10} or -1, or test pictures would lose detections.",
+    f"{DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test pictures "
+    "would lose detections; with one class at least nms_top_k.",
 )
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph, for its deploy tools.")
 @threads_option
@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 
-    They decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there are. Where
-    a number given for --candidates may lose detections, export says so, and the bundle does wherever it is used.
+    They decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there are.
+    Where a number given for --candidates may lose detections, export says so, and so do inspect and predict.
 
     Every graph is compared with the eager PaddleDetection model, in the engine that will run it, before the bundle is
     published.

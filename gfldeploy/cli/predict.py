@@ -177,7 +177,7 @@ def _report(summary: Summary, threshold: float, seconds: float) -> None:
     if summary.incomplete:
         click.echo(
             f"Note: {summary.incomplete:,} of them may lack detections, or have other ones, that score below "
-            f"{summary.lack_below:.3g} (may_lack_below in detections.jsonl): the bundle does not decode enough anchors for "
-            "them; one exported with --candidates all does",
+            f"{summary.lack_below:.3g} (may_lack_below in detections.jsonl): the bundle does not decode enough anchors "
+            "for them; one exported with --candidates all does",
             err=True,
         )

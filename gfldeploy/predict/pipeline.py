@@ -13,7 +13,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -24,7 +24,7 @@ from gfldeploy.batching.buckets import Size, StreamOrder, stream_batches
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.detect import check_outputs, detections_of
+from gfldeploy.engines.detect import check_outputs, detections_of, of_classes
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
 
@@ -92,7 +92,7 @@ def detect_groups(
                 scales = [scale for _, scale in batch.rows]
                 chosen = manifest.candidates is not None
                 found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
-                known = [_of_classes(one, len(manifest.classes)) for one in found]
+                known = [of_classes(one, len(manifest.classes)) for one in found]
                 detections = dict(zip((place for place, _ in batch.rows), known, strict=True))
                 yield [
                     Found(
@@ -264,11 +264,3 @@ def _inferred(
                 scores, boxes = check_outputs(engine, engine.infer({"image": batch.tensor}), len(batch.tensor))
             memory.give(batch.memory)
             yield batch, scores[: len(batch.rows)], boxes[: len(batch.rows)]
-
-
-def _of_classes(found: Detections, classes: int) -> Detections:
-    """Those of a named class: GFLv2 has a score channel more, and what it finds there is nothing."""
-    named = found.classes < classes
-    if named.all():
-        return found
-    return replace(found, boxes=found.boxes[named], scores=found.scores[named], classes=found.classes[named])

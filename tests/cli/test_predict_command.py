@@ -109,7 +109,6 @@ def test_what_a_bundle_may_lack_is_said(
     assert not any("may_lack_below" in one for one in lines(tmp_path / "best"))
 
 
-
 def test_annotations_give_the_ids(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     data = json.loads(tiny_coco.read_text())
     for table, key in (("images", "id"), ("annotations", "image_id")):

@@ -109,7 +109,7 @@ def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path) -> None:
 
 
 def alike(boxes: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> int:
-    """How many boxes are among the rows: class, score, x1, y1, x2, y2. Scores that are nearly equal may have swapped."""
+    """How many boxes are among the rows: class, score, x1, y1, x2, y2. Nearly equal scores may have swapped."""
     near = np.abs(boxes[:, np.newaxis] - rows[np.newaxis, :, 2:]).max(axis=2) < 0.05
     return int((near & (classes[:, np.newaxis] == rows[np.newaxis, :, 0])).any(axis=1).sum())
 

@@ -199,6 +199,10 @@ def _check_nodes(graph: _Graph, operators: Collection[str]) -> None:
         for table, most in ((_SHAPES, _MOST_ELEMENTS), (_FACTORS, _MOST_SIZE)):
             for where in table.get(node.kind, ()):
                 _check_size(node, most, [*_numbers(graph, node, where)])
+        if "conv" in node.kind.lower() or "pool" in node.kind.lower():
+            for where in ("strides", "dilations", "group", "groups"):
+                if any(value < 1 for value in node.attributes.get(where, ())):
+                    raise _refused(f"a {node.kind} has {where} of {min(node.attributes[where]):,}")
         for where in _WINDOW_ATTRIBUTES:
             if any(abs(value) > _MOST_SIZE for value in node.attributes.get(where, ())):
                 raise _refused(f"a {node.kind} has {where} of {max(node.attributes[where], key=abs):,}")

@@ -86,6 +86,8 @@ HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     "resize": (shapes_of("Resize", ["image", "", "", "huge"], [1, 3, 10**6, 10**6]), "Resize makes a tensor"),
     "range": (shapes_of("Range", ["split", "huge", "split"], [2**62]), "Range makes a tensor"),
     "pad": (node("AveragePool", kernel_shape=[3, 3], pads=[10**9] * 4), "pads of 1,000,000,000"),
+    "stride": (node("AveragePool", kernel_shape=[3, 3], strides=[0, 1]), "strides of 0"),
+    "group": (node("Conv", ["image", "weights"], group=-3), "group of -3"),
     "no graph": (lambda model: model.ClearField("graph"), "no graph"),
 }
 

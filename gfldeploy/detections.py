@@ -75,12 +75,14 @@ class Detections:
     """What was found in one image, best first.
 
     `boxes`: float32 [K, 4], x1, y1, x2, y2 in original image pixels; `scores`: float32 [K]; `classes`: int64 [K],
-    indices into the model's score channels.
+    indices into the model's score channels. `may_lack_below`: detections that score less than this may be missing or
+    differ, since the graph decodes only so many anchors of an image; 0.0 if all are there.
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     classes: NDArray[np.int64]
+    may_lack_below: float = 0.0
 
     def __post_init__(self) -> None:
         count = len(self.scores)

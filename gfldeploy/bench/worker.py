@@ -7,10 +7,8 @@ the process with a traceback on stderr, for the runner to report.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,10 +56,9 @@ from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import write_json, write_text
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
+from gfldeploy.signals import die_with_parent
 
 __all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest", "main"]
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class PeakRequest:
 
 def main() -> None:
     """Serve the one request on stdin."""
-    _die_with_parent()
+    die_with_parent()
     _die_first()
     message = json.load(sys.stdin)
     kind, content = message["kind"], message["request"]
@@ -160,7 +157,10 @@ def _time(request: TimingRequest) -> Timed:
             measured = _measure(engine, cell, images, batches, preprocess, settings)
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
-            stages = time_stages(engine, request.images, bundle, cell.batch_size, settings.min_seconds)
+            stages = None
+            if cell.scenario != "server":  # whose batches are formed as images arrive
+                files = [[request.images[place] for place in batch.places] for batch in batches]
+                stages = time_stages(engine, files, bundle, settings)
         convolutions = _convolutions(engine, batches[0].tensor)
         served = measured if isinstance(measured, Served) else None
         run = Run(
@@ -175,6 +175,7 @@ def _time(request: TimingRequest) -> Timed:
             inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
             shapes=served.shapes if served else shape_counts(batches),
             padding_ratio=served.padding_ratio if served else padding_ratio(batches),
+            mixed_batches=served.mixed_batches if served else sum(batch.mixed for batch in batches),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
             delegated=getattr(engine, "delegated", None),
@@ -231,7 +232,7 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     def progress(done: int, total: int) -> None:
         write_text(request.progress, f"{done} {total}")
 
-    shapes = [(1, *manifest.preprocess.input_size(image.height, image.width)) for image in dataset.images]
+    shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return evaluate(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=progress
@@ -259,11 +260,6 @@ def _peak_rss_mb() -> float:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024 / 1e6
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the runner goes away, however it does. Linux only; best effort."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _die_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -24,8 +25,9 @@ Progress = Callable[[int, int], None]
 
 
 def console() -> Console:
-    """A console on stdout, 120 columns wide where the output is not a terminal."""
-    return escaping_console(width=None if sys.stdout.isatty() else 120)
+    """A console on stdout, 120 columns wide where neither a terminal nor the environment says otherwise."""
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return escaping_console(width=None if known else 120)
 
 
 def stages() -> Callable[[str], None]:

@@ -35,7 +35,7 @@ TIMED = {
             )
         },
         "engine_version": "1", "load_s": 1.0, "build_s": None, "first_inference_ms": 1.0, "peak_rss_mb": 1.0,
-        "inputs_mb": 1.0, "shapes": {"1x3x64x96": 1}, "padding_ratio": 1.0, "convolutions": None,
+        "inputs_mb": 1.0, "shapes": {"1x3x64x96": 1}, "padding_ratio": 1.0, "mixed_batches": 0, "convolutions": None,
         "not_low_precision": None, "delegated": None,
         "idle": {"cpu_percent": 1.0, "gpu_percent": None, "waited_s": 0.0}, "monitored": None,
         "serving": None,
@@ -375,9 +375,9 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
 def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\n"
-        "from gfldeploy.bench.worker import _die_with_parent\n"
+        "from gfldeploy.signals import die_with_parent\n"
         "if os.fork() == 0:\n"
-        f"    _die_with_parent(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)\n"
+        f"    die_with_parent(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)\n"
         f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n"
         "time.sleep(0.2); os._exit(0)\n"
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,19 +234,18 @@ def test_a_small_disk_is_refused_before_the_work(disk: Callable[[int], Path], re
     assert "MB free, 40 MB are needed" in shown
 
 
-# The check of the free space is switched off: the disk fills up while the files are written.
-_FILLS_UP = "from gfldeploy.export import exporter\nexporter._SPACE_FACTOR = 0"
-_LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
-
-
 # Paddle's parameters take 6.7 MB, and are written twice; the ONNX file as much again, also twice.
 @pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [11, 17])
 @demo_bundles.needs_export
-def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(
+    megabytes: int, disk: Callable[[int], Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The check of the free space is switched off: the disk fills up while the files are written.
+    monkeypatch.setattr("gfldeploy.export.exporter._SPACE_FACTOR", 0)
     output = disk(megabytes) / "new" / "out"
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output)
-    shown = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=_FILLS_UP))
+    shown = refused(*arguments)
     assert shown == (
         f"Error: cannot write {output}: No space left on device. Free some space or choose another --output."
     )
@@ -252,17 +253,28 @@ def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_p
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 @demo_bundles.needs_quant
-def test_a_limit_on_file_sizes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_limit_on_file_sizes(exported: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     output = tmp_path / "new" / "out"
-    source, data = demo_bundles.exported(tmp_path_factory), demo_bundles.pictures(tmp_path_factory)
+    quantize = ("quantize", exported, "--data", pictures, "--samples", 1, "--algo", "abs_max", "--min-agreement", 0)
     for arguments, limit in (
         (("export", "-c", demo.config_path(), "--random-weights", 0), 3_000_000),
-        (("quantize", source, "--data", data, "--samples", 1, "--algo", "abs_max", "--min-agreement", 0), 300_000),
+        (quantize, 300_000),
     ):
-        done = demo_bundles.run(*arguments, "-o", output, folder=tmp_path, before=_LIMITED.format(limit))
-        assert f"cannot write {output}: File too large. Raise the limit" in demo_bundles.refusal(done)
-        assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"
+        with limited(resource.RLIMIT_FSIZE, limit):
+            shown = refused(*arguments, "-o", output)
+        assert f"cannot write {output}: File too large. Raise the limit" in shown
+
+
+@contextmanager
+def limited(what: int, limit: int) -> Iterator[None]:
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------------

@@ -548,11 +548,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.slow
 @demo_bundles.needs_quant
-def test_a_good_calibration_passes_and_is_shown(
-    data: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    source = demo_bundles.trained(tmp_path_factory)
-    arguments = ("quantize", source, "--data", data["good"], "--samples", 8, "--eval-data", data["eval"])
+def test_a_good_calibration_passes_and_is_shown(data: dict[str, Path], trained: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", trained, "--data", data["good"], "--samples", 8, "--eval-data", data["eval"])
     # Few images make a coarse measure: what is wanted here is that a sound calibration passes.
     done = demo_bundles.run(*arguments, "--max-drop", 0.02, "-o", tmp_path / "int8", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -568,11 +565,8 @@ def test_a_good_calibration_passes_and_is_shown(
 
 @pytest.mark.slow
 @demo_bundles.needs_quant
-def test_calibration_on_black_images_is_caught(
-    data: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    source = demo_bundles.trained(tmp_path_factory)
-    sabotage = ("quantize", source, "--data", data["black"], "--samples", 2, "-o", tmp_path / "int8")
+def test_calibration_on_black_images_is_caught(data: dict[str, Path], trained: Path, tmp_path: Path) -> None:
+    sabotage = ("quantize", trained, "--data", data["black"], "--samples", 2, "-o", tmp_path / "int8")
     shown = demo_bundles.refusal(demo_bundles.run(*sabotage, folder=tmp_path))
     assert "FP32 detects nothing on the calibration images" in shown
     labels = ("--eval-data", data["eval"], "--algo", "abs_max", "--no-fallback")

@@ -186,9 +186,13 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
     shutil.copytree(bundle, copy)
     (copy / "paddle").mkdir()
-    added = {"paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00", "layers.json": b'{"weights": "head.conv"}'}
+    added = {
+        "paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00",
+        "paddle/model.pdiparams": b"",
+        "layers.json": b'{"weights": "head.conv"}',
+    }
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": None}
+    manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"}
     for name, content in added.items():
         (copy / name).write_bytes(content)
         manifest["files"][name] = {"sha256": sha256(copy / name), "bytes": len(content)}

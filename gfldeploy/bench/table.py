@@ -148,7 +148,7 @@ def _row(cell: CellResult, results: BenchResults) -> Row:
         p99_ms=_supported(latency_ms, 99),
         images_per_s=images_per_s(cell) if ok else None,
         end_to_end_ms=_end_to_end_ms(cell) if ok else None,
-        ap=cell.accuracy.ap if ok and cell.accuracy else None,
+        ap=cell.accuracy.ap if ok and cell.accuracy and cell.accuracy.ap >= 0 else None,
         low_precision=_low_precision(cell) if ok else None,
         memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in cell.runs) if ok else None,
         gmac_per_s=gmac_per_s,

@@ -33,7 +33,11 @@ __all__ = ["command"]
     metavar="COCO.json",
     help="Detect in the images of these annotations and use their ids. INPUT may then say where file names start.",
 )
-@click.option("--draw", is_flag=True, help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos.")
+@click.option(
+    "--draw",
+    is_flag=True,
+    help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos, for browsers where OpenCV can.",
+)
 @click.option(
     "--draw-threshold", type=FiniteFloat(0, 1), default=0.4, show_default=True, help="Draw from this score on."
 )

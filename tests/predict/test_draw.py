@@ -118,6 +118,7 @@ def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(tmp_path: 
     for _ in range(3):
         writer.write(np.full((48, 80, 3), 200, np.uint8))
     writer.release()
+    video = video.rename(tmp_path / "caf\udce9.mp4")  # a name that is not UTF-8
     size = {"width": 80, "height": 48, "detections": [box(4, 20, 30, 9)]}
     lines: list[dict[str, object]] = [{"file": str(video), "frame": number, "time_s": 0, **size} for number in range(3)]
     lines += [{"file": str(video), "error": f"{video} ends early"}]

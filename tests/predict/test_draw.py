@@ -128,7 +128,8 @@ def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(tmp_path: 
     out.mkdir()
     assert list(draw_all(records, out, 0.0)) == [1, 2, 3, 4]
     (drawn,) = out.iterdir()
-    capture = cv2.VideoCapture(str(drawn))
+    assert drawn.name == "000001-caf\udce9.mp4"
+    capture = cv2.VideoCapture(str(drawn.rename(out / "drawn.mp4")))
     codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode()
     frames = []
     while (read := capture.read())[0]:

@@ -36,7 +36,7 @@ __all__ = ["command"]
 @click.option(
     "--draw",
     is_flag=True,
-    help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos, for browsers where OpenCV can.",
+    help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos, which browsers play where OpenCV has the codec.",
 )
 @click.option(
     "--draw-threshold", type=FiniteFloat(0, 1), default=0.4, show_default=True, help="Draw from this score on."

@@ -130,6 +130,7 @@ def _inputs(inputs: tuple[Path, ...], data: Path | None, output: Path) -> tuple[
     if data is None:
         if not inputs:
             raise click.UsageError("Missing argument 'INPUT...'")
+        output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
         return None, list_inputs(inputs, (output, output.with_name(f"{output.name}.unfinished")))
     if len(inputs) > 1:
         raise click.UsageError("With --data, INPUT is the one folder in which its file names start")

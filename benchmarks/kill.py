@@ -7,8 +7,8 @@ Kills `export`, `quantize`, `bench` and `predict` with SIGKILL, `--kills` times 
 `gfldeploy demo`: half of them a random while after the start, half a random while after something was written. Before
 every second run to its end there is an old result, which `--force` replaces. After each kill the target must be the old
 one or the new one, whole, and all processes must end; one to four kills later a run is let end, which must make what
-an undisturbed one made, and leave nothing else beside the target or among temporary files (ONNX Runtime leaves one file
-of its own there, `.ses`). Prints a line for each kill, and writes results/MACHINE/checks/NAME_kill.json beside this script.
+an undisturbed one made, and leave nothing else beside the target or among temporary files (but for `.ses`, which ONNX
+Runtime leaves there). Prints a line for each kill, and writes results/MACHINE/checks/NAME_kill.json beside this script.
 """
 
 from __future__ import annotations
@@ -134,17 +134,18 @@ def main() -> None:
             rows += kill(command, place, round(args.kills * command.share), chooser)
         cache = sum(path.stat().st_size for path in below(place.home) if path.is_file())
     shared = set(names(Path("/dev/shm"))) - shared
+    killed = [row for row in rows if not row["ended_before"]]
     failures = [row for row in rows if row["problem"]]
     record = {
-        "machine": plain(describe_machine()), "kills": len(rows),
-        "after_something_was_written": sum(row["written"] for row in rows), "failures": len(failures),
+        "machine": plain(describe_machine()), "kills": len(killed),
+        "after_something_was_written": sum(row["written"] for row in killed), "failures": len(failures),
         "left_in_shared_memory": sorted(shared), "engine_cache_bytes": cache,
         "seconds_undisturbed": {command.name: round(command.seconds, 1) for command in commands}, "rows": rows,
     }  # fmt: skip
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_kill.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, record)
-    print(f"{len(rows)} kills, {record['after_something_was_written']} after something was written")
+    print(f"{len(killed)} kills, {record['after_something_was_written']} after something was written")
     print(f"{len(failures)} failures; left in shared memory: {', '.join(sorted(shared)) or 'nothing'}")
     if failures:
         raise SystemExit(1)
@@ -179,15 +180,13 @@ def make_commands(made: Path, root: Path) -> list[Command]:
 def kill(command: Command, place: Place, kills: int, chooser: random.Random) -> Iterator[dict[str, Any]]:
     """Kill it so many times; what was found after each."""
     target = place.work / command.target
-    start = time.monotonic()
     finish(command, place)
-    command.seconds = time.monotonic() - start
     command.undisturbed = command.identity(target)
     old_results = place.root / f"{command.name}-old"
     shutil.copytree(place.work, old_results)
     spoil(old_results / command.target)
     done = 0
-    while done < kills:
+    while done < kills:  # of those that had not ended before
         clear(place.work)
         replaces = chooser.random() < 0.5
         if replaces:
@@ -196,7 +195,7 @@ def kill(command: Command, place: Place, kills: int, chooser: random.Random) -> 
         rows = []
         for _ in range(min(chooser.randint(1, 4), kills - done)):
             rows.append(kill_once(command, place, old, chooser, wait=(done + len(rows)) % 2 == 0))
-        done += len(rows)
+        done += sum(not row["ended_before"] for row in rows)
         problem = finish(command, place)
         if not problem and command.identity(target) != command.undisturbed:
             problem = "the run that was let end made something else"
@@ -217,7 +216,7 @@ def kill_once(command: Command, place: Place, old: Any, chooser: random.Random, 
             while process.poll() is None and not place.written(command):
                 time.sleep(POLL_S)
         least = time.monotonic() - start
-        delay = chooser.uniform(0, max(command.seconds - least, 0.5))
+        delay = chooser.uniform(0, 0.8 * max(command.seconds - least, 0.5))
         ended = True
         try:
             process.communicate(timeout=delay)
@@ -249,8 +248,11 @@ def wait_for_end(place: Place) -> str | None:
 
 
 def finish(command: Command, place: Place) -> str | None:
+    start = time.monotonic()
     with place.start(command) as process:
         _, said = process.communicate()
+    seconds = time.monotonic() - start
+    command.seconds = min(command.seconds or seconds, seconds)
     if process.returncode:
         return f"exit code {process.returncode}: {said.decode(errors='replace').strip().splitlines()[-1]}"
     return None

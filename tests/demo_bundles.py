@@ -39,9 +39,10 @@ sys.addaudithook(no_network)
 
 def command(arguments: Sequence[object], before: str, folder: Path) -> list[str]:
     """The command line that runs gfldeploy with `arguments`, after the Python code `before`."""
-    # A file, since Paddle reads the source of what it traces.
+    # A file, since Paddle reads the source of what it traces. Ctrl-C works, though a shell may ignore it for us.
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = folder / "gfldeploy"
-    script.write_text(f"{before}\nfrom gfldeploy.cli import main\nmain()\n")
+    script.write_text(f"{heed}{before}\nfrom gfldeploy.__main__ import main\nmain()\n")
     return [sys.executable, str(script), *map(str, arguments)]
 
 

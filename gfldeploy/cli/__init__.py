@@ -77,12 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Paddle's C++ side logs its progress to stderr unless told not to, and only listens before it is loaded.
     os.environ.setdefault("GLOG_minloglevel", "2")
     try:
-        with terminate_as_interrupt(), standard_streams(), plain_streams():
+        with terminate_as_interrupt(), standard_streams() as failure, plain_streams():
             code = _run(arguments)
-    except OutputError as error:
-        code = _fail(str(error), 2)
-    except KeyboardInterrupt as error:
-        code = _interrupted(error)
+            if (error := failure()) and code in (0, 1):
+                code = _fail(f"cannot write to standard output: {error.strerror}. Send it somewhere else.", 2)
+    except KeyboardInterrupt as stopped:
+        code = _interrupted(stopped)
     sys.exit(code)
 
 

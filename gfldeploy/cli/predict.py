@@ -144,6 +144,7 @@ def _inputs(
         if not inputs:
             raise click.UsageError("Missing argument 'INPUT...'")
         notes: list[str] = []
+        output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
         exclude = (output, output.with_name(f"{output.name}.unfinished"))
         return None, list_inputs(inputs, exclude, notes.append), notes
     if len(inputs) > 1:

@@ -7,11 +7,9 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from gfldeploy.errors import OutputError
 
 __all__ = ["standard_streams"]
 
@@ -34,11 +32,11 @@ class _Kept(io.FileIO):
 
 
 @contextmanager
-def standard_streams() -> Iterator[None]:
+def standard_streams() -> Iterator[Callable[[], OSError | None]]:
     """Replace `sys.stdout` and `sys.stderr` by streams that never fail in the middle of work.
 
     A descriptor that the caller closed is opened on /dev/null, lest the next file get its number and be printed into.
-    Raises `OutputError` at the end where standard output could not be written, though not for a reader that went away
+    Yields a function that says why standard output could not be written, if so: not for a reader that went away
     (`gfldeploy ... | head`). Streams that somebody else put there, such as a test, are left alone.
     """
     for descriptor in (0, 1, 2):
@@ -56,12 +54,15 @@ def standard_streams() -> Iterator[None]:
         encoding, errors = (stream.encoding, stream.errors) if stream is not None else ("utf-8", "backslashreplace")
         text = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
         setattr(sys, name, text)
+
+    def failure() -> OSError | None:
+        sys.stdout.flush()
+        error = kept["stdout"].error if "stdout" in kept else None
+        return None if error is None or error.errno in (errno.EPIPE, errno.ECONNRESET) else error
+
     try:
-        yield
+        yield failure
     finally:
         for name, stream in before.items():
             getattr(sys, name).flush()
             setattr(sys, name, stream)
-    error = kept["stdout"].error if "stdout" in kept else None
-    if error is not None and error.errno not in (errno.EPIPE, errno.ECONNRESET):
-        raise OutputError(f"cannot write to standard output: {error.strerror}", "Send it somewhere else.")

@@ -13,7 +13,7 @@ from gfldeploy.bundle import LAYERS, Bundle, write_bundle
 from gfldeploy.dependencies import require
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError
-from gfldeploy.files import check_target, write_json
+from gfldeploy.files import check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.quant.artefacts import Quantized
@@ -181,6 +181,7 @@ def _checked(request: QuantizeRequest) -> Bundle:
             )
         source.graph(graph)
     check_target(request.output, force=request.force)
+    check_apart(request.output, [request.bundle], request.bundle)
     source.layers()
     for module, extra in (("paddle", "paddle"), ("paddleslim", "quant"), ("onnxruntime", "onnxruntime")):
         require(module, extra, "quantize")

@@ -152,6 +152,8 @@ def test_ctrl_c_kills_the_child(tiny_bundle: Path, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from pathlib import Path\n"
         "from gfldeploy.bench.journal import Journal\n"
         "from gfldeploy.bench.matrix import Cell, Plan\n"

@@ -74,7 +74,7 @@ def check_unwound(process: subprocess.Popen[str], target: Path, before: dict[str
 @pytest.mark.parametrize(
     ("stage", "number"),
     [
-        ("loading Paddle", signal.SIGTERM),
+        ("loading Paddle", signal.SIGTERM),  # before and after Paddle has put a handler of its own in place
         ("folding BatchNorm", signal.SIGINT),
         ("comparing the paddle_program graph", signal.SIGTERM),
     ],

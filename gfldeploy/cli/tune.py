@@ -84,7 +84,8 @@ def _all_threads() -> tuple[int, ...]:
     type=click.FloatRange(0),
     default=2.0,
     show_default=True,
-    help="Time each cell at least so long, in each round of the finish.",
+    help="Time each cell at least so long, in each round of the finish; with --max-latency-ms up to five times as long, "
+    "to know the 99th percentile.",
 )
 @click.option(
     "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."

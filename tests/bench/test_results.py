@@ -221,6 +221,11 @@ def test_flags(results: BenchResults) -> None:
     assert row.flags == ("quick", "unstable", "busy", "throttled")
     (row,) = rows(replace(results, cells=(replace(OK, runs=(RUN, replace(RUN, mixed_batches=1))),)))
     assert row.flags == ("padded",)
+    # Where that was not recorded, by the padding of single images.
+    unknown = replace(OK, runs=(replace(RUN, mixed_batches=None, padding_ratio=1.5),))
+    single = replace(OK, batch_size=1, scenario="single-stream", runs=(replace(RUN, mixed_batches=None),))
+    flags = [row.flags for row in rows(replace(results, cells=(unknown, single)))]
+    assert flags == [("padded",), ()]
 
 
 def server(latency_ms: Sequence[float], rejected: int, most_kept: int) -> CellResult:

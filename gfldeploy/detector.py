@@ -8,10 +8,7 @@ from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import cast
 
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
@@ -19,12 +16,10 @@ from gfldeploy.engines.registry import open_engine
 from gfldeploy.predict.choice import choose
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
-from gfldeploy.predict.sources import picture_of
+from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
 
 __all__ = ["Detector", "Image"]
 
-# A file, or RGB pixels, uint8 [h, w, 3].
-Image: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8]"
 _BATCHES_AHEAD = 4
 
 
@@ -35,8 +30,10 @@ class Detector(ClosesOnExit):
         detector = Detector("bundle")
         for found in detector.detect(["a.jpg", "b.jpg"]): print(found.boxes, found.scores, found.classes)
 
-    `classes`: their names; `Detections.classes` are indices into them. `choice`: what runs, how, and why that; its
-    `notes`: what the user of this detector should know. Not for several threads at once.
+    An image is a file's path or its content (`bytes`), an array, uint8 [h, w, 3], RGB unless `color` says otherwise
+    (OpenCV's own are BGR), or a PIL image. `classes`: their names; `Detections.classes` are indices into them.
+    `choice`: what runs, how, and why that; its `notes`: what the user of this detector should know. Not for several
+    threads at once.
     """
 
     def __init__(
@@ -74,16 +71,22 @@ class Detector(ClosesOnExit):
         self._engine.close()
 
     def detect(
-        self, images: Image | Iterable[Image], *, threshold: float = DEFAULT_THRESHOLD, reduced: bool = False
+        self,
+        images: Image | Iterable[Image],
+        *,
+        threshold: float = DEFAULT_THRESHOLD,
+        color: ColorOrder = "rgb",
+        reduced: bool = False,
     ) -> list[Detections]:
         """What is in each image, in their order; a single image makes a list of one.
 
-        `threshold`, `reduced`: as for `stream`. Raises `DataError` for the first image that cannot be used,
-        `ValueError` for an array that is not RGB, uint8 [h, w, 3], and `EngineError`.
+        `color`: "rgb" or "bgr", the order of the channels of arrays; of nothing else. `threshold`, `reduced`: as for
+        `stream`. Raises `DataError` for the first image that cannot be used, `ValueError` for an array that is not
+        uint8 [h, w, 3], `TypeError` for what is no image, and `EngineError`.
         """
-        given = [images] if isinstance(images, str | os.PathLike) or _is_one(images) else images
+        given = [cast(Image, images)] if is_one_image(images) else cast("Iterable[Image]", images)
         detections = []
-        with closing(self.stream(given, threshold=threshold, reduced=reduced)) as stream:  # type: ignore[arg-type]  # narrowed above
+        with closing(self.stream(given, threshold=threshold, color=color, reduced=reduced)) as stream:
             for found in stream:
                 if found.detections is None:
                     raise found.error or AssertionError(found)
@@ -95,6 +98,7 @@ class Detector(ClosesOnExit):
         images: Iterable[Image],
         *,
         threshold: float = DEFAULT_THRESHOLD,
+        color: ColorOrder = "rgb",
         look_ahead: int | None = None,
         reduced: bool = False,
     ) -> Generator[Found]:
@@ -106,13 +110,15 @@ class Detector(ClosesOnExit):
         batches. `reduced`: decode a JPEG at 1/2, 1/4 or 1/8 where that is no less than the network's
         input: faster, but not the same pixels, so that scores and boxes differ a little.
 
-        Raises `ValueError` and `EngineError` as `detect`.
+        `color`, and what it raises: as for `detect`.
         """
+        if color not in ("rgb", "bgr"):
+            raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
         batch_size = self.choice.batch_size
         groups = detect_groups(
             self._engine,
             self._manifest,
-            (picture_of(image) for image in images),
+            (picture_of(image, color) for image in images),
             batch_size=batch_size,
             order=self.choice.order,
             look_ahead=_BATCHES_AHEAD * batch_size if look_ahead is None else look_ahead,
@@ -128,9 +134,5 @@ def _from(found: Found, threshold: float) -> Found:
     if found.detections is None:
         return found
     one, enough = found.detections, found.detections.scores >= threshold
-    return replace(found, detections=Detections(one.boxes[enough], one.scores[enough], one.classes[enough]))
-
-
-def _is_one(images: object) -> bool:
-    """Whether it is the pixels of one image, not of several."""
-    return isinstance(images, np.ndarray) and images.ndim == 3
+    kept = replace(one, boxes=one.boxes[enough], scores=one.scores[enough], classes=one.classes[enough])
+    return replace(found, detections=kept)

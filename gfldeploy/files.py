@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -49,6 +50,9 @@ FileKind: TypeAlias = Literal["json", "csv", "html", "yml"]
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _PROBE_BYTES = 1 << 16
+_MOST_JSON_BYTES = 256 << 20  # results of days of measuring have a few 10 MB
+_MOST_NESTING = 64
+_MOST_DIGITS = 19  # as many as 64 bits have
 # A directory that is being written, beside its target: our mark, and what becomes the target.
 _PARTIAL = ".partial-"
 _UNFINISHED = ".unfinished"
@@ -92,11 +96,51 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises `OSError` and `ValueError`: the caller knows what the file was for."""
+    """Parse a JSON file that may come from elsewhere, within limits: of its size, of nesting, and of numbers.
+
+    Raises `OSError` and `ValueError`, also for NaN, infinity and what is no regular file: the caller knows what the
+    file was for.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than {_MOST_JSON_BYTES:,}")
+        text = file.read(_MOST_JSON_BYTES + 1).decode("utf-8")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text, parse_constant=_refused_number, parse_int=_whole, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _check_nesting(value)
+    return value
+
+
+def _refused_number(text: str) -> Any:
+    raise ValueError(f"{text:.40} is no number in JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is too large a number")
+    return value
+
+
+def _check_nesting(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MOST_NESTING):
+        held = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in held if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def check_target(target: Path, kind: DirectoryKind = "bundle", *, force: bool = False) -> None:

@@ -33,6 +33,7 @@ RUN = Run(
     inputs_mb=20.0,
     shapes={"2x3x64x96": 3},
     padding_ratio=1.25,
+    mixed_batches=0,
     convolutions={"fp32": 1, "int8": 52},
     not_low_precision=("kept in float in the ONNX file (1): stem",),
     delegated=None,

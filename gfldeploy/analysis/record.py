@@ -12,9 +12,9 @@ from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, se
 from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.passes import Pass
 from gfldeploy.bench.records import plain
-from gfldeploy.bench.report.plots import COLOURS, Plot
+from gfldeploy.bench.report.plots import COLOURS, GREY, Plot
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
-from gfldeploy.bench.results import BundleIdentity, Peak
+from gfldeploy.bench.results import BundleIdentity, Peak, defined_ap
 from gfldeploy.engines.base import Precision
 from gfldeploy.files import write_json
 from gfldeploy.machine import Machine
@@ -81,9 +81,7 @@ def told_invariance(found: Sequence[Invariance]) -> list[str]:
 def _stacked(analysis: Analysis) -> Plot:
     """Time per image by batch size: that at batch 1, and what each cause adds to it or takes away."""
     labels = [str(one.batch_size) for one in analysis.batches]
-    data: list[dict[str, Any]] = [
-        _bar("as at batch 1", labels, [one.single_ms for one in analysis.batches], COLOURS[-1])
-    ]
+    data: list[dict[str, Any]] = [_bar("as at batch 1", labels, [one.single_ms for one in analysis.batches], GREY)]
     for number, part in enumerate(PARTS):
         values = [one.parts[part].ms if part in one.parts else 0.0 for one in analysis.batches]
         if any(values):
@@ -142,7 +140,7 @@ def _detections(found: Sequence[Invariance]) -> str:
         [
             *(str(one.batch_size), names.get(one.order, one.order), f"{one.padding:.2f}x", f"{one.score_change:.2g}"),
             *(f"{one.box_change_px:.2g}", f"{one.lost} of {one.detections}"),
-            "" if one.accuracy is None else f"{one.accuracy.ap:.4f}",
+            "" if (ap := defined_ap(one.accuracy)) is None else f"{ap:.4f}",
         ]
         for one in found
     ]
@@ -151,11 +149,16 @@ def _detections(found: Sequence[Invariance]) -> str:
 
 
 def _section(title: str, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    titles = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    words = [' class="text"' if any(row[place][:1].isalpha() for row in rows) else "" for place in range(len(head))]
+
+    def line(tag: str, texts: Sequence[str]) -> str:
+        cells = zip(words, texts, strict=True)
+        return f"<tr>{''.join(f'<{tag}{word}>{escape(text)}</{tag[:2]}>' for word, text in cells)}</tr>"
+
+    heads, body = line('th scope="col"', head), "".join(line("td", row) for row in rows)
     return (
         f'<section><h2>{escape(title)}</h2><div class="wide"><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div></section>"
+        f"<thead>{heads}</thead><tbody>{body}</tbody></table></div></section>"
     )
 
 

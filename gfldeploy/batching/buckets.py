@@ -58,7 +58,7 @@ def area(size: Size) -> int:
 
 
 def union(sizes: Iterable[Size]) -> Size:
-    """The least size that holds all of them: 800x1216 and 1216x800 need 1216x1216. Raises `ValueError` for none."""
+    """The smallest size that holds all of them: 800x1216 and 1216x800 need 1216x1216. Raises `ValueError` for none."""
     heights, widths = zip(*sizes, strict=True)
     return max(heights), max(widths)
 

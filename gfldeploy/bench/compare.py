@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
+from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians, supports
 from gfldeploy.bench.results import BenchResults, CellResult, Scenario, ServerPolicy
 from gfldeploy.bench.table import Row, rows
 from gfldeploy.engines.base import Device, Precision
@@ -27,7 +27,7 @@ __all__ = [
     "timing_differences",
 ]
 
-Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
+Verdict = Literal["faster", "slower", "no difference found", "too few samples", "not comparable"]
 
 # Memory is what the kernel leaves of what is built in: that differs a little from kernel to kernel.
 _MEMORY_TOLERANCE = 0.01
@@ -53,8 +53,11 @@ class CellKey:
 class Pair:
     """A cell that both files measured.
 
-    `a_ms`, `b_ms`: median latencies of a query, all rounds together; `ratio`: B's over A's; `verdict`: on B, "faster"
-    or "slower" where 1 is outside the ratio's interval. `ap_difference`: B's mAP less A's, None where one is unknown or
+    `a_ms`, `b_ms`: median latencies of a batch through the network alone (of servers: of an image, from its arrival to
+    the end of its batch), all rounds together; `ratio`: B's over A's; `verdict`: on B, "faster" or "slower" where 1 is
+    outside the ratio's interval. There is no ratio where a median is 0, and no
+    interval where many samples are: "not comparable".
+    `ap_difference`: B's mAP less A's, None where one is unknown or
     they are not of the same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what
     they did not turn away, the images answered within the bound. `bundle_changed`: whether the manifests differ, that
     is, any file of the bundles. `a_flags`, `b_flags`: `table.FLAGS` that hold.
@@ -63,7 +66,7 @@ class Pair:
     cell: CellKey
     a_ms: Estimate
     b_ms: Estimate
-    ratio: Estimate
+    ratio: Estimate | None
     verdict: Verdict
     ap_difference: float | None
     a_in_time_per_s: float | None
@@ -217,11 +220,12 @@ def _key(cell: CellResult) -> CellKey | None:
 
 
 def _pair(key: CellKey, a: _Cell, b: _Cell, same_images: bool) -> Pair:
-    ratio = ratio_of_medians(a.rounds, b.rounds)
+    a_ms, b_ms = median(a.result.latency_ms), median(b.result.latency_ms)
+    ratio = ratio_of_medians(a.rounds, b.rounds) if min(a_ms.value, b_ms.value) > 0 else None
     return Pair(
         cell=key,
-        a_ms=median(a.result.latency_ms),
-        b_ms=median(b.result.latency_ms),
+        a_ms=a_ms,
+        b_ms=b_ms,
         ratio=ratio,
         verdict=_verdict(ratio),
         ap_difference=b.row.ap - a.row.ap if same_images and a.row.ap is not None and b.row.ap is not None else None,
@@ -235,9 +239,11 @@ def _pair(key: CellKey, a: _Cell, b: _Cell, same_images: bool) -> Pair:
     )
 
 
-def _verdict(ratio: Estimate) -> Verdict:
+def _verdict(ratio: Estimate | None) -> Verdict:
+    if ratio is None:
+        return "not comparable"
     if ratio.low is None or ratio.high is None:
-        return "too few samples"
+        return "not comparable" if supports(ratio.n, 50) else "too few samples"
     if ratio.high < 1:
         return "faster"
     return "slower" if ratio.low > 1 else "no difference found"

@@ -10,7 +10,16 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONFIDENCE", "Estimate", "median", "percentile", "ratio_of_medians", "supports"]
+__all__ = [
+    "CONFIDENCE",
+    "Estimate",
+    "lower_limit",
+    "median",
+    "percentile",
+    "ratio_of_medians",
+    "samples_for",
+    "supports",
+]
 
 CONFIDENCE = 0.95
 
@@ -62,6 +71,29 @@ def supports(n: int, percent: float) -> bool:
     return _interval_ranks(n, percent) is not None
 
 
+def samples_for(percent: float) -> int:
+    """The fewest samples that support an interval of the percentile, the 50th or a higher one: 368 of the 99th.
+
+    With fewer the percentile is not known: it may lie above the largest of them.
+    """
+    if not 50 <= percent < 100:
+        raise ValueError("percent must be from 50 to below 100")
+    # All of n samples lie below the percentile with (percent / 100) ** n: the upper bound is the largest of them.
+    return math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log(percent / 100) - 1e-9)
+
+
+def lower_limit(values: Sequence[float], percent: float) -> float:
+    """What the percentile is not below, with 97.5 %: an order statistic, and the smallest value where none is so sure.
+
+    Unlike `percentile`'s interval it is there however few the values are. Raises `ValueError` without values.
+    """
+    if not len(values):
+        raise ValueError("there must be at least one value")
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    rank = int(np.searchsorted(_binomial_cdf(len(ordered), percent / 100), (1 - CONFIDENCE) / 2, side="right"))
+    return float(ordered[max(min(rank, len(ordered)), 1) - 1])
+
+
 @lru_cache(maxsize=1024)
 def _interval_ranks(n: int, percent: float) -> tuple[int, int] | None:
     """The ranks, from 1, of the two order statistics, None where one of them would lie beyond the samples."""
@@ -97,7 +129,8 @@ def ratio_of_medians(
     With a single round on a side, what differs from one of its runs to the next is not in the interval. A few rounds
     that differ much more than the samples within them give too narrow an interval.
 
-    Raises `ValueError` where a side has no rounds or an empty one, or the median of `base` is not positive.
+    Nor is there one where the median of a resample of `base` is 0. Raises `ValueError` where a side has no rounds or an
+    empty one, or the median of `base` is not positive.
     """
     sides = [[np.asarray(values, dtype=np.float64) for values in rounds] for rounds in (base, other)]
     if not all(rounds and all(len(values) for values in rounds) for rounds in sides):
@@ -112,6 +145,8 @@ def ratio_of_medians(
     resamples = min(resamples, max(_RESAMPLED_VALUES // total, _LEAST_RESAMPLES))
     generator = np.random.default_rng(seed)
     denominators, numerators = (_resampled_medians(rounds, resamples, generator) for rounds in sides)
+    if not np.all(denominators > 0):
+        return Estimate(above / below, None, None, n)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(numerators / denominators, [tail, 100 - tail])
     return Estimate(above / below, float(low), float(high), n)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Size
+from gfldeploy.batching.buckets import Size, area
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -22,11 +22,14 @@ __all__ = ["Batch", "batches_in_order", "padding_ratio", "prepare_images", "shap
 class Batch:
     """What one inference takes: float32 [N, 3, H, W].
 
-    `real_pixels`: of the images in it, as resized, without padding.
+    `real_pixels`: of the images in it, as resized, without padding. `places`: of those images among all, from 0.
+    `mixed`: they have several input sizes, so that some are padded to another's.
     """
 
     tensor: NDArray[np.float32]
     real_pixels: int
+    places: tuple[int, ...]
+    mixed: bool
 
     @property
     def pixels(self) -> int:
@@ -44,9 +47,7 @@ def prepare_images(paths: Sequence[Path], preprocess: Preprocess) -> list[Prepar
 
 def batches_in_order(images: Sequence[Prepared], preprocess: Preprocess, batch_size: int) -> list[Batch]:
     """Batches of the images in their order; the last is filled up from the beginning, so that all are of one size."""
-    count = -(-len(images) // batch_size) * batch_size
-    cycle = [images[number % len(images)] for number in range(count)]
-    return [_batch(cycle[start : start + batch_size], preprocess) for start in range(0, count, batch_size)]
+    return _batches(images, range(len(images)), preprocess, batch_size)
 
 
 def uniform_batches(images: Sequence[Prepared], preprocess: Preprocess, batch_size: int) -> list[Batch]:
@@ -54,10 +55,10 @@ def uniform_batches(images: Sequence[Prepared], preprocess: Preprocess, batch_si
 
     An order that only those may choose who have all images at once: the offline scenario.
     """
-    by_size: dict[Size, list[Prepared]] = defaultdict(list)
-    for image in images:
-        by_size[preprocess.padded_size(*image.tensor.shape[1:])].append(image)
-    return [batch for some in by_size.values() for batch in batches_in_order(some, preprocess, batch_size)]
+    by_size: dict[Size, list[int]] = defaultdict(list)
+    for place, image in enumerate(images):
+        by_size[preprocess.padded_size(*image.tensor.shape[1:])].append(place)
+    return [batch for places in by_size.values() for batch in _batches(images, places, preprocess, batch_size)]
 
 
 def padding_ratio(batches: Sequence[Batch]) -> float:
@@ -70,5 +71,18 @@ def shape_counts(batches: Sequence[Batch]) -> dict[str, int]:
     return dict(Counter("x".join(map(str, batch.tensor.shape)) for batch in batches))
 
 
-def _batch(images: Sequence[Prepared], preprocess: Preprocess) -> Batch:
-    return Batch(preprocess.batch(images), sum(item.tensor.shape[1] * item.tensor.shape[2] for item in images))
+def _batches(images: Sequence[Prepared], places: Sequence[int], preprocess: Preprocess, batch_size: int) -> list[Batch]:
+    count = -(-len(places) // batch_size) * batch_size
+    cycle = tuple(places[number % len(places)] for number in range(count))
+    return [_batch(images, cycle[start : start + batch_size], preprocess) for start in range(0, count, batch_size)]
+
+
+def _batch(images: Sequence[Prepared], places: tuple[int, ...], preprocess: Preprocess) -> Batch:
+    chosen = [images[place] for place in places]
+    sizes = [one.tensor.shape[1:] for one in chosen]
+    return Batch(
+        preprocess.batch(chosen),
+        sum(area(size) for size in sizes),
+        places,
+        mixed=len({preprocess.padded_size(*size) for size in sizes}) > 1,
+    )

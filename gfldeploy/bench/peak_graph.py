@@ -56,7 +56,7 @@ class Stack:
 
         `paddle_program` is in INT8. Raises `MissingDependencyError`, `OutputError`.
         """
-        with write_bundle(target) as (directory, manifests):
+        with write_bundle(target, detector=False) as (directory, manifests):
             if name == "paddle":
                 graph = Graph("model.json", "model.pdiparams")
                 self._write_paddle(directory)
@@ -83,7 +83,7 @@ class Stack:
                     provenance={},
                 )
             )
-        return Bundle.open(target)
+        return Bundle.open(target, detector=False)
 
     @cached_property
     def _weights(self) -> list[NDArray[np.float32]]:

@@ -36,9 +36,10 @@ __all__ = [
     "Stages",
     "Status",
     "Work",
+    "defined_ap",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 Status = Literal["ok", "failed", "skipped"]
 # After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
 # images after the other; offline: all images at once, in whatever order and grouping is fastest; server: images arrive
@@ -52,12 +53,17 @@ ServerPolicy = Literal["no-batching", "fixed-timeout", "adaptive"]
 POLICIES: tuple[ServerPolicy, ...] = get_args(ServerPolicy)
 
 
+# Figures of less than this, over all rounds, are good for a first look alone.
+_QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
+
+
 @dataclass(frozen=True)
 class Settings:
     """How it was measured: every cell in each of `rounds` rounds, as `timing.StopRule` and `warmup` of `measure` say.
 
     `seed`: of the arrival times. `latency_bound_ms`: from arrival to answer, in the server scenario; None without it.
     `monitor_hz`: hardware samples per second, 0 for none. `quick`: the times were too short for figures to be quoted.
+    `tail_count`: batches from file to boxes that are timed in each round unless `max_seconds` pass before.
     """
 
     min_seconds: float
@@ -69,13 +75,19 @@ class Settings:
     latency_bound_ms: float | None = None
     monitor_hz: float = 5.0
     quick: bool = False
+    tail_count: int = 0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0 or self.rounds < 1 or self.monitor_hz < 0:
-            raise ValueError("rounds must be at least 1, warmup and monitor_hz not negative")
+        if self.warmup < 0 or self.rounds < 1 or self.monitor_hz < 0 or self.tail_count < 0:
+            raise ValueError("rounds must be at least 1, warmup, monitor_hz and tail_count not negative")
         if self.latency_bound_ms is not None and self.latency_bound_ms <= 0:
             raise ValueError("latency_bound_ms must be positive")
         _ = self.stop  # refuses values that contradict each other
+
+    @staticmethod
+    def is_quick(rounds: int, min_seconds: float, min_count: int) -> bool:
+        """Whether all rounds together are good for a first look alone."""
+        return rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT
 
     @property
     def stop(self) -> StopRule:
@@ -113,7 +125,10 @@ class BundleIdentity:
 
 @dataclass(frozen=True)
 class Stages:
-    """Milliseconds of whole batches, from file to detections, batch after batch: the k-th of each is the k-th batch.
+    """Milliseconds of whole batches, from file to boxes, batch after batch: the k-th of each is the k-th batch.
+
+    They are the batches of the network alone, in whole passes; nothing overlaps, so that they say how long a batch
+    takes, and images a second one batch after the other: `predict`, which decodes the next meanwhile, may do more.
 
     `decode_ms` (from the file), `preprocess_ms` (resize, normalise, pad, collate), `input_copy_ms` (host to device),
     `inference_ms`, `output_copy_ms` (device to host), `postprocess_ms` (NMS), and `end_to_end_ms` around all of them.
@@ -197,10 +212,12 @@ class Run:
     first one, before the warm-up; `peak_rss_mb`: the process's largest resident memory, 10^6 bytes, up to the end of
     the timing; `inputs_mb`: how much of that were the prepared batches.
 
-    `samples` are of the network alone on prepared batches; `stages` of whole batches from file to detections, after
-    that. `shapes`: how many of the batches had which shape, such as "1x3x800x1216". `padding_ratio`: pixels of the
-    batches by pixels of the images in them, 1.0 without padding. In the server scenario both are of the batches that
-    were formed, and `serving` says the rest; it is None in the others.
+    `samples` are of the network alone on prepared batches; `stages` of whole batches from file to boxes, after that;
+    None where they were not measured, as in the server scenario. `shapes`: how many of the batches had which shape,
+    such as "1x3x800x1216". `padding_ratio`: pixels of the batches by pixels of the images in them, 1.0 without padding.
+    `mixed_batches`: how many of the batches held images of several input sizes; None where that was not recorded. In
+    the server scenario all three are of the batches that were formed, and `serving` says the rest; it is None in the
+    others.
 
     `convolutions`: those of one inference, by the precision that they ran in; None where the engine cannot tell.
     `not_low_precision`: why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason
@@ -210,7 +227,7 @@ class Run:
 
     started: str
     samples: Samples
-    stages: Stages
+    stages: Stages | None
     engine_version: str
     load_s: float
     build_s: float | None
@@ -219,6 +236,7 @@ class Run:
     inputs_mb: float
     shapes: Mapping[str, int]
     padding_ratio: float
+    mixed_batches: int | None
     convolutions: Mapping[str, int] | None
     not_low_precision: tuple[str, ...] | None
     delegated: str | None
@@ -303,6 +321,23 @@ class CellResult:
         """The latencies of all rounds, in the order they were measured."""
         return tuple(value for run in self.runs for value in run.samples.latency_ms)
 
+    @property
+    def ap(self) -> float | None:
+        """COCO's mAP; None where it was not measured, or is undefined (`defined_ap`)."""
+        return defined_ap(self.accuracy)
+
+    @property
+    def file_ms(self) -> tuple[float, ...]:
+        """The latencies of batches from file to boxes, of all rounds; none if a round has none."""
+        stages = [run.stages for run in self.runs if run.stages and run.stages.end_to_end_ms]
+        return tuple(value for one in stages for value in one.end_to_end_ms) if len(stages) == len(self.runs) else ()
+
+
+def defined_ap(accuracy: Accuracy | None) -> float | None:
+    """The mAP; None where there is none to compare with, as of data without objects, which pycocotools gives -1."""
+    ap: float | None = accuracy.ap if accuracy else None
+    return ap if ap is not None and ap >= 0 else None
+
 
 @dataclass(frozen=True)
 class BenchResults:
@@ -323,7 +358,11 @@ class BenchResults:
 
     @classmethod
     def from_dict(cls, data: object) -> Self:
-        """Check and build. Raises `DataError` for a newer schema, unknown or missing keys and wrong types."""
+        """Check and build, from an older schema too if that is 3.
+
+        Raises `DataError` for other schemas, unknown or missing keys and wrong types.
+        """
+        data = _upgraded(data)
         check_schema(
             data, SCHEMA, "results", "Give a file that `gfldeploy bench` wrote.", "Measure again with this version."
         )
@@ -348,3 +387,31 @@ class BenchResults:
             return cls.from_dict(data)
         except DataError as error:
             raise DataError(f"{path}: {error.problem}", error.remedy) from error
+
+
+def _upgraded(data: object) -> object:
+    """Results of schema 3 as those of schema 4; all else as it is.
+
+    Schema 3 timed no batches as the offline scenario forms them, and only full ones in the listed order of servers.
+    """
+    if not isinstance(data, dict) or data.get("schema") != 3:
+        return data
+    upgraded = {**data, "schema": 4}
+    if isinstance(settings := data.get("settings"), dict):
+        upgraded["settings"] = {"tail_count": 0, **settings}
+    if isinstance(cells := data.get("cells"), list):
+        upgraded["cells"] = [_upgraded_cell(cell) if isinstance(cell, dict) else cell for cell in cells]
+    return upgraded
+
+
+def _upgraded_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    runs = cell.get("runs")
+    if not isinstance(runs, list):
+        return cell
+    lost = {"stages": None} if cell.get("scenario") in ("offline", "server") else {}
+    return {
+        **cell,
+        "runs": [
+            {"stages": None, "mixed_batches": None, **run, **lost} if isinstance(run, dict) else run for run in runs
+        ],
+    }

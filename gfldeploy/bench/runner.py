@@ -134,7 +134,9 @@ def run_plan(
     for step in steps:
         kept = journal.find(question(step))
         if kept is not None:
-            answers[step] = _read(kept, step)
+            answer = _read(kept, step)
+            if "reason" in kept or not isinstance(answer, _Failure):  # what cannot be read is no answer
+                answers[step] = answer
     pending = [step for step in steps if step not in answers and _worth_it(step, steps, answers)]
     for number, step in enumerate(pending):
         progress(number, len(pending), str(step))

@@ -35,12 +35,16 @@ _POINT_TIMES, _POINT_S = 5, 1.0
 
 @dataclass(frozen=True)
 class Served:
-    """A trace that was served. `shapes`, `padding_ratio`: of the batches that were formed, as in `results.Run`."""
+    """A trace that was served.
+
+    `shapes`, `padding_ratio`, `mixed_batches`: of the batches that were formed, as in `results.Run`.
+    """
 
     samples: Samples
     serving: Serving
     shapes: Mapping[str, int]
     padding_ratio: float
+    mixed_batches: int
 
 
 def arrival_times(rate: float, count: int, seed: int) -> NDArray[np.float64]:
@@ -79,15 +83,16 @@ def serve(
     ]
     warmup_ms += _rehearse(engine, images, preprocess, trace, make(points, batch_size, bound_ms / 1e3), points)
     shapes: Counter[str] = Counter()
-    real_pixels = 0
+    real_pixels, mixed = 0, 0
 
     def run(batch: Sequence[Request], size: Size) -> None:
-        nonlocal real_pixels
+        nonlocal real_pixels, mixed
         taken = [images[one.id % len(images)] for one in batch]
         tensor = preprocess.batch(taken, size)
         engine.infer({"image": tensor})
         shapes["x".join(map(str, tensor.shape))] += 1
         real_pixels += sum(area(one.tensor.shape[1:]) for one in taken)
+        mixed += len({preprocess.padded_size(*one.tensor.shape[1:]) for one in taken}) > 1
 
     played = play(trace, make(points, batch_size, bound_ms / 1e3), run, RealClock())
     if not played.latency_ms:
@@ -109,6 +114,7 @@ def serve(
         ),
         shapes=dict(shapes),
         padding_ratio=pixels / real_pixels,
+        mixed_batches=mixed,
     )
 
 

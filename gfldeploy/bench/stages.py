@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gfldeploy.bench.results import Stages
+from gfldeploy.bench.results import Settings, Stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import CopyTimes, Engine, TimesCopies
@@ -28,19 +28,20 @@ class BatchTimes(NamedTuple):
     end_to_end_ms: float
 
 
-def time_stages(engine: Engine, paths: Sequence[Path], bundle: Bundle, batch_size: int, min_seconds: float) -> Stages:
-    """Time the stages of batches of the images in their order, over and over, until `min_seconds` have passed.
+def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundle, settings: Settings) -> Stages:
+    """Time the stages of these batches of image files, in whole passes, so that every cell is timed on the same images.
 
-    At least two batches, and nothing overlaps: the stages of one batch follow each other. The engine is warm already.
-    Raises `DataError` and `EngineError`.
+    Passes go on until `min_seconds` of the settings have passed, and on until `tail_count` batches are timed or
+    `max_seconds` have passed. Nothing overlaps: the stages of a batch follow each other, and the batches too. The
+    engine must be warm for their shapes. Raises `DataError` and `EngineError`.
     """
     rows: list[BatchTimes] = []
     began = time.perf_counter()
-    while len(rows) < 2 or time.perf_counter() - began < min_seconds:
-        first = len(rows) * batch_size
-        chosen = [paths[number % len(paths)] for number in range(first, first + batch_size)]
-        rows.append(time_batch(engine, chosen, bundle))
-    return Stages(*zip(*rows, strict=True))
+    while True:
+        rows += [time_batch(engine, paths, bundle) for paths in batches]
+        seconds = time.perf_counter() - began
+        if seconds >= settings.min_seconds and (len(rows) >= settings.tail_count or seconds >= settings.max_seconds):
+            return Stages(*zip(*rows, strict=True))
 
 
 def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle) -> BatchTimes:

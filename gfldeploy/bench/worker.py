@@ -157,7 +157,10 @@ def _time(request: TimingRequest) -> Timed:
             measured = _measure(engine, cell, images, batches, preprocess, settings)
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
-            stages = time_stages(engine, request.images, bundle, cell.batch_size, settings.min_seconds)
+            stages = None
+            if cell.scenario != "server":  # whose batches are formed as images arrive
+                files = [[request.images[place] for place in batch.places] for batch in batches]
+                stages = time_stages(engine, files, bundle, settings)
         convolutions = _convolutions(engine, batches[0].tensor)
         served = measured if isinstance(measured, Served) else None
         run = Run(
@@ -172,6 +175,7 @@ def _time(request: TimingRequest) -> Timed:
             inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
             shapes=served.shapes if served else shape_counts(batches),
             padding_ratio=served.padding_ratio if served else padding_ratio(batches),
+            mixed_batches=served.mixed_batches if served else sum(batch.mixed for batch in batches),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
             delegated=getattr(engine, "delegated", None),
@@ -228,7 +232,7 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     def progress(done: int, total: int) -> None:
         write_text(request.progress, f"{done} {total}")
 
-    shapes = [(1, *manifest.preprocess.input_size(image.height, image.width)) for image in dataset.images]
+    shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return evaluate(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=progress

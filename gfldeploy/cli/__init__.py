@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from gfldeploy import __version__
+from gfldeploy.cli.plain_text import plain_streams
 from gfldeploy.cli.streams import standard_streams
 from gfldeploy.errors import GfldeployError, OutputError
 from gfldeploy.signals import interrupt_again, terminate_as_interrupt, was_interrupted
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Paddle's C++ side logs its progress to stderr unless told not to, and only listens before it is loaded.
     os.environ.setdefault("GLOG_minloglevel", "2")
     try:
-        with terminate_as_interrupt(), standard_streams() as failure:
+        with terminate_as_interrupt(), standard_streams() as failure, plain_streams():
             code = _run(arguments)
             if (error := failure()) and code in (0, 1):
                 code = _fail(f"cannot write to standard output: {error.strerror}. Send it somewhere else.", 2)

@@ -15,10 +15,11 @@ from gfldeploy.bench.results import BundleIdentity
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bench.work import work
 from gfldeploy.bundle import Bundle
-from gfldeploy.cli.console import console, progress_bars, stages
-from gfldeploy.cli.options import DIRECTORY, FILE, CommaSeparated, bundle_argument, engine_options
+from gfldeploy.cli.console import progress_bars, stages
+from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, bundle_argument, engine_options
+from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import open_engine, preferred_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
 from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
@@ -41,7 +42,7 @@ __all__ = ["command"]
     "--invariance/--no-invariance", default=True, show_default=True, help="Compare detections with those of batch 1."
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path("analysis.json"), show_default=True,
+    "--output", "-o", type=PATH, default=Path("analysis.json"), show_default=True,
     help="The file; a page (.html) is written beside it.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the output files if they exist.")
@@ -49,7 +50,7 @@ def command(
     bundle: Path,
     data: Path,
     images: Path | None,
-    engine: str,
+    engine: str | None,
     precision: Precision | None,
     device: Device,
     threads: int,
@@ -73,6 +74,9 @@ def command(
         raise UnsupportedError(f"{bundle} takes batches of {fixed} only", "Export it without a fixed batch size.")
     dataset = CocoDataset.load(data, images, limit)
     options = EngineOptions(precision or opened.manifest.precision, device, threads)
+    engine = engine or preferred_engine(opened, options.precision, device)[0]
+    for note in dataset.notes:
+        click.echo(f"Note: {note}", err=True)
     report = stages()
     chosen = arrangements(batch_sizes)
     best = None
@@ -118,7 +122,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
     """Of one image by itself, the mean; None where the graph cannot be counted."""
-    sizes = [bundle.manifest.preprocess.input_size(image.height, image.width) for image in dataset.images]
+    sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
     try:
         return work(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
     except GfldeployError:
@@ -126,21 +130,29 @@ def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
 
 
 def _show(found: Analysis) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     parts = [part for part in PARTS if found.batches and part in found.batches[0].parts]
-    table = Table(box=SIMPLE_HEAD, title=f"{found.engine} {found.precision}, {found.threads} threads, ms per image")
-    for header in ("batch", "as listed", "grouped", *parts, "unexplained", "padded", "% of peak", "cause"):
-        table.add_column(header, justify="left" if header == "cause" else "right")
-    for one in found.batches:
-        changes = [f"{one.parts[part].ms:+.1f}" for part in parts]
-        percent = "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}"
-        table.add_row(
-            str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}", *changes,
-            f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x", percent,
+    columns = (
+        TableColumn("batch"),
+        TableColumn("listed"),
+        TableColumn("bucketed"),
+        *(TableColumn(part.replace(" ", "\n"), drop=3) for part in parts),
+        TableColumn("unexplained", drop=4),
+        TableColumn("padded", drop=1),
+        TableColumn("% of\npeak", drop=5),
+        TableColumn("cause", right=False, text=True, drop=2),
+    )
+    lines = [
+        (
+            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}"),
+            *(f"{one.parts[part].ms:+.1f}" for part in parts),
+            *(f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x"),
+            "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}",
             one.cause,
-        )  # fmt: skip
-    console().print(table)
+        )
+        for one in found.batches
+    ]
+    threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
+    title = f"{found.engine} {found.precision}, {threads}, ms an image from file to boxes"
+    show_table(columns, lines, title, "The page has every column.")
     for sentence in found.answer:
         click.echo(sentence)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.cli.console import console, progress_bar
-from gfldeploy.cli.options import DIRECTORY, CommaSeparated, json_option
+from gfldeploy.cli.console import progress_bar
+from gfldeploy.cli.options import DIRECTORY, PATH, CommaSeparated, json_option
+from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.errors import BundleError, UnsupportedError
 from gfldeploy.images.preprocess import Preprocess
 
@@ -29,15 +30,13 @@ _CONFIG_SUFFIXES = (".yml", ".yaml")
 
 
 @click.command("audit")
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Folder of images, or COCO annotations (.json)."
-)
+@click.option("--data", required=True, type=PATH, help="Folder of images, or COCO annotations (.json).")
 @click.option("--images", type=DIRECTORY, help="Folder of the annotations' images. Default: images/ beside them.")
 @click.option(
     "--config-or-bundle",
     "source",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.",
 )
 @click.option("--batch-sizes", type=CommaSeparated(), help=f"Default: {_BATCH_SIZES}, or the bundle's only one.")
@@ -70,7 +69,9 @@ def command(
         found = survey(paths, preprocess, progress)
     _report_left_out(found)
     _report_other_sizes(found, annotated)
-    result = audit(found, batch_sizes, buckets, seed, *(_counters(bundle) if bundle else ()))
+    result = audit(
+        found, batch_sizes, buckets, seed, *(_counters(bundle) if bundle and bundle.has_graph("onnx") else ())
+    )
     if as_json:
         left_out = [{"path": str(one.path), "reason": one.reason} for one in found.left_out]
         click.echo(json.dumps({**asdict(result), "left_out": left_out}, indent=2))
@@ -112,7 +113,9 @@ def _images(data: Path, images: Path | None) -> tuple[list[Path], dict[Path, tup
             raise click.UsageError("--images goes with annotations, and --data is a folder")
         return list_images(data), {}
     listed = CocoDataset.load(data, images).images
-    return [image.path for image in listed], {image.path: (image.height, image.width) for image in listed}
+    return [image.path for image in listed], {
+        image.path: (image.height, image.width) for image in listed if image.height and image.width
+    }
 
 
 _Counter = Callable[[set[tuple[int, int]]], Mapping[tuple[int, int], int]]
@@ -151,22 +154,26 @@ def _report_other_sizes(found: Survey, annotated: Mapping[Path, tuple[int, int]]
 
 
 def _show(result: Audit) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("batch", justify="right")
-    table.add_column("order")
-    headers = ["pixels", *(["GMAC"] if result.macs else []), "mixed", "batches", "largest batch", "input, MB"]
-    for header in (*headers, *(["activations, MB"] if result.macs else [])):
-        table.add_column(header, justify="right", no_wrap=True)
+    columns = (
+        TableColumn("batch"),
+        TableColumn("order", right=False),
+        TableColumn("pixels"),
+        TableColumn("GMAC"),
+        TableColumn("mixed"),
+        TableColumn("batches", drop=3),
+        TableColumn("largest batch", drop=2),
+        TableColumn("input,\nMB", drop=1),
+        TableColumn("mean\ninput, MB", drop=4),
+        TableColumn("activations,\nMB", drop=1),
+    )
+    lines: list[tuple[str, ...]] = []
     for batch_size, group in groupby(result.rows, lambda row: row.batch_size):
         cells = {row.order: tuple(_cells(row)) for row in group}
         if len(set(cells.values())) == 1:  # batches of one image
-            table.add_row(str(batch_size), "any", *cells["listed"])
+            lines.append((str(batch_size), "any", *cells["listed"]))
             continue
-        for order, texts in cells.items():
-            table.add_row("" if order != "listed" else str(batch_size), order, *texts)
-    console().print(table)
+        lines += [(str(batch_size), order, *texts) for order, texts in cells.items()]
+    show_table(columns, lines, elsewhere="--json has everything.")
     work = ", GMAC: per image" if result.macs else ""
     memory = "; activations: an estimate for FP32, the input included, weights not" if result.macs else ""
     click.echo(
@@ -178,14 +185,13 @@ def _show(result: Audit) -> None:
 def _cells(row: Row) -> Iterator[str]:
     count, height, width = row.largest
     yield f"{row.padding:.3f}x"
-    if row.macs is not None:
-        yield _gmac(row.macs)
+    yield "" if row.macs is None else _gmac(row.macs)
     yield f"{row.mixed / row.batches:.0%}"
     yield f"{row.batches:,}"
     yield f"{count}x3x{height}x{width}"
-    yield f"{row.input_bytes / 1e6:,.1f} ({row.mean_input_bytes / 1e6:,.1f})"
-    if row.activation_bytes is not None:
-        yield f"{row.activation_bytes / 1e6:,.0f}"
+    yield f"{row.input_bytes / 1e6:,.1f}"
+    yield f"{row.mean_input_bytes / 1e6:,.1f}"
+    yield "" if row.activation_bytes is None else f"{row.activation_bytes / 1e6:,.0f}"
 
 
 def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]:

@@ -13,7 +13,9 @@ import click
 
 from gfldeploy.cli.console import stages
 from gfldeploy.cli.options import (
+    PATH,
     CommaSeparated,
+    FiniteFloat,
     PositiveNumbers,
     engine_cache_option,
     threads_option,
@@ -32,19 +34,15 @@ __all__ = ["command"]
 
 _SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
 _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
-# Figures of less than this, over all rounds, are good for a first look alone.
-_QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 
 
 @click.command(name="bench")
-@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @yaml_config_option
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), metavar="COCO.json", help="A COCO annotation file."
-)
+@click.option("--data", required=True, type=PATH, metavar="COCO.json", help="A COCO annotation file.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Where its file names start.  [default: images/ beside it, else its folder]",
 )
@@ -76,7 +74,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 )
 @click.option(
     "--latency-bound-ms",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     help="From arrival to answer: what later answers of the server count for is nothing.",
 )
 @click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
@@ -91,7 +89,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 )
 @click.option(
     "--min-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=2.0,
     show_default=True,
     help="Time each cell at least so long, in each round.",
@@ -105,7 +103,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 )
 @click.option(
     "--max-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     help="Time no longer, though medians still change by over 2%.  [default: 5 times --min-seconds]",
 )
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
@@ -114,21 +112,21 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
 @click.option(
     "--monitor-hz",
-    type=click.FloatRange(0, 100),
+    type=FiniteFloat(0, 100),
     default=5.0,
     show_default=True,
     help="Hardware samples a second; 0 for none.",
 )
 @click.option(
     "--cell-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
 )
 @click.option(
     "--memory-limit",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     metavar="MB",
     help="Resident memory beyond which a cell has failed.  [default: 90% of what is free]",
 )
@@ -137,7 +135,7 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("results.json"),
     show_default=True,
     help="The file; a table (.csv) and a report (.html) are written beside it.",
@@ -176,8 +174,9 @@ def command(
     """Measure engines, precisions and batch sizes side by side.
 
     Every BUNDLE runs in every engine and precision it is made for, each cell in a process of its own; what cannot run
-    is listed with the reason. Latencies are of the network alone, on real images; whole batches, from file to
-    detections, are timed stage by stage after that. mAP is measured at batch 1, once for each engine and precision.
+    is listed with the reason. Whole batches are timed from file to boxes, one after the other and stage by stage, and
+    the network alone on the same images, prepared before; servers from the arrival of an image to the end of its
+    batch, without decoding. mAP is measured at batch 1, once for each engine and precision.
 
     Interrupted or killed, the same command goes on where it stopped.
     """
@@ -210,7 +209,7 @@ def command(
             seed=seed,
             latency_bound_ms=latency_bound_ms,
             monitor_hz=monitor_hz,
-            quick=rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT,
+            quick=Settings.is_quick(rounds, min_seconds, min_count),
         ),
         image_dir=images,
         engines=engines,
@@ -316,6 +315,8 @@ def _show_plan(prepared: PreparedBench) -> None:
         return f"{cell.engine:20} {cell.precision:5} {cell.bundle.name}", scenario
 
     plan = prepared.plan
+    for note in prepared.notes:
+        click.echo(f"Note: {note}", err=True)
     click.echo(
         f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure, "
         f"{_duration(prepared.least_s)} at least{', and mAP' if prepared.evaluated else ''}.",

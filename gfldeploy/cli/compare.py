@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.options import json_option
+from gfldeploy.cli.options import PATH, json_option
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from gfldeploy.bench.compare import CellKey, Comparison, Difference, OneSided, Pair
 
 __all__ = ["command"]
 
 
 @click.command("compare")
-@click.argument("a", metavar="A.json", type=click.Path(path_type=Path))
-@click.argument("b", metavar="B.json", type=click.Path(path_type=Path))
+@click.argument("a", metavar="A.json", type=PATH)
+@click.argument("b", metavar="B.json", type=PATH)
 @click.option("--different-machines", is_flag=True, help="Compare although the hardware differs.")
 @click.option(
     "--different-data", is_flag=True, help="Compare although the timed images, or how they were timed, differ."
@@ -34,10 +32,10 @@ def command(
 ) -> int:
     """Compare two results files, with intervals.
 
-    Shows how the median latency of each cell changed from A to B: their ratio with its 95% interval, and whether B is
-    faster, slower, or no difference was found, because the interval includes 1. Of servers it also shows the images
-    answered in time, as their latencies are only of those that they did not turn away. Packages and drivers may differ,
-    and are listed where they do.
+    Shows how the median latency of each cell, of the network alone, changed from A to B: their ratio with its 95%
+    interval, and whether B is faster, slower, or no difference was found, because the interval includes 1. Of servers
+    it also shows the images answered in time, as their latencies are only of those that they did not turn away.
+    Packages and drivers may differ, and are listed where they do.
     """
     from gfldeploy.bench.compare import compare
     from gfldeploy.bench.records import plain
@@ -55,9 +53,8 @@ def command(
 
 def _show(found: Comparison) -> None:
     from gfldeploy.bench.table import FLAGS
-    from gfldeploy.cli.console import console
 
-    console().print(_table(found))
+    _show_pairs(found.pairs)
     counts = Counter(pair.verdict for pair in found.pairs)
     click.echo(f"B is {', '.join(f'{verdict}: {count}' for verdict, count in counts.items())}.")
     if len(found.pairs) >= 10:
@@ -73,58 +70,61 @@ def _show(found: Comparison) -> None:
     _show_differences("Other", found.notes)
 
 
-def _table(found: Comparison) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+def _show_pairs(pairs: Sequence[Pair]) -> None:
+    from gfldeploy.bench.table import text_of
+    from gfldeploy.cli.tables import TableColumn, show_table
 
-    from gfldeploy.cli.results import number
+    columns = (
+        TableColumn("cell", right=False, text=True),
+        TableColumn("A, ms"),
+        TableColumn("B, ms"),
+        TableColumn("B / A"),
+        TableColumn("B is", right=False),
+        TableColumn("in time/s", drop=1),
+        TableColumn("mAP"),
+        TableColumn("bundle", drop=2, right=False),
+        TableColumn("flags", drop=3, text=True),
+    )
+    changed = any(pair.bundle_changed for pair in pairs)
+    accuracy = any(pair.ap_difference is not None for pair in pairs)
+    keys = [pair.cell for pair in pairs]
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    changed = any(pair.bundle_changed for pair in found.pairs)
-    flagged = any(pair.a_flags or pair.b_flags for pair in found.pairs)
-    served = any(pair.a_in_time_per_s is not None for pair in found.pairs)
-    accuracy = any(pair.ap_difference is not None for pair in found.pairs)
-    table.add_column("cell", overflow="fold")
-    for header in ("A, ms", "B, ms", "B / A"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("B is", no_wrap=True)
-    if served:
-        table.add_column("in time/s", justify="right", no_wrap=True)
-    if accuracy:
-        table.add_column("mAP", justify="right", no_wrap=True)
-    if changed:
-        table.add_column("bundle", no_wrap=True)
-    if flagged:
-        table.add_column("flags", overflow="fold")
-    keys = [pair.cell for pair in found.pairs]
-    for pair in found.pairs:
-        table.add_row(
-            escape(_name(pair.cell, keys)),
-            number(pair.a_ms.value),
-            number(pair.b_ms.value),
-            _ratio(pair),
-            pair.verdict,
-            *([_in_time(pair)] if served else []),
-            *([_points(pair.ap_difference)] if accuracy else []),
-            *(["changed" if pair.bundle_changed else "same"] if changed else []),
-            *([_flags(pair)] if flagged else []),
-        )
-    return table
+    def lines(interval: bool) -> list[list[str]]:
+        return [
+            [
+                _name(pair.cell, keys),
+                text_of(pair.a_ms, interval=False),
+                text_of(pair.b_ms, interval=False),
+                _ratio(pair, interval),
+                pair.verdict if interval else pair.verdict.removesuffix(" found"),
+                _in_time(pair),
+                _points(pair.ap_difference) if accuracy else "",
+                ("changed" if pair.bundle_changed else "same") if changed else "",
+                _flags(pair),
+            ]
+            for pair in pairs
+        ]
+
+    servers = {pair.cell.scenario == "server" for pair in pairs}
+    what = ["The network alone, median of a batch"] if False in servers else []
+    what += ["Servers from arrival to answer, median of an image"] if True in servers else []
+    show_table(columns, lines(True), "; ".join(what), "--json has everything.", lines(False))
 
 
-def _ratio(pair: Pair) -> str:
+def _ratio(pair: Pair, interval: bool) -> str:
     ratio = pair.ratio
-    bounds = "" if ratio.low is None else f" ({ratio.low:.3f}-{ratio.high:.3f})"
+    if ratio is None:
+        return ""
+    bounds = "" if not interval or ratio.low is None else f" ({ratio.low:.3f}-{ratio.high:.3f})"
     return f"{ratio.value:.3f}{bounds}"
 
 
 def _in_time(pair: Pair) -> str:
-    from gfldeploy.cli.results import number
+    from gfldeploy.bench.table import text_of
 
     if pair.a_in_time_per_s is None:
         return ""
-    return f"{number(pair.a_in_time_per_s)}, {number(pair.b_in_time_per_s)}"
+    return f"{text_of(pair.a_in_time_per_s)}, {text_of(pair.b_in_time_per_s)}"
 
 
 def _points(difference: float | None) -> str:

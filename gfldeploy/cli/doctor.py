@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.console import console
 from gfldeploy.cli.options import json_option
+from gfldeploy.cli.tables import TableColumn, show_table
 
 if TYPE_CHECKING:
     from gfldeploy.doctor import Report
@@ -58,18 +58,15 @@ def _show(report: Report) -> None:
 
 
 def _show_capabilities(report: Report) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    for header in ("engine", "device", "precision"):
-        table.add_column(header, no_wrap=True)
-    table.add_column("works", no_wrap=True)
-    table.add_column("why not, and what to do")
-    for capability in report.capabilities:
-        row = (capability.engine, capability.device, capability.precision)
-        table.add_row(*row, "yes" if capability.works else "no", escape(_explain(capability)))
-    console().print(table)
+    columns = (
+        *(TableColumn(header, right=False) for header in ("engine", "device", "precision", "works")),
+        TableColumn("why not, and what to do", text=True),
+    )
+    lines = [
+        (one.engine, one.device, one.precision, "yes" if one.works else "no", _explain(one))
+        for one in report.capabilities
+    ]
+    show_table(columns, lines)
 
 
 def _explain(capability: Capability) -> str:

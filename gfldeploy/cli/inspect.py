@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console
 from gfldeploy.cli.options import InputShapeType, bundle_argument, json_option
+from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.inspection import describe, int8_lines
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["command"]
 
@@ -33,7 +31,12 @@ def command(bundle: Path, size: tuple[int | None, int, int] | None, as_json: boo
     facts = describe(Bundle.open(bundle), size[1:] if size else None)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
-        return
+    else:
+        show(facts)
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print what `describe` gives."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -57,7 +60,9 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "input", "; ".join(facts["inputs"])
     yield "output", "; ".join(facts["outputs"])
     yield "classes", f"{len(classes)}: {', '.join([*classes[:_SHOWN], *more])}"
-    yield "network", f"{facts['parameters']:,} parameters, {facts['macs']['gmac']} GMAC at {facts['macs']['at']}"
+    gmac = facts["macs"]["gmac"]
+    work = "MACs unknown without an ONNX graph" if gmac is None else f"{gmac} GMAC at {facts['macs']['at']}"
+    yield "network", f"{facts['parameters']:,} parameters, {work}"
     yield "preprocess", _preprocess(facts["preprocess"])
     yield "nms", _pairs(facts["nms"])
     yield "size in MB", ", ".join(f"{name} {size}" for name, size in facts["size_on_disk_mb"].items())
@@ -110,8 +115,6 @@ def _pairs(data: Mapping[str, Any]) -> str:
 
 
 def _show_parity(data: Mapping[str, Any]) -> None:
-    from rich.markup import escape
-
     click.echo(f"\nLargest differences from {data.get('reference', 'the reference')}:")
     if "comparisons" in data:
         _show_comparisons(data)
@@ -122,52 +125,55 @@ def _show_parity(data: Mapping[str, Any]) -> None:
         else:
             click.echo(f"\nThere is no FP16 ONNX file: {fp16.get('left_out', 'no reason was recorded')}")
     if "engines" in data:
-        table = _table("engine", "score, mean", "score, largest")
-        for name, one in data["engines"].items():
-            table.add_row(escape(name), f"{one['score_difference']:.1e}", f"{one['score_difference_max']:.1e}")
-        console().print(table)
+        engines = [
+            (name, f"{one['score_difference']:.1e}", f"{one['score_difference_max']:.1e}")
+            for name, one in data["engines"].items()
+        ]
+        _show_table(("engine",), ("score, mean", "score, largest"), engines)
     if "algorithms" in data:
         click.echo(f"\nAlgorithms tried, of which {data['algorithms']['chosen']} was chosen:")
-        table = _table("algorithm", "engine", "mAP", "found again", "score, mean")
+        lines = []
         for tried in data["algorithms"]["tried"]:
             if tried["error"]:
-                table.add_row(escape(tried["algorithm"]), escape(f"failed: {tried['error']}"))
+                lines.append((tried["algorithm"], f"failed: {tried['error']}", "", "", ""))
             for name, one in tried["engines"].items():
                 ap = "-" if one["ap"] is None else f"{one['ap']:.4f}"
                 numbers = (ap, f"{one['detections_found']:.1%}", f"{one['score_difference']:.1e}")
-                table.add_row(escape(tried["algorithm"]), escape(name), *numbers)
-        console().print(table)
+                lines.append((tried["algorithm"], name, *numbers))
+        _show_table(("algorithm", "engine"), ("mAP", "found again", "score, mean"), lines)
 
 
 def _show_comparisons(data: Mapping[str, Any]) -> None:
-    from rich.markup import escape
-
-    table = _table("graph", "engine", "shape", "score", "box, px")
-    for one in data["comparisons"]:
-        shape = f"{one['batch']}x3x{one['height']}x{one['width']}"
-        differences = (f"{one['max_score_difference']:.1e}", f"{one['max_box_difference_px']:.1e}")
-        table.add_row(escape(one["graph"]), escape(one["engine"]), shape, *differences)
-    console().print(table)
+    lines = [
+        (
+            one["graph"],
+            one["engine"],
+            f"{one['batch']}x3x{one['height']}x{one['width']}",
+            f"{one['max_score_difference']:.1e}",
+            f"{one['max_box_difference_px']:.1e}",
+        )
+        for one in data["comparisons"]
+    ]
+    _show_table(("graph", "engine"), ("shape", "score", "box, px"), lines)
     allowed = data.get("tolerance", {})
     click.echo(f"Allowed: score {allowed.get('score', 0):.0e}, box {allowed.get('box_px', 0):g} px.")
 
 
 def _show_sensitivity(data: Mapping[str, Any]) -> None:
     """The groups of convolutions by what INT8 in each alone does to the outputs, the worst first."""
-    from rich.markup import escape
-
     click.echo(f"\nSensitivity to INT8{': ' + data['measure'] if 'measure' in data else ''}:")
-    table = _table("group", "convs", "MACs", "score", "box", "total")
-    for one in sorted(data.get("groups", ()), key=lambda one: -one["total"]):
-        moved = (f"{one[key]:.1e}" for key in ("score_difference", "box_difference", "total"))
-        table.add_row(escape(one["name"]), str(one["convolutions"]), f"{one['macs_share']:.1%}", *moved)
-    console().print(table)
+    lines = [
+        (
+            one["name"],
+            str(one["convolutions"]),
+            f"{one['macs_share']:.1%}",
+            *(f"{one[key]:.1e}" for key in ("score_difference", "box_difference", "total")),
+        )
+        for one in sorted(data.get("groups", ()), key=lambda one: -one["total"])
+    ]
+    _show_table(("group",), ("convs", "MACs", "score", "box", "total"), lines)
 
 
-def _table(*headers: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for header in headers:
-        table.add_column(header, no_wrap=True)
-    return table
+def _show_table(texts: Sequence[str], numbers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    columns = [*(TableColumn(header, text=True) for header in texts), *map(TableColumn, numbers)]
+    show_table(columns, lines)

@@ -11,7 +11,7 @@ import click
 
 from gfldeploy.batching.buckets import StreamOrder
 from gfldeploy.cli.console import progress_bars
-from gfldeploy.cli.options import FILE, engine_cache_option, output_option
+from gfldeploy.cli.options import FILE, PATH, FiniteFloat, engine_cache_option, output_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import ENGINES, TENSORRT_ENGINES
 from gfldeploy.errors import DataError
@@ -27,8 +27,8 @@ __all__ = ["command"]
 
 
 @click.command("predict")
-@click.argument("source", metavar="BUNDLE|deploy.yml", type=click.Path(path_type=Path))
-@click.argument("inputs", nargs=-1, metavar="INPUT...", type=click.Path(path_type=Path))
+@click.argument("source", metavar="BUNDLE|deploy.yml", type=PATH)
+@click.argument("inputs", nargs=-1, metavar="INPUT...", type=PATH)
 @output_option("Folder for the results.")
 @click.option(
     "--data",
@@ -39,14 +39,12 @@ __all__ = ["command"]
 @click.option("--draw", is_flag=True, help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos.")
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FiniteFloat(0, 1),
     default=DEFAULT_THRESHOLD,
     show_default=True,
     help="The least score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
 )
-@click.option(
-    "--draw-threshold", type=click.FloatRange(0, 1), help="The least score in pictures.  [default: --threshold]"
-)
+@click.option("--draw-threshold", type=FiniteFloat(0, 1), help="The least score in pictures.  [default: --threshold]")
 @click.option(
     "--decode",
     type=click.Choice(["exact", "fast"]),
@@ -104,16 +102,24 @@ def command(
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     from gfldeploy.predict.choice import choose
+    from gfldeploy.predict.draw import drawing_notes
     from gfldeploy.predict.session import PredictRequest, predict
+    from gfldeploy.predict.sources import is_video
 
     choice = choose(source, engine, precision, device, threads, batch_size, engine_cache, order)
     read = [source, *inputs] if data is None else [source, data, *inputs]
     check_apart(output, read, choice.bundle.directory)
-    dataset, files = _inputs(inputs, data, output)
+    dataset, files, notes = _inputs(inputs, data, output)
     drawn = threshold if draw_threshold is None else draw_threshold
     request = PredictRequest(
         choice, files, output, dataset, threshold, drawn if draw else None, decode == "fast", force
     )
+    if dataset is not None:
+        notes += [*dataset.notes, *dataset.match(choice.bundle.manifest.classes).notes]
+    if draw:
+        notes += drawing_notes(choice.bundle.manifest.classes, any(map(is_video, files)))
+    for note in (*choice.notes, *notes):
+        click.echo(f"Note: {note}", err=True)
     _announce(choice)
     start = time.monotonic()
     with progress_bars() as progress:
@@ -123,29 +129,32 @@ def command(
     return 1 if summary.failed else 0
 
 
-def _inputs(inputs: tuple[Path, ...], data: Path | None, output: Path) -> tuple[CocoDataset | None, list[Path]]:
+def _inputs(
+    inputs: tuple[Path, ...], data: Path | None, output: Path
+) -> tuple[CocoDataset | None, list[Path], list[str]]:
+    """The annotations, the files, and what is to be said of what is not among them."""
     from gfldeploy.images.coco import CocoDataset
     from gfldeploy.predict.sources import list_inputs
 
     if data is None:
         if not inputs:
             raise click.UsageError("Missing argument 'INPUT...'")
+        notes: list[str] = []
         output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
-        return None, list_inputs(inputs, (output, output.with_name(f"{output.name}.unfinished")))
+        exclude = (output, output.with_name(f"{output.name}.unfinished"))
+        return None, list_inputs(inputs, exclude, notes.append), notes
     if len(inputs) > 1:
         raise click.UsageError("With --data, INPUT is the one folder in which its file names start")
     dataset = CocoDataset.load(data, inputs[0] if inputs else None)
     files = [image.path for image in dataset.images]
     if len(set(files)) < len(files):
         raise DataError(f"{data} lists a file twice", "Give every image one id.")
-    return dataset, files
+    return dataset, files, []
 
 
 def _announce(choice: Choice) -> None:
     options = choice.options
     listed = ", batches as listed" if choice.order == "listed" and choice.batch_size > 1 else ""
-    for note in choice.notes:
-        click.echo(f"Note: {note}", err=True)
     click.echo(
         f"{choice.bundle.name} in {choice.engine} {options.precision} on {options.device}, batch {choice.batch_size}, "
         f"{options.threads} thread{'' if options.threads == 1 else 's'}{listed} ({choice.why})",
@@ -166,3 +175,10 @@ def _report(summary: Summary, threshold: float, seconds: float) -> None:
         click.echo(f"  {reason}", err=True)
     if more := summary.failed - len(summary.reasons):
         click.echo(f"  and {more:,} more, see detections.jsonl", err=True)
+    if summary.incomplete:
+        click.echo(
+            f"Note: {summary.incomplete:,} of them may lack detections, or have other ones, that score below "
+            f"{summary.lack_below:.3g} (may_lack_below in detections.jsonl): the bundle does not decode enough anchors "
+            "for them; one exported with --candidates all does",
+            err=True,
+        )

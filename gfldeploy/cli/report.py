@@ -6,16 +6,15 @@ from pathlib import Path
 
 import click
 
+from gfldeploy.cli.options import PATH
 from gfldeploy.files import check_file
 
 __all__ = ["command"]
 
 
 @click.command(name="report")
-@click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS.json")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="The page.  [default: RESULTS.html beside the file]"
-)
+@click.argument("results", type=PATH, metavar="RESULTS.json")
+@click.option("--output", "-o", type=PATH, help="The page.  [default: RESULTS.html beside the file]")
 @click.option("--force", is_flag=True, help="Replace the page if it exists.")
 def command(results: Path, output: Path | None, force: bool) -> None:
     """Turn a file of `gfldeploy bench` into one HTML page, which needs no network.

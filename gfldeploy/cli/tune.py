@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.cli.console import stages
-from gfldeploy.cli.options import CommaSeparated, engine_cache_option, yaml_config_option
+from gfldeploy.cli.options import PATH, CommaSeparated, FiniteFloat, engine_cache_option, yaml_config_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
 from gfldeploy.errors import OutputError
@@ -29,24 +29,23 @@ def _all_threads() -> tuple[int, ...]:
 
 
 @click.command(name="tune")
-@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @yaml_config_option
-@click.option("--data", type=click.Path(path_type=Path), metavar="COCO.json", help="A COCO annotation file.")
+@click.option("--data", type=PATH, metavar="COCO.json", help="A COCO annotation file.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Where its file names start.  [default: images/ beside it, else its folder]",
 )
 @click.option(
     "--max-latency-ms",
-    type=click.FloatRange(0, min_open=True),
-    help="Of a batch: the 99th percentile, or the highest that the samples support.",
+    type=FiniteFloat(0, min_open=True),
+    help="Of a batch from file to boxes, the 99th percentile. Where too few batches were timed to know that, all of "
+    "them must be within it, and deploy.yml says so.",
 )
-@click.option(
-    "--max-memory-mb", type=click.FloatRange(0, min_open=True), help="Peak resident memory, the images left out."
-)
-@click.option("--max-drop", type=click.FloatRange(0, 1), help="mAP lost against the first FP32 bundle, such as 0.01.")
+@click.option("--max-memory-mb", type=FiniteFloat(0, min_open=True), help="Peak resident memory, the images left out.")
+@click.option("--max-drop", type=FiniteFloat(0, 1), help="mAP lost against the first FP32 bundle, such as 0.01.")
 @click.option(
     "--engines",
     type=CommaSeparated(tuple(ENGINES)),
@@ -73,7 +72,7 @@ def _all_threads() -> tuple[int, ...]:
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @click.option(
     "--results",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     metavar="FILE",
     help="Results of `gfldeploy bench` on this machine and data: what they hold is not looked at again.",
@@ -81,7 +80,7 @@ def _all_threads() -> tuple[int, ...]:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="By turns, of the finish.")
 @click.option(
     "--min-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=2.0,
     show_default=True,
     help="Time each cell at least so long, in each round of the finish.",
@@ -89,33 +88,29 @@ def _all_threads() -> tuple[int, ...]:
 @click.option(
     "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."
 )
-@click.option(
-    "--look-seconds", type=click.FloatRange(0), default=0.5, show_default=True, help="The same of a first look."
-)
+@click.option("--look-seconds", type=FiniteFloat(0), default=0.5, show_default=True, help="The same of a first look.")
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP of the choice.")
 @click.option("--accuracy-limit", type=click.IntRange(1), help="Images used for mAP.  [default: all]")
 @click.option(
     "--budget-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     help="Look at no more cells after so long; the finish and mAP come on top.",
 )
 @click.option("--exhaustive", is_flag=True, help="Measure every cell at length, to judge the search by.")
 @click.option(
     "--cell-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
 )
 @engine_cache_option
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path("deploy.yml"), show_default=True, help="The file."
-)
+@click.option("--output", "-o", type=PATH, default=Path("deploy.yml"), show_default=True, help="The file.")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--check",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
 )
@@ -150,9 +145,10 @@ def command(
 ) -> None:
     """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
 
-    Every engine and precision that the BUNDLEs are made for gets a short look; the hopeless ones are left there, larger
-    batches are tried of the others until throughput stops to rise, and the best are measured at length, by turns. mAP
-    is measured of what is about to be chosen alone. Give the FP32 and the INT8 bundle together.
+    The fastest is what has most images a second from file to boxes, one batch after the other. Every engine and
+    precision that the BUNDLEs are made for gets a short look; the hopeless ones are left there, larger batches are
+    tried of the others until throughput no longer rises, and the best are measured at length, interleaved. mAP is
+    measured of what is about to be chosen alone. Give the FP32 and the INT8 bundle together.
 
     Interrupted or killed, the same command goes on where it stopped.
     """
@@ -173,7 +169,13 @@ def command(
     from gfldeploy.tune.search import Bounds
     from gfldeploy.tune.session import TuneRequest, prepare, run
 
-    settings = Settings(min_seconds=min_seconds, min_count=min_count, max_seconds=5 * min_seconds, rounds=rounds)
+    settings = Settings(
+        min_seconds=min_seconds,
+        min_count=min_count,
+        max_seconds=5 * min_seconds,
+        rounds=rounds,
+        quick=Settings.is_quick(rounds, min_seconds, min_count),
+    )
     request = TuneRequest(
         bench=BenchRequest(
             bundles=bundles,
@@ -232,6 +234,8 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _show_space(prepared: PreparedTune) -> None:
     """What may be chosen and what cannot run, on stderr."""
+    for note in prepared.bench.notes:
+        click.echo(f"Note: {note}", err=True)
     reused = len(prepared.reused.cells)
     known = f", {reused} of them known from --results" if reused else ""
     click.echo(f"{len(prepared.space.cells)} configurations of {len(prepared.space.models)} models{known}.", err=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from gfldeploy import demo
 from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.report.page import write_report
-from gfldeploy.bench.results import BenchResults, CellResult, Settings
+from gfldeploy.bench.report.page import short_answer, write_report
+from gfldeploy.bench.results import BenchResults, Settings
 from gfldeploy.bench.session import BenchRequest, prepare, run
-from gfldeploy.bench.table import images_per_s
+from gfldeploy.bench.table import Row, best_of_each, rows, text_of
 from gfldeploy.demo.dataset import generate
 from gfldeploy.export.exporter import ExportRequest, export_bundle
 from gfldeploy.files import (
@@ -33,13 +33,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell."""
+    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell; engines."""
 
     val_images: int = 200
     calib_images: int = 32
     timed_images: int = 32
     min_seconds: float = 1.0
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    engines: tuple[str, ...] = ("paddle", "paddle-plain", "onnxruntime", "openvino")
 
 
 def run_demo(
@@ -94,7 +95,7 @@ def run_demo(
                 batch_sizes=size.batch_sizes,
                 threads=threads,
                 settings=Settings(size.min_seconds, 10, 2 * size.min_seconds, quick=True),
-                engines=("paddle", "paddle-plain", "onnxruntime", "openvino"),
+                engines=size.engines,
                 engine_cache=directory / "engines",
                 timed_images=size.timed_images,
                 peaks=False,  # a minute more, for what is of no use without the user's own detector
@@ -118,33 +119,24 @@ def run_demo(
 
 def explain(results: BenchResults) -> list[str]:
     """What the results say, in a few plain sentences; every number in them is computed from `results`."""
-    measured = [cell for cell in results.cells if cell.status == "ok"]
+    lines = short_answer(results)
+    measured = [row for row in rows(results) if row.status == "ok" and row.scenario != "server"]
     if not measured:
-        return ["Nothing could be measured; results.json holds the reasons."]
-    best = max(measured, key=images_per_s)
-    lines = [
-        f"Fastest here: {_name(best)} at batch {best.batch_size}, {images_per_s(best):.1f} images/s"
-        f"{_accuracy(best)}. Deploy the {best.bundle.directory if best.bundle else '?'} bundle."
-    ]
-    single = {(cell.engine, cell.precision): cell for cell in measured if cell.batch_size == 1}
-    for engine in dict.fromkeys(cell.engine for cell in measured):
+        return lines
+    single = {(row.engine, row.precision): row for row in measured if row.batch_size == 1}
+    for (engine, precision), row in single.items():
         base = single.get((engine, "fp32"))
-        for precision in ("bf16", "int8"):
-            cell = single.get((engine, precision))
-            if base is None or cell is None:
-                continue
-            ratio = images_per_s(cell) / images_per_s(base)
-            drop = f", mAP {cell.accuracy.ap - base.accuracy.ap:+.4f}" if cell.accuracy and base.accuracy else ""
-            lines.append(f"{engine} {precision} at batch 1 runs {ratio:.2f} times as fast as its fp32{drop}.")
-    for (engine, precision), first in single.items():
-        cells = [cell for cell in measured if (cell.engine, cell.precision) == (engine, precision)]
-        last = max(cells, key=lambda cell: cell.batch_size or 0)
-        if last is first or (engine, precision) != (best.engine, best.precision):
-            continue
+        if base and precision != "fp32":
+            lines.append(f"{engine} {precision} at batch 1 against its fp32: {_against(row, base)}.")
+    best = best_of_each(measured)[0]
+    first = single.get((best.engine, best.precision))
+    same = [row for row in measured if (row.engine, row.precision) == (best.engine, best.precision)]
+    last = max(same, key=lambda row: row.batch_size or 0)
+    if first and last is not first:
         lines.append(
-            f"{_name(last)} from batch 1 to {last.batch_size}: {images_per_s(first):.1f} to {images_per_s(last):.1f} "
-            f"images/s. The images are of mixed orientation, so a batch of {last.batch_size} is padded to "
-            f"{last.runs[0].padding_ratio:.2f} times its real pixels (batch 1: {first.runs[0].padding_ratio:.2f})."
+            f"{_name(last)} from batch 1 to {last.batch_size}: {_speed(first)} to {_speed(last)} images/s. The images "
+            f"are of mixed orientation, so a batch of {last.batch_size} is padded to {last.padding or 1:.2f} times its "
+            f"real pixels (batch 1: {first.padding or 1:.2f})."
         )
     lines.append(
         f"Speeds are of this machine ({results.machine.cpu}); the ratios within one run mean more than they do."
@@ -152,9 +144,27 @@ def explain(results: BenchResults) -> list[str]:
     return lines
 
 
-def _name(cell: CellResult) -> str:
-    return f"{cell.engine} {cell.precision}"
+def _against(row: Row, base: Row) -> str:
+    """How many times as fast, and what that does to mAP."""
+    parts = [
+        f"{mine / its:.2f} times the images/s {what}"
+        for what, mine, its in (
+            ("from file to boxes", row.file_images_per_s, base.file_images_per_s),
+            ("of the network alone", row.images_per_s, base.images_per_s),
+        )
+        if mine and its
+    ]
+    if row.ap is not None and base.ap is not None:
+        parts.append(f"mAP {row.ap - base.ap:+.4f}")
+    return ", ".join(parts)
 
 
-def _accuracy(cell: CellResult) -> str:
-    return f", mAP {cell.accuracy.ap:.4f}" if cell.accuracy else ""
+def _name(row: Row) -> str:
+    return f"{row.engine} {row.precision}"
+
+
+def _speed(row: Row) -> str:
+    """From file to boxes; of the network alone where that was not measured."""
+    if row.file_images_per_s is None:
+        return f"{text_of(row.images_per_s)} (network alone)"
+    return text_of(row.file_images_per_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -37,7 +36,7 @@ from gfldeploy.engines.tensorrt import (
     shape_file,
     tensorrt_library,
 )
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
 __all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_calls"]
@@ -46,6 +45,8 @@ __all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_c
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
 _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _GPU_POOL_MB = 256
+# Merges a reshape into what comes before it, even where something else reads that too: then the graph does not load.
+_BROKEN_PASS = "operator_reshape_onednn_fuse_pass"
 
 
 class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
@@ -80,7 +81,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
                 self._predictor: Any = inference.create_predictor(config)
         except Exception as error:
             raise EngineError(
-                f"Paddle Inference cannot load {model}: {_first_line(error)}",
+                f"Paddle Inference cannot load {model}: {summary(error)}",
                 "Check the bundle with `gfldeploy verify`.",
             ) from error
 
@@ -101,6 +102,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             config.set_cpu_math_library_num_threads(options.threads)
             if self.onednn:
                 config.enable_mkldnn()
+                config.delete_pass(_BROKEN_PASS)
             else:
                 config.disable_mkldnn()
             if options.precision == "bf16":
@@ -132,7 +134,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
         except Exception as error:
             raise EngineError(
-                f"Paddle Inference failed: {_first_line(error)}",
+                f"Paddle Inference failed: {summary(error)}",
                 "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
             ) from error
         end = time.perf_counter()
@@ -250,9 +252,3 @@ def apply_calls(config: Any, precision_type: Any, calls: Iterable[Call]) -> None
 def _example(shape: tuple[int, int, int]) -> dict[str, NDArray[Any]]:
     batch, height, width = shape
     return {"image": np.zeros((batch, 3, height, width), np.float32)}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if re.search(r"Error|error|Cannot|cannot|not ", line)]
-    return (told or lines or [type(error).__name__])[0]

@@ -29,6 +29,7 @@ __all__ = [
     "graph_for",
     "missing_graph",
     "open_engine",
+    "preferred_engine",
 ]
 
 ENGINES: dict[str, str] = {
@@ -46,6 +47,9 @@ DEFAULT_ENGINES = ("paddle", "onnxruntime", "openvino")
 
 # The module that each engine is in; its name is also the key of `INSTALL_ENGINE`.
 _MODULES = {name: name.partition("-")[0] for name in ENGINES}
+
+# The first that runs a precision: the fastest by the results in benchmarks/. `gfldeploy tune` measures all of them.
+_PREFERRED = ("openvino", "onnxruntime", "paddle")
 
 # The distributions that provide each module: the CPU build first.
 _DISTRIBUTIONS = {
@@ -166,6 +170,27 @@ def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Dev
     if why := bundle.manifest.left_out.get(graph):
         return f"the bundle {bundle.directory.name} has no {graph} graph: {why}", "use another engine"
     return f"the bundle {bundle.directory.name} has no {graph} graph", "export the model again"
+
+
+def preferred_engine(bundle: Bundle, precision: Precision, device: Device) -> tuple[str, str]:
+    """The engine to run this bundle in where none is named, the fastest that works here, and why, in words.
+
+    Raises `UnsupportedError` where none does.
+    """
+    if problem := check_bundle(bundle, precision):
+        raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
+    refused: list[tuple[str, str, str | None]] = []
+    for name in _PREFERRED:
+        can = capability(name, precision, device)
+        if can.reason is not None:
+            refused.append((name, can.reason, can.remedy))
+        elif problem := missing_graph(bundle, name, precision, device):
+            refused.append((name, *problem))
+        else:
+            others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
+            return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
+    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")
 
 
 def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:

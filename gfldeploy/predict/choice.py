@@ -9,7 +9,7 @@ from pathlib import Path
 from gfldeploy.batching.buckets import StreamOrder
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import capability, check_bundle, check_possible, missing_graph
+from gfldeploy.engines.registry import check_possible, preferred_engine
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine, usable_threads
 from gfldeploy.tune.deploy_file import Deploy
@@ -17,8 +17,6 @@ from gfldeploy.tune.search import Policy
 
 __all__ = ["Choice", "choose"]
 
-# The first that runs a precision: the fastest by the results in benchmarks/. `gfldeploy tune` measures all of them.
-_PREFERRED = ("openvino", "onnxruntime", "paddle")
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
 _ORDERS: dict[Policy, StreamOrder] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
 
@@ -77,7 +75,7 @@ def choose(
         precision or bundle.manifest.precision, device or "cpu", threads or usable_threads(), cache_dir=engine_cache
     )
     if engine is None:
-        engine, why = _preferred(bundle, options)
+        engine, why = preferred_engine(bundle, options.precision, options.device)
     else:
         check_possible(engine, bundle, options)
     fixed = bundle.manifest.inputs[0].shape[0]
@@ -99,22 +97,3 @@ def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:
         yield f"{error.problem}; `gfldeploy tune` finds what is fastest here"
     if changes := deploy.software_changes(machine):
         yield f"since the choice was made, other software is installed: {'; '.join(changes)}"
-
-
-def _preferred(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
-    """The engine, and why."""
-    precision, device = options.precision, options.device
-    if problem := check_bundle(bundle, precision):
-        raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
-    refused = []
-    for name in _PREFERRED:
-        can = capability(name, precision, device)
-        if can.reason is not None:
-            refused.append((name, can.reason, can.remedy))
-        elif problem := missing_graph(bundle, name, precision, device):
-            refused.append((name, *problem))
-        else:
-            others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
-            return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
-    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Size, StreamOrder, stream_batches
 from gfldeploy.bundle import Manifest
-from gfldeploy.detections import Detections, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.detect import check_outputs
+from gfldeploy.engines.detect import check_outputs, detections_of, of_classes
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
 
@@ -90,8 +90,9 @@ def detect_groups(
         with closing(ahead(_inferred(engine, ahead(batches)))) as done:
             for batch, scores, boxes in done:
                 scales = [scale for _, scale in batch.rows]
-                found = postprocess(scores, boxes, scales, manifest.nms) if scales else []
-                known = [_of_classes(one, len(manifest.classes)) for one in found]
+                chosen = manifest.candidates is not None
+                found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
+                known = [of_classes(one, len(manifest.classes)) for one in found]
                 detections = dict(zip((place for place, _ in batch.rows), known, strict=True))
                 yield [
                     Found(
@@ -263,11 +264,3 @@ def _inferred(
                 scores, boxes = check_outputs(engine, engine.infer({"image": batch.tensor}), len(batch.tensor))
             memory.give(batch.memory)
             yield batch, scores[: len(batch.rows)], boxes[: len(batch.rows)]
-
-
-def _of_classes(found: Detections, classes: int) -> Detections:
-    """Those of a named class: GFLv2 has a score channel more, and what it finds there is nothing."""
-    named = found.classes < classes
-    if named.all():
-        return found
-    return Detections(found.boxes[named], found.scores[named], found.classes[named])

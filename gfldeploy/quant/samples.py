@@ -16,16 +16,21 @@ __all__ = ["DEFAULT_SAMPLES", "calibration_images", "digests", "evaluation_recor
 DEFAULT_SAMPLES = 64
 
 
-def calibration_images(data: Path, images: Path | None, samples: int) -> list[Path]:
-    """`samples` images, spread evenly over a COCO file's or a folder's. Raises `DataError` if there are fewer."""
-    if samples < 1:
+def calibration_images(data: Path, images: Path | None, samples: int | None = None) -> list[Path]:
+    """`samples` images, spread evenly over a COCO file's or a folder's; by default up to `DEFAULT_SAMPLES`.
+
+    The same data give the same images. Raises `DataError` if there are fewer than `samples`, or none.
+    """
+    if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     paths = list_images(data) if data.is_dir() else [image.path for image in CocoDataset.load(data, images).images]
-    if len(paths) < samples:
+    if not paths:
+        raise DataError(f"{data} has no images", "Add some: INT8 is fitted to what they look like.")
+    if samples is not None and len(paths) < samples:
         raise DataError(
             f"{data} has {len(paths)} images, {samples} were asked for", f"Add images, or use --samples {len(paths)}."
         )
-    return spread(paths, samples)
+    return spread(paths, samples or DEFAULT_SAMPLES)
 
 
 def spread(paths: Sequence[Path], count: int) -> list[Path]:

@@ -1,17 +1,19 @@
 """`deploy.yml`: what to deploy on this machine, what came second, and the figures behind it.
 
-    schema: 1
+    schema: 2
     created: UTC, ISO 8601
     summary: one paragraph in plain words
     choice: Configuration, evidence included
     runner_up: the same of the second best, or null
-    bounds: what was asked for (`search.Bounds`); null where nothing was
-    knee: of the choice's engine, precision, threads and policy (`knee.Knee`); null where there is a single batch size
+    bounds: what was asked for (`search.Bounds`), of the latency from file to boxes; null where nothing was
+    knee: of the choice's engine, precision, threads and policy (`knee.Knee`), from file to boxes; null where there is a
+        single batch size
     search: how it was found (`SearchRecord`)
     machine: `machine.Machine`
     data: `bench.results.DataDescription`
 
-Reading is strict: unknown keys, missing keys and another schema number are errors.
+Reading is strict: unknown keys, missing keys and a newer schema number are errors. Schema 1 had nothing from file to
+boxes: its speeds and latencies become those of the network alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from gfldeploy.tune.search import Bounds, Policy
 
 __all__ = ["SCHEMA", "Configuration", "Deploy", "Evidence", "SearchRecord"]
 
-SCHEMA = 1
+SCHEMA = 2
 _WIDTH = 120
 _WRITER = "Give a file that `gfldeploy tune` wrote."
 
@@ -43,17 +45,25 @@ _WRITER = "Give a file that `gfldeploy tune` wrote."
 class Evidence:
     """What was measured of a configuration, with 95% intervals; their bounds are null where the samples support none.
 
-    `images_per_s`: median over whole passes through the timed images, `n` of them. `latency_p50_ms` and `latency_ms`:
-    of a batch in the network alone, the median and the `latency_percent`-th percentile, the highest up to the 99th that
-    its `n` samples support. `memory_mb`: peak resident memory less the prepared inputs, 10^6 bytes. `ap`: COCO mAP, 0
-    to 1, of `ap_images` images; `ap_drop`: the FP32 bundle's less that; null where it was not measured. `runs`:
-    processes that measured it, the first `started` then (UTC, ISO 8601).
+    From file to boxes (decode, preprocess, network, NMS), one batch after the other, nothing overlapping:
+    `images_per_s`, the median over whole passes through the timed images, `n` of them; of a batch `latency_p50_ms`, the
+    median, `latency_p99_ms`, null where its samples are too few to know it (`measured.TAIL_COUNT`), and
+    `latency_max_ms`, the largest of them. All null in files of schema 1. `network_images_per_s`, `network_p50_ms`: of
+    the network alone on prepared batches. `quick`: measured too briefly for figures to be quoted. `padded`: whether
+    batches held images of several sizes, which changes boxes and scores; null where that is not known. `memory_mb`:
+    peak resident memory less the prepared inputs, 10^6 bytes. `ap`: COCO mAP, 0 to 1, of `ap_images` images; `ap_drop`:
+    the FP32 bundle's less that; null where it was not measured. `runs`: processes that measured it, the first `started`
+    then (UTC, ISO 8601).
     """
 
-    images_per_s: Estimate
-    latency_p50_ms: Estimate
-    latency_ms: Estimate
-    latency_percent: int
+    images_per_s: Estimate | None
+    latency_p50_ms: Estimate | None
+    latency_p99_ms: Estimate | None
+    latency_max_ms: float | None
+    network_images_per_s: Estimate
+    network_p50_ms: Estimate
+    quick: bool
+    padded: bool | None
     memory_mb: float
     ap: float | None
     ap_drop: float | None
@@ -124,7 +134,8 @@ class Deploy:
 
     @classmethod
     def from_dict(cls, data: object) -> Self:
-        """Check and build. Raises `DataError` for another schema, unknown or missing keys and wrong types."""
+        """Check and build. Raises `DataError` for a newer schema, unknown or missing keys and wrong types."""
+        data = _upgraded(data)
         check_schema(data, SCHEMA, "a deploy file", _WRITER, "Run `gfldeploy tune` again.")
         return build(cls, data, "it")
 
@@ -137,14 +148,14 @@ class Deploy:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a file that `write` wrote. Raises `DataError`."""
-        import yaml
+        from gfldeploy.yaml_file import YamlError, read_yaml
 
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = read_yaml(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}", _WRITER) from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not YAML: {error}", _WRITER) from error
+        except YamlError as error:
+            raise DataError(f"{path} is not YAML that was written here: {error}", _WRITER) from error
         try:
             return cls.from_dict(data)
         except DataError as error:
@@ -171,3 +182,31 @@ class Deploy:
     def bundle_path(self, path: Path) -> Path:
         """Where the choice's bundle is, `path` being that of the file."""
         return path.parent / self.choice.bundle
+
+
+def _upgraded(data: object) -> object:
+    """Schema 1 as schema 2; all else as it is."""
+    if not isinstance(data, dict) or data.get("schema") != 1:
+        return data
+    upgraded = {**data, "schema": 2, "knee": None}
+    for key in ("choice", "runner_up"):
+        one = data.get(key)
+        if isinstance(one, dict) and isinstance(found := one.get("evidence"), dict):
+            upgraded[key] = {**one, "evidence": _upgraded_evidence(found)}
+    return upgraded
+
+
+def _upgraded_evidence(found: dict[str, Any]) -> dict[str, Any]:
+    """Speeds and latencies of schema 1 were of the network alone."""
+    kept = {key: value for key, value in found.items() if key not in ("latency_ms", "latency_percent")}
+    return {
+        **kept,
+        "images_per_s": None,
+        "latency_p50_ms": None,
+        "latency_p99_ms": None,
+        "latency_max_ms": None,
+        "network_images_per_s": found.get("images_per_s"),
+        "network_p50_ms": found.get("latency_p50_ms"),
+        "quick": False,
+        "padded": None,
+    }

@@ -6,30 +6,66 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 
-from gfldeploy.bench.estimates import Estimate, median, percentile, ratio_of_medians, supports
+from gfldeploy.bench.estimates import (
+    Estimate,
+    lower_limit,
+    median,
+    percentile,
+    ratio_of_medians,
+    samples_for,
+    supports,
+)
 from gfldeploy.bench.results import CellResult, Run
 
-__all__ = ["NOISE", "TAIL_PERCENTS", "Measured", "speed", "speed_ratio", "tail"]
+__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "measurable", "speed", "speed_ratio"]
 
 # Assumed: by how much of itself the throughput of one short run differs from that of another run of the same cell.
 NOISE = 0.05
-# Percentiles that a latency bound may be judged by, the best first.
-TAIL_PERCENTS = (99, 95, 90, 50)
+# The percentile that a latency bound is of, and the batches that it takes to know it.
+BOUND_PERCENT = 99
+TAIL_COUNT = samples_for(BOUND_PERCENT)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What `samples` batches say of the 99th percentile of their latency, in milliseconds.
+
+    `ms`: the percentile where it is `known`, which takes `TAIL_COUNT` of them; else the largest of them, beyond which
+    it may lie. `low_ms`: what it is not below, however few they are.
+    """
+
+    ms: float
+    low_ms: float
+    samples: int
+    known: bool
+
+    @classmethod
+    def of(cls, latency_ms: tuple[float, ...]) -> Tail:
+        """Raises `ValueError` without any."""
+        known = supports(len(latency_ms), BOUND_PERCENT)
+        ms = percentile(latency_ms, BOUND_PERCENT).value if known else max(latency_ms)
+        return cls(ms, lower_limit(latency_ms, BOUND_PERCENT), len(latency_ms), known)
+
+    @property
+    def what(self) -> str:
+        """What `ms` is: "p99", or "the largest of 40, which are too few to know p99"."""
+        if self.known:
+            return f"p{BOUND_PERCENT}"
+        return f"the largest of {self.samples}, which are too few to know p{BOUND_PERCENT}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell.
+    """One cell, from file to boxes: the batches one after the other, nothing overlapping.
 
     `passes`: images a second of every whole pass through the timed images, a tuple for each run. `median_ms`: of the
-    latency of a batch; `tail_ms`: its highest percentile that the samples support (`tail`), the `tail_percent`-th.
-    `memory_mb`: peak resident memory less the prepared inputs, 10^6 bytes.
+    latency of a batch; `tail`: of its 99th percentile. `memory_mb`: peak resident memory less the prepared inputs,
+    10^6 bytes.
     """
 
     passes: tuple[tuple[float, ...], ...]
     median_ms: float
-    tail_ms: float
-    tail_percent: int
+    tail: Tail
     memory_mb: float
 
     @cached_property
@@ -39,27 +75,20 @@ class Measured:
 
     @classmethod
     def of(cls, result: CellResult) -> Measured:
-        """Of a cell that was measured. Raises `ValueError` for another."""
-        if result.status != "ok" or result.batch_size is None:
-            raise ValueError("the cell was not measured")
-        high = tail(result)
+        """Of a cell that was measured from file to boxes (`measurable`). Raises `ValueError` for another."""
+        if not measurable(result) or result.batch_size is None:
+            raise ValueError("the cell was not measured from file to boxes")
         return cls(
             passes=tuple(_passes(run, result.batch_size) for run in result.runs),
-            median_ms=statistics.median(result.latency_ms),
-            tail_ms=high[1].value,
-            tail_percent=high[0],
+            median_ms=statistics.median(result.file_ms),
+            tail=Tail.of(result.file_ms),
             memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in result.runs),
         )
 
 
-def tail(result: CellResult) -> tuple[int, Estimate]:
-    """The highest of `TAIL_PERCENTS` that the samples support, and it in milliseconds; of under 6 the median.
-
-    It is never too high a percentile: what exceeds a bound by a lower one exceeds it by the 99th as well.
-    """
-    latency_ms = result.latency_ms
-    percent = next((one for one in TAIL_PERCENTS if supports(len(latency_ms), one)), TAIL_PERCENTS[-1])
-    return percent, percentile(latency_ms, percent)
+def measurable(result: CellResult) -> bool:
+    """Whether a cell has what `Measured` is made of: times from file to boxes, none of them 0."""
+    return result.status == "ok" and min(result.file_ms, default=0.0) > 0
 
 
 def speed_ratio(base: Measured, other: Measured) -> Estimate:
@@ -81,7 +110,7 @@ def speed(measured: Measured) -> Estimate:
 
 def _passes(run: Run, batch_size: int) -> tuple[float, ...]:
     """The timing goes on in whole passes; one that was cut counts as a pass of what there is."""
-    count = sum(run.shapes.values())
-    latency_ms = run.samples.latency_ms
+    count = max(sum(run.shapes.values()), 1)
+    latency_ms = run.stages.end_to_end_ms if run.stages else ()
     cuts = [latency_ms[start : start + count] for start in range(0, len(latency_ms), count)]
     return tuple(1e3 * len(cut) * batch_size / sum(cut) for cut in cuts)

@@ -11,6 +11,7 @@ from gfldeploy.bench.compare import hardware_differences, software_differences, 
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.errors import DataError
+from gfldeploy.tune.measured import measurable
 from gfldeploy.tune.search import Model, Space, model_of
 
 __all__ = ["Reused", "reuse"]
@@ -18,10 +19,12 @@ __all__ = ["Reused", "reuse"]
 
 @dataclass(frozen=True)
 class Reused:
-    """`cells`: those of the space that were measured before; `accuracies`: of models, on the images to be used now."""
+    """`cells`: those of the space that were measured before, `quick`: of those, the ones measured too briefly for
+    figures to be quoted; `accuracies`: of models, on the images to be used now."""
 
     cells: Mapping[Cell, CellResult]
     accuracies: Mapping[Model, Accuracy]
+    quick: Collection[Cell]
 
 
 def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now: BenchResults) -> Reused:
@@ -33,6 +36,7 @@ def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now:
     """
     cells: dict[Cell, CellResult] = {}
     accuracies: dict[Model, Accuracy] = {}
+    quick: dict[Cell, bool] = {}
     for path in paths:
         results = BenchResults.read(path)
         _check(path, results, now)
@@ -43,13 +47,15 @@ def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now:
         found = _found(results.cells, space.cells, digests)
         if not found:
             raise DataError(
-                f"{path} has no measured cell of these bundles, engines, precisions, batch sizes and threads",
+                f"{path} has no cell of these bundles, engines, precisions, batch sizes and threads that was measured "
+                "from file to boxes",
                 "Leave it out of --results.",
             )
         cells |= found
+        quick |= dict.fromkeys(found, results.settings.quick)
         if same_images:
             accuracies |= {model_of(cell): one.accuracy for cell, one in found.items() if one.accuracy}
-    return Reused(cells, accuracies)
+    return Reused(cells, accuracies, [cell for cell, brief in quick.items() if brief])
 
 
 def _check(path: Path, results: BenchResults, now: BenchResults) -> None:
@@ -65,9 +71,7 @@ def _check(path: Path, results: BenchResults, now: BenchResults) -> None:
 def _found(
     results: Collection[CellResult], cells: Collection[Cell], digests: Mapping[Path, str]
 ) -> dict[Cell, CellResult]:
-    measured = {
-        (one.bundle.digest, *_key(one)): one for one in results if one.status == "ok" and one.bundle is not None
-    }
+    measured = {(one.bundle.digest, *_key(one)): one for one in results if measurable(one) and one.bundle is not None}
     return {cell: one for cell in cells if (one := measured.get((digests[cell.bundle], *_key(cell)))) is not None}
 
 

@@ -76,7 +76,8 @@ Known = Mapping[Cell, Measured | None]
 class Bounds:
     """What a choice must keep: None for no bound.
 
-    `max_latency_ms`: of a batch, by the highest percentile up to 99 that the samples support (`measured.tail`).
+    `max_latency_ms`: of a batch from file to boxes, the 99th percentile; where too few batches were timed to know it,
+    the largest of them must keep the bound, and it is said that this is not the percentile (`measured.Tail`).
     `max_memory_mb`: peak resident memory less the prepared inputs, 10^6 bytes. `max_drop`: of mAP against FP32, 0
     to 1.
     """
@@ -92,18 +93,30 @@ class Bounds:
             raise ValueError("max_drop must be from 0 to 1")
 
     def excess(self, measured: Measured) -> float:
-        """By how many times the worse of latency and memory exceeds its bound: 1 or less where both are kept."""
-        latency = 0.0 if self.max_latency_ms is None else measured.tail_ms / self.max_latency_ms
-        memory = 0.0 if self.max_memory_mb is None else measured.memory_mb / self.max_memory_mb
-        return max(latency, memory)
+        """By how many times the worse of latency and memory exceeds its bound, 1 or less where both may be kept.
+
+        Of the latency, what the percentile is not below: a pause of the machine in a first look is no reason to give a
+        cell up.
+        """
+        return max(self._latency(measured.tail.low_ms), self._memory(measured))
 
     def keeps(self, measured: Measured) -> bool:
-        """Whether latency and memory are within their bounds."""
+        """Whether latency and memory are within their bounds, by all that was measured."""
+        return max(self._latency(measured.tail.ms), self._memory(measured)) <= 1
+
+    def may_keep(self, measured: Measured) -> bool:
+        """Whether they may be, if more is measured."""
         return self.excess(measured) <= 1
 
     def hopeless(self, measured: Measured) -> bool:
         """Whether they are so far beyond that the noise is no excuse."""
         return self.excess(measured) > 1 + NOISE
+
+    def _latency(self, ms: float) -> float:
+        return 0.0 if self.max_latency_ms is None else ms / self.max_latency_ms
+
+    def _memory(self, measured: Measured) -> float:
+        return 0.0 if self.max_memory_mb is None else measured.memory_mb / self.max_memory_mb
 
 
 @dataclass(frozen=True)
@@ -141,13 +154,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Miss:
-    """A cell that keeps the bounds least badly: `value` of `what` exceeds the `bound`; `unit` of both."""
+    """A cell that keeps the bounds least badly: `value` of `what` exceeds the `bound`; `unit` of both.
+
+    `note`: what the value is, where its name does not say it.
+    """
 
     cell: Cell
     what: Literal["latency", "memory", "mAP drop"]
     value: float
     bound: float
     unit: str
+    note: str = ""
 
     @property
     def percent(self) -> float:
@@ -195,7 +212,11 @@ def finalists(space: Space, known: Known, refused: Collection[Model], done: Coll
     One of another model is among them, within `TURN_GAIN` of the best, for the runner-up to be an alternative. `done`:
     those that were measured at length before; of what keeps the bounds no more than six are.
     """
-    ranked = _ranked(space, known, refused)
+    ranked = [
+        cell
+        for cell in _ranked(space, known, refused)
+        if cell not in done or ((found := known.get(cell)) is not None and space.bounds.keeps(found))
+    ]
     if not ranked:
         return ()
     best = _speed(known, ranked[0])
@@ -232,7 +253,7 @@ def nearest(space: Space, known: Known, drops: Mapping[Model, float]) -> Miss | 
         if measured is None:
             continue
         found = [
-            Miss(cell, "latency", measured.tail_ms, bounds.max_latency_ms or 0, f"ms (p{measured.tail_percent})"),
+            Miss(cell, "latency", measured.tail.ms, bounds.max_latency_ms or 0, "ms", measured.tail.what),
             Miss(cell, "memory", measured.memory_mb, bounds.max_memory_mb or 0, "MB"),
         ]
         found = [miss for miss in found if miss.bound]
@@ -263,19 +284,19 @@ def _speed(known: Known, cell: Cell) -> float:
     return measured.images_per_s if measured else 0.0
 
 
-def _keeps(space: Space, known: Known, cell: Cell) -> bool:
+def _may_keep(space: Space, known: Known, cell: Cell) -> bool:
     measured = known.get(cell)
-    return measured is not None and space.bounds.keeps(measured)
+    return measured is not None and space.bounds.may_keep(measured)
 
 
 def _ranked(space: Space, known: Known, refused: Collection[Model]) -> list[Cell]:
-    """What keeps the bounds, the fastest first."""
-    kept = (cell for cell in space.cells if model_of(cell) not in refused and _keeps(space, known, cell))
+    """What may keep the bounds, the fastest first."""
+    kept = (cell for cell in space.cells if model_of(cell) not in refused and _may_keep(space, known, cell))
     return sorted(kept, key=lambda cell: -_speed(known, cell))
 
 
 def _leader(space: Space, known: Known, refused: Collection[Model]) -> float:
-    """Images a second of the fastest that keeps the bounds, less the noise; 0 without one."""
+    """Images a second of the fastest that may keep the bounds, less the noise; 0 without one."""
     ranked = _ranked(space, known, refused)
     return _speed(known, ranked[0]) * (1 - NOISE) if ranked else 0.0
 
@@ -314,7 +335,7 @@ def _polish(space: Space, known: Known, model: Model, best: float) -> Cell | Non
     measured = {cell: found for cell in space.of(model) if (found := known.get(cell)) is not None}
     if not measured:
         return None
-    kept = [cell for cell in measured if space.bounds.keeps(measured[cell])]
+    kept = [cell for cell in measured if space.bounds.may_keep(measured[cell])]
     if kept:
         top = max(kept, key=lambda cell: measured[cell].images_per_s)
         if measured[top].images_per_s * (1 + NOISE) * TURN_GAIN < best:

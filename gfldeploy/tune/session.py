@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.estimates import percentile
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Cell, Plan, Skipped
-from gfldeploy.bench.results import BenchResults, CellResult, DataDescription, Settings
+from gfldeploy.bench.results import BenchResults, CellResult, DataDescription, Settings, defined_ap
 from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.bench.session import BenchRequest, PreparedBench, about, describe_data, limits
 from gfldeploy.bench.session import prepare as prepare_bench
@@ -24,7 +25,7 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import Machine, describe_machine
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
-from gfldeploy.tune.measured import Measured, speed, tail
+from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable, speed
 from gfldeploy.tune.race import Outcome, race
 from gfldeploy.tune.reuse import Reused, reuse
 from gfldeploy.tune.search import (
@@ -174,18 +175,20 @@ def run(prepared: PreparedTune, output: Path, journal: Journal, progress: Progre
 
 @dataclass
 class _Session:
-    """What measures. `results`: of each cell, the latest."""
+    """What measures. `results`: of each cell, the latest; `quick`: whether that was too brief."""
 
     prepared: PreparedTune
     journal: Journal
     progress: Progress
     results: dict[Cell, CellResult] = field(default_factory=dict)
     accuracies: dict[Model, Accuracy | None] = field(default_factory=dict)
+    quick: dict[Cell, bool] = field(default_factory=dict)
     _why: dict[Model, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.results |= self.prepared.reused.cells
         self.accuracies |= self.prepared.reused.accuracies
+        self.quick |= {cell: cell in self.prepared.reused.quick for cell in self.results}
 
     def look(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
@@ -197,10 +200,14 @@ class _Session:
         return self._measure(step.cells, self.prepared.request.look)
 
     def finish(self, cells: Sequence[Cell]) -> dict[Cell, Measured | None]:
-        """Measure the cells at length, by turns."""
+        """Measure the cells at length, interleaved; with a latency bound until its percentile is known, if that does
+        not take longer than `max_seconds`."""
         rounds = self.prepared.request.bench.settings.rounds
         self.progress(f"{len(cells)} cells at length, in {rounds} rounds")
-        return self._measure(cells, self.prepared.request.bench.settings)
+        settings = self.prepared.request.bench.settings
+        if self.prepared.request.bounds.max_latency_ms is not None:
+            settings = replace(settings, tail_count=math.ceil(TAIL_COUNT / rounds))
+        return self._measure(cells, settings)
 
     def drop(self, model: Model) -> float | None:
         """What the model loses in mAP against FP32, in the same engine where that runs; None where it is not asked for.
@@ -218,7 +225,7 @@ class _Session:
             problem = f"the mAP of {reference.bundle.name} in FP32 could not be measured: {self._why[reference]}"
             raise EngineError(problem, "Remedy that, or leave --max-drop out and add --no-accuracy.")
         found = self._accuracy(model)
-        return base.ap if found is None else base.ap - found.ap
+        return base if found is None else base - found
 
     def configuration(self, cell: Cell, output: Path) -> Configuration:
         """A measured cell as it is written to `output`."""
@@ -240,7 +247,8 @@ class _Session:
         data = replace(self.prepared.data, annotations=None)
         for cell, result in zip(cells, self._run(cells, data, settings), strict=True):
             self.results[cell] = result
-        return {cell: Measured.of(self.results[cell]) if self.results[cell].status == "ok" else None for cell in cells}
+            self.quick[cell] = settings.quick
+        return {cell: Measured.of(self.results[cell]) if measurable(self.results[cell]) else None for cell in cells}
 
     def _run(self, cells: Sequence[Cell], data: Data, settings: Settings) -> tuple[CellResult, ...]:
         bench = self.prepared.bench.request
@@ -271,14 +279,17 @@ class _Session:
                 return Model(path, one, "fp32")
         return None
 
-    def _accuracy(self, model: Model) -> Accuracy | None:
-        """Measured once; None where that failed."""
+    def _accuracy(self, model: Model) -> float | None:
+        """The mAP, measured once; None where that failed, or it is undefined."""
         if model not in self.accuracies:
             cell = self._first(model)
             (result,) = self._run((cell,), self.prepared.data, self.prepared.request.look)
             self.accuracies[model] = result.accuracy
             self._why[model] = result.reason or result.accuracy_reason or "unknown"
-        return self.accuracies[model]
+        ap = defined_ap(self.accuracies[model])
+        if ap is None and self.accuracies[model]:
+            self._why[model] = "it is undefined, as the images have no objects to find"
+        return ap
 
     def _first(self, model: Model) -> Cell:
         """The cell whose process measured the model first: mAP depends on neither batch size nor threads."""
@@ -293,19 +304,24 @@ class _Session:
 
     def _evidence(self, cell: Cell, result: CellResult) -> Evidence:
         measured = Measured.of(result)
-        percent, high = tail(result)
         accuracy = self.accuracies.get(model_of(cell))
         reference = self._reference(cell.engine)
-        base = self.accuracies.get(reference) if reference else None
+        ap, base = defined_ap(accuracy), defined_ap(self.accuracies.get(reference) if reference else None)
+        network = [1e3 * cell.batch_size / ms for ms in result.latency_ms if ms > 0]
+        mixed = [run.mixed_batches for run in result.runs]
         return Evidence(
             images_per_s=speed(measured),
-            latency_p50_ms=percentile(result.latency_ms, 50),
-            latency_ms=high,
-            latency_percent=percent,
+            latency_p50_ms=percentile(result.file_ms, 50),
+            latency_p99_ms=percentile(result.file_ms, BOUND_PERCENT) if measured.tail.known else None,
+            latency_max_ms=max(result.file_ms),
+            network_images_per_s=percentile(network or [0.0], 50),
+            network_p50_ms=percentile(result.latency_ms, 50),
+            quick=self.quick[cell],
+            padded=None if None in mixed else any(mixed),
             memory_mb=round(measured.memory_mb, 1),
-            ap=accuracy.ap if accuracy else None,
-            ap_drop=base.ap - accuracy.ap if accuracy and base else None,
-            ap_images=accuracy.images if accuracy else None,
+            ap=ap,
+            ap_drop=base - ap if ap is not None and base is not None else None,
+            ap_images=accuracy.images if accuracy and ap is not None else None,
             runs=len(result.runs),
             started=result.runs[0].started,
         )
@@ -314,7 +330,7 @@ class _Session:
 def _policies(bundle: Bundle, bench: PreparedBench, allowed: Sequence[Policy]) -> set[Policy]:
     """Those that differ on these images: grouping is nothing where all have one size as the network's input."""
     dataset = CocoDataset.load(bench.request.annotations, bench.request.image_dir, bench.request.timed_images)
-    sizes = {bundle.manifest.preprocess.input_size(image.height, image.width) for image in dataset.images}
+    sizes = {bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images}
     kept: set[Policy] = {policy for policy in allowed if len(sizes) > 1 or policy != "grouped"}
     return {"single", *(kept or {"in-order"})}
 
@@ -329,7 +345,9 @@ def _knee(space: Space, outcome: Outcome, choice: Cell) -> Knee | None:
 def _no_choice(prepared: PreparedTune, outcome: Outcome, results: dict[Cell, CellResult]) -> Exception:
     miss = nearest(prepared.space, outcome.known, outcome.drops)
     if miss is None:
-        failed = next(result for result in results.values() if result.status == "failed")
+        failed = next((result for result in results.values() if result.status == "failed"), None)
+        if failed is None:
+            return EngineError("nothing could be measured: batches took no time at all, so that the clock is of no use")
         return EngineError(f"nothing could be measured; {failed.engine} {failed.precision}: {failed.reason}")
     return BoundsError(
         f"no configuration keeps the bounds: the nearest is {miss_in_words(miss)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence
-from gfldeploy.tune.measured import Measured, speed_ratio
+from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
 from gfldeploy.tune.search import TIE, Miss, Policy, policy_of
 
 __all__ = ["miss_in_words", "summarize"]
@@ -29,6 +29,7 @@ def summarize(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> s
     sentences = [
         f"Deploy {_what(one)}, on {where}.",
         _speed(one, deploy),
+        _care(one.evidence),
         _cost(one.evidence, deploy),
         _second(deploy, choice, runner_up),
         _knee(deploy),
@@ -43,7 +44,9 @@ def miss_in_words(miss: Miss) -> str:
         value = f"{miss.what} of {miss.value:.4f} is above {miss.bound:g}"
     else:
         more = f"{miss.percent:.0f}%" if miss.percent >= 1 else f"{miss.percent:.1g}%"
-        value = f"{miss.what} of {miss.value:.1f} {miss.unit} is {more} above {miss.bound:g} {miss.unit}"
+        what = f"{miss.what} from file to boxes" if miss.what == "latency" else miss.what
+        note = f" ({miss.note})" if miss.note else ""
+        value = f"{what} of {miss.value:.1f} {miss.unit}{note} is {more} above {miss.bound:g} {miss.unit}"
     return f"{_cell(miss.cell)}, whose {value}"
 
 
@@ -91,15 +94,38 @@ def _interval(estimate: Estimate) -> str:
 
 
 def _speed(one: Configuration, deploy: Deploy) -> str:
-    found, bounds = one.evidence, deploy.bounds
-    speed = f"It handles {_number(found.images_per_s.value)} images a second{_interval(found.images_per_s)}"
+    found, bound = one.evidence, deploy.bounds.max_latency_ms
+    network = f"the network alone does {_number(found.network_images_per_s.value)}"
+    if found.images_per_s is None or found.latency_p50_ms is None or found.latency_max_ms is None:
+        return f"From file to boxes it was not measured; {network} images a second."
     what = "a batch" if one.batch_size > 1 else "an image"
-    within = "" if bounds.max_latency_ms is None else f", where {bounds.max_latency_ms:g} ms were allowed"
-    half = f"half of the time {what} takes {_number(found.latency_p50_ms.value)} ms or less"
-    if found.latency_percent == 50:
-        return f"{speed}; {half}{within}, which is all that so few measurements can say."
-    high = f"{found.latency_percent} times in 100 {_number(found.latency_ms.value)} ms or less"
-    return f"{speed}; {half}, and {high}{within}."
+    after = "batch" if one.batch_size > 1 else "image"
+    allowed = "" if bound is None else f", where {bound:g} ms were allowed"
+    speed = (
+        f"From file to boxes it handles {_number(found.images_per_s.value)} images a second"
+        f"{_interval(found.images_per_s)}, one {after} after the other; {network}."
+    )
+    half = f"From file to boxes {what} takes {_number(found.latency_p50_ms.value)} ms or less half of the time"
+    if found.latency_p99_ms is None:
+        return (
+            f"{speed} {half}; the longest of {found.latency_p50_ms.n} took {_number(found.latency_max_ms)} ms{allowed}."
+            f" These are too few to know the 99th percentile, which takes {TAIL_COUNT}."
+        )
+    high = f"{_number(found.latency_p99_ms.value)} ms or less 99 times in 100{_interval(found.latency_p99_ms)}"
+    return f"{speed} {half}, and {high}{allowed}."
+
+
+def _care(found: Evidence) -> str:
+    """What the figures must not be taken for."""
+    sentences = []
+    if found.quick:
+        sentences.append("It was measured too briefly for figures to be quoted: this is a first look.")
+    if found.padded:
+        sentences.append(
+            "Its batches hold images of several sizes, padded to the largest, which changes boxes and scores; mAP is "
+            "of one image at a time."
+        )
+    return " ".join(sentences)
 
 
 def _cost(found: Evidence, deploy: Deploy) -> str:
@@ -123,7 +149,7 @@ def _second(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> str
         return "Nothing else kept the bounds." if deploy.bounds != type(deploy.bounds)() else ""
     ratio = speed_ratio(choice, runner_up)
     what = f"Second came {_what(second)}"
-    speed = f"{_number(second.evidence.images_per_s.value)} images a second"
+    speed = f"{_number(runner_up.images_per_s)} images a second from file to boxes"
     if ratio.high is not None and ratio.high < 1:
         return f"{what}: {speed}, {100 * (1 - ratio.value):.0f}% fewer."
     if ratio.value < 1 - TIE:

@@ -37,7 +37,7 @@ def results(*cells: CellResult) -> BenchResults:
 )
 def test_verdicts(factor: float, verdict: str) -> None:
     (found,) = compare(results(timed(STEADY)), results(timed(STEADY, factor))).pairs
-    assert found.ratio.value == pytest.approx(factor)
+    assert found.ratio is not None and found.ratio.value == pytest.approx(factor)
     assert found.ratio.low is not None and found.ratio.high is not None
     assert found.ratio.low <= factor <= found.ratio.high
     assert (found.verdict, found.ap_difference, found.bundle_changed) == (verdict, 0, False)
@@ -72,6 +72,22 @@ def test_cells_are_matched_by_what_they_are() -> None:
         (2, "offline", 1),
         (2, "multi-stream", 2),
     ]
+
+
+@pytest.mark.parametrize("other", [(1.0, 1.1), (0.0,)])
+def test_latencies_of_0_are_not_comparable(other: tuple[float, ...], tmp_path: Path) -> None:
+    zero = results(timed((0.0,)))
+    for a, b in ((zero, results(timed(other))), (results(timed(other)), zero)):
+        (pair,) = compare(a, b).pairs
+        assert (pair.verdict, pair.ratio) == ("not comparable", None)
+        a.write(tmp_path / "a.json")
+        b.write(tmp_path / "b.json")
+        assert run(tmp_path / "a.json", tmp_path / "b.json") == 0
+
+
+def test_resamples_of_0_give_no_interval() -> None:
+    (pair,) = compare(results(timed((0.0,) * 9 + (1.0,) * 11)), results(timed(STEADY))).pairs
+    assert pair.ratio is not None and pair.ratio.low is None and pair.verdict == "not comparable"
 
 
 def test_a_cell_that_failed_in_one_file_says_why() -> None:

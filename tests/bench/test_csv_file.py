@@ -24,8 +24,11 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_a_line_for_each_cell(tmp_path: Path) -> None:
     write_csv(sample_results(), tmp_path / "results.csv")
     ok, failed, skipped = lines(tmp_path / "results.csv")
-    assert (ok["median_ms"], ok["padding"], ok["low_precision_convolutions"]) == ("13.0", "1.25", "52")
-    assert ok["policy"] == ok["in_time_per_s"] == ok["rejected"] == ok["bound_held"] == ""
+    assert (ok["network_median_ms"], ok["padding"], ok["low_precision_convolutions"]) == ("13.0", "1.25", "52 of 53")
+    assert (ok["file_to_boxes_median_ms"], ok["file_to_boxes_median_low_ms"]) == ("18.0", "")
+    assert float(ok["file_to_boxes_images_per_s"]) == pytest.approx(8 / 0.072) and ok["status"] == "ok"
+    assert ok["policy"] == ok["in_time_per_s"] == ok["rejected_percent"] == ok["bound_held"] == ""
+    assert ok["answer_median_ms"] == "", "that is of servers"
     assert failed["note"] == "failed: it crashed" and skipped["batch_size"] == skipped["padding"] == ""
 
 
@@ -37,11 +40,12 @@ def test_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     results = replace(sample_results(), cells=(cell,), settings=settings)
     write_csv(results, tmp_path / "results.csv")
     (line,) = lines(tmp_path / "results.csv")
-    assert (line["policy"], line["in_time_per_s"], line["rejected"], line["mean_batch"]) == (
-        *("adaptive", "7.5", "0.2", "2.0"),
+    assert (line["policy"], line["in_time_per_s"], line["rejected_percent"], line["mean_batch"]) == (
+        *("adaptive", "7.5", "20.0", "2.0"),
     )
-    assert (line["percent_of_possible"], line["bound_percentile"], line["bound_held"]) == ("75.0", "90", "no")
-    monkeypatch.setenv("COLUMNS", "200")
+    assert (line["percent_of_possible"], line["bound_held"]) == ("75.0", "no (p90)")
+    assert (line["answer_median_ms"], line["network_median_ms"]) == ("5.0", "")
+    monkeypatch.delenv("COLUMNS", raising=False)
     show_results(results)
     shown = capsys.readouterr().out
-    assert "adaptive" in shown and "7.50" in shown and "75%" in shown and "20%" in shown and "no (p90)" in shown
+    assert "adaptive" in shown and "7.50" in shown and " 75 " in shown and " 20 " in shown and "no (p90)" in shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gfldeploy.bench.estimates import median, percentile, ratio_of_medians, supports
+from gfldeploy.bench.estimates import median, percentile, ratio_of_medians, samples_for, supports
 
 
 @pytest.mark.parametrize(("percent", "least"), [(50, 6), (90, 36), (95, 72), (99, 368)])
@@ -13,6 +13,7 @@ def test_the_least_number_of_samples(percent: int, least: int) -> None:
     # The largest of n samples lies below the percentile with (p/100)^n, which is to be 2.5% at most.
     assert (percent / 100) ** least <= 0.025 < (percent / 100) ** (least - 1)
     assert supports(least, percent) and not supports(least - 1, percent)
+    assert samples_for(percent) == least
 
 
 def test_values() -> None:

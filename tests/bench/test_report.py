@@ -14,7 +14,7 @@ from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
 from gfldeploy.bench.report.plots import pareto_front, plots
-from gfldeploy.bench.results import BenchResults, Serving
+from gfldeploy.bench.results import BenchResults, Serving, Stages
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import main
 
@@ -60,6 +60,7 @@ def many() -> BenchResults:
             samples = Samples(
                 tuple(ms * size + k % 7 / 10 for k in range(50)), (), size, 50 * size, ms * size / 20, True
             )
+            stages = Stages(*([(ms * size / 5,) * 4] * 6), end_to_end_ms=(ms * size * 1.2,) * 4)
             cells.append(
                 replace(
                     OK,
@@ -67,7 +68,7 @@ def many() -> BenchResults:
                     precision=precision,
                     batch_size=size,
                     scenario="single-stream" if size == 1 else "multi-stream",
-                    runs=(replace(RUN, samples=samples),),
+                    runs=(replace(RUN, samples=samples, stages=stages),),
                 )
             )
     serving = Serving(60, 10, (Point(1, (64, 96), 5.0),), 55)
@@ -83,14 +84,70 @@ def text(tmp_path: Path) -> str:
     return (tmp_path / "report.html").read_text()
 
 
-def test_every_measured_cell_is_in_the_table_and_every_other_has_its_reason(text: str) -> None:
-    page = Page(text)
-    assert len(page.cells) == 22 * 8
-    first, last = page.cells[:22], page.cells[-22:]
-    assert last[4] == "server 20/s, adaptive" and last[16:21] == ["41.7", "91", "17", "66.7", "1.25"]
-    assert first[:6] == ["tiny_dir", "paddle", "fp32", "cpu", "single-stream", "1"]
-    assert first[6].startswith("20.30 (") and first[9] == "50.0" and first[11] == "0.5000"
-    assert "failed: it crashed" in text and "skipped: it cannot; Try x" in text
+def table(text: str, name: str) -> list[dict[str, str]]:
+    """The lines of a table by its headings."""
+    part = text[text.index(f'<table id="{name}">') :]
+    part = part[: part.index("</table>")]
+    heads = [re.sub("<.*?>", "", head) for head in re.findall("<th.*?</th>", part)]
+    cells = Page(part).cells
+    assert len(cells) % len(heads) == 0
+    return [dict(zip(heads, cells[k : k + len(heads)], strict=True)) for k in range(0, len(cells), len(heads))]
+
+
+def test_the_best_batch_of_each_comes_first_and_all_cells_on_demand(text: str) -> None:
+    best, cells, servers = (table(text, name) for name in ("best", "cells", "servers"))
+    assert [(one["engine"], one["precision"], one["batch"]) for one in best] == [
+        ("onnxruntime", "int8", "1"),
+        ("onnxruntime", "fp32", "1"),
+        ("paddle", "fp32", "1"),
+    ]
+    # 6 ms for an image, 1.2 times that from file to boxes.
+    assert list(best[0])[:5] == ["engine", "precision", "batch", "file to boxes, images/s", "mAP"]
+    assert (best[0]["file to boxes, images/s"], best[0]["mAP"]) == ("138.9", "0.5000")
+    assert (best[0]["network, images/s"], best[0]["memory MB"]) == ("166.7", "280")
+    assert len(cells) == 8
+    assert cells[0]["network, ms"] == "20.30 ±0.10" and cells[0]["file to boxes, images/s"] == "41.67"
+    assert [one["arriving/s"] for one in servers] == ["10", "20"]
+    last = servers[-1]
+    assert (last["in time, images/s"], last["% of possible"], last["turned away, %"], last["mean batch"]) == (
+        *("41.67", "91", "17", "66.7"),
+    )
+    assert text.index("<details>") < text.index('<table id="cells">') < text.index("</details>")
+    assert text.count("failed: it crashed") == 1 and text.count("skipped: it cannot; Try x") == 1
+
+
+def test_files_without_times_from_file_to_boxes(tmp_path: Path) -> None:
+    results = many()
+    bare = tuple(replace(cell, runs=tuple(replace(run, stages=None) for run in cell.runs)) for cell in results.cells)
+    old = replace(results, cells=bare[:6])
+    write_report(old, tmp_path / "report.html")
+    best = table((tmp_path / "report.html").read_text(), "best")
+    assert [one["file to boxes, images/s"] for one in best] == ["not measured"] * 3
+    assert [one["network, images/s"] for one in best] == ["166.7", "83.33", "50.00"]
+    assert short_answer(old)[0] == "From file to boxes it was not measured: the figures are of the network alone."
+    assert next(plot.title for plot in plots(old)) == "Throughput of the network alone"
+
+
+def test_no_two_series_have_one_colour_however_many_there_are() -> None:
+    assert OK.bundle is not None
+    cells = [
+        replace(cell, bundle=replace(OK.bundle, directory=f"bundle {number}"))
+        for number in range(12)
+        for cell in many().cells[:6]
+    ]
+    throughput, *_ = plots(replace(many(), cells=tuple(cells)))
+    assert len({trace["line"]["color"] for trace in throughput.data}) == len(throughput.data) == 36
+
+
+def test_a_series_that_flattens_the_others_makes_the_axis_logarithmic() -> None:
+    slow = replace(many().cells[1], engine="paddle-plain")
+    stages = Stages(*([(900.0,) * 4] * 6), end_to_end_ms=(5400.0,) * 4)
+    slow = replace(slow, runs=tuple(replace(run, stages=stages) for run in slow.runs))
+    figures = {plot.title: plot for plot in plots(replace(many(), cells=(*many().cells[:6], slow)))}
+    assert figures["Latency from file to boxes"].layout["yaxis"]["type"] == "log"
+    assert "type" not in figures["Throughput from file to boxes"].layout["yaxis"]
+    where = figures["Where the time goes"]
+    assert where.layout["xaxis"]["range"][1] < 100 and "paddle-plain fp32, batch 4, to 1350 ms" in where.about
 
 
 def test_nothing_is_fetched(text: str) -> None:
@@ -115,16 +172,20 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 def test_the_figures_hold_the_samples(text: str) -> None:
     figures = json.loads(Page(text).scripts["script figures"])
-    assert len(figures) == len(plots(many())) == 9
-    boxes = figures[2]["data"]
+    by_title = {plot.title: figure for plot, figure in zip(plots(many()), figures, strict=True)}
+    assert len(by_title) == 11
+    boxes = by_title["How latencies are spread"]["data"]
     # From below, so that the first cell is on top.
     assert boxes[-1]["name"] == "paddle fp32, batch 1" and sorted(boxes[-1]["x"])[0] == 20.0
     assert len(boxes[-1]["x"]) == 50
-    throughput = {trace["name"]: trace for trace in figures[0]["data"]}
+    throughput = {trace["name"]: trace for trace in by_title["Throughput of the network alone"]["data"]}
     assert throughput["onnxruntime int8"]["x"] == [1, 4]
     assert throughput["onnxruntime int8"]["y"] == pytest.approx([1 * 50 / 0.3, 4 * 50 / 1.2])
     assert len({trace["line"]["color"] for trace in figures[0]["data"]}) == 3
-    in_time, server = figures[5:7]
+    whole = {trace["name"]: trace for trace in by_title["Throughput from file to boxes"]["data"]}
+    assert whole["onnxruntime int8"]["y"] == pytest.approx([1e3 / 7.2] * 2)
+    in_time = by_title["Server: answers in time"]
+    server = by_title["Server: latency of what was not turned away"]
     assert (
         in_time["data"][0]["y"] == [10.0, 20.0] and in_time["data"][1]["name"] == "onnxruntime int8, adaptive, batch 4"
     )
@@ -135,8 +196,11 @@ def test_the_figures_hold_the_samples(text: str) -> None:
 def test_the_short_answer() -> None:
     results = many()
     fastest, shortest, accurate = short_answer(replace(results, cells=results.cells[:6]))
-    assert fastest.startswith("Most images a second: onnxruntime int8, batch 1, bundle tiny_dir with 166.7 images/s")
-    assert shortest.startswith("Shortest latency of one image: onnxruntime int8, batch 1")
+    assert fastest == (
+        "Most images a second from file to boxes, one batch after the other: onnxruntime int8, batch 1, bundle "
+        "tiny_dir: 138.9 images/s, 7.20 ms for a batch, mAP 0.5000; the network alone 166.7 images/s."
+    )
+    assert shortest.startswith("Shortest latency of one image from file to boxes: onnxruntime int8, batch 1")
     assert "of the best FP32 (0.5000): the same" in accurate
     assert OK.accuracy is not None
     worse = tuple(
@@ -146,14 +210,23 @@ def test_the_short_answer() -> None:
     assert ": onnxruntime fp32, batch" in short_answer(replace(results, cells=worse))[2]
     unknown = tuple(replace(cell, accuracy=None) for cell in results.cells[:6])
     assert "not known" in short_answer(replace(results, cells=unknown))[2]
-    assert any(
-        sentence.startswith("Most answers within 100 ms: onnxruntime int8, batch 4, server at 10/s, adaptive, bundle")
-        and sentence.endswith("with 41.7 images/s, 91% of what is possible.")
-        for sentence in short_answer(results)
+    assert (
+        "Most answers within 100 ms of the arrival, decoding left out: onnxruntime int8, batch 4, server at 10/s, "
+        "adaptive, bundle tiny_dir with 41.7 images/s, 91% of what is possible." in short_answer(results)
     )
     quick = replace(results, settings=replace(results.settings, quick=True))
-    assert "quick (measured too briefly" in short_answer(quick)[-1]
+    assert short_answer(quick)[0].startswith("A first look: each cell was measured too briefly")
     assert short_answer(replace(results, cells=(FAILED,))) == ["Nothing could be measured; the reasons are below."]
+
+
+def test_what_pads_says_that_it_changes_boxes() -> None:
+    stages = Stages(*([(1.0,) * 4] * 6), end_to_end_ms=(4.0,) * 4)
+    one, padded = many().cells[4:6]
+    padded = replace(padded, runs=tuple(replace(run, mixed_batches=1, stages=stages) for run in padded.runs))
+    answer = short_answer(replace(many(), cells=(one, padded)))
+    assert "batch 4" in answer[0] and answer[1].startswith("Its batches hold images of several sizes, padded to the")
+    assert "changes boxes and scores" in answer[1]
+    assert answer[2].startswith("The fastest without padding: onnxruntime int8, batch 1")
 
 
 def test_pareto_front() -> None:

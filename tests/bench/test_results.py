@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_results import OK, RUN, sample_results
+from sample_results import OK, RUN, SKIPPED, sample_results
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.results import SCHEMA, BenchResults, CellResult, Serving, Settings
-from gfldeploy.bench.table import BoundCheck, Served, rows
+from gfldeploy.bench.table import COLUMNS, BoundCheck, Served, best_of_each, notes, rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.engines.base import Precision
 from gfldeploy.errors import DataError, OutputError
@@ -58,7 +58,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", SCHEMA + 1), "newer gfldeploy: schema 4"),
+        (change("schema", SCHEMA + 1), "newer gfldeploy: schema 5"),
         (change("schema", 1), "older gfldeploy: schema 1"),
         (change("schema", None), "no schema number"),
         (change("surprise", 1), "results has unknown keys: surprise"),
@@ -69,7 +69,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("cells.0.threads", True), "threads must be of type int"),
         (change("cells.0.runs.0.samples.latency_ms", ["fast"]), r"latency_ms\[0\] must be a finite number"),
         (change("cells.0.runs.0.samples.latency_ms", []), "at least one latency"),
-        (change("cells.0.runs.0.load_s", float("nan")), "load_s must be a finite number"),
+        (change("cells.0.runs.0.load_s", float("nan")), "NaN is no number in JSON"),
         (change("cells.0.runs", {}), "runs must be a list"),
         (change("cells.0.runs", []), "needs runs"),
         (change("cells.1.reason", None), "has a reason unless"),
@@ -112,8 +112,10 @@ def test_rows(results: BenchResults) -> None:
     assert ok.median_ms is not None and ok.median_ms.value == 13.0  # of 10, 12, 20 and 14: both rounds
     assert ok.p90_ms is None, "four samples say nothing of it"
     assert ok.images_per_s == pytest.approx(8 / 0.08)
-    assert ok.end_to_end_ms == 18.0
-    assert (ok.ap, ok.low_precision, ok.memory_mb, ok.note) == (0.5, "52/53", 290.0, NOT_INT8)
+    # Two rounds with batches of two images that take 12 and 24 ms from file to boxes.
+    assert ok.file_ms is not None and (ok.file_ms.value, ok.file_ms.n) == (18.0, 4)
+    assert ok.file_images_per_s == pytest.approx(8 / 0.072) and ok.file_p99_ms is None
+    assert (ok.ap, ok.low_precision, ok.memory_mb, ok.note) == (0.5, "52 of 53", 290.0, NOT_INT8)
     # 100 images a second of 10^9 MACs each, of a peak of 200 10^9.
     assert ok.gmac_per_s == pytest.approx(100) and ok.percent_of_peak == pytest.approx(50)
     assert ok.flags == ()
@@ -121,7 +123,77 @@ def test_rows(results: BenchResults) -> None:
     assert (skipped.bundle, skipped.batch_size, skipped.note) == (None, None, "skipped: it cannot; Try x")
     (no_accuracy,) = rows(replace(results, cells=(replace(OK, accuracy=None, accuracy_reason="no boxes"),)))
     assert no_accuracy.note == f"{NOT_INT8}; no mAP: no boxes"
-    assert no_accuracy.accuracy == "unknown"
+    assert {one.key: one.value(no_accuracy) for one in COLUMNS}["ap"] == "unknown"
+
+
+def test_an_undefined_map_is_no_number(results: BenchResults) -> None:
+    assert OK.accuracy is not None
+    (row,) = rows(replace(results, cells=(replace(OK, accuracy=replace(OK.accuracy, ap=-1.0)),)))
+    assert row.ap is None and row.note is not None and "no mAP: it is undefined" in row.note
+
+
+def test_each_note_is_there_once_whatever_it_holds_for(results: BenchResults) -> None:
+    def cell(size: int, line: str) -> CellResult:
+        run = replace(RUN, convolutions={"fp32": 1, "int8": 52}, not_low_precision=(line,))
+        return replace(OK, batch_size=size, runs=(run,))
+
+    shapes = [f"left in f32 (1): mb{size}_ic128oc64_ih{size}oh28kh1 brgconv" for size in (1, 2, 4)]
+    cells = [cell(size, line) for size, line in zip((1, 2, 4), shapes, strict=True)]
+    other = replace(SKIPPED, engine="paddle")
+    found = notes(rows(replace(results, cells=(*cells, SKIPPED, other))))
+    assert found == [
+        ("1 of 53 convolutions not in int8: left in f32 (1): ic128oc64 brgconv", "onnxruntime int8 batch 1, 2, 4"),
+        ("skipped: it cannot; Try x", "onnxruntime int8; paddle int8"),
+    ]
+
+
+def schema_3(results: BenchResults) -> dict[str, Any]:
+    """As the version before wrote it."""
+    data = results.to_dict()
+    data["schema"] = 3
+    del data["settings"]["tail_count"]
+    for cell in data["cells"]:
+        for run in cell["runs"]:
+            del run["mixed_batches"]
+    return data
+
+
+def test_the_schema_before_is_read(results: BenchResults) -> None:
+    read = BenchResults.from_dict(schema_3(results))
+    runs = [run for cell in read.cells for run in cell.runs]
+    assert all(run.mixed_batches is None and run.stages for run in runs) and read.settings.tail_count == 0
+    data = schema_3(results)
+    for cell in data["cells"]:
+        cell["scenario"] = cell["scenario"] and "offline"  # of which it timed other batches from file to boxes
+    (row, *_) = rows(BenchResults.from_dict(data))
+    assert row.file_ms is None and row.file_images_per_s is None and row.images_per_s
+    assert {one.key: one.value(row) for one in COLUMNS}["file_to_boxes_images_per_s"] == "not measured"
+    for key in ("settings", "cells"):
+        with pytest.raises(DataError, match=key):
+            BenchResults.from_dict({**schema_3(results), key: 3})
+    for cell in data["cells"]:
+        cell["runs"] = [3]
+    with pytest.raises(DataError, match="must be an object"):
+        BenchResults.from_dict(data)
+
+
+def test_times_of_0_are_no_speed(results: BenchResults) -> None:
+    assert RUN.stages is not None
+    zero = replace(RUN, stages=replace(RUN.stages, end_to_end_ms=(0.0, 0.0)))
+    (row,) = rows(replace(results, cells=(replace(OK, runs=(zero,)),)))
+    assert row.file_images_per_s is None and row.file_ms is not None and row.file_ms.value == 0
+
+
+def test_the_best_batch_of_each(results: BenchResults) -> None:
+    def cell(size: int, ms: float, precision: Precision = "int8") -> CellResult:
+        assert RUN.stages is not None
+        run = replace(RUN, stages=replace(RUN.stages, end_to_end_ms=(ms, ms)))
+        return replace(OK, precision=precision, batch_size=size, runs=(run,))
+
+    old = replace(OK, precision="bf16", runs=(replace(RUN, stages=None),))
+    cells = (cell(2, 20.0), cell(4, 32.0), cell(8, 100.0), cell(2, 10.0, "fp32"), old)
+    best = best_of_each(rows(replace(results, cells=cells)))
+    assert [(row.precision, row.batch_size) for row in best] == [("fp32", 2), ("int8", 4), ("bf16", 2)]
 
 
 def test_flags(results: BenchResults) -> None:
@@ -135,6 +207,8 @@ def test_flags(results: BenchResults) -> None:
     quick = replace(results.settings, quick=True)
     (row,) = rows(replace(results, settings=quick, cells=(replace(OK, runs=(RUN, careful)),)))
     assert row.flags == ("quick", "unstable", "busy", "throttled")
+    (row,) = rows(replace(results, cells=(replace(OK, runs=(RUN, replace(RUN, mixed_batches=1))),)))
+    assert row.flags == ("padded",)
 
 
 def server(latency_ms: Sequence[float], rejected: int, most_kept: int) -> CellResult:

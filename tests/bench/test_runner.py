@@ -35,7 +35,7 @@ TIMED = {
             )
         },
         "engine_version": "1", "load_s": 1.0, "build_s": None, "first_inference_ms": 1.0, "peak_rss_mb": 1.0,
-        "inputs_mb": 1.0, "shapes": {"1x3x64x96": 1}, "padding_ratio": 1.0, "convolutions": None,
+        "inputs_mb": 1.0, "shapes": {"1x3x64x96": 1}, "padding_ratio": 1.0, "mixed_batches": 0, "convolutions": None,
         "not_low_precision": None, "delegated": None,
         "idle": {"cpu_percent": 1.0, "gpu_percent": None, "waited_s": 0.0}, "monitored": None,
         "serving": None,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +186,7 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
     shutil.copytree(bundle, copy)
     (copy / "paddle").mkdir()
-    added = {"paddle/model.pdmodel": b"none", "layers.json": b'{"weights": "head.conv"}'}
+    added = {"paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00", "layers.json": b'{"weights": "head.conv"}'}
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": None}
     for name, content in added.items():
@@ -228,19 +230,18 @@ def test_a_small_disk_is_refused_before_the_work(disk: Callable[[int], Path], re
     assert "MB free, 40 MB are needed" in shown
 
 
-# The check of the free space is switched off: the disk fills up while the files are written.
-_FILLS_UP = "from gfldeploy.export import exporter\nexporter._SPACE_FACTOR = 0"
-_LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
-
-
 # Paddle's parameters take 6.7 MB, and are written twice; the ONNX file as much again, also twice.
 @pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [11, 17])
 @demo_bundles.needs_export
-def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(
+    megabytes: int, disk: Callable[[int], Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The check of the free space is switched off: the disk fills up while the files are written.
+    monkeypatch.setattr("gfldeploy.export.exporter._SPACE_FACTOR", 0)
     output = disk(megabytes) / "new" / "out"
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output)
-    shown = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=_FILLS_UP))
+    shown = refused(*arguments)
     assert shown == (
         f"Error: cannot write {output}: No space left on device. Free some space or choose another --output."
     )
@@ -248,17 +249,28 @@ def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_p
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 @demo_bundles.needs_quant
-def test_a_limit_on_file_sizes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_limit_on_file_sizes(exported: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     output = tmp_path / "new" / "out"
-    source, data = demo_bundles.exported(tmp_path_factory), demo_bundles.pictures(tmp_path_factory)
+    quantize = ("quantize", exported, "--data", pictures, "--samples", 1, "--algo", "abs_max", "--min-agreement", 0)
     for arguments, limit in (
         (("export", "-c", demo.config_path(), "--random-weights", 0), 3_000_000),
-        (("quantize", source, "--data", data, "--samples", 1, "--algo", "abs_max", "--min-agreement", 0), 300_000),
+        (quantize, 300_000),
     ):
-        done = demo_bundles.run(*arguments, "-o", output, folder=tmp_path, before=_LIMITED.format(limit))
-        assert f"cannot write {output}: File too large. Raise the limit" in demo_bundles.refusal(done)
-        assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"
+        with limited(resource.RLIMIT_FSIZE, limit):
+            shown = refused(*arguments, "-o", output)
+        assert f"cannot write {output}: File too large. Raise the limit" in shown
+
+
+@contextmanager
+def limited(what: int, limit: int) -> Iterator[None]:
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------------
@@ -297,23 +309,20 @@ def test_a_changed_file_of_the_same_size(
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     content = (bundle / "onnx/model.onnx").read_bytes()
     (bundle / "onnx/model.onnx").write_bytes(bytes(len(content)))
-    assert "has changed since the bundle was made" in refused("verify", bundle)
-    assert "not the ONNX graph of a detector" in refused("inspect", bundle)
-    assert "not the ONNX graph of a detector" in refused("audit", "--config-or-bundle", bundle, "--data", tiny_coco)
+    for arguments in (("verify", bundle), ("inspect", bundle), ("audit", "--config-or-bundle", bundle)):
+        data = () if len(arguments) == 2 else ("--data", tiny_coco)
+        assert "has changed since the bundle was made" in refused(*arguments, *data)
 
 
-def test_a_damaged_graph_is_the_engines_to_refuse(
-    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_a_damaged_graph(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     (bundle / "onnx/model.onnx").write_bytes(bytes((bundle / "onnx/model.onnx").stat().st_size))
-    assert "ONNX Runtime cannot load" in refused("eval", bundle, "--data", tiny_coco)
+    assert "has changed since the bundle was made" in refused("eval", bundle, "--data", tiny_coco)
 
 
 def test_a_bundle_without_the_graph_that_is_asked_for(
     tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert "has no paddle graph (it has: onnx)" in refused("verify", tiny_bundle)
     arguments = ("quantize", tiny_bundle, "--data", tiny_coco, "--samples", 1, "-o", tmp_path / "out")
     assert "has no paddle_program graph" in refused(*arguments)
 

@@ -90,6 +90,25 @@ def test_a_folder(tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest
     assert sorted(path.name for path in output.parent.iterdir()) == ["out"], "nothing else is left"
 
 
+def test_what_a_bundle_may_lack_is_said(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A bundle of 24 candidates, all of which find one and the same box: better ones may have been left out.
+    bundle = tmp_path / "chosen"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "candidates": 24, "notes": ["24 are few"]}))
+    command = (bundle, images / "0000.jpg", images / "0001.jpg", "--engine", "onnxruntime")
+    assert run(*command, "-o", tmp_path / "out") == 0
+    said = capfd.readouterr().err
+    assert "Note: 24 are few" in said
+    assert "Note: 2 of them may lack detections, or have other ones, that score below 0.8" in said
+    assert all(one["may_lack_below"] == pytest.approx(0.88, abs=0.01) for one in lines(tmp_path / "out"))
+    assert run(*command, "--threshold", 0.9, "-o", tmp_path / "best") == 0  # nothing of what is asked for
+    assert "may lack" not in capfd.readouterr().err
+    assert not any("may_lack_below" in one for one in lines(tmp_path / "best"))
+
+
 def test_annotations_give_the_ids(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     data = json.loads(tiny_coco.read_text())
     for table, key in (("images", "id"), ("annotations", "image_id")):

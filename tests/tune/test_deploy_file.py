@@ -22,8 +22,12 @@ from gfldeploy.tune.search import Bounds
 EVIDENCE = Evidence(
     images_per_s=Estimate(80.0, 79.0, 81.5, 12),
     latency_p50_ms=Estimate(25.0, 24.9, 25.2, 400),
-    latency_ms=Estimate(31.0, None, None, 400),
-    latency_percent=99,
+    latency_p99_ms=Estimate(31.0, 30.0, 33.0, 400),
+    latency_max_ms=40.5,
+    network_images_per_s=Estimate(95.0, None, None, 3),
+    network_p50_ms=Estimate(21.0, 20.9, 21.2, 400),
+    quick=False,
+    padded=False,
     memory_mb=310.5,
     ap=0.701,
     ap_drop=0.004,
@@ -57,6 +61,30 @@ def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
     assert deploy.bundle_path(path) == tmp_path / "new" / "models" / "int8"
 
 
+def test_the_schema_before_is_read(tmp_path: Path) -> None:
+    data = DEPLOY.to_dict()
+    data["schema"] = 1
+    for one in (data["choice"], data["runner_up"]):
+        found = one["evidence"]
+        one["evidence"] = {
+            "images_per_s": found["network_images_per_s"],
+            "latency_p50_ms": found["network_p50_ms"],
+            "latency_ms": found["latency_p99_ms"],
+            "latency_percent": 99,
+            **{key: found[key] for key in ("memory_mb", "ap", "ap_drop", "ap_images", "runs", "started")},
+        }
+    path = tmp_path / "deploy.yml"
+    path.write_text(yaml.safe_dump(data))
+    read = Deploy.read(path)
+    assert read.choice.evidence.images_per_s is None and read.choice.evidence.latency_p99_ms is None
+    assert read.choice.evidence.network_p50_ms == EVIDENCE.network_p50_ms and read.knee is None
+    assert replace(read.choice, evidence=EVIDENCE) == CHOICE
+    for wrong in (3, {"evidence": 3}):
+        path.write_text(yaml.safe_dump({**data, "choice": wrong}))
+        with pytest.raises(DataError, match="choice"):
+            Deploy.read(path)
+
+
 def broken(change: Callable[[dict[str, Any]], object]) -> str:
     data = DEPLOY.to_dict()
     change(data)
@@ -70,7 +98,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         ("", "no schema number"),
         ("- 1", "no schema number"),
         ("!!python/object/apply:os.system [exit]", "is not YAML"),
-        (broken(lambda data: data.update(schema=99)), "a newer gfldeploy: schema 99, this one reads schema 1.*Update"),
+        (broken(lambda data: data.update(schema=99)), "a newer gfldeploy: schema 99, this one reads schema 2.*Update"),
         (broken(lambda data: data.update(schema=0)), "an older gfldeploy.*Run `gfldeploy tune` again"),
         (broken(lambda data: data.update(more=1)), "it has unknown keys: more"),
         (broken(lambda data: data.pop("machine")), "it lacks machine"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from gfldeploy.tune.knee import CurvePoint, Knee, find_knee
-from gfldeploy.tune.measured import Measured
+from gfldeploy.tune.measured import Measured, Tail
 
 SPREAD = (0.99, 1.0, 1.01, 0.995, 1.005, 1.0)
 
 
 def runs(images_per_s: float, count: int = 3, spread: tuple[float, ...] = SPREAD) -> Measured:
-    return Measured((tuple(images_per_s * one for one in spread),) * count, 1.0, 1.0, 50, 1.0)
+    return Measured((tuple(images_per_s * one for one in spread),) * count, 1.0, Tail(1.0, 1.0, 400, True), 1.0)
 
 
 @pytest.mark.parametrize(

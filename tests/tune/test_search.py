@@ -13,7 +13,7 @@ import pytest
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.results import Scenario
 from gfldeploy.engines.base import Precision
-from gfldeploy.tune.measured import Measured
+from gfldeploy.tune.measured import Measured, Tail
 from gfldeploy.tune.race import Outcome, race
 from gfldeploy.tune.search import (
     Bounds,
@@ -62,7 +62,7 @@ def space(
 
 def found(images_per_s: float, size: int = 1, memory_mb: float = 100) -> Measured:
     latency_ms = 1e3 * size / images_per_s
-    return Measured(((images_per_s,) * 6,), latency_ms, latency_ms, 99, memory_mb)
+    return Measured(((images_per_s,) * 6,), latency_ms, Tail(latency_ms, latency_ms, 400, True), memory_mb)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Surface:
 
         passes = tuple(run() for _ in range(runs))
         median_ms = 1e3 * one.batch_size / sorted(passes[0])[1]
-        return Measured(passes, median_ms, 1.2 * median_ms, 99, self.memory_mb * (1 + 0.1 * one.batch_size))
+        tail = Tail(1.2 * median_ms, 1.2 * median_ms, 400, True)
+        return Measured(passes, median_ms, tail, self.memory_mb * (1 + 0.1 * one.batch_size))
 
 
 def random_surface(seed: int, rough: float = 0.0) -> Surface:
@@ -267,7 +268,7 @@ def test_nothing_keeps_the_bounds() -> None:
     assert {one.batch_size for one in measured} == {1}, "larger ones take longer still"
     miss = nearest(where, outcome.known, outcome.drops)
     assert miss is not None and (miss.what, miss.bound) == ("latency", 1)
-    assert miss.value == min(found.tail_ms for found in outcome.known.values() if found)
+    assert miss.value == min(found.tail.ms for found in outcome.known.values() if found)
 
 
 def test_the_nearest_is_the_one_that_misses_least_whatever_it_misses() -> None:

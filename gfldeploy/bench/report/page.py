@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -11,21 +11,62 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.report.plots import label, plots
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import FLAGS, UNKNOWN, Row, rows
+from gfldeploy.bench.table import (
+    COLUMNS,
+    FLAGS,
+    TEXT_KEYS,
+    UNKNOWN,
+    Column,
+    Row,
+    best_of_each,
+    notes,
+    rows,
+    several_bundles,
+    text_of,
+)
 
 __all__ = ["short_answer", "write_report"]
 
 # What quantising may cost by default (`gfldeploy quantize --max-drop`): within it accuracy counts as the same.
 _SAME_ACCURACY = 0.005
+_FIRST_LOOK = "A first look: each cell was measured too briefly for figures to be quoted."
+_PADDED = (
+    "Its batches hold images of several sizes, padded to the largest, which changes boxes and scores (group "
+    "normalisation takes in the padding); mAP is of batch 1."
+)
+# What is shown first, of the best batch of each engine and precision.
+_BEST_KEYS = (
+    "engine",
+    "precision",
+    "bundle",
+    "device",
+    "threads",
+    "scenario",
+    "batch_size",
+    "file_to_boxes_images_per_s",
+    "file_to_boxes_median_ms",
+    "ap",
+    "memory_mb",
+    "network_images_per_s",
+    "flags",
+)
 _BODY = Path(__file__).with_name("bench.html")
 
 
 def write_report(results: BenchResults, path: Path) -> None:
     """Write the page, replacing any other file. Raises `OutputError`."""
     figures = plots(results)
+    shown = rows(results)
+    measured = [row for row in shown if row.status == "ok"]
+    best = best_of_each(measured)
+    keys = [key for key in _BEST_KEYS if key != "bundle" or several_bundles(best)]
+    servers = [row for row in measured if row.scenario == "server"]
     body = Template(_BODY.read_text(encoding="utf-8")).substitute(
-        table=_table(rows(results)),
-        missing=_missing(rows(results)),
+        best=_table("best", best, keys) if best else "<p>No batches were measured.</p>",
+        servers=f"<section><h2>Servers</h2>{_table('servers', servers)}</section>" if servers else "",
+        count=f"{len(measured)} cell{'' if len(measured) == 1 else 's'}",
+        table=_table("cells", measured),
+        missing=_missing(shown),
         sections=sections(figures),
         machine="\n".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in _facts(results)),
         flags="\n".join(f"<dt>{escape(flag)}</dt><dd>{escape(what)}</dd>" for flag, what in FLAGS.items()),
@@ -36,37 +77,58 @@ def write_report(results: BenchResults, path: Path) -> None:
 
 def short_answer(results: BenchResults) -> list[str]:
     """What to ship by these results, in plain sentences, each with its figures, and what is not known."""
-    measured = [row for row in rows(results) if row.status == "ok" and row.images_per_s is not None]
+    shown = rows(results)
+    measured = [row for row in shown if row.status == "ok"]
     if not measured:
         return ["Nothing could be measured; the reasons are below."]
-    fastest = max(measured, key=lambda row: row.images_per_s or 0.0)
-    sentences = [f"Most images a second: {_named(fastest)} with {_figures(fastest)}."]
-    singles = [row for row in measured if row.scenario == "single-stream" and row.median_ms]
-    if singles:
-        quick = min(singles, key=lambda row: row.median_ms.value if row.median_ms else 0.0)
-        sentences.append(f"Shortest latency of one image: {_named(quick)} with {_ms(quick.median_ms)}.")
+    sentences = [_FIRST_LOOK] if results.settings.quick else []
+    best = best_of_each(measured)
+    if best:
+        sentences += _fastest(measured, best)
     servers = [(row, row.served) for row in measured if row.served]
     if servers:
         row, served = max(servers, key=lambda one: one[1].in_time_per_s)
         share = f", {served.percent_of_possible:.0f}% of what is possible" if served.percent_of_possible else ""
         bound_ms = results.settings.latency_bound_ms or 0.0
         sentences.append(
-            f"Most answers within {bound_ms:g} ms: {_named(row)} with {served.in_time_per_s:.1f} images/s{share}."
+            f"Most answers within {bound_ms:g} ms of the arrival, decoding left out: {_named(row)} with "
+            f"{served.in_time_per_s:.1f} images/s{share}."
         )
-    reference = [row.ap for row in measured if row.precision == "fp32" and row.ap is not None]
-    if reference:
-        safe = [row for row in measured if row.ap is not None and row.ap >= max(reference) - _SAME_ACCURACY]
-        best = max(safe, key=lambda row: row.images_per_s or 0.0)
-        same = "the same" if best == fastest else _named(best)
-        sentences.append(
-            f"Fastest within {_SAME_ACCURACY} mAP of the best FP32 ({max(reference):.4f}): {same}, {_figures(best)}."
-        )
-    else:
-        sentences.append("How accurate they are is not known: mAP of FP32 was not measured.")
-    flags = dict.fromkeys(flag for row in measured for flag in row.flags)
+    flags = dict.fromkeys(flag for row in measured for flag in row.flags if flag not in ("quick", "padded"))
     if flags:
         sentences.append(f"To be read with care: {'; '.join(f'{flag} ({FLAGS[flag]})' for flag in flags)}.")
     return sentences
+
+
+def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
+    """The fastest of all, of batches that are not padded, of one image, and of what is as accurate as FP32."""
+    fastest = best[0]
+    if fastest.file_images_per_s is None:
+        yield "From file to boxes it was not measured: the figures are of the network alone."
+        yield f"Most images a second: {_named(fastest)}: {_figures(fastest)}."
+    else:
+        yield (
+            f"Most images a second from file to boxes, one batch after the other: {_named(fastest)}: "
+            f"{_figures(fastest)}."
+        )
+    if "padded" in fastest.flags:
+        yield _PADDED
+        if whole := best_of_each([row for row in measured if "padded" not in row.flags]):
+            yield f"The fastest without padding: {_named(whole[0])}: {_figures(whole[0])}."
+    singles = [row for row in measured if row.scenario == "single-stream" and row.file_ms]
+    if singles:
+        quick = min(singles, key=lambda row: row.file_ms.value if row.file_ms else 0.0)
+        yield (
+            f"Shortest latency of one image from file to boxes: {_named(quick)} with {_ms(quick.file_ms)}; the network "
+            f"alone {_ms(quick.median_ms)}."
+        )
+    reference = [row.ap for row in best if row.precision == "fp32" and row.ap is not None]
+    if reference:
+        safe = next(row for row in best if row.ap is not None and row.ap >= max(reference) - _SAME_ACCURACY)
+        same = "the same" if safe == fastest else f"{_named(safe)}: {_figures(safe)}"
+        yield f"Fastest within {_SAME_ACCURACY} mAP of the best FP32 ({max(reference):.4f}): {same}."
+    else:
+        yield "How accurate they are is not known: mAP of FP32 was not measured."
 
 
 def _named(row: Row) -> str:
@@ -74,99 +136,50 @@ def _named(row: Row) -> str:
 
 
 def _figures(row: Row) -> str:
-    accuracy = f"mAP {row.ap:.4f}" if row.ap is not None else "unknown mAP"
-    return f"{row.images_per_s:.1f} images/s, {accuracy}"
+    accuracy = f"mAP {row.ap:.4f}" if row.ap is not None else f"{UNKNOWN} mAP"
+    network = f"the network alone {text_of(row.images_per_s)} images/s"
+    if row.file_images_per_s is None:
+        return f"{network}, {accuracy}"
+    return f"{text_of(row.file_images_per_s)} images/s, {_ms(row.file_ms)} for a batch, {accuracy}; {network}"
 
 
 def _ms(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
-    value = f"{estimate.value:.2f} ms"
+    value = f"{text_of(estimate, interval=False)} ms"
     if estimate.low is None or estimate.high is None:
         return value
-    return f"{value} ({estimate.low:.2f} to {estimate.high:.2f})"
+    return f"{value} ({text_of(estimate.low)} to {text_of(estimate.high)})"
 
 
-_HEADERS = (
-    "bundle",
-    "engine",
-    "precision",
-    "device",
-    "scenario",
-    "batch",
-    "median ms (95%)",
-    "p90 ms",
-    "p99 ms",
-    "images/s",
-    "file to boxes, ms",
-    "mAP",
-    "convs below FP32",
-    "% of peak",
-    "% of bandwidth",
-    "in time/s",
-    "% of possible",
-    "turned away, %",
-    "images in a batch",
-    "padding",
-    "memory MB",
-    "flags",
-)
+def _table(table_id: str, shown: Sequence[Row], keys: Collection[str] | None = None) -> str:
+    """A table of rows that sorts: the columns with these `keys`, None for all that say anything."""
+    columns = [one for one in COLUMNS if one.shown(shown) and (keys is None or one.key in keys)]
+    head = "".join(
+        f'<th scope="col"{_left(one)}><button type="button">{escape(one.header.replace(chr(10), " "))}</button></th>'
+        for one in columns
+    )
+    body = "".join(f"<tr>{''.join(_cell(one, row) for one in columns)}</tr>" for row in shown)
+    return (
+        f'<div class="wide"><table id="{table_id}"><caption>A click on a heading sorts by it.</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
-def _table(shown: Sequence[Row]) -> str:
-    head = "".join(f'<th scope="col"><button type="button">{escape(header)}</button></th>' for header in _HEADERS)
-    body = []
-    for row in shown:
-        if row.status != "ok":
-            continue
-        cells = "".join(
-            f"<td{'' if value is None else f' data-value={chr(34)}{value}{chr(34)}'}>{escape(text)}</td>"
-            for text, value in _cells(row)
-        )
-        body.append(f"<tr>{cells}</tr>")
-    return f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+def _cell(column: Column, row: Row) -> str:
+    value = column.value(row)
+    key = value.value if isinstance(value, Estimate) else value
+    sort = f' data-value="{key}"' if isinstance(key, int | float) else ""
+    return f"<td{_left(column)}{sort}>{escape(text_of(value, column.digits))}</td>"
 
 
-def _cells(row: Row) -> Iterator[tuple[str, float | None]]:
-    """The text of each column, and what it is sorted by where that is a number."""
-    for text in (row.bundle or "", row.engine, row.precision, row.device, _scenario(row)):
-        yield text, None
-    yield str(row.batch_size), float(row.batch_size or 0)
-    for estimate in (row.median_ms, row.p90_ms, row.p99_ms):
-        yield _ms(estimate).replace(" ms", ""), estimate.value if estimate else None
-    for value, digits in ((row.images_per_s, 1), (row.end_to_end_ms, 2)):
-        yield "" if value is None else f"{value:.{digits}f}", value
-    yield (UNKNOWN, None) if row.ap is None else (f"{row.ap:.4f}", row.ap)
-    yield row.low_precision or "", None
-    for value in (row.percent_of_peak, row.percent_of_bandwidth, row.memory_mb):
-        yield "" if value is None else f"{value:.0f}", value
-    served = row.served
-    rejected = 100 * served.rejected if served else None
-    for value, digits in (
-        (served.in_time_per_s if served else None, 1),
-        (served.percent_of_possible if served else None, 0),
-        (rejected, 0),
-        (served.mean_batch if served else None, 1),
-        (row.padding, 2),
-    ):
-        yield "" if value is None else f"{value:.{digits}f}", value
-    yield " ".join(row.flags), None
-
-
-def _scenario(row: Row) -> str:
-    return f"{row.scenario} {row.rate:g}/s, {row.policy}" if row.rate else str(row.scenario)
+def _left(column: Column) -> str:
+    return ' class="text"' if column.key in TEXT_KEYS else ""
 
 
 def _missing(shown: Sequence[Row]) -> str:
-    """What was not measured, and what is to be said of what was."""
-    items = []
-    for row in shown:
-        if row.note:
-            batch = f", batch {row.batch_size}" if row.batch_size else ""
-            bundle = f" of {row.bundle}" if row.bundle else ""
-            items.append(
-                f"<li><b>{escape(f'{row.engine} {row.precision}{batch}{bundle}')}</b>: {escape(row.note)}</li>"
-            )
+    """What was not measured, and what is to be said of what was: each reason once."""
+    items = [f"<li><b>{escape(names)}</b>: {escape(note)}</li>" for note, names in notes(shown)]
     return f"<ul>{''.join(items)}</ul>" if items else "<p>Nothing: every cell was measured as asked.</p>"
 
 

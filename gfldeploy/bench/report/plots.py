@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,18 @@ import numpy as np
 
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults, CellResult
-from gfldeploy.bench.table import Row, rows
+from gfldeploy.bench.table import STREAMS, Row, rows
 
-__all__ = ["COLOURS", "Plot", "label", "pareto_front", "plots"]
+__all__ = ["COLOURS", "GREY", "Plot", "label", "pareto_front", "plots"]
 
-# Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1", "#999999")
+# Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background,
+# and two more. Grey is for what is no series.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1", "#A0A020")
+GREY = "#999999"
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up")
+# A series this many times as large as the middle one makes the others flat lines: the axis becomes logarithmic.
+_FLATTENS = 5.0
 _STAGES = {
     "decode_ms": "decode",
     "preprocess_ms": "preprocess",
@@ -28,7 +35,6 @@ _STAGES = {
 _MOST_POINTS = 2000
 # Timelines shown at first; the legend brings the others.
 _TIMELINES = 3
-_STREAMS = ("single-stream", "multi-stream")
 
 
 @dataclass(frozen=True)
@@ -43,25 +49,52 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Style:
+    """How the series with this `number`, from 0, is drawn: no two have one colour, and past the palette they differ in
+    dashes and markers too."""
+
+    number: int
+
+    @property
+    def colour(self) -> str:
+        if self.number < len(COLOURS):
+            return COLOURS[self.number]
+        # By the golden ratio hues never repeat, and neighbours are far apart.
+        hue, light = self.number * 0.6180339887 % 1, (0.45, 0.58)[self.number % 2]
+        return "#" + "".join(f"{round(255 * part):02X}" for part in colorsys.hls_to_rgb(hue, light, 0.6))
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": self.colour, "dash": _DASHES[self.number // len(COLOURS) % len(_DASHES)]}
+
+    @property
+    def marker(self) -> dict[str, Any]:
+        return {"color": self.colour, "symbol": _SYMBOLS[self.number // len(COLOURS) % len(_SYMBOLS)]}
+
+
+@dataclass(frozen=True)
 class _Measured:
     """A cell that was measured, with its row of the table and the series of lines that it is a point of."""
 
     cell: CellResult
     row: Row
     series: str
-    colour: str
+    style: Style
 
 
 def plots(results: BenchResults) -> list[Plot]:
     """Every figure that the results have something for."""
     measured = _measured(results)
-    streams = [one for one in measured if one.cell.scenario in _STREAMS]
+    batches = [one for one in measured if one.cell.scenario != "server"]
+    streams = [one for one in measured if one.cell.scenario in STREAMS]
     makers: list[tuple[Callable[[list[_Measured]], Plot | None], list[_Measured]]] = [
-        (_throughput, [one for one in measured if one.cell.scenario != "server"]),
-        (_latency, streams),
+        (_throughput, batches),
+        (_latency, batches),
+        (_network_throughput, batches),
+        (_network_latency, streams),
         (_distributions, streams),
-        (_stages, streams),
-        (_accuracy, streams),
+        (_stages, batches),
+        (_accuracy, batches),
         (lambda some: _in_time(some, results.settings.latency_bound_ms), [one for one in measured if one.row.served]),
         (lambda some: _server(some, results.settings.latency_bound_ms), [one for one in measured if one.row.rate]),
         (lambda some: _peaks(some, results), measured),
@@ -73,7 +106,7 @@ def plots(results: BenchResults) -> list[Plot]:
 
 def label(row: Row) -> str:
     """What a cell is called where its bundle is known: "onnxruntime int8, batch 4"."""
-    more = "" if row.scenario in _STREAMS else f", {row.scenario}"
+    more = "" if row.scenario in STREAMS else f", {row.scenario}"
     rate = f" at {row.rate:g}/s, {row.policy}" if row.rate else ""
     return f"{row.engine} {row.precision}, batch {row.batch_size}{more}{rate}"
 
@@ -94,51 +127,82 @@ def _measured(results: BenchResults) -> list[_Measured]:
     several = len({(row.engine, row.precision, row.bundle) for _, row in shown}) > len(models)
     devices = len({row.device for _, row in shown}) > 1
     found: list[_Measured] = []
-    colours: dict[str, str] = {}
+    styles: dict[str, Style] = {}
     for cell, row in shown:
         series = f"{row.engine} {row.precision}"
         series += f" on {row.device}" if devices else ""
         series += f" of {row.bundle}" if several else ""
-        series += f", {row.policy or row.scenario}" if row.scenario not in _STREAMS else ""
-        colour = colours.setdefault(series, COLOURS[len(colours) % len(COLOURS)])
-        found.append(_Measured(cell, row, series, colour))
+        series += f", {row.policy or row.scenario}" if row.scenario not in STREAMS else ""
+        found.append(_Measured(cell, row, series, styles.setdefault(series, Style(len(styles)))))
     return found
 
 
-def _lines(measured: Sequence[_Measured]) -> Iterator[tuple[str, str, list[_Measured]]]:
-    """Name, colour and points of each series, by batch size."""
+def _lines(measured: Sequence[_Measured]) -> Iterator[tuple[str, Style, list[_Measured]]]:
+    """Name, style and points of each series, by batch size."""
     for series in dict.fromkeys(one.series for one in measured):
         points = sorted((one for one in measured if one.series == series), key=lambda one: one.row.batch_size or 0)
-        yield series, points[0].colour, points
+        yield series, points[0].style, points
 
 
-def _throughput(measured: list[_Measured]) -> Plot:
+def _throughput(measured: list[_Measured]) -> Plot | None:
+    """From file to boxes."""
+    about = (
+        "One batch after the other, decoding, preprocessing and NMS included. A line that falls has passed its best "
+        "batch size."
+    )
+    return _speeds("Throughput from file to boxes", about, measured, lambda row: row.file_images_per_s)
+
+
+def _network_throughput(measured: list[_Measured]) -> Plot | None:
+    about = "Completed images by wall time, on batches that were prepared before."
+    return _speeds("Throughput of the network alone", about, measured, lambda row: row.images_per_s)
+
+
+def _speeds(title: str, about: str, measured: list[_Measured], speed: Callable[[Row], float | None]) -> Plot | None:
+    known = [one for one in measured if speed(one.row) is not None]
+    if not known:
+        return None
     data = [
         {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": series,
+            "name": name,
             "x": [one.row.batch_size for one in points],
-            "y": [one.row.images_per_s for one in points],
-            "line": {"color": colour},
+            "y": [speed(one.row) or 0.0 for one in points],
+            "line": style.line,
+            "marker": style.marker,
             "hovertemplate": "batch %{x}: %{y:.1f} images/s",
         }
-        for series, colour, points in _lines(measured)
+        for name, style, points in _lines(known)
     ]
-    about = "Completed images by wall time. A line that falls has passed its best batch size."
-    return Plot("Throughput", about, data, _axes("batch size", "images/s", measured))
+    return Plot(title, about, data, _axes("batch size", "images/s", measured, data))
 
 
-def _latency(measured: list[_Measured]) -> Plot:
+def _latency(measured: list[_Measured]) -> Plot | None:
+    about = "Median of a whole batch, with its 95% interval where the samples support one."
+    return _latencies("Latency from file to boxes", about, measured, lambda row: row.file_ms)
+
+
+def _network_latency(measured: list[_Measured]) -> Plot | None:
+    about = "The same of the network alone, on batches that were prepared before."
+    return _latencies("Latency of the network alone", about, measured, lambda row: row.median_ms)
+
+
+def _latencies(
+    title: str, about: str, measured: list[_Measured], latency: Callable[[Row], Estimate | None]
+) -> Plot | None:
+    known = [one for one in measured if latency(one.row)]
+    if not known:
+        return None
     data = []
-    for series, colour, points in _lines(measured):
-        estimates = [one.row.median_ms for one in points if one.row.median_ms]
+    for name, style, points in _lines(known):
+        estimates = [e for one in points if (e := latency(one.row))]
         spread = [(e.high - e.value, e.value - e.low) if e.high and e.low else (0.0, 0.0) for e in estimates]
         data.append(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": series,
+                "name": name,
                 "x": [one.row.batch_size for one in points],
                 "y": [e.value for e in estimates],
                 "error_y": {
@@ -146,14 +210,14 @@ def _latency(measured: list[_Measured]) -> Plot:
                     "symmetric": False,
                     "array": [above for above, _ in spread],
                     "arrayminus": [below for _, below in spread],
-                    "color": colour,
+                    "color": style.colour,
                 },
-                "line": {"color": colour},
+                "line": style.line,
+                "marker": style.marker,
                 "hovertemplate": "batch %{x}: %{y:.2f} ms",
             }
         )
-    about = "Median of a whole batch through the network alone, with its 95% interval where the samples support one."
-    return Plot("Latency", about, data, _axes("batch size", "ms for a batch", measured))
+    return Plot(title, about, data, _axes("batch size", "ms for a batch", measured, data))
 
 
 def _distributions(measured: list[_Measured]) -> Plot:
@@ -168,7 +232,7 @@ def _distributions(measured: list[_Measured]) -> Plot:
                 "type": "box",
                 "name": f"{one.series}, batch {one.row.batch_size}",
                 "x": [round(float(value), 4) for value in values],
-                "marker": {"color": one.colour, "size": 3},
+                "marker": {"color": one.style.colour, "size": 3},
                 "boxpoints": "outliers",
                 "showlegend": False,
                 "orientation": "h",
@@ -178,18 +242,21 @@ def _distributions(measured: list[_Measured]) -> Plot:
         "xaxis": {"title": {"text": "ms for a batch"}, "type": "log", "automargin": True},
         "yaxis": {"automargin": True},
     }
-    about = "All samples of all rounds: the box is the middle half, the line in it the median."
+    about = "The network alone, all samples of all rounds: the box is the middle half, the line in it the median."
     return Plot("How latencies are spread", about, data, layout, 140 + 24 * len(measured))
 
 
-def _stages(measured: list[_Measured]) -> Plot:
-    names = [f"{one.series}, batch {one.row.batch_size}" for one in reversed(measured)]
-    data = []
+def _stages(measured: list[_Measured]) -> Plot | None:
+    known = [one for one in measured if one.cell.file_ms][::-1]
+    if not known:
+        return None
+    names = [f"{one.series}, batch {one.row.batch_size}" for one in known]
+    data: list[dict[str, Any]] = []
     for (field, name), colour in zip(_STAGES.items(), COLOURS, strict=False):
         values = [
             statistics.median(value for run in one.cell.runs for value in getattr(run.stages, field))
             / (one.row.batch_size or 1)
-            for one in reversed(measured)
+            for one in known
         ]
         data.append(
             {
@@ -202,17 +269,29 @@ def _stages(measured: list[_Measured]) -> Plot:
                 "hovertemplate": f"{name}: %{{x:.2f}} ms",
             }
         )
-    layout = {
-        "barmode": "stack",
-        "xaxis": {"title": {"text": "ms for an image"}, "automargin": True},
-        "yaxis": {"automargin": True},
-    }
-    about = "Medians by image, from the file to the detections, one stage after the other."
-    return Plot("Where the time goes", about, data, layout, 180 + 24 * len(measured))
+    axis: dict[str, Any] = {"title": {"text": "ms for an image"}, "automargin": True}
+    layout = {"barmode": "stack", "xaxis": axis, "yaxis": {"automargin": True}}
+    about = "Medians by image, from the file to the boxes, one stage after the other."
+    totals = [sum(trace["x"][number] for trace in data) for number in range(len(names))]
+    edge = _FLATTENS * statistics.median(totals)
+    if beyond := {name: total for name, total in zip(names, totals, strict=True) if total > edge}:
+        axis["range"] = [0, 1.05 * max([total for total in totals if total <= edge])]
+        longest = max(beyond, key=lambda name: beyond[name])
+        about += (
+            f" {len(beyond)} bar{'s go' if len(beyond) > 1 else ' goes'} on beyond the edge, the longest, {longest}, "
+            f"to {beyond[longest]:.0f} ms; a double click shows all of them."
+        )
+    return Plot("Where the time goes", about, data, layout, 180 + 24 * len(known))
 
 
 def _accuracy(measured: list[_Measured]) -> Plot | None:
-    known = [one for one in measured if one.row.ap is not None and one.row.images_per_s is not None]
+    accurate = [one for one in measured if one.row.ap is not None]
+    whole = any(one.row.file_images_per_s is not None for one in accurate)
+
+    def speed(one: _Measured) -> float:
+        return (one.row.file_images_per_s if whole else one.row.images_per_s) or 0.0
+
+    known = [one for one in accurate if speed(one)]
     if not known:
         return None
     data: list[dict[str, Any]] = [
@@ -220,15 +299,15 @@ def _accuracy(measured: list[_Measured]) -> Plot | None:
             "type": "scatter",
             "mode": "markers",
             "name": series,
-            "x": [one.row.images_per_s for one in points],
+            "x": [speed(one) for one in points],
             "y": [one.row.ap for one in points],
             "text": [f"batch {one.row.batch_size}" for one in points],
-            "marker": {"color": colour, "size": 9},
+            "marker": style.marker | {"size": 9},
             "hovertemplate": "%{text}: %{x:.1f} images/s, mAP %{y:.4f}",
         }
-        for series, colour, points in _lines(known)
+        for series, style, points in _lines(known)
     ]
-    front = pareto_front([(one.row.images_per_s or 0.0, one.row.ap or 0.0) for one in known])
+    front = pareto_front([(speed(one), one.row.ap or 0.0) for one in known])
     data.append(
         {
             "type": "scatter",
@@ -240,16 +319,17 @@ def _accuracy(measured: list[_Measured]) -> Plot | None:
             "hoverinfo": "skip",
         }
     )
-    layout = {"xaxis": _axis("images/s"), "yaxis": _axis("mAP")}
+    what = "from file to boxes" if whole else "of the network alone"
+    layout = {"xaxis": _axis(f"images/s {what}"), "yaxis": _axis("mAP")}
     about = "Right is faster, up is more accurate: what lies on the dotted line is beaten by nothing in both."
     return Plot("Accuracy against speed", about, data, layout)
 
 
-def _servers(measured: Sequence[_Measured]) -> Iterator[tuple[str, list[_Measured]]]:
-    """The name and the points of each server, by the rate of arrivals."""
-    for name in dict.fromkeys(f"{one.series}, batch {one.row.batch_size}" for one in measured):
+def _servers(measured: Sequence[_Measured]) -> Iterator[tuple[str, Style, list[_Measured]]]:
+    """The name, the style and the points of each server, by the rate of arrivals."""
+    for number, name in enumerate(dict.fromkeys(f"{one.series}, batch {one.row.batch_size}" for one in measured)):
         some = (one for one in measured if f"{one.series}, batch {one.row.batch_size}" == name)
-        yield name, sorted(some, key=lambda one: one.row.rate or 0)
+        yield name, Style(number), sorted(some, key=lambda one: one.row.rate or 0)
 
 
 def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
@@ -258,7 +338,7 @@ def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
     data: list[dict[str, Any]] = [
         {"type": "scatter", "mode": "lines", "name": "all that arrive", "x": rates, "y": rates, "line": grey}
     ]
-    for name, points in _servers(measured):
+    for name, style, points in _servers(measured):
         some = [(one.row.rate, one.row.served) for one in points if one.row.served]
         data.append(
             {
@@ -267,7 +347,8 @@ def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
                 "name": name,
                 "x": [rate for rate, _ in some],
                 "y": [served.in_time_per_s for _, served in some],
-                "line": {"color": points[0].colour},
+                "line": style.line,
+                "marker": style.marker,
                 "hovertext": [f"{100 * served.rejected:.0f}% turned away" for _, served in some],
             }
         )
@@ -278,7 +359,7 @@ def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
 
 def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
     data = []
-    for series, points in _servers(measured):
+    for series, style, points in _servers(measured):
         for name, dash in (("median", "solid"), ("p90", "dash"), ("p99", "dot")):
             estimates: list[Estimate | None] = [getattr(one.row, f"{name}_ms") for one in points]
             some = [(one.row.rate, e.value) for one, e in zip(points, estimates, strict=True) if e]
@@ -290,7 +371,8 @@ def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
                         "name": f"{series}: {name}",
                         "x": [rate for rate, _ in some],
                         "y": [value for _, value in some],
-                        "line": {"color": points[0].colour, "dash": dash},
+                        "line": {"color": style.colour, "dash": dash},
+                        "marker": style.marker,
                     }
                 )
     layout = {"xaxis": _axis("images arriving a second"), "yaxis": _axis("ms from arrival to result") | {"type": "log"}}
@@ -322,7 +404,7 @@ def _peaks(measured: list[_Measured], results: BenchResults) -> Plot | None:
     ]
     if any(peak):
         data.append({"type": "bar", "orientation": "h", "name": "peak of the engine here", "y": names, "x": peak})
-    for trace, colour in zip(data, ("#0072B2", "#999999"), strict=False):
+    for trace, colour in zip(data, (COLOURS[0], GREY), strict=False):
         trace["marker"] = {"color": colour}
         trace["hovertemplate"] = "%{x:.1f} GMAC/s"
     layout = {"barmode": "group", "xaxis": _axis("10⁹ multiply-accumulates a second"), "yaxis": {"automargin": True}}
@@ -355,7 +437,7 @@ def _timelines(measured: list[_Measured]) -> Plot | None:
                     "x": [round(t, 2) for t in record.t_s],
                     "y": [round(value, 1) for value in values],
                     "yaxis": axis,
-                    "line": {"color": one.colour},
+                    "line": Style(number).line,
                     "hovertemplate": f"%{{y:.0f}} {unit}",
                 }
             )
@@ -370,11 +452,13 @@ def _timelines(measured: list[_Measured]) -> Plot | None:
     return Plot("The machine meanwhile", about, data, layout, 560)
 
 
-def _axes(x: str, y: str, measured: Sequence[_Measured]) -> dict[str, Any]:
+def _axes(x: str, y: str, measured: Sequence[_Measured], data: Sequence[dict[str, Any]]) -> dict[str, Any]:
     sizes = sorted({one.row.batch_size for one in measured if one.row.batch_size})
+    largest = [max(trace["y"]) for trace in data]
+    flat = max(largest) > _FLATTENS * statistics.median(largest) and min(min(trace["y"]) for trace in data) > 0
     return {
         "xaxis": _axis(x) | {"type": "log", "tickvals": sizes, "ticktext": list(map(str, sizes))},
-        "yaxis": _axis(y),
+        "yaxis": _axis(y) | ({"type": "log", "dtick": "D2"} if flat else {}),
     }
 
 

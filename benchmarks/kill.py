@@ -155,7 +155,7 @@ def make_commands(made: Path, root: Path) -> list[Command]:
     val, calib = made / "data" / "val", made / "data" / "calib" / "images"
     images = root / "images"
     images.mkdir()
-    for path in list_images(val / "images")[:60]:
+    for path in list_images(val / "images")[:40]:
         shutil.copy(path, images)
     weights = ["-w", str(demo.weights_path())]
     bench = ["--engines", "onnxruntime,openvino", "--batch-sizes", "1,2", "--rounds", "1", "--min-seconds", "0.2"]

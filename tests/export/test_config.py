@@ -293,7 +293,7 @@ class TestHostileConfigs:
             (VIT.format("norm_layer: nn.functional.common.paddle.load"), "would run 'nn.functional"),
             (PAN.format("stage_fn: exec, block_fn: exit"), "would run 'exec'"),
             (PAN.format("block_fn: print"), "would run 'print'"),
-            ("GFLHead: {conv_feat: {num_convs: 8000}, reg_max: 8000, feat_in_chan: 8000}", "the model has more than"),
+            ("FPN: {out_channel: 8192}", "the model has more than 400000000 parameters"),
             ("FPN: {extra_stage: 8192, out_channel: 1}", "the model has more than 6000 tensors"),
             ("ResNet: {depth: 51}", "cannot build this model"),
         ],

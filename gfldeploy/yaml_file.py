@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -38,15 +38,6 @@ def _refused(problem: str, node: Any) -> yaml.MarkedYAMLError:
 class PlainLoader(yaml.SafeLoader):
     """YAML's safe loader without dates, binary data and sets, and with an eye on what aliases and numbers come to."""
 
-    # What is written as a date stays the text that it is.
-    yaml_implicit_resolvers: ClassVar[Any] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag in (*_PLAIN, _PREFIX + "merge")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    yaml_constructors: ClassVar[Any] = {
-        tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag in (None, *_PLAIN)
-    }
-
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._level = 0
@@ -60,7 +51,7 @@ class PlainLoader(yaml.SafeLoader):
             return node
         self._level += 1
         if self._level > _MOST_LEVELS:
-            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.get_mark())
         node = super().compose_node(parent, index)
         self._level -= 1
         parts: list[Any] = []
@@ -98,6 +89,14 @@ class PlainLoader(yaml.SafeLoader):
         return text
 
 
+# What is written as a date stays the text that it is.
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (*_PLAIN, _PREFIX + "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+PlainLoader.yaml_constructors = {
+    tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag in (None, *_PLAIN)
+}
 _TOO_DEEP = f"nested more than {_MOST_LEVELS} levels deep"
 for _kind in ("bool", "int", "float"):
     PlainLoader.add_constructor(_PREFIX + _kind, PlainLoader.construct_plain)

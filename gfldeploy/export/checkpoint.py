@@ -260,8 +260,12 @@ _REFUSED_OPCODES = {
 _IGNORED = ("PROTO", "FRAME")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 # Opcodes whose argument is the value.
-_VALUES = re.compile(
-    "INT|(?:BININT|LONG)[124]?|(?:BIN)?FLOAT|(?:SHORT_)?(?:BIN)?(?:STRING|UNICODE|BYTES)|BIN(?:UNICODE|BYTES)8|BYTEARRAY8"
+_VALUES = frozenset(
+    (
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    )
 )
 
 
@@ -294,7 +298,7 @@ class _Machine:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file), start=1):
             self._allowance.pay_opcode()
             name = opcode.name
-            if _VALUES.fullmatch(name):
+            if name in _VALUES:
                 self._stack.append(argument)
             elif name in _CONSTANTS:
                 self._stack.append(_CONSTANTS[name])

@@ -151,7 +151,7 @@ def load_detector_config(path: Path) -> DetectorConfig:
 
 
 def build_model(config: DetectorConfig) -> Any:
-    """Build the paddle model of `config` in evaluation mode, with the random weights its layers start with.
+    """Build the paddle model of `config` in evaluation mode, with zeros for most of its weights.
 
     Raises `ConfigError` when the values do not fit together (a depth that ResNet does not have, for example), when
     they would have code run or a file loaded, or when the model is larger than any that could be deployed.
@@ -372,15 +372,15 @@ def _drop_pretrained(settings: dict[str, Any], sections: Iterable[str]) -> None:
 # --- what may happen while ppdet builds -------------------------------------------------------------------------------
 
 # Above what any backbone of ppdet comes to (its largest transformers have some 350 million parameters).
-_MOST_PARAMETERS = 500_000_000
-_MOST_TENSORS = 20_000
-_MOST_BYTES = 4 * 2**30
+_MOST_PARAMETERS = 400_000_000
+_MOST_TENSORS = 6_000
+_MOST_BYTES = 5 * 2**29  # 1.6 GB of parameters, and what is computed beside them
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
 
 
 @contextlib.contextmanager
 def _confined(path: Path) -> Iterator[None]:
-    """While ppdet builds a model: `eval` finds layers by name, nothing is loaded, and parameters are counted first."""
+    """While ppdet builds a model: `eval` finds layers by name, nothing is loaded, parameters are counted and zero."""
     import paddle
 
     remedy = "Correct the config; use it only if you trust its source."
@@ -406,16 +406,26 @@ def _confined(path: Path) -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise ConfigError(f"{path}: building the model would load {_shown(args[0] if args else kwargs)}", remedy)
 
-    create = paddle.nn.Layer.create_parameter
+    create, zeros = paddle.nn.Layer.create_parameter, paddle.nn.initializer.Constant(0.0)
 
-    def counted(self: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: Any, shape: Any, attr: Any = None, *args: Any, **kwargs: Any) -> Any:
         nonlocal tensors, parameters
         tensors += 1
         parameters += math.prod(int(size) for size in shape)
         if tensors > _MOST_TENSORS or parameters > _MOST_PARAMETERS:
             many = f"{_MOST_TENSORS} tensors" if tensors > _MOST_TENSORS else f"{_MOST_PARAMETERS} parameters"
             raise ConfigError(f"{path}: the model has more than {many}", "Correct the sizes in the config.")
-        return create(self, shape, *args, **kwargs)
+        if len(shape) > 1:  # drawing them takes longer than all else
+            if isinstance(attr, paddle.ParamAttr):
+                attr = copy.copy(attr)
+                attr.initializer = zeros
+            elif attr is not False:
+                attr = None
+            if len(args) > 2:
+                args = (*args[:2], zeros, *args[3:])
+            else:
+                kwargs["default_initializer"] = zeros
+        return create(self, shape, attr, *args, **kwargs)
 
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
@@ -583,6 +593,8 @@ class _Checker:
 
     def _check_value(self, value: Any, keys: tuple[str, ...]) -> None:
         where = _cut(".".join(keys))
+        if isinstance(value, _Tagged):
+            raise self.error(f"{where} is tagged !{_cut(value.tag)}", "Write it as a plain mapping.", *keys)
         if isinstance(value, dict):
             for key, item in value.items():
                 if not isinstance(key, str) or not _PLAIN_TEXT.match(key):
@@ -629,7 +641,8 @@ class _Checker:
         if value is None:
             return
         if isinstance(value, _Tagged):
-            raise self.error(f"{where} is tagged !{value.tag}", f"Write {{name: {value.tag}, ...}} instead.", *keys)
+            tag = _cut(value.tag)
+            raise self.error(f"{where} is tagged !{tag}", f"Write {{name: {tag}, ...}} instead.", *keys)
         name = value.get("name") if isinstance(value, dict) else value
         if not isinstance(name, str):
             raise self.error(f"{where} names no module", "Give it as a name, or as {name: ..., argument: ...}.", *keys)

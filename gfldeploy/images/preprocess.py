@@ -129,6 +129,8 @@ class Preprocess:
         if "target_size" not in resize or "keep_ratio" not in resize:
             raise ConfigError("the reader's Resize lacks target_size or keep_ratio", "Give both.")
         size = resize["target_size"]
+        if resize["keep_ratio"] is True and isinstance(size, list) and len(size) == 1:
+            size = size[0]  # PaddleDetection takes the smallest and the largest of the list
         values: dict[str, Any] = {
             "target_size": (size, size) if _is_int(size) else _as_tuple(size),
             "keep_ratio": resize["keep_ratio"],

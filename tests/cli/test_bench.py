@@ -164,6 +164,10 @@ def test_options_from_a_file(
         ("rounds: many", "'many' is not a valid integer range"),
         ("batch-sizes: [1, 0]", "'0' is not a whole number from 1"),
         ("force: true", "has an unknown option, 'force'"),
+        ("data: 5", "data must be a path"),
+        ("threads: [1, 2]", "threads must be a value"),
+        ("engines: [{a: 1}]", "engines must be a value or a list of values"),
+        ("a: &a [*a]", "an alias refers to the value that it is part of"),
     ],
 )
 def test_a_bad_file_of_options(

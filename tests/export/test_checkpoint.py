@@ -6,6 +6,7 @@ import collections
 import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +197,113 @@ def test_the_payloads_would_run(tmp_path: Path) -> None:
         assert target.exists()
 
 
+# --- what takes more than its size ------------------------------------------------------------------------------------
+
+
+def number(value: int) -> bytes:
+    packed = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    return b"\x8b" + struct.pack("<i", len(packed)) + packed
+
+
+def long_text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def raw(value: bytes) -> bytes:
+    return b"B" + struct.pack("<I", len(value)) + value
+
+
+def array(shape: bytes, data: bytes, dtype: str = "f4") -> bytes:
+    spec = b"cnumpy\ndtype\n(" + long_text(dtype) + b"\x89\x88tR"
+    return b"cnumpy.core.numeric\n_frombuffer\n(" + raw(data) + spec + shape + long_text("C") + b"tR"
+
+
+def of(*pairs: tuple[str, bytes]) -> bytes:
+    return b"\x80\x04}(" + b"".join(long_text(key) + value for key, value in pairs) + b"u."
+
+
+def sizes(*values: int) -> bytes:
+    return b"(" + b"".join(map(number, values)) + b"t"
+
+
+def many_slices() -> bytes:
+    """20,000 slices that are one array of half a megabyte: 10 GB."""
+    parts = [f"p{index}" for index in range(20000)]
+    table = b"}(" + long_text("slices") + b"](" + b"".join(map(long_text, parts)) + b"e"
+    table += long_text("OriginShape") + sizes(2**17 * 20000) + b"u"
+    shared = array(sizes(2**17), bytes(2**19)) + b"q\x020}("
+    pairs = b"".join(long_text(part) + b"h\x02" for part in parts)
+    return b"\x80\x04" + shared + pairs + long_text("UnpackBigParamInfor@@") + b"}(" + long_text("w") + table + b"uu."
+
+
+LARGE = 2**20
+SHARED = b"h\x00h\x01R" * 2000 + b"e."
+GREEDY = {
+    "tuples of one buffer": (
+        b"\x80\x04cbuiltins\ntuple\nq\x000" + raw(b"\1" * LARGE) + b"\x85q\x010](" + SHARED,
+        "a tuple is not made of a list",
+    ),
+    "tuples of one list": (
+        b"\x80\x04cbuiltins\ntuple\nq\x000](" + b"N" * 10000 + b"e\x85q\x010](" + SHARED,
+        "far more than its size",
+    ),
+    "encodes of one text": (
+        b"\x80\x04c_codecs\nencode\nq\x000" + long_text("a" * LARGE) + b"\x85q\x010](" + SHARED,
+        "far more than its size",
+    ),
+    "arrays of one buffer": (
+        b"\x80\x04" + array(sizes(LARGE // 4), bytes(LARGE)) + b"q\x020}("
+        + b"".join(long_text(str(index)) + b"h\x02" for index in range(3000)) + b"u.",
+        "far more than its size",
+    ),
+    "copies of one array": (
+        b"\x80\x04" + array(sizes(LARGE // 4), bytes(LARGE), ">f4") + b"q\x020}("
+        + b"".join(long_text(str(index)) + b"h\x02" for index in range(3000)) + b"u.",
+        "far more than its size",
+    ),
+    "slices that are one": (many_slices(), "far more than its size"),
+    "dicts": (b"\x80\x04(" + b"}" * 10**6 + b"t.", "far more than its size"),
+    "sets": (b"\x80\x04\x8f.", "a set"),
+    "keys that collide": (
+        b"\x80\x04}(" + b"".join(number(((1 << 61) - 1) * index) + b"N" for index in range(1, 3000)) + b"u.",
+        "a int among its parameter names",
+    ),
+    "a key too deep to hash": (
+        b"\x80\x04}()" + b"\x85" * 10**4 + b"K\x01u.",
+        "a tuple among its parameter names",
+    ),
+    "many dimensions": (of(("a", array(sizes(*[1] * 100), bytes(4)))), "an array has 100 dimensions"),
+    "no elements, by a size beyond any": (of(("a", array(sizes(0, 2**70), b""))), "an array has no shape"),
+    "sizes whose product is no shape": (of(("a", array(sizes(0, 2**47, 2**47), b""))), "an array has the shape"),
+    "a size of many digits": (of(("a", array(sizes(1 << 20000, 3), bytes(4)))), "an array has no shape"),
+    "terminal control": (b"\x80\x04cos\x1b]0;title\x07\x1b[31mred\nsystem\n.", r"contains os\\x1b\]0;title"),
+    "a name as long as the file": (b"\x80\x04c" + b"o" * LARGE + b"\nsystem\n.", "contains ooo"),
+    "an unknown call": (b"\x80\x04N)R.", "a NoneType is called"),
+    "a stack that runs empty": (b"\x80\x04\x87.", "stack runs empty"),
+    "no end": (b"\x80\x04N", "cut off"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "dicts" else ()) for kind in GREEDY]
+)
+def test_nothing_is_made_beyond_a_multiple_of_the_size(tmp_path: Path, kind: str) -> None:
+    content, problem = GREEDY[kind]
+    path = tmp_path / "model.pdparams"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=problem) as caught:
+            load_checkpoint(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 1000
+    assert peak < 5 * len(content) + 100 * 2**20
+
+
 # --- what a broken disk or a wrong command writes ---------------------------------------------------------------------
 
 
@@ -318,6 +426,77 @@ def test_mismatch_both_ways_in_one_line_and_nothing_is_set() -> None:
     assert all(tensor.value.size == 0 for tensor in target.state_dict().values())
     with pytest.raises(CheckpointError, match="1 unexpected"):
         fit_weights(model(a=(1,)), {"a": np.ones(1), "extra": np.ones(1)})
+
+
+DETECTOR = {
+    "backbone.res2a.conv.weight": (4, 3, 3, 3),
+    "backbone.res2a.norm._mean": (4,),
+    "neck.fpn.weight": (4, 4, 1, 1),
+    "head.gfl_head_cls.weight": (3, 4, 3, 3),
+    "head.gfl_head_cls.bias": (3,),
+    "head.gfl_head_reg.weight": (68, 4, 3, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "remedy"),
+    [
+        (
+            lambda weights: {
+                **{name.replace("conv.", "conv._layer."): array for name, array in weights.items()},
+                "backbone.res2a.conv._layer._fake_quant_input._scale": np.ones(1),
+            },
+            "was saved by quantisation-aware training",
+            "Export the float checkpoint that this training started from",
+        ),
+        (lambda weights: {"conv2d_0.w_0_moment1_0": np.ones(3)}, "is the optimizer's state", ".pdparams file beside"),
+        (
+            lambda weights: {**weights, "head.gfl_head_cls.weight": np.ones((80, 4, 3, 3))},
+            "is of 80 classes, the config of 3",
+            "Set num_classes",
+        ),
+        (
+            lambda weights: {**weights, "head.gfl_head_reg.weight": np.ones((36, 4, 3, 3))},
+            "has another reg_max",
+            "Set GFLHead's reg_max",
+        ),
+        (
+            lambda weights: {**weights, "backbone.res2a.conv.weight": np.ones((2, 3, 3, 3))},
+            "has fewer channels than the config: it was pruned",
+            "before pruning",
+        ),
+        (
+            lambda weights: {("neck.other" if "neck" in name else name): array for name, array in weights.items()},
+            "fits the config but for the neck",
+            "Use the config",
+        ),
+        (
+            lambda weights: {name.removeprefix("backbone."): array for name, array in weights.items() if "res" in name},
+            "holds a backbone alone",
+            "model_final.pdparams",
+        ),
+        (
+            lambda weights: {f"module.{name}": array for name, array in weights.items()},
+            "has module. before every name",
+            "without that prefix",
+        ),
+        (
+            lambda weights: {**weights, "head.dgqp_module.reg_conv1.weight": np.ones(1)},
+            "is of a GFLv2",
+            "Add GFLHead's dgqp_module",
+        ),
+        (lambda weights: {**weights, "\x1b[31m" + "x" * 5000: np.ones(1)}, "does not fit the config", "Use the config"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(change: Any, problem: str, remedy: str) -> None:
+    weights = {name: np.ones(shape, np.float32) for name, shape in DETECTOR.items()}
+    fit_weights(model(**DETECTOR), weights)
+    with pytest.raises(CheckpointError) as caught:
+        fit_weights(model(**DETECTOR), change(weights))
+    assert problem in caught.value.problem
+    assert remedy in str(caught.value.remedy)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 def test_the_student_of_a_distillation_checkpoint_is_used() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -102,6 +104,68 @@ def test_python_tags_are_refused_by_name(tmp_path: Path, value: str, named: str,
     assert not target.exists()
 
 
+def test_aliases_and_numbers_stay_small(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n" for level in range(1, 10)
+    )
+    merges = "m0: &m0 {a: 1, b: 2}\n" + "".join(
+        f"m{level}: &m{level}\n  <<: [{', '.join([f'*m{level - 1}'] * 2)}]\n" for level in range(1, 40)
+    )
+    for text, problem in (
+        (bomb + "architecture: *a9\n", "values, aliases written out"),
+        (merges, "values, aliases written out"),
+        ("a: &a [*a]\n", "an alias refers to the value that it is part of"),
+        ("a: &a {<<: *a}\n", "an alias refers to the value that it is part of"),
+        ("a: " + "[" * 3000 + "\n", "nested more than 64 levels deep"),
+        ("".join(f"{' ' * depth}a:\n" for depth in range(100)), "nested more than 64 levels deep"),
+        ("a: {" + ", ".join(f"k{index}: 1" for index in range(1100)) + "}\n", "a mapping of more than 1000 keys"),
+        ("x: " + ":".join(["1"] * 200) + ":1.5\n", "a number of"),
+        ("x: 0x" + "f" * 5000 + "\n", "a number of"),
+        ("x: " + "9" * 5000 + "\n", "a number of"),
+        ("x: !!bool foo\n", "'foo' cannot be read as bool"),
+        ('x: !!int ""\n', "'' cannot be read as int"),
+        ("x: !!timestamp foo\n", "unknown tag"),
+        ("x: !!binary aGk=\n", "unknown tag"),
+        ("x: !!set {a}\n", "unknown tag"),
+        ("x: !!omap [a: 1]\n", "unknown tag"),
+        ('x: "\\ud800"\n', "half a surrogate pair"),
+        ('_BASE_: ["a\\0.yml"]\n', "NUL"),
+        ("x: *nowhere\n", "undefined alias"),
+        ("x: \x07\n", "not valid YAML"),
+        ("#" * 300_000, "larger than 256 KiB"),
+    ):
+        assert problem in refusal(write(tmp_path, text)), text[:80]
+
+
+def test_bases_are_files_and_each_is_read_once(tmp_path: Path) -> None:
+    for index in range(30):
+        write(tmp_path, f"_BASE_: [twice_{index + 1}.yml, twice_{index + 1}.yml]\n", f"twice_{index}.yml")
+    write(tmp_path, "- 1\n", "twice_30.yml")  # which is reached, and refused, at once
+    assert "twice_30.yml is not a mapping" in refusal(tmp_path / "twice_0.yml")
+    for index in range(120):
+        write(tmp_path, f"_BASE_: [deep_{index + 1}.yml]\n", f"deep_{index}.yml")
+    assert "more than 100 files" in refusal(tmp_path / "deep_0.yml")
+    many = "[" + ", ".join(["base.yml"] * 900) + "]"
+    write(tmp_path, "a: [" + "1, " * 1000 + "1]\n", "base.yml")
+    assert "merges the same files again and again" in refusal(write(tmp_path, f"_BASE_: {many}\n"))
+
+    os.mkfifo(tmp_path / "fifo.yml")
+    (tmp_path / "loop.yml").symlink_to("loop.yml")
+    (tmp_path / "zero.yml").symlink_to("/dev/zero")
+    for name, problem in (
+        ("fifo.yml", "not a regular file"),
+        ("zero.yml", "not a regular file"),
+        ("loop.yml", "symbolic links"),
+        ("x" * 5000 + ".yml", "cannot be read"),
+        ("~nosuchuser/x.yml", "does not exist"),
+    ):
+        message = refusal(write(tmp_path, f"_BASE_: ['{name}']\n"))
+        assert problem in message
+        assert "named by _BASE_" in message
+        assert len(message) < 1000
+    assert "not a regular file" in refusal(tmp_path / "fifo.yml")
+
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +184,7 @@ class TestMistakes:
         [
             ("ResNet: {depht: 50}", ("ResNet has no argument 'depht'", "Did you mean 'depth'?")),
             ("GFLHead: {fpn_strides: [8]}", ("GFLHead has no argument 'fpn_strides'", "'fpn_stride'")),
-            ("GFLHead: {loss_qfl: {name: QualityFocalLoss}}", ("GFLHead.loss_qfl is the old name of loss_class", "Call it")),
+            ("GFLHead: {loss_qfl: {name: QualityFocalLoss}}", ("loss_qfl is the old name of loss_class",)),
             ("GFLHead: {conv_feat: {feat_inn: 64}}", ("FCOSFeat has no argument 'feat_inn'", "'feat_in'")),
             ("GFLHead: {nms: {keep_topk: 10}}", ("MultiClassNMS has no argument 'keep_topk'", "'keep_top_k'")),
             ("GFLHead: {nms: {name: MultiClasNMS}}", ("module 'MultiClasNMS' does not exist", "'MultiClassNMS'")),
@@ -175,6 +239,159 @@ class TestMistakes:
         config = load_detector_config(on_zoo(tmp_path, "ResNet: {depth: 51}"))
         with pytest.raises(ConfigError, match="cannot build this model"):
             build_model(config)
+
+
+# Each as PaddleDetection's own modules evaluate strings: ViT its norm_layer, CustomCSPPAN its stage_fn and block_fn.
+VIT = "GFL: {{backbone: VisionTransformer}}\nVisionTransformer: {{embed_dim: 24, depth: 2, num_heads: 2, {}}}"
+PAN = "GFL: {{neck: CustomCSPPAN}}\nCustomCSPPAN: {{out_channels: [64, 64, 64], act: relu, {}}}"
+RUN = "\"__import__('os').mkdir('{target}')\""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workspace")
+class TestHostileConfigs:
+    @pytest.mark.parametrize(
+        ("text", "named"),
+        [
+            (VIT.format(f"norm_layer: {RUN}"), "VisionTransformer.norm_layer is"),
+            (PAN.format(f"stage_fn: {RUN}"), "CustomCSPPAN.stage_fn is"),
+            (PAN.format(f"block_fn: [[{{a: {RUN}}}]]"), "CustomCSPPAN.block_fn.a is"),
+            (PAN.format(f"{RUN}: 1"), "has no argument"),
+            (VIT.format(f"{RUN}: 1"), "has the key"),  # it takes any keyword
+            (f"norm_type: {RUN}", "norm_type is"),  # which sections share
+            (f"GFLHead: {{conv_feat: {{norm_type: {RUN}}}}}", "GFLHead.conv_feat.norm_type is"),
+            ("GFLHead: {conv_feat: {name: SwinTransformer, pretrained: evil.pdparams}}", "cannot be used as conv_feat"),
+            ("GFLHead: {conv_feat: GFLHead}", "cannot be used as conv_feat"),
+            ("GFLHead: {loss_class: PCBPyramid}", "cannot be used as loss_class"),
+            ("GFLHead: {nms: {name: JDETracker}}", "nms is JDETracker"),
+            ("GFL: {neck: GFL}", "GFL.neck: GFL cannot be used as neck"),
+            ("GFL: {backbone: GFL}", "GFL.backbone: GFL cannot be used as backbone"),
+            ("GFL: {neck: TrainReader}", "cannot be used as neck"),
+            ("GFL: {neck: ResNet}", "cannot be used as neck"),
+            ("GFLHead: !TrainReader {conv_feat: PCBPyramid}", "GFLHead is tagged !TrainReader"),
+            ("GFLHead: {reg_max: 1000000000000}", "GFLHead.reg_max is 1000000000000"),
+            ("num_classes: 1000000000", "num_classes is 1000000000"),
+            ("ResNet: {return_idx: [1, 2, 99999]}", "ResNet.return_idx is 99999"),
+            ("GFLHead: {prior_prob: .inf}", "GFLHead.prior_prob is inf"),
+            ("GFLHead: {prior_prob: .nan}", "GFLHead.prior_prob is nan"),
+            ("ResNet: {variant: '" + "d" * 5000 + "'}", "ResNet.variant is"),
+            ("TestReader: {sample_transforms: [{Resize: {target_size: [1000000000, 3]}}]}", "is 1000000000"),
+            ("architecture: [[1, 2, 3]]", "architecture [[1, 2, 3]] is not supported"),
+        ],
+    )  # fmt: skip
+    def test_are_refused_by_name(self, tmp_path: Path, text: str, named: str) -> None:
+        target = tmp_path / "executed"
+        message = refusal(on_zoo(tmp_path, text.replace("{target}", str(target))))
+        assert named in message
+        assert len(message) < 1000
+        assert not target.exists()
+
+    @pytest.mark.parametrize(
+        ("text", "named"),
+        [
+            (VIT.format("norm_layer: breakpoint"), "would run 'breakpoint'"),
+            (VIT.format("norm_layer: nn.functional.common.paddle.load"), "would run 'nn.functional"),
+            (PAN.format("stage_fn: exec, block_fn: exit"), "would run 'exec'"),
+            (PAN.format("block_fn: print"), "would run 'print'"),
+            ("FPN: {out_channel: 8192}", "the model has more than 400000000 parameters"),
+            ("FPN: {extra_stage: 8192, out_channel: 1}", "the model has more than 6000 tensors"),
+            ("ResNet: {depth: 51}", "cannot build this model"),
+        ],
+    )
+    def test_build_nothing_but_layers_of_bounded_size(self, tmp_path: Path, text: str, named: str) -> None:
+        config = load_detector_config(on_zoo(tmp_path, text))
+        with pytest.raises(ConfigError, match=re.escape(named)) as caught:
+            build_model(config)
+        assert "\n" not in str(caught.value)
+        # Nothing of that stays behind.
+        assert "eval" not in vars(importlib.import_module("ppdet.modeling.necks.custom_pan"))
+        import paddle
+
+        assert paddle.load.__module__ == "paddle.framework.io"
+
+    def test_memory_beside_parameters_is_bounded(self, tmp_path: Path) -> None:
+        text = "GFL: {backbone: SwinTransformer}\nSwinTransformer: {window_size: 8000}"
+        with pytest.raises(ConfigError, match="cannot build this model"):
+            build_model(load_detector_config(on_zoo(tmp_path, text)))
+
+    def test_nothing_is_loaded_at_any_depth(self, tmp_path: Path) -> None:
+        (tmp_path / "evil.pdparams").write_bytes(b"cos\nabort\n.")
+        names = [f"pretrained: {tmp_path}/evil.pdparams", "pretrained: https://example.invalid/x.pdparams"]
+        for pretrained in names:
+            text = VIT.format(f"out_indices: [0, 1], with_fpn: true, num_fpn_levels: 2, {pretrained}")
+            model = build_model(load_detector_config(on_zoo(tmp_path, text)))
+            assert type(model.backbone).__name__ == "VisionTransformer"
+
+    def test_legitimate_values_still_work(self, tmp_path: Path) -> None:
+        text = VIT.format("out_indices: [0, 1], with_fpn: true, num_fpn_levels: 2, norm_layer: nn.LayerNorm")
+        model = build_model(load_detector_config(on_zoo(tmp_path, text)))
+        assert type(model.backbone.blocks[0].norm2).__name__ == "LayerNorm"
+        text = PAN.format("stage_fn: CSPStage, block_fn: BasicBlock, spp: true").replace("relu", "leaky_relu")
+        model = build_model(load_detector_config(on_zoo(tmp_path, text)))
+        assert type(model.neck.fpn_stages[0][0]).__name__ == "CSPStage"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workspace")
+class TestNotes:
+    def test_a_missing_label_file(self, tmp_path: Path) -> None:
+        config = load_detector_config(on_zoo(tmp_path, "num_classes: 2\nTestDataset: !ImageFolder {anno_path: a.json}"))
+        assert config.classes == ("class_0", "class_1")
+        (note,) = config.notes
+        assert "TestDataset's anno_path a.json does not exist, so the names class_0 to class_1 are used" in note
+        config = load_detector_config(on_zoo(tmp_path, "TestDataset: !ImageFolder {anno_path: a.json}"))
+        assert "COCO's 80 class names are used" in config.notes[0]
+
+    def test_cocos_own_names_are_no_replacement(self) -> None:
+        assert load_detector_config(ZOO / "gfl_r50_fpn_1x_coco.yml").notes == ()
+
+    def test_a_test_reader_that_differs(self, tmp_path: Path) -> None:
+        text = """
+TestReader:
+  sample_transforms:
+  - Decode: {}
+  - Resize: {target_size: 640, keep_ratio: true, interp: 2}
+  - NormalizeImage: {mean: [0.5, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
+  - Permute: {}
+"""
+        (note,) = load_detector_config(on_zoo(tmp_path, text)).notes
+        assert "Resize's target_size is [640, 640], not [800, 1333]" in note
+        assert "interp is 2, not 1" in note
+        assert "NormalizeImage's mean is [0.5, 0.456, 0.406]" in note
+        assert "tools/eval.py" in note
+        assert "copy the transforms of EvalReader" in note
+
+    def test_readers_that_only_look_different(self, tmp_path: Path) -> None:
+        text = """
+EvalReader:
+  sample_transforms:
+  - Decode:
+  - Resize: {keep_ratio: true, target_size: [800, 1333]}
+  - NormalizeImage: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225], norm_type: mean_std}
+  - Permute:
+  batch_transforms: [{PadBatch: {pad_to_stride: 32, pad_gt: false}}]
+  batch_size: 4
+"""
+        assert load_detector_config(on_zoo(tmp_path, text)).notes == ()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GFLHead: {loss_qfl: {name: QualityFocalLoss}}", "Call it loss_class."),
+        ("FPN: {num_chan: 256}", "Call it out_channel."),
+        ("ResNet: {feature_maps: [3, 4, 5]}", "Write 'return_idx: [1, 2, 3]'"),
+        ("GFL: {neck: PAN}", "It is called CSPPAN now"),
+        ("GFLHead: {conv_feat: {name: LiteGFLFeat}}", "It is called PicoFeat now"),
+        ("TestReader: {sample_transforms: [DecodeOp: {}]}", "It is called 'Decode' now."),
+        ("TestReader: {sample_transforms: [ResizeImage: {}]}", "It is called 'Resize' now."),
+        ("GFLHead: {nms: {name: MatrixNMS}}", "gives other detections and another mAP than MatrixNMS"),
+    ],
+)
+def test_old_names_have_a_remedy(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in refusal(on_zoo(tmp_path, text))
 
 
 @pytest.mark.slow

@@ -120,6 +120,8 @@ def test_a_reader_with_the_least_it_may_have() -> None:
     preprocess = Preprocess.from_reader(operators)
     assert preprocess.target_size == (320, 320)
     assert preprocess.pad_stride == 0
+    operators[1] = {"Resize": {"target_size": [320], "keep_ratio": True}}  # ppdet: the smallest and the largest of it
+    assert Preprocess.from_reader(operators).target_size == (320, 320)
     picture = image(320, 320)
     np.testing.assert_array_equal(preprocess(picture).tensor, picture.transpose(2, 0, 1))
 

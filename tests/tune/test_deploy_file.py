@@ -66,6 +66,8 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         ("", "no schema number"),
         ("- 1", "no schema number"),
         ("!!python/object/apply:os.system [exit]", "is not YAML"),
+        ("a: &a [*a]", "an alias refers to the value that it is part of"),
+        ("x: " + "9" * 5000, "a number of 5000 characters"),
         (broken(lambda data: data.update(schema=99)), "a newer gfldeploy: schema 99, this one reads schema 2.*Update"),
         (broken(lambda data: data.update(schema=0)), "an older gfldeploy.*Run `gfldeploy tune` again"),
         (broken(lambda data: data.update(more=1)), "it has unknown keys: more"),

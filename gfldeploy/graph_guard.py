@@ -6,8 +6,8 @@ graphs are read here first, by readers of our own that look at nothing but the s
 operator is in a list: it is generous towards arithmetic, as any backbone must pass, and holds nothing else. Export
 checks what it has just written in the same way, so that an operator that is missing here is found there.
 
-ONNX's `If` may have branches, which are read like the rest (Paddle2ONNX writes some for Swin); loops, functions and
-Paddle's blocks are refused altogether: no detector has any.
+ONNX's branches and loops are read like the rest, a few levels deep; functions and Paddle's blocks are refused altogether:
+no detector has any.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ONNX_OPERATORS = _names(
     ConstantOfShape Conv ConvInteger ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace DequantizeLinear Det Div
     Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND
     Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization
-    HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Less
+    HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Less
     LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul MatMulInteger Max MaxPool MaxRoiPool Mean
     MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad Pow QLinearConv
     QLinearMatMul QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp
@@ -56,6 +56,12 @@ ONNX_OPERATORS = _names(
     ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth
     Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
     """
+)
+# Functions of the standard that engines write out (CenterCropPad, for Swin) need these; their graphs are read, too.
+_WITH_GRAPHS = frozenset(("If", "Loop"))
+_ONNX_SEQUENCES = _names(
+    "ConcatFromSequence SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength "
+    "SplitToSequence"
 )
 _PADDLE_OPERATORS = _names(
     """
@@ -128,6 +134,7 @@ _SHAPES: Mapping[str, tuple[int | str, ...]] = {
 }
 _FACTORS: Mapping[str, tuple[int | str, ...]] = {
     "Tile": (1,),
+    "Loop": (0,),
     "Upsample": (1, "scales"),
     "Resize": (1, 2),  # scales were the second input once
     "Pad": (1, "pads"),
@@ -354,7 +361,7 @@ def _add_onnx(graph: _Graph, data: memoryview, branches: int) -> None:
             name, values, inner = _onnx_attribute(attribute)
             attributes[name] = values
             for branch in inner:
-                if kind != "If" or not branches:
+                if kind not in _WITH_GRAPHS or not branches:
                     raise _refused(f"an operator {kind!r:.60} has a graph of its own")
                 _add_onnx(graph, branch, branches - 1)
         graph.nodes.append(_Node(kind, {place: [one] for place, one in enumerate(inputs)}, attributes))
@@ -561,5 +568,5 @@ _READERS: Mapping[str, tuple[str, _Reader, frozenset[str]]] = {
     "paddle": (".json", _read_pir, PIR_OPERATORS),
     "paddledetection": (".json", _read_pir, PIR_OPERATORS),
     "paddle_program": (".pdmodel", _read_program, PROGRAM_OPERATORS),
-    "onnx": (".onnx", _read_onnx, ONNX_OPERATORS),
+    "onnx": (".onnx", _read_onnx, ONNX_OPERATORS | _ONNX_SEQUENCES | _WITH_GRAPHS),
 }

@@ -72,7 +72,12 @@ for _ in range(5):
 HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     "domain": (node("Gelu", domain="com.microsoft"), "domain 'com.microsoft'"),
     "imported domain": (lambda model: model.opset_import.add(domain="evil", version=1), "domain 'evil'"),
-    "loop": (node("Loop", body=SUBGRAPH), "operator 'Loop' has a graph of its own"),
+    "scan": (node("Scan", body=SUBGRAPH, num_scan_inputs=1), "operator 'Scan' has a graph of its own"),
+    "loop without end": (
+        lambda model: [constant("turns", np.int64(2**62))(model), node("Loop", ["turns"], body=SUBGRAPH)(model)],
+        "Loop makes",
+    ),
+    "hidden in a loop": (lambda model: node("Loop", body=BRANCH)(model), "operator 'ReadFile'"),
     "hidden in a branch": (node("If", then_branch=BRANCH, else_branch=SUBGRAPH), "operator 'ReadFile'"),
     "branches without end": (node("If", then_branch=DEEP), "operator 'If' has a graph of its own"),
     "random": (node("RandomNormal", [], shape=[3]), "operator 'RandomNormal'"),

@@ -48,7 +48,9 @@ def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now:
             )
         cells |= found
         if same_images:
-            accuracies |= {model_of(cell): one.accuracy for cell, one in found.items() if one.accuracy}
+            accuracies |= {
+                model_of(cell): one.accuracy for cell, one in found.items() if one.accuracy and one.accuracy.ap >= 0
+            }
     return Reused(cells, accuracies)
 
 

@@ -54,7 +54,9 @@ def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now:
         cells |= found
         quick |= dict.fromkeys(found, results.settings.quick)
         if same_images:
-            accuracies |= {model_of(cell): one.accuracy for cell, one in found.items() if one.accuracy}
+            accuracies |= {
+                model_of(cell): one.accuracy for cell, one in found.items() if one.accuracy and one.ap is not None
+            }
     return Reused(cells, accuracies, [cell for cell, brief in quick.items() if brief])
 
 

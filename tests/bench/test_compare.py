@@ -14,6 +14,7 @@ from sample_results import OK, RUN, sample_results
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.compare import compare
 from gfldeploy.bench.results import BenchResults, CellResult, Serving
+from gfldeploy.bench.table import rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import main
 from gfldeploy.errors import DataError
@@ -47,6 +48,14 @@ def test_verdicts(factor: float, verdict: str) -> None:
 def test_few_samples_allow_no_verdict() -> None:
     (found,) = compare(results(OK), results(OK)).pairs
     assert found.verdict == "too few samples"
+
+
+def test_map_that_is_undefined_is_not_compared() -> None:
+    assert OK.accuracy is not None
+    undefined = replace(OK, accuracy=replace(OK.accuracy, ap=-1.0))
+    assert [one.ap for one in rows(results(undefined))] == [None]
+    (found,) = compare(results(OK), results(undefined)).pairs
+    assert found.ap_difference is None
 
 
 def test_cells_are_matched_by_what_they_are() -> None:

@@ -486,7 +486,7 @@ def test_evaluation_data_are_checked_before_the_work(
     seen = replace(request_on_tiny, images=[image.path for image in dataset.images[:2]], evaluation=dataset)
     with pytest.raises(DataError, match=r"2 of the 6 evaluation images are calibration images too, the first 1\.jpg"):
         quantize_bundle(seen, stages.append)
-    other = replace(dataset, categories=dataset.categories[:1])
+    other = replace(dataset, categories=(replace(dataset.categories[0], name="unknown"),))
     with pytest.raises(DataError, match="the model has 2 classes, the annotations 1"):
         quantize_bundle(replace(request_on_tiny, evaluation=other), stages.append)
     assert all("calibration images" in stage for stage in stages), "nothing but reading the images was begun"

@@ -5,9 +5,9 @@
 Images of random sizes arrive at random times: by turns for half a minute at 0.7 and for ten seconds at 1.5 times what
 the engine does one by one, so that queues fill and requests are turned away. One in fifty is taken back at once, one in
 fifty makes its batch fail, one in a hundred leaves no time. Every `--every` seconds the resident memory, Python's
-allocated blocks and its objects are sampled. What was done, the curve, and the growth from the second minute to the
-last go to results/MACHINE/checks/NAME_soak.json beside this script. Exits with 1 if a request was never answered, or if
-resident memory grew by more than `--most-growth`.
+allocated blocks and its objects are sampled. What was done, the curve, and the growth from the second tenth of the
+time to the last go to results/MACHINE/checks/NAME_soak.json beside this script. Exits with 1 if a request was never
+answered, or if resident memory grew by more than `--most-growth`.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def serve(
 def record(args: argparse.Namespace, counts: Counts, outcomes: Outcomes, curve: list[Sample]) -> dict[str, Any]:
     """What is written: settings, counts, growth and curve."""
     last = curve[-1].seconds
-    early = [one for one in curve if last / 10 <= one.seconds < 2 * last / 10]
+    early = [one for one in curve if last / 10 <= one.seconds < 2 * last / 10] or curve[:1]
     late = [one for one in curve if one.seconds >= 9 * last / 10]
     means = {
         name: tuple(fmean(getattr(one, field) for one in part) for part in (early, late))

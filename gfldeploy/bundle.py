@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any, Literal, Self, cast, get_args
 
 from gfldeploy.bundle_records import RECORDS, check_record
@@ -243,7 +244,7 @@ def _graph_name(name: Any) -> GraphName:
 def _graph(name: str, data: Any) -> Graph:
     _graph_name(name)
     graph = Graph(**data)
-    _need(_is(graph.model, str) and (graph.params is None or _is(graph.params, str)), f"graph {name}", data)
+    _need(_is(graph.model, str) and _is(graph.params, str if name.startswith("paddle") else NoneType), name, data)
     return graph
 
 

@@ -6,7 +6,8 @@ graphs are read here first, by readers of our own that look at nothing but the s
 operator is in a list: it is generous towards arithmetic, as any backbone must pass, and holds nothing else. Export
 checks what it has just written in the same way, so that an operator that is missing here is found there.
 
-Sub-graphs (branches, loops, functions) are refused altogether: no detector has any.
+ONNX's `If` may have branches, which are read like the rest (Paddle2ONNX writes some for Swin); loops, functions and
+Paddle's blocks are refused altogether: no detector has any.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _MOST_GRAPH_BYTES = 64 << 20  # of a graph without its weights; GFL-R50's are be
 _MOST_NODES = 100_000
 _MOST_ELEMENTS = 1 << 27  # of a tensor that the graph makes of constants alone: 512 MB of floats
 _MOST_SIZE = 1 << 16  # of a kernel, stride, padding, dilation, or a factor by which a node enlarges its input
+_MOST_BRANCHES = 3  # within each other
 _SHAPE_LENGTH = 16  # constants of more numbers are no shapes
 
 
@@ -46,7 +48,7 @@ ONNX_OPERATORS = _names(
     ConstantOfShape Conv ConvInteger ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace DequantizeLinear Det Div
     Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND
     Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization
-    HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Less
+    HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Less
     LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul MatMulInteger Max MaxPool MaxRoiPool Mean
     MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad Pow QLinearConv
     QLinearMatMul QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp
@@ -199,6 +201,10 @@ def _check_nodes(graph: _Graph, operators: Collection[str]) -> None:
         for table, most in ((_SHAPES, _MOST_ELEMENTS), (_FACTORS, _MOST_SIZE)):
             for where in table.get(node.kind, ()):
                 _check_size(node, most, [*_numbers(graph, node, where)])
+        if "conv" in node.kind.lower() or "pool" in node.kind.lower():
+            for where in ("strides", "dilations", "group", "groups"):
+                if any(value < 1 for value in node.attributes.get(where, ())):
+                    raise _refused(f"a {node.kind} has {where} of {min(node.attributes[where]):,}")
         for where in _WINDOW_ATTRIBUTES:
             if any(abs(value) > _MOST_SIZE for value in node.attributes.get(where, ())):
                 raise _refused(f"a {node.kind} has {where} of {max(node.attributes[where], key=abs):,}")
@@ -327,36 +333,43 @@ def _read_onnx(data: memoryview) -> tuple[_Graph, None]:
             raise _refused(f"it uses operators of the domain {domain!r:.60}")
     if len(model.get(7, ())) != 1:
         raise ValueError("it holds no graph, or several")
-    fields = _fields(model[7][0], {1, 2, 5, 10, 11, 12, 13, 16}, "graph")
     graph = _Graph()
-    size = 0
+    _add_onnx(graph, model[7][0], _MOST_BRANCHES)
+    return graph, None
+
+
+def _add_onnx(graph: _Graph, data: memoryview, branches: int) -> None:
+    """Add a graph's nodes and constants, and those of its branches, at most so many within each other."""
+    fields = _fields(data, {1, 2, 5, 10, 11, 12, 13, 16}, "graph")
     for tensor in fields.get(5, ()):
         name, values = _tensor(tensor)
         graph.constants[name] = values
     for raw in fields.get(1, ()):
-        size += len(raw)
         node = _fields(raw, {1, 2, 3, 4, 5, 6, 7, 9}, "operator")
         if (domain := _text(node.get(7, []))) not in ("", "ai.onnx"):
             raise _refused(f"it uses an operator of the domain {domain!r:.60}")
+        kind, inputs = _text(node.get(4, [])), _texts(node.get(1, ()))
         attributes = {}
         for attribute in node.get(5, ()):
-            name, values = _onnx_attribute(attribute)
+            name, values, inner = _onnx_attribute(attribute)
             attributes[name] = values
-        kind, inputs = _text(node.get(4, [])), _texts(node.get(1, ()))
+            for branch in inner:
+                if kind != "If" or not branches:
+                    raise _refused(f"an operator {kind!r:.60} has a graph of its own")
+                _add_onnx(graph, branch, branches - 1)
         graph.nodes.append(_Node(kind, {place: [one] for place, one in enumerate(inputs)}, attributes))
         if kind == "Constant" and attributes:
             graph.constants.update(dict.fromkeys(_texts(node.get(2, ())), next(iter(attributes.values()))))
-    return graph, None
 
 
-def _onnx_attribute(data: memoryview) -> tuple[str, Sequence[float]]:
-    """Name and numbers; no graphs, types, sparse tensors or references to a function's attributes."""
-    fields = _fields(data, {1, 2, 3, 4, 5, 7, 8, 9, 13, 20}, "attribute")
+def _onnx_attribute(data: memoryview) -> tuple[str, Sequence[float], Sequence[memoryview]]:
+    """Name, numbers and graph; no types, sparse tensors or references to a function's attributes."""
+    fields = _fields(data, {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20}, "attribute")
     values: list[float] = [*_integers(fields.get(3, ())), *_integers(fields.get(8, ()))]
     values += [*_floats(fields.get(2, ())), *_floats(fields.get(7, ()))]
     for tensor in fields.get(5, ()):
         values += _tensor(tensor)[1]
-    return _text(fields.get(1, [])), values
+    return _text(fields.get(1, [])), values, fields.get(6, ())
 
 
 def _tensor(data: memoryview) -> tuple[str, Sequence[float]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import Bundle, TensorSpec
+from gfldeploy.bundle import Bundle, GraphName, TensorSpec
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, missing_graph, open_engine
 from gfldeploy.errors import ParityError
@@ -101,8 +101,8 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
     """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
 
     In the first two of Paddle, ONNX Runtime and OpenVINO that are installed and have a graph. FP32: their outputs, at
-    the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is run, with none
-    the files alone are checked; what was not compared is among the lines.
+    the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is run (Paddle's
+    two FP32 graphs against each other), with none the files alone are checked; what was not compared is said.
     Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
     """
     report("hashing the files")
@@ -116,7 +116,13 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
             report(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
         opened = [stack.enter_context(open_engine(name, bundle, options)) for name in engines]
         if len(opened) == 2:
-            lines += (_compared if manifest.precision == "fp32" else _compared_int8)(bundle, *opened)
+            compared = _compared if manifest.precision == "fp32" else _compared_int8
+            lines += compared(bundle, *opened)
+        elif engines == ["paddle"] and manifest.precision == "fp32" and bundle.has_graph("paddle_program"):
+            from gfldeploy.engines.paddle_engine import PaddleEngine
+
+            program = stack.enter_context(PaddleEngine(bundle, options, "paddle_program"))
+            lines += _compared(bundle, opened[0], program, "paddle_program")
         elif opened:
             lines += [_ran(bundle, opened[0]), "its outputs were not compared: no second engine can run it here"]
         else:
@@ -139,9 +145,10 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     return engines, refused
 
 
-def _compared(bundle: Bundle, first: Engine, second: Engine) -> list[str]:
+def _compared(bundle: Bundle, first: Engine, second: Engine, graph: GraphName | None = None) -> list[str]:
+    """`graph`: what the second engine runs, where that is not what its name says."""
     manifest = bundle.manifest
-    graph = graph_for(second.name, "fp32", "cpu")
+    name, graph = graph or second.name, graph or graph_for(second.name, "fp32", "cpu")
     found = []
     for shape in parity.parity_shapes(manifest.preprocess, _fixed(bundle)):
         images = parity.parity_images(shape, manifest.preprocess, seed=0)
@@ -150,7 +157,7 @@ def _compared(bundle: Bundle, first: Engine, second: Engine) -> list[str]:
     # Each graph may be off by one tolerance, in opposite directions.
     parity.check(found, parity.Tolerance.recorded(bundle.record("parity.json")).times(2.0))
     return [
-        f"{first.name} and {second.name} at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
+        f"{first.name} and {name} at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
         f"{one.max_score_difference:.2g}, boxes by {one.max_box_difference_px:.2g} px"
         for one in found
     ]

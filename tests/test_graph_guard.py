@@ -65,10 +65,16 @@ def shapes_of(kind: str, inputs: Iterable[str], values: list[int]) -> Callable[[
 
 
 SUBGRAPH = onnx.helper.make_graph([], "body", [], [])
+BRANCH = onnx.helper.make_graph([onnx.helper.make_node("ReadFile", [], ["x"])], "branch", [], [])
+DEEP = SUBGRAPH
+for _ in range(5):
+    DEEP = onnx.helper.make_graph([onnx.helper.make_node("If", ["c"], ["x"], then_branch=DEEP)], "deep", [], [])
 HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     "domain": (node("Gelu", domain="com.microsoft"), "domain 'com.microsoft'"),
     "imported domain": (lambda model: model.opset_import.add(domain="evil", version=1), "domain 'evil'"),
-    "loop": (node("Loop", body=SUBGRAPH), "attribute has the field 6"),
+    "loop": (node("Loop", body=SUBGRAPH), "operator 'Loop' has a graph of its own"),
+    "hidden in a branch": (node("If", then_branch=BRANCH, else_branch=SUBGRAPH), "operator 'ReadFile'"),
+    "branches without end": (node("If", then_branch=DEEP), "operator 'If' has a graph of its own"),
     "random": (node("RandomNormal", [], shape=[3]), "operator 'RandomNormal'"),
     "files": (node("ImageDecoder"), "operator 'ImageDecoder'"),
     "unheard of": (node("ReadFile"), "operator 'ReadFile'"),
@@ -86,6 +92,8 @@ HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     "resize": (shapes_of("Resize", ["image", "", "", "huge"], [1, 3, 10**6, 10**6]), "Resize makes a tensor"),
     "range": (shapes_of("Range", ["split", "huge", "split"], [2**62]), "Range makes a tensor"),
     "pad": (node("AveragePool", kernel_shape=[3, 3], pads=[10**9] * 4), "pads of 1,000,000,000"),
+    "stride": (node("AveragePool", kernel_shape=[3, 3], strides=[0, 1]), "strides of 0"),
+    "group": (node("Conv", ["image", "weights"], group=-3), "group of -3"),
     "no graph": (lambda model: model.ClearField("graph"), "no graph"),
 }
 
@@ -100,6 +108,7 @@ def test_arithmetic_passes(changed: Callable[[Callable[[Any], object]], Path], t
     check_graph("onnx", tiny_bundle / "onnx/model.onnx", None)
     sizes = constant("four", np.int64([1, 3, 64, 64]))
     check_graph("onnx", changed(both(sizes, node("Resize", ["image", "", "", "four"]))), None)
+    check_graph("onnx", changed(node("If", then_branch=SUBGRAPH, else_branch=SUBGRAPH)), None)
     check_graph("onnx", changed(node("DeformConv", ["image", "weights", "offset"], kernel_shape=[3, 3])), None)
     check_graph("onnx", changed(both(constant("end", np.int64([2**63 - 1])), node("Slice", ["image", "end"]))), None)
 

@@ -311,7 +311,7 @@ class DynamicBatcher(Generic[In, Out]):
 
 def _stopped(cause: BaseException) -> EngineError:
     """For an exception that is no `Exception`: raised in whoever waits, it would end them."""
-    error = EngineError(f"the engine was stopped by {type(cause).__name__}", "Look at what it runs.")
+    error = EngineError(f"the work on it was stopped by {type(cause).__name__}", "See what raised that: its cause.")
     error.__cause__ = cause
     return error
 

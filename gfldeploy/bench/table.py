@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from textwrap import shorten
 
 from gfldeploy.bench.estimates import Estimate, median, percentile, supports
-from gfldeploy.bench.results import BenchResults, CellResult, Peak, Scenario, ServerPolicy, Status
+from gfldeploy.bench.results import BenchResults, CellResult, Peak, Run, Scenario, ServerPolicy, Status
 from gfldeploy.engines.base import Device, Precision
 
 __all__ = [
@@ -295,9 +295,23 @@ def _flags(cell: CellResult, results: BenchResults) -> tuple[str, ...]:
         "overloaded": not stable and cell.scenario == "server",
         "busy": any(max(run.idle.cpu_percent, run.idle.gpu_percent or 0) > _BUSY_PERCENT for run in cell.runs),
         "throttled": any(run.monitored and run.monitored.throttled for run in cell.runs),
-        "padded": any(run.mixed_batches for run in cell.runs),
+        "padded": any(_is_mixed(run, cell, results) for run in cell.runs),
     }
     return tuple(flag for flag in FLAGS if holds[flag])
+
+
+def _is_mixed(run: Run, cell: CellResult, results: BenchResults) -> bool:
+    """Whether batches held images of several sizes; where that was not recorded, whether they are padded more than the
+    same bundle's images one at a time."""
+    if run.mixed_batches is not None:
+        return run.mixed_batches > 0
+    alone = [
+        one.padding_ratio
+        for other in results.cells
+        if other.bundle == cell.bundle and other.batch_size == 1
+        for one in other.runs
+    ]
+    return bool(alone) and run.padding_ratio > min(alone) * (1 + 1e-9)
 
 
 def _low_precision(cell: CellResult) -> str | None:

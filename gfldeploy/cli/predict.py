@@ -36,7 +36,11 @@ __all__ = ["command"]
     metavar="COCO.json",
     help="Detect in the images of these annotations and use their ids. INPUT may then say where file names start.",
 )
-@click.option("--draw", is_flag=True, help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos.")
+@click.option(
+    "--draw",
+    is_flag=True,
+    help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos, which browsers play where OpenCV has the codec.",
+)
 @click.option(
     "--threshold",
     type=FiniteFloat(0, 1),

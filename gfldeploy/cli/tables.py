@@ -96,7 +96,7 @@ def _needed(
         cells = max(cell_len(part) for line in lines for part in line[number].splitlines() or [""])
         if column.text:
             cells = min(cells, _MOST_TEXT if widest else _LEAST_TEXT)
-        total += max(cells, *(cell_len(part) for part in column.header.splitlines())) + _GAP
+        total += max([cells, *(cell_len(part) for part in column.header.splitlines())]) + _GAP
     return max(total - _GAP, 1)
 
 

@@ -17,6 +17,7 @@ from gfldeploy.files import check_file
 from gfldeploy.machine import usable_threads
 
 if TYPE_CHECKING:
+    from gfldeploy.tune.deploy_file import Deploy
     from gfldeploy.tune.session import PreparedTune
 
 __all__ = ["command"]
@@ -83,7 +84,8 @@ def _all_threads() -> tuple[int, ...]:
     type=FiniteFloat(0),
     default=2.0,
     show_default=True,
-    help="Time each cell at least so long, in each round of the finish.",
+    help="Time each cell at least so long, in each round of the finish; with --max-latency-ms up to five times as "
+    "long, to know the 99th percentile.",
 )
 @click.option(
     "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."
@@ -206,8 +208,46 @@ def command(
         deploy = run(prepared, output, journal, stages())
         _check_output(output, force)  # somebody else may have been faster
         deploy.write(output)
-    click.echo(deploy.summary)
+    click.echo(f"{deploy.summary}\n")
+    _show(deploy)
     click.echo(f"Wrote {output}")
+
+
+def _show(deploy: Deploy) -> None:
+    """The choice and the runner-up, from file to boxes."""
+    from gfldeploy.bench.table import text_of
+    from gfldeploy.cli.tables import TableColumn, show_table
+
+    columns = (
+        *(TableColumn(header, right=False) for header in ("", "engine", "precision")),
+        TableColumn("bundle", drop=8, right=False),
+        TableColumn("batch"),
+        TableColumn("batches", drop=3, right=False),
+        TableColumn("threads", drop=2),
+        TableColumn("images/s"),
+        TableColumn("median,\nms", drop=1),
+        TableColumn("p99,\nms", drop=4),
+        TableColumn("longest,\nms", drop=5),
+        TableColumn("mAP"),
+        TableColumn("memory\nMB", drop=6),
+        TableColumn("network,\nimages/s", drop=7),
+    )
+    lines = []
+    for name, one in (("choice", deploy.choice), ("second", deploy.runner_up)):
+        if one is not None:
+            found = one.evidence
+            numbers = (found.images_per_s, found.latency_p50_ms, found.latency_p99_ms, found.latency_max_ms)
+            lines.append(
+                (
+                    *(name, one.engine, one.precision, one.bundle.rpartition("/")[2], str(one.batch_size)),
+                    *(one.policy, str(one.threads)),
+                    *(text_of(value, interval=False) for value in numbers),
+                    text_of(found.ap, 4),
+                    text_of(found.memory_mb, 0),
+                    text_of(found.network_images_per_s, interval=False),
+                )
+            )
+    show_table(columns, lines, "From file to boxes, one batch after the other", "deploy.yml has everything.")
 
 
 def _check(path: Path, bundles: tuple[Path, ...]) -> None:

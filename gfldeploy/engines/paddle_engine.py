@@ -79,6 +79,9 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
             with quiet(native_stderr=True):
                 self._predictor: Any = inference.create_predictor(config)
+            given = len(self._predictor.get_output_names())
+            if given != len(self._outputs):
+                raise ValueError(f"it has {given} outputs and not {len(self._outputs)}")
         except Exception as error:
             raise EngineError(
                 f"Paddle Inference cannot load {model}: {summary(error)}",

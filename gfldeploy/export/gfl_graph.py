@@ -169,7 +169,6 @@ def fold_batch_norm(detector: Any, image: Any) -> int:
     `image` [N, 3, H, W], so that any backbone works, whatever its attributes are called. A head's convolution and norm
     that all pyramid levels share are folded too; a convolution with a norm for each level is not.
     """
-    convolutions = (nn.Conv2D, paddle.vision.ops.DeformConv2D)
     norms = (nn.BatchNorm, nn.BatchNorm2D, nn.SyncBatchNorm)
     layers = {id(layer): layer for layer in detector.sublayers()}
     produced: dict[
@@ -189,7 +188,7 @@ def fold_batch_norm(detector: Any, image: Any) -> int:
             pairs[produced[id(inputs[0])][0], id(layer)] += 1
 
     for layer in layers.values():
-        if isinstance(layer, convolutions):
+        if isinstance(layer, nn.Conv2D):
             handles.append(layer.register_forward_post_hook(after_convolution))
         elif isinstance(layer, norms):
             handles.append(layer.register_forward_pre_hook(before_norm))

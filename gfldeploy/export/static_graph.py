@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,44 @@ def _save(layer: Any, spec: list[Any], prefix: Path) -> None:
     import paddle
 
     static = paddle.jit.to_static(layer, input_spec=spec, full_graph=True)
+    padding = paddle.nn.functional.pad
+    paddle.nn.functional.pad = _zeros_joined_on(padding)
     try:
         static.forward.concrete_program  # noqa: B018 - a property that traces
     except Exception as error:  # a model's own code may raise anything under tracing
         raise EngineError(f"Paddle cannot trace the model: {summary(error)}", "Please report this.") from error
+    finally:
+        paddle.nn.functional.pad = padding
     with native_writes(prefix.parent):
         paddle.jit.save(static, str(prefix))
     prefix.with_suffix(".pdiparams.info").unlink(missing_ok=True)
+
+
+def _zeros_joined_on(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`paddle.nn.functional.pad` where zeros around all dimensions are joined on.
+
+    oneDNN's kernel for that takes the dimensions of tensors with channels last for others and writes where it must not
+    (Paddle 3.2.2).
+    """
+    import paddle
+
+    def pad(x: Any, pad: Any, mode: str = "constant", value: float = 0.0, *more: Any, **names: Any) -> Any:
+        dimensions = range(len(x.shape))
+        counts = list(pad) if isinstance(pad, list | tuple) else []
+        whole = len(counts) == 2 * len(dimensions) and all(isinstance(count, int) for count in counts)
+        if mode != "constant" or value != 0 or not whole:
+            return original(x, pad, mode, value, *more, **names)
+        for axis in dimensions:
+            line = paddle.zeros_like(paddle.slice(x, [axis], [0], [1]))
+            zeros = [
+                paddle.tile(line, [count if dimension == axis else 1 for dimension in dimensions])
+                for count in counts[2 * axis : 2 * axis + 2]
+                if count
+            ]
+            if len(zeros) == 2:
+                x = paddle.concat([zeros[0], x, zeros[1]], axis)
+            elif zeros:
+                x = paddle.concat([zeros[0], x] if counts[2 * axis] else [x, zeros[0]], axis)
+        return x
+
+    return paddle.jit.not_to_static(pad)  # type: ignore[no-any-return]

@@ -156,16 +156,19 @@ class CocoDataset:
 
         Raises `DataError` when none of this is possible.
         """
-        if not self.categories:
-            raise DataError("the annotations have no categories", "Use annotations with the detector's categories.")
         names = list(classes)
+        if not self.categories:
+            told = "the annotations have no categories: classes are numbered from 1, in their order"
+            return ClassMatch(tuple(range(1, len(names) + 1)), (told,))
         found = self._by_name(names) if len(set(names)) == len(names) else {}
         missing = [name for name in names if name not in found]
         taken = {category.id for category in found.values()}
         spare = [
             one for one in self.categories if one.id not in taken and (one.id in self.labelled or not self.labelled)
         ]
-        notes = [f"the class {name!r} is the category {one.name!r}" for name, one in found.items() if name != one.name]
+        notes = []
+        if loose := [f"{name!r} is {one.name!r}" for name, one in found.items() if name != one.name]:
+            notes.append(f"classes were matched without regard to case, spaces, '-' and '_': {_first(loose)}")
         if found and not (missing and spare):
             if missing:
                 notes.append(

@@ -21,12 +21,12 @@ from gfldeploy.images.native_stderr import heard
 
 __all__ = ["decode_image", "load_cv2", "open_file", "read_file", "read_image"]
 
-# What libjpeg says of data that it could not follow. It goes on, with grey or with anything. Bytes that nothing reads,
-# before the end or before metadata, harm no pixel, and cameras write them.
-_DAMAGED_JPEG = re.compile(
-    rb"Corrupt JPEG data: (?!\d+ extraneous bytes before marker 0x(?:d9|e.|fe))|Premature end of JPEG|"
-    rb"Inconsistent progression"
-)
+# What libjpeg says of data that it could not follow. It goes on, with grey or with anything.
+_DAMAGED_JPEG = re.compile(rb"Corrupt JPEG data: .*|Premature end of JPEG.*|Inconsistent progression.*")
+# A few bytes that nothing reads, before the end or before metadata, harm no pixel, and cameras write them. More than
+# this share of the file are pixels that were not found.
+_SPARE_BYTES = re.compile(rb"(\d+) extraneous bytes before marker 0x(?:d9|e.|fe)")
+_MOST_SPARE = 0.1
 _LARGE_BYTES, _BAND = 1 << 26, 512  # rows
 _FETCH = "Fetch or copy it again, or remove it from the data."
 _CONVERT = "Convert it to JPEG or PNG, or remove it from the data."
@@ -72,8 +72,9 @@ def decode_image(data: bytes, what: object = "the image", reduction: int = 1) ->
     if image is None:
         raise DataError(f"{what} is damaged or not an image that OpenCV reads", _CONVERT)
     if header.kind == "JPEG" and (damage := _DAMAGED_JPEG.search(said)):
-        line = said[damage.start() :].split(b"\n")[0].decode("ascii", "replace")
-        raise DataError(f"the image file {what} is damaged ({line})", _FETCH)
+        spare = _SPARE_BYTES.search(damage[0])
+        if spare is None or int(spare[1]) > _MOST_SPARE * len(data):
+            raise DataError(f"the image file {what} is damaged ({damage[0].decode('ascii', 'replace')})", _FETCH)
     return _to_rgb(image)
 
 

@@ -132,9 +132,9 @@ def _jpeg(data: bytes, whole: bool) -> Header | None:
         return Header("JPEG", 1, 1, complete=False) if whole else None
     height, width = size
     if progressive and height * width > _MOST_PROGRESSIVE_PIXELS:
-        raise DataError(f"it is a progressive JPEG of {width} x {height} px, which takes too much memory", _REMEDY)
+        raise ValueError(f"it is a progressive JPEG of {width} x {height} px, which takes too much memory")
     if scans > _ORDINARY_SCANS and scans * height * width > _MOST_SCANNED:
-        raise DataError(f"it is a JPEG of {scans} scans, each over {width} x {height} px", _REMEDY)
+        raise ValueError(f"it is a JPEG of {scans} scans, each over {width} x {height} px")
     return Header("JPEG", height, width, bool(turned), ended or not whole)
 
 
@@ -197,7 +197,7 @@ def _tiff(file: BinaryIO, start: bytes) -> Header | None:
         return None
     width, height = tags.get(256, 0), tags.get(257, 0)
     if tags.get(322, 0) * tags.get(323, 0) > max(width * height, _MOST_TILE_PIXELS):
-        raise DataError(f"its tiles are of {tags[322]} x {tags[323]} px", _REMEDY)
+        raise ValueError(f"its tiles are of {tags[322]} x {tags[323]} px")
     return Header("TIFF", height, width, None if tags.get(_ORIENTATION, 1) in _TURNED else False)
 
 
@@ -209,8 +209,6 @@ def _by_pillow(file: BinaryIO) -> Header | None:
         warnings.simplefilter("ignore")  # of sizes and metadata, neither of which is Pillow's to judge here
         try:
             image = Image.open(file, formats=_PILLOW)
-        except Image.DecompressionBombError as error:
-            raise DataError(f"it is too large: {error}", "Scale it down, or cut it into tiles.") from error
         except (OSError, SyntaxError, ValueError, struct.error):
             return None
     (width, height), kind = image.size, str(image.format)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import functools
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -26,6 +28,7 @@ __all__ = ["colour", "draw_all", "draw_boxes", "drawing_notes"]
 _QUALITY = 92
 _DEFAULT_RATE = 25.0  # frames a second of a video that does not say
 _PLAYED = ("avc1", "vp09")  # by browsers too: H.264, VP9
+_MOST_STEM_BYTES = 200
 _MOST_SHOWN = 5  # characters that a note names
 _GOLDEN = 0.618034  # steps around the circle of hues that never come close to one another
 
@@ -103,14 +106,24 @@ def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
 
 
 def _video_writer(path: Path, rate: float, size: tuple[int, int]) -> tuple[Any, str | None]:
-    """A `cv2.VideoWriter` in the first codec that this OpenCV has, and which; None where it cannot write at all."""
+    """A `cv2.VideoWriter` in the first codec that this OpenCV has, and which; None where it cannot write at all.
+
+    The name of `path` is ASCII; that of its folder may be any.
+    """
     cv2 = load_cv2()
-    for codec in (*_PLAYED, "mp4v"):
-        fourcc = cv2.VideoWriter_fourcc(*codec)
-        writer, _ = heard(lambda code=fourcc: cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, code, rate, size))  # type: ignore[misc]
-        if writer.isOpened():
-            return writer, codec
-    return writer, None
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    # Not by its name, as OpenCV crashes on one that is not UTF-8.
+    name = f"/proc/self/fd/{folder}/{path.name}"
+    try:
+        for codec in (*_PLAYED, "mp4v"):
+            fourcc = cv2.VideoWriter_fourcc(*codec)
+            open_writer = functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size)
+            writer, _ = heard(open_writer)
+            if writer.isOpened():
+                return writer, codec
+        return writer, None
+    finally:
+        os.close(folder)
 
 
 def _fitted(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -140,9 +153,17 @@ def _write_jpeg(target: Path, image: NDArray[np.uint8]) -> None:
         raise OutputError(f"cannot write {target}: {error.strerror or error}", "Free some space.") from error
 
 
+def _name(number: int, path: Path, suffix: str) -> str:
+    """Of a picture: no longer than any file system takes."""
+    stem = os.fsencode(path.stem)
+    if len(stem) > _MOST_STEM_BYTES:
+        stem = stem[:_MOST_STEM_BYTES].decode("utf-8", "ignore").encode()
+    return f"{number:06d}-{os.fsdecode(stem)}{suffix}"
+
+
 def _draw_image(path: Path, lines: Iterable[tuple[int, Record]], directory: Path, threshold: float) -> Iterator[int]:
     for number, record in lines:
-        target = directory / f"{number:06d}-{path.stem}.jpg"
+        target = directory / _name(number, path, ".jpg")
         if "error" not in record and not target.exists():
             _write_jpeg(target, draw_boxes(read_image(path), record["detections"], threshold))
         yield number
@@ -153,10 +174,10 @@ def _draw_video(path: Path, lines: Iterable[tuple[int, Record]], directory: Path
     with ExitStack() as stack:
         for frame, (number, record) in zip(video_frames(path), lines, strict=False):
             if frame.frame == 0:
-                target = directory / f"{number:06d}-{path.stem}.mp4"
+                target = directory / _name(number, path, ".mp4")
                 if target.exists():
                     return
-                partial = target.with_name(f".{target.name}")
+                partial = directory / f".{number:06d}.mp4"
                 size, rate = (record["width"], record["height"]), video_rate(path) or _DEFAULT_RATE
                 writer, codec = _video_writer(partial, rate, size)
                 stack.callback(writer.release)

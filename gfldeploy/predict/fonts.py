@@ -29,7 +29,8 @@ _SPECIAL = ("bold", "condensed", "italic", "light", "mono", "oblique", "serif", 
 def runs(text: str, size: int) -> Iterator[tuple[str, Font]]:
     """The text, or its first 80 characters, in pieces of one font each, to be drawn one after the other.
 
-    Characters that no font has, and control characters, are escapes such as `\\u4e2d`.
+    Characters that no font has are the letter without its accent or, like control characters, a code such as
+    `\\u4e2d`.
     """
     text = unicodedata.normalize("NFC", text)
     if len(text) > _MOST_CHARACTERS:
@@ -39,7 +40,9 @@ def runs(text: str, size: int) -> Iterator[tuple[str, Font]]:
         if _joins(char):  # in the font of the character before it, and left out where that has none
             placed += [(char, placed[-1][1])] if placed and _has(placed[-1][1], char) else []
         elif _has_none(char):
-            placed += [(one, None) for one in char.encode("unicode_escape").decode()]
+            base = unicodedata.normalize("NFD", char)[0]  # a letter without its accent
+            code = char.encode("unicode_escape").decode() if _has_none(base) else base
+            placed += [(one, _font_of(one)) for one in code]
         else:
             placed.append((char, _font_of(char)))
     for path, pieces in groupby(placed, lambda one: one[1]):

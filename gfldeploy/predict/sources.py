@@ -310,14 +310,15 @@ def _opened(path: Path) -> Iterator[Any]:
     if not _is_container(path):
         yield None
         return
-    # The path as it is on disk, and never as the address of something.
-    name = os.path.abspath(path)  # noqa: PTH100 - resolve follows links
-    capture, _ = heard(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
-    try:
-        height, width = _frame_size(capture)
-        yield capture if capture.isOpened() and height * width <= MAX_PIXELS else None
-    finally:
-        capture.release()
+    with open_file(path, most_bytes=None) as file:
+        # Not by its name: FFmpeg takes some for addresses, and OpenCV crashes on one that is not UTF-8.
+        name = f"/proc/self/fd/{file.fileno()}"
+        capture, _ = heard(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
+        try:
+            height, width = _frame_size(capture)
+            yield capture if capture.isOpened() and height * width <= MAX_PIXELS else None
+        finally:
+            capture.release()
 
 
 def _frame_size(capture: Any) -> tuple[int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
@@ -359,6 +361,61 @@ def test_futures_that_somebody_else_answered() -> None:
         running.set_result(-1)
         run.gate.set()
         assert (running.result(60), waiting.result(60), last.result(60)) == (-1, -2, 9)
+
+
+def test_every_request_is_counted_once_however_it_ends() -> None:
+    def run(numbers: Sequence[int], size: Size) -> list[int | Exception]:
+        if 13 in numbers:
+            raise ValueError("13")
+        if 31 in numbers:
+            raise SystemExit
+        return [number**2 for number in numbers]
+
+    def ask(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(200):
+            number, timeout_ms = draw.randrange(60), draw.choice([LONG_MS, LONG_MS, 1.5])
+            try:
+                future = batcher.submit(number, draw.choice([SMALL, LARGE]), timeout_ms)
+            except RejectedError as error:
+                ends.append(error.reason)
+                wait([future for _, future in futures[-1:]], 60)
+                continue
+            if number == 7:
+                future.cancel()
+            futures.append((number, future))
+
+    ends: list[str] = []
+    futures: list[tuple[int, Future[int]]] = []
+    batcher = DynamicBatcher(run, Adaptive(LatencyModel(1.0, 0.1, 0.0), most=8), most_waiting=20)
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    closing = threading.Thread(target=batcher.close, args=(False,))
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6, 9)]
+    for thread in (threads[0], closing, *threads[1:]):
+        thread.start()
+    for thread in (*threads, closing):
+        thread.join(60)
+    ask(9)
+    for number, future in futures:
+        assert future.done()
+        if future.cancelled():
+            ends.append("cancelled")
+        elif (error := future.exception()) is None:
+            assert future.result() == number**2
+            ends.append("answered")
+        else:
+            ends.append(error.reason if isinstance(error, RejectedError) else "failed")
+    counts, found = batcher.counts, Counter(ends)
+    assert counts.submitted == len(ends) == 2000
+    assert (counts.answered, counts.failed, counts.cancelled) == tuple(
+        found.pop(name, 0) for name in ("answered", "failed", "cancelled")
+    )
+    assert counts.rejected == found
+    assert counts.answered and counts.rejected["closed"] >= 200
 
 
 def test_nothing_of_what_was_done_is_kept() -> None:

@@ -70,6 +70,18 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("cells.0.runs.0.samples.latency_ms", ["fast"]), r"latency_ms\[0\] must be a finite number"),
         (change("cells.0.runs.0.samples.latency_ms", []), "at least one latency"),
         (change("cells.0.runs.0.load_s", float("nan")), "NaN is no number in JSON"),
+        (change("cells.0.runs.0.samples.latency_ms", [0.0, 1.0]), "times must be positive"),
+        (change("cells.0.runs.0.samples.latency_ms", [-1.0]), "latency_ms must be 0 or more"),
+        (change("cells.0.runs.0.samples.warmup_ms", [-1.0]), "warmup_ms must be 0 or more"),
+        (change("cells.0.runs.0.load_s", -1.0), "load_s must be 0 or more"),
+        (change("cells.0.runs.0.load_s", 1e30), "load_s must be a finite number of a sensible size"),
+        (change("cells.0.runs.0.load_s", 10**400), "a number of 401 digits"),
+        (change("cells.0.batch_size", 10**18 + 1), "batch_size must be a finite number of a sensible size"),
+        (change("cells.0.batch_size", -2), "batch_size must be 0 or more"),
+        (change("cells.0.engine", "\ud800"), "engine must be text of a sensible length"),
+        (change("cells.0.engine", "x" * 10**6), "engine must be text of a sensible length"),
+        (change("machine.packages", {"\udfff": "2"}), "must be text of a sensible length"),
+        (change("machine.flags", json.loads("[" * 900 + "]" * 900)), "nested too deeply"),
         (change("cells.0.runs", {}), "runs must be a list"),
         (change("cells.0.runs", []), "needs runs"),
         (change("cells.1.reason", None), "has a reason unless"),
@@ -209,6 +221,11 @@ def test_flags(results: BenchResults) -> None:
     assert row.flags == ("quick", "unstable", "busy", "throttled")
     (row,) = rows(replace(results, cells=(replace(OK, runs=(RUN, replace(RUN, mixed_batches=1))),)))
     assert row.flags == ("padded",)
+    # Where that was not recorded, by the padding of single images.
+    unknown = replace(OK, runs=(replace(RUN, mixed_batches=None, padding_ratio=1.5),))
+    single = replace(OK, batch_size=1, scenario="single-stream", runs=(replace(RUN, mixed_batches=None),))
+    flags = [row.flags for row in rows(replace(results, cells=(unknown, single)))]
+    assert flags == [("padded",), ()]
 
 
 def server(latency_ms: Sequence[float], rejected: int, most_kept: int) -> CellResult:

@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 
 from gfldeploy import demo
+from gfldeploy.bundle import Bundle
 from gfldeploy.cli import main
+from gfldeploy.engines.registry import preferred_engine
 
 pytest.importorskip("onnxruntime")
 
@@ -186,9 +188,13 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
     shutil.copytree(bundle, copy)
     (copy / "paddle").mkdir()
-    added = {"paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00", "layers.json": b'{"weights": "head.conv"}'}
+    added = {
+        "paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00",
+        "paddle/model.pdiparams": b"",
+        "layers.json": b'{"weights": "head.conv"}',
+    }
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": None}
+    manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"}
     for name, content in added.items():
         (copy / name).write_bytes(content)
         manifest["files"][name] = {"sha256": sha256(copy / name), "bytes": len(content)}
@@ -381,6 +387,48 @@ def test_combinations_that_do_not_work(
     assert message in refused("eval", tiny_bundle, "--data", tiny_coco, *options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("predict", "BUNDLE", "IMAGES", "-o", "out", "--threshold", "nan"), "'nan' is not a number"),
+        (("tune", "BUNDLE", "--data", "DATA", "--max-latency-ms", "inf"), "'inf' is not a number"),
+        (("bench", "BUNDLE", "--data", "DATA", "--min-seconds", "NaN", "-o", "out"), "'NaN' is not a number"),
+        (("eval", "x" * 5000, "--data", "DATA"), "(5000 characters)' is no path: File name too long"),
+        (("eval", "BUNDLE", "--data", "x" * 5000), "(5000 characters)' is no path: File name too long"),
+        (("predict", "BUNDLE", "x" * 5000, "-o", "out"), "(5000 characters)' is no path: File name too long"),
+        (("inspect", "/".join(["x" * 300] * 2)), "is no path: File name too long"),
+    ],
+)
+def test_numbers_and_paths_that_are_none(
+    arguments: tuple[str, ...], message: str, tiny_bundle: Path, tiny_coco: Path, refused: Callable[..., str]
+) -> None:
+    known = {"BUNDLE": tiny_bundle, "DATA": tiny_coco, "IMAGES": tiny_coco.parent / "images"}
+    assert message in refused(*(known.get(one, one) for one in arguments))
+
+
+def test_eval_says_what_it_measured_by_which_engine(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the engine that `predict` would take; what is not matched by name is told, what is undefined is called so."""
+    content = json.loads(tiny_coco.read_text())
+    content["categories"].append({"id": 99, "name": "unknown"})
+    first = content["images"][0]
+    content["annotations"].append({"id": 999, "image_id": first["id"], "category_id": 99, "bbox": [0, 0, 5, 5]})
+    first.update(width=first["height"] + 1)
+    data = tmp_path / "labels.json"
+    data.write_text(json.dumps(content))
+    arguments = ("eval", tiny_bundle, "--data", data, "--images", tiny_coco.parent / "images")
+    assert run(*arguments) == 0
+    out, err = capfd.readouterr()
+    engine, _ = preferred_engine(Bundle.open(tiny_bundle), "fp32", "cpu")
+    assert f"{engine} fp32" in " ".join(out.split())
+    assert "no class for 1 categories of the annotations (unknown)" in err
+    assert "1 images have another size than their annotations say" in err
+    assert run(*arguments, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["ap_small"] is None) == ("small undefined" in out) and len(found["notes"]) == 2
+
+
 MISSING = "import sys\nsys.modules[{!r}] = None"  # makes its import fail
 
 
@@ -459,7 +507,7 @@ def test_pictures_of_every_kind_are_evaluated(
 
 
 BROKEN = {
-    "corrupt.png": (b"\x89PNG\r\n\x1a\n" + bytes(100), "truncated"),
+    "corrupt.png": (b"\x89PNG\r\n\x1a\n" + bytes(100), "damaged or not an image"),
     "empty.jpg": (b"", "is empty"),
     "text.jpg": (b"<html>404</html>", "damaged or not an image"),
     "cut.jpg": (None, "is truncated"),

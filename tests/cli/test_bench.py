@@ -31,7 +31,7 @@ def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: p
     engines = ("--engines", "paddle,onnxruntime")
     assert run(tiny_bundle, "--data", tiny_coco, "-o", output, *engines, *quick) == 0
     shown, progress = capfd.readouterr()
-    assert "1.000" in shown and "images/s" in shown and "0/1" in shown
+    assert "1.000" in shown and "images/s" in shown and "0 of 1" in shown
     assert "onnxruntime int8: skipped: no INT8 bundle was given; make an INT8 bundle" in shown
     skip = progress.index("skip  onnxruntime          fp16")
     assert skip < progress.index("1/5 tiny: onnxruntime fp32 on cpu, batch 1\n")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sample_deploy import DEPLOY
 from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
 
 from gfldeploy.analysis.causes import analyze_passes
@@ -20,7 +21,7 @@ from gfldeploy.analysis.record import Analysis
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.results import BenchResults, BundleIdentity, Serving, Stages
 from gfldeploy.bench.timing import Samples
-from gfldeploy.cli import analyze, main
+from gfldeploy.cli import analyze, main, tune
 from gfldeploy.cli.results import show_results
 from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.machine import describe_machine
@@ -167,6 +168,14 @@ def test_analyze_keeps_its_numbers_whole(shown: Shown) -> None:
     lines = table(shown(lambda: analyze._show(found), 80))
     assert max(map(len, lines)) <= 80
     assert re.search(r"^ *8 +21001\.0 +16001\.0 ", lines[-1])
+
+
+def test_tune_keeps_engine_batch_speed_and_map(shown: Shown) -> None:
+    lines = table(shown(lambda: tune._show(DEPLOY), 80))
+    assert max(map(len, lines)) <= 80
+    assert re.match(r"choice +onnxruntime +int8 +2 .* 80\.00 .* 0\.7010", lines[-2])
+    assert re.match(r"second +onnxruntime +fp32 +1 .* 80\.00 ", lines[-1])
+    assert "network," in shown(lambda: tune._show(DEPLOY), None)
 
 
 def test_doctor_and_inspect(shown: Shown, tiny_bundle: Path) -> None:

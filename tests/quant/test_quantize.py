@@ -7,7 +7,9 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import demo_bundles
 import numpy as np
@@ -22,6 +24,7 @@ from gfldeploy.inspection import int8_lines
 from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.measurement import int8_engines
 
+RunHere = Callable[..., CompletedProcess[str]]
 pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
 
 
@@ -60,8 +63,8 @@ def test_the_bundle_says_what_it_was_made_from(fp32: Path, int8: Path, pictures:
             assert content is None or os.fsencode(path) not in content, (name, path)
 
 
-def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    done = demo_bundles.run("verify", int8, folder=tmp_path)
+def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here("verify", int8)
     assert done.returncode == 0, done.stderr
     assert "paddle and onnxruntime in INT8" in done.stdout
     sheet = demo_bundles.run("inspect", int8, folder=tmp_path).stdout
@@ -75,7 +78,7 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) ->
     shutil.copytree(tiny_coco.parent / "images", tmp_path / "images")
     arguments = ("eval", int8, "--data", tmp_path / "annotations.json", "--json")
     for engine in int8_engines():
-        done = demo_bundles.run(*arguments, "--engine", engine, folder=tmp_path)
+        done = run_here(*arguments, "--engine", engine)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["images"] == len(data["images"])
 

@@ -486,6 +486,21 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
 
 
 @pytest.mark.slow
+def test_the_batcher_in_a_soak(tiny_bundle: Path, tmp_path: Path) -> None:
+    script = tmp_path / "soak.py"  # which writes beside itself
+    script.write_text((ROOT / "benchmarks" / "soak.py").read_text())
+    options = ["--name", "tiny", "--machine", "here", "--minutes", "0.1", "--every", "0.2", "--most-growth", "1.5"]
+    done = subprocess.run(
+        [sys.executable, str(script), "--bundle", str(tiny_bundle), *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results/here/checks/tiny_soak.json").read_text())
+    assert found["unanswered"] == 0
+    assert found["outcomes"]["answered"] > 0
+    assert found["counts"]["submitted"] == sum(found["outcomes"].values()) >= found["curve"][-1]["submitted"] > 100
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -498,6 +513,7 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
         "plot_padding",
         "postprocess",
         "serve_policies",
+        "soak",
         "tune_against_exhaustive",
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_deploy_file import CHOICE, DEPLOY, EVIDENCE
+from sample_deploy import CHOICE, DEPLOY, EVIDENCE
 
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.tune.deploy_file import Evidence

@@ -1,0 +1,42 @@
+"""What `gfldeploy tune` writes, for tests of what is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gfldeploy.bench.estimates import Estimate
+from gfldeploy.bench.results import DataDescription
+from gfldeploy.machine import describe_machine
+from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
+from gfldeploy.tune.knee import CurvePoint, Knee
+from gfldeploy.tune.search import Bounds
+
+EVIDENCE = Evidence(
+    images_per_s=Estimate(80.0, 79.0, 81.5, 12),
+    latency_p50_ms=Estimate(25.0, 24.9, 25.2, 400),
+    latency_p99_ms=Estimate(31.0, 30.0, 33.0, 400),
+    latency_max_ms=40.5,
+    network_images_per_s=Estimate(95.0, None, None, 3),
+    network_p50_ms=Estimate(21.0, 20.9, 21.2, 400),
+    quick=False,
+    padded=False,
+    memory_mb=310.5,
+    ap=0.701,
+    ap_drop=0.004,
+    ap_images=200,
+    runs=3,
+    started="2026-01-01T00:00:00+00:00",
+)
+CHOICE = Configuration("models/int8", "ab" * 32, "onnxruntime", "int8", "cpu", 2, 2, "grouped", EVIDENCE)
+UNMEASURED = replace(EVIDENCE, ap=None, ap_drop=None, ap_images=None)
+DEPLOY = Deploy(
+    created="2026-01-01T00:10:00+00:00",
+    summary="Deploy it: it is fast, zwölf times — and " + "long " * 60 + "enough.",
+    choice=CHOICE,
+    runner_up=replace(CHOICE, bundle="../fp32", precision="fp32", batch_size=1, policy="single", evidence=UNMEASURED),
+    bounds=Bounds(max_latency_ms=50, max_drop=0.01),
+    knee=Knee(2, (CurvePoint(1, 60.0), CurvePoint(2, 80.0), CurvePoint(4, 80.5)), False),
+    search=SearchRecord(55, 12, 2, 61.5, False, True),
+    machine=describe_machine(),
+    data=DataDescription("cd" * 32, "ef" * 32, 32, 200),
+)

@@ -64,7 +64,7 @@ _NOTES: dict[DirectoryKind, str] = {"bundle": "manifest.json", "demo": "demo.jso
 # How files of ours begin.
 _BEGINNINGS: dict[FileKind, str] = {
     "json": r'\{\s*"schema": \d+,\s*"created": "',
-    "csv": r"bundle,engine,precision,",
+    "csv": r"(bundle,)?engine,precision,",
     "html": r'<!doctype html>\s<html[^>]*>\s<head>[^\0]*?<(meta name="generator" content="gfldeploy|title>gfldeploy )',
     "yml": r"schema: \d+\ncreated: ",
 }

@@ -3,7 +3,7 @@ that grows.
 
     python benchmarks/kill.py --demo gfldeploy-demo --machine epyc-2core
 
-Kills `export`, `quantize`, `bench` and `predict` with SIGKILL, `--kills` times in all, on the detector of
+Kills `predict`, `bench`, `export` and `quantize` with SIGKILL, each `--kills` times, on the detector of
 `gfldeploy demo`: half of them a random while after the start, half a random while after something was written. Before
 every second run to its end there is an old result, which `--force` replaces. After each kill the target must be the old
 one or the new one, whole, and all processes must end; one to four kills later a run is let end, which must make what
@@ -40,6 +40,7 @@ from gfldeploy.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 MARK = ".made-by-gfldeploy"
+KILLS = ("predict=32", "bench=8", "export=5", "quantize=5")
 TOKEN = "GFLDEPLOY_KILL_RECIPE"
 THEIRS = {".ses"}
 ENDS_S = 30.0  # processes have so long to end after their parent
@@ -48,16 +49,12 @@ POLL_S = 0.005
 
 @dataclass
 class Command:
-    """One that is killed: its `arguments` before --output, the `target`'s name, and what tells one result from another.
-
-    `share`: of all kills.
-    """
+    """One that is killed: its `arguments` before --output, the `target`'s name, and what tells one result from another."""
 
     name: str
     arguments: list[str]
     target: str
     identity: Callable[[Path], Any]
-    share: float
     beside: tuple[str, ...] = ()
     seconds: float = 0.0
     undisturbed: Any = None
@@ -121,32 +118,32 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="the folder that `gfldeploy demo` wrote")
     parser.add_argument("--name", default="demo", help="of the results file")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
-    parser.add_argument("--kills", type=int, default=50, metavar="K")
+    parser.add_argument("--kills", nargs="+", default=KILLS, metavar="COMMAND=K", help=f"(default: {' '.join(KILLS)})")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chooser = random.Random(args.seed)
+    kills = {name: int(count) for name, _, count in (one.partition("=") for one in args.kills)}
     shared = set(names(Path("/dev/shm")))
-    with tempfile.TemporaryDirectory() as name:
-        place = Place(Path(name))
-        rows: list[dict[str, Any]] = []
-        commands = make_commands(args.demo.resolve(), place.root)
-        for command in commands[::-1]:
-            rows += kill(command, place, round(args.kills * command.share), chooser)
-        cache = sum(path.stat().st_size for path in below(place.home) if path.is_file())
-    shared = set(names(Path("/dev/shm"))) - shared
-    killed = [row for row in rows if not row["ended_before"]]
-    failures = [row for row in rows if row["problem"]]
-    record = {
-        "machine": plain(describe_machine()), "kills": len(killed),
-        "after_something_was_written": sum(row["written"] for row in killed), "failures": len(failures),
-        "left_in_shared_memory": sorted(shared), "engine_cache_bytes": cache,
-        "seconds_undisturbed": {command.name: round(command.seconds, 1) for command in commands}, "rows": rows,
-    }  # fmt: skip
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_kill.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, record)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        place = Place(Path(name))
+        commands = [one for one in make_commands(args.demo.resolve(), place.root) if one.name in kills]
+        for number, command in enumerate(commands, start=1):
+            rows += kill(command, place, kills[command.name], chooser)
+            killed = [row for row in rows if not row["ended_before"]]
+            failures = [row for row in rows if row["problem"]]
+            left = sorted(set(names(Path("/dev/shm"))) - shared)
+            record = {
+                "machine": plain(describe_machine()), "kills": len(killed),
+                "after_something_was_written": sum(row["written"] for row in killed), "failures": len(failures),
+                "left_in_shared_memory": left,
+                "seconds_undisturbed": {one.name: round(one.seconds, 1) for one in commands[:number]}, "rows": rows,
+            }  # fmt: skip
+            write_json(output, record)
     print(f"{len(killed)} kills, {record['after_something_was_written']} after something was written")
-    print(f"{len(failures)} failures; left in shared memory: {', '.join(sorted(shared)) or 'nothing'}")
+    print(f"{len(failures)} failures; left in shared memory: {', '.join(left) or 'nothing'}")
     if failures:
         raise SystemExit(1)
 
@@ -158,22 +155,23 @@ def make_commands(made: Path, root: Path) -> list[Command]:
     for path in list_images(val / "images")[:40]:
         shutil.copy(path, images)
     weights = ["-w", str(demo.weights_path())]
-    bench = ["--engines", "onnxruntime,openvino", "--batch-sizes", "1,2", "--rounds", "1", "--min-seconds", "0.2"]
+    bench = ["--engines", "onnxruntime,openvino", "--batch-sizes", "1", "--rounds", "1", "--min-seconds", "0.2"]
+    predict = ["predict", str(made / "int8"), str(images), "--engine", "onnxruntime", "--batch-size", "2"]
     return [
-        Command("export", ["export", "-c", str(demo.config_path()), *weights], "out", bundle_identity, 0.1),
-        Command(
-            "quantize",
-            ["quantize", str(made / "fp32"), "--data", str(calib), "--samples", "2", "--algo", "abs_max",
-             "--min-agreement", "0"],
-            "out", bundle_identity, 0.08,
-        ),
+        Command("predict", [*predict, "--draw"], "out", folder_identity),
         Command(
             "bench",
             ["bench", str(made / "int8"), "--data", str(val / "annotations.json"), *bench, "--accuracy-limit", "4",
              "--no-peak", "--limit", "4"],
-            "results.json", bench_identity, 0.28, ("results.csv", "results.html"),
+            "results.json", bench_identity, ("results.csv", "results.html"),
         ),
-        Command("predict", ["predict", str(made / "int8"), str(images), "--draw"], "out", folder_identity, 0.54),
+        Command("export", ["export", "-c", str(demo.config_path()), *weights], "out", bundle_identity),
+        Command(
+            "quantize",
+            ["quantize", str(made / "fp32"), "--data", str(calib), "--samples", "2", "--algo", "abs_max",
+             "--min-agreement", "0"],
+            "out", bundle_identity,
+        ),
     ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ _NOTES: dict[DirectoryKind, str] = {"bundle": "manifest.json", "demo": "demo.jso
 # How files of ours begin.
 _BEGINNINGS: dict[FileKind, str] = {
     "json": r'\{\s*"schema": \d+,\s*"created": "',
-    "csv": r"bundle,engine,precision,",
+    "csv": r"(bundle,)?engine,precision,",
     "html": r'<!doctype html>\s<html[^>]*>\s<head>[^\0]*?<(meta name="generator" content="gfldeploy|title>gfldeploy )',
     "yml": r"schema: \d+\ncreated: ",
 }
@@ -393,9 +393,11 @@ def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
         made = "schema" in content if kind == "bundle" else f"gfldeploy {kind}" in str(content.get("what"))
         if made and isinstance(files, dict | list):
             listed = {note, *(directory / str(name) for name in files)}
-    for path in sorted(directory.rglob("*")):
-        if path.is_symlink() or (path not in listed and not path.is_dir()):
-            return path.relative_to(directory).as_posix()
+    for name, folders, files in os.walk(directory):
+        folders.sort()
+        for path in (Path(name) / one for one in (*sorted(files), *folders)):
+            if path.is_symlink() or (path not in listed and not path.is_dir()):
+                return path.relative_to(directory).as_posix()
     return None
 
 

@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_results import sample_results
 
 from gfldeploy import files
+from gfldeploy.bench.csv_file import write_csv
+from gfldeploy.bench.report.page import write_report
 from gfldeploy.errors import OutputError
 from gfldeploy.files import (
+    FileKind,
     atomic_directory,
     check_apart,
     check_file,
@@ -504,6 +508,16 @@ def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
     for name, what in (("link.json", "a symbolic link"), (".", "a directory"), ("/dev/null", "no regular file")):
         with pytest.raises(OutputError, match=f"is {what}, which is never replaced"):
             check_file(tmp_path / name, "json", force=True)
+
+
+def test_files_of_ours_are_known_by_how_they_begin(tmp_path: Path) -> None:
+    found = sample_results()
+    found.write(tmp_path / "a.json")
+    write_csv(found, tmp_path / "a.csv")
+    write_report(found, tmp_path / "a.html")
+    kinds: tuple[FileKind, ...] = ("json", "csv", "html")
+    for kind in kinds:
+        check_file(tmp_path / f"a.{kind}", kind, force=True)
 
 
 def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class WorkingFile:
                 )
             if number > 0 and entry == _END:
                 self.complete = True
-            elif number > 0 and entry is not None and entry.get("batch") == self.batches:
+            elif number > 0 and entry is not None and _is_batch(entry, self.batches):
                 self.batches += 1
                 self.images += len(entry["images"])
             elif number > 0 or entry is None:
@@ -117,9 +117,32 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     """None for a line that was cut short."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
+
+
+def _is_batch(entry: Mapping[str, Any], number: int) -> bool:
+    """Whether it is the batch of this number: what is not is done again."""
+    images = entry.get("images")
+    return (
+        entry.get("batch") == number
+        and isinstance(images, list)
+        and all(
+            isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and _is_record(one[1]) for one in images
+        )
+    )
+
+
+def _is_record(one: Any) -> bool:
+    if not isinstance(one, dict) or not isinstance(one.get("file"), str):
+        return False
+    found = one.get("detections")
+    return isinstance(one.get("error"), str) or (
+        isinstance(found, list)
+        and all(isinstance(one.get(key), int) for key in ("width", "height"))
+        and all(isinstance(each, dict) and each.keys() == {"class", "class_id", "score", "bbox"} for each in found)
+    )
 
 
 def _differences(before: Mapping[str, Any], question: Mapping[str, Any]) -> list[str]:

@@ -23,9 +23,7 @@ from gfldeploy.tune.search import Bounds, Policy
 pytest.importorskip("onnxruntime")
 
 ONE = Estimate(1.0, None, None, 1)
-EVIDENCE = Evidence(
-    ONE, ONE, None, 1.0, ONE, ONE, False, False, 99, None, None, None, 1, "2026-01-01T00:00:00+00:00"
-)
+EVIDENCE = Evidence(ONE, ONE, None, 1.0, ONE, ONE, False, False, 99, None, None, None, 1, "2026-01-01T00:00:00+00:00")
 
 
 def write_deploy(

@@ -10,7 +10,12 @@ from gfldeploy.errors import OutputError
 from gfldeploy.predict.working import WorkingFile
 
 QUESTION = {"bundle": "ab", "batch_size": 2, "software": {"numpy": "2"}}
-BATCHES = [[(0, {"file": "a"}), (2, {"file": "c"})], [(1, {"file": "b", "error": "zwölf"})], [(3, {"file": "d"})]]
+SIZED = {"width": 4, "height": 3, "detections": []}
+BATCHES = [
+    [(0, {"file": "a", **SIZED}), (2, {"file": "c", **SIZED})],
+    [(1, {"file": "b", "error": "zwölf"})],
+    [(3, {"file": "d", **SIZED})],
+]
 
 
 def write(path: Path) -> bytes:
@@ -45,7 +50,18 @@ def test_cut_anywhere_it_goes_on(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("junk", [b"\0\0\0\n", b'{"batch": 9, "images": []}\n', b"[1]\n", b"{\n"])
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"\0\0\0\n",
+        b'{"batch": 1}\n',
+        b'{"batch": 1, "images": [[1, {}]]}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"batch": 9, "images": []}\n',
+        b"[1]\n",
+        b"{\n",
+    ],
+)
 def test_what_follows_damage_is_done_again(junk: bytes, tmp_path: Path) -> None:
     path = tmp_path / "w"
     lines = write(path).splitlines(keepends=True)

@@ -55,7 +55,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 large = enlarged(data, factor, Path(folder))
                 preprocess = choice.bundle.manifest.preprocess
-                reductions = {preprocess.reduction(image.height, image.width) for image in large.images}
+                reductions = {preprocess.reduction(*image.size()) for image in large.images}
                 row = {
                     "factor": factor, "reductions": sorted(reductions),
                     "ap": [accuracy(engine, choice, large, reduced) for reduced in (False, True)],

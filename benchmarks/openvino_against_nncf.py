@@ -174,7 +174,7 @@ def behind_convolutions(model: Any) -> list[str]:
 def commonest_shapes(bundle: Bundle, dataset: CocoDataset, most: int = 2) -> list[tuple[int, ...]]:
     """The most frequent input shapes of one image."""
     preprocess = bundle.manifest.preprocess
-    found = Counter((1, 3, *preprocess.input_size(image.height, image.width)) for image in dataset.images)
+    found = Counter((1, 3, *preprocess.input_size(*image.size())) for image in dataset.images)
     return [shape for shape, _ in found.most_common(most)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Engine
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.errors import DataError
-from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 
-__all__ = ["Accuracy", "ap_difference", "coco_accuracy", "coco_results", "evaluate", "results_of"]
+__all__ = ["Accuracy", "ap_difference", "check_measurable", "coco_accuracy", "coco_results", "evaluate", "results_of"]
 
 _RESAMPLES = 100
 
@@ -31,7 +31,8 @@ class Accuracy:
     """COCO's average precisions, from 0 to 1, over `images` images with `detections` detections.
 
     `ap` is over IoU 0.50 to 0.95, `ap50` and `ap75` at one IoU; `ap_small`, `ap_medium` and `ap_large` are for objects
-    below 32², between, and from 96² square pixels. As in pycocotools, -1 means that the data have no such objects.
+    below 32², between, and from 96² square pixels. `ap` is always there; as in pycocotools, another that is -1 is
+    undefined, as the data have no such objects.
     """
 
     ap: float
@@ -48,11 +49,14 @@ class Accuracy:
         return asdict(self)
 
 
-def coco_results(image_id: int, detections: Detections, class_to_category: Sequence[int]) -> list[dict[str, Any]]:
+def coco_results(
+    image_id: CocoId, detections: Detections, class_to_category: Sequence[CocoId | None]
+) -> list[dict[str, Any]]:
     """The detections of one image in COCO's result format: bbox is x, y, width, height in original pixels.
 
-    Width is x2 - x1, as PaddleDetection has it (`bias` 0). A detection whose class has no category is left out: GFLv2's
-    head has one score channel more than there are classes, and what it finds in the extra one is no object of the data.
+    Width is x2 - x1, as PaddleDetection has it (`bias` 0). A detection whose class has no category (None) is left out:
+    GFLv2's head has one score channel more than there are classes, and what it finds in the extra one is no object of
+    the data.
     """
     rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True)
     return [
@@ -63,17 +67,38 @@ def coco_results(image_id: int, detections: Detections, class_to_category: Seque
             "score": score,
         }
         for (x1, y1, x2, y2), score, category in rows
-        if 0 <= category < len(class_to_category)
+        if 0 <= category < len(class_to_category) and class_to_category[category] is not None
     ]
 
 
-def coco_accuracy(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> Accuracy:
+def check_measurable(dataset: CocoDataset, category_ids: Sequence[CocoId | None] | None = None) -> None:
+    """Raise `DataError` where average precision is undefined: there is no box that a detector must find.
+
+    `category_ids`: as for `coco_accuracy`. Boxes marked as crowds are none.
+    """
+    if not dataset.annotations:
+        raise DataError(
+            f"the {len(dataset.images)} images have no annotations, so there is no accuracy to measure",
+            "Use more images, or annotations with boxes.",
+        )
+    counted = {item.category_id for item in dataset.annotations if not item.crowd}
+    if not (counted if category_ids is None else counted.intersection(category_ids)):
+        raise DataError(
+            f"the {len(dataset.images)} images have no boxes of the detector's classes but crowds, so mAP is undefined",
+            "Use more images, or annotations with boxes of what the detector finds.",
+        )
+
+
+def coco_accuracy(
+    dataset: CocoDataset, results: Sequence[dict[str, Any]], category_ids: Sequence[CocoId | None] | None = None
+) -> Accuracy:
     """Average precision of `results` (COCO's result format) over the images of `dataset`, by pycocotools' COCOeval.
 
-    No results at all give 0, not an error. Raises `DataError` when the dataset has no annotations to measure against,
-    or a result is of an image outside it.
+    `category_ids`: the categories that count, those of the detector's classes; default: all. No results at all give 0,
+    not an error. Raises `DataError` when mAP is undefined, see `check_measurable`, or a result is of an image outside
+    the dataset.
     """
-    stats = _compared(dataset, results).stats[:6]
+    stats = _compared(dataset, results, category_ids).stats[:6]
     ap, ap50, ap75, small, medium, large = (float(value) for value in stats)
     return Accuracy(ap, ap50, ap75, small, medium, large, len(dataset.images), len(results))
 
@@ -99,40 +124,57 @@ def ap_difference(
     return value, float(low), float(high)
 
 
-def _compared(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> Any:
+def _compared(
+    dataset: CocoDataset, results: Sequence[dict[str, Any]], category_ids: Sequence[CocoId | None] | None = None
+) -> Any:
     """A pycocotools COCOeval that is done. Raises `DataError`, see `coco_accuracy`."""
     from pycocotools.cocoeval import COCOeval
 
-    if not dataset.annotations:
+    check_measurable(dataset, category_ids)
+    # pycocotools sorts ids as numbers of 64 bits: it gets numbers of ours.
+    images = {image.id: number for number, image in enumerate(dataset.images, start=1)}
+    kept = None if category_ids is None else set(category_ids)
+    categories = {
+        category.id: number
+        for number, category in enumerate(dataset.categories, start=1)
+        if kept is None or category.id in kept
+    }
+    if strangers := {result["image_id"] for result in results} - images.keys():
         raise DataError(
-            f"the {len(dataset.images)} images have no annotations, so there is no accuracy to measure",
-            "Use more images, or annotations with boxes.",
-        )
-    known = {image.id for image in dataset.images}
-    if strangers := {result["image_id"] for result in results} - known:
-        raise DataError(
-            f"there are results for {len(strangers)} images outside the data, such as {min(strangers)}",
+            f"there are results for {len(strangers)} images outside the data, such as {next(iter(strangers))}",
             "Measure them against the annotations of the same images.",
         )
     truth = [
         {
-            "image_id": item.image_id,
-            "category_id": item.category_id,
+            "image_id": images[item.image_id],
+            "category_id": categories[item.category_id],
             "bbox": list(item.bbox),
             "area": item.area,
             "iscrowd": int(item.crowd),
         }
         for item in dataset.annotations
+        if item.category_id in categories
     ]
     found = [
-        {**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0, "bbox": list(result["bbox"])}
+        {
+            "image_id": images[result["image_id"]],
+            "category_id": categories[result["category_id"]],
+            "score": result["score"],
+            "area": result["bbox"][2] * result["bbox"][3],
+            "iscrowd": 0,
+            "bbox": list(result["bbox"]),
+        }
         for result in results
+        if result["category_id"] in categories
     ]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
-        evaluation = COCOeval(_coco(dataset, truth), _coco(dataset, found), "bbox")
+        sides = [_coco(images.values(), categories.values(), rows) for rows in (truth, found)]
+        evaluation = COCOeval(*sides, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    if not evaluation.stats[0] >= 0:
+        raise DataError("mAP is undefined: no box of the annotations counts", "Check the areas of the boxes.")
     return evaluation
 
 
@@ -162,9 +204,14 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     order: Order = "listed",
 ) -> Accuracy:
-    """Run an engine over a dataset and measure the accuracy: that of `results_of`, which raises and means the same."""
+    """Run an engine over a dataset and measure the accuracy: that of `results_of`, which raises and means the same.
+
+    Raises `DataError` before anything is run where mAP is undefined.
+    """
+    category_ids = dataset.class_to_category(classes)
+    check_measurable(dataset, category_ids)
     results = results_of(engine, dataset, preprocess, nms, classes, batch_size, progress, order)
-    return coco_accuracy(dataset, results)
+    return coco_accuracy(dataset, results, category_ids)
 
 
 def results_of(
@@ -180,7 +227,7 @@ def results_of(
     """What an engine detects in the images of a dataset, in COCO's result format.
 
     `order`: how the images are put into batches, see `batching.buckets`: with "bucketed", each batch has images of one
-    input size by the annotations, so that none is padded to another's. `classes`: the model's class names, in the order
+    input size, so that none is padded to another's. `classes`: the model's class names, in the order
     of its score channels. `progress(done, total)` is called after every batch, with numbers of images.
 
     Raises `DataError` at the first image that cannot be read, because the accuracy over a part of the data would pass
@@ -191,7 +238,8 @@ def results_of(
     class_to_category = dataset.class_to_category(classes)
     results: list[dict[str, Any]] = []
     total = len(dataset.images)
-    sizes = [preprocess.input_size(image.height, image.width) for image in dataset.images]
+    by_size = order in ("sorted", "bucketed")  # the others are cut without looking at sizes
+    sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
     done = 0
     for one in group(sizes, batch_size, order):
         images = [dataset.images[index] for index in one.indices]
@@ -205,14 +253,14 @@ def results_of(
     return results
 
 
-def _coco(dataset: CocoDataset, annotations: list[dict[str, Any]]) -> Any:
+def _coco(images: Iterable[int], categories: Iterable[int], annotations: list[dict[str, Any]]) -> Any:
     """A pycocotools COCO over these annotations, numbered from 1: COCOeval takes id 0 for "matched nothing"."""
     from pycocotools.coco import COCO
 
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": image.id, "height": image.height, "width": image.width} for image in dataset.images],
-        "categories": [{"id": category.id, "name": category.name} for category in dataset.categories],
+        "images": [{"id": number} for number in images],
+        "categories": [{"id": number} for number in categories],
         "annotations": [{**item, "id": number} for number, item in enumerate(annotations, start=1)],
     }
     coco.createIndex()

@@ -1,20 +1,85 @@
-"""Which anchors a graph decoded: graphs that choose are compared anchor by anchor, not row by row."""
+"""Which anchors of an image a graph decodes, what NMS can lose by that, and which ones a graph decoded.
+
+NMS goes through the pairs of an anchor and a class by falling score, so that a pair is dropped or kept by better pairs
+alone. If a graph leaves out the anchors whose best class scores lowest, all detections that score more than the worst
+candidate are therefore exactly those of all anchors. What may be missing, or differ, scores less. Nothing is lost
+
+- where no anchor was left out, or the worst candidate scores no more than `score_threshold`;
+- where `keep_top_k` detections score more than the worst candidate, since no others leave NMS;
+- with a single class and at least `nms_top_k` candidates, since no others enter NMS.
+
+The last holds for every image; with more classes a class can have all of its best anchors among those left out. The
+others are a matter of the image, and `may_lack_below` tells afterwards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEFAULT_CANDIDATES", "MOST_CANDIDATES", "anchors_of", "matched"]
+from gfldeploy.detections import Detections, NmsParams, postprocess
 
-# As many as PaddleDetection's NMS takes of each class (its nms_top_k). Detections with a score above that of the worst
-# candidate are those of the whole graph, and an image keeps 100: see export/README.md for what that does to mAP.
+__all__ = [
+    "DEFAULT_CANDIDATES",
+    "MOST_CANDIDATES",
+    "anchors_of",
+    "default_candidates",
+    "matched",
+    "may_lack_below",
+    "suffice",
+]
+
+# As many as PaddleDetection's NMS takes of each class (its usual nms_top_k), and ten for each of the 100 detections
+# that an image usually keeps: see export/README.md for what that does to mAP.
 DEFAULT_CANDIDATES = 1000
+_FOR_EACH_KEPT = 10
 # TensorRT's TopK gives fewer than 3840.
 MOST_CANDIDATES = 3839
+
+
+def default_candidates(nms: NmsParams, channels: int) -> int | None:
+    """How many anchors of an image a graph with so many score channels should decode; None for all.
+
+    1000 where the config keeps up to 100 detections, and with one class at least as many as enter NMS. Otherwise all:
+    several hundred detections can need more candidates than TensorRT's TopK gives, and decoding all anchors takes
+    little beside the network.
+    """
+    if channels == 1 and 0 < nms.nms_top_k <= MOST_CANDIDATES:
+        return max(DEFAULT_CANDIDATES, nms.nms_top_k)
+    if nms.keep_top_k == -1 or _FOR_EACH_KEPT * nms.keep_top_k > DEFAULT_CANDIDATES:
+        return None
+    return DEFAULT_CANDIDATES
+
+
+def may_lack_below(scores: NDArray[np.float32], found: Detections, nms: NmsParams) -> float:
+    """The score below which detections may be missing or differ because of anchors left out; 0.0 if none are.
+
+    `scores`: [K, C] of the candidates of one image; `found`: what NMS made of all of them.
+    """
+    worst = float(scores.max(axis=1).min(initial=np.inf)) if scores.size else 0.0
+    if worst <= nms.score_threshold or (scores.shape[1] == 1 and 0 < nms.nms_top_k <= len(scores)):
+        return 0.0
+    filled = nms.keep_top_k != -1 and len(found) >= nms.keep_top_k and float(found.scores[-1]) > worst
+    return 0.0 if filled else worst
+
+
+def suffice(candidates: int, outputs: Iterable[Mapping[str, NDArray[Any]]], nms: NmsParams) -> bool:
+    """Whether so many candidates of each image are certain to lose nothing of these outputs of all anchors.
+
+    `outputs`: "scores" [N, A, C] and "boxes" [N, A, 4]; an image whose scores are not finite is passed over.
+    """
+    for batch in outputs:
+        for scores, boxes in zip(batch["scores"], batch["boxes"], strict=True):
+            if len(scores) <= candidates or not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+                continue
+            chosen = np.sort(np.argpartition(scores.max(axis=1), -candidates)[-candidates:])
+            (found,) = postprocess(scores[np.newaxis, chosen], boxes[np.newaxis, chosen], [(1.0, 1.0)], nms)
+            if may_lack_below(scores[chosen], found, nms):
+                return False
+    return True
 
 
 def anchors_of(outputs: Mapping[str, NDArray[Any]], image: int) -> NDArray[np.int64]:

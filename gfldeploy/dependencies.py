@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import ModuleType
 
 from gfldeploy._quiet import quiet
@@ -41,7 +40,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         if gpu := INSTALL_ENGINE.get((package, "gpu")):
             command = f"{command} (CPU), or {gpu} (GPU)"
     try:
-        with quiet(), _own_sigterm():
+        with quiet(), _KeepSigterm():
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == package:
@@ -53,16 +52,30 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise _broken(package, purpose, command, error) from error
 
 
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM: Paddle installs its own in C, under which nothing is cleaned up."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
+class _KeepSigterm:
+    """Keeps the handler of SIGTERM while a package is imported, from one module to the next.
+
+    Paddle installs its own in C, under which nothing is cleaned up, and its import goes on for seconds after that. A
+    context manager, and a finder of modules that finds none.
+    """
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def __enter__(self) -> None:
+        sys.meta_path.insert(0, self)
+
+    def __exit__(self, *_: object) -> None:
+        sys.meta_path.remove(self)
+        self._restore()
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         with suppress(ValueError):  # not the main thread
-            if callable(handler):
-                signal.signal(signal.SIGTERM, handler)
+            if callable(self._handler):
+                signal.signal(signal.SIGTERM, self._handler)
 
 
 def _broken(package: str, purpose: str, command: str, error: Exception) -> MissingDependencyError:

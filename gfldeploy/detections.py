@@ -17,6 +17,7 @@ __all__ = ["Detections", "NmsParams", "pairwise_iou", "postprocess"]
 # Pairs of a candidate and a class that are looked at first, the best of the image: mostly all that is needed, since an
 # image keeps few and no pair can drop a better one. If they leave too few, all pairs are looked at.
 _FIRST = 2048
+_MOST_KEPT = 2**31 - 1  # PaddleDetection's are 32-bit
 _BLOCK = 128  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
 
@@ -43,13 +44,13 @@ class NmsParams:
         for name in ("score_threshold", "nms_threshold", "nms_eta"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigError(f"the NMS's {name} is {value!r}", "Give a number from 0 to 1.")
+                raise ConfigError(f"the NMS's {name} is {value!r:.40}", "Give a number from 0 to 1.")
         if self.nms_eta == 0:
             raise ConfigError("the NMS's nms_eta is 0", "Give a number above 0; 1 leaves the threshold as it is.")
         for name in ("nms_top_k", "keep_top_k"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or (value != -1 and value < 1):
-                raise ConfigError(f"the NMS's {name} is {value!r}", "Give a whole number above 0, or -1 for all.")
+            if isinstance(value, bool) or not isinstance(value, int) or (value != -1 and not 1 <= value <= _MOST_KEPT):
+                raise ConfigError(f"the NMS's {name} is {value!r:.40}", "Give a whole number above 0, or -1 for all.")
         if not isinstance(self.normalized, bool):
             raise ConfigError(f"the NMS's normalized is {self.normalized!r}", "Set it to true or false.")
 
@@ -74,12 +75,14 @@ class Detections:
     """What was found in one image, best first.
 
     `boxes`: float32 [K, 4], x1, y1, x2, y2 in original image pixels; `scores`: float32 [K]; `classes`: int64 [K],
-    indices into the model's score channels.
+    indices into the model's score channels. `may_lack_below`: detections that score less than this may be missing or
+    differ, since the graph decodes only so many anchors of an image; 0.0 if all are there.
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     classes: NDArray[np.int64]
+    may_lack_below: float = 0.0
 
     def __post_init__(self) -> None:
         count = len(self.scores)

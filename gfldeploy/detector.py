@@ -6,23 +6,20 @@ import os
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import cast
 
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.predict.choice import choose
+from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
-from gfldeploy.predict.sources import picture_of
+from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
 
 __all__ = ["Detector", "Image"]
 
-# A file, or RGB pixels, uint8 [h, w, 3].
-Image: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8]"
 _BATCHES_AHEAD = 4
 
 
@@ -33,8 +30,10 @@ class Detector(ClosesOnExit):
         detector = Detector("bundle")
         for found in detector.detect(["a.jpg", "b.jpg"]): print(found.boxes, found.scores, found.classes)
 
-    `classes`: their names; `Detections.classes` are indices into them. `choice`: what runs, how, and why that. Not for
-    several threads at once.
+    An image is a file's path or its content (`bytes`), an array, uint8 [h, w, 3], RGB unless `color` says otherwise
+    (OpenCV's own are BGR), or a PIL image. `classes`: their names; `Detections.classes` are indices into them.
+    `choice`: what runs, how, and why that; its `notes`: what the user of this detector should know. Not for several
+    threads at once.
     """
 
     def __init__(
@@ -52,7 +51,8 @@ class Detector(ClosesOnExit):
 
         `engine_cache`: a folder where engines that compile keep the result, for the next start to be faster.
 
-        Warns (`UserWarning`) where a `deploy.yml` was made on another machine or with other software. Raises
+        Warns (`UserWarning`) of every one of the `choice.notes`: what the bundle says of the detector, and where a
+        `deploy.yml` was made on another machine or with other software. Raises
         `BundleError`, `DataError`, `UnsupportedError`, `MissingDependencyError` and `EngineError`.
         """
         cache = None if engine_cache is None else Path(engine_cache)
@@ -70,15 +70,23 @@ class Detector(ClosesOnExit):
     def close(self) -> None:
         self._engine.close()
 
-    def detect(self, images: Image | Iterable[Image], *, reduced: bool = False) -> list[Detections]:
+    def detect(
+        self,
+        images: Image | Iterable[Image],
+        *,
+        threshold: float = DEFAULT_THRESHOLD,
+        color: ColorOrder = "rgb",
+        reduced: bool = False,
+    ) -> list[Detections]:
         """What is in each image, in their order; a single image makes a list of one.
 
-        `reduced`: as for `stream`. Raises `DataError` for the first image that cannot be used, `ValueError` for
-        an array that is not RGB, uint8 [h, w, 3], and `EngineError`.
+        `color`: "rgb" or "bgr", the order of the channels of arrays; of nothing else. `threshold`, `reduced`: as for
+        `stream`. Raises `DataError` for the first image that cannot be used, `ValueError` for an array that is not
+        uint8 [h, w, 3], `TypeError` for what is no image, and `EngineError`.
         """
-        given = [images] if isinstance(images, str | os.PathLike) or _is_one(images) else images
+        given = [cast(Image, images)] if is_one_image(images) else cast("Iterable[Image]", images)
         detections = []
-        with closing(self.stream(given, reduced=reduced)) as stream:  # type: ignore[arg-type]  # narrowed above
+        with closing(self.stream(given, threshold=threshold, color=color, reduced=reduced)) as stream:
             for found in stream:
                 if found.detections is None:
                     raise found.error or AssertionError(found)
@@ -86,30 +94,45 @@ class Detector(ClosesOnExit):
         return detections
 
     def stream(
-        self, images: Iterable[Image], *, look_ahead: int | None = None, reduced: bool = False
+        self,
+        images: Iterable[Image],
+        *,
+        threshold: float = DEFAULT_THRESHOLD,
+        color: ColorOrder = "rgb",
+        look_ahead: int | None = None,
+        reduced: bool = False,
     ) -> Generator[Found]:
         """What is in each image, in their order, as it is found: an image that cannot be used has its `error`.
 
         Images are taken as they are needed, so that there may be any number; decoding, the network and NMS work at the
-        same time. `look_ahead`: how many images may come after one before it must run, though its batch is not full;
-        default: four batches. `reduced`: decode a JPEG at 1/2, 1/4 or 1/8 where that is no less than the network's
+        same time. `threshold`: the least score of a detection; 0 is all that NMS leaves, which mAP needs.
+        `look_ahead`: how many images may come after one before it must run, though its batch is not full; default: four
+        batches. `reduced`: decode a JPEG at 1/2, 1/4 or 1/8 where that is no less than the network's
         input: faster, but not the same pixels, so that scores and boxes differ a little.
 
-        Raises `ValueError` and `EngineError` as `detect`.
+        `color`, and what it raises: as for `detect`.
         """
+        if color not in ("rgb", "bgr"):
+            raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
         batch_size = self.choice.batch_size
         groups = detect_groups(
             self._engine,
             self._manifest,
-            (picture_of(image) for image in images),
+            (picture_of(image, color) for image in images),
             batch_size=batch_size,
+            order=self.choice.order,
             look_ahead=_BATCHES_AHEAD * batch_size if look_ahead is None else look_ahead,
             reduced=reduced,
         )
         with closing(groups):
-            yield from in_order([(found.index, found) for found in group] for group in groups)
+            numbered = ([(found.index, _from(found, threshold)) for found in group] for group in groups)
+            yield from in_order(numbered)
 
 
-def _is_one(images: object) -> bool:
-    """Whether it is the pixels of one image, not of several."""
-    return isinstance(images, np.ndarray) and images.ndim == 3
+def _from(found: Found, threshold: float) -> Found:
+    """Without the detections that score less."""
+    if found.detections is None:
+        return found
+    one, enough = found.detections, found.detections.scores >= threshold
+    kept = replace(one, boxes=one.boxes[enough], scores=one.scores[enough], classes=one.classes[enough])
+    return replace(found, detections=kept)

@@ -18,8 +18,10 @@ Every message says what is wrong and what to do about it. Anything else that esc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 __all__ = [
     "BoundsError",
@@ -33,8 +35,10 @@ __all__ = [
     "OutputError",
     "ParityError",
     "RejectedError",
+    "Rejection",
     "UnsupportedError",
     "reading",
+    "summary",
 ]
 
 
@@ -85,8 +89,16 @@ class UnsupportedError(EngineError):
     """This engine x precision x device combination does not work here."""
 
 
+# deadline: the answer would come too late; queue full: too many wait already; closed: nothing is answered any more.
+Rejection = Literal["deadline", "queue full", "closed"]
+
+
 class RejectedError(GfldeployError):
-    """A busy server turned a request away rather than serve it late."""
+    """A busy server turned a request away rather than serve it late; `reason` says why, for programs."""
+
+    def __init__(self, problem: str, remedy: str | None = None, reason: Rejection = "closed") -> None:
+        super().__init__(problem, remedy)
+        self.reason: Rejection = reason
 
 
 class MissingDependencyError(GfldeployError):
@@ -112,3 +124,11 @@ def reading(what: object, error: type[GfldeployError], remedy: str) -> Iterator[
     except Exception as problem:  # a file from elsewhere can make a parser raise anything
         detail = str(problem)[:200] or type(problem).__name__
         raise error(f"{what} cannot be read: {detail}", remedy) from problem
+
+
+def summary(error: Exception, length: int = 200) -> str:
+    """The line of another package's error that says what is wrong, on which its own source and call stack follow."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if re.search(r"Error|error|Cannot|cannot|not ", line)]
+    line = (told or lines or [type(error).__name__])[0].rstrip(".")
+    return line if len(line) <= length else f"{line[: length - 3]}..."

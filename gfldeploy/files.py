@@ -7,35 +7,68 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import resource
 import shutil
-import signal
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, TypeAlias
 
 from gfldeploy.errors import OutputError
+from gfldeploy.signals import check_interrupted, hold_interrupts, terminate_as_interrupt
 
 __all__ = [
+    "DirectoryKind",
+    "FileKind",
+    "Unfinished",
     "atomic_directory",
+    "check_apart",
+    "check_file",
     "check_target",
+    "files_below",
+    "is_unfinished",
     "native_writes",
+    "open_own",
     "publish",
     "read_json",
+    "scratch_directory",
     "sha256",
-    "terminate_as_interrupt",
     "unfinished_beside",
     "write_json",
     "write_text",
 ]
 
+DirectoryKind: TypeAlias = Literal["bundle", "demo", "predict"]
+FileKind: TypeAlias = Literal["json", "csv", "html", "yml"]
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-_PARTIAL = ".partial-"
 _PROBE_BYTES = 1 << 16
+_MOST_JSON_BYTES = 256 << 20  # results of days of measuring have a few 10 MB
+_MOST_NESTING = 64
+_MOST_DIGITS = 19  # as many as 64 bits have
+# A directory that is being written, beside its target: our mark, and what becomes the target.
+_PARTIAL = ".partial-"
+_UNFINISHED = ".unfinished"
+_MARK = ".made-by-gfldeploy"
+_NEW = "new"
+_OLD = "old"
+# The file in a directory of ours that lists the others.
+_NOTES: dict[DirectoryKind, str] = {"bundle": "manifest.json", "demo": "demo.json", "predict": "predict.json"}
+# How files of ours begin.
+_BEGINNINGS: dict[FileKind, str] = {
+    "json": r'\{\s*"schema": \d+,\s*"created": "',
+    "csv": r"bundle,engine,precision,",
+    "html": r'<!doctype html>\s<html[^>]*>\s<head>[^\0]*?<(meta name="generator" content="gfldeploy|title>gfldeploy )',
+    "yml": r"schema: \d+\ncreated: ",
+}
+_BEGINNING_BYTES = 1024
 
 
 def sha256(path: Path) -> str:
@@ -46,17 +79,13 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text` (UTF-8) in one step. Raises `OutputError`."""
+    path = _absolute(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with _partial_of(path) as place:
+            with (place / _NEW).open("x", encoding="utf-8") as file:
                 file.write(text)
-            Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            (place / _NEW).replace(path)
     except OSError as error:
         raise _output_error(path, error) from error
 
@@ -67,93 +96,229 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises `OSError` and `ValueError`: the caller knows what the file was for."""
+    """Parse a JSON file that may come from elsewhere, within limits: of its size, of nesting, and of numbers.
+
+    Raises `OSError` and `ValueError`, also for NaN, infinity and what is no regular file: the caller knows what the
+    file was for.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than {_MOST_JSON_BYTES:,}")
+        text = file.read(_MOST_JSON_BYTES + 1).decode("utf-8")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text, parse_constant=_refused_number, parse_int=_whole, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _check_nesting(value)
+    return value
 
 
-def check_target(target: Path, *, force: bool = False) -> None:
-    """Raise `OutputError` if `atomic_directory` would refuse `target`: worth asking before long work."""
+def _refused_number(text: str) -> Any:
+    raise ValueError(f"{text:.40} is no number in JSON")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is too large a number")
+    return value
+
+
+def _check_nesting(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(_MOST_NESTING):
+        held = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
+        level = [item for item in held if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
+def check_target(target: Path, kind: DirectoryKind = "bundle", *, force: bool = False) -> None:
+    """Raise `OutputError` if `target` is in the way of a directory of this kind: worth asking before long work.
+
+    `force` lets a directory of the same kind be replaced, and an empty one: never one that holds anything which
+    gfldeploy did not write there.
+    """
     target = _absolute(target)
     try:
         if not os.path.lexists(target):
             return
         if target.is_symlink() or not target.is_dir():
-            kind = "a symbolic link" if target.is_symlink() else "a file"
-            raise OutputError(f"{target} is {kind}, which is never replaced", "Choose another --output.")
+            what = "a symbolic link" if target.is_symlink() else "a file"
+            raise OutputError(f"{target} is {what}, which is never replaced", "Choose another --output.")
         if not force:
             raise OutputError(f"{target} exists already", "Choose another --output, or add --force to replace it.")
-        if any(target.iterdir()) and not _is_ours(target):
+        if stranger := _stranger(target, kind):
             raise OutputError(
-                f"{target} holds files that gfldeploy did not write, so --force does not replace it",
-                "Choose another --output, or empty it yourself.",
+                f"{target} holds {stranger}, which gfldeploy did not write, so --force does not replace it",
+                "Choose another --output, or move it away yourself.",
             )
     except OSError as error:
         raise _output_error(target, error) from error
 
 
+def check_file(path: Path, kind: FileKind, *, force: bool = False) -> None:
+    """Raise `OutputError` if `path` is in the way of a file of this kind.
+
+    `force` lets a file that begins as ours of this kind do be replaced, and nothing else.
+    """
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        what = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory"}.get(stat.S_IFMT(status.st_mode))
+        raise OutputError(f"{path} is {what or 'no regular file'}, which is never replaced", "Choose another --output.")
+    if not force:
+        raise OutputError(f"{path} exists already", "Choose another --output, or add --force to replace it.")
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(_BEGINNING_BYTES)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    if status.st_size and not re.match(_BEGINNINGS[kind], beginning.decode("utf-8", "replace")):
+        raise OutputError(
+            f"{path} is not a file that gfldeploy wrote, so --force does not replace it",
+            "Choose another --output, or move it away yourself.",
+        )
+
+
+def check_apart(output: Path, read: Iterable[Path], bundle: Path | None = None) -> None:
+    """Raise `OutputError` if the directory `output` would replace something that is `read`, or lie in the `bundle`."""
+    place = output.resolve()
+    if bundle is not None and place.is_relative_to(bundle.resolve()):
+        raise OutputError(f"the --output, {output}, is the bundle that is read, or inside it", "Choose another.")
+    if not place.exists():
+        return
+    for path in read:
+        if path.resolve().is_relative_to(place):
+            raise OutputError(f"the --output, {output}, would replace {path}, which is read", "Choose another.")
+
+
 @contextmanager
-def atomic_directory(target: Path, *, force: bool = False, need_bytes: int = 0) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, kind: DirectoryKind = "bundle", *, force: bool = False, need_bytes: int = 0
+) -> Iterator[Path]:
     """Yield an empty directory beside `target` that becomes `target` when the block succeeds.
 
-    `force` replaces an existing directory that gfldeploy wrote, exchanging the two in one system call. `need_bytes` is
+    `force` replaces an existing directory of this kind, exchanging the two in one system call. `need_bytes` is
     checked against the free space first. On any exception, Ctrl-C and SIGTERM included, what was written is removed and
     `target` is as it was. Raises `OutputError` for everything the file system refuses.
     """
     target = _absolute(target)
-    check_target(target, force=force)
-    with terminate_as_interrupt(), _parents_of(target), _partial_of(target) as partial:
-        free = shutil.disk_usage(partial).free
+    check_target(target, kind, force=force)
+    with terminate_as_interrupt(), _parents_of(target), _partial_of(target) as place:
+        free = shutil.disk_usage(place).free
         if free < need_bytes:
             raise OutputError(
                 f"{target.parent} has {free / 1e6:.0f} MB free, {need_bytes / 1e6:.0f} MB are needed",
                 "Free some space or choose another --output.",
             )
+        new = place / _NEW
         try:
-            yield partial
+            new.mkdir()
+            yield new
         except OSError as error:
-            if error.errno in _FILESYSTEM_ERRORS or _is_below(error.filename, partial):
+            if error.errno in _FILESYSTEM_ERRORS or _is_below(error.filename, place):
                 raise _output_error(target, error) from error
             raise
-        check_target(target, force=force)  # somebody else may have been faster
+        check_interrupted()
+        check_target(target, kind, force=force)  # somebody else may have been faster
         try:
-            partial.chmod(0o777 & ~_umask())
-            publish(partial, target)
+            with hold_interrupts():
+                publish(new, target)
         except OSError as error:
             raise _output_error(target, error) from error
 
 
-@contextmanager
-def unfinished_beside(output: Path) -> Iterator[Path]:
-    """A directory beside `output` for what is done already, removed when the block ends without an error.
+@dataclass
+class Unfinished:
+    """A folder beside an output for what is done already.
 
-    An error, an interruption or a kill leaves it for the next run. Raises `OutputError` if another process is using it,
-    or it cannot be written.
+    `worth_keeping`: whether it is left to the next run when this one fails.
+    """
+
+    directory: Path
+    worth_keeping: bool
+
+
+@contextmanager
+def unfinished_beside(output: Path, command: str, made: str) -> Iterator[Unfinished]:
+    """A folder beside `output` for what `command` has done already, removed when the block ends without an error.
+
+    An error or an interruption leaves it for the next run if it is worth keeping, a kill in any case. `made`: a regular
+    expression for the relative paths of the files that the command makes in it, and of folders, which end in a slash.
+
+    Raises `OutputError` if another process is using the folder, if it cannot be written, and if something is in it
+    that the command did not make: nothing of that is touched, and no link is followed.
     """
     output = _absolute(output)
-    directory = output.with_name(f"{output.name}.unfinished")
+    place = output.with_name(f"{output.name}{_UNFINISHED}")
+    lock = None
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {directory}: {error.strerror or error}", "Choose another --output, or remove it."
-        ) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another gfldeploy is working on {output}", "Wait for it, or choose another --output."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield directory
-        shutil.rmtree(directory, ignore_errors=True)
+        with terminate_as_interrupt(), _parents_of(output):
+            with hold_interrupts():
+                lock, used = _take(place, output, command, made)
+            unfinished = Unfinished(place, used)
+            try:
+                yield unfinished
+            except BaseException as error:
+                if unfinished.worth_keeping:
+                    error.add_note(f"what was done so far is kept in {place.name}, the same command goes on from there")
+                else:
+                    with hold_interrupts():
+                        _remove_made(place, made)
+                raise
+            with hold_interrupts():
+                _remove_made(place, made)
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
+
+
+def is_unfinished(output: Path, command: str) -> bool:
+    """Whether a run of `command` was killed, or stopped, on its way to `output`."""
+    return _has_mark(_absolute(output).with_name(f"{output.name}{_UNFINISHED}"), command, alone=False)
+
+
+def open_own(path: Path) -> IO[bytes]:
+    """Open a file in a folder of ours to read and append to, or make it.
+
+    Raises `OSError`, also for a link, for what has another name elsewhere, and for what is no regular file.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(handle)
+        raise OSError(errno.EPERM, "it is a link, or no regular file")
+    return os.fdopen(handle, "r+b")
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """An empty directory among the system's temporary files, removed afterwards; that of a killed run by the next.
+
+    Raises `OutputError`.
+    """
+    try:
+        target = Path(tempfile.gettempdir()) / f"gfldeploy-{os.getuid()}"
+    except OSError as error:
+        raise OutputError(f"there is no place for temporary files: {error.strerror}", "Set TMPDIR.") from error
+    with _partial_of(target) as place:
+        (place / _NEW).mkdir()
+        yield place / _NEW
 
 
 @contextmanager
@@ -181,45 +346,6 @@ def _probe(directory: Path) -> None:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     except OSError as error:
         raise _output_error(directory, error) from error
-
-
-@contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does.
-
-    Does nothing outside the main thread, or where the program handles SIGTERM in its own way.
-    """
-    previous = signal.getsignal(signal.SIGTERM)
-    if previous not in (signal.SIG_DFL, _interrupt):
-        yield
-        return
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM: for a removal that takes milliseconds. Does nothing outside the main thread."""
-    previous: dict[signal.Signals, Any] = {}
-    with suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 _FILESYSTEM_ERRORS = {
@@ -257,18 +383,25 @@ def _is_below(name: object, directory: Path) -> bool:
     return isinstance(name, str) and Path(name).is_relative_to(directory)
 
 
-def _is_ours(directory: Path) -> bool:
-    """Whether gfldeploy wrote `directory`: a bundle and nothing beside it, or what `demo` or `predict` made."""
-    for command in ("demo", "predict"):
-        with suppress(OSError, ValueError):
-            note = read_json(directory / f"{command}.json")
-            return isinstance(note, dict) and f"gfldeploy {command}" in str(note.get("what"))
+def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
+    """The first thing in `directory` that is not by gfldeploy, by the list of files that it wrote with them."""
+    listed: set[Path] = set()
+    note = directory / _NOTES[kind]
     with suppress(OSError, ValueError):
-        manifest = read_json(directory / "manifest.json")
-        if isinstance(manifest, dict) and "schema" in manifest and isinstance(manifest.get("files"), dict):
-            listed = {directory / name for name in (*manifest["files"], "manifest.json")}
-            return all(path in listed for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return False
+        content = read_json(note)
+        files = content.get("files") if isinstance(content, dict) else None
+        made = "schema" in content if kind == "bundle" else f"gfldeploy {kind}" in str(content.get("what"))
+        if made and isinstance(files, dict | list):
+            listed = {note, *(directory / str(name) for name in files)}
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink() or (path not in listed and not path.is_dir()):
+            return path.relative_to(directory).as_posix()
+    return None
+
+
+def files_below(directory: Path) -> list[str]:
+    """The relative paths of all files, for the note by which `check_target` knows what was written with it."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
 
 
 @contextmanager
@@ -295,70 +428,214 @@ def _remove_empty(directories: list[Path]) -> None:
 
 @contextmanager
 def _partial_of(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target`, locked while the block runs and removed, by that name, afterwards.
+    """A directory beside `target` with a mark alone, locked while the block runs and removed afterwards.
 
     The lock ends with the process, however it ends, so that the next run knows what a killed one left: process ids are
     used again, always the same few in containers, and mean nothing to another machine on a shared file system.
     """
+    place = lock = None
     try:
-        _remove_stale(target)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise _output_error(target, error) from error
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not partial.exists():
-            # Another run took it for a stale one, in the instant before it was locked.
-            raise OutputError(f"another gfldeploy is starting to write {target}", "Try again.")
-        yield partial
+        try:
+            with hold_interrupts():
+                _remove_stale(target)
+                place = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
+                lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if not place.exists():
+                    # Another run took it for a stale one, in the instant before it was locked.
+                    raise OutputError(f"another gfldeploy is starting to write {target}", "Try again.")
+                _write_mark(place, "", target)
+        except OSError as error:
+            raise _output_error(target, error) from error
+        yield place
+    except BaseException as error:
+        if place is not None and not _removed(place):
+            error.add_note(f"{place} could not be removed, the next run tries again")
+        raise
+    else:
+        _removed(place)
     finally:
-        with _uninterrupted():
-            shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
             os.close(lock)
 
 
+def _removed(place: Path) -> bool:
+    """Remove a directory of `_partial_of`, its mark last; whether it is gone."""
+    with hold_interrupts():
+        for name in (_NEW, _OLD):
+            if (place / name).is_dir() and not (place / name).is_symlink():
+                shutil.rmtree(place / name, ignore_errors=True)
+            else:
+                (place / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            if _names(place) <= {_MARK}:
+                (place / _MARK).unlink(missing_ok=True)
+            place.rmdir()
+    return not place.exists()
+
+
 def _remove_stale(target: Path) -> None:
-    """Remove what killed runs left beside `target`."""
+    """Remove what killed runs left beside `target`, and give a directory its name back that one was about to replace.
+
+    What has such a name without our mark is somebody else's.
+    """
     prefix = f".{target.name}{_PARTIAL}"
     for path in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
-        with suppress(OSError):  # locked by a running process, or gone
+        with suppress(OSError):  # locked by a running process, or gone, or no directory
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                if not _is_partial(path):
+                    continue
+                if (path / _OLD).exists() and not os.path.lexists(target):
+                    (path / _OLD).rename(target)
+                _removed(path)
             finally:
                 os.close(lock)
 
 
-def publish(partial: Path, target: Path) -> None:
-    """Give `partial` the name `target` in one step; a directory already there ends up under the name of `partial`."""
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether a directory of such a name is one of `_partial_of`, made by this user: it has our mark, or is empty."""
+    names = _names(path)
+    return (
+        path.lstat().st_uid == os.geteuid()
+        and names <= {_MARK, _NEW, _OLD}
+        and (not names or _has_mark(path, "", alone=names == {_MARK}))
+    )
+
+
+def _write_mark(place: Path, command: str, target: Path) -> None:
+    with (place / _MARK).open("x", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(f"{_marked(command)} on its way to {target.name}; the next run goes on from it, or removes it\n")
+
+
+def _has_mark(place: Path, command: str, *, alone: bool) -> bool:
+    """`alone`: there is nothing but the mark, which a kill may have left empty."""
+    mark = place / _MARK
+    with suppress(OSError):
+        if stat.S_ISREG(mark.lstat().st_mode):
+            content = mark.read_bytes()
+            return content.startswith(_marked(command).encode()) or (alone and not content)
+    return False
+
+
+def _marked(command: str) -> str:
+    return f"gfldeploy {command},"
+
+
+def _take(place: Path, output: Path, command: str, made: str) -> tuple[int, bool]:
+    """Make the folder of unfinished work, or take over that of an earlier run: its lock, and whether anything is in it.
+
+    Raises `OutputError` for anything else at that place.
+    """
+    try:
+        with suppress(FileExistsError):
+            place.mkdir()
+        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise _in_the_way(place, "it", output) from error
+        raise OutputError(
+            f"cannot write {place}: {error.strerror or error}", "Choose another --output, or remove it."
+        ) from error
+    try:
+        busy = OutputError(f"another gfldeploy is working on {output}", "Wait for it, or choose another --output.")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError:  # a file system without locks
+            pass
+        if not place.exists() or not os.path.samestat(place.lstat(), os.fstat(lock)):
+            raise busy  # which has just ended
+        names = _names(place)
+        if not names:
+            _write_mark(place, command, output)
+        elif not _has_mark(place, command, alone=names == {_MARK}):
+            raise _in_the_way(place, "it", output)
+        elif stranger := next((path for path, own in _contents(place, made) if not own), None):
+            raise _in_the_way(place, stranger.relative_to(place).as_posix(), output)
+        return lock, not names <= {_MARK}
+    except OSError as error:
+        os.close(lock)
+        raise _output_error(place, error) from error
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _in_the_way(place: Path, what: str, output: Path) -> OutputError:
+    problem = f"{place} is needed for unfinished work, and gfldeploy did not make it"
+    if what != "it":
+        problem = f"{place} is needed for unfinished work, and gfldeploy did not make {what!r} in it"
+    return OutputError(problem, f"Move it away, or choose another --output than {output.name}.")
+
+
+def _contents(place: Path, made: str) -> Iterator[tuple[Path, bool]]:
+    """What is in a folder of unfinished work but its mark, and whether the command made it; folders after their files.
+
+    Not a link, nor a file that has another name elsewhere: writing to it would write there.
+    """
+
+    def walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = Path(entry.path)
+                name = path.relative_to(place).as_posix()
+                if entry.is_dir(follow_symlinks=False):
+                    if _PARTIAL in entry.name and _is_partial(path):
+                        yield path, True
+                    elif re.fullmatch(made, f"{name}/"):
+                        yield from walk(path)
+                        yield path, True
+                    else:
+                        yield path, False
+                elif name != _MARK:
+                    status = entry.stat(follow_symlinks=False)
+                    yield path, stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and bool(re.fullmatch(made, name))
+
+    yield from walk(place)
+
+
+def _remove_made(place: Path, made: str) -> None:
+    """Remove what the command made in a folder of unfinished work, and the folder if nothing else is in it."""
+    with suppress(OSError):
+        for path, own in list(_contents(place, made)):
+            if own and path.is_dir():
+                with suppress(OSError):
+                    _removed(path) if _PARTIAL in path.name else path.rmdir()
+            elif own:
+                path.unlink(missing_ok=True)
+        if _names(place) <= {_MARK}:
+            (place / _MARK).unlink(missing_ok=True)
+            place.rmdir()
+
+
+def publish(new: Path, target: Path) -> None:
+    """Give the directory `new` the name `target` in one step; one already there ends up under the name of `new`.
+
+    Raises `OSError`.
+    """
     if not target.exists():
-        partial.rename(target)
+        new.rename(target)
         return
     libc = ctypes.CDLL(None, use_errno=True)
     renameat2 = getattr(libc, "renameat2", None)
     if renameat2 is not None:
-        old, new = os.fsencode(partial), os.fsencode(target)
-        if renameat2(_AT_FDCWD, old, _AT_FDCWD, new, _RENAME_EXCHANGE) == 0:
+        if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
             return
         if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
-    # A file system without RENAME_EXCHANGE: two renames, undone if the second fails.
-    # Its name is not that of a partial directory: if the process is killed in between, it is all that is left.
-    aside = partial.with_name(f".{target.name}.replaced-{partial.name.rpartition('-')[2]}")
-    with _uninterrupted():
-        target.rename(aside)
-        try:
-            partial.rename(target)
-        except OSError:
-            aside.rename(target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    # A file system without RENAME_EXCHANGE: two renames, undone if the second fails, or by the next run.
+    aside = new.with_name(_OLD)
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise

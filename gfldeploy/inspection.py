@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.bundle import Bundle, TensorSpec
-from gfldeploy.engines.base import EngineOptions
-from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import BundleError, ParityError
+import numpy as np
+from numpy.typing import NDArray
+
+from gfldeploy.bundle import Bundle, GraphName, TensorSpec
+from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, missing_graph, open_engine
+from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
-from gfldeploy.files import read_json
 from gfldeploy.macs import count_macs
 from gfldeploy.quant.agreement import Reference, agreement
 
@@ -31,7 +34,6 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
     shape = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
     pad = manifest.preprocess.pad_stride or 1
     shape = (-(-shape[0] // pad) * pad, -(-shape[1] // pad) * pad)
-    onnx_file, _ = bundle.graph("onnx")
     return {
         "name": manifest.name,
         "precision": manifest.precision,
@@ -42,10 +44,7 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         "notes": list(manifest.notes),
         "left_out": dict(manifest.left_out),
         "parameters": manifest.parameters,
-        "macs": {
-            "gmac": round(count_macs(onnx_file, *shape, manifest.strides) / 1e9, 3),
-            "at": f"{shape[0]}x{shape[1]}",
-        },
+        "macs": {"gmac": _gmac(bundle, *shape), "at": f"{shape[0]}x{shape[1]}"},
         "preprocess": manifest.preprocess.to_dict(),
         "nms": manifest.nms.to_dict(),
         "size_on_disk_mb": {
@@ -54,23 +53,16 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         },
         "digest": bundle.digest,
         "provenance": dict(manifest.provenance),
-        "parity": _record(bundle, "parity.json"),
-        "sensitivity": _record(bundle, "sensitivity.json"),
+        "parity": bundle.record("parity.json"),
+        "sensitivity": bundle.record("sensitivity.json"),
     }
 
 
-def _record(bundle: Bundle, name: str) -> dict[str, Any] | None:
-    """What this JSON file of the bundle says, or None where the bundle has none."""
-    if name not in bundle.manifest.files:
+def _gmac(bundle: Bundle, height: int, width: int) -> float | None:
+    """10^9 MACs of one image; None where the bundle has no ONNX graph to count them in."""
+    if not bundle.has_graph("onnx"):
         return None
-    path = bundle.directory / name
-    try:
-        data = read_json(path)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", "Export the bundle again.") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} is no JSON object", "Export the bundle again.")
-    return data
+    return round(count_macs(bundle.graph("onnx")[0], height, width, bundle.manifest.strides) / 1e9, 3)
 
 
 def int8_lines(parity: Mapping[str, Any]) -> list[str]:
@@ -108,40 +100,98 @@ def _kept(entry: Mapping[str, Any]) -> str:
 def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:
     """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
 
-    FP32: ONNX Runtime against Paddle, at the shapes of the export. INT8: the detections of one engine among the
-    other's.
+    In the first two of Paddle, ONNX Runtime and OpenVINO that are installed and have a graph. FP32: their outputs, at
+    the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is run (Paddle's
+    two FP32 graphs against each other), with none the files alone are checked; what was not compared is said.
     Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
     """
     report("hashing the files")
     bundle.verify_files()
     manifest = bundle.manifest
     lines = [f"{len(manifest.files)} files are as they were made"]
-    shapes = parity.parity_shapes(manifest.preprocess, _fixed(bundle))
-    report("comparing the graphs")
+    engines, refused = _engines(bundle)
     options = EngineOptions(manifest.precision, "cpu", threads)
-    with open_engine("paddle", bundle, options) as first, open_engine("onnxruntime", bundle, options) as second:
-        if manifest.precision == "fp32":
-            found = []
-            for shape in shapes:
-                images = parity.parity_images(shape, manifest.preprocess, seed=0)
-                expected = first.infer({"image": images})
-                found.append(parity.compare("onnx", second, images, expected))
-            # Each graph may be off by one tolerance, in opposite directions.
-            parity.check(found, factor=2.0)
-            return lines + [
-                f"ONNX and Paddle at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
-                f"{one.max_score_difference:.2g}, boxes by {one.max_box_difference_px:.2g} px"
-                for one in found
-            ]
-        images = parity.parity_images((1, *shapes[0][1:]), manifest.preprocess, seed=0)
-        reference = Reference.of(first.infer({"image": images}), manifest.nms)
-        result = agreement([reference], [second.infer({"image": images})], manifest.nms)
+    with ExitStack() as stack:
+        if engines:
+            report(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
+        opened = [stack.enter_context(open_engine(name, bundle, options)) for name in engines]
+        if len(opened) == 2:
+            compared = _compared if manifest.precision == "fp32" else _compared_int8
+            lines += compared(bundle, *opened)
+        elif engines == ["paddle"] and manifest.precision == "fp32" and bundle.has_graph("paddle_program"):
+            from gfldeploy.engines.paddle_engine import PaddleEngine
+
+            program = stack.enter_context(PaddleEngine(bundle, options, "paddle_program"))
+            lines += _compared(bundle, opened[0], program, "paddle_program")
+        elif opened:
+            lines += [_ran(bundle, opened[0]), "its outputs were not compared: no second engine can run it here"]
+        else:
+            lines.append("no graph was run: no engine can run one here")
+    return lines + [f"not run in {name}: {reason}" for name, reason in refused.items()]
+
+
+def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
+    """The engines to verify in, two at most, and why those that come before or would have been the second cannot."""
+    precision = bundle.manifest.precision
+    engines: list[str] = []
+    refused: dict[str, str] = {}
+    for name in DEFAULT_ENGINES:
+        problem = missing_graph(bundle, name, precision, "cpu")
+        reason = capability(name, precision, "cpu").reason or (problem and problem[0])
+        if len(engines) < 2 and reason is None:
+            engines.append(name)
+        elif reason is not None:
+            refused[name] = reason
+    return engines, refused
+
+
+def _compared(bundle: Bundle, first: Engine, second: Engine, graph: GraphName | None = None) -> list[str]:
+    """`graph`: what the second engine runs, where that is not what its name says."""
+    manifest = bundle.manifest
+    name, graph = graph or second.name, graph or graph_for(second.name, "fp32", "cpu")
+    found = []
+    for shape in parity.parity_shapes(manifest.preprocess, _fixed(bundle)):
+        images = parity.parity_images(shape, manifest.preprocess, seed=0)
+        expected = first.infer({"image": images})
+        found.append(parity.compare(graph, second, images, expected))
+    # Each graph may be off by one tolerance, in opposite directions.
+    parity.check(found, parity.Tolerance.recorded(bundle.record("parity.json")).times(2.0))
+    return [
+        f"{first.name} and {name} at {one.batch}x3x{one.height}x{one.width}: scores differ by at most "
+        f"{one.max_score_difference:.2g}, boxes by {one.max_box_difference_px:.2g} px"
+        for one in found
+    ]
+
+
+def _compared_int8(bundle: Bundle, first: Engine, second: Engine) -> list[str]:
+    images, nms = _one_image(bundle), bundle.manifest.nms
+    reference = Reference.of(first.infer({"image": images}), nms)
+    result = agreement([reference], [second.infer({"image": images})], nms)
     if result.detections_found < _LEAST_AGREEMENT:
         raise ParityError(
-            f"the INT8 graphs disagree: ONNX finds {result.detections_found:.0%} of what Paddle finds",
+            f"the INT8 graphs disagree: {second.name} finds {result.detections_found:.0%} of what {first.name} finds",
             "Quantise the bundle again.",
         )
-    return [*lines, f"ONNX and Paddle INT8: scores differ by {result.score_difference:.2g} on average"]
+    return [f"{first.name} and {second.name} in INT8: scores differ by {result.score_difference:.2g} on average"]
+
+
+def _ran(bundle: Bundle, engine: Engine) -> str:
+    """Run one image. Raises `ParityError` for what no detector gives."""
+    outputs = engine.infer({"image": _one_image(bundle)})
+    scores, boxes = outputs["scores"], outputs["boxes"]
+    if scores.ndim != 3 or boxes.shape != (*scores.shape[:2], 4):
+        problem = f"scores {list(scores.shape)} and boxes {list(boxes.shape)}"
+    elif not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+        problem = "NaN or infinity"
+    else:
+        return f"{engine.name} runs it: {scores.shape[1]} candidates of {scores.shape[2]} classes"
+    raise ParityError(f"{engine.name} gives {problem}", "Export the bundle again.")
+
+
+def _one_image(bundle: Bundle) -> NDArray[np.float32]:
+    manifest = bundle.manifest
+    shape = parity.parity_shapes(manifest.preprocess, _fixed(bundle))[0]
+    return parity.parity_images((manifest.inputs[0].shape[0] or 1, *shape[1:]), manifest.preprocess, seed=0)
 
 
 def _fixed(bundle: Bundle) -> tuple[int | None, int | None, int | None]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.dependencies import require
 from gfldeploy.engines.base import Precision
-from gfldeploy.errors import BundleError
+from gfldeploy.errors import BundleError, reading
 
 __all__ = ["BYTES", "GraphWork", "convolution_macs", "count_macs", "count_work", "peak_activations"]
 
@@ -31,9 +34,9 @@ _IN_PLACE = frozenset(
 class GraphWork:
     """What one image costs.
 
-    `macs`: multiply-accumulates, as `count_macs`. Of all convolutions together, in numbers (not bytes): `activations`,
-    the inputs and outputs of one image, and `weights`; those of a convolution that is used more than once count each
-    time.
+    `macs`: multiply-accumulates, as `count_macs`. Of all convolutions and matrix products but the DFL projection, in
+    numbers (not bytes): `activations`, the inputs and outputs of one image, and `weights`; those of a convolution that
+    is used more than once count each time.
     """
 
     macs: int
@@ -60,18 +63,19 @@ class _Convolution:
 
 
 def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> int:
-    """MACs of one image of `height` x `width` pixels: convolutions and the DFL projection, nothing else.
+    """MACs of one image of `height` x `width` pixels: convolutions and matrix products, nothing else.
 
     `strides`: of the pyramid levels, in pixels.
-    A convolution costs outputs x (input channels / groups) x kernel height x kernel width; one MAC is two FLOPs.
-    Raises `BundleError` if ONNX's shape inference cannot follow the graph at that size.
+    A convolution costs outputs x (input channels / groups) x kernel height x kernel width, a deformable one no more;
+    one MAC is two FLOPs. Raises `BundleError` if shape inference cannot follow the graph at that size.
     """
     return count_work(onnx_file, [(height, width)], strides)[height, width].macs
 
 
 def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], int]:
     """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_macs`."""
-    convolutions = _Graph(onnx_file).convolutions(height, width, strides)
+    with _counting(onnx_file):
+        convolutions = _Graph(onnx_file).convolutions(height, width, strides)
     return {key: one.macs for key, one in convolutions.items()}
 
 
@@ -86,12 +90,14 @@ def count_work(
     graph = _Graph(onnx_file)
     found = {}
     for height, width in dict.fromkeys(sizes):
-        convolutions = graph.convolutions(height, width, strides).values()
-        found[height, width] = GraphWork(
-            macs=sum(one.macs for one in convolutions) + graph.projection_macs(height, width, strides),
-            activations=sum(one.inputs + one.outputs for one in convolutions),
-            weights=sum(one.weights for one in convolutions),
-        )
+        with _counting(onnx_file):
+            convolutions = graph.convolutions(height, width, strides).values()
+            products = [*convolutions, *graph.products(height, width, strides)]
+            found[height, width] = GraphWork(
+                macs=sum(one.macs for one in products) + graph.projection_macs(height, width, strides),
+                activations=sum(one.inputs + one.outputs for one in products),
+                weights=sum(one.weights for one in products),
+            )
     return found
 
 
@@ -108,7 +114,13 @@ def peak_activations(
     Sizes are height, width in pixels; `strides` and what is raised: as `count_macs`.
     """
     graph = _Graph(onnx_file)
-    return {size: graph.peak(*size, strides) for size in dict.fromkeys(sizes)}
+    with _counting(onnx_file):
+        return {size: graph.peak(*size, strides) for size in dict.fromkeys(sizes)}
+
+
+def _counting(onnx_file: Path) -> AbstractContextManager[None]:
+    """For what a graph of something else than a detector can cause."""
+    return reading(f"{onnx_file}, which should be the graph of a detector,", BundleError, "Export the bundle again.")
 
 
 class _Graph:
@@ -119,24 +131,22 @@ class _Graph:
         import onnx
 
         self._file = onnx_file
-        try:
-            self._model = onnx.load(str(onnx_file))
+        with _counting(onnx_file):
+            self._model = onnx.load(str(onnx_file), load_external_data=False)
             graph = self._model.graph
             weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
             if len(graph.input[0].type.tensor_type.shape.dim) != 4:
                 raise ValueError("its input is no batch of images")
-        except Exception as error:  # protobuf's own error for damaged bytes, and what a graph of something else causes
-            raise BundleError(
-                f"{onnx_file} is not the ONNX graph of a detector: {error}", "Export the bundle again."
-            ) from error
         # By the name under which nodes read them.
         self._weights = weights | _through_dequantize(self._model, weights)
         # How many cells are decoded, 0 for all.
         chosen = [value for value in graph.output if value.name == "anchors"]
         self._candidates = chosen[0].type.tensor_type.shape.dim[1].dim_value if chosen else 0
+        self._deformable = _plain_convolutions(self._model)
         # The outputs' symbolic sizes would contradict the sizes inferred from the input's.
         del graph.output[:]
         _drop_values(graph)
+        self._inferred: tuple[tuple[int, int], dict[str, list[int]]] = ((0, 0), {})
 
     def convolutions(self, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], _Convolution]:
         """By weight name and use. Raises `BundleError`."""
@@ -144,19 +154,51 @@ class _Graph:
         uses: Counter[str] = Counter()
         found = {}
         for node in self._model.graph.node:
-            if node.op_type != "Conv" or node.input[1] not in self._weights:
-                continue
-            name = node.input[1]
-            weights = self._weights[name]
-            outputs = self._product(shapes.get(node.output[0], []))
-            found[name, uses[name]] = _Convolution(
-                macs=outputs * self._product(weights[1:]),
-                inputs=self._product(shapes.get(node.input[0], [])),
-                outputs=outputs,
-                weights=self._product(weights),
-            )
-            uses[name] += 1
+            name = node.input[1] if node.op_type == "Conv" else ""
+            if name in self._weights and node.output[0] not in self._deformable:
+                found[name, uses[name]] = self._convolution(node, shapes)
+                uses[name] += 1
         return found
+
+    def _convolution(self, node: Any, shapes: Mapping[str, list[int]]) -> _Convolution:
+        weights = self._weights[node.input[1]]
+        outputs = self._product(shapes.get(node.output[0], []))
+        return _Convolution(
+            macs=outputs * self._product(weights[1:]),
+            inputs=self._product(shapes.get(node.input[0], [])),
+            outputs=outputs,
+            weights=self._product(weights),
+        )
+
+    def products(self, height: int, width: int, strides: Sequence[int]) -> list[_Convolution]:
+        """The matrix products but the DFL projection, and the deformable convolutions. Raises `BundleError`."""
+        nodes = [node for node in self._model.graph.node if node.op_type in ("MatMul", "Gemm")]
+        nodes = [node for node in nodes if not self._projects(node)]
+        shapes = self._shapes(height, width, strides) if nodes or self._deformable else {}
+        found = [
+            self._convolution(node, shapes)
+            for node in self._model.graph.node
+            if node.output and node.output[0] in self._deformable
+        ]
+        for node in nodes:
+            first, second = (self._weights.get(name) or shapes.get(name, []) for name in node.input[:2])
+            outputs = self._product(shapes.get(node.output[0], []))
+            # K of [.., M, K] x [.., K, N], or of [.., N, K] where Gemm transposes it.
+            inner = self._product(second[-2:]) // shapes[node.output[0]][-1]
+            constant = node.input[1] in self._weights
+            found.append(
+                _Convolution(
+                    macs=outputs * inner,
+                    inputs=self._product(first) + (0 if constant else self._product(second)),
+                    outputs=outputs,
+                    weights=self._product(second) if constant else 0,
+                )
+            )
+        return found
+
+    def _projects(self, node: Any) -> bool:
+        """Whether this is the DFL projection: a constant column."""
+        return node.op_type == "MatMul" and self._weights.get(node.input[1], ())[1:] == (1,)
 
     def projection_macs(self, height: int, width: int, strides: Sequence[int]) -> int:
         """Of the DFL projection: inference may not follow the reshapes before it, but its size is known without."""
@@ -164,7 +206,7 @@ class _Graph:
         return sum(
             cells * 4 * self._product(self._weights[node.input[1]])
             for node in self._model.graph.node
-            if node.op_type == "MatMul" and node.input[1] in self._weights
+            if self._projects(node)
         )
 
     def peak(self, height: int, width: int, strides: Sequence[int]) -> int:
@@ -206,17 +248,23 @@ class _Graph:
         image = self._model.graph.input[0]
         for dimension, value in zip(image.type.tensor_type.shape.dim, (1, 3, height, width), strict=True):
             dimension.dim_value = value
-        try:
-            inferred = onnx.shape_inference.infer_shapes(self._model, data_prop=True)
-        except onnx.shape_inference.InferenceError as error:
-            raise BundleError(
-                f"{self._file}: its shapes cannot be inferred at {height}x{width}: {error}",
-                f"Give a --size of multiples of {max(strides)} px; if that fails too, export the bundle again.",
-            ) from error
-        return {
-            value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-            for value in (*inferred.graph.value_info, *inferred.graph.input)
-        }
+        if (height, width) != self._inferred[0]:
+            try:
+                shapes = _inferred_shapes(self._model)
+                if not all(
+                    math.prod(shapes.get(node.output[0], [0])) for node in self._model.graph.node if self._counts(node)
+                ):
+                    shapes |= _inferred_shapes(_constants_folded(self._model))
+            except onnx.shape_inference.InferenceError as error:
+                raise BundleError(
+                    f"{self._file}: its shapes cannot be inferred at {height}x{width}: {error}",
+                    f"Give a --size of multiples of {max(strides)} px; if that fails too, export the bundle again.",
+                ) from error
+            self._inferred = ((height, width), shapes)
+        return self._inferred[1]
+
+    def _counts(self, node: Any) -> bool:
+        return node.op_type in ("Conv", "MatMul", "Gemm") and not self._projects(node)
 
     @staticmethod
     def _overwritten(
@@ -234,6 +282,56 @@ class _Graph:
         if not sizes or result <= 0:
             raise BundleError(f"{self._file}: the sizes of a convolution are unknown", "Export the bundle again.")
         return result
+
+
+def _inferred_shapes(model: Any) -> dict[str, list[int]]:
+    """Of the tensors that ONNX's shape inference can follow; 0 for a size that it does not know."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    return {
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.input)
+    }
+
+
+def _constants_folded(model: Any) -> Any:
+    """The model, whose input has one size, with all that follows from sizes computed, as far as ONNX Runtime is here.
+
+    ONNX's own inference loses sizes that a graph computes in many steps, as those of attention.
+    """
+    import onnx
+
+    ort = require("onnxruntime", "onnxruntime", "counting the operations of this detector")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    with_outputs = onnx.ModelProto.FromString(model.SerializeToString())
+    produced = [name for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm") for name in node.output]
+    with_outputs.graph.output.extend(onnx.ValueInfoProto(name=name) for name in produced)
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        try:
+            ort.InferenceSession(with_outputs.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            folded = onnx.load(options.optimized_model_filepath)
+        except Exception:  # noqa: BLE001 - its sizes stay unknown, which whoever needs them reports
+            return model
+    del folded.graph.output[:]
+    return folded
+
+
+def _plain_convolutions(model: Any) -> frozenset[str]:
+    """Turn deformable convolutions into plain ones of the same sizes, which shape inference knows; their outputs."""
+    from onnx import helper
+
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "DeformConv":
+            attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+            attributes.pop("offset_group", None)
+            node.CopyFrom(helper.make_node("Conv", node.input[:2], node.output, node.name, **attributes))
+            found.append(node.output[0])
+    return frozenset(found)
 
 
 def _drop_values(graph: Any) -> None:

@@ -1,20 +1,99 @@
-"""A tiny real detector and a tiny COCO dataset, made with onnx and OpenCV alone: no Paddle, no download."""
+"""What tests share: a tiny real detector and a tiny COCO dataset, made without Paddle; the bundles of the demo
+detector; what tests need, and how they are shared out among processes."""
 
 from __future__ import annotations
 
+# First of all: libraries count the CPUs when they are loaded.
+import share_cpus
+
+# isort: split
+import functools
+import importlib.util
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
+import demo_bundles
 import numpy as np
+import psutil
 import pytest
 
+from gfldeploy.bench import runner
 from gfldeploy.bundle import Graph, Manifest, TensorSpec, write_bundle
+from gfldeploy.cli import main
 from gfldeploy.detections import NmsParams
 from gfldeploy.images.preprocess import Preprocess
 
 CLASSES = ("box", "ball")
 SIZES = ((48, 80), (80, 48), (48, 80), (64, 64), (80, 48), (48, 72))  # height, width: landscape, portrait, square
+
+NEEDS = {"needs_ppdet": "ppdet", "needs_paddleslim": "paddleslim"}  # by marker: the module
+LONGEST = ("test_demo_run", "test_quantize", "test_bad_input", "test_interrupt", "test_gate", "test_distill")  # files
+WORKER_GB = 3  # what a worker and a command that it runs take at most
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes `-n auto` means: one for each CPU that we may use, and for which there is memory."""
+    return max(min(share_cpus.CPUS, psutil.virtual_memory().available // (WORKER_GB * 10**9)), 1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        for marker, module in NEEDS.items():
+            if marker in item.fixturenames:
+                item.add_marker(marker)
+            if item.get_closest_marker(marker) and not installed(module):
+                item.add_marker(pytest.mark.skip(f"{module} is not installed"))
+    if share_cpus.WORKER is not None:
+        # Files with slow tests first: no worker begins a long one when the others have nothing left.
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        order = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: (order.get(item.path.stem, len(order)), item.path not in slow))
+
+
+@functools.cache
+def installed(module: str) -> bool:
+    # Asked without importing: that takes seconds, and ppdet prints.
+    return importlib.util.find_spec(module) is not None
+
+
+@pytest.fixture(scope="session")
+def needs_ppdet() -> None:
+    """Marks the tests of every fixture that asks for it."""
+
+
+@pytest.fixture(scope="session")
+def needs_paddleslim() -> None:
+    """Marks the tests of every fixture that asks for it."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def impatient_bench() -> Iterator[None]:
+    """Measure at once, though others keep the machine busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "wait_until_idle", functools.partial(runner.wait_until_idle, patience_s=0))
+        yield
+
+
+@pytest.fixture
+def run_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `demo_bundles.run`, but in this process: Paddle is loaded once, and can be patched."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        words = list(map(str, arguments))
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return run
 
 
 def write_tiny_onnx(path: Path) -> None:
@@ -56,10 +135,8 @@ def write_tiny_onnx(path: Path) -> None:
     onnx.save(model, str(path))
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of an FP32 bundle with an ONNX graph only. Read it, do not change it."""
-    target = tmp_path_factory.mktemp("bundles") / "tiny"
+def write_tiny_bundle(target: Path) -> Path:
+    """Write an FP32 bundle with an ONNX graph only; returns its directory."""
     with write_bundle(target) as (directory, manifests):
         write_tiny_onnx(directory / "onnx" / "model.onnx")
         manifests.append(
@@ -86,6 +163,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an FP32 bundle with an ONNX graph only. Read it, do not change it."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A COCO annotation file with six JPEG images in `images/` beside it. Read it, do not change it.
 
@@ -108,3 +191,27 @@ def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = directory / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return path
+
+
+@pytest.fixture(scope="session")
+def exported(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.exported`. Read it, do not change it."""
+    return demo_bundles.exported(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def trained(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.trained`. Read it, do not change it."""
+    return demo_bundles.trained(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def quantized(needs_ppdet: None, needs_paddleslim: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.quantized`. Read it, do not change it."""
+    return demo_bundles.quantized(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.pictures`: a folder of images of every kind that is read. Read it, do not change it."""
+    return demo_bundles.pictures(tmp_path_factory)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
-import importlib.util
 import os
 import re
 import subprocess
@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from gfldeploy import demo
+from gfldeploy.cli import main
 
-# Asked without importing: that takes seconds, and ppdet prints.
-needs_export = pytest.mark.skipif(importlib.util.find_spec("ppdet") is None, reason="ppdet is not installed")
-needs_quant = pytest.mark.skipif(importlib.util.find_spec("paddleslim") is None, reason="PaddleSlim is not installed")
+needs_export = pytest.mark.needs_ppdet
+needs_quant = pytest.mark.needs_paddleslim
 
 SEED = 0
 STAGE = re.compile(r"\[ *\d+\.\d s\] .*")
@@ -39,9 +39,10 @@ sys.addaudithook(no_network)
 
 def command(arguments: Sequence[object], before: str, folder: Path) -> list[str]:
     """The command line that runs gfldeploy with `arguments`, after the Python code `before`."""
-    # A file, since Paddle reads the source of what it traces.
+    # A file, since Paddle reads the source of what it traces. Ctrl-C works, though a shell may ignore it for us.
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = folder / "gfldeploy"
-    script.write_text(f"{before}\nfrom gfldeploy.cli import main\nmain()\n")
+    script.write_text(f"{heed}{before}\nfrom gfldeploy.__main__ import main\nmain()\n")
     return [sys.executable, str(script), *map(str, arguments)]
 
 
@@ -52,6 +53,14 @@ def run(
     return subprocess.run(
         command(arguments, before, folder), capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}
     )
+
+
+def export_here(weights: Path, output: Path) -> None:
+    """Export the demo's config with `weights` in this process: loading Paddle takes half of the time."""
+    arguments = ("export", "-c", demo.config_path(), "-w", weights, "-o", output)
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, arguments)))
+    assert stopped.value.code == 0
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -90,17 +99,21 @@ def write_config(folder: Path, text: str = "", name: str = "gfl_demo.yml") -> Pa
 
 
 def once(make: Callable[[pytest.TempPathFactory], Path]) -> Callable[[pytest.TempPathFactory], Path]:
-    """Call `make` once in a session, whichever tests ask for what it returns."""
-    made: dict[Path, Path] = {}
+    """Call `make` once in a session, whichever tests ask for what it returns, in whichever of its processes."""
 
     @functools.wraps(make)
-    def cached(factory: pytest.TempPathFactory) -> Path:
+    def shared(factory: pytest.TempPathFactory) -> Path:
+        # pytest-xdist gives each of its workers a folder in that of the session.
         base = factory.getbasetemp()
-        if base not in made:
-            made[base] = make(factory)
-        return made[base]
+        session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        with (session / f"{make.__name__}.path").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if not (made := file.read()):
+                file.write(made := str(make(factory)))
+            return Path(made)
 
-    return cached
+    return shared
 
 
 @once
@@ -121,9 +134,7 @@ def exported(factory: pytest.TempPathFactory) -> Path:
 def trained(factory: pytest.TempPathFactory) -> Path:
     """The FP32 bundle of the trained demo detector. Read it, do not change it."""
     folder = factory.mktemp("trained")
-    arguments = ("export", "-c", demo.config_path(), "-w", demo.weights_path(), "-o", folder / "fp32")
-    done = run(*arguments, folder=folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    export_here(demo.weights_path(), folder / "fp32")
     return folder / "fp32"
 
 

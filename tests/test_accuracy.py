@@ -254,7 +254,59 @@ def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
 def test_classes_that_cannot_be_matched_stop_the_evaluation(tmp_path: Path) -> None:
     dataset = CocoDataset.load(make_data(tmp_path))
     with pytest.raises(DataError, match="4 classes, the annotations 2 categories"):
-        evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red", "green", "black"])
+        evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["azul", "rojo", "green", "black"])
+
+
+def test_what_cannot_be_measured_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    path = make_data(tmp_path)
+    content = json.loads(path.read_text())
+    engine = ColourEngine()
+    for change in (
+        lambda one: one.update(iscrowd=1),
+        lambda one: one.update(category_id=9),  # of a class that the detector does not have
+    ):
+        damaged = json.loads(json.dumps(content))
+        damaged["categories"].append({"id": 9, "name": "green"})
+        for annotation in damaged["annotations"]:
+            change(annotation)
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match="so mAP is undefined"):
+            evaluate(engine, CocoDataset.load(path), PREPROCESS, NMS, ["blue", "red"])
+    path.write_text(json.dumps({**content, "annotations": [dict(content["annotations"][0], area=1e11)]}))
+    with pytest.raises(DataError, match="no box of the annotations counts"):
+        coco_accuracy(CocoDataset.load(path), [])
+    assert engine.shapes == []
+
+
+def test_ids_and_sizes_of_the_annotations_do_not_matter(tmp_path: Path) -> None:
+    """Text, numbers beyond 64 bits, and sizes that are not those of the files give the same mAP."""
+    path = make_data(tmp_path)
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image.update(id=f"image {image['id']}", width=image["height"], height=image["width"])
+    for category in content["categories"]:
+        category["id"] += 2**80
+    for item in content["annotations"]:
+        item.update(image_id=f"image {item['image_id']}", category_id=item["category_id"] + 2**80)
+    path.write_text(json.dumps(content))
+    engine = ColourEngine()
+    arguments = engine, CocoDataset.load(path), PREPROCESS, NMS, ["blue", "red"]
+    assert evaluate(*arguments, batch_size=3, order="bucketed").ap == pytest.approx(1)
+    shapes = {(1, 3, 192, 320), (1, 3, 192, 256), (1, 3, 192, 192)}
+    assert set(engine.shapes) == shapes, "of each file by itself, as all have other sizes"
+
+
+def test_map_is_over_the_classes_that_both_have(tmp_path: Path) -> None:
+    path = make_data(tmp_path)
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 9, "name": "green"})
+    content["annotations"].append({"id": 9, "image_id": 10, "category_id": 9, "bbox": [0, 0, 5, 5]})
+    path.write_text(json.dumps(content))
+    dataset = CocoDataset.load(path)
+    assert evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red"]).ap == pytest.approx(1)
+    assert coco_accuracy(dataset, perfect(dataset)[:3]).ap == pytest.approx(2 / 3), "all categories, where asked for"
+    fewer = CocoDataset.load(make_data(tmp_path / "fewer"))
+    assert evaluate(ColourEngine(), fewer, PREPROCESS, NMS, ["blue", "red", "green"]).ap == pytest.approx(1)
 
 
 def test_an_unreadable_image_stops_the_evaluation(tmp_path: Path) -> None:

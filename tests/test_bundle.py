@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_an_extra_file(bundle: Path, name: str) -> None:
 def test_a_link_to_nothing(bundle: Path) -> None:
     (bundle / ONNX).unlink()
     (bundle / ONNX).symlink_to("nowhere")
-    assert "cannot be read" in refusal(bundle)
+    assert "is a link" in refusal(bundle)
 
 
 def test_places_that_are_no_bundle(tmp_path: Path) -> None:
@@ -264,3 +265,122 @@ def test_parity_that_is_no_json_object(bundle: Path, content: str) -> None:
     rehash(bundle)
     with pytest.raises(BundleError, match=r"parity\.json"):
         describe(Bundle.open(bundle))
+
+
+# --- what is hostile --------------------------------------------------------------------------------------------------
+
+
+HUGE = 10**18
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "target size": (lambda one: one["preprocess"].update(target_size=[HUGE, HUGE]), "target_size"),
+    "pad stride": (lambda one: one["preprocess"].update(pad_stride=10**9), "pad_stride"),
+    "mean": (lambda one: one["preprocess"].update(mean=[1e300, 0, 0]), "mean"),
+    "std": (lambda one: one["preprocess"].update(std=[1e-300, 1, 1]), "std"),
+    "nms": (lambda one: one["nms"].update(keep_top_k=HUGE), "keep_top_k"),
+    "one class for two channels": (lambda one: one.update(classes=["a"], score_channels=3), "1 classes do not fit 3"),
+    "negative channels": (lambda one: one.update(score_channels=-5), "do not fit -5"),
+    "no classes": (lambda one: one.update(classes=[]), "classes is"),
+    "half a character": (lambda one: one.update(name="\ud800"), "name is"),
+    "long text": (lambda one: one.update(notes=["x" * 10**6]), "notes is"),
+    "zero stride": (lambda one: one.update(strides=[0]), "strides is 0"),
+    "huge stride": (lambda one: one.update(strides=[HUGE]), "strides is"),
+    "many strides": (lambda one: one.update(strides=[8] * 1000), "strides is"),
+    "reg_max": (lambda one: one.update(reg_max=HUGE), "reg_max is"),
+    "parameters": (lambda one: one.update(parameters=-1), "parameters is"),
+    "candidates": (lambda one: one.update(candidates=HUGE), "candidates is"),
+    "short input": (lambda one: one["inputs"][0].update(shape=[7]), "the image's shape is [7]"),
+    "huge input": (lambda one: one["inputs"][0].update(shape=[1, 3, 10**6, 10**6]), "the image's shape"),
+    "huge batch": (lambda one: one["inputs"][0].update(shape=[10**6, 3, None, None]), "the image's shape"),
+    "two inputs": (lambda one: one["inputs"].append(one["inputs"][0]), "inputs is"),
+    "no boxes": (lambda one: one["outputs"].pop(), "the output boxes is missing"),
+    "boxes of five numbers": (lambda one: one["outputs"][1].update(shape=[None, None, 5]), "the output boxes"),
+    "other scores": (lambda one: one["outputs"][0].update(shape=[None, None, 7]), "the output scores"),
+    "unknown output": (lambda one: one["outputs"].append({**one["outputs"][0], "name": "x"}), "unknown output: 'x'"),
+    "parent directory": (lambda one: one["files"].update({"../x": one["files"][ONNX]}), "outside the bundle"),
+    "absolute path": (lambda one: one["files"].update({"/etc/passwd": one["files"][ONNX]}), "outside the bundle"),
+    "NUL in a path": (lambda one: one["files"].update({"a\0b": one["files"][ONNX]}), "outside the bundle"),
+    "digest": (lambda one: one["files"][ONNX].update(sha256="x"), "the digest of"),
+    "size": (lambda one: one["files"][ONNX].update(bytes=-1), "the size of"),
+    "deep": (lambda one: one.update(provenance=json.loads('{"a":' * 900 + "1" + "}" * 900)), "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_manifests(name: str, bundle: Path) -> None:
+    change, message = HOSTILE[name]
+    rewrite(bundle, change)
+    assert message in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": ' + "9" * 400 + "}", "400 digits"),
+        ('{"schema": NaN}', "NaN is no number"),
+        ('{"schema": 1e999}', "too large a number"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"schema": 3, "x": "\xff"}', "cannot be read"),
+    ],
+)
+def test_manifests_that_are_hardly_json(text: str, message: str, bundle: Path) -> None:
+    (bundle / MANIFEST).write_bytes(text.encode("latin-1"))
+    assert message in refusal(bundle)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "manifest", "outside"])
+def test_links_in_a_bundle(kind: str, bundle: Path, tmp_path: Path) -> None:
+    place = {"file": ONNX, "folder": "onnx", "manifest": MANIFEST, "outside": "more"}[kind]
+    if kind != "outside":
+        (bundle / place).rename(tmp_path / "moved")
+    (bundle / place).symlink_to(tmp_path / "moved" if kind != "outside" else "/etc")
+    assert f"{bundle / place} is a link" in refusal(bundle)
+
+
+def test_the_bundle_itself_may_be_a_link(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    assert Bundle.open(tmp_path / "link").name == "tiny"
+
+
+@pytest.mark.parametrize("place", ["onnx/pipe", ONNX, MANIFEST])
+def test_a_pipe_in_a_bundle_is_not_waited_for(place: str, bundle: Path) -> None:
+    (bundle / place).unlink(missing_ok=True)
+    os.mkfifo(bundle / place)
+    assert "is no regular file" in refusal(bundle)
+
+
+def test_a_bundle_of_too_many_files(bundle: Path) -> None:
+    for index in range(200):
+        (bundle / str(index)).touch()
+    assert "over 100 files" in refusal(bundle)
+
+
+RECORDS: dict[str, tuple[str, str, str]] = {
+    "comparison": ("parity.json", '{"comparisons":[{}]}', "comparisons[0] is {} and not an object with graph"),
+    "engines": ("parity.json", '{"engines":[1]}', "engines is [1] and not an object"),
+    "number": ("parity.json", '{"engines":{"e":{"score_difference":"1"}}}', "is '1' and not a number"),
+    "boolean": ("parity.json", '{"tolerance":{"score":true}}', "is True and not a number"),
+    "list": ("parity.json", "[]", "is [] and not an object"),
+    "groups": ("sensitivity.json", '{"groups":[{"name":1}]}', "groups[0].name is 1 and not text"),
+    "layers": ("layers.json", '{"w":1}', "is 1 and not text"),
+    "calibration": ("calibration.json", "{}", "not an object with algorithm"),
+    "infinite": ("parity.json", '{"tolerance":{"score":1e999}}', "too large a number"),
+    "deep": ("parity.json", '{"x":' + "[" * 500 + "]" * 500 + "}", "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_hostile_records(name: str, bundle: Path) -> None:
+    file, text, message = RECORDS[name]
+    (bundle / file).write_text(text)
+    rewrite(bundle, lambda manifest: manifest["files"].update({file: {"sha256": "0" * 64, "bytes": len(text)}}))
+    assert message in refusal(bundle)
+
+
+def test_a_graph_with_other_operators_is_refused(bundle: Path) -> None:
+    import onnx
+
+    model = onnx.load(str(bundle / ONNX))
+    model.graph.node.append(onnx.helper.make_node("Save", ["image"], ["x"], domain="evil"))
+    onnx.save(model, str(bundle / ONNX))
+    rehash(bundle)
+    assert "is refused: it uses an operator of the domain 'evil'" in refusal(bundle)

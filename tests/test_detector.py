@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 import gfldeploy
 from gfldeploy import Detector
@@ -41,10 +42,15 @@ def test_files_and_arrays_give_the_same(detector: Detector, paths: list[Path]) -
 
 def test_one_image_makes_a_list_of_one(detector: Detector, paths: list[Path]) -> None:
     pixels = read_image(paths[0])
-    for image in (paths[0], str(paths[0]), pixels, pixels[np.newaxis]):
+    (first,) = detector.detect(paths[0])
+    for image in (str(paths[0]), paths[0].read_bytes(), pixels, pixels[np.newaxis], Image.fromarray(pixels)):
         (found,) = detector.detect(image)
-        assert len(found) == 1
+        np.testing.assert_array_equal(found.scores, first.scores)
+    (found,) = detector.detect(cv2.imread(str(paths[0])), color="bgr")
+    np.testing.assert_array_equal(found.scores, first.scores)
     assert detector.detect([]) == []
+    with pytest.raises(ValueError, match="'rgb' or 'bgr'"):
+        detector.detect(pixels, color="bgra")  # type: ignore[arg-type]
 
 
 def test_a_batch_gives_what_single_images_give(tiny_bundle: Path, paths: list[Path], detector: Detector) -> None:

@@ -20,7 +20,19 @@ import pytest
 
 from gfldeploy import files
 from gfldeploy.errors import OutputError
-from gfldeploy.files import atomic_directory, check_target, native_writes, read_json, write_json, write_text
+from gfldeploy.files import (
+    atomic_directory,
+    check_apart,
+    check_file,
+    check_target,
+    native_writes,
+    open_own,
+    read_json,
+    scratch_directory,
+    unfinished_beside,
+    write_json,
+    write_text,
+)
 
 
 def ours(directory: Path, **content: str) -> Path:
@@ -158,9 +170,9 @@ def run_writer(target: Path, body: str) -> subprocess.Popen[str]:
     """A process that opens `target` for writing and then runs `body`, which may use `directory`."""
     code = "import os, signal, sys, time\nfrom pathlib import Path\nfrom gfldeploy.files import atomic_directory\n"
     code += "with atomic_directory(Path(sys.argv[1]), force=True) as directory:\n"
-    code += "    (directory / 'half').write_text('1')\n    print(directory.name, flush=True)\n"
+    code += "    (directory / 'half').write_text('1')\n    print(directory.relative_to(sys.argv[2]), flush=True)\n"
     code += textwrap.indent(body, "    ")
-    return subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, target, target.parent], stdout=subprocess.PIPE, text=True)
 
 
 def test_a_killed_run_is_cleaned_up_by_the_next_and_a_running_one_is_not(tmp_path: Path) -> None:
@@ -175,7 +187,8 @@ def test_a_killed_run_is_cleaned_up_by_the_next_and_a_running_one_is_not(tmp_pat
     with run_writer(target, "time.sleep(60)") as running:
         assert running.stdout is not None
         alive = running.stdout.readline().strip()
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive, "out"])  # stale is gone already
+        # The stale one is gone already.
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(alive).parts[0], "out"])
         with atomic_directory(target, force=True) as directory:
             (directory / "new").write_text("2")
         assert (tmp_path / alive / "half").exists()
@@ -195,6 +208,137 @@ def test_names_with_wildcards_clean_up_after_themselves_only(tmp_path: Path) -> 
     assert not stale.exists()
 
 
+def partial(directory: Path, mark: str, **content: str) -> Path:
+    """What a killed run could have left, or something of the same name."""
+    (directory / "new").mkdir(parents=True)
+    (directory / ".made-by-gfldeploy").write_text(mark)
+    for name, text in content.items():
+        (directory / name).write_text(text)
+    return directory
+
+
+def test_only_what_has_our_mark_is_cleaned_up(tmp_path: Path) -> None:
+    stale = partial(tmp_path / ".out.partial-1", "gfldeploy , on its way to out\n")
+    (stale / "new" / "half").write_text("1")
+    partial(tmp_path / ".out.partial-2", "mine")
+    partial(tmp_path / ".out.partial-3", "gfldeploy , on its way to out\n", notes="mine")
+    (tmp_path / ".out.partial-4").mkdir()
+    (tmp_path / ".out.partial-4" / "thesis.tex").write_text("mine")
+    with atomic_directory(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f".out.partial-{n}" for n in (2, 3, 4)), "out"]
+    assert tree(tmp_path / ".out.partial-3")["notes"] == "mine"
+
+
+def test_killed_between_two_renames_the_old_one_comes_back(tmp_path: Path) -> None:
+    stale = partial(tmp_path / ".out.partial-1", "gfldeploy , on its way to out\n")
+    ours(stale / "old", a="1")
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", force=True):
+        raise RuntimeError
+    assert sorted(tree(tmp_path)) == ["out", "out/a", "out/manifest.json"]
+
+
+def test_scratch_of_a_killed_run_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import os, signal\nfrom gfldeploy.files import scratch_directory\n"
+        "with scratch_directory() as folder:\n    (folder / 'big').touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert len(list(tmp_path.rglob("big"))) == 1
+    with scratch_directory() as folder:
+        assert list(tmp_path.rglob("big")) == []
+        (folder / "small").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- unfinished work --------------------------------------------------------------------------------------------------
+
+
+MADE = r"done\.txt|results/([a-z]+\.json)?"
+
+
+def work(output: Path, command: str = "predict", fail: type[BaseException] | None = None) -> None:
+    with unfinished_beside(output, command, MADE) as unfinished:
+        (unfinished.directory / "results").mkdir(exist_ok=True)
+        (unfinished.directory / "results" / "a.json").write_text("1")
+        with open_own(unfinished.directory / "done.txt") as file:
+            unfinished.worth_keeping |= bool(file.read())
+            file.write(b"1")
+        if fail:
+            raise fail
+
+
+def test_unfinished_work_is_kept_if_there_is_any(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        work(tmp_path / "new" / "out", fail=RuntimeError)
+    assert list(tmp_path.iterdir()) == [], "nothing was done before the error"
+    with run_python("with unfinished_beside(Path('out'), 'predict', '') as one: os.kill(os.getpid(), 9)", tmp_path):
+        pass
+    assert list(tree(tmp_path)) == ["out.unfinished", "out.unfinished/.made-by-gfldeploy"]
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        unfinished_beside(tmp_path / "out", "predict", MADE) as unfinished,
+    ):
+        (unfinished.directory / "done.txt").write_text("1")
+        unfinished.worth_keeping = True
+        raise KeyboardInterrupt
+    assert caught.value.__notes__ == [
+        "what was done so far is kept in out.unfinished, the same command goes on from there"
+    ]
+    with pytest.raises(OutputError, match=r"out\.unfinished is needed .* did not make it"):
+        work(tmp_path / "out", "bench")
+    work(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def run_python(code: str, folder: Path) -> subprocess.Popen[str]:
+    """A process in `folder`, ended already."""
+    imports = "import os\nfrom pathlib import Path\nfrom gfldeploy.files import *\n"
+    process = subprocess.Popen([sys.executable, "-c", imports + code], cwd=folder, text=True)
+    process.wait(60)
+    return process
+
+
+@pytest.mark.parametrize("kind", ["theirs", "stranger", "folder", "link", "link below", "hard link", "file", "fifo"])
+def test_what_is_not_ours_is_never_touched(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "done.txt").write_text("mine")
+    place = tmp_path / "out.unfinished"
+    match kind:
+        case "file":
+            place.write_text("mine")
+        case "link":
+            place.symlink_to(tmp_path / "theirs")
+        case _:
+            place.mkdir()
+            if kind != "theirs":
+                (place / ".made-by-gfldeploy").write_text("gfldeploy predict, on its way to out\n")
+    match kind:
+        case "theirs" | "stranger":
+            (place / "notes.txt").write_text("mine")
+        case "folder":
+            (place / "thesis").mkdir()
+        case "link below":
+            (place / "results").symlink_to(tmp_path / "theirs")
+        case "hard link":
+            (place / "done.txt").hardlink_to(tmp_path / "theirs" / "done.txt")
+        case "fifo":
+            os.mkfifo(place / "done.txt")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(OutputError, match="gfldeploy did not make"):
+        work(tmp_path / "out")
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_others_put_there_meanwhile_is_left(tmp_path: Path) -> None:
+    with unfinished_beside(tmp_path / "out", "predict", MADE) as unfinished:
+        (unfinished.directory / "done.txt").write_text("1")
+        (unfinished.directory / "notes.txt").write_text("mine")
+    assert tree(tmp_path)["out.unfinished/notes.txt"] == "mine"
+    assert not (tmp_path / "out.unfinished" / "done.txt").exists()
+
+
 def test_a_partial_directory_of_another_is_never_followed(tmp_path: Path) -> None:
     elsewhere = ours(tmp_path / "elsewhere", a="1")
     (tmp_path / ".out.partial-1").symlink_to(elsewhere)
@@ -205,7 +349,7 @@ def test_a_partial_directory_of_another_is_never_followed(tmp_path: Path) -> Non
 
 def test_the_partial_directory_is_locked(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "out") as directory:
-        handle = os.open(directory, os.O_RDONLY)
+        handle = os.open(directory.parent, os.O_RDONLY)
         try:
             with pytest.raises(BlockingIOError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -335,6 +479,41 @@ def test_mistakes_of_ours_keep_their_type(tmp_path: Path) -> None:
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
+    beginnings = {
+        "json": '{\n  "schema": 3,\n  "created": "2026',
+        "csv": "bundle,engine,precision,device\n",
+        "html": '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="gfldeploy">',
+        "yml": "schema: 1\ncreated: '2026",
+    }
+    for kind, text in beginnings.items():
+        path = tmp_path / f"a.{kind}"
+        check_file(path, kind)
+        for content, ours in ((text, True), ("", True), ('{"name": "app"}', False), ("\0\xff", False)):
+            path.write_text(content)
+            with pytest.raises(OutputError, match="exists already"):
+                check_file(path, kind)
+            if ours:
+                check_file(path, kind, force=True)
+                continue
+            with pytest.raises(OutputError, match="is not a file that gfldeploy wrote"):
+                check_file(path, kind, force=True)
+    (tmp_path / "link.json").symlink_to(path)
+    for name, what in (("link.json", "a symbolic link"), (".", "a directory"), ("/dev/null", "no regular file")):
+        with pytest.raises(OutputError, match=f"is {what}, which is never replaced"):
+            check_file(tmp_path / name, "json", force=True)
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    images = tmp_path / "out" / "images"
+    images.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for output in (tmp_path / "out", images, tmp_path / "link", tmp_path / "bundle" / "new", tmp_path / "bundle"):
+        with pytest.raises(OutputError, match="the --output"):
+            check_apart(output, [images], tmp_path / "bundle")
+    check_apart(images / "found", [images], tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])

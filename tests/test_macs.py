@@ -129,16 +129,16 @@ def test_a_size_that_the_graph_cannot_take(graph: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs_ppdet
 def test_gfl_r50_against_the_layers_of_the_eager_model(tmp_path: Path) -> None:
     """The output of every convolution layer is seen, whatever the ONNX graph says of it."""
     paddle = pytest.importorskip("paddle")
-    pytest.importorskip("ppdet")
     pytest.importorskip("paddle2onnx")
     from gfldeploy._quiet import quiet
     from gfldeploy.export.config import build_model, load_detector_config
     from gfldeploy.export.gfl_graph import GflGraph, fold_batch_norm
     from gfldeploy.export.onnx_graph import convert
-    from gfldeploy.export.static_graph import save_paddle_graphs
+    from gfldeploy.export.static_graph import save_paddle_graph
 
     config = load_detector_config(CONFIGS / "gfl_r50_fpn_1x_coco.yml")
     detector = build_model(config)
@@ -164,7 +164,7 @@ def test_gfl_r50_against_the_layers_of_the_eager_model(tmp_path: Path) -> None:
         fold_batch_norm(detector, paddle.zeros([1, 3, 64, 64]))
         layer = GflGraph(detector)
         layer.eval()
-        save_paddle_graphs(layer, tmp_path, (None, None, None))
+        save_paddle_graph(layer, tmp_path, (None, None, None))
     onnx_file = tmp_path / "model.onnx"
     convert(tmp_path / "model.json", tmp_path / "model.pdiparams", onnx_file)
     for (height, width), convolutions in zip(sizes, expected, strict=True):

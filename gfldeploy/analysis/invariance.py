@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gfldeploy.accuracy import Accuracy, coco_accuracy, coco_results
+from gfldeploy.accuracy import Accuracy, check_measurable, coco_accuracy, coco_results
 from gfldeploy.analysis.passes import arrangements, input_sizes
 from gfldeploy.batching.buckets import Order, group, padding
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, pairwise_iou
 from gfldeploy.engines.base import Engine
 from gfldeploy.engines.detect import detect_batch
-from gfldeploy.images.coco import CocoDataset
+from gfldeploy.errors import DataError
+from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.decode import read_image
 
 __all__ = ["Invariance", "difference", "measure_invariance"]
@@ -59,7 +60,7 @@ def measure_invariance(
     manifest = bundle.manifest
     paths = [image.path for image in dataset.images]
     sizes = input_sizes(paths, bundle)
-    labels = dataset.class_to_category(manifest.classes) if dataset.annotations else None
+    labels = _labels(dataset, manifest.classes)
     wanted = arrangements(batch_sizes)
     total, done = len(wanted) * len(paths), 0
     alone: list[Detections] = []
@@ -84,7 +85,7 @@ def measure_invariance(
                 for image, one in zip(dataset.images, ordered, strict=True)
                 for row in coco_results(image.id, one, labels)
             ]
-            accuracy = coco_accuracy(dataset, rows)
+            accuracy = coco_accuracy(dataset, rows, labels)
         found.append(
             Invariance(
                 batch_size,
@@ -98,6 +99,18 @@ def measure_invariance(
             )
         )
     return found
+
+
+def _labels(dataset: CocoDataset, classes: Sequence[str]) -> list[CocoId | None] | None:
+    """The category of each class; None where the images have nothing to measure mAP by."""
+    if not dataset.annotations:
+        return None
+    labels = dataset.class_to_category(classes)
+    try:
+        check_measurable(dataset, labels)
+    except DataError:
+        return None
+    return labels
 
 
 def difference(alone: Detections, batched: Detections) -> tuple[int, int, float, float]:

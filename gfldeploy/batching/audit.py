@@ -1,7 +1,7 @@
 """What batches of these images would cost, before any inference: padding, MACs and memory by batch size and order.
 
 A batch is padded to one size, so that a portrait and a landscape image in it cost more than both would alone. `survey`
-reads the heads of the files; the rest is arithmetic on sizes.
+reads the headers of the files; the rest is arithmetic on sizes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Survey:
-    """Images by their heads, in the order in which they come.
+    """Images by their headers, in the order in which they come.
 
     `original`: height, width in pixels as read; `resized`: as the preprocessing resizes them; `inputs`: of the
     network's input for each image alone.
@@ -87,7 +87,7 @@ class Audit:
 def survey(
     paths: Sequence[Path], preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Survey:
-    """Read the heads of the files. One that cannot be used is left out.
+    """Read the headers of the files. One that cannot be used is left out.
 
     Raises `DataError` where none can be used.
     """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -20,11 +22,14 @@ from gfldeploy.batching.policy import Policy, Request
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
-from gfldeploy.engines.detect import detect_batch
-from gfldeploy.errors import EngineError, RejectedError
+from gfldeploy.engines.detect import detect_batch, of_classes
+from gfldeploy.errors import EngineError, RejectedError, Rejection
 from gfldeploy.images.preprocess import Prepared
 
 __all__ = ["Counts", "DetectorBatcher", "DynamicBatcher"]
+
+_log = logging.getLogger(__name__)
+_LONGEST_WAIT_S = 3600.0  # far below what a lock can wait; then the policy is asked again
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -36,9 +41,9 @@ RunBatch = Callable[[Sequence[In], Size], Sequence[Out | Exception]]
 class Counts:
     """What a batcher has done since it began.
 
-    `batch_sizes`: number of batches by their size. `rejected`: by reason. `late`: answered after their deadline.
-    `queue_ms`: sum over the images that ran, from submission to the start of their batch. `padding`: pixels of the
-    batches by those of the images' own sizes.
+    `batch_sizes`: number of batches by their size. `rejected`: by `RejectedError.reason`. `late`: answered after their
+    deadline. `queue_ms`: sum over the images that ran, from submission to the start of their batch. `padding`: pixels
+    of the batches by those of the images' own sizes.
     """
 
     submitted: int
@@ -46,25 +51,71 @@ class Counts:
     failed: int
     cancelled: int
     late: int
-    rejected: Mapping[str, int]
+    rejected: Mapping[Rejection, int]
     batch_sizes: Mapping[int, int]
     queue_ms: float
     padding: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Item(Generic[In, Out]):
+    """A request; once it is settled, neither its payload nor its future."""
+
     payload: In
     own_size: Size
     request: Request
     future: Future[Out]
+
+    @property
+    def settled(self) -> bool:
+        return "future" not in vars(self)
+
+    def begin(self) -> bool:
+        """Whether somebody still waits for the answer; from here on it cannot be cancelled."""
+        try:
+            return self.future.set_running_or_notify_cancel()
+        except (InvalidStateError, RuntimeError):  # somebody else has answered it
+            return False
+
+    def settle(self, answer: Out | Exception) -> None:
+        """Answer, which runs callbacks: never under a lock. What they raise is theirs and logged; none stops it.
+
+        An error's traceback leads to the frames that hold the item. If that still held the future, which holds the
+        error, all of it would stay until the garbage collector comes by, the image included.
+        """
+        future = self.future
+        del self.payload, self.future
+        try:
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+        except InvalidStateError:  # somebody else has answered it
+            return
+        except BaseException:  # noqa: BLE001 - `Future` itself logs an Exception, and lets SystemExit and the like through
+            _log.exception("a callback of a future raised")
+
+
+@dataclass(frozen=True)
+class _Step(Generic[In, Out]):
+    """What the batcher's thread does next: turn some away, and run a batch padded to `size`; either may be empty."""
+
+    rejected: Sequence[_Item[In, Out]]
+    batch: Sequence[_Item[In, Out]]
+    size: Size = (0, 0)
+    reason: Rejection = "deadline"
 
 
 class DynamicBatcher(Generic[In, Out]):
     """Collects requests and runs them in batches, in a thread of its own, as a `Policy` decides.
 
     Used as a context manager; leaving the block answers what waits, then ends the thread. Thread-safe. When a batch
-    fails as a whole, its images run one by one, so that the one at fault fails alone.
+    fails as a whole, its images run one by one, so that the one at fault fails alone. Whatever `run` raises, the batch
+    is answered and the thread goes on: SystemExit, KeyboardInterrupt and the like become an `EngineError` with that as
+    its cause. If the policy raises, the thread ends and all that waits has that error.
+
+    Callbacks of futures run in the batcher's thread, or in that of `close`, without a lock: they may submit and close,
+    but must not wait for other answers.
     """
 
     def __init__(
@@ -79,8 +130,9 @@ class DynamicBatcher(Generic[In, Out]):
         self._waiting: dict[int, _Item[In, Out]] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._why_closed = "the batcher is closed"
         self._counter: Counter[str] = Counter()
-        self._rejected: Counter[str] = Counter()
+        self._rejected: Counter[Rejection] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self._queue_s = 0.0
         self._pixels = [0, 0]  # paid, own
@@ -98,35 +150,41 @@ class DynamicBatcher(Generic[In, Out]):
     def submit(self, payload: In, size: Size, timeout_ms: float) -> Future[Out]:
         """Ask for an answer within so many milliseconds. `size`: of the network's input for this image, pixels.
 
-        The future holds the answer; or `RejectedError` if it could not come in time; or what went wrong with this
-        image. `Future.cancel` takes it back while it waits. Raises `RejectedError` at once when the queue is full, and
-        `RuntimeError` after `close`.
+        The future holds the answer; or `RejectedError` if it could not come in time, or the batcher was closed; or what
+        went wrong with this image. `Future.cancel` takes it back while it waits. Raises `RejectedError` at once when
+        the queue is full and after `close`, with its `reason`, and `ValueError` for a time that is not above 0.
         """
-        if timeout_ms <= 0:
-            raise ValueError(f"timeout_ms must be positive, not {timeout_ms}")
+        if not 0 < timeout_ms < math.inf:
+            raise ValueError(f"timeout_ms must be positive and finite, not {timeout_ms}")
         now = time.monotonic()
         future: Future[Out] = Future()
         with self._changed:
-            if self._closed:
-                raise RuntimeError("the batcher is closed")
             self._counter["submitted"] += 1
             self._drop_cancelled()
+            if self._closed:
+                raise self._rejection("closed")
             if len(self._waiting) >= self._most:
-                self._rejected["queue full"] += 1
-                raise RejectedError(f"{self._most} requests wait already", "Try again later, or send less.")
+                raise self._rejection("queue full")
             request = Request(next(self._ids), bucket_of(size, self._buckets), now, now + timeout_ms / 1e3)
             self._waiting[request.id] = _Item(payload, size, request, future)
             self._changed.notify_all()
         return future
 
     def close(self, drain: bool = True) -> None:
-        """End the thread. `drain`: answer what waits first, else reject it. What runs is always finished."""
+        """End the thread. `drain`: answer what waits first, else reject it. What runs is always finished.
+
+        Waits for the end, but not in the batcher's own thread, as in a callback. May be called again, also meanwhile by
+        another thread: `drain=False` then rejects what still waits.
+        """
+        rejected: Sequence[_Item[In, Out]] = ()
         with self._changed:
             self._closed = True
             if not drain:
-                self._reject(list(self._waiting), "closed", "the batcher was closed")
+                rejected = self._take(list(self._waiting))
             self._changed.notify_all()
-        self._thread.join()
+        self._reject(rejected, "closed")
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     @property
     def counts(self) -> Counts:
@@ -141,20 +199,26 @@ class DynamicBatcher(Generic[In, Out]):
             )  # fmt: skip
 
     def _work(self) -> None:
+        step: _Step[In, Out] | None = None
         try:
-            while (batch := self._next()) is not None:
-                self._answer(*batch)
+            while (step := self._next()) is not None:
+                self._reject(step.rejected, step.reason)
+                if step.batch:
+                    self._answer(step.batch, step.size)
+                step = None
         except BaseException as error:
-            with self._changed:  # nobody must wait for an answer that never comes
+            left = [item for item in (*step.rejected, *step.batch) if not item.settled] if step else []
+            with self._changed:
                 self._closed = True
-                for item in self._waiting.values():
-                    if item.future.set_running_or_notify_cancel():
-                        item.future.set_exception(error)
-                self._waiting.clear()
+                self._why_closed = f"the batcher has stopped, {type(error).__name__}: {error}"
+                left += self._take(list(self._waiting))
+                self._counter["failed"] += len(left)
+            for item in left:  # nobody must wait for an answer that never comes
+                item.settle(error if isinstance(error, Exception) else _stopped(error))
             raise
 
-    def _next(self) -> tuple[list[_Item[In, Out]], Size] | None:
-        """The next batch, as soon as the policy has one; None when there will be none."""
+    def _next(self) -> _Step[In, Out] | None:
+        """The next step, as soon as the policy has one; None when there will be none."""
         with self._changed:
             while True:
                 self._drop_cancelled()
@@ -165,46 +229,60 @@ class DynamicBatcher(Generic[In, Out]):
                     continue
                 now = time.monotonic()
                 decision = self._policy.decide(now, [item.request for item in self._waiting.values()])
-                self._reject(decision.reject, "too late", "the answer would have come after its deadline")
+                wanted = (*decision.reject, *decision.run)
+                if len(set(wanted)) < len(wanted) or not self._waiting.keys() >= set(wanted):
+                    raise RuntimeError("the policy decided on a request that does not wait, or twice on one")
                 if decision.run and decision.size is not None:
-                    items = [self._waiting.pop(number) for number in decision.run]
-                    taken = [item for item in items if item.future.set_running_or_notify_cancel()]
-                    self._counter["cancelled"] += len(items) - len(taken)
-                    if taken:
-                        self._count(taken, decision.size, now)
-                        return taken, decision.size
-                elif not decision.reject:
-                    self._changed.wait(None if decision.wake is None else max(decision.wake - now, 0.0))
+                    rejected, batch = self._take(decision.reject), self._take(decision.run)
+                    self._count(batch, decision.size, now)
+                    return _Step(rejected, batch, decision.size)
+                if decision.reject:
+                    return _Step(self._take(decision.reject), ())
+                if decision.wake is None and self._closed:  # nothing else will arrive that it could wait for
+                    return _Step(self._take(list(self._waiting)), (), reason="closed")
+                wake_s = _LONGEST_WAIT_S if decision.wake is None else decision.wake - now
+                self._changed.wait(min(max(wake_s, 0.0), _LONGEST_WAIT_S))
+
+    def _take(self, numbers: Sequence[int]) -> list[_Item[In, Out]]:
+        """Those of them that are still wanted, out of the queue. Under the lock."""
+        items = [self._waiting.pop(number) for number in numbers]
+        taken = [item for item in items if item.begin()]
+        self._counter["cancelled"] += len(items) - len(taken)
+        return taken
 
     def _answer(self, items: Sequence[_Item[In, Out]], size: Size) -> None:
         start = time.monotonic()
-        answers: Sequence[Out | Exception]
+        answers, at_once = self._outcomes(items, size)
+        done = time.monotonic()
+        failed = sum(isinstance(answer, Exception) for answer in answers)
+        with self._changed:
+            self._counter["failed"] += failed
+            self._counter["answered"] += len(items) - failed
+            self._counter["late"] += sum(done > item.request.deadline for item in items)
+        for item, answer in zip(items, answers, strict=True):
+            item.settle(answer)
+        del answer, answers  # as `_Item.settle` says: this frame is one of those
+        if at_once:
+            self._policy.observe(len(items), size, (done - start) * 1e3)
+
+    def _outcomes(self, items: Sequence[_Item[In, Out]], size: Size) -> tuple[Sequence[Out | Exception], bool]:
+        """An answer or an error for each, whatever `run` raises; and whether they ran as one batch."""
         try:
             answers = self._run([item.payload for item in items], size)
-            if len(answers) != len(items):
-                raise EngineError(f"there were {len(answers)} answers to a batch of {len(items)}", None)
-            self._policy.observe(len(items), size, (time.monotonic() - start) * 1e3)
+            if len(answers) == len(items):
+                return answers, True
+            wrong = f"there were {len(answers)} answers to a batch of {len(items)}"
+            return [EngineError(wrong) for _ in items], False
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the answer
-            answers = [error] if len(items) == 1 else [self._alone(item, size) for item in items]
-        done = time.monotonic()
-        for item, answer in zip(items, answers, strict=True):
-            with self._changed:
-                self._counter["failed" if isinstance(answer, Exception) else "answered"] += 1
-                self._counter["late"] += done > item.request.deadline
-            if isinstance(answer, Exception):
-                item.future.set_exception(answer)
-            else:
-                item.future.set_result(answer)
-
-    def _alone(self, item: _Item[In, Out], size: Size) -> Out | Exception:
-        try:
-            (answer,) = self._run([item.payload], size)
-        except Exception as error:  # noqa: BLE001 - as above
-            return error
-        return answer
+            if len(items) == 1:
+                return [error], False
+        except BaseException as error:  # noqa: BLE001 - the same, but it asked for an end, so nothing is tried again
+            return [_stopped(error) for _ in items], False
+        return [self._outcomes([item], size)[0][0] for item in items], False
 
     def _count(self, items: Sequence[_Item[In, Out]], size: Size, now: float) -> None:
-        self._batch_sizes[len(items)] += 1
+        if items:
+            self._batch_sizes[len(items)] += 1
         self._queue_s += sum(now - item.request.arrived for item in items)
         self._pixels[0] += len(items) * area(size)
         self._pixels[1] += sum(area(item.own_size) for item in items)
@@ -215,21 +293,34 @@ class DynamicBatcher(Generic[In, Out]):
             del self._waiting[number]
         self._counter["cancelled"] += len(gone)
 
-    def _reject(self, numbers: Sequence[int], reason: str, why: str) -> None:
-        for number in numbers:
-            item = self._waiting.pop(number)
-            if item.future.set_running_or_notify_cancel():
-                self._rejected[reason] += 1
-                item.future.set_exception(RejectedError(why, "Send less, or allow more time."))
-            else:
-                self._counter["cancelled"] += 1
+    def _reject(self, items: Sequence[_Item[In, Out]], reason: Rejection) -> None:
+        for item in items:
+            with self._changed:
+                error = self._rejection(reason)
+            item.settle(error)
+
+    def _rejection(self, reason: Rejection) -> RejectedError:
+        """Count one. Under the lock."""
+        self._rejected[reason] += 1
+        if reason == "closed":
+            return RejectedError(self._why_closed, "Submit to one that is open.", reason)
+        if reason == "queue full":
+            return RejectedError(f"{self._most} requests wait already", "Try again later, or send less.", reason)
+        return RejectedError("the answer would come after its deadline", "Send less, or allow more time.", reason)
+
+
+def _stopped(cause: BaseException) -> EngineError:
+    """For an exception that is no `Exception`: raised in whoever waits, it would end them."""
+    error = EngineError(f"the engine was stopped by {type(cause).__name__}", "Look at what it runs.")
+    error.__cause__ = cause
+    return error
 
 
 class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
     """A `DynamicBatcher` over a detector: images in, detections in original pixels out.
 
-    Images are preprocessed in the caller's thread, the network and NMS run in the batcher's. The engine must not be
-    used by others meanwhile.
+    Images are preprocessed in the caller's thread, the network and NMS run in the batcher's. Detections of channels
+    without a class are left out. The engine must not be used by others meanwhile.
     """
 
     def __init__(
@@ -251,4 +342,5 @@ class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
 
     def _detect(self, prepared: Sequence[Prepared], size: Size) -> Sequence[Detections]:
         tensor = self._manifest.preprocess.batch(prepared, size)
-        return detect_batch(self._engine, tensor, [one.scale for one in prepared], self._manifest.nms)
+        found = detect_batch(self._engine, tensor, [one.scale for one in prepared], self._manifest.nms)
+        return [of_classes(one, len(self._manifest.classes)) for one in found]

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "Group",
     "Order",
     "Size",
+    "StreamOrder",
     "area",
     "bucket_of",
     "choose_buckets",
@@ -26,6 +28,7 @@ __all__ = [
     "group_stream",
     "is_mixed",
     "padding",
+    "stream_batches",
     "union",
 ]
 
@@ -37,6 +40,8 @@ Size = tuple[int, int]
 Order = Literal["listed", "shuffled", "sorted", "bucketed"]
 _MOST_COMPARED = 512
 ORDERS: tuple[Order, ...] = get_args(Order)
+# Those that need not know all images before the first batch.
+StreamOrder = Literal["listed", "bucketed"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def area(size: Size) -> int:
 
 
 def union(sizes: Iterable[Size]) -> Size:
-    """The least size that holds all of them: 800x1216 and 1216x800 need 1216x1216. Raises `ValueError` for none."""
+    """The smallest size that holds all of them: 800x1216 and 1216x800 need 1216x1216. Raises `ValueError` for none."""
     heights, widths = zip(*sizes, strict=True)
     return max(heights), max(widths)
 
@@ -175,6 +180,21 @@ def group_stream(
                 yield waiting.pop(oldest)[1], oldest
     for size, (_, batch) in waiting.items():
         yield batch, size
+
+
+def stream_batches(
+    items: Iterable[tuple[Item, Size]], batch_size: int, order: StreamOrder, look_ahead: int | None = None
+) -> Iterator[tuple[list[Item], Size]]:
+    """`group_stream`, or with the listed order batches as the items come, each padded to the size that holds them all.
+
+    A size of 0 pixels is of what cannot be read, and adds nothing.
+    """
+    if order == "bucketed":
+        yield from group_stream(items, batch_size, look_ahead)
+        return
+    remaining = iter(items)
+    while batch := list(islice(remaining, batch_size)):
+        yield [item for item, _ in batch], union(size for _, size in batch)
 
 
 def _bucketed(sizes: Sequence[Size], batch_size: int, buckets: Sequence[Size]) -> Iterator[Group]:

@@ -16,6 +16,8 @@ __all__ = ["LatencyModel", "Point"]
 _LEARNING = 0.2
 # What one call of `fade` takes of all of them.
 _FADING = 0.05
+# Batch sizes by input sizes that are told apart: those seen last. A server without buckets may meet any number.
+_MOST_REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class LatencyModel:
     """Milliseconds of a batch: a + b x images + c x pixels of the batch, with nothing negative, times a correction.
 
     Where `a` is 0, a larger batch is no cheaper by the image and batching does not pay. The correction is learnt for
-    each batch size and input size from `observe`; what was never seen takes that of everything seen.
+    each batch size and input size from `observe`; what was never seen, or not for long among many others, takes that of
+    everything seen.
     """
 
     def __init__(self, per_batch_ms: float, per_image_ms: float, per_megapixel_ms: float) -> None:
@@ -89,7 +92,10 @@ class LatencyModel:
         ratio = ms / self._prior(images, size)
         expected = self._ratios.get((images, size), self._overall)
         self._spread += _LEARNING * (min(abs(ratio / expected - 1), 1.0) - self._spread)
+        self._ratios.pop((images, size), None)  # to stand behind all others: the first was not seen for longest
         self._ratios[images, size] = expected + _LEARNING * (min(ratio, 2 * expected) - expected)
+        if len(self._ratios) > _MOST_REMEMBERED:
+            del self._ratios[next(iter(self._ratios))]
         self._overall += _LEARNING * (min(ratio, 2 * self._overall) - self._overall)
 
     def fade(self) -> None:

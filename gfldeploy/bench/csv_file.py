@@ -11,6 +11,7 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, NOT_MEASURED, Row, rows
 from gfldeploy.files import write_text
+from gfldeploy.text import spreadsheet_cell
 
 __all__ = ["write_csv"]
 
@@ -21,12 +22,14 @@ def write_csv(results: BenchResults, path: Path) -> None:
     """Write one line for each cell below a line of column names, which hold the units; replaces any other file.
 
     Columns are `table.COLUMNS`, `status` and `note`; `_low` and `_high` are the bounds of 95 % intervals. A field is
-    empty where there is nothing to show, but `ap` is "unknown" of a measured cell without one. Raises `OutputError`.
+    empty where there is nothing to show, but `ap` is "unknown" of a measured cell without one. Text that a spreadsheet
+    would take for a formula has an apostrophe before it. Raises `OutputError`.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_names())
-    writer.writerows([*_fields(row), row.status, row.note] for row in rows(results))
+    for row in rows(results):
+        writer.writerow([spreadsheet_cell(value) for value in (*_fields(row), row.status, row.note)])
     write_text(path, text.getvalue())
 
 

@@ -13,6 +13,8 @@ from gfldeploy.files import read_json, unfinished_beside, write_json
 
 __all__ = ["Journal", "journal_beside"]
 
+_MADE = r"[0-9a-f]{64}\.json"
+
 
 class Journal:
     """Answers of finished processes, one file each, found again by what was asked.
@@ -45,14 +47,17 @@ class Journal:
 
 
 @contextmanager
-def journal_beside(output: Path) -> Iterator[Journal]:
-    """The journal of the results file `output`: a folder beside it, removed when the block ends without an error.
+def journal_beside(output: Path, command: str) -> Iterator[Journal]:
+    """The journal of `command` for the file `output`: a folder beside it, removed when the block ends without an error.
 
-    An error, an interruption or a kill leaves the folder for the next run. Raises `OutputError` if another process is
-    measuring for the same file, or the folder cannot be written.
+    An error or an interruption leaves what is in it for the next run, and so does a kill. Raises `OutputError` if
+    another process is measuring for the same file, or the folder cannot be written or is somebody else's.
     """
-    with unfinished_beside(output) as directory:
-        yield Journal(directory)
+    with unfinished_beside(output, command, _MADE) as unfinished:
+        try:
+            yield Journal(unfinished.directory)
+        finally:
+            unfinished.worth_keeping = any(unfinished.directory.glob("*.json"))
 
 
 def _canonical(question: Mapping[str, Any]) -> str:

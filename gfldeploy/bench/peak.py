@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from gfldeploy.bench.results import Peak
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Precision, ReportsPrecision, Tensors, reasons
 from gfldeploy.engines.registry import graph_for, open_engine
 from gfldeploy.errors import EngineError, GfldeployError
+from gfldeploy.files import scratch_directory
 
 __all__ = ["measure_peak"]
 
@@ -64,10 +64,8 @@ def _gmac_per_s(engine: str, options: EngineOptions, seconds: float) -> float:
     """10^9 multiply-accumulates a second, by the median of the runs. Raises `GfldeployError`."""
     stack = _STACKS[options.device]
     inputs = {"image": stack.image()}
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = stack.write(
-            Path(folder) / "peak", graph_for(engine, options.precision, options.device), options.precision
-        )
+    with scratch_directory() as folder:
+        bundle = stack.write(folder / "peak", graph_for(engine, options.precision, options.device), options.precision)
         with open_engine(engine, bundle, options) as opened:
             _check_precision(opened, inputs, stack.depth)
             for _ in range(_WARMUP):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Precision
 from gfldeploy.export.half import write_half_onnx
 from gfldeploy.export.onnx_graph import OPSET
+from gfldeploy.files import scratch_directory
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
 from gfldeploy.quant.qdq import write_qdq_onnx
@@ -56,7 +56,7 @@ class Stack:
 
         `paddle_program` is in INT8. Raises `MissingDependencyError`, `OutputError`.
         """
-        with write_bundle(target) as (directory, manifests):
+        with write_bundle(target, detector=False) as (directory, manifests):
             if name == "paddle":
                 graph = Graph("model.json", "model.pdiparams")
                 self._write_paddle(directory)
@@ -83,7 +83,7 @@ class Stack:
                     provenance={},
                 )
             )
-        return Bundle.open(target)
+        return Bundle.open(target, detector=False)
 
     @cached_property
     def _weights(self) -> list[NDArray[np.float32]]:
@@ -115,8 +115,8 @@ class Stack:
             constants,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
-        with tempfile.TemporaryDirectory() as folder:
-            fp32 = Path(folder) / "model.onnx"
+        with scratch_directory() as folder:
+            fp32 = folder / "model.onnx"
             save(model, str(fp32))
             if name == "onnx_fp16":
                 write_half_onnx(fp32, path)

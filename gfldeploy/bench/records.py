@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,6 +14,14 @@ from gfldeploy.errors import DataError
 __all__ = ["build", "check_schema", "plain"]
 
 Record = TypeVar("Record")
+
+_LARGEST = 1e18
+_MOST_TEXT = 20_000
+# What is counted or measured and cannot be less than nothing, by the units and nouns that names of fields end in.
+_NEVER_NEGATIVE = re.compile(
+    r"(_ms|_s|_mb|_gb|_w|_hz|_mhz|_percent|images|detections|count|rounds|runs|requests|macs|traffic|bytes"
+    r"|cells|measured|reused|seconds|threads|cores|batch_size|rate|ratio|warmup)$"
+)
 
 
 def plain(value: Any) -> Any:
@@ -36,14 +44,18 @@ def build(cls: type[Record], data: object, where: str) -> Record:
         raise _wrong(where, "an object", data)
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(str(key) for key in set(data) - names):
-        raise DataError(f"{where} has unknown keys: {', '.join(unknown)}", "Use a file that gfldeploy wrote.")
+        raise DataError(f"{where} has unknown keys: {', '.join(unknown):.200}", "Use a file that gfldeploy wrote.")
     if missing := sorted(names - set(data)):
         raise DataError(f"{where} lacks {', '.join(missing)}", "Use a file that gfldeploy wrote.")
     hints = get_type_hints(cls)
     values = {name: _convert(hints[name], data[name], f"{where}.{name}") for name in names}
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if _NEVER_NEGATIVE.search(name) and any(isinstance(one, int | float) and one < 0 for one in numbers):
+            raise _wrong(f"{where}.{name}", "0 or more", value)
     try:
         return cls(**values)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise DataError(f"{where}: {error}", "Use a file that gfldeploy wrote.") from error
 
 
@@ -63,7 +75,10 @@ def _convert(kind: Any, value: object, where: str) -> Any:
     if origin is Mapping:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {
+            _convert_scalar(arguments[0], key, where): _convert(arguments[1], item, f"{where}.{key!s:.60}")
+            for key, item in value.items()
+        }
     if is_dataclass(kind):
         assert isinstance(kind, type)
         return build(kind, value, where)
@@ -71,9 +86,13 @@ def _convert(kind: Any, value: object, where: str) -> Any:
 
 
 def _convert_scalar(kind: Any, value: object, where: str) -> Any:
-    if kind is Path and isinstance(value, str):
+    if isinstance(value, str) and (len(value) > _MOST_TEXT or any("\ud800" <= one <= "\udfff" for one in value)):
+        raise _wrong(where, "text of a sensible length", value)
+    if kind is Path and isinstance(value, str) and "\0" not in value:
         return Path(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= _LARGEST:  # NaN is not
+        raise _wrong(where, "a finite number of a sensible size", value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
@@ -81,7 +100,10 @@ def _convert_scalar(kind: Any, value: object, where: str) -> Any:
 
 
 def _wrong(where: str, expected: str, value: object) -> DataError:
-    return DataError(f"{where} must be {expected}, not {value!r:.60}", "Use a file that gfldeploy wrote.")
+    shown = (
+        f"a number of {value.bit_length()} bits" if isinstance(value, int) and value > _LARGEST else f"{value!r:.60}"
+    )
+    return DataError(f"{where} must be {expected}, not {shown}", "Use a file that gfldeploy wrote.")
 
 
 def check_schema(data: object, schema: int, what: str, writer: str, again: str) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +28,8 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.errors import DataError, GfldeployError
+from gfldeploy.files import scratch_directory
+from gfldeploy.signals import child_environment
 
 __all__ = ["WORKER", "Data", "Limits", "Progress", "run_peak", "run_plan"]
 
@@ -133,7 +134,9 @@ def run_plan(
     for step in steps:
         kept = journal.find(question(step))
         if kept is not None:
-            answers[step] = _read(kept, step)
+            answer = _read(kept, step)
+            if "reason" in kept or not isinstance(answer, _Failure):  # what cannot be read is no answer
+                answers[step] = answer
     pending = [step for step in steps if step not in answers and _worth_it(step, steps, answers)]
     for number, step in enumerate(pending):
         progress(number, len(pending), str(step))
@@ -162,9 +165,9 @@ def run_peak(
     command: Sequence[str] = WORKER,
 ) -> Peak:
     """What an engine reaches here at best, measured in a process of its own; a failure is the `reason` of the peak."""
-    with tempfile.TemporaryDirectory(prefix="gfldeploy-peak-") as name:
-        request = PeakRequest(engine, precision, device, threads, Path(name) / "result.json")
-        answer = _ask("peak", request, Path(name), limits, command)
+    with scratch_directory() as folder:
+        request = PeakRequest(engine, precision, device, threads, folder / "result.json")
+        answer = _ask("peak", request, folder, limits, command)
     if isinstance(answer, _Failure):
         return Peak(engine, precision, device, threads, None, None, answer.reason)
     if "reason" in answer:
@@ -213,8 +216,8 @@ def _run(
     """Run the step's process and read its answer."""
     cell = step.cell
     idle = wait_until_idle(cell.device)
-    with tempfile.TemporaryDirectory(prefix="gfldeploy-bench-") as name:
-        result, progress = Path(name) / "result.json", Path(name) / "progress"
+    with scratch_directory() as folder:
+        result, progress = folder / "result.json", folder / "progress"
         request: TimingRequest | AccuracyRequest | PeakRequest
         if step.kind == "timing":
             images = tuple(path.absolute() for path in data.images)
@@ -226,7 +229,7 @@ def _run(
             )
         else:
             request = PeakRequest(cell.engine, cell.precision, cell.device, cell.threads, result)
-        answer = _ask(step.kind, request, Path(name), limits, command)
+        answer = _ask(step.kind, request, folder, limits, command)
     return answer if isinstance(answer, _Failure) else _read(answer, step)
 
 
@@ -271,7 +274,12 @@ def _ask(
     # print on stdout goes nowhere. The process group of its own is there to be killed whole.
     with asked.open("rb") as stdin, errors.open("wb") as stderr:
         process = subprocess.Popen(
-            command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+            command,
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+            env=child_environment({"TMPDIR": str(directory)}),  # so that nothing outlives it there
         )
         try:
             failure = _wait(process, limits, directory / "progress")

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from gfldeploy.accuracy import check_measurable
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import STREAMS, Plan, plan
 from gfldeploy.bench.records import plain
@@ -76,13 +77,14 @@ class PreparedBench:
     """A request whose bundles and data were found sound, and the `plan` of cells that follows from it.
 
     `evaluated`: number of images for mAP, None where it is not measured. `least_s`: seconds that it takes at least,
-    without mAP.
+    without mAP. `notes`: sentences about the data, for the user.
     """
 
     request: BenchRequest
     plan: Plan
     images: tuple[Path, ...]
     evaluated: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def least_s(self) -> float:
@@ -97,7 +99,7 @@ def prepare(request: BenchRequest) -> PreparedBench:
         raise ValueError("the server scenario needs a latency bound")
     bundles = _open(request.bundles)
     timed = CocoDataset.load(request.annotations, request.image_dir, request.timed_images)
-    evaluated = _check_accuracy_data(request, bundles) if request.accuracy else None
+    evaluated, notes = _check_accuracy_data(request, bundles) if request.accuracy else (None, ())
     cells = plan(
         bundles,
         request.engines,
@@ -109,7 +111,7 @@ def prepare(request: BenchRequest) -> PreparedBench:
         request.rates,
         request.policies,
     )
-    return PreparedBench(request, cells, tuple(image.path for image in timed.images), evaluated)
+    return PreparedBench(request, cells, tuple(image.path for image in timed.images), evaluated, notes)
 
 
 def run(prepared: PreparedBench, journal: Journal, progress: Progress = lambda done, total, text: None) -> BenchResults:
@@ -180,18 +182,22 @@ def _open(paths: Sequence[Path]) -> list[Bundle]:
     return [Bundle.open(path if path.name not in ("", "..") else resolved) for resolved, path in unique.items()]
 
 
-def _check_accuracy_data(request: BenchRequest, bundles: Sequence[Bundle]) -> int:
-    """The number of images for mAP; raises `DataError` now for what would fail in every cell later."""
+def _check_accuracy_data(request: BenchRequest, bundles: Sequence[Bundle]) -> tuple[int, tuple[str, ...]]:
+    """The number of images for mAP, and what is to be said of them; raises `DataError` now for what would fail in every
+    cell later."""
     dataset = CocoDataset.load(request.annotations, request.image_dir, request.accuracy_images)
     if not dataset.annotations:
         raise DataError(
             f"{request.annotations} has no boxes to measure mAP against", "Add --no-accuracy to measure speed alone."
         )
+    notes = list(dataset.notes)
     for bundle in bundles:
         try:
-            dataset.class_to_category(bundle.manifest.classes)
+            match = dataset.match(bundle.manifest.classes)
+            check_measurable(dataset, match.category_ids)
         except DataError as error:
             raise DataError(
                 f"{bundle.directory}: {error.problem}", f"{error.remedy} Or add --no-accuracy to measure speed alone."
             ) from error
-    return len(dataset.images)
+        notes += [f"{bundle.name}: {note}" for note in match.notes]
+    return len(dataset.images), tuple(notes)

@@ -57,7 +57,7 @@ class Samples:
     def __post_init__(self) -> None:
         if not self.latency_ms:
             raise ValueError("there must be at least one latency")
-        if min(*self.latency_ms, *self.warmup_ms, 0.0) < 0 or self.wall_s <= 0:
+        if min(self.latency_ms) <= 0 or min(self.warmup_ms, default=0.0) < 0 or self.wall_s <= 0:
             raise ValueError("times must be positive")
         if self.batch_size < 1 or self.images < 1:
             raise ValueError("batch_size and images must be at least 1")

@@ -7,10 +7,8 @@ the process with a traceback on stderr, for the runner to report.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,10 +56,9 @@ from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import write_json, write_text
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
+from gfldeploy.signals import die_with_parent
 
 __all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest", "main"]
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class PeakRequest:
 
 def main() -> None:
     """Serve the one request on stdin."""
-    _die_with_parent()
+    die_with_parent()
     _die_first()
     message = json.load(sys.stdin)
     kind, content = message["kind"], message["request"]
@@ -235,7 +232,7 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     def progress(done: int, total: int) -> None:
         write_text(request.progress, f"{done} {total}")
 
-    shapes = [(1, *manifest.preprocess.input_size(image.height, image.width)) for image in dataset.images]
+    shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return evaluate(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=progress
@@ -263,11 +260,6 @@ def _peak_rss_mb() -> float:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024 / 1e6
-
-
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the runner goes away, however it does. Linux only; best effort."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _die_first() -> None:

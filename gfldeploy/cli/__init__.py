@@ -1,7 +1,6 @@
 """The command line. Commands are imported when they are called, so that `--help` stays instant.
 
-Errors become one line on stderr here and nowhere else: exit code 2 for a user's mistake, 130 when interrupted.
-A bug keeps its traceback.
+Errors become one line on stderr here and nowhere else; a bug keeps its traceback. Exit codes are in `EXIT_CODES`.
 """
 
 from __future__ import annotations
@@ -9,15 +8,27 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import click
 
 from gfldeploy import __version__
-from gfldeploy.errors import GfldeployError
-from gfldeploy.files import terminate_as_interrupt
+from gfldeploy.cli.plain_text import plain_streams
+from gfldeploy.cli.streams import standard_streams
+from gfldeploy.errors import GfldeployError, OutputError
+from gfldeploy.signals import interrupt_again, terminate_as_interrupt, was_interrupted
 
-__all__ = ["cli", "main"]
+__all__ = ["EXIT_CODES", "cli", "main"]
+
+EXIT_CODES = (
+    ("0", "done"),
+    ("1", "done, but predict could not read some images, or compare --fail-if-slower found something slower"),
+    ("2", "not done: one line says what is wrong, and what to do about it"),
+    ("70", "a bug, with its traceback"),
+    ("130", "interrupted, by Ctrl-C or SIGTERM"),
+)
 
 _COMMANDS = {
     "demo": ("gfldeploy.cli.demo", "Export, quantise and benchmark the built-in detector."),
@@ -51,6 +62,8 @@ class _LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_text) for name, (_, help_text) in _COMMANDS.items()])
+        with formatter.section("Exit codes"):
+            formatter.write_dl(EXIT_CODES)
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,30 +73,75 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command line and exit with its code; see `EXIT_CODES`."""
     # Paddle's C++ side logs its progress to stderr unless told not to, and only listens before it is loaded.
     os.environ.setdefault("GLOG_minloglevel", "2")
     try:
-        with terminate_as_interrupt():
-            result = cli.main(args=arguments, prog_name="gfldeploy", standalone_mode=False)
-    except GfldeployError as error:
-        _fail(str(error), 2)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "gfldeploy"
-        _fail(f"{error.format_message().rstrip('.')}. See `{command} --help`.", 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing half-written was left behind", 130)
-    except BrokenPipeError:
-        # The reader of our output went away (`gfldeploy ... | head`): not an error.
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(result if isinstance(result, int) else 0)
-
-
-def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+        with terminate_as_interrupt(), standard_streams() as failure, plain_streams():
+            code = _run(arguments)
+            if (error := failure()) and code in (0, 1):
+                code = _fail(f"cannot write to standard output: {error.strerror}. Send it somewhere else.", 2)
+    except KeyboardInterrupt as stopped:
+        code = _interrupted(stopped)
     sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """The exit code; what is wrong is said."""
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = _lost_interrupt(unraisable)
+    try:
+        _check_current_directory()
+        result = cli.main(args=arguments, prog_name="gfldeploy", standalone_mode=False)
+    except (click.Abort, KeyboardInterrupt) as error:
+        return _interrupted(error)
+    except BaseException as error:
+        # C++ code and packages that catch everything turn an interruption into errors of their own.
+        if was_interrupted():
+            return _interrupted(error)
+        if isinstance(error, GfldeployError):
+            return _fail(str(error), 2)
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            click.echo(error.format_message(), err=True)
+            return 2
+        if isinstance(error, click.ClickException):
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "gfldeploy"
+            return _fail(f"{error.format_message().rstrip('.')}. See `{command} --help`.", 2)
+        raise
+    finally:
+        sys.unraisablehook = unraisable
+    return result if isinstance(result, int) else 0
+
+
+def _check_current_directory() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise OutputError("the current directory does not exist any more", "Change to another one.") from error
+
+
+def _lost_interrupt(otherwise: Callable[[Any], object]) -> Callable[[Any], object]:
+    """A hook for errors that Python cannot raise, in a finaliser: an interruption there is asked for again."""
+
+    def hook(lost: Any) -> object:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            return otherwise(lost)
+        interrupt_again()
+        return None
+
+    return hook
+
+
+def _interrupted(error: BaseException) -> int:
+    kept: dict[str, None] = {}  # what those say who had something to leave behind
+    one: BaseException | None = error
+    while one is not None:
+        kept |= dict.fromkeys(getattr(one, "__notes__", ()))
+        one = one.__cause__ or one.__context__  # click makes an error of its own of it
+    return _fail(f"interrupted; {'; '.join(kept) or 'nothing half-written was left behind'}", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    return code

@@ -16,13 +16,15 @@ from gfldeploy.bench.runner import run_peak
 from gfldeploy.bench.work import work
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import progress_bars, stages
-from gfldeploy.cli.options import DIRECTORY, FILE, CommaSeparated, bundle_argument, engine_options
+from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, bundle_argument, engine_options
 from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import open_engine, preferred_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
+from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
+from gfldeploy.signals import hold_interrupts
 
 __all__ = ["command"]
 
@@ -40,7 +42,7 @@ __all__ = ["command"]
     "--invariance/--no-invariance", default=True, show_default=True, help="Compare detections with those of batch 1."
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path("analysis.json"), show_default=True,
+    "--output", "-o", type=PATH, default=Path("analysis.json"), show_default=True,
     help="The file; a page (.html) is written beside it.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the output files if they exist.")
@@ -48,7 +50,7 @@ def command(
     bundle: Path,
     data: Path,
     images: Path | None,
-    engine: str,
+    engine: str | None,
     precision: Precision | None,
     device: Device,
     threads: int,
@@ -66,14 +68,15 @@ def command(
     size, by turns. The change in the time of an image is split into padding,
     convolutions, the network's other work, and host work.
     """
-    for path in (output, output.with_suffix(".html")):
-        if path.exists() and not force:
-            raise OutputError(f"{path} exists already", "Add --force to replace it, or choose another --output.")
+    _check_output(output, force)
     opened = Bundle.open(bundle)
     if (fixed := opened.manifest.inputs[0].shape[0]) is not None:
         raise UnsupportedError(f"{bundle} takes batches of {fixed} only", "Export it without a fixed batch size.")
     dataset = CocoDataset.load(data, images, limit)
     options = EngineOptions(precision or opened.manifest.precision, device, threads)
+    engine = engine or preferred_engine(opened, options.precision, device)[0]
+    for note in dataset.notes:
+        click.echo(f"Note: {note}", err=True)
     report = stages()
     chosen = arrangements(batch_sizes)
     best = None
@@ -103,14 +106,23 @@ def command(
         batches=tuple(analyze_passes(measured, _macs(opened, dataset), best.gmac_per_s if best else None)),
         invariance=tuple(compared),
     )
-    found.write(output)
+    _check_output(output, force)  # somebody else may have been faster
+    with hold_interrupts():
+        found.write(output)
     _show(found)
     click.echo(f"Wrote {output} and {output.with_suffix('.html')}")
 
 
+def _check_output(output: Path, force: bool) -> None:
+    if output.suffix == ".html":
+        raise OutputError(f"{output} is where the page would be", "Give the name of a .json file.")
+    check_file(output, "json", force=force)
+    check_file(output.with_suffix(".html"), "html", force=force)
+
+
 def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
     """Of one image by itself, the mean; None where the graph cannot be counted."""
-    sizes = [bundle.manifest.preprocess.input_size(image.height, image.width) for image in dataset.images]
+    sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
     try:
         return work(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
     except GfldeployError:

@@ -13,7 +13,7 @@ import click
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import progress_bar
-from gfldeploy.cli.options import DIRECTORY, CommaSeparated, json_option
+from gfldeploy.cli.options import DIRECTORY, PATH, CommaSeparated, json_option
 from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.errors import BundleError, UnsupportedError
 from gfldeploy.images.preprocess import Preprocess
@@ -30,15 +30,13 @@ _CONFIG_SUFFIXES = (".yml", ".yaml")
 
 
 @click.command("audit")
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Folder of images, or COCO annotations (.json)."
-)
+@click.option("--data", required=True, type=PATH, help="Folder of images, or COCO annotations (.json).")
 @click.option("--images", type=DIRECTORY, help="Folder of the annotations' images. Default: images/ beside them.")
 @click.option(
     "--config-or-bundle",
     "source",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="A PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.",
 )
 @click.option("--batch-sizes", type=CommaSeparated(), help=f"Default: {_BATCH_SIZES}, or the bundle's only one.")
@@ -71,7 +69,9 @@ def command(
         found = survey(paths, preprocess, progress)
     _report_left_out(found)
     _report_other_sizes(found, annotated)
-    result = audit(found, batch_sizes, buckets, seed, *(_counters(bundle) if bundle else ()))
+    result = audit(
+        found, batch_sizes, buckets, seed, *(_counters(bundle) if bundle and bundle.has_graph("onnx") else ())
+    )
     if as_json:
         left_out = [{"path": str(one.path), "reason": one.reason} for one in found.left_out]
         click.echo(json.dumps({**asdict(result), "left_out": left_out}, indent=2))
@@ -113,7 +113,9 @@ def _images(data: Path, images: Path | None) -> tuple[list[Path], dict[Path, tup
             raise click.UsageError("--images goes with annotations, and --data is a folder")
         return list_images(data), {}
     listed = CocoDataset.load(data, images).images
-    return [image.path for image in listed], {image.path: (image.height, image.width) for image in listed}
+    return [image.path for image in listed], {
+        image.path: (image.height, image.width) for image in listed if image.height and image.width
+    }
 
 
 _Counter = Callable[[set[tuple[int, int]]], Mapping[tuple[int, int], int]]

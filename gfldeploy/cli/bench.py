@@ -13,7 +13,9 @@ import click
 
 from gfldeploy.cli.console import stages
 from gfldeploy.cli.options import (
+    PATH,
     CommaSeparated,
+    FiniteFloat,
     PositiveNumbers,
     engine_cache_option,
     threads_option,
@@ -22,6 +24,8 @@ from gfldeploy.cli.options import (
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES, capability
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError
+from gfldeploy.files import check_file, is_unfinished
+from gfldeploy.signals import hold_interrupts
 
 if TYPE_CHECKING:
     from gfldeploy.bench.session import PreparedBench
@@ -33,14 +37,12 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 
 
 @click.command(name="bench")
-@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @yaml_config_option
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), metavar="COCO.json", help="A COCO annotation file."
-)
+@click.option("--data", required=True, type=PATH, metavar="COCO.json", help="A COCO annotation file.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Where its file names start.  [default: images/ beside it, else its folder]",
 )
@@ -72,7 +74,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 )
 @click.option(
     "--latency-bound-ms",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     help="From arrival to answer: what later answers of the server count for is nothing.",
 )
 @click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
@@ -87,7 +89,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 )
 @click.option(
     "--min-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=2.0,
     show_default=True,
     help="Time each cell at least so long, in each round.",
@@ -101,7 +103,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 )
 @click.option(
     "--max-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     help="Time no longer, though medians still change by over 2%.  [default: 5 times --min-seconds]",
 )
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
@@ -110,21 +112,21 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
 @click.option(
     "--monitor-hz",
-    type=click.FloatRange(0, 100),
+    type=FiniteFloat(0, 100),
     default=5.0,
     show_default=True,
     help="Hardware samples a second; 0 for none.",
 )
 @click.option(
     "--cell-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
 )
 @click.option(
     "--memory-limit",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     metavar="MB",
     help="Resident memory beyond which a cell has failed.  [default: 90% of what is free]",
 )
@@ -133,7 +135,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("results.json"),
     show_default=True,
     help="The file; a table (.csv) and a report (.html) are written beside it.",
@@ -187,7 +189,7 @@ def command(
         raise click.UsageError("the server scenario needs --latency-bound-ms")
     if max_seconds is not None and max_seconds < min_seconds:
         raise click.UsageError("--max-seconds is less than --min-seconds")
-    _check_output(output, force)
+    resumed = _check_output(output, force)
 
     from gfldeploy.bench.csv_file import write_csv
     from gfldeploy.bench.journal import journal_beside
@@ -237,16 +239,14 @@ def command(
         first = prepared.plan.skipped[0]
         problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
         raise EngineError(problem, _sentence(first.remedy))
-    try:
-        with journal_beside(output) as journal:
-            results = run(prepared, journal, _progress())
+    with journal_beside(output, "bench") as journal:
+        results = run(prepared, journal, _progress())
+        with hold_interrupts():
+            _check_output(output, force, resumed)  # somebody else may have been faster
+            write_report(results, output.with_suffix(".html"))
+            write_csv(results, output.with_suffix(".csv"))
             results.write(output)
-    except KeyboardInterrupt:
-        click.echo("What was measured so far is kept: the same command goes on from there.", err=True)
-        raise
     show_results(results)
-    write_csv(results, output.with_suffix(".csv"))
-    write_report(results, output.with_suffix(".html"))
     click.echo(f"Wrote {output}, and beside it {output.stem}.csv and {output.stem}.html")
     if not any(cell.status == "ok" for cell in results.cells):
         failed = next(cell for cell in results.cells if cell.status == "failed")
@@ -265,18 +265,24 @@ def _check_tensorrt() -> None:
         )
 
 
-def _check_output(output: Path, force: bool) -> None:
-    """Refuse now what would otherwise fail after an hour of measuring."""
+def _check_output(output: Path, force: bool, resumed: bool | None = None) -> bool:
+    """Refuse now what would otherwise fail after an hour of measuring.
+
+    `resumed`, returned: whether this goes on from a run that was killed, perhaps after it had written the first files.
+    """
+    if resumed is None:
+        resumed = is_unfinished(output, "bench") and not output.exists()
     if output.is_dir():
         raise OutputError(f"{output} is a directory", "Give a file name as --output.")
     if output.suffix != ".json":
         raise OutputError(f"{output} does not end in .json", "A .csv and a .html are written beside it: name it so.")
-    for path in (output, output.with_suffix(".csv"), output.with_suffix(".html")):
-        if path.exists() and not force:
-            raise OutputError(f"{path} exists already", "Choose another --output, or add --force to replace it.")
+    check_file(output, "json", force=force)
+    check_file(output.with_suffix(".csv"), "csv", force=force or resumed)
+    check_file(output.with_suffix(".html"), "html", force=force or resumed)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
+    return resumed
 
 
 def _progress() -> Callable[[int, int, str], None]:
@@ -309,6 +315,8 @@ def _show_plan(prepared: PreparedBench) -> None:
         return f"{cell.engine:20} {cell.precision:5} {cell.bundle.name}", scenario
 
     plan = prepared.plan
+    for note in prepared.notes:
+        click.echo(f"Note: {note}", err=True)
     click.echo(
         f"Plan: {len(plan.cells)} cell{'' if len(plan.cells) == 1 else 's'} to measure, "
         f"{_duration(prepared.least_s)} at least{', and mAP' if prepared.evaluated else ''}.",

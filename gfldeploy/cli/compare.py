@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.options import json_option
+from gfldeploy.cli.options import PATH, json_option
 
 if TYPE_CHECKING:
     from gfldeploy.bench.compare import CellKey, Comparison, Difference, OneSided, Pair
@@ -19,14 +19,17 @@ __all__ = ["command"]
 
 
 @click.command("compare")
-@click.argument("a", metavar="A.json", type=click.Path(path_type=Path))
-@click.argument("b", metavar="B.json", type=click.Path(path_type=Path))
+@click.argument("a", metavar="A.json", type=PATH)
+@click.argument("b", metavar="B.json", type=PATH)
 @click.option("--different-machines", is_flag=True, help="Compare although the hardware differs.")
 @click.option(
     "--different-data", is_flag=True, help="Compare although the timed images, or how they were timed, differ."
 )
+@click.option("--fail-if-slower", is_flag=True, help="Exit with 1 where B is slower in any cell.")
 @json_option
-def command(a: Path, b: Path, different_machines: bool, different_data: bool, as_json: bool) -> None:
+def command(
+    a: Path, b: Path, different_machines: bool, different_data: bool, fail_if_slower: bool, as_json: bool
+) -> int:
     """Compare two results files, with intervals.
 
     Shows how the median latency of each cell, of the network alone, changed from A to B: their ratio with its 95%
@@ -45,6 +48,7 @@ def command(a: Path, b: Path, different_machines: bool, different_data: bool, as
         click.echo(f"{a} and {b} hold the same results.")
     else:
         _show(found)
+    return int(fail_if_slower and any(pair.verdict == "slower" for pair in found.pairs))
 
 
 def _show(found: Comparison) -> None:

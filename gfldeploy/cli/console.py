@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gfldeploy.cli.plain_text import escaping_console
+from gfldeploy.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,10 +26,8 @@ Progress = Callable[[int, int], None]
 
 def console() -> Console:
     """A console on stdout, 120 columns wide where neither a terminal nor the environment says otherwise."""
-    from rich.console import Console
-
     known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Console(width=None if known else 120, highlight=False)
+    return escaping_console(width=None if known else 120)
 
 
 def stages() -> Callable[[str], None]:
@@ -34,7 +35,7 @@ def stages() -> Callable[[str], None]:
     start = time.monotonic()
 
     def report(stage: str) -> None:
-        click.echo(f"[{time.monotonic() - start:6.1f} s] {stage}", err=True)
+        click.echo(f"[{time.monotonic() - start:6.1f} s] {printable(stage, keep='')}", err=True)
 
     return report
 
@@ -42,7 +43,6 @@ def stages() -> Callable[[str], None]:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
     """A callback `(done, total)` behind a progress bar with rate and time left; silent where stderr is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
@@ -54,7 +54,9 @@ def progress_bar(label: str) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with RichProgress(
+        *columns, console=escaping_console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task(label, total=None, rate="")
         first: list[tuple[float, int]] = []  # when, and what a run before this one had done by then
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gfldeploy.cli.console import progress_bars, stages
-from gfldeploy.cli.options import force_option, threads_option
+from gfldeploy.cli.options import PATH, force_option, threads_option
 
 __all__ = ["command"]
 
@@ -16,7 +16,7 @@ __all__ = ["command"]
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("gfldeploy-demo"),
     show_default=True,
     help="Directory to write.",

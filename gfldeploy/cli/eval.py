@@ -13,7 +13,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console, progress_bar
 from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, engine_options, json_option
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import open_engine, preferred_engine
 from gfldeploy.errors import UnsupportedError
 from gfldeploy.images.coco import CocoDataset
 
@@ -39,7 +39,7 @@ def command(
     bundle: Path,
     data: Path,
     images: Path | None,
-    engine: str,
+    engine: str | None,
     precision: Precision | None,
     device: Device,
     threads: int,
@@ -60,15 +60,28 @@ def command(
             f"{bundle} takes batches of {fixed} only, not {count} images in batches of {batch_size}", remedy
         )
     options = EngineOptions(precision or manifest.precision, device, threads)
+    engine = engine or preferred_engine(opened, options.precision, device)[0]
+    match = dataset.match(manifest.classes)
+    notes = [*manifest.notes, *dataset.notes, *match.notes]
+    notes += [note] if (note := dataset.size_note()) else []
+    for note in notes:
+        click.echo(f"Note: {note}", err=True)
     with open_engine(engine, opened, options) as running, progress_bar("evaluating") as progress:
         result = evaluate(
             running, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size, progress, order
         )
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        # What is undefined, -1 in pycocotools, is null.
+        values = {name: None if value == -1 else value for name, value in result.to_dict().items()}
+        click.echo(json.dumps({**values, "notes": notes}, indent=2))
         return
+    named = {
+        "mAP": result.ap, "AP50": result.ap50, "AP75": result.ap75,
+        "small": result.ap_small, "medium": result.ap_medium, "large": result.ap_large,
+    }  # fmt: skip
+    shown = "  ".join(f"{name} {'undefined' if value == -1 else f'{value:.4f}'}" for name, value in named.items())
+    missing = sum(one is None for one in match.category_ids)
+    over = f", {len(manifest.classes) - missing} of {len(manifest.classes)} classes" if missing else ""
     console().print(
-        f"mAP {result.ap:.4f}  AP50 {result.ap50:.4f}  AP75 {result.ap75:.4f}  "
-        f"small {result.ap_small:.4f}  medium {result.ap_medium:.4f}  large {result.ap_large:.4f}  "
-        f"({result.images} images, {engine} {options.precision}, batch {batch_size} {order})"
+        f"{shown}  ({result.images} images{over}, {engine} {options.precision}, batch {batch_size} {order})"
     )

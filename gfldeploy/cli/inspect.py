@@ -31,7 +31,12 @@ def command(bundle: Path, size: tuple[int | None, int, int] | None, as_json: boo
     facts = describe(Bundle.open(bundle), size[1:] if size else None)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
-        return
+    else:
+        show(facts)
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print what `describe` gives."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -55,7 +60,9 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "input", "; ".join(facts["inputs"])
     yield "output", "; ".join(facts["outputs"])
     yield "classes", f"{len(classes)}: {', '.join([*classes[:_SHOWN], *more])}"
-    yield "network", f"{facts['parameters']:,} parameters, {facts['macs']['gmac']} GMAC at {facts['macs']['at']}"
+    gmac = facts["macs"]["gmac"]
+    work = "MACs unknown without an ONNX graph" if gmac is None else f"{gmac} GMAC at {facts['macs']['at']}"
+    yield "network", f"{facts['parameters']:,} parameters, {work}"
     yield "preprocess", _preprocess(facts["preprocess"])
     yield "nms", _pairs(facts["nms"])
     yield "size in MB", ", ".join(f"{name} {size}" for name, size in facts["size_on_disk_mb"].items())

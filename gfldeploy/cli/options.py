@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -15,8 +17,13 @@ from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.machine import usable_threads
 
 __all__ = [
+    "DIRECTORY",
+    "FILE",
+    "PATH",
     "CommaSeparated",
+    "FiniteFloat",
     "InputShapeType",
+    "PathType",
     "PositiveNumbers",
     "bundle_argument",
     "engine_cache_option",
@@ -29,16 +36,42 @@ __all__ = [
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DIRECTORY = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
+
+class PathType(click.Path):
+    """A path that the system can take: not one that is too long, or has a NUL, which no later check expects."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            os.lstat(value)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                shown = os.fsdecode(value)
+                shown = shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
+                self.fail(f"{shown!r} is no path: {getattr(error, 'strerror', None) or error}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range: NaN and infinity, which pass every comparison or fail it silently, are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+PATH = PathType(path_type=Path)
+DIRECTORY = PathType(path_type=Path, file_okay=False)
+FILE = PathType(path_type=Path, dir_okay=False)
 
 
 def bundle_argument(command: Command) -> Command:
-    return click.argument("bundle", type=click.Path(path_type=Path))(command)
+    return click.argument("bundle", type=PATH)(command)
 
 
 def output_option(help_text: str) -> Callable[[Command], Command]:
-    return click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help=help_text)
+    return click.option("--output", "-o", required=True, type=PATH, help=help_text)
 
 
 def force_option(command: Command) -> Command:
@@ -50,7 +83,7 @@ def force_option(command: Command) -> Command:
 def engine_cache_option(command: Command) -> Command:
     return click.option(
         "--engine-cache",
-        type=click.Path(path_type=Path),
+        type=PATH,
         default=DEFAULT_ENGINE_CACHE,
         show_default="~/.cache/gfldeploy/engines",
         metavar="DIR",
@@ -83,7 +116,11 @@ def engine_options(command: Command) -> Command:
     command = click.option(
         "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: what the bundle is, fp32 or int8."
     )(command)
-    return click.option("--engine", type=click.Choice(engines), default="onnxruntime", show_default=True)(command)
+    return click.option(
+        "--engine",
+        type=click.Choice(engines),
+        help="Default: openvino, onnxruntime or paddle, the first that can, as in `predict`.",
+    )(command)
 
 
 class InputShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
@@ -170,21 +207,29 @@ def yaml_config_option(command: Command) -> Command:
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
-    import yaml
+    from gfldeploy.yaml_file import YamlError, read_yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise click.BadParameter(f"{path} cannot be read: {error.strerror or error}", ctx, param) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise click.BadParameter(f"{path} is not YAML: {error}", ctx, param) from error
+    except YamlError as error:
+        raise click.BadParameter(f"{path} is not YAML that is read here: {error}", ctx, param) from error
     if not isinstance(content, dict):
         raise click.BadParameter(f"{path} must be a mapping of option names to values", ctx, param)
-    known = {one.name for one in ctx.command.params if isinstance(one, click.Option)} - {"config", "force", "help"}
+    types = {one.name: one.type for one in ctx.command.params if isinstance(one, click.Option)}
+    known = types.keys() - {"config", "force", "help"}
     defaults = {str(key).replace("-", "_"): value for key, value in content.items()}
-    for key in defaults:
+    for key, value in defaults.items():
+        option = key[:80].replace("_", "-")
         if key not in known:
-            near = get_close_matches(key, sorted(name for name in known if name), 1)
+            near = get_close_matches(key[:80], sorted(name for name in known if name), 1)
             nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
-            raise click.BadParameter(f"{path} has an unknown option, {key.replace('_', '-')!r}{nearest}", ctx, param)
-    ctx.default_map = defaults
+            raise click.BadParameter(f"{path} has an unknown option, {option!r}{nearest}", ctx, param)
+        lists = isinstance(types[key], CommaSeparated | PositiveNumbers)
+        items = value if isinstance(value, list) and lists else [value]
+        if any(isinstance(item, dict | list) for item in items):
+            raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
+        if isinstance(types[key], click.Path) and not isinstance(value, str | None):
+            raise click.BadParameter(f"{path}: {option} must be a path", ctx, param)
+    ctx.default_map = {key: value for key, value in defaults.items() if value is not None}

@@ -7,7 +7,16 @@ from pathlib import Path
 import click
 
 from gfldeploy.cli.console import command_line, progress_bars, stages
-from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, force_option, output_option, threads_option
+from gfldeploy.cli.options import (
+    DIRECTORY,
+    FILE,
+    PATH,
+    FiniteFloat,
+    bundle_argument,
+    force_option,
+    output_option,
+    threads_option,
+)
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.quant.distill import DEFAULT_STEPS
 from gfldeploy.quant.fallback import MOST_FLOAT_MACS
@@ -21,9 +30,7 @@ __all__ = ["command"]
 
 @click.command("quantize")
 @bundle_argument
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Folder of images, or COCO annotations (.json)."
-)
+@click.option("--data", required=True, type=PATH, help="Folder of images, or COCO annotations (.json).")
 @click.option("--images", type=DIRECTORY, help="Folder of the annotations' images. Default: images/ beside them.")
 @output_option("Directory of the INT8 bundle to write.")
 @click.option(
@@ -56,12 +63,12 @@ __all__ = ["command"]
 @click.option("--eval-limit", type=click.IntRange(1), help="Measure mAP on the first N images only.")
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0, 1),
+    type=FiniteFloat(0, 1),
     help=f"mAP that INT8 may lose in any engine, absolute. Needs --eval-data. Default: {DEFAULT_MAX_DROP:g}.",
 )
 @click.option(
     "--min-agreement",
-    type=click.FloatRange(0, 1),
+    type=FiniteFloat(0, 1),
     help="Without --eval-data: least share of the FP32 detections on calibration images that INT8 finds again; "
     f"0 publishes unjudged. Default: {DEFAULT_MIN_AGREEMENT:g}.",
 )

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import click
 
-from gfldeploy.errors import OutputError
+from gfldeploy.cli.options import PATH
+from gfldeploy.files import check_file
 
 __all__ = ["command"]
 
 
 @click.command(name="report")
-@click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS.json")
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), help="The page.  [default: RESULTS.html beside the file]"
-)
+@click.argument("results", type=PATH, metavar="RESULTS.json")
+@click.option("--output", "-o", type=PATH, help="The page.  [default: RESULTS.html beside the file]")
 @click.option("--force", is_flag=True, help="Replace the page if it exists.")
 def command(results: Path, output: Path | None, force: bool) -> None:
     """Turn a file of `gfldeploy bench` into one HTML page, which needs no network.
@@ -26,7 +25,6 @@ def command(results: Path, output: Path | None, force: bool) -> None:
     from gfldeploy.bench.results import BenchResults
 
     output = output or results.with_suffix(".html")
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already", "Choose another --output, or add --force to replace it.")
+    check_file(output, "html", force=force)
     write_report(BenchResults.read(results), output)
     click.echo(f"Wrote {output}")

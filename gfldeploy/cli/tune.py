@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.cli.console import stages
-from gfldeploy.cli.options import CommaSeparated, engine_cache_option, yaml_config_option
+from gfldeploy.cli.options import PATH, CommaSeparated, FiniteFloat, engine_cache_option, yaml_config_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
 from gfldeploy.errors import OutputError
+from gfldeploy.files import check_file
 from gfldeploy.machine import usable_threads
 
 if TYPE_CHECKING:
@@ -29,25 +30,23 @@ def _all_threads() -> tuple[int, ...]:
 
 
 @click.command(name="tune")
-@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @yaml_config_option
-@click.option("--data", type=click.Path(path_type=Path), metavar="COCO.json", help="A COCO annotation file.")
+@click.option("--data", type=PATH, metavar="COCO.json", help="A COCO annotation file.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Where its file names start.  [default: images/ beside it, else its folder]",
 )
 @click.option(
     "--max-latency-ms",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     help="Of a batch from file to boxes, the 99th percentile. Where too few batches were timed to know that, all of "
     "them must be within it, and deploy.yml says so.",
 )
-@click.option(
-    "--max-memory-mb", type=click.FloatRange(0, min_open=True), help="Peak resident memory, the images left out."
-)
-@click.option("--max-drop", type=click.FloatRange(0, 1), help="mAP lost against the first FP32 bundle, such as 0.01.")
+@click.option("--max-memory-mb", type=FiniteFloat(0, min_open=True), help="Peak resident memory, the images left out.")
+@click.option("--max-drop", type=FiniteFloat(0, 1), help="mAP lost against the first FP32 bundle, such as 0.01.")
 @click.option(
     "--engines",
     type=CommaSeparated(tuple(ENGINES)),
@@ -74,7 +73,7 @@ def _all_threads() -> tuple[int, ...]:
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
 @click.option(
     "--results",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     metavar="FILE",
     help="Results of `gfldeploy bench` on this machine and data: what they hold is not looked at again.",
@@ -82,7 +81,7 @@ def _all_threads() -> tuple[int, ...]:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="By turns, of the finish.")
 @click.option(
     "--min-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     default=2.0,
     show_default=True,
     help="Time each cell at least so long, in each round of the finish; with --max-latency-ms up to five times as "
@@ -91,33 +90,29 @@ def _all_threads() -> tuple[int, ...]:
 @click.option(
     "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."
 )
-@click.option(
-    "--look-seconds", type=click.FloatRange(0), default=0.5, show_default=True, help="The same of a first look."
-)
+@click.option("--look-seconds", type=FiniteFloat(0), default=0.5, show_default=True, help="The same of a first look.")
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP of the choice.")
 @click.option("--accuracy-limit", type=click.IntRange(1), help="Images used for mAP.  [default: all]")
 @click.option(
     "--budget-seconds",
-    type=click.FloatRange(0),
+    type=FiniteFloat(0),
     help="Look at no more cells after so long; the finish and mAP come on top.",
 )
 @click.option("--exhaustive", is_flag=True, help="Measure every cell at length, to judge the search by.")
 @click.option(
     "--cell-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteFloat(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
 )
 @engine_cache_option
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), default=Path("deploy.yml"), show_default=True, help="The file."
-)
+@click.option("--output", "-o", type=PATH, default=Path("deploy.yml"), show_default=True, help="The file.")
 @click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--check",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
 )
@@ -209,13 +204,10 @@ def command(
     )
     prepared = prepare(request)
     _show_space(prepared)
-    try:
-        with journal_beside(output) as journal:
-            deploy = run(prepared, output, journal, stages())
-            deploy.write(output)
-    except KeyboardInterrupt:
-        click.echo("What was measured so far is kept: the same command goes on from there.", err=True)
-        raise
+    with journal_beside(output, "tune") as journal:
+        deploy = run(prepared, output, journal, stages())
+        _check_output(output, force)  # somebody else may have been faster
+        deploy.write(output)
     click.echo(f"{deploy.summary}\n")
     _show(deploy)
     click.echo(f"Wrote {output}")
@@ -274,10 +266,7 @@ def _check(path: Path, bundles: tuple[Path, ...]) -> None:
 
 def _check_output(output: Path, force: bool) -> None:
     """Refuse now what would otherwise fail after the measuring."""
-    if output.is_dir():
-        raise OutputError(f"{output} is a directory", "Give a file name as --output.")
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already", "Choose another --output, or add --force to replace it.")
+    check_file(output, "yml", force=force)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
@@ -285,6 +274,8 @@ def _check_output(output: Path, force: bool) -> None:
 
 def _show_space(prepared: PreparedTune) -> None:
     """What may be chosen and what cannot run, on stderr."""
+    for note in prepared.bench.notes:
+        click.echo(f"Note: {note}", err=True)
     reused = len(prepared.reused.cells)
     known = f", {reused} of them known from --results" if reused else ""
     click.echo(f"{len(prepared.space.cells)} configurations of {len(prepared.space.models)} models{known}.", err=True)

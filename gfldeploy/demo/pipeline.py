@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from gfldeploy import demo
 from gfldeploy.bench.csv_file import write_csv
@@ -17,7 +16,13 @@ from gfldeploy.bench.session import BenchRequest, prepare, run
 from gfldeploy.bench.table import Row, best_of_each, rows, text_of
 from gfldeploy.demo.dataset import generate
 from gfldeploy.export.exporter import ExportRequest, export_bundle
-from gfldeploy.files import atomic_directory, write_json, write_text
+from gfldeploy.files import (
+    atomic_directory,
+    files_below,
+    scratch_directory,
+    write_json,
+    write_text,
+)
 from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
 from gfldeploy.quant.samples import calibration_images
 
@@ -28,13 +33,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell."""
+    """How much the demo does: images for mAP, for calibration and for timing; seconds for each cell; engines."""
 
     val_images: int = 200
     calib_images: int = 32
     timed_images: int = 32
     min_seconds: float = 1.0
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    engines: tuple[str, ...] = ("paddle", "paddle-plain", "onnxruntime", "openvino")
 
 
 def run_demo(
@@ -52,8 +58,7 @@ def run_demo(
     """
     size = size or DemoSize()
     # Three copies of a 2 M-parameter model, 264 JPEGs and room to spare.
-    with atomic_directory(output, force=force, need_bytes=200_000_000) as directory:
-        write_json(directory / "demo.json", {"what": "made by `gfldeploy demo`; safe to delete"})
+    with atomic_directory(output, "demo", force=force, need_bytes=200_000_000) as directory:
         report("generating images")
         calib = generate(
             directory / "data", "calib", size.calib_images, lambda done, total: progress("images", done, total)
@@ -90,16 +95,16 @@ def run_demo(
                 batch_sizes=size.batch_sizes,
                 threads=threads,
                 settings=Settings(size.min_seconds, 10, 2 * size.min_seconds, quick=True),
-                engines=("paddle", "paddle-plain", "onnxruntime", "openvino"),
+                engines=size.engines,
                 engine_cache=directory / "engines",
                 timed_images=size.timed_images,
                 peaks=False,  # a minute more, for what is of no use without the user's own detector
             )
         )
-        with TemporaryDirectory(prefix="gfldeploy-demo-") as journal:
+        with scratch_directory() as journal:
             results = run(
                 prepared,
-                Journal(Path(journal)),
+                Journal(journal),
                 lambda done, total, description: report(f"  {min(done + 1, total)}/{total} {description}"),
             )
         shutil.rmtree(directory / "engines", ignore_errors=True)
@@ -107,6 +112,8 @@ def run_demo(
         write_csv(results, directory / "results.csv")
         write_report(results, directory / "results.html")
         write_text(directory / "summary.md", "# What the demo saw\n\n" + "\n\n".join(explain(results)) + "\n")
+        note = {"what": "made by `gfldeploy demo`; safe to delete", "files": files_below(directory)}
+        write_json(directory / "demo.json", note)
     return results
 
 

@@ -12,7 +12,15 @@ from gfldeploy.errors import OutputError
 
 __all__ = ["DEFAULT_ENGINE_CACHE", "digest_of", "engine_directory"]
 
-DEFAULT_ENGINE_CACHE = Path.home() / ".cache" / "gfldeploy" / "engines"
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user without one, as containers have: nothing can be kept
+        return Path("/nonexistent")
+
+
+DEFAULT_ENGINE_CACHE = _home() / ".cache" / "gfldeploy" / "engines"
 
 
 def digest_of(depends_on: Mapping[str, Any]) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.candidates import may_lack_below
 from gfldeploy.detections import Detections, NmsParams, postprocess
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 
-__all__ = ["check_outputs", "detect_batch"]
+__all__ = ["check_outputs", "detect_batch", "detections_of", "of_classes"]
 
 
 def detect_batch(
@@ -21,8 +23,25 @@ def detect_batch(
 
     Raises `EngineError` when the engine fails or returns something unusable.
     """
-    scores, boxes = check_outputs(engine, engine.infer({"image": tensor}), len(tensor))
-    return postprocess(scores, boxes, scales, nms)
+    outputs = engine.infer({"image": tensor})
+    scores, boxes = check_outputs(engine, outputs, len(tensor))
+    return detections_of(scores, boxes, scales, nms, chosen="anchors" in outputs)
+
+
+def detections_of(
+    scores: NDArray[np.float32],
+    boxes: NDArray[np.float32],
+    scales: Sequence[tuple[float, float]],
+    nms: NmsParams,
+    chosen: bool,
+) -> list[Detections]:
+    """As `postprocess`; where the graph has `chosen` its candidates, with what it may lack by that."""
+    found = postprocess(scores, boxes, scales, nms)
+    if not chosen:
+        return found
+    return [
+        replace(one, may_lack_below=may_lack_below(each, one, nms)) for each, one in zip(scores, found, strict=True)
+    ]
 
 
 def check_outputs(
@@ -36,3 +55,11 @@ def check_outputs(
             f"{engine.name} returned {len(outputs['scores'])} results for {images} images", "Use a batch size of 1."
         )
     return outputs["scores"], outputs["boxes"]
+
+
+def of_classes(found: Detections, classes: int) -> Detections:
+    """Those of a named class: GFLv2 has a score channel more, and what it finds there is nothing."""
+    named = found.classes < classes
+    if named.all():
+        return found
+    return replace(found, boxes=found.boxes[named], scores=found.scores[named], classes=found.classes[named])

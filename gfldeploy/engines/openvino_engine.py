@@ -25,11 +25,11 @@ from gfldeploy.engines.base import (
     Tensors,
     TimesConvolutions,
 )
-from gfldeploy.engines.cache import digest_of, engine_directory
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
 from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
-from gfldeploy.engines.openvino_rewrite import rewrite
+from gfldeploy.engines.openvino_rewrite import add_operators, rewrite
 from gfldeploy.engines.registry import graph_for
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, OutputError
 from gfldeploy.machine import describe_machine
 
 __all__ = ["OpenVinoEngine"]
@@ -75,6 +75,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
         self._cache = self._cache_directory(bundle)
         self._core: Any = self._openvino.Core()
+        add_operators(self._core)
         try:
             self._model: Any = self._core.read_model(str(self._file))
         except Exception as error:
@@ -201,7 +202,12 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             "cpu": machine.cpu,
             "flags": list(machine.flags),
         }
-        return engine_directory(self.options.cache_dir, digest_of(depends_on))
+        try:
+            return engine_directory(self.options.cache_dir, digest_of(depends_on))
+        except OutputError:
+            if self.options.cache_dir == DEFAULT_ENGINE_CACHE:
+                return None  # nobody asked for it, and this home cannot be written
+            raise
 
 
 def _give_back_memory() -> None:

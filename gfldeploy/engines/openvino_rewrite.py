@@ -1,4 +1,4 @@
-"""What is changed in a graph before OpenVINO compiles it, so that it runs faster or rounds less."""
+"""What is changed in a graph before OpenVINO compiles it, so that it runs at all, or faster, or rounds less."""
 
 from __future__ import annotations
 
@@ -10,10 +10,43 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import Precision
 
-__all__ = ["rewrite"]
+__all__ = ["add_operators", "rewrite"]
 
 # What OpenVINO draws into the weights of the convolution before it.
 _FACTORS = {"Multiply", "Divide", "Negative"}
+
+
+def add_operators(core: Any) -> None:
+    """Teach OpenVINO's reader of ONNX an operator that OpenVINO has, but cannot read: DeformConv."""
+    from openvino.frontend.onnx import ConversionExtension
+
+    core.add_extension(ConversionExtension("DeformConv", _deformable_convolution))
+
+
+def _deformable_convolution(node: Any) -> list[Any]:
+    """The outputs of an ONNX DeformConv with offsets, and a bias and a mask or without."""
+    import openvino
+
+    ops = openvino.opset13
+    image, weight, offset, *more = (node.get_input(index) for index in range(node.get_input_size()))
+    pads = node.get_attribute("pads", [0, 0, 0, 0])
+    convolution = ops.deformable_convolution(
+        image,
+        offset,
+        weight,
+        node.get_attribute("strides", [1, 1]),
+        pads[:2],
+        pads[2:],
+        node.get_attribute("dilations", [1, 1]),
+        mask=more[1] if len(more) > 1 else None,
+        group=node.get_attribute("group", 1),
+        deformable_group=node.get_attribute("offset_group", 1),
+        bilinear_interpolation_pad=True,  # a cell outside counts as 0, and is mixed with its neighbours inside
+    )
+    if not more:
+        return list(convolution.outputs())
+    bias = ops.reshape(more[0], np.array([1, -1, 1, 1]), special_zero=False)
+    return list(ops.add(convolution, bias).outputs())
 
 
 def rewrite(model: Any, precision: Precision) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,7 @@ from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.engines.registry import graph_for
 from gfldeploy.engines.tensorrt import cache_directory, onnxruntime_options, required, tensorrt_library
 from gfldeploy.errors import EngineError
+from gfldeploy.files import scratch_directory
 
 __all__ = ["OnnxRuntimeEngine", "OnnxRuntimeTensorRtEngine", "describe_delegation"]
 
@@ -96,8 +96,8 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
         """What the graph that ONNX Runtime optimised for itself runs; `inputs` make no difference to that."""
         import onnx
 
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "optimized.onnx"
+        with scratch_directory() as directory:
+            path = directory / "optimized.onnx"
             options = self._session_options()
             options.optimized_model_filepath = str(path)
             self._open(options)
@@ -114,10 +114,10 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     def _profile(self, inputs: Tensors, runs: int) -> list[dict[str, Any]]:
         """The events of so many inferences."""
-        with tempfile.TemporaryDirectory() as directory:
+        with scratch_directory() as directory:
             options = self._session_options()
             options.enable_profiling = True
-            options.profile_file_prefix = str(Path(directory) / "profile")
+            options.profile_file_prefix = str(directory / "profile")
             session = self._open(options)
             for _ in range(runs):
                 session.run(self._outputs, dict(inputs))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,7 +36,8 @@ from gfldeploy.engines.tensorrt import (
     shape_file,
     tensorrt_library,
 )
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, summary
+from gfldeploy.files import scratch_directory
 
 __all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_calls"]
 
@@ -46,6 +45,8 @@ __all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_c
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
 _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _GPU_POOL_MB = 256
+# Merges a reshape into what comes before it, even where something else reads that too: then the graph does not load.
+_BROKEN_PASS = "operator_reshape_onednn_fuse_pass"
 
 
 class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
@@ -78,9 +79,12 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
             with quiet(native_stderr=True):
                 self._predictor: Any = inference.create_predictor(config)
+            given = len(self._predictor.get_output_names())
+            if given != len(self._outputs):
+                raise ValueError(f"it has {given} outputs and not {len(self._outputs)}")
         except Exception as error:
             raise EngineError(
-                f"Paddle Inference cannot load {model}: {_first_line(error)}",
+                f"Paddle Inference cannot load {model}: {summary(error)}",
                 "Check the bundle with `gfldeploy verify`.",
             ) from error
 
@@ -101,6 +105,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             config.set_cpu_math_library_num_threads(options.threads)
             if self.onednn:
                 config.enable_mkldnn()
+                config.delete_pass(_BROKEN_PASS)
             else:
                 config.disable_mkldnn()
             if options.precision == "bf16":
@@ -132,7 +137,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
         except Exception as error:
             raise EngineError(
-                f"Paddle Inference failed: {_first_line(error)}",
+                f"Paddle Inference failed: {summary(error)}",
                 "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
             ) from error
         end = time.perf_counter()
@@ -176,8 +181,8 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
         libraries = list((Path(require("paddle", "paddle", "Paddle").__file__ or "").parent / "libs").glob("libdnnl*"))
-        with tempfile.TemporaryDirectory() as directory:
-            return log_convolutions(libraries, run, Path(directory) / "onednn.log")
+        with scratch_directory() as directory:
+            return log_convolutions(libraries, run, directory / "onednn.log")
 
 
 class PlainPaddleEngine(PaddleEngine):
@@ -250,9 +255,3 @@ def apply_calls(config: Any, precision_type: Any, calls: Iterable[Call]) -> None
 def _example(shape: tuple[int, int, int]) -> dict[str, NDArray[Any]]:
     batch, height, width = shape
     return {"image": np.zeros((batch, 3, height, width), np.float32)}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if re.search(r"Error|error|Cannot|cannot|not ", line)]
-    return (told or lines or [type(error).__name__])[0]

@@ -25,9 +25,11 @@ __all__ = [
     "capabilities",
     "capability",
     "check_bundle",
+    "check_possible",
     "graph_for",
     "missing_graph",
     "open_engine",
+    "preferred_engine",
 ]
 
 ENGINES: dict[str, str] = {
@@ -45,6 +47,9 @@ DEFAULT_ENGINES = ("paddle", "onnxruntime", "openvino")
 
 # The module that each engine is in; its name is also the key of `INSTALL_ENGINE`.
 _MODULES = {name: name.partition("-")[0] for name in ENGINES}
+
+# The first that runs a precision: the fastest by the results in benchmarks/. `gfldeploy tune` measures all of them.
+_PREFERRED = ("openvino", "onnxruntime", "paddle")
 
 # The distributions that provide each module: the CPU build first.
 _DISTRIBUTIONS = {
@@ -167,8 +172,29 @@ def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Dev
     return f"the bundle {bundle.directory.name} has no {graph} graph", "export the model again"
 
 
-def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
-    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
+def preferred_engine(bundle: Bundle, precision: Precision, device: Device) -> tuple[str, str]:
+    """The engine to run this bundle in where none is named, the fastest that works here, and why, in words.
+
+    Raises `UnsupportedError` where none does.
+    """
+    if problem := check_bundle(bundle, precision):
+        raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
+    refused: list[tuple[str, str, str | None]] = []
+    for name in _PREFERRED:
+        can = capability(name, precision, device)
+        if can.reason is not None:
+            refused.append((name, can.reason, can.remedy))
+        elif problem := missing_graph(bundle, name, precision, device):
+            refused.append((name, *problem))
+        else:
+            others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
+            return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
+    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")
+
+
+def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:
+    """Raise `UnsupportedError`, with the reason, where `open_engine` would, before anything is loaded."""
     can = capability(engine, options.precision, options.device)
     problem = (can.reason, can.remedy) if can.reason else check_bundle(bundle, options.precision)
     problem = problem or missing_graph(bundle, engine, options.precision, options.device)
@@ -176,6 +202,11 @@ def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
         reason, remedy = problem
         combination = f"{engine} {options.precision} on {options.device}"
         raise UnsupportedError(f"{combination} is not possible: {reason}", f"Remedy: {remedy}.")
+
+
+def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
+    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
+    check_possible(engine, bundle, options)
     module, name = ENGINES[engine].split(":")
     loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options)
     return loaded

@@ -1,9 +1,14 @@
 """Load a PaddleDetection checkpoint without trusting it, and put weights into a model.
 
-A `.pdparams` file is a pickle, and a pickle can name any function and have it called. Here a name outside a short list
-is refused, and the names on the list never reach numpy: each is answered by a stand-in that checks what it is given
-and collects plain bytes. The arrays are made from those bytes afterwards, so that neither a callable of numpy nor
-numpy's own restoring of dtypes and arrays (which trusts its input) sees anything from the file.
+A `.pdparams` file is a pickle, and a pickle can name any function and have it called. Here no unpickler runs: the
+opcodes that a state_dict needs are interpreted one by one, any other is refused, and the few names that pickled arrays
+use are answered by functions of this module, which check what they are given and collect plain bytes. The arrays are
+made from those bytes afterwards, so that neither a callable of numpy nor numpy's own restoring of dtypes and arrays
+(which trusts its input) sees anything from the file.
+
+Opcodes can make much of few bytes: refer to one value a thousand times, copy it, or build keys that hash slowly. So
+everything that is made is paid for from an allowance that grows with the size of the file, before it is made; the keys
+of mappings can only be text.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import pickle
 import pickletools
 import re
+import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,6 +36,7 @@ _REMEDY_DAMAGED = "Copy or download the checkpoint again."
 _REMEDY_UNSAFE = (
     "Do not use this file unless you trust its source; a checkpoint that paddle.save wrote needs none of it."
 )
+_REMEDY_OPTIMIZER = "Pass the .pdparams file beside it."
 _REMEDY_STATE = "Pass the .pdparams file of a detector: a state_dict saved with paddle.save."
 
 
@@ -41,29 +48,34 @@ class _DamagedError(Exception):
     """The pickle is well-formed but its arrays are not."""
 
 
+class _NotStateError(Exception):
+    """The pickle is harmless, but no state_dict."""
+
+
+# --- what may be made of a file -----------------------------------------------------------------------------------
+
+
+class _Allowance:
+    """How many bytes of memory may still be made of the file: arrays of it, a copy of them, and what holds them."""
+
+    _EACH_OPCODE = 100  # an empty list or dict, its place on the stack and in the memo
+
+    def __init__(self, size: int) -> None:
+        self.left = 4 * size + 64 * 2**20
+
+    def pay(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise _RefusedError("far more than its size (the same values over and over)")
+
+    def pay_opcode(self) -> None:
+        self.pay(self._EACH_OPCODE)
+
+
 # --- stand-ins for what a pickled array names -------------------------------------------------------------------------
 
-
-class _Name:
-    """What an allowed name of the pickle stands for: calling it calls our function; nothing else can be done to it."""
-
-    __slots__ = ("_function", "_name")
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self._name = name
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        try:
-            return self._function(*args)
-        except (TypeError, ValueError) as error:
-            raise _DamagedError(f"{self._name} is called with the wrong arguments") from error
-
-    def __setstate__(self, state: Any) -> None:
-        raise _RefusedError(f"changing {self._name}")
-
-
 _DTYPE = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248])\Z")
+_MOST_DIMENSIONS = 32
 
 
 class _Dtype:
@@ -75,7 +87,7 @@ class _Dtype:
         self.spec = spec
         self.order = spec[0] if spec[0] in "<>" else "="
 
-    def __setstate__(self, state: Any) -> None:
+    def restore(self, state: Any, allowance: _Allowance) -> None:
         # (version, byte order, subarray, names, fields, item size, alignment, flags); plain numbers have no parts.
         if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "=", "|"):
             raise _DamagedError("a dtype is malformed")
@@ -98,23 +110,26 @@ class _Array:
         self.fortran = False
         self.data: bytes | bytearray = b""
 
-    def __setstate__(self, state: Any) -> None:
+    def restore(self, state: Any, allowance: _Allowance) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
             raise _DamagedError("an array is malformed")
-        self.fill(*state[1:])
+        self.fill(allowance, *state[1:])
 
-    def fill(self, shape: Any, dtype: Any, fortran: Any, data: Any) -> None:
+    def fill(self, allowance: _Allowance, shape: Any, dtype: Any, fortran: Any, data: Any) -> None:
         if not isinstance(dtype, _Dtype):
             raise _DamagedError("an array has no dtype")
         if isinstance(data, str):  # protocol 2 may keep bytes as latin-1 text
+            allowance.pay(len(data))
             data = data.encode("latin-1")
         if not isinstance(data, bytes | bytearray):
             raise _DamagedError("an array has no bytes")
-        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
+        if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
             raise _DamagedError("an array has no shape")
+        if len(shape) > _MOST_DIMENSIONS:
+            raise _DamagedError(f"an array has {len(shape)} dimensions")
         self.shape, self.dtype, self.fortran, self.data = shape, dtype, bool(fortran), data
 
-    def build(self) -> NDArray[Any]:
+    def build(self, allowance: _Allowance) -> NDArray[Any]:
         """A read-only view of the bytes; only a foreign byte order is copied."""
         if self.dtype is None:
             raise _DamagedError("an array was never filled")
@@ -124,55 +139,89 @@ class _Array:
             count *= size
         if count * dtype.itemsize != len(self.data):
             raise _DamagedError(f"an array of shape {self.shape} has {len(self.data)} bytes")
-        array = np.frombuffer(self.data, dtype).reshape(self.shape, order="F" if self.fortran else "C")
+        allowance.pay(len(self.data) * (1 if dtype.isnative else 2))  # arrays that share bytes take time, too
+        try:
+            array = np.frombuffer(self.data, dtype).reshape(self.shape, order="F" if self.fortran else "C")
+        except ValueError as error:  # without elements, but with sizes beyond numpy's
+            raise _DamagedError(f"an array has the shape {self.shape}") from error
         array = array if dtype.isnative else array.astype(dtype.newbyteorder("="))
         array.flags.writeable = False
         return array
 
 
-_NDARRAY = _Name("numpy.ndarray", lambda *args: _refuse("calling numpy.ndarray"))
+class _Name:
+    """What an allowed name of the pickle stands for: calling it calls our function; nothing else can be done to it."""
+
+    __slots__ = ("_function", "name")
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self._function = function
+
+    def __call__(self, allowance: _Allowance, args: tuple[Any, ...]) -> Any:
+        try:
+            return self._function(allowance, *args)
+        except (TypeError, ValueError) as error:
+            raise _DamagedError(f"{self.name} is called with the wrong arguments") from error
 
 
 def _refuse(what: str) -> Any:
     raise _RefusedError(what)
 
 
-def _make_dtype(spec: Any, *_: Any) -> _Dtype:
+_NDARRAY = _Name("numpy.ndarray", lambda *args: _refuse("calling numpy.ndarray"))
+
+
+def _make_dtype(_: _Allowance, spec: Any, *__: Any) -> _Dtype:
     if not isinstance(spec, str) or not _DTYPE.match(spec):
-        raise _RefusedError(f"an array of dtype {spec if isinstance(spec, str) else type(spec).__name__!r}")
+        raise _RefusedError(f"an array of dtype {_shown(spec) if isinstance(spec, str) else _kind(spec)}")
     return _Dtype(spec)
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+def _reconstruct(_: _Allowance, kind: Any, shape: Any, code: Any) -> _Array:
     if kind is not _NDARRAY:
         raise _RefusedError("an array of another class than numpy.ndarray")
     return _Array()
 
 
-def _scalar(dtype: Any, data: Any = b"") -> _Array:
+def _scalar(allowance: _Allowance, dtype: Any, data: Any = b"") -> _Array:
     array = _Array()
-    array.fill((), dtype, False, data)
+    array.fill(allowance, (), dtype, False, data)
     return array
 
 
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+def _from_buffer(allowance: _Allowance, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
     array = _Array()
-    array.fill(shape, dtype, order == "F", data)
+    array.fill(allowance, shape, dtype, order == "F", data)
     return array
 
 
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+def _encode(allowance: _Allowance, text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise _RefusedError("_codecs.encode with another encoding than latin1")
+    allowance.pay(len(text))
     return text.encode("latin-1")
 
 
-def _ordered_dict(*args: Any) -> dict[Any, Any]:
-    return dict(*args)
+def _ordered_dict(allowance: _Allowance, pairs: Any = ()) -> dict[str, Any]:
+    """An OrderedDict is called without arguments, or in pickles of Python 2 with a list of pairs."""
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+        raise _DamagedError("an OrderedDict is not made of pairs")
+    allowance.pay(100 * len(pairs))
+    return {_text_key(key): value for key, value in pairs}
 
 
-def _tuple(*args: Any) -> tuple[Any, ...]:
-    return tuple(*args)
+def _tuple(allowance: _Allowance, items: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(items, list | tuple):
+        raise _DamagedError("a tuple is not made of a list")
+    allowance.pay(8 * len(items))
+    return tuple(items)
+
+
+def _text_key(key: Any) -> str:
+    if type(key) is not str:
+        raise _NotStateError(f"has a {_kind(key)} among its parameter names")
+    return key
 
 
 # The exact (module, name) pairs that pickles of arrays and containers use. Names with dots are never looked up.
@@ -189,6 +238,8 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.multiarray", "scalar"] = _Name("numpy's scalar", _scalar)
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _Name("numpy's _frombuffer", _from_buffer)
 
+# --- the opcodes of a state_dict --------------------------------------------------------------------------------------
+
 # Opcodes that reach objects in another way than by a name: persistent ids, copyreg's registry, instances, buffers.
 _REFUSED_OPCODES = {
     "PERSID": "a persistent id",
@@ -202,18 +253,16 @@ _REFUSED_OPCODES = {
     "NEWOBJ_EX": "an instance",
     "NEXT_BUFFER": "an out-of-band buffer",
     "READONLY_BUFFER": "an out-of-band buffer",
+    "EMPTY_SET": "a set",
+    "ADDITEMS": "a set",
+    "FROZENSET": "a set",
 }
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise _RefusedError(f"{module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise _RefusedError("a persistent id")
+_IGNORED = ("PROTO", "FRAME")
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# Opcodes whose argument is the value.
+_VALUES = re.compile(
+    "INT|(?:BININT|LONG)[124]?|(?:BIN)?FLOAT|(?:SHORT_)?(?:BIN)?(?:STRING|UNICODE|BYTES)|BIN(?:UNICODE|BYTES)8|BYTEARRAY8"
+)
 
 
 class _Bounded:
@@ -232,19 +281,154 @@ class _Bounded:
         return self._file.readline()
 
 
-def _scan(file: Any) -> None:
-    """Walk the opcodes without running them."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file), start=1):
-        if opcode.name in _REFUSED_OPCODES:
-            raise _RefusedError(_REFUSED_OPCODES[opcode.name])
-        if opcode.name == "GLOBAL":  # its argument is "module name"; a space in either could only hide something
-            pair = tuple(str(argument).split(" ", 1))
-            if pair not in _ALLOWED:
-                raise _RefusedError(str(argument).replace(" ", "."))
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > count:
-            raise _DamagedError(
-                "its memo is out of order"
-            )  # a huge index would make the unpickler reserve that much memory
+class _Machine:
+    """Interprets the opcodes of one pickle; `run` returns what it holds."""
+
+    def __init__(self, allowance: _Allowance) -> None:
+        self._allowance = allowance
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # the stacks under each mark
+        self._memo: dict[int, Any] = {}
+
+    def run(self, file: Any) -> Any:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file), start=1):
+            self._allowance.pay_opcode()
+            name = opcode.name
+            if _VALUES.fullmatch(name):
+                self._stack.append(argument)
+            elif name in _CONSTANTS:
+                self._stack.append(_CONSTANTS[name])
+            elif name == "STOP":
+                return self._stack.pop()
+            elif name in _REFUSED_OPCODES:
+                raise _RefusedError(_REFUSED_OPCODES[name])
+            elif name not in _IGNORED:
+                self._step(name, argument, count)
+        raise EOFError
+
+    def _step(self, name: str, argument: Any, count: int) -> None:
+        stack = self._stack
+        match name:
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                if argument > count:  # picklers count from 0
+                    raise _DamagedError("its memo is out of order")
+                self._memo[argument] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "MARK":
+                self._below.append(stack)
+                self._stack = []
+            case "POP_MARK":
+                self._since_mark()
+            case "POP":
+                if stack:
+                    stack.pop()
+                else:
+                    self._since_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "LIST":
+                items = self._since_mark()
+                self._stack.append(items)
+            case "TUPLE":
+                items = self._since_mark()
+                self._stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(name[-1])
+                stack[-size:] = [tuple(_last(stack, size))]
+            case "DICT":
+                items = self._since_mark()
+                self._stack.append({})
+                self._set_items(items)
+            case "APPEND":
+                self._append([stack.pop()])
+            case "APPENDS":
+                self._append(self._since_mark())
+            case "SETITEM":
+                items = _last(stack, 2)
+                del stack[-2:]
+                self._set_items(items)
+            case "SETITEMS":
+                self._set_items(self._since_mark())
+            case "GLOBAL":  # its argument is "module name"; a space in either could only hide something
+                module, _, attribute = argument.partition(" ")
+                stack.append(_allowed(module, attribute))
+            case "STACK_GLOBAL":
+                module, attribute = _last(stack, 2)
+                stack[-2:] = [_allowed(module, attribute)]
+            case "REDUCE":
+                function, args = _last(stack, 2)
+                if not isinstance(args, tuple) or not isinstance(function, _Name):
+                    raise _DamagedError(f"a {_kind(function)} is called")
+                stack[-2:] = [function(self._allowance, args)]
+            case "BUILD":
+                state = stack.pop()
+                self._restore(stack[-1], state)
+            case _:
+                raise _RefusedError(f"the opcode {name}")
+
+    def _since_mark(self) -> list[Any]:
+        items, self._stack = self._stack, self._below.pop()
+        return items
+
+    def _append(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not list:
+            raise _DamagedError(f"items are added to a {_kind(target)}")
+        target += items
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not dict or len(items) % 2:
+            raise _DamagedError(f"items are set in a {_kind(target)}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_text_key(key)] = value
+
+    def _restore(self, target: Any, state: Any) -> None:
+        if isinstance(target, _Name):
+            raise _RefusedError(f"changing {target.name}")
+        if not isinstance(target, _Array | _Dtype):
+            raise _DamagedError(f"a {_kind(target)} is given a state")
+        target.restore(state, self._allowance)
+
+
+def _last(stack: list[Any], count: int) -> list[Any]:
+    if len(stack) < count:
+        raise _DamagedError("its stack runs empty")
+    return stack[-count:]
+
+
+def _allowed(module: Any, attribute: Any) -> Any:
+    if not isinstance(module, str) or not isinstance(attribute, str):
+        raise _DamagedError("a name is no text")
+    try:
+        return _ALLOWED[module, attribute]
+    except KeyError:
+        raise _RefusedError(_cut(repr(f"{module}.{attribute}")[1:-1])) from None
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, _Array):
+        return "numpy array"
+    return value.name if isinstance(value, _Name) else type(value).__name__
+
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 80
+
+
+def _shown(value: Any) -> str:
+    return _shorten.repr(value)
+
+
+def _cut(text: str, length: int = 100) -> str:
+    return text if len(text) <= length else text[:length] + "..."
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -263,13 +447,15 @@ def load_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
     """
     path = locate_checkpoint(Path(path))
     try:
-        content = _unpickle(path)
+        content, allowance = _unpickle(path)
         if isinstance(content, dict):
             content.pop(_NAME_TABLE, None)
             split = content.pop(_SPLIT_TABLE, None)
-            weights = {_key(path, key): _array(path, key, value) for key, value in content.items()}
+            weights = {name: _array(path, name, value, allowance) for name, value in content.items()}
             if split is not None:
-                _join(weights, split)
+                _join(weights, split, allowance)
+    except _NotStateError as problem:
+        raise CheckpointError(f"checkpoint {path} {problem}", _REMEDY_STATE) from None
     except _RefusedError as refused:
         raise CheckpointError(
             f"checkpoint {path} was refused, it is not plain weights: it contains {refused}", _REMEDY_UNSAFE
@@ -285,7 +471,8 @@ def load_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
     for name, array in weights.items():
         if not _finite(array):
             raise CheckpointError(
-                f"checkpoint {path} has NaN or infinity in {name!r}", "Use a checkpoint from before training diverged."
+                f"checkpoint {path} has NaN or infinity in {_shown(name)}",
+                "Use a checkpoint from before training diverged.",
             )
     return weights
 
@@ -299,70 +486,67 @@ def _finite(array: NDArray[Any]) -> bool:
 def locate_checkpoint(path: Path) -> Path:
     """The file that `path` means, with or without `.pdparams`. Raises `CheckpointError` if there is none."""
     candidates = [path] if path.suffix in _SUFFIXES else [path, path.with_name(path.name + ".pdparams")]
-    for candidate in candidates:
-        if candidate.is_file():
-            break
-    else:
-        if path.is_dir():
-            raise CheckpointError(f"checkpoint {path} is a folder", "Pass the .pdparams file inside it.")
-        raise CheckpointError(f"checkpoint {candidates[-1]} does not exist", "Check the path.")
+    try:
+        candidate = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if candidate is None:
+            if path.is_dir():
+                raise CheckpointError(f"checkpoint {path} is a folder", "Pass the .pdparams file inside it.")
+            if path.exists():
+                raise CheckpointError(f"checkpoint {path} is not a regular file", "Pass a .pdparams file.")
+            raise CheckpointError(f"checkpoint {candidates[-1]} does not exist", "Check the path.")
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        problem = f"checkpoint {_cut(str(path))} cannot be read: {error.strerror or error}"
+        raise CheckpointError(problem, "Check the path.") from error
     if candidate.suffix == ".pdopt":
-        raise CheckpointError(
-            f"{candidate} is the optimizer's state, not weights", "Pass the .pdparams file beside it."
-        )
+        raise CheckpointError(f"{candidate} is the optimizer's state, not weights", _REMEDY_OPTIMIZER)
     return candidate
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(path: Path) -> tuple[Any, _Allowance]:
+    """What the pickle holds, with stand-ins for arrays; and what may still be made of it."""
     try:
         size = path.stat().st_size
         if size == 0:
             raise CheckpointError(f"checkpoint {path} is empty", _REMEDY_DAMAGED)
         with path.open("rb") as file:
-            if file.read(1) != pickle.PROTO:
+            if (first := file.read(2))[:1] != pickle.PROTO:
+                if first == b"PK":
+                    raise CheckpointError(f"{path} is a zip file, as PyTorch writes checkpoints", _REMEDY_STATE)
                 raise CheckpointError(f"{path} is not a PaddleDetection checkpoint, or is damaged", _REMEDY_STATE)
-            bounded = _Bounded(file, size)
             file.seek(0)
-            _scan(bounded)
-            file.seek(0)
-            return _SafeUnpickler(bounded).load()
-    except (CheckpointError, _RefusedError, _DamagedError):
+            allowance = _Allowance(size)
+            return _Machine(allowance).run(_Bounded(file, size)), allowance
+    except (CheckpointError, _RefusedError, _DamagedError, _NotStateError):
         raise
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"checkpoint {path} cannot be read: {reason}", "Check the file.") from error
-    except Exception as error:  # unpickling damaged bytes can raise nearly anything
-        cut = isinstance(error, EOFError) or "truncated" in str(error) or "exhausted" in str(error)
-        problem = "is cut off before its end" if cut or "not enough data" in str(error) else "is damaged"
+    except Exception as error:  # damaged bytes can raise nearly anything
+        cut = isinstance(error, EOFError) or "not enough data" in str(error) or "exhausted" in str(error)
+        problem = "is cut off before its end" if cut or "truncated" in str(error) else "is damaged"
         raise CheckpointError(f"checkpoint {path} {problem}", _REMEDY_DAMAGED) from error
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, _Array):
-        return "numpy array"
-    return value._name if isinstance(value, _Name) else type(value).__name__
-
-
-def _key(path: Path, key: Any) -> str:
-    if not isinstance(key, str):
-        raise CheckpointError(f"checkpoint {path} has a {_kind(key)} among its parameter names", _REMEDY_STATE)
-    return key
-
-
-def _array(path: Path, key: Any, value: Any) -> NDArray[Any]:
+def _array(path: Path, name: str, value: Any, allowance: _Allowance) -> NDArray[Any]:
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
         value = value[1]  # a tensor saved outside a state_dict: (Paddle's name, array)
     if not isinstance(value, _Array):
-        raise CheckpointError(f"checkpoint {path}: {key!r} is a {_kind(value)}, not an array", _REMEDY_STATE)
-    return value.build()
+        if name in ("LR_Scheduler", "master_weights"):
+            raise CheckpointError(f"checkpoint {path} is the optimizer's state, not weights", _REMEDY_OPTIMIZER)
+        raise CheckpointError(f"checkpoint {path}: {_shown(name)} is a {_kind(value)}, not an array", _REMEDY_STATE)
+    return value.build(allowance)
 
 
-def _join(weights: dict[str, NDArray[Any]], split: Any) -> None:
+def _join(weights: dict[str, NDArray[Any]], split: Any, allowance: _Allowance) -> None:
     try:
         for name, entry in split.items():
             parts = [weights.pop(part) for part in entry["slices"]]
-            weights[name] = np.concatenate(parts).reshape(entry["OriginShape"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            shape = entry["OriginShape"]
+            if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+                raise _DamagedError("the table of split arrays has no shapes")
+            allowance.pay(sum(part.nbytes for part in parts))
+            weights[name] = np.concatenate(parts).reshape(shape)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise _DamagedError("the table of split arrays does not fit") from error
 
 
@@ -376,26 +560,32 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
     the file holds a whole distillation model, `student_model.*` is the detector and `teacher_model.*` and
     `distill_loss.*` exist for training only. uint16 arrays for float parameters are Paddle's bfloat16.
 
-    Raises `CheckpointError` that counts the missing, unexpected and misshapen names and gives the first of each.
+    Raises `CheckpointError` that counts the missing, unexpected and misshapen names, gives the first of each, and says
+    what kind of checkpoint it seems to be instead (quantised, pruned, of other classes, a backbone, ...).
     """
     weights = _student(weights)
     state: dict[str, Any] = model.state_dict()
     missing = [name for name in state if name not in weights]
     unexpected = [name for name in weights if name not in state]
     misshapen = [
-        f"{name} ({_shape(weights[name].shape)} instead of {_shape(tensor.shape)})"
-        for name, tensor in state.items()
-        if name in weights and list(weights[name].shape) != list(tensor.shape)
+        name for name, tensor in state.items() if name in weights and list(weights[name].shape) != list(tensor.shape)
     ]
-    problems = [
-        f"{len(names)} {what} ({_first(names)})"
-        for names, what in ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of the wrong shape"))
-        if names
-    ]
-    if problems:
+    if missing or unexpected or misshapen:
+        shapes = {name: (_shape(weights[name].shape), _shape(state[name].shape)) for name in misshapen[:4]}
+        wrong = [f"{name} ({shapes[name][0]} instead of {shapes[name][1]})" for name in misshapen[:4]]
+        problems = [
+            f"{count} {what} ({_first(names, count)})"
+            for names, count, what in (
+                (missing, len(missing), "missing"),
+                (unexpected, len(unexpected), "unexpected"),
+                (wrong, len(misshapen), "of the wrong shape"),
+            )
+            if count
+        ]
+        kind, remedy = _explain(state, weights, missing, unexpected, misshapen)
         raise CheckpointError(
-            f"the checkpoint does not fit the config: of {len(state)} parameters, {', '.join(problems)}",
-            "Use the config this checkpoint was trained with.",
+            f"the checkpoint {kind}: of {len(state)} parameters, {', '.join(problems)}",
+            remedy,
         )
     for name, tensor in state.items():
         tensor.set_value(_as(weights[name], str(tensor.dtype).rpartition(".")[2]))
@@ -412,8 +602,71 @@ def _shape(shape: Iterable[int]) -> str:
     return "x".join(str(size) for size in shape) or "scalar"
 
 
-def _first(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _first(names: list[str], count: int, limit: int = 3) -> str:
+    return ", ".join(_cut(repr(name)[1:-1]) for name in names[:limit]) + (", ..." if count > limit else "")
+
+
+_OPTIMIZER_STATE = re.compile(r"_(?:velocity|moment[12]?|beta[12]_pow_acc)_\d+\Z")
+_USE_ITS_CONFIG = "Use the config this checkpoint was trained with."
+_USE_TRAINED = "Pass the checkpoint that training with this config saved, such as output/CONFIG/model_final.pdparams"
+
+
+def _explain(
+    state: Mapping[str, Any],
+    weights: Mapping[str, NDArray[Any]],
+    missing: list[str],
+    unexpected: list[str],
+    misshapen: list[str],
+) -> tuple[str, str]:
+    """What a checkpoint that does not fit seems to be, to follow "the checkpoint", and what to do about it."""
+    if any("._fake_quant_" in name or "._ma_output_scale." in name for name in unexpected):
+        return (
+            "was saved by quantisation-aware training",
+            "Export the float checkpoint that this training started from (its pretrain_weights), or train without "
+            "--slim_config, and then run `gfldeploy quantize` on the bundle.",
+        )
+    if any(_OPTIMIZER_STATE.search(name) for name in unexpected):
+        return "is the optimizer's state, not weights", _REMEDY_OPTIMIZER
+    fitting = len(state) - len(missing) - len(misshapen)
+    if not fitting:
+        if sum(f"backbone.{name}" in state for name in weights) > len(weights) // 2:
+            return "holds a backbone alone, as trained to classify images", f"{_USE_TRAINED}."
+        prefixes = {name.split(".", 1)[0] for name in weights}
+        if len(prefixes) == 1 and sum(name.partition(".")[2] in state for name in weights) > len(weights) // 2:
+            prefix = _cut(repr(prefixes.pop())[1:-1])
+            return (
+                f"has {prefix}. before every name",
+                "Save the detector's own state_dict with paddle.save, its names without that prefix.",
+            )
+    parts = {name.split(".", 1)[0] for name in (*missing, *unexpected, *misshapen)}
+    if (missing or unexpected) and all(".dgqp_module." in name for name in (*missing, *unexpected)) and not misshapen:
+        return (
+            ("is of a GFLv2 (dgqp_module), the config is not", "Add GFLHead's dgqp_module of the training config.")
+            if unexpected
+            else ("has no dgqp_module, the config has one", "Remove dgqp_module, or use a checkpoint of a GFLv2.")
+        )
+    if not missing and not unexpected:
+        if all(".gfl_head_cls." in name for name in misshapen):
+            has, wants = (int(shapes[misshapen[0]].shape[0]) for shapes in (weights, state))
+            return (
+                f"is of {has} classes, the config of {wants} (one more where loss_class has use_sigmoid: false)",
+                f"Set num_classes as it was in training. {_USE_TRAINED}, not the one that it started from.",
+            )
+        if all(".gfl_head_reg." in name or ".distribution_project." in name for name in misshapen):
+            return "has another reg_max than the config", "Set GFLHead's reg_max as it was in training."
+        if all(_narrower(weights[name].shape, state[name].shape) for name in misshapen):
+            return (
+                "has fewer channels than the config: it was pruned, or trained with narrower layers",
+                "Export the checkpoint from before pruning, or use the config this checkpoint was trained with.",
+            )
+    if len(parts) == 1 and (part := parts.pop()) in ("backbone", "neck", "head"):
+        return f"fits the config but for the {part}, which is another", _USE_ITS_CONFIG
+    return "does not fit the config", _USE_ITS_CONFIG
+
+
+def _narrower(shape: Iterable[int], other: Iterable[int]) -> bool:
+    shape, other = tuple(shape), tuple(other)
+    return len(shape) == len(other) and all(mine <= its for mine, its in zip(shape, other, strict=True))
 
 
 def _as(array: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -4,6 +4,11 @@ ppdet's own `load_config` runs the full YAML loader, which calls whatever a `!!p
 config it loads into one process-wide dictionary, so that a second config inherits what the first one set. Here the
 files are read with a safe loader, merged in the same order as ppdet does it, checked against the registered modules,
 and handed to ppdet's dictionary only while a model is being built.
+
+Nothing that a config says is run, loaded or fetched. Several of ppdet's modules hand strings of the config to `eval`,
+or a path or an address to `paddle.load`. So a value of a model's section can only be a number, a word, a path or a
+dotted name, each part of the model comes from where ppdet keeps such parts, and while they are built `eval` looks up
+names of layers and nothing else, nothing is loaded, and what is built is counted before memory is taken for it.
 """
 
 from __future__ import annotations
@@ -13,6 +18,11 @@ import copy
 import difflib
 import inspect
 import json
+import math
+import os
+import re
+import reprlib
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +33,8 @@ import yaml
 
 from gfldeploy._quiet import quiet
 from gfldeploy.dependencies import require
-from gfldeploy.errors import ConfigError
+from gfldeploy.errors import ConfigError, GfldeployError, reading
+from gfldeploy.yaml_file import PlainLoader, YamlError, read_yaml
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "SUPPORTED_HEADS", "DetectorConfig", "build_model", "load_detector_config"]
 
@@ -103,14 +114,12 @@ def load_detector_config(path: Path) -> DetectorConfig:
     Raises `ConfigError`, or `MissingDependencyError` where paddle or ppdet is missing.
     """
     path = Path(path)
-    layers = _read_chain(path)  # before anything heavy is imported: a missing file is reported at once
+    layers, settings = _read_chain(path)  # before anything heavy is imported: a missing file is reported at once
     workspace = _workspace()
-    settings: dict[str, Any] = {}
-    for _, values in layers:
-        _merge(settings, values)
     checker = _Checker(path, layers, _registered(workspace))
     checker.check_top_level(settings)
-    _drop_pretrained(settings, checker.modules)
+    _drop_pretrained(settings, checker.model_sections)
+    checker.check_values(settings)
     settings["filename"] = path.stem
 
     head = checker.check_graph(settings)
@@ -121,7 +130,8 @@ def load_detector_config(path: Path) -> DetectorConfig:
     if not isinstance(strides, list) or not strides:
         raise checker.error(f"{head}.fpn_stride must be a list of strides in pixels", "Write [8, 16, 32, 64, 128].")
     reader = checker.check_reader(settings)
-    classes = _class_names(checker, settings, num_classes)
+    classes, notes = _class_names(checker, settings, num_classes)
+    notes += checker.compare_readers(settings, reader)
     with _installed(workspace, _fresh(workspace), settings):
         cfg = _snapshot(workspace.global_config)
     return DetectorConfig(
@@ -136,32 +146,41 @@ def load_detector_config(path: Path) -> DetectorConfig:
         nms=checker.check_nms(settings, head, head_values),
         files=tuple(file for file, _ in layers),
         cfg=cfg,
+        notes=notes,
     )
 
 
 def build_model(config: DetectorConfig) -> Any:
     """Build the paddle model of `config` in evaluation mode, with the random weights its layers start with.
 
-    Raises `ConfigError` when the values do not fit together (a depth that ResNet does not have, for example).
+    Raises `ConfigError` when the values do not fit together (a depth that ResNet does not have, for example), when
+    they would have code run or a file loaded, or when the model is larger than any that could be deployed.
     """
     workspace = _workspace()
     try:
-        with _installed(workspace, _snapshot(config.cfg), {}), quiet():
+        with _installed(workspace, _snapshot(config.cfg), {}), quiet(), _confined(config.path):
             model = workspace.create(config.cfg["architecture"])
             model.eval()
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        detail = str(error) or type(error).__name__
+    except GfldeployError:
+        raise
+    except Exception as error:  # ppdet meets values that do not fit with whatever its code runs into
         raise ConfigError(
-            f"{config.path}: PaddleDetection cannot build this model: {detail}", "Correct the config."
+            f"{config.path}: PaddleDetection cannot build this model: {_reason(error)}", "Correct the config."
         ) from error
     return model
+
+
+def _reason(error: Exception) -> str:
+    """What an exception of Paddle or ppdet says, in one line: Paddle's end with a summary after the C++ calls."""
+    text = str(error).rpartition("Error Message Summary:")[2].strip(" -\n") or type(error).__name__
+    return _cut(" ".join(text.split()), 300)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, plus PaddleDetection's plain tags as mappings."""
+class _Loader(PlainLoader):
+    """Plain YAML, with PaddleDetection's own tags as mappings."""
 
 
 def _construct_local(loader: _Loader, tag: str, node: yaml.Node) -> Any:
@@ -185,56 +204,77 @@ def _refuse_python(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
 _Loader.add_multi_constructor("!", _construct_local)
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", _refuse_python)
 
+Layers = list[tuple[Path, dict[str, Any]]]
 
-def _read_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every file of the `_BASE_` chain with its own values, in the order they are merged: bases first."""
-    layers: list[tuple[Path, dict[str, Any]]] = []
+_MOST_FILES = 100  # of a `_BASE_` chain
+_MOST_MERGED = 200_000  # values: a file that is named again is merged again
 
-    def visit(file: Path, chain: tuple[Path, ...]) -> None:
-        resolved = file.resolve()
-        if resolved in (parent.resolve() for parent in chain):
+
+def _read_chain(path: Path) -> tuple[Layers, dict[str, Any]]:
+    """Every file of the `_BASE_` chain, bases first, with its own values; and the values of all, merged."""
+    layers: Layers = []
+    merged: dict[str, dict[str, Any]] = {}  # by real path: no file is read twice
+    spent = 0
+
+    def visit(file: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+        nonlocal spent
+        real = os.path.realpath(file)
+        if real in merged:
+            return merged[real]
+        if real in map(os.path.realpath, chain):
             cycle = " -> ".join(link.name for link in (*chain, file))
-            raise ConfigError(f"{chain[0]}: _BASE_ goes in a circle: {cycle}", "Remove one of these references.")
-        values = _read_yaml(file, asked_by=chain[-1] if chain else None)
+            raise ConfigError(f"{chain[0]}: _BASE_ goes in a circle: {_cut(cycle)}", "Remove one of these references.")
+        if len(layers) + len(chain) >= _MOST_FILES:
+            raise ConfigError(f"{path}: its _BASE_ chain has more than {_MOST_FILES} files", "Merge some of them.")
+        values = _read_config(file, asked_by=chain[-1] if chain else None)
         bases = values.pop("_BASE_", None) or []
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
             raise ConfigError(f"{file}: _BASE_ must be a list of files", "Write it as ['../base.yml'].")
+        settings: dict[str, Any] = {}
         for base in bases:
-            visit(file.parent / Path(base).expanduser(), (*chain, file))
+            home = os.path.expanduser(base) if base.startswith("~") else base  # noqa: PTH111 - unknown users stay
+            below = visit(file.parent / home, (*chain, file))
+            spent += _size(below)
+            if spent > _MOST_MERGED:
+                raise ConfigError(f"{path}: its _BASE_ chain merges the same files again and again", "Name each once.")
+            _merge(settings, below)
+        _merge(settings, values)
         layers.append((file, values))
+        merged[real] = settings
+        return settings
 
-    visit(path, ())
-    return layers
+    return layers, visit(path, ())
 
 
-def _read_yaml(file: Path, asked_by: Path | None) -> dict[str, Any]:
+def _size(value: Any) -> int:
+    """How many values a mapping or list holds, itself included."""
+    if isinstance(value, dict):
+        return 1 + sum(map(_size, value.values()))
+    return 1 + sum(map(_size, value)) if isinstance(value, list) else 1
+
+
+def _read_config(file: Path, asked_by: Path | None) -> dict[str, Any]:
     origin = f" (named by _BASE_ in {asked_by})" if asked_by else ""
     if file.suffix not in (".yml", ".yaml"):
         raise ConfigError(
-            f"{file} is not a .yml or .yaml file{origin}", "Pass the PaddleDetection config of the detector."
+            f"{_cut(str(file))} is not a .yml or .yaml file{origin}", "Pass the PaddleDetection config of the detector."
         )
     try:
-        text = file.read_text(encoding="utf-8")
+        values = read_yaml(file, _Loader)
     except FileNotFoundError:
         remedy = "Correct _BASE_, or copy that file too." if asked_by else "Check the path."
-        raise ConfigError(f"config file {file} does not exist{origin}", remedy) from None
+        raise ConfigError(f"config file {_cut(str(file))} does not exist{origin}", remedy) from None
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"config file {file} cannot be read{origin}: {reason}", "Check the file.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {file} is not UTF-8 text{origin}", "Save it as UTF-8.") from error
-    try:
-        values = yaml.load(text, Loader=_Loader)  # a SafeLoader that constructs plain mappings only
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        problem = error.problem or error.context or "not valid YAML"
-        if problem.startswith("could not determine a constructor"):
-            problem = problem.replace("could not determine a constructor for the tag", "unknown tag")
-        remedy = "Remove that tag." if problem.startswith(("refused", "unknown tag")) else "Correct the YAML there."
-        raise ConfigError(f"{file}{line}: {problem}", remedy) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}", "Correct the YAML.") from error
+        raise ConfigError(
+            f"config file {_cut(str(file))} cannot be read{origin}: {reason}", "Check the file."
+        ) from error
+    except YamlError as error:
+        if error.problem == "not UTF-8 text":
+            raise ConfigError(f"config file {file} is not UTF-8 text{origin}", "Save it as UTF-8.") from error
+        line = f":{error.line}" if error.line else ""
+        remedy = "Remove that tag." if error.problem.startswith(("refused", "unknown tag")) else "Correct the YAML."
+        raise ConfigError(f"{file}{line}: {error.problem}", remedy) from error
     if values is None:
         raise ConfigError(f"{file} is empty{origin}", "Pass a PaddleDetection config.")
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -313,18 +353,161 @@ def _installed(workspace: Any, content: Any, settings: Mapping[str, Any]) -> Ite
             config.update(before)
 
 
-def _drop_pretrained(settings: dict[str, Any], modules: Mapping[str, Any]) -> None:
-    """Nothing may be fetched while the model is built."""
+def _drop_pretrained(settings: dict[str, Any], sections: Iterable[str]) -> None:
+    """Nothing may be loaded or fetched while the model is built."""
     settings["pretrain_weights"] = None
-    for name, values in settings.items():
-        if name in modules and isinstance(values, dict) and "pretrained" in values:
-            values["pretrained"] = None
+    stack = [settings[name] for name in sections if name in settings]
+    while stack:
+        values = stack.pop()
+        if isinstance(values, dict):
+            for key in values:
+                # `pretrain_img_size` is no such thing, but a size.
+                if "pretrain" in str(key) and isinstance(values[key], str | bool):
+                    values[key] = None
+            stack += values.values()
+        elif isinstance(values, list):
+            stack += values
+
+
+# --- what may happen while ppdet builds -------------------------------------------------------------------------------
+
+# Above what any backbone of ppdet comes to (its largest transformers have some 350 million parameters).
+_MOST_PARAMETERS = 500_000_000
+_MOST_TENSORS = 20_000
+_MOST_BYTES = 4 * 2**30
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z", re.ASCII)
+
+
+@contextlib.contextmanager
+def _confined(path: Path) -> Iterator[None]:
+    """While ppdet builds a model: `eval` finds layers by name, nothing is loaded, and parameters are counted first."""
+    import paddle
+
+    remedy = "Correct the config; use it only if you trust its source."
+    tensors = parameters = 0
+
+    def look_up(module: Any) -> Any:
+        def look_up_in_module(text: Any) -> Any:
+            found = None
+            if isinstance(text, str) and _NAME.match(text):
+                first, *rest = text.split(".")
+                found = vars(module).get(first)
+                for name in rest:
+                    found = getattr(found, name, None)
+            layer = inspect.isclass(found) and issubclass(found, paddle.nn.Layer)
+            home = str(getattr(found, "__module__", None))
+            if not layer and not (inspect.isfunction(found) and home.startswith(("paddle.nn.", "ppdet.modeling."))):
+                problem = f"{path}: PaddleDetection would run {_shown(text)}, which is not the name of a layer"
+                raise ConfigError(problem, remedy)
+            return found
+
+        return look_up_in_module
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(f"{path}: building the model would load {_shown(args[0] if args else kwargs)}", remedy)
+
+    create = paddle.nn.Layer.create_parameter
+
+    def counted(self: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal tensors, parameters
+        tensors += 1
+        parameters += math.prod(int(size) for size in shape)
+        if tensors > _MOST_TENSORS or parameters > _MOST_PARAMETERS:
+            many = f"{_MOST_TENSORS} tensors" if tensors > _MOST_TENSORS else f"{_MOST_PARAMETERS} parameters"
+            raise ConfigError(f"{path}: the model has more than {many}", "Correct the sizes in the config.")
+        return create(self, shape, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("ppdet.") and module is not None:
+                stack.enter_context(_replaced(module, "eval", look_up(module)))
+        stack.enter_context(_replaced(paddle, "load", refuse))
+        stack.enter_context(_replaced(paddle.utils.download, "get_weights_path_from_url", refuse))
+        stack.enter_context(_replaced(paddle.nn.Layer, "create_parameter", counted))
+        stack.enter_context(_limited_memory())
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let `owner.name` be `value`, and afterwards what it was, or absent."""
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    """No more memory than now and `_MOST_BYTES`, where the system can say and keep it (Linux)."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+    except (ImportError, OSError, ValueError, IndexError):
+        yield
+        return
+    soft, hard = before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = pages * resource.getpagesize() + _MOST_BYTES
+    for other in (soft, hard):
+        limit = limit if other == resource.RLIM_INFINITY else min(limit, other)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
+# A word, a number, a path or a dotted name: with `eval`, too, none of them runs anything.
+_PLAIN_TEXT = re.compile(r"[\w./~+-]{0,200}\Z", re.ASCII)
+_LARGEST = 8192  # of any whole number of a model's section: sizes, channels, counts of layers
+_LARGEST_COUNT = 100_000
+_COUNTS = ("num_classes", "nms_top_k", "keep_top_k", "nms_pre")
+_LARGEST_FACTOR = 1e6
+# Where ppdet keeps what may be given as each part; modules from outside ppdet are the caller's own.
+_PLACES = {
+    "backbone": (r"ppdet\.modeling\.backbones\.", r"\w+"),
+    "neck": (r"ppdet\.modeling\.necks\.", r"\w+"),
+    "conv_feat": (r"ppdet\.modeling\.heads\.", r"\w+Feat"),
+    "dgqp_module": (r"ppdet\.modeling\.heads\.", r"DGQP"),
+    "nms": (r"ppdet\.modeling\.layers", r"\w+NMS"),
+    "loss": (r"ppdet\.modeling\.losses\.|ppdet\.slim\.distill_loss", r"\w+"),
+}
+# Sections of modules that are no part of a model.
+_NOT_BUILT = ("ppdet.data.", "ppdet.optimizer", "ppdet.slim.", "ppdet.metrics.", "ppdet.engine.")
+# What earlier releases of PaddleDetection called what 2.6 has.
+_OLD_ARGUMENTS = {
+    "loss_qfl": ("loss_class", "Call it loss_class."),
+    "spatial_scale": ("spatial_scales", "Call it spatial_scales."),
+    "num_chan": ("out_channel", "Call it out_channel."),
+    "feature_maps": ("return_idx", "Write 'return_idx: [1, 2, 3]' for 'feature_maps: [3, 4, 5]'."),
+}
+_OLD_MODULES = {"PAN": "CSPPAN", "LiteGFLFeat": "PicoFeat"}  # 2.1
+_OLD_TRANSFORMS = {"DecodeImage": "Decode", "ResizeImage": "Resize"}  # 0.x
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = _shorten.maxlong = 80
+
+
+def _shown(value: Any) -> str:
+    """What a config says, for a message: bounded, however large it is."""
+    return _shorten.repr(value)
+
+
+def _cut(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else text[:length] + "..."
+
 
 def _closest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
+    if len(word) > 100:
+        return None
     folded = {name.casefold(): name for name in sorted(known)}
     found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
     return folded[found[0]] if found else None
@@ -337,6 +520,10 @@ class _Checker:
         self.path = path
         self.folders = [file.parent for file, _ in reversed(layers)]  # the config's own first
         self.modules = modules
+        # The sections of what a model can be built of.
+        self.model_sections = [
+            name for name, module in modules.items() if not module.pymodule.__name__.startswith(_NOT_BUILT)
+        ]
         self._layers = layers
         self._known = _RUNTIME_KEYS | modules.keys() | _shared_keys(modules)
 
@@ -350,7 +537,7 @@ class _Checker:
             if node is not _MISSING:
                 file = layer
                 break
-        return ConfigError(f"{file}: {problem}", remedy)
+        return ConfigError(f"{file}: {_cut(problem, 500)}", remedy)
 
     def check_top_level(self, settings: Mapping[str, Any]) -> None:
         for name, values in settings.items():
@@ -364,9 +551,10 @@ class _Checker:
                 if close:
                     raise self.error(f"unknown key {name!r}", f"Did you mean {close!r}?", name)
                 if isinstance(values, dict) and name[:1].isupper():
+                    new = _OLD_MODULES.get(name)
                     raise self.error(
-                        f"section {name} names no module of PaddleDetection and would be ignored",
-                        "Correct its name, or remove it.",
+                        f"section {_cut(name)} names no module of PaddleDetection and would be ignored",
+                        f"It is called {new} now." if new else "Correct its name, or remove it.",
                         name,
                     )
 
@@ -387,6 +575,38 @@ class _Checker:
         for key in self.modules[name].inject:
             self._check_injected(values.get(key), (name, key))
 
+    def check_values(self, settings: Mapping[str, Any]) -> None:
+        """What a model is built with can only be numbers within reason, words, paths and dotted names, at any depth."""
+        for name in (*self.model_sections, *sorted(_shared_keys(self.modules))):
+            if name in settings:
+                self._check_value(settings[name], (name,))
+
+    def _check_value(self, value: Any, keys: tuple[str, ...]) -> None:
+        where = _cut(".".join(keys))
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str) or not _PLAIN_TEXT.match(key):
+                    raise self.error(f"{where} has the key {_shown(key)}, which is not a name", "Correct it.", *keys)
+                self._check_value(item, (*keys, key))
+        elif isinstance(value, list):
+            for item in value:
+                self._check_value(item, keys)
+        elif isinstance(value, str):
+            if not _PLAIN_TEXT.match(value):
+                raise self.error(
+                    f"{where} is {_shown(value)}, which is neither a word nor a number, path or dotted name",
+                    "Correct it; PaddleDetection may run what stands there as code.",
+                    *keys,
+                )
+        elif isinstance(value, bool) or value is None:
+            pass
+        elif isinstance(value, int):
+            largest = _LARGEST_COUNT if keys[-1] in _COUNTS else _LARGEST
+            if abs(value) > largest:
+                raise self.error(f"{where} is {value}, more than {largest}", "Give a size that can be built.", *keys)
+        elif not math.isfinite(value) or abs(value) > _LARGEST_FACTOR:
+            raise self.error(f"{where} is {value}, which is no number to build with", "Correct it.", *keys)
+
     def _check_arguments(self, module: str, values: Mapping[str, Any], keys: tuple[str, ...]) -> None:
         schema = self.modules[module].schema
         strict = self.modules[module].strict
@@ -394,11 +614,14 @@ class _Checker:
             if key in schema or (key == "name" and (len(keys) > 1 or not strict)):
                 continue
             close = _closest(str(key), schema, 0.6 if strict else 0.8)
+            new, rename = _OLD_ARGUMENTS.get(str(key), ("", ""))
+            if new in schema and (strict or close):
+                raise self.error(f"{'.'.join(keys)}.{key} is the old name of {new}", rename, *keys, str(key))
             if strict or close:
                 where = ".".join(keys)
                 takes = "It takes: " + ", ".join(schema) + "." if schema else "It takes no arguments."
                 remedy = f"Did you mean {close!r}?" if close else takes
-                raise self.error(f"{where}: {module} has no argument {key!r}", remedy, *keys, str(key))
+                raise self.error(f"{where}: {module} has no argument {_shown(key)}", remedy, *keys, str(key))
 
     def _check_injected(self, value: Any, keys: tuple[str, ...]) -> None:
         """A module given as another's argument: its name, or `{name: ..., argument: ...}`."""
@@ -410,26 +633,34 @@ class _Checker:
         name = value.get("name") if isinstance(value, dict) else value
         if not isinstance(name, str):
             raise self.error(f"{where} names no module", "Give it as a name, or as {name: ..., argument: ...}.", *keys)
-        self._check_registered(name, keys)
+        self._check_part(name, keys)
         if isinstance(value, dict):
             self._check_arguments(name, value, keys)
             for key in self.modules[name].inject:
                 self._check_injected(value.get(key), (*keys, key))
 
-    def _check_registered(self, name: str, keys: tuple[str, ...]) -> None:
+    def _check_part(self, name: str, keys: tuple[str, ...]) -> None:
+        """`name` is a module, and one that can be what the last of `keys` asks for."""
+        where, part = ".".join(keys), keys[-1]
         if name not in self.modules:
             close = _closest(name, self.modules, 0.6)
             remedy = f"Did you mean {close!r}?" if close else "Use a module that PaddleDetection 2.6 has."
-            raise self.error(f"{'.'.join(keys)}: module {name!r} does not exist", remedy, *keys)
+            if name in _OLD_MODULES:
+                remedy = f"It is called {_OLD_MODULES[name]} now, and takes other arguments."
+            raise self.error(f"{where}: module {_shown(name)} does not exist", remedy, *keys)
+        home = self.modules[name].pymodule.__name__
+        place, names = _PLACES.get("loss" if part.startswith("loss") else part, (r"ppdet\.modeling\.", r"\w+"))
+        if home.startswith("ppdet.") and not (re.match(place, home) and re.fullmatch(names, name)):
+            raise self.error(f"{where}: {name} cannot be used as {part}", "Name a module of that kind.", *keys)
 
     def check_graph(self, settings: Mapping[str, Any]) -> str:
         """Check architecture, backbone, neck and head; return the head's name."""
         architecture = settings.get("architecture")
         if architecture is None:
             raise self.error("no architecture is set", "Pass a detector's config, with 'architecture: GFL'.")
-        if architecture not in SUPPORTED_ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
             raise self.error(
-                f"architecture {architecture!r} is not supported",
+                f"architecture {_shown(architecture)} is not supported",
                 f"Supported: {', '.join(SUPPORTED_ARCHITECTURES)} with head {' or '.join(SUPPORTED_HEADS)}.",
                 "architecture",
             )
@@ -440,8 +671,11 @@ class _Checker:
                 raise self.error(
                     f"{architecture}.{part} names no module", f"Write '{part}: NAME'.", str(architecture), part
                 )
-            self._check_registered(name, (str(architecture), part))
+            if part != "head":
+                self._check_part(name, (str(architecture), part))
         head = str(graph["head"])
+        if head not in self.modules:
+            self._check_part(head, (str(architecture), "head"))
         if head not in SUPPORTED_HEADS:
             raise self.error(
                 f"head {head} is not supported", f"Supported: {', '.join(SUPPORTED_HEADS)}.", str(architecture), "head"
@@ -463,10 +697,13 @@ class _Checker:
 
     def _check_nms_kind(self, head: str, given: Any) -> None:
         name = given.get("name") if isinstance(given, dict) else given
-        if name is None or (name in self.modules and name != "MultiClassNMS"):
+        if name is None:
+            raise self.error(f"{head}.nms is not set", "Write 'nms: {name: MultiClassNMS, ...}'.", head, "nms")
+        if isinstance(name, str) and name in self.modules and name != "MultiClassNMS":
             raise self.error(
-                f"{head}.nms is {name or 'not set'}, which is not supported",
-                "Write 'nms: {name: MultiClassNMS, ...}'.",
+                f"{head}.nms is {name}, which is not supported",
+                "'nms: {name: MultiClassNMS, ...}' can be exported, but gives other detections and another mAP than "
+                f"{name}: set its thresholds, and evaluate the detector with it in PaddleDetection first.",
                 head,
                 "nms",
             )
@@ -479,12 +716,16 @@ class _Checker:
             values.update({key: value for key, value in given.items() if key != "name"})
         for key in ("score_threshold", "nms_threshold"):
             value = values[key]
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-                raise self.error(f"{head}.nms.{key} must be between 0 and 1, not {value!r}", "Correct it.", head, "nms")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            # A score threshold below 0 lets everything pass, as 0 does.
+            if not number or not value <= 1 or (key == "nms_threshold" and value < 0):
+                raise self.error(
+                    f"{head}.nms.{key} must be between 0 and 1, not {_shown(value)}", "Correct it.", head, "nms"
+                )
         for key in ("nms_top_k", "keep_top_k"):
             value = values[key]
             if not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0:
-                problem = f"{head}.nms.{key} must be a positive whole number, or -1 for no limit, not {value!r}"
+                problem = f"{head}.nms.{key} must be a positive whole number, or -1 for no limit, not {_shown(value)}"
                 raise self.error(problem, "Correct it.", head, "nms")
         return values
 
@@ -494,6 +735,8 @@ class _Checker:
         section = settings.get(name)
         if not section:
             raise self.error("it has neither TestReader nor EvalReader", "Add one: it says how images are prepared.")
+        if not isinstance(section, dict):
+            raise self.error(f"section {name} is not a mapping", "Give it its transforms.", name)
         reader: dict[str, Any] = copy.deepcopy(dict(section))
         transforms = require("ppdet.data.transform", "export", "export")
         for key in ("sample_transforms", "batch_transforms"):
@@ -504,8 +747,33 @@ class _Checker:
                 raise self.error(f"{name}.{key} must be a list of '- Name: {{...}}'", "Correct it.", name, key)
             for step in steps:
                 ((operator, arguments),) = step.items()
-                self._check_transform(transforms, f"{name}.{key}", operator, arguments, (name, key))
+                self._check_transform(transforms, f"{name}.{key}", str(operator), arguments, (name, key))
+                self._check_value(arguments, (name, key, str(operator)))
         return reader
+
+    def compare_readers(self, settings: Mapping[str, Any], reader: Mapping[str, Any]) -> tuple[str, ...]:
+        """What PaddleDetection's tools/eval.py does to images and the exported TestReader does not, as a sentence."""
+        evaluation = settings.get("EvalReader")
+        if not settings.get("TestReader") or not isinstance(evaluation, dict):
+            return ()
+        transforms = require("ppdet.data.transform", "export", "export")
+        exported, evaluated = _steps(transforms, reader), _steps(transforms, evaluation)
+        differences = []
+        for name in [*exported, *(name for name in evaluated if name not in exported)]:
+            one, other = exported.get(name), evaluated.get(name)
+            if one is None or other is None:
+                differences.append(f"{name} is in {'EvalReader' if one is None else 'TestReader'} alone")
+                continue
+            for key in [*one, *(key for key in other if key not in one)]:
+                if one.get(key) != other.get(key):
+                    differences.append(f"{name}'s {key} is {_shown(one.get(key))}, not {_shown(other.get(key))}")
+        if not differences:
+            return ()
+        return (
+            f"TestReader, which is exported, differs from EvalReader ({_cut('; '.join(differences), 300)}), so that "
+            "`gfldeploy eval` does not give the mAP of PaddleDetection's tools/eval.py; to export what that "
+            "measures, copy the transforms of EvalReader to TestReader",
+        )
 
     def _check_transform(self, known: Any, where: str, name: str, arguments: Any, keys: tuple[str, ...]) -> None:
         operator = getattr(known, name, None)
@@ -513,7 +781,10 @@ class _Checker:
             classes = [other for other in dir(known) if inspect.isclass(getattr(known, other))]
             close = _closest(name, classes, 0.6)
             remedy = f"Did you mean {close!r}?" if close else "Use a transform that PaddleDetection 2.6 has."
-            raise self.error(f"{where}: transform {name!r} does not exist", remedy, *keys)
+            new = _OLD_TRANSFORMS.get(name, name.removesuffix("Op"))  # 2.0-beta: DecodeOp
+            if new != name and new in classes:
+                remedy = f"It is called {new!r} now."
+            raise self.error(f"{where}: transform {_shown(name)} does not exist", remedy, *keys)
         if arguments is not None and not isinstance(arguments, dict):
             raise self.error(f"{where}: {name} must be followed by its arguments", f"Write '{name}: {{}}'.", *keys)
         parameters = inspect.signature(operator.__init__).parameters
@@ -526,10 +797,37 @@ class _Checker:
                 remedy = (
                     f"Did you mean {close!r}?" if close else "It takes: " + (", ".join(accepted) or "nothing") + "."
                 )
-                raise self.error(f"{where}: {name} has no argument {key!r}", remedy, *keys)
+                raise self.error(f"{where}: {name} has no argument {_shown(key)}", remedy, *keys)
 
 
 _MISSING = object()
+
+
+def _steps(transforms: Any, reader: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The transforms of a reader that decide what the network sees, each with all its arguments, defaults too."""
+    steps: dict[str, dict[str, Any]] = {}
+    for step in [*(reader.get("sample_transforms") or []), *(reader.get("batch_transforms") or [])]:
+        for name, given in step.items() if isinstance(step, dict) else ():
+            arguments: dict[str, Any] = {}
+            if inspect.isclass(operator := getattr(transforms, str(name), None)):
+                parameters = inspect.signature(operator.__init__).parameters.values()
+                arguments = {item.name: item.default for item in parameters if item.default is not item.empty}
+            arguments |= given if isinstance(given, dict) else {}
+            if name in ("PadBatch", "PadStride"):  # 0 and -1 both mean none, which leaves single images as they are
+                stride = arguments.get("pad_to_stride", arguments.get("stride"))
+                if not isinstance(stride, int) or stride > 0:
+                    steps["padding"] = {"stride": stride}
+                continue
+            if name == "Resize":
+                arguments["target_size"] = _pair(arguments.get("target_size"))
+            steps[str(name)] = arguments
+    return steps
+
+
+def _pair(size: Any) -> Any:
+    """The target size as two numbers: one number stands for both."""
+    numbers = size if isinstance(size, list) else [size]
+    return numbers * 2 if len(numbers) == 1 else numbers
 
 
 def _shared_keys(modules: Mapping[str, Any]) -> set[str]:
@@ -544,35 +842,65 @@ def _shared_keys(modules: Mapping[str, Any]) -> set[str]:
 
 def _positive_int(checker: _Checker, value: Any, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise checker.error(f"{what} must be a positive whole number, not {value!r}", "Correct it.", what)
+        raise checker.error(f"{what} must be a positive whole number, not {_shown(value)}", "Correct it.", what)
     return value
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
-def _class_names(checker: _Checker, settings: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+_MOST_NAME_BYTES = 16 * 2**20  # of a label list
+
+
+def _class_names(
+    checker: _Checker, settings: Mapping[str, Any], num_classes: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the classes, and what to say where they are not the config's own."""
+    missing: list[str] = []
     for section in ("TestDataset", "EvalDataset"):
-        file = _class_file(checker.folders, section, settings.get(section))
+        file = _class_file(checker.folders, section, settings.get(section), missing)
         if file is None:
             continue
         names = _names_from_json(file) if file.suffix == ".json" else _names_from_text(file)
+        for name in names:
+            if len(name) > 1000 or any("\ud800" <= character <= "\udfff" for character in name):
+                raise checker.error(f"{file} names a class {_shown(name)}", "Give it a name that can be shown.")
         if len(names) != num_classes:
             raise checker.error(
                 f"num_classes is {num_classes}, but {file} ({section}) names {len(names)} classes",
                 "Set num_classes to that, or point the dataset at the right file.",
                 "num_classes",
             )
-        return names
-    if num_classes == 80 and str(settings.get("metric", "COCO")).upper() == "COCO":
+        return names, ()
+    coco = num_classes == 80 and str(settings.get("metric", "COCO")).upper() == "COCO"
+    if coco:
         category = require("ppdet.data.source.category", "export", "export")
         _, by_id = category._coco17_category()
-        return tuple(by_id.values())
-    return tuple(f"class_{index}" for index in range(num_classes))
+        used = tuple(by_id.values())
+        if not missing or _COCO_FILE.search(missing[0]):  # the file has these very names
+            return used, ()
+    else:
+        used = tuple(f"class_{index}" for index in range(num_classes))
+    shown = "COCO's 80 class names" if coco else f"the names class_0 to class_{num_classes - 1}"
+    why = f"{missing[0]} does not exist" if missing else "no dataset of the config says where its classes are named"
+    if not coco and num_classes == 1:
+        shown = "the name class_0"
+    note = (
+        f"{why}, so {shown} are used; to have your own, set TestDataset's anno_path to COCO annotations or a list of "
+        "names, and export again"
+    )
+    return used, (note,)
 
 
-def _class_file(folders: Iterable[Path], section: str, values: Any) -> Path | None:
-    """The existing file that names the classes, if the dataset section `values` points at one."""
+# COCO's own annotation files.
+_COCO_FILE = re.compile(r"(?:instances_(?:train|val)20\d\d|image_info_test(?:-dev)?20\d\d)\.json\Z")
+
+
+def _class_file(folders: Iterable[Path], section: str, values: Any, missing: list[str]) -> Path | None:
+    """The existing file that names the classes, if the dataset section `values` points at one.
+
+    A file that it points at and that is not there is added to `missing`.
+    """
     if not isinstance(values, dict):
         return None
     kind = values.tag if isinstance(values, _Tagged) else values.get("name")
@@ -587,27 +915,43 @@ def _class_file(folders: Iterable[Path], section: str, values: Any) -> Path | No
             continue
         beside = [path for folder in folders for path in (folder / root / given, folder / given)]
         for candidate in (root / given, *beside):
-            if candidate.is_file():
+            if _is_file(candidate):
                 return candidate
+        missing.append(f"{section}'s {key} {_cut(given)}")
     return None
 
 
-def _names_from_json(file: Path) -> tuple[str, ...]:
+def _is_file(path: Path) -> bool:
     try:
-        document = json.loads(file.read_bytes())
-        return tuple(str(category["name"]) for category in document["categories"])
-    except OSError as error:
-        raise ConfigError(f"annotation file {file} cannot be read: {error.strerror}", "Check the file.") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"annotation file {file} has no list of COCO categories", "Point anno_path at COCO annotations."
-        ) from error
+        return path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
+
+
+def _names_from_json(file: Path) -> tuple[str, ...]:
+    remedy = "Point anno_path at COCO annotations."
+    with reading(f"annotation file {file}", ConfigError, remedy):
+        try:
+            categories = json.loads(file.read_bytes())["categories"]
+            names = [category["name"] for category in categories]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"annotation file {file} has no list of COCO categories", remedy) from error
+    for name in names:
+        if not isinstance(name, str | int | float):
+            raise ConfigError(f"annotation file {file} names a class {_shown(name)}", "Give it as text.")
+    return tuple(map(str, names))
 
 
 def _names_from_text(file: Path) -> tuple[str, ...]:
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"label list {file} cannot be read: {error}", "Save it as UTF-8 text.") from error
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_NAME_BYTES + 1)
+        if len(data) > _MOST_NAME_BYTES:
+            raise ConfigError(f"label list {file} is too large", "Point label_list at a list of class names.")
+        names = [line.strip() for line in data.decode("utf-8").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"label list {file} cannot be read: {error.strerror or error}", "Check the file.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"label list {file} is not UTF-8 text", "Save it as UTF-8 text.") from error
     names = [name for name in names if name]
     return tuple(names[1:] if names[:1] == ["background"] else names)

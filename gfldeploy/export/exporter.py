@@ -7,19 +7,19 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
-from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
+from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
 from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import capability, open_engine
-from gfldeploy.errors import ConfigError, EngineError, ParityError
+from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, summary
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_checkpoint, random_weights
 from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
@@ -41,7 +41,8 @@ class ExportRequest:
 
     `weights`: a `.pdparams` file; None with `random_seed` set builds reproducible random weights instead.
     `input_shape`: batch, height, width in pixels; None is free. `candidates`: how many anchors of an image the graphs
-    decode, those with the highest scores; None for all.
+    decode, those with the highest scores; None for all; "auto" for `candidates.default_candidates`, or all where these
+    lose something of the pictures that the graphs are compared with.
     """
 
     config: Path
@@ -49,7 +50,7 @@ class ExportRequest:
     weights: Path | None
     random_seed: int | None = None
     input_shape: tuple[int | None, int | None, int | None] = (None, None, None)
-    candidates: int | None = DEFAULT_CANDIDATES
+    candidates: int | Literal["auto"] | None = "auto"
     with_nms: bool = False
     force: bool = False
     threads: int = 1
@@ -57,14 +58,15 @@ class ExportRequest:
 
 
 def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda stage: None) -> Bundle:
-    """Export, compare with the eager model, publish. Nothing is published if anything differs or fails.
+    """Export, compare with the eager model, publish. No graph is published that differs in the engine that runs it.
 
-    The FP16 file is the exception: not every detector fits FP16, so it is left out where it fails or differs too much.
+    Without the PIR graph nothing is published. The others are left out, with the reason, where they cannot be made or
+    differ: not every detector fits FP16, or can be traced as the older program or converted to ONNX.
 
     Raises `ConfigError`, `CheckpointError`, `ParityError`, `OutputError`, `EngineError`, `MissingDependencyError`.
     """
     # What is cheap to refuse is refused before Paddle is imported.
-    if request.candidates is not None and not 1 <= request.candidates <= MOST_CANDIDATES:
+    if isinstance(request.candidates, int) and not 1 <= request.candidates <= MOST_CANDIDATES:
         raise ConfigError(
             f"{request.candidates} candidates cannot be chosen in the graph", f"Give 1 to {MOST_CANDIDATES}, or all."
         )
@@ -90,16 +92,19 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         manifests,
     ):
         images = [parity.parity_images(shape, preprocess, seed=0) for shape in shapes]
+        _check_levels(detector, config, preprocess, *shapes[0][1:])
         report("running the eager model for reference")
         references = [parity.eager_outputs(detector, batch) for batch in images]
+        tolerance = parity.TOLERANCE
         channels = references[0]["scores"].shape[2]
-        graphs = _write_graphs(detector, directory, request, report)
+        candidates, notes = _candidates(request, nms, references, report)
+        graphs, left_out = _write_graphs(detector, directory, request, candidates, images[0][:1], report)
         manifest = Manifest(
             name=config.name,
             precision="fp32",
             graphs=graphs,
             inputs=(TensorSpec("image", "float32", (request.input_shape[0], 3, *request.input_shape[1:])),),
-            outputs=_outputs(request, channels),
+            outputs=_outputs(request, candidates, channels),
             preprocess=preprocess,
             nms=nms,
             classes=config.classes,
@@ -108,49 +113,49 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
             reg_max=config.reg_max,
             parameters=parameters,
             provenance=_provenance(request),
-            candidates=request.candidates,
-            notes=config.notes,
+            candidates=candidates,
+            notes=(*config.notes, *notes),
+            left_out=left_out,
         )
         found = []
-        for graph in ("paddle", "paddle_program", "onnx"):
-            report(f"comparing the {graph} graph with the eager model")
-            with open_graph(Bundle(directory, manifest), graph, request.threads) as engine:
-                found += [
-                    parity.compare(graph, engine, batch, reference)
-                    for batch, reference in zip(images, references, strict=True)
-                ]
-        if capability("openvino", "fp32", "cpu").works:
-            report("comparing the onnx graph in OpenVINO with the eager model")
-            with open_engine("openvino", Bundle(directory, manifest), EngineOptions(threads=request.threads)) as engine:
-                found += [
-                    parity.compare("onnx", engine, batch, reference)
-                    for batch, reference in zip(images, references, strict=True)
-                ]
-        parity.check(found)
+        for graph in tuple(graph for graph in manifest.graphs if graph != "paddledetection"):
+            try:
+                compared = _compare(Bundle(directory, manifest), graph, images, references, request.threads, report)
+                if tolerance is parity.TOLERANCE and any(parity.exceeds(one, tolerance) for one in compared):
+                    report("measuring how far rounding alone moves the eager model")
+                    tolerance = parity.tolerance(detector, images)
+                parity.check(compared, tolerance)
+                found += compared
+            except (EngineError, ParityError) as error:
+                if graph == "paddle":
+                    raise _suggest_fixed_size(error, request) from error
+                manifest = _leave_out(directory, manifest, graph, error, report)
         if request.with_nms:
             report("comparing PaddleDetection's graph with its own forward pass")
             parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
-        report("writing the FP16 ONNX graph and comparing it with the eager model")
-        with_half = replace(manifest, graphs={**graphs, "onnx_fp16": Graph("onnx/model_fp16.onnx")})
-        try:
-            halves = _write_half(Bundle(directory, with_half), images, references, request.threads)
-            half_record: dict[str, Any] = {"comparisons": [comparison.to_dict() for comparison in halves]}
-            manifest = with_half
-        except (EngineError, ParityError) as error:
-            problem = error.problem.replace(f"{directory}/", "")  # ONNX Runtime names the file that it cannot load
-            report(f"leaving out the FP16 ONNX graph: {problem}")
-            half_record = {"left_out": problem}
-            manifest = replace(manifest, left_out={**manifest.left_out, "onnx_fp16": problem})
-            (directory / "onnx/model_fp16.onnx").unlink(missing_ok=True)
+        halves: list[parity.Comparison] = []
+        if manifest.left_out.get("onnx"):
+            manifest = replace(manifest, left_out={**manifest.left_out, "onnx_fp16": "it is made of the ONNX graph"})
+        else:
+            report("writing the FP16 ONNX graph and comparing it with the eager model")
+            manifest = replace(manifest, graphs={**manifest.graphs, "onnx_fp16": Graph("onnx/model_fp16.onnx")})
+            try:
+                halves = _write_half(Bundle(directory, manifest), images, references, request.threads)
+            except (EngineError, ParityError) as error:
+                manifest = _leave_out(directory, manifest, "onnx_fp16", error, report)
         write_json(
             directory / "parity.json",
             {
                 "reference": "the eager ppdet model, before BatchNorm folding",
-                "tolerance": {"score": parity.SCORE_TOLERANCE, "box_px": parity.BOX_TOLERANCE_PX},
+                "tolerance": {"score": tolerance.score, "box_px": tolerance.box_px},
                 "comparisons": [comparison.to_dict() for comparison in found],
                 "fp16": {
-                    "tolerance": {"score": half.SCORE_TOLERANCE, "box_px": half.BOX_TOLERANCE_PX},
-                    **half_record,
+                    "tolerance": {"score": half.TOLERANCE.score, "box_px": half.TOLERANCE.box_px},
+                    **(
+                        {"comparisons": [comparison.to_dict() for comparison in halves]}
+                        if halves
+                        else {"left_out": manifest.left_out["onnx_fp16"]}
+                    ),
                 },
             },
         )
@@ -160,6 +165,65 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         report(f"publishing {request.output}")
         manifests.append(manifest)
     return Bundle.open(request.output)
+
+
+def _check_levels(detector: Any, config: DetectorConfig, preprocess: Preprocess, height: int, width: int) -> None:
+    """Raise `ConfigError` unless ppdet runs the model on what the reader makes, with a level for each stride.
+
+    `height`, `width`: in pixels, a size that the graphs are compared at; where sizes are free, another is tried too.
+    """
+    sizes = [(height, width)]
+    if not preprocess.fixed and preprocess.pad_stride:
+        sizes.append(_odd(preprocess.pad_stride))
+    levels: list[tuple[int, int]] = []
+    for size in reversed(sizes):
+        found = _levels(detector, size)
+        if isinstance(found, str):
+            remedy = "Check that backbone, neck and head fit together: channels (feat_in_chan), levels (fpn_stride)."
+            for stride in (32, 64, 128):
+                if not isinstance(_levels(detector, _odd(stride)), str):
+                    how = "use such an --input-shape" if preprocess.fixed else "set PadBatch's pad_to_stride to that"
+                    remedy = f"It runs at multiples of {stride} px: {how}."
+                    break
+            raise ConfigError(
+                f"PaddleDetection itself cannot run this model on {size[0]}x{size[1]} px: {found}", remedy
+            )
+        levels = found
+    actual = [int(2 ** round(np.log2(height * width / (rows * columns)) / 2)) for rows, columns in levels]
+    strides = list(config.strides)
+    if len(levels) != len(strides):
+        raise ConfigError(
+            f"the neck gives {len(levels)} levels, GFLHead's fpn_stride has {len(strides)}: {strides}",
+            f"Set fpn_stride to {actual}, or have the neck give {len(strides)} levels.",
+        )
+    for (rows, columns), stride in zip(levels, strides, strict=True):
+        if abs(height / stride - rows) >= 1 or abs(width / stride - columns) >= 1:
+            raise ConfigError(
+                f"GFLHead's fpn_stride is {strides}, but the level for {stride} has {rows}x{columns} cells of "
+                f"{height}x{width} px",
+                f"Set fpn_stride to {actual}, the strides of the neck's levels in their order.",
+            )
+
+
+def _odd(stride: int) -> tuple[int, int]:
+    """A height and a width that are multiples of `stride`, and of no larger power of two."""
+    return (3 * stride, 5 * stride)
+
+
+def _levels(detector: Any, size: tuple[int, int]) -> list[tuple[int, int]] | str:
+    """Rows and columns of each level that the neck makes of a picture of this size, or why ppdet cannot run it."""
+    import paddle
+
+    try:
+        with paddle.no_grad(), quiet(native_stderr=True):
+            levels = detector.neck(detector.backbone({"image": paddle.zeros([1, 3, *size])}))
+            if not isinstance(levels, list | tuple):
+                return "the neck gives one level as a tensor, the head takes a list of levels"
+            if len(levels) == len(detector.head.fpn_stride):
+                detector.head(levels)
+            return [(int(level.shape[2]), int(level.shape[3])) for level in levels]
+    except Exception as error:  # noqa: BLE001 - layers that do not fit together may raise anything
+        return summary(error)
 
 
 def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
@@ -173,10 +237,39 @@ def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
     return PaddleEngine(bundle, options, graph)
 
 
-def _outputs(request: ExportRequest, channels: int) -> tuple[TensorSpec, ...]:
-    rows = (request.input_shape[0], request.candidates)
+def _candidates(
+    request: ExportRequest, nms: NmsParams, references: Sequence[parity.Outputs], report: Callable[[str], None]
+) -> tuple[int | None, tuple[str, ...]]:
+    """How many anchors of an image the graphs decode, None for all, and what its user must know of that.
+
+    `references`: of all anchors, for the pictures that the graphs are compared with.
+    """
+    asked, most = request.candidates, max(batch["scores"].shape[1] for batch in references)
+    if asked is None:
+        return None, ()
+    default = default_candidates(nms, references[0]["scores"].shape[2])
+    kept = "every detection" if nms.keep_top_k == -1 else f"{nms.keep_top_k} detections of an image"
+    if asked == "auto":
+        if default is not None and suffice(default, references, nms):
+            return default, ()
+        why = f"the config keeps {kept}" if default is None else f"{default} do not suffice for test pictures"
+        report(f"all anchors will be decoded: {why}")
+        return None, ()
+    every = None not in request.input_shape[1:] and most <= asked  # no size has more anchors than that
+    if every or (default is not None and asked >= default and suffice(asked, references, nms)):
+        return asked, ()
+    note = (
+        f"only the {asked} anchors of an image that score highest are decoded, and the config keeps {kept}: detections "
+        "that score less than the worst of these anchors may be missing or differ (export --candidates all loses none)"
+    )
+    report(f"note: {note}")
+    return asked, (note,)
+
+
+def _outputs(request: ExportRequest, candidates: int | None, channels: int) -> tuple[TensorSpec, ...]:
+    rows = (request.input_shape[0], candidates)
     specs = (TensorSpec("scores", "float32", (*rows, channels)), TensorSpec("boxes", "float32", (*rows, 4)))
-    return specs if request.candidates is None else (*specs, TensorSpec("anchors", "int32", rows))
+    return specs if candidates is None else (*specs, TensorSpec("anchors", "int32", rows))
 
 
 def _write_half(
@@ -189,7 +282,7 @@ def _write_half(
             parity.compare("onnx_fp16", engine, batch, reference)
             for batch, reference in zip(images, references, strict=True)
         ]
-    parity.check(found, score_tolerance=half.SCORE_TOLERANCE, box_tolerance_px=half.BOX_TOLERANCE_PX)
+    parity.check(found, half.TOLERANCE)
     return found
 
 
@@ -216,48 +309,114 @@ def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int
 
 
 def _nms_params(config: DetectorConfig) -> NmsParams:
+    values = {key: value for key, value in config.nms.items() if key not in _NMS_OUTPUT_KEYS}
+    # Paddle takes any number: no score is below 0, and an nms_eta above 1 does nothing.
+    if isinstance(values.get("score_threshold"), int | float):
+        values["score_threshold"] = max(values["score_threshold"], 0.0)
+    if isinstance(values.get("nms_eta"), int | float):
+        values["nms_eta"] = min(values["nms_eta"], 1.0)
     try:
-        return NmsParams.from_dict({key: value for key, value in config.nms.items() if key not in _NMS_OUTPUT_KEYS})
+        return NmsParams.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"the config's nms cannot be used: {error.problem}", error.remedy) from error
 
 
+def _compare(
+    bundle: Bundle,
+    graph: GraphName,
+    images: Sequence[NDArray[np.float32]],
+    references: Sequence[parity.Outputs],
+    threads: int,
+    report: Callable[[str], None],
+) -> list[parity.Comparison]:
+    """A graph in every engine that is here and runs it on CPUs. Raises `EngineError` or `ParityError`."""
+    report(f"comparing the {graph} graph with the eager model")
+    engines = [open_graph(bundle, graph, threads)]
+    if graph == "onnx" and capability("openvino", "fp32", "cpu").works:
+        engines.append(open_engine("openvino", bundle, EngineOptions(threads=threads)))
+    found = []
+    for opened in engines:
+        with opened as engine:
+            found += [
+                parity.compare(graph, engine, batch, reference)
+                for batch, reference in zip(images, references, strict=True)
+            ]
+    return found
+
+
+def _leave_out(
+    directory: Path, manifest: Manifest, graph: GraphName, error: GfldeployError, report: Callable[[str], None]
+) -> Manifest:
+    """The manifest without a graph that the error tells against, and the directory without its model."""
+    problem = error.problem.replace(f"{directory}/", "")  # engines name the file that they cannot load
+    report(f"leaving out the {graph} graph: {problem}")
+    (directory / manifest.graphs[graph].model).unlink(missing_ok=True)
+    graphs = {name: files for name, files in manifest.graphs.items() if name != graph}
+    return replace(manifest, graphs=graphs, left_out={**manifest.left_out, graph: problem})
+
+
+def _suggest_fixed_size(error: GfldeployError, request: ExportRequest) -> GfldeployError:
+    """The same error, with a fixed input size as the remedy where the size was free: some models bind themselves."""
+    if request.input_shape[1] is not None:
+        return error
+    remedy = "If the model only works at one size, fix it: --input-shape HEIGHTxWIDTH"
+    return type(error)(f"with a free input size {error.problem}", f"{remedy}.")
+
+
 def _write_graphs(
-    detector: Any, directory: Path, request: ExportRequest, report: Callable[[str], None]
-) -> dict[GraphName, Graph]:
+    detector: Any,
+    directory: Path,
+    request: ExportRequest,
+    candidates: int | None,
+    image: NDArray[np.float32],
+    report: Callable[[str], None],
+) -> tuple[dict[GraphName, Graph], dict[GraphName, str]]:
+    """Write the graphs, and say why for those that cannot be. `image` [1, 3, H, W]: of a size that the model takes."""
     import paddle
 
     from gfldeploy.export.gfl_graph import GflGraph, fold_batch_norm
     from gfldeploy.export.onnx_graph import convert
-    from gfldeploy.export.static_graph import save_paddle_graphs, save_paddledetection_graph
+    from gfldeploy.export.static_graph import save_paddle_graph, save_paddle_program, save_paddledetection_graph
 
     report("folding BatchNorm and writing the Paddle graphs")
-    (directory / "paddle").mkdir()
+    for folder in ("paddle", "onnx"):
+        (directory / folder).mkdir()
     with quiet():
-        fold_batch_norm(detector, paddle.zeros([1, 3, 64, 64]))
-        layer = GflGraph(detector, request.candidates)
+        fold_batch_norm(detector, paddle.to_tensor(image))
+        layer = GflGraph(detector, candidates)
         layer.eval()
-        save_paddle_graphs(layer, directory / "paddle", request.input_shape)
-    graphs: dict[GraphName, Graph] = {
-        "paddle": Graph("paddle/model.json", "paddle/model.pdiparams"),
-        "paddle_program": Graph("paddle/model.pdmodel", "paddle/model.pdiparams"),
-        "onnx": Graph("onnx/model.onnx"),
-    }
+        try:
+            save_paddle_graph(layer, directory / "paddle", request.input_shape)
+        except EngineError as error:
+            raise _suggest_fixed_size(error, request) from error
+    graphs: dict[GraphName, Graph] = {"paddle": Graph("paddle/model.json", "paddle/model.pdiparams")}
+    left_out: dict[GraphName, str] = {}
+    try:
+        with quiet():
+            save_paddle_program(layer, directory / "paddle", request.input_shape)
+        graphs["paddle_program"] = Graph("paddle/model.pdmodel", "paddle/model.pdiparams")
+    except (EngineError, ParityError) as error:
+        left_out["paddle_program"] = error.problem
     report("writing the ONNX graph")
-    (directory / "onnx").mkdir()
-    convert(directory / "paddle/model.json", directory / "paddle/model.pdiparams", directory / "onnx/model.onnx")
-    write_json(directory / LAYERS, _layers(detector, directory / "onnx/model.onnx"))
+    try:
+        convert(directory / "paddle/model.json", directory / "paddle/model.pdiparams", directory / "onnx/model.onnx")
+        graphs["onnx"] = Graph("onnx/model.onnx")
+    except EngineError as error:
+        left_out["onnx"] = error.problem.replace(f"{directory}/", "")
+    for graph, why in left_out.items():
+        report(f"leaving out the {graph} graph: {why}")
+    write_json(directory / LAYERS, _layers(detector, directory / "onnx/model.onnx" if "onnx" in graphs else None))
     if request.with_nms:
         report("writing PaddleDetection's graph with NMS")
         (directory / "paddledetection").mkdir()
         with quiet():
             save_paddledetection_graph(layer, directory / "paddledetection", request.input_shape)
         graphs["paddledetection"] = Graph("paddledetection/model.json", "paddledetection/model.pdiparams")
-    return graphs
+    return graphs, left_out
 
 
-def _layers(detector: Any, onnx_file: Path) -> dict[str, str]:
-    """The layer path of each convolution in the ONNX graph, by weight name, in graph order."""
+def _layers(detector: Any, onnx_file: Path | None) -> dict[str, str]:
+    """The layer path of each convolution by weight name, in the order of the ONNX graph, or the model's without one."""
     import onnx
     from paddle import nn
 
@@ -265,6 +424,8 @@ def _layers(detector: Any, onnx_file: Path) -> dict[str, str]:
     for path, layer in detector.named_sublayers():
         if isinstance(layer, nn.Conv2D):
             paths.setdefault(layer.weight.name, path)
+    if onnx_file is None:
+        return paths
     weights = (node.input[1] for node in onnx.load(str(onnx_file)).graph.node if node.op_type == "Conv")
     return {weight: paths[weight] for weight in weights if weight in paths}
 

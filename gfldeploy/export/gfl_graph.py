@@ -65,16 +65,16 @@ class GflGraph(nn.Layer):
             if head.dgqp_module:
                 # GFLv2: ppdet squashes this product again below, as every score. The second sigmoid is part of what
                 # its checkpoints were trained and evaluated with.
-                logit = sigmoid(logit) * quality(head.dgqp_module, distribution)
+                logit = F.sigmoid(logit) * quality(head.dgqp_module, distribution)
             logits.append(logit)
             distributions.append(distribution)
             cells.append(paddle.concat([centre, paddle.full_like(centre[:, :1], float(stride))], 1))
         logit, distribution, cell = paddle.concat(logits, 2), paddle.concat(distributions, 2), paddle.concat(cells, 0)
         if self.candidates is None:
-            return sigmoid(paddle.transpose(logit, [0, 2, 1])), self.decode(distribution, cell)
+            return F.sigmoid(paddle.transpose(logit, [0, 2, 1])), self.decode(distribution, cell)
         anchors, there = self.best_cells(logit)
         chosen = paddle.clip(anchors, min=0)
-        scores = sigmoid(paddle.transpose(take(logit, chosen), [0, 2, 1])) * there.astype("float32").unsqueeze(-1)
+        scores = F.sigmoid(paddle.transpose(take(logit, chosen), [0, 2, 1])) * there.astype("float32").unsqueeze(-1)
         cell = paddle.reshape(paddle.gather(cell, paddle.flatten(chosen)), [-1, self.candidates, 3])
         return scores, self.decode(take(distribution, chosen), cell), anchors.astype("int32")
 
@@ -149,18 +149,6 @@ def take(values: Any, cells: Any) -> Any:
     return paddle.take_along_axis(values, paddle.tile(cells.unsqueeze(1), [1, values.shape[1], 1]), 2, broadcast=False)
 
 
-def sigmoid(x: Any) -> Any:
-    """Sigmoid in eager, PIR and program mode: Paddle 3.2 lost its own spelling of the last."""
-    if paddle.in_dynamic_mode() or paddle.framework.in_pir_mode():
-        return F.sigmoid(x)
-    from paddle.base.layer_helper import LayerHelper
-
-    helper = LayerHelper("sigmoid", x=x)
-    out = helper.create_variable_for_type_inference(x.dtype)
-    helper.append_op(type="sigmoid", inputs={"X": x}, outputs={"Out": out})
-    return out
-
-
 def quality(module: Any, distribution: Any) -> Any:
     """GFLv2's quality score [N, 1, A] of distributions [N, 4 * bins, A]: ppdet's DGQP, with a sigmoid that program mode
     has, and without sizes that are computed, so that ONNX's shape inference can follow. Its convolutions are 1x1."""
@@ -170,7 +158,7 @@ def quality(module: Any, distribution: Any) -> Any:
     if module.add_mean:
         statistics = paddle.concat([statistics, paddle.mean(statistics, axis=2, keepdim=True)], axis=2)
     statistics = paddle.reshape(statistics, [0, 4 * module.total_dim, -1, 1])
-    return sigmoid(module.reg_conv2(F.relu(module.reg_conv1(statistics)))).squeeze(-1)
+    return F.sigmoid(module.reg_conv2(F.relu(module.reg_conv1(statistics)))).squeeze(-1)
 
 
 def fold_batch_norm(detector: Any, image: Any) -> int:
@@ -181,6 +169,7 @@ def fold_batch_norm(detector: Any, image: Any) -> int:
     `image` [N, 3, H, W], so that any backbone works, whatever its attributes are called. A head's convolution and norm
     that all pyramid levels share are folded too; a convolution with a norm for each level is not.
     """
+    convolutions = (nn.Conv2D, paddle.vision.ops.DeformConv2D)
     norms = (nn.BatchNorm, nn.BatchNorm2D, nn.SyncBatchNorm)
     layers = {id(layer): layer for layer in detector.sublayers()}
     produced: dict[
@@ -200,7 +189,7 @@ def fold_batch_norm(detector: Any, image: Any) -> int:
             pairs[produced[id(inputs[0])][0], id(layer)] += 1
 
     for layer in layers.values():
-        if isinstance(layer, nn.Conv2D):
+        if isinstance(layer, convolutions):
             handles.append(layer.register_forward_post_hook(after_convolution))
         elif isinstance(layer, norms):
             handles.append(layer.register_forward_pre_hook(before_norm))

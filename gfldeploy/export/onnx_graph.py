@@ -11,12 +11,13 @@ from typing import Any
 
 from gfldeploy._quiet import quiet
 from gfldeploy.dependencies import require
-from gfldeploy.errors import EngineError, GfldeployError
+from gfldeploy.errors import EngineError, GfldeployError, summary
 from gfldeploy.files import native_writes
 
 __all__ = ["OPSET", "convert"]
 
-# The newest that TensorRT 10, ONNX Runtime 1.16+ and OpenVINO 2023+ all read, with per-channel QuantizeLinear.
+# The newest that TensorRT 10, ONNX Runtime 1.16+ and OpenVINO 2023+ all read, with per-channel QuantizeLinear. A graph
+# has a newer one where an operator needs it.
 OPSET = 17
 
 _OUTPUTS = ("scores", "boxes", "anchors")
@@ -45,12 +46,15 @@ def convert(model: Path, params: Path, output: Path) -> None:
             paddle2onnx.export(str(model), str(params), str(raw), opset_version=OPSET, optimize_tool="None")
         with native_writes(output.parent):
             _tidy(raw, output)
-        in_order = [name for node in onnx.load(str(raw)).graph.node for name in node.output]
+        converted = onnx.load(str(raw))
+        in_order = [name for node in converted.graph.node for name in node.output]
+        # Paddle2ONNX takes a newer one where an operator needs it: DeformConv came with 19.
+        opset = max(entry.version for entry in converted.opset_import if not entry.domain)
     except GfldeployError:
         raise
     except Exception as error:
         raise EngineError(
-            f"{model.name} cannot be converted to ONNX: {error}", "Please report this with your config."
+            f"{model.name} cannot be converted to ONNX: {summary(error)}", "Please report this with your config."
         ) from error
     finally:
         os.environ.pop("POLYGRAPHY_AUTOINSTALL_DEPS", None)
@@ -58,7 +62,7 @@ def convert(model: Path, params: Path, output: Path) -> None:
     graph = onnx.load(str(output))
     _sort(graph.graph, in_order)
     del graph.opset_import[:]
-    graph.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    graph.opset_import.append(onnx.helper.make_opsetid("", opset))
     for value, name in zip(graph.graph.output, _OUTPUTS[: len(graph.graph.output)], strict=True):
         _rename(graph, value.name, name)
     for value in (*graph.graph.input, *graph.graph.output):

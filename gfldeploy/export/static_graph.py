@@ -7,35 +7,38 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.errors import ParityError
+from gfldeploy.errors import EngineError, ParityError, summary
 from gfldeploy.files import native_writes
 
-__all__ = ["InputShape", "save_paddle_graphs", "save_paddledetection_graph", "strip_call_stacks"]
+__all__ = ["InputShape", "save_paddle_graph", "save_paddle_program", "save_paddledetection_graph", "strip_call_stacks"]
 
 InputShape = tuple[int | None, int | None, int | None]
 
 
-def save_paddle_graphs(layer: Any, directory: Path, shape: InputShape) -> None:
-    """Write `model.json` (PIR), `model.pdmodel` (program) and the `model.pdiparams` that both share.
+def save_paddle_graph(layer: Any, directory: Path, shape: InputShape) -> None:
+    """Write `model.json` (PIR) and its `model.pdiparams`. `shape`: batch, height, width; None is free.
 
-    `shape`: batch, height, width; None is free. Raises `ParityError` if the two formats would need different
-    parameters, `OutputError` if they cannot be written.
+    Raises `EngineError` if Paddle cannot trace the layer, `OutputError` if the files cannot be written.
     """
-    import paddle
-    from paddle.pir_utils import OldIrGuard
+    _save(layer, _image(shape), directory / "model")
 
+
+def save_paddle_program(layer: Any, directory: Path, shape: InputShape) -> None:
+    """Write `model.pdmodel`, the older program, beside a PIR graph: the `model.pdiparams` there serves both.
+
+    Raises `EngineError` if Paddle cannot trace the layer, `ParityError` if the program would need other parameters,
+    `OutputError` if it cannot be written.
+    """
     from gfldeploy.export.gfl_graph import GflGraph
+    from gfldeploy.export.program_mode import program_mode
 
-    batch, height, width = shape
-    spec = [paddle.static.InputSpec([batch, 3, height, width], "float32", name="image")]
-    _save(layer, spec, directory / "model")
     # A layer already traced for PIR cannot be traced again: a second one over the same sublayers can.
     program_layer = GflGraph(layer, layer.candidates)
     program_layer.half_projection = layer.half_projection
     program_layer.eval()
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        with OldIrGuard():
-            _save(program_layer, spec, Path(temporary) / "model")
+        with program_mode():
+            _save(program_layer, _image(shape), Path(temporary) / "model")
         if not filecmp.cmp(Path(temporary) / "model.pdiparams", directory / "model.pdiparams", shallow=False):
             raise ParityError("the PIR graph and the program have different parameters", "Please report this.")
         (Path(temporary) / "model.pdmodel").rename(directory / "model.pdmodel")
@@ -76,10 +79,21 @@ def save_paddledetection_graph(layer: Any, directory: Path, shape: InputShape) -
     _save(nms_layer, spec, directory / "model")
 
 
+def _image(shape: InputShape) -> list[Any]:
+    import paddle
+
+    batch, height, width = shape
+    return [paddle.static.InputSpec([batch, 3, height, width], "float32", name="image")]
+
+
 def _save(layer: Any, spec: list[Any], prefix: Path) -> None:
     import paddle
 
     static = paddle.jit.to_static(layer, input_spec=spec, full_graph=True)
+    try:
+        static.forward.concrete_program  # noqa: B018 - a property that traces
+    except Exception as error:  # a model's own code may raise anything under tracing
+        raise EngineError(f"Paddle cannot trace the model: {summary(error)}", "Please report this.") from error
     with native_writes(prefix.parent):
         paddle.jit.save(static, str(prefix))
     prefix.with_suffix(".pdiparams.info").unlink(missing_ok=True)

@@ -4,35 +4,59 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeAlias
+from urllib.parse import unquote
 
-from gfldeploy.errors import DataError
+from gfldeploy.errors import DataError, reading
+from gfldeploy.images.formats import IMAGE_SUFFIXES
+from gfldeploy.images.headers import image_size
 
-__all__ = ["IMAGE_SUFFIXES", "CocoAnnotation", "CocoCategory", "CocoDataset", "CocoImage", "list_images"]
+__all__ = [
+    "ClassMatch",
+    "CocoAnnotation",
+    "CocoCategory",
+    "CocoDataset",
+    "CocoId",
+    "CocoImage",
+    "list_images",
+]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+# As JSON has it: written back as it was read. Of numbers, 1 and 1.0 are the same id.
+CocoId: TypeAlias = int | float | str
 _SHOWN = 3  # how many offenders an error names
+_MOST_BYTES = 1 << 31  # of an annotation file; that of COCO's 118,287 training images has 450 MB
 
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image: its COCO id, its file, and its size in pixels as the annotation file gives it."""
+    """One image: its COCO id, its file, and its size in pixels as the annotation file gives it, None where it does not.
 
-    id: int
+    What counts is the size of the file, with EXIF orientation applied, as in PaddleDetection: `size`.
+    """
+
+    id: CocoId
     path: Path
-    height: int
-    width: int
+    height: int | None = None
+    width: int | None = None
+
+    def size(self) -> tuple[int, int]:
+        """(h, w) in pixels, of the file. Raises `DataError` where it cannot be read."""
+        return image_size(self.path)
 
 
 @dataclass(frozen=True)
 class CocoCategory:
     """One category of object: its COCO id and name."""
 
-    id: int
+    id: CocoId
     name: str
 
 
@@ -43,34 +67,51 @@ class CocoAnnotation:
     `crowd` marks a region of many objects, which counts neither for nor against a detector.
     """
 
-    image_id: int
-    category_id: int
+    image_id: CocoId
+    category_id: CocoId
     bbox: tuple[float, float, float, float]
     area: float
     crowd: bool = False
 
 
 @dataclass(frozen=True)
+class ClassMatch:
+    """The category id of each class of a detector, None where the annotations have no such category.
+
+    `notes`: sentences about what was not matched by the same name, for the user.
+    """
+
+    category_ids: tuple[CocoId | None, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CocoDataset:
     """Labelled images.
 
-    `images` are sorted by id. `categories` are in the order of the annotation file: PaddleDetection numbers its classes
-    by that order. `annotations` are those of `images`.
+    `images` are sorted by id, numbers before text. `categories` are in the order of the annotation file:
+    PaddleDetection numbers its classes by that order. `annotations` are those of `images`; there may be none.
+    `labelled`: the categories of which the file has boxes, of whatever images. `notes`: what was left out of the file,
+    in sentences.
     """
 
     images: tuple[CocoImage, ...]
     categories: tuple[CocoCategory, ...]
     annotations: tuple[CocoAnnotation, ...]
+    labelled: frozenset[CocoId] = field(default=frozenset())
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, annotations: Path, image_dir: Path | None = None, limit: int | None = None) -> CocoDataset:
         """Read and check a COCO annotation file.
 
         `image_dir` is where its file names start: by default the folder `images` beside the annotation file if there is
-        one, else the annotation file's own folder. `limit` keeps the first so many images by id, with their annotations
-        only; only their files need to be there.
+        one, else the annotation file's own folder, where a file that is not in the first is looked for too. A name may
+        have `\\` for `/`, and %20 for a space, where there is no file of the name as it is written; it may be absolute.
+        `limit` keeps the first so many images by id, with their annotations only; only their files need to be there.
 
-        An annotation without `area` gets width x height.
+        Without `annotations`, as in COCO's test files, there are images alone. An annotation without `area` gets
+        width x height; one without a box is left out, and so is one of an image that the file does not list.
 
         Raises `DataError` when the file is not a COCO annotation file, contradicts itself, or names images that are not
         there or lie outside `image_dir`.
@@ -79,51 +120,156 @@ class CocoDataset:
         if limit is not None and limit < 1:
             raise DataError(f"cannot keep {limit} images", "Give a limit of at least 1.")
         source = _read_json(annotations)
-        image_dir = _image_dir(annotations, image_dir)
-        images = _parse_images(source["images"], image_dir, annotations)
-        categories = _parse_categories(source["categories"], annotations)
-        boxes = _parse_annotations(source["annotations"], annotations)
-        _check_references(boxes, images, categories, annotations)
-        kept = sorted(images, key=lambda image: image.id)[:limit]
-        if absent := [str(image.path) for image in kept if not image.path.is_file()]:
+        folders = _image_folders(annotations, image_dir)
+        with reading(annotations, DataError, "Give a COCO annotation file."):
+            listed = _parse_images(source["images"], annotations)
+            categories = _parse_categories(source["categories"], annotations)
+            boxes, notes = _parse_annotations(source["annotations"], annotations)
+            boxes = _check_references(boxes, listed, categories, annotations, notes)
+        listed.sort(key=lambda item: (isinstance(item[0].id, str), item[0].id))
+        kept = [_located(image, name, folders, where) for image, name, where in listed[:limit]]
+        if absent := [str(image.path) for image in kept if not _is_file(image.path)]:
             raise DataError(
                 f"{len(absent)} of {len(kept)} images of {annotations} are missing: {_first(absent)}",
                 "Give the directory in which the annotations' file names start as the image directory.",
             )
         ids = {image.id for image in kept}
-        return cls(tuple(kept), tuple(categories), tuple(box for box in boxes if box.image_id in ids))
-
-    def class_to_category(self, classes: Sequence[str]) -> list[int]:
-        """The category id of each class of a model.
-
-        By name when every class is a category; otherwise, when there are as many classes as categories, by position in
-        the annotation file, as PaddleDetection does. Raises `DataError` when neither is possible.
-        """
-        by_name = {category.name: category.id for category in self.categories}
-        unique = len(by_name) == len(self.categories) and len(set(classes)) == len(classes)
-        if classes and unique and all(name in by_name for name in classes):
-            return [by_name[name] for name in classes]
-        if len(classes) == len(self.categories):
-            return [category.id for category in self.categories]
-        unknown = [name for name in classes if name not in by_name] or list(classes)
-        raise DataError(
-            f"the model has {len(classes)} classes, the annotations {len(self.categories)} categories, "
-            f"and these classes are not among them: {_first(unknown)}",
-            "Use annotations with the categories that the model was trained on.",
+        return cls(
+            tuple(kept),
+            tuple(categories),
+            tuple(box for box in boxes if box.image_id in ids),
+            frozenset(box.category_id for box in boxes),
+            tuple(notes),
         )
+
+    def class_to_category(self, classes: Sequence[str]) -> list[CocoId | None]:
+        """The category id of each class of a detector: `match`, without its notes."""
+        return list(self.match(classes).category_ids)
+
+    def match(self, classes: Sequence[str]) -> ClassMatch:
+        """Find the category of each class of a detector.
+
+        By name; where some names differ in case, spaces or `-` and `_` alone, by what remains. Of two categories of one
+        name, the one that has boxes. Classes without a category, and categories without a class, are left out if the
+        others do match. Where no name does, or those that do are at the same places, and there are as many of both, by
+        position in the annotation file, as PaddleDetection does. All but the first is told in the `notes`.
+
+        Raises `DataError` when none of this is possible.
+        """
+        names = list(classes)
+        if not self.categories:
+            told = "the annotations have no categories: classes are numbered from 1, in their order"
+            return ClassMatch(tuple(range(1, len(names) + 1)), (told,))
+        found = self._by_name(names) if len(set(names)) == len(names) else {}
+        missing = [name for name in names if name not in found]
+        taken = {category.id for category in found.values()}
+        spare = [
+            one for one in self.categories if one.id not in taken and (one.id in self.labelled or not self.labelled)
+        ]
+        notes = []
+        if loose := [f"{name!r} is {one.name!r}" for name, one in found.items() if name != one.name]:
+            notes.append(f"classes were matched without regard to case, spaces, '-' and '_': {_first(loose)}")
+        if found and not (missing and spare):
+            if missing:
+                notes.append(
+                    f"the annotations have no category for {len(missing)} of {len(names)} classes "
+                    f"({_first(missing)}): accuracy is over the other {len(found)}"
+                )
+            elif spare and self.labelled:
+                notes.append(
+                    f"the detector has no class for {len(spare)} categories of the annotations "
+                    f"({_first(one.name for one in spare)}): accuracy is over the {len(names)} that it has"
+                )
+            ids = (found[name].id if name in found else None for name in names)
+            return ClassMatch(tuple(ids), tuple(notes))
+        lined = self._as_many(len(names))
+        if lined and all(found.get(name, one) is one for name, one in zip(names, lined, strict=True)):
+            pairs = [f"{name!r} is {one.name!r}" for name, one in zip(names, lined, strict=True) if name != one.name]
+            told = f"categories were matched by their position in the annotations, not by name: {_first(pairs)}"
+            return ClassMatch(tuple(one.id for one in lined), (told,))
+        unknown = missing or names
+        problem = (
+            f"the model has {len(names)} classes, the annotations {len(self.categories)} categories, and these classes "
+            f"are not among them: {_first(unknown)}"
+        )
+        if lined:
+            problem += (
+                f"; nor are these categories classes: {_first(one.name for one in spare)}, and the names that are in "
+                "both are at different positions"
+            )
+        raise DataError(problem, "Use annotations with the categories that the model was trained on, by these names.")
+
+    def size_note(self) -> str | None:
+        """A sentence about images whose files have another size than the annotations say, None where there are none.
+
+        A file that cannot be read is left to whoever reads it.
+        """
+        other = []
+        for image in self.images:
+            if image.height is None or image.width is None:
+                continue
+            try:
+                size = image.size()
+            except DataError:
+                continue
+            if size != (image.height, image.width):
+                turned = size == (image.width, image.height)
+                other.append(f"{image.path.name} is {size[1]} x {size[0]} px{', turned,' if turned else ''} not "
+                             f"{image.width} x {image.height}")  # fmt: skip
+        if not other:
+            return None
+        return (
+            f"{len(other)} images have another size than their annotations say ({other[0]}); the files are believed, "
+            "and boxes are taken as they are written"
+        )
+
+    def _by_name(self, classes: Sequence[str]) -> dict[str, CocoCategory]:
+        """The category of each class that has one, in the order of the classes."""
+        exact: dict[str, list[CocoCategory]] = {}
+        loose: dict[str, list[CocoCategory]] = {}
+        for category in self.categories:
+            exact.setdefault(category.name, []).append(category)
+            loose.setdefault(_loosely(category.name), []).append(category)
+        known = set(classes)
+        once = Counter(map(_loosely, classes))
+        found = {}
+        for name in classes:
+            some = exact.get(name)
+            if some is None and once[_loosely(name)] == 1:
+                some = [one for one in loose.get(_loosely(name), []) if one.name not in known]
+            if some:
+                found[name] = self._one_of(some)
+        return found
+
+    def _one_of(self, same: Sequence[CocoCategory]) -> CocoCategory:
+        """Of categories of one name the one that has boxes. Raises `DataError` where several have."""
+        if len(with_boxes := [one for one in same if one.id in self.labelled]) > 1:
+            raise DataError(
+                f"{len(with_boxes)} categories of the annotations are called {same[0].name!r}, and all have boxes",
+                "Give each category a name of its own.",
+            )
+        return with_boxes[0] if with_boxes else same[-1]
+
+    def _as_many(self, count: int) -> list[CocoCategory] | None:
+        """So many categories in their order, without those that have no boxes if there are more."""
+        if len(self.categories) == count:
+            return list(self.categories)
+        with_boxes = [one for one in self.categories if one.id in self.labelled]
+        return with_boxes if len(with_boxes) == count else None
 
 
 def list_images(directory: Path) -> list[Path]:
-    """The images (.jpg, .jpeg, .png, .bmp, .webp, in any case) directly in a directory, sorted by name.
+    """The images (`IMAGE_SUFFIXES`, in any case) directly in a directory, sorted by name.
 
     Raises `DataError` when it is not a directory or has none.
     """
     directory = Path(directory)
     try:
         paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"cannot list the images of {directory}: {error.strerror or error}", "Give a directory of images."
+            f"cannot list the images of {directory}: {getattr(error, 'strerror', None) or error}",
+            "Give a directory of images.",
         ) from error
     if not paths:
         raise DataError(
@@ -133,52 +279,110 @@ def list_images(directory: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, list[Any]]:
+    remedy = "Give a COCO annotation file."
     try:
-        source = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", "Give a COCO annotation file.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}", "Give a COCO annotation file.") from error
+        with path.open("rb") as file:
+            kind = os.fstat(file.fileno()).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+                raise DataError(f"cannot read {path}: it is no file", remedy)
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", remedy) from error
+    if len(data) > _MOST_BYTES:
+        raise DataError(f"{path} has more than {_MOST_BYTES / 1e9:.1f} GB", "Split the annotations.")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} is UTF-16 text, and JSON is UTF-8", "Save it as UTF-8.")
+    try:
+        source = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"{path} is not JSON: {error}", remedy) from error
+    del data
     keys = ("images", "annotations", "categories")
-    missing = [key for key in keys if not isinstance(source, dict) or not isinstance(source.get(key), list)]
-    if missing:
+    if not isinstance(source, dict):
+        raise DataError(f"{path} has no list of images", "Give a COCO annotation file with object boxes.")
+    lists: dict[str, Any] = {key: source.get(key) for key in keys}
+    lists |= {key: [] for key in ("annotations", "categories") if lists[key] is None}
+    if missing := [key for key, value in lists.items() if not isinstance(value, list)]:
         raise DataError(
             f"{path} has no list of {', no list of '.join(missing)}", "Give a COCO annotation file with object boxes."
         )
-    for key in ("images", "categories"):
-        if not source[key]:
-            raise DataError(f"{path} has no {key}", "Give an annotation file with at least one.")
-    return {key: source[key] for key in keys}
+    if not lists["images"]:
+        raise DataError(f"{path} has no images", "Give an annotation file with at least one.")
+    return lists
 
 
-def _image_dir(annotations: Path, image_dir: Path | None) -> Path:
+def _image_folders(annotations: Path, image_dir: Path | None) -> tuple[Path, ...]:
+    """Where file names may start, the first choice first."""
     if image_dir is None:
         beside = annotations.parent / "images"
-        return beside if beside.is_dir() else annotations.parent
+        return (beside, annotations.parent) if beside.is_dir() else (annotations.parent,)
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
         raise DataError(f"{image_dir} is not a directory", "Give the directory of the annotations' images.")
-    return image_dir
+    return (image_dir,)
 
 
-def _parse_images(entries: list[Any], image_dir: Path, path: Path) -> list[CocoImage]:
-    images = []
+def _located(image: CocoImage, name: str, folders: Sequence[Path], where: str) -> CocoImage:
+    """The image with its file. Raises `DataError` where the name leads out of the folders."""
+    spellings = dict.fromkeys(_spellings(name))
+    places = [folder / one for one in spellings for folder in folders if _may_be(folder / one, folder)]
+    if found := next((place for place in places if _is_file(place)), None):
+        return CocoImage(image.id, found, image.height, image.width)
+    if not places or _escapes(name):
+        raise DataError(
+            f"{where}: file_name {_short(name)!r} leads outside the image directory {folders[0]}",
+            "Give --images, the folder that holds all of them, or relative paths without '..'.",
+        )
+    return CocoImage(image.id, places[0], image.height, image.width)
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """As it is written, then as Windows and URLs write it."""
+    yield name
+    yield name.replace("\\", "/")
+    yield unquote(name, errors="surrogateescape")
+    yield unquote(name, errors="surrogateescape").replace("\\", "/")
+
+
+def _may_be(path: Path, folder: Path) -> bool:
+    """Whether a file name may mean this path: one in the folder, by the names alone, as a link there may lead anywhere;
+    or an image by an absolute name, as `predict` writes them."""
+    if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # noqa: PTH100 - resolve follows links
+        return True
+    # A relative name has the folder before it: joined to the root, it would not.
+    outright = not path.is_relative_to(folder) and ".." not in path.parts
+    return outright and path.suffix.lower() in IMAGE_SUFFIXES and _is_file(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+_Listed: TypeAlias = tuple[CocoImage, str, str]
+
+
+def _parse_images(entries: list[Any], path: Path) -> list[_Listed]:
+    """The images, each with its file name and where in the file it is."""
+    images: list[_Listed] = []
     for position, entry in enumerate(entries):
         where = f"{path}: images[{position}]"
-        values = _take(entry, ("id", "file_name", "height", "width"), where)
+        values = _take(entry, ("id", "file_name"), where)
         name = values["file_name"]
         if not isinstance(name, str) or not name:
-            raise DataError(f"{where}: file_name is {name!r}", "It must be a relative path.")
-        if _escapes(name):
-            raise DataError(
-                f"{where}: file_name {name!r} leads outside the image directory",
-                "It must be a relative path without '..'.",
-            )
+            raise DataError(f"{where}: file_name is {_short(name)}", "It must be a relative path.")
+        sides = []
         for key in ("height", "width"):
-            if not _is_int(values[key]) or values[key] < 1:
-                raise DataError(f"{where}: {key} is {values[key]!r}", "It must be a positive whole number of pixels.")
-        images.append(CocoImage(_id(values["id"], where), image_dir / name, values["height"], values["width"]))
-    _check_unique((image.id for image in images), "image", path)
+            value = entry.get(key)
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if value is not None and (not _is_int(value) or value < 1):
+                raise DataError(f"{where}: {key} is {_short(value)}", "It must be a positive whole number of pixels.")
+            sides.append(value)
+        images.append((CocoImage(_id(values["id"], where), Path(), *sides), name, where))
+    _check_unique((image.id for image, _, _ in images), "image", path)
     return images
 
 
@@ -187,31 +391,38 @@ def _parse_categories(entries: list[Any], path: Path) -> list[CocoCategory]:
     for position, entry in enumerate(entries):
         where = f"{path}: categories[{position}]"
         values = _take(entry, ("id", "name"), where)
-        if not isinstance(values["name"], str):
-            raise DataError(f"{where}: name is {values['name']!r}", "It must be text.")
-        categories.append(CocoCategory(_id(values["id"], where), values["name"]))
+        name = str(values["name"]) if _is_int(values["name"]) else values["name"]
+        if not isinstance(name, str):
+            raise DataError(f"{where}: name is {_short(name)}", "It must be text.")
+        categories.append(CocoCategory(_id(values["id"], where), name))
     _check_unique((category.id for category in categories), "category", path)
     return categories
 
 
-def _parse_annotations(entries: list[Any], path: Path) -> list[CocoAnnotation]:
+def _parse_annotations(entries: list[Any], path: Path) -> tuple[list[CocoAnnotation], list[str]]:
+    """Those with a box, and what is to be said of the others."""
     annotations = []
+    bare = 0
     for position, entry in enumerate(entries):
         where = f"{path}: annotations[{position}]"
-        values = _take(entry, ("image_id", "category_id", "bbox"), where)
-        box = values["bbox"]
+        values = _take(entry, ("image_id", "category_id"), where)
+        box = entry.get("bbox")
+        if box is None or box == []:
+            bare += 1
+            continue
         if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
             raise DataError(
-                f"{where}: bbox is {box!r}",
+                f"{where}: bbox is {_short(box)}",
                 "It must be [x, y, width, height], finite, with no negative width or height.",
             )
         x, y, width, height = map(float, box)
-        area = entry.get("area", width * height)
+        area = entry.get("area")
+        area = width * height if area is None else area
         if not _is_finite(area) or area < 0:
-            raise DataError(f"{where}: area is {area!r}", "It must be a number of square pixels.")
-        crowd = entry.get("iscrowd", 0)
-        if crowd not in (0, 1):
-            raise DataError(f"{where}: iscrowd is {crowd!r}", "It must be 0 or 1.")
+            raise DataError(f"{where}: area is {_short(area)}", "It must be a number of square pixels.")
+        crowd = entry.get("iscrowd") or 0
+        if isinstance(crowd, str | list | dict) or crowd not in (0, 1):
+            raise DataError(f"{where}: iscrowd is {_short(crowd)}", "It must be 0 or 1.")
         annotations.append(
             CocoAnnotation(
                 image_id=_id(values["image_id"], f"{where}: image_id"),
@@ -221,25 +432,38 @@ def _parse_annotations(entries: list[Any], path: Path) -> list[CocoAnnotation]:
                 crowd=bool(crowd),
             )
         )
-    return annotations
+    return annotations, [f"{bare} annotations of {path} have no box, and are left out"] if bare else []
 
 
 def _check_references(
-    annotations: list[CocoAnnotation], images: list[CocoImage], categories: list[CocoCategory], path: Path
-) -> None:
-    """Raise `DataError` for annotations of images or categories that the file does not have."""
-    image_ids = {image.id for image in images}
+    annotations: list[CocoAnnotation],
+    images: list[_Listed],
+    categories: list[CocoCategory],
+    path: Path,
+    notes: list[str],
+) -> list[CocoAnnotation]:
+    """Those of images that the file lists. Raises `DataError` where none is, and for a category it does not have."""
+    image_ids = {image.id for image, _, _ in images}
     category_ids = {category.id for category in categories}
+    kept = [item for item in annotations if item.image_id in image_ids]
+    lost = list(dict.fromkeys(item.image_id for item in annotations if item.image_id not in image_ids))
     for kind, dangling in (
-        ("image", [item.image_id for item in annotations if item.image_id not in image_ids]),
+        ("image", lost if annotations and not kept else []),
         ("category", [item.category_id for item in annotations if item.category_id not in category_ids]),
     ):
         if dangling:
+            count = len(annotations) if kind == "image" else len(dangling)
             raise DataError(
-                f"{path}: {len(dangling)} annotations have a dangling {kind} id, one that the file does not define: "
-                f"{_first(dict.fromkeys(dangling))}",
+                f"{path}: {count} annotations have a dangling {kind} id, one that the file does not define: "
+                f"{_first(map(_short, dict.fromkeys(dangling)))}",
                 "Remove them, or add what they refer to.",
             )
+    if lost:
+        notes.append(
+            f"{len(annotations) - len(kept)} annotations of {path} are of {len(lost)} images that it does not list "
+            f"({_first(map(_short, lost))}), and are left out"
+        )
+    return kept
 
 
 def _take(entry: object, keys: Sequence[str], where: str) -> dict[str, Any]:
@@ -250,7 +474,7 @@ def _take(entry: object, keys: Sequence[str], where: str) -> dict[str, Any]:
     return {key: entry[key] for key in keys}
 
 
-def _check_unique(ids: Iterable[int], kind: str, path: Path) -> None:
+def _check_unique(ids: Iterable[CocoId], kind: str, path: Path) -> None:
     if repeated := [item for item, count in Counter(ids).items() if count > 1]:
         raise DataError(f"{path}: {len(repeated)} {kind} ids occur twice: {_first(repeated)}", "Make the ids unique.")
 
@@ -262,10 +486,15 @@ def _escapes(name: str) -> bool:
     )
 
 
-def _id(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"{where}: the id is {value!r}", "It must be a whole number.")
-    return value
+def _id(value: object, where: str) -> CocoId:
+    if isinstance(value, str) or (_is_finite(value) and isinstance(value, int | float)):
+        return value
+    raise DataError(f"{where}: the id is {_short(value)}", "It must be a number or text.")
+
+
+def _loosely(name: str) -> str:
+    """A class name without what people write in different ways: case, spaces, `-` and `_`."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
 
 
 def _is_int(value: object) -> bool:
@@ -273,10 +502,20 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if _is_int(value):
+        return True
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _short(value: object) -> str:
+    """What a file holds, for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
 
 
 def _first(items: Iterable[object]) -> str:
     shown = [str(item) for item in items]
     more = len(shown) - _SHOWN
-    return ", ".join(shown[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(one if len(one) <= 200 else f"{one[:100]} ..." for one in shown[:_SHOWN]) + (
+        f" and {more} more" if more > 0 else ""
+    )

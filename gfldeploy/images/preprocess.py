@@ -16,6 +16,10 @@ __all__ = ["Prepared", "Preprocess", "collate"]
 
 _NORM_TYPES = ("mean_std", "none")
 _INTERPOLATIONS = range(7)  # cv2.INTER_NEAREST (0) to cv2.INTER_NEAREST_EXACT (6)
+# What no detector asks for: one image at these sizes takes 800 MB.
+_LARGEST_SIDE = 8192
+_LARGEST_STRIDE = 1024
+_LARGEST_SHIFT = 1e6  # of mean and std, and the least std by its inverse
 # The operators that are reproduced here, in the only order in which they are.
 _ORDER = ("Decode", "Resize", "NormalizeImage", "Permute", "PadBatch", "PadStride")
 _ARGUMENTS: dict[str, frozenset[str]] = {
@@ -75,6 +79,8 @@ class Preprocess:
     def __post_init__(self) -> None:
         if not (_is_tuple_of(self.target_size, 2, int) and min(self.target_size) >= 1):
             raise ConfigError(f"target_size is {self.target_size!r}", "Give it as (height, width), two whole pixels.")
+        if max(self.target_size) > _LARGEST_SIDE:
+            raise ConfigError(f"target_size is {self.target_size!r}", f"No side may be longer than {_LARGEST_SIDE} px.")
         for name in ("keep_ratio", "is_scale", "fixed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", "Set it to true or false.")
@@ -82,14 +88,17 @@ class Preprocess:
             raise ConfigError(f"interp is {self.interp!r}", "Use an OpenCV code from 0 to 6, such as 1 for linear.")
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if not (_is_tuple_of(value, 3, (int, float)) and all(math.isfinite(number) for number in value)):
-                raise ConfigError(f"{name} is {value!r}", "Give three numbers, for red, green and blue.")
-        if 0 in self.std:
-            raise ConfigError(f"std is {self.std!r}", "No entry may be 0: the image is divided by it.")
+            if not (_is_tuple_of(value, 3, (int, float)) and all(abs(number) < _LARGEST_SHIFT for number in value)):
+                raise ConfigError(f"{name} is {value!r:.80}", "Give three numbers, for red, green and blue.")
+        if min(map(abs, self.std)) < 1 / _LARGEST_SHIFT:
+            raise ConfigError(f"std is {self.std!r}", "No entry may be 0 or next to it: the image is divided by it.")
         if self.norm_type not in _NORM_TYPES:
             raise ConfigError(f"norm_type is {self.norm_type!r}", f"Use one of {', '.join(_NORM_TYPES)}.")
-        if not _is_int(self.pad_stride) or self.pad_stride < 0:
-            raise ConfigError(f"pad_stride is {self.pad_stride!r}", "Give a whole number of pixels, 0 for none.")
+        if not _is_int(self.pad_stride) or not 0 <= self.pad_stride <= _LARGEST_STRIDE:
+            raise ConfigError(
+                f"pad_stride is {self.pad_stride!r:.40}",
+                f"Give a number of pixels up to {_LARGEST_STRIDE}, 0 for none.",
+            )
 
     @classmethod
     def from_reader(

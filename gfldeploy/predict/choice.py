@@ -6,29 +6,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gfldeploy.batching.buckets import StreamOrder
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import capability, check_bundle, missing_graph
+from gfldeploy.engines.registry import check_possible, preferred_engine
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine, usable_threads
 from gfldeploy.tune.deploy_file import Deploy
+from gfldeploy.tune.search import Policy
 
 __all__ = ["Choice", "choose"]
 
-# The first that runs a precision: the fastest by the results in benchmarks/. `gfldeploy tune` measures all of them.
-_PREFERRED = ("openvino", "onnxruntime", "paddle")
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
+_ORDERS: dict[Policy, StreamOrder] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs, and how. `why`: this engine, in words. `notes`: what the user should know, such as that a
-    `deploy.yml` was made on another machine."""
+    """What runs, and how. `order`: how batches are formed, see `pipeline.detect_groups`. `why`: this engine, in words.
+    `notes`: what the user should know, such as that a `deploy.yml` was made on another machine."""
 
     bundle: Bundle
     engine: str
     options: EngineOptions
     batch_size: int
+    order: StreamOrder
     why: str
     notes: tuple[str, ...] = ()
 
@@ -41,11 +43,12 @@ def choose(
     threads: int | None = None,
     batch_size: int | None = None,
     engine_cache: Path | None = None,
+    order: StreamOrder | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; what is given goes before both.
 
-    A bundle runs in its own precision on the CPU, with all threads, one image at a time. A network of a fixed batch
-    size has that one. `engine_cache`: where engines keep what they compiled, None for nowhere.
+    A bundle runs in its own precision on the CPU, with all threads, one image at a time; batches are bucketed. A
+    network of a fixed batch size has that one. `engine_cache`: where engines keep what they compiled, None for nowhere.
 
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
     `UnsupportedError` where nothing here can run it.
@@ -62,6 +65,7 @@ def choose(
         engine, precision = engine or choice.engine, precision or choice.precision
         device = device or choice.device
         threads, batch_size = threads or choice.threads, batch_size or choice.batch_size
+        order = order or _ORDERS[choice.policy]
     elif source.is_dir():
         bundle = Bundle.open(source)
     else:
@@ -71,12 +75,17 @@ def choose(
         precision or bundle.manifest.precision, device or "cpu", threads or usable_threads(), cache_dir=engine_cache
     )
     if engine is None:
-        engine, why = _preferred(bundle, options)
+        engine, why = preferred_engine(bundle, options.precision, options.device)
+    else:
+        check_possible(engine, bundle, options)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
+    size, order = fixed or batch_size or 1, order or "bucketed"
+    if order == "listed" and size > 1:
+        notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
     notes = (*notes, *bundle.manifest.notes)
-    return Choice(bundle, engine, options, fixed or batch_size or 1, why or "as asked for", notes)
+    return Choice(bundle, engine, options, size, order, why or "as asked for", notes)
 
 
 def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:
@@ -88,22 +97,3 @@ def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:
         yield f"{error.problem}; `gfldeploy tune` finds what is fastest here"
     if changes := deploy.software_changes(machine):
         yield f"since the choice was made, other software is installed: {'; '.join(changes)}"
-
-
-def _preferred(bundle: Bundle, options: EngineOptions) -> tuple[str, str]:
-    """The engine, and why."""
-    precision, device = options.precision, options.device
-    if problem := check_bundle(bundle, precision):
-        raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
-    refused = []
-    for name in _PREFERRED:
-        can = capability(name, precision, device)
-        if can.reason is not None:
-            refused.append((name, can.reason, can.remedy))
-        elif problem := missing_graph(bundle, name, precision, device):
-            refused.append((name, *problem))
-        else:
-            others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
-            return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
-    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")

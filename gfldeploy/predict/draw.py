@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import colorsys
+import functools
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.errors import OutputError
 from gfldeploy.images.decode import load_cv2, read_image
+from gfldeploy.images.native_stderr import heard
+from gfldeploy.predict.fonts import missing_glyphs, runs
 from gfldeploy.predict.outputs import read_records
 from gfldeploy.predict.sources import video_frames, video_rate
 from gfldeploy.predict.working import Record
 
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont, ImageFont
-
-__all__ = ["colour", "draw_all", "draw_boxes"]
+__all__ = ["colour", "draw_all", "draw_boxes", "drawing_notes"]
 
 _QUALITY = 92
 _DEFAULT_RATE = 25.0  # frames a second of a video that does not say
+_PLAYED = ("avc1", "vp09")  # by browsers too: H.264, VP9
+_MOST_STEM_BYTES = 200
+_MOST_SHOWN = 5  # characters that a note names
 _GOLDEN = 0.618034  # steps around the circle of hues that never come close to one another
 
 
@@ -52,21 +56,27 @@ def draw_boxes(image: NDArray[np.uint8], detections: Sequence[Record], threshold
     draw = ImageDraw.Draw(picture)
     line = max(2, round(min(image.shape[:2]) / 300))
     size = max(11, round(min(image.shape[:2]) / 40))
-    font = _font(size)
     for one in sorted((one for one in detections if one["score"] >= threshold), key=lambda one: one["score"]):
         x, y, width, height = one["bbox"]
         fill = colour(one["class_id"])
         draw.rectangle((x, y, x + max(width, 1), y + max(height, 1)), outline=fill, width=line)
-        text = f"{one['class']} {one['score']:.2f}"
-        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        pieces = list(runs(f"{one['class']} {one['score']:.2f}", size))
+        widths = [draw.textlength(text, font=font) for text, font in pieces]
+        # Fonts differ in where they begin: all stand on one baseline.
+        extents = [draw.textbbox((0, 0), text, font=font, anchor="ls") for text, font in pieces]
+        top, bottom = min(one[1] for one in extents), max(one[3] for one in extents)
+        width, height = sum(widths), bottom - top
         # Above the box, or inside it at the upper edge of the image; never beyond the right one.
-        label_x = max(0.0, min(x, image.shape[1] - (right - left) - 4))
-        label_y = y - (bottom - top) - 4 if y >= bottom - top + 4 else max(y, 0.0)
-        draw.rectangle((label_x, label_y, label_x + right - left + 4, label_y + bottom - top + 4), fill=fill)
+        label_x = max(0.0, min(x, image.shape[1] - width - 4))
+        label_y = y - height - 4 if y >= height + 4 else max(y, 0.0)
+        draw.rectangle((label_x, label_y, label_x + width + 4, label_y + height + 4), fill=fill)
         ink = (
             "black" if sum(weight * part for weight, part in zip((0.3, 0.6, 0.1), fill, strict=True)) > 128 else "white"
         )
-        draw.text((label_x + 2 - left, label_y + 2 - top), text, fill=ink, font=font)
+        pen = label_x + 2
+        for (text, font), advance in zip(pieces, widths, strict=True):
+            draw.text((pen, label_y + 2 - top), text, fill=ink, font=font, anchor="ls")
+            pen += advance
     return np.asarray(picture)
 
 
@@ -76,11 +86,58 @@ def colour(category: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-@cache
-def _font(size: int) -> FreeTypeFont | ImageFont:
-    from PIL import ImageFont
+def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
+    """Sentences about what pictures, and `videos` if there are any, will not show as it should be."""
+    notes = []
+    if missing := missing_glyphs(classes):
+        shown = "".join(missing[:_MOST_SHOWN]).encode("unicode_escape").decode()
+        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        notes.append(
+            f"no font here has {shown}{more}, so pictures show codes for it; install one that has, such as the package "
+            "fonts-noto-cjk"
+        )
+    if videos:
+        with tempfile.TemporaryDirectory() as folder:
+            writer, codec = _video_writer(Path(folder) / "probe.mp4", _DEFAULT_RATE, (64, 64))
+            writer.release()
+        if codec not in _PLAYED:
+            notes.append("this OpenCV writes neither H.264 nor VP9: players show the videos, browsers do not")
+    return notes
 
-    return ImageFont.load_default(size)
+
+def _video_writer(path: Path, rate: float, size: tuple[int, int]) -> tuple[Any, str | None]:
+    """A `cv2.VideoWriter` in the first codec that this OpenCV has, and which; None where it cannot write at all.
+
+    The name of `path` is ASCII; that of its folder may be any.
+    """
+    cv2 = load_cv2()
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    # Not by its name, as OpenCV crashes on one that is not UTF-8.
+    name = f"/proc/self/fd/{folder}/{path.name}"
+    try:
+        for codec in (*_PLAYED, "mp4v"):
+            fourcc = cv2.VideoWriter_fourcc(*codec)
+            open_writer = functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size)
+            writer, _ = heard(open_writer)
+            if writer.isOpened():
+                return writer, codec
+        return writer, None
+    finally:
+        os.close(folder)
+
+
+def _fitted(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The image in a frame of (width, height): as large as fits, black right and below."""
+    import cv2
+
+    width, height = size
+    if image.shape[:2] == (height, width):
+        return image
+    scale = min(height / image.shape[0], width / image.shape[1])
+    inner = (max(1, int(image.shape[1] * scale)), max(1, int(image.shape[0] * scale)))
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[: inner[1], : inner[0]] = cv2.resize(image, inner, interpolation=cv2.INTER_AREA)
+    return frame
 
 
 def _write_jpeg(target: Path, image: NDArray[np.uint8]) -> None:
@@ -96,9 +153,17 @@ def _write_jpeg(target: Path, image: NDArray[np.uint8]) -> None:
         raise OutputError(f"cannot write {target}: {error.strerror or error}", "Free some space.") from error
 
 
+def _name(number: int, path: Path, suffix: str) -> str:
+    """Of a picture: no longer than any file system takes."""
+    stem = os.fsencode(path.stem)
+    if len(stem) > _MOST_STEM_BYTES:
+        stem = stem[:_MOST_STEM_BYTES].decode("utf-8", "ignore").encode()
+    return f"{number:06d}-{os.fsdecode(stem)}{suffix}"
+
+
 def _draw_image(path: Path, lines: Iterable[tuple[int, Record]], directory: Path, threshold: float) -> Iterator[int]:
     for number, record in lines:
-        target = directory / f"{number:06d}-{path.stem}.jpg"
+        target = directory / _name(number, path, ".jpg")
         if "error" not in record and not target.exists():
             _write_jpeg(target, draw_boxes(read_image(path), record["detections"], threshold))
         yield number
@@ -109,16 +174,16 @@ def _draw_video(path: Path, lines: Iterable[tuple[int, Record]], directory: Path
     with ExitStack() as stack:
         for frame, (number, record) in zip(video_frames(path), lines, strict=False):
             if frame.frame == 0:
-                target = directory / f"{number:06d}-{path.stem}.mp4"
+                target = directory / _name(number, path, ".mp4")
                 if target.exists():
                     return
-                partial = target.with_name(f".{target.name}")
+                partial = directory / f".{number:06d}.mp4"
                 size, rate = (record["width"], record["height"]), video_rate(path) or _DEFAULT_RATE
-                writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+                writer, codec = _video_writer(partial, rate, size)
                 stack.callback(writer.release)
-                if not writer.isOpened():
+                if codec is None:
                     raise OutputError(f"OpenCV cannot write {target}", "Leave --draw out, or free some space.")
             drawn = draw_boxes(frame.read(), record["detections"], threshold)
-            writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+            writer.write(cv2.cvtColor(_fitted(drawn, size), cv2.COLOR_RGB2BGR))
             yield number
     partial.replace(target)

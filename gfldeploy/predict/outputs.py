@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.working import Record
 
-__all__ = ["COCO", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+__all__ = ["COCO", "DEFAULT_THRESHOLD", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+
+# What PaddleDetection draws from, unless told otherwise.
+DEFAULT_THRESHOLD = 0.5
 
 DETECTIONS = "detections.jsonl"
 COCO = "coco.json"
@@ -21,9 +25,11 @@ IMAGES = "images.json"
 
 @dataclass(frozen=True)
 class Summary:
-    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections`.
+    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections` score
+    enough to be in `detections.jsonl`.
 
-    `kept`: images that an earlier run had done.
+    `kept`: images that an earlier run had done. `incomplete`: images that may lack detections, or have others, since
+    the bundle decodes only so many anchors, and `lack_below`: the highest score of such a detection.
     """
 
     images: int
@@ -31,13 +37,16 @@ class Summary:
     reasons: tuple[str, ...]
     detections: int
     kept: int = 0
+    incomplete: int = 0
+    lack_below: float = 0.0
 
 
-def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:
-    """One line of `detections.jsonl`, without detections that score below `threshold`.
+def record_of(found: Found, classes: Sequence[str]) -> Record:
+    """One image with all that NMS left, as a line of `detections.jsonl` has it.
 
     `bbox` is x, y, width, height in original pixels. Nothing is rounded: even a thousandth of a pixel turns some
-    IoU, and the mAP of the results would not be that of `gfldeploy eval`.
+    IoU, and the mAP of the results would not be that of `gfldeploy eval`. `may_lack_below` is there where detections
+    of that score and less may be missing or differ: see `Detections`.
     """
     record: Record = {"file": found.name}
     if found.frame is not None and found.time_s is not None:
@@ -55,30 +64,34 @@ def record_of(found: Found, classes: Sequence[str], threshold: float) -> Record:
             "bbox": [x1, y1, x2 - x1, y2 - y1],
         }
         for (x1, y1, x2, y2), score, category in rows
-        if score >= threshold
     ]
-    return {**record, "width": width, "height": height, "detections": detections}
+    record |= {"width": width, "height": height, "detections": detections}
+    return {**record, "may_lack_below": one.may_lack_below} if one.may_lack_below > 0 else record
 
 
 def write_outputs(
     directory: Path,
     records: Iterable[Record],
     classes: Sequence[str],
-    image_ids: Sequence[int] | None = None,
-    category_ids: Sequence[int] | None = None,
+    image_ids: Sequence[CocoId] | None = None,
+    category_ids: Sequence[CocoId | None] | None = None,
+    threshold: float = DEFAULT_THRESHOLD,
     most_reasons: int = 3,
 ) -> Summary:
     """Write the files, one record at a time: memory does not grow with their number.
 
-    `coco.json` is a list of results as COCO's tools read it. `image_ids` and `category_ids`: those of annotations, by
-    image and by class. Without them images and classes are numbered from 1 in their order, and `images.json` says which
-    they are, in the format of annotations. Raises `OSError`.
+    `coco.json` is a list of results as COCO's tools read it: all of them, as mAP counts low scores too. `threshold`:
+    the least score in `detections.jsonl`. `image_ids` and `category_ids`: those of annotations, by image and by class;
+    `coco.json` leaves out a class whose category is None. Without them images and classes are numbered from 1 in their
+    order, and `images.json` says which they are, in the format of annotations. Raises `OSError`, also for a file that
+    is there.
     """
-    categories = category_ids or range(1, len(classes) + 1)
-    images = failed = detections = 0
+    categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
+    images = failed = detections = incomplete = 0
+    lack_below = 0.0
     reasons: list[str] = []
     with ExitStack() as stack:
-        lines = stack.enter_context((directory / DETECTIONS).open("w", encoding="utf-8"))
+        lines = stack.enter_context((directory / DETECTIONS).open("x", encoding="utf-8"))
         results = stack.enter_context(_List(directory / COCO, "[", "]"))
         listed = None
         if image_ids is None:
@@ -86,27 +99,33 @@ def write_outputs(
             tail = f'], "categories": {json.dumps(named)}, "annotations": []}}'
             listed = stack.enter_context(_List(directory / IMAGES, '{"images": [', tail))
         for index, record in enumerate(records):
-            lines.write(json.dumps(record) + "\n")
+            shown = [one for one in record.get("detections", ()) if one["score"] >= threshold]
+            lines.write(json.dumps({**record, "detections": shown} if "detections" in record else record) + "\n")
             images += 1
+            detections += len(shown)
             if "error" in record:
                 failed += 1
                 reasons += [record["error"]] if failed <= most_reasons else []
                 continue
-            image_id = index + 1 if image_ids is None else image_ids[index]
+            if "may_lack_below" in record:
+                incomplete += 1
+                lack_below = max(lack_below, record["may_lack_below"])
+            image_id: CocoId = index + 1 if image_ids is None else image_ids[index]
             if listed is not None:
                 name = record["file"] + (f"#{record['frame']}" if "frame" in record else "")
                 listed.add({"id": image_id, "file_name": name, "width": record["width"], "height": record["height"]})
             for one in record["detections"]:
-                detections += 1
+                if (category_id := categories[one["class_id"]]) is None:
+                    continue
                 results.add(
                     {
                         "image_id": image_id,
-                        "category_id": categories[one["class_id"]],
+                        "category_id": category_id,
                         "bbox": one["bbox"],
                         "score": one["score"],
                     }
                 )
-    return Summary(images, failed, tuple(reasons), detections)
+    return Summary(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -120,7 +139,7 @@ class _List:
     """A JSON list in a file, written entry by entry between `head` and `tail`; a context manager."""
 
     def __init__(self, path: Path, head: str, tail: str) -> None:
-        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file: IO[str] = path.open("x", encoding="utf-8")
         self._tail, self._empty = tail, True
         self._file.write(head)
 

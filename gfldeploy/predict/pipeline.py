@@ -1,8 +1,9 @@
 """From pictures to detections, the stages at once: decoding and preprocessing, the network, NMS.
 
 Each stage but the last has a thread of its own and works one batch ahead of the next, so that memory is bounded and the
-network never waits for the others unless they are slower. Batches hold images of one input size, cut by the sizes
-alone: an image has the detections that it has by itself, and the same images always make the same batches.
+network never waits for the others unless they are slower. Batches are cut by the sizes alone, so that the same images
+always make the same ones; unless asked for otherwise they hold images of one input size, and an image has the
+detections that it has by itself.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Size, group_stream
+from gfldeploy.batching.buckets import Size, StreamOrder, stream_batches
 from gfldeploy.bundle import Manifest
-from gfldeploy.detections import Detections, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.detect import check_outputs
+from gfldeploy.engines.detect import check_outputs, detections_of, of_classes
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
 
@@ -69,13 +70,15 @@ def detect_groups(
     pictures: Iterable[Picture],
     *,
     batch_size: int = 1,
+    order: StreamOrder = "bucketed",
     look_ahead: int = 0,
     skip: int = 0,
     reduced: bool = False,
 ) -> Generator[list[Found]]:
     """What was found, batch by batch, in the order in which the batches are cut.
 
-    `look_ahead`: how many pictures may come after one before its batch runs though it is not full. `skip`: so many
+    `order`: bucketed, of one input size each; listed, as they come, padded to a common size. `look_ahead`: how many
+    pictures may come after one before its bucketed batch runs though it is not full. `skip`: so many
     batches are left out, without reading their files. `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 where that is no less
     than the network's input; the pixels then differ. Detections of channels without a class are left out.
 
@@ -83,12 +86,13 @@ def detect_groups(
     the iterator ends the threads once what they are at is done. Raises `EngineError`.
     """
     with _cpu_shared(engine.options) as decoders:
-        batches = _prepared(manifest, pictures, batch_size, look_ahead, skip, reduced, decoders)
+        batches = _prepared(manifest, pictures, batch_size, order, look_ahead, skip, reduced, decoders)
         with closing(ahead(_inferred(engine, ahead(batches)))) as done:
             for batch, scores, boxes in done:
                 scales = [scale for _, scale in batch.rows]
-                found = postprocess(scores, boxes, scales, manifest.nms) if scales else []
-                known = [_of_classes(one, len(manifest.classes)) for one in found]
+                chosen = manifest.candidates is not None
+                found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
+                known = [of_classes(one, len(manifest.classes)) for one in found]
                 detections = dict(zip((place for place, _ in batch.rows), known, strict=True))
                 yield [
                     Found(
@@ -203,6 +207,7 @@ def _prepared(
     manifest: Manifest,
     pictures: Iterable[Picture],
     batch_size: int,
+    order: StreamOrder,
     look_ahead: int,
     skip: int,
     reduced: bool,
@@ -218,8 +223,9 @@ def _prepared(
 
     def fill(job: tuple[Picture, NDArray[np.float32]]) -> tuple[float, float] | DataError:
         picture, row = job
+        if picture.size is None:
+            return picture.error or DataError(f"{picture.name} has no size")
         try:
-            assert picture.size is not None
             factor = preprocess.reduction(*picture.size) if reduced else 1
             return preprocess.into(picture.read(factor), row, picture.size)
         except DataError as error:
@@ -227,7 +233,7 @@ def _prepared(
 
     items = (((index, picture), size_of(picture)) for index, picture in enumerate(pictures))
     with ThreadPoolExecutor(decoders) as pool:
-        for group, size in islice(group_stream(items, batch_size, look_ahead), skip, None):
+        for group, size in islice(stream_batches(items, batch_size, order, look_ahead), skip, None):
             if size == _NOWHERE:
                 errors = {place: picture.error for place, (_, picture) in enumerate(group) if picture.error}
                 yield _Batch(group, None, (), errors, memory.take(0)), memory
@@ -258,11 +264,3 @@ def _inferred(
                 scores, boxes = check_outputs(engine, engine.infer({"image": batch.tensor}), len(batch.tensor))
             memory.give(batch.memory)
             yield batch, scores[: len(batch.rows)], boxes[: len(batch.rows)]
-
-
-def _of_classes(found: Detections, classes: int) -> Detections:
-    """Those of a named class: GFLv2 has a score channel more, and what it finds there is nothing."""
-    named = found.classes < classes
-    if named.all():
-        return found
-    return Detections(found.boxes[named], found.scores[named], found.classes[named])

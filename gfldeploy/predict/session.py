@@ -11,24 +11,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.batching.buckets import group_stream
+from gfldeploy.batching.buckets import stream_batches
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import DataError, OutputError
-from gfldeploy.files import check_target, publish, unfinished_beside, write_json
+from gfldeploy.files import Unfinished, check_target, files_below, publish, unfinished_beside, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.choice import Choice
 from gfldeploy.predict.draw import draw_all
-from gfldeploy.predict.outputs import DETECTIONS, Summary, record_of, write_outputs
+from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, Summary, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
 from gfldeploy.predict.sources import picture_sizes, pictures
 from gfldeploy.predict.working import WorkingFile
+from gfldeploy.signals import check_interrupted, hold_interrupts
 
 __all__ = ["NOTE", "PICTURES", "PredictRequest", "predict"]
 
 NOTE = "predict.json"
 PICTURES = "pictures"
 _WORKING = "working.jsonl"
+_RESULTS = "results"  # what becomes the output
+# What is in the folder of unfinished work.
+_MADE = (
+    r"(?s)working\.jsonl|results/((detections\.jsonl|coco\.json|images\.json|predict\.json)?|pictures/(\.?\d{6,}-.*)?)"
+)
 # Files wait for a batch of their size by name alone, so that many may.
 _BATCHES_AHEAD = 32
 
@@ -40,7 +46,7 @@ class PredictRequest:
     """What to detect in, and what to leave.
 
     `inputs`: image files and videos. `output`: the folder. `dataset`: its images are the inputs, and ids are its own.
-    `threshold`: the least score that is written. `draw`: the least score that is drawn, None for no pictures.
+    `threshold`: the least score in `detections.jsonl`. `draw`: of those, the least that is drawn; None for no pictures.
     `reduced`: as for `pipeline.detect_groups`. `force`: replace the folder if it is there, and what is left of another
     run.
     """
@@ -49,7 +55,7 @@ class PredictRequest:
     inputs: Sequence[Path]
     output: Path
     dataset: CocoDataset | None = None
-    threshold: float = 0.0
+    threshold: float = DEFAULT_THRESHOLD
     draw: float | None = None
     reduced: bool = False
     force: bool = False
@@ -64,35 +70,44 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
     Raises `OutputError`, also for what is left of another request, `EngineError`, and `DataError` where no image at all
     could be read.
     """
-    check_target(request.output, force=request.force)
+    check_target(request.output, "predict", force=request.force)
     choice = request.choice
     manifest = choice.bundle.manifest
     dataset = request.dataset
     categories = dataset.class_to_category(manifest.classes) if dataset else None
-    with unfinished_beside(request.output) as directory:
+    with unfinished_beside(request.output, "predict", _MADE) as unfinished:
         question = _question(request)
-        with WorkingFile(directory / _WORKING, question, request.force) as working:
+        results = unfinished.directory / _RESULTS
+        with WorkingFile(unfinished.directory / _WORKING, question, request.force) as working:
             kept = working.images
-            if not kept:
-                _clear(directory)
+            unfinished.worth_keeping = bool(kept)
             if not working.complete:
-                _detect(request, working, progress)
+                shutil.rmtree(results, ignore_errors=True)  # of a run that this one replaces
+                _detect(request, unfinished, working, progress)
         try:
+            results.mkdir(exist_ok=True)
+            for path in results.iterdir():
+                if path.name != PICTURES:
+                    path.unlink()
             ids = [image.id for image in dataset.images] if dataset else None
             records = in_order(working.groups())
-            summary = write_outputs(directory, records, manifest.classes, ids, categories)
+            summary = write_outputs(results, records, manifest.classes, ids, categories, request.threshold)
             if summary.failed == summary.images:
-                shutil.rmtree(directory)
+                unfinished.worth_keeping = False
                 raise DataError(f"none of {summary.images} images can be used: {summary.reasons[0]}", None)
             if request.draw is not None:
-                (directory / PICTURES).mkdir(exist_ok=True)
-                for done in draw_all(directory / DETECTIONS, directory / PICTURES, request.draw):
+                (results / PICTURES).mkdir(exist_ok=True)
+                for done in draw_all(results / DETECTIONS, results / PICTURES, request.draw):
                     progress("drawing", done, summary.images)
             found = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
-            write_json(directory / NOTE, {"what": "results of gfldeploy predict", **question, **found})
-            check_target(request.output, force=request.force)  # somebody else may have been faster
-            (directory / _WORKING).unlink()
-            publish(directory, Path(request.output).absolute())
+            note = {"what": "results of gfldeploy predict", **question, **found, "files": files_below(results)}
+            write_json(results / NOTE, note)
+            check_interrupted()
+            with hold_interrupts():
+                check_target(request.output, "predict", force=request.force)  # somebody else may have been faster
+                publish(results, Path(request.output).absolute())
+                unfinished.worth_keeping = False
+                shutil.rmtree(results, ignore_errors=True)  # those that were replaced
         except OSError as error:
             raise OutputError(
                 f"cannot write {request.output}: {error.strerror or error}", "Free some space, and run it again."
@@ -100,16 +115,7 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
     return replace(summary, kept=kept)
 
 
-def _clear(directory: Path) -> None:
-    """Remove what another run left, results that it had replaced among them; the new working file stays."""
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != _WORKING:
-            path.unlink()
-
-
-def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -> None:
+def _detect(request: PredictRequest, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> None:
     """What is not in the working file yet."""
     choice = request.choice
     manifest = choice.bundle.manifest
@@ -123,13 +129,15 @@ def _detect(request: PredictRequest, working: WorkingFile, progress: Progress) -
             manifest,
             pictures(request.inputs),
             batch_size=choice.batch_size,
+            order=choice.order,
             look_ahead=_BATCHES_AHEAD * choice.batch_size,
             skip=working.batches,
             reduced=request.reduced,
         )
         with closing(groups):
             for group in groups:
-                working.add([(one.index, record_of(one, manifest.classes, request.threshold)) for one in group])
+                working.add([(one.index, record_of(one, manifest.classes)) for one in group])
+                unfinished.worth_keeping = True
                 progress("detecting", working.images, max(total, working.images))
     working.end()
 
@@ -138,7 +146,7 @@ def _input_shapes(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> tu
     """(batch, height, width) of the network's inputs, the commonest first, from the sizes of images (h, w) in order."""
     input_size = choice.bundle.manifest.preprocess.input_size
     known = ((None, input_size(*size)) for size in sizes if size is not None)
-    batches = group_stream(known, choice.batch_size, _BATCHES_AHEAD * choice.batch_size)
+    batches = stream_batches(known, choice.batch_size, choice.order, _BATCHES_AHEAD * choice.batch_size)
     return tuple(shape for shape, _ in Counter((len(batch), *size) for batch, size in batches).most_common())
 
 
@@ -162,6 +170,7 @@ def _question(request: PredictRequest) -> dict[str, Any]:
         "device": choice.options.device,
         "threads": choice.options.threads,
         "batch_size": choice.batch_size,
+        "order": choice.order,
         "threshold": request.threshold,
         "draw_threshold": request.draw,
         "decoding": "reduced" if request.reduced else "exact",

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.errors import DataError
-from gfldeploy.images.coco import IMAGE_SUFFIXES
-from gfldeploy.images.decode import load_cv2, read_image
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import decode_image, load_cv2, open_file, read_image
+from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
+from gfldeploy.images.headers import image_size, size_of
+from gfldeploy.images.native_stderr import heard
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
 
 __all__ = [
     "VIDEO_SUFFIXES",
+    "ColorOrder",
+    "Image",
     "Picture",
+    "is_one_image",
     "is_video",
     "list_inputs",
     "picture_of",
@@ -29,19 +41,45 @@ __all__ = [
     "video_rate",
 ]
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+VIDEO_SUFFIXES = frozenset(
+    {
+        *(".3gp", ".asf", ".avi", ".flv", ".ivf", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
+        *(".ogv", ".ts", ".vob", ".webm", ".wmv"),
+    }
+)
+# A file, the content of one, pixels (uint8 [h, w, 3]), or a PIL image.
+Image: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.uint8] | PilImage"
+ColorOrder: TypeAlias = Literal["rgb", "bgr"]
+
+# How containers begin, (place, bytes). FFmpeg itself would also follow playlists (HLS, DASH, concat scripts), which
+# name other files and addresses.
+_CONTAINERS = (
+    *((4, kind) for kind in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")),  # MP4, QuickTime
+    *((0, kind) for kind in (b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"DKIF")),  # Matroska, Flash, Ogg, IVF
+    *((0, kind) for kind in (b"\0\0\1\xba", b"\0\0\1\xb3", b"\x30\x26\xb2\x75")),  # MPEG, MPEG, ASF
+    (8, b"AVI "),
+)
+_TRANSPORT_PACKETS = (188, 192)  # of MPEG-TS: every one begins with 0x47, here after 0 or 4 bytes
+_HEAD = 1 << 10
+# Of the frames that a video says it has, those whose sizes are asked for; 4 days at 25 a second.
+_MOST_FRAMES = 10_000_000
+# A video ends early where more of its frames and more of its time are missing than containers are wrong by.
+_MISSING_SHARE, _MISSING_FRAMES = 0.01, 2
+_MOST_RATE = 1000.0  # frames a second
+_MOST_KINDS = 5  # that a note names
 
 
 @dataclass(frozen=True)
 class Picture:
     """One image to come.
 
-    `source`: the file, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in pixels; None where it cannot be had, which
-    `error` explains. `frame`, from 0, and `time_s`, seconds from its beginning: of a frame of the video `name`.
+    `source`: the file, its content, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in pixels; None where it cannot
+    be had, which `error` explains. `frame`, from 0, and `time_s`, seconds from its beginning: of a frame of the video
+    `name`.
     """
 
     name: str
-    source: Path | NDArray[np.uint8]
+    source: Path | bytes | NDArray[np.uint8]
     size: tuple[int, int] | None
     error: DataError | None = None
     frame: int | None = None
@@ -51,6 +89,8 @@ class Picture:
         """The pixels, RGB uint8; of a file by `read_image`. Raises `DataError`."""
         if self.error is not None:
             raise self.error
+        if isinstance(self.source, bytes):
+            return decode_image(self.source, "the image", reduction)
         if not isinstance(self.source, Path):
             return self.source
         image = read_image(self.source, reduction)
@@ -59,20 +99,58 @@ class Picture:
         return image
 
 
-def picture_of(image: str | os.PathLike[str] | NDArray[np.uint8]) -> Picture:
-    """A file, or an RGB array, uint8 [h, w, 3]. A file that cannot be used has its `error`.
+def picture_of(image: Image, color: ColorOrder = "rgb") -> Picture:
+    """A file, the content of one, an array, uint8 [h, w, 3], or a PIL image. What cannot be used has its `error`.
 
-    Raises `ValueError` for another kind of array.
+    `color`: of arrays. EXIF orientation is applied to PIL images as to files. Raises `ValueError` for another kind of
+    array, and `TypeError` for anything else.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise ValueError(f"an image must be RGB, uint8 [h, w, 3], not {image.dtype} {list(image.shape)}")
-        return Picture("array", image, (image.shape[0], image.shape[1]))
-    path = Path(image)
+            raise ValueError(
+                f"an image must be {color.upper()}, uint8 [h, w, 3], not {image.dtype} {list(image.shape)}"
+            )
+        pixels = np.ascontiguousarray(image[..., ::-1] if color == "bgr" else image)
+        return Picture("array", pixels, (image.shape[0], image.shape[1]))
+    if isinstance(image, bytes):
+        try:
+            return Picture("bytes", image, size_of(io.BytesIO(image), "the image"))
+        except DataError as error:
+            return Picture("bytes", image, None, error)
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        try:
+            return Picture(str(image), path, image_size(path))
+        except DataError as error:
+            return Picture(str(image), path, None, error)
+    return _pil_picture(image)
+
+
+def _pil_picture(image: PilImage) -> Picture:
+    from PIL import Image as Pil
+    from PIL import ImageOps
+
+    if not isinstance(image, Pil.Image):
+        raise TypeError(f"an image is a path, bytes, an array or a PIL image, not {type(image).__name__}")
+    name = str(getattr(image, "filename", "") or "PIL image")
     try:
-        return Picture(str(image), path, image_size(path))
-    except DataError as error:
-        return Picture(str(image), path, None, error)
+        if image.mode.startswith(("I;16", "I")):  # 16 bits, as OpenCV makes them 8
+            pixels = np.repeat((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)[..., np.newaxis], 3, axis=2)
+        else:
+            # Without alpha, whatever is under it, as for files.
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGBA" if image.mode == "P" else "RGB"))[..., :3]
+    except (OSError, SyntaxError, ValueError) as error:
+        return Picture(name, b"", None, DataError(f"{name} cannot be read: {error}", "Give another image."))
+    if 0 in pixels.shape:
+        return Picture(name, b"", None, DataError(f"{name} has no pixels", "Give another image."))
+    return Picture(name, np.ascontiguousarray(pixels), (pixels.shape[0], pixels.shape[1]))
+
+
+def is_one_image(images: object) -> bool:
+    """Whether it is one image, not several."""
+    if isinstance(images, str | bytes | os.PathLike):
+        return True
+    return images.ndim == 3 if isinstance(images, np.ndarray) else hasattr(images, "convert")
 
 
 def pictures(inputs: Iterable[Path]) -> Iterator[Picture]:
@@ -85,32 +163,113 @@ def pictures(inputs: Iterable[Path]) -> Iterator[Picture]:
 
 
 def is_video(path: Path) -> bool:
-    """By the name."""
-    return path.suffix.lower() in VIDEO_SUFFIXES
+    """By the name; where that is of neither images nor videos, by how the file begins."""
+    suffix = path.suffix.lower()
+    return suffix in VIDEO_SUFFIXES or (suffix not in IMAGE_SUFFIXES and _is_container(path) and not _is_image(path))
 
 
-def list_inputs(inputs: Sequence[Path], exclude: Sequence[Path] = ()) -> list[Path]:
+def list_inputs(
+    inputs: Sequence[Path], exclude: Sequence[Path] = (), note: Callable[[str], None] = lambda sentence: None
+) -> list[Path]:
     """The files named, each once, and in place of a folder the images and videos below it, sorted, folder by folder.
 
-    `exclude`: folders that are left out. Hidden files and folders are left out too. Raises `DataError` for what is not
-    there, and for a folder without images.
+    Links are followed, each folder once. `exclude`: folders that are left out. Hidden files and folders are left out
+    too, and so are pipes, devices, folders that cannot be read, and files that are no images or videos by their names:
+    `note` is called with a sentence about those. Raises `DataError` for what is not there, and for a folder without
+    images.
     """
     found: list[Path] = []
+    walk = _Walk(inputs, exclude)
     for path in inputs:
-        if not path.exists():
-            raise DataError(f"there is no {path}", "Give image files, videos, or folders of them.")
-        below = list(_below(path, {folder.resolve() for folder in exclude})) if path.is_dir() else [path]
-        if not below:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
-            raise DataError(f"there are no images in {path}", f"Give a folder with {suffixes} files.")
+        try:
+            status = path.stat()
+        except (OSError, ValueError) as error:
+            reason = None if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or error
+            raise DataError(
+                f"cannot read {path}: {reason}" if reason else f"there is no {path}",
+                "Give image files, videos, or folders of them.",
+            ) from error
+        if not stat.S_ISDIR(status.st_mode):
+            found.append(path)
+            continue
+        below = list(walk.below(path))
+        if not below and not walk.repeated:
+            raise DataError(
+                f"there are no images in {path}" + (f" ({walk.told()[0]})" if walk.told() else ""),
+                f"Give a folder with {', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))} files.",
+            )
         found += below
+    for sentence in walk.told():
+        note(sentence)
     return list(dict.fromkeys(found))
+
+
+class _Walk:
+    """What there is below folders, and what of it is left out. `repeated`: some folder was met again."""
+
+    def __init__(self, inputs: Sequence[Path], exclude: Sequence[Path]) -> None:
+        self.repeated = False
+        self._exclude = {folder.resolve() for folder in exclude}
+        self._seen: set[tuple[int, int]] = set()
+        self._named = {path.resolve() for path in inputs if path.is_dir()} if len(inputs) > 1 else set()
+        self._others: Counter[str] = Counter()
+        self._special: list[Path] = []
+        self._unread: list[str] = []
+
+    def below(self, folder: Path) -> Iterator[Path]:
+        for name, folders, files in os.walk(folder, followlinks=True, onerror=self._failed):
+            here = Path(name)
+            status = here.stat()
+            if (status.st_dev, status.st_ino) in self._seen:
+                self.repeated = True
+                folders.clear()
+                continue
+            self._seen.add((status.st_dev, status.st_ino))
+            # In place: `walk` goes into what is left, in this order.
+            folders[:] = sorted(one for one in folders if self._enters(here / one, folder))
+            for file in sorted(files):
+                path = here / file
+                if file[0] == ".":
+                    continue
+                if path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                    self._others[path.suffix.lower() or "no suffix"] += 1
+                elif not path.is_file() and path.exists():
+                    self._special.append(path)
+                else:
+                    yield path
+
+    def told(self) -> list[str]:
+        """Sentences."""
+        told = []
+        if self._others:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self._others.most_common(_MOST_KINDS))
+            more = ", ..." if len(self._others) > _MOST_KINDS else ""
+            told.append(f"skipped {self._others.total()} files that are no images or videos by name: {kinds}{more}")
+        if self._special:
+            more = f" and {len(self._special) - 1} more" if len(self._special) > 1 else ""
+            told.append(f"skipped {self._special[0]}{more}: no regular file")
+        if self._unread:
+            more = f" and {len(self._unread) - 1} more" if len(self._unread) > 1 else ""
+            told.append(f"cannot read the folder {self._unread[0]}{more}")
+        return told
+
+    def _enters(self, path: Path, root: Path) -> bool:
+        """Whether to go into this folder: not where a link leads to what is found by its own name."""
+        if path.name[0] == "." or path.resolve() in self._exclude:
+            return False
+        target = path.resolve()
+        hidden = any(part[0] == "." for part in target.parts[1:])
+        roots = self._named | {root.resolve()}
+        return not (path.is_symlink() and not hidden and any(target.is_relative_to(one) for one in roots))
+
+    def _failed(self, error: OSError) -> None:
+        self._unread.append(f"{error.filename}: {error.strerror}")
 
 
 def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
     """(h, w) in pixels of every image of these files, None where it cannot be read.
 
-    Of a video by what its head says, which may be wrong: as many as that has frames, at least one.
+    Of a video by what its header says, which may be wrong: as many as that has frames, within reason, at least one.
     """
     for path in inputs:
         if is_video(path):
@@ -119,56 +278,96 @@ def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
             yield picture_of(path).size
 
 
-def _below(folder: Path, exclude: set[Path]) -> Iterator[Path]:
-    for name, folders, files in os.walk(folder):
-        here = Path(name)
-        # In place: `walk` goes into what is left, in this order.
-        folders[:] = sorted(one for one in folders if one[0] != "." and (here / one).resolve() not in exclude)
-        for file in sorted(files):
-            path = here / file
-            if file[0] != "." and path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
-                yield path
+def _head(path: Path) -> bytes:
+    with open_file(path, most_bytes=None) as file:
+        return file.read(_HEAD)
+
+
+def _is_container(path: Path) -> bool:
+    """Whether it begins as a video file does, and not as a list of others."""
+    try:
+        head = _head(path)
+    except DataError:
+        return False
+    if any(head.startswith(kind, place) for place, kind in _CONTAINERS):
+        return True
+    return any(
+        len(head) > 2 * step and all(head[place] == 0x47 for place in range(step - 188, len(head), step))
+        for step in _TRANSPORT_PACKETS
+    )
+
+
+def _is_image(path: Path) -> bool:
+    """An AVIF begins as an MP4 does."""
+    return _head(path)[8:12] in (b"avif", b"avis")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A `cv2.VideoCapture` that decodes in one thread, as the engine has the others; None for what cannot be read."""
+    """A `cv2.VideoCapture` that decodes in one thread, as the engine has the others; None for what cannot be read, and
+    for frames of more than `MAX_PIXELS`."""
     cv2 = load_cv2()
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    try:
-        yield capture if capture.isOpened() else None
-    finally:
-        capture.release()
+    if not _is_container(path):
+        yield None
+        return
+    with open_file(path, most_bytes=None) as file:
+        # Not by its name: FFmpeg takes some for addresses, and OpenCV crashes on one that is not UTF-8.
+        name = f"/proc/self/fd/{file.fileno()}"
+        capture, _ = heard(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
+        try:
+            height, width = _frame_size(capture)
+            yield capture if capture.isOpened() and height * width <= MAX_PIXELS else None
+        finally:
+            capture.release()
 
 
-def _frame_sizes(path: Path) -> list[tuple[int, int] | None]:
-    import cv2
+def _frame_size(capture: Any) -> tuple[int, int]:
+    """Height and width by the header."""
+    cv2 = load_cv2()
+    return int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
 
+
+def _frame_sizes(path: Path) -> Iterator[tuple[int, int] | None]:
     with _opened(path) as capture:
         if capture is None:
-            return [None]
-        height, width = (int(capture.get(key)) for key in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH))
-        size = (height, width) if height > 0 and width > 0 else None
-        return [size] * max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 1)
+            yield None
+            return
+        size = _frame_size(capture)
+        # Each frame has a byte at least, whatever the header says.
+        count = min(_claimed_frames(capture), path.stat().st_size, _MOST_FRAMES)
+    yield from itertools.repeat(size if min(size) > 0 else None, max(count, 1))
+
+
+def _claimed_frames(capture: Any) -> int:
+    count = capture.get(load_cv2().CAP_PROP_FRAME_COUNT)
+    return int(count) if math.isfinite(count) and count > 0 else 0
 
 
 def video_rate(path: Path) -> float:
     """Frames a second; 0 where the file does not say."""
-    import cv2
-
     with _opened(path) as capture:
-        return float(capture.get(cv2.CAP_PROP_FPS)) if capture else 0.0
+        rate = float(capture.get(load_cv2().CAP_PROP_FPS)) if capture else 0.0
+    return rate if math.isfinite(rate) and 0 < rate <= _MOST_RATE else 0.0
 
 
 def video_frames(path: Path) -> Iterator[Picture]:
-    """Its frames in order. At least one picture: a video without a frame that can be read has its `error`."""
-    import cv2
+    """Its frames in order, as they are to be shown: turned where the file says so.
 
+    At least one picture: a video without a frame that can be read has its `error`, and one that ends before its header
+    says has a last picture with that, without a `frame`.
+    """
+    cv2 = load_cv2()
     number = 0
+    time_s = 0.0
+    claimed, rate = 0, 0.0
     with _opened(path) as capture:
+        if capture:
+            claimed, rate = _claimed_frames(capture), capture.get(cv2.CAP_PROP_FPS)
         while capture:
             read, frame = capture.read()
-            if not read:
+            if not read or frame is None:
+                break
+            if frame.shape[0] * frame.shape[1] > MAX_PIXELS:
                 break
             time_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
             rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
@@ -177,3 +376,19 @@ def video_frames(path: Path) -> Iterator[Picture]:
     if number == 0:
         error = DataError(f"{path} is damaged or not a video that OpenCV reads", "Convert it to MP4.")
         yield Picture(str(path), path, None, error)
+    elif _ends_early(claimed, rate, number, time_s):
+        error = DataError(
+            f"{path} ends early: its header says {claimed} frames, and {number} could be read", "Copy it again."
+        )
+        yield Picture(str(path), path, None, error)
+
+
+def _ends_early(claimed: int, rate: float, number: int, time_s: float) -> bool:
+    """Whether a video of so many frames by its header, where `number` were read and the last is at `time_s`, was cut.
+
+    By frames and by time: some containers have no count, and OpenCV makes one from the duration and a nominal rate.
+    """
+    missing = claimed - number
+    if missing < _MISSING_FRAMES or missing < claimed * _MISSING_SHARE or not 0 < rate < math.inf:
+        return False
+    return time_s < (claimed - _MISSING_FRAMES) / rate * (1 - _MISSING_SHARE)

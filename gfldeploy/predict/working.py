@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from gfldeploy.errors import OutputError
+from gfldeploy.files import open_own
 
 __all__ = ["Record", "WorkingFile"]
 
@@ -38,7 +39,7 @@ class WorkingFile:
         self.batches = self.images = 0
         self.complete = False
         try:
-            self._file = path.open("r+b" if path.exists() else "w+b")
+            self._file = open_own(path)
         except OSError as error:
             raise _refused(path, error) from error
         try:

@@ -6,9 +6,7 @@ The parent names a module whose `__main__` calls `serve`, and sends it a JSON re
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,10 +17,9 @@ from contextlib import suppress
 from typing import Any
 
 from gfldeploy.errors import EngineError, GfldeployError
+from gfldeploy.signals import child_environment, die_with_parent
 
 __all__ = ["old_programs", "report_progress", "run_child", "serve"]
-
-_PR_SET_PDEATHSIG = 1
 
 
 def old_programs(threads: int) -> dict[str, str]:
@@ -52,7 +49,7 @@ def run_child(
     # -P: what lies in the user's directory must not be imported.
     with subprocess.Popen(
         [sys.executable, "-P", "-m", module],
-        env={**os.environ, **quiet, **(environment or {})},
+        env=child_environment({**quiet, **(environment or {})}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -84,8 +81,7 @@ def run_child(
 
 def serve(work: Callable[[dict[str, Any]], None]) -> None:
     """The child: do `work` with the request from stdin, and exit with the message of what it raises on purpose."""
-    # A parent that is killed cannot take this process with it: the kernel does.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     try:
         work(json.load(sys.stdin))
     except GfldeployError as error:

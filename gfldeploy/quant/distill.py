@@ -151,8 +151,10 @@ def _load(bundle: Bundle, executor: Any) -> Any:
     """The FP32 program without its feed and fetch operators, its parameters in the current scope."""
     import paddle
 
+    model, params = bundle.graph("paddle_program")
+    assert params is not None
     program, _, _ = paddle.static.load_inference_model(
-        str(bundle.directory / "paddle"), executor, model_filename="model.pdmodel", params_filename="model.pdiparams"
+        str(model.parent), executor, model_filename=model.name, params_filename=params.name
     )
     block = program.global_block()
     for index in reversed(range(len(block.ops))):

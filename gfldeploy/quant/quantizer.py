@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
 from gfldeploy.dependencies import require
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError
-from gfldeploy.files import check_target, write_json
+from gfldeploy.files import check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.quant.artefacts import Quantized
@@ -92,7 +93,10 @@ def quantize_bundle(
     calibrated_on = digests(request.images)
     evaluated_on: dict[str, str] = {}
     if request.evaluation is not None:
-        request.evaluation.class_to_category(source.manifest.classes)
+        match = request.evaluation.match(source.manifest.classes)
+        check_measurable(request.evaluation, match.category_ids)
+        for note in (*request.evaluation.notes, *match.notes):
+            report(f"note: {note}")
         evaluated_on = digests([image.path for image in request.evaluation.images])
         refuse_overlap(calibrated_on, evaluated_on)
 
@@ -170,9 +174,14 @@ def _checked(request: QuantizeRequest) -> Bundle:
             f"{request.bundle} has a fixed batch of {batch}, calibration runs image by image",
             "Export it with a free batch: --input-shape HxW.",
         )
-    source.graph("onnx")
-    source.graph("paddle_program")
+    for graph in ("onnx", "paddle_program"):
+        if why := source.manifest.left_out.get(graph):
+            raise UnsupportedError(
+                f"{request.bundle} cannot be quantised, which needs its {graph} graph: {why}", "Deploy it in float."
+            )
+        source.graph(graph)
     check_target(request.output, force=request.force)
+    check_apart(request.output, [request.bundle], request.bundle)
     source.layers()
     for module, extra in (("paddle", "paddle"), ("paddleslim", "quant"), ("onnxruntime", "onnxruntime")):
         require(module, extra, "quantize")

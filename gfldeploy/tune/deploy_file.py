@@ -148,14 +148,14 @@ class Deploy:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a file that `write` wrote. Raises `DataError`."""
-        import yaml
+        from gfldeploy.yaml_file import YamlError, read_yaml
 
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = read_yaml(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}", _WRITER) from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not YAML: {error}", _WRITER) from error
+        except YamlError as error:
+            raise DataError(f"{path} is not YAML that was written here: {error}", _WRITER) from error
         try:
             return cls.from_dict(data)
         except DataError as error:

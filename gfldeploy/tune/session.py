@@ -330,7 +330,7 @@ class _Session:
 def _policies(bundle: Bundle, bench: PreparedBench, allowed: Sequence[Policy]) -> set[Policy]:
     """Those that differ on these images: grouping is nothing where all have one size as the network's input."""
     dataset = CocoDataset.load(bench.request.annotations, bench.request.image_dir, bench.request.timed_images)
-    sizes = {bundle.manifest.preprocess.input_size(image.height, image.width) for image in dataset.images}
+    sizes = {bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images}
     kept: set[Policy] = {policy for policy in allowed if len(sizes) > 1 or policy != "grouped"}
     return {"single", *(kept or {"in-order"})}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
@@ -103,8 +106,9 @@ def test_a_full_queue_rejects_at_once() -> None:
         running = batcher.submit(0, SMALL, LONG_MS)
         assert run.started.wait(60)
         kept = [batcher.submit(number, SMALL, LONG_MS) for number in (1, 2)]
-        with pytest.raises(RejectedError, match="2 requests wait already"):
+        with pytest.raises(RejectedError, match="2 requests wait already") as full:
             batcher.submit(3, SMALL, LONG_MS)
+        assert full.value.reason == "queue full"
         kept[0].cancel()  # which makes room
         kept.append(batcher.submit(4, SMALL, LONG_MS))
         run.gate.set()
@@ -116,10 +120,11 @@ def test_a_full_queue_rejects_at_once() -> None:
 def test_what_cannot_be_in_time_is_rejected_and_not_run() -> None:
     run = Squares()
     slow = Adaptive(LatencyModel(1000.0, 0.0, 0.0))
-    with DynamicBatcher(run, slow) as batcher, pytest.raises(RejectedError, match="after its deadline"):
+    with DynamicBatcher(run, slow) as batcher, pytest.raises(RejectedError, match="after its deadline") as rejected:
         batcher.submit(1, SMALL, 10.0).result(60)
+    assert rejected.value.reason == "deadline"
     assert run.batches == []
-    assert batcher.counts.rejected == {"too late": 1}
+    assert batcher.counts.rejected == {"deadline": 1}
 
 
 def test_cancelled_before_it_ran() -> None:
@@ -153,8 +158,10 @@ def test_closing(drain: bool) -> None:
         assert waiting.result(0) == 9
     else:
         assert isinstance(waiting.exception(0), RejectedError)
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RejectedError, match="the batcher is closed") as late:
         batcher.submit(1, SMALL, LONG_MS)
+    assert late.value.reason == "closed"
+    assert batcher.counts.rejected == {"closed": 1 if drain else 2}
 
 
 def test_an_error_leaving_the_block_does_not_wait_for_the_queue() -> None:
@@ -182,15 +189,222 @@ def test_the_timeout_of_a_fixed_batch_passes_without_arrivals() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_policy_that_breaks_leaves_nobody_waiting() -> None:
+@pytest.mark.parametrize("error", [KeyError("why"), SystemExit("why")])
+def test_a_policy_that_breaks_leaves_nobody_waiting(error: BaseException) -> None:
     class Broken(NoBatching):
         def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
-            return Decision((999,), SMALL)
+            raise error
 
     batcher = DynamicBatcher(Squares(), Broken())
-    with pytest.raises(KeyError):
+    future = batcher.submit(1, SMALL, LONG_MS)
+    with pytest.raises(EngineError if isinstance(error, SystemExit) else type(error)):
+        future.result(60)
+    batcher.close()
+    with pytest.raises(RejectedError, match=f"the batcher has stopped, {type(error).__name__}: .?why") as late:
+        batcher.submit(1, SMALL, LONG_MS)
+    assert late.value.reason == "closed"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_policy_that_runs_what_is_not_there_loses_nothing_that_is() -> None:
+    class Broken(NoBatching):
+        def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
+            return Decision((waiting[0].id, 999), SMALL)
+
+    batcher = DynamicBatcher(Squares(), Broken())
+    with pytest.raises(RuntimeError, match="a request that does not wait"):
         batcher.submit(1, SMALL, LONG_MS).result(60)
     batcher.close()
+
+
+def test_a_policy_that_never_decides_does_not_keep_close_waiting() -> None:
+    class Idle(NoBatching):
+        def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
+            return Decision()
+
+    batcher = DynamicBatcher(Squares(), Idle())
+    future = batcher.submit(1, SMALL, LONG_MS)
+    batcher.close()
+    assert isinstance(error := future.exception(0), RejectedError) and error.reason == "closed"
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError(), GeneratorExit()])
+def test_whatever_the_engine_raises_the_batch_is_answered(error: BaseException) -> None:
+    gate, started = threading.Event(), threading.Event()
+
+    def run(numbers: Sequence[int], size: Size) -> list[int | Exception]:
+        started.set()
+        assert gate.wait(60)
+        if 13 in numbers:
+            raise error
+        return [number**2 for number in numbers]
+
+    with DynamicBatcher(run, adaptive()) as batcher:
+        first = batcher.submit(1, SMALL, LONG_MS)
+        assert started.wait(60)
+        futures = [batcher.submit(number, SMALL, LONG_MS) for number in (2, 13, 3)]
+        gate.set()
+        assert first.result(60) == 1
+        assert wait(futures, 60).not_done == set()
+        if isinstance(error, MemoryError):  # the others alone
+            assert (futures[0].result(0), futures[1].exception(0), futures[2].result(0)) == (4, error, 9)
+        else:  # which asks for an end: nothing is tried again
+            failed = [future.exception(0) for future in futures]
+            assert all(isinstance(one, EngineError) and one.__cause__ is error for one in failed)
+            assert len(set(map(id, failed))) == 3  # each its own: raising adds to the traceback
+            assert type(error).__name__ in str(failed[0])
+        assert batcher.submit(5, SMALL, LONG_MS).result(60) == 25  # and the next is served
+
+
+def test_an_answer_too_few_is_an_error_of_the_batch() -> None:
+    with DynamicBatcher[int, int](lambda numbers, size: [], adaptive()) as batcher:
+        error = batcher.submit(1, SMALL, LONG_MS).exception(60)
+    assert isinstance(error, EngineError) and "0 answers to a batch of 1" in str(error)
+
+
+def test_callbacks_run_without_the_lock() -> None:
+    # Each asks from another thread what the batcher's lock guards: with the lock held it would never be told.
+    told: list[int] = []
+
+    def ask(future: Future[int]) -> None:
+        other = threading.Thread(target=lambda: told.append(batcher.counts.submitted))
+        other.start()
+        other.join(10)
+
+    run = Squares(open_gate=False)
+    with DynamicBatcher(run, adaptive(), most_waiting=2) as batcher:
+        futures = [batcher.submit(1, SMALL, LONG_MS)]  # answered
+        assert run.started.wait(60)
+        futures.append(batcher.submit(2, LARGE, LONG_MS))  # rejected
+        futures.append(batcher.submit(3, LARGE, LONG_MS))  # cancelled
+        for future in futures:
+            future.add_done_callback(ask)
+        assert futures[2].cancel()
+        closing = threading.Thread(target=batcher.close, args=(False,))
+        closing.start()
+        assert isinstance(futures[1].exception(60), RejectedError)
+        run.gate.set()
+        closing.join(60)
+        assert not closing.is_alive()
+    assert told == [3, 3, 3]
+
+
+def test_closing_from_a_callback() -> None:
+    run = Squares(open_gate=False)
+    batcher = DynamicBatcher(run, adaptive())
+    first = batcher.submit(1, SMALL, LONG_MS)
+    assert run.started.wait(60)
+    closed = threading.Event()
+    first.add_done_callback(lambda future: (batcher.close(), closed.set()))
+    second = batcher.submit(2, SMALL, LONG_MS)
+    run.gate.set()
+    assert (first.result(60), second.result(60)) == (1, 4)  # what waited is answered first
+    assert closed.wait(60)
+    closers = [threading.Thread(target=batcher.close) for _ in range(4)]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join(60)
+    assert not any(closer.is_alive() for closer in closers)
+    with pytest.raises(RejectedError):
+        batcher.submit(3, SMALL, LONG_MS)
+
+
+def test_a_second_close_gives_up_what_the_first_still_waits_for() -> None:
+    run = Squares(open_gate=False)
+    batcher = DynamicBatcher(run, adaptive())
+    running = batcher.submit(1, SMALL, LONG_MS)
+    assert run.started.wait(60)
+    waiting = batcher.submit(2, SMALL, LONG_MS)
+    closers = [threading.Thread(target=batcher.close, args=(drain,)) for drain in (True, False)]
+    for closer in closers:
+        closer.start()
+    assert isinstance(error := waiting.exception(60), RejectedError) and error.reason == "closed"
+    run.gate.set()
+    for closer in closers:
+        closer.join(60)
+    assert running.result(0) == 1 and not any(closer.is_alive() for closer in closers)
+
+
+def test_callbacks_that_submit_and_that_raise() -> None:
+    more: list[Future[int]] = []
+
+    def submit(future: Future[int]) -> None:
+        more.append(batcher.submit(future.result() + 1, SMALL, LONG_MS))
+        done.set()
+
+    def raise_exit(future: Future[int]) -> None:
+        raise SystemExit
+
+    run, done = Squares(open_gate=False), threading.Event()
+    with DynamicBatcher(run, adaptive()) as batcher:
+        running = batcher.submit(0, SMALL, LONG_MS)
+        assert run.started.wait(60)
+        futures = [batcher.submit(number, SMALL, LONG_MS) for number in (2, 3, 4)]
+        futures[0].add_done_callback(raise_exit)
+        futures[1].add_done_callback(submit)
+        run.gate.set()
+        assert [future.result(60) for future in (running, *futures)] == [0, 4, 9, 16]
+        assert done.wait(60) and more[0].result(60) == 100
+
+
+def test_futures_that_somebody_else_answered() -> None:
+    run = Squares(open_gate=False)
+    with DynamicBatcher(run, adaptive()) as batcher:
+        running = batcher.submit(1, SMALL, LONG_MS)
+        assert run.started.wait(60)
+        waiting = batcher.submit(2, SMALL, LONG_MS)
+        waiting.set_result(-2)
+        last = batcher.submit(3, SMALL, LONG_MS)
+        running.set_result(-1)
+        run.gate.set()
+        assert (running.result(60), waiting.result(60), last.result(60)) == (-1, -2, 9)
+
+
+def test_nothing_of_what_was_done_is_kept() -> None:
+    # Without the garbage collector: what is in a circle would stay.
+    class Payload(list[int]):
+        pass
+
+    def run(payloads: Sequence[Payload], size: Size) -> list[int | Exception]:
+        if any(13 in payload for payload in payloads):
+            raise ValueError("13")
+        return [sum(payload) for payload in payloads]
+
+    gc.collect()
+    gc.disable()
+    try:
+        with DynamicBatcher(run, adaptive()) as batcher:
+            kept = []
+            for number in (1, 13, 2):
+                payload = Payload([number])
+                kept.append(weakref.ref(payload))
+                future = batcher.submit(payload, SMALL, LONG_MS)
+                del payload
+                assert wait([future], 60).not_done == set()
+                del future
+            # The thread has let go of all that it answered before it answers another one.
+            assert batcher.submit(Payload([3]), SMALL, LONG_MS).result(60) == 3
+            assert [one() for one in kept] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("timeout_ms", [0.0, -1.0, math.nan, math.inf])
+def test_a_time_that_is_none(timeout_ms: float) -> None:
+    with DynamicBatcher(Squares(), adaptive()) as batcher, pytest.raises(ValueError, match="positive and finite"):
+        batcher.submit(1, SMALL, timeout_ms)
+
+
+def test_the_latency_model_remembers_a_limited_number_of_shapes() -> None:
+    model = LatencyModel(10.0, 0.0, 0.0)
+    for height in range(1, 3000):
+        model.observe(1, (height, 32), 5.0)
+        model.observe(4, (7, 7), 40.0)  # seen again and again
+    sizes = [height for height in range(1, 3000) if (1, (height, 32)) in model._ratios]
+    assert len(model._ratios) == 1024 and sizes == list(range(3000 - 1023, 3000))
+    assert model.predict(4, (7, 7)) == pytest.approx(40.0, rel=0.01)
+    assert 0 < model.predict(1, (1, 32)) < 40.0  # forgotten: what everything seen says
 
 
 def test_many_threads() -> None:

@@ -152,6 +152,8 @@ def test_ctrl_c_kills_the_child(tiny_bundle: Path, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from pathlib import Path\n"
         "from gfldeploy.bench.journal import Journal\n"
         "from gfldeploy.bench.matrix import Cell, Plan\n"
@@ -375,9 +377,9 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
 def test_the_worker_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\n"
-        "from gfldeploy.bench.worker import _die_with_parent\n"
+        "from gfldeploy.signals import die_with_parent\n"
         "if os.fork() == 0:\n"
-        f"    _die_with_parent(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)\n"
+        f"    die_with_parent(); open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)\n"
         f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n"
         "time.sleep(0.2); os._exit(0)\n"
     )

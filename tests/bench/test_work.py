@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gfldeploy.bench.work import work
-from gfldeploy.bundle import Bundle, write_bundle
+from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError
 
 pytest.importorskip("onnx")
@@ -60,10 +61,8 @@ def test_nothing_to_count(bundle: Bundle) -> None:
         work(bundle, "fp32", [(64, 96)], {})
 
 
-def test_a_graph_that_cannot_be_read(bundle: Bundle, tmp_path: Path) -> None:
-    with write_bundle(tmp_path / "damaged") as (directory, manifests):
-        (directory / "onnx").mkdir()
-        (directory / "onnx/model.onnx").write_bytes(b"\xff" * 99)
-        manifests.append(bundle.manifest)
+def test_a_graph_that_cannot_be_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    damaged = Bundle.open(Path(shutil.copytree(tiny_bundle, tmp_path / "damaged")))
+    (damaged.directory / "onnx/model.onnx").write_bytes(b"\xff" * 99)
     with pytest.raises(BundleError, match=r"model\.onnx"):
-        work(Bundle.open(tmp_path / "damaged"), "fp32", [(64, 96)], {(1, 64, 96): 1})
+        work(damaged, "fp32", [(64, 96)], {(1, 64, 96): 1})

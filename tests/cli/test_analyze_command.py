@@ -72,5 +72,5 @@ def test_nothing_is_replaced_unasked(
     page = tmp_path / "analysis.html"
     page.write_text("mine")
     assert run(tiny_bundle, "--data", tiny_coco, "-o", tmp_path / "analysis.json", *QUICK) == 2
-    assert "analysis.html exists already. Add --force" in capfd.readouterr().err
+    assert "analysis.html exists already. Choose another" in capfd.readouterr().err
     assert page.read_text() == "mine"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ import numpy as np
 import pytest
 
 from gfldeploy import demo
+from gfldeploy.bundle import Bundle
 from gfldeploy.cli import main
+from gfldeploy.engines.registry import preferred_engine
 
 pytest.importorskip("onnxruntime")
 
@@ -184,9 +188,13 @@ def with_program(bundle: Path, copy: Path) -> Path:
 
     shutil.copytree(bundle, copy)
     (copy / "paddle").mkdir()
-    added = {"paddle/model.pdmodel": b"none", "layers.json": b'{"weights": "head.conv"}'}
+    added = {
+        "paddle/model.pdmodel": b"\x0a\x04\x08\x00\x10\x00",
+        "paddle/model.pdiparams": b"",
+        "layers.json": b'{"weights": "head.conv"}',
+    }
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": None}
+    manifest["graphs"]["paddle_program"] = {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"}
     for name, content in added.items():
         (copy / name).write_bytes(content)
         manifest["files"][name] = {"sha256": sha256(copy / name), "bytes": len(content)}
@@ -228,19 +236,18 @@ def test_a_small_disk_is_refused_before_the_work(disk: Callable[[int], Path], re
     assert "MB free, 40 MB are needed" in shown
 
 
-# The check of the free space is switched off: the disk fills up while the files are written.
-_FILLS_UP = "from gfldeploy.export import exporter\nexporter._SPACE_FACTOR = 0"
-_LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
-
-
 # Paddle's parameters take 6.7 MB, and are written twice; the ONNX file as much again, also twice.
 @pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [11, 17])
 @demo_bundles.needs_export
-def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_path: Path) -> None:
+def test_a_disk_that_fills_up(
+    megabytes: int, disk: Callable[[int], Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The check of the free space is switched off: the disk fills up while the files are written.
+    monkeypatch.setattr("gfldeploy.export.exporter._SPACE_FACTOR", 0)
     output = disk(megabytes) / "new" / "out"
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output)
-    shown = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=_FILLS_UP))
+    shown = refused(*arguments)
     assert shown == (
         f"Error: cannot write {output}: No space left on device. Free some space or choose another --output."
     )
@@ -248,17 +255,28 @@ def test_a_disk_that_fills_up(megabytes: int, disk: Callable[[int], Path], tmp_p
 
 
 @pytest.mark.slow
+@demo_bundles.needs_export
 @demo_bundles.needs_quant
-def test_a_limit_on_file_sizes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_limit_on_file_sizes(exported: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     output = tmp_path / "new" / "out"
-    source, data = demo_bundles.exported(tmp_path_factory), demo_bundles.pictures(tmp_path_factory)
+    quantize = ("quantize", exported, "--data", pictures, "--samples", 1, "--algo", "abs_max", "--min-agreement", 0)
     for arguments, limit in (
         (("export", "-c", demo.config_path(), "--random-weights", 0), 3_000_000),
-        (("quantize", source, "--data", data, "--samples", 1, "--algo", "abs_max", "--min-agreement", 0), 300_000),
+        (quantize, 300_000),
     ):
-        done = demo_bundles.run(*arguments, "-o", output, folder=tmp_path, before=_LIMITED.format(limit))
-        assert f"cannot write {output}: File too large. Raise the limit" in demo_bundles.refusal(done)
-        assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"
+        with limited(resource.RLIMIT_FSIZE, limit):
+            shown = refused(*arguments, "-o", output)
+        assert f"cannot write {output}: File too large. Raise the limit" in shown
+
+
+@contextmanager
+def limited(what: int, limit: int) -> Iterator[None]:
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
 
 
 # --- bundles ----------------------------------------------------------------------------------------------------------
@@ -297,23 +315,20 @@ def test_a_changed_file_of_the_same_size(
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     content = (bundle / "onnx/model.onnx").read_bytes()
     (bundle / "onnx/model.onnx").write_bytes(bytes(len(content)))
-    assert "has changed since the bundle was made" in refused("verify", bundle)
-    assert "not the ONNX graph of a detector" in refused("inspect", bundle)
-    assert "not the ONNX graph of a detector" in refused("audit", "--config-or-bundle", bundle, "--data", tiny_coco)
+    for arguments in (("verify", bundle), ("inspect", bundle), ("audit", "--config-or-bundle", bundle)):
+        data = () if len(arguments) == 2 else ("--data", tiny_coco)
+        assert "has changed since the bundle was made" in refused(*arguments, *data)
 
 
-def test_a_damaged_graph_is_the_engines_to_refuse(
-    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_a_damaged_graph(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     (bundle / "onnx/model.onnx").write_bytes(bytes((bundle / "onnx/model.onnx").stat().st_size))
-    assert "ONNX Runtime cannot load" in refused("eval", bundle, "--data", tiny_coco)
+    assert "has changed since the bundle was made" in refused("eval", bundle, "--data", tiny_coco)
 
 
 def test_a_bundle_without_the_graph_that_is_asked_for(
     tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    assert "has no paddle graph (it has: onnx)" in refused("verify", tiny_bundle)
     arguments = ("quantize", tiny_bundle, "--data", tiny_coco, "--samples", 1, "-o", tmp_path / "out")
     assert "has no paddle_program graph" in refused(*arguments)
 
@@ -370,6 +385,48 @@ def test_combinations_that_do_not_work(
     options: tuple[object, ...], message: str, tiny_bundle: Path, tiny_coco: Path, refused: Callable[..., str]
 ) -> None:
     assert message in refused("eval", tiny_bundle, "--data", tiny_coco, *options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("predict", "BUNDLE", "IMAGES", "-o", "out", "--threshold", "nan"), "'nan' is not a number"),
+        (("tune", "BUNDLE", "--data", "DATA", "--max-latency-ms", "inf"), "'inf' is not a number"),
+        (("bench", "BUNDLE", "--data", "DATA", "--min-seconds", "NaN", "-o", "out"), "'NaN' is not a number"),
+        (("eval", "x" * 5000, "--data", "DATA"), "(5000 characters)' is no path: File name too long"),
+        (("eval", "BUNDLE", "--data", "x" * 5000), "(5000 characters)' is no path: File name too long"),
+        (("predict", "BUNDLE", "x" * 5000, "-o", "out"), "(5000 characters)' is no path: File name too long"),
+        (("inspect", "/".join(["x" * 300] * 2)), "is no path: File name too long"),
+    ],
+)
+def test_numbers_and_paths_that_are_none(
+    arguments: tuple[str, ...], message: str, tiny_bundle: Path, tiny_coco: Path, refused: Callable[..., str]
+) -> None:
+    known = {"BUNDLE": tiny_bundle, "DATA": tiny_coco, "IMAGES": tiny_coco.parent / "images"}
+    assert message in refused(*(known.get(one, one) for one in arguments))
+
+
+def test_eval_says_what_it_measured_by_which_engine(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the engine that `predict` would take; what is not matched by name is told, what is undefined is called so."""
+    content = json.loads(tiny_coco.read_text())
+    content["categories"].append({"id": 99, "name": "unknown"})
+    first = content["images"][0]
+    content["annotations"].append({"id": 999, "image_id": first["id"], "category_id": 99, "bbox": [0, 0, 5, 5]})
+    first.update(width=first["height"] + 1)
+    data = tmp_path / "labels.json"
+    data.write_text(json.dumps(content))
+    arguments = ("eval", tiny_bundle, "--data", data, "--images", tiny_coco.parent / "images")
+    assert run(*arguments) == 0
+    out, err = capfd.readouterr()
+    engine, _ = preferred_engine(Bundle.open(tiny_bundle), "fp32", "cpu")
+    assert f"{engine} fp32" in " ".join(out.split())
+    assert "no class for 1 categories of the annotations (unknown)" in err
+    assert "1 images have another size than their annotations say" in err
+    assert run(*arguments, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["ap_small"] is None) == ("small undefined" in out) and len(found["notes"]) == 2
 
 
 MISSING = "import sys\nsys.modules[{!r}] = None"  # makes its import fail
@@ -450,7 +507,7 @@ def test_pictures_of_every_kind_are_evaluated(
 
 
 BROKEN = {
-    "corrupt.png": (b"\x89PNG\r\n\x1a\n" + bytes(100), "truncated"),
+    "corrupt.png": (b"\x89PNG\r\n\x1a\n" + bytes(100), "damaged or not an image"),
     "empty.jpg": (b"", "is empty"),
     "text.jpg": (b"<html>404</html>", "damaged or not an image"),
     "cut.jpg": (None, "is truncated"),

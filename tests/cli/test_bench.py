@@ -218,9 +218,9 @@ def test_two_at_once_for_one_file(tmp_path: Path) -> None:
 
     output = tmp_path / "r.json"
     with (
-        journal_beside(output),
+        journal_beside(output, "bench"),
         pytest.raises(OutputError, match="another gfldeploy is working on"),
-        journal_beside(output),
+        journal_beside(output, "bench"),
     ):
         pass
     assert list(tmp_path.iterdir()) == []

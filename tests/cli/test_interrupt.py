@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import demo_bundles
@@ -15,7 +16,7 @@ import pytest
 
 from gfldeploy.bundle import Bundle
 
-pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
+pytestmark = [pytest.mark.slow, demo_bundles.needs_export, demo_bundles.needs_quant]
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def check_unwound(process: subprocess.Popen[str], target: Path, before: dict[str
 @pytest.mark.parametrize(
     ("stage", "number"),
     [
-        ("loading Paddle", signal.SIGTERM),
+        ("loading Paddle", signal.SIGTERM),  # before and after Paddle has put a handler of its own in place
         ("folding BatchNorm", signal.SIGINT),
         ("comparing the paddle_program graph", signal.SIGTERM),
     ],
@@ -88,21 +89,21 @@ def test_export(stage: str, number: signal.Signals, target: Path, tmp_path: Path
 
 
 def test_a_killed_export_is_cleaned_up_by_the_next(
-    target: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    target: Path, exported: Path, tmp_path: Path, run_here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     before = demo_bundles.snapshot(target)
-    config = demo_bundles.exported(tmp_path_factory).parent / "gfl_demo.yml"
+    config = exported.parent / "gfl_demo.yml"
     arguments = (*demo_bundles.export_arguments(config), "-o", target, "--force")
     with start(tmp_path, *arguments) as process:
         wait_for_stage(process, "writing the ONNX graph")
         process.kill()
     assert demo_bundles.snapshot(target) == before
     assert len(list(target.parent.iterdir())) == 2, "the old bundle, and what the killed run left"
-    done = demo_bundles.run(*arguments, folder=tmp_path)
+    done = run_here(*arguments)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     # And it is what another run, in another place, made of the same: only the command differs.
-    made, other = (Bundle.open(bundle).manifest for bundle in (target, demo_bundles.exported(tmp_path_factory)))
+    made, other = (Bundle.open(bundle).manifest for bundle in (target, exported))
     assert {name: r.sha256 for name, r in made.files.items()} == {name: r.sha256 for name, r in other.files.items()}
     commands = [dict(manifest.provenance).pop("command") for manifest in (made, other)]
     assert {**made.provenance, "command": ""} == {**other.provenance, "command": ""}, commands

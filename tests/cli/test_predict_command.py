@@ -59,7 +59,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 def test_a_folder(tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "out"
-    assert run(tiny_bundle, images, "-o", output, "--batch-size", 4, "--threshold", 0.5) == 0
+    assert run(tiny_bundle, images, "-o", output, "--batch-size", 4) == 1
     shown, said = capfd.readouterr()
     assert shown == f"{output}\n"
     assert "fp32 on cpu, batch 4" in said and "runs fp32 on cpu here" in said
@@ -81,13 +81,32 @@ def test_a_folder(tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest
     assert [one["id"] for one in named["images"]] == [number for number in range(1, 41) if number != 10]
     assert named["categories"] == [{"id": 1, "name": "box"}, {"id": 2, "name": "ball"}]
     results = json.loads((output / "coco.json").read_text())
-    assert len(results) == 39 and {one["category_id"] for one in results} == {1}
-    assert results[9] == {"image_id": 11, "category_id": 1} | {
+    assert [one["image_id"] for one in results if one["score"] >= 0.5] == [one["id"] for one in named["images"]]
+    assert next(one for one in results if one["image_id"] == 11) == {"image_id": 11, "category_id": 1} | {
         key: found[10]["detections"][0][key] for key in ("bbox", "score")
     }
     note = json.loads((output / "predict.json").read_text())
     assert (note["images"], note["failed"], note["batch_size"], note["decoding"]) == (40, 1, 4, "exact")
     assert sorted(path.name for path in output.parent.iterdir()) == ["out"], "nothing else is left"
+
+
+def test_what_a_bundle_may_lack_is_said(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # A bundle of 24 candidates, all of which find one and the same box: better ones may have been left out.
+    bundle = tmp_path / "chosen"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "candidates": 24, "notes": ["24 are few"]}))
+    command = (bundle, images / "0000.jpg", images / "0001.jpg", "--engine", "onnxruntime")
+    assert run(*command, "-o", tmp_path / "out") == 0
+    said = capfd.readouterr().err
+    assert "Note: 24 are few" in said
+    assert "Note: 2 of them may lack detections, or have other ones, that score below 0.8" in said
+    assert all(one["may_lack_below"] == pytest.approx(0.88, abs=0.01) for one in lines(tmp_path / "out"))
+    assert run(*command, "--threshold", 0.9, "-o", tmp_path / "best") == 0  # nothing of what is asked for
+    assert "may lack" not in capfd.readouterr().err
+    assert not any("may_lack_below" in one for one in lines(tmp_path / "best"))
 
 
 def test_annotations_give_the_ids(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
@@ -114,9 +133,48 @@ def test_annotations_give_the_ids(tiny_bundle: Path, tiny_coco: Path, tmp_path: 
     assert coco_accuracy(dataset, results).ap == pytest.approx(1)
 
 
+def test_the_threshold_is_of_what_people_look_at(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
+    image = images / "0000.jpg"
+    counts = {}
+    for threshold in (None, 0.01, 0.95):
+        output = tmp_path / f"out{threshold}"
+        assert run(tiny_bundle, image, "-o", output, *([] if threshold is None else ["--threshold", threshold])) == 0
+        counts[threshold] = (
+            len(lines(output)[0]["detections"]),
+            len(json.loads((output / "coco.json").read_text())),
+        )
+    assert counts[0.01][0] == counts[0.01][1] >= 1, "all that NMS left"
+    assert counts == {None: (1, counts[0.01][1]), 0.01: counts[0.01], 0.95: (0, counts[0.01][1])}
+    with Detector(tiny_bundle) as detector:
+        found = [len(detector.detect(image, threshold=one)[0].scores) for one in (0.5, 0, 0.95)]
+        assert found == [1, counts[0.01][1], 0] and len(detector.detect(image)[0].scores) == 1
+
+
+def test_a_file_of_the_users_among_results_is_never_removed(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = (tiny_bundle, images / "0000.jpg", "-o", output, "--draw", "--force")
+    assert run(*command) == 0
+    for name in ("mine.txt", "pictures/000009-mine.jpg"):
+        (output / name).touch()
+        before = demo_bundles.snapshot(tmp_path)
+        assert run(*command) == 2
+        assert f"holds {name}, which gfldeploy did not write" in capfd.readouterr().err
+        assert demo_bundles.snapshot(tmp_path) == before
+        (output / name).unlink()
+    for bundle, read in ((output, images / "0000.jpg"), (tiny_bundle, output / "pictures")):
+        assert run(bundle, read, "-o", output, "--force") == 2
+    copied = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    for place in (copied, copied / "found"):
+        assert run(copied, images / "0000.jpg", "-o", place, "--force") == 2
+        assert "gfldeploy did not write" in (said := capfd.readouterr().err) or "is the bundle that is read" in said
+    assert demo_bundles.snapshot(copied) == demo_bundles.snapshot(tiny_bundle)
+
+
 def test_pictures(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert run(tiny_bundle, images / "0003.jpg", images / "0009.jpg", images / "0001.jpg", "-o", output, "--draw") == 0
+    assert run(tiny_bundle, images / "0003.jpg", images / "0009.jpg", images / "0001.jpg", "-o", output, "--draw") == 1
     assert [path.name for path in sorted((output / "pictures").iterdir())] == ["000001-0003.jpg", "000003-0001.jpg"]
     picture = cv2.imread(str(output / "pictures" / "000003-0001.jpg"))
     assert picture.shape == (80, 48, 3)
@@ -151,7 +209,7 @@ def test_names_of_any_kind(tiny_bundle: Path, images: Path, tmp_path: Path) -> N
     for name in names:
         shutil.copy(images / "0000.jpg", folder / name)
     (folder / "bad\n.jpg").write_text("no picture")
-    assert run(tiny_bundle, folder, "-o", tmp_path / "out", "--draw") == 0
+    assert run(tiny_bundle, folder, "-o", tmp_path / "out", "--draw") == 1
     found = lines(tmp_path / "out")
     assert [one["file"] for one in found] == sorted(str(folder / name) for name in [*names, "bad\n.jpg"])
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 4
@@ -161,7 +219,7 @@ def test_results_are_replaced_only_on_request(
     tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    assert run(tiny_bundle, images, "-o", output) == 0
+    assert run(tiny_bundle, images, "-o", output) == 1
     before = demo_bundles.snapshot(output)
     assert run(tiny_bundle, images / "0000.jpg", "-o", output) == 2
     assert "exists already" in capfd.readouterr().err
@@ -179,7 +237,7 @@ def test_results_are_replaced_only_on_request(
 def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     for _ in range(2):
-        assert run(tiny_bundle, folder, "-o", folder / "out", "--draw", "--force") == 0
+        assert run(tiny_bundle, folder, "-o", folder / "out", "--draw", "--force") == 1
         assert len(lines(folder / "out")) == 40
 
 
@@ -190,6 +248,8 @@ def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp
         (("BUNDLE", "IMAGES", "nowhere.jpg"), "there is no nowhere.jpg"),
         (("nowhere", "IMAGES"), "there is no nowhere"),
         (("BUNDLE", "IMAGES", "--precision", "int8"), "int8 is not possible"),
+        (("BUNDLE", "IMAGES", "--engine", "paddle"), "paddle fp32 on cpu is not possible: the bundle tiny has no"),
+        (("BUNDLE", "IMAGES", "--engine", "openvino", "--device", "gpu"), "openvino fp32 on gpu is not possible"),
         (("BUNDLE", "IMAGES", "IMAGES", "--data", "DATA"), "With --data, INPUT is the one folder"),
         (("BUNDLE", "IMAGES", "--threshold", "1.5"), "1.5 is not in the range"),
         (("BUNDLE", "BAD"), "none of 1 images can be used: "),
@@ -218,8 +278,13 @@ def unfinished(output: Path, length: int, source: Path, *arguments: object) -> P
     """What a run that was killed leaves when so many bytes were written: the head of a whole run's working file."""
     working = output.with_name(f"{output.name}.unfinished")
     working.mkdir()
+    mark(working)
     (working / "working.jsonl").write_bytes(source.read_bytes()[:length])
     return working
+
+
+def mark(working: Path) -> None:
+    (working / ".made-by-gfldeploy").write_text("gfldeploy predict, on its way to out\n")
 
 
 def test_a_run_that_was_cut_anywhere_ends_with_the_same_bytes(
@@ -231,19 +296,19 @@ def test_a_run_that_was_cut_anywhere_ends_with_the_same_bytes(
     write = session.write_outputs
 
     def and_keep(directory: Path, *arguments: Any) -> Any:
-        shutil.copyfile(directory / "working.jsonl", kept)
+        shutil.copyfile(directory.parent / "working.jsonl", kept)
         return write(directory, *arguments)
 
     monkeypatch.setattr(session, "write_outputs", and_keep)
     command = (tiny_bundle, images, "--batch-size", 4, "--threads", 1)
-    assert run(*command, "-o", tmp_path / "whole") == 0
+    assert run(*command, "-o", tmp_path / "whole") == 1
     whole = demo_bundles.snapshot(tmp_path / "whole")
     source = Path(shutil.copyfile(kept, tmp_path / "source.jsonl"))
     chooser = random.Random(0)
     for number in range(12):
         output = tmp_path / f"out{number}"
         unfinished(output, chooser.randrange(source.stat().st_size + 1), source)
-        assert run(*command, "-o", output) == 0
+        assert run(*command, "-o", output) == 1
         assert demo_bundles.snapshot(output) == whole
         assert kept.read_bytes() == source.read_bytes()
 
@@ -255,12 +320,15 @@ def test_an_unfinished_run_of_other_options(
     working = output.with_name("out.unfinished")
     working.mkdir()
     (working / "working.jsonl").write_text('{"bundle": "ab"}\n')
-    (working / "pictures").mkdir()
-    (working / "pictures" / "000001-old.jpg").touch()
+    (working / "results" / "pictures").mkdir(parents=True)
+    (working / "results" / "pictures" / "000001-old.jpg").touch()
+    assert run(tiny_bundle, images, "-o", output, "--force") == 2
+    assert "out.unfinished is needed for unfinished work, and gfldeploy did not make it" in capfd.readouterr().err
+    mark(working)
     assert run(tiny_bundle, images, "-o", output) == 2
     error = capfd.readouterr().err
     assert "out.unfinished is of an unfinished run with other bundle, " in error and "--force" in error
-    assert run(tiny_bundle, images, "-o", output, "--force") == 0
+    assert run(tiny_bundle, images, "-o", output, "--force") == 1
     assert len(lines(output)) == 40
     names = sorted(path.name for path in output.iterdir())
     assert names == ["coco.json", "detections.jsonl", "images.json", "predict.json"]
@@ -269,7 +337,7 @@ def test_an_unfinished_run_of_other_options(
 def test_two_at_once_are_refused(
     tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with unfinished_beside(tmp_path / "out"):
+    with unfinished_beside(tmp_path / "out", "predict", ""):
         assert run(tiny_bundle, images, "-o", tmp_path / "out") == 2
     assert "another gfldeploy is working on" in capfd.readouterr().err
 
@@ -293,7 +361,7 @@ def stop_at(process: subprocess.Popen[str], working: Path, size: int, number: si
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 600)
     options = (tiny_bundle, folder, "--batch-size", 2, "--threads", 1)
-    assert run(*options, "-o", tmp_path / "whole") == 0
+    assert run(*options, "-o", tmp_path / "whole") == 1
     whole = demo_bundles.snapshot(tmp_path / "whole")
     output = tmp_path / "out"
     working = tmp_path / "out.unfinished" / "working.jsonl"
@@ -307,7 +375,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny_bundle: Path, t
     assert killed > 0
     if not output.exists():
         done = demo_bundles.run("predict", *options, "-o", output, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1, done.stderr
     assert demo_bundles.snapshot(output) == whole
     assert not working.parent.exists()
 
@@ -324,6 +392,6 @@ def test_interrupted_it_says_so_and_goes_on(
     assert process.returncode == 130
     assert "the same command goes on from there" in said and "Traceback" not in said
     assert not output.exists()
-    assert run(tiny_bundle, folder, "-o", output) == 0
+    assert run(tiny_bundle, folder, "-o", output) == 1
     assert re.search(r"600 images \(\d+ of them by an earlier run\) in ", capfd.readouterr().err)
     assert len(lines(output)) == 600

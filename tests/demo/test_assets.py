@@ -98,6 +98,7 @@ json.dump({"wanted": wanted, "stored": stored, "different": different,
 
 
 @pytest.mark.slow
+@pytest.mark.needs_ppdet
 def test_checkpoint_fits_the_model_that_the_config_builds(tmp_path: Path) -> None:
     answer = tmp_path / "answer.json"
     subprocess.run([sys.executable, "-c", _BUILD, str(answer)], check=True, capture_output=True, cwd=tmp_path)

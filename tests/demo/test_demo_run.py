@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ from gfldeploy.inspection import verify
 
 pytestmark = pytest.mark.slow
 
-THREADS = 2
+THREADS = min(2, len(os.sched_getaffinity(0)))
 ENGINES = ("paddle", "onnxruntime", *(("openvino",) if importlib.util.find_spec("openvino") else ()))
 # mAP differences of FP32 graphs and of INT8 that the project promises.
 FP32_TOLERANCE, INT8_TOLERANCE = 0.001, 0.01
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchResults]:
-    """The demo as users run it, but for how long it times each cell."""
+def demo_run(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchResults]:
+    """The demo as users run it, but for how long it times each cell, and for Paddle without its optimisations."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    size = DemoSize(timed_images=4, min_seconds=0.0, batch_sizes=(1, 2))
+    size = DemoSize(timed_images=4, min_seconds=0.0, batch_sizes=(1, 2), engines=ENGINES)
     return output, run_demo(output, threads=THREADS, size=size)
 
 

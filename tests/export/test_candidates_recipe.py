@@ -16,9 +16,11 @@ import pytest
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import DEFAULT_CANDIDATES
-from gfldeploy.detections import postprocess
+from gfldeploy.detections import NmsParams, postprocess
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
+from gfldeploy.export.exporter import ExportRequest, _candidates
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 
@@ -59,6 +61,90 @@ def test_candidates_give_what_all_anchors_give(tmp_path_factory: pytest.TempPath
                     np.testing.assert_array_equal(ours.classes, theirs.classes)
                     np.testing.assert_allclose(ours.scores, theirs.scores, rtol=0, atol=1e-6)
                     np.testing.assert_allclose(ours.boxes, theirs.boxes, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+@demo_bundles.needs_export
+@pytest.mark.filterwarnings("ignore")
+def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path) -> None:
+    import paddle
+
+    from gfldeploy.export.checkpoint import random_weights
+    from gfldeploy.export.config import build_model, load_detector_config
+    from gfldeploy.export.parity import parity_images
+
+    nms = "{name: MultiClassNMS, nms_top_k: -1, keep_top_k: 500, score_threshold: -1, nms_threshold: 0.2}"
+    config = demo_bundles.write_config(tmp_path, f"GFLHead: {{nms: {nms}}}")
+    target = tmp_path / "fp32"
+    done = demo_bundles.run("export", "-c", config, "--random-weights", 0, "-o", target, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "all anchors will be decoded: the config keeps 500 detections of an image" in done.stderr
+    bundle = Bundle.open(target)
+    assert (bundle.manifest.candidates, bundle.manifest.notes) == (None, ())
+
+    model = build_model(load_detector_config(config))
+    random_weights(model, 0)
+    short = 0  # images of which 1000 candidates would give less
+    sizes = ((320, 448), (448, 320), (640, 640))
+    images = [parity_images((1, *size), bundle.manifest.preprocess, seed) for seed, size in enumerate(sizes)]
+    expected = []
+    for image, size in zip(images, sizes, strict=True):
+        inputs = {"image": image, "im_shape": [size], "scale_factor": [(1, 1)], "im_id": [0]}
+        with paddle.no_grad():
+            rows = model({name: paddle.to_tensor(np.float32(value)) for name, value in inputs.items()})["bbox"].numpy()
+        expected.append(rows[np.argsort(-rows[:, 1], kind="stable")])
+    for name in ("paddle", "onnxruntime", "openvino"):
+        with open_engine(name, bundle, EngineOptions("fp32", "cpu", 1)) as engine:
+            for image, theirs in zip(images, expected, strict=True):
+                [ours] = detect_batch(engine, image, [(1.0, 1.0)], bundle.manifest.nms)
+                assert len(ours) == len(theirs)
+                np.testing.assert_allclose(ours.scores, theirs[:, 1], rtol=0, atol=1e-4)
+                assert alike(ours.boxes, ours.classes, theirs) == len(theirs)
+                outputs = engine.infer({"image": image})
+                best = np.sort(np.argsort(-outputs["scores"][0].max(axis=1))[:DEFAULT_CANDIDATES])
+                chosen = (outputs["scores"][:, best], outputs["boxes"][:, best])
+                [fewer] = postprocess(*chosen, [(1.0, 1.0)], bundle.manifest.nms)
+                short += alike(fewer.boxes, fewer.classes, theirs) < len(theirs)
+    assert short
+
+
+def alike(boxes: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> int:
+    """How many boxes are among the rows: class, score, x1, y1, x2, y2. Nearly equal scores may have swapped."""
+    near = np.abs(boxes[:, np.newaxis] - rows[np.newaxis, :, 2:]).max(axis=2) < 0.05
+    return int((near & (classes[:, np.newaxis] == rows[np.newaxis, :, 0])).any(axis=1).sum())
+
+
+@pytest.mark.parametrize(
+    ("asked", "keep_top_k", "shape", "chosen", "said"),
+    [
+        ("auto", 5, (None, None, None), DEFAULT_CANDIDATES, ""),
+        ("auto", 100, (None, None, None), None, "1000 do not suffice for test pictures"),
+        ("auto", 101, (None, None, None), None, "the config keeps 101 detections"),
+        ("auto", -1, (None, None, None), None, "the config keeps every detection"),
+        (None, -1, (None, None, None), None, ""),
+        (1000, 5, (None, None, None), 1000, ""),
+        (999, 5, (None, None, None), 999, "only the 999 anchors of an image that score highest"),
+        (1000, 100, (None, None, None), 1000, "keeps 100 detections of an image"),
+        (1500, 101, (None, None, None), 1500, "may be missing or differ"),
+        (3000, -1, (None, None, None), 3000, "keeps every detection"),
+        (3000, -1, (None, 256, 256), 3000, ""),  # there are no more
+        (1999, -1, (None, 256, 256), 1999, "keeps every detection"),
+    ],
+)
+def test_what_may_be_lost_is_noted(
+    asked: int | str | None, keep_top_k: int, shape: tuple[int | None, ...], chosen: int | None, said: str
+) -> None:
+    # 2000 anchors at 20 places, all above the threshold: NMS leaves 20.
+    corners = np.float32([[100 * (number % 20), 0] for number in range(2000)])
+    boxes = np.concatenate([corners, corners + 50], 1)[np.newaxis]
+    scores = np.linspace(0.5, 0.9, 2000, dtype=np.float32).reshape(1, 2000, 1).repeat(2, axis=2)
+    nms = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=-1, keep_top_k=keep_top_k)
+    request = ExportRequest(Path("x.yml"), Path("out"), None, input_shape=shape, candidates=asked)  # type: ignore[arg-type]
+    lines: list[str] = []
+    found, notes = _candidates(request, nms, [{"scores": scores, "boxes": boxes}], lines.append)
+    assert found == chosen
+    assert said in "".join(lines) and bool(lines) == bool(said)
+    assert [f"note: {note}" for note in notes] == (lines if chosen is not None else [])
 
 
 def test_a_crowd_is_images_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

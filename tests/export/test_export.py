@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import demo_bundles
@@ -20,14 +22,16 @@ from onnx import numpy_helper
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import CLASSES
+from gfldeploy.dependencies import require
 
+RunHere = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(exported: Path) -> Path:
     """Read it, do not change it."""
-    return demo_bundles.exported(tmp_path_factory)
+    return exported
 
 
 def rehash(directory: Path) -> None:
@@ -39,8 +43,8 @@ def rehash(directory: Path) -> None:
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_the_bundle_is_described_and_verified(bundle: Path, tmp_path: Path) -> None:
-    described = demo_bundles.run("inspect", bundle, "--json", "--size", "64x128", folder=tmp_path)
+def test_the_bundle_is_described_and_verified(bundle: Path, run_here: RunHere) -> None:
+    described = run_here("inspect", bundle, "--json", "--size", "64x128")
     facts = json.loads(described.stdout)
     assert facts["classes"] == list(CLASSES)
     assert facts["inputs"] == ["image float32 [?, 3, ?, ?]"]
@@ -49,7 +53,7 @@ def test_the_bundle_is_described_and_verified(bundle: Path, tmp_path: Path) -> N
     assert facts["macs"]["at"] == "64x128"
     compared = {(one["graph"], one["batch"]) for one in facts["parity"]["comparisons"]}
     assert compared == {(graph, batch) for graph in ("paddle", "paddle_program", "onnx") for batch in (1, 3)}
-    sheet = demo_bundles.run("inspect", bundle, folder=tmp_path).stdout
+    sheet = run_here("inspect", bundle).stdout
     assert max(map(len, sheet.splitlines())) <= 120
     for text in (
         "resize to 320x512 keeping the aspect ratio",
@@ -58,7 +62,7 @@ def test_the_bundle_is_described_and_verified(bundle: Path, tmp_path: Path) -> N
         "3x3x256x416",
     ):
         assert text in sheet
-    verified = demo_bundles.run("verify", bundle, folder=tmp_path)
+    verified = run_here("verify", bundle)
     assert verified.returncode == 0, verified.stderr
     assert "files are as they were made" in verified.stdout
 
@@ -84,10 +88,10 @@ def test_nothing_in_the_bundle_names_this_machine(bundle: Path) -> None:
     assert provenance["command"].startswith("gfldeploy export -c gfl_demo.yml --random-weights 0")
 
 
-def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Path) -> None:
+def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Path, run_here: RunHere) -> None:
     output = tmp_path / "fixed"
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 1, "--input-shape", "320x416", "-o", output)
-    done = demo_bundles.run(*arguments, folder=tmp_path)
+    done = run_here(*arguments)
     assert done.returncode == 0, done.stderr
     assert Bundle.open(output).manifest.inputs[0].shape == (None, 3, 320, 416)
     data = json.loads(tiny_coco.read_text())
@@ -97,7 +101,7 @@ def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Pat
     assert {image["height"] > image["width"] for image in data["images"]} == {True, False}
     for engine in ("onnxruntime", "paddle"):
         arguments = ("eval", output, "--data", tmp_path / "annotations.json", "--engine", engine, "--batch-size", 4)
-        done = demo_bundles.run(*arguments, "--json", folder=tmp_path)
+        done = run_here(*arguments, "--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert result["images"] == len(data["images"])
@@ -144,7 +148,7 @@ def test_paddledetections_graph_runs_as_its_deploy_tools_run_it(bundle: Path, tm
 # --- sabotage ---------------------------------------------------------------------------------------------------------
 
 
-def test_verify_catches_one_percent(bundle: Path, tmp_path: Path) -> None:
+def test_verify_catches_one_percent(bundle: Path, tmp_path: Path, run_here: RunHere) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     path = copy / "onnx" / "model.onnx"
     model = onnx.load(str(path))
@@ -152,29 +156,23 @@ def test_verify_catches_one_percent(bundle: Path, tmp_path: Path) -> None:
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name in weights)
     tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.01), tensor.name))
     onnx.save(model, str(path))
-    assert "has changed" in demo_bundles.refusal(demo_bundles.run("verify", copy, folder=tmp_path))
+    assert "has changed" in demo_bundles.refusal(run_here("verify", copy))
     rehash(copy)
-    message = demo_bundles.refusal(demo_bundles.run("verify", copy, folder=tmp_path))
+    message = demo_bundles.refusal(run_here("verify", copy))
     assert "the onnx graph in onnxruntime differs from the reference" in message
 
 
-_WRONG_STRIDE = """
-import os
-os.environ["GLOG_minloglevel"] = "2"
-from gfldeploy.dependencies import require
-require("paddle", "paddle", "this test")
-import gfldeploy.export.gfl_graph as gfl_graph
-class Wrong(gfl_graph.GflGraph):
-    def decode(self, distributions, cells):
-        wrong = gfl_graph.paddle.concat([cells[..., :2], cells[..., 2:] * 1.01], -1)
-        return super().decode(distributions, wrong)
-gfl_graph.GflGraph = Wrong
-"""
+def test_export_catches_a_wrong_stride(tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    require("paddle", "paddle", "this test")
+    from gfldeploy.export import gfl_graph
 
+    class Wrong(gfl_graph.GflGraph):
+        def decode(self, distributions: Any, cells: Any) -> Any:
+            wrong = gfl_graph.paddle.concat([cells[..., :2], cells[..., 2:] * 1.01], -1)
+            return super().decode(distributions, wrong)
 
-def test_export_catches_a_wrong_stride(tmp_path: Path) -> None:
+    monkeypatch.setattr(gfl_graph, "GflGraph", Wrong)
     output = tmp_path / "new" / "out"
-    arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output)
-    message = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=_WRONG_STRIDE))
+    message = demo_bundles.refusal(run_here("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output))
     assert "graph in paddle differs from the reference" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"
+    assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import demo_bundles
@@ -17,7 +19,7 @@ from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import matched
 from gfldeploy.errors import EngineError
-from gfldeploy.export import half
+from gfldeploy.export import half, parity
 from gfldeploy.export.half import convert_to_half, write_half_onnx
 from gfldeploy.export.parity import parity_images, parity_shapes
 
@@ -217,7 +219,7 @@ def test_the_bundles_fp16_file(tmp_path_factory: pytest.TempPathFactory) -> None
     source, _ = bundle.graph("onnx")
     assert path.stat().st_size < 0.6 * source.stat().st_size
     record = json.loads((bundle.directory / "parity.json").read_text())["fp16"]
-    assert record["tolerance"] == {"score": half.SCORE_TOLERANCE, "box_px": half.BOX_TOLERANCE_PX}
+    assert record["tolerance"] == {"score": half.TOLERANCE.score, "box_px": half.TOLERANCE.box_px}
     assert [one["graph"] for one in record["comparisons"]] == ["onnx_fp16"] * 3
     # With every value between rounded, as on a GPU.
     model, half_model = onnx.load(str(source)), onnx.load(str(path))
@@ -227,8 +229,8 @@ def test_the_bundles_fp16_file(tmp_path_factory: pytest.TempPathFactory) -> None
     (scores, boxes, anchors), (half_scores, half_boxes, half_anchors) = run(model, image), run(simulated, image)
     here, there = matched(anchors[0], half_anchors[0])
     assert len(here) > 0.9 * len(anchors[0])
-    assert 0 < np.abs(scores[0, here] - half_scores[0, there]).max() < half.SCORE_TOLERANCE
-    assert 0 < np.abs(boxes[0, here] - half_boxes[0, there]).max() < half.BOX_TOLERANCE_PX
+    assert 0 < np.abs(scores[0, here] - half_scores[0, there]).max() < half.TOLERANCE.score
+    assert 0 < np.abs(boxes[0, here] - half_boxes[0, there]).max() < half.TOLERANCE.box_px
     # Coordinates in FP16 would be off by 0.1 px and more on average, whatever the stride.
     finest = anchors[0, here] < (shape[1] // 8) * (shape[2] // 8)
     assert finest.sum() > 100
@@ -237,10 +239,12 @@ def test_the_bundles_fp16_file(tmp_path_factory: pytest.TempPathFactory) -> None
 
 @pytest.mark.slow
 @demo_bundles.needs_export
-def test_a_detector_that_fp16_does_not_suit_is_exported_without(tmp_path: Path) -> None:
-    strict = "import gfldeploy.export.half as half; half.SCORE_TOLERANCE = 0.0"
+def test_a_detector_that_fp16_does_not_suit_is_exported_without(
+    tmp_path: Path, run_here: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half, "TOLERANCE", parity.Tolerance(0.0, 0.0))
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", tmp_path / "fp32")
-    done = demo_bundles.run(*arguments, folder=tmp_path, before=strict)
+    done = run_here(*arguments)
     assert done.returncode == 0, done.stderr
     assert "leaving out the FP16 ONNX graph: the onnx_fp16 graph in onnxruntime differs" in done.stderr
     bundle = Bundle.open(tmp_path / "fp32")

@@ -17,6 +17,7 @@ CONFIGS = ("gflv2_r50_fpn_1x_coco", "gfl_slim_ld_r18vd_1x_coco")
 
 
 @pytest.mark.slow
+@pytest.mark.needs_ppdet
 def test_the_zoo_exports_within_the_promised_differences(tmp_path: Path) -> None:
     results = tmp_path / "zoo.json"
     command = [sys.executable, str(RECIPE), "--output", str(tmp_path), "--results", str(results), "--configs", *CONFIGS]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -191,8 +194,9 @@ def test_a_png_with_a_changed_byte_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.needs_ppdet
 def test_every_file_equals_paddledetections_decode(tmp_path: Path) -> None:
-    operators = pytest.importorskip("ppdet.data.transform.operators")
+    operators = importlib.import_module("ppdet.data.transform.operators")
     for name, data in files().items():
         path = write(tmp_path, name, data)
         theirs = operators.Decode()({"im_file": str(path)})["image"]
@@ -216,3 +220,45 @@ def test_other_formats_are_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(encode(QUARTERS, "PNG"))
     np.testing.assert_array_equal(read_image(path, 4), QUARTERS)
+
+
+@pytest.mark.parametrize("name", ["plain.jpg", "progressive.jpg", "restarts.jpg"])
+def test_damage_inside_a_jpeg_is_an_error_of_that_image(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = files()[name]
+    middle = len(data) * 2 // 3
+    changed = [data[:middle] + b"\xff\xd9", data[:middle] + bytes(2000) + data[middle:]]
+    for damaged in changed:
+        with pytest.raises(DataError, match=rf"{name} is damaged \(Corrupt JPEG data"):
+            read_image(write(tmp_path, name, damaged))
+    # Bytes that nothing reads, before the end, harm no pixel.
+    extra = read_image(write(tmp_path, name, data[:-2] + bytes(range(1, 60)) + data[-2:]))
+    np.testing.assert_array_equal(extra, read_image(write(tmp_path, name, data)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damage_is_told_of_the_right_image_by_threads(tmp_path: Path) -> None:
+    data = files()["plain.jpg"]
+    good = write(tmp_path, "good.jpg", data)
+    bad = write(tmp_path, "bad.jpg", data[: len(data) // 2] + b"\xff\xd9")
+
+    def failed(path: Path) -> bool:
+        try:
+            read_image(path)
+        except DataError:
+            return True
+        return False
+
+    paths = [good, bad, good, good] * 20
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(failed, paths)) == [path == bad for path in paths]
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", Path("/dev/zero")):
+        with pytest.raises(DataError, match="no regular file"):
+            read_image(path)
+    with pytest.raises(DataError, match="File name too long"):
+        read_image(tmp_path / ("x" * 5000))

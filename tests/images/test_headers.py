@@ -7,6 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -52,6 +53,12 @@ def png(before: bytes, orientation: int = 6) -> bytes:
     return plain[:place] + chunk + plain[place:]
 
 
+def png_with_text(count: int) -> bytes:
+    """A PNG with more compressed text than Pillow takes."""
+    plain, data = encode("PNG"), b"zTXt" + b"parameters\0\0" + zlib.compress(bytes(count))
+    return plain[:33] + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data)) + plain[33:]
+
+
 FILES = {
     **{f"turned-{turn}.jpg": jpeg(exif(turn)) for turn in range(10)},
     **{f"turned-{turn}.png": png(b"IDAT", turn) for turn in range(1, 9)},
@@ -80,6 +87,23 @@ FILES = {
     "plain.bmp": encode("BMP"),
     "palette.bmp": encode("BMP", "P"),
     "top-down.bmp": encode("BMP").replace(struct.pack("<ii", WIDTH, HEIGHT), struct.pack("<ii", WIDTH, -HEIGHT), 1),
+    "plain.gif": encode("GIF"),
+    "animated.gif": encode("GIF", save_all=True, append_images=[PIL_Image.fromarray(PICTURE[::-1])]),
+    "plain.jp2": encode("JPEG2000"),
+    "plain.avif": encode("AVIF"),
+    "turned.avif": encode("AVIF", exif=exif(6)),
+    "plain.ppm": encode("PPM"),
+    "grey.pgm": encode("PPM", "L"),
+    "bits.pbm": encode("PPM", "1"),
+    "plain.ras": cv2.imencode(".ras", PICTURE)[1].tobytes(),
+    "plain.tiff": encode("TIFF"),
+    "motorola.tiff": encode("TIFF", "I;16B"),
+    "big.tiff": encode("TIFF", big_tiff=True),
+    "tiles.tiff": encode("TIFF", tiffinfo={322: 16, 323: 16}),
+    "16-bits.tiff": cv2.imencode(".tiff", PICTURE.astype(np.uint16))[1].tobytes(),
+    **{f"turned-{turn}.tiff": encode("TIFF", tiffinfo={0x0112: turn}) for turn in range(1, 9)},
+    "16-bits.png": cv2.imencode(".png", PICTURE.astype(np.uint16))[1].tobytes(),
+    "much-text.png": png_with_text(1 << 21),
     "misnamed-tiff.jpg": encode("TIFF"),
     "misnamed-png.jpg": encode("PNG"),
 }
@@ -115,6 +139,68 @@ def test_a_head_that_is_cut_off_is_refused(kind: str, tmp_path: Path, capfd: pyt
         with pytest.raises(DataError, match=r"short\.jpg"):
             image_size(path)
     assert capfd.readouterr() == ("", "")
+
+
+def large(kind: str, width: int, height: int) -> bytes:
+    """A small file whose header says that it is large."""
+    data = bytearray(encode(kind, **({"lossless": True} if kind == "WEBP" else {})))
+    if kind == "PNG":
+        struct.pack_into(">II", data, 16, width, height)
+        struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    elif kind == "JPEG":
+        struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, height, width)
+    elif kind == "GIF":
+        struct.pack_into("<HH", data, 6, width, height)
+    elif kind == "BMP":
+        struct.pack_into("<ii", data, 18, width, height)
+    elif kind == "TIFF":
+        for tag, value in ((256, width), (257, height)):
+            place = data.index(struct.pack("<HH", tag, 4 if struct.pack("<HHI", tag, 4, 1) in data else 3))
+            struct.pack_into("<HII", data, place + 2, 4, 1, value)
+    elif kind == "WEBP":
+        struct.pack_into("<I", data, 21, width - 1 | (height - 1) << 14)
+    elif kind == "PPM":
+        data = bytearray(f"P6 {width} {height} 255\n".encode())
+    elif kind == "JPEG2000":
+        place = data.index(b"\xff\x51")
+        struct.pack_into(">II", data, place + 6, width, height)
+        struct.pack_into(">II", data, data.index(b"ihdr") + 4, height, width)
+    elif kind == "AVIF":
+        struct.pack_into(">II", data, data.index(b"ispe") + 8, width, height)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"])
+def test_what_claims_to_be_too_large_is_refused_by_its_header(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "bomb"
+    path.write_bytes(large(kind, 16_000, 16_000))
+    for read in (image_size, read_image):
+        with pytest.raises(DataError, match=r"bomb.*(too large: its header says 16000 x 16000 px|exceeds limit)"):
+            read(path)
+
+
+def test_hostile_jpegs_and_tiffs_are_refused_before_decoding(tmp_path: Path) -> None:
+    path = tmp_path / "bomb"
+    plain = encode("JPEG", progressive=True)
+    scan = plain[plain.rindex(b"\xff\xda") : -2]
+    sized = bytearray(plain[:-2] + scan * 5000 + plain[-2:])
+    struct.pack_into(">HH", sized, sized.index(b"\xff\xc2") + 5, 9000, 9000)
+    path.write_bytes(sized)
+    with pytest.raises(DataError, match=r"50\d\d scans, each over 9000 x 9000 px"):
+        read_image(path)
+    struct.pack_into(">HH", sized, sized.index(b"\xff\xc2") + 5, 11_000, 11_000)
+    path.write_bytes(sized)
+    with pytest.raises(DataError, match="progressive JPEG of 11000 x 11000 px"):
+        read_image(path)
+    path.write_bytes(encode("TIFF", tiffinfo={322: 30_000, 323: 30_000}))
+    tags = bytearray(path.read_bytes())
+    if b"\x42\x01" not in tags:  # Pillow wrote strips: make two of its tags those of a tile
+        for before, after in ((278, 322), (279, 323)):
+            place = tags.index(struct.pack("<H", before), 8)
+            struct.pack_into("<HHII", tags, place, after, 4, 1, 30_000)
+    path.write_bytes(tags)
+    with pytest.raises(DataError, match="its tiles are of 30000 x 30000 px"):
+        image_size(path)
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

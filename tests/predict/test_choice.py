@@ -18,19 +18,23 @@ from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine, usable_threads
 from gfldeploy.predict.choice import choose
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
-from gfldeploy.tune.search import Bounds
+from gfldeploy.tune.search import Bounds, Policy
 
 pytest.importorskip("onnxruntime")
 
 ONE = Estimate(1.0, None, None, 1)
-EVIDENCE = Evidence(ONE, ONE, None, 1.0, ONE, ONE, False, False, 1.0, None, None, None, 1, "2026-01-01T00:00:00+00:00")
+EVIDENCE = Evidence(
+    ONE, ONE, None, 1.0, ONE, ONE, False, False, 99, None, None, None, 1, "2026-01-01T00:00:00+00:00"
+)
 
 
-def write_deploy(folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "") -> Path:
+def write_deploy(
+    folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "", policy: Policy = "grouped"
+) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")
     digest = digest or Bundle.open(bundle).digest
-    choice = Configuration("tiny", digest, "onnxruntime", "fp32", "cpu", 3, 2, "grouped", EVIDENCE)
+    choice = Configuration("tiny", digest, "onnxruntime", "fp32", "cpu", 3, 2, policy, EVIDENCE)
     deploy = Deploy(
         "2026-01-01T00:00:00+00:00", "Deploy it.", choice, None, Bounds(), None, SearchRecord(1, 1, 0, 1, True, True),
         replace(describe_machine(), **machine or {}), DataDescription("ab" * 32, "cd" * 32, 1, None),
@@ -48,8 +52,8 @@ def test_a_bundle_gets_what_works_here(tiny_bundle: Path) -> None:
 
 
 def test_what_is_asked_for_goes_first(tiny_bundle: Path) -> None:
-    choice = choose(tiny_bundle, engine="paddle", threads=1, batch_size=4)
-    assert (choice.engine, choice.options.threads, choice.batch_size) == ("paddle", 1, 4)
+    choice = choose(tiny_bundle, engine="onnxruntime", threads=1, batch_size=4)
+    assert (choice.engine, choice.options.threads, choice.batch_size) == ("onnxruntime", 1, 4)
     assert choice.why == "as asked for"
 
 
@@ -92,3 +96,14 @@ def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
         choose(tmp_path / "file")
     with pytest.raises(DataError, match=r"cannot read .*absent\.yml"):
         choose(tmp_path / "absent.yml")
+
+
+def test_batches_are_formed_as_the_deploy_file_says(tiny_bundle: Path, tmp_path: Path) -> None:
+    orders: dict[Policy, str] = {"in-order": "listed", "grouped": "bucketed"}
+    for policy, order in orders.items():
+        path = write_deploy(tmp_path / policy, tiny_bundle, policy=policy)
+        choice = choose(path)
+        assert choice.order == order
+        assert any("padded to a common size" in note for note in choice.notes) == (order == "listed")
+    assert choose(path, order="listed").order == "listed"
+    assert choose(tiny_bundle).order == "bucketed"

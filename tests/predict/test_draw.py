@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 
-from gfldeploy.predict.draw import colour, draw_boxes
+from gfldeploy.predict import fonts
+from gfldeploy.predict.draw import colour, draw_all, draw_boxes, drawing_notes
 
 
 def box(x: float, y: float, width: float, height: float, score: float = 0.9, category: int = 0) -> dict[str, object]:
@@ -42,3 +47,93 @@ def test_neighbouring_classes_look_different() -> None:
     colours = np.array([colour(category) for category in range(80)])
     assert len(np.unique(colours, axis=0)) == 80
     assert np.abs(np.diff(colours, axis=0)).sum(axis=1).min() > 100
+
+
+def font_with(path: Path, text: str) -> None:
+    """A font in which each of these characters is a square."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for place in ((0, 0), (0, 900), (900, 900), (900, 0)):
+        (pen.moveTo if place == (0, 0) else pen.lineTo)(place)
+    pen.closePath()
+    square, empty = pen.glyph(), TTGlyphPen(None).glyph()
+    names = [f"uni{ord(char):04X}" for char in text]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", *names])
+    builder.setupCharacterMap(dict(zip(map(ord, text), names, strict=True)))
+    builder.setupGlyf({".notdef": empty, **dict.fromkeys(names, square)})
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", *names), (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+
+
+@pytest.fixture
+def folder_of_fonts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder that has fonts."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for cached in (fonts._has_none, fonts._font_of, fonts._font, fonts._system_fonts):
+        cached.cache_clear()
+    folder = tmp_path / "data/fonts/some"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_names_are_drawn_in_a_font_that_has_them(folder_of_fonts: Path) -> None:
+    pytest.importorskip("fontTools")
+    font_with(folder_of_fonts / "squares.ttf", "中文")
+    (folder_of_fonts / "broken.ttf").write_bytes(b"no font")
+    assert [text for text, _ in fonts.runs("a 中文 b", 20)] == ["a ", "中文", " b"]
+    assert fonts.missing_glyphs(["a 中文", "人"]) == ["人"]
+    picture = np.zeros((100, 300, 3), np.uint8)
+    drawn = draw_boxes(picture, [{**box(10, 60, 100, 30), "class": "中文"}])
+    white = (drawn == 255).all(axis=2)
+    assert white.sum() > 100, "two filled squares in white"
+    (note,) = drawing_notes(["中文", "人"], False)
+    assert "no font here has \\u4eba, so" in note and "fonts-noto-cjk" in note
+
+
+def test_what_no_font_has_is_drawn_as_its_code(folder_of_fonts: Path) -> None:
+    assert ["".join(text for text, _ in fonts.runs(name, 20)) for name in ("人", "a\nb\x1b", "é", "e\u0301")] == [
+        "\\u4eba",
+        "a\\nb\\x1b",
+        "e",
+        "e",
+    ]
+    assert len("".join(text for text, _ in fonts.runs("x" * 10_000, 20))) == 80
+    picture = np.zeros((100, 300, 3), np.uint8)
+    one, other = (draw_boxes(picture, [{**box(10, 60, 100, 30), "class": name}]) for name in "人中")
+    assert (one != other).any(), "names that differ look different"
+
+
+def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(tmp_path: Path) -> None:
+    video = tmp_path / "a.mp4"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 10, (80, 48))
+    for _ in range(3):
+        writer.write(np.full((48, 80, 3), 200, np.uint8))
+    writer.release()
+    video = video.rename(tmp_path / "caf\udce9.mp4")  # a name that is not UTF-8
+    size = {"width": 80, "height": 48, "detections": [box(4, 20, 30, 9)]}
+    lines: list[dict[str, object]] = [{"file": str(video), "frame": number, "time_s": 0, **size} for number in range(3)]
+    lines += [{"file": str(video), "error": f"{video} ends early"}]
+    records = tmp_path / "records.jsonl"
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    out.mkdir()
+    assert list(draw_all(records, out, 0.0)) == [1, 2, 3, 4]
+    (drawn,) = out.iterdir()
+    assert drawn.name == "000001-caf\udce9.mp4"
+    capture = cv2.VideoCapture(str(drawn.rename(out / "drawn.mp4")))
+    codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode()
+    frames = []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    assert len(frames) == 3 and frames[0].shape == (48, 80, 3)
+    told = " ".join(drawing_notes([], True))
+    assert (codec in ("avc1", "h264", "VP90", "vp09")) != ("browsers do not" in told)

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+from gfldeploy.batching.buckets import union
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions
@@ -133,7 +135,7 @@ def same(one: Detections | None, other: Detections) -> bool:
     )
 
 
-def run(engine: Engine, manifest: Manifest, paths: Sequence[Path], **options: int) -> list[list[Found]]:
+def run(engine: Engine, manifest: Manifest, paths: Sequence[Path], **options: Any) -> list[list[Found]]:
     return list(detect_groups(engine, manifest, map(picture_of, paths), **options))
 
 
@@ -174,6 +176,24 @@ def test_a_run_that_goes_on_makes_the_missing_batches(engine: Engine, manifest: 
         assert [[one.index for one in group] for group in rest] == [
             [one.index for one in group] for group in whole[skip:]
         ]
+
+
+def test_listed_batches_are_those_of_the_padded_images(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    paths = sorted(folder.iterdir())
+    groups = run(engine, manifest, paths, batch_size=3, order="listed")
+    assert indices(groups) == [list(range(start, min(start + 3, 20))) for start in range(0, 20, 3)]
+    for group in groups:
+        numbers = [one.index for one in group if one.index not in (5, 12)]
+        prepared = [manifest.preprocess(read_image(paths[number])) for number in numbers]
+        known = [SIZES[one.index % 5] for one in group if one.index != 12]  # one has a head that says its size
+        height, width = union(manifest.preprocess.input_size(*size) for size in known)
+        batch = np.zeros((len(numbers), 3, height, width), np.float32)
+        for row, one in zip(batch, prepared, strict=True):
+            row[:, : one.tensor.shape[1], : one.tensor.shape[2]] = one.tensor
+        expected = detect_batch(engine, batch, [one.scale for one in prepared], manifest.nms)
+        found = {one.index: one.detections for one in group}
+        assert [number for number, one in found.items() if one is None] == [n for n in found if n in (5, 12)]
+        assert all(same(found[number], one) for number, one in zip(numbers, expected, strict=True))
 
 
 class Watched:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from gfldeploy.errors import DataError
-from gfldeploy.predict.sources import list_inputs, picture_of, picture_sizes, pictures, video_rate
+from gfldeploy.predict.sources import _ends_early, list_inputs, picture_of, picture_sizes, pictures, video_rate
 
 FRAMES, RATE = 7, 12.5
 
@@ -73,6 +77,124 @@ def test_folders_are_listed_sorted_with_what_is_below(tmp_path: Path) -> None:
     found = list_inputs([tmp_path, tmp_path / "n.txt", tmp_path / "a.webp"], exclude=[tmp_path / "out"])
     names = [path.relative_to(tmp_path).as_posix() for path in found]
     assert names == ["a.webp", "c.mp4", "b/1.png", "b/2.JPG", "n.txt"]
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    for name in ("elsewhere/a.jpg", "elsewhere/deep/b.jpg", "top/c.jpg", "top/x/d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "top/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "top/again").symlink_to(tmp_path / "elsewhere/deep")
+    (tmp_path / "top/own").symlink_to(tmp_path / "top/x")
+    (tmp_path / "top/dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "elsewhere/deep/loop").symlink_to(tmp_path / "top")
+    (tmp_path / "elsewhere/self").symlink_to(".")
+    found = list_inputs([tmp_path / "top"])
+    names = [path.relative_to(tmp_path / "top").as_posix() for path in found]
+    # Each once: `own` under its own name, and a link that leads nowhere is there to have an error.
+    assert names == ["c.jpg", "dangling.jpg", "again/b.jpg", "link/a.jpg", "x/d.jpg"]
+    assert list_inputs([tmp_path / "top", tmp_path / "elsewhere"])[0] == tmp_path / "top/c.jpg"
+    assert len(list_inputs([tmp_path / "top", tmp_path / "elsewhere"])) == 5
+
+
+def test_what_is_left_out_is_named_once(tmp_path: Path) -> None:
+    for name in ("a.JFIF", "b.tif", "c.avif", "d.m2ts", "e.heic", "f.heic", "g.txt", "readme"):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    notes: list[str] = []
+    found = list_inputs([tmp_path], note=notes.append)
+    assert [path.name for path in found] == ["a.JFIF", "b.tif", "c.avif", "d.m2ts"]
+    assert notes == [
+        "skipped 4 files that are no images or videos by name: 2 .heic, 1 .txt, 1 no suffix",
+        f"skipped {tmp_path / 'pipe.jpg'}: no regular file",
+    ]
+    given = list_inputs([tmp_path / "e.heic", tmp_path / "pipe.jpg"])
+    errors = [str(one.error) for one in pictures(given)]
+    assert "e.heic is empty" in errors[0] and "it is no regular file" in errors[1]
+    with pytest.raises(DataError, match="File name too long"):
+        list_inputs([tmp_path / ("x" * 5000)])
+
+
+def test_files_given_by_name_are_tried_whatever_their_suffix(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mp4", "mp4v").rename(tmp_path / "clip.dat")
+    cv2.imwrite(str(tmp_path / "b.png"), np.zeros((20, 30, 3), np.uint8))
+    image = (tmp_path / "b.png").rename(tmp_path / "picture")
+    assert [one.frame for one in pictures([video, image])] == [*range(FRAMES), None]
+    assert [one.size for one in pictures([image])] == [(20, 30)]
+
+
+def test_a_video_that_ends_early_says_so(tmp_path: Path) -> None:
+    data = write_video(tmp_path / "a.avi", "MJPG").read_bytes()
+    path = tmp_path / "cut.avi"
+    path.write_bytes(data[: (data.index(b"movi") + data.index(b"idx1")) // 2])
+    *frames, last = pictures([path])
+    assert 0 < len(frames) < FRAMES and all(one.error is None for one in frames)
+    assert last.frame is None and last.size is None
+    assert f"cut.avi ends early: its header says {FRAMES} frames, and {len(frames)} could be read" in str(last.error)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "rate", "number", "time_s", "early"),
+    [
+        (100, 25, 100, 3.96, False),
+        (100, 25, 99, 3.92, False),  # an edit list
+        (100, 25, 97, 3.84, True),
+        (200, 50, 100, 3.96, False),  # a count made from a nominal rate of twice the frames
+        (0, 25, 10, 0.4, False),
+        (100, 0, 10, 0.4, False),
+        (10**9, 25, 10, 0.4, True),
+    ],
+)
+def test_when_a_video_ends_early(claimed: int, rate: float, number: int, time_s: float, early: bool) -> None:
+    assert _ends_early(claimed, rate, number, time_s) is early
+
+
+def test_a_video_is_not_believed_to_have_billions_of_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.avi", "MJPG")
+    data = bytearray(path.read_bytes())
+    for header in (b"avih", b"strh"):  # dwTotalFrames, dwLength
+        struct.pack_into("<I", data, data.index(header) + 8 + (16 if header == b"avih" else 32), 2_000_000_000)
+    path.write_bytes(data)
+    assert sum(1 for _ in picture_sizes([path])) <= len(data)
+    *frames, last = pictures([path])
+    assert len(frames) == FRAMES and "2000000000 frames" in str(last.error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["#EXTM3U\n#EXTINF:1,\n{file}\n", "ffconcat version 1.0\nfile '{file}'\n", "v=0\nm=video 5004 RTP/AVP 96\n"],
+)
+def test_lists_of_other_files_are_no_videos(text: str, tmp_path: Path) -> None:
+    other = write_video(tmp_path / "a.mp4", "mp4v")
+    path = tmp_path / "list.mp4"
+    path.write_text(text.format(file=other))
+    (found,) = pictures([path])
+    assert found.error is not None and "not a video" in str(found.error)
+
+
+def test_content_and_pil_images_are_those_of_the_file(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    expected = picture_of(tmp_path / "turned.png").read()
+    data = (tmp_path / "turned.png").read_bytes()
+    opened = Image.open(tmp_path / "turned.png")
+    for given in (data, opened):
+        found = picture_of(given)
+        assert found.size == (30, 20)
+        np.testing.assert_array_equal(found.read(), expected)
+    np.testing.assert_array_equal(picture_of(pixels[..., ::-1], "bgr").read(), pixels)
+    for mode in ("L", "LA", "RGBA", "P", "1", "I;16"):
+        deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        picture = deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        np.testing.assert_array_equal(picture_of(picture).read(), picture_of(stream.getvalue()).read(), mode)
+    assert "the image is damaged" in str(picture_of(b"no image").error)
+    assert "empty" in str(picture_of(b"").error)
+    with pytest.raises(TypeError, match="not int"):
+        picture_of(3)  # type: ignore[arg-type]
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:

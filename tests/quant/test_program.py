@@ -20,7 +20,7 @@ from gfldeploy.images.decode import read_image
 from gfldeploy.quant.calibration import Calibration, ConvUse
 from gfldeploy.quant.program import write_program
 
-pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
+pytestmark = [pytest.mark.slow, demo_bundles.needs_export, demo_bundles.needs_quant]
 
 Outputs = Mapping[str, NDArray[np.float32]]
 FILES = ("model.pdmodel", "model.pdiparams")

@@ -7,7 +7,9 @@ import os
 import pickle
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import demo_bundles
 import numpy as np
@@ -22,19 +24,20 @@ from gfldeploy.inspection import int8_lines
 from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.measurement import int8_engines
 
+RunHere = Callable[..., CompletedProcess[str]]
 pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
 
 
 @pytest.fixture(scope="session")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fp32(exported: Path) -> Path:
     """Read it, do not change it."""
-    return demo_bundles.exported(tmp_path_factory)
+    return exported
 
 
 @pytest.fixture(scope="session")
-def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8(quantized: Path) -> Path:
     """Read it, do not change it."""
-    return demo_bundles.quantized(tmp_path_factory)
+    return quantized
 
 
 def test_every_convolution_is_calibrated_and_runs_in_int8(fp32: Path, int8: Path) -> None:
@@ -49,10 +52,7 @@ def test_every_convolution_is_calibrated_and_runs_in_int8(fp32: Path, int8: Path
         assert engines[engine]["convolutions"] == {"int8": len(uses)}
 
 
-def test_the_bundle_says_what_it_was_made_from(
-    fp32: Path, int8: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    pictures = demo_bundles.pictures(tmp_path_factory)
+def test_the_bundle_says_what_it_was_made_from(fp32: Path, int8: Path, pictures: Path) -> None:
     images = json.loads((int8 / "calibration.json").read_text())["images"]
     assert images == {sha256(path): path.name for path in pictures.iterdir()}
     manifest = Bundle.open(int8).manifest
@@ -63,10 +63,10 @@ def test_the_bundle_says_what_it_was_made_from(
             assert content is None or os.fsencode(path) not in content, (name, path)
 
 
-def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    done = demo_bundles.run("verify", int8, folder=tmp_path)
+def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here("verify", int8)
     assert done.returncode == 0, done.stderr
-    assert "ONNX and Paddle INT8" in done.stdout
+    assert "paddle and onnxruntime in INT8" in done.stdout
     sheet = demo_bundles.run("inspect", int8, folder=tmp_path).stdout
     for line in int8_lines(json.loads((int8 / "parity.json").read_text())):
         assert " convolutions in int8, " in line or line.startswith("tensorrt, simulated: ")
@@ -78,7 +78,7 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path) ->
     shutil.copytree(tiny_coco.parent / "images", tmp_path / "images")
     arguments = ("eval", int8, "--data", tmp_path / "annotations.json", "--json")
     for engine in int8_engines():
-        done = demo_bundles.run(*arguments, "--engine", engine, folder=tmp_path)
+        done = run_here(*arguments, "--engine", engine)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["images"] == len(data["images"])
 
@@ -105,12 +105,10 @@ def write_lopsided(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lopsided(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lopsided")
     write_lopsided(folder / "weights.pdparams")
-    arguments = ("export", "-c", demo.config_path(), "-w", folder / "weights.pdparams", "-o", folder / "fp32")
-    done = demo_bundles.run(*arguments, folder=folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    demo_bundles.export_here(folder / "weights.pdparams", folder / "fp32")
     return folder / "fp32"
 
 

@@ -11,6 +11,7 @@ from string import Template
 from gfldeploy.bench.report.plots import Plot
 from gfldeploy.files import write_text
 from gfldeploy.machine import Machine
+from gfldeploy.text import printable
 
 __all__ = ["machine_line", "sections", "write_page"]
 
@@ -26,14 +27,13 @@ def write_page(
     """
     from plotly import offline
 
-    # "</" would end the script that the data are in.
     data = json.dumps([{"data": one.data, "layout": one.layout} for one in figures], allow_nan=False)
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        subtitle=escape(subtitle),
-        answer="\n".join(f"<p>{escape(sentence)}</p>" for sentence in answer),
-        body=body,
-        figures=data.replace("</", "<\\/"),
+        title=escape(printable(title)),
+        subtitle=escape(printable(subtitle)),
+        answer=printable("\n".join(f"<p>{escape(sentence)}</p>" for sentence in answer)),
+        body=printable(body),
+        figures=data.replace("<", "\\u003c"),  # a tag in a text would end or hide the script that the data are in
         plotly=offline.get_plotlyjs(),
     )
     write_text(path, page)

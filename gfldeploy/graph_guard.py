@@ -1,0 +1,565 @@
+"""What a graph from elsewhere may hold: pure arithmetic on tensors, all of it in the file, of sizes that make sense.
+
+An inference engine runs whatever operators a file names. Paddle's can write files (`save`), call Python (`py_func`) and
+load libraries; ONNX's can read other files (external data) and run code of any domain that is registered. So a bundle's
+graphs are read here first, by readers of our own that look at nothing but the structure, and are refused unless every
+operator is in a list: it is generous towards arithmetic, as any backbone must pass, and holds nothing else. Export
+checks what it has just written in the same way, so that an operator that is missing here is found there.
+
+ONNX's `If` may have branches, which are read like the rest (Paddle2ONNX writes some for Swin); loops, functions and
+Paddle's blocks are refused altogether: no detector has any.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gfldeploy.errors import BundleError, reading
+
+__all__ = ["ONNX_OPERATORS", "PIR_OPERATORS", "PROGRAM_OPERATORS", "check_graph"]
+
+_REMEDY = "Do not use this bundle, or export it again from its checkpoint."
+_MOST_GRAPH_BYTES = 64 << 20  # of a graph without its weights; GFL-R50's are below 1 MB
+_MOST_NODES = 100_000
+_MOST_ELEMENTS = 1 << 27  # of a tensor that the graph makes of constants alone: 512 MB of floats
+_MOST_SIZE = 1 << 16  # of a kernel, stride, padding, dilation, or a factor by which a node enlarges its input
+_MOST_BRANCHES = 3  # within each other
+_SHAPE_LENGTH = 16  # constants of more numbers are no shapes
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The names that ONNX's standard domain, Paddle's PIR and its older programs give to arithmetic on tensors.
+ONNX_OPERATORS = _names(
+    """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization BitShift BitwiseAnd
+    BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu CenterCropPad Clip Col2Im Compress Concat Constant
+    ConstantOfShape Conv ConvInteger ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace DequantizeLinear Det Div
+    Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND
+    Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization
+    HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Less
+    LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul MatMulInteger Max MaxPool MaxRoiPool Mean
+    MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad Pow QLinearConv
+    QLinearMatMul QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp
+    ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RoiAlign Round
+    ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth
+    Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
+    """
+)
+_PADDLE_OPERATORS = _names(
+    """
+    abs acos acosh affine_channel affine_grid argsort asin asinh assign assign_value atan atan2 atanh batch_norm bmm
+    broadcast_tensors cast ceil celu channel_shuffle clip concat conv2d conv2d_transpose conv3d cos cosh crop cross
+    cumprod cumsum deformable_conv depthwise_conv2d depthwise_conv2d_transpose dequantize_linear dot dropout einsum elu
+    equal equal_all erf exp expm1 eye feed fetch flip floor gather gather_nd gelu greater_equal greater_than group_norm
+    huber_loss index_sample index_select instance_norm is_empty kron label_smooth layer_norm leaky_relu lerp less_equal
+    less_than linspace log log10 log1p log2 log_softmax logical_and logical_not logical_or logical_xor logit logsigmoid
+    logsumexp lrn masked_fill masked_select matmul maxout mean meshgrid mish multiplex mv not_equal norm p_norm pad
+    pad3d pixel_shuffle pixel_unshuffle pool2d pow prelu put_along_axis quantize_linear reciprocal relu relu6 renorm
+    repeat_interleave reverse rms_norm roi_align roll round rsqrt scale scatter scatter_nd_add selu shape shape64
+    shuffle_channel sigmoid sign silu sin sinh slice softmax softplus softsign split sqrt square stack stanh
+    strided_slice sum swish take_along_axis tan tanh tanh_shrink temporal_shift thresholded_relu tile trunc unbind
+    unfold unique unstack where
+    multiclass_nms3 nms matrix_nms
+    """
+)
+PIR_OPERATORS = _PADDLE_OPERATORS | _names(
+    """
+    add add_n all amax amin any arange argmax argmin bicubic_interp bilinear bilinear_interp bitwise_and bitwise_not
+    bitwise_or bitwise_xor data diag divide elementwise_pow embedding expand expand_as flatten floor_divide fmax fmin
+    full full_batch_size_like full_int_array full_like full_with_tensor hardshrink hardsigmoid hardswish hardtanh
+    isclose isfinite isinf isnan linear_interp matmul_with_flatten max max_pool2d_with_index maximum min minimum
+    multiply nearest_interp nonzero numel one_hot ones ones_like prod range_v2 remainder reshape set_value
+    set_value_with_tensor
+    shadow_feed shadow_output softshrink split_with_num squared_l2_norm squeeze subtract topk transpose
+    tril triu trilinear_interp unsqueeze zeros zeros_like
+    """
+)
+_PIR_BUILTIN = frozenset(("combine", "slice", "split"))  # of lists of tensors
+PROGRAM_OPERATORS = _PADDLE_OPERATORS | _names(
+    """
+    arg_max arg_min bicubic_interp_v2 bilinear_interp bilinear_interp_v2 brelu crop_tensor diag_v2 elementwise_add
+    elementwise_div elementwise_floordiv elementwise_fmax elementwise_fmin elementwise_max elementwise_min
+    elementwise_mod elementwise_mul elementwise_pow elementwise_sub expand expand_as_v2 expand_v2 fc fill_any_like
+    fill_constant fill_constant_batch_size_like flatten2 flatten_contiguous_range hard_shrink hard_sigmoid hard_swish
+    isfinite_v2 isinf_v2 isnan_v2 linear_interp_v2 lookup_table_v2 matmul_v2 max_pool2d_with_index mul nearest_interp
+    nearest_interp_v2 one_hot_v2 range reduce_all reduce_amax reduce_amin reduce_any reduce_max reduce_mean reduce_min
+    reduce_prod reduce_sum reshape reshape2 set_value shadow_output size softshrink squeeze2 top_k top_k_v2 transpose
+    transpose2 tril_triu unsqueeze2 where_index
+    """
+)
+# Inputs (by place or by name) and attributes that say how large an output is.
+_SHAPES: Mapping[str, tuple[int | str, ...]] = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Resize": (3,),
+    "CenterCropPad": (1,),
+    "Col2Im": (1,),
+    "OneHot": (1,),
+    "Range": (0, 1, 2),
+    "full": ("shape",),
+    "full_with_tensor": (1, "shape"),
+    "ones": ("shape",),
+    "zeros": ("shape",),
+    "expand": (1, "shape"),
+    "expand_v2": ("Shape", "shape", "expand_shapes_tensor"),
+    "arange": (0, 1, 2),
+    "range_v2": (0, 1, 2),
+    "range": ("Start", "End", "Step"),
+    "linspace": (2, "Num"),
+    "eye": (0, 1, "num_rows", "num_columns"),
+    "one_hot": (1,),
+    "one_hot_v2": ("depth", "depth_tensor"),
+    "fill_constant": ("shape",),
+    "fill_constant_batch_size_like": ("shape",),
+    "full_batch_size_like": ("shape",),
+    "assign_value": ("shape",),
+}
+_FACTORS: Mapping[str, tuple[int | str, ...]] = {
+    "Tile": (1,),
+    "Upsample": (1, "scales"),
+    "Resize": (1, 2),  # scales were the second input once
+    "Pad": (1, "pads"),
+    "tile": (1, "repeat_times", "RepeatTimes"),
+    "pad": (1, "paddings"),
+    "pad3d": (1, "paddings", "Paddings"),
+    "repeat_interleave": ("repeats", "Repeats"),
+} | {f"{kind}_interp{version}": ("out_d", "out_h", "out_w", "scale", "OutSize", "Scale", "SizeTensor")
+     for kind in ("nearest", "linear", "bilinear", "bicubic", "trilinear") for version in ("", "_v2")}  # fmt: skip
+# Of windows, wherever they occur.
+_WINDOW_ATTRIBUTES = (
+    *("kernel_shape", "pads", "strides", "dilations", "output_padding", "output_shape", "group", "blocksize"),
+    *("paddings", "ksize", "kernel_size", "groups", "output_size", "upscale_factor", "downscale_factor", "block_shape"),
+)
+
+
+@dataclass(frozen=True)
+class _Node:
+    """One operator: the names of its inputs, by place (int) or slot (str), and its attributes' numbers, by name."""
+
+    kind: str
+    inputs: Mapping[int | str, Sequence[object]]
+    attributes: Mapping[str, Sequence[float]]
+
+
+@dataclass
+class _Graph:
+    """What the checks look at. `constants`: the numbers of short constant tensors, by tensor."""
+
+    nodes: list[_Node] = field(default_factory=list)
+    constants: dict[object, Sequence[float]] = field(default_factory=dict)
+
+
+def check_graph(name: str, model: Path, params: Path | None) -> None:
+    """Raise `BundleError` unless this graph's files hold what the module says; `name`: as in a bundle's manifest.
+
+    The files are read in pieces, weights not at all, and once as long as they do not change.
+    """
+    with reading(model, BundleError, _REMEDY):
+        files = [model] if params is None else [model, params]
+        stamps = tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in (p.stat() for p in files))
+        _check(name, model, params, stamps)
+
+
+@lru_cache(maxsize=64)
+def _check(name: str, model: Path, params: Path | None, stamps: object) -> None:
+    suffix, read, operators = _READERS.get(name, _READERS["onnx"])
+    if model.suffix != suffix or (params is not None and (params.suffix != ".pdiparams" or suffix == ".onnx")):
+        raise BundleError(f"{model} is no file of a graph that is called {name}", _REMEDY)
+    data = _mapped(model)
+    try:
+        if suffix != ".onnx" and len(data) > _MOST_GRAPH_BYTES:
+            raise _refused(f"it has {len(data):,} bytes, which no detector needs")
+        graph, shapes = read(data)
+        _check_nodes(graph, operators)
+    except BundleError as error:
+        raise BundleError(f"{model} is refused: {error.problem}", _REMEDY) from error
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error, OverflowError) as error:
+        raise BundleError(f"{model} is damaged: {error!s:.100}", "Copy the bundle again, or export it.") from error
+    if params is not None:
+        with reading(params, BundleError, _REMEDY):
+            _check_params(params, _mapped(params), shapes)
+
+
+def _check_nodes(graph: _Graph, operators: Collection[str]) -> None:
+    if len(graph.nodes) > _MOST_NODES:
+        raise _refused(f"it has {len(graph.nodes):,} operators")
+    for node in graph.nodes:
+        if node.kind not in operators:
+            raise _refused(f"it has the operator {node.kind!r:.60}, which no export writes")
+        for table, most in ((_SHAPES, _MOST_ELEMENTS), (_FACTORS, _MOST_SIZE)):
+            for where in table.get(node.kind, ()):
+                _check_size(node, most, [*_numbers(graph, node, where)])
+        if "conv" in node.kind.lower() or "pool" in node.kind.lower():
+            for where in ("strides", "dilations", "group", "groups"):
+                if any(value < 1 for value in node.attributes.get(where, ())):
+                    raise _refused(f"a {node.kind} has {where} of {min(node.attributes[where]):,}")
+        for where in _WINDOW_ATTRIBUTES:
+            if any(abs(value) > _MOST_SIZE for value in node.attributes.get(where, ())):
+                raise _refused(f"a {node.kind} has {where} of {max(node.attributes[where], key=abs):,}")
+
+
+def _numbers(graph: _Graph, node: _Node, where: int | str) -> Iterator[float]:
+    """Of an input that is constant, or of an attribute."""
+    for name in node.inputs.get(where, ()):
+        yield from graph.constants.get(name, ())
+    if isinstance(where, str):
+        yield from node.attributes.get(where, ())
+
+
+def _check_size(node: _Node, most: int, values: Sequence[float]) -> None:
+    """Refuse sizes whose product is more than `most`; what is not positive says something else than a size."""
+    if not all(math.isfinite(value) for value in values):
+        raise _refused(f"a {node.kind} makes a tensor of a size that is no number")
+    product = math.prod(max(1, int(abs(value))) for value in values)
+    if product > most:
+        raise _refused(f"a {node.kind} makes a tensor of {product:.3g} times the size, or as many numbers")
+
+
+def _refused(problem: str) -> BundleError:
+    return BundleError(problem, _REMEDY)
+
+
+def _mapped(path: Path) -> memoryview:
+    """A file's bytes, which are not read before they are looked at."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+# --- protobuf ---------------------------------------------------------------------------------------------------------
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_Fields = dict[int, list[Any]]
+
+
+def _fields(data: memoryview, known: Collection[int], what: str) -> _Fields:
+    """The fields of one message by number, each as often as it occurs; refuses those not in `known`."""
+    found: _Fields = {}
+    at, end = 0, len(data)
+    while at < end:
+        key, at = _varint(data, at)
+        number, kind = key >> 3, key & 7
+        value: Any
+        if kind == _VARINT:
+            value, at = _varint(data, at)
+        elif kind == _BYTES:
+            length, at = _varint(data, at)
+            value, at = data[at : at + length], at + length
+        elif kind == _FIXED32:
+            value, at = data[at : at + 4], at + 4
+        elif kind == _FIXED64:
+            value, at = data[at : at + 8], at + 8
+        else:
+            raise ValueError("it is no protobuf message")
+        if at > end:
+            raise ValueError("it is cut off")
+        if number not in known:
+            raise _refused(f"a {what} has the field {number}, which no export writes")
+        found.setdefault(number, []).append(value)
+    return found
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("it has a number of too many bytes")
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _integers(values: Iterable[Any]) -> list[int]:
+    """Of a repeated field of integers, packed or not."""
+    found = []
+    for value in values:
+        if isinstance(value, int):
+            found.append(_signed(value))
+            continue
+        at = 0
+        while at < len(value):
+            one, at = _varint(value, at)
+            found.append(_signed(one))
+    return found
+
+
+def _floats(values: Iterable[memoryview], code: str = "f") -> list[float]:
+    """Of a repeated field of floats (or, with `code` d, doubles), packed or not."""
+    size = struct.calcsize(code)
+    return [number for value in values for number in struct.unpack(f"<{len(value) // size}{code}", value)]
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    return [bytes(value).decode("utf-8", "backslashreplace") for value in values]
+
+
+def _text(values: Sequence[Any]) -> str:
+    """Of a field that occurs once: readers take the last where it occurs more often, and one is meant."""
+    if len(values) > 1:
+        raise _refused("a field occurs twice")
+    return _texts(values)[0] if values else ""
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
+_ONNX_CODES = {1: "f", 6: "i", 7: "q", 11: "d"}
+
+
+def _read_onnx(data: memoryview) -> tuple[_Graph, None]:
+    model = _fields(data, {1, 2, 3, 4, 5, 6, 7, 8}, "model")
+    for opset in model.get(8, ()):
+        if (domain := _text(_fields(opset, {1, 2}, "opset").get(1, []))) not in ("", "ai.onnx"):
+            raise _refused(f"it uses operators of the domain {domain!r:.60}")
+    if len(model.get(7, ())) != 1:
+        raise ValueError("it holds no graph, or several")
+    graph = _Graph()
+    _add_onnx(graph, model[7][0], _MOST_BRANCHES)
+    return graph, None
+
+
+def _add_onnx(graph: _Graph, data: memoryview, branches: int) -> None:
+    """Add a graph's nodes and constants, and those of its branches, at most so many within each other."""
+    fields = _fields(data, {1, 2, 5, 10, 11, 12, 13, 16}, "graph")
+    for tensor in fields.get(5, ()):
+        name, values = _tensor(tensor)
+        graph.constants[name] = values
+    for raw in fields.get(1, ()):
+        node = _fields(raw, {1, 2, 3, 4, 5, 6, 7, 9}, "operator")
+        if (domain := _text(node.get(7, []))) not in ("", "ai.onnx"):
+            raise _refused(f"it uses an operator of the domain {domain!r:.60}")
+        kind, inputs = _text(node.get(4, [])), _texts(node.get(1, ()))
+        attributes = {}
+        for attribute in node.get(5, ()):
+            name, values, inner = _onnx_attribute(attribute)
+            attributes[name] = values
+            for branch in inner:
+                if kind != "If" or not branches:
+                    raise _refused(f"an operator {kind!r:.60} has a graph of its own")
+                _add_onnx(graph, branch, branches - 1)
+        graph.nodes.append(_Node(kind, {place: [one] for place, one in enumerate(inputs)}, attributes))
+        if kind == "Constant" and attributes:
+            graph.constants.update(dict.fromkeys(_texts(node.get(2, ())), next(iter(attributes.values()))))
+
+
+def _onnx_attribute(data: memoryview) -> tuple[str, Sequence[float], Sequence[memoryview]]:
+    """Name, numbers and graph; no types, sparse tensors or references to a function's attributes."""
+    fields = _fields(data, {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20}, "attribute")
+    values: list[float] = [*_integers(fields.get(3, ())), *_integers(fields.get(8, ()))]
+    values += [*_floats(fields.get(2, ())), *_floats(fields.get(7, ()))]
+    for tensor in fields.get(5, ()):
+        values += _tensor(tensor)[1]
+    return _text(fields.get(1, [])), values, fields.get(6, ())
+
+
+def _tensor(data: memoryview) -> tuple[str, Sequence[float]]:
+    """Name and numbers (of short ones) of a tensor that is all in the file."""
+    fields = _fields(data, {1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 14, 16}, "tensor")
+    if any(fields.get(14, ())):
+        raise _refused("a tensor's values are in another file")
+    dims = _integers(fields.get(1, ()))
+    kind = fields.get(2, [0])[-1]
+    if kind not in _ITEM_BYTES:
+        raise _refused(f"a tensor has the data type {kind}")
+    count = _count(dims)
+    raw = sum(len(value) for value in fields.get(9, ()))
+    typed = sum(
+        len(value) if isinstance(value, memoryview) else 8 for key in (4, 5, 7, 10, 11) for value in fields.get(key, ())
+    )
+    if (raw and raw != count * _ITEM_BYTES[kind]) or (not raw and count > typed):
+        raise ValueError(f"a tensor of shape {dims} has {raw or typed} bytes of values")
+    values: Sequence[float] = ()
+    if count <= _SHAPE_LENGTH:
+        if raw and kind in _ONNX_CODES:
+            values = _floats(fields[9], _ONNX_CODES[kind])
+        else:
+            values = [*_floats(fields.get(4, ())), *_integers(fields.get(5, ())), *_integers(fields.get(7, ()))]
+    return _text(fields.get(8, [])), values
+
+
+def _count(dims: Sequence[int]) -> int:
+    if len(dims) > 16 or not all(0 <= size < 1 << 40 for size in dims):
+        raise ValueError(f"a tensor has the shape {list(dims)[:16]}")
+    return math.prod(dims)
+
+
+# --- Paddle's older programs ------------------------------------------------------------------------------------------
+
+_TENSOR, _FEED, _FETCH = 7, 9, 10
+_BLOCK_ATTRIBUTES = (8, 10)
+_Shapes = dict[str, list[int]]
+
+
+def _read_program(data: memoryview) -> tuple[_Graph, _Shapes]:
+    program = _fields(data, {1, 4, 5}, "program")
+    if len(program.get(1, ())) != 1:
+        raise _refused("it has blocks besides the main one")
+    block = _fields(program[1][0], {1, 2, 3, 4, 5}, "block")
+    shapes: _Shapes = {}
+    for raw in block.get(3, ()):
+        variable = _fields(raw, {1, 2, 3, 4, 5, 6, 7}, "variable")
+        name, kind, dims = _variable_type(variable)
+        if kind == _TENSOR and any(variable.get(3, ())):
+            shapes[name] = dims
+    graph = _Graph()
+    for raw in block.get(4, ()):
+        operator = _fields(raw, {1, 2, 3, 4, 5}, "operator")
+        attributes = dict(_program_attribute(one) for one in operator.get(4, ()))
+        inputs: dict[int | str, Sequence[object]] = dict(_slots(operator.get(1, ())))
+        node = _Node(_text(operator.get(3, [])), inputs, attributes)
+        graph.nodes.append(node)
+        if node.kind in ("fill_constant", "assign_value"):
+            values = [v for key, numbers in attributes.items() if "value" in key for v in numbers]
+            graph.constants.update((name, values) for _, names in _slots(operator.get(2, ())) for name in names)
+    return graph, shapes
+
+
+def _variable_type(variable: _Fields) -> tuple[str, int, list[int]]:
+    (description,) = variable[2]
+    fields = _fields(description, {1, 3}, "variable's type")
+    kind = fields[1][-1]
+    if kind not in (_TENSOR, _FEED, _FETCH):
+        raise _refused(f"a variable has the type {kind}")
+    dims: list[int] = []
+    for dense in fields.get(3, ()):
+        for tensor in _fields(dense, {1, 2}, "tensor").get(1, ()):
+            dims = _integers(_fields(tensor, {1, 2}, "tensor").get(2, ()))
+    return _text(variable.get(1, [])), kind, dims
+
+
+def _slots(slots: Iterable[memoryview]) -> Iterator[tuple[str, list[str]]]:
+    for slot in slots:
+        fields = _fields(slot, {1, 2}, "slot")
+        yield _text(fields.get(1, [])), _texts(fields.get(2, ()))
+
+
+def _program_attribute(data: memoryview) -> tuple[str, Sequence[float]]:
+    fields = _fields(data, set(range(1, 22)) - {9, 12, 14}, "attribute")
+    if fields[2][-1] in _BLOCK_ATTRIBUTES:
+        raise _refused("an operator has a block of its own")
+    name = _text(fields.get(1, []))
+    values: list[float] = [*_integers(value for key in (3, 6, 13, 15) for value in fields.get(key, ()))]
+    values = [value - (1 << 32) if 1 << 31 <= value < 1 << 32 else value for value in values]
+    values += [*_floats(value for key in (4, 7) for value in fields.get(key, ()))]
+    values += [*_floats((value for key in (16, 19) for value in fields.get(key, ())), "d")]
+    if name == "str_value" and (text := _text(fields.get(5, []))):
+        values.append(float(text))
+    return name, values
+
+
+# --- PIR --------------------------------------------------------------------------------------------------------------
+
+
+def _read_pir(data: memoryview) -> tuple[_Graph, _Shapes]:
+    document = json.loads(bytes(data), object_pairs_hook=_once)
+    if set(document) != {"base_code", "program"} or set(document["program"]) != {"regions"}:
+        raise _refused("it has unknown parts")
+    (region,) = document["program"]["regions"]
+    (block,) = region["blocks"]
+    if set(region) - {"#", "blocks"} or set(block) - {"#", "args", "ops"} or block.get("args"):
+        raise _refused("it has unknown parts")
+    graph, shapes = _Graph(), {}
+    for one in block["ops"]:
+        if one["#"] == "p":
+            shapes[_pir_text(one["A"][3])] = [int(size) for size in one["O"]["TT"]["D"][1]]
+            continue
+        if set(one) - {"#", "A", "DA", "I", "O", "OA", "QA"}:
+            raise _refused("an operator has a block of its own")
+        dialect, _, kind = _pir_text(one["#"]).partition(".")
+        if dialect == "0" and kind in _PIR_BUILTIN:
+            continue
+        if dialect != "1":
+            raise _refused(f"it has the operator {one['#']!r:.60}, which no export writes")
+        attributes = {_pir_text(attribute["N"]): list(_pir_numbers(attribute["AT"])) for attribute in one["A"]}
+        inputs: dict[int | str, Sequence[object]] = {place: [value["%"]] for place, value in enumerate(one["I"])}
+        # A trailing underscore: the same in place.
+        graph.nodes.append(_Node(kind.removesuffix("_"), inputs, attributes))
+        if kind in ("full", "full_int_array", "assign_value"):
+            values = [number for key, numbers in attributes.items() if "value" in key for number in numbers]
+            graph.constants.update((result["%"], values) for result in one["O"])
+    return graph, shapes
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys occur once: of several, readers take one or another."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _refused("a key occurs twice")
+    return found
+
+
+def _pir_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a name is no text")
+    return value
+
+
+def _pir_numbers(attribute: object) -> Iterator[float]:
+    """The numbers in an attribute: alone, in a list, or in a list of attributes."""
+    value = attribute.get("D") if isinstance(attribute, dict) else attribute
+    if isinstance(value, list):
+        for item in value:
+            yield from _pir_numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+_PARAMETER_BYTES = {0: 1, 1: 2, 2: 4, 3: 8, 4: 2, 5: 4, 6: 8, 20: 1, 21: 1, 22: 2}
+
+
+def _check_params(path: Path, data: memoryview, shapes: _Shapes) -> None:
+    """Parameters one after the other in the order of their names, each as the graph has it, up to the file's end.
+
+    One is: version (4 bytes), no levels of detail (8), version (4), size of a description (4), the description (a
+    message of data type and shape), the numbers.
+    """
+    at = 0
+    for name in sorted(shapes):
+        if len(data) - at < 20:
+            raise BundleError(f"{path} is cut off before the parameter {name!r:.60}", "Copy the bundle again.")
+        version, levels, again, length = struct.unpack("<IQIi", data[at : at + 20])
+        if version or levels or again or not 0 <= length <= 1 << 12:
+            raise BundleError(f"{path} does not hold the parameters of its graph", _REMEDY)
+        description = _fields(data[at + 20 : at + 20 + length], {1, 2}, "parameter")
+        kind, dims = description[1][-1], _integers(description.get(2, ()))
+        # PaddleSlim's scales have a dimension of one more than its program says.
+        same = [size for size in dims if size != 1] == [size for size in shapes[name] if size != 1]
+        if kind not in _PARAMETER_BYTES or not same:
+            raise BundleError(
+                f"{path} has another parameter than {name!r:.60} of shape {shapes[name]}, which its graph reads",
+                _REMEDY,
+            )
+        at += 20 + length + _count(dims) * _PARAMETER_BYTES[kind]
+    if at != len(data):
+        raise BundleError(f"{path} has {len(data):,} bytes, its graph's parameters {at:,}", "Copy the bundle again.")
+
+
+_Reader = Callable[[memoryview], tuple[_Graph, Any]]
+_READERS: Mapping[str, tuple[str, _Reader, frozenset[str]]] = {
+    "paddle": (".json", _read_pir, PIR_OPERATORS),
+    "paddledetection": (".json", _read_pir, PIR_OPERATORS),
+    "paddle_program": (".pdmodel", _read_program, PROGRAM_OPERATORS),
+    "onnx": (".onnx", _read_onnx, ONNX_OPERATORS),
+}

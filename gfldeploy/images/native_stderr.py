@@ -1,0 +1,102 @@
+"""What C libraries print while an image is decoded, kept from the terminal and attributed to that image.
+
+libjpeg, libpng and others report what they find wrong on C's `stderr`, with no file name, and go on. While an image is
+decoded that stream is a file in memory; Python's `sys.stderr`, C++'s `std::cerr` and file descriptor 2 are as ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+__all__ = ["heard"]
+
+T = TypeVar("T")
+_MOST_BYTES = 1 << 16
+_UNBUFFERED = 2  # _IONBF
+
+
+def heard(work: Callable[[], T]) -> tuple[T, bytes]:
+    """What `work()` gives, and what C code printed meanwhile; any number of threads may be here at once.
+
+    `work` is done again, with no other thread here, where several may have printed it.
+    """
+    stream = _stream()
+    with stream.shared():
+        before = stream.size()
+        result = work()
+        if stream.size() == before:
+            return result, b""
+    with stream.alone():
+        return work(), stream.text()
+
+
+class _Stream:
+    """C's `stderr` in memory as long as a thread needs it."""
+
+    def __init__(self) -> None:
+        libc = ctypes.CDLL(None)
+        libc.fdopen.restype = ctypes.c_void_p
+        libc.fdopen.argtypes = [ctypes.c_int, ctypes.c_char_p]
+        libc.setvbuf.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_size_t]
+        self._fd = os.memfd_create("gfldeploy-stderr")
+        self._memory = libc.fdopen(self._fd, b"a")
+        libc.setvbuf(self._memory, None, _UNBUFFERED, 0)
+        self._pointer = ctypes.c_void_p.in_dll(libc, "stderr")
+        self._terminal = self._pointer.value
+        self._changed = threading.Condition()
+        self._users = 0
+        self._exclusive = False
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def text(self) -> bytes:
+        return os.pread(self._fd, _MOST_BYTES, 0)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._exclusive)
+            self._users += 1
+            self._pointer.value = self._memory
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                if self._users == 0:
+                    self._pointer.value = self._terminal
+                    os.ftruncate(self._fd, 0)
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._exclusive and self._users == 0)
+            self._exclusive = True
+            self._pointer.value = self._memory
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pointer.value = self._terminal
+                os.ftruncate(self._fd, 0)
+                self._exclusive = False
+                self._changed.notify_all()
+
+
+_made: _Stream | None = None
+_making = threading.Lock()
+
+
+def _stream() -> _Stream:
+    global _made
+    with _making:
+        if _made is None:
+            _made = _Stream()
+        return _made

@@ -1,0 +1,129 @@
+"""Ctrl-C, SIGTERM, and the death of a parent process: how commands are stopped, and when they must not be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+__all__ = [
+    "check_interrupted",
+    "child_environment",
+    "die_with_parent",
+    "hold_interrupts",
+    "ignore_interrupts",
+    "interrupt_again",
+    "terminate_as_interrupt",
+    "was_interrupted",
+]
+
+_NUMBERS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+_STOPPING_S = 1.0  # so soon after a first one, another signal is the same impatience
+_AGAIN_S = 0.05
+_PR_SET_PDEATHSIG = 1
+_PARENT = "GFLDEPLOY_PARENT"
+
+_asked: list[tuple[float, int]] = []  # when an interruption was asked for, by `time.monotonic`, and by which signal
+
+
+@contextmanager
+def terminate_as_interrupt(before: object = None) -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, and a second signal right after the first not cut the unwinding.
+
+    Leaves alone what the program handles in its own way, or was started to ignore, but takes over from the handler
+    `before`. Does nothing outside the main thread, or inside another such block.
+    """
+    ours: list[int] = [
+        number
+        for number in _NUMBERS
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, before) and _is_main_thread()
+    ]
+    previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
+    if previous:
+        _asked.clear()
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def was_interrupted() -> bool:
+    """Whether an interruption was asked for since the outermost `terminate_as_interrupt` began.
+
+    An error that follows one is most likely its consequence: C++ code and packages that catch everything turn a
+    KeyboardInterrupt into errors of their own.
+    """
+    return bool(_asked)
+
+
+def check_interrupted() -> None:
+    """Raise KeyboardInterrupt where an interruption was asked for and somebody swallowed it."""
+    if _asked and _is_main_thread():
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Put Ctrl-C and SIGTERM off to the end of the block: for what takes milliseconds and must not be cut."""
+    if not _is_main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous: dict[int, Any] = {}
+    for number in _NUMBERS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            previous[number] = signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
+
+
+def interrupt_again() -> None:
+    """Ask for the interruption once more, in a moment: for one that was raised where nothing can be raised."""
+    number = _asked[-1][1] if _asked else signal.SIGINT
+    _asked.clear()
+    timer = threading.Timer(_AGAIN_S, lambda: os.kill(os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+
+
+def ignore_interrupts() -> None:
+    """For the end of a process that has said everything."""
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def child_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment with `environment` on top, for a child that calls `die_with_parent`."""
+    return {**os.environ, **(environment or {}), _PARENT: str(os.getpid())}
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it goes away, however it does. Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have gone before this.
+    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+        os._exit(1)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    now = time.monotonic()
+    if _asked and now - _asked[-1][0] < _STOPPING_S:
+        return
+    _asked.append((now, number))
+    raise KeyboardInterrupt
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,47 @@
+"""Text from elsewhere, such as class names, file names and messages, made safe for where it is shown."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TypeVar
+
+__all__ = ["printable", "spreadsheet_cell"]
+
+Value = TypeVar("Value")
+
+# Besides control characters (Cc): marks and overrides of direction, tags, line separators, halves of a pair.
+_HIDDEN = {0x061C, 0x200E, 0x200F, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0000, 0xE0080)}
+_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # full-width ones too
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """`text` with what a terminal would obey, or turns text around, written as Python does (`\\x1b`).
+
+    All but the characters to `keep`. An escape sequence could retitle a window, or hide and forge lines.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(one if one in keep or not _obeyed(one) else _written(one) for one in text)
+
+
+def spreadsheet_cell(value: Value) -> Value | str:
+    """`value`, where a spreadsheet would take text for a formula with an apostrophe before it: numbers stay numbers."""
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def _obeyed(character: str) -> bool:
+    if character == "\x7f":  # terminals pass over it, and JSON holds it as it is
+        return False
+    return unicodedata.category(character) in _CATEGORIES or ord(character) in _HIDDEN
+
+
+def _written(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

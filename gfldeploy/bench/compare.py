@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians, supports
+from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
 from gfldeploy.bench.results import BenchResults, CellResult, Scenario, ServerPolicy
 from gfldeploy.bench.table import Row, rows
 from gfldeploy.engines.base import Device, Precision
@@ -27,7 +27,7 @@ __all__ = [
     "timing_differences",
 ]
 
-Verdict = Literal["faster", "slower", "no difference found", "too few samples", "not comparable"]
+Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
 
 # Memory is what the kernel leaves of what is built in: that differs a little from kernel to kernel.
 _MEMORY_TOLERANCE = 0.01
@@ -55,18 +55,16 @@ class Pair:
 
     `a_ms`, `b_ms`: median latencies of a batch through the network alone (of servers: of an image, from its arrival to
     the end of its batch), all rounds together; `ratio`: B's over A's; `verdict`: on B, "faster" or "slower" where 1 is
-    outside the ratio's interval. There is no ratio where a median is 0, and no
-    interval where many samples are: "not comparable".
-    `ap_difference`: B's mAP less A's, None where one is unknown or
-    they are not of the same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what
-    they did not turn away, the images answered within the bound. `bundle_changed`: whether the manifests differ, that
-    is, any file of the bundles. `a_flags`, `b_flags`: `table.FLAGS` that hold.
+    outside the ratio's interval. `ap_difference`: B's mAP less A's, None where one is unknown or they are not of the
+    same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what they did not turn
+    away, the images answered within the bound. `bundle_changed`: whether the manifests differ, that is, any file of the
+    bundles. `a_flags`, `b_flags`: `table.FLAGS` that hold.
     """
 
     cell: CellKey
     a_ms: Estimate
     b_ms: Estimate
-    ratio: Estimate | None
+    ratio: Estimate
     verdict: Verdict
     ap_difference: float | None
     a_in_time_per_s: float | None
@@ -220,12 +218,11 @@ def _key(cell: CellResult) -> CellKey | None:
 
 
 def _pair(key: CellKey, a: _Cell, b: _Cell, same_images: bool) -> Pair:
-    a_ms, b_ms = median(a.result.latency_ms), median(b.result.latency_ms)
-    ratio = ratio_of_medians(a.rounds, b.rounds) if min(a_ms.value, b_ms.value) > 0 else None
+    ratio = ratio_of_medians(a.rounds, b.rounds)
     return Pair(
         cell=key,
-        a_ms=a_ms,
-        b_ms=b_ms,
+        a_ms=median(a.result.latency_ms),
+        b_ms=median(b.result.latency_ms),
         ratio=ratio,
         verdict=_verdict(ratio),
         ap_difference=b.row.ap - a.row.ap if same_images and a.row.ap is not None and b.row.ap is not None else None,
@@ -239,11 +236,9 @@ def _pair(key: CellKey, a: _Cell, b: _Cell, same_images: bool) -> Pair:
     )
 
 
-def _verdict(ratio: Estimate | None) -> Verdict:
-    if ratio is None:
-        return "not comparable"
+def _verdict(ratio: Estimate) -> Verdict:
     if ratio.low is None or ratio.high is None:
-        return "not comparable" if supports(ratio.n, 50) else "too few samples"
+        return "too few samples"
     if ratio.high < 1:
         return "faster"
     return "slower" if ratio.low > 1 else "no difference found"

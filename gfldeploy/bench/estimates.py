@@ -129,8 +129,7 @@ def ratio_of_medians(
     With a single round on a side, what differs from one of its runs to the next is not in the interval. A few rounds
     that differ much more than the samples within them give too narrow an interval.
 
-    Nor is there one where the median of a resample of `base` is 0. Raises `ValueError` where a side has no rounds or an
-    empty one, or the median of `base` is not positive.
+    Raises `ValueError` where a side has no rounds or an empty one, or the median of `base` is not positive.
     """
     sides = [[np.asarray(values, dtype=np.float64) for values in rounds] for rounds in (base, other)]
     if not all(rounds and all(len(values) for values in rounds) for rounds in sides):
@@ -145,8 +144,6 @@ def ratio_of_medians(
     resamples = min(resamples, max(_RESAMPLED_VALUES // total, _LEAST_RESAMPLES))
     generator = np.random.default_rng(seed)
     denominators, numerators = (_resampled_medians(rounds, resamples, generator) for rounds in sides)
-    if not np.all(denominators > 0):
-        return Estimate(above / below, None, None, n)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(numerators / denominators, [tail, 100 - tail])
     return Estimate(above / below, float(low), float(high), n)

@@ -113,8 +113,6 @@ def _show_pairs(pairs: Sequence[Pair]) -> None:
 
 def _ratio(pair: Pair, interval: bool) -> str:
     ratio = pair.ratio
-    if ratio is None:
-        return ""
     bounds = "" if not interval or ratio.low is None else f" ({ratio.low:.3f}-{ratio.high:.3f})"
     return f"{ratio.value:.3f}{bounds}"
 

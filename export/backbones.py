@@ -4,7 +4,7 @@
 
 A PAIR is BACKBONE+NECK as in the results. The steps, each a command as a user would give it, in a process of its own:
 
-    fixed   gfldeploy export --random-weights 0 --input-shape 320x320; PaddleDetection's forward pass alone if that fails
+    fixed   gfldeploy export --random-weights 0 --input-shape 320x320; PaddleDetection's forward pass if that fails
     any     the same for any input size
     int8    gfldeploy quantize of the first, with a few made-up pictures
 
@@ -135,7 +135,17 @@ PAIRS = (
     *("CSPDarkNet+FPN", "ResNet+FPN+DCN", "ResNet-DCN+BiFPN", "ResNet+FPN", "ResNet-50+FPN", "SwinTransformer+FPN"),
     *("HRNet+HRFPN", "Res2Net+FPN", "CSPResNet+CustomCSPPAN", "ShuffleNetV2+ESPAN", "GhostNet+CSPPAN", "ESNet+ESPAN"),
     *("MobileNet+FPN", "DarkNet+FPN", "LiteHRNet+HRFPN", "HarDNet+FPN", "DLA+FPN", "VGG+FPN", "BlazeNet+BlazeNeck"),
-    *("TransEncoder+FPN", "ResNet+BiFPN", "ResNet+BiFPN-5", "ResNet+CSPPAN", "ResNet+CSPPAN-3", "ResNet+LCPAN"),
+    *(
+        "MobileNet+CSPPAN",
+        "HarDNet+CSPPAN-3",
+        "DarkNet+CSPPAN",
+        "TransEncoder+FPN",
+        "ResNet+BiFPN",
+        "ResNet+BiFPN-5",
+        "ResNet+CSPPAN",
+        "ResNet+CSPPAN-3",
+        "ResNet+LCPAN",
+    ),
     *("ResNet+ESPAN", "ResNet+CustomCSPPAN", "ResNet+CustomCSPPAN-trans", "ResNet-C2+HRFPN", "ResNet-C2+FPN-pool"),
     *("ResNet-C5+DilatedEncoder", "ResNet+YOLOCSPPAN", "ResNet+YOLOv3FPN", "ResNet+PPYOLOFPN", "ResNet+PPYOLOPAN"),
     *("ResNet+PPYOLOTinyFPN", "ResNet-C2+TTFFPN", "DLA+CenterNetDLAFPN", "HarDNet+CenterNetHarDNetFPN"),

@@ -66,7 +66,7 @@ BACKBONES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "LiteHRNet": ({"network_type": "wider_naive"}, (4, 8, 16, 32)),
     "LiteHRNet-30": ({"network_type": "lite_30"}, (4, 8, 16, 32)),
     "DLA": ({"depth": 34}, (1, 2, 4, 8, 16, 32)),
-    "HarDNet": ({"arch": 68}, (4, 8, 16, 32)),
+    "HarDNet": ({"arch": 85}, (4, 8, 16, 32)),
     "VGG": ({"depth": 16}, (8, 16, 32, 64, 107, 160)),
     "BlazeNet": ({}, (8, 16)),
     "SwinTransformer": (
@@ -120,9 +120,12 @@ NECKS: dict[str, tuple[dict[str, Any], Any]] = {
     "PPYOLOTinyFPN": ({}, "coarsest first"),
     "TTFFPN": ({}, [4]),
     "CenterNetDLAFPN": ({}, [4]),
-    "CenterNetHarDNetFPN": ({"num_layers": 68}, [4]),
+    "CenterNetHarDNetFPN": ({}, [4]),
     "BlazeNeck": ({"in_channel": [96, 96], "neck_type": "fpn_ssh"}, "same"),
 }  # fmt: skip
+
+# Channels of the levels, where a neck does not let them be chosen.
+OWN_CHANNELS = {"BlazeNeck": 48}
 
 # What else the head may have.
 HEADS: dict[str, dict[str, Any]] = {
@@ -205,7 +208,8 @@ def config(pair: str) -> dict[str, Any]:
         strides = tuple(levels)
     elif levels != "same":
         strides = (*strides, *(strides[-1] * 2 ** (1 + extra) for extra in range(int(levels.partition(" ")[0]))))
-    feat = {"name": "FCOSFeat", "feat_in": CHANNELS, "feat_out": CHANNELS, "num_convs": 1, "norm_type": "gn"}
+    channels = OWN_CHANNELS.get(neck, CHANNELS)
+    feat = {"name": "FCOSFeat", "feat_in": channels, "feat_out": CHANNELS, "num_convs": 1, "norm_type": "gn"}
     head: dict[str, Any] = {"conv_feat": {**feat, "use_dcn": False}, "feat_in_chan": CHANNELS}
     head |= {"fpn_stride": list(strides), "reg_max": 16}
     head["nms"] = {"name": "MultiClassNMS", "nms_top_k": 1000, "keep_top_k": 100, "score_threshold": 0.025}

@@ -4,7 +4,7 @@
 
 A PAIR is BACKBONE+NECK as in the results. The steps, each a command as a user would give it, in a process of its own:
 
-    fixed   gfldeploy export --random-weights 0 --input-shape 320x320; PaddleDetection's forward pass alone if that fails
+    fixed   gfldeploy export --random-weights 0 --input-shape 320x320; PaddleDetection's forward pass if that fails
     any     the same for any input size
     int8    gfldeploy quantize of the first, with a few made-up pictures
 
@@ -66,7 +66,7 @@ BACKBONES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "LiteHRNet": ({"network_type": "wider_naive"}, (4, 8, 16, 32)),
     "LiteHRNet-30": ({"network_type": "lite_30"}, (4, 8, 16, 32)),
     "DLA": ({"depth": 34}, (1, 2, 4, 8, 16, 32)),
-    "HarDNet": ({"arch": 68}, (4, 8, 16, 32)),
+    "HarDNet": ({"arch": 85}, (4, 8, 16, 32)),
     "VGG": ({"depth": 16}, (8, 16, 32, 64, 107, 160)),
     "BlazeNet": ({}, (8, 16)),
     "SwinTransformer": (
@@ -120,9 +120,12 @@ NECKS: dict[str, tuple[dict[str, Any], Any]] = {
     "PPYOLOTinyFPN": ({}, "coarsest first"),
     "TTFFPN": ({}, [4]),
     "CenterNetDLAFPN": ({}, [4]),
-    "CenterNetHarDNetFPN": ({"num_layers": 68}, [4]),
+    "CenterNetHarDNetFPN": ({}, [4]),
     "BlazeNeck": ({"in_channel": [96, 96], "neck_type": "fpn_ssh"}, "same"),
 }  # fmt: skip
+
+# Channels of the levels, where a neck does not let them be chosen.
+OWN_CHANNELS = {"BlazeNeck": 48}
 
 # What else the head may have.
 HEADS: dict[str, dict[str, Any]] = {
@@ -135,7 +138,17 @@ PAIRS = (
     *("CSPDarkNet+FPN", "ResNet+FPN+DCN", "ResNet-DCN+BiFPN", "ResNet+FPN", "ResNet-50+FPN", "SwinTransformer+FPN"),
     *("HRNet+HRFPN", "Res2Net+FPN", "CSPResNet+CustomCSPPAN", "ShuffleNetV2+ESPAN", "GhostNet+CSPPAN", "ESNet+ESPAN"),
     *("MobileNet+FPN", "DarkNet+FPN", "LiteHRNet+HRFPN", "HarDNet+FPN", "DLA+FPN", "VGG+FPN", "BlazeNet+BlazeNeck"),
-    *("TransEncoder+FPN", "ResNet+BiFPN", "ResNet+BiFPN-5", "ResNet+CSPPAN", "ResNet+CSPPAN-3", "ResNet+LCPAN"),
+    *(
+        "MobileNet+CSPPAN",
+        "HarDNet+CSPPAN-3",
+        "DarkNet+CSPPAN",
+        "TransEncoder+FPN",
+        "ResNet+BiFPN",
+        "ResNet+BiFPN-5",
+        "ResNet+CSPPAN",
+        "ResNet+CSPPAN-3",
+        "ResNet+LCPAN",
+    ),
     *("ResNet+ESPAN", "ResNet+CustomCSPPAN", "ResNet+CustomCSPPAN-trans", "ResNet-C2+HRFPN", "ResNet-C2+FPN-pool"),
     *("ResNet-C5+DilatedEncoder", "ResNet+YOLOCSPPAN", "ResNet+YOLOv3FPN", "ResNet+PPYOLOFPN", "ResNet+PPYOLOPAN"),
     *("ResNet+PPYOLOTinyFPN", "ResNet-C2+TTFFPN", "DLA+CenterNetDLAFPN", "HarDNet+CenterNetHarDNetFPN"),
@@ -195,7 +208,8 @@ def config(pair: str) -> dict[str, Any]:
         strides = tuple(levels)
     elif levels != "same":
         strides = (*strides, *(strides[-1] * 2 ** (1 + extra) for extra in range(int(levels.partition(" ")[0]))))
-    feat = {"name": "FCOSFeat", "feat_in": CHANNELS, "feat_out": CHANNELS, "num_convs": 1, "norm_type": "gn"}
+    channels = OWN_CHANNELS.get(neck, CHANNELS)
+    feat = {"name": "FCOSFeat", "feat_in": channels, "feat_out": CHANNELS, "num_convs": 1, "norm_type": "gn"}
     head: dict[str, Any] = {"conv_feat": {**feat, "use_dcn": False}, "feat_in_chan": CHANNELS}
     head |= {"fpn_stride": list(strides), "reg_max": 16}
     head["nms"] = {"name": "MultiClassNMS", "nms_top_k": 1000, "keep_top_k": 100, "score_threshold": 0.025}

@@ -289,7 +289,8 @@ def _write_half(
 def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int | None]) -> Preprocess:
     preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
     # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
-    needed = max(stride for stride in config.strides if stride <= 32)
+    # What else a model needs is seen when it runs: `_check_levels`.
+    needed = max((stride for stride in config.strides if stride <= 32), default=32)
     _, height, width = shape
     if height is None or width is None:
         pad = preprocess.pad_stride

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
@@ -60,6 +61,11 @@ def convert(model: Path, params: Path, output: Path) -> None:
         os.environ.pop("POLYGRAPHY_AUTOINSTALL_DEPS", None)
         raw.unlink(missing_ok=True)
     graph = onnx.load(str(output))
+    if odd := sorted({node.op_type for node in graph.graph.node if re.match("Sequence|Loop|If|Scan", node.op_type)}):
+        raise EngineError(
+            f"Paddle2ONNX writes it with {', '.join(odd)} (assigning to parts of a tensor), which not all engines read",
+            "Use the Paddle graph.",
+        )
     _sort(graph.graph, in_order)
     del graph.opset_import[:]
     graph.opset_import.append(onnx.helper.make_opsetid("", opset))

@@ -288,10 +288,8 @@ class DynamicBatcher(Generic[In, Out]):
         self._pixels[1] += sum(area(item.own_size) for item in items)
 
     def _drop_cancelled(self) -> None:
-        gone = [number for number, item in self._waiting.items() if item.future.cancelled()]
-        for number in gone:
-            del self._waiting[number]
-        self._counter["cancelled"] += len(gone)
+        """Take them out of the queue, which also tells whoever waits for them with `concurrent.futures.wait`."""
+        self._take([number for number, item in self._waiting.items() if item.future.cancelled()])
 
     def _reject(self, items: Sequence[_Item[In, Out]], reason: Rejection) -> None:
         for item in items:

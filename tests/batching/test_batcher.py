@@ -139,6 +139,7 @@ def test_cancelled_before_it_ran() -> None:
         assert not running.cancel()
         run.gate.set()
         assert running.result(60) == 0
+        assert wait([waiting], 60).not_done == set()  # it is told that it was cancelled
     with pytest.raises(CancelledError):
         waiting.result(60)
     assert run.batches == [([0], SMALL)]

@@ -122,4 +122,5 @@ def _check(value: Any, kind: Any, where: str) -> None:
 
 def _need(right: bool, where: str, expected: str, value: object) -> None:
     if not right:
-        raise BundleError(f"{where} is {value!r:.40} and not {expected}", "Export the bundle again.")
+        place = where.replace(": it.", ": ", 1)
+        raise BundleError(f"{place} is {value!r:.40} and not {expected}", "Export the bundle again.")

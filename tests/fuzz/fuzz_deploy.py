@@ -10,10 +10,10 @@ from pathlib import Path
 
 import yaml
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tune"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mutations import mutate_bytes, mutate_value
-from test_deploy_file import DEPLOY
+from sample_deploy import DEPLOY
 
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.choice import choose

@@ -404,6 +404,7 @@ def _write_graphs(
         graphs["onnx"] = Graph("onnx/model.onnx")
     except EngineError as error:
         left_out["onnx"] = error.problem.replace(f"{directory}/", "")
+        (directory / "onnx/model.onnx").unlink(missing_ok=True)
     for graph, why in left_out.items():
         report(f"leaving out the {graph} graph: {why}")
     write_json(directory / LAYERS, _layers(detector, directory / "onnx/model.onnx" if "onnx" in graphs else None))

@@ -177,6 +177,7 @@ def make_commands(made: Path, root: Path) -> list[Command]:
 
 def kill(command: Command, place: Place, kills: int, chooser: random.Random) -> Iterator[dict[str, Any]]:
     """Kill it so many times; what was found after each."""
+    clear(place.work)
     target = place.work / command.target
     finish(command, place)
     command.undisturbed = command.identity(target)

@@ -49,7 +49,7 @@ POLL_S = 0.005
 
 @dataclass
 class Command:
-    """One that is killed: its `arguments` before --output, the `target`'s name, and what tells one result from another."""
+    """One that is killed: its `arguments` before --output, the name of the `target`, and what tells results apart."""
 
     name: str
     arguments: list[str]

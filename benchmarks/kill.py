@@ -49,7 +49,7 @@ POLL_S = 0.005
 
 @dataclass
 class Command:
-    """One that is killed: its `arguments` before --output, the `target`'s name, and what tells one result from another."""
+    """One that is killed: its `arguments` before --output, the name of the `target`, and what tells results apart."""
 
     name: str
     arguments: list[str]
@@ -177,6 +177,7 @@ def make_commands(made: Path, root: Path) -> list[Command]:
 
 def kill(command: Command, place: Place, kills: int, chooser: random.Random) -> Iterator[dict[str, Any]]:
     """Kill it so many times; what was found after each."""
+    clear(place.work)
     target = place.work / command.target
     finish(command, place)
     command.undisturbed = command.identity(target)

@@ -6,8 +6,8 @@ graphs are read here first, by readers of our own that look at nothing but the s
 operator is in a list: it is generous towards arithmetic, as any backbone must pass, and holds nothing else. Export
 checks what it has just written in the same way, so that an operator that is missing here is found there.
 
-ONNX's branches and loops are read like the rest, a few levels deep; functions and Paddle's blocks are refused altogether:
-no detector has any.
+ONNX's branches and loops are read like the rest, a few levels deep; functions and Paddle's blocks are refused
+altogether: no detector has any.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ _ONNX_SEQUENCES = _names(
 )
 _PADDLE_OPERATORS = _names(
     """
-    abs acos acosh affine_channel affine_grid argsort asin asinh assign assign_value atan atan2 atanh batch_norm bmm
-    broadcast_tensors cast ceil celu channel_shuffle clip concat conv2d conv2d_transpose conv3d cos cosh crop cross
-    cumprod cumsum deformable_conv depthwise_conv2d depthwise_conv2d_transpose dequantize_linear dot dropout einsum elu
-    equal equal_all erf exp expm1 eye feed fetch flip floor gather gather_nd gelu greater_equal greater_than group_norm
-    huber_loss index_sample index_select instance_norm is_empty kron label_smooth layer_norm leaky_relu lerp less_equal
-    less_than linspace log log10 log1p log2 log_softmax logical_and logical_not logical_or logical_xor logit logsigmoid
-    logsumexp lrn masked_fill masked_select matmul maxout mean meshgrid mish multiplex mv not_equal norm p_norm pad
-    pad3d pixel_shuffle pixel_unshuffle pool2d pow prelu put_along_axis quantize_linear reciprocal relu relu6 renorm
-    repeat_interleave reverse rms_norm roi_align roll round rsqrt scale scatter scatter_nd_add selu shape shape64
-    shuffle_channel sigmoid sign silu sin sinh slice softmax softplus softsign split sqrt square stack stanh
-    strided_slice sum swish take_along_axis tan tanh tanh_shrink temporal_shift thresholded_relu tile trunc unbind
-    unfold unique unstack where
+    abs acos acosh affine_channel affine_grid argsort asin asinh assign assign_value atan atan2 atanh batch_norm
+    batch_norm_ bmm broadcast_tensors cast ceil celu channel_shuffle clip concat conv2d conv2d_transpose conv3d cos
+    cosh crop cross cumprod cumsum deformable_conv depthwise_conv2d depthwise_conv2d_transpose dequantize_linear dot
+    dropout einsum elu equal equal_all erf exp expm1 eye feed fetch flip floor gather gather_nd gelu greater_equal
+    greater_than group_norm huber_loss index_sample index_select instance_norm is_empty kron label_smooth layer_norm
+    leaky_relu lerp less_equal less_than linspace log log10 log1p log2 log_softmax logical_and logical_not logical_or
+    logical_xor logit logsigmoid logsumexp lrn masked_fill masked_select matmul maxout mean meshgrid mish multiplex mv
+    not_equal norm p_norm pad pad3d pixel_shuffle pixel_unshuffle pool2d pow prelu put_along_axis quantize_linear
+    reciprocal relu relu6 renorm repeat_interleave reverse rms_norm roi_align roll round rsqrt scale scatter
+    scatter_nd_add selu shape shape64 shuffle_channel sigmoid sign silu sin sinh slice softmax softplus softsign split
+    sqrt square stack stanh strided_slice sum swish take_along_axis tan tanh tanh_shrink temporal_shift
+    thresholded_relu tile trunc unbind unfold unique unstack where
     multiclass_nms3 nms matrix_nms
     """
 )

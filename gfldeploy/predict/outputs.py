@@ -100,14 +100,16 @@ def write_outputs(
             listed = stack.enter_context(_List(directory / IMAGES, '{"images": [', tail))
         for index, record in enumerate(records):
             shown = [one for one in record.get("detections", ()) if one["score"] >= threshold]
-            lines.write(json.dumps({**record, "detections": shown} if "detections" in record else record) + "\n")
+            may_lack = record.get("may_lack_below", 0.0) > threshold
+            line = {key: value for key, value in record.items() if key != "may_lack_below" or may_lack}
+            lines.write(json.dumps(line | {"detections": shown} if "detections" in record else line) + "\n")
             images += 1
             detections += len(shown)
             if "error" in record:
                 failed += 1
                 reasons += [record["error"]] if failed <= most_reasons else []
                 continue
-            if "may_lack_below" in record:
+            if may_lack:
                 incomplete += 1
                 lack_below = max(lack_below, record["may_lack_below"])
             image_id: CocoId = index + 1 if image_ids is None else image_ids[index]

@@ -117,7 +117,7 @@ def test_classes_that_do_not_fit_are_found_before_measuring(
     tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = json.loads(tiny_coco.read_text())
-    source["categories"] = [*source["categories"][:1], {"id": 8, "name": "cat"}, {"id": 9, "name": "dog"}]
+    source["categories"] = [{**source["categories"][0], "name": "cat"}, {"id": 8, "name": "box"}]
     other = tmp_path / "other.json"
     other.write_text(json.dumps(source))
     arguments = (tiny_bundle, "--data", other, "--images", tiny_coco.parent / "images", "-o", tmp_path / "r.json")

@@ -34,7 +34,8 @@ def test_table(capfd: pytest.CaptureFixture[str]) -> None:
 def test_extras_in_brackets_survive(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("gfldeploy.engines.registry.util.find_spec", lambda name: None)
     run()
-    assert "onnxruntime is not installed; pip install onnxruntime" in capfd.readouterr().out
+    shown = " ".join(capfd.readouterr().out.split())  # which is broken into lines
+    assert "onnxruntime is not installed; pip install onnxruntime" in shown
 
 
 def test_json(capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import demo_bundles
 import numpy as np
+import onnx
 import pytest
 
 from gfldeploy import Detector
@@ -96,8 +97,19 @@ def test_what_a_bundle_may_lack_is_said(
     # A bundle of 24 candidates, all of which find one and the same box: better ones may have been left out.
     bundle = tmp_path / "chosen"
     shutil.copytree(tiny_bundle, bundle)
+    model = onnx.load(bundle / "onnx/model.onnx")
+    for node in model.graph.node:  # a tensor of the output's name
+        for names in (node.input, node.output):
+            names[:] = ["raw" if name == "anchors" else name for name in names]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.arange(24, dtype=np.int32)[np.newaxis], "cells"))
+    model.graph.node.append(onnx.helper.make_node("Identity", ["cells"], ["anchors"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("anchors", onnx.TensorProto.INT32, [1, 24]))
+    onnx.save(model, bundle / "onnx/model.onnx")
+    anchors = {"name": "anchors", "dtype": "int32", "shape": [None, 24]}
     manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps({**manifest, "candidates": 24, "notes": ["24 are few"]}))
+    manifest |= {"outputs": [*manifest["outputs"], anchors], "candidates": 24, "notes": ["24 are few"]}
+    manifest["files"]["onnx/model.onnx"]["bytes"] = (bundle / "onnx/model.onnx").stat().st_size
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
     command = (bundle, images / "0000.jpg", images / "0001.jpg", "--engine", "onnxruntime")
     assert run(*command, "-o", tmp_path / "out") == 0
     said = capfd.readouterr().err

@@ -10,6 +10,7 @@ import share_cpus
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ SIZES = ((48, 80), (80, 48), (48, 80), (64, 64), (80, 48), (48, 72))  # height, 
 NEEDS = {"needs_ppdet": "ppdet", "needs_paddleslim": "paddleslim"}  # by marker: the module
 LONGEST = ("test_demo_run", "test_quantize", "test_bad_input", "test_interrupt", "test_gate", "test_distill")  # files
 WORKER_GB = 3  # what a worker and a command that it runs take at most
+
+os.environ.pop("COLUMNS", None)  # pytest gives its workers one: tables would be cut to it
 
 
 @pytest.hookimpl(optionalhook=True)

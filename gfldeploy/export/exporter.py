@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +78,18 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
         report(f"note: {note}")
     require("onnxruntime", "onnxruntime", "comparing the ONNX graph with the eager model")
     require("paddle2onnx", "export", "writing ONNX")
+    from paddle.utils import unique_name
+
+    with unique_name.guard():  # weights get the same names, whatever this process has built before
+        return _export(request, config, weights, report)
+
+
+def _export(
+    request: ExportRequest,
+    config: DetectorConfig,
+    weights: Mapping[str, NDArray[Any]] | None,
+    report: Callable[[str], None],
+) -> Bundle:
     preprocess = _preprocess(config, request.input_shape)
     shapes = parity.parity_shapes(preprocess, request.input_shape)
     nms = _nms_params(config)

@@ -79,8 +79,8 @@ def test_bounds_that_nothing_keeps_and_then_others(
     assert error.startswith("Error: no configuration keeps the bounds: the nearest is tiny in ONNX Runtime (FP32), ")
     assert "% above 0.0001" in error
     assert not (tmp_path / "deploy.yml").exists()
-    kept = len(list((tmp_path / "deploy.yml.unfinished").iterdir()))
-    assert kept == 1, "larger batches take longer still"
+    kept = list((tmp_path / "deploy.yml.unfinished").glob("*.json"))
+    assert len(kept) == 1, "larger batches take longer still"
     assert run("tune", *arguments, "--max-latency-ms", 5000) == 0
     first = capfd.readouterr().err.split("next: a first look")[1].splitlines()[1]
     assert "batch 1" not in first, "it is in the journal"

@@ -246,7 +246,7 @@ def test_a_detector_that_fp16_does_not_suit_is_exported_without(
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", tmp_path / "fp32")
     done = run_here(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "leaving out the FP16 ONNX graph: the onnx_fp16 graph in onnxruntime differs" in done.stderr
+    assert "leaving out the onnx_fp16 graph: the onnx_fp16 graph in onnxruntime differs" in done.stderr
     bundle = Bundle.open(tmp_path / "fp32")
     assert set(bundle.manifest.graphs) == {"paddle", "paddle_program", "onnx"}
     record = json.loads((bundle.directory / "parity.json").read_text())["fp16"]

@@ -3,10 +3,10 @@
     python benchmarks/batch_padding.py --bundle r50_int8 --data annotations.json --precision int8 --photos 427x640 \\
         --name gfl_r50_int8 --machine epyc-2core
 
-Of the data, images of the commonest landscape and of the commonest portrait input size, as many of each, in turn; with
-`--photos`, any landscape and portrait images, cropped and resized to photographs of that height and width and of the
-same turned upright: 427x640 is 3:2, which the 800x1333 rule makes 800x1216 and 1216x800, the classic case of 1.52. By
-turns, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped by
+Of the data, images of the most common landscape and of the most common portrait input size, as many of each, in turn;
+with `--photos`, any landscape and portrait images, cropped and resized to photographs of that height and width and of
+the same turned upright: 427x640 is 3:2, which the 800x1333 rule makes 800x1216 and 1216x800, the classic case of 1.52.
+By turns, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped by
 size, and those of each orientation alone ("uniform": the mean of both). Prints images a second and the ratios that
 matter, of the network and from file to boxes, each the median over the rounds with the least and the most; writes all
 passes to results/MACHINE/checks/NAME_padding.json beside this script.
@@ -128,7 +128,7 @@ def photographs(paths: Sequence[Path], size: Size, count: int, folder: Path) -> 
 
 
 def choose(bundle: Bundle, paths: Sequence[Path], count: int) -> tuple[list[Path], list[Path], tuple[Size, Size]]:
-    """So many images of the commonest landscape and portrait input sizes, and these sizes."""
+    """So many images of the most common landscape and portrait input sizes, and these sizes."""
     sizes = input_sizes(paths, bundle)
     counts = Counter(sizes)
     if not {size[1] > size[0] for size in counts if size[0] != size[1]} == {True, False}:

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_overhead.py --bundle demo/bundle --data annotations.json --machine epyc-2core
 
-By turns, `--rounds` times, each in a process of its own and on the same input: `InferenceSession.run` in a loop with
+Interleaved, `--rounds` times, each in a process of its own and on the same input: `InferenceSession.run` in a loop with
 nothing else of this project, `gfldeploy bench` with its monitor, and `gfldeploy bench` without. Their order turns with
 each round. Prints the medians over all rounds, and the median over the rounds of each ratio; writes all samples to
 results/MACHINE/checks/bench_overhead.json beside this script.

@@ -3,11 +3,11 @@
     python benchmarks/materials.py --output materials
     python benchmarks/end_to_end.py --materials materials --machine epyc-2core
 
-Every leg is a process that has its model loaded and its shapes warmed up. By turns, `--rounds` times, each goes through
-all images; the others rest meanwhile. "network alone" is the engine on prepared inputs, one image at a time: what is
-left when everything but inference costs nothing. Prints images a second and the ratios that matter, each the median
-over the rounds with the least and the most; writes all of it to results/MACHINE/checks/end_to_end.json beside this
-script. Needs `pip install openvino nncf` for the legs that use them.
+Every leg is a process that has its model loaded and its shapes warmed up. Interleaved, `--rounds` times, each goes
+through all images; the others rest meanwhile. "network alone" is the engine on prepared inputs, one image at a time:
+what is left when everything but inference costs nothing. Prints images a second and the ratios that matter, each the
+median over the rounds with the least and the most; writes all of it to results/MACHINE/checks/end_to_end.json beside
+this script. Needs `pip install openvino nncf` for the legs that use them.
 """
 
 from __future__ import annotations

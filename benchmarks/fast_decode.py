@@ -4,9 +4,10 @@ changes.
     python benchmarks/fast_decode.py --source demo/fp32 --data demo/data/val/annotations.json --machine epyc-2core
 
 Enlarges the images of the data `--factors` times (bicubic, JPEG of quality 92) with their boxes, and runs them with
-both ways of decoding. For each factor: mAP of both; milliseconds of decoding and preprocessing an image, by turns, the
-median over `--rounds` with the least and the most. Writes all to results/MACHINE/checks/NAME_fast_decode.json beside
-this script. Enlarged images hold no detail that the original ones do not: photographs of that size may lose more.
+both ways of decoding. For each factor: mAP of both; milliseconds of decoding and preprocessing an image, interleaved,
+the median over `--rounds` with the least and the most. Writes all to results/MACHINE/checks/NAME_fast_decode.json
+beside this script. Enlarged images hold no detail that the original ones do not: photographs of that size may lose
+more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure what INT8 is worth in each engine: an FP32 bundle and the INT8 one made of it by turns, at batch 1.
+"""Measure what INT8 is worth in each engine: an FP32 bundle and the INT8 one made of it interleaved, at batch 1.
 
     python benchmarks/int8_speed.py --bundle FP32 --int8 INT8 --data annotations.json --name r50 --machine epyc-2core
 

@@ -1,4 +1,4 @@
-"""Compare INT8 in OpenVINO: the bundle's Q/DQ file with what NNCF makes of the same FP32 ONNX file, by turns.
+"""Compare INT8 in OpenVINO: the bundle's Q/DQ file with what NNCF makes of the same FP32 ONNX file, interleaved.
 
     pip install nncf
     python benchmarks/openvino_against_nncf.py --bundle demo/fp32 --int8 demo/int8 --machine epyc-2core --name demo \\
@@ -6,9 +6,9 @@
 
 NNCF calibrates on the first `--samples` images of `--calib` with its defaults, the decode left in float as its guides
 advise for what follows a detector's head. Both files run in the same engine with the same settings. Printed are: how
-many times as fast as NNCF's ours is, the median over rounds by turns and in brackets the least and the largest of one
-round; mAP of FP32 and both, and the differences with their 95% intervals over images; how many operators of each kind
-run in which precision. All of it goes to results/MACHINE/checks/NAME_nncf.json beside this script.
+many times as fast as NNCF's ours is, the median over interleaved rounds and in brackets the least and the largest of
+one round; mAP of FP32 and both, and the differences with their 95% intervals over images; how many operators of each
+kind run in which precision. All of it goes to results/MACHINE/checks/NAME_nncf.json beside this script.
 
 mAP of a few hundred images moves by more than the two INT8 differ. `--demo-images` has so many generated, the first of
 them the demo's own.
@@ -86,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = args.data or generate(Path(folder), "val", args.demo_images)
         dataset = CocoDataset.load(data, None, None)
-        shapes = commonest_shapes(bundle, dataset)
+        shapes = most_common_shapes(bundle, dataset)
         theirs = nncf_bundle(bundle, args.calib, args.samples, Path(folder))
         options = EngineOptions("int8", "cpu", usable_threads())
         engines = {
@@ -171,7 +171,7 @@ def behind_convolutions(model: Any) -> list[str]:
     ]
 
 
-def commonest_shapes(bundle: Bundle, dataset: CocoDataset, most: int = 2) -> list[tuple[int, ...]]:
+def most_common_shapes(bundle: Bundle, dataset: CocoDataset, most: int = 2) -> list[tuple[int, ...]]:
     """The most frequent input shapes of one image."""
     preprocess = bundle.manifest.preprocess
     found = Counter((1, 3, *preprocess.input_size(*image.size())) for image in dataset.images)
@@ -179,7 +179,7 @@ def commonest_shapes(bundle: Bundle, dataset: CocoDataset, most: int = 2) -> lis
 
 
 def race(engines: Mapping[str, OpenVinoEngine], shape: tuple[int, ...], rounds: int, runs: int) -> Race:
-    """Time both in rounds by turns; who begins alternates."""
+    """Time both in rounds interleaved; who begins alternates."""
     image: NDArray[np.float32] = np.random.default_rng(0).standard_normal(shape, np.float32)
     medians: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():

@@ -2,7 +2,7 @@
 
     python benchmarks/postprocess.py --machine xeon-2core [--rounds N] [--cases NAME ...]
 
-The same generated candidates of 80 classes go through all three by turns, N times, once where that takes seconds:
+The same generated candidates of 80 classes go through all three interleaved, N times, once where that takes seconds:
 `detections` (1000 candidates of 40 objects and their surroundings, 100 detections), `every class` (1000 candidates,
 each above the threshold in nearly all classes, as random weights give) and `all anchors` (22,400 instead of 1000, as
 `export --candidates all` gives). Prints the median and the least time, and whether the detections are those of

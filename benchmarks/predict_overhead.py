@@ -2,11 +2,12 @@
 
     python benchmarks/predict_overhead.py --source r50 --data annotations.json --name gfl_r50 --machine epyc-2core
 
-By turns, `--rounds` times, on the same images: the network alone on inputs that lie ready in memory; the pipeline, from
-files to detections; and the same steps one after the other. All in the batches of one input size that `predict` makes.
-Prints seconds an image, and the share of the pipeline's time that the network alone does not take, each the median over
-the rounds with the least and the most; writes all rounds to results/MACHINE/checks/NAME_predict_overhead.json beside
-this script. The network alone has all the CPU: what decoding takes from it while it runs counts as overhead.
+Interleaved, `--rounds` times, on the same images: the network alone on inputs that lie ready in memory; the pipeline,
+from files to detections; and the same steps one after the other. All in the batches of one input size that `predict`
+makes. Prints seconds an image, and the share of the pipeline's time that the network alone does not take, each the
+median over the rounds with the least and the most; writes all rounds to
+results/MACHINE/checks/NAME_predict_overhead.json beside this script. The network alone has all the CPU: what decoding
+takes from it while it runs counts as overhead.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Times batches of 1 to `--most` of the first `--limit` images. They are then to arrive at `--load` of the rate that the
 engine reaches in its best batches, and to be answered within `--bound` times what the largest batch takes. `bench`
-measures no batching, a fixed batch with a timeout and the dynamic batcher on that, by turns, in `--rounds` rounds of
+measures no batching, a fixed batch with a timeout and the dynamic batcher on that, interleaved, in `--rounds` rounds of
 `--seconds`. Writes results/MACHINE/checks/NAME_serve.json beside this script (`gfldeploy report` shows it) and prints a
 row for each policy.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/tune_against_exhaustive.py --bundles FP32 INT8 --data annotations.json --machine epyc-2core
 
-Runs the search, then the exhaustive search, each with a journal of its own, then both choices by turns through the
+Runs the search, then the exhaustive search, each with a journal of its own, then both choices interleaved through the
 benchmark's runner, `--rounds` times. Prints the seconds of each, what each chose, and how fast both choices are; writes
 that with both deploy files to results/MACHINE/checks/tune_demo.json beside this script. What follows `--` goes to both
 runs.
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--bundles", type=Path, nargs="+", required=True, help="the FP32 bundle and INT8 ones of it")
     parser.add_argument("--data", type=Path, required=True, help="COCO annotations (.json), images/ beside them")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
-    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="of both choices by turns")
+    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="of both choices interleaved")
     parser.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="of each in each round")
     parser.add_argument("--limit", type=int, default=32, metavar="L", help="images, all of them timed")
     parser.add_argument("--output", type=Path, help="instead of results/MACHINE/checks/tune_demo.json")
@@ -87,7 +87,7 @@ def tune(arguments: Sequence[str], output: Path) -> Tuned:
 
 
 def side_by_side(search: Cell, exhaustive: Cell, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Images a second of both choices by turns, and the first's by the second's; a choice of both is measured once."""
+    """Images a second of both choices, interleaved, and the first's by the second's; the same choice is timed once."""
     cells = tuple(dict.fromkeys((search, exhaustive)))
     images = tuple(image.path for image in CocoDataset.load(args.data, None, args.limit).images)
     settings = Settings(args.min_seconds, 10, 5 * args.min_seconds, rounds=args.rounds)

@@ -276,7 +276,7 @@ def unfinished_beside(output: Path, command: str, made: str) -> Iterator[Unfinis
                 yield unfinished
             except BaseException as error:
                 if unfinished.worth_keeping:
-                    error.add_note(f"what was done so far is kept in {place.name}, the same command goes on from there")
+                    error.add_note(f"what was done so far is kept in {place.name}, the same command resumes from there")
                 else:
                     with hold_interrupts():
                         _remove_made(place, made)

@@ -288,7 +288,7 @@ def test_unfinished_work_is_kept_if_there_is_any(tmp_path: Path) -> None:
         unfinished.worth_keeping = True
         raise KeyboardInterrupt
     assert caught.value.__notes__ == [
-        "what was done so far is kept in out.unfinished, the same command goes on from there"
+        "what was done so far is kept in out.unfinished, the same command resumes from there"
     ]
     with pytest.raises(OutputError, match=r"out\.unfinished is needed .* did not make it"):
         work(tmp_path / "out", "bench")

@@ -1,8 +1,8 @@
 """Measuring what becomes of an image's time as the batch grows: the same images in batches of different sizes.
 
-Every batch size is run twice, as the images are listed and grouped by input size, by turns with batch 1 and with each
-other. What differs between the two of one size is padding alone; what differs between grouped batches of two sizes is
-the batch size alone, since each image costs the same arithmetic in both.
+Every batch size is run twice, as the images are listed and grouped by input size, interleaved with batch 1 and with
+each other. What differs between the two of one size is padding alone; what differs between grouped batches of two sizes
+is the batch size alone, since each image costs the same arithmetic in both.
 """
 
 from __future__ import annotations
@@ -119,14 +119,14 @@ def _warm_up(
     engine: Engine, paths: Sequence[Path], bundle: Bundle, arrangement: Arrangement, groups: Sequence[Group]
 ) -> float | None:
     """Run one batch of every shape; the share of the convolutions in the shape that most images are in."""
-    commonest = max(groups, key=lambda one: sum(len(other.indices) for other in groups if other.size == one.size))
+    most_common = max(groups, key=lambda one: sum(len(other.indices) for other in groups if other.size == one.size))
     for one in {one.size: one for one in groups}.values():
         time_batch(engine, _filled(paths, one, arrangement.batch_size), bundle)
     grouped = arrangement.order == "bucketed" or arrangement.batch_size == 1
     if not grouped or not isinstance(engine, TimesConvolutions):
         return None
     preprocess = bundle.manifest.preprocess
-    images = [preprocess(read_image(path)) for path in _filled(paths, commonest, arrangement.batch_size)]
+    images = [preprocess(read_image(path)) for path in _filled(paths, most_common, arrangement.batch_size)]
     return engine.convolution_share({"image": preprocess.batch(images)})
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark has finished so far, on disk: an interrupted one goes on where it stopped."""
+"""What a benchmark has finished so far, on disk: an interrupted one resumes where it stopped."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from gfldeploy.quant.tensorrt import write_tensorrt_onnx
 
 __all__ = ["Stack"]
 
-# The commonest convolution of GFL: 3x3, 256 to 256 channels, which fill vectors of every width. At 56x56 its weights
+# The most common convolution of GFL: 3x3, 256 to 256 channels, which fill vectors of every width. At 56x56 its weights
 # and maps stay in the caches.
 _CHANNELS = 256
 _SIDE = 56

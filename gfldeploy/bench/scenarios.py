@@ -123,7 +123,8 @@ def measure_points(
 ) -> tuple[list[Point], tuple[float, ...]]:
     """What batches of 1 to `most` images take, padding included, each timed several times; and the warm-up's times.
 
-    At two input sizes: the commonest of the images, and the one whose area differs most from it. Raises `EngineError`.
+    At two input sizes: the most common of the images, and the one whose area differs most from it. Raises
+    `EngineError`.
     """
     by_size: dict[Size, list[Prepared]] = {}
     for image in images:

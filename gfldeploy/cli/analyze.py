@@ -36,7 +36,9 @@ __all__ = ["command"]
 @engine_options
 @click.option("--batch-sizes", type=CommaSeparated(), default="2,4,8", show_default=True, help="Beside batch 1.")
 @click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Use the first N images only.")
-@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="How often each is run, by turns.")
+@click.option(
+    "--rounds", type=click.IntRange(2), default=5, show_default=True, help="How often each is run, interleaved."
+)
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engine reaches at best too.")
 @click.option(
     "--invariance/--no-invariance", default=True, show_default=True, help="Compare detections with those of batch 1."
@@ -65,7 +67,7 @@ def command(
     """Say why images take longer in larger batches, or no less.
 
     The same images run in batches of every size, as listed and grouped by input
-    size, by turns. The change in the time of an image is split into padding,
+    size, interleaved. The change in the time of an image is split into padding,
     convolutions, the network's other work, and host work.
     """
     _check_output(output, force)
@@ -85,7 +87,7 @@ def command(
         best = run_peak(engine, options.precision, device, threads)
     compared: list[Invariance] = []
     with open_engine(engine, opened, options) as running, progress_bars() as bars:
-        report("running the same images in batches of every size, by turns")
+        report("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
         measured = measure_passes(running, paths, opened, chosen, rounds, lambda done, n: bars("passes", done, n))
         if invariance:

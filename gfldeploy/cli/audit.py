@@ -58,7 +58,7 @@ def command(
 
     A batch is padded to one size: where it holds a portrait and a landscape image, every image in it costs more pixels
     than alone. For each batch size this shows how many more with the images as listed, shuffled, sorted by size, and
-    grouped by size. Only the heads of the files are read; images that cannot be used are named and left out.
+    grouped by size. Only the headers of the files are read; images that cannot be used are named and left out.
     """
     from gfldeploy.batching.audit import audit, survey
 

@@ -75,7 +75,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.option(
     "--latency-bound-ms",
     type=FiniteFloat(0, min_open=True),
-    help="From arrival to answer: what later answers of the server count for is nothing.",
+    help="Deadline of the server, from arrival to answer: a later answer counts for nothing.",
 )
 @click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
 @click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
@@ -178,7 +178,7 @@ def command(
     the network alone on the same images, prepared before; servers from the arrival of an image to the end of its
     batch, without decoding. mAP is measured at batch 1, once for each engine and precision.
 
-    Interrupted or killed, the same command goes on where it stopped.
+    Interrupted or killed, the same command resumes where it stopped.
     """
     if trt:
         _check_tensorrt()

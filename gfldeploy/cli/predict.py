@@ -101,7 +101,7 @@ def command(
     Batches hold images of one input size, so that an image has the detections that it has by itself; in OpenVINO INT8,
     but for rounding where there are more than four shapes of batches.
 
-    Interrupted or killed, the same command goes on where it stopped, to the same bytes.
+    Interrupted or killed, the same command resumes where it stopped, to the same bytes.
     """
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")

@@ -78,7 +78,7 @@ def _all_threads() -> tuple[int, ...]:
     metavar="FILE",
     help="Results of `gfldeploy bench` on this machine and data: what they hold is not looked at again.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="By turns, of the finish.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved, of the finish.")
 @click.option(
     "--min-seconds",
     type=FiniteFloat(0),
@@ -152,7 +152,7 @@ def command(
     tried of the others until throughput no longer rises, and the best are measured at length, interleaved. mAP is
     measured of what is about to be chosen alone. Give the FP32 and the INT8 bundle together.
 
-    Interrupted or killed, the same command goes on where it stopped.
+    Interrupted or killed, the same command resumes where it stopped.
     """
     if check is not None:
         _check(check, bundles)

@@ -52,8 +52,8 @@ class EngineOptions:
 
     `threads` is the number of CPU threads of one inference; it must be at least 1. `tensorrt`: for the engines that
     build with it, which need it. `cache_dir`: where other engines keep what they compiled, None for nowhere. `shapes`:
-    (batch, height, width) of the inputs to come, the commonest first, for engines that compile for shapes: what runs an
-    input then depends on these, not on the inputs before it; () where they are not known.
+    (batch, height, width) of the inputs to come, the most common first, for engines that compile for shapes: what runs
+    an input then depends on these, not on the inputs before it; () where they are not known.
     """
 
     precision: Precision = "fp32"
@@ -182,7 +182,7 @@ def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, i
 
 
 def reasons(convolutions: Iterable[ExecutedConvolution]) -> tuple[str, ...]:
-    """Why those convolutions that did not run in less than FP32 did not: a line for each reason, the commonest first.
+    """Why those convolutions that did not run in less than FP32 did not: a line for each reason, the most common first.
 
     A line reads `REASON (COUNT): WHAT, WHAT xCOUNT, ...`.
     """

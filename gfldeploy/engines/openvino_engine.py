@@ -54,10 +54,10 @@ _TRIM_EVERY = 100  # inferences of that model: its buffers change size all the t
 class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     """`Engine` over OpenVINO's CPU plugin. Every precision runs the bundle's ONNX file, INT8 that of ONNX Runtime.
 
-    The commonest input shapes have a compiled model each, the others share one for any shape. That is slower: it fuses
-    fewer operators, and is prepared anew when the shape changes. A model for each shape without bound would fill the
-    memory, and a bounded number in turn would compile all the time where there are more shapes. In INT8 the two differ
-    a little in what they compute; with `EngineOptions.shapes` it is settled beforehand which one runs an input.
+    The most common input shapes have a compiled model each, the others share one for any shape. That is slower: it
+    fuses fewer operators, and is prepared anew when the shape changes. A model for each shape without bound would fill
+    the memory, and a bounded number in turn would compile all the time where there are more shapes. In INT8 the two
+    differ a little in what they compute; with `EngineOptions.shapes` it is settled beforehand which one runs an input.
     """
 
     name = "openvino"

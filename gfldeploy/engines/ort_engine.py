@@ -162,7 +162,7 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     """ONNX Runtime with its TensorRT execution provider; what that does not take runs in CUDA.
 
-    `build_s`: seconds to open the session and run the commonest input once, which builds the engine or reads it from
+    `build_s`: seconds to open the session and run the most common input once, which builds the engine or reads it from
     the cache. `delegated`: what one inference ran where.
     """
 
@@ -173,7 +173,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         start = time.perf_counter()
         super().__init__(bundle, options, graph_for(self.name, options.precision, options.device))
-        batch, height, width = required(options).profile.commonest
+        batch, height, width = required(options).profile.most_common
         example = {"image": np.zeros((batch, 3, height, width), np.float32)}
         self.infer(example)
         self.build_s = time.perf_counter() - start

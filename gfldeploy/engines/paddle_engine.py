@@ -196,7 +196,7 @@ class PaddleTensorRtEngine(PaddleEngine):
     """Paddle Inference with TensorRT for the parts of the program that it takes, CUDA for the rest.
 
     It runs the older program format, whose passes know TensorRT and explicit quantisation. `build_s`: seconds to load
-    it and to run the commonest input once, which builds the engine or reads it from the cache. `delegated`: None, as
+    it and to run the most common input once, which builds the engine or reads it from the cache. `delegated`: None, as
     Paddle does not tell.
     """
 
@@ -210,7 +210,7 @@ class PaddleTensorRtEngine(PaddleEngine):
         """
         start = time.perf_counter()
         super().__init__(bundle, options)
-        self.infer(_example(required(options).profile.commonest))
+        self.infer(_example(required(options).profile.most_common))
         self.build_s = time.perf_counter() - start
         self.version = f"{self.version}, TensorRT {tensorrt_library()}"
 
@@ -228,14 +228,14 @@ class PaddleTensorRtEngine(PaddleEngine):
         return config
 
     def _collect_shapes(self, inference: Any, config: Any, directory: Path) -> None:
-        """Run the least, commonest and largest input once without TensorRT, and keep what shapes tensors had."""
+        """Run the least, most common and largest input once without TensorRT, and keep what shapes tensors had."""
         collected = directory / "collecting"
         config.collect_shape_range_info(str(collected))
         try:
             with quiet(native_stderr=True):
                 self._predictor = inference.create_predictor(config)
             shapes = required(self.options).profile
-            for shape in (shapes.least, shapes.commonest, shapes.largest):
+            for shape in (shapes.least, shapes.most_common, shapes.largest):
                 self.infer(_example(shape))
             self._predictor = None  # Paddle writes the file when the predictor goes
             collected.rename(shape_file(directory))

@@ -40,21 +40,21 @@ _DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu12",
 
 @dataclass(frozen=True)
 class Profile:
-    """The inputs that an engine is built for: (batch, height, width) of the least, the commonest and the largest.
+    """The inputs that an engine is built for: (batch, height, width) of the least, the most common and the largest.
 
     `least` and `largest` bound each dimension by itself. TensorRT refuses what lies outside, and is fastest at
-    `commonest`.
+    `most_common`.
     """
 
     least: Shape
-    commonest: Shape
+    most_common: Shape
     largest: Shape
 
     def __post_init__(self) -> None:
         if not all(
-            0 < low <= mid <= high for low, mid, high in zip(self.least, self.commonest, self.largest, strict=True)
+            0 < low <= mid <= high for low, mid, high in zip(self.least, self.most_common, self.largest, strict=True)
         ):
-            raise ValueError(f"least, commonest and largest must be positive and in order: {self}")
+            raise ValueError(f"least, most common and largest must be positive and in order: {self}")
 
 
 def profile(shapes: Iterable[Shape]) -> Profile:
@@ -63,8 +63,8 @@ def profile(shapes: Iterable[Shape]) -> Profile:
     if not counts:
         raise ValueError("there must be at least one shape")
     batches, heights, widths = zip(*counts, strict=True)
-    (commonest, _), *_ = counts.most_common(1)
-    return Profile((min(batches), min(heights), min(widths)), commonest, (max(batches), max(heights), max(widths)))
+    (most_common, _), *_ = counts.most_common(1)
+    return Profile((min(batches), min(heights), min(widths)), most_common, (max(batches), max(heights), max(widths)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def cache_key(options: TensorRtOptions, depends_on: Mapping[str, str]) -> str:
     shapes = options.profile
     everything = {
         **depends_on,
-        "profile": [shapes.least, shapes.commonest, shapes.largest],
+        "profile": [shapes.least, shapes.most_common, shapes.largest],
         "workspace_mb": options.workspace_mb,
         "min_subgraph": options.min_subgraph,
     }
@@ -152,7 +152,7 @@ def onnxruntime_options(precision: Precision, options: TensorRtOptions, director
         "trt_max_workspace_size": str(options.workspace_mb * 2**20),
         "trt_min_subgraph_size": str(options.min_subgraph),
         "trt_profile_min_shapes": _named(shapes.least),
-        "trt_profile_opt_shapes": _named(shapes.commonest),
+        "trt_profile_opt_shapes": _named(shapes.most_common),
         "trt_profile_max_shapes": _named(shapes.largest),
         "trt_engine_cache_enable": _flag(True),
         "trt_engine_cache_path": str(directory),

@@ -186,7 +186,7 @@ def _cpu_shared(options: EngineOptions) -> Iterator[int]:
 
 
 class _Memory:
-    """Arrays that batches take by turns: as many as there are batches at once, each as large as the largest so far."""
+    """Arrays that batches take in turn: as many as there are batches at once, each as large as the largest so far."""
 
     def __init__(self) -> None:
         self._free: queue.SimpleQueue[NDArray[np.float32]] = queue.SimpleQueue()

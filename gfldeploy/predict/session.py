@@ -64,7 +64,7 @@ class PredictRequest:
 def predict(request: PredictRequest, progress: Progress = lambda label, done, total: None) -> Summary:
     """Detect in all inputs and write `request.output`, in one step.
 
-    Interrupted or killed, the same request goes on where it stopped, to the same files: what is done is kept in a
+    Interrupted or killed, the same request resumes where it stopped, to the same files: what is done is kept in a
     folder beside the output. `progress(label, done, total)`, in images, is called as they are done.
 
     Raises `OutputError`, also for what is left of another request, `EngineError`, and `DataError` where no image at all
@@ -143,7 +143,7 @@ def _detect(request: PredictRequest, unfinished: Unfinished, working: WorkingFil
 
 
 def _input_shapes(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> tuple[tuple[int, int, int], ...]:
-    """(batch, height, width) of the network's inputs, the commonest first, from the sizes of images (h, w) in order."""
+    """(batch, height, width) of the network's inputs, the most common first, from sizes of images (h, w) in order."""
     input_size = choice.bundle.manifest.preprocess.input_size
     known = ((None, input_size(*size)) for size in sizes if size is not None)
     batches = stream_batches(known, choice.batch_size, choice.order, _BATCHES_AHEAD * choice.batch_size)

@@ -1,4 +1,4 @@
-"""What a prediction has done so far, on disk: a killed one goes on where it stopped, to the same result.
+"""What a prediction has done so far, on disk: a killed one resumes where it stopped, to the same result.
 
 A JSON line for the question (all that the answer depends on), one for each batch in the order in which they are cut,
 and one for the end. Lines are appended; a last one that was cut short is taken off. Since batches depend on the

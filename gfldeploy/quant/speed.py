@@ -1,4 +1,4 @@
-"""What INT8 is worth here: FP32 and INT8 of one engine by turns in one process, on one image.
+"""What INT8 is worth here: FP32 and INT8 of one engine interleaved in one process, on one image.
 
 A hint with the accuracy, not a benchmark: `gfldeploy bench` measures properly, one process a cell.
 """

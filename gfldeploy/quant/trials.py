@@ -90,7 +90,7 @@ class Workbench:
 
     def speeds(self, trial: Trial) -> list[Speed]:
         """FP32, the trial and, if that keeps something in float, all in INT8, timed in each engine."""
-        self.report("timing FP32 and INT8 by turns")
+        self.report("timing FP32 and INT8 interleaved")
         everything = self._write(trial.quantized, frozenset()) if trial.kept else None
         found = []
         for name in int8_engines():

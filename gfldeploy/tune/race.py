@@ -46,8 +46,8 @@ def race(
 ) -> Outcome:
     """Find the fastest cell that keeps the bounds.
 
-    `look` measures briefly, `finish` at length and by turns. `drop`: the mAP that a model loses, None where it is not
-    measured; asked of one model after the other, for the one that is in front at the finish: a loser's accuracy is
+    `look` measures briefly, `finish` at length and interleaved. `drop`: the mAP that a model loses, None where it is
+    not measured; asked of one model after the other, for the one that is in front at the finish: a loser's accuracy is
     never measured. Its refusal sends the search back to what it had given up because of that model. `known`: what was
     measured before. `out_of_time`: asked before each step; the finish is run in any case. `exhaustive`: every cell is
     measured at length instead.

@@ -207,7 +207,7 @@ def next_step(space: Space, known: Known, refused: Collection[Model] = ()) -> St
 
 
 def finalists(space: Space, known: Known, refused: Collection[Model], done: Collection[Cell]) -> tuple[Cell, ...]:
-    """The cells to measure at length by turns: those that may be the best, at least two where there are two.
+    """The cells to measure at length interleaved: those that may be the best, at least two where there are two.
 
     One of another model is among them, within `TURN_GAIN` of the best, for the runner-up to be an alternative. `done`:
     those that were measured at length before; of what keeps the bounds no more than six are.

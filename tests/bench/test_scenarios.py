@@ -66,7 +66,7 @@ def test_batches_of_every_number_of_images_are_timed_at_two_sizes(
     engine: Engine, images: list[Prepared], preprocess: Preprocess
 ) -> None:
     points, warmup_ms = measure_points(engine, images, preprocess, 3, warmup=2)
-    # The commonest, and the one whose area differs most from it.
+    # The most common, and the one whose area differs most from it.
     assert {(one.images, one.size) for one in points} == {(n, size) for n in (1, 2, 3) for size in ((64, 96), (64, 64))}
     assert len(warmup_ms) == 2 * 6
 

@@ -402,7 +402,7 @@ def test_interrupted_it_says_so_and_goes_on(
     with start(tmp_path, tiny_bundle, folder, "-o", output) as process:
         said = stop_at(process, tmp_path / "out.unfinished" / "working.jsonl", 3000, number)
     assert process.returncode == 130
-    assert "the same command goes on from there" in said and "Traceback" not in said
+    assert "the same command resumes from there" in said and "Traceback" not in said
     assert not output.exists()
     assert run(tiny_bundle, folder, "-o", output) == 1
     assert re.search(r"600 images \(\d+ of them by an earlier run\) in ", capfd.readouterr().err)

@@ -120,7 +120,7 @@ def test_bf16_is_for_convolutions_and_the_integral_stays_fp32(tiny_bundle: Path,
     np.testing.assert_allclose(outputs["boxes"], expected, atol=1e-3)
 
 
-def test_the_commonest_shapes_have_models_of_their_own(tiny_bundle: Path) -> None:
+def test_the_most_common_shapes_have_models_of_their_own(tiny_bundle: Path) -> None:
     with opened(tiny_bundle) as engine:
         for width in (32, 64, 96, 128, 160, 192):
             engine.infer(image(32, width))
@@ -145,7 +145,7 @@ def test_shapes_that_are_known_beforehand_settle_what_runs_an_input(tiny_bundle:
     shapes = tuple((1, 32, 32 * k) for k in range(1, 7))
     with opened(tiny_bundle, shapes=shapes) as engine:
         for _ in range(30):
-            for width in (192, 160, 224):  # none of the four commonest, however often it comes
+            for width in (192, 160, 224):  # none of the four most common, however often it comes
                 engine.infer(image(32, width))
         assert set(engine.models) == {()}
         for batch, height, width in shapes:

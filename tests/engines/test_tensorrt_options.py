@@ -30,7 +30,7 @@ SHAPES = Profile((1, 800, 800), (4, 800, 1216), (8, 1216, 1344))
 OPTIONS = TensorRtOptions(SHAPES, Path("cache"), workspace_mb=512, min_subgraph=5)
 
 
-def test_the_profile_bounds_each_dimension_and_is_best_at_the_commonest_shape() -> None:
+def test_the_profile_bounds_each_dimension_and_is_best_at_the_most_common_shape() -> None:
     shapes = [(2, 800, 1216), (2, 1216, 800), (2, 1216, 800), (1, 1088, 1088)]
     assert profile(shapes) == Profile((1, 800, 800), (2, 1216, 800), (2, 1216, 1216))
     with pytest.raises(ValueError):
@@ -116,7 +116,7 @@ def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes() -> 
         cache_key(OPTIONS, {**machine, "tensorrt": "10.10"}),
         cache_key(replace(OPTIONS, workspace_mb=513), machine),
         cache_key(replace(OPTIONS, min_subgraph=6), machine),
-        cache_key(replace(OPTIONS, profile=replace(SHAPES, commonest=(4, 800, 800))), machine),
+        cache_key(replace(OPTIONS, profile=replace(SHAPES, most_common=(4, 800, 800))), machine),
     }
     assert len(keys) == 7
     # Not where the caches lie: the folder can be moved.

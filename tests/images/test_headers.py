@@ -1,4 +1,4 @@
-"""Sizes from the heads of files: those that reading gives, whatever the file, and no others."""
+"""Sizes from the headers of files: those that reading gives, whatever the file, and no others."""
 
 from __future__ import annotations
 

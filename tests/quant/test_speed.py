@@ -1,4 +1,4 @@
-"""FP32 and INT8 by turns."""
+"""FP32 and INT8 interleaved."""
 
 from __future__ import annotations
 

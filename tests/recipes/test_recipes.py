@@ -427,7 +427,7 @@ def test_what_is_left_to_nncf(tiny_bundle: Path, tiny_coco: Path) -> None:
     openvino = pytest.importorskip("openvino")
     with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
         bundle = Bundle.open(tiny_bundle)
-        shapes = module.commonest_shapes(bundle, CocoDataset.load(tiny_coco, None, None))
+        shapes = module.most_common_shapes(bundle, CocoDataset.load(tiny_coco, None, None))
         assert shapes[0] == (1, 3, 64, 96) and len(shapes) == 2
         model = openvino.Core().read_model(str(bundle.graph("onnx")[0]))
         # Everything behind the one convolution, and the addition of its bias.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -78,7 +79,9 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
     with unfinished_beside(request.output, "predict", _MADE) as unfinished:
         question = _question(request)
         results = unfinished.directory / _RESULTS
-        with WorkingFile(unfinished.directory / _WORKING, question, request.force) as working:
+        most = len(dataset.images) if dataset else sys.maxsize  # nobody knows before how many frames a video has
+        classes = len(manifest.classes)
+        with WorkingFile(unfinished.directory / _WORKING, question, most, classes, anew=request.force) as working:
             kept = working.images
             unfinished.worth_keeping = bool(kept)
             if not working.complete:

@@ -8,6 +8,7 @@ question alone, a run that goes on makes those that are missing, and no others.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,13 +30,17 @@ class WorkingFile:
     `batches`, `images`: how many are done. `complete`: all are.
     """
 
-    def __init__(self, path: Path, question: Mapping[str, Any], anew: bool = False) -> None:
+    def __init__(
+        self, path: Path, question: Mapping[str, Any], images: int, classes: int, *, anew: bool = False
+    ) -> None:
         """Go on with the file at `path` if there is one, else begin it.
 
-        `anew`: begin again where it answers another question. Raises `OutputError` for one that does unless `anew`, and
+        `images`, `classes`: how many there are to be numbered; a batch that has others is made again. `anew`: begin
+        again where it answers another question. Raises `OutputError` for one that does unless `anew`, and
         for what the file system refuses.
         """
         self.path = path
+        self._numbers = range(images), range(classes)
         self.batches = self.images = 0
         self.complete = False
         try:
@@ -97,7 +102,7 @@ class WorkingFile:
                 )
             if number > 0 and entry == _END:
                 self.complete = True
-            elif number > 0 and entry is not None and _is_batch(entry, self.batches):
+            elif number > 0 and entry is not None and _is_batch(entry, self.batches, *self._numbers):
                 self.batches += 1
                 self.images += len(entry["images"])
             elif number > 0 or entry is None:
@@ -122,27 +127,52 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _is_batch(entry: Mapping[str, Any], number: int) -> bool:
+def _is_batch(entry: Mapping[str, Any], number: int, images: range, classes: range) -> bool:
     """Whether it is the batch of this number: what is not is done again."""
-    images = entry.get("images")
+    found = entry.get("images")
     return (
         entry.get("batch") == number
-        and isinstance(images, list)
+        and isinstance(found, list)
         and all(
-            isinstance(one, list) and len(one) == 2 and isinstance(one[0], int) and _is_record(one[1]) for one in images
+            isinstance(one, list) and len(one) == 2 and _is_in(one[0], images) and _is_record(one[1], classes)
+            for one in found
         )
     )
 
 
-def _is_record(one: Any) -> bool:
+def _is_record(one: Any, classes: range) -> bool:
     if not isinstance(one, dict) or not isinstance(one.get("file"), str):
         return False
+    if isinstance(one.get("error"), str):
+        return True
     found = one.get("detections")
-    return isinstance(one.get("error"), str) or (
+    return (
         isinstance(found, list)
-        and all(isinstance(one.get(key), int) for key in ("width", "height"))
-        and all(isinstance(each, dict) and each.keys() == {"class", "class_id", "score", "bbox"} for each in found)
+        and all(_is_in(one.get(key), range(1, 1 << 31)) for key in ("width", "height"))
+        and _is_number(one.get("may_lack_below", 0.0))
+        and all(_is_detection(each, classes) for each in found)
     )
+
+
+def _is_detection(one: Any, classes: range) -> bool:
+    return (
+        isinstance(one, dict)
+        and one.keys() == {"class", "class_id", "score", "bbox"}
+        and isinstance(one["class"], str)
+        and _is_in(one["class_id"], classes)
+        and _is_number(one["score"])
+        and isinstance(one["bbox"], list)
+        and len(one["bbox"]) == 4
+        and all(map(_is_number, one["bbox"]))
+    )
+
+
+def _is_in(value: Any, numbers: range) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in numbers
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _differences(before: Mapping[str, Any], question: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +20,15 @@ BATCHES = [
 ]
 
 
+def detected(**changed: Any) -> bytes:
+    """A line of the working file for a batch of one image, whose detection is odd."""
+    one = {"class": "ball", "class_id": 1, "score": 0.5, "bbox": [0, 0, 1.5, 1]} | changed
+    record = {"file": "b", "width": 4, "height": 3, "detections": [one]}
+    return json.dumps({"batch": 1, "images": [[1, record]]}).encode() + b"\n"
+
+
 def write(path: Path) -> bytes:
-    with WorkingFile(path, QUESTION) as working:
+    with WorkingFile(path, QUESTION, 9, 2) as working:
         for batch in BATCHES:
             working.add(batch)
         working.end()
@@ -28,7 +37,7 @@ def write(path: Path) -> bytes:
 
 def test_what_is_added_is_read_back(tmp_path: Path) -> None:
     write(tmp_path / "w")
-    with WorkingFile(tmp_path / "w", QUESTION) as working:
+    with WorkingFile(tmp_path / "w", QUESTION, 9, 2) as working:
         assert (working.batches, working.images, working.complete) == (3, 4, True)
         assert list(working.groups()) == BATCHES
 
@@ -39,7 +48,7 @@ def test_cut_anywhere_it_goes_on(tmp_path: Path) -> None:
     starts = [0, *(place + 1 for place, byte in enumerate(whole) if byte == ord("\n"))]
     for length in range(len(whole) + 1):
         path.write_bytes(whole[:length])
-        with WorkingFile(path, QUESTION) as working:
+        with WorkingFile(path, QUESTION, 9, 2) as working:
             lines = sum(start <= length for start in starts[1:])  # that are whole
             assert working.batches == min(max(lines - 1, 0), 3)
             assert working.complete == (lines == 5)
@@ -56,6 +65,11 @@ def test_cut_anywhere_it_goes_on(tmp_path: Path) -> None:
         b"\0\0\0\n",
         b'{"batch": 1}\n',
         b'{"batch": 1, "images": [[1, {}]]}\n',
+        b'{"batch": 1, "images": [[9, {"file": "b", "error": "there is no tenth image"}]]}\n',
+        detected(class_id=2),
+        detected(score="0.5"),
+        detected(bbox=[0, 0, 1]),
+        detected(more=1),
         b"[" * 100_000 + b"\n",
         b'{"batch": 9, "images": []}\n',
         b"[1]\n",
@@ -66,7 +80,7 @@ def test_what_follows_damage_is_done_again(junk: bytes, tmp_path: Path) -> None:
     path = tmp_path / "w"
     lines = write(path).splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], junk, *lines[2:]]))
-    with WorkingFile(path, QUESTION) as working:
+    with WorkingFile(path, QUESTION, 9, 2) as working:
         assert (working.batches, working.images, working.complete) == (1, 2, False)
     assert path.read_bytes() == b"".join(lines[:2])
 
@@ -76,15 +90,15 @@ def test_another_question_is_refused_or_begun_anew(tmp_path: Path) -> None:
     before = write(path)
     other = {**QUESTION, "batch_size": 4, "software": {"numpy": "3"}}
     with pytest.raises(OutputError, match=r"unfinished run with other batch size, software\. .*--force"):
-        WorkingFile(path, other)
+        WorkingFile(path, other, 9, 2)
     assert path.read_bytes() == before
-    with WorkingFile(path, other, anew=True) as working:
+    with WorkingFile(path, other, 9, 2, anew=True) as working:
         assert (working.batches, working.complete) == (0, False)
     assert path.read_bytes().count(b"\n") == 1
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
-        WorkingFile(tmp_path / "missing" / "w", QUESTION)
+        WorkingFile(tmp_path / "missing" / "w", QUESTION, 9, 2)
     with pytest.raises(OutputError, match="cannot write"):
-        WorkingFile(tmp_path, QUESTION)
+        WorkingFile(tmp_path, QUESTION, 9, 2)

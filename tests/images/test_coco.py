@@ -235,13 +235,7 @@ def test_ids_of_any_kind_are_kept(tmp_path: Path) -> None:
     dataset = CocoDataset.load(write(tmp_path, content))
     assert [repr(image.id) for image in dataset.images] == [repr(name) for name in names]
     assert dataset.match(["7", "dog"]).category_ids == (2**70, "x")
-    assert [image.width for image in dataset.images] == [
-        None,
-        None,
-        None,
-        20,
-        None,
-    ]
+    assert [image.width for image in dataset.images] == [None, None, None, 20, None]
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:

@@ -294,8 +294,10 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
         raise DataError(f"{path} is UTF-16 text, and JSON is UTF-8", "Save it as UTF-8.")
     try:
         source = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}", remedy) from error
+    except (ValueError, RecursionError, MemoryError) as error:  # of the reader's limits: digits, nesting
+        raise DataError(f"{path} cannot be read: {str(error).partition(';')[0]}", remedy) from error
     del data
     keys = ("images", "annotations", "categories")
     if not isinstance(source, dict):

@@ -310,9 +310,12 @@ class Bundle:
         does that. `detector`: False for a graph that is there to be timed and detects nothing. Raises `BundleError`.
         """
         path = directory / MANIFEST
-        if not directory.is_dir():
-            raise BundleError(f"{directory} is not a directory", "Give the directory that `gfldeploy export` wrote.")
-        if not path.exists():
+        remedy = "Give the directory that `gfldeploy export` wrote."
+        with reading(directory, BundleError, remedy):  # a name that no directory can have
+            if not directory.is_dir():
+                raise BundleError(f"{directory} is not a directory", remedy)
+            found = path.exists()
+        if not found:
             raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", "Make one with `gfldeploy export`.")
         present = set(_files_below(directory)) - {MANIFEST}
         with reading(path, BundleError, _AGAIN):

@@ -393,10 +393,11 @@ def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
         made = "schema" in content if kind == "bundle" else f"gfldeploy {kind}" in str(content.get("what"))
         if made and isinstance(files, dict | list):
             listed = {note, *(directory / str(name) for name in files)}
+    ours = {folder for path in listed for folder in path.parents}
     for name, folders, files in os.walk(directory):
         folders.sort()
         for path in (Path(name) / one for one in (*sorted(files), *folders)):
-            if path.is_symlink() or (path not in listed and not path.is_dir()):
+            if path.is_symlink() or path not in (ours if path.is_dir() else listed):
                 return path.relative_to(directory).as_posix()
     return None
 

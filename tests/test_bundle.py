@@ -112,6 +112,8 @@ def test_places_that_are_no_bundle(tmp_path: Path) -> None:
     assert "is not a directory" in refusal(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert f"has no {MANIFEST}" in refusal(tmp_path / "empty")
+    assert "File name too long" in refusal(tmp_path / ("x" * 5000))
+    assert "is not a directory" in refusal(tmp_path / "a\0b")
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path, force: bool) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "manifest.json").write_text("{")
     (ours(tmp_path / "extended", a="1") / "notes.txt").write_text("mine")
+    (ours(tmp_path / "begun", a="1") / "my folder").mkdir()
     before = tree(tmp_path)
     for name, reason in {
         "file": "is a file",
@@ -138,6 +139,7 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path, force: bool) -> None:
         "webapp": "did not write",
         "broken": "did not write",
         "extended": "did not write",
+        "begun": "holds my folder, which gfldeploy did not write",
         "file/below": "cannot write",
         "x" * 300: "File name too long",
     }.items():
@@ -146,6 +148,7 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path, force: bool) -> None:
         assert caught.value.remedy
         assert (reason if force or "did not" not in reason else "add --force") in str(caught.value)
     assert tree(tmp_path) == before
+    assert (tmp_path / "begun" / "my folder").is_dir()
 
 
 def test_an_empty_directory_is_replaced_with_force_only(tmp_path: Path) -> None:

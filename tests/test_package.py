@@ -40,6 +40,16 @@ def run_cli(*arguments: str) -> str:
     return f"from gfldeploy.cli import main\n{call}"
 
 
+def test_next_to_nothing_is_imported_before_interruptions_are_answered() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import gfldeploy.__main__; print(*sys.modules)"
+    # Without the site's own imports.
+    loaded = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(ROOT)], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert "gfldeploy.__main__" in loaded
+    assert not {"typing", "re", "click", "pathlib"} & {*loaded}
+
+
 def test_the_group_help_imports_nothing_heavy() -> None:
     for code in ("import gfldeploy", run_cli("--help"), run_cli("--version")):
         assert loaded_by(code) & {*HEAVY, "numpy", "cv2", "onnx", "rich", "pycocotools", "yaml"} == set()

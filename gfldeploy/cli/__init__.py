@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +67,11 @@ class _LazyGroup(click.Group):
             formatter.write_dl(EXIT_CODES)
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+# color: click would take escape sequences out of names where there is no terminal, and the streams show them.
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "color": True},
+)
 @click.version_option(__version__, prog_name="gfldeploy")
 def cli() -> None:
     """Deploy PaddleDetection GFL detectors: export, quantise, benchmark, compare, predict."""
@@ -107,7 +112,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         if isinstance(error, click.ClickException):
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "gfldeploy"
-            return _fail(f"{error.format_message().rstrip('.')}. See `{command} --help`.", 2)
+            told = re.sub(
+                r"\S{300,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", error.format_message()
+            )
+            return _fail(f"{told.rstrip('.')}. See `{command} --help`.", 2)
         raise
     finally:
         sys.unraisablehook = unraisable
@@ -143,5 +151,5 @@ def _interrupted(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {' '.join(message.split())}", err=True, color=True)
     return code

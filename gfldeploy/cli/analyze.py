@@ -16,7 +16,7 @@ from gfldeploy.bench.runner import run_peak
 from gfldeploy.bench.work import work
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import progress_bars, stages
-from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, bundle_argument, engine_options
+from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, WholeNumber, bundle_argument, engine_options
 from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine, preferred_engine
@@ -35,10 +35,8 @@ __all__ = ["command"]
 @click.option("--images", type=DIRECTORY, help="Folder of the images. Default: images/ beside the annotations.")
 @engine_options
 @click.option("--batch-sizes", type=CommaSeparated(), default="2,4,8", show_default=True, help="Beside batch 1.")
-@click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Use the first N images only.")
-@click.option(
-    "--rounds", type=click.IntRange(2), default=5, show_default=True, help="How often each is run, interleaved."
-)
+@click.option("--limit", type=WholeNumber(1), default=32, show_default=True, help="Use the first N images only.")
+@click.option("--rounds", type=WholeNumber(2), default=5, show_default=True, help="How often each is run, by turns.")
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engine reaches at best too.")
 @click.option(
     "--invariance/--no-invariance", default=True, show_default=True, help="Compare detections with those of batch 1."

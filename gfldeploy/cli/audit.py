@@ -13,7 +13,7 @@ import click
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import progress_bar
-from gfldeploy.cli.options import DIRECTORY, PATH, CommaSeparated, json_option
+from gfldeploy.cli.options import DIRECTORY, PATH, CommaSeparated, WholeNumber, json_option
 from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.errors import BundleError, UnsupportedError
 from gfldeploy.images.preprocess import Preprocess
@@ -41,9 +41,9 @@ _CONFIG_SUFFIXES = (".yml", ".yaml")
 )
 @click.option("--batch-sizes", type=CommaSeparated(), help=f"Default: {_BATCH_SIZES}, or the bundle's only one.")
 @click.option(
-    "--buckets", type=click.IntRange(1), help="Limit the sizes that grouped batches may have. Default: no limit."
+    "--buckets", type=WholeNumber(1), help="Limit the sizes that grouped batches may have. Default: no limit."
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the shuffled order.")
+@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Of the shuffled order.")
 @json_option
 def command(
     data: Path,

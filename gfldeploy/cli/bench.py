@@ -17,6 +17,7 @@ from gfldeploy.cli.options import (
     CommaSeparated,
     FiniteFloat,
     PositiveNumbers,
+    WholeNumber,
     engine_cache_option,
     threads_option,
     yaml_config_option,
@@ -82,7 +83,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @threads_option
 @click.option(
     "--rounds",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=3,
     show_default=True,
     help="Run every cell once a round, so that a machine that slows down favours none; medians are over all rounds.",
@@ -96,7 +97,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 )
 @click.option(
     "--min-count",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=10,
     show_default=True,
     help="Time at least so many inferences, in each round.",
@@ -106,9 +107,9 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     type=FiniteFloat(0),
     help="Time no longer, though medians still change by over 2%.  [default: 5 times --min-seconds]",
 )
-@click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
+@click.option("--limit", type=WholeNumber(1), default=32, show_default=True, help="Images for timing, all of them.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP too.")
-@click.option("--accuracy-limit", type=click.IntRange(1), help="Images used for mAP.  [default: all]")
+@click.option("--accuracy-limit", type=WholeNumber(1), help="Images used for mAP.  [default: all]")
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
 @click.option(
     "--monitor-hz",
@@ -130,7 +131,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     metavar="MB",
     help="Resident memory beyond which a cell has failed.  [default: 90% of what is free]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the arrival times.")
+@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Of the arrival times.")
 @engine_cache_option
 @click.option(
     "--output",

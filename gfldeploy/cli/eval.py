@@ -11,7 +11,7 @@ from gfldeploy.accuracy import evaluate
 from gfldeploy.batching.buckets import ORDERS, Order
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console, progress_bar
-from gfldeploy.cli.options import DIRECTORY, FILE, bundle_argument, engine_options, json_option
+from gfldeploy.cli.options import DIRECTORY, FILE, WholeNumber, bundle_argument, engine_options, json_option
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine, preferred_engine
 from gfldeploy.errors import UnsupportedError
@@ -25,7 +25,7 @@ __all__ = ["command"]
 @click.option("--data", required=True, type=FILE, help="COCO annotations (.json).")
 @click.option("--images", type=DIRECTORY, help="Folder of the images. Default: images/ beside the annotations.")
 @engine_options
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch-size", type=WholeNumber(1), default=1, show_default=True)
 @click.option(
     "--order",
     type=click.Choice(ORDERS),
@@ -33,7 +33,7 @@ __all__ = ["command"]
     show_default=True,
     help="How batches are formed; bucketed: of one input size each, which pads no image to another's size.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Use the first N images only.")
+@click.option("--limit", type=WholeNumber(1), help="Use the first N images only.")
 @json_option
 def command(
     bundle: Path,

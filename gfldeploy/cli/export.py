@@ -10,7 +10,7 @@ import click
 
 from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
 from gfldeploy.cli.console import command_line, stages
-from gfldeploy.cli.options import FILE, InputShapeType, force_option, output_option, threads_option
+from gfldeploy.cli.options import FILE, InputShapeType, WholeNumber, force_option, output_option, threads_option
 from gfldeploy.export.exporter import ExportRequest, export_bundle
 
 __all__ = ["command"]
@@ -36,7 +36,7 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
 @click.command("export")
 @click.option("--config", "-c", required=True, type=FILE, help="PaddleDetection config (.yml) of a GFL.")
 @click.option("--weights", "-w", type=FILE, help="Trained checkpoint (.pdparams).")
-@click.option("--random-weights", type=click.IntRange(0), metavar="SEED", help="Reproducible random weights instead.")
+@click.option("--random-weights", type=WholeNumber(0), metavar="SEED", help="Reproducible random weights instead.")
 @output_option("Directory of the bundle to write.")
 @click.option("--input-shape", type=InputShapeType(), help="Fix the input size in pixels. Default: any size.")
 @click.option(

@@ -25,6 +25,7 @@ __all__ = [
     "InputShapeType",
     "PathType",
     "PositiveNumbers",
+    "WholeNumber",
     "bundle_argument",
     "engine_cache_option",
     "engine_options",
@@ -58,6 +59,18 @@ class FiniteFloat(click.FloatRange):
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+class WholeNumber(click.IntRange):
+    """A whole number in a range: not one that is too large for engines, arrays and floats, unless `max` says less."""
+
+    _MOST = 10**9
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number > self._MOST:
+            self.fail(f"{value!s:.40} is too large a number", param, ctx)
         return number
 
 
@@ -98,7 +111,7 @@ def json_option(command: Command) -> Command:
 def threads_option(command: Command) -> Command:
     return click.option(
         "--threads",
-        type=click.IntRange(1),
+        type=WholeNumber(1),
         default=usable_threads,
         show_default="all available",
         help="CPU threads of one inference.",
@@ -133,7 +146,7 @@ class InputShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in t
     ) -> tuple[int | None, int, int]:
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+)", value)
+        match = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(\d{1,6})", value)
         numbers = [int(number) if number else None for number in match.groups()] if match else []
         if not match or any(number == 0 for number in numbers):
             self.fail(f"{value!r} is not a shape such as 800x1344 or 1x800x1344", param, ctx)

@@ -11,7 +11,7 @@ import click
 
 from gfldeploy.batching.buckets import StreamOrder
 from gfldeploy.cli.console import progress_bars
-from gfldeploy.cli.options import FILE, PATH, FiniteFloat, engine_cache_option, output_option
+from gfldeploy.cli.options import FILE, PATH, FiniteFloat, WholeNumber, engine_cache_option, output_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import ENGINES, TENSORRT_ENGINES
 from gfldeploy.errors import DataError
@@ -64,14 +64,14 @@ __all__ = ["command"]
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Default: that of deploy.yml or the bundle.")
 @click.option("--device", type=click.Choice(DEVICES), help="Default: that of deploy.yml, else cpu.")
-@click.option("--batch-size", type=click.IntRange(1), help="Default: that of deploy.yml, else 1.")
+@click.option("--batch-size", type=WholeNumber(1), help="Default: that of deploy.yml, else 1.")
 @click.option(
     "--order",
     type=click.Choice(get_args(StreamOrder)),
     help="How batches are formed. bucketed: of one input size each; listed: as the images come, padded to a common "
     "size, which changes scores and boxes.  [default: that of deploy.yml, else bucketed]",
 )
-@click.option("--threads", type=click.IntRange(1), help="Of one inference. Default: that of deploy.yml, else all.")
+@click.option("--threads", type=WholeNumber(1), help="Of one inference. Default: that of deploy.yml, else all.")
 @engine_cache_option
 @click.option("--force", is_flag=True, help="Replace the results if there are any, and what is left of another run.")
 def command(

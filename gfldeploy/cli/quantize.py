@@ -12,6 +12,7 @@ from gfldeploy.cli.options import (
     FILE,
     PATH,
     FiniteFloat,
+    WholeNumber,
     bundle_argument,
     force_option,
     output_option,
@@ -50,17 +51,17 @@ __all__ = ["command"]
 )
 @click.option(
     "--distill-steps",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     help=f"Steps of --method distill, each of two images. Default: {DEFAULT_STEPS}.",
 )
 @click.option(
     "--samples",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     help=f"Images to calibrate on, spread evenly over all. Default: {DEFAULT_SAMPLES}, or all if there are fewer.",
 )
 @click.option("--eval-data", type=FILE, help="COCO annotations (.json) of other images, to measure mAP on.")
 @click.option("--eval-images", type=DIRECTORY, help="Folder of their images. Default: images/ beside them.")
-@click.option("--eval-limit", type=click.IntRange(1), help="Measure mAP on the first N images only.")
+@click.option("--eval-limit", type=WholeNumber(1), help="Measure mAP on the first N images only.")
 @click.option(
     "--max-drop",
     type=FiniteFloat(0, 1),

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.cli.console import stages
-from gfldeploy.cli.options import PATH, CommaSeparated, FiniteFloat, engine_cache_option, yaml_config_option
+from gfldeploy.cli.options import (
+    PATH,
+    CommaSeparated,
+    FiniteFloat,
+    WholeNumber,
+    engine_cache_option,
+    yaml_config_option,
+)
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
 from gfldeploy.errors import OutputError
@@ -78,7 +85,7 @@ def _all_threads() -> tuple[int, ...]:
     metavar="FILE",
     help="Results of `gfldeploy bench` on this machine and data: what they hold is not looked at again.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved, of the finish.")
+@click.option("--rounds", type=WholeNumber(1), default=3, show_default=True, help="By turns, of the finish.")
 @click.option(
     "--min-seconds",
     type=FiniteFloat(0),
@@ -88,12 +95,12 @@ def _all_threads() -> tuple[int, ...]:
     "long, to know the 99th percentile.",
 )
 @click.option(
-    "--min-count", type=click.IntRange(1), default=10, show_default=True, help="Time at least so many inferences."
+    "--min-count", type=WholeNumber(1), default=10, show_default=True, help="Time at least so many inferences."
 )
 @click.option("--look-seconds", type=FiniteFloat(0), default=0.5, show_default=True, help="The same of a first look.")
-@click.option("--limit", type=click.IntRange(1), default=32, show_default=True, help="Images for timing, all of them.")
+@click.option("--limit", type=WholeNumber(1), default=32, show_default=True, help="Images for timing, all of them.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP of the choice.")
-@click.option("--accuracy-limit", type=click.IntRange(1), help="Images used for mAP.  [default: all]")
+@click.option("--accuracy-limit", type=WholeNumber(1), help="Images used for mAP.  [default: all]")
 @click.option(
     "--budget-seconds",
     type=FiniteFloat(0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, runtim
 
 import numpy as np
 from numpy.typing import NDArray
+
+from gfldeploy.errors import EngineError
 
 __all__ = [
     "DEVICES",
@@ -44,17 +47,19 @@ if TYPE_CHECKING:
 
 SHARE_RUNS = 3  # inferences behind a `convolution_share`
 NOT_ASKED = "FP32 was asked for"
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine runs a bundle.
 
-    `threads` is the number of CPU threads of one inference; it must be at least 1. `tensorrt`: for the engines that
-    build with it, which need it. `cache_dir`: where other engines keep what they compiled, None for nowhere. `shapes`:
-    (batch, height, width) of the inputs to come, the most common first, for engines that compile for shapes: what runs
-    an input then depends on these, not on the inputs before it; () where they are not known.
-    """
+            `threads` is the number of CPU threads of one inference, at least 1; `EngineError` is raised for more than any
+        machine runs, as engines start them all. `tensorrt`: for the engines that build with it, which need it. `cache_dir`:
+        where other engines keep what they compiled, None for nowhere. `shapes`: (batch, height, width) of the inputs to
+        come, the commonest first, for engines that compile for shapes: what runs an input then depends on these, not on the
+        inputs before it; () where they are not known.
+        """
 
     precision: Precision = "fp32"
     device: Device = "cpu"
@@ -70,6 +75,8 @@ class EngineOptions:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
+        if self.threads > (most := max(_MOST_THREADS, os.cpu_count() or 1)):
+            raise EngineError(f"{self.threads:,} threads are more than {most:,}", "Use as many as there are CPU cores.")
 
 
 @runtime_checkable

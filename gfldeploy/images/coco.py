@@ -294,8 +294,10 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
         raise DataError(f"{path} is UTF-16 text, and JSON is UTF-8", "Save it as UTF-8.")
     try:
         source = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError, MemoryError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}", remedy) from error
+    except (ValueError, RecursionError, MemoryError) as error:  # of the reader's limits: digits, nesting
+        raise DataError(f"{path} cannot be read: {str(error).partition(';')[0]}", remedy) from error
     del data
     keys = ("images", "annotations", "categories")
     if not isinstance(source, dict):
@@ -330,7 +332,7 @@ def _located(image: CocoImage, name: str, folders: Sequence[Path], where: str) -
         return CocoImage(image.id, found, image.height, image.width)
     if not places or _escapes(name):
         raise DataError(
-            f"{where}: file_name {_short(name)!r} leads outside the image directory {folders[0]}",
+            f"{where}: file_name {_short(name)} leads outside the image directory {folders[0]}",
             "Give --images, the folder that holds all of them, or relative paths without '..'.",
         )
     return CocoImage(image.id, places[0], image.height, image.width)
@@ -373,14 +375,7 @@ def _parse_images(entries: list[Any], path: Path) -> list[_Listed]:
         name = values["file_name"]
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: file_name is {_short(name)}", "It must be a relative path.")
-        sides = []
-        for key in ("height", "width"):
-            value = entry.get(key)
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise DataError(f"{where}: {key} is {_short(value)}", "It must be a positive whole number of pixels.")
-            sides.append(value)
+        sides = [_pixels(entry.get(key)) for key in ("height", "width")]
         images.append((CocoImage(_id(values["id"], where), Path(), *sides), name, where))
     _check_unique((image.id for image, _, _ in images), "image", path)
     return images
@@ -490,6 +485,13 @@ def _id(value: object, where: str) -> CocoId:
     if isinstance(value, str) or (_is_finite(value) and isinstance(value, int | float)):
         return value
     raise DataError(f"{where}: the id is {_short(value)}", "It must be a number or text.")
+
+
+def _pixels(value: object) -> int | None:
+    """A side as the annotations give it; None where that is no size, as the file's counts."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _loosely(name: str) -> str:

@@ -397,6 +397,11 @@ def test_combinations_that_do_not_work(
         (("eval", "BUNDLE", "--data", "x" * 5000), "(5000 characters)' is no path: File name too long"),
         (("predict", "BUNDLE", "x" * 5000, "-o", "out"), "(5000 characters)' is no path: File name too long"),
         (("inspect", "/".join(["x" * 300] * 2)), "is no path: File name too long"),
+        (("inspect", "BUNDLE", "--size", f"{'9' * 60}x320"), "is not a shape such as 800x1344"),
+        (("predict", "BUNDLE", "IMAGES", "-o", "out", "--threads", "9" * 60), "is too large a number"),
+        (("tune", "BUNDLE", "--data", "DATA", "--rounds", "9" * 400), "is too large a number"),
+        (("eval", "BUNDLE", "--data", "DATA", "--engine", "x" * 5000), "... (5002 characters) is not one of"),
+        (("inspect", "\x1b[31mred"), "\\x1b[31mred"),
     ],
 )
 def test_numbers_and_paths_that_are_none(

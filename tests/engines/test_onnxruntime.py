@@ -13,6 +13,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import NOT_ASKED, EngineOptions, ExecutedConvolution, ReportsPrecision
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.ort_graph import convolutions
+from gfldeploy.errors import EngineError
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -52,6 +53,11 @@ def test_which_ran_in_float_and_why(
     model: QdqModel, expected: dict[str, str], tiny_bundle: Path, tmp_path: Path
 ) -> None:
     assert floats(OnnxRuntimeEngine(model.bundle(tiny_bundle, tmp_path), EngineOptions("int8"))) == expected
+
+
+def test_more_threads_than_any_machine_runs() -> None:
+    with pytest.raises(EngineError, match=r"1,000,000,000,000,000,000 threads are more than [\d,]+"):
+        EngineOptions(threads=10**18)
 
 
 def test_uses_that_nothing_tells_apart_have_the_name_of_their_weight(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -104,8 +104,6 @@ def drop(key: str, position: int, name: str) -> Callable[[dict[str, Any]], None]
         (change("images", 0, id=True), "the id is True"),
         (change("images", 0, id=[9]), r"the id is \[9\]"),
         (change("images", 0, id=float("nan")), "the id is nan"),
-        (change("images", 0, height=0), "height is 0"),
-        (change("images", 0, width=4.5), "width is 4.5"),
         (
             lambda content: [one.update(image_id=str(one["image_id"])) for one in content["annotations"]],
             "2 annotations have a dangling image id.*'2', '9'",
@@ -145,7 +143,7 @@ def test_names_that_lead_outside_are_refused_where_the_file_is_there(tmp_path: P
     content = source()
     (tmp_path / "secret.jpg").write_bytes(b"picture")
     content["images"][0]["file_name"] = "../secret.jpg"
-    with pytest.raises(DataError, match="leads outside the image directory"):
+    with pytest.raises(DataError, match=r"file_name '../secret.jpg' leads outside the image directory"):
         CocoDataset.load(write(tmp_path, content), tmp_path / "images")
 
 
@@ -161,6 +159,8 @@ def test_many_offenders_are_counted_and_the_first_named(tmp_path: Path) -> None:
 def test_files_that_are_not_coco(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not JSON"):
         CocoDataset.load(write(tmp_path, "{"))
+    with pytest.raises(DataError, match=r"cannot be read: Exceeds the limit .* for integer string conversion"):
+        CocoDataset.load(write(tmp_path, "9" * 5000))
     with pytest.raises(DataError, match="no list of images"):
         CocoDataset.load(write(tmp_path, [1]))
     with pytest.raises(DataError, match="cannot read"):
@@ -229,7 +229,8 @@ def test_ids_of_any_kind_are_kept(tmp_path: Path) -> None:
     content = source()
     names = [-5, 2.5, 10**30, "9", "a/b"]
     content["images"] = [
-        {"id": name, "file_name": "a.jpg", "height": 10, "width": 20.0 if name == "9" else None} for name in names
+        {"id": name, "file_name": "a.jpg", "height": 10, "width": width}
+        for name, width in zip(names, (None, 0, "480", 20.0, -1.5), strict=True)
     ]
     content["categories"] = [{"id": "x", "name": "dog"}, {"id": 2**70, "name": 7}]
     content["annotations"] = [{"image_id": 10**30, "category_id": "x", "bbox": [0, 0, 1, 1], "iscrowd": None}]
@@ -302,7 +303,7 @@ def test_encodings(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is UTF-16 text"):
         CocoDataset.load(path)
     path.write_text("[" * 100_000)
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="cannot be read: maximum recursion depth"):
         CocoDataset.load(path)
     with pytest.raises(DataError, match="it is no file"):
         CocoDataset.load(Path("/dev/zero"))

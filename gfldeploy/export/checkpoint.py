@@ -592,9 +592,9 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
         if "float" in str(tensor.dtype) and name in weights and not _is_float(weights[name])
     ]
     if whole and not misshapen and not missing:
-        kind = weights[whole[0]].dtype
+        held = weights[whole[0]].dtype
         raise CheckpointError(
-            f"the checkpoint holds {kind} for {len(whole)} float parameters ({_first(whole, len(whole))}): it was "
+            f"the checkpoint holds {held} for {len(whole)} float parameters ({_first(whole, len(whole))}): it was "
             "converted for an integer engine",
             "Export the float checkpoint that it was made from, and then run `gfldeploy quantize` on the bundle.",
         )

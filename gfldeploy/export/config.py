@@ -861,8 +861,8 @@ class _Checker:
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
         accepted = [key for key in parameters if key != "self"]
-        for key in arguments or {}:
-            if key in _DROPPED_ARGUMENTS and key not in accepted and arguments[key] is _DROPPED_ARGUMENTS[key]:
+        for key, value in (arguments or {}).items():
+            if key in _DROPPED_ARGUMENTS and key not in accepted and value is _DROPPED_ARGUMENTS[key]:
                 remedy = "Remove it: it is how images are prepared now."
                 raise self.error(f"{where}: {name} has lost the argument {key}", remedy, *keys)
             if key not in accepted:
@@ -953,7 +953,7 @@ def _class_names(
         if isinstance(found, Path):
             names = _names_from_json(found) if found.suffix.lower() == ".json" else _names_from_text(found)
         else:
-            names = tuple(found)
+            names = found
         source = f"{found} ({section})" if isinstance(found, Path) else f"{section}'s label_list"
         for name in names:
             if len(name) > 1000 or any("\ud800" <= character <= "\udfff" for character in name):
@@ -996,7 +996,7 @@ def _default_names(metric: str) -> tuple[str, ...]:
 _COCO_FILE = re.compile(r"(?:instances_(?:train|val)20\d\d|image_info_test(?:-dev)?20\d\d)\.json ")
 
 
-def _class_source(checker: _Checker, section: str, values: Any, missing: list[str]) -> Path | list[str] | None:
+def _class_source(checker: _Checker, section: str, values: Any, missing: list[str]) -> Path | tuple[str, ...] | None:
     """The existing file that names the classes, or the names themselves, if the dataset section `values` has one.
 
     What it points at and cannot be read as names is added to `missing`, in words.
@@ -1006,9 +1006,9 @@ def _class_source(checker: _Checker, section: str, values: Any, missing: list[st
     kind = values.tag if isinstance(values, _Tagged) else values.get("name")
     root = Path(str(values.get("dataset_dir") or ""))
     for key in ("label_list", "anno_path"):
-        given = values.get(key)
+        given: Any = values.get(key)
         if key == "label_list" and isinstance(given, list) and all(isinstance(name, str) for name in given):
-            return given
+            return tuple(given)
         if given is None or given == "":
             continue
         if not isinstance(given, str):
@@ -1021,7 +1021,7 @@ def _class_source(checker: _Checker, section: str, values: Any, missing: list[st
             if lists_classes:
                 missing.append(f"{section}'s {key} {_cut(given)} is neither .json nor .txt")
             continue
-        beside = [path for folder in checker.folders for path in (folder / root / given, folder / given)]
+        beside: list[Path] = [path for folder in checker.folders for path in (folder / root / given, folder / given)]
         for candidate in (root / given, *beside):
             if _is_file(candidate):
                 return candidate

@@ -165,11 +165,13 @@ def build_model(config: DetectorConfig) -> Any:
     except GfldeployError:
         raise
     except Exception as error:  # ppdet meets values that do not fit with whatever its code runs into
-        part = _part(error, workspace)
+        part, connecting = _part(error, workspace)
         where = f" ({part})" if part else ""
+        remedy = f"Correct what the config says of {part}." if part else "Correct the config."
+        if connecting:
+            remedy = f"Check what feeds {part}: not every backbone and neck of PaddleDetection go together."
         raise ConfigError(
-            f"{config.path}: PaddleDetection cannot build this model{where}: {_reason(error)}",
-            f"Correct what the config says of {part}." if part else "Correct the config.",
+            f"{config.path}: PaddleDetection cannot build this model{where}: {_reason(error)}", remedy
         ) from error
     return model
 
@@ -179,21 +181,22 @@ def _reason(error: Exception) -> str:
     text = " ".join(str(error).rpartition("Error Message Summary:")[2].strip(" -\n").split())
     if isinstance(error, MemoryError) or text.startswith("(ResourceExhausted)"):
         return f"it takes more than the {_MOST_BYTES / 1e9:.1f} GB of memory that any detector does"
-    if not text or isinstance(error, KeyError):  # these say little without the line they come from
+    if not text or isinstance(error, KeyError | IndexError | TypeError | ArithmeticError):  # little without their line
         lines = traceback.extract_tb(error.__traceback__)
         at = f" at '{_cut(lines[-1].line, 100)}'" if lines and lines[-1].line else ""
         text = f"{type(error).__name__}{f': {text}' if text else ''}{at}"
     return _cut(text, 300)
 
 
-def _part(error: Exception, workspace: Any) -> str | None:
-    """The innermost module of the config whose code raised `error`, where it is one of ppdet's."""
-    part = None
+def _part(error: Exception, workspace: Any) -> tuple[str | None, bool]:
+    """The innermost module of ppdet whose code raised `error`, and whether that was while it looked at its input."""
+    part, connecting = None, False
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        name = type(frame.f_locals.get("self")).__name__
+        owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
+        name = owner.__name__ if inspect.isclass(owner) else type(owner).__name__
         if name != "GFL" and hasattr(workspace.global_config.get(name), "pymodule"):
-            part = name
-    return part
+            part, connecting = name, frame.f_code.co_name == "from_config"
+    return part, connecting
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ def load_detector_config(path: Path) -> DetectorConfig:
     Nothing is downloaded: `pretrain_weights` and every module's `pretrained` are set to None. Class names come from
     the label list or annotations of TestDataset, then EvalDataset, looked up from the working directory as
     PaddleDetection does and then from the config's own folder and those of its bases; COCO categories keep the order of
-    the file, which is the order PaddleDetection trains in. Without such a file they are COCO's 80 names if there are 80
-    classes, else `class_0`, `class_1` and so on.
+    the file, which is the order PaddleDetection trains in. Without such a file they are those that PaddleDetection has
+    for the metric (COCO's 80, VOC's 20, ...) if they are as many, else `class_0`, `class_1` and so on.
 
     Raises `ConfigError`, or `MissingDependencyError` where paddle or ppdet is missing.
     """

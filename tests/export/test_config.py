@@ -251,7 +251,10 @@ class TestMistakes:
             ("ResNet: {depth: 51}", r"cannot build this model \(ResNet\): KeyError: 51 at 'block_nums = ResNet_cfg"),
             ("ResNet: {num_stages: 9}", r"AssertionError at 'assert num_stages .* says of ResNet"),
             ("ResNet: {return_idx: [7]}", r"\(ResNet\): the maximum return index must smaller than num_stages"),
-            ("GFL: {backbone: ConvNeXt}", r"\(FPN\): TypeError: unsupported operand .* at '.*stride.* Check what feeds FPN"),
+            (
+                "GFL: {backbone: ConvNeXt}",
+                r"\(FPN\): TypeError: unsupported operand .* at '.*stride.* Check what feeds FPN",
+            ),
             ("FPN: {out_channel: 0}", "a layer of type Conv2D would have a parameter of shape"),
         ):
             config = load_detector_config(on_zoo(tmp_path, text))

@@ -328,7 +328,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def last_line(done: subprocess.CompletedProcess[str], folder: Path) -> str:
     lines = [line for line in done.stderr.replace(f"{folder}/", "").splitlines() if line.strip()]
     line = lines[-1] if lines else f"exit code {done.returncode}"
-    return line.removeprefix("Error: ")[:400]
+    return line.removeprefix("Error: ").removeprefix("config.yml: ")[:400]
 
 
 def run_eager(file: Path) -> None:

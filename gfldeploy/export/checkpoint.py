@@ -52,6 +52,11 @@ class _NotStateError(Exception):
     """The pickle is harmless, but no state_dict."""
 
 
+# PyTorch's, also before it wrote zip files: a pickle of this number comes first.
+_PYTORCH = "was written by PyTorch"
+_PYTORCH_NUMBER = 0x1950A86A20F9469CFC6C
+
+
 # --- what may be made of a file -----------------------------------------------------------------------------------
 
 
@@ -411,6 +416,8 @@ def _last(stack: list[Any], count: int) -> list[Any]:
 def _allowed(module: Any, attribute: Any) -> Any:
     if not isinstance(module, str) or not isinstance(attribute, str):
         raise _DamagedError("a name is no text")
+    if module.partition(".")[0] == "torch":
+        raise _NotStateError(_PYTORCH)
     try:
         return _ALLOWED[module, attribute]
     except KeyError:
@@ -467,6 +474,8 @@ def load_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
     except _DamagedError as damaged:
         raise CheckpointError(f"checkpoint {path} is damaged: {damaged}", _REMEDY_DAMAGED) from None
     if not isinstance(content, dict):
+        if content == _PYTORCH_NUMBER:
+            raise CheckpointError(f"checkpoint {path} {_PYTORCH}", _REMEDY_STATE)
         raise CheckpointError(
             f"checkpoint {path} holds a {_kind(content)}, not a dict of parameter name to array", _REMEDY_STATE
         )
@@ -568,12 +577,27 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
     what kind of checkpoint it seems to be instead (quantised, pruned, of other classes, a backbone, ...).
     """
     weights = _student(weights)
+    if not weights:
+        problem = "the checkpoint holds the teacher of a distillation, without its student"
+        raise CheckpointError(problem, f"{_USE_TRAINED}.")
     state: dict[str, Any] = model.state_dict()
     missing = [name for name in state if name not in weights]
     unexpected = [name for name in weights if name not in state]
     misshapen = [
         name for name, tensor in state.items() if name in weights and list(weights[name].shape) != list(tensor.shape)
     ]
+    whole = [
+        name
+        for name, tensor in state.items()
+        if "float" in str(tensor.dtype) and name in weights and not _is_float(weights[name])
+    ]
+    if whole and not misshapen and not missing:
+        held = weights[whole[0]].dtype
+        raise CheckpointError(
+            f"the checkpoint holds {held} for {len(whole)} float parameters ({_first(whole, len(whole))}): it was "
+            "converted for an integer engine",
+            "Export the float checkpoint that it was made from, and then run `gfldeploy quantize` on the bundle.",
+        )
     if missing or unexpected or misshapen:
         shapes = {name: (_shape(weights[name].shape), _shape(state[name].shape)) for name in misshapen[:4]}
         wrong = [f"{name} ({shapes[name][0]} instead of {shapes[name][1]})" for name in misshapen[:4]]
@@ -591,8 +615,17 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
             f"the checkpoint {kind}: of {len(state)} parameters, {', '.join(problems)}",
             remedy,
         )
+    fitted = {name: _as(weights[name], str(tensor.dtype).rpartition(".")[2]) for name, tensor in state.items()}
+    for name, array in fitted.items():
+        if not _finite(array):
+            problem = f"the checkpoint has values in {_shown(name)} that a {array.dtype} cannot hold"
+            raise CheckpointError(problem, "Use a checkpoint from before training diverged.")
     for name, tensor in state.items():
-        tensor.set_value(_as(weights[name], str(tensor.dtype).rpartition(".")[2]))
+        tensor.set_value(fitted[name])
+
+
+def _is_float(array: NDArray[Any]) -> bool:
+    return array.dtype.kind == "f" or array.dtype == np.uint16  # uint16: bfloat16
 
 
 def _student(weights: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
@@ -611,6 +644,11 @@ def _first(names: list[str], count: int, limit: int = 3) -> str:
 
 
 _OPTIMIZER_STATE = re.compile(r"_(?:velocity|moment[12]?|beta[12]_pow_acc)_\d+\Z")
+# What PaddleSlim and Paddle add to a layer that trains quantised, and where they keep its weights.
+_QUANTISED = re.compile(
+    r"\._(?:ma_)?out(?:put)?_scale\.|[._](?:fake_)?quant(?:er|_)|\._(?:act|weight)_preprocess\.|observer", re.ASCII
+)
+_MASK = re.compile(r"_mask\Z")
 _USE_ITS_CONFIG = "Use the config this checkpoint was trained with."
 _USE_TRAINED = "Pass the checkpoint that training with this config saved, such as output/CONFIG/model_final.pdparams"
 
@@ -623,7 +661,7 @@ def _explain(
     misshapen: list[str],
 ) -> tuple[str, str]:
     """What a checkpoint that does not fit seems to be, to follow "the checkpoint", and what to do about it."""
-    if any("._fake_quant_" in name or "._ma_output_scale." in name for name in unexpected):
+    if any(_QUANTISED.search(name) for name in unexpected):
         return (
             "was saved by quantisation-aware training",
             "Export the float checkpoint that this training started from (its pretrain_weights), or train without "
@@ -635,13 +673,21 @@ def _explain(
     if not fitting:
         if sum(f"backbone.{name}" in state for name in weights) > len(weights) // 2:
             return "holds a backbone alone, as trained to classify images", f"{_USE_TRAINED}."
-        prefixes = {name.split(".", 1)[0] for name in weights}
-        if len(prefixes) == 1 and sum(name.partition(".")[2] in state for name in weights) > len(weights) // 2:
-            prefix = _cut(repr(prefixes.pop())[1:-1])
+        first = next(iter(state))
+        prefix = next((name.removesuffix(first) for name in weights if name.endswith(f".{first}")), "")
+        if prefix and sum(name.removeprefix(prefix) in state for name in weights) > len(weights) // 2:
             return (
-                f"has {prefix}. before every name",
+                f"has {_cut(repr(prefix)[1:-1])} before every name",
                 "Save the detector's own state_dict with paddle.save, its names without that prefix.",
             )
+    if not missing and not misshapen and all(_MASK.search(name) for name in unexpected):
+        return (
+            "has the masks of sparse training beside its weights",
+            "Save its state_dict again with paddle.save, without the names that end in _mask.",
+        )
+    whole_backbone = not any(name.startswith("backbone.") for name in (*missing, *misshapen))
+    if whole_backbone and all(name.startswith("backbone.") for name in weights):
+        return "holds a backbone alone", f"{_USE_TRAINED}."
     parts = {name.split(".", 1)[0] for name in (*missing, *unexpected, *misshapen)}
     if (missing or unexpected) and all(".dgqp_module." in name for name in (*missing, *unexpected)) and not misshapen:
         return (
@@ -676,7 +722,8 @@ def _narrower(shape: Iterable[int], other: Iterable[int]) -> bool:
 def _as(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     if array.dtype == np.uint16 and dtype.startswith("float"):
         array = (array.astype(np.uint32) << 16).view(np.float32)
-    return np.require(array, dtype=dtype, requirements=["C"])
+    with np.errstate(over="ignore"):  # seen by whoever asks whether all of it is finite
+        return np.require(array, dtype=dtype, requirements=["C"])
 
 
 # --- random weights ---------------------------------------------------------------------------------------------------

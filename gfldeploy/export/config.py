@@ -24,6 +24,7 @@ import re
 import reprlib
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +109,8 @@ def load_detector_config(path: Path) -> DetectorConfig:
     Nothing is downloaded: `pretrain_weights` and every module's `pretrained` are set to None. Class names come from
     the label list or annotations of TestDataset, then EvalDataset, looked up from the working directory as
     PaddleDetection does and then from the config's own folder and those of its bases; COCO categories keep the order of
-    the file, which is the order PaddleDetection trains in. Without such a file they are COCO's 80 names if there are 80
-    classes, else `class_0`, `class_1` and so on.
+    the file, which is the order PaddleDetection trains in. Without such a file they are those that PaddleDetection has
+    for the metric (COCO's 80, VOC's 20, ...) if they are as many, else `class_0`, `class_1` and so on.
 
     Raises `ConfigError`, or `MissingDependencyError` where paddle or ppdet is missing.
     """
@@ -164,16 +165,38 @@ def build_model(config: DetectorConfig) -> Any:
     except GfldeployError:
         raise
     except Exception as error:  # ppdet meets values that do not fit with whatever its code runs into
+        part, connecting = _part(error, workspace)
+        where = f" ({part})" if part else ""
+        remedy = f"Correct what the config says of {part}." if part else "Correct the config."
+        if connecting:
+            remedy = f"Check what feeds {part}: not every backbone and neck of PaddleDetection go together."
         raise ConfigError(
-            f"{config.path}: PaddleDetection cannot build this model: {_reason(error)}", "Correct the config."
+            f"{config.path}: PaddleDetection cannot build this model{where}: {_reason(error)}", remedy
         ) from error
     return model
 
 
 def _reason(error: Exception) -> str:
     """What an exception of Paddle or ppdet says, in one line: Paddle's end with a summary after the C++ calls."""
-    text = str(error).rpartition("Error Message Summary:")[2].strip(" -\n") or type(error).__name__
-    return _cut(" ".join(text.split()), 300)
+    text = " ".join(str(error).rpartition("Error Message Summary:")[2].strip(" -\n").split())
+    if isinstance(error, MemoryError) or text.startswith("(ResourceExhausted)"):
+        return f"it takes more than the {_MOST_BYTES / 1e9:.1f} GB of memory that any detector does"
+    if not text or isinstance(error, KeyError | IndexError | TypeError | ArithmeticError):  # little without their line
+        lines = traceback.extract_tb(error.__traceback__)
+        at = f" at '{_cut(lines[-1].line, 100)}'" if lines and lines[-1].line else ""
+        text = f"{type(error).__name__}{f': {text}' if text else ''}{at}"
+    return _cut(text, 300)
+
+
+def _part(error: Exception, workspace: Any) -> tuple[str | None, bool]:
+    """The innermost module of ppdet whose code raised `error`, and whether that was while it looked at its input."""
+    part, connecting = None, False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
+        name = owner.__name__ if inspect.isclass(owner) else type(owner).__name__
+        if name != "GFL" and hasattr(workspace.global_config.get(name), "pymodule"):
+            part, connecting = name, frame.f_code.co_name == "from_config"
+    return part, connecting
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -411,7 +434,11 @@ def _confined(path: Path) -> Iterator[None]:
     def counted(self: Any, shape: Any, attr: Any = None, *args: Any, **kwargs: Any) -> Any:
         nonlocal tensors, parameters
         tensors += 1
-        parameters += math.prod(int(size) for size in shape)
+        sizes = [int(size) for size in shape]
+        if any(size < 1 for size in sizes):
+            problem = f"{path}: a layer of type {type(self).__name__} would have a parameter of shape {sizes}"
+            raise ConfigError(problem, "Correct the channels in the config.")
+        parameters += math.prod(sizes)
         if tensors > _MOST_TENSORS or parameters > _MOST_PARAMETERS:
             many = f"{_MOST_TENSORS} tensors" if tensors > _MOST_TENSORS else f"{_MOST_PARAMETERS} parameters"
             raise ConfigError(f"{path}: the model has more than {many}", "Correct the sizes in the config.")
@@ -478,8 +505,8 @@ def _limited_memory() -> Iterator[None]:
 # A word, a number, a path or a dotted name: with `eval`, too, none of them runs anything.
 _PLAIN_TEXT = re.compile(r"[\w./~+-]{0,200}\Z", re.ASCII)
 _LARGEST = 8192  # of any whole number of a model's section: sizes, channels, counts of layers
-_LARGEST_COUNT = 100_000
-_COUNTS = ("num_classes", "nms_top_k", "keep_top_k", "nms_pre")
+# What the graphs come to with the number of anchors grows with the first two.
+_LARGEST_OF = {"num_classes": 20_000, "reg_max": 256, "nms_top_k": 100_000, "keep_top_k": 100_000, "nms_pre": 100_000}
 _LARGEST_FACTOR = 1e6
 # Where ppdet keeps what may be given as each part; modules from outside ppdet are the caller's own.
 _PLACES = {
@@ -488,6 +515,7 @@ _PLACES = {
     "conv_feat": (r"ppdet\.modeling\.heads\.", r"\w+Feat"),
     "dgqp_module": (r"ppdet\.modeling\.heads\.", r"DGQP"),
     "nms": (r"ppdet\.modeling\.layers", r"\w+NMS"),
+    "dataset": (r"ppdet\.data\.source\.", r"\w+"),
     "loss": (r"ppdet\.modeling\.losses\.|ppdet\.slim\.distill_loss", r"\w+"),
 }
 # Sections of modules that are no part of a model.
@@ -500,6 +528,16 @@ _OLD_ARGUMENTS = {
     "feature_maps": ("return_idx", "Write 'return_idx: [1, 2, 3]' for 'feature_maps: [3, 4, 5]'."),
 }
 _OLD_MODULES = {"PAN": "CSPPAN", "LiteGFLFeat": "PicoFeat"}  # 2.1
+# Arguments of transforms that are gone, with the value by which every image is prepared since.
+_DROPPED_ARGUMENTS = {
+    "is_channel_first": False,
+    "to_bgr": False,
+    "channel_first": True,
+    "to_rgb": True,
+    "pad_gt": False,
+    "use_padded_im_info": False,
+    "use_padded_im_shape": False,
+}
 _OLD_TRANSFORMS = {"DecodeImage": "Decode", "ResizeImage": "Resize"}  # 0.x
 
 _shorten = reprlib.Repr()
@@ -577,6 +615,12 @@ class _Checker:
                 close = _closest(target, self.modules, 0.6)
                 remedy = f"Did you mean !{close}?" if close else "Use a tag PaddleDetection knows."
                 raise self.error(f"unknown tag !{target} in section {name}", remedy, name)
+        kind = values.get("name")
+        named = name.endswith("Dataset") and kind is not None and not isinstance(values, _Tagged)
+        if named and not (isinstance(kind, str) and kind in self.modules):
+            close = _closest(str(kind), self._kind("dataset"), 0.6)
+            remedy = f"Did you mean {close!r}?" if close else "Use a dataset that PaddleDetection 2.6 has."
+            raise self.error(f"{name}: dataset {_shown(kind)} does not exist", remedy, name, "name")
         self._check_arguments(target, values, (name,))
         if isinstance(values, _Tagged):
             return
@@ -613,7 +657,7 @@ class _Checker:
         elif isinstance(value, bool) or value is None:
             pass
         elif isinstance(value, int):
-            largest = _LARGEST_COUNT if keys[-1] in _COUNTS else _LARGEST
+            largest = _LARGEST_OF.get(keys[-1], _LARGEST)
             if abs(value) > largest:
                 raise self.error(f"{where} is {value}, more than {largest}", "Give a size that can be built.", *keys)
         elif not math.isfinite(value) or abs(value) > _LARGEST_FACTOR:
@@ -629,6 +673,11 @@ class _Checker:
             new, rename = _OLD_ARGUMENTS.get(str(key), ("", ""))
             if new in schema and (strict or close):
                 raise self.error(f"{'.'.join(keys)}.{key} is the old name of {new}", rename, *keys, str(key))
+            other = next((head for head in SUPPORTED_HEADS if key in self.modules[head].schema), None)
+            if strict and module in SUPPORTED_HEADS and other:
+                problem = f"{module} has no argument {_shown(key)}, which is one of {other}"
+                remedy = f"Name the section {other} and set GFL's head to it, as it was in training."
+                raise self.error(f"{'.'.join(keys)}: {problem}", remedy, *keys, str(key))
             if strict or close:
                 where = ".".join(keys)
                 takes = "It takes: " + ", ".join(schema) + "." if schema else "It takes no arguments."
@@ -656,20 +705,32 @@ class _Checker:
         """`name` is a module, and one that can be what the last of `keys` asks for."""
         where, part = ".".join(keys), keys[-1]
         if name not in self.modules:
-            close = _closest(name, self.modules, 0.6)
+            close = _closest(name, self._kind(part), 0.6)
             remedy = f"Did you mean {close!r}?" if close else "Use a module that PaddleDetection 2.6 has."
             if name in _OLD_MODULES:
                 remedy = f"It is called {_OLD_MODULES[name]} now, and takes other arguments."
             raise self.error(f"{where}: module {_shown(name)} does not exist", remedy, *keys)
-        home = self.modules[name].pymodule.__name__
-        place, names = _PLACES.get("loss" if part.startswith("loss") else part, (r"ppdet\.modeling\.", r"\w+"))
-        if home.startswith("ppdet.") and not (re.match(place, home) and re.fullmatch(names, name)):
+        if name not in self._kind(part) and self.modules[name].pymodule.__name__.startswith("ppdet."):
             raise self.error(f"{where}: {name} cannot be used as {part}", "Name a module of that kind.", *keys)
+
+    def _kind(self, part: str) -> list[str]:
+        """ppdet's modules that can be what the argument `part` asks for; of heads, those that are supported."""
+        if part == "head":
+            return list(SUPPORTED_HEADS)
+        place, names = _PLACES.get("loss" if part.startswith("loss") else part, (r"ppdet\.modeling\.", r"\w+"))
+        return [
+            name
+            for name, module in self.modules.items()
+            if re.match(place, module.pymodule.__name__) and re.fullmatch(names, name)
+        ]
 
     def check_graph(self, settings: Mapping[str, Any]) -> str:
         """Check architecture, backbone, neck and head; return the head's name."""
         architecture = settings.get("architecture")
         if architecture is None:
+            if settings.get("slim") is not None:
+                remedy = "Pass the detector's own config: this one goes with --slim_config of PaddleDetection's tools."
+                raise self.error(f"it configures {_shown(settings['slim'])}, and no detector", remedy, "slim")
             raise self.error("no architecture is set", "Pass a detector's config, with 'architecture: GFL'.")
         if not isinstance(architecture, str) or architecture not in SUPPORTED_ARCHITECTURES:
             raise self.error(
@@ -732,14 +793,13 @@ class _Checker:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             # A score threshold below 0 lets everything pass, as 0 does.
             if not number or not value <= 1 or (key == "nms_threshold" and value < 0):
-                raise self.error(
-                    f"{head}.nms.{key} must be between 0 and 1, not {_shown(value)}", "Correct it.", head, "nms"
-                )
+                problem = f"{head}.nms.{key} must be between 0 and 1, not {_shown(value)}"
+                raise self.error(problem, _as_number(value), head, "nms")
         for key in ("nms_top_k", "keep_top_k"):
             value = values[key]
             if not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0:
                 problem = f"{head}.nms.{key} must be a positive whole number, or -1 for no limit, not {_shown(value)}"
-                raise self.error(problem, "Correct it.", head, "nms")
+                raise self.error(problem, _as_number(value), head, "nms")
         return values
 
     def check_reader(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -804,7 +864,10 @@ class _Checker:
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
         accepted = [key for key in parameters if key != "self"]
-        for key in arguments or {}:
+        for key, value in (arguments or {}).items():
+            if key in _DROPPED_ARGUMENTS and key not in accepted and value is _DROPPED_ARGUMENTS[key]:
+                remedy = "Remove it: it is how images are prepared now."
+                raise self.error(f"{where}: {name} has lost the argument {key}", remedy, *keys)
             if key not in accepted:
                 close = _closest(str(key), accepted, 0.6)
                 remedy = (
@@ -819,7 +882,8 @@ _MISSING = object()
 def _steps(transforms: Any, reader: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The transforms of a reader that decide what the network sees, each with all its arguments, defaults too."""
     steps: dict[str, dict[str, Any]] = {}
-    for step in [*(reader.get("sample_transforms") or []), *(reader.get("batch_transforms") or [])]:
+    lists = [reader.get(key) for key in ("sample_transforms", "batch_transforms")]
+    for step in [step for given in lists if isinstance(given, list) for step in given]:
         for name, given in step.items() if isinstance(step, dict) else ():
             arguments: dict[str, Any] = {}
             if inspect.isclass(operator := getattr(transforms, str(name), None)):
@@ -853,9 +917,23 @@ def _shared_keys(modules: Mapping[str, Any]) -> set[str]:
     }
 
 
+def _as_number(value: Any) -> str:
+    """What to do about a value that is no number as it stands: YAML takes 1e-3 and '3' as text."""
+    try:
+        number = float(value) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (isinstance(value, float) and not value.is_integer()):
+        return "Correct it."
+    whole = number.is_integer() and not (isinstance(value, str) and "e" in value.casefold())
+    shown = int(number) if whole else f"{number:f}".rstrip("0")
+    return f"Write it as {shown}." if str(shown) != str(value) or isinstance(value, str) else "Correct it."
+
+
 def _positive_int(checker: _Checker, value: Any, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise checker.error(f"{what} must be a positive whole number, not {_shown(value)}", "Correct it.", what)
+        problem = f"{what} must be a positive whole number, not {_shown(value)}"
+        raise checker.error(problem, _as_number(value), what)
     return value
 
 
@@ -863,6 +941,7 @@ def _positive_int(checker: _Checker, value: Any, what: str) -> int:
 
 
 _MOST_NAME_BYTES = 16 * 2**20  # of a label list
+_LABEL_LISTS = (".txt", ".names", ".label", ".labels", ".list")
 
 
 def _class_names(
@@ -871,66 +950,85 @@ def _class_names(
     """The names of the classes, and what to say where they are not the config's own."""
     missing: list[str] = []
     for section in ("TestDataset", "EvalDataset"):
-        file = _class_file(checker.folders, section, settings.get(section), missing)
-        if file is None:
+        found = _class_source(checker, section, settings.get(section), missing)
+        if found is None:
             continue
-        names = _names_from_json(file) if file.suffix == ".json" else _names_from_text(file)
+        if isinstance(found, Path):
+            names = _names_from_json(found) if found.suffix.lower() == ".json" else _names_from_text(found)
+        else:
+            names = found
+        source = f"{found} ({section})" if isinstance(found, Path) else f"{section}'s label_list"
         for name in names:
             if len(name) > 1000 or any("\ud800" <= character <= "\udfff" for character in name):
-                raise checker.error(f"{file} names a class {_shown(name)}", "Give it a name that can be shown.")
+                raise checker.error(f"{source} names a class {_shown(name)}", "Give it a name that can be shown.")
         if len(names) != num_classes:
             raise checker.error(
-                f"num_classes is {num_classes}, but {file} ({section}) names {len(names)} classes",
+                f"num_classes is {num_classes}, but {source} names {len(names)} classes",
                 "Set num_classes to that, or point the dataset at the right file.",
                 "num_classes",
             )
         return names, ()
-    coco = num_classes == 80 and str(settings.get("metric", "COCO")).upper() == "COCO"
-    if coco:
-        category = require("ppdet.data.source.category", "export", "export")
-        _, by_id = category._coco17_category()
-        used = tuple(by_id.values())
-        if not missing or _COCO_FILE.search(missing[0]):  # the file has these very names
+    metric = str(settings.get("metric", "COCO")).upper()
+    used = _default_names(metric)
+    if len(used) == num_classes:
+        if metric == "COCO" and (not missing or _COCO_FILE.search(missing[0])):  # the file has these very names
             return used, ()
+        shown = f"{metric}'s {num_classes} class names are" if num_classes > 1 else f"{metric}'s class name is"
     else:
         used = tuple(f"class_{index}" for index in range(num_classes))
-    shown = "COCO's 80 class names" if coco else f"the names class_0 to class_{num_classes - 1}"
-    why = f"{missing[0]} does not exist" if missing else "no dataset of the config says where its classes are named"
-    if not coco and num_classes == 1:
-        shown = "the name class_0"
+        shown = f"the names class_0 to class_{num_classes - 1} are" if num_classes > 1 else "the name class_0 is"
+    why = missing[0] if missing else "no dataset of the config says where its classes are named"
     note = (
-        f"{why}, so {shown} are used; to have your own, set TestDataset's anno_path to COCO annotations or a list of "
+        f"{why}, so {shown} used; to have your own, set TestDataset's anno_path to COCO annotations or a list of "
         "names, and export again"
     )
     return used, (note,)
 
 
+def _default_names(metric: str) -> tuple[str, ...]:
+    """The class names that PaddleDetection goes by where no file names them."""
+    category = require("ppdet.data.source.category", "export", "export")
+    if metric not in ("COCO", "SNIPERCOCO", "RBOX", "VOC", "OID", "WIDERFACE", "MOT"):
+        return ()
+    with quiet():
+        by_class, names = category.get_categories(metric)
+    return tuple(str(names[by_class[index]]) for index in sorted(by_class))
+
+
 # COCO's own annotation files.
-_COCO_FILE = re.compile(r"(?:instances_(?:train|val)20\d\d|image_info_test(?:-dev)?20\d\d)\.json\Z")
+_COCO_FILE = re.compile(r"(?:instances_(?:train|val)20\d\d|image_info_test(?:-dev)?20\d\d)\.json ")
 
 
-def _class_file(folders: Iterable[Path], section: str, values: Any, missing: list[str]) -> Path | None:
-    """The existing file that names the classes, if the dataset section `values` points at one.
+def _class_source(checker: _Checker, section: str, values: Any, missing: list[str]) -> Path | tuple[str, ...] | None:
+    """The existing file that names the classes, or the names themselves, if the dataset section `values` has one.
 
-    A file that it points at and that is not there is added to `missing`.
+    What it points at and cannot be read as names is added to `missing`, in words.
     """
     if not isinstance(values, dict):
         return None
     kind = values.tag if isinstance(values, _Tagged) else values.get("name")
     root = Path(str(values.get("dataset_dir") or ""))
     for key in ("label_list", "anno_path"):
-        given = values.get(key)
-        if not isinstance(given, str) or not given:
+        given: Any = values.get(key)
+        if key == "label_list" and isinstance(given, list) and all(isinstance(name, str) for name in given):
+            return tuple(given)
+        if given is None or given == "":
             continue
+        if not isinstance(given, str):
+            remedy = "Give the path of COCO annotations (.json) or of a list of names (.txt)."
+            raise checker.error(f"{section}.{key} is {_shown(given)}", remedy, section, key)
         # A .txt `anno_path` lists classes for ImageFolder, but images for VOCDataSet.
         lists_classes = key == "label_list" or kind == "ImageFolder" or (kind is None and section == "TestDataset")
-        if not given.endswith(".json") and not (given.endswith(".txt") and lists_classes):
+        suffix = Path(given).suffix.lower()
+        if suffix != ".json" and not (suffix in _LABEL_LISTS and lists_classes):
+            if lists_classes:
+                missing.append(f"{section}'s {key} {_cut(given)} is neither .json nor .txt")
             continue
-        beside = [path for folder in folders for path in (folder / root / given, folder / given)]
+        beside: list[Path] = [path for folder in checker.folders for path in (folder / root / given, folder / given)]
         for candidate in (root / given, *beside):
             if _is_file(candidate):
                 return candidate
-        missing.append(f"{section}'s {key} {_cut(given)}")
+        missing.append(f"{section}'s {key} {_cut(given)} does not exist")
     return None
 
 
@@ -942,7 +1040,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _names_from_json(file: Path) -> tuple[str, ...]:
-    remedy = "Point anno_path at COCO annotations."
+    remedy = "Point anno_path at COCO annotations, or at a .txt file with one name a line."
     with reading(f"annotation file {file}", ConfigError, remedy):
         try:
             categories = json.loads(file.read_bytes())["categories"]
@@ -961,7 +1059,8 @@ def _names_from_text(file: Path) -> tuple[str, ...]:
             data = opened.read(_MOST_NAME_BYTES + 1)
         if len(data) > _MOST_NAME_BYTES:
             raise ConfigError(f"label list {file} is too large", "Point label_list at a list of class names.")
-        names = [line.strip() for line in data.decode("utf-8").splitlines()]
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        names = [line.strip() for line in text.split("\n")]  # as ppdet's lines end: other separators belong to a name
     except OSError as error:
         raise ConfigError(f"label list {file} cannot be read: {error.strerror or error}", "Check the file.") from error
     except UnicodeDecodeError as error:

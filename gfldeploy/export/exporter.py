@@ -198,21 +198,22 @@ def _check_levels(detector: Any, config: DetectorConfig, preprocess: Preprocess,
                     remedy = f"It runs at multiples of {stride} px: {how}."
                     break
             raise ConfigError(
-                f"PaddleDetection itself cannot run this model on {size[0]}x{size[1]} px: {found}", remedy
+                f"{config.path}: PaddleDetection itself cannot run this model on {size[0]}x{size[1]} px: {found}",
+                remedy,
             )
         levels = found
     actual = [int(2 ** round(np.log2(height * width / (rows * columns)) / 2)) for rows, columns in levels]
     strides = list(config.strides)
     if len(levels) != len(strides):
         raise ConfigError(
-            f"the neck gives {len(levels)} levels, GFLHead's fpn_stride has {len(strides)}: {strides}",
+            f"{config.path}: the neck gives {len(levels)} levels, GFLHead's fpn_stride has {len(strides)}: {strides}",
             f"Set fpn_stride to {actual}, or have the neck give {len(strides)} levels.",
         )
     for (rows, columns), stride in zip(levels, strides, strict=True):
         if abs(height / stride - rows) >= 1 or abs(width / stride - columns) >= 1:
             raise ConfigError(
-                f"GFLHead's fpn_stride is {strides}, but the level for {stride} has {rows}x{columns} cells of "
-                f"{height}x{width} px",
+                f"{config.path}: GFLHead's fpn_stride is {strides}, but the level for {stride} has {rows}x{columns} "
+                f"cells of {height}x{width} px",
                 f"Set fpn_stride to {actual}, the strides of the neck's levels in their order.",
             )
 
@@ -299,7 +300,10 @@ def _write_half(
 
 
 def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int | None]) -> Preprocess:
-    preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
+    try:
+        preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: {error.problem}", error.remedy) from error
     # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
     # What else a model needs is seen when it runs: `_check_levels`.
     needed = max((stride for stride in config.strides if stride <= 32), default=32)
@@ -331,7 +335,7 @@ def _nms_params(config: DetectorConfig) -> NmsParams:
     try:
         return NmsParams.from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"the config's nms cannot be used: {error.problem}", error.remedy) from error
+        raise ConfigError(f"{config.path}: its nms cannot be used: {error.problem}", error.remedy) from error
 
 
 def _compare(

@@ -6,6 +6,7 @@ the engine that users deploy, oneDNN and graph fusions included, not the graph a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -92,17 +93,23 @@ class Comparison:
         return asdict(self)
 
 
+_MOST_PIXELS = 4_000_000
+
+
 def parity_shapes(preprocess: Preprocess, fixed: tuple[int | None, int | None, int | None]) -> list[Shape]:
     """Batch, height, width of what is compared: portrait, a landscape batch of three, and the largest size in use.
 
-    The last is the reader's own largest picture (800x1344 for the model zoo), or 800x1344 if that is larger.
+    The last is the reader's own largest picture (800x1344 for the model zoo), or 800x1344 if that is larger; a picture
+    of more than 4 million pixels is compared smaller, since a config may ask for more than memory can hold.
     """
     batch, height, width = fixed
     if height and width:
         return [(size, height, width) for size in ((1, 3) if batch is None else (batch,))]
     stride = max(preprocess.pad_stride, 32)
     short, long = sorted(preprocess.target_size)
-    shapes = [(1, 320, 256), (3, 256, 416), (1, max(short, 800), max(long, 1344))]
+    height, width = max(short, 800), max(long, 1344)
+    shrink = min(1.0, math.sqrt(_MOST_PIXELS / (height * width)))
+    shapes = [(1, 320, 256), (3, 256, 416), (1, int(height * shrink), int(width * shrink))]
     return [(size, _round_up(height, stride), _round_up(width, stride)) for size, height, width in shapes]
 
 

@@ -278,6 +278,8 @@ GREEDY = {
     "a size of many digits": (of(("a", array(sizes(1 << 20000, 3), bytes(4)))), "an array has no shape"),
     "terminal control": (b"\x80\x04cos\x1b]0;title\x07\x1b[31mred\nsystem\n.", r"contains os\\x1b\]0;title"),
     "a name as long as the file": (b"\x80\x04c" + b"o" * LARGE + b"\nsystem\n.", "contains ooo"),
+    "PyTorch's number": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "was written by PyTorch"),
+    "a tensor of PyTorch": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n.", "was written by PyTorch"),
     "an unknown call": (b"\x80\x04N)R.", "a NoneType is called"),
     "a stack that runs empty": (b"\x80\x04\x87.", "stack runs empty"),
     "no end": (b"\x80\x04N", "cut off"),
@@ -448,6 +450,47 @@ DETECTOR = {
             },
             "was saved by quantisation-aware training",
             "Export the float checkpoint that this training started from",
+        ),
+        *(
+            (
+                lambda weights, left=left: {**weights, f"backbone.res2a.conv.{left}": np.ones(1)},
+                "was saved by quantisation-aware training",
+                "gfldeploy quantize",
+            )
+            for left in (
+                "activation_quanter._scale", "_act_preprocess.alpha", "_ptq_quanter", "_out_scale._scale",
+                "_observer.scale", "_quant_scale",
+            )
+        ),
+        (
+            lambda weights: {name: (array * 100).astype(np.int8) for name, array in weights.items()},
+            "holds int8 for 6 float parameters",
+            "Export the float checkpoint",
+        ),
+        (
+            lambda weights: {name: array * np.float64(1e300) for name, array in weights.items()},
+            "that a float32 cannot hold",
+            "before training diverged",
+        ),
+        (
+            lambda weights: {**weights, "backbone.res2a.conv.conv2d_0_w_0_mask": np.ones(1)},
+            "has the masks of sparse training",
+            "without the names that end in _mask",
+        ),
+        (
+            lambda weights: {name: array for name, array in weights.items() if "backbone" in name},
+            "holds a backbone alone",
+            "model_final.pdparams",
+        ),
+        (
+            lambda weights: {f"teacher_model.{name}": array for name, array in weights.items()},
+            "holds the teacher of a distillation",
+            "model_final.pdparams",
+        ),
+        (
+            lambda weights: {f"model.module.{name}": array for name, array in weights.items()},
+            "has model.module. before every name",
+            "without that prefix",
         ),
         (lambda weights: {"conv2d_0.w_0_moment1_0": np.ones(3)}, "is the optimizer's state", ".pdparams file beside"),
         (

@@ -217,6 +217,14 @@ class TestMistakes:
             ("GFLHead: {nms: null}", ("nms is not set",)),
             ("GFLHead: {nms: {nms_threshold: 60}}", ("between 0 and 1, not 60",)),
             ("GFLHead: {nms: {keep_top_k: 0}}", ("keep_top_k must be a positive",)),
+            ("GFLHead: {nms: {score_threshold: 1e-3}}", ("between 0 and 1, not '1e-3'", "Write it as 0.001.")),
+            ("GFLHead: {nms: {keep_top_k: 100.0}}", ("keep_top_k must be a positive", "Write it as 100.")),
+            ("num_classes: '3'", ("num_classes must be a positive whole number, not '3'", "Write it as 3.")),
+            ("GFLHead: {dgqp_module: {name: DGQPHead}}", ("module 'DGQPHead' does not exist", "'DGQP'")),
+            ("GFLHead: {conv_feat: {name: GFLFeat}}", ("module 'GFLFeat' does not exist", "'FCOSFeat'")),
+            ("GFLHead: {loss_ld: {name: LDLoss}}", ("'loss_ld', which is one of LDGFLHead", "set GFL's head to it")),
+            ("TestDataset: {name: ImageFoldr}", ("dataset 'ImageFoldr' does not exist", "'ImageFolder'")),
+            ("TestDataset: {name: ImageFolder, anno_path: [a.json]}", ("TestDataset.anno_path is ['a.json']",)),
         ],
     )  # fmt: skip
     def test_is_one_line_with_a_remedy(self, tmp_path: Path, text: str, expected: tuple[str, ...]) -> None:
@@ -234,11 +242,24 @@ class TestMistakes:
         bases = f"_BASE_: ['{ZOO}/_base_/coco.yml', '{ZOO}/_base_/gfl_r50.yml']\n"
         assert "neither TestReader nor EvalReader" in refusal(write(tmp_path, bases))
         assert "no architecture" in refusal(ZOO / "_base_" / "coco.yml")
+        slim = "pretrain_weights: a.pdparams\nslim: QAT\nQAT: {quant_config: {weight_bits: 8}, print_model: true}\n"
+        message = refusal(write(tmp_path, slim, "slim.yml"))
+        assert "it configures 'QAT', and no detector. Pass the detector's own config" in message
 
     def test_values_that_do_not_fit_together(self, tmp_path: Path) -> None:
-        config = load_detector_config(on_zoo(tmp_path, "ResNet: {depth: 51}"))
-        with pytest.raises(ConfigError, match="cannot build this model"):
-            build_model(config)
+        for text, problem in (
+            ("ResNet: {depth: 51}", r"cannot build this model \(ResNet\): KeyError: 51 at 'block_nums = ResNet_cfg"),
+            ("ResNet: {num_stages: 9}", r"AssertionError at 'assert num_stages .* says of ResNet"),
+            ("ResNet: {return_idx: [7]}", r"\(ResNet\): the maximum return index must smaller than num_stages"),
+            (
+                "GFL: {backbone: ConvNeXt}",
+                r"\(FPN\): TypeError: unsupported operand .* at '.*stride.* Check what feeds FPN",
+            ),
+            ("FPN: {out_channel: 0}", "a layer of type Conv2D would have a parameter of shape"),
+        ):
+            config = load_detector_config(on_zoo(tmp_path, text))
+            with pytest.raises(ConfigError, match=problem):
+                build_model(config)
 
 
 # Each as PaddleDetection's own modules evaluate strings: ViT its norm_layer, CustomCSPPAN its stage_fn and block_fn.
@@ -361,6 +382,11 @@ TestReader:
         assert "tools/eval.py" in note
         assert "copy the transforms of EvalReader" in note
 
+    def test_an_eval_reader_without_transforms(self, tmp_path: Path) -> None:
+        text = "EvalReader: {sample_transforms: 5, batch_transforms: [a, {b: c}]}"
+        (note,) = load_detector_config(on_zoo(tmp_path, text)).notes
+        assert "TestReader, which is exported, differs from EvalReader" in note
+
     def test_readers_that_only_look_different(self, tmp_path: Path) -> None:
         text = """
 EvalReader:
@@ -387,6 +413,8 @@ EvalReader:
         ("GFLHead: {conv_feat: {name: LiteGFLFeat}}", "It is called PicoFeat now"),
         ("TestReader: {sample_transforms: [DecodeOp: {}]}", "It is called 'Decode' now."),
         ("TestReader: {sample_transforms: [ResizeImage: {}]}", "It is called 'Resize' now."),
+        ("TestReader: {sample_transforms: [Permute: {to_bgr: false}]}", "Remove it: it is how images are prepared now"),
+        ("TestReader: {sample_transforms: [Permute: {to_bgr: true}]}", "It takes: nothing."),
         ("GFLHead: {nms: {name: MatrixNMS}}", "gives other detections and another mAP than MatrixNMS"),
     ],
 )
@@ -492,6 +520,36 @@ class TestClasses:
             "TestDataset: !VOCDataSet {anno_path: trainval.txt, label_list: labels.txt}",
         ):
             assert load_detector_config(on_zoo(tmp_path, f"num_classes: 2\n{dataset}")).classes == ("red", "green")
+
+    def test_from_a_label_list_of_any_editor(self, tmp_path: Path) -> None:
+        for name, content in (
+            ("bom.txt", "\ufeffred\r\ngreen\r\n"),
+            ("list.names", "red\ngreen\n"),
+            ("LIST.TXT", "red\rgreen"),
+        ):
+            (tmp_path / name).write_bytes(content.encode())
+            path = on_zoo(tmp_path, f"num_classes: 2\nTestDataset: {{name: ImageFolder, anno_path: {name}}}")
+            assert load_detector_config(path).classes == ("red", "green")
+        (tmp_path / "odd.txt").write_text("dark\u2028red\nlight\x0cgreen\n")
+        for dataset in ("anno_path: odd.txt", 'label_list: ["dark\\u2028red", "light\\fgreen"]'):
+            path = on_zoo(tmp_path, f"num_classes: 2\nTestDataset: {{name: ImageFolder, {dataset}}}")
+            assert load_detector_config(path).classes == ("dark\u2028red", "light\x0cgreen")
+
+    def test_a_file_that_is_no_list_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "classes.xlsx").write_bytes(b"PK")
+        path = on_zoo(tmp_path, "num_classes: 2\nTestDataset: {name: ImageFolder, anno_path: classes.xlsx}")
+        assert "anno_path classes.xlsx is neither .json nor .txt, so the names" in load_detector_config(path).notes[0]
+
+    @pytest.mark.parametrize(
+        ("metric", "count", "first", "said"),
+        [("VOC", 20, "aeroplane", "VOC's 20 class names are"), ("WiderFace", 1, "face", "WIDERFACE's class name is")],
+    )
+    def test_of_the_metric_as_ppdet_has_them(
+        self, tmp_path: Path, metric: str, count: int, first: str, said: str
+    ) -> None:
+        config = load_detector_config(on_zoo(tmp_path, f"metric: {metric}\nnum_classes: {count}\nTestDataset: {{}}"))
+        assert config.classes[0] == first
+        assert said in config.notes[0]
 
     def test_numbered_where_nothing_names_them(self, tmp_path: Path) -> None:
         assert load_detector_config(on_zoo(tmp_path, "num_classes: 3")).classes == ("class_0", "class_1", "class_2")

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import ClosesOnExit, Engine, EngineOptions, Tensors
 from gfldeploy.errors import ParityError
-from gfldeploy.export.parity import Comparison, Outputs, compare
+from gfldeploy.export.parity import Comparison, Outputs, compare, parity_shapes
+from gfldeploy.images.preprocess import Preprocess
 
 CELLS, CLASSES, CHOSEN = 12, 3, 5
 IMAGES = np.zeros((2, 3, 32, 32), np.float32)
@@ -108,3 +109,16 @@ def test_other_shapes_are_refused() -> None:
         compared(actual, full)
     with pytest.raises(ParityError, match=r"scores \[2, 11, 3\], the reference \[2, 12, 3\]"):
         compared({name: value[:, 1:] for name, value in full.items()}, full)
+
+
+@pytest.mark.parametrize(
+    ("target", "largest"),
+    [((320, 320), (800, 1344)), ((800, 1333), (800, 1344)), ((1536, 2560), (1536, 2560)), ((8192, 8192), (2016, 2016))],
+)
+def test_what_is_compared_is_the_readers_largest_picture_within_reason(
+    target: tuple[int, int], largest: tuple[int, int]
+) -> None:
+    shapes = parity_shapes(Preprocess(target, pad_stride=32), (None, None, None))
+    assert shapes[-1] == (1, *largest)
+    assert all(height % 32 == width % 32 == 0 for _, height, width in shapes)
+    assert parity_shapes(Preprocess(target, pad_stride=32), (None, 8192, 8192))[-1] == (3, 8192, 8192)

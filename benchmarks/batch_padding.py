@@ -6,8 +6,8 @@
 Of the data, images of the most common landscape and of the most common portrait input size, as many of each, in turn;
 with `--photos`, any landscape and portrait images, cropped and resized to photographs of that height and width and of
 the same turned upright: 427x640 is 3:2, which the 800x1333 rule makes 800x1216 and 1216x800, the classic case of 1.52.
-By turns, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped by
-size, and those of each orientation alone ("uniform": the mean of both). Prints images a second and the ratios that
+Interleaved, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped
+by size, and those of each orientation alone ("uniform": the mean of both). Prints images a second and the ratios that
 matter, of the network and from file to boxes, each the median over the rounds with the least and the most; writes all
 passes to results/MACHINE/checks/NAME_padding.json beside this script.
 """

@@ -36,7 +36,7 @@ __all__ = ["command"]
 @engine_options
 @click.option("--batch-sizes", type=CommaSeparated(), default="2,4,8", show_default=True, help="Beside batch 1.")
 @click.option("--limit", type=WholeNumber(1), default=32, show_default=True, help="Use the first N images only.")
-@click.option("--rounds", type=WholeNumber(2), default=5, show_default=True, help="How often each is run, by turns.")
+@click.option("--rounds", type=WholeNumber(2), default=5, show_default=True, help="How often each is run, interleaved.")
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engine reaches at best too.")
 @click.option(
     "--invariance/--no-invariance", default=True, show_default=True, help="Compare detections with those of batch 1."

@@ -85,7 +85,7 @@ def _all_threads() -> tuple[int, ...]:
     metavar="FILE",
     help="Results of `gfldeploy bench` on this machine and data: what they hold is not looked at again.",
 )
-@click.option("--rounds", type=WholeNumber(1), default=3, show_default=True, help="By turns, of the finish.")
+@click.option("--rounds", type=WholeNumber(1), default=3, show_default=True, help="Interleaved, of the finish.")
 @click.option(
     "--min-seconds",
     type=FiniteFloat(0),

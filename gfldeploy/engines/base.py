@@ -54,12 +54,12 @@ _MOST_THREADS = 1024
 class EngineOptions:
     """How an engine runs a bundle.
 
-            `threads` is the number of CPU threads of one inference, at least 1; `EngineError` is raised for more than any
-        machine runs, as engines start them all. `tensorrt`: for the engines that build with it, which need it. `cache_dir`:
-        where other engines keep what they compiled, None for nowhere. `shapes`: (batch, height, width) of the inputs to
-        come, the commonest first, for engines that compile for shapes: what runs an input then depends on these, not on the
-        inputs before it; () where they are not known.
-        """
+        `threads` is the number of CPU threads of one inference, at least 1; `EngineError` is raised for more than
+    any machine runs, as engines start them all. `tensorrt`: for the engines that build with it, which need it.
+    `cache_dir`: where other engines keep what they compiled, None for nowhere. `shapes`: (batch, height, width) of
+    the inputs to come, the most common first, for engines that compile for shapes: what runs an input then depends
+    on these, not on the inputs before it; () where they are not known.
+    """
 
     precision: Precision = "fp32"
     device: Device = "cpu"

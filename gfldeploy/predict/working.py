@@ -8,7 +8,6 @@ question alone, a run that goes on makes those that are missing, and no others.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ __all__ = ["Record", "WorkingFile"]
 # One image's line in the result, ready for JSON.
 Record: TypeAlias = dict[str, Any]
 _END = {"end": True}
+_MOST = 1e12  # no score and no side is as large; NaN is no less either
 
 
 class WorkingFile:
@@ -172,7 +172,7 @@ def _is_in(value: Any, numbers: range) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
 
 
 def _differences(before: Mapping[str, Any], question: Mapping[str, Any]) -> list[str]:

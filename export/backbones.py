@@ -375,12 +375,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         every = [fixed, *([] if "failed" in free else [free])]
         far = (f"{max(one[key] for one in every):.1e}" for key in ("max_score_difference", "max_box_difference_px"))
         sizes = free["failed"] if free.get("failed") == "not tried" else "no" if "failed" in free else "yes"
+        less = [graph for graph in free.get("left_out", ()) if graph not in fixed["left_out"]]
+        if less:
+            sizes = f"without {', '.join(less)}"
         lines.append(f"| {name} | {' | '.join((*there, sizes, *far, row.get('int8', 'not tried')))} |")
         if sizes == "no":
             notes.append(f"- {name}, any size: {free['failed']}")
-        for graph in dict.fromkeys(graph for one in every for graph in one["left_out"]):
-            why = next(one["left_out"][graph] for one in every if graph in one["left_out"])
-            notes.append(f"- {name}, {graph} left out: {why}")
+        notes += [f"- {name}, {graph} left out: {why}" for graph, why in fixed["left_out"].items()]
+        notes += [f"- {name}, any size, {graph} left out: {free['left_out'][graph]}" for graph in less]
     return "\n".join([*lines, "", *notes])
 
 

@@ -23,9 +23,8 @@ from pathlib import Path
 
 import cv2
 
-from gfldeploy.analysis.passes import Arrangement, Pass, input_sizes, run_pass
+from gfldeploy.analysis.sweep import Arrangement, Pass, input_sizes, run_pass
 from gfldeploy.batching.buckets import Size, group
-from gfldeploy.bench.records import plain
 from gfldeploy.bench.stages import time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
@@ -33,6 +32,7 @@ from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 # How the images are arranged: mixed orientations as listed, the same grouped by size, one orientation alone.

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gfldeploy.bench.records import plain
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bundle import Bundle
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.machine import describe_machine
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 # As one would write it: default options, one input, two inferences to warm up.

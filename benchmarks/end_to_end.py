@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from gfldeploy.bench.records import plain
 from gfldeploy.bundle import Bundle
 from gfldeploy.detector import Detector
 from gfldeploy.engines.base import EngineOptions, Precision
@@ -32,6 +31,7 @@ from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = "paddle fp32, batch 1"

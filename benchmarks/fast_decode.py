@@ -23,16 +23,16 @@ import cv2
 import numpy as np
 
 from gfldeploy.accuracy import coco_accuracy, coco_results
-from gfldeploy.bench.records import plain
 from gfldeploy.engines.base import Engine
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoAnnotation, CocoDataset, CocoImage
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.choice import Choice, choose
+from gfldeploy.predict.engine_selection import Choice, choose
 from gfldeploy.predict.pipeline import detect_groups
 from gfldeploy.predict.sources import picture_of
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 

@@ -32,11 +32,11 @@ from typing import Any
 import psutil
 
 from gfldeploy import demo
-from gfldeploy.bench.records import plain
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import list_images
 from gfldeploy.machine import describe_machine
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 MARK = ".made-by-gfldeploy"

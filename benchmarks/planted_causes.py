@@ -23,12 +23,12 @@ from pathlib import Path
 
 import cv2
 
-from gfldeploy.analysis.passes import input_sizes
-from gfldeploy.bench.records import plain
+from gfldeploy.analysis.sweep import input_sizes
 from gfldeploy.bundle import Bundle
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 IMAGES, LARGE = 16, (4000, 6000)  # height, width

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bench.records import plain
 from gfldeploy.detections import Detections, NmsParams, postprocess
 from gfldeploy.files import write_json
 from gfldeploy.machine import describe_machine
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 # Those of the model zoo's GFLs.

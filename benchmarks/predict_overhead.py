@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gfldeploy.batching.buckets import group
-from gfldeploy.bench.records import plain
 from gfldeploy.engines.base import Engine
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
@@ -28,9 +27,10 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.headers import image_size
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.choice import Choice, choose
+from gfldeploy.predict.engine_selection import Choice, choose
 from gfldeploy.predict.pipeline import detect_groups
 from gfldeploy.predict.sources import picture_of
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("network", "pipeline", "in_turn")

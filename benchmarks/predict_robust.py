@@ -24,10 +24,10 @@ from pathlib import Path
 import cv2
 import psutil
 
-from gfldeploy.bench.records import plain
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import list_images
 from gfldeploy.machine import describe_machine
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_S = 0.25

@@ -22,12 +22,12 @@ from typing import Any
 
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Cell, Plan
-from gfldeploy.bench.records import plain
 from gfldeploy.bench.results import Settings
 from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
+from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import Measured, speed_ratio
 from gfldeploy.tune.search import scenario_of

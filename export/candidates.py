@@ -27,7 +27,6 @@ import numpy as np
 
 from gfldeploy import demo
 from gfldeploy.accuracy import coco_accuracy, coco_results
-from gfldeploy.bench.records import plain
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import DEFAULT_CANDIDATES
 from gfldeploy.demo.dataset import generate
@@ -39,6 +38,7 @@ from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.machine import describe_machine
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 CHOICES = ("100", "300", str(DEFAULT_CANDIDATES), "3000")

@@ -61,7 +61,7 @@ def main() -> None:
     np.random.seed(SEED)
     paddle.seed(SEED)
     cv2.setNumThreads(1)
-    demo.register_backbone()
+    importlib.import_module("gfldeploy.export.demo_backbone")  # registers it with ppdet
     make_trainable()
     config = load_config(str(demo.config_path()))
     for name in ("TrainDataset", "EvalDataset"):

@@ -13,7 +13,7 @@ from typing import cast
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.predict.choice import choose
+from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
@@ -47,7 +47,7 @@ class Detector(ClosesOnExit):
         batch_size: int | None = None,
         engine_cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Load a bundle, or what a `deploy.yml` chose; see `predict.choice.choose` for what is not given.
+        """Load a bundle, or what a `deploy.yml` chose; see `predict.engine_selection.choose` for what is not given.
 
         `engine_cache`: a folder where engines that compile keep the result, for the next start to be faster.
 

@@ -75,7 +75,7 @@ def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int])
 def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], int]:
     """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_macs`."""
     with _counting(onnx_file):
-        convolutions = _Graph(onnx_file).convolutions(height, width, strides)
+        convolutions = _OnnxShapes(onnx_file).convolutions(height, width, strides)
     return {key: one.macs for key, one in convolutions.items()}
 
 
@@ -87,7 +87,7 @@ def count_work(
     An INT8 (Q/DQ) graph counts as the FP32 graph that it was made from. The file is read once: a further size takes
     milliseconds.
     """
-    graph = _Graph(onnx_file)
+    graph = _OnnxShapes(onnx_file)
     found = {}
     for height, width in dict.fromkeys(sizes):
         with _counting(onnx_file):
@@ -113,7 +113,7 @@ def peak_activations(
     800x1216 this gives 152 MB in FP32, where ONNX Runtime, which also fuses additions into convolutions, took 125 MB.
     Sizes are height, width in pixels; `strides` and what is raised: as `count_macs`.
     """
-    graph = _Graph(onnx_file)
+    graph = _OnnxShapes(onnx_file)
     with _counting(onnx_file):
         return {size: graph.peak(*size, strides) for size in dict.fromkeys(sizes)}
 
@@ -123,7 +123,7 @@ def _counting(onnx_file: Path) -> AbstractContextManager[None]:
     return reading(f"{onnx_file}, which should be the graph of a detector,", BundleError, "Export the bundle again.")
 
 
-class _Graph:
+class _OnnxShapes:
     """A detector's graph, loaded without the values of its weights."""
 
     def __init__(self, onnx_file: Path) -> None:

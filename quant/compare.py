@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from gfldeploy import demo
-from gfldeploy.bench.records import plain
 from gfldeploy.demo.dataset import generate
 from gfldeploy.files import read_json, write_json
 from gfldeploy.machine import describe_machine
 from gfldeploy.quant.ptq import ALGORITHMS
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs" / "gfl"

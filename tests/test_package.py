@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("paddle", "ppdet", "paddleslim", "paddle2onnx", "onnxruntime")
 COMMANDS = cli.list_commands(None)  # type: ignore[arg-type]  # the names do not depend on it
 # Written against Paddle's classes, and imported by code that has made sure of Paddle.
-PADDLE_AT_MODULE_LEVEL = {"gfldeploy.export.gfl_graph", "gfldeploy.demo.backbone"}
+PADDLE_AT_MODULE_LEVEL = {"gfldeploy.export.gfl_graph", "gfldeploy.export.demo_backbone"}
 
 
 def loaded_by(code: str, *, blocked: tuple[str, ...] = ()) -> set[str]:

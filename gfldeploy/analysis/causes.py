@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gfldeploy.analysis.passes import Arrangement, Pass
+from gfldeploy.analysis.sweep import Arrangement, Pass
 from gfldeploy.bench.estimates import median
 
 __all__ = ["PARTS", "PART_NAMES", "BatchAnalysis", "Cause", "Change", "Part", "analyze_passes", "sentences"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gfldeploy.accuracy import Accuracy, check_measurable, coco_accuracy, coco_results
-from gfldeploy.analysis.passes import arrangements, input_sizes
+from gfldeploy.analysis.sweep import arrangements, input_sizes
 from gfldeploy.batching.buckets import Order, group, padding
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, pairwise_iou

@@ -10,14 +10,14 @@ from typing import Any
 
 from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, sentences
 from gfldeploy.analysis.invariance import Invariance
-from gfldeploy.analysis.passes import Pass
-from gfldeploy.bench.records import plain
+from gfldeploy.analysis.sweep import Pass
 from gfldeploy.bench.report.plots import COLOURS, GREY, Plot
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import BundleIdentity, Peak, defined_ap
 from gfldeploy.engines.base import Precision
 from gfldeploy.files import write_json
 from gfldeploy.machine import Machine
+from gfldeploy.serialization import plain
 
 __all__ = ["SCHEMA", "Analysis", "told_invariance"]
 

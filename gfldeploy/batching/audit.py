@@ -16,7 +16,7 @@ from gfldeploy.images.headers import image_size
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import BYTES
 
-__all__ = ["Audit", "LeftOut", "Row", "Survey", "audit", "survey"]
+__all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit", "survey"]
 
 _FEW_BUCKETS = (1, 2, 4, 8, 16)
 
@@ -45,7 +45,7 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Row:
+class AuditRow:
     """All batches of one batch size and order.
 
     `mixed`: how many of the `batches` hold both portrait and landscape images. `padding`: their pixels by those of the
@@ -73,7 +73,7 @@ class Audit:
 
     `sizes`: how many distinct sizes the network's inputs have at batch 1. `rounding`: their pixels by those of the
     resized images: what rounding up to the stride costs, and with a fixed input size the bars around the image. `macs`:
-    the mean of an image at batch 1. `limited`: the padding of bucketed batches, as in `Row`, by the number of buckets.
+    the mean of an image at batch 1. `limited`: padding of bucketed batches, as in `AuditRow`, by number of buckets.
     """
 
     images: int
@@ -81,7 +81,7 @@ class Audit:
     rounding: float
     macs: float | None
     limited: Mapping[int, float]
-    rows: tuple[Row, ...]
+    rows: tuple[AuditRow, ...]
 
 
 def survey(
@@ -155,10 +155,10 @@ def _row(
     largest: Group,
     macs: Mapping[Size, int] | None,
     activations: Mapping[Size, int] | None,
-) -> Row:
+) -> AuditRow:
     pixel_bytes = 3 * BYTES["fp32"]
     images = len(largest.indices)
-    return Row(
+    return AuditRow(
         batch_size=batch_size,
         order=order,
         batches=len(groups),

@@ -97,7 +97,7 @@ class _Item(Generic[In, Out]):
 
 
 @dataclass(frozen=True)
-class _Step(Generic[In, Out]):
+class _Decision(Generic[In, Out]):
     """What the batcher's thread does next: turn some away, and run a batch padded to `size`; either may be empty."""
 
     rejected: Sequence[_Item[In, Out]]
@@ -199,7 +199,7 @@ class DynamicBatcher(Generic[In, Out]):
             )  # fmt: skip
 
     def _work(self) -> None:
-        step: _Step[In, Out] | None = None
+        step: _Decision[In, Out] | None = None
         try:
             while (step := self._next()) is not None:
                 self._reject(step.rejected, step.reason)
@@ -217,7 +217,7 @@ class DynamicBatcher(Generic[In, Out]):
                 item.settle(error if isinstance(error, Exception) else _stopped(error))
             raise
 
-    def _next(self) -> _Step[In, Out] | None:
+    def _next(self) -> _Decision[In, Out] | None:
         """The next step, as soon as the policy has one; None when there will be none."""
         with self._changed:
             while True:
@@ -235,11 +235,11 @@ class DynamicBatcher(Generic[In, Out]):
                 if decision.run and decision.size is not None:
                     rejected, batch = self._take(decision.reject), self._take(decision.run)
                     self._count(batch, decision.size, now)
-                    return _Step(rejected, batch, decision.size)
+                    return _Decision(rejected, batch, decision.size)
                 if decision.reject:
-                    return _Step(self._take(decision.reject), ())
+                    return _Decision(self._take(decision.reject), ())
                 if decision.wake is None and self._closed:  # nothing else will arrive that it could wait for
-                    return _Step(self._take(list(self._waiting)), (), reason="closed")
+                    return _Decision(self._take(list(self._waiting)), (), reason="closed")
                 wake_s = _LONGEST_WAIT_S if decision.wake is None else decision.wake - now
                 self._changed.wait(min(max(wake_s, 0.0), _LONGEST_WAIT_S))
 

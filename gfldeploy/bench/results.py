@@ -9,13 +9,13 @@ from typing import Any, Literal, Self, get_args
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.records import build, check_schema, plain
 from gfldeploy.bench.timing import Samples, StopRule
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError
 from gfldeploy.files import read_json, write_json
 from gfldeploy.machine import Machine
+from gfldeploy.serialization import build, check_schema, plain
 
 __all__ = [
     "POLICIES",
@@ -189,8 +189,8 @@ class Serving:
 
     `requests`: images that arrived; `rejected`: of those, how many were turned away. `points`: what batches took before
     the first arrival, which the adaptive policy's latency model is fitted to. `most_kept`: how many answers within the
-    bound no policy could do better than, with batches of the cell's size at most: by `batching.play.most_kept`, if no
-    batch is faster than the fastest of the `points`.
+    bound no policy could do better than, with batches of the cell's size at most (`simulator.most_kept`), if no batch
+    is faster than the fastest of the `points`.
     """
 
     requests: int

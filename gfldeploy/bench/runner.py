@@ -17,18 +17,18 @@ from typing import Any, Literal
 import psutil
 
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.cost import work
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Cell, Plan, Skipped
 from gfldeploy.bench.monitor import wait_until_idle
-from gfldeploy.bench.records import build, plain
 from gfldeploy.bench.results import SCHEMA, BundleIdentity, CellResult, Peak, Settings, Work
-from gfldeploy.bench.work import work
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.errors import DataError, GfldeployError
 from gfldeploy.files import scratch_directory
+from gfldeploy.serialization import build, plain
 from gfldeploy.signals import child_environment
 
 __all__ = ["WORKER", "Data", "Limits", "Progress", "run_peak", "run_plan"]

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Size, area
 from gfldeploy.batching.latency import LatencyModel, Point
-from gfldeploy.batching.play import RealClock, VirtualClock, most_kept, play
 from gfldeploy.batching.policy import Adaptive, FixedWithTimeout, NoBatching, Policy, Request
+from gfldeploy.batching.simulator import RealClock, VirtualClock, most_kept, play
 from gfldeploy.bench.results import ServerPolicy, Serving
 from gfldeploy.bench.timing import Samples, warm_up
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["Served", "arrival_times", "fastest", "measure_points", "serve"]
+__all__ = ["ServerRun", "arrival_times", "fastest", "measure_points", "serve"]
 
 # A server that answers less than this share of what arrives is falling behind.
 _KEEPS_UP = 0.95
@@ -34,7 +34,7 @@ _POINT_TIMES, _POINT_S = 5, 1.0
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerRun:
     """A trace that was served.
 
     `shapes`, `padding_ratio`, `mixed_batches`: of the batches that were formed, as in `results.Run`.
@@ -61,7 +61,7 @@ def serve(
     arrivals: NDArray[np.float64],
     bound_ms: float,
     warmup: int = 2,
-) -> Served:
+) -> ServerRun:
     """Serve images as they arrive, in real time; they are taken in their order, over and over.
 
     Whenever the engine is free and something waits, the `policy` decides what runs, in a batch of `batch_size` at most,
@@ -104,7 +104,7 @@ def serve(
     served = len(played.latency_ms)
     pixels = sum(_pixels(shape) * count for shape, count in shapes.items())
     kept_up = served / wall_s >= _KEEPS_UP * len(trace) / float(arrivals[-1])
-    return Served(
+    return ServerRun(
         Samples(tuple(played.latency_ms), warmup_ms, batch_size, served, wall_s, kept_up),
         Serving(
             requests=len(trace),

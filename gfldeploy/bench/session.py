@@ -14,7 +14,6 @@ import psutil
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import STREAMS, Plan, plan
-from gfldeploy.bench.records import plain
 from gfldeploy.bench.results import POLICIES, BenchResults, DataDescription, Scenario, ServerPolicy, Settings
 from gfldeploy.bench.runner import Data, Limits, run_plan
 from gfldeploy.bundle import Bundle
@@ -25,6 +24,7 @@ from gfldeploy.errors import DataError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import Machine, describe_machine
+from gfldeploy.serialization import plain
 
 __all__ = ["BenchRequest", "PreparedBench", "about", "describe_data", "limits", "prepare", "run"]
 

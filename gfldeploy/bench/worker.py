@@ -33,10 +33,9 @@ from gfldeploy.bench.inputs import (
 )
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.monitor import Monitor
-from gfldeploy.bench.peak import measure_peak
-from gfldeploy.bench.records import build, plain
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
-from gfldeploy.bench.scenarios import Served, arrival_times, serve
+from gfldeploy.bench.roofline import measure_peak
+from gfldeploy.bench.scenarios import ServerRun, arrival_times, serve
 from gfldeploy.bench.stages import time_stages
 from gfldeploy.bench.timing import Samples, measure
 from gfldeploy.bundle import Bundle
@@ -56,6 +55,7 @@ from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import write_json, write_text
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
+from gfldeploy.serialization import build, plain
 from gfldeploy.signals import die_with_parent
 
 __all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest", "main"]
@@ -162,10 +162,10 @@ def _time(request: TimingRequest) -> Timed:
                 files = [[request.images[place] for place in batch.places] for batch in batches]
                 stages = time_stages(engine, files, bundle, settings)
         convolutions = _convolutions(engine, batches[0].tensor)
-        served = measured if isinstance(measured, Served) else None
+        served = measured if isinstance(measured, ServerRun) else None
         run = Run(
             started=started,
-            samples=measured.samples if isinstance(measured, Served) else measured,
+            samples=measured.samples if isinstance(measured, ServerRun) else measured,
             stages=stages,
             engine_version=engine.version,
             load_s=load_s,
@@ -210,7 +210,7 @@ def _measure(
     batches: Sequence[Batch],
     preprocess: Preprocess,
     settings: Settings,
-) -> Samples | Served:
+) -> Samples | ServerRun:
     if cell.rate is None or cell.policy is None or settings.latency_bound_ms is None:
         return measure(engine, [batch.tensor for batch in batches], settings.stop, settings.warmup)
     count = max(settings.min_count, math.ceil(cell.rate * settings.min_seconds))

@@ -9,11 +9,11 @@ import click
 
 from gfldeploy.analysis.causes import PARTS, analyze_passes
 from gfldeploy.analysis.invariance import Invariance, measure_invariance
-from gfldeploy.analysis.passes import arrangements, measure_passes
 from gfldeploy.analysis.record import Analysis
+from gfldeploy.analysis.sweep import arrangements, measure_passes
+from gfldeploy.bench.cost import work
 from gfldeploy.bench.results import BundleIdentity
 from gfldeploy.bench.runner import run_peak
-from gfldeploy.bench.work import work
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import progress_bars, stages
 from gfldeploy.cli.options import DIRECTORY, FILE, PATH, CommaSeparated, WholeNumber, bundle_argument, engine_options

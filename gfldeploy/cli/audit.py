@@ -19,7 +19,7 @@ from gfldeploy.errors import BundleError, UnsupportedError
 from gfldeploy.images.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from gfldeploy.batching.audit import Audit, Row, Survey
+    from gfldeploy.batching.audit import Audit, AuditRow, Survey
 
 __all__ = ["command"]
 
@@ -182,7 +182,7 @@ def _show(result: Audit) -> None:
     click.echo(f"input: of the largest batch, and of the mean one{memory}\n")
 
 
-def _cells(row: Row) -> Iterator[str]:
+def _cells(row: AuditRow) -> Iterator[str]:
     count, height, width = row.largest
     yield f"{row.padding:.3f}x"
     yield "" if row.macs is None else _gmac(row.macs)

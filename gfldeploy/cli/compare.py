@@ -38,8 +38,8 @@ def command(
     Packages and drivers may differ, and are listed where they do.
     """
     from gfldeploy.bench.compare import compare
-    from gfldeploy.bench.records import plain
     from gfldeploy.bench.results import BenchResults
+    from gfldeploy.serialization import plain
 
     found = compare(BenchResults.read(a), BenchResults.read(b), different_machines, different_data)
     if as_json:

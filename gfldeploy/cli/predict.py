@@ -20,7 +20,7 @@ from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
     from gfldeploy.images.coco import CocoDataset
-    from gfldeploy.predict.choice import Choice
+    from gfldeploy.predict.engine_selection import Choice
     from gfldeploy.predict.outputs import Summary
 
 __all__ = ["command"]
@@ -105,8 +105,8 @@ def command(
     """
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    from gfldeploy.predict.choice import choose
     from gfldeploy.predict.draw import drawing_notes
+    from gfldeploy.predict.engine_selection import choose
     from gfldeploy.predict.session import PredictRequest, predict
     from gfldeploy.predict.sources import is_video
 

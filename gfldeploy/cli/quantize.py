@@ -21,7 +21,7 @@ from gfldeploy.cli.options import (
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.quant.distill import DEFAULT_STEPS
 from gfldeploy.quant.fallback import MOST_FLOAT_MACS
-from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, Limits
+from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, GateLimits
 from gfldeploy.quant.ptq import ALGORITHMS, AUTO
 from gfldeploy.quant.quantizer import METHODS, Method, QuantizeRequest, quantize_bundle
 from gfldeploy.quant.samples import DEFAULT_SAMPLES, calibration_images
@@ -141,7 +141,7 @@ def command(
                 distill_steps=distill_steps or DEFAULT_STEPS,
                 evaluation=CocoDataset.load(eval_data, eval_images, eval_limit) if eval_data else None,
                 annotations=eval_data,
-                limits=Limits(
+                limits=GateLimits(
                     DEFAULT_MAX_DROP if max_drop is None else max_drop,
                     DEFAULT_MIN_AGREEMENT if min_agreement is None else min_agreement,
                 ),

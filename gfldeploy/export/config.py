@@ -324,10 +324,9 @@ def _workspace() -> Any:
     """`ppdet.core.workspace` with every module registered, the demo's backbone among them."""
     require("paddle", "paddle", "export")
     require("ppdet", "export", "export")
-    from gfldeploy.demo import register_backbone
-
     with quiet():
-        register_backbone()
+        import gfldeploy.export.demo_backbone  # noqa: F401  # the import registers it
+
     return require("ppdet.core.workspace", "export", "export")
 
 

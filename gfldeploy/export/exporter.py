@@ -145,7 +145,7 @@ def _export(
         if request.with_nms:
             report("comparing PaddleDetection's graph with its own forward pass")
             parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
-        halves: list[parity.Comparison] = []
+        halves: list[parity.GraphComparison] = []
         if manifest.left_out.get("onnx"):
             manifest = replace(manifest, left_out={**manifest.left_out, "onnx_fp16": "it is made of the ONNX graph"})
         else:
@@ -287,7 +287,7 @@ def _outputs(request: ExportRequest, candidates: int | None, channels: int) -> t
 
 def _write_half(
     bundle: Bundle, images: Sequence[NDArray[np.float32]], references: Sequence[parity.Outputs], threads: int
-) -> list[parity.Comparison]:
+) -> list[parity.GraphComparison]:
     """Write the bundle's FP16 file from its FP32 one. Raises `EngineError` or `ParityError` where it cannot be used."""
     half.write_half_onnx(bundle.graph("onnx")[0], bundle.graph("onnx_fp16")[0])
     with open_graph(bundle, "onnx_fp16", threads) as engine:
@@ -345,7 +345,7 @@ def _compare(
     references: Sequence[parity.Outputs],
     threads: int,
     report: Callable[[str], None],
-) -> list[parity.Comparison]:
+) -> list[parity.GraphComparison]:
     """A graph in every engine that is here and runs it on CPUs. Raises `EngineError` or `ParityError`."""
     report(f"comparing the {graph} graph with the eager model")
     engines = [open_graph(bundle, graph, threads)]

@@ -24,7 +24,7 @@ from gfldeploy.images.preprocess import Preprocess
 
 __all__ = [
     "TOLERANCE",
-    "Comparison",
+    "GraphComparison",
     "Outputs",
     "Tolerance",
     "check",
@@ -74,7 +74,7 @@ Outputs = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class GraphComparison:
     """Largest absolute differences of one graph in one engine from the reference, for one input shape.
 
     Where a graph chooses its candidates, those that both have are compared; one that is left out, although it scores
@@ -173,7 +173,7 @@ def _within(score: float, box_px: float) -> Tolerance:
     return Tolerance(score, box_px)
 
 
-def compare(graph: GraphName, engine: Engine, images: NDArray[np.float32], reference: Outputs) -> Comparison:
+def compare(graph: GraphName, engine: Engine, images: NDArray[np.float32], reference: Outputs) -> GraphComparison:
     """Run `images` [N, 3, H, W] and measure the largest differences.
 
     Raises `ParityError` for NaN, other shapes, or candidates that are not as many as can be in the order of anchors.
@@ -193,11 +193,11 @@ def compare(graph: GraphName, engine: Engine, images: NDArray[np.float32], refer
         if not np.isfinite(actual).all():
             raise ParityError(f"{where} gives NaN or infinite {name}", "Please report this with your config.")
     differences = [_differences(outputs, reference, image, where) for image in range(batch)]
-    return Comparison(graph, engine.name, batch, height, width, *(max(column) for column in zip(*differences)))  # noqa: B905
+    return GraphComparison(graph, engine.name, batch, height, width, *(max(column) for column in zip(*differences)))  # noqa: B905
 
 
 def _differences(outputs: Outputs, reference: Outputs, image: int, where: str) -> tuple[float, float]:
-    """Of scores and boxes of one image of the batch; see `Comparison`."""
+    """Of scores and boxes of one image of the batch; see `GraphComparison`."""
     ours, theirs = anchors_of(outputs, image), anchors_of(reference, image)
     there = ours[ours >= 0]
     if len(there) != min(len(ours), int((theirs >= 0).sum())) or (np.diff(there) <= 0).any():
@@ -220,11 +220,11 @@ def _beyond(left_out: NDArray[np.float32], chosen: NDArray[np.float32]) -> float
     return float(left_out.max() - chosen.min()) if len(left_out) else 0.0
 
 
-def exceeds(found: Comparison, allowed: Tolerance) -> bool:
+def exceeds(found: GraphComparison, allowed: Tolerance) -> bool:
     return found.max_score_difference > allowed.score or found.max_box_difference_px > allowed.box_px
 
 
-def check(comparisons: Sequence[Comparison], allowed: Tolerance = TOLERANCE) -> None:
+def check(comparisons: Sequence[GraphComparison], allowed: Tolerance = TOLERANCE) -> None:
     """Raise `ParityError` if any comparison exceeds what is allowed."""
     for found in comparisons:
         if exceeds(found, allowed):

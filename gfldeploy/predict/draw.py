@@ -20,8 +20,8 @@ from gfldeploy.images.decode import load_cv2, read_image
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.predict.fonts import missing_glyphs, runs
 from gfldeploy.predict.outputs import read_records
+from gfldeploy.predict.resume import Record
 from gfldeploy.predict.sources import video_frames, video_rate
-from gfldeploy.predict.working import Record
 
 __all__ = ["colour", "draw_all", "draw_boxes", "drawing_notes"]
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
-from gfldeploy.predict.working import Record
+from gfldeploy.predict.resume import Record
 
 __all__ = ["COCO", "DEFAULT_THRESHOLD", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
 

@@ -18,12 +18,12 @@ from gfldeploy.errors import DataError, OutputError
 from gfldeploy.files import Unfinished, check_target, files_below, publish, unfinished_beside, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.choice import Choice
 from gfldeploy.predict.draw import draw_all
+from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, Summary, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
+from gfldeploy.predict.resume import WorkingFile
 from gfldeploy.predict.sources import picture_sizes, pictures
-from gfldeploy.predict.working import WorkingFile
 from gfldeploy.signals import check_interrupted, hold_interrupts
 
 __all__ = ["NOTE", "PICTURES", "PredictRequest", "predict"]

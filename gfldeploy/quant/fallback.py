@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from gfldeploy.errors import GfldeployError, ParityError
-from gfldeploy.quant.gate import Measured
+from gfldeploy.quant.gate import Int8Measurement
 from gfldeploy.quant.sensitivity import Sensitivity
 
-__all__ = ["MOST_FLOAT_MACS", "Step", "affordable", "fall_back", "fewest", "not_held"]
+__all__ = ["MOST_FLOAT_MACS", "FallbackStep", "affordable", "fall_back", "fewest", "not_held"]
 
 # A network that mostly runs in float is not the INT8 one that was asked for, nor as fast.
 MOST_FLOAT_MACS = 0.5
 
 
 @dataclass(frozen=True)
-class Step:
+class FallbackStep:
     """One try: the `groups` that were put back to float, what was then measured by engine, and why that does not do.
 
     `problem`: None if the gate holds. `engines` is empty if nothing could be measured.
     """
 
     groups: tuple[Sensitivity, ...]
-    engines: Mapping[str, Measured]
+    engines: Mapping[str, Int8Measurement]
     problem: GfldeployError | None
 
     @property
@@ -86,10 +86,10 @@ def fewest(most: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def fall_back(
-    groups: Sequence[Sensitivity], attempt: Callable[[tuple[Sensitivity, ...]], Step]
-) -> tuple[tuple[Step, ...], Step | None]:
+    groups: Sequence[Sensitivity], attempt: Callable[[tuple[Sensitivity, ...]], FallbackStep]
+) -> tuple[tuple[FallbackStep, ...], FallbackStep | None]:
     """Every step in the order tried, and the one with the fewest of `groups` (see `affordable`) that holds, or None."""
-    steps: dict[int, Step] = {}
+    steps: dict[int, FallbackStep] = {}
 
     def holds(count: int) -> bool:
         steps[count] = attempt(tuple(groups[:count]))
@@ -99,7 +99,7 @@ def fall_back(
     return tuple(steps.values()), None if found is None else steps[found]
 
 
-def not_held(problem: GfldeployError, steps: Sequence[Step]) -> ParityError:
+def not_held(problem: GfldeployError, steps: Sequence[FallbackStep]) -> ParityError:
     """What to raise when no step holds. `problem`: the gate's before any of them."""
     if not steps:
         return ParityError(

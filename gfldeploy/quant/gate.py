@@ -19,8 +19,8 @@ __all__ = [
     "MIN_INT8_SHARE",
     "SIMULATED_TENSORRT",
     "Candidate",
-    "Limits",
-    "Measured",
+    "GateLimits",
+    "Int8Measurement",
     "best",
     "failure",
     "unjudgeable",
@@ -38,7 +38,7 @@ _REMEDY = "Try another --algo (auto tries several), more --samples, or calibrati
 
 
 @dataclass(frozen=True)
-class Limits:
+class GateLimits:
     """What INT8 may lose and still be published.
 
     Where there are labels, `max_drop` counts: in mAP, absolute, in any engine.
@@ -56,7 +56,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Int8Measurement:
     """One INT8 engine against FP32: on calibration images, and, where there are labels, on evaluation images.
 
     The TensorRT file's, `SIMULATED_TENSORRT`, is what ONNX Runtime makes of it on the CPU.
@@ -71,7 +71,7 @@ class Candidate:
     """What one algorithm came to: what was measured, by engine, or why it failed."""
 
     algorithm: str
-    engines: Mapping[str, Measured]
+    engines: Mapping[str, Int8Measurement]
     error: GfldeployError | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Candidate:
 
 
 def failure(
-    engines: Mapping[str, Measured], fp32: Accuracy | None, limits: Limits, kept: int = 0
+    engines: Mapping[str, Int8Measurement], fp32: Accuracy | None, limits: GateLimits, kept: int = 0
 ) -> GfldeployError | None:
     """The first reason not to publish, for the engine in which it is worst; None if there is none.
 
@@ -105,7 +105,7 @@ def failure(
     )
 
 
-def unjudgeable(detections: int, fp32: Accuracy | None, limits: Limits) -> GfldeployError | None:
+def unjudgeable(detections: int, fp32: Accuracy | None, limits: GateLimits) -> GfldeployError | None:
     """Why FP32 alone shows, before any calibration, that the images cannot tell a good INT8 from a bad one, or None.
 
     `detections`: how many FP32 has on the calibration images that will be compared. `fp32`: as in `failure`.
@@ -126,7 +126,7 @@ def unjudgeable(detections: int, fp32: Accuracy | None, limits: Limits) -> Gflde
     )
 
 
-def best(candidates: Sequence[Candidate], fp32: Accuracy | None, limits: Limits, kept: int = 0) -> Candidate:
+def best(candidates: Sequence[Candidate], fp32: Accuracy | None, limits: GateLimits, kept: int = 0) -> Candidate:
     """The candidate whose worse engine is the best: one that may be published before one that may not.
 
     By mAP if there are labels, else by the share of detections found again, then by the mean score difference. Of
@@ -147,7 +147,7 @@ def best(candidates: Sequence[Candidate], fp32: Accuracy | None, limits: Limits,
     return max(alive, key=rank)
 
 
-def _not_int8(engines: Mapping[str, Measured], kept: int) -> EngineError | None:
+def _not_int8(engines: Mapping[str, Int8Measurement], kept: int) -> EngineError | None:
     for name, one in engines.items():
         ran = one.agreement.convolutions  # empty where the engine cannot tell
         wanted = sum(ran.values()) - kept
@@ -162,7 +162,7 @@ def _not_int8(engines: Mapping[str, Measured], kept: int) -> EngineError | None:
     return None
 
 
-def _drop(engines: Mapping[str, Measured], fp32: Accuracy, limits: Limits) -> ParityError | None:
+def _drop(engines: Mapping[str, Int8Measurement], fp32: Accuracy, limits: GateLimits) -> ParityError | None:
     accuracies = {name: one.accuracy for name, one in engines.items() if one.accuracy is not None}
     if len(accuracies) < len(engines):
         raise ValueError("the accuracy was measured in FP32 but not in every INT8 engine")
@@ -177,7 +177,7 @@ def _drop(engines: Mapping[str, Measured], fp32: Accuracy, limits: Limits) -> Pa
     )
 
 
-def _lost_agreement(engines: Mapping[str, Measured], limits: Limits) -> ParityError | None:
+def _lost_agreement(engines: Mapping[str, Int8Measurement], limits: GateLimits) -> ParityError | None:
     name, worst = min(engines.items(), key=lambda item: item[1].agreement.detections_found)
     if worst.agreement.detections_found >= limits.min_agreement:
         return None

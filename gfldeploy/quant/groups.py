@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from gfldeploy.errors import DataError
 from gfldeploy.quant.calibration import ConvUse
 
-__all__ = ["Group", "groups", "match"]
+__all__ = ["ConvGroup", "groups", "match"]
 
 _TOWERS = ["head", "conv_feat"]
 # The number of a convolution in its tower: `fcos_head_cls_tower_conv_3`.
@@ -20,14 +20,14 @@ _LEVEL = re.compile(r"\[\d+\]$")
 
 
 @dataclass(frozen=True)
-class Group:
+class ConvGroup:
     """Uses of convolutions that belong together, and what the part of the detector is called."""
 
     name: str
     uses: tuple[ConvUse, ...]
 
 
-def groups(layers: Mapping[str, str], uses: Iterable[ConvUse]) -> tuple[Group, ...]:
+def groups(layers: Mapping[str, str], uses: Iterable[ConvUse]) -> tuple[ConvGroup, ...]:
     """Group `uses`, in their order. `layers`: layer path by weight name, see `Bundle.layers`.
 
     Backbone and neck by the first two parts of the path (`backbone.res4`), and so the head's other parts; its towers
@@ -41,7 +41,7 @@ def groups(layers: Mapping[str, str], uses: Iterable[ConvUse]) -> tuple[Group, .
     for use in listed:
         path = layers.get(use.weight, use.weight)
         found.setdefault(_group_of(path, use.use, counts[use.weight] > 1), []).append(use)
-    return tuple(Group(name, tuple(members)) for name, members in found.items())
+    return tuple(ConvGroup(name, tuple(members)) for name, members in found.items())
 
 
 def match(layers: Mapping[str, str], uses: Iterable[ConvUse], patterns: Iterable[str]) -> frozenset[ConvUse]:

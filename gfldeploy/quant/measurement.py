@@ -18,9 +18,9 @@ from gfldeploy.engines.registry import capability, open_engine
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.quant.agreement import Reference, agreement
-from gfldeploy.quant.gate import SIMULATED_TENSORRT, Measured
+from gfldeploy.quant.gate import SIMULATED_TENSORRT, Int8Measurement
 
-__all__ = ["SimulatedTensorRT", "Yardstick", "int8_engines"]
+__all__ = ["Fp32Reference", "SimulatedTensorRT", "int8_engines"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -30,7 +30,7 @@ def int8_engines() -> tuple[str, ...]:
     return ("onnxruntime", "paddle", *(("openvino",) if capability("openvino", "int8", "cpu").works else ()))
 
 
-class Yardstick:
+class Fp32Reference:
     """What FP32 in ONNX Runtime gives, and how far an INT8 bundle is from it.
 
     `images`: names of the images that are compared; `batches` [1, 3, H, W] and `references`: each of them as the
@@ -80,7 +80,7 @@ class Yardstick:
 
     def measure(
         self, bundle: Bundle, label: str, progress: Progress = lambda label, done, total: None
-    ) -> dict[str, Measured]:
+    ) -> dict[str, Int8Measurement]:
         """Run the INT8 `bundle` in every engine and, simulated, as TensorRT reads it. `label`: what progress calls it.
 
         Raises `EngineError`, and `ParityError` for NaN.
@@ -98,13 +98,13 @@ class Yardstick:
             found[SIMULATED_TENSORRT] = self._measured(engine, SIMULATED_TENSORRT, label, progress)
         return found
 
-    def _measured(self, engine: Engine, name: str, label: str, progress: Progress) -> Measured:
+    def _measured(self, engine: Engine, name: str, label: str, progress: Progress) -> Int8Measurement:
         outputs = (engine.infer({"image": batch}) for batch in self.batches)
         agreed = agreement(self.references, outputs, self._source.manifest.nms)
         accuracy = None
         if self._dataset is not None:
             accuracy = _accuracy(engine, self._source, self._dataset, f"mAP of {label} in {name}", progress)
-        return Measured(agreed, accuracy)
+        return Int8Measurement(agreed, accuracy)
 
 
 class SimulatedTensorRT(OnnxRuntimeEngine):

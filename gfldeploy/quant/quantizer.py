@@ -19,15 +19,15 @@ from gfldeploy.images.decode import read_image
 from gfldeploy.quant.artefacts import Quantized
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
 from gfldeploy.quant.distill import DEFAULT_STEPS, Distilled, run_distill
-from gfldeploy.quant.gate import Candidate, Limits, best, unjudgeable
+from gfldeploy.quant.evaluation import EvaluatedBundle, Evaluator
+from gfldeploy.quant.gate import Candidate, GateLimits, best, unjudgeable
 from gfldeploy.quant.groups import match
-from gfldeploy.quant.measurement import Yardstick, int8_engines
+from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.observer import observe_outputs
 from gfldeploy.quant.ptq import algorithms_of, run_ptq
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
 from gfldeploy.quant.samples import digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares, sensitivity_record
-from gfldeploy.quant.trials import Trial, Workbench
 
 __all__ = ["METHODS", "Method", "QuantizeRequest", "quantize_bundle"]
 
@@ -62,7 +62,7 @@ class QuantizeRequest:
     distill_steps: int = DEFAULT_STEPS
     evaluation: CocoDataset | None = None
     annotations: Path | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: GateLimits = field(default_factory=GateLimits)
     keep_float: tuple[str, ...] = ()
     fallback: bool = True
     sensitivity: bool = False
@@ -105,13 +105,15 @@ def quantize_bundle(
     with write_bundle(request.output, force=request.force, need_bytes=need) as (directory, manifests):
         report("running FP32 on calibration images" if request.evaluation is None else "measuring FP32")
         compared = spread(request.images, _AGREEMENT_IMAGES)
-        yardstick = Yardstick.of(source, compared, request.evaluation, request.threads, progress)
-        if problem := unjudgeable(yardstick.detections, yardstick.accuracy, request.limits):
+        fp32_reference = Fp32Reference.of(source, compared, request.evaluation, request.threads, progress)
+        if problem := unjudgeable(fp32_reference.detections, fp32_reference.accuracy, request.limits):
             raise problem
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
-        bench = Workbench(source, yardstick, request.limits, directory / "work", request.threads, report, progress)
-        trials: dict[str, Trial] = {}
+        evaluator = Evaluator(
+            source, fp32_reference, request.limits, directory / "work", request.threads, report, progress
+        )
+        evaluated: dict[str, EvaluatedBundle] = {}
         candidates = []
 
         def attempt(
@@ -120,11 +122,11 @@ def quantize_bundle(
             try:
                 report(f"calibrating with PaddleSlim ({label})")
                 blank = Calibration(algorithm, calibrated_on, {})
-                program = bench.scratch / label / "program"
+                program = evaluator.scratch / label / "program"
                 quantized = _calibrate(weights, program, blank, request, observed, progress)
                 report(f"comparing {label} with FP32 in {', '.join(int8_engines())}, and its TensorRT file")
-                trials[label] = bench.trial(quantized, asked, label)
-                candidates.append(Candidate(label, trials[label].engines))
+                evaluated[label] = evaluator.evaluate(quantized, asked, label)
+                candidates.append(Candidate(label, evaluated[label].engines))
             except (EngineError, ParityError) as error:
                 report(f"{label} failed")
                 candidates.append(Candidate(label, {}, error))
@@ -133,28 +135,28 @@ def quantize_bundle(
         observed = _observe(source, request, progress)
         for algorithm in algorithms:
             attempt(algorithm, algorithm, source, observed)
-        chosen = best(candidates, yardstick.accuracy, request.limits, len(asked))
+        chosen = best(candidates, fp32_reference.accuracy, request.limits, len(asked))
         distilled: Distilled | None = None
         if request.method == "distill":
-            start = trials[chosen.algorithm].quantized.calibration
+            start = evaluated[chosen.algorithm].quantized.calibration
             report(f"distilling FP32 into weights for INT8, {request.distill_steps} steps from {chosen.algorithm}")
-            distilled = _distil(source, start, bench.scratch / _DISTILLED, request, progress)
+            distilled = _distil(source, start, evaluator.scratch / _DISTILLED, request, progress)
             observed = _observe(distilled.bundle, request, progress)
             attempt(f"{chosen.algorithm}, {_DISTILLED}", start.algorithm, distilled.bundle, observed)
-            chosen = best(candidates, yardstick.accuracy, request.limits, len(asked))
-        outcome = bench.settle(trials[chosen.algorithm], request.fallback, request.sensitivity)
-        record = parity_record(outcome, yardstick, request.limits, bench.speeds(outcome.trial))
+            chosen = best(candidates, fp32_reference.accuracy, request.limits, len(asked))
+        evaluation = evaluator.settle(evaluated[chosen.algorithm], request.fallback, request.sensitivity)
+        record = parity_record(evaluation, fp32_reference, request.limits, evaluator.speeds(evaluation.evaluated))
         if request.evaluation is not None:
             record["evaluation"] = evaluation_record(request.annotations, evaluated_on)
         if len(candidates) > 1:
             record["algorithms"] = algorithms_record(candidates, chosen)
         if distilled is not None:
             record["distillation"] = distilled.to_dict()
-        if outcome.ranked:
-            write_json(directory / "sensitivity.json", sensitivity_record(outcome.ranked, yardstick.images))
-        for path in outcome.trial.bundle.directory.iterdir():
+        if evaluation.ranked:
+            write_json(directory / "sensitivity.json", sensitivity_record(evaluation.ranked, fp32_reference.images))
+        for path in evaluation.evaluated.bundle.directory.iterdir():
             path.rename(directory / path.name)
-        shutil.rmtree(bench.scratch)
+        shutil.rmtree(evaluator.scratch)
         write_json(directory / "parity.json", record)
         for name in _COPIED:
             shutil.copyfile(source.directory / name, directory / name)

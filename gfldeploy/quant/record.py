@@ -10,11 +10,11 @@ from typing import Any
 from gfldeploy import __version__
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.quant.artefacts import GRAPHS
-from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, Limits
+from gfldeploy.quant.evaluation import Evaluation
+from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits
 from gfldeploy.quant.groups import groups
-from gfldeploy.quant.measurement import Yardstick
+from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.speed import Speed
-from gfldeploy.quant.trials import Outcome
 
 __all__ = ["algorithms_record", "int8_manifest", "parity_record"]
 
@@ -45,27 +45,29 @@ def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> 
     )
 
 
-def parity_record(outcome: Outcome, yardstick: Yardstick, limits: Limits, speeds: Sequence[Speed]) -> dict[str, Any]:
+def parity_record(
+    evaluation: Evaluation, fp32_reference: Fp32Reference, limits: GateLimits, speeds: Sequence[Speed]
+) -> dict[str, Any]:
     """What `parity.json` says of every INT8 bundle: what was measured of it, what stays in float and why, how fast."""
-    trial, fp32 = outcome.trial, yardstick.accuracy
+    evaluated, fp32 = evaluation.evaluated, fp32_reference.accuracy
     data: dict[str, Any] = {
         "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
-        "images": list(yardstick.images),
+        "images": list(fp32_reference.images),
         "limits": asdict(limits),
         "engines": {
             name: one.agreement.to_dict() | ({"note": _NOTES[name]} if name in _NOTES else {})
-            for name, one in trial.engines.items()
+            for name, one in evaluated.engines.items()
         },
     }
     if fp32 is not None:
         data["accuracy"] = {
             "fp32": fp32.to_dict(),
-            "engines": {name: one.accuracy.to_dict() for name, one in trial.engines.items() if one.accuracy},
+            "engines": {name: one.accuracy.to_dict() for name, one in evaluated.engines.items() if one.accuracy},
         }
-    if trial.kept:
-        data["kept_float"] = _kept_float(outcome)
-    if outcome.steps:
-        data["fallback"] = _fallback(outcome, speeds)
+    if evaluated.kept:
+        data["kept_float"] = _kept_float(evaluation)
+    if evaluation.steps:
+        data["fallback"] = _fallback(evaluation, speeds)
     data["speed"] = {speed.engine: speed.to_dict() for speed in speeds}
     return data
 
@@ -75,11 +77,11 @@ def algorithms_record(candidates: Sequence[Candidate], chosen: Candidate) -> dic
     return {"chosen": chosen.algorithm, "tried": [one.to_dict() for one in candidates]}
 
 
-def _kept_float(outcome: Outcome) -> list[dict[str, Any]]:
+def _kept_float(evaluation: Evaluation) -> list[dict[str, Any]]:
     """By name and why: the layers that were asked for, then the groups that went back to float."""
-    quantized = outcome.trial.quantized
+    quantized = evaluation.evaluated.quantized
     layers, uses = quantized.source.layers(), quantized.calibration.uses
-    asked = outcome.trial.kept.difference(*(group.uses for group in outcome.groups))
+    asked = evaluation.evaluated.kept.difference(*(group.uses for group in evaluation.groups))
     # A convolution that pyramid levels share is only named as a whole if all of its uses were asked for.
     part_of = {use: group.name for group in groups(layers, uses) for use in group.uses}
     in_part = {use.weight for use in uses if use not in asked}
@@ -87,13 +89,13 @@ def _kept_float(outcome: Outcome) -> list[dict[str, Any]]:
         part_of[use] if use.weight in in_part else layers.get(use.weight, use.weight) for use in sorted(asked)
     )
     return [{"name": name, "convolutions": count, "why": "asked for"} for name, count in names.items()] + [
-        {"name": one.name, "convolutions": one.convolutions, "why": "to hold the gate"} for one in outcome.groups
+        {"name": one.name, "convolutions": one.convolutions, "why": "to hold the gate"} for one in evaluation.groups
     ]
 
 
-def _fallback(outcome: Outcome, speeds: Sequence[Speed]) -> dict[str, Any]:
+def _fallback(evaluation: Evaluation, speeds: Sequence[Speed]) -> dict[str, Any]:
     """What failed first, what was tried then, and what it cost: an image's milliseconds before and after."""
-    before, *steps = outcome.steps
+    before, *steps = evaluation.steps
     return {
         "before": before.to_dict(),
         "steps": [step.to_dict() for step in steps],

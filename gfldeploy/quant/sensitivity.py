@@ -21,8 +21,8 @@ from gfldeploy.engines.registry import open_engine
 from gfldeploy.macs import convolution_macs
 from gfldeploy.quant.agreement import Reference, check_finite
 from gfldeploy.quant.calibration import Calibration, ConvUse
-from gfldeploy.quant.groups import Group
-from gfldeploy.quant.measurement import Yardstick
+from gfldeploy.quant.groups import ConvGroup
+from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.qdq import write_qdq_onnx
 
 __all__ = [
@@ -120,13 +120,13 @@ def macs_shares(source: Bundle) -> dict[ConvUse, float]:
 def measure_sensitivity(
     source: Bundle,
     calibration: Calibration,
-    groups: Iterable[Group],
-    yardstick: Yardstick,
+    groups: Iterable[ConvGroup],
+    fp32_reference: Fp32Reference,
     scratch: Path,
     threads: int,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> tuple[Sensitivity, ...]:
-    """Rank the groups, the most sensitive first, in ONNX Runtime on the images that `yardstick` compares.
+    """Rank the groups, the most sensitive first, in ONNX Runtime on the images that `fp32_reference` compares.
 
     What `calibration` keeps in float stays there and belongs to no group any more. `scratch`: a directory for one ONNX
     file at a time. Raises `EngineError`, `ParityError`.
@@ -145,7 +145,7 @@ def measure_sensitivity(
             ) as engine:
                 moved = [
                     output_difference(reference, engine.infer({"image": batch}))
-                    for reference, batch in zip(yardstick.references, yardstick.batches, strict=True)
+                    for reference, batch in zip(fp32_reference.references, fp32_reference.batches, strict=True)
                 ]
         scores, boxes = np.mean(moved, axis=0).tolist()
         found.append(Sensitivity(name, uses, sum(shares[use] for use in uses), scores, boxes))

@@ -79,7 +79,10 @@ def check_tensorrt(model: Any) -> list[str]:
 
     An empty list says that no rule known here is broken, not that an engine was built.
     """
-    return [*_check_model(model), *(problem for node in model.graph.node for problem in _Node(model, node).problems())]
+    return [
+        *_check_model(model),
+        *(problem for node in model.graph.node for problem in _QdqNode(model, node).problems()),
+    ]
 
 
 def _check_model(model: Any) -> Iterator[str]:
@@ -98,7 +101,7 @@ def _check_model(model: Any) -> Iterator[str]:
                 yield f"dimension {index} of input {value.name} is free: only batch, height and width may be"
 
 
-class _Node:
+class _QdqNode:
     """One node and what it reads."""
 
     def __init__(self, model: Any, node: Any) -> None:

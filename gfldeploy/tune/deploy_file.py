@@ -24,13 +24,13 @@ from typing import Any, Self
 
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.records import build, check_schema, plain
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.files import write_text
 from gfldeploy.machine import Machine
+from gfldeploy.serialization import build, check_schema, plain
 from gfldeploy.tune.knee import Knee
 from gfldeploy.tune.search import Bounds, Policy
 

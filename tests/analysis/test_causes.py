@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from gfldeploy.analysis.causes import BatchAnalysis, Change, analyze_passes, sentences
-from gfldeploy.analysis.passes import Arrangement, Pass, arrangements
+from gfldeploy.analysis.sweep import Arrangement, Pass, arrangements
 
 NOISE = (0.99, 1.0, 1.01)
 

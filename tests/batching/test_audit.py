@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from gfldeploy.batching.audit import Audit, Row, Survey, audit, survey
+from gfldeploy.batching.audit import Audit, AuditRow, Survey, audit, survey
 from gfldeploy.batching.buckets import ORDERS, Order, Size, area
 from gfldeploy.errors import DataError
 from gfldeploy.images.preprocess import Preprocess
@@ -22,7 +22,7 @@ def of(*sizes: Size) -> Survey:
     return Survey((Path(),) * len(sizes), sizes, sizes, sizes, ())
 
 
-def row(found: Audit, batch_size: int, order: Order) -> Row:
+def row(found: Audit, batch_size: int, order: Order) -> AuditRow:
     (one,) = (one for one in found.rows if (one.batch_size, one.order) == (batch_size, order))
     return one
 
@@ -41,7 +41,7 @@ def test_both_orientations_cost_half_as_much_again() -> None:
         activations=lambda sizes: {size: 39 * area(size) for size in sizes},
     )
     listed = row(found, 2, "listed")
-    assert listed == Row(
+    assert listed == AuditRow(
         batch_size=2,
         order="listed",
         batches=1,

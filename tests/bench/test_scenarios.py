@@ -10,7 +10,7 @@ import pytest
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.inputs import prepare_images
 from gfldeploy.bench.results import ServerPolicy
-from gfldeploy.bench.scenarios import Served, arrival_times, fastest, measure_points, serve
+from gfldeploy.bench.scenarios import ServerRun, arrival_times, fastest, measure_points, serve
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import open_engine
@@ -37,7 +37,7 @@ def images(preprocess: Preprocess, tiny_coco: Path) -> list[Prepared]:
     return prepare_images(sorted((tiny_coco.parent / "images").iterdir()), preprocess)
 
 
-def shapes(served: Served) -> list[tuple[int, tuple[int, int], int]]:
+def shapes(served: ServerRun) -> list[tuple[int, tuple[int, int], int]]:
     """Images, size and number of the batches."""
     found = []
     for shape, count in served.shapes.items():

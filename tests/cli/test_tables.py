@@ -16,8 +16,8 @@ from sample_deploy import DEPLOY
 from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
 
 from gfldeploy.analysis.causes import analyze_passes
-from gfldeploy.analysis.passes import Arrangement, Pass
 from gfldeploy.analysis.record import Analysis
+from gfldeploy.analysis.sweep import Arrangement, Pass
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.results import BenchResults, BundleIdentity, Serving, Stages
 from gfldeploy.bench.timing import Samples

@@ -74,8 +74,8 @@ def test_importing_the_demo_loads_nothing_heavy() -> None:
 _BUILD = """
 import json, sys
 import numpy as np, paddle
+import gfldeploy.export.demo_backbone
 from gfldeploy import demo
-demo.register_backbone(); demo.register_backbone()
 from ppdet.core.workspace import create, load_config
 config = load_config(str(demo.config_path()))
 model = create(config.architecture)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import ClosesOnExit, Engine, EngineOptions, Tensors
 from gfldeploy.errors import ParityError
-from gfldeploy.export.parity import Comparison, Outputs, compare, parity_shapes
+from gfldeploy.export.parity import GraphComparison, Outputs, compare, parity_shapes
 from gfldeploy.images.preprocess import Preprocess
 
 CELLS, CLASSES, CHOSEN = 12, 3, 5
@@ -51,7 +51,7 @@ def chosen(full: Outputs, count: int = CHOSEN) -> dict[str, NDArray[Any]]:
     }
 
 
-def compared(actual: Outputs, reference: Outputs) -> Comparison:
+def compared(actual: Outputs, reference: Outputs) -> GraphComparison:
     return compare("onnx", cast(Engine, Gives(actual)), IMAGES, reference)
 
 

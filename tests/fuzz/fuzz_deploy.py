@@ -16,7 +16,7 @@ from mutations import mutate_bytes, mutate_value
 from sample_deploy import DEPLOY
 
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.choice import choose
+from gfldeploy.predict.engine_selection import choose
 from gfldeploy.tune.deploy_file import Deploy
 
 _MACHINE = describe_machine()

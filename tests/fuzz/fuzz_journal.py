@@ -12,8 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from sample_results import OK, RUN
 
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.records import build, plain
 from gfldeploy.bench.results import CellResult, Run
+from gfldeploy.serialization import build, plain
 
 _QUESTION = {"schema": 1, "kind": "timing", "cell": {"engine": "onnxruntime"}, "round": 0}
 

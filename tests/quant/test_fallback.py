@@ -10,8 +10,8 @@ from gfldeploy.accuracy import Accuracy
 from gfldeploy.errors import EngineError, ParityError
 from gfldeploy.quant.agreement import Agreement
 from gfldeploy.quant.calibration import ConvUse
-from gfldeploy.quant.fallback import MOST_FLOAT_MACS, Step, affordable, fall_back, fewest, not_held
-from gfldeploy.quant.gate import Measured
+from gfldeploy.quant.fallback import MOST_FLOAT_MACS, FallbackStep, affordable, fall_back, fewest, not_held
+from gfldeploy.quant.gate import Int8Measurement
 from gfldeploy.quant.sensitivity import Sensitivity
 
 PROBLEM = ParityError("INT8 in paddle loses 0.2000 mAP", "Try another --algo.")
@@ -59,8 +59,8 @@ def test_at_most_half_of_the_work_goes_back() -> None:
 def test_every_step_is_recorded() -> None:
     ranked = tuple(group(name) for name in "abcde")
 
-    def attempt(chosen: tuple[Sensitivity, ...]) -> Step:
-        return Step(chosen, {}, None if len(chosen) >= 3 else PROBLEM)
+    def attempt(chosen: tuple[Sensitivity, ...]) -> FallbackStep:
+        return FallbackStep(chosen, {}, None if len(chosen) >= 3 else PROBLEM)
 
     steps, found = fall_back(ranked, attempt)
     assert [len(step.groups) for step in steps] == [1, 2, 4, 3]
@@ -71,10 +71,10 @@ def test_every_step_is_recorded() -> None:
 
 def test_a_step_tells_of_the_worst_engine() -> None:
     engines = {
-        name: Measured(Agreement(0.0, 0.0, 40, found, {"int8": 9}), Accuracy(ap, ap, ap, ap, ap, ap, 10, 100))
+        name: Int8Measurement(Agreement(0.0, 0.0, 40, found, {"int8": 9}), Accuracy(ap, ap, ap, ap, ap, ap, 10, 100))
         for name, found, ap in (("onnxruntime", 0.5, 0.7), ("paddle", 1.0, 0.6))
     }
-    step = Step((group("a", 0.1), group("b", 0.2)), engines, PROBLEM)
+    step = FallbackStep((group("a", 0.1), group("b", 0.2)), engines, PROBLEM)
     assert json.loads(json.dumps(step.to_dict())) == {
         "groups": ["a", "b"],
         "convolutions": 2,
@@ -84,13 +84,15 @@ def test_a_step_tells_of_the_worst_engine() -> None:
         "worst_ap": 0.6,
         "worst_detections_found": 0.5,
     }
-    empty = Step((), {}, None).to_dict()
+    empty = FallbackStep((), {}, None).to_dict()
     assert empty["holds"]
     assert empty["worst_ap"] is empty["worst_detections_found"] is empty["problem"] is None
 
 
 def test_what_is_said_when_nothing_holds() -> None:
-    steps = [Step((group("a", 0.1), group("b", 0.3)), {}, ParityError("INT8 in paddle loses 0.1000 mAP", "Try."))]
+    steps = [
+        FallbackStep((group("a", 0.1), group("b", 0.3)), {}, ParityError("INT8 in paddle loses 0.1000 mAP", "Try."))
+    ]
     told = not_held(PROBLEM, steps)
     assert "loses 0.1000 mAP, even with 2 groups back in float that have 40% of the multiply-accumulates" in str(told)
     assert told.remedy == "Try."

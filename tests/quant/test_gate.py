@@ -24,19 +24,19 @@ from gfldeploy.errors import DataError, EngineError, GfldeployError, ParityError
 from gfldeploy.files import sha256, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.inspection import int8_lines
-from gfldeploy.quant import quantizer, trials
+from gfldeploy.quant import evaluation, quantizer
 from gfldeploy.quant.agreement import Agreement
 from gfldeploy.quant.artefacts import GRAPHS, Quantized
 from gfldeploy.quant.calibration import ConvRanges, ConvUse, OutputRange
-from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, Limits, Measured, best, failure, unjudgeable
-from gfldeploy.quant.measurement import Yardstick
+from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement, best, failure, unjudgeable
+from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.ptq import ALGORITHMS, AUTO, UNUSABLE, algorithms_of
 from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import Sensitivity
 from gfldeploy.quant.speed import Speed
 
-LIMITS = Limits(max_drop=0.005, min_agreement=0.9)
+LIMITS = GateLimits(max_drop=0.005, min_agreement=0.9)
 
 
 def accuracy(ap: float) -> Accuracy:
@@ -45,12 +45,12 @@ def accuracy(ap: float) -> Accuracy:
 
 def measured(
     ap: float | None = None, found: float = 1.0, difference: float = 1e-3, ran: Mapping[str, int] | None = None
-) -> Measured:
+) -> Int8Measurement:
     ran = {"int8": 57} if ran is None else ran
-    return Measured(Agreement(difference, 0.1, 40, found, ran), None if ap is None else accuracy(ap))
+    return Int8Measurement(Agreement(difference, 0.1, 40, found, ran), None if ap is None else accuracy(ap))
 
 
-def both(onnxruntime: Measured, paddle: Measured) -> dict[str, Measured]:
+def both(onnxruntime: Int8Measurement, paddle: Int8Measurement) -> dict[str, Int8Measurement]:
     return {"onnxruntime": onnxruntime, "paddle": paddle}
 
 
@@ -60,7 +60,7 @@ def both(onnxruntime: Measured, paddle: Measured) -> dict[str, Measured]:
 def test_a_drop_in_one_engine_names_everything_one_needs() -> None:
     fp32 = accuracy(0.868)
     assert failure(both(measured(0.8635), measured(0.9)), fp32, LIMITS) is None
-    assert failure(both(measured(0.863), measured(0.863)), accuracy(0.863), Limits(max_drop=0.0)) is None
+    assert failure(both(measured(0.863), measured(0.863)), accuracy(0.863), GateLimits(max_drop=0.0)) is None
     problem = failure(both(measured(0.8635), measured(0.8557)), fp32, LIMITS)
     assert isinstance(problem, ParityError)
     assert str(problem).startswith(
@@ -133,13 +133,13 @@ def test_images_that_judge_nothing() -> None:
 @pytest.mark.parametrize("limits", [{"max_drop": -0.1}, {"max_drop": float("nan")}, {"min_agreement": 1.1}])
 def test_limits_are_shares(limits: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="from 0 to 1"):
-        Limits(**limits)
+        GateLimits(**limits)
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
-def candidate(name: str, *engines: Measured, error: GfldeployError | None = None) -> Candidate:
+def candidate(name: str, *engines: Int8Measurement, error: GfldeployError | None = None) -> Candidate:
     return Candidate(name, dict(zip(("onnxruntime", "paddle"), engines, strict=False)), error)
 
 
@@ -274,8 +274,8 @@ def request_on_tiny(
     monkeypatch.setattr(quantizer, "require", lambda *arguments: None)
     monkeypatch.setattr(quantizer, "_observe", lambda *arguments: {})
     monkeypatch.setattr(quantizer, "_calibrate", calibrate)
-    monkeypatch.setattr(trials, "write_artefacts", write)
-    monkeypatch.setattr(trials, "measure_speed", speed)
+    monkeypatch.setattr(evaluation, "write_artefacts", write)
+    monkeypatch.setattr(evaluation, "measure_speed", speed)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(3):
@@ -283,15 +283,17 @@ def request_on_tiny(
     return QuantizeRequest(source, calibration_images(pictures, None, 3), tmp_path / "out", "auto")
 
 
-def with_results(monkeypatch: pytest.MonkeyPatch, results: Mapping[str, dict[str, Measured] | GfldeployError]) -> None:
-    def measure(self: Yardstick, bundle: Bundle, label: str, progress: Any) -> dict[str, Measured]:
+def with_results(
+    monkeypatch: pytest.MonkeyPatch, results: Mapping[str, dict[str, Int8Measurement] | GfldeployError]
+) -> None:
+    def measure(self: Fp32Reference, bundle: Bundle, label: str, progress: Any) -> dict[str, Int8Measurement]:
         assert algorithm_of(bundle) == label
         result = results[label]
         if isinstance(result, GfldeployError):
             raise result
         return result
 
-    monkeypatch.setattr(Yardstick, "measure", measure)
+    monkeypatch.setattr(Fp32Reference, "measure", measure)
 
 
 def test_auto_publishes_the_best_and_the_table(
@@ -300,7 +302,7 @@ def test_auto_publishes_the_best_and_the_table(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    results: dict[str, dict[str, Measured] | GfldeployError] = {
+    results: dict[str, dict[str, Int8Measurement] | GfldeployError] = {
         "hist": both(measured(0.9), measured(0.997)),
         "avg": both(measured(0.996), measured(0.998)),
         "abs_max": EngineError("out of luck"),
@@ -369,17 +371,17 @@ def request_of_four(request_on_tiny: QuantizeRequest, monkeypatch: pytest.Monkey
             if USES[name] not in calibration.kept_float
         )
 
-    def measure(self: Yardstick, bundle: Bundle, label: str, progress: Any) -> dict[str, Measured]:
+    def measure(self: Fp32Reference, bundle: Bundle, label: str, progress: Any) -> dict[str, Int8Measurement]:
         kept = {name for name, _ in json.loads((bundle.directory / "calibration.json").read_text())["kept_float"]}
         found = 1 - 0.3 * len({"neck", "res"} - kept)
         ran = {"int8": 4 - len(kept), "fp32": len(kept)}
         return both(measured(found=found, ran=ran), measured(found=found, ran=ran))
 
     monkeypatch.setattr(quantizer, "_calibrate", calibrate)
-    for module in (quantizer, trials):
+    for module in (quantizer, evaluation):
         monkeypatch.setattr(module, "macs_shares", lambda source: shares)
-    monkeypatch.setattr(trials, "measure_sensitivity", rank)
-    monkeypatch.setattr(Yardstick, "measure", measure)
+    monkeypatch.setattr(evaluation, "measure_sensitivity", rank)
+    monkeypatch.setattr(Fp32Reference, "measure", measure)
     return replace(request_on_tiny, algorithm="hist")
 
 
@@ -444,7 +446,7 @@ def test_when_nothing_goes_back(
 
 
 def test_the_ranking_can_be_had_without_need(request_of_four: QuantizeRequest) -> None:
-    request = replace(request_of_four, sensitivity=True, limits=Limits(min_agreement=0.0))
+    request = replace(request_of_four, sensitivity=True, limits=GateLimits(min_agreement=0.0))
     made = quantize_bundle(request)
     assert (made.directory / "sensitivity.json").is_file()
     assert "fallback" not in json.loads((made.directory / "parity.json").read_text())

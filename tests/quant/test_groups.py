@@ -6,7 +6,7 @@ import pytest
 
 from gfldeploy.errors import DataError
 from gfldeploy.quant.calibration import ConvUse
-from gfldeploy.quant.groups import Group, groups, match
+from gfldeploy.quant.groups import ConvGroup, groups, match
 
 # As ResNet, ppdet's FPN and a GFLv2 head name their layers; "w9" has none.
 LAYERS = {
@@ -35,20 +35,20 @@ def of(*weights: str) -> tuple[ConvUse, ...]:
 
 def test_groups_are_parts_in_graph_order() -> None:
     assert groups(LAYERS, USES) == (
-        Group("backbone.conv1", of("w0")),
-        Group("backbone.res2", of("w1", "w2")),
-        Group("neck.fpn_inner_res3_sum_lateral", of("w3")),
-        Group("w9", of("w9")),
-        Group("head.conv_feat.fcos_head_cls_tower", of("w4", "w6")),
-        Group("head.conv_feat.fcos_head_reg_tower", of("w5")),
-        *(Group(f"head.gfl_head_cls[{level}]", (ConvUse("w7", level),)) for level in range(3)),
-        *(Group(f"head.gfl_head_reg[{level}]", (ConvUse("w8", level),)) for level in range(3)),
-        Group("head.dgqp_module", of("w10")),
+        ConvGroup("backbone.conv1", of("w0")),
+        ConvGroup("backbone.res2", of("w1", "w2")),
+        ConvGroup("neck.fpn_inner_res3_sum_lateral", of("w3")),
+        ConvGroup("w9", of("w9")),
+        ConvGroup("head.conv_feat.fcos_head_cls_tower", of("w4", "w6")),
+        ConvGroup("head.conv_feat.fcos_head_reg_tower", of("w5")),
+        *(ConvGroup(f"head.gfl_head_cls[{level}]", (ConvUse("w7", level),)) for level in range(3)),
+        *(ConvGroup(f"head.gfl_head_reg[{level}]", (ConvUse("w8", level),)) for level in range(3)),
+        ConvGroup("head.dgqp_module", of("w10")),
     )
 
 
 def test_what_is_used_once_has_no_levels() -> None:
-    assert groups({"w": "head.out"}, [ConvUse("w", 0)]) == (Group("head.out", (ConvUse("w", 0),)),)
+    assert groups({"w": "head.out"}, [ConvUse("w", 0)]) == (ConvGroup("head.out", (ConvUse("w", 0),)),)
     assert groups({"w": "neck.out"}, [ConvUse("w", 0), ConvUse("w", 1)])[0].name == "neck.out"
     assert groups({"w": "head.conv_feat.cls.3.conv"}, [ConvUse("w", 0)])[0].name == "head.conv_feat.cls"
     assert groups({"w": "head.conv_feat.3.conv"}, [ConvUse("w", 0)])[0].name == "head.conv_feat.3"

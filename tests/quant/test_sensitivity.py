@@ -18,8 +18,8 @@ from gfldeploy.macs import convolution_macs, count_macs
 from gfldeploy.quant import sensitivity
 from gfldeploy.quant.agreement import Reference
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
-from gfldeploy.quant.groups import Group
-from gfldeploy.quant.measurement import Yardstick
+from gfldeploy.quant.groups import ConvGroup
+from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.sensitivity import (
     CANDIDATES,
     Sensitivity,
@@ -122,20 +122,20 @@ def test_macs_of_each_convolution(tiny: Bundle) -> None:
 
 def test_groups_are_ranked(tiny: Bundle, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [image.path for image in CocoDataset.load(tiny_coco).images[:2]]
-    yardstick = Yardstick.of(tiny, images, None, 1)
-    alone = Group("all", (ConvUse(TWICE, 0),))
+    against = Fp32Reference.of(tiny, images, None, 1)
+    alone = ConvGroup("all", (ConvUse(TWICE, 0),))
     seen: list[tuple[str, int, int]] = []
-    (fine,) = measure_sensitivity(tiny, calibration(), [alone], yardstick, tmp_path, 1, lambda *what: seen.append(what))
+    (fine,) = measure_sensitivity(tiny, calibration(), [alone], against, tmp_path, 1, lambda *what: seen.append(what))
     assert seen == [("sensitivity", 1, 1)]
     assert not list(tmp_path.iterdir()), "nothing is left"
     assert fine.name == "all"
     assert fine.macs_share == 1
     assert 0 < fine.total < 0.05, "eight bits for 54 pixels move a box by a fraction of one"
     coarse = replace(calibration(), convolutions={TWICE: ConvRanges((3.0,), (OutputRange(-50, 490),), (0.005,) * 6)})
-    (worse,) = measure_sensitivity(tiny, coarse, [alone], yardstick, tmp_path, 1)
+    (worse,) = measure_sensitivity(tiny, coarse, [alone], against, tmp_path, 1)
     assert worse.total > 2 * fine.total
     kept = calibration().keeping(calibration().uses)
-    assert measure_sensitivity(tiny, kept, [alone], yardstick, tmp_path, 1) == (), "what is float has no sensitivity"
+    assert measure_sensitivity(tiny, kept, [alone], against, tmp_path, 1) == (), "what is float has no sensitivity"
 
     moves = iter([(0.1, 0.1), (0.3, 0.2)])
     uses = [ConvUse("a", 0), ConvUse("b", 0), ConvUse("b", 1)]
@@ -147,9 +147,9 @@ def test_groups_are_ranked(tiny: Bundle, tiny_coco: Path, tmp_path: Path, monkey
     monkeypatch.setattr(
         sensitivity, "output_difference", lambda reference, output: found.setdefault(len(found), next(moves))
     )
-    once = Yardstick.of(tiny, images[:1], None, 1)
+    once = Fp32Reference.of(tiny, images[:1], None, 1)
     ranked = measure_sensitivity(
-        tiny, calibration(), [Group("a", (uses[0],)), Group("b", tuple(uses[1:]))], once, tmp_path, 1
+        tiny, calibration(), [ConvGroup("a", (uses[0],)), ConvGroup("b", tuple(uses[1:]))], once, tmp_path, 1
     )
     assert [(one.name, one.convolutions, one.macs_share) for one in ranked] == [("b", 2, 0.5), ("a", 1, 0.25)]
     assert [one.total for one in ranked] == pytest.approx([0.5, 0.2])

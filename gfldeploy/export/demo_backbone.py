@@ -1,7 +1,6 @@
 """SlimResNet: a small residual backbone for the demo detector, registered with PaddleDetection.
 
-Importing this module imports paddle and ppdet, so nothing in gfldeploy imports it at module level: call
-`gfldeploy.demo.register_backbone()`.
+Importing this module imports paddle and ppdet and registers the class: `export.config` does so before it builds.
 """
 
 from __future__ import annotations

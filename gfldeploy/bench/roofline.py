@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from gfldeploy.bench.peak_graph import Stack
 from gfldeploy.bench.results import Peak
+from gfldeploy.bench.roofline_graph import Stack
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Precision, ReportsPrecision, Tensors, reasons
 from gfldeploy.engines.registry import graph_for, open_engine
 from gfldeploy.errors import EngineError, GfldeployError

@@ -11,10 +11,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from gfldeploy.bench import peak
-from gfldeploy.bench.peak import measure_peak
-from gfldeploy.bench.peak_graph import Stack
+from gfldeploy.bench import roofline
 from gfldeploy.bench.results import Peak
+from gfldeploy.bench.roofline import measure_peak
+from gfldeploy.bench.roofline_graph import Stack
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
@@ -28,8 +28,8 @@ SMALL = Stack(depth=2, batch=1)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two convolutions and copies of 8 MB, which are enough to see that it works."""
-    monkeypatch.setattr(peak, "_STACKS", dict.fromkeys(get_args(Device), SMALL))
-    monkeypatch.setattr(peak, "_copy_bytes", lambda: 8 * 10**6)
+    monkeypatch.setattr(roofline, "_STACKS", dict.fromkeys(get_args(Device), SMALL))
+    monkeypatch.setattr(roofline, "_copy_bytes", lambda: 8 * 10**6)
 
 
 # Measures Paddle's peak in the precisions given, and computes the same stack once more for its outputs.
@@ -37,15 +37,15 @@ PADDLE = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from gfldeploy.bench import peak
-from gfldeploy.bench.peak_graph import Stack
+from gfldeploy.bench import roofline
+from gfldeploy.bench.roofline_graph import Stack
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import graph_for, open_engine
 small = Stack(depth=2, batch=1)
-peak._STACKS, peak._copy_bytes = {"cpu": small}, lambda: 8 * 10**6
+roofline._STACKS, roofline._copy_bytes = {"cpu": small}, lambda: 8 * 10**6
 answers = {}
 for precision in sys.argv[2:]:
-    found = peak.measure_peak("paddle", precision, "cpu", 1, seconds=0)
+    found = roofline.measure_peak("paddle", precision, "cpu", 1, seconds=0)
     bundle = small.write(Path(sys.argv[1]) / precision, graph_for("paddle", precision, "cpu"), precision)
     with open_engine("paddle", bundle, EngineOptions(precision)) as engine:
         scores = engine.infer({"image": small.image()})["scores"].ravel().tolist()
@@ -119,7 +119,7 @@ def test_what_cannot_run_is_a_reason(engine: str, precision: Precision, device: 
 
 @pytest.mark.usefixtures("small")
 def test_too_little_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peak, "_copy_bytes", lambda: 2**60)
+    monkeypatch.setattr(roofline, "_copy_bytes", lambda: 2**60)
     found = measure_peak("onnxruntime", "bf16", "cpu", 1, seconds=0)
     assert found.memory_gb_per_s is None
     assert found.reason is not None and "; memory: " in found.reason
@@ -133,7 +133,7 @@ def test_a_graph_that_runs_in_another_precision_is_refused(tmp_path: Path) -> No
         OnnxRuntimeEngine(bundle, EngineOptions("int8")) as engine,
         pytest.raises(EngineError, match=r"0 of 3 ran in int8: kept in float in the ONNX file \(3\)"),
     ):
-        peak._check_precision(engine, {"image": SMALL.image()}, SMALL.depth)
+        roofline._check_precision(engine, {"image": SMALL.image()}, SMALL.depth)
 
 
 def test_the_macs_are_those_of_the_graph(tmp_path: Path) -> None:
@@ -158,4 +158,4 @@ def test_every_onnx_graph_computes_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_an_array_is_larger_than_the_cache_and_leaves_memory_free() -> None:
-    assert 0 < peak._copy_bytes() < peak.psutil.virtual_memory().total / 4
+    assert 0 < roofline._copy_bytes() < roofline.psutil.virtual_memory().total / 4

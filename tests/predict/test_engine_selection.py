@@ -16,7 +16,7 @@ from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine, usable_threads
-from gfldeploy.predict.choice import choose
+from gfldeploy.predict.engine_selection import choose
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.search import Bounds, Policy
 

@@ -11,7 +11,7 @@ import mutations
 
 from gfldeploy.predict.outputs import write_outputs
 from gfldeploy.predict.pipeline import in_order
-from gfldeploy.predict.working import WorkingFile
+from gfldeploy.predict.resume import WorkingFile
 
 _QUESTION = {"schema": 1, "bundle": "ab" * 32, "images": ["a.jpg", "b.jpg", "c.jpg"]}
 _BOX = {"class": "ball", "class_id": 1, "score": 0.75, "bbox": [1.5, 2.0, 30.0, 40.25]}

@@ -1,4 +1,4 @@
-"""INT8 bundles on trial: written, measured against FP32, mended where the gate does not hold, and timed."""
+"""INT8 bundles under evaluation: written, measured against FP32, mended where the gate does not hold, and timed."""
 
 from __future__ import annotations
 
@@ -12,131 +12,131 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.errors import GfldeployError, ParityError
 from gfldeploy.quant.artefacts import Quantized, write_artefacts
 from gfldeploy.quant.calibration import ConvUse
-from gfldeploy.quant.fallback import Step, affordable, fall_back, not_held
-from gfldeploy.quant.gate import Limits, Measured, failure
+from gfldeploy.quant.fallback import FallbackStep, affordable, fall_back, not_held
+from gfldeploy.quant.gate import GateLimits, Int8Measurement, failure
 from gfldeploy.quant.groups import groups
-from gfldeploy.quant.measurement import Yardstick, int8_engines
+from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.sensitivity import Sensitivity, macs_shares, measure_sensitivity, rows
 from gfldeploy.quant.speed import Speed, measure_speed
 
-__all__ = ["Outcome", "Trial", "Workbench"]
+__all__ = ["EvaluatedBundle", "Evaluation", "Evaluator"]
 
 _ROWS_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Trial:
+class EvaluatedBundle:
     """One INT8 bundle, not published yet: what it was made from, what is `kept` in float, what was measured of it."""
 
     quantized: Quantized
     kept: frozenset[ConvUse]
     bundle: Bundle
-    engines: Mapping[str, Measured]
+    engines: Mapping[str, Int8Measurement]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Evaluation:
     """What is published: `groups` went back to float for it.
 
     `ranked`: the sensitivity of all groups, empty if it was not measured. `steps`: what was tried to hold the gate, the
     failure that began it first; empty if it held at once.
     """
 
-    trial: Trial
+    evaluated: EvaluatedBundle
     ranked: tuple[Sensitivity, ...] = ()
     groups: tuple[Sensitivity, ...] = ()
-    steps: tuple[Step, ...] = ()
+    steps: tuple[FallbackStep, ...] = ()
 
 
 @dataclass(frozen=True)
-class Workbench:
+class Evaluator:
     """Where INT8 bundles are made and measured against `source`, whatever method quantised them.
 
     `scratch`: a directory for all that is tried. `limits`: what a bundle may lose and be published.
     """
 
     source: Bundle
-    yardstick: Yardstick
-    limits: Limits
+    fp32_reference: Fp32Reference
+    limits: GateLimits
     scratch: Path
     threads: int
     report: Callable[[str], None]
     progress: Callable[[str, int, int], None]
 
-    def trial(self, quantized: Quantized, kept: frozenset[ConvUse], label: str) -> Trial:
+    def evaluate(self, quantized: Quantized, kept: frozenset[ConvUse], label: str) -> EvaluatedBundle:
         """Write and measure a bundle with `kept` in float. Raises `EngineError`, and `ParityError` for NaN."""
         bundle = self._write(quantized, kept)
-        return Trial(quantized, kept, bundle, self.yardstick.measure(bundle, label, self.progress))
+        return EvaluatedBundle(quantized, kept, bundle, self.fp32_reference.measure(bundle, label, self.progress))
 
-    def settle(self, trial: Trial, fallback: bool, sensitivity: bool) -> Outcome:
-        """The trial if the gate lets it pass, else, with `fallback`, one with more in float that does.
+    def settle(self, evaluated: EvaluatedBundle, fallback: bool, sensitivity: bool) -> Evaluation:
+        """The bundle if the gate lets it pass, else, with `fallback`, one with more in float that does.
 
         `sensitivity`: rank the groups even if it passes. Raises why it does not: `EngineError`, `ParityError`.
         """
-        problem = self._problem(trial)
+        problem = self._problem(evaluated)
         ranked: tuple[Sensitivity, ...] = ()
         mend = isinstance(problem, ParityError) and fallback
         if mend or sensitivity:
             if problem:
                 self.report(f"the gate does not hold: {problem.problem}")
-            ranked = self._rank(trial)
+            ranked = self._rank(evaluated)
             for row in rows(ranked, None if sensitivity else _ROWS_SHOWN):
                 self.report(f"  {row}")
         if problem is None:
-            return Outcome(trial, ranked)
+            return Evaluation(evaluated, ranked)
         if not mend:
             raise problem
-        return self._mended(trial, problem, ranked)
+        return self._mended(evaluated, problem, ranked)
 
-    def speeds(self, trial: Trial) -> list[Speed]:
-        """FP32, the trial and, if that keeps something in float, all in INT8, timed in each engine."""
+    def speeds(self, evaluated: EvaluatedBundle) -> list[Speed]:
+        """FP32, the bundle and, if that keeps something in float, all in INT8, timed in each engine."""
         self.report("timing FP32 and INT8 interleaved")
-        everything = self._write(trial.quantized, frozenset()) if trial.kept else None
+        everything = self._write(evaluated.quantized, frozenset()) if evaluated.kept else None
         found = []
         for name in int8_engines():
-            batch = self.yardstick.batches[0]
-            found.append(measure_speed(name, self.source, trial.bundle, everything, batch, self.threads))
+            batch = self.fp32_reference.batches[0]
+            found.append(measure_speed(name, self.source, evaluated.bundle, everything, batch, self.threads))
             for line in found[-1].lines():
                 self.report(line)
         return found
 
-    def _mended(self, trial: Trial, problem: GfldeployError, ranked: tuple[Sensitivity, ...]) -> Outcome:
+    def _mended(self, start: EvaluatedBundle, problem: GfldeployError, ranked: tuple[Sensitivity, ...]) -> Evaluation:
         shares = macs_shares(self.source)
-        trials = {}
+        tried: dict[tuple[Sensitivity, ...], EvaluatedBundle] = {}
 
-        def attempt(chosen: tuple[Sensitivity, ...]) -> Step:
+        def attempt(chosen: tuple[Sensitivity, ...]) -> FallbackStep:
             label = f"{len(chosen)} {'group' if len(chosen) == 1 else 'groups'} in float"
             self.report(f"trying with {label}, {sum(one.macs_share for one in chosen):.1%} of the multiply-accumulates")
-            kept = trial.kept.union(*(one.uses for one in chosen))
+            kept = start.kept.union(*(one.uses for one in chosen))
             try:
-                trials[chosen] = self.trial(trial.quantized, kept, label)
+                tried[chosen] = self.evaluate(start.quantized, kept, label)
             except ParityError as error:
-                return Step(chosen, {}, error)
-            step = Step(chosen, trials[chosen].engines, self._problem(trials[chosen]))
+                return FallbackStep(chosen, {}, error)
+            step = FallbackStep(chosen, tried[chosen].engines, self._problem(tried[chosen]))
             if step.problem:
-                shutil.rmtree(trials[chosen].bundle.directory)
+                shutil.rmtree(tried[chosen].bundle.directory)
             self.report(f"  {step.problem.problem if step.problem else 'the gate holds'}")
             return step
 
-        able = affordable(ranked, sum(shares[use] for use in trial.kept))
+        able = affordable(ranked, sum(shares[use] for use in start.kept))
         steps, found = fall_back(able, attempt)
         if found is None:
             raise not_held(problem, steps)
         self.report(f"kept in float to hold the gate: {', '.join(one.name for one in found.groups)}")
-        before = Step((), trial.engines, problem)
-        return Outcome(trials[found.groups], ranked, found.groups, (before, *steps))
+        before = FallbackStep((), start.engines, problem)
+        return Evaluation(tried[found.groups], ranked, found.groups, (before, *steps))
 
-    def _problem(self, trial: Trial) -> GfldeployError | None:
-        return failure(trial.engines, self.yardstick.accuracy, self.limits, len(trial.kept))
+    def _problem(self, evaluated: EvaluatedBundle) -> GfldeployError | None:
+        return failure(evaluated.engines, self.fp32_reference.accuracy, self.limits, len(evaluated.kept))
 
-    def _rank(self, trial: Trial) -> tuple[Sensitivity, ...]:
+    def _rank(self, evaluated: EvaluatedBundle) -> tuple[Sensitivity, ...]:
         self.report("measuring what INT8 does in each group of convolutions alone")
-        calibration = trial.quantized.calibration.keeping(trial.kept)
+        calibration = evaluated.quantized.calibration.keeping(evaluated.kept)
         return measure_sensitivity(
-            trial.quantized.source,
+            evaluated.quantized.source,
             calibration,
             groups(self.source.layers(), calibration.uses),
-            self.yardstick,
+            self.fp32_reference,
             self.scratch,
             self.threads,
             self.progress,

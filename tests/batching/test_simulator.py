@@ -11,8 +11,8 @@ import pytest
 
 from gfldeploy.batching.buckets import Size
 from gfldeploy.batching.latency import LatencyModel, Point
-from gfldeploy.batching.play import Outcome, Played, Run, VirtualClock, most_kept, play
 from gfldeploy.batching.policy import Adaptive, Decision, FixedWithTimeout, NoBatching, Policy, Request
+from gfldeploy.batching.simulator import Played, RequestOutcome, Run, VirtualClock, most_kept, play
 from gfldeploy.batching.traces import KINDS, make_trace
 
 SIZES: tuple[Size, ...] = ((800, 1216), (1216, 800), (800, 1088), (1088, 800), (800, 800))
@@ -241,6 +241,6 @@ def test_traces(kind: str) -> None:
 
 def test_outcomes() -> None:
     request = Request(0, (32, 32), 1.0, 2.0)
-    assert Outcome(request, True, 2.0, 1).kept
-    assert not Outcome(request, True, 2.1, 1).kept
-    assert not Outcome(request, False, 1.5, 0).kept
+    assert RequestOutcome(request, True, 2.0, 1).kept
+    assert not RequestOutcome(request, True, 2.1, 1).kept
+    assert not RequestOutcome(request, False, 1.5, 0).kept

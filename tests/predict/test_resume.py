@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gfldeploy.errors import OutputError
-from gfldeploy.predict.working import WorkingFile
+from gfldeploy.predict.resume import WorkingFile
 
 QUESTION = {"bundle": "ab", "batch_size": 2, "software": {"numpy": "2"}}
 SIZED = {"width": 4, "height": 3, "detections": []}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gfldeploy.bench.work import work
+from gfldeploy.bench.cost import work
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gfldeploy.batching.buckets import Size, area
 from gfldeploy.batching.policy import Policy, Request
 
-__all__ = ["Clock", "Outcome", "Played", "RealClock", "Run", "VirtualClock", "most_kept", "play"]
+__all__ = ["Clock", "Played", "RealClock", "RequestOutcome", "Run", "VirtualClock", "most_kept", "play"]
 
 # Runs the requests as one batch padded to a size; in virtual time it returns the milliseconds that this takes, in real
 # time it takes them.
@@ -57,7 +57,7 @@ class RealClock:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestOutcome:
     """What became of a request: `served` or turned away at `at`, in seconds; `batch`: images in its batch, else 0."""
 
     request: Request
@@ -76,7 +76,7 @@ class Played:
     """The outcomes in the order in which they came about, and `padding`: pixels of the batches by those of the images'
     own buckets."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RequestOutcome, ...]
     padding: float
 
     @property
@@ -101,7 +101,7 @@ def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Pl
     Raises `RuntimeError` if the policy breaks its contract: it runs or rejects what does not wait, or does nothing.
     """
     waiting: dict[int, Request] = {}
-    outcomes: list[Outcome] = []
+    outcomes: list[RequestOutcome] = []
     arrived, paid, own = 0, 0, 0
     while len(outcomes) < len(trace):
         now = clock.now()
@@ -116,7 +116,7 @@ def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Pl
         if len(set(wanted)) < len(wanted) or not waiting.keys() >= set(wanted):
             raise RuntimeError("the policy decided on a request that does not wait, or twice on one")
         for number in decision.reject:
-            outcomes.append(Outcome(waiting.pop(number), False, now, 0))
+            outcomes.append(RequestOutcome(waiting.pop(number), False, now, 0))
         if not decision.run:
             if not decision.reject:
                 times = [decision.wake] if decision.wake is not None else []
@@ -132,7 +132,7 @@ def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Pl
             clock.sleep_until(now + taken_ms / 1e3)
         done = clock.now()
         policy.observe(len(batch), decision.size, (done - now) * 1e3)
-        outcomes += [Outcome(one, True, done, len(batch)) for one in batch]
+        outcomes += [RequestOutcome(one, True, done, len(batch)) for one in batch]
         paid += len(batch) * area(decision.size)
         own += sum(area(one.size) for one in batch)
     return Played(tuple(outcomes), paid / own if own else 1.0)

@@ -25,7 +25,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"

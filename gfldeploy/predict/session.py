@@ -139,7 +139,7 @@ def _detect(request: PredictRequest, unfinished: Unfinished, working: WorkingFil
         )
         with closing(groups):
             for group in groups:
-                working.add([(one.index, record_of(one, manifest.classes)) for one in group])
+                working.add([(one.index, record_of(one)) for one in group])
                 unfinished.worth_keeping = True
                 progress("detecting", working.images, max(total, working.images))
     working.end()

@@ -88,11 +88,6 @@ class Played:
         """How many were served by their deadline."""
         return sum(one.kept for one in self.outcomes)
 
-    @property
-    def served_per_s(self) -> float:
-        """Images served by their deadlines, by the time to the last outcome."""
-        return self.kept / max(one.at for one in self.outcomes)
-
 
 def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Played:
     """Let requests arrive as the trace says, one engine serving them as the policy decides, until none is left.

@@ -10,7 +10,7 @@ from pathlib import Path
 from gfldeploy.analysis.causes import analyze_passes
 from gfldeploy.analysis.invariance import Invariance, measure_invariance
 from gfldeploy.analysis.record import Analysis
-from gfldeploy.analysis.sweep import arrangements, measure_passes
+from gfldeploy.analysis.sweep import batch_orders, measure_passes
 from gfldeploy.bench.cost import work
 from gfldeploy.bench.results import BundleIdentity
 from gfldeploy.bench.runner import run_peak
@@ -48,7 +48,7 @@ def analyze(
 ) -> Analysis:
     """Measure why an image takes longer in a larger batch, or no less.
 
-    The same images run in batches of every size, as listed and bucketed by input size, interleaved. The change in the
+    The same images run in batches of every size, listed and bucketed, interleaved. The change in the
     time of an image is split into padding, convolutions, the network's other work, and host work.
 
     Args:
@@ -98,7 +98,7 @@ def analyze(
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
         measured = measure_passes(
-            running, paths, opened, arrangements(batch_sizes), rounds,
+            running, paths, opened, batch_orders(batch_sizes), rounds,
             lambda done, total: progress.step("passes", done, total),
         )  # fmt: skip
         if invariance:

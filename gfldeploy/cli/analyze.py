@@ -50,7 +50,7 @@ __all__ = ["command"]
 def command(output: Path, **given: Any) -> None:
     """Say why images take longer in larger batches, or no less.
 
-    The same images run in batches of every size, as listed and bucketed by input size, interleaved. The change in the
+    The same images run in batches of every size, listed and bucketed by input size, interleaved. The change in the
     time of an image is split into padding, convolutions, the network's other work, and host work.
 
     \b
@@ -75,7 +75,7 @@ def _show(found: Analysis) -> None:
     )
     lines = [
         (
-            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}"),
+            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"),
             *(f"{one.parts[part].ms:+.1f}" for part in parts),
             *(f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x"),
             "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}",

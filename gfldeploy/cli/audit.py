@@ -49,8 +49,9 @@ def command(as_json: bool, **given: Any) -> None:
     """Show what batches of your images would cost, before any inference.
 
     A batch is padded to one size: where it holds a portrait and a landscape image, every image in it costs more pixels
-    than alone. For each batch size this shows how many more with the images as listed, shuffled, sorted by size, and
-    bucketed by size. Only the headers of the files are read; images that cannot be used are named and left out.
+    than alone. For each batch size this shows how many more with the images listed, shuffled, sorted by size, and
+    bucketed (images of one input size in each batch). Only the headers of the files are read; images that cannot be
+    used are named and left out.
 
     \b
     Example: gfldeploy audit --data images/ --config-or-bundle gfl_r50

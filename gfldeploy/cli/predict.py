@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gfldeploy.batching.buckets import StreamOrder
+from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import ENGINE, ENGINE_CACHE, FILE, PATH, FiniteFloat, WholeNumber, options, output_options
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
@@ -56,7 +56,7 @@ __all__ = ["command"]
 @click.option("--batch-size", type=WholeNumber(1), show_default="1", help="Number of images of one inference.")
 @click.option(
     "--order",
-    type=click.Choice(get_args(StreamOrder)),
+    type=click.Choice(STREAM_ORDERS),
     show_default="bucketed",
     help="How images are put into batches. bucketed: of one input size each; listed: as they come, padded to a common "
     "size, which changes scores and boxes.",

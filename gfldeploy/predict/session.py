@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gfldeploy.batching.buckets import StreamOrder, stream_batches
+from gfldeploy.batching.buckets import Order, stream_batches
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_engine
@@ -77,7 +77,7 @@ def predict_images(
     device: Device | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
-    order: StreamOrder | None = None,
+    order: Order | None = None,
     engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
     force: bool = False,
     progress: Progress = SILENT,

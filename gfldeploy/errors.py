@@ -1,6 +1,7 @@
 """Everything gfldeploy raises on purpose.
 
     GfldeployError              any of the below: one line for the user, exit code 2
+    ├── UsageError              options or arguments do not go together
     ├── ConfigError             the PaddleDetection config cannot be used
     ├── CheckpointError         the checkpoint is missing, damaged, unsafe, or does not fit the config
     ├── BundleError             a bundle directory is damaged, changed, too new or not a bundle
@@ -37,6 +38,7 @@ __all__ = [
     "RejectedError",
     "Rejection",
     "UnsupportedError",
+    "UsageError",
     "reading",
     "summary",
 ]
@@ -51,6 +53,10 @@ class GfldeployError(Exception):
         super().__init__(f"{problem}. {remedy}" if remedy else problem)
         self.problem = problem
         self.remedy = remedy
+
+
+class UsageError(GfldeployError):
+    """Options or arguments do not go together."""
 
 
 class ConfigError(GfldeployError):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import Accuracy, evaluate
+from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.inputs import (
     Batch,
@@ -209,7 +209,7 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     dataset = CocoDataset.load(request.annotations, request.image_dir, request.limit)
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
-        return evaluate(
+        return measure_accuracy(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=report_progress
         )
 

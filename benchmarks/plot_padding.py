@@ -1,8 +1,8 @@
-"""The picture of docs/guides/batch-size.md: mixed orientations and throughput, from what batch_padding.py wrote.
+"""The picture of batch-size.md: what batches of mixed orientation do to throughput, from what batch_padding.py wrote.
 
     python benchmarks/plot_padding.py --machine epyc-2core
 
-Writes batch-size.png beside that page: images a second of the network by batch size, as a share of batch 1, for the
+Writes batch-size.png beside this script: images a second of the network by batch size, as a share of batch 1, for the
 files results/MACHINE/checks/*_padding.json.
 """
 
@@ -17,9 +17,8 @@ from typing import Any
 import matplotlib
 
 HERE = Path(__file__).resolve().parent
-PICTURE = HERE.parent / "docs" / "guides" / "batch-size.png"
 TITLES = {"gfl_r50_int8": "GFL-R50, INT8", "gfl_r50_fp32": "GFL-R50, FP32", "demo_fp32": "demo detector, FP32"}
-WAYS = {"listed": ("as listed", "tab:red"), "bucketed": ("bucketed by size", "tab:blue")}
+WAYS = {"naive": ("naive, as they come", "tab:red"), "grouped": ("grouped by size", "tab:blue")}
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def draw(records: dict[str, dict[str, Any]]) -> None:
     axes[0, 0].set_ylabel("images/s, batch 1 = 1")
     axes[0, 0].legend(loc="lower left", fontsize=8)
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=120)
+    figure.savefig(HERE / "batch-size.png", dpi=120)
 
 
 def relative(record: dict[str, Any], way: str) -> dict[int, float]:
@@ -52,7 +51,7 @@ def relative(record: dict[str, Any], way: str) -> dict[int, float]:
     milliseconds = {
         (leg["batch_size"], leg["way"]): [one["inference_ms"] for one in leg["rounds"]] for leg in record["legs"]
     }
-    single = milliseconds[1, "listed"]
+    single = milliseconds[1, "naive"]
     return {1: 1.0} | {
         size: statistics.median(one / many for one, many in zip(single, rounds, strict=True))
         for (size, other), rounds in milliseconds.items()

@@ -49,7 +49,7 @@ ELSEWHERE = {
     "security": "SECURITY.md",
 }
 _PAGES = {(ROOT / file).resolve(): page for page, file in ELSEWHERE.items()}
-_LINK = re.compile(r"(?<!!)\[([^\]\n]*)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)")
 
 
 def read_source(app: Sphinx, page: str, content: list[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gfldeploy.batching.buckets import ORDERS, Group, Order, Size, area, choose_buckets, group, is_mixed, padding
 from gfldeploy.errors import DataError
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import BYTES
 

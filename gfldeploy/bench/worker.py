@@ -23,14 +23,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, evaluate
 from gfldeploy.batching.buckets import union
-from gfldeploy.bench.inputs import (
-    Batch,
-    batches_in_order,
-    padding_ratio,
-    prepare_images,
-    shape_counts,
-    uniform_batches,
-)
+from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
@@ -141,10 +134,9 @@ def _time(request: TimingRequest) -> Timed:
     bundle = Bundle.open(cell.bundle)
     preprocess = bundle.manifest.preprocess
     images = prepare_images(request.images, preprocess)
-    arrange = uniform_batches if cell.scenario == "offline" else batches_in_order
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
-    batches = arrange(timed, preprocess, cell.batch_size)
+    batches = make_batches(timed, preprocess, cell.batch_size, "bucketed" if cell.scenario == "offline" else "listed")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
     with _open(cell, bundle, _shapes(cell, images, batches, preprocess), request.engine_cache) as engine:

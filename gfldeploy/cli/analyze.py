@@ -10,7 +10,7 @@ import click
 from gfldeploy.analysis.causes import PARTS, analyze_passes
 from gfldeploy.analysis.invariance import Invariance, measure_invariance
 from gfldeploy.analysis.record import Analysis
-from gfldeploy.analysis.sweep import arrangements, measure_passes
+from gfldeploy.analysis.sweep import batch_orders, measure_passes
 from gfldeploy.bench.cost import work
 from gfldeploy.bench.results import BundleIdentity
 from gfldeploy.bench.runner import run_peak
@@ -64,8 +64,8 @@ def command(
 ) -> None:
     """Say why images take longer in larger batches, or no less.
 
-    The same images run in batches of every size, as listed and grouped by input
-    size, interleaved. The change in the time of an image is split into padding,
+    The same images run in listed and bucketed batches of every size,
+    interleaved. The change in the time of an image is split into padding,
     convolutions, the network's other work, and host work.
     """
     _check_output(output, force)
@@ -78,7 +78,6 @@ def command(
     for note in dataset.notes:
         click.echo(f"Note: {note}", err=True)
     report = stages()
-    chosen = arrangements(batch_sizes)
     best = None
     if peak:
         report("measuring what the engine reaches at best")
@@ -87,7 +86,9 @@ def command(
     with open_engine(engine, opened, options) as running, progress_bars() as bars:
         report("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
-        measured = measure_passes(running, paths, opened, chosen, rounds, lambda done, n: bars("passes", done, n))
+        measured = measure_passes(
+            running, paths, opened, batch_orders(batch_sizes), rounds, lambda done, n: bars("passes", done, n)
+        )
         if invariance:
             report("comparing detections with those of batch 1")
             compared = measure_invariance(
@@ -143,7 +144,7 @@ def _show(found: Analysis) -> None:
     )
     lines = [
         (
-            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}"),
+            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"),
             *(f"{one.parts[part].ms:+.1f}" for part in parts),
             *(f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x"),
             "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}",

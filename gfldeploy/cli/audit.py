@@ -41,7 +41,7 @@ _CONFIG_SUFFIXES = (".yml", ".yaml")
 )
 @click.option("--batch-sizes", type=CommaSeparated(), help=f"Default: {_BATCH_SIZES}, or the bundle's only one.")
 @click.option(
-    "--buckets", type=WholeNumber(1), help="Limit the sizes that grouped batches may have. Default: no limit."
+    "--buckets", type=WholeNumber(1), help="Limit the sizes that bucketed batches may have. Default: no limit."
 )
 @click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Of the shuffled order.")
 @json_option
@@ -57,8 +57,9 @@ def command(
     """Show what batches of your images would cost, before any inference.
 
     A batch is padded to one size: where it holds a portrait and a landscape image, every image in it costs more pixels
-    than alone. For each batch size this shows how many more with the images as listed, shuffled, sorted by size, and
-    grouped by size. Only the headers of the files are read; images that cannot be used are named and left out.
+    than alone. For each batch size this shows how many more with the images listed, shuffled, sorted by size, and
+    bucketed (images of one input size in each batch). Only the headers of the files are read; images that cannot be
+    used are named and left out.
     """
     from gfldeploy.batching.audit import audit, survey
 
@@ -209,13 +210,13 @@ def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]
         work = f" ({_gmac(listed.macs)} GMAC instead of {_gmac(result.macs)})" if listed.macs and result.macs else ""
         limit = f" in at most {buckets} sizes" if buckets else ""
         yield (
-            f"At batch {spoken} as listed, an image costs {listed.padding:.2f}x its pixels{work}: "
+            f"At batch {spoken}, listed, an image costs {listed.padding:.2f}x its pixels{work}: "
             f"{listed.mixed / listed.batches:.0%} of the batches hold portrait and landscape images. "
-            f"Grouped by size{limit}: {bucketed.padding:.2f}x."
+            f"Bucketed{limit}: {bucketed.padding:.2f}x."
         )
     if result.sizes > 1:
         costs = ", ".join(f"{most}: {cost:.2f}x" for most, cost in result.limited.items())
-        yield f"Grouped by size with no more than so many sizes: {costs}."
+        yield f"Bucketed in no more than so many sizes: {costs}."
 
 
 def _gmac(macs: float) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.batching.buckets import StreamOrder
+from gfldeploy.batching.buckets import STREAM_ORDERS, Order
 from gfldeploy.cli.console import progress_bars
 from gfldeploy.cli.options import FILE, PATH, FiniteFloat, WholeNumber, engine_cache_option, output_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
@@ -67,7 +67,7 @@ __all__ = ["command"]
 @click.option("--batch-size", type=WholeNumber(1), help="Default: that of deploy.yml, else 1.")
 @click.option(
     "--order",
-    type=click.Choice(get_args(StreamOrder)),
+    type=click.Choice(STREAM_ORDERS),
     help="How batches are formed. bucketed: of one input size each; listed: as the images come, padded to a common "
     "size, which changes scores and boxes.  [default: that of deploy.yml, else bucketed]",
 )
@@ -87,7 +87,7 @@ def command(
     precision: Precision | None,
     device: Device | None,
     batch_size: int | None,
-    order: StreamOrder | None,
+    order: Order | None,
     threads: int | None,
     engine_cache: Path,
     force: bool,
@@ -158,7 +158,7 @@ def _inputs(
 
 def _announce(choice: Choice) -> None:
     options = choice.options
-    listed = ", batches as listed" if choice.order == "listed" and choice.batch_size > 1 else ""
+    listed = ", listed batches" if choice.order == "listed" and choice.batch_size > 1 else ""
     click.echo(
         f"{choice.bundle.name} in {choice.engine} {options.precision} on {options.device}, batch {choice.batch_size}, "
         f"{options.threads} thread{'' if options.threads == 1 else 's'}{listed} ({choice.why})",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gfldeploy.batching.buckets import StreamOrder
+from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.registry import check_possible, preferred_engine
@@ -18,7 +18,7 @@ from gfldeploy.tune.search import Policy
 __all__ = ["Choice", "choose"]
 
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
-_ORDERS: dict[Policy, StreamOrder] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
+_ORDERS: dict[Policy, Order] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Choice:
     engine: str
     options: EngineOptions
     batch_size: int
-    order: StreamOrder
+    order: Order
     why: str
     notes: tuple[str, ...] = ()
 
@@ -43,7 +43,7 @@ def choose(
     threads: int | None = None,
     batch_size: int | None = None,
     engine_cache: Path | None = None,
-    order: StreamOrder | None = None,
+    order: Order | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; what is given goes before both.
 

@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Size, StreamOrder, stream_batches
+from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions
@@ -70,7 +70,7 @@ def detect_groups(
     pictures: Iterable[Picture],
     *,
     batch_size: int = 1,
-    order: StreamOrder = "bucketed",
+    order: Order = "bucketed",
     look_ahead: int = 0,
     skip: int = 0,
     reduced: bool = False,
@@ -207,7 +207,7 @@ def _prepared(
     manifest: Manifest,
     pictures: Iterable[Picture],
     batch_size: int,
-    order: StreamOrder,
+    order: Order,
     look_ahead: int,
     skip: int,
     reduced: bool,

@@ -13,7 +13,16 @@ from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.resume import Record
 
-__all__ = ["COCO", "DEFAULT_THRESHOLD", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+__all__ = [
+    "COCO",
+    "DEFAULT_THRESHOLD",
+    "DETECTIONS",
+    "IMAGES",
+    "PredictResults",
+    "read_records",
+    "record_of",
+    "write_outputs",
+]
 
 # What PaddleDetection draws from, unless told otherwise.
 DEFAULT_THRESHOLD = 0.5
@@ -24,7 +33,7 @@ IMAGES = "images.json"
 
 
 @dataclass(frozen=True)
-class Summary:
+class PredictResults:
     """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections` score
     enough to be in `detections.jsonl`.
 
@@ -77,7 +86,7 @@ def write_outputs(
     category_ids: Sequence[CocoId | None] | None = None,
     threshold: float = DEFAULT_THRESHOLD,
     most_reasons: int = 3,
-) -> Summary:
+) -> PredictResults:
     """Write the files, one record at a time: memory does not grow with their number.
 
     `coco.json` is a list of results as COCO's tools read it: all of them, as mAP counts low scores too. `threshold`:
@@ -127,7 +136,7 @@ def write_outputs(
                         "score": one["score"],
                     }
                 )
-    return Summary(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
+    return PredictResults(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -228,7 +228,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
         )
         with closing(groups):
             for group in groups:
-                working.add([(one.index, record_of(one, manifest.classes)) for one in group])
+                working.add([(one.index, record_of(one)) for one in group])
                 unfinished.worth_keeping = True
                 progress.step("detecting", working.images, max(total, working.images))
     working.end()

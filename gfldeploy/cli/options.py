@@ -100,7 +100,7 @@ def engine_cache_option(command: Command) -> Command:
         default=DEFAULT_ENGINE_CACHE,
         show_default="~/.cache/gfldeploy/engines",
         metavar="DIR",
-        help="Where TensorRT and OpenVINO keep what they built.",
+        help="Where engines that compile a model keep the result for the next start.",
     )(command)
 
 
@@ -121,9 +121,8 @@ def threads_option(command: Command) -> Command:
 def engine_options(command: Command) -> Command:
     """--engine, --precision, --device, --threads."""
     from gfldeploy.engines.base import DEVICES, PRECISIONS
-    from gfldeploy.engines.registry import ENGINES, TENSORRT_ENGINES
+    from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, PREFERRED_ENGINES
 
-    engines = [name for name in ENGINES if name not in TENSORRT_ENGINES]
     command = threads_option(command)
     command = click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)(command)
     command = click.option(
@@ -131,8 +130,8 @@ def engine_options(command: Command) -> Command:
     )(command)
     return click.option(
         "--engine",
-        type=click.Choice(engines),
-        help="Default: openvino, onnxruntime or paddle, the first that can, as in `predict`.",
+        type=click.Choice(ANY_SHAPE_ENGINES),
+        help=f"Default: the first of {', '.join(PREFERRED_ENGINES)} that runs it here.",
     )(command)
 
 

@@ -13,7 +13,7 @@ from gfldeploy.batching.buckets import StreamOrder
 from gfldeploy.cli.console import progress_bars
 from gfldeploy.cli.options import FILE, PATH, FiniteFloat, WholeNumber, engine_cache_option, output_option
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import ENGINES, TENSORRT_ENGINES
+from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, PREFERRED_ENGINES
 from gfldeploy.errors import DataError
 from gfldeploy.files import check_apart
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
@@ -59,8 +59,8 @@ __all__ = ["command"]
 )
 @click.option(
     "--engine",
-    type=click.Choice([name for name in ENGINES if name not in TENSORRT_ENGINES]),
-    help="Default: that of deploy.yml, else openvino, onnxruntime or paddle, the first that can.",
+    type=click.Choice(ANY_SHAPE_ENGINES),
+    help=f"Default: that of deploy.yml, else the first of {', '.join(PREFERRED_ENGINES)} that runs it here.",
 )
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Default: that of deploy.yml or the bundle.")
 @click.option("--device", type=click.Choice(DEVICES), help="Default: that of deploy.yml, else cpu.")

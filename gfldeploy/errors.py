@@ -24,6 +24,7 @@ __all__ = [
     "RejectedError",
     "Rejection",
     "UnsupportedError",
+    "UsageError",
     "reading",
     "summary",
 ]
@@ -42,6 +43,10 @@ class GfldeployError(Exception):
         super().__init__(f"{problem}. {remedy}" if remedy else problem)
         self.problem = problem
         self.remedy = remedy
+
+
+class UsageError(GfldeployError):
+    """Options or arguments do not go together."""
 
 
 class ConfigError(GfldeployError):

@@ -16,7 +16,7 @@ from gfldeploy.images.decode import image_size
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import BYTES
 
-__all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit", "survey"]
+__all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit_sizes", "survey"]
 
 _FEW_BUCKETS = (1, 2, 4, 8, 16)
 _PIXEL_BYTES = 3 * BYTES["fp32"]
@@ -74,6 +74,7 @@ class Audit:
     `sizes`: how many distinct sizes the network's inputs have at batch 1. `rounding`: their pixels by those of the
     resized images, which is the cost of rounding up to the stride, or of the bars around an image in a fixed input.
     `macs`: the mean of an image at batch 1. `limited`: padding of bucketed batches by number of buckets.
+    `answer`: what the rows say, in sentences. `left_out`: images that cannot be used.
     """
 
     images: int
@@ -82,6 +83,8 @@ class Audit:
     macs: float | None
     limited: Mapping[int, float]
     rows: tuple[AuditRow, ...]
+    answer: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def survey(
@@ -105,7 +108,7 @@ def survey(
     return Survey(files, original, resized, inputs, tuple(left_out))
 
 
-def audit(
+def audit_sizes(
     found: Survey,
     batch_sizes: Sequence[int],
     most_buckets: int | None = None,

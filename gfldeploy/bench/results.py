@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.latency import Point
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.timing import Samples, StopRule
-from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError
 from gfldeploy.files import read_json, write_json
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import build, check_schema, plain
 
 __all__ = [
-    "POLICIES",
-    "SCENARIOS",
     "SCHEMA",
     "BenchResults",
-    "BundleIdentity",
     "CellResult",
+    "Cost",
     "DataDescription",
     "Idle",
     "Monitored",
     "Peak",
     "Run",
-    "Scenario",
-    "ServerPolicy",
     "Serving",
     "Settings",
     "Stages",
     "Status",
-    "Work",
     "defined_ap",
 ]
 
-SCHEMA = 4
+SCHEMA = 5
 Status = Literal["ok", "failed", "skipped"]
-# After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
-# images after the other; offline: all images at once, in whatever order and grouping is fastest; server: images arrive
-# at random times, whether or not the earlier ones are done.
-Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
-SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
-# What a server does with the images that wait. no-batching: one after the other as they arrive; fixed-timeout: a batch
-# as soon as it is full or its oldest image has waited for a tenth of the latency bound, Triton Inference Server's rule;
-# adaptive: the dynamic batcher's (`batching.policy.Adaptive`).
-ServerPolicy = Literal["no-batching", "fixed-timeout", "adaptive"]
-POLICIES: tuple[ServerPolicy, ...] = get_args(ServerPolicy)
-
 
 # Figures of less than this, over all rounds, are good for a first look alone.
 _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
@@ -107,20 +90,6 @@ class DataDescription:
     timed_sha256: str
     timed_images: int
     accuracy_images: int | None
-
-
-@dataclass(frozen=True)
-class BundleIdentity:
-    """A bundle's `name` in its manifest, the last part of its `directory`, and the SHA-256 of its manifest."""
-
-    name: str
-    directory: str
-    digest: str
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> Self:
-        """The identity of an opened bundle."""
-        return cls(bundle.name, bundle.directory.resolve().name, bundle.digest)
 
 
 @dataclass(frozen=True)
@@ -246,12 +215,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """What one image costs, by arithmetic on the graph (`macs.py`): not measured, the same for every engine.
 
     `macs`: multiply-accumulates at the size of the image itself, mean over the timed images; `padded_macs`: at the size
-    of the batch it was in. One MAC is two FLOPs. `traffic_mb`: least memory traffic of the padded image, 10^6 bytes,
-    with every convolution's input, output and weights read or written once in the precision asked for.
+    of the batch it was in. One MAC is two FLOPs. `traffic_mb`: memory traffic of the padded image, 10^6 bytes, with
+    every convolution's input, output and weights read or written once in the precision asked for.
     """
 
     macs: float
@@ -267,10 +236,6 @@ class Peak:
     written, with as many threads. None where it could not be measured, for the `reason`.
     """
 
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
     gmac_per_s: float | None
     memory_gb_per_s: float | None
     reason: str | None
@@ -280,40 +245,31 @@ class Peak:
 class CellResult:
     """What became of one cell.
 
-    `rate`: images arriving a second, and `policy`: how they become batches, in the server scenario. `status` ok: it was
-    measured, once in each round (`runs`); failed: the process of a round failed for the `reason`, `runs` are the
-    earlier rounds; skipped: it cannot run here (`bundle`, `batch_size` and `scenario` are None where that holds for all
-    of them). `accuracy` is None where it was not measured; had it been asked for, `accuracy_reason` says why. `work` is
-    None where it could not be counted.
+    `status` ok: it was measured, once in each round (`runs`); failed: the process of a round failed for the `reason`,
+    `runs` are the earlier rounds; skipped: it cannot run here. `accuracy`, of the cell's bundle, engine, precision and
+    device, is None where it was not measured; had it been asked for, `accuracy_reason` says why. `cost` is None where
+    it could not be counted. `peak`: of the cell's engine, precision, device and threads; None where it was not asked
+    for.
     """
 
-    bundle: BundleIdentity | None
-    engine: str
-    precision: Precision
-    device: Device
-    batch_size: int | None
-    threads: int
-    scenario: Scenario | None
-    rate: float | None
-    policy: ServerPolicy | None
+    cell: Cell
     status: Status
-    reason: str | None
-    remedy: str | None
-    runs: tuple[Run, ...]
-    accuracy: Accuracy | None
-    accuracy_reason: str | None
-    work: Work | None
+    reason: str | None = None
+    remedy: str | None = None
+    runs: tuple[Run, ...] = ()
+    accuracy: Accuracy | None = None
+    accuracy_reason: str | None = None
+    cost: Cost | None = None
+    peak: Peak | None = None
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.reason is None):
             raise ValueError("a cell has a reason unless its status is ok")
-        if self.status == "ok" and not (self.runs and self.bundle and self.batch_size and self.scenario):
-            raise ValueError("a cell with the status ok needs runs, a bundle, a batch size and a scenario")
+        if self.status == "ok" and not self.runs:
+            raise ValueError("a cell with the status ok needs runs")
         if self.status == "skipped" and self.runs:
             raise ValueError("a skipped cell has no runs")
-        if len({self.scenario == "server", self.rate is not None, self.policy is not None}) > 1:
-            raise ValueError("the server scenario has a rate and a policy, and no other has")
-        if any((run.serving is None) == (self.scenario == "server") for run in self.runs):
+        if any((run.serving is None) == (self.cell.scenario == "server") for run in self.runs):
             raise ValueError("runs of the server scenario say what became of the requests, and no others do")
 
     @property
@@ -347,7 +303,6 @@ class BenchResults:
     machine: Machine
     data: DataDescription
     settings: Settings
-    peaks: tuple[Peak, ...]
     cells: tuple[CellResult, ...]
     schema: int = SCHEMA
 
@@ -358,11 +313,12 @@ class BenchResults:
 
     @classmethod
     def from_dict(cls, data: object) -> Self:
-        """Check and build, from an older schema too if that is 3.
+        """Check and build, from the older schemas 3 and 4 too.
 
         Raises `DataError` for other schemas, unknown or missing keys and wrong types.
         """
-        data = _upgraded(data)
+        while isinstance(data, dict) and (number := data.get("schema")) in (3, 4):
+            data = _UPGRADES[number](data)
         check_schema(
             data, SCHEMA, "results", "Give a file that `gfldeploy bench` wrote.", "Measure again with this version."
         )
@@ -389,29 +345,63 @@ class BenchResults:
             raise DataError(f"{path}: {error.problem}", error.remedy) from error
 
 
-def _upgraded(data: object) -> object:
-    """Results of schema 3 as those of schema 4; all else as it is.
+def _from_3(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 3 timed no batches as the offline scenario forms them, and of servers only full ones as listed."""
+    cells = []
+    for cell in _records(data, "cells"):
+        lost = {"stages": None} if cell.get("scenario") in ("offline", "server") else {}
+        runs = [{"stages": None, "mixed_batches": None, **run, **lost} for run in _records(cell, "runs")]
+        cells.append({**cell, "runs": runs})
+    (settings,) = _records({"settings": [data.get("settings")]}, "settings")
+    return {**data, "schema": 4, "settings": {"tail_count": 0, **settings}, "cells": cells}
 
-    Schema 3 timed no batches as the offline scenario forms them, and only full ones in the listed order of servers.
+
+_AXES_4 = ("bundle", "engine", "precision", "device", "threads", "batch_size", "scenario", "rate", "policy")
+_PEAK_AXES_4 = ("engine", "precision", "device", "threads")
+
+
+def _from_4(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 4 had the axes among the other fields of a cell, and peaks in a list of their own.
+
+    Of a cell that was skipped, what the reason held for all of was null: it becomes one for each that the file has.
     """
-    if not isinstance(data, dict) or data.get("schema") != 3:
-        return data
-    upgraded = {**data, "schema": 4}
-    if isinstance(settings := data.get("settings"), dict):
-        upgraded["settings"] = {"tail_count": 0, **settings}
-    if isinstance(cells := data.get("cells"), list):
-        upgraded["cells"] = [_upgraded_cell(cell) if isinstance(cell, dict) else cell for cell in cells]
-    return upgraded
+    peaks = [(_taken(one, _PEAK_AXES_4), one) for one in _records(data, "peaks")]
+    old = [(_taken(one, _AXES_4), one) for one in _records(data, "cells")]
+    known = [cell for cell, _ in old if None not in (cell.get("bundle"), cell.get("batch_size"), cell.get("scenario"))]
+    cells = []
+    for cell, rest in old:
+        peak = next((one for axes, one in peaks if axes.items() <= cell.items()), None)
+        rest["cost"] = rest.pop("work", None)
+        for full in [cell] if cell in known else _expanded(cell, known):
+            order = "bucketed" if full.get("scenario") == "offline" else "listed"
+            cells.append({"cell": {**full, "order": order}, **rest, "peak": peak if rest.get("runs") else None})
+    return {**{key: value for key, value in data.items() if key != "peaks"}, "schema": 5, "cells": cells}
 
 
-def _upgraded_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    runs = cell.get("runs")
-    if not isinstance(runs, list):
-        return cell
-    lost = {"stages": None} if cell.get("scenario") in ("offline", "server") else {}
-    return {
-        **cell,
-        "runs": [
-            {"stages": None, "mixed_batches": None, **run, **lost} if isinstance(run, dict) else run for run in runs
-        ],
-    }
+def _expanded(cell: dict[str, Any], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cell with whatever is null in it as in those that are `known` whole."""
+    given = {key: value for key, value in cell.items() if value is not None}
+    found: list[dict[str, Any]] = []
+    for one in known:
+        if "batch_size" in given and "scenario" not in given:
+            one = {**one, "scenario": "single-stream" if given["batch_size"] == 1 else "multi-stream"}
+            one = {**one, "rate": None, "policy": None}
+        if (full := {**one, **given}) not in found:
+            found.append(full)
+    return found or [cell]
+
+
+def _taken(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """These keys, removed from the record."""
+    return {key: record.pop(key) for key in keys if key in record}
+
+
+def _records(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """A list of objects, copied: what is not will be refused."""
+    value = data.get(key)
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise DataError(f"results: {key} must be a list of objects", "Use a file that gfldeploy wrote.")
+    return [dict(one) for one in value]
+
+
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, evaluate
 from gfldeploy.batching.buckets import union
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.inputs import (
     Batch,
     batches_in_order,
@@ -31,7 +32,6 @@ from gfldeploy.bench.inputs import (
     shape_counts,
     uniform_batches,
 )
-from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
 from gfldeploy.bench.roofline import measure_peak
@@ -40,7 +40,6 @@ from gfldeploy.bench.stages import time_stages
 from gfldeploy.bench.timing import Samples, measure
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import (
-    Device,
     Engine,
     EngineOptions,
     ExecutedConvolution,
@@ -65,10 +64,12 @@ __all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest", "main"]
 class TimingRequest:
     """Time a cell on these images; the answer goes to `result`.
 
-    `idle`: how the machine was before. `engine_cache`: where TensorRT and OpenVINO keep what they built.
+    `bundle`: the directory of the cell's. `idle`: how the machine was before. `engine_cache`: where TensorRT and
+    OpenVINO keep what they built.
     """
 
     cell: Cell
+    bundle: Path
     images: tuple[Path, ...]
     settings: Settings
     idle: Idle
@@ -92,6 +93,7 @@ class AccuracyRequest:
     """
 
     cell: Cell
+    bundle: Path
     annotations: Path
     image_dir: Path | None
     limit: int | None
@@ -102,12 +104,9 @@ class AccuracyRequest:
 
 @dataclass(frozen=True)
 class PeakRequest:
-    """Measure what the engine reaches at best; the answer goes to `result`."""
+    """Measure what the cell's engine reaches at best; the answer goes to `result`."""
 
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
+    cell: Cell
     result: Path
 
 
@@ -138,10 +137,10 @@ def _time(request: TimingRequest) -> Timed:
 
     cell, settings = request.cell, request.settings
     cv2.setNumThreads(cell.threads)
-    bundle = Bundle.open(cell.bundle)
+    bundle = Bundle.open(request.bundle)
     preprocess = bundle.manifest.preprocess
     images = prepare_images(request.images, preprocess)
-    arrange = uniform_batches if cell.scenario == "offline" else batches_in_order
+    arrange = uniform_batches if cell.order == "bucketed" else batches_in_order
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
     batches = arrange(timed, preprocess, cell.batch_size)
@@ -220,12 +219,13 @@ def _measure(
 
 
 def _peak(request: PeakRequest) -> Peak:
-    return measure_peak(request.engine, request.precision, request.device, request.threads)
+    cell = request.cell
+    return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
 
 
 def _accuracy(request: AccuracyRequest) -> Accuracy:
     cell = request.cell
-    bundle = Bundle.open(cell.bundle)
+    bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
     dataset = CocoDataset.load(request.annotations, request.image_dir, request.limit)
 

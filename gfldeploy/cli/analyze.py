@@ -11,8 +11,8 @@ from gfldeploy.analysis.causes import PARTS, analyze_passes
 from gfldeploy.analysis.invariance import Invariance, measure_invariance
 from gfldeploy.analysis.record import Analysis
 from gfldeploy.analysis.sweep import arrangements, measure_passes
-from gfldeploy.bench.cost import work
-from gfldeploy.bench.results import BundleIdentity
+from gfldeploy.bench.cell import BundleIdentity, Cell
+from gfldeploy.bench.cost import count_cost
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import progress_bars, stages
@@ -82,7 +82,17 @@ def command(
     best = None
     if peak:
         report("measuring what the engine reaches at best")
-        best = run_peak(engine, options.precision, device, threads)
+        best = run_peak(
+            Cell(
+                bundle=BundleIdentity.of(opened),
+                engine=engine,
+                precision=options.precision,
+                device=device,
+                threads=threads,
+                batch_size=1,
+                scenario="single-stream",
+            )
+        )
     compared: list[Invariance] = []
     with open_engine(engine, opened, options) as running, progress_bars() as bars:
         report("running the same images in batches of every size, interleaved")
@@ -124,7 +134,7 @@ def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
     """Of one image by itself, the mean; None where the graph cannot be counted."""
     sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
     try:
-        return work(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
+        return count_cost(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
     except GfldeployError:
         return None
 

@@ -222,7 +222,7 @@ def command(
 
 def _show(deploy: Deploy) -> None:
     """The choice and the runner-up, from file to boxes."""
-    from gfldeploy.bench.table import text_of
+    from gfldeploy.bench.columns import text_of
     from gfldeploy.cli.tables import TableColumn, show_table
 
     columns = (
@@ -286,7 +286,6 @@ def _show_space(prepared: PreparedTune) -> None:
     reused = len(prepared.reused.cells)
     known = f", {reused} of them known from --results" if reused else ""
     click.echo(f"{len(prepared.space.cells)} configurations of {len(prepared.space.models)} models{known}.", err=True)
-    for item in prepared.skipped:
-        batch = f" batch {item.batch_size}" if item.batch_size else ""
-        remedy = f"; {item.remedy}" if item.remedy else ""
-        click.echo(f"  skip  {item.engine:20} {item.precision:5}{batch} {item.reason}{remedy}", err=True)
+    for line in prepared.bench.plan.lines():
+        if line.startswith("  skip"):
+            click.echo(line, err=True)

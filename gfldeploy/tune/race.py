@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gfldeploy.bench.matrix import Cell
+from gfldeploy.bench.cell import Cell
 from gfldeploy.tune.measured import Measured
 from gfldeploy.tune.search import Model, Space, Step, choose, finalists, model_of, next_step
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.compare import hardware_differences, software_differences, timing_differences
-from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.errors import DataError
 from gfldeploy.tune.measured import measurable
@@ -27,10 +27,10 @@ class Reused:
     quick: Collection[Cell]
 
 
-def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now: BenchResults) -> Reused:
+def reuse(paths: Sequence[Path], space: Space, now: BenchResults) -> Reused:
     """What results files say of the cells of the `space`; of a cell in several of them, the last file.
 
-    `digests`: of the bundles' manifests. `now`: results without cells, of this machine, its software, the data and the
+    `now`: results without cells, of this machine, its software, the data and the
     settings of now. Raises `DataError` where a file is not of the same machine, software, images and way of timing, or
     has none of the cells: such a file was given by mistake.
     """
@@ -44,7 +44,7 @@ def reuse(paths: Sequence[Path], space: Space, digests: Mapping[Path, str], now:
             now.data.annotations_sha256,
             now.data.accuracy_images,
         )
-        found = _found(results.cells, space.cells, digests)
+        found = _found(results.cells, space.cells)
         if not found:
             raise DataError(
                 f"{path} has no cell of these bundles, engines, precisions, batch sizes and threads that was measured "
@@ -70,13 +70,11 @@ def _check(path: Path, results: BenchResults, now: BenchResults) -> None:
             raise DataError(f"{path} is {what}: {listed} (there, here)", "Leave it out of --results.")
 
 
-def _found(
-    results: Collection[CellResult], cells: Collection[Cell], digests: Mapping[Path, str]
-) -> dict[Cell, CellResult]:
-    measured = {(one.bundle.digest, *_key(one)): one for one in results if measurable(one) and one.bundle is not None}
-    return {cell: one for cell in cells if (one := measured.get((digests[cell.bundle], *_key(cell)))) is not None}
+def _found(results: Collection[CellResult], cells: Collection[Cell]) -> dict[Cell, CellResult]:
+    """A bundle is found again by its digest, whatever it is called now."""
+    measured = {_key(one.cell): one for one in results if measurable(one)}
+    return {cell: one for cell in cells if (one := measured.get(_key(cell))) is not None}
 
 
-def _key(cell: Cell | CellResult) -> tuple[object, ...]:
-    how = cell.scenario, cell.rate, cell.policy
-    return cell.engine, cell.precision, cell.device, cell.batch_size, cell.threads, *how
+def _key(cell: Cell) -> Cell:
+    return replace(cell, bundle=BundleIdentity("", "", cell.bundle.digest))

@@ -15,11 +15,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from gfldeploy.bench.matrix import Cell
-from gfldeploy.bench.results import Scenario
+from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.tune.measured import NOISE, Measured
 
@@ -63,7 +61,7 @@ _MOST_FINALISTS = 6
 class Model(NamedTuple):
     """What has one accuracy, and is climbed by itself."""
 
-    bundle: Path
+    bundle: BundleIdentity
     engine: str
     precision: Precision
 

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import percentile
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Cell, Plan, Skipped
 from gfldeploy.bench.results import BenchResults, CellResult, DataDescription, Settings, defined_ap
 from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.bench.session import BenchRequest, PreparedBench, about, describe_data, limits
@@ -78,11 +78,11 @@ class PreparedTune:
     request: TuneRequest
     bench: PreparedBench
     space: Space
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[CellResult, ...]
     data: Data
     description: DataDescription
     machine: Machine
-    reference: Path | None
+    reference: BundleIdentity | None
     reused: Reused
 
 
@@ -97,9 +97,11 @@ def prepare(request: TuneRequest) -> PreparedTune:
     bench = prepare_bench(replace(request.bench, threads=most, scenarios=scenarios, rates=()))
     if not bench.plan.cells:
         first = bench.plan.skipped[0]
-        problem = f"nothing to choose from: {first.engine} {first.precision} on {first.device}: {first.reason}"
+        problem = (
+            f"nothing to choose from: {first.cell.engine} {first.cell.precision} on {first.cell.device}: {first.reason}"
+        )
         raise EngineError(problem, f"{first.remedy[0].upper()}{first.remedy[1:]}." if first.remedy else None)
-    bundles = {cell.bundle: Bundle.open(cell.bundle) for cell in bench.plan.cells}
+    bundles = {cell.bundle: Bundle.open(bench.plan.bundles[cell.bundle]) for cell in bench.plan.cells}
     policies = {path: _policies(bundle, bench, request.policies) for path, bundle in bundles.items()}
     cells = tuple(
         replace(cell, threads=threads)
@@ -108,7 +110,7 @@ def prepare(request: TuneRequest) -> PreparedTune:
         if policy_of(cell) in policies[cell.bundle] and not (policy_of(cell) == "grouped" and cell.batch_size == 1)
     )
     opened = (Bundle.open(path) for path in request.bench.bundles)
-    reference = next((bundle.directory for bundle in opened if bundle.manifest.precision == "fp32"), None)
+    reference = next((BundleIdentity.of(bundle) for bundle in opened if bundle.manifest.precision == "fp32"), None)
     if request.bounds.max_drop is not None and reference is None:
         raise DataError(
             "there is no FP32 bundle to measure the mAP drop against", "Give it too, or leave --max-drop out."
@@ -116,9 +118,8 @@ def prepare(request: TuneRequest) -> PreparedTune:
     space = Space(cells, request.bounds)
     data, description = describe_data(bench)
     machine = describe_machine()
-    now = BenchResults("", machine, description, request.bench.settings, (), ())
-    digests = {path: bundle.digest for path, bundle in bundles.items()}
-    reused = reuse(request.results, space, digests, now)
+    now = BenchResults("", machine, description, request.bench.settings, ())
+    reused = reuse(request.results, space, now)
     return PreparedTune(request, bench, space, bench.plan.skipped, data, description, machine, reference, reused)
 
 
@@ -222,7 +223,7 @@ class _Session:
             return None
         base = self._accuracy(reference)
         if base is None:
-            problem = f"the mAP of {reference.bundle.name} in FP32 could not be measured: {self._why[reference]}"
+            problem = f"the mAP of {reference.bundle.directory} in FP32 could not be measured: {self._why[reference]}"
             raise EngineError(problem, "Remedy that, or leave --max-drop out and add --no-accuracy.")
         found = self._accuracy(model)
         return base if found is None else base - found
@@ -230,10 +231,10 @@ class _Session:
     def configuration(self, cell: Cell, output: Path) -> Configuration:
         """A measured cell as it is written to `output`."""
         result = self.results[cell]
-        assert result.bundle is not None
+        bundle = self.prepared.bench.plan.bundles[cell.bundle].resolve()
         return Configuration(
-            bundle=Path(os.path.relpath(cell.bundle.resolve(), output.absolute().parent.resolve())).as_posix(),
-            digest=result.bundle.digest,
+            bundle=Path(os.path.relpath(bundle, output.absolute().parent.resolve())).as_posix(),
+            digest=cell.bundle.digest,
             engine=cell.engine,
             precision=cell.precision,
             device=cell.device,
@@ -258,7 +259,7 @@ class _Session:
                 self.progress(f"  {text}")
 
         return run_plan(
-            Plan(tuple(cells), ()),
+            replace(self.prepared.bench.plan, cells=tuple(cells), skipped=()),
             data,
             settings,
             self.journal,
@@ -266,17 +267,17 @@ class _Session:
             engine_cache=bench.engine_cache,
             about=about(bench, self.prepared.machine),
             progress=report,
-        )[0]
+        )
 
     def _reference(self, engine: str) -> Model | None:
         """FP32 in this engine, else in one of those asked for that runs it; None without an FP32 bundle."""
-        path, device = self.prepared.reference, self.prepared.request.bench.device
-        if path is None:
+        identity, device = self.prepared.reference, self.prepared.request.bench.device
+        if identity is None:
             return None
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(self.prepared.bench.plan.bundles[identity])
         for one in (engine, *self.prepared.request.bench.engines):
             if capability(one, "fp32", device).works and not missing_graph(bundle, one, "fp32", device):
-                return Model(path, one, "fp32")
+                return Model(identity, one, "fp32")
         return None
 
     def _accuracy(self, model: Model) -> float | None:
@@ -295,11 +296,16 @@ class _Session:
         """The cell whose process measured the model first: mAP depends on neither batch size nor threads."""
         if model in self.prepared.space.models:
             return self.prepared.space.start(model)
-        size = Bundle.open(model.bundle).manifest.inputs[0].shape[0] or 1
-        scenario = scenario_of("single" if size == 1 else "in-order")
+        size = Bundle.open(self.prepared.bench.plan.bundles[model.bundle]).manifest.inputs[0].shape[0] or 1
         request = self.prepared.request
         return Cell(
-            model.bundle, model.engine, model.precision, request.bench.device, size, max(request.threads), scenario
+            bundle=model.bundle,
+            engine=model.engine,
+            precision=model.precision,
+            device=request.bench.device,
+            threads=max(request.threads),
+            batch_size=size,
+            scenario=scenario_of("single" if size == 1 else "in-order"),
         )
 
     def _evidence(self, cell: Cell, result: CellResult) -> Evidence:
@@ -348,7 +354,7 @@ def _no_choice(prepared: PreparedTune, outcome: Outcome, results: dict[Cell, Cel
         failed = next((result for result in results.values() if result.status == "failed"), None)
         if failed is None:
             return EngineError("nothing could be measured: batches took no time at all, so that the clock is of no use")
-        return EngineError(f"nothing could be measured; {failed.engine} {failed.precision}: {failed.reason}")
+        return EngineError(f"nothing could be measured; {failed.cell.engine} {failed.cell.precision}: {failed.reason}")
     return BoundsError(
         f"no configuration keeps the bounds: the nearest is {miss_in_words(miss)}",
         "Loosen that bound, or give other bundles; what was measured is kept for the next run with this --output.",

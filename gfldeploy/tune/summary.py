@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.matrix import Cell
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
 from gfldeploy.tune.search import TIE, Miss, Policy, policy_of
@@ -52,7 +52,7 @@ def miss_in_words(miss: Miss) -> str:
 
 def _cell(cell: Cell) -> str:
     shape = _batches(cell.batch_size, policy_of(cell))
-    return f"{cell.bundle.name} in {_engine(cell.engine, cell.precision)}, {shape} with {_threads(cell.threads)}"
+    return f"{cell.bundle.directory} in {_engine(cell.engine, cell.precision)}, {shape} with {_threads(cell.threads)}"
 
 
 def _what(one: Configuration) -> str:

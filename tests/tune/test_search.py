@@ -6,12 +6,10 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
-from gfldeploy.bench.matrix import Cell
-from gfldeploy.bench.results import Scenario
+from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.engines.base import Precision
 from gfldeploy.tune.measured import Measured, Tail
 from gfldeploy.tune.race import Outcome, race
@@ -40,7 +38,15 @@ SIZES = (1, 2, 4, 8, 16, 32)
 
 def cell(model: tuple[str, str, Precision], size: int, threads: int = 2, scenario: Scenario = "offline") -> Cell:
     bundle, engine, precision = model
-    return Cell(Path(bundle), engine, precision, "cpu", size, threads, "single-stream" if size == 1 else scenario)
+    return Cell(
+        bundle=BundleIdentity(bundle, bundle, ""),
+        engine=engine,
+        precision=precision,
+        device="cpu",
+        threads=threads,
+        batch_size=size,
+        scenario="single-stream" if size == 1 else scenario,
+    )
 
 
 def space(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.timing import Samples, StopRule
-from gfldeploy.errors import DataError
-from gfldeploy.files import read_json, write_json
 from gfldeploy.machine import Machine
-from gfldeploy.serialization import build, check_schema, plain
+from gfldeploy.serialization import FileFormat, Versioned, part
 
 __all__ = [
-    "SCHEMA",
     "BenchResults",
     "CellResult",
     "Cost",
@@ -33,7 +29,6 @@ __all__ = [
     "defined_ap",
 ]
 
-SCHEMA = 5
 Status = Literal["ok", "failed", "skipped"]
 
 # Figures of less than this, over all rounds, are good for a first look alone.
@@ -295,113 +290,63 @@ def defined_ap(accuracy: Accuracy | None) -> float | None:
     return ap if ap is not None and ap >= 0 else None
 
 
-@dataclass(frozen=True)
-class BenchResults:
-    """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
-
-    created: str
-    machine: Machine
-    data: DataDescription
-    settings: Settings
-    cells: tuple[CellResult, ...]
-    schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; `from_dict` is the inverse."""
-        data: dict[str, Any] = plain(self)
-        return {"schema": data.pop("schema"), **data}
-
-    @classmethod
-    def from_dict(cls, data: object) -> Self:
-        """Check and build, from the older schemas 3 and 4 too.
-
-        Raises `DataError` for other schemas, unknown or missing keys and wrong types.
-        """
-        while isinstance(data, dict) and (number := data.get("schema")) in (3, 4):
-            data = _UPGRADES[number](data)
-        check_schema(
-            data, SCHEMA, "results", "Give a file that `gfldeploy bench` wrote.", "Measure again with this version."
-        )
-        return build(cls, data, "results")
-
-    def write(self, path: Path) -> None:
-        """Write the file in one step, replacing any other. Raises `OutputError`."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a file that `write` wrote. Raises `DataError`."""
-        try:
-            data = read_json(path)
-        except OSError as error:
-            raise DataError(
-                f"cannot read {path}: {error.strerror or error}", "Give a file that `gfldeploy bench` wrote."
-            ) from error
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}", "Give a file that `gfldeploy bench` wrote.") from error
-        try:
-            return cls.from_dict(data)
-        except DataError as error:
-            raise DataError(f"{path}: {error.problem}", error.remedy) from error
-
-
-def _from_3(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 3 timed no batches as the offline scenario forms them, and of servers only full ones as listed."""
+def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
+    """It timed no batches as the offline scenario forms them, and of servers only full ones as listed."""
     cells = []
-    for cell in _records(data, "cells"):
-        lost = {"stages": None} if cell.get("scenario") in ("offline", "server") else {}
-        runs = [{"stages": None, "mixed_batches": None, **run, **lost} for run in _records(cell, "runs")]
+    for cell in part(data, "cells", kind=list):
+        lost = {"stages": None} if cell["scenario"] in ("offline", "server") else {}
+        runs = [{"stages": None, "mixed_batches": None, **run, **lost} for run in part(cell, "runs", kind=list)]
         cells.append({**cell, "runs": runs})
-    (settings,) = _records({"settings": [data.get("settings")]}, "settings")
-    return {**data, "schema": 4, "settings": {"tail_count": 0, **settings}, "cells": cells}
+    return {**data, "settings": {"tail_count": 0, **part(data, "settings")}, "cells": cells}
+
+
+def _from_schema_4(data: dict[str, Any]) -> dict[str, Any]:
+    """It had the axes among the other fields of a cell, and peaks in a list of their own.
+
+    Of a skipped cell, what the reason held for all of was null: it becomes a cell for each that the file has.
+    """
+    peaks = [(_taken(one, *_PEAK_AXES_4), one) for one in map(dict, part(data, "peaks", kind=list))]
+    split = [(_taken(one, *_AXES_4), one) for one in map(dict, part(data, "cells", kind=list))]
+    known = [axes for axes, _ in split if None not in (axes["bundle"], axes["batch_size"], axes["scenario"])]
+    cells = []
+    for axes, rest in split:
+        peak = next((one for of, one in peaks if of.items() <= axes.items()), None) if rest["runs"] else None
+        rest["cost"] = rest.pop("work")
+        for cell in [axes] if axes in known else _expanded(axes, known):
+            order = "bucketed" if cell["scenario"] == "offline" else "listed"
+            cells.append({"cell": {**cell, "order": order}, **rest, "peak": peak})
+    return {**{key: value for key, value in data.items() if key != "peaks"}, "cells": cells}
 
 
 _AXES_4 = ("bundle", "engine", "precision", "device", "threads", "batch_size", "scenario", "rate", "policy")
 _PEAK_AXES_4 = ("engine", "precision", "device", "threads")
 
 
-def _from_4(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 4 had the axes among the other fields of a cell, and peaks in a list of their own.
-
-    Of a cell that was skipped, what the reason held for all of was null: it becomes one for each that the file has.
-    """
-    peaks = [(_taken(one, _PEAK_AXES_4), one) for one in _records(data, "peaks")]
-    old = [(_taken(one, _AXES_4), one) for one in _records(data, "cells")]
-    known = [cell for cell, _ in old if None not in (cell.get("bundle"), cell.get("batch_size"), cell.get("scenario"))]
-    cells = []
-    for cell, rest in old:
-        peak = next((one for axes, one in peaks if axes.items() <= cell.items()), None)
-        rest["cost"] = rest.pop("work", None)
-        for full in [cell] if cell in known else _expanded(cell, known):
-            order = "bucketed" if full.get("scenario") == "offline" else "listed"
-            cells.append({"cell": {**full, "order": order}, **rest, "peak": peak if rest.get("runs") else None})
-    return {**{key: value for key, value in data.items() if key != "peaks"}, "schema": 5, "cells": cells}
-
-
-def _expanded(cell: dict[str, Any], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The cell with whatever is null in it as in those that are `known` whole."""
-    given = {key: value for key, value in cell.items() if value is not None}
+def _expanded(axes: dict[str, Any], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The axes with whatever is null in them as in those cells that are `known` whole."""
+    given = {key: value for key, value in axes.items() if value is not None}
+    if size := given.get("batch_size"):  # which no other cell of this bundle need have
+        given |= {"scenario": "single-stream" if size == 1 else "multi-stream", "rate": None, "policy": None}
     found: list[dict[str, Any]] = []
     for one in known:
-        if "batch_size" in given and "scenario" not in given:
-            one = {**one, "scenario": "single-stream" if given["batch_size"] == 1 else "multi-stream"}
-            one = {**one, "rate": None, "policy": None}
-        if (full := {**one, **given}) not in found:
-            found.append(full)
-    return found or [cell]
+        if (cell := {**one, **given}) not in found:
+            found.append(cell)
+    return found
 
 
-def _taken(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """These keys, removed from the record."""
-    return {key: record.pop(key) for key in keys if key in record}
+def _taken(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """These fields, removed from the record."""
+    return {key: record.pop(key) for key in keys}
 
 
-def _records(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """A list of objects, copied: what is not will be refused."""
-    value = data.get(key)
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise DataError(f"results: {key} must be a list of objects", "Use a file that gfldeploy wrote.")
-    return [dict(one) for one in value]
+@dataclass(frozen=True)
+class BenchResults(Versioned):
+    """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
 
+    FORMAT = FileFormat("results", "gfldeploy bench", 5, {3: _from_schema_3, 4: _from_schema_4})
 
-_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {3: _from_3, 4: _from_4}
+    created: str
+    machine: Machine
+    data: DataDescription
+    settings: Settings
+    cells: tuple[CellResult, ...]

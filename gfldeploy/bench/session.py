@@ -16,8 +16,9 @@ from gfldeploy.bench.cell import POLICIES, STREAMS, Scenario, ServerPolicy
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bench.results import BenchResults, DataDescription, Settings
-from gfldeploy.bench.runner import Data, Limits, run_plan
+from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.bundle import Bundle
+from gfldeploy.child_process import Limits
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.options import json_option
+from gfldeploy.cli.options import JSON
 from gfldeploy.cli.tables import TableColumn, show_table
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 
 @click.command(name="doctor")
-@json_option
+@JSON
 def command(as_json: bool) -> None:
     """Show what is installed, what works on this machine, and why the rest does not.
 

@@ -36,7 +36,7 @@ def variant(tiny: Path, name: str, precision: str = "fp32", batch: int | None = 
         bundle.manifest,
         precision=precision,
         inputs=(TensorSpec("image", "float32", (batch, 3, None, None)),),
-        graphs={graph: Graph("model") for graph in graphs.split()},
+        graphs={graph: Graph("model", None if graph == "onnx" else "parameters") for graph in graphs.split()},
     )
     directory = tiny.parent / name
     directory.mkdir(exist_ok=True)

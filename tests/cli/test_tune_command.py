@@ -119,7 +119,7 @@ def test_results_of_bench_are_reused(
         (("BUNDLE", "--data", "DATA", "--policies", "random"), "'random' is not one of in-order, grouped"),
         (("BUNDLE", "--data", "DATA", "-o", "."), "is a directory"),
         (("BUNDLE", "--data", "DATA", "--precisions", "int8"), "nothing to choose from: paddle int8 on cpu: "),
-        (("BUNDLE", "--data", "DATA", "--results", "none.json"), "cannot read none.json"),
+        (("BUNDLE", "--data", "DATA", "--results", "none.json"), "none.json cannot be read"),
         (("nowhere", "--data", "DATA"), "nowhere is not a directory"),
         (("--check", "none.yml"), "none.yml cannot be read"),
     ],

@@ -171,7 +171,7 @@ def _need(right: bool, key: str, value: object) -> None:
 
 
 def _wrong_output(manifest: Manifest) -> str | None:
-    """What keeps the outputs from being those of a detector, see ARCHITECTURE.md."""
+    """What keeps the outputs from being those of a detector, see docs/contracts.md."""
     outputs = {spec.name: spec for spec in manifest.outputs}
     for name, rank, last in (("scores", 3, manifest.score_channels), ("boxes", 3, 4), ("anchors", 2, None)):
         spec = outputs.pop(name, None)

@@ -119,6 +119,8 @@ def tune_bundles(
         DataError: The data cannot be used, or the results are not of this machine, software and data.
         OutputError: The output exists, or cannot be written.
     """
+    if max_drop is not None and not accuracy:
+        raise ValueError("max_drop needs mAP: accuracy must be true")
     check_file(output, "yml", force=force)
     start = time.monotonic()
     most = usable_threads()

@@ -90,14 +90,14 @@ def main() -> None:
         theirs = nncf_bundle(bundle, args.calib, args.samples, Path(folder))
         options = EngineOptions("int8", "cpu", usable_threads())
         engines = {
-            name: stack.enter_context(OpenVinoEngine(one, options))
+            name: stack.enter_context(OpenVinoEngine(one, options, "onnx"))
             for name, one in {"ours": Bundle.open(args.int8), "nncf": theirs}.items()
         }
         races = [race(engines, shape, args.rounds, args.runs) for shape in shapes]
         operators = {name: count_operators(engine, shapes[0]) for name, engine in engines.items()}
         accuracy: dict[str, Any] = {}
         if not args.no_accuracy:
-            engines["fp32"] = stack.enter_context(OpenVinoEngine(bundle, replace(options, precision="fp32")))
+            engines["fp32"] = stack.enter_context(OpenVinoEngine(bundle, replace(options, precision="fp32"), "onnx"))
             accuracy = compare(engines, dataset, bundle.manifest)
     print("| model | input | ours ms | NNCF ms | ours is faster by |\n|---|---|---|---|---|")
     for one in races:

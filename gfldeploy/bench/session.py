@@ -15,8 +15,9 @@ from gfldeploy.accuracy import check_measurable
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import STREAMS, Plan, plan
 from gfldeploy.bench.results import POLICIES, BenchResults, DataDescription, Scenario, ServerPolicy, Settings
-from gfldeploy.bench.runner import Data, Limits, run_plan
+from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.bundle import Bundle
+from gfldeploy.child_process import Limits
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES

@@ -92,7 +92,7 @@ def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match="neither a bundle nor a deploy file"):
         choose(tmp_path / "file")
-    with pytest.raises(DataError, match=r"cannot read .*absent\.yml"):
+    with pytest.raises(DataError, match=r"absent\.yml cannot be read"):
         choose(tmp_path / "absent.yml")
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName, TensorSpec
 from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, load_graph, missing_graph, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
-from gfldeploy.machine import usable_threads
 from gfldeploy.macs import count_macs
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement

@@ -8,7 +8,6 @@ import click
 
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import BUNDLE, THREADS, options
-from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.inspection import verify
 
 __all__ = ["command"]

@@ -12,8 +12,9 @@ from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
-    CommaSeparated,
     FiniteFloat,
+    Names,
+    WholeNumbers,
     annotation_options,
     options,
     output_options,
@@ -39,21 +40,18 @@ def _all_threads() -> tuple[int, ...]:
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @options(*annotation_options(required=False), *MEASUREMENT)
-@click.option(
-    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8,16", show_default=True, help="Batch sizes to choose from."
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",
-    type=CommaSeparated(),
+    type=WholeNumbers(),
     default=_all_threads,
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
     "--policies",
-    type=CommaSeparated(("in-order", "grouped")),
+    type=Names(("in-order", "grouped")),
     default="in-order,grouped",
-    show_default=True,
     help="How batches may be formed: of images as they come, padded to a common size, or of one size each.",
 )
 @click.option(
@@ -81,7 +79,6 @@ def _all_threads() -> tuple[int, ...]:
     "--look-seconds",
     type=FiniteFloat(0),
     default=0.5,
-    show_default=True,
     help="Time each cell for at least this long when it is first looked at.",
 )
 @click.option(

@@ -219,7 +219,7 @@ def test_schema_3_is_read(results: BenchResults) -> None:
             BenchResults.from_dict({**schema_3(results), key: 3})
     for cell in data["cells"]:
         cell["runs"] = [3]
-    with pytest.raises(DataError, match="schema 3 cannot be read: .* is not a mapping"):
+    with pytest.raises(DataError, match=r"schema 3 cannot be read: .* is not a mapping"):
         BenchResults.from_dict(data)
 
 

@@ -1,8 +1,8 @@
-"""The picture of batch-size.md: what batches of mixed orientation do to throughput, from what batch_padding.py wrote.
+"""The picture of docs/guides/batch-size.md: mixed orientations and throughput, from what batch_padding.py wrote.
 
     python benchmarks/plot_padding.py --machine epyc-2core
 
-Writes batch-size.png beside this script: images a second of the network by batch size, as a share of batch 1, for the
+Writes batch-size.png beside that page: images a second of the network by batch size, as a share of batch 1, for the
 files results/MACHINE/checks/*_padding.json.
 """
 
@@ -43,7 +43,7 @@ def draw(records: dict[str, dict[str, Any]]) -> None:
     axes[0, 0].set_ylabel("images/s, batch 1 = 1")
     axes[0, 0].legend(loc="lower left", fontsize=8)
     figure.tight_layout()
-    figure.savefig(HERE / "batch-size.png", dpi=120)
+    figure.savefig(HERE.parent / "docs" / "guides" / "batch-size.png", dpi=120)
 
 
 def relative(record: dict[str, Any], order: str) -> dict[int, float]:

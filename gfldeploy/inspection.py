@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName, TensorSpec
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, missing_graph, open_engine
+from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, load_graph, missing_graph, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
 from gfldeploy.macs import count_macs
@@ -100,9 +100,10 @@ def _kept(entry: Mapping[str, Any]) -> str:
 def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:
     """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
 
-    In the first two of Paddle, ONNX Runtime and OpenVINO that are installed and have a graph. FP32: their outputs, at
-    the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is run (Paddle's
-    two FP32 graphs against each other), with none the files alone are checked; what was not compared is said.
+    In the first two engines of those that `bench` measures by default that are installed and have a graph. FP32: their
+    outputs, at the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is
+    run (Paddle's two FP32 graphs against each other), with none only the files are checked; what was not compared is
+    said.
     Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
     """
     report("hashing the files")
@@ -114,14 +115,13 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
     with ExitStack() as stack:
         if engines:
             report(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
+        graphs = [graph_for(name, manifest.precision, "cpu") for name in engines]
         opened = [stack.enter_context(open_engine(name, bundle, options)) for name in engines]
         if len(opened) == 2:
             compared = _compared if manifest.precision == "fp32" else _compared_int8
             lines += compared(bundle, *opened)
-        elif engines == ["paddle"] and manifest.precision == "fp32" and bundle.has_graph("paddle_program"):
-            from gfldeploy.engines.paddle_engine import PaddleEngine
-
-            program = stack.enter_context(PaddleEngine(bundle, options, "paddle_program"))
+        elif graphs == ["paddle"] and bundle.has_graph("paddle_program"):
+            program = stack.enter_context(load_graph(engines[0], bundle, options, "paddle_program"))
             lines += _compared(bundle, opened[0], program, "paddle_program")
         elif opened:
             lines += [_ran(bundle, opened[0]), "its outputs were not compared: no second engine can run it here"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.dependencies import require
 from gfldeploy.engines.base import Precision
+from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import BundleError, reading
 
 __all__ = ["BYTES", "GraphWork", "convolution_macs", "count_macs", "count_work", "peak_activations"]
@@ -302,7 +302,7 @@ def _constants_folded(model: Any) -> Any:
     """
     import onnx
 
-    ort = require("onnxruntime", "onnxruntime", "counting the operations of this detector")
+    ort = require("onnxruntime", "counting the operations of this detector")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4

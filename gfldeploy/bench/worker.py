@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,8 +41,7 @@ from gfldeploy.engines.base import (
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import TENSORRT_ENGINES, open_engine
-from gfldeploy.engines.tensorrt import TensorRtOptions, profile
+from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -54,8 +54,8 @@ __all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest"]
 class TimingRequest:
     """Time a cell on these images.
 
-    `bundle`: the directory of the cell's. `idle`: how the machine was before. `engine_cache`: where TensorRT and
-    OpenVINO keep what they built.
+    `bundle`: the directory of the cell's. `idle`: how the machine was before. `engine_cache`: where engines keep what
+    they compiled.
     """
 
     cell: Cell
@@ -157,9 +157,9 @@ def _time(request: TimingRequest) -> Timed:
 
 
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
-    """`shapes`: (batch, height, width) of the inputs to come, which TensorRT builds its engine for."""
-    tensorrt = TensorRtOptions(profile(shapes), cache) if cell.engine in TENSORRT_ENGINES else None
-    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt, cache)
+    """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without them."""
+    known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
+    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known))
     return open_engine(cell.engine, bundle, options)
 
 

@@ -20,7 +20,7 @@ import click
 
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES
+from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
 
 __all__ = [
     "ANNOTATIONS",
@@ -254,8 +254,8 @@ THREADS = click.option(
 ENGINE: Group = (
     click.option(
         "--engine",
-        type=click.Choice([name for name in ENGINES if name not in TENSORRT_ENGINES]),
-        show_default="the first of openvino, onnxruntime and paddle that can run the bundle",
+        type=click.Choice(ANY_SHAPE_ENGINES),
+        show_default=f"the first of {', '.join(PREFERRED_ENGINES)} that can run the bundle",
         help="Engine that runs the bundle.",
     ),
     click.option(

@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 from gfldeploy._quiet import quiet
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import ConfigError, GfldeployError, reading
 from gfldeploy.yaml_file import PlainLoader, YamlError, read_yaml
 
@@ -322,12 +322,12 @@ _LOCK = threading.RLock()
 
 def _workspace() -> Any:
     """`ppdet.core.workspace` with every module registered, the demo's backbone among them."""
-    require("paddle", "paddle", "export")
-    require("ppdet", "export", "export")
+    require("paddle", "export")
+    require("ppdet", "export")
     with quiet():
         import gfldeploy.export.demo_backbone  # noqa: F401  # the import registers it
 
-    return require("ppdet.core.workspace", "export", "export")
+    return require("ppdet.core.workspace", "export")
 
 
 def _registered(workspace: Any) -> dict[str, Any]:
@@ -810,7 +810,7 @@ class _Checker:
         if not isinstance(section, dict):
             raise self.error(f"section {name} is not a mapping", "Give it its transforms.", name)
         reader: dict[str, Any] = copy.deepcopy(dict(section))
-        transforms = require("ppdet.data.transform", "export", "export")
+        transforms = require("ppdet.data.transform", "export")
         for key in ("sample_transforms", "batch_transforms"):
             steps = reader.setdefault(key, [])
             if steps is None:
@@ -828,7 +828,7 @@ class _Checker:
         evaluation = settings.get("EvalReader")
         if not settings.get("TestReader") or not isinstance(evaluation, dict):
             return ()
-        transforms = require("ppdet.data.transform", "export", "export")
+        transforms = require("ppdet.data.transform", "export")
         exported, evaluated = _steps(transforms, reader), _steps(transforms, evaluation)
         differences = []
         for name in [*exported, *(name for name in evaluated if name not in exported)]:
@@ -986,7 +986,7 @@ def _class_names(
 
 def _default_names(metric: str) -> tuple[str, ...]:
     """The class names that PaddleDetection goes by where no file names them."""
-    category = require("ppdet.data.source.category", "export", "export")
+    category = require("ppdet.data.source.category", "export")
     if metric not in ("COCO", "SNIPERCOCO", "RBOX", "VOC", "OID", "WIDERFACE", "MOT"):
         return ()
     with quiet():

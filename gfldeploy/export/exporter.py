@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
 from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
-from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.registry import capability, open_engine
+from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph
 from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, summary
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_checkpoint, random_weights
@@ -27,7 +27,7 @@ from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
 
-__all__ = ["ExportRequest", "export_bundle", "open_graph"]
+__all__ = ["ExportRequest", "export_bundle"]
 
 # Three graphs' worth of parameters, the temporary program among them, and the ONNX files.
 _SPACE_FACTOR = 6
@@ -76,8 +76,8 @@ def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda
     config = load_detector_config(request.config)
     for note in config.notes:
         report(f"note: {note}")
-    require("onnxruntime", "onnxruntime", "comparing the ONNX graph with the eager model")
-    require("paddle2onnx", "export", "writing ONNX")
+    require("onnxruntime", "comparing the ONNX graph with the eager model")
+    require("paddle2onnx", "writing ONNX")
     from paddle.utils import unique_name
 
     with unique_name.guard():  # weights get the same names, whatever this process has built before
@@ -239,15 +239,16 @@ def _levels(detector: Any, size: tuple[int, int]) -> list[tuple[int, int]] | str
         return summary(error)
 
 
-def open_graph(bundle: Bundle, graph: GraphName, threads: int) -> Engine:
-    """The engine that runs this FP32 or FP16 graph of the bundle on a CPU."""
-    from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
-    from gfldeploy.engines.paddle_engine import PaddleEngine
+def _open_judges(bundle: Bundle, graph: GraphName, threads: int) -> list[Engine]:
+    """The graph in every judge that is installed and runs it in FP32 on CPUs.
 
-    options = EngineOptions("fp32", "cpu", threads)
-    if graph in ("onnx", "onnx_fp16"):
-        return OnnxRuntimeEngine(bundle, options, graph)
-    return PaddleEngine(bundle, options, graph)
+    A graph that none runs so (INT8 is made of the program, GPUs run FP16) is opened in the first judge that knows it.
+    """
+    names = [
+        name for name in JUDGES if ENGINES[name].graph("fp32", "cpu") == graph and capability(name, "fp32", "cpu").works
+    ]
+    names = names or [next(name for name in JUDGES if graph in ENGINES[name].graphs)]
+    return [load_graph(name, bundle, EngineOptions("fp32", "cpu", threads), graph) for name in names]
 
 
 def _candidates(
@@ -290,7 +291,8 @@ def _write_half(
 ) -> list[parity.GraphComparison]:
     """Write the bundle's FP16 file from its FP32 one. Raises `EngineError` or `ParityError` where it cannot be used."""
     half.write_half_onnx(bundle.graph("onnx")[0], bundle.graph("onnx_fp16")[0])
-    with open_graph(bundle, "onnx_fp16", threads) as engine:
+    (opened,) = _open_judges(bundle, "onnx_fp16", threads)
+    with opened as engine:
         found = [
             parity.compare("onnx_fp16", engine, batch, reference)
             for batch, reference in zip(images, references, strict=True)
@@ -348,11 +350,8 @@ def _compare(
 ) -> list[parity.GraphComparison]:
     """A graph in every engine that is here and runs it on CPUs. Raises `EngineError` or `ParityError`."""
     report(f"comparing the {graph} graph with the eager model")
-    engines = [open_graph(bundle, graph, threads)]
-    if graph == "onnx" and capability("openvino", "fp32", "cpu").works:
-        engines.append(open_engine("openvino", bundle, EngineOptions(threads=threads)))
     found = []
-    for opened in engines:
+    for opened in _open_judges(bundle, graph, threads):
         with opened as engine:
             found += [
                 parity.compare(graph, engine, batch, reference)

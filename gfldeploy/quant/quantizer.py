@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError
 from gfldeploy.files import check_apart, check_target, write_json
@@ -185,8 +185,8 @@ def _checked(request: QuantizeRequest) -> Bundle:
     check_target(request.output, force=request.force)
     check_apart(request.output, [request.bundle], request.bundle)
     source.layers()
-    for module, extra in (("paddle", "paddle"), ("paddleslim", "quant"), ("onnxruntime", "onnxruntime")):
-        require(module, extra, "quantize")
+    for module in TOOL_CHAINS["quantize"].modules:
+        require(module, "quantize")
     return source
 
 

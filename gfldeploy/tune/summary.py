@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.estimates import Estimate
+from gfldeploy.engines.registry import title_of
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
 from gfldeploy.tune.search import TIE, Miss, Policy, policy_of
 
 __all__ = ["miss_in_words", "summarize"]
-
-_ENGINES = {
-    "paddle": "Paddle Inference",
-    "paddle-plain": "Paddle Inference without oneDNN",
-    "paddle-tensorrt": "Paddle Inference with TensorRT",
-    "onnxruntime": "ONNX Runtime",
-    "onnxruntime-tensorrt": "ONNX Runtime with TensorRT",
-    "openvino": "OpenVINO",
-}
 
 
 def summarize(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> str:
@@ -65,7 +57,7 @@ def _with(one: Configuration) -> str:
 
 
 def _engine(engine: str, precision: str) -> str:
-    return f"{_ENGINES.get(engine, engine)} ({precision.upper()})"
+    return f"{title_of(engine)} ({precision.upper()})"
 
 
 def _batches(size: int, policy: Policy) -> str:

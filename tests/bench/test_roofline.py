@@ -60,7 +60,7 @@ def alike(found: np.ndarray, expected: np.ndarray) -> bool:
 
 
 def reference(bundle: Bundle) -> np.ndarray:
-    with OnnxRuntimeEngine(bundle, EngineOptions()) as engine:
+    with OnnxRuntimeEngine(bundle, EngineOptions(), "onnx") as engine:
         return engine.infer({"image": SMALL.image()})["scores"]
 
 
@@ -129,7 +129,7 @@ def test_a_graph_that_runs_in_another_precision_is_refused(tmp_path: Path) -> No
     pytest.importorskip("onnx")
     bundle = SMALL.write(tmp_path / "fp32", "onnx", "fp32")
     with (
-        OnnxRuntimeEngine(bundle, EngineOptions("int8")) as engine,
+        OnnxRuntimeEngine(bundle, EngineOptions("int8"), "onnx") as engine,
         pytest.raises(EngineError, match=r"0 of 3 ran in int8: kept in float in the ONNX file \(3\)"),
     ):
         roofline._check_precision(engine, {"image": SMALL.image()}, SMALL.depth)

@@ -415,7 +415,7 @@ def test_the_map_of_one_engine_against_the_others(tiny_bundle: Path, tiny_coco: 
     pytest.importorskip("openvino")
     bundle, dataset = Bundle.open(tiny_bundle), CocoDataset.load(tiny_coco, None, None)
     with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
-        with module.OpenVinoEngine(bundle, module.EngineOptions()) as engine:
+        with module.OpenVinoEngine(bundle, module.EngineOptions(), "onnx") as engine:
             found = module.compare({"ours": engine, "nncf": engine}, dataset, bundle.manifest)
         assert found["ap"]["ours"] == found["ap"]["nncf"] and found["ap_differences"] == {"nncf": (0, 0, 0)}
         told = module.describe(
@@ -435,7 +435,7 @@ def test_what_is_left_to_nncf(tiny_bundle: Path, tiny_coco: Path) -> None:
         named = set(module.behind_convolutions(model))
         assert {"rows", "anchors", "scores"} <= named
         assert not any("WithoutBiases" in name for name in named)
-        with module.OpenVinoEngine(bundle, module.EngineOptions()) as engine:
+        with module.OpenVinoEngine(bundle, module.EngineOptions(), "onnx") as engine:
             counted = module.count_operators(engine, (1, 3, 64, 96))
         assert counted["Convolution f32 -> f32"] == 1
 

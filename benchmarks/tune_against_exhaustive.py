@@ -20,19 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.bench.cell import BundleIdentity, Cell
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Plan
 from gfldeploy.bench.results import Settings
 from gfldeploy.bench.runner import Data, run_plan
-from gfldeploy.bundle import Bundle
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import Measured, speed_ratio
-from gfldeploy.tune.search import scenario_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,19 +81,7 @@ def tune(arguments: Sequence[str], output: Path) -> Tuned:
     subprocess.run([sys.executable, "-m", "gfldeploy", "tune", *arguments, "--output", str(output)], check=True)
     wall_s = time.perf_counter() - start
     deploy = Deploy.read(output)
-    one = deploy.choice
-    bundle = Bundle.open(deploy.bundle_path(output).resolve())
-    cell = Cell(
-        bundle=BundleIdentity.of(bundle),
-        engine=one.engine,
-        precision=one.precision,
-        device=one.device,
-        threads=one.threads,
-        batch_size=one.batch_size,
-        order="bucketed" if one.policy == "grouped" else "listed",
-        scenario=scenario_of(one.policy),
-    )
-    return Tuned(wall_s, deploy, cell, bundle.directory)
+    return Tuned(wall_s, deploy, deploy.choice.cell, deploy.bundle_path(output).resolve())
 
 
 def side_by_side(search: Tuned, exhaustive: Tuned, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -120,10 +106,10 @@ def summary(record: dict[str, Any]) -> str:
     """Three lines: each run, then both choices."""
     lines = []
     for name in ("search", "exhaustive"):
-        one, cells = record[name]["choice"], record[name]["search"]
+        one, cells = record[name]["choice"]["cell"], record[name]["search"]
         lines.append(
             f"{name:10} {record[name]['wall_s']:7.1f} s, {cells['measured']} of {cells['cells']} cells: "
-            f"{one['engine']} {one['precision']}, batch {one['batch_size']} {one['policy']}, threads {one['threads']}"
+            f"{one['engine']} {one['precision']}, batch {one['batch_size']} {one['order']}, threads {one['threads']}"
         )
     both, part = record["side_by_side"], record["search"]["wall_s"] / record["exhaustive"]["wall_s"]
     share = both["search_images_per_s"] / both["exhaustive_images_per_s"]

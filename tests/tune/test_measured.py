@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-from sample_results import OK, RUN, altered
+from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cell import BundleIdentity
-from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.results import CellResult, Stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import EngineError
+from gfldeploy.progress import SILENT
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, Tail, measurable
-from gfldeploy.tune.reuse import Reused
-from gfldeploy.tune.search import Bounds, Model
+from gfldeploy.tune.search import Bounds, Model, Search, model_of
 from gfldeploy.tune.session import _Session
 
 
@@ -69,15 +67,13 @@ def test_a_pause_in_a_first_look_neither_keeps_a_bound_nor_ends_a_climb() -> Non
     assert bounds.keeps(Measured.of(cell(*[10.0] * 399, 500.0))), "one in 400 is beyond the 99th percentile"
 
 
-def test_an_undefined_map_is_never_compared(tiny_bundle: Path, tmp_path: Path) -> None:
-    identity = BundleIdentity.of(Bundle.open(tiny_bundle))
-    fp32, int8 = Model(identity, "onnxruntime", "fp32"), Model(OK.cell.bundle, "onnxruntime", "int8")
-    bench = SimpleNamespace(accuracy=True, device="cpu", engines=("onnxruntime",))
-    planned = SimpleNamespace(plan=SimpleNamespace(bundles={identity: tiny_bundle}))
-    prepared = SimpleNamespace(
-        bench=planned, reused=Reused({}, {}, ()), request=SimpleNamespace(bench=bench), reference=fp32.bundle
+def test_an_undefined_map_is_never_compared(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    fp32, int8 = Model(BundleIdentity.of(bundle), "onnxruntime", "fp32"), model_of(OK.cell)
+    search, settings = Search((OK.cell,), Bounds()), sample_results().settings
+    session = _Session(
+        search, {fp32.bundle: bundle}, ("onnxruntime",), lambda *given: (), settings, settings, True, SILENT
     )
-    session = _Session(cast(Any, prepared), Journal(tmp_path), lambda text: None)
     defined = Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9)
     session.accuracies |= {fp32: defined, int8: replace(defined, ap=-1.0)}
     assert session.drop(int8) == 0.5, "all of it is lost, as far as anybody knows"

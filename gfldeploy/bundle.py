@@ -95,8 +95,8 @@ class FileRecord:
         _need(bool(re.fullmatch("[0-9a-f]{64}", self.sha256)), "sha256", self.sha256)
 
 
-def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 3 came with `left_out` and `notes`, which are empty where they are absent."""
+def _unchanged(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 added `candidates`, schema 3 `left_out` and `notes`: absent, they have their defaults."""
     return data
 
 
@@ -118,7 +118,7 @@ class Manifest(Versioned):
     Raises `BundleError` for what no detector has: what a bundle says must not take memory or time beyond its size.
     """
 
-    FORMAT = FileFormat("a manifest", "gfldeploy export", 3, {2: _from_schema_2}, BundleError)
+    FORMAT = FileFormat("a manifest", "gfldeploy export", 3, {1: _unchanged, 2: _unchanged}, BundleError)
 
     name: str
     precision: Literal["fp32", "int8"]
@@ -171,7 +171,7 @@ def _need(right: bool, key: str, value: object) -> None:
 
 
 def _wrong_output(manifest: Manifest) -> str | None:
-    """What keeps the outputs from being those of a detector, see ARCHITECTURE.md."""
+    """What keeps the outputs from being those of a detector, see docs/contracts.md."""
     outputs = {spec.name: spec for spec in manifest.outputs}
     for name, rank, last in (("scores", 3, manifest.score_channels), ("boxes", 3, 4), ("anchors", 2, None)):
         spec = outputs.pop(name, None)

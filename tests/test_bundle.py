@@ -129,20 +129,21 @@ def test_what_is_no_manifest(bundle: Path, content: bytes) -> None:
 def test_a_newer_schema(bundle: Path) -> None:
     rewrite(bundle, lambda manifest: manifest.update(schema=SCHEMA + 1, novelty=1))
     message = refusal(bundle)
-    assert f"a newer gfldeploy: schema {SCHEMA + 1}, this one reads schema 2 to {SCHEMA}" in message
+    assert f"a newer gfldeploy: schema {SCHEMA + 1}, this one reads schema 1 to {SCHEMA}" in message
     assert "Update gfldeploy" in message
 
 
-def test_a_schema_that_is_too_old(bundle: Path) -> None:
-    rewrite(bundle, lambda manifest: (manifest.update(schema=1), manifest.pop("candidates")))
+def test_a_schema_that_there_never_was(bundle: Path) -> None:
+    rewrite(bundle, lambda manifest: manifest.update(schema=0))
     message = refusal(bundle)
-    assert "an older gfldeploy: schema 1" in message
+    assert "an older gfldeploy: schema 0" in message
     assert "Make it again with `gfldeploy export`" in message
 
 
-def test_schema_2_is_upgraded_on_reading(bundle: Path) -> None:
+@pytest.mark.parametrize(("schema", "absent"), [(1, ("candidates", "notes", "left_out")), (2, ("notes", "left_out"))])
+def test_older_schemas_are_upgraded_on_reading(bundle: Path, schema: int, absent: tuple[str, ...]) -> None:
     expected = Bundle.open(bundle).manifest
-    rewrite(bundle, lambda manifest: (manifest.update(schema=2), manifest.pop("notes"), manifest.pop("left_out")))
+    rewrite(bundle, lambda manifest: (manifest.update(schema=schema), *map(manifest.pop, absent)))
     assert Bundle.open(bundle).manifest == expected
 
 

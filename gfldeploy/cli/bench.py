@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +185,7 @@ def command(
                 "single-stream and no-batching take batches of 1, multi-stream and the other policies larger ones.",
             )
         first = prepared.plan.skipped[0]
-        problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
+        problem = f"nothing to run: {first.cell.engine} {first.cell.precision} on {device}: {first.reason}"
         raise EngineError(problem, _sentence(first.remedy))
     with journal_beside(output, "bench") as journal:
         results = run(prepared, journal, _progress())
@@ -199,7 +198,7 @@ def command(
     click.echo(f"Wrote {output}, and beside it {output.stem}.csv and {output.stem}.html")
     if not any(cell.status == "ok" for cell in results.cells):
         failed = next(cell for cell in results.cells if cell.status == "failed")
-        problem = f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}"
+        problem = f"no cell could be measured; {failed.cell.engine} {failed.cell.precision}: {failed.reason}"
         raise EngineError(problem, _sentence(failed.remedy))
 
 
@@ -257,12 +256,6 @@ def _duration(seconds: float) -> str:
 
 def _show_plan(prepared: PreparedBench) -> None:
     """What will run and what will not, on stderr."""
-
-    def model(cell: Any) -> tuple[str, str]:
-        rate = f" at {cell.rate:g} images/s, {cell.policy}" if cell.rate else ""
-        scenario = f", {cell.scenario}{rate}" if cell.scenario in ("offline", "server") else ""
-        return f"{cell.engine:20} {cell.precision:5} {cell.bundle.name}", scenario
-
     plan = prepared.plan
     for note in prepared.notes:
         click.echo(f"Note: {note}", err=True)
@@ -271,12 +264,8 @@ def _show_plan(prepared: PreparedBench) -> None:
         f"{_duration(prepared.least_s)} at least{', and mAP' if prepared.evaluated else ''}.",
         err=True,
     )
-    for (name, scenario), cells in groupby(sorted(plan.cells, key=model), model):
-        click.echo(f"  run   {name}, batch {', '.join(str(cell.batch_size) for cell in cells)}{scenario}", err=True)
-    for item in plan.skipped:
-        batch = f" batch {item.batch_size}" if item.batch_size else ""
-        remedy = f"; {item.remedy}" if item.remedy else ""
-        click.echo(f"  skip  {item.engine:20} {item.precision:5}{batch} {item.reason}{remedy}", err=True)
+    for line in plan.lines():
+        click.echo(line, err=True)
 
 
 def _sentence(remedy: str | None) -> str | None:

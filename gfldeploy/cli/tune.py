@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +18,11 @@ from gfldeploy.cli.options import (
     options,
     output_options,
 )
-from gfldeploy.engines.base import Device, Precision
-from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.errors import OutputError
-from gfldeploy.files import check_file
 
 if TYPE_CHECKING:
     from gfldeploy.tune.deploy_file import Deploy
-    from gfldeploy.tune.session import PreparedTune
 
 __all__ = ["command"]
-
-
-def _all_threads() -> tuple[int, ...]:
-    """1, doubled up to all."""
-    most = usable_threads()
-    return (*(1 << power for power in range(most.bit_length()) if 1 << power < most), most)
 
 
 @click.command(name="tune")
@@ -44,15 +32,14 @@ def _all_threads() -> tuple[int, ...]:
 @click.option(
     "--threads",
     type=WholeNumbers(),
-    default=_all_threads,
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
-    "--policies",
-    type=Names(("in-order", "grouped")),
-    default="in-order,grouped",
-    help="How batches may be formed: of images as they come, padded to a common size, or of one size each.",
+    "--orders",
+    type=Names(("listed", "bucketed")),
+    default="listed,bucketed",
+    help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(
     "--max-latency-ms",
@@ -97,31 +84,11 @@ def _all_threads() -> tuple[int, ...]:
 def command(
     bundles: tuple[Path, ...],
     data: Path | None,
-    images: Path | None,
-    max_latency_ms: float | None,
-    max_memory_mb: float | None,
     max_drop: float | None,
-    engines: tuple[str, ...],
-    precisions: tuple[Precision, ...],
-    batch_sizes: tuple[int, ...],
-    threads: tuple[int, ...],
-    policies: tuple[Any, ...],
-    device: Device,
-    results: tuple[Path, ...],
-    rounds: int,
-    min_seconds: float,
-    min_count: int,
-    look_seconds: float,
-    limit: int,
     accuracy: bool,
-    accuracy_limit: int | None,
-    budget_seconds: float | None,
-    exhaustive: bool,
-    cell_timeout: float,
-    engine_cache: Path,
     output: Path,
-    force: bool,
     check: Path | None,
+    **given: Any,
 ) -> None:
     """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
 
@@ -144,51 +111,12 @@ def command(
         raise click.UsageError("Missing option '--data'")
     if max_drop is not None and not accuracy:
         raise click.UsageError("--max-drop needs mAP: leave --no-accuracy out")
-    _check_output(output, force)
 
-    from gfldeploy.bench.journal import journal_beside
-    from gfldeploy.bench.results import Settings
-    from gfldeploy.bench.session import BenchRequest
-    from gfldeploy.tune.search import Bounds
-    from gfldeploy.tune.session import TuneRequest, prepare, run
+    from gfldeploy.tune.session import tune_bundles
 
-    settings = Settings(
-        min_seconds=min_seconds,
-        min_count=min_count,
-        max_seconds=5 * min_seconds,
-        rounds=rounds,
-        quick=Settings.is_quick(rounds, min_seconds, min_count),
+    deploy = tune_bundles(
+        bundles, data, max_drop=max_drop, accuracy=accuracy, output=output, **given, progress=TerminalProgress()
     )
-    request = TuneRequest(
-        bench=BenchRequest(
-            bundles=bundles,
-            annotations=data,
-            settings=settings,
-            image_dir=images,
-            engines=engines,
-            precisions=precisions,
-            batch_sizes=batch_sizes,
-            device=device,
-            timed_images=limit,
-            accuracy=accuracy,
-            accuracy_images=accuracy_limit,
-            cell_timeout_s=cell_timeout,
-            engine_cache=engine_cache,
-        ),
-        bounds=Bounds(max_latency_ms, max_memory_mb, max_drop),
-        look=Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True),
-        threads=threads,
-        policies=policies,
-        results=results,
-        exhaustive=exhaustive,
-        budget_s=budget_seconds,
-    )
-    prepared = prepare(request)
-    _show_space(prepared)
-    with journal_beside(output, "tune") as journal:
-        deploy = run(prepared, output, journal, TerminalProgress().stage)
-        _check_output(output, force)  # somebody else may have been faster
-        deploy.write(output)
     click.echo(f"{deploy.summary}\n")
     _show(deploy)
     click.echo(f"Wrote {output}")
@@ -196,14 +124,14 @@ def command(
 
 def _show(deploy: Deploy) -> None:
     """The choice and the runner-up, from file to boxes."""
-    from gfldeploy.bench.table import text_of
+    from gfldeploy.bench.columns import text_of
     from gfldeploy.cli.tables import TableColumn, show_table
 
     columns = (
         *(TableColumn(header, right=False) for header in ("", "engine", "precision")),
         TableColumn("bundle", drop=8, right=False),
         TableColumn("batch"),
-        TableColumn("batches", drop=3, right=False),
+        TableColumn("order", drop=3, right=False),
         TableColumn("threads", drop=2),
         TableColumn("images/s"),
         TableColumn("median,\nms", drop=1),
@@ -216,12 +144,12 @@ def _show(deploy: Deploy) -> None:
     lines = []
     for name, one in (("choice", deploy.choice), ("second", deploy.runner_up)):
         if one is not None:
-            found = one.evidence
+            cell, found = one.cell, one.evidence
             numbers = (found.images_per_s, found.latency_p50_ms, found.latency_p99_ms, found.latency_max_ms)
             lines.append(
                 (
-                    *(name, one.engine, one.precision, one.bundle.rpartition("/")[2], str(one.batch_size)),
-                    *(one.policy, str(one.threads)),
+                    *(name, cell.engine, cell.precision, cell.bundle.directory, str(cell.batch_size)),
+                    *(cell.order, str(cell.threads)),
                     *(text_of(value, interval=False) for value in numbers),
                     text_of(found.ap, 4),
                     text_of(found.memory_mb, 0),
@@ -243,24 +171,3 @@ def _check(path: Path, bundles: tuple[Path, ...]) -> None:
     for change in deploy.software_changes(machine):
         click.echo(f"Changed since it was tuned: {change}")
     click.echo(f"{path} holds for this machine and this bundle.")
-
-
-def _check_output(output: Path, force: bool) -> None:
-    """Refuse now what would otherwise fail after the measuring."""
-    check_file(output, "yml", force=force)
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
-
-
-def _show_space(prepared: PreparedTune) -> None:
-    """What may be chosen and what cannot run, on stderr."""
-    for note in prepared.bench.notes:
-        click.echo(f"Note: {note}", err=True)
-    reused = len(prepared.reused.cells)
-    known = f", {reused} of them known from --results" if reused else ""
-    click.echo(f"{len(prepared.space.cells)} configurations of {len(prepared.space.models)} models{known}.", err=True)
-    for item in prepared.skipped:
-        batch = f" batch {item.batch_size}" if item.batch_size else ""
-        remedy = f"; {item.remedy}" if item.remedy else ""
-        click.echo(f"  skip  {item.engine:20} {item.precision:5}{batch} {item.reason}{remedy}", err=True)

@@ -1,19 +1,19 @@
 """`deploy.yml`: what to deploy on this machine, what came second, and the figures behind it.
 
-    schema: 2
+    schema: 3
     created: UTC, ISO 8601
     summary: one paragraph in plain words
-    choice: Configuration, evidence included
+    choice: Configuration: the cell, where its bundle is, and the evidence
     runner_up: the same of the second best, or null
     bounds: what was asked for (`search.Bounds`), of the latency from file to boxes; null where nothing was
-    knee: of the choice's engine, precision, threads and policy (`knee.Knee`), from file to boxes; null where there is a
+    knee: of the choice's engine, precision, threads and order (`knee.Knee`), from file to boxes; null where there is a
         single batch size
     search: how it was found (`SearchRecord`)
     machine: `machine.Machine`
     data: `bench.results.DataDescription`
 
-Reading is strict: unknown keys, missing keys and a newer schema number are errors. Schema 1 had nothing from file to
-boxes: its speeds and latencies become those of the network alone.
+Files of schemas 1 and 2 are upgraded on reading. Schema 1 had nothing from file to boxes: its speeds and latencies
+become those of the network alone.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import FileFormat, Versioned, part
 from gfldeploy.tune.knee import Knee
-from gfldeploy.tune.search import Bounds, Policy
+from gfldeploy.tune.search import Bounds
 
 __all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord"]
 
 
 def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Nothing was measured from file to boxes: speeds and latencies were of the network alone."""
+    """Schema 2 measures from file to boxes; before, speeds and latencies were of the network alone."""
 
     def upgraded(key: str) -> dict[str, Any]:
         evidence = part(data, key, "evidence")
@@ -51,6 +51,29 @@ def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
 
     second = None if data.get("runner_up") is None else upgraded("runner_up")
     return {**data, "choice": upgraded("choice"), "runner_up": second, "knee": None}
+
+
+# The policies of schemas 1 and 2, as orders and scenarios.
+_POLICIES = {
+    "single": ("listed", "single-stream"),
+    "in-order": ("listed", "multi-stream"),
+    "grouped": ("bucketed", "offline"),
+}
+
+
+def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 3 has a cell, as results have; the bundle's name in its manifest was not recorded before."""
+
+    def upgraded(key: str) -> dict[str, Any]:
+        cell = dict(part(data, key))
+        path, digest, evidence = (cell.pop(name) for name in ("bundle", "digest", "evidence"))
+        cell["order"], cell["scenario"] = _POLICIES[cell.pop("policy")]
+        name = path.rpartition("/")[2]
+        cell["bundle"] = {"name": name, "directory": name, "digest": digest}
+        return {"path": path, "cell": cell, "evidence": evidence}
+
+    second = None if data.get("runner_up") is None else upgraded("runner_up")
+    return {**data, "choice": upgraded("choice"), "runner_up": second}
 
 
 @dataclass(frozen=True)
@@ -86,27 +109,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to deploy.
+    """One way to deploy: a `cell`, its bundle's directory, `path`, relative to the file, and the `evidence`."""
 
-    `bundle`: its directory, relative to the file; `digest`: SHA-256 of its manifest. `threads`: CPU threads of one
-    inference. `policy`: how batches are formed (`search.Policy`).
-    """
-
-    bundle: str
-    digest: str
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
-    batch_size: int
-    policy: Policy
+    path: str
+    cell: Cell
     evidence: Evidence
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.batch_size < 1:
-            raise ValueError("threads and batch_size must be at least 1")
-        if Path(self.bundle).is_absolute():
-            raise ValueError("bundle must be a path relative to the file")
+        if Path(self.path).is_absolute():
+            raise ValueError("path must be relative to the file")
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class SearchRecord:
 class Deploy(Versioned):
     """The content of `deploy.yml`; see the module."""
 
-    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 2, {1: _from_schema_1}, yaml=True)
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 3, {1: _from_schema_1, 2: _from_schema_2}, yaml=True)
 
     created: str
     summary: str
@@ -142,10 +153,11 @@ class Deploy(Versioned):
 
     def check(self, bundle: Bundle, machine: Machine) -> None:
         """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware."""
-        if bundle.digest != self.choice.digest:
+        tuned = self.choice.cell.bundle
+        if bundle.digest != tuned.digest:
             raise BundleError(
-                f"{bundle.directory} is not the bundle that was tuned, {Path(self.choice.bundle).name}: its manifest "
-                f"has the SHA-256 {bundle.digest[:12]}, not {self.choice.digest[:12]}",
+                f"{bundle.directory} is not the bundle that was tuned, {tuned.directory}: its manifest has the SHA-256 "
+                f"{bundle.digest[:12]}, not {tuned.digest[:12]}",
                 "Give the bundle that was tuned, or run `gfldeploy tune` on this one.",
             )
         if differences := list(hardware_differences(self.machine, machine)):
@@ -160,4 +172,4 @@ class Deploy(Versioned):
 
     def bundle_path(self, path: Path) -> Path:
         """Where the choice's bundle is, `path` being that of the file."""
-        return path.parent / self.choice.bundle
+        return path.parent / self.choice.path

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.matrix import Cell
 from gfldeploy.engines.registry import title_of
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
-from gfldeploy.tune.search import TIE, Miss, Policy, policy_of
+from gfldeploy.tune.search import TIE, Miss
 
 __all__ = ["miss_in_words", "summarize"]
 
 
-def summarize(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> str:
+def summarize(deploy: Deploy, choice: Measured, runner_up: Measured | None = None) -> str:
     """One paragraph for who decides: what to deploy, how fast, what it costs, what came second and why, the knee."""
     machine, one = deploy.machine, deploy.choice
     where = f"{machine.cpu} with {_count(machine.threads, 'CPU')}"
-    if one.device == "gpu" and machine.gpus:
+    if one.cell.device == "gpu" and machine.gpus:
         where = machine.gpus[0]
     sentences = [
-        f"Deploy {_what(one)}, on {where}.",
+        f"Deploy {_what(one.cell)}, on {where}.",
         _speed(one, deploy),
         _care(one.evidence),
         _cost(one.evidence, deploy),
@@ -39,36 +39,18 @@ def miss_in_words(miss: Miss) -> str:
         what = f"{miss.what} from file to boxes" if miss.what == "latency" else miss.what
         note = f" ({miss.note})" if miss.note else ""
         value = f"{what} of {miss.value:.1f} {miss.unit}{note} is {more} above {miss.bound:g} {miss.unit}"
-    return f"{_cell(miss.cell)}, whose {value}"
+    return f"{_what(miss.cell)}, whose {value}"
 
 
-def _cell(cell: Cell) -> str:
-    shape = _batches(cell.batch_size, policy_of(cell))
-    return f"{cell.bundle.name} in {_engine(cell.engine, cell.precision)}, {shape} with {_threads(cell.threads)}"
-
-
-def _what(one: Configuration) -> str:
-    name = one.bundle.rpartition("/")[2]
-    return f"{name} in {_engine(one.engine, one.precision)}, {_batches(one.batch_size, one.policy)}{_with(one)}"
-
-
-def _with(one: Configuration) -> str:
-    return "" if one.device == "gpu" else f" with {_threads(one.threads)}"
-
-
-def _engine(engine: str, precision: str) -> str:
-    return f"{title_of(engine)} ({precision.upper()})"
-
-
-def _batches(size: int, policy: Policy) -> str:
-    if policy == "single":
-        return "one image at a time"
-    how = "grouped by size" if policy == "grouped" else "in the order they come"
-    return f"{size} images at a time {how}" if size > 1 else "one image at a time"
-
-
-def _threads(count: int) -> str:
-    return _count(count, "thread")
+def _what(cell: Cell) -> str:
+    """Such as "int8 in OpenVINO (INT8), 4 images of one size at a time with 2 threads"."""
+    shape = "one image at a time"
+    if cell.batch_size > 1:
+        how = "of one size at a time" if cell.order == "bucketed" else "at a time as they are listed"
+        shape = f"{cell.batch_size} images {how}"
+    threads = "" if cell.device == "gpu" else f" with {_count(cell.threads, 'thread')}"
+    engine = f"{title_of(cell.engine)} ({cell.precision.upper()})"
+    return f"{cell.bundle.directory} in {engine}, {shape}{threads}"
 
 
 def _count(count: int, noun: str) -> str:
@@ -90,14 +72,16 @@ def _speed(one: Configuration, deploy: Deploy) -> str:
     network = f"the network alone does {_number(found.network_images_per_s.value)}"
     if found.images_per_s is None or found.latency_p50_ms is None or found.latency_max_ms is None:
         return f"From file to boxes it was not measured; {network} images a second."
-    what = "a batch" if one.batch_size > 1 else "an image"
-    after = "batch" if one.batch_size > 1 else "image"
+    noun = "batch" if one.cell.batch_size > 1 else "image"
     allowed = "" if bound is None else f", where {bound:g} ms were allowed"
     speed = (
         f"From file to boxes it handles {_number(found.images_per_s.value)} images a second"
-        f"{_interval(found.images_per_s)}, one {after} after the other; {network}."
+        f"{_interval(found.images_per_s)}, one {noun} after the other; {network}."
     )
-    half = f"From file to boxes {what} takes {_number(found.latency_p50_ms.value)} ms or less half of the time"
+    half = (
+        f"From file to boxes {'a' if noun == 'batch' else 'an'} {noun} takes {_number(found.latency_p50_ms.value)} ms "
+        "or less half of the time"
+    )
     if found.latency_p99_ms is None:
         return (
             f"{speed} {half}; the longest of {found.latency_p50_ms.n} took {_number(found.latency_max_ms)} ms{allowed}."
@@ -140,7 +124,7 @@ def _second(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> str
     if second is None or runner_up is None:
         return "Nothing else kept the bounds." if deploy.bounds != type(deploy.bounds)() else ""
     ratio = speed_ratio(choice, runner_up)
-    what = f"Second came {_what(second)}"
+    what = f"Second came {_what(second.cell)}"
     speed = f"{_number(runner_up.images_per_s)} images a second from file to boxes"
     if ratio.high is not None and ratio.high < 1:
         return f"{what}: {speed}, {100 * (1 - ratio.value):.0f}% fewer."

@@ -25,7 +25,7 @@ from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, missing_graph
-from gfldeploy.errors import BoundsError, DataError, EngineError
+from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
 from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
@@ -114,11 +114,14 @@ def tune_bundles(
 
     Raises:
         BoundsError: No configuration keeps the bounds; the nearest is named.
+        UsageError: `max_drop` was given without `accuracy`.
         EngineError: Nothing can run, or nothing could be measured.
         BundleError: A bundle cannot be used.
         DataError: The data cannot be used, or the results are not of this machine, software and data.
         OutputError: The output exists, or cannot be written.
     """
+    if max_drop is not None and not accuracy:
+        raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
     check_file(output, "yml", force=force)
     start = time.monotonic()
     most = usable_threads()

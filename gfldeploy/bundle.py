@@ -223,6 +223,10 @@ class Bundle:
                 raise
         return bundle
 
+    def __fspath__(self) -> str:
+        """The directory: a function that takes the path of a bundle takes an opened one, too."""
+        return os.fspath(self.directory)
+
     @property
     def name(self) -> str:
         return self.manifest.name

@@ -6,7 +6,7 @@ gives other scores and boxes for an image beside a larger one: faster must not m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from gfldeploy.engines.detect import detect_batch
 from gfldeploy.errors import DataError
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.decode import read_image
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Invariance", "difference", "measure_invariance"]
 
@@ -54,7 +55,7 @@ def measure_invariance(
     dataset: CocoDataset,
     bundle: Bundle,
     batch_sizes: Sequence[int],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> list[Invariance]:
     """Batch 1, then each larger batch size, listed and bucketed. Raises `DataError` and `EngineError`."""
     manifest = bundle.manifest
@@ -73,7 +74,7 @@ def measure_invariance(
             results = detect_batch(engine, tensor, scales, manifest.nms)
             detections |= dict(zip(one.indices, results, strict=True))
             done += len(one.indices)
-            progress(done, total)
+            progress.step("comparing", done, total)
         ordered = [detections[index] for index in range(len(paths))]
         alone = alone or ordered
         changes = [difference(before, after) for before, after in zip(alone, ordered, strict=True)]

@@ -11,8 +11,9 @@ from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
-    CommaSeparated,
     FiniteFloat,
+    Names,
+    WholeNumbers,
     annotation_options,
     options,
     output_options,
@@ -27,20 +28,17 @@ __all__ = ["command"]
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @options(*annotation_options(required=False), *MEASUREMENT)
-@click.option(
-    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8,16", show_default=True, help="Batch sizes to choose from."
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",
-    type=CommaSeparated(),
+    type=WholeNumbers(),
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
     "--orders",
-    type=CommaSeparated(("listed", "bucketed")),
+    type=Names(("listed", "bucketed")),
     default="listed,bucketed",
-    show_default=True,
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(
@@ -68,7 +66,6 @@ __all__ = ["command"]
     "--look-seconds",
     type=FiniteFloat(0),
     default=0.5,
-    show_default=True,
     help="Time each cell for at least this long when it is first looked at.",
 )
 @click.option(
@@ -84,15 +81,7 @@ __all__ = ["command"]
     help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
 )
 @output_options("File to write the choice and its evidence to.", Path("deploy.yml"))
-def command(
-    bundles: tuple[Path, ...],
-    data: Path | None,
-    max_drop: float | None,
-    accuracy: bool,
-    output: Path,
-    check: Path | None,
-    **given: Any,
-) -> None:
+def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: Path | None, **given: Any) -> None:
     """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
 
     The fastest is what has most images a second from file to boxes, one batch after the other. Every engine and
@@ -105,21 +94,21 @@ def command(
     \b
     Example: gfldeploy tune gfl_r50 gfl_r50_int8 --data val.json --max-latency-ms 100
     """
+    from gfldeploy.tune.deploy_file import check_deploy
+    from gfldeploy.tune.session import tune_bundles
+
     if check is not None:
-        _check(check, bundles)
+        if len(bundles) > 1:
+            raise click.UsageError("--check takes one BUNDLE at most")
+        for change in check_deploy(check, *bundles):
+            click.echo(f"Changed since it was tuned: {change}")
+        click.echo(f"{check} holds for this machine and this bundle.")
         return
     if not bundles:
         raise click.UsageError("Missing argument 'BUNDLE...'")
     if data is None:
         raise click.UsageError("Missing option '--data'")
-    if max_drop is not None and not accuracy:
-        raise click.UsageError("--max-drop needs mAP: leave --no-accuracy out")
-
-    from gfldeploy.tune.session import tune_bundles
-
-    deploy = tune_bundles(
-        bundles, data, max_drop=max_drop, accuracy=accuracy, output=output, **given, progress=TerminalProgress()
-    )
+    deploy = tune_bundles(bundles, data, output=output, **given, progress=TerminalProgress())
     click.echo(f"{deploy.summary}\n")
     _show(deploy)
     click.echo(f"Wrote {output}")
@@ -160,17 +149,3 @@ def _show(deploy: Deploy) -> None:
                 )
             )
     show_table(columns, lines, "From file to boxes, one batch after the other", "deploy.yml has everything.")
-
-
-def _check(path: Path, bundles: tuple[Path, ...]) -> None:
-    from gfldeploy.bundle import Bundle
-    from gfldeploy.machine import describe_machine
-    from gfldeploy.tune.deploy_file import Deploy
-
-    if len(bundles) > 1:
-        raise click.UsageError("--check takes one BUNDLE at most")
-    deploy, machine = Deploy.read(path), describe_machine()
-    deploy.check(Bundle.open(bundles[0] if bundles else deploy.bundle_path(path)), machine)
-    for change in deploy.software_changes(machine):
-        click.echo(f"Changed since it was tuned: {change}")
-    click.echo(f"{path} holds for this machine and this bundle.")

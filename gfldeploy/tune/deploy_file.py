@@ -5,6 +5,7 @@ docs/formats.md has its history: files of older schemas are upgraded on reading.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, DataError
-from gfldeploy.machine import Machine
+from gfldeploy.machine import Machine, describe_machine
 from gfldeploy.serialization import FileFormat, Upgrade, Versioned, part
 from gfldeploy.tune.knee import Knee
 from gfldeploy.tune.search import Bounds
 
-__all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord"]
+__all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord", "check_deploy"]
 
 
 def _configurations(data: dict[str, Any], upgrade: Upgrade) -> dict[str, Any]:
@@ -165,3 +166,23 @@ class Deploy(Versioned):
     def bundle_path(self, path: Path) -> Path:
         """Where the choice's bundle is, `path` being that of the file."""
         return path.parent / self.choice.path
+
+
+def check_deploy(path: str | os.PathLike[str], bundle: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Check that the choice in a `deploy.yml` holds for this machine and for its bundle.
+
+    Args:
+        path: The `deploy.yml` that `tune_bundles` wrote.
+        bundle: The directory of the bundle; by default where the file says.
+
+    Returns:
+        What is installed in other versions than where it was tuned: the choice may hold, its figures need not.
+
+    Raises:
+        BundleError: The bundle is damaged, or not the one that was tuned.
+        DataError: The file cannot be read, or was made on another machine.
+    """
+    path = Path(path)
+    deploy, machine = Deploy.read(path), describe_machine()
+    deploy.check(Bundle.open(deploy.bundle_path(path) if bundle is None else Path(bundle)), machine)
+    return deploy.software_changes(machine)

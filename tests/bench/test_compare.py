@@ -180,9 +180,7 @@ def test_a_file_that_was_cut_off_is_one_line(tmp_path: Path, capsys: pytest.Capt
     two.write_text(one.read_text()[:500])
     assert run(one, two) == 2
     error = capsys.readouterr().err
-    assert (
-        error.startswith("Error: ") and "two.json cannot be read: Expecting value" in error and error.count("\n") == 1
-    )
+    assert error.startswith("Error: ") and "two.json cannot be read: Expecting" in error and error.count("\n") == 1
 
 
 def test_servers_are_compared_by_what_they_answered_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,7 +179,7 @@ def test_tune_keeps_engine_batch_speed_and_map(shown: Shown) -> None:
 
 
 def test_doctor_and_inspect(shown: Shown, tiny_bundle: Path) -> None:
-    doctor = shown(command("doctor"), 80)
+    doctor = shown(command("doctor", "--all"), 80)
     assert max(map(len, table(doctor))) <= 80
     assert re.search(r"^onnxruntime +cpu +fp32 +(yes|no) ", doctor, re.MULTILINE)
     assert max(map(len, shown(command("inspect", tiny_bundle), 80).splitlines())) <= 80

@@ -11,14 +11,14 @@ from sample_results import OK, sample_results
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bundle import Bundle
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, UsageError
 from gfldeploy.progress import SILENT
 from gfldeploy.tune.search import Bounds, Model, Search, model_of
 from gfldeploy.tune.session import _Session, tune_bundles
 
 
 def test_a_drop_cannot_be_bounded_without_measuring_it() -> None:
-    with pytest.raises(ValueError, match="max_drop needs mAP"):
+    with pytest.raises(UsageError, match="max-drop needs mAP"):
         tune_bundles([], Path("data.json"), max_drop=0.01, accuracy=False)
 
 

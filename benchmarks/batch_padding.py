@@ -28,10 +28,11 @@ from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.stages import time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent

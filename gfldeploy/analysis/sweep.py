@@ -18,9 +18,9 @@ from gfldeploy.bench.monitor import OthersUse
 from gfldeploy.bench.stages import BatchTimes, time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, TimesConvolutions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
-from gfldeploy.machine import usable_threads
 
 __all__ = ["Pass", "batch_orders", "input_sizes", "measure_passes", "run_pass"]
 

@@ -25,10 +25,10 @@ from gfldeploy.cli.options import (
     output_options,
 )
 from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError
 from gfldeploy.files import check_file, is_unfinished
-from gfldeploy.machine import usable_threads
 from gfldeploy.signals import hold_interrupts
 
 if TYPE_CHECKING:

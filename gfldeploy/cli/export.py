@@ -11,8 +11,8 @@ import click
 from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
 from gfldeploy.cli.console import TerminalProgress, command_line
 from gfldeploy.cli.options import FILE, THREADS, InputShapeType, WholeNumber, output_options
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.export.exporter import ExportRequest, export_bundle
-from gfldeploy.machine import usable_threads
 
 __all__ = ["command"]
 

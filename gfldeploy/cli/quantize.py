@@ -18,8 +18,8 @@ from gfldeploy.cli.options import (
     options,
     output_options,
 )
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.machine import usable_threads
 from gfldeploy.quant.distill import DEFAULT_STEPS
 from gfldeploy.quant.fallback import MOST_FLOAT_MACS
 from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, GateLimits

@@ -19,9 +19,9 @@ from gfldeploy.cli.options import (
     output_options,
 )
 from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import OutputError
 from gfldeploy.files import check_file
-from gfldeploy.machine import usable_threads
 
 if TYPE_CHECKING:
     from gfldeploy.tune.deploy_file import Deploy

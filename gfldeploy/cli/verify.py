@@ -9,8 +9,8 @@ import click
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import BUNDLE, THREADS, options
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.inspection import verify
-from gfldeploy.machine import usable_threads
 
 __all__ = ["command"]
 

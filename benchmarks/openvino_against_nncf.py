@@ -34,11 +34,12 @@ from gfldeploy.accuracy import ap_difference, coco_accuracy, results_of
 from gfldeploy.bundle import Bundle, Graph, Manifest
 from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.openvino_engine import OpenVinoEngine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 _WARMUP = 3

@@ -26,9 +26,9 @@ from gfldeploy.bench.scenarios import measure_points
 from gfldeploy.bench.table import Row, rows
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.machine import usable_threads
 
 HERE = Path(__file__).resolve().parent
 

@@ -5,23 +5,39 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, group
+from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
-from gfldeploy.engines.base import Engine
+from gfldeploy.engines.base import Device, Engine, Precision
 from gfldeploy.engines.detect import detect_batch
-from gfldeploy.errors import DataError
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.selection import select_engine
+from gfldeploy.errors import DataError, UnsupportedError
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["Accuracy", "ap_difference", "check_measurable", "coco_accuracy", "coco_results", "evaluate", "results_of"]
+__all__ = [
+    "Accuracy",
+    "EvalResults",
+    "ap_difference",
+    "check_measurable",
+    "coco_accuracy",
+    "coco_results",
+    "evaluate",
+    "measure_accuracy",
+    "results_of",
+]
 
 _RESAMPLES = 100
 
@@ -194,7 +210,91 @@ def _ap_of(evaluation: Any, images: NDArray[np.int64]) -> float:
     return float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
 
 
+@dataclass(frozen=True)
+class EvalResults:
+    """What `evaluate` measured, and in which engine and precision.
+
+    `matched`: how many of the detector's `classes` are categories of the annotations. `notes`: what the user should
+    know of the detector and the data.
+    """
+
+    accuracy: Accuracy
+    engine: str
+    precision: Precision
+    classes: int
+    matched: int
+    notes: tuple[str, ...]
+
+
 def evaluate(
+    bundle: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    threads: int | None = None,
+    batch_size: int = 1,
+    order: Order = "listed",
+    limit: int | None = None,
+    progress: Progress = SILENT,
+) -> EvalResults:
+    """Measure the COCO mAP of a bundle in an engine: preprocessing and NMS are the same in all engines.
+
+    Args:
+        bundle: The directory of the bundle.
+        data: COCO annotations (.json).
+        images: The folder in which their file names start; by default `images/` beside them, else their folder.
+        engine: By default the preferred engine of those that can run the bundle.
+        precision: By default that of the bundle.
+        device: By default the CPU.
+        threads: CPU threads of one inference; by default all.
+        batch_size: Images of one inference.
+        order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded.
+        limit: Use only this number of images, the first of the annotations.
+        progress: Told of the images that are done.
+
+    Returns:
+        The average precisions, and what they were measured with.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        DataError: Annotations or an image cannot be read, or leave mAP undefined.
+        UnsupportedError: The bundle does not run in this engine, precision or batch size.
+        EngineError: The engine failed.
+    """
+    opened = Bundle.open(Path(bundle))
+    manifest = opened.manifest
+    dataset = CocoDataset.load(Path(data), None if images is None else Path(images), limit)
+    count, fixed = len(dataset.images), manifest.inputs[0].shape[0]
+    if fixed is not None and (fixed != batch_size or count % fixed):
+        remedy = f"Use --batch-size {fixed} --limit {count - count % fixed}." if count >= fixed else "Add images."
+        raise UnsupportedError(
+            f"{opened.directory} takes batches of {fixed} only, not {count} images in batches of {batch_size}", remedy
+        )
+    name, options, _ = select_engine(opened, engine, precision, device, threads)
+    match = dataset.match(manifest.classes)
+    size_note = dataset.size_note()
+    notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))
+    for note in notes:
+        progress.note(note)
+    with open_engine(name, opened, options) as running:
+        accuracy = measure_accuracy(
+            running,
+            dataset,
+            manifest.preprocess,
+            manifest.nms,
+            manifest.classes,
+            batch_size,
+            lambda done, total: progress.step("evaluating", done, total),
+            order,
+        )
+    matched = sum(one is not None for one in match.category_ids)
+    return EvalResults(accuracy, name, options.precision, len(manifest.classes), matched, notes)
+
+
+def measure_accuracy(
     engine: Engine,
     dataset: CocoDataset,
     preprocess: Preprocess,

@@ -125,14 +125,6 @@ class Detector(ClosesOnExit):
             reduced=reduced,
         )
         with closing(groups):
-            numbered = ([(found.index, _from(found, threshold)) for found in group] for group in groups)
-            yield from in_order(numbered)
-
-
-def _from(found: Found, threshold: float) -> Found:
-    """Without the detections that score less."""
-    if found.detections is None:
-        return found
-    one, enough = found.detections, found.detections.scores >= threshold
-    kept = replace(one, boxes=one.boxes[enough], scores=one.scores[enough], classes=one.classes[enough])
-    return replace(found, detections=kept)
+            for found in in_order([(found.index, found) for found in group] for group in groups):
+                kept = found.detections and found.detections.at_least(threshold)
+                yield replace(found, detections=kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from dataclasses import dataclass
 import psutil
 
 from gfldeploy.engines.dependencies import TOOL_CHAINS
-from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model, gpu_models, nvidia_driver
+from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model, gpu_models, nvidia_driver, usable_threads
 from gfldeploy.engines.registry import ENGINES, installed_version
 
-__all__ = ["PACKAGES", "Machine", "describe_machine", "installed_packages", "usable_threads"]
+__all__ = ["PACKAGES", "Machine", "describe_machine", "installed_packages"]
 
 # The distributions that timings and exported graphs depend on, each once.
 PACKAGES: tuple[str, ...] = tuple(
@@ -66,11 +65,6 @@ def describe_machine() -> Machine:
         python=platform.python_version(),
         packages={name: version for name, version in installed_packages().items() if version},
     )
-
-
-def usable_threads() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def installed_packages() -> dict[str, str | None]:

@@ -16,7 +16,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gfldeploy.accuracy import Accuracy, ap_difference, coco_accuracy, coco_results, evaluate
+from gfldeploy.accuracy import Accuracy, ap_difference, coco_accuracy, coco_results, measure_accuracy
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.errors import DataError, EngineError
@@ -235,7 +235,7 @@ def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
     steps: list[tuple[int, int]] = []
     with ColourEngine() as engine:
         assert isinstance(engine, Engine)
-        accuracy = evaluate(
+        accuracy = measure_accuracy(
             engine,
             dataset,
             PREPROCESS,
@@ -254,7 +254,7 @@ def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
 def test_classes_that_cannot_be_matched_stop_the_evaluation(tmp_path: Path) -> None:
     dataset = CocoDataset.load(make_data(tmp_path))
     with pytest.raises(DataError, match="4 classes, the annotations 2 categories"):
-        evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["azul", "rojo", "green", "black"])
+        measure_accuracy(ColourEngine(), dataset, PREPROCESS, NMS, ["azul", "rojo", "green", "black"])
 
 
 def test_what_cannot_be_measured_is_an_error_before_anything_runs(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_what_cannot_be_measured_is_an_error_before_anything_runs(tmp_path: Path
             change(annotation)
         path.write_text(json.dumps(damaged))
         with pytest.raises(DataError, match="so mAP is undefined"):
-            evaluate(engine, CocoDataset.load(path), PREPROCESS, NMS, ["blue", "red"])
+            measure_accuracy(engine, CocoDataset.load(path), PREPROCESS, NMS, ["blue", "red"])
     path.write_text(json.dumps({**content, "annotations": [dict(content["annotations"][0], area=1e11)]}))
     with pytest.raises(DataError, match="no box of the annotations counts"):
         coco_accuracy(CocoDataset.load(path), [])
@@ -291,7 +291,7 @@ def test_ids_and_sizes_of_the_annotations_do_not_matter(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     engine = ColourEngine()
     arguments = engine, CocoDataset.load(path), PREPROCESS, NMS, ["blue", "red"]
-    assert evaluate(*arguments, batch_size=3, order="bucketed").ap == pytest.approx(1)
+    assert measure_accuracy(*arguments, batch_size=3, order="bucketed").ap == pytest.approx(1)
     shapes = {(1, 3, 192, 320), (1, 3, 192, 256), (1, 3, 192, 192)}
     assert set(engine.shapes) == shapes, "of each file by itself, as all have other sizes"
 
@@ -303,10 +303,10 @@ def test_map_is_over_the_classes_that_both_have(tmp_path: Path) -> None:
     content["annotations"].append({"id": 9, "image_id": 10, "category_id": 9, "bbox": [0, 0, 5, 5]})
     path.write_text(json.dumps(content))
     dataset = CocoDataset.load(path)
-    assert evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red"]).ap == pytest.approx(1)
+    assert measure_accuracy(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red"]).ap == pytest.approx(1)
     assert coco_accuracy(dataset, perfect(dataset)[:3]).ap == pytest.approx(2 / 3), "all categories, where asked for"
     fewer = CocoDataset.load(make_data(tmp_path / "fewer"))
-    assert evaluate(ColourEngine(), fewer, PREPROCESS, NMS, ["blue", "red", "green"]).ap == pytest.approx(1)
+    assert measure_accuracy(ColourEngine(), fewer, PREPROCESS, NMS, ["blue", "red", "green"]).ap == pytest.approx(1)
 
 
 def test_an_unreadable_image_stops_the_evaluation(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_an_unreadable_image_stops_the_evaluation(tmp_path: Path) -> None:
     damaged = dataset.images[1].path
     damaged.write_bytes(damaged.read_bytes()[:-20])
     with pytest.raises(DataError, match=damaged.name):
-        evaluate(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red"])
+        measure_accuracy(ColourEngine(), dataset, PREPROCESS, NMS, ["blue", "red"])
 
 
 def test_a_broken_engine_is_named(tmp_path: Path) -> None:
@@ -330,6 +330,6 @@ def test_a_broken_engine_is_named(tmp_path: Path) -> None:
 
     dataset = CocoDataset.load(make_data(tmp_path))
     with pytest.raises(EngineError, match="colour returned no boxes"):
-        evaluate(Broken(), dataset, PREPROCESS, NMS, ["blue", "red"])
+        measure_accuracy(Broken(), dataset, PREPROCESS, NMS, ["blue", "red"])
     with pytest.raises(EngineError, match="NaN"):
-        evaluate(NotANumber(), dataset, PREPROCESS, NMS, ["blue", "red"])
+        measure_accuracy(NotANumber(), dataset, PREPROCESS, NMS, ["blue", "red"])

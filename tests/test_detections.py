@@ -230,3 +230,28 @@ def test_every_detection_equals_paddles(kind: str) -> None:
             np.testing.assert_array_equal(ours.classes, theirs[:, 0])
             np.testing.assert_array_equal(ours.scores, theirs[:, 1])
             np.testing.assert_array_equal(ours.boxes, theirs[:, 2:])
+
+
+# --- what a user does with them ---------------------------------------------------------------------------------------
+
+
+FOUND = Detections(
+    np.float32([[0, 0, 4, 2], [1, 1, 2, 3], [5, 5, 6, 6]]), np.float32([0.9, 0.5, 0.2]), np.array([1, 0, 2])
+).named(["cat", "dog"])
+
+
+def test_names_and_channels_without_a_class() -> None:
+    assert len(FOUND) == 2 and FOUND.names == ["dog", "cat"] and FOUND.class_names == ("cat", "dog")
+
+
+def test_thresholds_and_classes() -> None:
+    assert FOUND.at_least(0.5).names == ["dog", "cat"] and FOUND.at_least(0.51).names == ["dog"]
+    assert FOUND.of_classes("cat").scores.tolist() == [0.5] and FOUND.of_classes(0, "dog").names == ["dog", "cat"]
+    assert len(FOUND.of_classes()) == 0 and FOUND.select(slice(1)).names == ["dog"]
+    with pytest.raises(ValueError, match="cow"):
+        FOUND.of_classes("cow")
+
+
+def test_records_for_json() -> None:
+    first, _ = FOUND.records()
+    assert first == {"class": "dog", "class_id": 1, "score": pytest.approx(0.9), "bbox": [0, 0, 4, 2]}

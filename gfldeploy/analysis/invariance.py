@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gfldeploy.accuracy import Accuracy, check_measurable, coco_accuracy, coco_results
-from gfldeploy.analysis.sweep import arrangements, input_sizes
+from gfldeploy.analysis.sweep import batch_orders, input_sizes
 from gfldeploy.batching.buckets import Order, group, padding
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, pairwise_iou
@@ -56,17 +56,16 @@ def measure_invariance(
     batch_sizes: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Invariance]:
-    """Batch 1, then each larger size as listed and grouped by size. Raises `DataError` and `EngineError`."""
+    """Batch 1, then each larger batch size, listed and bucketed. Raises `DataError` and `EngineError`."""
     manifest = bundle.manifest
     paths = [image.path for image in dataset.images]
     sizes = input_sizes(paths, bundle)
     labels = _labels(dataset, manifest.classes)
-    wanted = arrangements(batch_sizes)
+    wanted = batch_orders(batch_sizes)
     total, done = len(wanted) * len(paths), 0
     alone: list[Detections] = []
     found: list[Invariance] = []
-    for arrangement in wanted:
-        batch_size, order = arrangement.batch_size, arrangement.order
+    for batch_size, order in wanted:
         groups = group(sizes, batch_size, order)
         detections: dict[int, Detections] = {}
         for one in groups:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from gfldeploy.batching.buckets import ORDERS, Group, Order, Size, area, choose_buckets, group, is_mixed, padding
 from gfldeploy.errors import DataError
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import BYTES
 
-__all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit", "survey"]
+__all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit_sizes", "survey"]
 
 _FEW_BUCKETS = (1, 2, 4, 8, 16)
 
@@ -74,6 +74,7 @@ class Audit:
     `sizes`: how many distinct sizes the network's inputs have at batch 1. `rounding`: their pixels by those of the
     resized images: what rounding up to the stride costs, and with a fixed input size the bars around the image. `macs`:
     the mean of an image at batch 1. `limited`: padding of bucketed batches, as in `AuditRow`, by number of buckets.
+    `answer`: what the rows say, in sentences. `left_out`: images that cannot be used.
     """
 
     images: int
@@ -82,6 +83,8 @@ class Audit:
     macs: float | None
     limited: Mapping[int, float]
     rows: tuple[AuditRow, ...]
+    answer: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def survey(
@@ -108,7 +111,7 @@ def survey(
     return Survey(files, original, resized, inputs, tuple(left_out))
 
 
-def audit(
+def audit_sizes(
     found: Survey,
     batch_sizes: Sequence[int],
     most_buckets: int | None = None,

@@ -22,7 +22,7 @@ from gfldeploy.batching.policy import Policy, Request
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
-from gfldeploy.engines.detect import detect_batch, of_classes
+from gfldeploy.engines.detect import detect_batch
 from gfldeploy.errors import EngineError, RejectedError, Rejection
 from gfldeploy.images.preprocess import Prepared
 
@@ -341,4 +341,4 @@ class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
     def _detect(self, prepared: Sequence[Prepared], size: Size) -> Sequence[Detections]:
         tensor = self._manifest.preprocess.batch(prepared, size)
         found = detect_batch(self._engine, tensor, [one.scale for one in prepared], self._manifest.nms)
-        return [of_classes(one, len(self._manifest.classes)) for one in found]
+        return [one.named(self._manifest.classes) for one in found]

@@ -17,10 +17,10 @@ import numpy as np
 
 __all__ = [
     "ORDERS",
+    "STREAM_ORDERS",
     "Group",
     "Order",
     "Size",
-    "StreamOrder",
     "area",
     "bucket_of",
     "choose_buckets",
@@ -38,10 +38,10 @@ Size = tuple[int, int]
 # listed: as the images come; shuffled: at random; sorted: by size, so that neighbours are alike; bucketed: batches of
 # one bucket each.
 Order = Literal["listed", "shuffled", "sorted", "bucketed"]
-_MOST_COMPARED = 512
 ORDERS: tuple[Order, ...] = get_args(Order)
 # Those that need not know all images before the first batch.
-StreamOrder = Literal["listed", "bucketed"]
+STREAM_ORDERS: tuple[Order, ...] = ("listed", "bucketed")
+_MOST_COMPARED = 512
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,17 @@ def group_stream(
 
 
 def stream_batches(
-    items: Iterable[tuple[Item, Size]], batch_size: int, order: StreamOrder, look_ahead: int | None = None
+    items: Iterable[tuple[Item, Size]], batch_size: int, order: Order, look_ahead: int | None = None
 ) -> Iterator[tuple[list[Item], Size]]:
-    """`group_stream`, or with the listed order batches as the items come, each padded to the size that holds them all.
+    """Bucketed: `group_stream`. Listed: batches of items as they come, each padded to the size that holds them all.
 
-    A size of 0 pixels is of what cannot be read, and adds nothing.
+    An item that cannot be read has a size of 0 pixels, which adds nothing. Raises `ValueError` for another order.
     """
     if order == "bucketed":
         yield from group_stream(items, batch_size, look_ahead)
         return
+    if order != "listed":
+        raise ValueError(f"a stream cannot be {order}: that takes all of its items")
     remaining = iter(items)
     while batch := list(islice(remaining, batch_size)):
         yield [item for item, _ in batch], union(size for _, size in batch)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import psutil
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cost import work
@@ -24,30 +16,17 @@ from gfldeploy.bench.monitor import wait_until_idle
 from gfldeploy.bench.results import SCHEMA, BundleIdentity, CellResult, Peak, Settings, Work
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
+from gfldeploy.child_process import DEFAULT_LIMITS, Limits, run_child
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.errors import DataError, GfldeployError
-from gfldeploy.files import scratch_directory
+from gfldeploy.errors import DataError, EngineError, GfldeployError
 from gfldeploy.serialization import build, plain
-from gfldeploy.signals import child_environment
 
-__all__ = ["WORKER", "Data", "Limits", "Progress", "run_peak", "run_plan"]
+__all__ = ["Data", "Progress", "run_peak", "run_plan"]
 
-# -P: a folder named onnx or paddle in the current directory (a bundle has both) must not shadow the package.
-WORKER = (sys.executable, "-P", "-m", "gfldeploy.bench.worker")
+_WORKER = "gfldeploy.bench.worker"
 
 Progress = Callable[[int, int, str], None]
-
-_POLL_S = 0.25
-_TAIL_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a process may take: seconds (for accuracy: without an image done) and 10^6 bytes of resident memory."""
-
-    timeout_s: float = 600.0
-    memory_mb: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -96,12 +75,12 @@ def run_plan(
     settings: Settings,
     journal: Journal,
     *,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
     engine_cache: Path = DEFAULT_ENGINE_CACHE,
     peaks: bool = False,
     about: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total, description: None,
-    command: Sequence[str] = WORKER,
+    worker: str | Sequence[str] = _WORKER,
 ) -> tuple[tuple[CellResult, ...], tuple[Peak, ...]]:
     """Measure every cell of the plan; the results are in the plan's order, the skipped ones last; then the peaks.
 
@@ -117,8 +96,8 @@ def run_plan(
     all it started.
 
     `progress(done, total, description)` is called before each process, with the number of processes done and in all,
-    and once at the end; processes of an earlier run are not counted. `command` is the worker's command line. Raises
-    `BundleError` for a bundle that cannot be read.
+    and once at the end; processes of an earlier run are not counted. `worker` is the worker's module or command line.
+    Raises `BundleError` for a bundle that cannot be read.
     """
     identities = {cell.bundle: BundleIdentity.of(Bundle.open(cell.bundle)) for cell in plan.cells}
     steps = _steps(plan, settings.rounds, data.annotations is not None, peaks)
@@ -142,7 +121,7 @@ def run_plan(
         progress(number, len(pending), str(step))
         if not _worth_it(step, steps, answers):
             continue
-        answers[step] = _run(step, data, settings, limits, engine_cache, command)
+        answers[step] = _run(step, data, settings, limits, engine_cache, worker)
         journal.keep(question(step), _written(answers[step]))
     progress(len(pending), len(pending), "done")
     works = _Works()
@@ -161,15 +140,11 @@ def run_peak(
     device: Device,
     threads: int,
     *,
-    limits: Limits = Limits(),
-    command: Sequence[str] = WORKER,
+    limits: Limits = DEFAULT_LIMITS,
+    worker: str | Sequence[str] = _WORKER,
 ) -> Peak:
     """What an engine reaches here at best, measured in a process of its own; a failure is the `reason` of the peak."""
-    with scratch_directory() as folder:
-        request = PeakRequest(engine, precision, device, threads, folder / "result.json")
-        answer = _ask("peak", request, folder, limits, command)
-    if isinstance(answer, _Failure):
-        return Peak(engine, precision, device, threads, None, None, answer.reason)
+    answer = _ask("peak", PeakRequest(engine, precision, device, threads), limits, worker)
     if "reason" in answer:
         return Peak(engine, precision, device, threads, None, None, str(answer["reason"]))
     return build(Peak, answer.get("peak"), "peak")
@@ -211,26 +186,21 @@ def _worth_it(step: _Step, steps: Sequence[_Step], answers: Mapping[_Step, objec
 
 
 def _run(
-    step: _Step, data: Data, settings: Settings, limits: Limits, engine_cache: Path, command: Sequence[str]
+    step: _Step, data: Data, settings: Settings, limits: Limits, engine_cache: Path, worker: str | Sequence[str]
 ) -> Timed | Accuracy | Peak | _Failure:
     """Run the step's process and read its answer."""
     cell = step.cell
     idle = wait_until_idle(cell.device)
-    with scratch_directory() as folder:
-        result, progress = folder / "result.json", folder / "progress"
-        request: TimingRequest | AccuracyRequest | PeakRequest
-        if step.kind == "timing":
-            images = tuple(path.absolute() for path in data.images)
-            request = TimingRequest(cell, images, settings, idle, engine_cache, result)
-        elif step.kind == "accuracy":
-            assert data.annotations is not None
-            request = AccuracyRequest(
-                cell, data.annotations, data.image_dir, data.accuracy_limit, engine_cache, result, progress
-            )
-        else:
-            request = PeakRequest(cell.engine, cell.precision, cell.device, cell.threads, result)
-        answer = _ask(step.kind, request, folder, limits, command)
-    return answer if isinstance(answer, _Failure) else _read(answer, step)
+    request: TimingRequest | AccuracyRequest | PeakRequest
+    if step.kind == "timing":
+        images = tuple(path.absolute() for path in data.images)
+        request = TimingRequest(cell, images, settings, idle, engine_cache)
+    elif step.kind == "accuracy":
+        assert data.annotations is not None
+        request = AccuracyRequest(cell, data.annotations, data.image_dir, data.accuracy_limit, engine_cache)
+    else:
+        request = PeakRequest(cell.engine, cell.precision, cell.device, cell.threads)
+    return _read(_ask(step.kind, request, limits, worker), step)
 
 
 def _read(answer: Mapping[str, Any], step: _Step) -> Timed | Accuracy | Peak | _Failure:
@@ -263,94 +233,14 @@ def _written(answer: Timed | Accuracy | Peak | _Failure) -> dict[str, Any]:
 def _ask(
     kind: str,
     request: TimingRequest | AccuracyRequest | PeakRequest,
-    directory: Path,
     limits: Limits,
-    command: Sequence[str],
-) -> Mapping[str, Any] | _Failure:
-    """Run one worker process on one request. `directory` is its own."""
-    asked, errors = directory / "request.json", directory / "stderr"
-    asked.write_text(json.dumps({"kind": kind, "request": plain(request)}), encoding="utf-8")
-    # Files rather than pipes: a worker that neither reads nor stops writing cannot block this process. What engines
-    # print on stdout goes nowhere. The process group of its own is there to be killed whole.
-    with asked.open("rb") as stdin, errors.open("wb") as stderr:
-        process = subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-            env=child_environment({"TMPDIR": str(directory)}),  # so that nothing outlives it there
-        )
-        try:
-            failure = _wait(process, limits, directory / "progress")
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if failure:
-        return failure
-    if process.returncode:
-        return _Failure(_exit_reason(process.returncode, errors), None)
-    return _read_answer(request.result)
-
-
-def _wait(process: subprocess.Popen[bytes], limits: Limits, progress: Path) -> _Failure | None:
-    """Wait for the process to end; None if it did, within the limits. Signs of progress give it its time again."""
-    deadline = time.monotonic() + limits.timeout_s
-    seen = 0
-    while True:
-        try:
-            process.wait(min(_POLL_S, max(deadline - time.monotonic(), 0)))
-        except subprocess.TimeoutExpired:
-            with suppress(FileNotFoundError):
-                changed = progress.stat().st_mtime_ns
-                if changed != seen:
-                    seen, deadline = changed, time.monotonic() + limits.timeout_s
-            if time.monotonic() >= deadline:
-                remedy = "raise the cell timeout, or use smaller batches or inputs"
-                return _Failure(f"it took longer than {limits.timeout_s:g} s", remedy)
-            if _resident_mb(process.pid) > limits.memory_mb:
-                remedy = "raise the memory limit, or use smaller batches or inputs"
-                return _Failure(f"out of memory: it took more than {limits.memory_mb:.0f} MB", remedy)
-        else:
-            return None
-
-
-def _resident_mb(pid: int) -> float:
-    """Resident memory, 10^6 bytes, of a process and all it started; 0 once it is gone."""
+    worker: str | Sequence[str],
+) -> Mapping[str, Any]:
+    """What one worker process answers to one request: a result, or the `reason` of a failure and its `remedy`."""
     try:
-        process = psutil.Process(pid)
-        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 1e6
-    except psutil.Error:
-        return 0.0
-
-
-def _exit_reason(code: int, errors: Path) -> str:
-    with errors.open("rb") as file:
-        file.seek(max(errors.stat().st_size - _TAIL_BYTES, 0))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    said = f": {lines[-1]}" if lines else ""
-    if code > 0:
-        return f"the process ended with exit code {code}{said}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    if -code == signal.SIGKILL:
-        return f"the process was killed by {name}, perhaps because memory ran out{said}"
-    return f"the process crashed with {name}{said}"
-
-
-def _read_answer(path: Path) -> Mapping[str, Any] | _Failure:
-    try:
-        answer = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return _Failure("the process ended without an answer", None)
-    except (OSError, ValueError) as error:
-        return _Failure(f"the process answered nonsense: {error}", None)
-    if not isinstance(answer, dict):
-        return _Failure("the process answered nonsense: not an object", None)
-    return answer
+        return run_child(worker, {"kind": kind, "request": plain(request)}, limits=limits)
+    except EngineError as error:
+        return {"reason": error.problem, "remedy": error.remedy}
 
 
 class _Works:

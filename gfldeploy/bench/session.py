@@ -15,8 +15,9 @@ from gfldeploy.accuracy import check_measurable
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import STREAMS, Plan, plan
 from gfldeploy.bench.results import POLICIES, BenchResults, DataDescription, Scenario, ServerPolicy, Settings
-from gfldeploy.bench.runner import Data, Limits, run_plan
+from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.bundle import Bundle
+from gfldeploy.child_process import Limits
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES
@@ -47,7 +48,7 @@ class BenchRequest:
     `policies`: what the server does with them, in the server scenario. `cell_timeout_s`: seconds
     after which a cell has failed; for mAP, seconds without an image done. `memory_limit_mb`: 10^6 bytes of resident
     memory after which a cell has failed; None is 90% of what is free. `peaks`: measure what each engine reaches at best
-    too. `engine_cache`: where TensorRT and OpenVINO keep what they
+    too. `engine_cache`: where engines keep what they
     built.
     """
 

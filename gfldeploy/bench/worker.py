@@ -1,19 +1,16 @@
 """Measures one thing in this process: `python -m gfldeploy.bench.worker`.
 
-Reads a request as JSON from stdin, writes the answer as JSON to the path that the request names: `{"timed": ...}`,
-`{"accuracy": ...}` or `{"peak": ...}`, or `{"reason": ..., "remedy": ...}` for a deliberate error. Anything else ends
-the process with a traceback on stderr, for the runner to report.
+Answers a request of the runner (see `child_process.serve`) with `{"timed": ...}`, `{"accuracy": ...}` or
+`{"peak": ...}`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,24 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import Accuracy, evaluate
+from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.batching.buckets import union
-from gfldeploy.bench.inputs import (
-    Batch,
-    batches_in_order,
-    padding_ratio,
-    prepare_images,
-    shape_counts,
-    uniform_batches,
-)
+from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
 from gfldeploy.bench.roofline import measure_peak
-from gfldeploy.bench.scenarios import ServerRun, arrival_times, serve
+from gfldeploy.bench.scenarios import ServerRun, arrival_times
+from gfldeploy.bench.scenarios import serve as serve_arrivals
 from gfldeploy.bench.stages import time_stages
 from gfldeploy.bench.timing import Samples, measure
 from gfldeploy.bundle import Bundle
+from gfldeploy.child_process import report_progress, serve
 from gfldeploy.engines.base import (
     Device,
     Engine,
@@ -51,19 +43,17 @@ from gfldeploy.engines.base import (
     reasons,
 )
 from gfldeploy.engines.registry import ENGINES, open_engine
-from gfldeploy.errors import EngineError, GfldeployError
-from gfldeploy.files import write_json, write_text
+from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
 from gfldeploy.serialization import build, plain
-from gfldeploy.signals import die_with_parent
 
-__all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest", "main"]
+__all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest"]
 
 
 @dataclass(frozen=True)
 class TimingRequest:
-    """Time a cell on these images; the answer goes to `result`.
+    """Time a cell on these images.
 
     `idle`: how the machine was before. `engine_cache`: where engines keep what they compiled.
     """
@@ -73,7 +63,6 @@ class TimingRequest:
     settings: Settings
     idle: Idle
     engine_cache: Path
-    result: Path
 
 
 @dataclass(frozen=True)
@@ -86,51 +75,34 @@ class Timed:
 
 @dataclass(frozen=True)
 class AccuracyRequest:
-    """Measure COCO accuracy at batch 1 (whatever the cell's batch size) on the first `limit` images, None for all.
-
-    The numbers of images done and in all are written to `progress` as they change.
-    """
+    """Measure COCO accuracy at batch 1 (whatever the cell's batch size) on the first `limit` images, None for all."""
 
     cell: Cell
     annotations: Path
     image_dir: Path | None
     limit: int | None
     engine_cache: Path
-    result: Path
-    progress: Path
 
 
 @dataclass(frozen=True)
 class PeakRequest:
-    """Measure what the engine reaches at best; the answer goes to `result`."""
+    """Measure what the engine reaches at best."""
 
     engine: str
     precision: Precision
     device: Device
     threads: int
-    result: Path
 
 
-def main() -> None:
-    """Serve the one request on stdin."""
-    die_with_parent()
-    _die_first()
-    message = json.load(sys.stdin)
+def _answer(message: dict[str, Any]) -> dict[str, Any]:
     kind, content = message["kind"], message["request"]
-    answer: dict[str, Any]
-    result = Path(content["result"])
-    try:
-        if kind == "timing":
-            answer = {"timed": plain(_time(build(TimingRequest, content, "request")))}
-        elif kind == "accuracy":
-            answer = {"accuracy": plain(_accuracy(build(AccuracyRequest, content, "request")))}
-        elif kind == "peak":
-            answer = {"peak": plain(_peak(build(PeakRequest, content, "request")))}
-        else:
-            raise ValueError(f"unknown kind of request: {kind!r}")
-    except GfldeployError as error:
-        answer = {"reason": error.problem, "remedy": error.remedy}
-    write_json(result, answer)
+    if kind == "timing":
+        return {"timed": plain(_time(build(TimingRequest, content, "request")))}
+    if kind == "accuracy":
+        return {"accuracy": plain(_accuracy(build(AccuracyRequest, content, "request")))}
+    if kind == "peak":
+        return {"peak": plain(_peak(build(PeakRequest, content, "request")))}
+    raise ValueError(f"unknown kind of request: {kind!r}")
 
 
 def _time(request: TimingRequest) -> Timed:
@@ -141,10 +113,9 @@ def _time(request: TimingRequest) -> Timed:
     bundle = Bundle.open(cell.bundle)
     preprocess = bundle.manifest.preprocess
     images = prepare_images(request.images, preprocess)
-    arrange = uniform_batches if cell.scenario == "offline" else batches_in_order
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
-    batches = arrange(timed, preprocess, cell.batch_size)
+    batches = make_batches(timed, preprocess, cell.batch_size, "bucketed" if cell.scenario == "offline" else "listed")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
     with _open(cell, bundle, _shapes(cell, images, batches, preprocess), request.engine_cache) as engine:
@@ -216,7 +187,7 @@ def _measure(
     count = max(settings.min_count, math.ceil(cell.rate * settings.min_seconds))
     arrivals = arrival_times(cell.rate, count, settings.seed)
     bound_ms, warmup = settings.latency_bound_ms, settings.warmup
-    return serve(engine, images, preprocess, cell.policy, cell.batch_size, arrivals, bound_ms, warmup)
+    return serve_arrivals(engine, images, preprocess, cell.policy, cell.batch_size, arrivals, bound_ms, warmup)
 
 
 def _peak(request: PeakRequest) -> Peak:
@@ -228,14 +199,10 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     bundle = Bundle.open(cell.bundle)
     manifest = bundle.manifest
     dataset = CocoDataset.load(request.annotations, request.image_dir, request.limit)
-
-    def progress(done: int, total: int) -> None:
-        write_text(request.progress, f"{done} {total}")
-
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
-        return evaluate(
-            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=progress
+        return measure_accuracy(
+            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=report_progress
         )
 
 
@@ -262,11 +229,5 @@ def _peak_rss_mb() -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def _die_first() -> None:
-    """Have the kernel choose this process, not the user's others, when the machine runs out of memory."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    serve(_answer)

@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gfldeploy.cli.console import stages
+from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
+    ANNOTATIONS,
+    MEASUREMENT,
     PATH,
+    THREADS,
     CommaSeparated,
     FiniteFloat,
     PositiveNumbers,
     WholeNumber,
-    engine_cache_option,
-    threads_option,
-    yaml_config_option,
+    options,
+    output_options,
 )
-from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, TENSORRT_ENGINES, capability
+from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import TENSORRT_ENGINES, capability
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError
 from gfldeploy.files import check_file, is_unfinished
 from gfldeploy.signals import hold_interrupts
@@ -39,109 +42,58 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
-@yaml_config_option
-@click.option("--data", required=True, type=PATH, metavar="COCO.json", help="A COCO annotation file.")
+@options(*ANNOTATIONS, *MEASUREMENT, THREADS)
 @click.option(
-    "--images",
-    type=PATH,
-    metavar="DIR",
-    help="Where its file names start.  [default: images/ beside it, else its folder]",
+    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8", show_default=True, help="Batch sizes to measure."
 )
-@click.option(
-    "--engines",
-    type=CommaSeparated(tuple(ENGINES)),
-    default=",".join(DEFAULT_ENGINES),
-    show_default=True,
-    help=f"What runs, of {', '.join(ENGINES)}.",
-)
-@click.option("--precisions", type=CommaSeparated(PRECISIONS), default=",".join(PRECISIONS), show_default=True)
-@click.option("--batch-sizes", type=CommaSeparated(), default="1,2,4,8", show_default=True)
 @click.option(
     "--scenarios",
     type=CommaSeparated(_SCENARIOS),
     default="single-stream,multi-stream",
     show_default=True,
-    help="After MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, multi-stream); all "
-    "images at once, grouped by size (offline); random arrivals (server).",
+    help="Scenarios after MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, "
+    "multi-stream); all images at once, bucketed by size (offline); random arrivals (server).",
 )
-@click.option("--rates", type=PositiveNumbers(), default=(), help="Images a second that arrive at the server.")
+@click.option(
+    "--rates", type=PositiveNumbers(), default=(), help="Arrival rates of the server scenario, in images per second."
+)
 @click.option(
     "--policies",
     type=CommaSeparated(_POLICIES),
     default=",".join(_POLICIES),
     show_default=True,
-    help="What the server does with images that wait: one after the other (batch 1); a batch when it is full or its "
-    "oldest image has waited for a tenth of the bound; what gfldeploy's dynamic batcher decides.",
+    help="What the server does with images that wait. no-batching: run one after the other; fixed-timeout: run a batch "
+    "when it is full or its oldest image has waited for a tenth of the bound; adaptive: gfldeploy's dynamic batcher.",
 )
 @click.option(
     "--latency-bound-ms",
     type=FiniteFloat(0, min_open=True),
-    help="Deadline of the server, from arrival to answer: a later answer counts for nothing.",
+    help="Deadline of the server scenario, from arrival to answer.",
 )
-@click.option("--trt", is_flag=True, help="Add both ways to TensorRT, and run on the GPU.")
-@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
-@threads_option
-@click.option(
-    "--rounds",
-    type=WholeNumber(1),
-    default=3,
-    show_default=True,
-    help="Run every cell once a round, so that a machine that slows down favours none; medians are over all rounds.",
-)
-@click.option(
-    "--min-seconds",
-    type=FiniteFloat(0),
-    default=2.0,
-    show_default=True,
-    help="Time each cell at least so long, in each round.",
-)
-@click.option(
-    "--min-count",
-    type=WholeNumber(1),
-    default=10,
-    show_default=True,
-    help="Time at least so many inferences, in each round.",
-)
+@click.option("--trt", is_flag=True, help="Add both engines of TensorRT, and run on the GPU.")
 @click.option(
     "--max-seconds",
     type=FiniteFloat(0),
-    help="Time no longer, though medians still change by over 2%.  [default: 5 times --min-seconds]",
+    show_default="5 times --min-seconds",
+    help="Stop timing a cell after this long in a round, even if its median still changes by over 2%.",
 )
-@click.option("--limit", type=WholeNumber(1), default=32, show_default=True, help="Images for timing, all of them.")
-@click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP too.")
-@click.option("--accuracy-limit", type=WholeNumber(1), help="Images used for mAP.  [default: all]")
 @click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
 @click.option(
     "--monitor-hz",
     type=FiniteFloat(0, 100),
     default=5.0,
     show_default=True,
-    help="Hardware samples a second; 0 for none.",
-)
-@click.option(
-    "--cell-timeout",
-    type=FiniteFloat(0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
+    help="Number of hardware samples per second; 0 for none.",
 )
 @click.option(
     "--memory-limit",
     type=FiniteFloat(0, min_open=True),
     metavar="MB",
-    help="Resident memory beyond which a cell has failed.  [default: 90% of what is free]",
+    show_default="90% of what is free",
+    help="Resident memory beyond which a cell has failed.",
 )
-@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Of the arrival times.")
-@engine_cache_option
-@click.option(
-    "--output",
-    "-o",
-    type=PATH,
-    default=Path("results.json"),
-    show_default=True,
-    help="The file; a table (.csv) and a report (.html) are written beside it.",
-)
-@click.option("--force", is_flag=True, help="Replace the output files if they exist.")
+@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of the server's arrival times.")
+@output_options("File to write; a table (.csv) and a report (.html) are written beside it.", Path("results.json"))
 def command(
     bundles: tuple[Path, ...],
     data: Path,
@@ -155,7 +107,7 @@ def command(
     latency_bound_ms: float | None,
     trt: bool,
     device: Device,
-    threads: int,
+    threads: int | None,
     rounds: int,
     min_seconds: float,
     min_count: int,
@@ -180,6 +132,9 @@ def command(
     batch, without decoding. mAP is measured at batch 1, once for each engine and precision.
 
     Interrupted or killed, the same command resumes where it stopped.
+
+    \b
+    Example: gfldeploy bench gfl_r50 gfl_r50_int8 --data val.json --output results.json
     """
     if trt:
         _check_tensorrt()
@@ -220,7 +175,7 @@ def command(
         rates=rates,
         policies=policies,
         device=device,
-        threads=threads,
+        threads=threads or usable_threads(),
         timed_images=limit,
         accuracy=accuracy,
         accuracy_images=accuracy_limit,
@@ -288,7 +243,7 @@ def _check_output(output: Path, force: bool, resumed: bool | None = None) -> boo
 
 def _progress() -> Callable[[int, int, str], None]:
     """A reporter of each step, with the time left if the others take as long as those done so far."""
-    stage = stages()
+    stage = TerminalProgress().stage
     start = time.monotonic()
 
     def report(done: int, total: int, description: str) -> None:

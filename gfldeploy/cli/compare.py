@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.options import PATH, json_option
+from gfldeploy.cli.options import JSON, PATH
 
 if TYPE_CHECKING:
     from gfldeploy.bench.compare import CellKey, Comparison, Difference, OneSided, Pair
@@ -26,7 +26,7 @@ __all__ = ["command"]
     "--different-data", is_flag=True, help="Compare although the timed images, or how they were timed, differ."
 )
 @click.option("--fail-if-slower", is_flag=True, help="Exit with 1 where B is slower in any cell.")
-@json_option
+@JSON
 def command(
     a: Path, b: Path, different_machines: bool, different_data: bool, fail_if_slower: bool, as_json: bool
 ) -> int:

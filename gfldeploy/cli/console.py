@@ -19,9 +19,7 @@ from gfldeploy.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Progress", "command_line", "console", "progress_bar", "progress_bars", "stages"]
-
-Progress = Callable[[int, int], None]
+__all__ = ["TerminalProgress", "command_line", "console"]
 
 
 def console() -> Console:
@@ -30,21 +28,50 @@ def console() -> Console:
     return escaping_console(width=None if known else 120)
 
 
-def stages() -> Callable[[str], None]:
-    """A reporter that prints each stage's name on stderr as it starts, with the seconds since the command began."""
-    start = time.monotonic()
+class TerminalProgress:
+    """Shows `Progress` on stderr: a line for each stage with the seconds since the start, and one bar at a time.
 
-    def report(stage: str) -> None:
-        click.echo(f"[{time.monotonic() - start:6.1f} s] {printable(stage, keep='')}", err=True)
+    Without a terminal there are no bars. The last bar goes when the command ends.
+    """
 
-    return report
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._bar: tuple[str, Callable[[int, int], None]] | None = None
+        self._stack = ExitStack()
+        click.get_current_context().call_on_close(self._stack.close)
+
+    def stage(self, text: str) -> None:
+        self._end_bar()
+        click.echo(f"[{time.monotonic() - self._start:6.1f} s] {printable(text, keep='')}", err=True)
+
+    def step(self, label: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar[0] != label:
+            self._end_bar()
+            self._bar = label, self._stack.enter_context(_bar(label))
+        self._bar[1](done, total)
+        if done >= total:
+            self._end_bar()
+
+    def note(self, text: str) -> None:
+        self._end_bar()
+        click.echo(f"Note: {printable(text, keep='')}", err=True)
+
+    def _end_bar(self) -> None:
+        self._stack.close()
+        self._bar = None
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Progress]:
-    """A callback `(done, total)` behind a progress bar with rate and time left; silent where stderr is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of what is done and the total, behind a progress bar with rate and time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -54,7 +81,7 @@ def progress_bar(label: str) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(
+    with Progress(
         *columns, console=escaping_console(stderr=True), transient=True, disable=not sys.stderr.isatty()
     ) as bar:
         task = bar.add_task(label, total=None, rate="")
@@ -68,25 +95,6 @@ def progress_bar(label: str) -> Iterator[Progress]:
             start, before = first[0]
             rate = f"{(done - before) / (now - start):.3g}/s" if done > before and now > start else ""
             bar.update(task, completed=done, total=total, rate=rate)
-
-        yield advance
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback `(label, done, total)` behind one bar at a time, which goes when it is full or a new label comes."""
-    with ExitStack() as stack:
-        current: dict[str, Progress] = {}
-
-        def advance(label: str, done: int, total: int) -> None:
-            if label not in current:
-                stack.pop_all().close()
-                current.clear()
-                current[label] = stack.enter_context(progress_bar(label))
-            current[label](done, total)
-            if done >= total:
-                stack.pop_all().close()
-                current.clear()
 
         yield advance
 

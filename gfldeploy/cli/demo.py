@@ -6,24 +6,17 @@ from pathlib import Path
 
 import click
 
-from gfldeploy.cli.console import progress_bars, stages
-from gfldeploy.cli.options import PATH, force_option, threads_option
+from gfldeploy.cli.console import TerminalProgress
+from gfldeploy.cli.options import THREADS, output_options
+from gfldeploy.engines.hardware import usable_threads
 
 __all__ = ["command"]
 
 
 @click.command("demo")
-@click.option(
-    "--output",
-    "-o",
-    type=PATH,
-    default=Path("gfldeploy-demo"),
-    show_default=True,
-    help="Directory to write.",
-)
-@threads_option
-@force_option
-def command(output: Path, threads: int, force: bool) -> None:
+@output_options("Directory to write.", Path("gfldeploy-demo"))
+@THREADS
+def command(output: Path, threads: int | None, force: bool) -> None:
     """Export, quantise and benchmark the built-in detector.
 
     A small GFL trained on generated shapes goes through every step that your own detector would. Takes a few minutes
@@ -32,8 +25,8 @@ def command(output: Path, threads: int, force: bool) -> None:
     from gfldeploy.cli.results import show_results
     from gfldeploy.demo.pipeline import explain, run_demo
 
-    with progress_bars() as progress:
-        results = run_demo(output, force=force, threads=threads, report=stages(), progress=progress)
+    told = TerminalProgress()
+    results = run_demo(output, force=force, threads=threads or usable_threads(), report=told.stage, progress=told.step)
     show_results(results)
     for line in explain(results):
         click.echo(f"\n{line}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.options import json_option
+from gfldeploy.cli.options import JSON
 from gfldeploy.cli.tables import TableColumn, show_table
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 @click.command(name="doctor")
 @click.option("--all", "show_all", is_flag=True, help="Show every package, and every engine, device and precision.")
-@json_option
+@JSON
 def command(show_all: bool, as_json: bool) -> None:
     """Show what works on this machine, and which installations would make it faster or complete.
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import click
 
 from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
-from gfldeploy.cli.console import command_line, stages
-from gfldeploy.cli.options import FILE, InputShapeType, WholeNumber, force_option, output_option, threads_option
+from gfldeploy.cli.console import TerminalProgress, command_line
+from gfldeploy.cli.options import FILE, THREADS, InputShapeType, WholeNumber, output_options
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.export.exporter import ExportRequest, export_bundle
 
 __all__ = ["command"]
@@ -36,21 +37,30 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
 @click.command("export")
 @click.option("--config", "-c", required=True, type=FILE, help="PaddleDetection config (.yml) of a GFL.")
 @click.option("--weights", "-w", type=FILE, help="Trained checkpoint (.pdparams).")
-@click.option("--random-weights", type=WholeNumber(0), metavar="SEED", help="Reproducible random weights instead.")
-@output_option("Directory of the bundle to write.")
-@click.option("--input-shape", type=InputShapeType(), help="Fix the input size in pixels. Default: any size.")
+@click.option(
+    "--random-weights",
+    type=WholeNumber(0),
+    metavar="SEED",
+    help="Use reproducible random weights in place of a checkpoint.",
+)
+@output_options("Directory to write the bundle to.")
+@click.option(
+    "--input-shape",
+    type=InputShapeType(),
+    show_default="any size",
+    help="Fix the size of the network's input, in pixels.",
+)
 @click.option(
     "--candidates",
     type=_Candidates(),
     default="auto",
     show_default=True,
-    help=f"Anchors of each image to decode, those with the highest scores: 1 to {MOST_CANDIDATES}, or all. auto: "
-    f"{DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test pictures "
-    "would lose detections; with one class at least nms_top_k.",
+    help=f"Number of anchors that are decoded of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "
+    f"all. auto: {DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test "
+    "pictures would lose detections; with one class at least nms_top_k.",
 )
-@click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph, for its deploy tools.")
-@threads_option
-@force_option
+@click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph with NMS, for its deploy tools.")
+@THREADS
 def command(
     config: Path,
     weights: Path | None,
@@ -59,16 +69,19 @@ def command(
     input_shape: tuple[int | None, int, int] | None,
     candidates: int | Literal["auto"] | None,
     with_nms: bool,
-    threads: int,
+    threads: int | None,
     force: bool,
 ) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 
-    They decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there are.
-    Where a number given for --candidates may lose detections, export says so, and so do inspect and predict.
+    The graphs decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there
+    are. Where a number given for --candidates may lose detections, export says so, and so do inspect and predict.
 
     Every graph is compared with the eager PaddleDetection model, in the engine that will run it, before the bundle is
     published.
+
+    \b
+    Example: gfldeploy export --config gfl_r50.yml --weights model_final.pdparams --output gfl_r50
     """
     if (weights is None) == (random_weights is None):
         raise click.UsageError("give either --weights or --random-weights")
@@ -84,9 +97,9 @@ def command(
             candidates=candidates,
             with_nms=with_nms,
             force=force,
-            threads=threads,
+            threads=threads or usable_threads(),
             command=command_line(),
         ),
-        stages(),
+        TerminalProgress().stage,
     )
     click.echo(bundle.directory)

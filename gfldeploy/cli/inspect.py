@@ -11,7 +11,7 @@ import click
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console
-from gfldeploy.cli.options import InputShapeType, bundle_argument, json_option
+from gfldeploy.cli.options import BUNDLE, JSON, InputShapeType, options
 from gfldeploy.cli.tables import TableColumn, show_table
 from gfldeploy.inspection import describe, int8_lines
 
@@ -23,12 +23,21 @@ _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's 
 
 
 @click.command("inspect")
-@bundle_argument
-@click.option("--size", type=InputShapeType(), help="Count MACs at this size, HxW. Default: the largest in use.")
-@json_option
-def command(bundle: Path, size: tuple[int | None, int, int] | None, as_json: bool) -> None:
-    """Show what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity."""
-    facts = describe(Bundle.open(bundle), size[1:] if size else None)
+@options(BUNDLE)
+@click.option(
+    "--size",
+    type=InputShapeType(batch=False),
+    show_default="the largest that the preprocessing makes",
+    help="Size of the image, in pixels, whose MACs are counted.",
+)
+@JSON
+def command(bundle: Path, size: tuple[int, int] | None, as_json: bool) -> None:
+    """Show what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity.
+
+    \b
+    Example: gfldeploy inspect gfl_r50_int8
+    """
+    facts = describe(Bundle.open(bundle), size)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:

@@ -1,4 +1,8 @@
-"""Options that several commands share."""
+"""Options that several commands share, each declared once, and the types of their values.
+
+An entry added to a group reaches every command that has the group, its `--help`, the files of its `--config`, and
+docs/cli.md; its value arrives as a keyword argument of the public function that the command calls.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +12,43 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.machine import usable_threads
+from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
 
 __all__ = [
+    "ANNOTATIONS",
+    "BUNDLE",
     "DIRECTORY",
+    "ENGINE",
+    "ENGINE_CACHE",
     "FILE",
+    "IMAGES",
+    "JSON",
+    "MEASUREMENT",
     "PATH",
+    "THREADS",
     "CommaSeparated",
     "FiniteFloat",
     "InputShapeType",
     "PathType",
     "PositiveNumbers",
     "WholeNumber",
-    "bundle_argument",
-    "engine_cache_option",
-    "engine_options",
-    "force_option",
-    "json_option",
-    "output_option",
-    "yaml_config_option",
+    "annotation_options",
+    "limit_option",
+    "options",
+    "output_options",
 ]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command = Callable[..., Any]
+Option = Callable[[Command], Command]
+Group = tuple[Option, ...]
 
 
 class PathType(click.Path):
@@ -79,79 +92,22 @@ DIRECTORY = PathType(path_type=Path, file_okay=False)
 FILE = PathType(path_type=Path, dir_okay=False)
 
 
-def bundle_argument(command: Command) -> Command:
-    return click.argument("bundle", type=PATH)(command)
-
-
-def output_option(help_text: str) -> Callable[[Command], Command]:
-    return click.option("--output", "-o", required=True, type=PATH, help=help_text)
-
-
-def force_option(command: Command) -> Command:
-    return click.option("--force", is_flag=True, help="Replace the output directory if it exists, in one step.")(
-        command
-    )
-
-
-def engine_cache_option(command: Command) -> Command:
-    return click.option(
-        "--engine-cache",
-        type=PATH,
-        default=DEFAULT_ENGINE_CACHE,
-        show_default="~/.cache/gfldeploy/engines",
-        metavar="DIR",
-        help="Where engines that compile a model keep the result for the next start.",
-    )(command)
-
-
-def json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
-
-
-def threads_option(command: Command) -> Command:
-    return click.option(
-        "--threads",
-        type=WholeNumber(1),
-        default=usable_threads,
-        show_default="all available",
-        help="CPU threads of one inference.",
-    )(command)
-
-
-def engine_options(command: Command) -> Command:
-    """--engine, --precision, --device, --threads."""
-    from gfldeploy.engines.base import DEVICES, PRECISIONS
-    from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, PREFERRED_ENGINES
-
-    command = threads_option(command)
-    command = click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)(command)
-    command = click.option(
-        "--precision", type=click.Choice(PRECISIONS), default=None, help="Default: what the bundle is, fp32 or int8."
-    )(command)
-    return click.option(
-        "--engine",
-        type=click.Choice(ANY_SHAPE_ENGINES),
-        help=f"Default: the first of {', '.join(PREFERRED_ENGINES)} that runs it here.",
-    )(command)
-
-
 class InputShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
-    """`HxW` (free batch) or `NxHxW`, in pixels."""
+    """Height and width in pixels, `HxW`; with `batch` after the batch size, `NxHxW`, which is None if left out."""
 
-    name = "[Nx]HxW"
+    def __init__(self, batch: bool = True) -> None:
+        self._batch = batch
+        self.name = "[Nx]HxW" if batch else "HxW"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | None, int, int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | None, ...]:
         if isinstance(value, tuple):
             return value
         match = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(\d{1,6})", value)
         numbers = [int(number) if number else None for number in match.groups()] if match else []
-        if not match or any(number == 0 for number in numbers):
-            self.fail(f"{value!r} is not a shape such as 800x1344 or 1x800x1344", param, ctx)
-        batch, height, width = numbers
-        assert height is not None and width is not None
-        return batch, height, width
+        if 0 in numbers or not numbers or (numbers[0] is not None and not self._batch):
+            shapes = "800x1344 or 1x800x1344" if self._batch else "800x1344"
+            self.fail(f"{value!r} is not a shape such as {shapes}", param, ctx)
+        return tuple(numbers if self._batch else numbers[1:])
 
 
 class CommaSeparated(click.ParamType):  # type: ignore[type-arg]
@@ -204,18 +160,6 @@ class PositiveNumbers(click.ParamType):  # type: ignore[type-arg]
         return tuple(dict.fromkeys(numbers))
 
 
-def yaml_config_option(command: Command) -> Command:
-    """--config FILE: a YAML mapping of option names to values, which flags on the command line go before."""
-    return click.option(
-        "--config",
-        type=FILE,
-        is_eager=True,
-        expose_value=False,
-        callback=_read_config,
-        help="A YAML file of these options, such as `batch-sizes: [1, 4]`; flags go before it.",
-    )(command)
-
-
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
@@ -245,3 +189,163 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         if isinstance(types[key], click.Path) and not isinstance(value, str | None):
             raise click.BadParameter(f"{path}: {option} must be a path", ctx, param)
     ctx.default_map = {key: value for key, value in defaults.items() if value is not None}
+
+
+def options(*declared: Option) -> Option:
+    """One decorator of all of these options; `--help` shows them in this order."""
+
+    def decorate(command: Command) -> Command:
+        return reduce(lambda decorated, option: option(decorated), reversed(declared), command)
+
+    return decorate
+
+
+def output_options(help_text: str, default: Path | None = None, **settings: Any) -> Option:
+    """--output, required unless it has a `default` or `settings` say otherwise, and --force."""
+    settings = {"required": default is None, "default": default, "show_default": default is not None, **settings}
+    return options(
+        click.option("--output", "-o", type=PATH, help=help_text, **settings),
+        click.option("--force", is_flag=True, help="Replace the output if it exists and gfldeploy made it."),
+    )
+
+
+def limit_option(default: int | None = None) -> Option:
+    """--limit: how many images are used."""
+    return click.option(
+        "--limit",
+        type=WholeNumber(1),
+        default=default,
+        show_default=True if default else "all",
+        help="Use only this number of images, the first of the list.",
+    )
+
+
+BUNDLE = click.argument("bundle", type=PATH)
+
+
+def annotation_options(required: bool = True) -> Group:
+    """--data and --images: COCO annotations, and where their images are."""
+    return (
+        click.option(
+            "--data", required=required, type=FILE, metavar="COCO.json", help="COCO annotations of the images."
+        ),
+        click.option(
+            "--images",
+            type=DIRECTORY,
+            show_default="images/ beside the annotations, else their folder",
+            help="Folder in which the annotations' file names start.",
+        ),
+    )
+
+
+ANNOTATIONS = annotation_options()
+
+# A folder of images, or COCO annotations, of which the boxes are not needed.
+IMAGES: Group = (
+    click.option("--data", required=True, type=PATH, help="Folder of images, or COCO annotations (.json)."),
+    ANNOTATIONS[1],
+)
+
+THREADS = click.option(
+    "--threads", type=WholeNumber(1), show_default="all available", help="Number of CPU threads of one inference."
+)
+
+# The one engine that runs a bundle.
+ENGINE: Group = (
+    click.option(
+        "--engine",
+        type=click.Choice(ANY_SHAPE_ENGINES),
+        show_default=f"the first of {', '.join(PREFERRED_ENGINES)} that can run the bundle",
+        help="Engine that runs the bundle.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        show_default="that of the bundle, fp32 or int8",
+        help="Precision in which the engine runs the bundle.",
+    ),
+    click.option("--device", type=click.Choice(DEVICES), show_default="cpu", help="Device that the engine runs on."),
+    THREADS,
+)
+
+ENGINE_CACHE = click.option(
+    "--engine-cache",
+    type=PATH,
+    default=DEFAULT_ENGINE_CACHE,
+    show_default="~/.cache/gfldeploy/engines",
+    metavar="DIR",
+    help="Folder in which engines keep what they compiled, for the next start to be faster.",
+)
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+# What `bench` and `tune` measure, and for how long.
+MEASUREMENT: Group = (
+    click.option(
+        "--config",
+        type=FILE,
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="YAML file with values of these options, such as `batch-sizes: [1, 4]`; the command line overrides them.",
+    ),
+    click.option(
+        "--engines",
+        type=CommaSeparated(tuple(ENGINES)),
+        default=",".join(DEFAULT_ENGINES),
+        show_default=True,
+        help=f"Engines to measure, a list of {', '.join(ENGINES)}.",
+    ),
+    click.option(
+        "--precisions",
+        type=CommaSeparated(PRECISIONS),
+        default=",".join(PRECISIONS),
+        show_default=True,
+        help="Precisions to measure, each in every engine that supports it.",
+    ),
+    click.option(
+        "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Device that engines run on."
+    ),
+    click.option(
+        "--rounds",
+        type=WholeNumber(1),
+        default=3,
+        show_default=True,
+        help="Number of interleaved rounds: each runs every cell once, so that a machine that slows down favours none.",
+    ),
+    click.option(
+        "--min-seconds",
+        type=FiniteFloat(0),
+        default=2.0,
+        show_default=True,
+        help="Time each cell for at least this long in each round.",
+    ),
+    click.option(
+        "--min-count",
+        type=WholeNumber(1),
+        default=10,
+        show_default=True,
+        help="Time at least this number of inferences of each cell in each round.",
+    ),
+    limit_option(32),
+    click.option(
+        "--accuracy/--no-accuracy",
+        default=True,
+        show_default=True,
+        help="Measure COCO mAP too.",
+    ),
+    click.option(
+        "--accuracy-limit",
+        type=WholeNumber(1),
+        show_default="all",
+        help="Use only this number of images for mAP, the first of the list.",
+    ),
+    click.option(
+        "--cell-timeout",
+        type=FiniteFloat(0, min_open=True),
+        default=600.0,
+        show_default=True,
+        help="Give a cell up after this number of seconds; for mAP, after as long without an image done.",
+    ),
+    ENGINE_CACHE,
+)

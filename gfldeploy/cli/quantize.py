@@ -6,18 +6,19 @@ from pathlib import Path
 
 import click
 
-from gfldeploy.cli.console import command_line, progress_bars, stages
+from gfldeploy.cli.console import TerminalProgress, command_line
 from gfldeploy.cli.options import (
+    BUNDLE,
     DIRECTORY,
     FILE,
-    PATH,
+    IMAGES,
+    THREADS,
     FiniteFloat,
     WholeNumber,
-    bundle_argument,
-    force_option,
-    output_option,
-    threads_option,
+    options,
+    output_options,
 )
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.quant.distill import DEFAULT_STEPS
 from gfldeploy.quant.fallback import MOST_FLOAT_MACS
@@ -30,48 +31,60 @@ __all__ = ["command"]
 
 
 @click.command("quantize")
-@bundle_argument
-@click.option("--data", required=True, type=PATH, help="Folder of images, or COCO annotations (.json).")
-@click.option("--images", type=DIRECTORY, help="Folder of the annotations' images. Default: images/ beside them.")
-@output_option("Directory of the INT8 bundle to write.")
+@options(BUNDLE, *IMAGES)
+@output_options("Directory to write the INT8 bundle to.")
 @click.option(
     "--algo",
     metavar=f"[auto|{'|'.join(ALGORITHMS)}]",
     default="hist",
     show_default=True,
-    help=f"PaddleSlim's algorithm; auto tries {', '.join(AUTO)} and takes the best.",
+    help=f"PaddleSlim's calibration algorithm; auto tries {', '.join(AUTO)} and takes the best.",
 )
 @click.option(
     "--method",
     type=click.Choice(METHODS),
     default="ptq",
     show_default=True,
-    help="ptq calibrates. distill then fine-tunes the weights on the same images, without labels, to give in INT8 what "
-    "FP32 gives, and keeps whichever is measured to be closer.",
+    help="How to quantise. ptq calibrates. distill then fine-tunes the weights on the same images, without labels, to "
+    "give in INT8 what FP32 gives, and keeps whichever is measured to be closer.",
 )
 @click.option(
     "--distill-steps",
     type=WholeNumber(1),
-    help=f"Steps of --method distill, each of two images. Default: {DEFAULT_STEPS}.",
+    show_default=str(DEFAULT_STEPS),
+    help="Number of steps of --method distill, each of two images.",
 )
 @click.option(
     "--samples",
     type=WholeNumber(1),
-    help=f"Images to calibrate on, spread evenly over all. Default: {DEFAULT_SAMPLES}, or all if there are fewer.",
+    show_default=f"{DEFAULT_SAMPLES}, or all if there are fewer",
+    help="Number of images to calibrate on, spread evenly over all.",
 )
 @click.option("--eval-data", type=FILE, help="COCO annotations (.json) of other images, to measure mAP on.")
-@click.option("--eval-images", type=DIRECTORY, help="Folder of their images. Default: images/ beside them.")
-@click.option("--eval-limit", type=WholeNumber(1), help="Measure mAP on the first N images only.")
+@click.option(
+    "--eval-images",
+    type=DIRECTORY,
+    show_default="images/ beside the annotations, else their folder",
+    help="Folder in which the file names of --eval-data start.",
+)
+@click.option(
+    "--eval-limit",
+    type=WholeNumber(1),
+    show_default="all",
+    help="Measure mAP on only this number of images, the first of the list.",
+)
 @click.option(
     "--max-drop",
     type=FiniteFloat(0, 1),
-    help=f"mAP that INT8 may lose in any engine, absolute. Needs --eval-data. Default: {DEFAULT_MAX_DROP:g}.",
+    show_default=f"{DEFAULT_MAX_DROP:g}",
+    help="Largest absolute loss of mAP that INT8 may have in any engine. Needs --eval-data.",
 )
 @click.option(
     "--min-agreement",
     type=FiniteFloat(0, 1),
-    help="Without --eval-data: least share of the FP32 detections on calibration images that INT8 finds again; "
-    f"0 publishes unjudged. Default: {DEFAULT_MIN_AGREEMENT:g}.",
+    show_default=f"{DEFAULT_MIN_AGREEMENT:g}",
+    help="Without --eval-data: smallest share of the FP32 detections on calibration images that INT8 must find again; "
+    "0 publishes the bundle unjudged.",
 )
 @click.option(
     "--keep-float",
@@ -93,8 +106,7 @@ __all__ = ["command"]
     help="Rank the groups of convolutions by what INT8 in each alone does, even if nothing is lost, into the bundle's "
     "sensitivity.json.",
 )
-@threads_option
-@force_option
+@THREADS
 def command(
     bundle: Path,
     data: Path,
@@ -112,7 +124,7 @@ def command(
     keep_float: tuple[str, ...],
     fallback: bool,
     sensitivity: bool,
-    threads: int,
+    threads: int | None,
     force: bool,
 ) -> None:
     """Make an INT8 bundle from an FP32 one: PaddleSlim's static quantisation on your images.
@@ -121,6 +133,9 @@ def command(
     run: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the detections on calibration
     images, must stay close to FP32 in Paddle, in ONNX Runtime, and in a simulation of TensorRT on the CPU. What loses
     too much goes back to float, group by group, and the bundle's parity.json says what that costs in speed.
+
+    \b
+    Example: gfldeploy quantize gfl_r50 --data calib_images/ --output gfl_r50_int8
     """
     if eval_data is None:
         for name, value in (("--eval-images", eval_images), ("--eval-limit", eval_limit), ("--max-drop", max_drop)):
@@ -130,7 +145,8 @@ def command(
         raise click.UsageError("--min-agreement is for quantising without --eval-data; with it, use --max-drop.")
     if distill_steps is not None and method != "distill":
         raise click.UsageError("--distill-steps needs --method distill.")
-    with progress_bars() as progress:
+    progress = TerminalProgress()
+    if True:
         made = quantize_bundle(
             QuantizeRequest(
                 bundle=bundle,
@@ -149,10 +165,10 @@ def command(
                 fallback=fallback,
                 sensitivity=sensitivity,
                 force=force,
-                threads=threads,
+                threads=threads or usable_threads(),
                 command=command_line(),
             ),
-            stages(),
-            progress,
+            progress.stage,
+            progress.step,
         )
     click.echo(made.directory)

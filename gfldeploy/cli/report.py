@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gfldeploy.cli.options import PATH
+from gfldeploy.cli.options import PATH, output_options
 from gfldeploy.files import check_file
 
 __all__ = ["command"]
@@ -14,12 +14,14 @@ __all__ = ["command"]
 
 @click.command(name="report")
 @click.argument("results", type=PATH, metavar="RESULTS.json")
-@click.option("--output", "-o", type=PATH, help="The page.  [default: RESULTS.html beside the file]")
-@click.option("--force", is_flag=True, help="Replace the page if it exists.")
+@output_options("HTML page to write.", required=False, show_default="RESULTS.html beside the file")
 def command(results: Path, output: Path | None, force: bool) -> None:
     """Turn a file of `gfldeploy bench` into one HTML page, which needs no network.
 
     The short answer, a table that can be sorted, interactive plots, the machine and the settings.
+
+    \b
+    Example: gfldeploy report results.json
     """
     from gfldeploy.bench.report.page import write_report
     from gfldeploy.bench.results import BenchResults

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gfldeploy.cli.console import stages
+from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
+    MEASUREMENT,
     PATH,
     CommaSeparated,
     FiniteFloat,
-    WholeNumber,
-    engine_cache_option,
-    yaml_config_option,
+    annotation_options,
+    options,
+    output_options,
 )
-from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
-from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES
+from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import OutputError
 from gfldeploy.files import check_file
-from gfldeploy.machine import usable_threads
 
 if TYPE_CHECKING:
     from gfldeploy.tune.deploy_file import Deploy
@@ -38,37 +38,16 @@ def _all_threads() -> tuple[int, ...]:
 
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
-@yaml_config_option
-@click.option("--data", type=PATH, metavar="COCO.json", help="A COCO annotation file.")
+@options(*annotation_options(required=False), *MEASUREMENT)
 @click.option(
-    "--images",
-    type=PATH,
-    metavar="DIR",
-    help="Where its file names start.  [default: images/ beside it, else its folder]",
+    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8,16", show_default=True, help="Batch sizes to choose from."
 )
-@click.option(
-    "--max-latency-ms",
-    type=FiniteFloat(0, min_open=True),
-    help="Of a batch from file to boxes, the 99th percentile. Where too few batches were timed to know that, all of "
-    "them must be within it, and deploy.yml says so.",
-)
-@click.option("--max-memory-mb", type=FiniteFloat(0, min_open=True), help="Peak resident memory, the images left out.")
-@click.option("--max-drop", type=FiniteFloat(0, 1), help="mAP lost against the first FP32 bundle, such as 0.01.")
-@click.option(
-    "--engines",
-    type=CommaSeparated(tuple(ENGINES)),
-    default=",".join(DEFAULT_ENGINES),
-    show_default=True,
-    help=f"What may run, of {', '.join(ENGINES)}.",
-)
-@click.option("--precisions", type=CommaSeparated(PRECISIONS), default=",".join(PRECISIONS), show_default=True)
-@click.option("--batch-sizes", type=CommaSeparated(), default="1,2,4,8,16", show_default=True)
 @click.option(
     "--threads",
     type=CommaSeparated(),
     default=_all_threads,
     show_default="1,2,4,... up to all available",
-    help="CPU threads of one inference, each number to be tried.",
+    help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
     "--policies",
@@ -77,52 +56,47 @@ def _all_threads() -> tuple[int, ...]:
     show_default=True,
     help="How batches may be formed: of images as they come, padded to a common size, or of one size each.",
 )
-@click.option("--device", type=click.Choice(DEVICES), default="cpu", show_default=True)
+@click.option(
+    "--max-latency-ms",
+    type=FiniteFloat(0, min_open=True),
+    help="Bound of the 99th percentile of a batch's latency, from file to boxes. Where too few batches were timed to "
+    "know that, all of them must be within it, and deploy.yml says so. Cells are timed for up to five times as long to "
+    "know it.",
+)
+@click.option(
+    "--max-memory-mb", type=FiniteFloat(0, min_open=True), help="Bound of peak resident memory, without the images."
+)
+@click.option(
+    "--max-drop", type=FiniteFloat(0, 1), help="Largest loss of mAP against the first FP32 bundle, such as 0.01."
+)
 @click.option(
     "--results",
     type=PATH,
     multiple=True,
     metavar="FILE",
-    help="Results of `gfldeploy bench` on this machine and data: what they hold is not looked at again.",
+    help="Results of `gfldeploy bench` on this machine and data: the cells that they hold are not measured again "
+    "briefly. May be given more than once.",
 )
-@click.option("--rounds", type=WholeNumber(1), default=3, show_default=True, help="Interleaved, of the finish.")
 @click.option(
-    "--min-seconds",
+    "--look-seconds",
     type=FiniteFloat(0),
-    default=2.0,
+    default=0.5,
     show_default=True,
-    help="Time each cell at least so long, in each round of the finish; with --max-latency-ms up to five times as "
-    "long, to know the 99th percentile.",
+    help="Time each cell for at least this long when it is first looked at.",
 )
-@click.option(
-    "--min-count", type=WholeNumber(1), default=10, show_default=True, help="Time at least so many inferences."
-)
-@click.option("--look-seconds", type=FiniteFloat(0), default=0.5, show_default=True, help="The same of a first look.")
-@click.option("--limit", type=WholeNumber(1), default=32, show_default=True, help="Images for timing, all of them.")
-@click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Measure mAP of the choice.")
-@click.option("--accuracy-limit", type=WholeNumber(1), help="Images used for mAP.  [default: all]")
 @click.option(
     "--budget-seconds",
     type=FiniteFloat(0),
-    help="Look at no more cells after so long; the finish and mAP come on top.",
+    help="Look at no more cells after this long; the final measurements and mAP come on top.",
 )
 @click.option("--exhaustive", is_flag=True, help="Measure every cell at length, to judge the search by.")
-@click.option(
-    "--cell-timeout",
-    type=FiniteFloat(0, min_open=True),
-    default=600.0,
-    show_default=True,
-    help="Seconds after which a cell has failed; for mAP, seconds without an image done.",
-)
-@engine_cache_option
-@click.option("--output", "-o", type=PATH, default=Path("deploy.yml"), show_default=True, help="The file.")
-@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option(
     "--check",
     type=PATH,
     metavar="FILE",
     help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
 )
+@output_options("File to write the choice and its evidence to.", Path("deploy.yml"))
 def command(
     bundles: tuple[Path, ...],
     data: Path | None,
@@ -160,6 +134,9 @@ def command(
     measured of what is about to be chosen alone. Give the FP32 and the INT8 bundle together.
 
     Interrupted or killed, the same command resumes where it stopped.
+
+    \b
+    Example: gfldeploy tune gfl_r50 gfl_r50_int8 --data val.json --max-latency-ms 100
     """
     if check is not None:
         _check(check, bundles)
@@ -212,7 +189,7 @@ def command(
     prepared = prepare(request)
     _show_space(prepared)
     with journal_beside(output, "tune") as journal:
-        deploy = run(prepared, output, journal, stages())
+        deploy = run(prepared, output, journal, TerminalProgress().stage)
         _check_output(output, force)  # somebody else may have been faster
         deploy.write(output)
     click.echo(f"{deploy.summary}\n")

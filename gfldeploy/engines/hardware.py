@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["CPU_FLAGS", "cpu_flags", "cpu_model", "gpu_models", "nvidia_driver"]
+__all__ = ["CPU_FLAGS", "cpu_flags", "cpu_model", "gpu_models", "nvidia_driver", "usable_threads"]
 
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
@@ -15,6 +16,11 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_i
 def cpu_model() -> str:
     """Its name, or the architecture where Linux does not tell."""
     return _cpuinfo("model name") or platform.machine()
+
+
+def usable_threads() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 @cache

@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gfldeploy.batching.buckets import StreamOrder
+from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
-from gfldeploy.engines.registry import check_possible, preferred_engine
+from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.search import Policy
 
 __all__ = ["Choice", "choose"]
 
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
-_ORDERS: dict[Policy, StreamOrder] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
+_ORDERS: dict[Policy, Order] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,17 @@ class Choice:
     engine: str
     options: EngineOptions
     batch_size: int
-    order: StreamOrder
+    order: Order
     why: str
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        options, count = self.options, self.options.threads
+        listed = ", batches as listed" if self.order == "listed" and self.batch_size > 1 else ""
+        return (
+            f"{self.bundle.name} in {self.engine} {options.precision} on {options.device}, batch {self.batch_size}, "
+            f"{count} thread{'' if count == 1 else 's'}{listed} ({self.why})"
+        )
 
 
 def choose(
@@ -43,7 +51,7 @@ def choose(
     threads: int | None = None,
     batch_size: int | None = None,
     engine_cache: Path | None = None,
-    order: StreamOrder | None = None,
+    order: Order | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; what is given goes before both.
 
@@ -71,13 +79,7 @@ def choose(
     else:
         problem = f"{source} is neither a bundle nor a deploy file" if source.exists() else f"there is no {source}"
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
-    options = EngineOptions(
-        precision or bundle.manifest.precision, device or "cpu", threads or usable_threads(), cache_dir=engine_cache
-    )
-    if engine is None:
-        engine, why = preferred_engine(bundle, options.precision, options.device)
-    else:
-        check_possible(engine, bundle, options)
+    engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
@@ -85,7 +87,7 @@ def choose(
     if order == "listed" and size > 1:
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
     notes = (*notes, *bundle.manifest.notes)
-    return Choice(bundle, engine, options, size, order, why or "as asked for", notes)
+    return Choice(bundle, engine, options, size, order, why or reason, notes)
 
 
 def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:

@@ -1,32 +1,36 @@
-"""One prediction from request to the folder of results: what `gfldeploy predict` runs."""
+"""From images and videos to the folder of results: what `gfldeploy predict` runs."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gfldeploy.batching.buckets import stream_batches
+from gfldeploy.batching.buckets import Order, stream_batches
+from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import DataError, OutputError
-from gfldeploy.files import Unfinished, check_target, files_below, publish, unfinished_beside, write_json
+from gfldeploy.errors import DataError, OutputError, UsageError
+from gfldeploy.files import Unfinished, check_apart, check_target, files_below, publish, unfinished_beside, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.draw import draw_all
-from gfldeploy.predict.engine_selection import Choice
+from gfldeploy.predict.draw import draw_all, drawing_notes
+from gfldeploy.predict.engine_selection import Choice, choose
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, Summary, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
 from gfldeploy.predict.resume import WorkingFile
-from gfldeploy.predict.sources import picture_sizes, pictures
+from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes, pictures
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import check_interrupted, hold_interrupts
 
-__all__ = ["NOTE", "PICTURES", "PredictRequest", "predict"]
+__all__ = ["NOTE", "PICTURES", "predict_images"]
 
 NOTE = "predict.json"
 PICTURES = "pictures"
@@ -39,38 +43,123 @@ _MADE = (
 # Files wait for a batch of their size by name alone, so that many may.
 _BATCHES_AHEAD = 32
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
-class PredictRequest:
+class _Request:
     """What to detect in, and what to leave.
 
-    `inputs`: image files and videos. `output`: the folder. `dataset`: its images are the inputs, and ids are its own.
-    `threshold`: the least score in `detections.jsonl`. `draw`: of those, the least that is drawn; None for no pictures.
-    `reduced`: as for `pipeline.detect_groups`. `force`: replace the folder if it is there, and what is left of another
-    run.
+    `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
+    lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures.
     """
 
     choice: Choice
     inputs: Sequence[Path]
     output: Path
-    dataset: CocoDataset | None = None
-    threshold: float = DEFAULT_THRESHOLD
-    draw: float | None = None
-    reduced: bool = False
-    force: bool = False
+    dataset: CocoDataset | None
+    threshold: float
+    draw: float | None
+    reduced: bool
+    force: bool
 
 
-def predict(request: PredictRequest, progress: Progress = lambda label, done, total: None) -> Summary:
-    """Detect in all inputs and write `request.output`, in one step.
+def predict_images(
+    source: str | os.PathLike[str],
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    *,
+    output: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    draw: bool = False,
+    threshold: float = DEFAULT_THRESHOLD,
+    draw_threshold: float | None = None,
+    decode: Literal["exact", "fast"] = "exact",
+    engine: str | None = None,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    order: Order | None = None,
+    engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Summary:
+    """Detect in images, folders of them, and videos, and write a folder of results in one step.
 
-    Interrupted or killed, the same request resumes where it stopped, to the same files: what is done is kept in a
-    folder beside the output. `progress(label, done, total)`, in images, is called as they are done.
+    Interrupted or killed, the same call resumes where it stopped, to the same files: what is done is kept in a folder
+    beside the output. What is None is as `deploy.yml` says, or as `Detector` chooses for a bundle.
 
-    Raises `OutputError`, also for what is left of another request, `EngineError`, and `DataError` where no image at all
-    could be read.
+    Args:
+        source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote.
+        inputs: Images, videos and folders of them. With `data`, the one folder in which its file names start, or none.
+        output: The folder to write: `detections.jsonl`, `coco.json`, `images.json`, and `pictures/` with `draw`.
+        data: COCO annotations (.json) whose images are detected in, and whose ids are used.
+        draw: Draw the boxes, too: pictures of images, and videos of videos.
+        threshold: The lowest score in `detections.jsonl` and in pictures.
+        draw_threshold: The lowest score in pictures, if another.
+        decode: "fast" decodes JPEGs at 1/2, 1/4 or 1/8 where they are that much larger than the network's input.
+        engine: The engine that runs the bundle.
+        precision: The precision in which it runs.
+        device: The device that it runs on.
+        threads: CPU threads of one inference.
+        batch_size: Images of one inference.
+        order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
+        engine_cache: The folder in which engines that compile keep the result.
+        force: Replace the output if gfldeploy made it, and what is left of another run.
+        progress: Told of the engine that was chosen, of notes, and of the images that are done.
+
+    Returns:
+        How many images there were, how many could not be read, and why.
+
+    Raises:
+        UsageError: There is nothing to detect in.
+        BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
+        DataError: An input is not there, or no image at all can be read.
+        OutputError: The output cannot be written, or something is in the way, such as what another call left.
+        UnsupportedError: Nothing here can run the bundle so.
+        EngineError: The engine failed.
     """
+    # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    given = [Path(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    folder = Path(output)
+    choice = choose(Path(source), engine, precision, device, threads, batch_size, Path(engine_cache), order)
+    annotations = None if data is None else Path(data)
+    read = [Path(source), *given] if annotations is None else [Path(source), annotations, *given]
+    check_apart(folder, read, choice.bundle.directory)
+    dataset, files, notes = _inputs(given, annotations, folder)
+    classes = choice.bundle.manifest.classes
+    if dataset is not None:
+        notes += [*dataset.notes, *dataset.match(classes).notes]
+    if draw:
+        notes += drawing_notes(classes, any(map(is_video, files)))
+    for note in (*choice.notes, *notes):
+        progress.note(note)
+    progress.stage(str(choice))
+    drawn = threshold if draw_threshold is None else draw_threshold
+    request = _Request(choice, files, folder, dataset, threshold, drawn if draw else None, decode == "fast", force)
+    return _predict(request, progress)
+
+
+def _inputs(
+    inputs: Sequence[Path], data: Path | None, output: Path
+) -> tuple[CocoDataset | None, list[Path], list[str]]:
+    """The annotations, the files, and notes on what is not among them."""
+    if data is None:
+        if not inputs:
+            raise UsageError("there is nothing to detect in", "Give images, videos or folders as INPUT, or --data.")
+        notes: list[str] = []
+        output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
+        exclude = (output, output.with_name(f"{output.name}.unfinished"))
+        return None, list_inputs(inputs, exclude, notes.append), notes
+    if len(inputs) > 1:
+        raise UsageError("with --data, INPUT is the folder in which its file names start", "Give one at most.")
+    dataset = CocoDataset.load(data, inputs[0] if inputs else None)
+    files = [image.path for image in dataset.images]
+    if len(set(files)) < len(files):
+        raise DataError(f"{data} lists a file twice", "Give every image one id.")
+    return dataset, files, []
+
+
+def _predict(request: _Request, progress: Progress) -> Summary:
     check_target(request.output, "predict", force=request.force)
     choice = request.choice
     manifest = choice.bundle.manifest
@@ -101,7 +190,7 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
             if request.draw is not None:
                 (results / PICTURES).mkdir(exist_ok=True)
                 for done in draw_all(results / DETECTIONS, results / PICTURES, request.draw):
-                    progress("drawing", done, summary.images)
+                    progress.step("drawing", done, summary.images)
             found = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
             note = {"what": "results of gfldeploy predict", **question, **found, "files": files_below(results)}
             write_json(results / NOTE, note)
@@ -118,7 +207,7 @@ def predict(request: PredictRequest, progress: Progress = lambda label, done, to
     return replace(summary, kept=kept)
 
 
-def _detect(request: PredictRequest, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> None:
+def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> None:
     """What is not in the working file yet."""
     choice = request.choice
     manifest = choice.bundle.manifest
@@ -126,7 +215,7 @@ def _detect(request: PredictRequest, unfinished: Unfinished, working: WorkingFil
     total = len(sizes)
     options = replace(choice.options, shapes=_input_shapes(choice, sizes))
     with open_engine(choice.engine, choice.bundle, options) as engine:
-        progress("detecting", working.images, total)
+        progress.step("detecting", working.images, total)
         groups = detect_groups(
             engine,
             manifest,
@@ -139,9 +228,9 @@ def _detect(request: PredictRequest, unfinished: Unfinished, working: WorkingFil
         )
         with closing(groups):
             for group in groups:
-                working.add([(one.index, record_of(one, manifest.classes)) for one in group])
+                working.add([(one.index, record_of(one)) for one in group])
                 unfinished.worth_keeping = True
-                progress("detecting", working.images, max(total, working.images))
+                progress.step("detecting", working.images, max(total, working.images))
     working.end()
 
 
@@ -153,7 +242,7 @@ def _input_shapes(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> tu
     return tuple(shape for shape, _ in Counter((len(batch), *size) for batch, size in batches).most_common())
 
 
-def _question(request: PredictRequest) -> dict[str, Any]:
+def _question(request: _Request) -> dict[str, Any]:
     """All that the results depend on, by a name that a message can give."""
     choice = request.choice
     machine = describe_machine()

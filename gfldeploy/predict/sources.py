@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.errors import DataError
-from gfldeploy.images.decode import decode_image, load_cv2, open_file, read_image
+from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_file, read_image, size_of
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
-from gfldeploy.images.headers import image_size, size_of
 from gfldeploy.images.native_stderr import heard
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ FP32 bundle with other weights, which is then calibrated like any other.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections import defaultdict
@@ -20,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, write_bundle
+from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import Calibration
-from gfldeploy.quant.child import old_programs, report_progress, run_child, serve
-from gfldeploy.quant.program import write_parameters
+from gfldeploy.quant.program import old_program_environment, write_parameters
 
 __all__ = ["DEFAULT_STEPS", "Distilled", "run_distill"]
 
@@ -83,15 +82,15 @@ def run_distill(
         "steps": steps,
         "output": str(work),
     }
-    run_child(
+    losses = run_child(
         "gfldeploy.quant.distill",
         request,
+        limits=NO_LIMITS,
+        environment=old_program_environment(threads),
         subject="the distillation",
         remedy=_REMEDY,
-        environment=old_programs(threads),
         progress=progress,
-    )
-    losses = json.loads((work / "losses.json").read_text(encoding="utf-8"))
+    )["losses"]
     with np.load(work / "parameters.npz") as file:
         parameters = dict(file)
     tenth = max(1, len(losses) // 10)
@@ -121,8 +120,8 @@ def _write_onnx(source: Path, parameters: Mapping[str, NDArray[np.float32]], tar
     onnx.save(model, str(target))
 
 
-def _distill(request: dict[str, Any]) -> None:
-    """The child: train, then write `parameters.npz` and `losses.json`."""
+def _distill(request: dict[str, Any]) -> dict[str, list[float]]:
+    """The child: train, write `parameters.npz` and return the loss of each step."""
     import paddle
 
     bundle = Bundle.open(Path(request["bundle"]))
@@ -142,9 +141,8 @@ def _distill(request: dict[str, Any]) -> None:
         if not np.isfinite(losses[-1]):
             raise EngineError(f"the loss is not finite after {len(losses)} steps", _REMEDY)
         report_progress(len(losses), steps)
-    output = Path(request["output"])
-    np.savez(output / "parameters.npz", allow_pickle=False, **student.weights())
-    (output / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+    np.savez(Path(request["output"]) / "parameters.npz", allow_pickle=False, **student.weights())
+    return {"losses": losses}
 
 
 def _load(bundle: Bundle, executor: Any) -> Any:

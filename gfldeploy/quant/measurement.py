@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import Accuracy, evaluate
+from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision, count_precisions, reasons
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
@@ -128,7 +128,7 @@ class SimulatedTensorRT(OnnxRuntimeEngine):
 
 def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, progress: Progress) -> Accuracy:
     manifest = bundle.manifest
-    return evaluate(
+    return measure_accuracy(
         engine,
         dataset,
         manifest.preprocess,

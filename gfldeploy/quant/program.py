@@ -23,7 +23,7 @@ from gfldeploy.errors import EngineError
 from gfldeploy.files import native_writes
 from gfldeploy.quant.calibration import ConvUse
 
-__all__ = ["write_parameters", "write_program"]
+__all__ = ["old_program_environment", "write_parameters", "write_program"]
 
 _MODEL, _PARAMETERS = "model.pdmodel", "model.pdiparams"
 _CONVOLUTIONS = ("conv2d", "depthwise_conv2d")
@@ -32,6 +32,17 @@ _QUANTIZE, _DEQUANTIZE = "quantize_linear", "dequantize_linear"
 # scales by tensor: a convolution whose input has one, whoever it is for, would run in INT8, unless the mark is missing.
 _MARK = "quantization_type"
 _REMEDY = "Quantise the FP32 bundle that this program is from again."
+
+
+def old_program_environment(threads: int) -> dict[str, str]:
+    """Environment of a process that runs programs of Paddle's old format, on that many CPU threads and quietly."""
+    return {
+        "FLAGS_enable_pir_api": "0",
+        "FLAGS_paddle_num_threads": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "GLOG_minloglevel": "2",
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def write_program(quantized: Path, source: Bundle, kept: Collection[ConvUse], output: Path) -> None:

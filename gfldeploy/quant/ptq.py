@@ -6,7 +6,6 @@ activation it samples: all of that ends with the process.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from gfldeploy.bundle import Bundle
+from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
 from gfldeploy.errors import UnsupportedError
 from gfldeploy.files import native_writes
-from gfldeploy.quant.child import old_programs, report_progress, run_child, serve
+from gfldeploy.quant.program import old_program_environment
 
 __all__ = ["ALGORITHMS", "AUTO", "UNUSABLE", "PtqResult", "algorithms_of", "run_ptq"]
 
@@ -78,22 +78,21 @@ def run_ptq(
         "output": str(output),
     }
     with native_writes(output):
-        run_child(
+        answer = run_child(
             "gfldeploy.quant.ptq",
             request,
+            limits=NO_LIMITS,
+            # oneDNN runs the network faster, and moves no threshold by more than FP32 rounding.
+            environment={**old_program_environment(threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": "1"},
             subject="PaddleSlim",
             remedy="Try another --algo or fewer --samples.",
-            # oneDNN runs the network faster, and moves no threshold by more than FP32 rounding.
-            environment={**old_programs(threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": "1"},
             progress=progress,
         )
-    result = json.loads((output / "ranges.json").read_text(encoding="utf-8"))
-    (output / "ranges.json").unlink()
-    return {name: (tuple(inputs), tuple(weights)) for name, (inputs, weights) in result.items()}
+    return {name: (tuple(inputs), tuple(weights)) for name, (inputs, weights) in answer.items()}
 
 
-def _quantize(request: dict[str, Any]) -> None:
-    """The child: quantise, then write `ranges.json` beside the quantised program."""
+def _quantize(request: dict[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
+    """The child: write the quantised program and return the ranges."""
     import paddle
 
     from gfldeploy.export.static_graph import strip_call_stacks
@@ -134,7 +133,7 @@ def _quantize(request: dict[str, Any]) -> None:
     program, _, _ = paddle.static.load_inference_model(request["output"], executor, **names)
     ranges = _read_ranges(program, paddle.static.global_scope())
     strip_call_stacks(Path(request["output"]) / names["model_filename"])
-    (Path(request["output"]) / "ranges.json").write_text(json.dumps(ranges), encoding="utf-8")
+    return ranges
 
 
 def _convolutions_only() -> Any:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
@@ -28,17 +28,29 @@ from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError
-from gfldeploy.files import write_text
 from gfldeploy.machine import Machine
-from gfldeploy.serialization import build, check_schema, plain
+from gfldeploy.serialization import FileFormat, Versioned, part
 from gfldeploy.tune.knee import Knee
 from gfldeploy.tune.search import Bounds, Policy
 
-__all__ = ["SCHEMA", "Configuration", "Deploy", "Evidence", "SearchRecord"]
+__all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord"]
 
-SCHEMA = 2
-_WIDTH = 120
-_WRITER = "Give a file that `gfldeploy tune` wrote."
+
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Nothing was measured from file to boxes: speeds and latencies were of the network alone."""
+
+    def upgraded(key: str) -> dict[str, Any]:
+        evidence = part(data, key, "evidence")
+        unknown = ("images_per_s", "latency_p50_ms", "latency_p99_ms", "latency_max_ms", "padded")
+        kept = {name: value for name, value in evidence.items() if name not in ("latency_ms", "latency_percent")}
+        network = {
+            "network_images_per_s": evidence.get("images_per_s"),
+            "network_p50_ms": evidence.get("latency_p50_ms"),
+        }
+        return {**data[key], "evidence": {**kept, **dict.fromkeys(unknown), **network, "quick": False}}
+
+    second = None if data.get("runner_up") is None else upgraded("runner_up")
+    return {**data, "choice": upgraded("choice"), "runner_up": second, "knee": None}
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,10 @@ class SearchRecord:
 
 
 @dataclass(frozen=True)
-class Deploy:
+class Deploy(Versioned):
     """The content of `deploy.yml`; see the module."""
+
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 2, {1: _from_schema_1}, yaml=True)
 
     created: str
     summary: str
@@ -125,41 +139,6 @@ class Deploy:
     search: SearchRecord
     machine: Machine
     data: DataDescription
-    schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """As YAML-ready data; `from_dict` is the inverse."""
-        data: dict[str, Any] = plain(self)
-        return {"schema": data.pop("schema"), **data}
-
-    @classmethod
-    def from_dict(cls, data: object) -> Self:
-        """Check and build. Raises `DataError` for a newer schema, unknown or missing keys and wrong types."""
-        data = _upgraded(data)
-        check_schema(data, SCHEMA, "a deploy file", _WRITER, "Run `gfldeploy tune` again.")
-        return build(cls, data, "it")
-
-    def write(self, path: Path) -> None:
-        """Write the file in one step, replacing any other. Raises `OutputError`."""
-        import yaml
-
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=_WIDTH))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a file that `write` wrote. Raises `DataError`."""
-        from gfldeploy.yaml_file import YamlError, read_yaml
-
-        try:
-            data = read_yaml(path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}", _WRITER) from error
-        except YamlError as error:
-            raise DataError(f"{path} is not YAML that was written here: {error}", _WRITER) from error
-        try:
-            return cls.from_dict(data)
-        except DataError as error:
-            raise DataError(f"{path}: {error.problem}", error.remedy) from error
 
     def check(self, bundle: Bundle, machine: Machine) -> None:
         """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware."""
@@ -182,31 +161,3 @@ class Deploy:
     def bundle_path(self, path: Path) -> Path:
         """Where the choice's bundle is, `path` being that of the file."""
         return path.parent / self.choice.bundle
-
-
-def _upgraded(data: object) -> object:
-    """Schema 1 as schema 2; all else as it is."""
-    if not isinstance(data, dict) or data.get("schema") != 1:
-        return data
-    upgraded = {**data, "schema": 2, "knee": None}
-    for key in ("choice", "runner_up"):
-        one = data.get(key)
-        if isinstance(one, dict) and isinstance(found := one.get("evidence"), dict):
-            upgraded[key] = {**one, "evidence": _upgraded_evidence(found)}
-    return upgraded
-
-
-def _upgraded_evidence(found: dict[str, Any]) -> dict[str, Any]:
-    """Speeds and latencies of schema 1 were of the network alone."""
-    kept = {key: value for key, value in found.items() if key not in ("latency_ms", "latency_percent")}
-    return {
-        **kept,
-        "images_per_s": None,
-        "latency_p50_ms": None,
-        "latency_p99_ms": None,
-        "latency_max_ms": None,
-        "network_images_per_s": found.get("images_per_s"),
-        "network_p50_ms": found.get("latency_p50_ms"),
-        "quick": False,
-        "padded": None,
-    }

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from gfldeploy.batching.audit import Audit, AuditRow, Survey, audit, survey
+from gfldeploy.batching.audit import Audit, AuditRow, Survey, audit_sizes, survey
 from gfldeploy.batching.buckets import ORDERS, Order, Size, area
 from gfldeploy.errors import DataError
 from gfldeploy.images.preprocess import Preprocess
@@ -34,7 +34,7 @@ def write(folder: Path, name: str, height: int, width: int) -> Path:
 
 
 def test_both_orientations_cost_half_as_much_again() -> None:
-    found = audit(
+    found = audit_sizes(
         of(LANDSCAPE, PORTRAIT),
         [1, 2],
         macs=lambda sizes: {size: 10 * area(size) for size in sizes},
@@ -60,7 +60,7 @@ def test_both_orientations_cost_half_as_much_again() -> None:
 
 
 def test_every_row_is_there_and_batch_1_pads_nothing() -> None:
-    found = audit(of(LANDSCAPE, PORTRAIT, LANDSCAPE, (800, 1088)), [1, 2, 16])
+    found = audit_sizes(of(LANDSCAPE, PORTRAIT, LANDSCAPE, (800, 1088)), [1, 2, 16])
     assert [(one.batch_size, one.order) for one in found.rows] == [(n, order) for n in (1, 2, 16) for order in ORDERS]
     assert all(one.padding == 1.0 and one.batches == 4 for one in found.rows if one.batch_size == 1)
     assert all(one.macs is None and one.activation_bytes is None for one in found.rows)
@@ -68,29 +68,29 @@ def test_every_row_is_there_and_batch_1_pads_nothing() -> None:
 
 
 def test_memory_is_that_of_the_batch_with_the_most_pixels() -> None:
-    found = row(audit(of((32, 64), (32, 64), (64, 64)), [2]), 2, "listed")
+    found = row(audit_sizes(of((32, 64), (32, 64), (64, 64)), [2]), 2, "listed")
     assert found.largest == (2, 32, 64), "two of 32x64 are as many pixels as one of 64x64, and come first"
     assert (found.input_bytes, found.mean_input_bytes) == (2 * 32 * 64 * 12, 2 * 32 * 64 * 12)
 
 
 def test_few_buckets_limit_the_bucketed_order_alone() -> None:
     sizes = of(LANDSCAPE, PORTRAIT, (800, 1088))
-    assert row(audit(sizes, [2], most_buckets=1), 2, "bucketed").largest[1:] == (1216, 1216)
-    assert row(audit(sizes, [2], most_buckets=2), 2, "bucketed").largest == (2, 800, 1216)
-    assert row(audit(sizes, [2], most_buckets=1), 2, "sorted") == row(audit(sizes, [2]), 2, "sorted")
+    assert row(audit_sizes(sizes, [2], most_buckets=1), 2, "bucketed").largest[1:] == (1216, 1216)
+    assert row(audit_sizes(sizes, [2], most_buckets=2), 2, "bucketed").largest == (2, 800, 1216)
+    assert row(audit_sizes(sizes, [2], most_buckets=1), 2, "sorted") == row(audit_sizes(sizes, [2]), 2, "sorted")
 
 
 def test_the_seed_is_of_the_shuffled_order_alone() -> None:
     sizes = of(*([LANDSCAPE, PORTRAIT, (800, 1088)] * 20))
-    first, second = (audit(sizes, [4], seed=seed) for seed in (0, 1))
-    assert first == audit(sizes, [4], seed=0)
+    first, second = (audit_sizes(sizes, [4], seed=seed) for seed in (0, 1))
+    assert first == audit_sizes(sizes, [4], seed=0)
     assert row(first, 4, "shuffled") != row(second, 4, "shuffled")
     assert row(first, 4, "listed") == row(second, 4, "listed")
 
 
 def test_no_images() -> None:
     with pytest.raises(ValueError, match="at least one size"):
-        audit(of(), [1])
+        audit_sizes(of(), [1])
 
 
 def test_sizes_of_files(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_sizes_of_files(tmp_path: Path) -> None:
     assert found.inputs == ((800, 1216), (1216, 800), (800, 800))
     assert found.left_out == () and found.paths == tuple(paths)
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert audit(found, [1]).rounding == (2 * 800 * 1216 + 800 * 800) / (2 * 800 * 1200 + 800 * 800)
+    assert audit_sizes(found, [1]).rounding == (2 * 800 * 1216 + 800 * 800) / (2 * 800 * 1200 + 800 * 800)
 
 
 def test_what_cannot_be_used_is_left_out(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_cannot_be_used_is_left_out(tmp_path: Path) -> None:
 
 def test_a_fixed_input_size_costs_bars_and_no_padding(tmp_path: Path) -> None:
     paths = [write(tmp_path, "a.jpg", 48, 96), write(tmp_path, "b.jpg", 96, 48)]
-    found = audit(survey(paths, Preprocess(target_size=(64, 96), fixed=True)), [1, 2])
+    found = audit_sizes(survey(paths, Preprocess(target_size=(64, 96), fixed=True)), [1, 2])
     assert {one.padding for one in found.rows} == {1.0}
     assert (found.sizes, found.rounding) == (1, 2 * 64 * 96 / (48 * 96 + 64 * 32))
     assert row(found, 2, "listed").mixed == 0, "the inputs are all of one size"

@@ -18,7 +18,8 @@ import pytest
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Cell, Plan, Skipped
 from gfldeploy.bench.results import CellResult, Settings
-from gfldeploy.bench.runner import Data, Limits, run_plan
+from gfldeploy.bench.runner import Data, run_plan
+from gfldeploy.child_process import Limits
 
 QUICK = Settings(min_seconds=0, min_count=2, max_seconds=0, warmup=1)
 TIMED = {
@@ -74,14 +75,16 @@ def child(code: str) -> tuple[str, ...]:
     """A worker's command line: `request` and `answer(object)` are at hand."""
     prelude = (
         "import json, os, signal, sys, time\n"
-        "request = json.load(sys.stdin)['request']\n"
-        "def answer(value): open(request['result'], 'w').write(value if type(value) is str else json.dumps(value))\n"
+        "folder = sys.argv[1]\n"
+        "request = json.load(open(folder + '/request.json'))['request']\n"
+        "def answer(value):\n"
+        "    open(folder + '/answer.json', 'w').write(value if type(value) is str else json.dumps(value))\n"
     )
     return sys.executable, "-c", prelude + code
 
 
 def run_one(tiny_bundle: Path, code: str, timeout_s: float = 60) -> CellResult:
-    (result,) = measure(cells(tiny_bundle, 1), limits=Limits(timeout_s), command=child(code))
+    (result,) = measure(cells(tiny_bundle, 1), limits=Limits(timeout_s), worker=child(code))
     return result
 
 
@@ -144,7 +147,7 @@ def test_a_child_that_does_not_read_is_still_killed(tiny_bundle: Path) -> None:
     images = [Path("x" * 100 + f"{number}.jpg") for number in range(5000)]
     command = (sys.executable, "-c", "import time; time.sleep(300)")
     data = Data(tuple(images), "digest")
-    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(1), command=command)
+    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(1), worker=command)
     assert result.reason == "it took longer than 1 s"
 
 
@@ -161,7 +164,7 @@ def test_ctrl_c_kills_the_child(tiny_bundle: Path, tmp_path: Path) -> None:
         "from gfldeploy.bench.runner import Data, run_plan\n"
         f"cell = Cell(Path({str(tiny_bundle)!r}), 'onnxruntime', 'fp32', 'cpu', 1, 1, 'single-stream')\n"
         "data = Data((Path('a.jpg'),), 'digest')\n"
-        f"run_plan(Plan((cell,), ()), data, Settings(0, 1, 0), Journal(Path('journal')), command={child(hang)!r})\n"
+        f"run_plan(Plan((cell,), ()), data, Settings(0, 1, 0), Journal(Path('journal')), worker={child(hang)!r})\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         for _ in range(600):
@@ -189,7 +192,7 @@ def test_the_rest_goes_on_and_a_failed_cell_is_not_tried_again(tiny_bundle: Path
         plan,
         settings=Settings(0, 1, 0, rounds=2),
         progress=lambda done, total, text: steps.append((done, total, text)),
-        command=child(code),
+        worker=child(code),
     )
     assert [result.status for result in results] == ["ok", "failed", "ok", "skipped"]
     assert log.read_text().split() == ["1", "2", "4", "1", "4"]  # in rounds, the failed one once
@@ -206,13 +209,13 @@ def test_what_is_in_the_journal_is_not_measured_again(tiny_bundle: Path, tmp_pat
         f"sys.exit('bad') if size == 2 else answer({{'timed': {TIMED!r}}})\n"
     )
     settings = Settings(0, 1, 0, rounds=2)
-    first = measure(cells(tiny_bundle, 1, 2), settings=settings, command=child(code))
+    first = measure(cells(tiny_bundle, 1, 2), settings=settings, worker=child(code))
     assert log.read_text().split() == ["1", "2", "1"]
     steps: list[str] = []
     again = measure(
         cells(tiny_bundle, 1, 2, 4),
         settings=settings,
-        command=child(code),
+        worker=child(code),
         progress=lambda done, total, text: steps.append(f"{done}/{total}"),
     )
     assert log.read_text().split() == ["1", "2", "1", "4", "4"], "the failed cell stays failed"
@@ -225,12 +228,12 @@ def test_answers_are_not_used_for_another_question(change: str, tiny_bundle: Pat
     log = tmp_path / "log"
     code = f"open({str(log)!r}, 'a').write('x'); answer({{'timed': {TIMED!r}}})"
     plan, data = cells(tiny_bundle, 1), Data((Path("a.jpg"),), "digest")
-    measure(plan, data, command=child(code), about={"machine": "one"})
+    measure(plan, data, worker=child(code), about={"machine": "one"})
     measure(
         plan,
         Data(data.images, "other") if change == "data" else data,
         replace(QUICK, seed=5) if change == "settings" else QUICK,
-        command=child(code),
+        worker=child(code),
         about={"machine": "other" if change == "about" else "one"},
     )
     assert log.read_text() == "xx"
@@ -238,15 +241,15 @@ def test_answers_are_not_used_for_another_question(change: str, tiny_bundle: Pat
 
 def test_a_damaged_journal_is_measured_again(tiny_bundle: Path) -> None:
     code = f"answer({{'timed': {TIMED!r}}})"
-    first = measure(cells(tiny_bundle, 1), command=child(code))
+    first = measure(cells(tiny_bundle, 1), worker=child(code))
     (entry,) = Path("journal").iterdir()
     entry.write_text(entry.read_text()[:-20])
-    assert measure(cells(tiny_bundle, 1), command=child(code)) == first
+    assert measure(cells(tiny_bundle, 1), worker=child(code)) == first
 
 
 def test_a_child_that_takes_too_much_memory(tiny_bundle: Path) -> None:
     code = "hoard = bytearray(os.urandom(1) * 400_000_000); time.sleep(300)"
-    (result,) = measure(cells(tiny_bundle, 1), limits=Limits(60, memory_mb=200), command=child(code))
+    (result,) = measure(cells(tiny_bundle, 1), limits=Limits(60, memory_mb=200), worker=child(code))
     assert result.status == "failed"
     assert result.reason == "out of memory: it took more than 200 MB"
     assert result.remedy is not None and "memory limit" in result.remedy
@@ -363,14 +366,14 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
         "images": 1, "detections": 1,
     }  # fmt: skip
     code = (
-        "if 'progress' in request:\n"
+        "if 'annotations' in request:\n"
         "    for number in range(12):\n"
-        "        open(request['progress'], 'w').write(f'{number} 12'); time.sleep(0.5)\n"
+        "        open(folder + '/progress', 'a').write(f'{number} 12\\n'); time.sleep(0.5)\n"
         f"    answer({{'accuracy': {accuracy!r}}})\n"
         f"else: answer({{'timed': {TIMED!r}}})\n"
     )
     data = Data((Path("a.jpg"),), "digest", Path("a"))
-    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(4), command=child(code))
+    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(4), worker=child(code))
     assert result.accuracy is not None and result.accuracy.ap == 1.0
 
 

@@ -105,11 +105,11 @@ def test_the_example_of_both_orientations(
     assert err == ""
     assert "1 any 1.000x" in shown and "2 listed 1.520x" in shown
     assert (
-        "At batch 2 as listed, an image costs 1.52x its pixels (0.00374 GMAC instead of 0.00246): "
-        "100% of the batches hold portrait and landscape images. Grouped by size: 1.00x."
+        "At batch 2, listed, an image costs 1.52x its pixels (0.00374 GMAC instead of 0.00246): "
+        "100% of the batches hold portrait and landscape images. Bucketed: 1.00x."
     ) in out
     assert "2 images make 2 input sizes at batch 1; rounding up to the stride makes them 1.000x" in out
-    assert "Grouped by size with no more than so many sizes: 1: 1.52x, 2: 1.00x." in out
+    assert "Bucketed with at most this number of sizes: 1: 1.52x, 2: 1.00x." in out
 
 
 def test_annotations(
@@ -124,8 +124,7 @@ def test_annotations(
     arguments = ("--data", path, "--images", tiny_coco.parent / "images", "--config-or-bundle", tiny_bundle)
     assert rows(*arguments, "--batch-sizes", "6")[1] == by_key, "the files are believed"
     assert (
-        "1 images have another size than their annotations say (1.jpg); the files are believed."
-        in (audit(*arguments)[1])
+        "1 images have another size than their annotations say (1.jpg); the files are right" in (audit(*arguments)[1])
     )
 
 

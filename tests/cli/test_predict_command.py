@@ -256,13 +256,13 @@ def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("BUNDLE",), "Missing argument 'INPUT...'"),
+        (("BUNDLE",), "there is nothing to detect in"),
         (("BUNDLE", "IMAGES", "nowhere.jpg"), "there is no nowhere.jpg"),
         (("nowhere", "IMAGES"), "there is no nowhere"),
         (("BUNDLE", "IMAGES", "--precision", "int8"), "int8 is not possible"),
         (("BUNDLE", "IMAGES", "--engine", "paddle"), "paddle fp32 on cpu is not possible: the bundle tiny has no"),
         (("BUNDLE", "IMAGES", "--engine", "openvino", "--device", "gpu"), "openvino fp32 on gpu is not possible"),
-        (("BUNDLE", "IMAGES", "IMAGES", "--data", "DATA"), "With --data, INPUT is the one folder"),
+        (("BUNDLE", "IMAGES", "IMAGES", "--data", "DATA"), "with --data, INPUT is the folder"),
         (("BUNDLE", "IMAGES", "--threshold", "1.5"), "1.5 is not in the range"),
         (("BUNDLE", "BAD"), "none of 1 images can be used: "),
     ],

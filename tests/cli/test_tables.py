@@ -17,7 +17,8 @@ from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
 
 from gfldeploy.analysis.causes import analyze_passes
 from gfldeploy.analysis.record import Analysis
-from gfldeploy.analysis.sweep import Arrangement, Pass
+from gfldeploy.analysis.sweep import Pass
+from gfldeploy.batching.buckets import Order
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.results import BenchResults, BundleIdentity, Serving, Stages
 from gfldeploy.bench.timing import Samples
@@ -147,9 +148,9 @@ def test_audit_keeps_batch_order_padding_and_macs(shown: Shown, tiny_bundle: Pat
 
 
 def test_analyze_keeps_its_numbers_whole(shown: Shown) -> None:
-    def one(size: int, order: str, ms: float) -> Pass:
+    def one(size: int, order: Order, ms: float) -> Pass:
         share = None if (size, order) == (8, "listed") else 0.8
-        return Pass(Arrangement(size, order), 1000.0, 0, 0, ms, 0, ms + 1000, 0.0, 1.5, share)  # type: ignore[arg-type]
+        return Pass(size, order, 1000.0, 0, 0, ms, 0, ms + 1000, 0.0, 1.5, share)
 
     passes = [[one(1, "listed", 1e4 + k), one(8, "listed", 2e4 + k), one(8, "bucketed", 1.5e4 + k)] for k in range(3)]
     found = Analysis(

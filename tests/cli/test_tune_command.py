@@ -121,7 +121,7 @@ def test_results_of_bench_are_reused(
         (("BUNDLE", "--data", "DATA", "--precisions", "int8"), "nothing to choose from: paddle int8 on cpu: "),
         (("BUNDLE", "--data", "DATA", "--results", "none.json"), "cannot read none.json"),
         (("nowhere", "--data", "DATA"), "nowhere is not a directory"),
-        (("--check", "none.yml"), "cannot read none.yml"),
+        (("--check", "none.yml"), "none.yml cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(

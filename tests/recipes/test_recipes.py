@@ -25,7 +25,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
@@ -350,9 +350,9 @@ def test_mixed_orientations_measured_by_a_recipe(tiny_bundle: Path, tiny_coco: P
     assert "From file to boxes, images a second:" in done.stdout
     record = json.loads((tmp_path / "results/here/checks/tiny_padding.json").read_text())
     ways = [(leg["batch_size"], leg["way"]) for leg in record["legs"]]
-    assert ways == [(1, "naive"), (2, "naive"), (2, "grouped"), (2, "landscape"), (2, "portrait")]
+    assert ways == [(1, "listed"), (2, "listed"), (2, "bucketed"), (2, "landscape"), (2, "portrait")]
     padded = {leg["way"]: leg["rounds"][0]["padding"] for leg in record["legs"] if leg["batch_size"] == 2}
-    assert padded["naive"] > 1 and padded["grouped"] == padded["landscape"] == padded["portrait"] == 1
+    assert padded["listed"] > 1 and padded["bucketed"] == padded["landscape"] == padded["portrait"] == 1
 
 
 @pytest.mark.slow
@@ -475,10 +475,10 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
     def leg(size: int, way: str, *rounds: float) -> dict[str, Any]:
         return {"batch_size": size, "way": way, "rounds": [{"inference_ms": ms} for ms in rounds]}
 
-    record = {"legs": [leg(1, "naive", 10, 20), leg(2, "naive", 20, 25), leg(2, "grouped", 10, 16)]}
+    record = {"legs": [leg(1, "listed", 10, 20), leg(2, "listed", 20, 25), leg(2, "bucketed", 10, 16)]}
     with imported(ROOT / "benchmarks" / "plot_padding.py") as module:
-        assert module.relative(record, "naive") == {1: 1.0, 2: pytest.approx(0.65)}
-        assert module.relative(record, "grouped") == {1: 1.0, 2: pytest.approx(1.125)}
+        assert module.relative(record, "listed") == {1: 1.0, 2: pytest.approx(0.65)}
+        assert module.relative(record, "bucketed") == {1: 1.0, 2: pytest.approx(1.125)}
     with imported(ROOT / "benchmarks" / "end_to_end.py") as module:
         table = module.table({"x int8, batch 1": [2.0, 4.0], "y": [4.0, 6.0]}, images=12)
         assert "| x int8, batch 1 | 4 | 1.00 (1.00 to 1.00) |" in table

@@ -1,0 +1,144 @@
+"""One analysis from request to result: what `gfldeploy analyze` runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gfldeploy.analysis.causes import analyze_passes
+from gfldeploy.analysis.invariance import Invariance, measure_invariance
+from gfldeploy.analysis.record import Analysis
+from gfldeploy.analysis.sweep import batch_orders, measure_passes
+from gfldeploy.bench.cost import work
+from gfldeploy.bench.results import BundleIdentity
+from gfldeploy.bench.runner import run_peak
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.selection import select_engine
+from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
+from gfldeploy.files import check_file
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.machine import describe_machine
+from gfldeploy.progress import SILENT, Progress
+from gfldeploy.signals import hold_interrupts
+
+__all__ = ["analyze"]
+
+
+def analyze(
+    bundle: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
+    precision: Precision | None = None,
+    device: Device | None = None,
+    threads: int | None = None,
+    batch_sizes: Sequence[int] = (2, 4, 8),
+    limit: int | None = 32,
+    rounds: int = 5,
+    peak: bool = True,
+    invariance: bool = True,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Analysis:
+    """Measure why an image takes longer in a larger batch, or no less.
+
+    The same images run in batches of every size, listed and bucketed, interleaved. The change in the
+    time of an image is split into padding, convolutions, the network's other work, and host work.
+
+    Args:
+        bundle: The directory of the bundle.
+        data: COCO annotations (.json).
+        images: The folder in which their file names start; by default `images/` beside them, else their folder.
+        engine: By default the preferred engine of those that can run the bundle.
+        precision: By default that of the bundle.
+        device: By default the CPU.
+        threads: CPU threads of one inference; by default all.
+        batch_sizes: Batch sizes to compare with batch 1.
+        limit: Use only this number of images, the first of the annotations; None for all.
+        rounds: How often each arrangement of the images is run.
+        peak: Measure what the engine reaches at best too.
+        invariance: Compare the detections of batches with those of batch 1.
+        output: The file to write (.json), with a page (.html) beside it; None for none.
+        force: Replace these files if they exist and gfldeploy made them.
+        progress: Told of stages and of what is done.
+
+    Returns:
+        The measurements, the causes that follow from them, and the answer in sentences.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        DataError: Annotations or an image cannot be read.
+        UnsupportedError: The bundle has a fixed batch size, or does not run in this engine and precision.
+        EngineError: The engine failed.
+        OutputError: The output exists already, or cannot be written.
+    """
+    path = None if output is None else Path(output)
+    _check_output(path, force)
+    opened = Bundle.open(Path(bundle))
+    if (fixed := opened.manifest.inputs[0].shape[0]) is not None:
+        raise UnsupportedError(
+            f"{opened.directory} takes batches of {fixed} only", "Export it without a fixed batch size."
+        )
+    dataset = CocoDataset.load(Path(data), None if images is None else Path(images), limit)
+    name, options, _ = select_engine(opened, engine, precision, device, threads)
+    for note in dataset.notes:
+        progress.note(note)
+    best = None
+    if peak:
+        progress.stage("measuring what the engine reaches at best")
+        best = run_peak(name, options.precision, options.device, options.threads)
+    compared: list[Invariance] = []
+    with open_engine(name, opened, options) as running:
+        progress.stage("running the same images in batches of every size, interleaved")
+        paths = [image.path for image in dataset.images]
+        measured = measure_passes(
+            running, paths, opened, batch_orders(batch_sizes), rounds,
+            lambda done, total: progress.step("passes", done, total),
+        )  # fmt: skip
+        if invariance:
+            progress.stage("comparing detections with those of batch 1")
+            compared = measure_invariance(
+                running, dataset, opened, batch_sizes, lambda done, total: progress.step("comparing", done, total)
+            )
+    found = Analysis(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        bundle=BundleIdentity.of(opened),
+        engine=name,
+        precision=options.precision,
+        threads=options.threads,
+        images=len(paths),
+        peak=best,
+        rounds=tuple(tuple(passes) for passes in measured),
+        batches=tuple(analyze_passes(measured, _macs(opened, dataset), best.gmac_per_s if best else None)),
+        invariance=tuple(compared),
+    )
+    if path is not None:
+        _check_output(path, force)  # another process may have written it meanwhile
+        with hold_interrupts():
+            found.write(path)
+    return found
+
+
+def _check_output(path: Path | None, force: bool) -> None:
+    if path is None:
+        return
+    if path.suffix == ".html":
+        raise OutputError(f"{path} is where the page would be", "Give the name of a .json file.")
+    check_file(path, "json", force=force)
+    check_file(path.with_suffix(".html"), "html", force=force)
+
+
+def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
+    """Of one image by itself, the mean; None where the graph cannot be counted."""
+    sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
+    try:
+        return work(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
+    except GfldeployError:
+        return None

@@ -1,0 +1,212 @@
+"""Runs one piece of work in a process of its own, so that a crash, a hang or a leak of it touches nothing else.
+
+The parent calls `run_child` with a module whose `__main__` calls `serve`. They exchange JSON files in a folder of
+their own, which is the child's only argument and its TMPDIR: `request.json`, `answer.json`, and `progress`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from gfldeploy.errors import EngineError, GfldeployError
+from gfldeploy.files import scratch_directory, write_json
+from gfldeploy.signals import child_environment, die_with_parent
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "NO_LIMITS",
+    "_ANSWER",
+    "_PROGRESS",
+    "_REQUEST",
+    "Limits",
+    "report_progress",
+    "run_child",
+    "serve",
+]
+
+_REQUEST, _ANSWER, _PROGRESS = "request.json", "answer.json", "progress"
+_POLL_S = 0.25
+_TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a process may take: seconds without progress, and 10^6 bytes of resident memory with all it started."""
+
+    timeout_s: float = 600.0
+    memory_mb: float = math.inf
+
+
+DEFAULT_LIMITS = Limits()
+# For work with steps that take their time without a sign of progress.
+NO_LIMITS = Limits(timeout_s=math.inf)
+
+
+def run_child(
+    module: str | Sequence[str],
+    request: Mapping[str, Any],
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    environment: Mapping[str, str] | None = None,
+    subject: str | None = None,
+    remedy: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Run a module, or another command line, on a JSON-ready request and return its answer.
+
+    The process has this one's environment with `environment` on top. Whatever ends this function, KeyboardInterrupt
+    included, kills the process and all it started. `progress(done, total)` is called with what the child reports.
+
+    Raises `EngineError` with the child's own problem and remedy if it raised a `GfldeployError`; with the last line of
+    its standard error if it crashed; or if it exceeded the limits or gave no JSON object. `subject` puts "`subject`
+    failed: " before the problem, `remedy` is for failures without a remedy of their own. Raises `OutputError` if there
+    is no place for temporary files.
+    """
+    # -P: a folder named onnx or paddle in the current directory (a bundle has both) must not shadow the package.
+    command = [sys.executable, "-P", "-m", module] if isinstance(module, str) else list(module)
+    with scratch_directory() as folder:
+        (folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        try:
+            _run(command, folder, limits, environment or {}, progress)
+            answer = _read_answer(folder / _ANSWER)
+        except EngineError as error:
+            problem = f"{subject} failed: {error.problem}" if subject else error.problem
+            raise EngineError(problem, error.remedy or remedy) from error
+    return answer
+
+
+def serve(work: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> None:
+    """The child's main function: answer the request with what `work` returns, or with the `GfldeployError` it raises.
+
+    Anything else that it raises ends the process with a traceback, for the parent to report.
+    """
+    die_with_parent()
+    with suppress(OSError):  # when memory runs out, the kernel is to kill this process, not the user's others
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
+    folder = _folder()
+    try:
+        answer = work(json.loads((folder / _REQUEST).read_text(encoding="utf-8"))) or {}
+    except GfldeployError as error:
+        answer = {"reason": error.problem, "remedy": error.remedy}
+    write_json(folder / _ANSWER, answer)
+
+
+def report_progress(done: int, total: int) -> None:
+    """Called in the child: tell the parent, which restarts its time limit."""
+    with suppress(OSError), (_folder() / _PROGRESS).open("a", encoding="utf-8") as file:
+        file.write(f"{done} {total}\n")
+
+
+def _folder() -> Path:
+    return Path(sys.argv[1])
+
+
+def _run(
+    command: Sequence[str],
+    folder: Path,
+    limits: Limits,
+    environment: Mapping[str, str],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run the command to its end. Raises `EngineError` if it fails or exceeds the limits."""
+    # A file rather than a pipe: a child that does not stop writing cannot block this process. What packages print on
+    # standard output goes nowhere. The process group of its own is there to be killed whole.
+    (folder / _PROGRESS).touch()
+    with (folder / "stderr").open("wb") as stderr, (folder / _PROGRESS).open(encoding="utf-8") as reports:
+        process = subprocess.Popen(
+            [*command, str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+            env=child_environment({**environment, "TMPDIR": str(folder)}),  # so that no file of its outlives it
+        )
+        try:
+            _wait(process, limits, reports, progress)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        raise EngineError(_exit_reason(process.returncode, folder / "stderr"))
+
+
+def _wait(
+    process: subprocess.Popen[bytes], limits: Limits, reports: IO[str], progress: Callable[[int, int], None]
+) -> None:
+    """Wait for the end of the process and pass on its progress. Raises `EngineError` beyond the limits."""
+    deadline = time.monotonic() + limits.timeout_s
+    running = True
+    while running:
+        try:
+            process.wait(min(_POLL_S, max(deadline - time.monotonic(), 0)))
+            running = False
+        except subprocess.TimeoutExpired:
+            pass
+        for line in iter(reports.readline, ""):
+            deadline = time.monotonic() + limits.timeout_s
+            progress(*map(int, line.split()))
+        if running and time.monotonic() >= deadline:
+            raise EngineError(
+                f"it took longer than {limits.timeout_s:g} s",
+                "raise the cell timeout, or use smaller batches or inputs",
+            )
+        if running and limits.memory_mb < math.inf and _resident_mb(process.pid) > limits.memory_mb:
+            raise EngineError(
+                f"out of memory: it took more than {limits.memory_mb:.0f} MB",
+                "raise the memory limit, or use smaller batches or inputs",
+            )
+
+
+def _resident_mb(pid: int) -> float:
+    """Resident memory, 10^6 bytes, of a process and all it started; 0 once it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True))) / 1e6
+    except psutil.Error:
+        return 0.0
+
+
+def _exit_reason(code: int, errors: Path) -> str:
+    with errors.open("rb") as file:
+        file.seek(max(errors.stat().st_size - _TAIL_BYTES, 0))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    last = f": {lines[-1]}" if lines else ""
+    if code > 0:
+        return f"the process ended with exit code {code}{last}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if -code == signal.SIGKILL:
+        return f"the process was killed by {name}, perhaps because memory ran out{last}"
+    return f"the process crashed with {name}{last}"
+
+
+def _read_answer(path: Path) -> dict[str, Any]:
+    """The answer. Raises `EngineError` if it is none, or what the child raised on purpose."""
+    try:
+        answer = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError("the process ended without an answer") from None
+    except (OSError, ValueError) as error:
+        raise EngineError(f"the process answered nonsense: {error}") from error
+    if not isinstance(answer, dict):
+        raise EngineError("the process answered nonsense: not an object")
+    if "reason" in answer:
+        remedy = answer.get("remedy")
+        raise EngineError(str(answer["reason"]), None if remedy is None else str(remedy))
+    return answer

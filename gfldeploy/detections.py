@@ -152,6 +152,17 @@ class Detections:
             for name, category, score, (x1, y1, x2, y2) in rows
         ]
 
+    def for_supervision(self) -> dict[str, Any]:
+        """The arguments of `supervision.Detections`, for the annotators, trackers and filters of that package.
+
+            supervision.Detections(**found.for_supervision())
+
+        Returns:
+            `xyxy`, `confidence` and `class_id`, and in `data` the `class_name` of each detection.
+        """
+        data = {"class_name": np.array(self.names, dtype=str)}
+        return {"xyxy": self.boxes, "confidence": self.scores, "class_id": self.classes, "data": data}
+
 
 def postprocess(
     scores: NDArray[np.float32],

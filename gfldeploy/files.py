@@ -166,24 +166,26 @@ def check_target(target: Path, kind: DirectoryKind = "bundle", *, force: bool = 
 
 
 def check_file(path: Path, kind: FileKind, *, force: bool = False) -> None:
-    """Raise `OutputError` if `path` is in the way of a file of this kind.
+    """Raise `OutputError` if a file of this kind cannot be written to `path`. Worth a call before long work.
 
     `force` allows to replace a file that begins as gfldeploy's files of this kind do, and nothing else.
     """
     with writing(path):
-        try:
+        if os.path.lexists(path):
             status = path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        if not stat.S_ISREG(status.st_mode):
-            what = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory"}.get(stat.S_IFMT(status.st_mode))
-            raise OutputError(f"{path} is {what or 'no regular file'}, which is never replaced", _CHOOSE)
-        if not force:
-            raise OutputError(f"{path} exists already", _CHOOSE_OR_FORCE)
-        with path.open("rb") as file:
-            beginning = file.read(_BEGINNING_BYTES)
-    if status.st_size and not re.match(_BEGINNINGS[kind], beginning.decode("utf-8", "replace")):
-        raise OutputError(f"{path} is not a file that gfldeploy wrote, so --force does not replace it", _CHOOSE_OR_MOVE)
+            if not stat.S_ISREG(status.st_mode):
+                what = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory"}.get(stat.S_IFMT(status.st_mode))
+                raise OutputError(f"{path} is {what or 'no regular file'}, which is never replaced", _CHOOSE)
+            if not force:
+                raise OutputError(f"{path} exists already", _CHOOSE_OR_FORCE)
+            with path.open("rb") as file:
+                beginning = file.read(_BEGINNING_BYTES).decode("utf-8", "replace")
+            if status.st_size and not re.match(_BEGINNINGS[kind], beginning):
+                problem = f"{path} is not a file that gfldeploy wrote, so --force does not replace it"
+                raise OutputError(problem, _CHOOSE_OR_MOVE)
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write {path}: {parent} is not a writable folder", _CHOOSE)
 
 
 def check_apart(output: Path, read: Iterable[Path], bundle: Path | None = None) -> None:

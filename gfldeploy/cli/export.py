@@ -47,12 +47,14 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--input-shape",
     type=InputShapeType(),
+    metavar="[Nx]HxW",
     show_default="any size",
     help="Fix the size of the network's input, in pixels.",
 )
 @click.option(
     "--candidates",
     type=_Candidates(),
+    metavar="K|all|auto",
     default="auto",
     show_default=True,
     help=f"Number of anchors that are decoded of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "

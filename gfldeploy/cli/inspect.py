@@ -27,6 +27,7 @@ _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's 
 @click.option(
     "--size",
     type=InputShapeType(batch=False),
+    metavar="HxW",
     show_default="the largest that the preprocessing makes",
     help="Size of the image, in pixels, whose MACs are counted.",
 )

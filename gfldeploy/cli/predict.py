@@ -14,7 +14,7 @@ from gfldeploy.cli.options import ENGINE, ENGINE_CACHE, FILE, PATH, FiniteFloat,
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
-    from gfldeploy.predict.outputs import Summary
+    from gfldeploy.predict.outputs import PredictResults
 
 __all__ = ["command"]
 
@@ -87,7 +87,7 @@ def command(output: Path, threshold: float, **given: Any) -> int:
     return 1 if found.failed else 0
 
 
-def _report(summary: Summary, threshold: float, seconds: float) -> None:
+def _report(summary: PredictResults, threshold: float, seconds: float) -> None:
     click.echo(
         f"{summary.images:,} images"
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")

@@ -13,7 +13,16 @@ from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.resume import Record
 
-__all__ = ["COCO", "DEFAULT_THRESHOLD", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+__all__ = [
+    "COCO",
+    "DEFAULT_THRESHOLD",
+    "DETECTIONS",
+    "IMAGES",
+    "PredictResults",
+    "read_records",
+    "record_of",
+    "write_outputs",
+]
 
 # What PaddleDetection draws from, unless told otherwise.
 DEFAULT_THRESHOLD = 0.5
@@ -25,7 +34,7 @@ _MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
-class Summary:
+class PredictResults:
     """What a prediction found.
 
     `images`, `failed`: how many. `reasons`: of the first failures. `detections`: those in `detections.jsonl`. `kept`:
@@ -67,7 +76,7 @@ def write_outputs(
     image_ids: Sequence[CocoId] | None = None,
     category_ids: Sequence[CocoId | None] | None = None,
     threshold: float = DEFAULT_THRESHOLD,
-) -> Summary:
+) -> PredictResults:
     """Write the files, one record at a time: memory does not grow with their number.
 
     `coco.json` is a list of results as COCO's tools read it, with all scores, which mAP needs. `threshold`: the
@@ -109,7 +118,7 @@ def write_outputs(
                 if (category_id := categories[one["class_id"]]) is not None:
                     place = {"image_id": image_id, "category_id": category_id}
                     results.add({**place, "bbox": one["bbox"], "score": one["score"]})
-    return Summary(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
+    return PredictResults(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -23,7 +23,7 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, Summary, record_of, write_outputs
+from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
 from gfldeploy.predict.resume import WorkingFile
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes, pictures
@@ -81,7 +81,7 @@ def predict_images(
     engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
     force: bool = False,
     progress: Progress = SILENT,
-) -> Summary:
+) -> PredictResults:
     """Detect in images, folders of them, and videos, and write a folder of results in one step.
 
     Interrupted or killed, the same call resumes where it stopped, to the same files: what is done is kept in a folder
@@ -159,7 +159,7 @@ def _inputs(
     return dataset, files, []
 
 
-def _predict(request: _Request, progress: Progress) -> Summary:
+def _predict(request: _Request, progress: Progress) -> PredictResults:
     check_target(request.output, "predict", force=request.force)
     choice = request.choice
     manifest = choice.bundle.manifest

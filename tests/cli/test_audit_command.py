@@ -195,7 +195,7 @@ def test_what_is_refused(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, ref
     (tmp_path / "text.txt").write_text("text")
     assert "there are no images in" in refused("--data", tmp_path / "empty", *source)
     assert "none of 1 images can be used: " in refused("--data", tmp_path / "bad", *source)
-    assert "cannot read" in refused("--data", tmp_path / "absent", *source)
+    assert "cannot be read" in refused("--data", tmp_path / "absent", *source)
     assert "is not JSON" in refused("--data", tmp_path / "text.txt", *source)
     assert "--images goes with annotations" in refused("--data", tiny_coco.parent, "--images", tmp_path, *source)
     data = ("--data", tiny_coco, "--config-or-bundle")

@@ -548,7 +548,7 @@ def test_too_few_images(tiny_bundle: Path, pictures: Path, tmp_path: Path, refus
     assert "has 7 images, 8 were asked for. Add images, or use --samples 7" in shown
     (tmp_path / "none").mkdir()
     assert "there are no images in" in refused("quantize", tiny_bundle, "--data", tmp_path / "none", *output)
-    assert "cannot read" in refused("quantize", tiny_bundle, "--data", tmp_path / "nowhere", *output)
+    assert "cannot be read" in refused("quantize", tiny_bundle, "--data", tmp_path / "nowhere", *output)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_annotations(
 def test_annotations_that_are_no_json(tiny_bundle: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "a.json").write_text("{")
     assert "is not JSON" in refused("eval", tiny_bundle, "--data", tmp_path / "a.json")
-    assert "cannot read" in refused("eval", tiny_bundle, "--data", tmp_path / "b.json")
+    assert "cannot be read" in refused("eval", tiny_bundle, "--data", tmp_path / "b.json")
     assert (
         "is not a directory"
         in refused("eval", tiny_bundle, "--data", tmp_path / "a.json", "--images", tmp_path / "none")

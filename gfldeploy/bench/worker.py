@@ -38,7 +38,6 @@ from gfldeploy.engines.base import (
     EngineOptions,
     ExecutedConvolution,
     Precision,
-    ReportsPrecision,
     count_precisions,
     reasons,
 )
@@ -208,8 +207,6 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
 
 def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> tuple[ExecutedConvolution, ...]:
     """Those of one inference; none where the engine cannot tell."""
-    if not isinstance(engine, ReportsPrecision):
-        return ()
     try:
         return engine.executed_convolutions({"image": tensor})
     except EngineError:

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines import base
-from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import SHARE_RUNS, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
@@ -42,7 +41,7 @@ _KEPT_KERNELS = 1000
 _TRIM_EVERY = 100  # inferences of that model: its buffers change size all the time, which leaves holes in the heap
 
 
-class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
+class OpenVinoEngine(Engine):
     """`Engine` over OpenVINO's CPU plugin. Every precision runs the bundle's ONNX file, INT8 that of ONNX Runtime.
 
     The most common input shapes have a compiled model each, the others share one for any shape. That is slower: it
@@ -112,7 +111,7 @@ class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
         spent: Counter[bool] = Counter()
         with self._explained():
             request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
-            for _ in range(base.SHARE_RUNS):
+            for _ in range(SHARE_RUNS):
                 request.infer(dict(inputs))
                 for one in request.profiling_info:
                     spent[one.node_type == "Convolution"] += one.real_time.total_seconds()

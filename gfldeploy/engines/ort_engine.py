@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines import base
-from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import NOT_ASKED, SHARE_RUNS, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.engines.tensorrt import cache_directory, example, onnxruntime_options, required, tensorrt_library
+from gfldeploy.engines.tensorrt import TensorRtOptions, cache_directory, example, onnxruntime_options, tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
@@ -28,7 +27,7 @@ _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
+class OnnxRuntimeEngine(Engine):
     """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
 
     name = "onnxruntime"
@@ -80,14 +79,14 @@ class OnnxRuntimeEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolution
             self._open(options)
             found = convolutions(onnx.load(str(path)), onnx.load(str(self._model)))
         if self.options.precision == "fp32":
-            return tuple(replace(one, why=base.NOT_ASKED) for one in found)
+            return tuple(replace(one, why=NOT_ASKED) for one in found)
         return found
 
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From ONNX Runtime's profile, in a session of its own; None on a GPU, where it times the launches alone."""
         if self.options.device == "gpu":
             return None
-        return convolution_share(self._profile(inputs, base.SHARE_RUNS))
+        return convolution_share(self._profile(inputs, SHARE_RUNS))
 
     def _profile(self, inputs: Tensors, runs: int) -> list[dict[str, Any]]:
         """The events of so many inferences."""
@@ -140,7 +139,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         start = time.perf_counter()
         super().__init__(bundle, options, graph)
-        inputs = example(required(options).profile.most_common)
+        inputs = example(TensorRtOptions.of(options).most_common)
         self.infer(inputs)
         self.build_s = time.perf_counter() - start
         # In a session of its own; the engine is in the cache by now.
@@ -152,7 +151,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         return ()
 
     def _choose_providers(self, bundle: Bundle) -> list[Any]:
-        tensorrt = required(self.options)
+        tensorrt = TensorRtOptions.of(self.options)
         directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
         options = onnxruntime_options(self.options.precision, tensorrt, directory)
         return [("TensorrtExecutionProvider", options), "CUDAExecutionProvider"]

@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines import base
-from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import NOT_ASKED, SHARE_RUNS, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
 from gfldeploy.engines.tensorrt import (
     Call,
+    TensorRtOptions,
     cache_directory,
     example,
     paddle_calls,
-    required,
     shape_file,
     tensorrt_library,
 )
@@ -40,7 +39,7 @@ _GPU_POOL_MB = 256
 _BROKEN_PASS = "operator_reshape_onednn_fuse_pass"
 
 
-class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
+class PaddleEngine(Engine):
     """`Engine` over `paddle.inference`.
 
     FP32 and BF16 run the bundle's PIR graph, INT8 its older program: Paddle 3.2 quantises only the latter on CPUs.
@@ -127,7 +126,7 @@ class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
         asked = self.options.precision
         if asked == "int8":
             return explain(ran, program_convolutions(self._model))
-        why = base.NOT_ASKED if asked == "fp32" else f"Paddle left it in f32 when asked for {asked}"
+        why = NOT_ASKED if asked == "fp32" else f"Paddle left it in f32 when asked for {asked}"
         return tuple(
             ExecutedConvolution(
                 one.precision, f"{one.shape} {one.implementation}", why if one.precision == "fp32" else None
@@ -145,7 +144,7 @@ class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
         def run() -> None:
             times.append(self.infer_timed(inputs)[1].inference_ms)
 
-        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(base.SHARE_RUNS)]
+        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(SHARE_RUNS)]
         return statistics.median(shares)
 
     def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
@@ -179,7 +178,7 @@ class PaddleTensorRtEngine(PaddleEngine):
         """
         start = time.perf_counter()
         super().__init__(bundle, options, graph)
-        self.infer(example(required(options).profile.most_common))
+        self.infer(example(TensorRtOptions.of(options).most_common))
         self.build_s = time.perf_counter() - start
         self.version = f"{self.version}, TensorRT {tensorrt_library()}"
 
@@ -188,7 +187,7 @@ class PaddleTensorRtEngine(PaddleEngine):
         return ()
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
-        tensorrt = required(self.options)
+        tensorrt = TensorRtOptions.of(self.options)
         directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
         if not shape_file(directory).exists():
             self._collect_shapes(inference, super()._configure(inference, bundle, pir), directory)
@@ -203,7 +202,7 @@ class PaddleTensorRtEngine(PaddleEngine):
         try:
             with quiet(native_stderr=True):
                 self._predictor = inference.create_predictor(config)
-            shapes = required(self.options).profile
+            shapes = TensorRtOptions.of(self.options)
             for shape in (shapes.smallest, shapes.most_common, shapes.largest):
                 self.infer(example(shape))
             self._predictor = None  # Paddle writes the file when the predictor goes

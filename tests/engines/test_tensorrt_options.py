@@ -13,30 +13,29 @@ from gfldeploy.engines.base import EngineOptions, Precision
 from gfldeploy.engines.ort_engine import describe_delegation
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
 from gfldeploy.engines.tensorrt import (
-    Profile,
     TensorRtOptions,
     cache_directory,
     cache_key,
     onnxruntime_options,
     paddle_calls,
-    profile,
-    required,
     shape_file,
     tensorrt_library,
 )
 from gfldeploy.errors import EngineError, OutputError
 
-SHAPES = Profile((1, 800, 800), (4, 800, 1216), (8, 1216, 1344))
-OPTIONS = TensorRtOptions(SHAPES, Path("cache"), workspace_mb=512, min_subgraph=5)
+OPTIONS = TensorRtOptions(
+    (1, 800, 800), (4, 800, 1216), (8, 1216, 1344), Path("cache"), workspace_mb=512, min_subgraph=5
+)
 
 
-def test_the_profile_bounds_each_dimension_and_is_best_at_the_most_common_shape() -> None:
-    shapes = [(2, 800, 1216), (2, 1216, 800), (2, 1216, 800), (1, 1088, 1088)]
-    assert profile(shapes) == Profile((1, 800, 800), (2, 1216, 800), (2, 1216, 1216))
-    with pytest.raises(ValueError):
-        profile([])
-    with pytest.raises(ValueError):
-        Profile((1, 800, 800), (1, 640, 800), (1, 800, 800))
+def test_the_shapes_bound_each_dimension() -> None:
+    shapes = ((2, 1216, 800), (2, 800, 1216), (1, 1088, 1088))
+    found = TensorRtOptions.of(EngineOptions(device="gpu", shapes=shapes, cache_dir=Path("cache")))
+    assert found == TensorRtOptions((1, 800, 800), (2, 1216, 800), (2, 1216, 1216), Path("cache"))
+    with pytest.raises(EngineError, match="gfldeploy bench"):
+        TensorRtOptions.of(EngineOptions(device="gpu"))
+    with pytest.raises(ValueError, match="in this order"):
+        TensorRtOptions((1, 800, 800), (1, 640, 800), (1, 800, 800), Path("cache"))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_paddle_takes_the_calls(tmp_path: Path) -> None:
         "import os, sys; from pathlib import Path; from paddle import inference\n"
         "from gfldeploy.engines.paddle_engine import apply_calls\n"
         "from gfldeploy.engines.tensorrt import *\n"
-        "options = TensorRtOptions(profile([(2, 800, 1216)]), Path(sys.argv[1]))\n"
+        "options = TensorRtOptions(*[(2, 800, 1216)] * 3, Path(sys.argv[1]))\n"
         "for precision in ('fp32', 'fp16', 'int8'):\n"
         "    for call in paddle_calls(precision, options, Path(sys.argv[1])):\n"
         "        try:\n"
@@ -116,7 +115,7 @@ def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes() -> 
         cache_key(OPTIONS, {**machine, "tensorrt": "10.10"}),
         cache_key(replace(OPTIONS, workspace_mb=513), machine),
         cache_key(replace(OPTIONS, min_subgraph=6), machine),
-        cache_key(replace(OPTIONS, profile=replace(SHAPES, most_common=(4, 800, 800))), machine),
+        cache_key(replace(OPTIONS, most_common=(4, 800, 800)), machine),
     }
     assert len(keys) == 7
     # Not where the caches lie: the folder can be moved.
@@ -134,14 +133,6 @@ def test_the_folder_of_an_engine(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--engine-cache"):
         cache_directory(replace(options, cache_dir=tmp_path / "file"), "x", "1", "fp16", "ab")
-
-
-def test_shapes_are_needed() -> None:
-    with pytest.raises(EngineError, match="gfldeploy bench"):
-        required(EngineOptions(device="gpu"))
-    shapes = ((2, 1216, 800), (1, 800, 1216))
-    options = EngineOptions(device="gpu", shapes=shapes, cache_dir=Path("cache"))
-    assert required(options) == TensorRtOptions(profile(shapes), Path("cache"))
 
 
 @pytest.mark.parametrize(

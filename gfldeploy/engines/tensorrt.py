@@ -41,10 +41,11 @@ _DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu12",
 class TensorRtOptions:
     """How a graph is built with TensorRT.
 
-    `smallest`, `most_common`, `largest`: (batch, height, width) of the inputs. TensorRT refuses what is smaller or larger
-    in any dimension, and is fastest at the most common. `cache_dir`: the folder of all engines. `workspace_mb`: 2^20 bytes that its tactics may use; 4096 is more than the convolutions of a GFL need at
-    800x1344, and what is too little makes TensorRT choose slower ones in silence. `min_subgraph`: nodes below which a
-    part of the graph is not worth the copies around it.
+    `smallest`, `most_common`, `largest`: (batch, height, width) of the inputs. TensorRT refuses what is smaller or
+    larger in any dimension, and is fastest at the most common. `cache_dir`: the folder of all engines. `workspace_mb`:
+    2^20 bytes that its tactics may use; 4096 is more than the convolutions of a GFL need at 800x1344, and what is too
+    little makes TensorRT choose slower ones in silence. `min_subgraph`: nodes below which a part of the graph is not
+    worth the copies around it.
     """
 
     smallest: Shape

@@ -47,7 +47,7 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
-SHARE_RUNS = 3  # inferences behind a `convolution_share`
+SHARE_RUNS = 3  # inferences that a `convolution_share` is measured on
 NOT_ASKED = "FP32 was asked for"
 _MOST_THREADS = 1024
 
@@ -162,11 +162,11 @@ class CopyTimes:
 
 @dataclass(frozen=True)
 class ExecutedConvolution:
-    """One convolution of one inference, as the engine itself tells of it.
+    """One convolution of one inference, as the engine reports it.
 
-    `precision`: that it ran in. `what`: how the engine identifies it, by its weight name where it can, with "use N" (0
-    is the first in the file) where several share the weight, else by its shape or the name of its node. `why` it did
-    not run in less than FP32; None if it did.
+    `precision`: the precision it ran in. `what`: its weight's name where the engine knows it, with "use N" (0 is the
+    first in the file) where several share the weight, else its shape or the name of its node. `why`: the reason why it
+    ran in FP32; None if it ran in less.
     """
 
     precision: str
@@ -194,12 +194,16 @@ class Engine(ClosesOnExit):
 
     Subclasses set `name`, `version` (of the library) and `title` (in messages), load the graph in `__init__`, and
     implement `infer_timed`. `_model` and `_params` are the graph's files, `_outputs` the names of its outputs.
+    `build_s`: seconds to load the graph and to run the most common shape once, where that builds an engine or reads it
+    from a cache. `delegated`: which parts of the graph run in another library, in words.
     """
 
     name: str
     title: str
     version: str
     options: EngineOptions
+    build_s: float | None = None
+    delegated: str | None = None
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Find the graph's files. Raises `BundleError`."""

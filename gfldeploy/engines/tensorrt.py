@@ -1,8 +1,4 @@
-"""TensorRT through ONNX Runtime and through Paddle: what both are told, as plain data.
-
-Nothing here imports either of them, or needs a GPU: whoever has one can read what would be asked of TensorRT, and tests
-can hold it.
-"""
+"""TensorRT, whatever runs it: what it builds an engine for, and where that is kept. Nothing here needs a GPU."""
 
 from __future__ import annotations
 
@@ -11,26 +7,16 @@ from ctypes.util import find_library
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
-from gfldeploy.engines.base import EngineOptions, Precision, Tensors
+from gfldeploy.engines.base import EngineOptions, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.errors import EngineError
 
-__all__ = [
-    "Call",
-    "TensorRtOptions",
-    "cache_directory",
-    "cache_key",
-    "example",
-    "onnxruntime_options",
-    "paddle_calls",
-    "shape_file",
-    "tensorrt_library",
-]
+__all__ = ["TensorRtOptions", "cache_directory", "cache_key", "example", "tensorrt_library"]
 
 Shape = tuple[int, int, int]
 
@@ -75,19 +61,6 @@ class TensorRtOptions:
         return cls(smallest, options.shapes[0], largest, options.cache_dir or DEFAULT_ENGINE_CACHE)
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call of a method of `paddle.inference.Config`.
-
-    `positional`: arguments that the method has no names for. A value of `precision_mode` is the name of a member of
-    `paddle.inference.PrecisionType`.
-    """
-
-    method: str
-    arguments: Mapping[str, Any]
-    positional: tuple[Any, ...] = ()
-
-
 def example(shape: Shape) -> Tensors:
     """An input of this shape, to build an engine with."""
     batch, height, width = shape
@@ -116,62 +89,6 @@ def cache_directory(options: TensorRtOptions, engine: str, version: str, precisi
     return engine_directory(options.cache_dir, cache_key(options, depends_on))
 
 
-def onnxruntime_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:
-    """Provider options of ONNX Runtime's TensorrtExecutionProvider, by the names in its documentation.
-
-    INT8 is by the graph's own Q/DQ: no calibration table. FP16 is not allowed beside it: TensorRT would take it for the
-    box arithmetic too, which FP16 cannot hold. `directory`: of the engine; the timing cache serves all engines.
-    """
-    return {
-        "trt_fp16_enable": _flag(precision == "fp16"),
-        "trt_int8_enable": _flag(precision == "int8"),
-        "trt_max_workspace_size": str(options.workspace_mb * 2**20),
-        "trt_min_subgraph_size": str(options.min_subgraph),
-        "trt_profile_min_shapes": _named(options.smallest),
-        "trt_profile_opt_shapes": _named(options.most_common),
-        "trt_profile_max_shapes": _named(options.largest),
-        "trt_engine_cache_enable": _flag(True),
-        "trt_engine_cache_path": str(directory),
-        "trt_timing_cache_enable": _flag(True),
-        "trt_timing_cache_path": str(options.cache_dir),
-    }
-
-
-def paddle_calls(precision: Precision, options: TensorRtOptions, directory: Path) -> tuple[Call, ...]:
-    """What `paddle.inference.Config` is told, in this order.
-
-    `directory` keeps the serialised engine, and the shapes of the tensors inside the graph: a run that collects those
-    comes before the first build (`shape_file`). INT8 is by the program's own quantize_linear operators: no calibration.
-    """
-    modes = {"fp32": "Float32", "fp16": "Half", "int8": "Int8"}
-    calls = [
-        Call("set_optim_cache_dir", {}, (str(directory),)),
-        Call(
-            "enable_tensorrt_engine",
-            {
-                "workspace_size": options.workspace_mb * 2**20,
-                "max_batch_size": options.largest[0],
-                "min_subgraph_size": options.min_subgraph,
-                "precision_mode": modes[precision],
-                "use_static": True,
-                "use_calib_mode": False,
-            },
-        ),
-        Call(
-            "enable_tuned_tensorrt_dynamic_shape",
-            {"shape_range_info_path": str(shape_file(directory)), "allow_build_at_runtime": True},
-        ),
-    ]
-    if precision == "int8":
-        calls.append(Call("enable_tensorrt_explicit_quantization", {}))
-    return tuple(calls)
-
-
-def shape_file(directory: Path) -> Path:
-    """Where Paddle keeps the shapes that tensors inside the graph have."""
-    return directory / "shapes.pbtxt"
-
-
 def tensorrt_library() -> str | None:
     """The version of the installed TensorRT, "unknown version" of a bare library, None without one.
 
@@ -186,12 +103,3 @@ def tensorrt_library() -> str | None:
     if util.find_spec("tensorrt_libs") or find_library("nvinfer"):
         return "unknown version"
     return None
-
-
-def _flag(value: bool) -> str:
-    return "True" if value else "False"
-
-
-def _named(shape: Shape) -> str:
-    batch, height, width = shape
-    return f"image:{batch}x3x{height}x{width}"

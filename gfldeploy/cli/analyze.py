@@ -15,8 +15,8 @@ from gfldeploy.cli.options import (
     ANNOTATIONS,
     BUNDLE,
     ENGINE,
-    CommaSeparated,
     WholeNumber,
+    WholeNumbers,
     limit_option,
     options,
     output_options,
@@ -28,23 +28,12 @@ __all__ = ["command"]
 
 @click.command("analyze")
 @options(BUNDLE, *ANNOTATIONS, *ENGINE)
-@click.option(
-    "--batch-sizes",
-    type=CommaSeparated(),
-    default="2,4,8",
-    show_default=True,
-    help="Batch sizes to compare with batch 1.",
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="2,4,8", help="Batch sizes to compare with batch 1.")
 @limit_option(32)
+@click.option("--rounds", type=WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")
+@click.option("--peak/--no-peak", default=True, help="Measure what the engine reaches at best too.")
 @click.option(
-    "--rounds", type=WholeNumber(2), default=5, show_default=True, help="Number of interleaved rounds of all batches."
-)
-@click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engine reaches at best too.")
-@click.option(
-    "--invariance/--no-invariance",
-    default=True,
-    show_default=True,
-    help="Compare the detections of batches with those of batch 1.",
+    "--invariance/--no-invariance", default=True, help="Compare the detections of batches with those of batch 1."
 )
 @output_options("File to write; a page (.html) is written beside it.", Path("analysis.json"))
 def command(output: Path, **given: Any) -> None:

@@ -11,7 +11,7 @@ from gfldeploy.cli.options import JSON
 from gfldeploy.cli.tables import TableColumn, show_table
 
 if TYPE_CHECKING:
-    from gfldeploy.doctor import Report
+    from gfldeploy.doctor import Diagnosis
 
 __all__ = ["command"]
 
@@ -24,9 +24,9 @@ def command(show_all: bool, as_json: bool) -> None:
 
     Nothing is imported or run for it: an engine that is listed as working can still fail on a damaged installation.
     """
-    from gfldeploy.doctor import examine, summarize_report
+    from gfldeploy.doctor import diagnose, summarize_report
 
-    report = examine()
+    report = diagnose()
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif show_all:
@@ -35,7 +35,7 @@ def command(show_all: bool, as_json: bool) -> None:
         click.echo("\n".join(summarize_report(report)))
 
 
-def _show_all(report: Report) -> None:
+def _show_all(report: Diagnosis) -> None:
     from gfldeploy.engines.dependencies import install_command
     from gfldeploy.engines.hardware import CPU_FLAGS
 

@@ -248,7 +248,7 @@ class Bundle:
             )
         if graph is None:
             there = ", ".join(self.manifest.graphs)
-            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", "Export the bundle again.")
+            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", _AGAIN)
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
 
     def layers(self) -> dict[str, str]:
@@ -276,16 +276,12 @@ class Bundle:
         """Hash every file again. Raises `BundleError` naming the first that changed."""
         self._check_files(set(_files_below(self.directory)) - {MANIFEST})
         for name, record in self.manifest.files.items():
-            try:
-                same = sha256(self.directory / name) == record.sha256
-            except OSError as error:
-                raise BundleError(
-                    f"{self.directory / name} cannot be read: {error.strerror or error}", "Copy the bundle again."
-                ) from error
+            path = self.directory / name
+            with reading(path, BundleError, "Copy the bundle again."):
+                same = sha256(path) == record.sha256
             if not same:
                 raise BundleError(
-                    f"{self.directory / name} has changed since the bundle was made",
-                    "Export the bundle again, or restore the file.",
+                    f"{path} has changed since the bundle was made", "Export the bundle again, or restore the file."
                 )
 
     def _check_files(self, present: set[str]) -> None:

@@ -49,7 +49,7 @@ class BenchRequest:
     `policies`: what the server does with them, in the server scenario. `cell_timeout_s`: seconds
     after which a cell has failed; for mAP, seconds without an image done. `memory_limit_mb`: 10^6 bytes of resident
     memory after which a cell has failed; None is 90% of what is free. `peaks`: measure what each engine reaches at best
-    too. `engine_cache`: where TensorRT and OpenVINO keep what they
+    too. `engine_cache`: where engines keep what they
     built.
     """
 

@@ -278,7 +278,7 @@ ENGINE_CACHE = click.option(
     default=DEFAULT_ENGINE_CACHE,
     show_default="~/.cache/gfldeploy/engines",
     metavar="DIR",
-    help="Folder in which TensorRT and OpenVINO keep what they compiled, for the next start to be faster.",
+    help="Folder in which engines keep what they compiled, for the next start to be faster.",
 )
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

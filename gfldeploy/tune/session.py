@@ -45,10 +45,10 @@ _SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline")
 
 
 def tune_bundles(
-    bundles: Sequence[Path],
-    data: Path,
+    bundles: Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str],
     *,
-    images: Path | None = None,
+    images: str | os.PathLike[str] | None = None,
     max_latency_ms: float | None = None,
     max_memory_mb: float | None = None,
     max_drop: float | None = None,
@@ -58,7 +58,7 @@ def tune_bundles(
     threads: Sequence[int] | None = None,
     orders: Sequence[Order] = STREAM_ORDERS,
     device: Device = "cpu",
-    results: Sequence[Path] = (),
+    results: Sequence[str | os.PathLike[str]] = (),
     rounds: int = 3,
     min_seconds: float = 2.0,
     min_count: int = 10,
@@ -69,8 +69,8 @@ def tune_bundles(
     budget_seconds: float | None = None,
     exhaustive: bool = False,
     cell_timeout: float = 600.0,
-    engine_cache: Path = DEFAULT_ENGINE_CACHE,
-    output: Path = Path("deploy.yml"),
+    engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
+    output: str | os.PathLike[str] = "deploy.yml",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Deploy:
@@ -122,6 +122,7 @@ def tune_bundles(
     """
     if max_drop is not None and not accuracy:
         raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
+    data, images, output = Path(data), None if images is None else Path(images), Path(output)
     check_file(output, "yml", force=force)
     start = time.monotonic()
     most = usable_threads()
@@ -135,7 +136,7 @@ def tune_bundles(
     )
     bench = prepare_bench(
         BenchRequest(
-            bundles=bundles,
+            bundles=[Path(bundle) for bundle in bundles],
             annotations=data,
             settings=settings,
             image_dir=images,
@@ -149,7 +150,7 @@ def tune_bundles(
             accuracy=accuracy,
             accuracy_images=accuracy_limit,
             cell_timeout_s=cell_timeout,
-            engine_cache=engine_cache,
+            engine_cache=Path(engine_cache),
         )
     )
     opened = {identity: Bundle.open(path) for identity, path in bench.plan.bundles.items()}
@@ -177,14 +178,14 @@ def tune_bundles(
                 settings,
                 journal,
                 limits=limits(bench.request),
-                engine_cache=engine_cache,
+                engine_cache=bench.request.engine_cache,
                 about=about(bench.request, machine),
                 progress=report,
             )
 
         look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
         session = _Session(search, opened, engines, measure, look, settings, accuracy, progress)
-        for cell, result, file in reuse(results, search.cells, now):
+        for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
             session.add(cell, result, file.settings.quick)
         reused = len(search.known)
         for note in bench.notes:

@@ -530,30 +530,25 @@ def _in_the_way(place: Path, what: str, output: Path) -> OutputError:
     return OutputError(problem, f"Move it away, or choose another --output than {output.name}.")
 
 
-def _contents(place: Path, made: str) -> Iterator[tuple[Path, bool]]:
+def _contents(place: Path, made: str, below: str = "") -> Iterator[tuple[Path, bool]]:
     """What is in a folder of unfinished work beside its mark, and whether the command made it; folders come last.
 
     It did not make a link, nor a file that has another name elsewhere: writing to it would write there.
     """
-
-    def walk(folder: Path) -> Iterator[tuple[Path, bool]]:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                path = Path(entry.path)
-                name = path.relative_to(place).as_posix()
-                if entry.is_dir(follow_symlinks=False):
-                    if _PARTIAL in entry.name and _is_partial(path):
-                        yield path, True
-                    elif re.fullmatch(made, f"{name}/"):
-                        yield from walk(path)
-                        yield path, True
-                    else:
-                        yield path, False
-                elif name != _MARK:
+    with os.scandir(place / below) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path, name = Path(entry.path), f"{below}{entry.name}"
+            if not entry.is_dir(follow_symlinks=False):
+                if name != _MARK:
                     status = entry.stat(follow_symlinks=False)
                     yield path, stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and bool(re.fullmatch(made, name))
-
-    yield from walk(place)
+            elif _PARTIAL in entry.name and _is_partial(path):
+                yield path, True
+            else:
+                own = bool(re.fullmatch(made, f"{name}/"))
+                if own:
+                    yield from _contents(place, made, f"{name}/")
+                yield path, own
 
 
 def _remove_made(place: Path, made: str) -> None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -142,10 +141,8 @@ class DynamicBatcher(Generic[In, Out]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(drain=error is None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)
 
     def submit(self, payload: In, size: Size, timeout_ms: float) -> Future[Out]:
         """Ask for an answer within so many milliseconds. `size`: of the network's input for this image, pixels.

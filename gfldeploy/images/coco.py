@@ -128,8 +128,8 @@ class CocoDataset:
         with reading(annotations, DataError, _GIVE_COCO):
             listed = _parse_images(source["images"], annotations)
             categories = _parse_categories(source["categories"], annotations)
-            boxes, notes = _parse_annotations(source["annotations"], annotations)
-            boxes = _check_references(boxes, listed, categories, annotations, notes)
+            ids = {image.id for image, _, _ in listed}, {category.id for category in categories}
+            boxes, notes = _parse_annotations(source["annotations"], annotations, *ids)
         listed.sort(key=lambda item: (isinstance(item[0].id, str), item[0].id))
         kept = [_located(image, name, folders, where) for image, name, where in listed[:limit]]
         if absent := [str(image.path) for image in kept if not _is_file(image.path)]:
@@ -137,14 +137,10 @@ class CocoDataset:
                 f"{len(absent)} of {len(kept)} images of {annotations} are missing: {_first(absent)}",
                 "Give the directory in which the annotations' file names start as the image directory.",
             )
-        ids = {image.id for image in kept}
-        return cls(
-            tuple(kept),
-            tuple(categories),
-            tuple(box for box in boxes if box.image_id in ids),
-            frozenset(box.category_id for box in boxes),
-            tuple(notes),
-        )
+        kept_ids = {image.id for image in kept}
+        some = tuple(box for box in boxes if box.image_id in kept_ids)
+        labelled = frozenset(box.category_id for box in boxes)
+        return cls(tuple(kept), tuple(categories), some, labelled, tuple(notes))
 
     def class_to_category(self, classes: Sequence[str]) -> list[CocoId | None]:
         """The category id of each class of a detector: `match` without its notes."""
@@ -355,41 +351,53 @@ def _is_file(path: Path) -> bool:
 _Listed: TypeAlias = tuple[CocoImage, str, str]
 
 
+def _entries(entries: list[Any], kind: str, keys: Sequence[str], path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The entries of a list, which must be objects with these keys, and the place of each in the annotation file."""
+    for position, entry in enumerate(entries):
+        where = f"{path}: {kind}[{position}]"
+        if not isinstance(entry, dict):
+            raise DataError(f"{where} is not an object", _GIVE_COCO)
+        if missing := [key for key in keys if key not in entry]:
+            raise DataError(f"{where} has no {', '.join(missing)}", _GIVE_BOXES)
+        yield entry, where
+
+
 def _parse_images(entries: list[Any], path: Path) -> list[_Listed]:
     """The images, each with its file name and its place in the annotation file."""
     images: list[_Listed] = []
-    for position, entry in enumerate(entries):
-        where = f"{path}: images[{position}]"
-        values = _take(entry, ("id", "file_name"), where)
-        name = values["file_name"]
+    for entry, where in _entries(entries, "images", ("id", "file_name"), path):
+        name = entry["file_name"]
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: file_name is {_short(name)}", "It must be a relative path.")
         sides = [_pixels(entry.get(key)) for key in ("height", "width")]
-        images.append((CocoImage(_id(values["id"], where), Path(), *sides), name, where))
+        images.append((CocoImage(_id(entry["id"], where), Path(), *sides), name, where))
     _check_unique((image.id for image, _, _ in images), "image", path)
     return images
 
 
 def _parse_categories(entries: list[Any], path: Path) -> list[CocoCategory]:
     categories = []
-    for position, entry in enumerate(entries):
-        where = f"{path}: categories[{position}]"
-        values = _take(entry, ("id", "name"), where)
-        name = str(values["name"]) if _is_int(values["name"]) else values["name"]
+    for entry, where in _entries(entries, "categories", ("id", "name"), path):
+        name = str(entry["name"]) if _is_int(entry["name"]) else entry["name"]
         if not isinstance(name, str):
             raise DataError(f"{where}: name is {_short(name)}", "It must be text.")
-        categories.append(CocoCategory(_id(values["id"], where), name))
+        categories.append(CocoCategory(_id(entry["id"], where), name))
     _check_unique((category.id for category in categories), "category", path)
     return categories
 
 
-def _parse_annotations(entries: list[Any], path: Path) -> tuple[list[CocoAnnotation], list[str]]:
-    """Those with a box, and notes about the others."""
-    annotations = []
+def _parse_annotations(
+    entries: list[Any], path: Path, images: set[CocoId], categories: set[CocoId]
+) -> tuple[list[CocoAnnotation], list[str]]:
+    """Those with a box and of a listed image, and notes about the others.
+
+    Raises `DataError` if all are of other images, and for an unknown category.
+    """
+    kept: list[CocoAnnotation] = []
+    strangers: list[CocoId] = []
+    unknown: list[CocoId] = []
     bare = 0
-    for position, entry in enumerate(entries):
-        where = f"{path}: annotations[{position}]"
-        values = _take(entry, ("image_id", "category_id"), where)
+    for entry, where in _entries(entries, "annotations", ("image_id", "category_id"), path):
         box = entry.get("bbox")
         if box is None or box == []:
             bare += 1
@@ -400,62 +408,33 @@ def _parse_annotations(entries: list[Any], path: Path) -> tuple[list[CocoAnnotat
                 "It must be [x, y, width, height], finite, with no negative width or height.",
             )
         x, y, width, height = map(float, box)
-        area = entry.get("area")
-        area = width * height if area is None else area
+        area = width * height if entry.get("area") is None else entry["area"]
         if not _is_finite(area) or area < 0:
             raise DataError(f"{where}: area is {_short(area)}", "It must be a number of square pixels.")
         crowd = entry.get("iscrowd") or 0
         if isinstance(crowd, str | list | dict) or crowd not in (0, 1):
             raise DataError(f"{where}: iscrowd is {_short(crowd)}", "It must be 0 or 1.")
-        annotations.append(
-            CocoAnnotation(
-                image_id=_id(values["image_id"], f"{where}: image_id"),
-                category_id=_id(values["category_id"], f"{where}: category_id"),
-                bbox=(x, y, width, height),
-                area=float(area),
-                crowd=bool(crowd),
-            )
-        )
-    return annotations, [f"{bare} annotations of {path} have no box, and are left out"] if bare else []
-
-
-def _check_references(
-    annotations: list[CocoAnnotation],
-    images: list[_Listed],
-    categories: list[CocoCategory],
-    path: Path,
-    notes: list[str],
-) -> list[CocoAnnotation]:
-    """Those of images that the file lists. Raises `DataError` if there are none, and for an unknown category."""
-    image_ids = {image.id for image, _, _ in images}
-    category_ids = {category.id for category in categories}
-    kept = [item for item in annotations if item.image_id in image_ids]
-    lost = list(dict.fromkeys(item.image_id for item in annotations if item.image_id not in image_ids))
-    unknown = [item.category_id for item in annotations if item.category_id not in category_ids]
-    for kind, count, ids in (
-        ("image", len(annotations) if lost and not kept else 0, lost),
-        ("category", len(unknown), dict.fromkeys(unknown)),
-    ):
-        if count:
+        image_id = _id(entry["image_id"], f"{where}: image_id")
+        category_id = _id(entry["category_id"], f"{where}: category_id")
+        unknown += [] if category_id in categories else [category_id]
+        if image_id in images:
+            kept.append(CocoAnnotation(image_id, category_id, (x, y, width, height), float(area), bool(crowd)))
+        else:
+            strangers.append(image_id)
+    for kind, dangling in (("image", [] if kept else strangers), ("category", unknown)):
+        if dangling:
             raise DataError(
-                f"{path}: {count} annotations have a dangling {kind} id, one that the file does not define: "
-                f"{_first(map(_short, ids))}",
+                f"{path}: {len(dangling)} annotations have a dangling {kind} id, one that the file does not define: "
+                f"{_first(map(_short, dict.fromkeys(dangling)))}",
                 "Remove them, or add what they refer to.",
             )
-    if lost:
+    notes = [f"{bare} annotations of {path} have no box, and are left out"] if bare else []
+    if lost := dict.fromkeys(strangers):
         notes.append(
-            f"{len(annotations) - len(kept)} annotations of {path} are of {len(lost)} images that it does not list "
+            f"{len(strangers)} annotations of {path} are of {len(lost)} images that it does not list "
             f"({_first(map(_short, lost))}), and are left out"
         )
-    return kept
-
-
-def _take(entry: object, keys: Sequence[str], where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where} is not an object", _GIVE_COCO)
-    if missing := [key for key in keys if key not in entry]:
-        raise DataError(f"{where} has no {', '.join(missing)}", _GIVE_BOXES)
-    return {key: entry[key] for key in keys}
+    return kept, notes
 
 
 def _check_unique(ids: Iterable[CocoId], kind: str, path: Path) -> None:

@@ -8,10 +8,10 @@ import os
 import re
 import stat
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -181,7 +181,8 @@ class CocoDataset:
                 )
             ids = (found[name].id if name in found else None for name in names)
             return ClassMatch(tuple(ids), tuple(notes))
-        lined = self._as_many(len(names))
+        lined = self.categories if len(self.categories) == len(names) else self._with_boxes(self.categories)
+        lined = lined if len(lined) == len(names) else ()
         if lined and all(found.get(name, one) is one for name, one in zip(names, lined, strict=True)):
             pairs = [f"{name!r} is {one.name!r}" for name, one in zip(names, lined, strict=True) if name != one.name]
             told = f"categories were matched by their position in the annotations, not by name: {_first(pairs)}"
@@ -222,37 +223,26 @@ class CocoDataset:
 
     def _by_name(self, classes: Sequence[str]) -> dict[str, CocoCategory]:
         """The category of each class that has one, in the order of the classes."""
-        exact: dict[str, list[CocoCategory]] = {}
-        loose: dict[str, list[CocoCategory]] = {}
+        exact: dict[str, list[CocoCategory]] = defaultdict(list)
+        loose: dict[str, list[CocoCategory]] = defaultdict(list)
         for category in self.categories:
-            exact.setdefault(category.name, []).append(category)
-            loose.setdefault(_loosely(category.name), []).append(category)
-        known = set(classes)
+            exact[category.name].append(category)
+            if category.name not in classes:
+                loose[_loosely(category.name)].append(category)
         once = Counter(map(_loosely, classes))
         found = {}
         for name in classes:
-            some = exact.get(name)
-            if some is None and once[_loosely(name)] == 1:
-                some = [one for one in loose.get(_loosely(name), []) if one.name not in known]
-            if some:
-                found[name] = self._one_of(some)
+            same = exact[name] or (loose[_loosely(name)] if once[_loosely(name)] == 1 else [])
+            if len(with_boxes := self._with_boxes(same)) > 1:
+                raise DataError(
+                    f"{len(with_boxes)} categories of the annotations are called {same[0].name!r}, and all have boxes",
+                    "Give each category a name of its own.",
+                )
+            if same:
+                found[name] = with_boxes[0] if with_boxes else same[-1]
         return found
 
-    def _one_of(self, same: Sequence[CocoCategory]) -> CocoCategory:
-        """Of categories of one name the one that has boxes. Raises `DataError` if several have."""
-        if len(with_boxes := self._with_boxes(same)) > 1:
-            raise DataError(
-                f"{len(with_boxes)} categories of the annotations are called {same[0].name!r}, and all have boxes",
-                "Give each category a name of its own.",
-            )
-        return with_boxes[0] if with_boxes else same[-1]
-
-    def _as_many(self, count: int) -> list[CocoCategory] | None:
-        """So many categories in their order; if there are more, those that have boxes."""
-        some = self.categories if len(self.categories) == count else self._with_boxes(self.categories)
-        return list(some) if len(some) == count else None
-
-    def _with_boxes(self, categories: Sequence[CocoCategory]) -> list[CocoCategory]:
+    def _with_boxes(self, categories: Sequence[CocoCategory]) -> Sequence[CocoCategory]:
         return [one for one in categories if one.id in self.labelled]
 
 
@@ -311,24 +301,16 @@ def _image_folders(annotations: Path, image_dir: Path | None) -> tuple[Path, ...
 
 def _located(image: CocoImage, name: str, folders: Sequence[Path], where: str) -> CocoImage:
     """The image with its file. Raises `DataError` where the name leads out of the folders."""
-    spellings = dict.fromkeys(_spellings(name))
+    as_url = unquote(name, errors="surrogateescape")
+    spellings = dict.fromkeys([name, name.replace("\\", "/"), as_url, as_url.replace("\\", "/")])
     places = [folder / one for one in spellings for folder in folders if _may_be(folder / one, folder)]
-    if found := next((place for place in places if _is_file(place)), None):
-        return CocoImage(image.id, found, image.height, image.width)
-    if not places or _escapes(name):
+    found = next((place for place in places if _is_file(place)), None)
+    if found is None and (not places or _escapes(name)):
         raise DataError(
             f"{where}: file_name {_short(name)} leads outside the image directory {folders[0]}",
             "Give --images, the folder that holds all of them, or relative paths without '..'.",
         )
-    return CocoImage(image.id, places[0], image.height, image.width)
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """As it is written, then as Windows and URLs write it."""
-    yield name
-    yield name.replace("\\", "/")
-    yield unquote(name, errors="surrogateescape")
-    yield unquote(name, errors="surrogateescape").replace("\\", "/")
+    return replace(image, path=found or places[0])
 
 
 def _may_be(path: Path, folder: Path) -> bool:

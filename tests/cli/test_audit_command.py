@@ -124,8 +124,7 @@ def test_annotations(
     arguments = ("--data", path, "--images", tiny_coco.parent / "images", "--config-or-bundle", tiny_bundle)
     assert rows(*arguments, "--batch-sizes", "6")[1] == by_key, "the files are believed"
     assert (
-        "1 images have another size than their annotations say (1.jpg); the files are right"
-        in (audit(*arguments)[1])
+        "1 images have another size than their annotations say (1.jpg); the files are right" in (audit(*arguments)[1])
     )
 
 

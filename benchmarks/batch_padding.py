@@ -1,4 +1,4 @@
-"""What mixed orientations cost a batch, and what grouping by size gives back.
+"""What mixed orientations cost a batch, and what bucketing by size gives back.
 
     python benchmarks/batch_padding.py --bundle r50_int8 --data annotations.json --precision int8 --photos 427x640 \\
         --name gfl_r50_int8 --machine epyc-2core
@@ -6,10 +6,10 @@
 Of the data, images of the most common landscape and of the most common portrait input size, as many of each, in turn;
 with `--photos`, any landscape and portrait images, cropped and resized to photographs of that height and width and of
 the same turned upright: 427x640 is 3:2, which the 800x1333 rule makes 800x1216 and 1216x800, the classic case of 1.52.
-Interleaved, `--rounds` times: batch 1; and of each batch size the images as listed (padded to a common size), grouped
-by size, and those of each orientation alone ("uniform": the mean of both). Prints images a second and the ratios that
-matter, of the network and from file to boxes, each the median over the rounds with the least and the most; writes all
-passes to results/MACHINE/checks/NAME_padding.json beside this script.
+Interleaved, `--rounds` times: batch 1; and of each batch size the images listed (padded to a common size), bucketed,
+and those of each orientation alone (as their mean). Prints images a second and the ratios that matter, of the network
+and from file to boxes, each the median over the rounds with the smallest and the largest; writes all passes to
+results/MACHINE/checks/NAME_padding.json beside this script.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from pathlib import Path
 
 import cv2
 
-from gfldeploy.analysis.sweep import Arrangement, Pass, input_sizes, run_pass
-from gfldeploy.batching.buckets import Size, group
+from gfldeploy.analysis.sweep import Pass, input_sizes, run_pass
+from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.stages import time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
-# How the images are arranged: mixed orientations as listed, the same grouped by size, one orientation alone.
-WAYS = ("naive", "grouped", "landscape", "portrait")
+# Orders of images of both orientations, or one orientation alone.
+WAYS = ("listed", "bucketed", "landscape", "portrait")
 Leg = tuple[int, str]
 
 
@@ -74,11 +75,10 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                 way, (mixed, sizes)
             )
             inputs = inputs * (len(paths) // len(inputs))
-            arrangement = Arrangement(batch_size, "bucketed" if way == "grouped" else "listed")
-            groups = group(inputs, batch_size, arrangement.order)
-            return run_pass(engine, paths, bundle, arrangement, groups, inputs)
+            order: Order = "bucketed" if way == "bucketed" else "listed"
+            return run_pass(engine, paths, bundle, inputs, batch_size, order)
 
-        legs: list[Leg] = [(1, "naive"), *((size, way) for size in args.batch_sizes for way in WAYS)]
+        legs: list[Leg] = [(1, "listed"), *((size, way) for size in args.batch_sizes for way in WAYS)]
         for size in (1, *args.batch_sizes):  # warm up every shape
             for paths in (mixed[:size], landscape[:size], portrait[:size]):
                 time_batch(engine, [paths[k % len(paths)] for k in range(size)], bundle)
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     }  # fmt: skip
     write_json(output, record)
     shown = " and ".join(f"{height}x{width}" for height, width in sizes)
-    print(f"Images of {shown}, padded together {passes[args.batch_sizes[0], 'naive'][0].padding:.2f}x\n")
+    print(f"Images of {shown}, padded together {passes[args.batch_sizes[0], 'listed'][0].padding:.2f}x\n")
     print(table(passes))
 
 
@@ -142,18 +142,18 @@ def choose(bundle: Bundle, paths: Sequence[Path], count: int) -> tuple[list[Path
 
 
 def table(passes: dict[Leg, list[Pass]]) -> str:
-    """Images a second by batch size and arrangement, and the ratios that are judged."""
-    head = ("batch", "naive", "grouped", "uniform", "grouped / naive", "grouped / uniform", "grouped / batch 1")
+    """Images a second by batch size and order, and the ratios that are judged."""
+    head = ("batch", "listed", "bucketed", "alone", "bucketed / listed", "bucketed / alone", "bucketed / batch 1")
     lines = []
     for name, what in (("inference_ms", "The network"), ("end_to_end_ms", "From file to boxes")):
         ms = {leg: [float(getattr(one, name)) for one in found] for leg, found in passes.items()}
         lines += [f"{what}, images a second:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        lines.append(f"| 1 | {rate(ms[1, 'naive'])} | | | | | |")
+        lines.append(f"| 1 | {rate(ms[1, 'listed'])} | | | | | |")
         for size in dict.fromkeys(leg[0] for leg in passes if leg[0] > 1):
-            naive, grouped, wide, tall = (ms[size, way] for way in WAYS)
-            uniform = [(a + b) / 2 for a, b in zip(wide, tall, strict=True)]
-            rates = [rate(one) for one in (naive, grouped, uniform)]
-            ratios = [ratio(grouped, one) for one in (naive, uniform, ms[1, "naive"])]
+            listed, bucketed, wide, tall = (ms[size, way] for way in WAYS)
+            alone = [(a + b) / 2 for a, b in zip(wide, tall, strict=True)]
+            rates = [rate(one) for one in (listed, bucketed, alone)]
+            ratios = [ratio(bucketed, one) for one in (listed, alone, ms[1, "listed"])]
             lines.append(f"| {size} | {' | '.join(rates + ratios)} |")
         lines.append("")
     return "\n".join(lines)

@@ -26,11 +26,12 @@ from pathlib import Path
 from gfldeploy.bundle import Bundle
 from gfldeploy.detector import Detector
 from gfldeploy.engines.base import EngineOptions, Precision
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent

@@ -27,9 +27,10 @@ import psutil
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, EngineOptions, Precision
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, check_bundle, open_engine
 from gfldeploy.files import write_json
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 HEADER = "| engine | precision | MB after {early} images | MB after {images} | ratio | ms |\n|---|---|---|---|---|---|"

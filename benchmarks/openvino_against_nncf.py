@@ -30,15 +30,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import ap_difference, coco_accuracy, results_of
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
+from gfldeploy.batching.buckets import Group
 from gfldeploy.bundle import Bundle, Graph, Manifest
 from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.openvino_engine import OpenVinoEngine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 _WARMUP = 3
@@ -90,14 +92,14 @@ def main() -> None:
         theirs = nncf_bundle(bundle, args.calib, args.samples, Path(folder))
         options = EngineOptions("int8", "cpu", usable_threads())
         engines = {
-            name: stack.enter_context(OpenVinoEngine(one, options))
+            name: stack.enter_context(OpenVinoEngine(one, options, "onnx"))
             for name, one in {"ours": Bundle.open(args.int8), "nncf": theirs}.items()
         }
         races = [race(engines, shape, args.rounds, args.runs) for shape in shapes]
         operators = {name: count_operators(engine, shapes[0]) for name, engine in engines.items()}
         accuracy: dict[str, Any] = {}
         if not args.no_accuracy:
-            engines["fp32"] = stack.enter_context(OpenVinoEngine(bundle, replace(options, precision="fp32")))
+            engines["fp32"] = stack.enter_context(OpenVinoEngine(bundle, replace(options, precision="fp32"), "onnx"))
             accuracy = compare(engines, dataset, bundle.manifest)
     print("| model | input | ours ms | NNCF ms | ours is faster by |\n|---|---|---|---|---|")
     for one in races:
@@ -115,8 +117,14 @@ def main() -> None:
 
 def compare(engines: Mapping[str, OpenVinoEngine], dataset: CocoDataset, manifest: Manifest) -> dict[str, Any]:
     """mAP of each engine, and by how much that of the first is higher than that of each other one."""
+    category_ids = dataset.class_to_category(manifest.classes)
+    batches = [Group((index,), (0, 0)) for index in range(len(dataset.images))]
     found = {
-        name: results_of(engine, dataset, manifest.preprocess, manifest.nms, manifest.classes)
+        name: [
+            row
+            for index, one in detect_images(engine, dataset, manifest.preprocess, manifest.nms, batches)
+            for row in coco_results(dataset.images[index].id, one, category_ids)
+        ]
         for name, engine in engines.items()
     }
     first, *others = found

@@ -1,8 +1,8 @@
-"""The picture of batch-size.md: what batches of mixed orientation do to throughput, from what batch_padding.py wrote.
+"""The picture of docs/guides/batch-size.md: mixed orientations and throughput, from what batch_padding.py wrote.
 
     python benchmarks/plot_padding.py --machine epyc-2core
 
-Writes batch-size.png beside this script: images a second of the network by batch size, as a share of batch 1, for the
+Writes batch-size.png beside that page: images a second of the network by batch size, as a share of batch 1, for the
 files results/MACHINE/checks/*_padding.json.
 """
 
@@ -18,7 +18,7 @@ import matplotlib
 
 HERE = Path(__file__).resolve().parent
 TITLES = {"gfl_r50_int8": "GFL-R50, INT8", "gfl_r50_fp32": "GFL-R50, FP32", "demo_fp32": "demo detector, FP32"}
-WAYS = {"naive": ("naive, as they come", "tab:red"), "grouped": ("grouped by size", "tab:blue")}
+COLOURS = {"listed": "tab:red", "bucketed": "tab:blue"}
 
 
 def main() -> None:
@@ -35,27 +35,27 @@ def draw(records: dict[str, dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(1, len(records), figsize=(3.2 * len(records), 3), sharey=True, squeeze=False)
     for axis, (title, record) in zip(axes[0], records.items(), strict=True):
-        for way, (label, colour) in WAYS.items():
-            speed = relative(record, way)
-            axis.plot([str(size) for size in speed], list(speed.values()), "o-", color=colour, label=label)
+        for order, colour in COLOURS.items():
+            speed = relative(record, order)
+            axis.plot([str(size) for size in speed], list(speed.values()), "o-", color=colour, label=order)
         axis.axhline(1, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="batch size", ylim=(0, 1.25))
     axes[0, 0].set_ylabel("images/s, batch 1 = 1")
     axes[0, 0].legend(loc="lower left", fontsize=8)
     figure.tight_layout()
-    figure.savefig(HERE / "batch-size.png", dpi=120)
+    figure.savefig(HERE.parent / "docs" / "guides" / "batch-size.png", dpi=120)
 
 
-def relative(record: dict[str, Any], way: str) -> dict[int, float]:
+def relative(record: dict[str, Any], order: str) -> dict[int, float]:
     """Images a second of the network by batch size, by those of batch 1: the median of the rounds."""
     milliseconds = {
         (leg["batch_size"], leg["way"]): [one["inference_ms"] for one in leg["rounds"]] for leg in record["legs"]
     }
-    single = milliseconds[1, "naive"]
+    single = milliseconds[1, "listed"]
     return {1: 1.0} | {
         size: statistics.median(one / many for one, many in zip(single, rounds, strict=True))
         for (size, other), rounds in milliseconds.items()
-        if other == way and size > 1
+        if other == order and size > 1
     }
 
 

@@ -24,8 +24,7 @@ from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.images.decode import read_image
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size, read_image
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.engine_selection import Choice, choose
 from gfldeploy.predict.pipeline import detect_groups

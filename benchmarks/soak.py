@@ -36,11 +36,12 @@ from gfldeploy.batching.policy import Adaptive
 from gfldeploy.bench.scenarios import measure_points
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import RejectedError
 from gfldeploy.files import write_json
 from gfldeploy.images.preprocess import Prepared
-from gfldeploy.machine import describe_machine, usable_threads
+from gfldeploy.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 _PHASES = ((30.0, 0.7), (40.0, 1.5))  # until that many seconds of a round: how high the load is

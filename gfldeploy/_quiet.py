@@ -25,7 +25,7 @@ class _Stderr:
 
 
 def _settle_ppdet_loggers(sink: io.StringIO) -> None:
-    """Let ppdet's loggers report errors only, and on stderr: they keep the stream that was stdout at import."""
+    """Let ppdet's loggers report errors only, on stderr; they keep the stream that was stdout at their import."""
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] != "ppdet" or not isinstance(logger, logging.Logger):
             continue
@@ -56,9 +56,9 @@ def _no_native_output(*descriptors: int) -> Iterator[None]:
 def quiet(*, native_stderr: bool = False) -> Iterator[None]:
     """Swallow prints, warnings and log lines of third-party code inside the block; exceptions pass.
 
-    Only for imports and calls into other packages, never around our own code: it replaces `sys.stdout` and
-    `sys.stderr`, and what C++ code writes to stdout, for the whole process while it lasts. C++ code keeps stderr, so
-    that the last words of a crash are not lost, unless `native_stderr` silences it too.
+    Only for imports and calls into other packages, never around our own code: it replaces `sys.stdout`, `sys.stderr`
+    and the stdout of C++ code for the whole process. C++ code keeps its stderr, so that the last message of a crash is
+    not lost, unless `native_stderr` silences it too.
     """
     sink = io.StringIO()
     with (

@@ -20,22 +20,21 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from types import NoneType
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self
 
-from gfldeploy.bundle_records import RECORDS, check_record
+from gfldeploy.bundle_records import RECORDS
 from gfldeploy.detections import NmsParams
-from gfldeploy.errors import BundleError, GfldeployError, reading
-from gfldeploy.files import atomic_directory, read_json, sha256, write_json
+from gfldeploy.errors import BundleError, DataError, reading
+from gfldeploy.files import atomic_directory, read_json, sha256
 from gfldeploy.graph_guard import check_graph
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.serialization import FileFormat, Versioned, check
 
 __all__ = [
     "LAYERS",
     "MANIFEST",
-    "SCHEMA",
     "Bundle",
     "FileRecord",
     "Graph",
@@ -45,20 +44,19 @@ __all__ = [
     "write_bundle",
 ]
 
-SCHEMA = 3
-_OLDEST_SCHEMA = 2  # older ones are refused, from here on they are upgraded on reading
 MANIFEST = "manifest.json"
 LAYERS = "layers.json"
 _AGAIN = "Export the bundle again."
-# What no detector reaches: what a bundle says must not take memory or time that has nothing to do with its size.
+# What no detector reaches.
 _MOST_FILES = 100
 _MOST_DEPTH = 8
 _MOST_BYTES = 8 << 30  # of a file
-_MOST_TEXT = 10_000
 _MOST_CLASSES = 100_000
+_MOST_LEVELS = 16
 _MOST_STRIDE = 4096
 _MOST_BATCH = 4096
 _MOST_REG_MAX = 10_000
+_MOST_PARAMETERS = 10**13
 _MOST_CANDIDATES = 10**7
 _LARGEST_SIDE = 8192
 GraphName = Literal["paddle", "paddle_program", "onnx", "onnx_fp16", "onnx_tensorrt", "paddledetection"]
@@ -69,8 +67,13 @@ class TensorSpec:
     """A graph input or output. A dimension of `None` is free."""
 
     name: str
-    dtype: str
+    dtype: Literal["float32", "int32"]
     shape: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        _need(1 <= len(self.shape) <= 4, "shape", list(self.shape))
+        for size in self.shape:
+            _need(size is None or 1 <= size <= _MOST_CANDIDATES, "shape", list(self.shape))
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,17 @@ class FileRecord:
     sha256: str
     bytes: int
 
+    def __post_init__(self) -> None:
+        _need(bool(re.fullmatch("[0-9a-f]{64}", self.sha256)), "sha256", self.sha256)
+
+
+def _unchanged(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 added `candidates`, schema 3 `left_out` and `notes`: absent, they have their defaults."""
+    return data
+
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Versioned):
     """`manifest.json`.
 
     `graphs`: `paddle` (PIR), `paddle_program` (the older format, which PaddleSlim and oneDNN INT8 need), `onnx` (with
@@ -103,7 +114,11 @@ class Manifest:
     `candidates`: how many anchors of an image the graphs decode, those with the highest scores; None for all.
     `classes`: names in the order of the score channels. `score_channels` may exceed their number: GFLv2 has one more.
     `provenance`: config, checkpoint digest, versions, command line; for people, nothing reads it back.
+
+    Raises `BundleError` for what no detector has: what a bundle says must not take memory or time beyond its size.
     """
+
+    FORMAT = FileFormat("a manifest", "gfldeploy export", 3, {1: _unchanged, 2: _unchanged}, BundleError)
 
     name: str
     precision: Literal["fp32", "int8"]
@@ -122,166 +137,41 @@ class Manifest:
     candidates: int | None = None
     left_out: Mapping[GraphName, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    schema: int = SCHEMA
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; `from_dict` is the inverse."""
-        data = asdict(self)
-        data["preprocess"] = self.preprocess.to_dict()
-        data["nms"] = self.nms.to_dict()
-        return {"schema": data.pop("schema"), **data}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        """Check and build. Raises `BundleError` for another schema, unknown or missing keys and wrong types."""
-        if not isinstance(data, dict) or not _is(data.get("schema"), int) or data["schema"] < 1:
-            raise BundleError("the manifest has no schema number", "Export the bundle again.")
-        if data["schema"] > SCHEMA:
-            raise BundleError(
-                f"the manifest has schema {data['schema']}, this gfldeploy reads up to {SCHEMA}",
-                "Update gfldeploy, or export the bundle again with this version.",
-            )
-        if data["schema"] < _OLDEST_SCHEMA:
-            raise BundleError(
-                f"the manifest has schema {data['schema']}, of an older gfldeploy; this one reads schemas from "
-                f"{_OLDEST_SCHEMA} on",
-                "Export the bundle again; quantise the new one for INT8.",
-            )
-        if data["schema"] == 2:  # before `left_out` and `notes`
-            data = {"left_out": {}, "notes": [], **data, "schema": SCHEMA}
-        known = set(cls.__dataclass_fields__)
-        if set(data) != known:
-            odd = sorted(set(data) ^ known)
-            raise BundleError(f"the manifest has unknown or missing keys: {_some(odd)}", _AGAIN)
-        try:
-            for key, kind in _KINDS.items():
-                _need(_is(data[key], kind), key, data[key])
-            _need(data["precision"] in ("fp32", "int8"), "precision", data["precision"])
-            for key in ("graphs", "inputs", "outputs"):
-                _need(bool(data[key]), key, data[key])
-            if data["candidates"] is not None:
-                _whole("candidates", data["candidates"], 1, _MOST_CANDIDATES)
-            _whole("reg_max", data["reg_max"], 1, _MOST_REG_MAX)
-            _whole("parameters", data["parameters"], 0, 10**13)
-            manifest = cls(
-                **{
-                    **data,
-                    "name": _text("name", data["name"]),
-                    "graphs": {key: _graph(key, value) for key, value in data["graphs"].items()},
-                    "inputs": tuple(_tensor_spec(spec) for spec in data["inputs"]),
-                    "outputs": tuple(_tensor_spec(spec) for spec in data["outputs"]),
-                    "preprocess": Preprocess.from_dict(data["preprocess"]),
-                    "nms": NmsParams.from_dict(data["nms"]),
-                    "classes": tuple(_text("classes", name) for name in data["classes"][: _MOST_CLASSES + 1]),
-                    "strides": tuple(_whole("strides", one, 1, _MOST_STRIDE) for one in data["strides"]),
-                    "files": {_inside(key): _file_record(key, value) for key, value in data["files"].items()},
-                    "left_out": {_graph_name(key): _text(key, value) for key, value in data["left_out"].items()},
-                    "notes": tuple(_text("notes", value) for value in data["notes"]),
-                }
-            )
-            _check_together(manifest)
-            return manifest
-        except GfldeployError as error:
-            raise BundleError(f"the manifest cannot be read: {error.problem}", _AGAIN) from error
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise BundleError(f"the manifest cannot be read: {error!s:.200}", _AGAIN) from error
-
-
-_KINDS: dict[str, type] = {
-    "name": str,
-    "precision": str,
-    "graphs": dict,
-    "inputs": list,
-    "outputs": list,
-    "preprocess": dict,
-    "nms": dict,
-    "classes": list,
-    "score_channels": int,
-    "strides": list,
-    "reg_max": int,
-    "parameters": int,
-    "provenance": dict,
-    "files": dict,
-    "left_out": dict,
-    "notes": list,
-}
-
-
-def _is(value: object, kind: type) -> bool:
-    """`isinstance`, where true and false are no numbers."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+    def __post_init__(self) -> None:
+        _need(self.candidates is None or 1 <= self.candidates <= _MOST_CANDIDATES, "candidates", self.candidates)
+        _need(1 <= self.reg_max <= _MOST_REG_MAX, "reg_max", self.reg_max)
+        _need(0 <= self.parameters <= _MOST_PARAMETERS, "parameters", self.parameters)
+        _need(0 < len(self.strides) <= _MOST_LEVELS, "strides", list(self.strides[:5]))
+        _need(all(1 <= stride <= _MOST_STRIDE for stride in self.strides), "strides", list(self.strides))
+        _need(0 < len(self.classes) <= _MOST_CLASSES, "classes", list(self.classes[:5]))
+        extra = self.score_channels - len(self.classes)
+        if extra not in (0, 1):  # 1: GFLv2
+            raise BundleError(f"{len(self.classes)} classes do not fit {self.score_channels} score channels", _AGAIN)
+        _need(bool(self.graphs), "graphs", dict(self.graphs))
+        for name, graph in self.graphs.items():
+            _need((graph.params is None) != name.startswith("paddle"), f"graphs.{name}", graph)
+        _need(bool(self.outputs), "outputs", list(self.outputs))
+        (image, *more) = self.inputs or (None,)
+        right = image is not None and not more and (image.name, image.dtype) == ("image", "float32")
+        _need(right, "inputs", list(self.inputs))
+        assert image is not None
+        _need(len(image.shape) == 4 and image.shape[1] == 3, "the image's shape", list(image.shape))
+        for size, most in zip(image.shape, (_MOST_BATCH, 3, _LARGEST_SIDE, _LARGEST_SIDE), strict=True):
+            _need(size is None or size <= most, "the image's shape", list(image.shape))
+        for file in self.files:  # relative, below the bundle, in one spelling
+            path = PurePosixPath(file)
+            if not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != file or "\0" in file:
+                raise BundleError(f"it names files outside the bundle: {file!r:.60}", "Do not use this bundle.")
 
 
 def _need(right: bool, key: str, value: object) -> None:
     if not right:
-        raise ValueError(f"{key} is {str(value) if isinstance(value, int) else repr(value):.60}")
+        raise BundleError(f"{key} is {value!r:.60}", _AGAIN)
 
 
-def _whole(key: str, value: Any, least: int, most: int) -> int:
-    _need(_is(value, int) and least <= value <= most, key, value)
-    return int(value)
-
-
-def _text(key: str, value: Any) -> str:
-    _need(_is(value, str) and len(value) <= _MOST_TEXT, key, value)
-    _need(not any("\ud800" <= one <= "\udfff" for one in value), key, value)  # halves of a pair: no text
-    return str(value)
-
-
-def _inside(name: str) -> str:
-    """A path as the manifest writes it: relative, below the bundle, in one spelling."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != name or "\0" in name:
-        raise BundleError(f"it names files outside the bundle: {name!r:.60}", "Do not use this bundle.")
-    return name
-
-
-def _graph_name(name: Any) -> GraphName:
-    _need(name in get_args(GraphName), "a graph's name", name)
-    return cast(GraphName, name)
-
-
-def _graph(name: str, data: Any) -> Graph:
-    _graph_name(name)
-    graph = Graph(**data)
-    _need(_is(graph.model, str) and _is(graph.params, str if name.startswith("paddle") else NoneType), name, data)
-    return graph
-
-
-def _file_record(name: str, data: Any) -> FileRecord:
-    record = FileRecord(**data)
-    _need(_is(record.sha256, str) and bool(re.fullmatch("[0-9a-f]{64}", record.sha256)), f"the digest of {name}", data)
-    _whole(f"the size of {name}", record.bytes, 0, 1 << 50)
-    return record
-
-
-def _tensor_spec(data: Any) -> TensorSpec:
-    spec = TensorSpec(**{**data, "shape": tuple(data["shape"])})
-    _text("a tensor's name", spec.name)
-    _need(spec.dtype in ("float32", "int32"), "a tensor's type", spec.dtype)
-    _need(1 <= len(spec.shape) <= 4, "a tensor's shape", data["shape"])
-    for size in spec.shape:
-        if size is not None:
-            _whole("a tensor's size", size, 1, _MOST_CANDIDATES)
-    return spec
-
-
-def _check_together(manifest: Manifest) -> None:
-    """What each part says is possible; here, whether they go together. Raises `ValueError`."""
-    image = manifest.inputs[0]
-    _need(len(manifest.inputs) == 1 and image.name == "image" and image.dtype == "float32", "inputs", manifest.inputs)
-    _need(len(image.shape) == 4 and image.shape[1] == 3, "the image's shape", list(image.shape))
-    for size, most in zip(image.shape, (_MOST_BATCH, 3, _LARGEST_SIDE, _LARGEST_SIDE), strict=True):
-        _need(size is None or size <= most, "the image's shape", list(image.shape))
-    _need(0 < len(manifest.classes) <= _MOST_CLASSES, "classes", list(manifest.classes[:5]))
-    _need(0 < len(manifest.strides) <= 16, "strides", list(manifest.strides[:5]))
-    extra = manifest.score_channels - len(manifest.classes)
-    if extra not in (0, 1):  # 1: GFLv2
-        raise ValueError(f"{len(manifest.classes)} classes do not fit {manifest.score_channels} score channels")
-
-
-def _check_outputs(manifest: Manifest) -> None:
-    """Those of a detector, see ARCHITECTURE.md. Raises `BundleError`."""
+def _wrong_output(manifest: Manifest) -> str | None:
+    """What keeps the outputs from being those of a detector, see docs/contracts.md."""
     outputs = {spec.name: spec for spec in manifest.outputs}
     for name, rank, last in (("scores", 3, manifest.score_channels), ("boxes", 3, 4), ("anchors", 2, None)):
         spec = outputs.pop(name, None)
@@ -289,9 +179,8 @@ def _check_outputs(manifest: Manifest) -> None:
         if spec is not None:
             right = len(spec.shape) == rank and (last is None or spec.shape[-1] in (None, last))
         if not right:
-            raise BundleError(f"the output {name} is {list(spec.shape) if spec else 'missing'}", _AGAIN)
-    if outputs:
-        raise BundleError(f"there is an unknown output: {next(iter(outputs))!r:.60}", _AGAIN)
+            return f"the output {name} is {list(spec.shape) if spec else 'missing'}"
+    return f"there is an unknown output: {next(iter(outputs))!r:.60}" if outputs else None
 
 
 @dataclass(frozen=True)
@@ -318,13 +207,9 @@ class Bundle:
         if not found:
             raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", "Make one with `gfldeploy export`.")
         present = set(_files_below(directory)) - {MANIFEST}
-        with reading(path, BundleError, _AGAIN):
-            try:
-                manifest = Manifest.from_dict(read_json(path))
-                if detector:
-                    _check_outputs(manifest)
-            except BundleError as error:
-                raise BundleError(f"{path}: {error.problem}", error.remedy) from error
+        manifest = Manifest.read(path)
+        if detector and (problem := _wrong_output(manifest)):
+            raise BundleError(f"{path}: {problem}", _AGAIN)
         bundle = cls(directory, manifest)
         bundle._check_files(present)
         for name in manifest.files:
@@ -337,6 +222,10 @@ class Bundle:
                 bundle.verify_files()  # says it better where the file has only been damaged
                 raise
         return bundle
+
+    def __fspath__(self) -> str:
+        """The directory: a function that takes the path of a bundle takes an opened one, too."""
+        return os.fspath(self.directory)
 
     @property
     def name(self) -> str:
@@ -359,7 +248,7 @@ class Bundle:
             )
         if graph is None:
             there = ", ".join(self.manifest.graphs)
-            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", "Export the bundle again.")
+            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", _AGAIN)
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
 
     def layers(self) -> dict[str, str]:
@@ -375,22 +264,24 @@ class Bundle:
             return None
         path = self.directory / name
         with reading(path, BundleError, _AGAIN):
-            return check_record(name, read_json(path), path)
+            data = read_json(path)
+            try:
+                check(RECORDS[name], data)
+            except DataError as error:
+                raise BundleError(f"{path}: {error.problem}", _AGAIN) from error
+            assert isinstance(data, dict)
+            return data
 
     def verify_files(self) -> None:
         """Hash every file again. Raises `BundleError` naming the first that changed."""
         self._check_files(set(_files_below(self.directory)) - {MANIFEST})
         for name, record in self.manifest.files.items():
-            try:
-                same = sha256(self.directory / name) == record.sha256
-            except OSError as error:
-                raise BundleError(
-                    f"{self.directory / name} cannot be read: {error.strerror or error}", "Copy the bundle again."
-                ) from error
+            path = self.directory / name
+            with reading(path, BundleError, "Copy the bundle again."):
+                same = sha256(path) == record.sha256
             if not same:
                 raise BundleError(
-                    f"{self.directory / name} has changed since the bundle was made",
-                    "Export the bundle again, or restore the file.",
+                    f"{path} has changed since the bundle was made", "Export the bundle again, or restore the file."
                 )
 
     def _check_files(self, present: set[str]) -> None:
@@ -428,10 +319,10 @@ def write_bundle(
         yield directory, manifests
         (manifest,) = manifests
         files = {
-            name: asdict(FileRecord(sha256(directory / name), (directory / name).stat().st_size))
+            name: FileRecord(sha256(directory / name), (directory / name).stat().st_size)
             for name in sorted(_files_below(directory))
         }
-        write_json(directory / MANIFEST, {**manifest.to_dict(), "files": files})
+        replace(manifest, files=files).write(directory / MANIFEST)
         Bundle.open(directory, detector=detector)
 
 

@@ -1,10 +1,10 @@
-"""From a network's candidates to detections: the one NMS that every engine shares."""
+"""Detections, and the one NMS that makes them from the candidates of every engine's network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from gfldeploy.errors import ConfigError, EngineError
 
 __all__ = ["Detections", "NmsParams", "pairwise_iou", "postprocess"]
 
-# Pairs of a candidate and a class that are looked at first, the best of the image: mostly all that is needed, since an
-# image keeps few and no pair can drop a better one. If they leave too few, all pairs are looked at.
+# So many best pairs of a candidate and a class enter NMS first. They mostly suffice, since an image keeps few and no
+# pair can drop a better one; if they leave too few detections, all pairs enter.
 _FIRST = 2048
 _MOST_KEPT = 2**31 - 1  # PaddleDetection's are 32-bit
 _BLOCK = 128  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
@@ -72,17 +72,22 @@ class NmsParams:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first.
+    """The detections of one image, best first; `len()` is their number.
 
-    `boxes`: float32 [K, 4], x1, y1, x2, y2 in original image pixels; `scores`: float32 [K]; `classes`: int64 [K],
-    indices into the model's score channels. `may_lack_below`: detections that score less than this may be missing or
-    differ, since the graph decodes only so many anchors of an image; 0.0 if all are there.
+    Attributes:
+        boxes: x1, y1, x2, y2 in pixels of the original image, float32 [K, 4].
+        scores: 0 to 1, float32 [K].
+        classes: Class ids, int64 [K]: indices into `class_names`.
+        may_lack_below: Detections that score less may be missing or differ, since the graph decodes only so many
+            anchors of an image; 0.0 if all are there.
+        class_names: The names of all classes of the detector; empty before a name is given to each (`named`).
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     classes: NDArray[np.int64]
     may_lack_below: float = 0.0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.scores)
@@ -95,6 +100,69 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.class_names[category] for category in self.classes.tolist()]
+
+    def select(self, which: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Detections:
+        """Some of the detections.
+
+        Args:
+            which: A mask, bool [K], or their places, or a slice such as `slice(10)` for the ten best.
+
+        Returns:
+            Those, with everything else as it was.
+        """
+        return replace(self, boxes=self.boxes[which], scores=self.scores[which], classes=self.classes[which])
+
+    def at_least(self, threshold: float) -> Detections:
+        """The detections that score at least `threshold`."""
+        return self.select(self.scores >= threshold)
+
+    def of_classes(self, *classes: str | int) -> Detections:
+        """The detections of some classes.
+
+        Args:
+            classes: Names or ids.
+
+        Returns:
+            The detections of these classes, still best first.
+
+        Raises:
+            ValueError: A name is not among the `class_names`.
+        """
+        if unknown := {one for one in classes if isinstance(one, str)} - set(self.class_names):
+            raise ValueError(f"there is no class {min(unknown)!r}")
+        ids = [self.class_names.index(one) if isinstance(one, str) else one for one in classes]
+        return self.select(np.isin(self.classes, ids))
+
+    def named(self, class_names: Sequence[str]) -> Detections:
+        """With these names of all classes, and without the detections of score channels that have none.
+
+        GFLv2 has one channel more than there are classes, and what it finds there is no object.
+        """
+        return replace(self.select(self.classes < len(class_names)), class_names=tuple(class_names))
+
+    def records(self) -> list[dict[str, Any]]:
+        """As JSON-ready data, as in `detections.jsonl`: class, class_id, score, and bbox (x, y, width, height)."""
+        rows = zip(self.names, self.classes.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True)
+        return [
+            {"class": name, "class_id": category, "score": score, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            for name, category, score, (x1, y1, x2, y2) in rows
+        ]
+
+    def for_supervision(self) -> dict[str, Any]:
+        """The arguments of `supervision.Detections`, for the annotators, trackers and filters of that package.
+
+            supervision.Detections(**found.for_supervision())
+
+        Returns:
+            `xyxy`, `confidence` and `class_id`, and in `data` the `class_name` of each detection.
+        """
+        data = {"class_name": np.array(self.names, dtype=str)}
+        return {"xyxy": self.boxes, "confidence": self.scores, "class_id": self.classes, "data": data}
+
 
 def postprocess(
     scores: NDArray[np.float32],
@@ -102,12 +170,12 @@ def postprocess(
     scales: Sequence[tuple[float, float]],
     params: NmsParams,
 ) -> list[Detections]:
-    """Turn candidates into detections: one `Detections` for each image of the batch.
+    """Turn candidates into detections, one `Detections` for each image of the batch.
 
     `scores`: [N, A, C]; `boxes`: [N, A, 4], x1, y1, x2, y2 in network-input pixels; `scales`: for each image (y, x), by
-    which it was resized. Boxes are divided by the scale first, then each class goes through a greedy NMS: what
-    PaddleDetection's heads and Paddle's `multiclass_nms3` do (`background_label=-1`), in float32 as they do. Equal
-    scores keep the order of classes, then of candidates. Only the order of the result differs: by score, not by class.
+    which it was resized. Boxes are divided by the scale first, then each class goes through a greedy NMS, in float32,
+    as in PaddleDetection's heads and Paddle's `multiclass_nms3` (`background_label=-1`). Equal scores keep the order of
+    classes, then of candidates. Only the order of the result differs: by score, not by class.
 
     Raises `EngineError` for NaN or infinite values and for shapes that do not fit together.
     """
@@ -123,7 +191,7 @@ def postprocess(
     if not all(math.isfinite(factor) and factor > 0 for scale in scales for factor in scale):
         raise ValueError("scales must be positive")
     for name, values in (("scores", scores), ("boxes", boxes)):
-        # A NaN comes through min and max, which are several times as fast as isfinite over all the values.
+        # min and max pass a NaN on, several times as fast as isfinite over all the values.
         if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
             raise EngineError(
                 f"the engine returned NaN or infinite {name}",
@@ -145,9 +213,8 @@ def _image_nms(
     count = int(np.count_nonzero(above))
     limited = params.keep_top_k != -1 and count > _FIRST
     if limited:
-        # All that score as much as the last of the first: among equals, the order of classes decides.
-        least = np.partition(scores[above], count - _FIRST)[count - _FIRST]
-        first = scores >= least
+        # And all that score as much as the last of them: among equals, the order of classes decides.
+        first = scores >= np.partition(scores[above], count - _FIRST)[count - _FIRST]
     while True:
         flat = np.flatnonzero(first if limited else above)
         anchors, classes = np.divmod(flat, max(scores.shape[1], 1))
@@ -179,8 +246,8 @@ def _places(classes: NDArray[np.intp]) -> NDArray[np.intp]:
 def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsParams) -> NDArray[np.intp]:
     """Indices of the boxes that survive, in order, `keep_top_k` of them or a few more; the input has falling scores.
 
-    A box survives when its IoU with every surviving, earlier box of its class is at most the threshold. It goes block
-    by block, each together with the survivors of those before.
+    A box survives when its IoU with every surviving, earlier box of its class is at most the threshold. The boxes are
+    compared in blocks, each block with itself and the survivors of the blocks before.
     """
     columns = _columns(boxes, params.normalized)
     most = len(boxes) if params.keep_top_k == -1 else params.keep_top_k
@@ -206,7 +273,7 @@ def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsPa
 
 
 def _pairs_of_a_class(classes: NDArray[np.intp], settled: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Positions (earlier, later) of all pairs of one class, but those whose later one is among the first `settled`.
+    """Positions (earlier, later) of all pairs of one class, except where the later one is among the first `settled`.
 
     Pairs are in rising order of the earlier one for each later one.
     """
@@ -223,8 +290,8 @@ def _pairs_of_a_class(classes: NDArray[np.intp], settled: int) -> tuple[NDArray[
 def _survivors(count: int, earlier: NDArray[np.intp], later: NDArray[np.intp]) -> NDArray[np.bool_]:
     """Which of `count` boxes survive if each surviving `earlier` one drops its `later` one.
 
-    All at once, again and again: what a round says of a box is final once it is of all that could drop it, so that it
-    takes as many rounds as the longest chain of boxes of which each would drop the next, mostly two or three.
+    All boxes at once, in rounds: a box is final when all boxes that could drop it are. So the rounds are as many as the
+    longest chain of boxes of which each would drop the next, mostly two or three.
     """
     survives = np.ones(count, dtype=np.bool_)
     while True:
@@ -244,7 +311,7 @@ def _falling_threshold(
     params: NmsParams,
     limits: dict[int, np.float32],
 ) -> NDArray[np.bool_]:
-    """As `_survivors`, box by box: every survivor lowers the threshold of its class, which `limits` holds."""
+    """As `_survivors`, box by box: every survivor lowers the threshold of its class in `limits`."""
     dropping: dict[int, list[tuple[int, np.float32]]] = {}
     for one, other, overlap in zip(earlier.tolist(), later.tolist(), iou, strict=True):
         dropping.setdefault(other, []).append((one, overlap))
@@ -280,13 +347,13 @@ def _columns(boxes: NDArray[np.float32], normalized: bool) -> NDArray[np.float32
 
 
 def _apart(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Whether boxes neither overlap nor touch; columns as `_columns` gives them, in any shapes that go together."""
+    """Whether boxes neither overlap nor touch; both as `_columns` returns them, in shapes that broadcast."""
     apart: NDArray[np.bool_] = (other[0] > one[2]) | (other[2] < one[0]) | (other[1] > one[3]) | (other[3] < one[1])
     return apart
 
 
 def _iou(one: NDArray[np.float32], other: NDArray[np.float32], normalized: bool) -> NDArray[np.float32]:
-    """IoU of boxes that are not `_apart`, from columns as there; 0 / 0 is NaN."""
+    """IoU of boxes that are not `_apart`, given likewise; 0 / 0 is NaN."""
     extra = np.float32(0 if normalized else 1)
     with np.errstate(all="ignore"):
         width = np.minimum(one[2], other[2]) - np.maximum(one[0], other[0])

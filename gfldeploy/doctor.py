@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib import util
 from typing import Any
 
-from gfldeploy.engines.registry import Capability, capabilities
+from gfldeploy.engines.base import DEVICES, Device, Obstacle
+from gfldeploy.engines.dependencies import TOOL_CHAINS, install_command
+from gfldeploy.engines.registry import (
+    BROKEN_PLUGINS,
+    ENGINES,
+    PREFERRED_ENGINES,
+    TENSORRT_ENGINES,
+    Capability,
+    capabilities,
+    title_of,
+)
 from gfldeploy.machine import Machine, describe_machine, installed_packages
 
-__all__ = ["Report", "examine", "twin_warnings"]
+__all__ = ["Diagnosis", "diagnose", "summarize_report", "twin_warnings"]
 
-# Two distributions of one module each: the one installed last overwrites the other's files.
-_TWINS = (("paddlepaddle", "paddlepaddle-gpu", "paddle"), ("onnxruntime", "onnxruntime-gpu", "onnxruntime"))
+_MOST_LINES, _MOST_ENGINES, _MOST_WARNINGS, _MOST_INSTALLS = 15, 6, 3, 3
+_LABEL, _TEXT = 10, 70  # columns
 
 
 @dataclass(frozen=True)
-class Report:
-    """`packages`: every package looked for, None where it is not installed; `warnings`: problem and remedy, one line
-    each; `capabilities`: every engine x device x precision."""
+class Diagnosis:
+    """`packages`: every package looked for, None where it is not installed; `capabilities`: every engine x device x
+    precision; `lacking`: the modules that commands which need more than an engine lack; `warnings`: problem and remedy,
+    one line each."""
 
     machine: Machine
     packages: Mapping[str, str | None]
     capabilities: tuple[Capability, ...]
+    lacking: Mapping[str, tuple[str, ...]]
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -33,17 +48,103 @@ class Report:
         return data
 
 
-def examine() -> Report:
+def diagnose() -> Diagnosis:
     """Look at this machine and environment."""
     packages = installed_packages()
-    return Report(describe_machine(), packages, tuple(capabilities()), twin_warnings(packages))
+    lacking = {
+        command: tuple(module for module in tools.modules if util.find_spec(module) is None)
+        for command, tools in TOOL_CHAINS.items()
+    }
+    broken = tuple(f"The engine plug-in {name} is left out: {why}." for name, why in BROKEN_PLUGINS.items())
+    return Diagnosis(describe_machine(), packages, tuple(capabilities()), lacking, twin_warnings(packages) + broken)
 
 
 def twin_warnings(packages: Mapping[str, str | None]) -> tuple[str, ...]:
-    """One warning for each pair of distributions of the same module that are both installed."""
+    """One warning for each engine's module of which the CPU and the GPU build are both installed."""
+    builds = {
+        spec.library.module: tuple(dict.fromkeys(spec.library.distributions.values())) for spec in ENGINES.values()
+    }
     return tuple(
-        f"{cpu} and {gpu} are both installed and overwrite each other's {module} module. "
-        f"Run `pip uninstall {cpu} {gpu}`, then install the one you need again."
-        for cpu, gpu, module in _TWINS
-        if packages.get(cpu) and packages.get(gpu)
+        f"{' and '.join(names)} are both installed and overwrite each other's {module} module. "
+        f"Run `pip uninstall {' '.join(names)}`, then install the one you need again."
+        for module, names in builds.items()
+        if len(names) > 1 and all(packages.get(name) for name in names)
     )
+
+
+def summarize_report(report: Diagnosis) -> list[str]:
+    """What works here, and what would make it faster or complete, in at most 15 lines of 80 columns."""
+    machine = report.machine
+    gpus = ", ".join(machine.gpus) or "unknown model"
+    blocks = [
+        ("Machine", [machine.cpu, f"{machine.threads} usable CPUs, {machine.memory_gb} GB, Python {machine.python}"]),
+        ("GPU", [f"{gpus}, driver {machine.driver}" if machine.driver else "no NVIDIA driver is loaded"]),
+        *(
+            (command.capitalize(), [f"not installed: {', '.join(modules)}" if modules else "works"])
+            for command, modules in report.lacking.items()
+        ),
+        ("Engines", _engine_lines(report)),
+        ("Warning", textwrap.wrap(" ".join(report.warnings), _TEXT, max_lines=_MOST_WARNINGS)),
+    ]
+    room = _MOST_LINES - 1 - sum(len(lines) for _, lines in blocks)
+    blocks += [("Install", _install_lines(report, room)), ("Details", ["gfldeploy doctor --all"])]
+    return [
+        f"{'' if number else label:{_LABEL}}{line if len(line) <= _TEXT else f'{line[: _TEXT - 3]}...'}"
+        for label, lines in blocks
+        for number, line in enumerate(lines)
+    ]
+
+
+def _engine_lines(report: Diagnosis) -> list[str]:
+    """A line for each engine that runs something here, and one for the others."""
+    devices = DEVICES if report.machine.driver else DEVICES[:1]
+    runs: dict[str, str] = {}
+    for name in ENGINES:
+        of_devices = []
+        for device in devices:
+            found = [one for one in report.capabilities if (one.engine, one.device) == (name, device) and one.works]
+            precisions = ", ".join(f"{one.precision} (slow)" if one.note else one.precision for one in found)
+            of_devices += [f"{precisions} on {device}"] if found else []
+        if of_devices:
+            runs[name] = "; ".join(of_devices)
+    lacking = ", ".join(name for name in ENGINES if name not in runs)
+    not_here = textwrap.wrap(f"not here: {lacking}", _TEXT, max_lines=2, break_on_hyphens=False) if lacking else []
+    most = _MOST_ENGINES - len(not_here)
+    shown = list(runs) if len(runs) <= most else list(runs)[: most - 1]
+    lines = [f"{name}: {runs[name]}" for name in shown]
+    if more := [name for name in runs if name not in shown]:
+        lines.append(f"and {', '.join(more)}")
+    return lines + not_here
+
+
+def _install_lines(report: Diagnosis, room: int) -> list[str]:
+    """The commands that would help most, with what for, as far as there is room for them."""
+    purposes: dict[str, dict[str, None]] = defaultdict(dict)
+    for purpose, command in _improvements(report):
+        purposes[command][purpose] = None
+    lines: list[str] = []
+    for command, names in list(purposes.items())[:_MOST_INSTALLS]:
+        line = f"{command}  # {'; '.join(names)}"
+        entry = [line] if len(line) <= _TEXT else [f"# {'; '.join(names)}:", *textwrap.wrap(command, _TEXT)]
+        lines += entry if len(lines) + len(entry) <= room else []
+    return lines
+
+
+def _improvements(report: Diagnosis) -> Iterator[tuple[str, str]]:
+    """What could be had by installing something, the most useful first, and the command."""
+    device: Device = "gpu" if report.machine.driver else "cpu"
+    possible = [name for name, spec in ENGINES.items() if not isinstance(spec.graph("fp32", device), Obstacle)]
+    absent = {
+        one.engine: one.remedy
+        for one in report.capabilities
+        if (one.precision, one.device) == ("fp32", device) and one.engine in possible and one.remedy
+    }
+    first = next((name for name in PREFERRED_ENGINES if name in possible), None)
+    if first in absent:
+        yield f"{title_of(first)}, the first choice on {device}", absent[first]
+    for command, modules in report.lacking.items():
+        for module in modules:
+            yield command, install_command(module)
+    for name in (*PREFERRED_ENGINES, *TENSORRT_ENGINES):
+        if name in absent and name != first:
+            yield title_of(name), absent[name]

@@ -1,18 +1,4 @@
-"""Everything gfldeploy raises on purpose.
-
-    GfldeployError              any of the below: one line for the user, exit code 2
-    ├── UsageError              options or arguments do not go together
-    ├── ConfigError             the PaddleDetection config cannot be used
-    ├── CheckpointError         the checkpoint is missing, damaged, unsafe, or does not fit the config
-    ├── BundleError             a bundle directory is damaged, changed, too new or not a bundle
-    ├── DataError               images or annotations cannot be used
-    ├── OutputError             the output cannot be written, or is in the way
-    ├── ParityError             an exported graph does not compute what the eager model computes
-    ├── BoundsError             no configuration keeps the bounds that were set
-    ├── EngineError             an engine failed to load or run a model
-    │   └── UnsupportedError    this engine x precision x device does not work here
-    ├── RejectedError           a busy server turned a request away rather than serve it late
-    └── MissingDependencyError  a package is not installed; says which command installs it
+"""Everything gfldeploy raises on purpose: `GfldeployError` and the classes below it.
 
 Every message says what is wrong and what to do about it. Anything else that escapes is a bug and keeps its traceback.
 """
@@ -45,10 +31,14 @@ __all__ = [
 
 
 class GfldeployError(Exception):
-    """Base of every deliberate error. `str(error)` is one line, followed by the remedy."""
+    """Base of every deliberate error: exit code 2 on the command line.
+
+    Attributes:
+        problem: What is wrong, in one line.
+        remedy: What the user can do about it. `str(error)` is the problem, then the remedy.
+    """
 
     def __init__(self, problem: str, remedy: str | None = None) -> None:
-        """`problem`: what is wrong; `remedy`: what the user can do about it."""
         problem = " ".join(problem.split()).rstrip(".")
         super().__init__(f"{problem}. {remedy}" if remedy else problem)
         self.problem = problem
@@ -95,12 +85,16 @@ class UnsupportedError(EngineError):
     """This engine x precision x device combination does not work here."""
 
 
-# deadline: the answer would come too late; queue full: too many wait already; closed: nothing is answered any more.
+# deadline: the answer would come too late; queue full: too many requests wait; closed: nothing is answered any more.
 Rejection = Literal["deadline", "queue full", "closed"]
 
 
 class RejectedError(GfldeployError):
-    """A busy server turned a request away rather than serve it late; `reason` says why, for programs."""
+    """A busy server rejected a request rather than serve it late.
+
+    Attributes:
+        reason: Why, for programs.
+    """
 
     def __init__(self, problem: str, remedy: str | None = None, reason: Rejection = "closed") -> None:
         super().__init__(problem, remedy)
@@ -113,7 +107,7 @@ class MissingDependencyError(GfldeployError):
 
 @contextmanager
 def reading(what: object, error: type[GfldeployError], remedy: str) -> Iterator[None]:
-    """Read a file that came from elsewhere: whatever goes wrong in the block is one line, an `error` about `what`.
+    """Read a file that came from elsewhere: whatever goes wrong in the block becomes an `error` about `what`.
 
     The block should hold the parsing and checking of the file alone, since a bug in it reads like a damaged file, too.
     """
@@ -121,19 +115,14 @@ def reading(what: object, error: type[GfldeployError], remedy: str) -> Iterator[
         yield
     except GfldeployError:
         raise
-    except OSError as problem:
-        raise error(f"{what} cannot be read: {problem.strerror or problem}", remedy) from problem
-    except RecursionError as problem:
-        raise error(f"{what} cannot be read: it is nested too deeply", remedy) from problem
-    except MemoryError as problem:
-        raise error(f"{what} cannot be read: it takes too much memory", remedy) from problem
     except Exception as problem:  # a file from elsewhere can make a parser raise anything
-        detail = str(problem)[:200] or type(problem).__name__
-        raise error(f"{what} cannot be read: {detail}", remedy) from problem
+        reasons = {RecursionError: "it is nested too deeply", MemoryError: "it takes too much memory"}
+        reason = getattr(problem, "strerror", None) or str(problem)[:200] or type(problem).__name__
+        raise error(f"{what} cannot be read: {reasons.get(type(problem), reason)}", remedy) from problem
 
 
 def summary(error: Exception, length: int = 200) -> str:
-    """The line of another package's error that says what is wrong, on which its own source and call stack follow."""
+    """The line of another package's error that says what is wrong, without the source and call stack that follow."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if re.search(r"Error|error|Cannot|cannot|not ", line)]
     line = (told or lines or [type(error).__name__])[0].rstrip(".")

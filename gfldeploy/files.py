@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
@@ -42,6 +42,7 @@ __all__ = [
     "unfinished_beside",
     "write_json",
     "write_text",
+    "writing",
 ]
 
 DirectoryKind: TypeAlias = Literal["bundle", "demo", "predict"]
@@ -69,6 +70,9 @@ _BEGINNINGS: dict[FileKind, str] = {
     "yml": r"schema: \d+\ncreated: ",
 }
 _BEGINNING_BYTES = 1024
+_CHOOSE = "Choose another --output."
+_CHOOSE_OR_FORCE = "Choose another --output, or add --force to replace it."
+_CHOOSE_OR_MOVE = "Choose another --output, or move it away yourself."
 
 
 def sha256(path: Path) -> str:
@@ -80,23 +84,21 @@ def sha256(path: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text` (UTF-8) in one step. Raises `OutputError`."""
     path = _absolute(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _partial_of(path) as place:
             with (place / _NEW).open("x", encoding="utf-8") as file:
                 file.write(text)
             (place / _NEW).replace(path)
-    except OSError as error:
-        raise _output_error(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` with `value` as indented JSON in one step; NaN and infinity are refused (not JSON)."""
+    """Replace `path` with `value` as indented JSON in one step. Raises `OutputError`, and `ValueError` for NaN."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file that may come from elsewhere, within limits: of its size, of nesting, and of numbers.
+    """Parse a JSON file that may come from elsewhere, within limits of its size, its nesting and its numbers.
 
     Raises `OSError` and `ValueError`, also for NaN, infinity and what is no regular file: the caller knows what the
     file was for.
@@ -144,55 +146,46 @@ def _check_nesting(value: Any) -> None:
 
 
 def check_target(target: Path, kind: DirectoryKind = "bundle", *, force: bool = False) -> None:
-    """Raise `OutputError` if `target` is in the way of a directory of this kind: worth asking before long work.
+    """Raise `OutputError` if `target` is in the way of a directory of this kind. Worth a call before long work.
 
-    `force` lets a directory of the same kind be replaced, and an empty one: never one that holds anything which
+    `force` allows to replace an empty directory and one of the same kind, but never one that holds anything that
     gfldeploy did not write there.
     """
     target = _absolute(target)
-    try:
+    with writing(target):
         if not os.path.lexists(target):
             return
         if target.is_symlink() or not target.is_dir():
             what = "a symbolic link" if target.is_symlink() else "a file"
-            raise OutputError(f"{target} is {what}, which is never replaced", "Choose another --output.")
+            raise OutputError(f"{target} is {what}, which is never replaced", _CHOOSE)
         if not force:
-            raise OutputError(f"{target} exists already", "Choose another --output, or add --force to replace it.")
+            raise OutputError(f"{target} exists already", _CHOOSE_OR_FORCE)
         if stranger := _stranger(target, kind):
-            raise OutputError(
-                f"{target} holds {stranger}, which gfldeploy did not write, so --force does not replace it",
-                "Choose another --output, or move it away yourself.",
-            )
-    except OSError as error:
-        raise _output_error(target, error) from error
+            problem = f"{target} holds {stranger}, which gfldeploy did not write, so --force does not replace it"
+            raise OutputError(problem, _CHOOSE_OR_MOVE)
 
 
 def check_file(path: Path, kind: FileKind, *, force: bool = False) -> None:
-    """Raise `OutputError` if `path` is in the way of a file of this kind.
+    """Raise `OutputError` if a file of this kind cannot be written to `path`. Worth a call before long work.
 
-    `force` lets a file that begins as ours of this kind do be replaced, and nothing else.
+    `force` allows to replace a file that begins as gfldeploy's files of this kind do, and nothing else.
     """
-    try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise _output_error(path, error) from error
-    if not stat.S_ISREG(status.st_mode):
-        what = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory"}.get(stat.S_IFMT(status.st_mode))
-        raise OutputError(f"{path} is {what or 'no regular file'}, which is never replaced", "Choose another --output.")
-    if not force:
-        raise OutputError(f"{path} exists already", "Choose another --output, or add --force to replace it.")
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(_BEGINNING_BYTES)
-    except OSError as error:
-        raise _output_error(path, error) from error
-    if status.st_size and not re.match(_BEGINNINGS[kind], beginning.decode("utf-8", "replace")):
-        raise OutputError(
-            f"{path} is not a file that gfldeploy wrote, so --force does not replace it",
-            "Choose another --output, or move it away yourself.",
-        )
+    with writing(path):
+        if os.path.lexists(path):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                what = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory"}.get(stat.S_IFMT(status.st_mode))
+                raise OutputError(f"{path} is {what or 'no regular file'}, which is never replaced", _CHOOSE)
+            if not force:
+                raise OutputError(f"{path} exists already", _CHOOSE_OR_FORCE)
+            with path.open("rb") as file:
+                beginning = file.read(_BEGINNING_BYTES).decode("utf-8", "replace")
+            if status.st_size and not re.match(_BEGINNINGS[kind], beginning):
+                problem = f"{path} is not a file that gfldeploy wrote, so --force does not replace it"
+                raise OutputError(problem, _CHOOSE_OR_MOVE)
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write {path}: {parent} is not a writable folder", _CHOOSE)
 
 
 def check_apart(output: Path, read: Iterable[Path], bundle: Path | None = None) -> None:
@@ -236,19 +229,13 @@ def atomic_directory(
             raise
         check_interrupted()
         check_target(target, kind, force=force)  # somebody else may have been faster
-        try:
-            with hold_interrupts():
-                publish(new, target)
-        except OSError as error:
-            raise _output_error(target, error) from error
+        with writing(target), hold_interrupts():
+            publish(new, target)
 
 
 @dataclass
 class Unfinished:
-    """A folder beside an output for what is done already.
-
-    `worth_keeping`: whether it is left to the next run when this one fails.
-    """
+    """A folder beside an output for what is done already; `worth_keeping`: for the next run, should this one fail."""
 
     directory: Path
     worth_keeping: bool
@@ -266,26 +253,18 @@ def unfinished_beside(output: Path, command: str, made: str) -> Iterator[Unfinis
     """
     output = _absolute(output)
     place = output.with_name(f"{output.name}{_UNFINISHED}")
-    lock = None
-    try:
-        with terminate_as_interrupt(), _parents_of(output):
-            with hold_interrupts():
-                lock, used = _take(place, output, command, made)
-            unfinished = Unfinished(place, used)
-            try:
-                yield unfinished
-            except BaseException as error:
-                if unfinished.worth_keeping:
-                    error.add_note(f"what was done so far is kept in {place.name}, the same command resumes from there")
-                else:
-                    with hold_interrupts():
-                        _remove_made(place, made)
-                raise
-            with hold_interrupts():
+    with ExitStack() as lock, terminate_as_interrupt(), _parents_of(output):
+        with hold_interrupts():
+            unfinished = Unfinished(place, _take(lock, place, output, command, made))
+        try:
+            yield unfinished
+        except BaseException as error:
+            if unfinished.worth_keeping:
+                error.add_note(f"what was done so far is kept in {place.name}, the same command resumes from there")
+            else:
                 _remove_made(place, made)
-    finally:
-        if lock is not None:
-            os.close(lock)
+            raise
+        _remove_made(place, made)
 
 
 def is_unfinished(output: Path, command: str) -> bool:
@@ -323,9 +302,9 @@ def scratch_directory() -> Iterator[Path]:
 
 @contextmanager
 def native_writes(directory: Path) -> Iterator[None]:
-    """Around writing to `directory` by code that does not check, or does not say, whether a write failed.
+    """Around code that writes to `directory` and does not check, or does not say, whether a write failed.
 
-    Paddle and ONNX Runtime leave a file cut short on a full disk, with an error of their own or none. Raises
+    On a full disk Paddle and ONNX Runtime leave a truncated file, with an error of their own or none. Raises
     `OutputError` if, afterwards, `directory` takes no more data or holds a file as large as the process may write.
     """
     try:
@@ -337,26 +316,26 @@ def native_writes(directory: Path) -> Iterator[None]:
 
 
 def _probe(directory: Path) -> None:
-    try:
+    with writing(directory):
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_PROBE_BYTES))
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         sizes = (path.stat().st_size for path in directory.rglob("*") if path.is_file())
         if limit != resource.RLIM_INFINITY and max(sizes, default=0) >= limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Whatever the file system refuses in the block becomes an `OutputError` about `target`."""
+    try:
+        yield
     except OSError as error:
-        raise _output_error(directory, error) from error
+        raise _output_error(target, error) from error
 
 
 _FILESYSTEM_ERRORS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.EPERM,
-    errno.EROFS,
+    *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS)
 }
 
 
@@ -384,7 +363,7 @@ def _is_below(name: object, directory: Path) -> bool:
 
 
 def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
-    """The first thing in `directory` that is not by gfldeploy, by the list of files that it wrote with them."""
+    """The first thing in `directory` that gfldeploy did not write, by the list that it wrote of its files there."""
     listed: set[Path] = set()
     note = directory / _NOTES[kind]
     with suppress(OSError, ValueError):
@@ -403,30 +382,23 @@ def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
 
 
 def files_below(directory: Path) -> list[str]:
-    """The relative paths of all files, for the note by which `check_target` knows what was written with it."""
+    """The relative paths of all files, for the note by which `check_target` knows what gfldeploy wrote."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
 
 
 @contextmanager
 def _parents_of(target: Path) -> Iterator[None]:
-    """Make the directories above `target`; those that were made are removed if the block fails."""
+    """Make the directories above `target`, and remove those that were made if the block fails."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _remove_empty(missing)
-        raise _output_error(target, error) from error
-    try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        _remove_empty(missing)
+        for directory in missing:
+            with suppress(OSError):
+                directory.rmdir()
         raise
-
-
-def _remove_empty(directories: list[Path]) -> None:
-    for directory in directories:
-        with suppress(OSError):
-            directory.rmdir()
 
 
 @contextmanager
@@ -436,31 +408,26 @@ def _partial_of(target: Path) -> Iterator[Path]:
     The lock ends with the process, however it ends, so that the next run knows what a killed one left: process ids are
     used again, always the same few in containers, and mean nothing to another machine on a shared file system.
     """
-    place = lock = None
-    try:
+    place = None
+    with ExitStack() as lock:
         try:
-            with hold_interrupts():
+            with writing(target), hold_interrupts():
                 _remove_stale(target)
                 place = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
-                lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+                lock.callback(os.close, handle)
                 with suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
                 if not place.exists():
                     # Another run took it for a stale one, in the instant before it was locked.
                     raise OutputError(f"another gfldeploy is starting to write {target}", "Try again.")
                 _write_mark(place, "", target)
-        except OSError as error:
-            raise _output_error(target, error) from error
-        yield place
-    except BaseException as error:
-        if place is not None and not _removed(place):
-            error.add_note(f"{place} could not be removed, the next run tries again")
-        raise
-    else:
+            yield place
+        except BaseException as error:
+            if place is not None and not _removed(place):
+                error.add_note(f"{place} could not be removed, the next run tries again")
+            raise
         _removed(place)
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def _removed(place: Path) -> bool:
@@ -503,7 +470,7 @@ def _names(directory: Path) -> set[str]:
 
 
 def _is_partial(path: Path) -> bool:
-    """Whether a directory of such a name is one of `_partial_of`, made by this user: it has our mark, or is empty."""
+    """Whether a directory with such a name is from `_partial_of` and by this user: it has our mark, or is empty."""
     names = _names(path)
     return (
         path.lstat().st_uid == os.geteuid()
@@ -514,7 +481,7 @@ def _is_partial(path: Path) -> bool:
 
 def _write_mark(place: Path, command: str, target: Path) -> None:
     with (place / _MARK).open("x", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(f"{_marked(command)} on its way to {target.name}; the next run goes on from it, or removes it\n")
+        file.write(f"{_marked(command)} on its way to {target.name}; the next run resumes from it, or removes it\n")
 
 
 def _has_mark(place: Path, command: str, *, alone: bool) -> bool:
@@ -531,58 +498,49 @@ def _marked(command: str) -> str:
     return f"gfldeploy {command},"
 
 
-def _take(place: Path, output: Path, command: str, made: str) -> tuple[int, bool]:
-    """Make the folder of unfinished work, or take over that of an earlier run: its lock, and whether anything is in it.
+def _take(lock: ExitStack, place: Path, output: Path, command: str, made: str) -> bool:
+    """Make and lock the folder of unfinished work, or take over that of an earlier run; whether anything is in it.
 
     Raises `OutputError` for anything else at that place.
     """
-    try:
-        with suppress(FileExistsError):
-            place.mkdir()
-        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise _in_the_way(place, "it", output) from error
-        raise OutputError(
-            f"cannot write {place}: {error.strerror or error}", "Choose another --output, or remove it."
-        ) from error
-    try:
+    with writing(place):
+        try:
+            with suppress(FileExistsError):
+                place.mkdir()
+            handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise _in_the_way(place, "it", output) from error
+            raise
+        lock.callback(os.close, handle)
         busy = OutputError(f"another gfldeploy is working on {output}", "Wait for it, or choose another --output.")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise busy from error
         except OSError:  # a file system without locks
             pass
-        if not place.exists() or not os.path.samestat(place.lstat(), os.fstat(lock)):
-            raise busy  # which has just ended
+        if not place.exists() or not os.path.samestat(place.lstat(), os.fstat(handle)):
+            raise busy  # it has just ended
         names = _names(place)
         if not names:
             _write_mark(place, command, output)
         elif not _has_mark(place, command, alone=names == {_MARK}):
             raise _in_the_way(place, "it", output)
         elif stranger := next((path for path, own in _contents(place, made) if not own), None):
-            raise _in_the_way(place, stranger.relative_to(place).as_posix(), output)
-        return lock, not names <= {_MARK}
-    except OSError as error:
-        os.close(lock)
-        raise _output_error(place, error) from error
-    except BaseException:
-        os.close(lock)
-        raise
+            raise _in_the_way(place, f"{stranger.relative_to(place).as_posix()!r} in it", output)
+        return not names <= {_MARK}
 
 
 def _in_the_way(place: Path, what: str, output: Path) -> OutputError:
-    problem = f"{place} is needed for unfinished work, and gfldeploy did not make it"
-    if what != "it":
-        problem = f"{place} is needed for unfinished work, and gfldeploy did not make {what!r} in it"
+    problem = f"{place} is needed for unfinished work, and gfldeploy did not make {what}"
     return OutputError(problem, f"Move it away, or choose another --output than {output.name}.")
 
 
 def _contents(place: Path, made: str) -> Iterator[tuple[Path, bool]]:
-    """What is in a folder of unfinished work but its mark, and whether the command made it; folders after their files.
+    """What is in a folder of unfinished work beside its mark, and whether the command made it; folders come last.
 
-    Not a link, nor a file that has another name elsewhere: writing to it would write there.
+    It did not make a link, nor a file that has another name elsewhere: writing to it would write there.
     """
 
     def walk(folder: Path) -> Iterator[tuple[Path, bool]]:
@@ -607,7 +565,7 @@ def _contents(place: Path, made: str) -> Iterator[tuple[Path, bool]]:
 
 def _remove_made(place: Path, made: str) -> None:
     """Remove what the command made in a folder of unfinished work, and the folder if nothing else is in it."""
-    with suppress(OSError):
+    with hold_interrupts(), suppress(OSError):
         for path, own in list(_contents(place, made)):
             if own and path.is_dir():
                 with suppress(OSError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,35 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName, TensorSpec
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, missing_graph, open_engine
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, load_graph, missing_graph, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
 from gfldeploy.macs import count_macs
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 
-__all__ = ["describe", "int8_lines", "verify"]
+__all__ = ["inspect", "int8_lines", "verify"]
 
 # INT8 engines round differently from each other; a damaged graph finds next to nothing of what the other does.
 _LEAST_AGREEMENT = 0.5
 
 
-def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """What a bundle holds, as JSON-ready data.
+def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Say what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity.
 
-    `size`: height, width in pixels of the picture to count MACs at, which is padded as the preprocessing does; default:
-    the largest picture that the preprocessing makes. Raises `BundleError`.
+    Args:
+        bundle: The directory of the bundle.
+        size: Height and width in pixels of the image whose MACs are counted, which is padded as the preprocessing does;
+            by default of the largest image that the preprocessing makes.
+
+    Returns:
+        JSON-ready data.
+
+    Raises:
+        BundleError: The bundle is damaged.
     """
+    bundle = Bundle.open(Path(bundle))
     manifest = bundle.manifest
     shape = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
     pad = manifest.preprocess.pad_stride or 1
@@ -97,31 +109,44 @@ def _kept(entry: Mapping[str, Any]) -> str:
     return f"{entry['name']}{f' ({count} convolutions)' if count > 1 else ''}, {entry['why']}"
 
 
-def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:
-    """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
+def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:
+    """Hash every file of a bundle again, and compare its graphs with each other.
 
-    In the first two of Paddle, ONNX Runtime and OpenVINO that are installed and have a graph. FP32: their outputs, at
-    the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is run (Paddle's
-    two FP32 graphs against each other), with none the files alone are checked; what was not compared is said.
-    Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
+    In the first two engines of those that `bench` measures by default that are installed and have a graph. FP32: their
+    outputs, at the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is
+    run (Paddle's two FP32 graphs against each other), with none only the files are checked; what was not compared is
+    said.
+
+    Args:
+        bundle: The directory of the bundle.
+        threads: CPU threads of one inference; by default all.
+        progress: Told of the stages.
+
+    Returns:
+        What was found, a sentence each.
+
+    Raises:
+        BundleError: A file is damaged or has changed.
+        ParityError: Graphs disagree.
+        EngineError: An engine failed.
     """
-    report("hashing the files")
+    bundle = Bundle.open(Path(bundle))
+    progress.stage("hashing the files")
     bundle.verify_files()
     manifest = bundle.manifest
     lines = [f"{len(manifest.files)} files are as they were made"]
     engines, refused = _engines(bundle)
-    options = EngineOptions(manifest.precision, "cpu", threads)
+    options = EngineOptions(manifest.precision, "cpu", threads or usable_threads())
     with ExitStack() as stack:
         if engines:
-            report(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
+            progress.stage(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
+        graphs = [graph_for(name, manifest.precision, "cpu") for name in engines]
         opened = [stack.enter_context(open_engine(name, bundle, options)) for name in engines]
         if len(opened) == 2:
             compared = _compared if manifest.precision == "fp32" else _compared_int8
             lines += compared(bundle, *opened)
-        elif engines == ["paddle"] and manifest.precision == "fp32" and bundle.has_graph("paddle_program"):
-            from gfldeploy.engines.paddle_engine import PaddleEngine
-
-            program = stack.enter_context(PaddleEngine(bundle, options, "paddle_program"))
+        elif graphs == ["paddle"] and bundle.has_graph("paddle_program"):
+            program = stack.enter_context(load_graph(engines[0], bundle, options, "paddle_program"))
             lines += _compared(bundle, opened[0], program, "paddle_program")
         elif opened:
             lines += [_ran(bundle, opened[0]), "its outputs were not compared: no second engine can run it here"]

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
-from pathlib import Path
 
 import psutil
 
-__all__ = [
-    "CPU_FLAGS",
-    "PACKAGES",
-    "Machine",
-    "cpu_flags",
-    "describe_machine",
-    "installed_packages",
-    "nvidia_driver",
-    "usable_threads",
-]
+from gfldeploy.engines.dependencies import TOOL_CHAINS
+from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model, gpu_models, nvidia_driver, usable_threads
+from gfldeploy.engines.registry import ENGINES, installed_version
 
-# The flags that decide how fast low precision is.
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
+__all__ = ["PACKAGES", "Machine", "describe_machine", "installed_packages"]
 
-PACKAGES = (
-    "gfldeploy",
-    "paddlepaddle",
-    "paddlepaddle-gpu",
-    "paddledet",
-    "paddleslim",
-    "paddle2onnx",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "numpy",
-    "opencv-python-headless",
-    "opencv-python",
+# The distributions that timings and exported graphs depend on, each once.
+PACKAGES: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        (
+            "gfldeploy",
+            *(name for spec in ENGINES.values() for name in spec.library.distributions.values()),
+            *(name for tools in TOOL_CHAINS.values() for name in tools.distributions.values()),
+            "onnx",
+            "numpy",
+            "opencv-python-headless",
+            "opencv-python",
+        )
+    )
 )
 
 
@@ -67,12 +54,12 @@ class Machine:
 def describe_machine() -> Machine:
     """Describe the machine that this process runs on."""
     return Machine(
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=psutil.cpu_count(logical=False),
         threads=usable_threads(),
         flags=tuple(flag for flag in CPU_FLAGS if flag in cpu_flags()),
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
-        gpus=_gpu_models(),
+        gpus=gpu_models(),
         driver=nvidia_driver(),
         os=_os_name(),
         python=platform.python_version(),
@@ -80,61 +67,9 @@ def describe_machine() -> Machine:
     )
 
 
-def usable_threads() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags, as Linux names them; empty where /proc/cpuinfo cannot be read."""
-    return frozenset((_cpuinfo("flags") or "").split())
-
-
 def installed_packages() -> dict[str, str | None]:
     """The version of each of `PACKAGES`, None for those that are not installed. Read from metadata, not imported."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def nvidia_driver() -> str | None:
-    """The version of the loaded NVIDIA driver, None without one."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."
-    numbers = [word for word in text.split() if word[0].isdigit() and "." in word]
-    return numbers[0] if numbers else "unknown version"
-
-
-def _gpu_models() -> tuple[str, ...]:
-    models = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            continue
-        models += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
-    return tuple(models)
-
-
-def _cpu_model() -> str:
-    return _cpuinfo("model name") or platform.machine()
-
-
-def _cpuinfo(key: str) -> str | None:
-    """The value of the first line of /proc/cpuinfo for `key`, or None."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), None)
+    return {name: installed_version(name) for name in PACKAGES}
 
 
 def _os_name() -> str:

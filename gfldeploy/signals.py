@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, and the death of a parent process: how commands are stopped, and when they must not be."""
+"""Ctrl-C, SIGTERM and the death of the parent process: how commands are stopped, and when they must not be."""
 
 from __future__ import annotations
 
@@ -28,21 +28,18 @@ _AGAIN_S = 0.05
 _PR_SET_PDEATHSIG = 1
 _PARENT = "GFLDEPLOY_PARENT"
 
-_asked: list[tuple[float, int]] = []  # when an interruption was asked for, by `time.monotonic`, and by which signal
+_asked: list[tuple[float, int]] = []  # the interruptions: when, by `time.monotonic`, and by which signal
 
 
 @contextmanager
 def terminate_as_interrupt(before: object = None) -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, and a second signal right after the first not cut the unwinding.
+    """Let SIGTERM unwind the stack as Ctrl-C does; a second signal right after the first does not cut that short.
 
     Leaves alone what the program handles in its own way, or was started to ignore, but takes over from the handler
     `before`. Does nothing outside the main thread, or inside another such block.
     """
-    ours: list[int] = [
-        number
-        for number in _NUMBERS
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, before) and _is_main_thread()
-    ]
+    replaced = (signal.SIG_DFL, signal.default_int_handler, before)
+    ours = [number for number in _NUMBERS if signal.getsignal(number) in replaced and _is_main_thread()]
     previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
     if previous:
         _asked.clear()
@@ -54,23 +51,23 @@ def terminate_as_interrupt(before: object = None) -> Iterator[None]:
 
 
 def was_interrupted() -> bool:
-    """Whether an interruption was asked for since the outermost `terminate_as_interrupt` began.
+    """Whether an interruption has come since the outermost `terminate_as_interrupt` began.
 
-    An error that follows one is most likely its consequence: C++ code and packages that catch everything turn a
+    An error after that is most likely its consequence: C++ code and packages that catch everything turn a
     KeyboardInterrupt into errors of their own.
     """
     return bool(_asked)
 
 
 def check_interrupted() -> None:
-    """Raise KeyboardInterrupt where an interruption was asked for and somebody swallowed it."""
+    """Raise KeyboardInterrupt if an interruption has come and somebody swallowed it."""
     if _asked and _is_main_thread():
         raise KeyboardInterrupt
 
 
 @contextmanager
 def hold_interrupts() -> Iterator[None]:
-    """Put Ctrl-C and SIGTERM off to the end of the block: for what takes milliseconds and must not be cut."""
+    """Put Ctrl-C and SIGTERM off to the end of the block: for what takes milliseconds and must not be cut short."""
     if not _is_main_thread():
         yield
         return
@@ -89,7 +86,7 @@ def hold_interrupts() -> Iterator[None]:
 
 
 def interrupt_again() -> None:
-    """Ask for the interruption once more, in a moment: for one that was raised where nothing can be raised."""
+    """Interrupt once more, in a moment: for an interruption that was raised where nothing can be raised."""
     number = _asked[-1][1] if _asked else signal.SIGINT
     _asked.clear()
     timer = threading.Timer(_AGAIN_S, lambda: os.kill(os.getpid(), number))
@@ -98,7 +95,7 @@ def interrupt_again() -> None:
 
 
 def ignore_interrupts() -> None:
-    """For the end of a process that has said everything."""
+    """For the end of a process that has nothing more to write."""
     for number in _NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -109,7 +106,7 @@ def child_environment(environment: Mapping[str, str] | None = None) -> dict[str,
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it goes away, however it does. Linux only."""
+    """Have the kernel kill this process when the process that started it ends, in whatever way. Linux only."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # It may have gone before this.

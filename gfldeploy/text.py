@@ -1,11 +1,12 @@
-"""Text from elsewhere, such as class names, file names and messages, made safe for where it is shown."""
+"""Text from elsewhere, such as class names, file names and messages, made safe to show."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["printable", "spreadsheet_cell"]
+__all__ = ["first_of", "printable", "spreadsheet_cell"]
 
 Value = TypeVar("Value")
 
@@ -16,9 +17,9 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", 
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """`text` with what a terminal would obey, or turns text around, written as Python does (`\\x1b`).
+    """`text` with control characters and marks of direction, except those to `keep`, written as Python does (`\\x1b`).
 
-    All but the characters to `keep`. An escape sequence could retitle a window, or hide and forge lines.
+    A terminal would obey them: an escape sequence could retitle a window, or hide and forge lines.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -26,7 +27,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 def spreadsheet_cell(value: Value) -> Value | str:
-    """`value`, where a spreadsheet would take text for a formula with an apostrophe before it: numbers stay numbers."""
+    """`value`; text that a spreadsheet would take for a formula gets an apostrophe before it, numbers do not."""
     if not isinstance(value, str) or not value.startswith(_FORMULA):
         return value
     try:
@@ -34,6 +35,13 @@ def spreadsheet_cell(value: Value) -> Value | str:
     except ValueError:
         return f"'{value}"
     return value
+
+
+def first_of(items: Iterable[object], shown: int = 1) -> str:
+    """The first of these items, each cut to 200 characters, and how many more there are."""
+    texts = [str(one) for one in items]
+    first = ", ".join(one if len(one) <= 200 else f"{one[:100]} ..." for one in texts[:shown])
+    return f"{first} and {len(texts) - shown} more" if len(texts) > shown else first
 
 
 def _obeyed(character: str) -> bool:

@@ -1,24 +1,21 @@
-"""Progress that tests can look at."""
+"""What a long function told, kept for a test to look at."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 
-__all__ = ["RecordedProgress"]
-
-
-@dataclass
 class RecordedProgress:
-    """`lines`: stages and notes in their order, notes with "note: " before them."""
+    """`Progress` that keeps everything."""
 
-    lines: list[str] = field(default_factory=list)
-    steps: list[tuple[str, int, int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.steps: list[tuple[str, int, int]] = []
+        self.notes: list[str] = []
 
     def stage(self, text: str) -> None:
-        self.lines.append(text)
+        self.stages.append(text)
 
     def step(self, label: str, done: int, total: int) -> None:
         self.steps.append((label, done, total))
 
     def note(self, text: str) -> None:
-        self.lines.append(f"note: {text}")
+        self.notes.append(text)

@@ -230,3 +230,46 @@ def test_every_detection_equals_paddles(kind: str) -> None:
             np.testing.assert_array_equal(ours.classes, theirs[:, 0])
             np.testing.assert_array_equal(ours.scores, theirs[:, 1])
             np.testing.assert_array_equal(ours.boxes, theirs[:, 2:])
+
+
+# --- what a user does with them ---------------------------------------------------------------------------------------
+
+
+FOUND = Detections(
+    np.float32([[0, 0, 4, 2], [1, 1, 2, 3], [5, 5, 6, 6]]), np.float32([0.9, 0.5, 0.2]), np.array([1, 0, 2])
+).named(["cat", "dog"])
+
+
+def test_names_and_channels_without_a_class() -> None:
+    assert len(FOUND) == 2 and FOUND.names == ["dog", "cat"] and FOUND.class_names == ("cat", "dog")
+
+
+def test_thresholds_and_classes() -> None:
+    assert FOUND.at_least(0.5).names == ["dog", "cat"] and FOUND.at_least(0.51).names == ["dog"]
+    assert FOUND.of_classes("cat").scores.tolist() == [0.5] and FOUND.of_classes(0, "dog").names == ["dog", "cat"]
+    assert len(FOUND.of_classes()) == 0 and FOUND.select(slice(1)).names == ["dog"]
+    with pytest.raises(ValueError, match="cow"):
+        FOUND.of_classes("cow")
+
+
+def test_records_for_json() -> None:
+    first, _ = FOUND.records()
+    assert first == {"class": "dog", "class_id": 1, "score": pytest.approx(0.9), "bbox": [0, 0, 4, 2]}
+
+
+def test_the_arguments_of_supervision() -> None:
+    given = FOUND.for_supervision()
+    assert set(given) == {"xyxy", "confidence", "class_id", "data"}
+    assert given["xyxy"].shape == (2, 4) and given["confidence"].shape == given["class_id"].shape == (2,)
+    assert given["data"]["class_name"].tolist() == ["dog", "cat"]
+    nothing = FOUND.of_classes().for_supervision()
+    assert nothing["xyxy"].shape == (0, 4) and nothing["data"]["class_name"].shape == (0,)
+
+
+def test_supervision_takes_them() -> None:
+    supervision = pytest.importorskip("supervision")
+    for found, count in ((FOUND, 2), (FOUND.of_classes(), 0)):
+        arguments = found.for_supervision()
+        taken = supervision.Detections(**arguments)
+        assert len(taken) == count and list(taken["class_name"]) == list(arguments["data"]["class_name"])
+        assert len(taken[taken.confidence > 0.6]) == min(count, 1)

@@ -17,6 +17,7 @@ import pytest
 
 import gfldeploy
 from gfldeploy.cli import cli
+from gfldeploy.engines.dependencies import TOOL_CHAINS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("paddle", "ppdet", "paddleslim", "paddle2onnx", "onnxruntime")
@@ -155,6 +156,6 @@ def test_every_extra_that_a_message_names_exists(project: dict[str, Any]) -> Non
         for extras in re.findall(r"gfldeploy\[([a-z0-9,-]+)\]", text):
             named |= set(extras.split(","))
         named |= set(re.findall(r"--extra ([a-z][a-z0-9-]*)", text))
-        named |= set(re.findall(r"""require\("[a-z0-9_.]+", "([a-z-]+)\"""", text))
+    named |= {tools.extra for tools in TOOL_CHAINS.values()}
     assert named
     assert named <= set(project["optional-dependencies"])

@@ -62,7 +62,7 @@ def audit(
     preprocess, bundle = _open(Path(source))
     sizes = _batch_sizes(bundle, batch_sizes)
     paths, annotated = _images(Path(data), None if images is None else Path(images))
-    found = survey(paths, preprocess, lambda done, total: progress.step("reading sizes", done, total))
+    found = survey(paths, preprocess, progress)
     pairs = zip(found.paths, found.original, strict=True)
     if other := [path.name for path, size in pairs if annotated.get(path, size) != size]:
         names = ", ".join(other[:_NAMED]) + (" ..." if len(other) > _NAMED else "")
@@ -137,10 +137,10 @@ def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]
         work = f" ({gmac(listed.macs)} GMAC instead of {gmac(result.macs)})" if listed.macs and result.macs else ""
         limit = f" in at most {buckets} sizes" if buckets else ""
         yield (
-            f"At batch {spoken} as listed, an image costs {listed.padding:.2f}x its pixels{work}: "
+            f"At batch {spoken}, listed, an image costs {listed.padding:.2f}x its pixels{work}: "
             f"{listed.mixed / listed.batches:.0%} of the batches hold portrait and landscape images. "
-            f"Bucketed by size{limit}: {bucketed.padding:.2f}x."
+            f"Bucketed{limit}: {bucketed.padding:.2f}x."
         )
     if result.sizes > 1:
         costs = ", ".join(f"{most}: {cost:.2f}x" for most, cost in result.limited.items())
-        yield f"Bucketed by size, by the largest number of sizes: {costs}."
+        yield f"Bucketed with at most this number of sizes: {costs}."

@@ -1,4 +1,4 @@
-"""Why an image takes longer in a larger batch, or no less: the change in its time, split by cause, in plain words."""
+"""Why an image takes longer, or no less, in a larger batch: the change in its time, split by cause, in plain words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gfldeploy.analysis.sweep import Arrangement, Pass
+from gfldeploy.analysis.sweep import Pass
+from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.estimates import median
 
 __all__ = ["PARTS", "PART_NAMES", "BatchAnalysis", "Cause", "Change", "Part", "analyze_passes", "sentences"]
@@ -32,8 +33,8 @@ _HOST_LIMITS = 0.5
 class Change:
     """Milliseconds of one image, against batch 1: the mean over the typical rounds (`analyze_passes`).
 
-    `low`, `high`: the 95 % interval of the median of all rounds, which is the least and the most of a round up to eight
-    rounds; below six these are less sure than that.
+    `low`, `high`: the 95 % interval of the median of all rounds. Up to eight rounds it reaches from the smallest to the
+    largest; below six it is less sure than 95 %.
     """
 
     ms: float
@@ -52,21 +53,21 @@ class Change:
 
 @dataclass(frozen=True)
 class BatchAnalysis:
-    """What becomes of the time of one image at `batch_size`, in batches as the images are listed.
+    """What becomes of the time of one image at `batch_size`, in listed batches.
 
-    `ms`: from file to detections; `single_ms`: the same at batch 1; `grouped_ms`: in batches of one size each.
-    `change`: of `ms` against `single_ms`; `parts` add up to it but for `unexplained_ms`, what no stage's timer saw.
-    Where the engine cannot tell its convolutions from the rest, `network` stands for both. `padding`: pixels of the
-    batches by those of the images. `host_share`: of `ms`. `taken`: see `Pass`. `gmac_per_s`: multiply-accumulates a
-    second of the network in grouped batches, 10^9; `percent_of_peak`: of what the engine reaches here at best;
-    `convolutions_percent_of_peak`: the same while convolutions run; None where unknown, and where the engine
-    was starved, since the peak may not have been. `cause`: the main one.
+    `ms`: from file to detections; `single_ms`: the same at batch 1; `bucketed_ms`: in bucketed batches. `change`: of
+    `ms` against `single_ms`; `parts` and `unexplained_ms`, which no stage's timer saw, add up to it. Where the engine
+    cannot tell its convolutions from the rest, `network` stands for both. `padding`: pixels of the batches by those of
+    the images. `host_share`: of `ms`. `taken`: see `Pass`. `gmac_per_s`: multiply-accumulates a second of the network
+    in bucketed batches, 10^9; `percent_of_peak`: of the most that the engine reaches here;
+    `convolutions_percent_of_peak`: the same while convolutions run. These are None where unknown, and where the engine
+    was starved, since it may not have been when the peak was measured. `cause`: the main one.
     """
 
     batch_size: int
     ms: float
     single_ms: float
-    grouped_ms: float
+    bucketed_ms: float
     change: Change
     parts: Mapping[Part, Change]
     unexplained_ms: float
@@ -82,26 +83,25 @@ class BatchAnalysis:
 def analyze_passes(
     rounds: Sequence[Sequence[Pass]], macs: float | None = None, peak_gmac_per_s: float | None = None
 ) -> list[BatchAnalysis]:
-    """Split the change of every batch size above 1, from `measure_passes` with `arrangements`.
+    """Split the change of every batch size above 1, from `measure_passes` with `batch_orders`.
 
-    `macs`: multiply-accumulates of one image without padding to others; `peak_gmac_per_s`: what the engine reaches here
-    at best, 10^9 a second. Of five rounds or more, all but the two with the least and the most change at a batch size
-    are typical: times are means over these, so that one bad round moves none of them and the parts still add up. Raises
-    `ValueError` without batch 1 or without both orders of a batch size.
+    `macs`: multiply-accumulates of one image without padding to others; `peak_gmac_per_s`: the most that the engine
+    reaches here, 10^9 a second. Of five rounds or more, all but the two with the smallest and the largest change at a
+    batch size are typical: times are means over these, so that one bad round moves none of them and the parts still add
+    up. Raises `ValueError` without batch 1 or without both orders of a batch size.
     """
-    by_round = [{one.arrangement: one for one in passes} for passes in rounds]
-    sizes = sorted({one.arrangement.batch_size for one in rounds[0]} - {1})
-    if any(Arrangement(1, "listed") not in found for found in by_round):
+    by_round = [{(one.batch_size, one.order): one for one in passes} for passes in rounds]
+    if any((1, "listed") not in found for found in by_round):
         raise ValueError("batch 1 was not measured")
+    sizes = sorted({one.batch_size for one in rounds[0]} - {1})
     return [_analyze(size, by_round, macs, peak_gmac_per_s) for size in sizes]
 
 
 def sentences(found: BatchAnalysis) -> tuple[str, str]:
     """What happens at this batch size, and what to do about it."""
     return _what(found), _ADVICE[found.cause].format(
-        batch=found.batch_size,
-        grouped=f"{found.grouped_ms:.1f} ms",
-        gain=f"{found.ms / found.grouped_ms:.2f}x",
+        bucketed=f"{found.bucketed_ms:.1f} ms",
+        gain=f"{found.ms / found.bucketed_ms:.2f}x",
         host=f"{found.host_share:.0%}",
         taken=f"{found.taken:.0%}",
         peak=_of_peak(found),
@@ -109,7 +109,7 @@ def sentences(found: BatchAnalysis) -> tuple[str, str]:
 
 
 _ADVICE: Mapping[Cause, str] = {
-    "padding": "Group images by size: batches of one size each take {grouped} an image ({gain} as fast).",
+    "padding": "Put images of one input size into each batch (bucketed): {bucketed} an image ({gain} as fast).",
     "host": "Decoding, preprocessing and NMS take {host} of the time: a larger batch leaves that as it is; run them "
     "beside the network, or on smaller images.",
     "convolutions": "Convolutions run slower in larger batches here, as what they work on outgrows the caches: stay at "
@@ -157,34 +157,34 @@ def _of_peak(found: BatchAnalysis) -> str:
 
 
 def _analyze(
-    size: int, by_round: Sequence[Mapping[Arrangement, Pass]], macs: float | None, peak: float | None
+    size: int, by_round: Sequence[Mapping[tuple[int, Order], Pass]], macs: float | None, peak: float | None
 ) -> BatchAnalysis:
-    single = [found[Arrangement(1, "listed")] for found in by_round]
+    single = [found[1, "listed"] for found in by_round]
     try:
-        listed = [found[Arrangement(size, "listed")] for found in by_round]
-        grouped = [found[Arrangement(size, "bucketed")] for found in by_round]
+        listed = [found[size, "listed"] for found in by_round]
+        bucketed = [found[size, "bucketed"] for found in by_round]
     except KeyError as error:
         raise ValueError(f"batch {size} was not measured in both orders") from error
     changes = [many.end_to_end_ms - one.end_to_end_ms for many, one in zip(listed, single, strict=True)]
     typical = _typical(changes)
-    change, parts = _change(changes, typical), _parts(single, listed, grouped, typical)
+    change, parts = _change(changes, typical), _parts(single, listed, bucketed, typical)
 
     def mean(values: Iterable[float]) -> float:
         every = list(values)
         return statistics.fmean(every[number] for number in typical)
 
     ms, host_ms = mean(one.end_to_end_ms for one in listed), mean(one.host_ms for one in listed)
-    inference_ms = mean(one.inference_ms for one in grouped)
+    inference_ms = mean(one.inference_ms for one in bucketed)
     gmac_per_s = macs / inference_ms / 1e6 if macs else None
     single_ms, host_share = mean(one.end_to_end_ms for one in single), host_ms / ms
     taken = mean(one.taken for one in listed)
     percent = 100 * gmac_per_s / peak if gmac_per_s and peak and taken < _STARVED else None
-    share = grouped[0].convolution_share
+    share = bucketed[0].convolution_share
     return BatchAnalysis(
         batch_size=size,
         ms=ms,
         single_ms=single_ms,
-        grouped_ms=mean(one.end_to_end_ms for one in grouped),
+        bucketed_ms=mean(one.end_to_end_ms for one in bucketed),
         change=change,
         parts=parts,
         unexplained_ms=change.ms - sum(one.ms for one in parts.values()),
@@ -199,9 +199,9 @@ def _analyze(
 
 
 def _parts(
-    single: Sequence[Pass], listed: Sequence[Pass], grouped: Sequence[Pass], typical: Sequence[int]
+    single: Sequence[Pass], listed: Sequence[Pass], bucketed: Sequence[Pass], typical: Sequence[int]
 ) -> dict[Part, Change]:
-    rows = list(zip(single, listed, grouped, strict=True))
+    rows = list(zip(single, listed, bucketed, strict=True))
     parts: dict[Part, list[float]] = {"padding": [many.inference_ms - same.inference_ms for _, many, same in rows]}
     if all(one.convolution_share is not None and same.convolution_share is not None for one, _, same in rows):
         parts["convolutions"] = [_convolutions_ms(same) - _convolutions_ms(one) for one, _, same in rows]

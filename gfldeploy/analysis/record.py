@@ -11,9 +11,11 @@ from typing import Any
 from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, sentences
 from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.sweep import Pass
+from gfldeploy.batching.buckets import STREAM_ORDERS
+from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.report.plots import COLOURS, GREY, Plot
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
-from gfldeploy.bench.results import BundleIdentity, Peak, defined_ap
+from gfldeploy.bench.results import Peak, defined_ap
 from gfldeploy.engines.base import Precision
 from gfldeploy.files import write_json
 from gfldeploy.machine import Machine
@@ -64,7 +66,7 @@ class Analysis:
 def told_invariance(found: Sequence[Invariance]) -> list[str]:
     """What batches do to the detections, in a sentence for the worst of each order."""
     told = []
-    for order, name in (("listed", "as listed"), ("bucketed", "grouped by size")):
+    for order in STREAM_ORDERS:
         some = [one for one in found if one.order == order and one.batch_size > 1]
         if not some:
             continue
@@ -72,8 +74,9 @@ def told_invariance(found: Sequence[Invariance]) -> list[str]:
         single = next((one.accuracy for one in found if one.batch_size == 1), None)
         ap = f", mAP {worst.accuracy.ap:.4f} against {single.ap:.4f} alone" if worst.accuracy and single else ""
         told.append(
-            f"Batches {name} change a score by {worst.score_change:.2g} and a box by {worst.box_change_px:.2g} px at "
-            f"most, and lose {worst.lost} of {worst.detections} detections (batch {worst.batch_size}{ap})."
+            f"{order.capitalize()} batches change a score by at most {worst.score_change:.2g} and a box by at most "
+            f"{worst.box_change_px:.2g} px, and lose {worst.lost} of {worst.detections} detections "
+            f"(batch {worst.batch_size}{ap})."
         )
     return told
 
@@ -88,20 +91,20 @@ def _stacked(analysis: Analysis) -> Plot:
             data.append(_bar(PART_NAMES[part], labels, values, COLOURS[number]))
     data.append(
         {
-            "type": "scatter", "mode": "markers", "name": "grouped by size", "x": labels,
-            "y": [one.grouped_ms for one in analysis.batches],
+            "type": "scatter", "mode": "markers", "name": "bucketed", "x": labels,
+            "y": [one.bucketed_ms for one in analysis.batches],
             "marker": {"symbol": "line-ew-open", "size": 40, "color": "#009E73", "line": {"width": 3}},
         }
     )  # fmt: skip
     layout = {
         "barmode": "relative",
-        "xaxis": {"title": {"text": "batch size, images in the order listed"}, "type": "category", "automargin": True},
+        "xaxis": {"title": {"text": "batch size, listed"}, "type": "category", "automargin": True},
         "yaxis": {"title": {"text": "ms per image, file to boxes"}, "rangemode": "tozero", "automargin": True},
     }
     return Plot(
         "Where the time of an image goes",
         "Milliseconds of one image: that at batch 1, and what each cause adds (above) or takes away (below the axis). "
-        "The line is the same batch size with images grouped by size.",
+        "The line is the same batch size with bucketed images.",
         data,
         layout,
     )
@@ -112,11 +115,17 @@ def _bar(name: str, labels: Sequence[str], values: Sequence[float], colour: str)
 
 
 def _table(analysis: Analysis) -> str:
-    head = ["batch", "ms per image", "grouped", *(PART_NAMES[part] for part in _parts(analysis)), "unexplained"]
+    head = [
+        "batch",
+        "listed, ms per image",
+        "bucketed",
+        *(PART_NAMES[part] for part in _parts(analysis)),
+        "unexplained",
+    ]
     head += ["padding", "% of peak", "cause"]
     rows = []
     for one in analysis.batches:
-        cells = [str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}"]
+        cells = [str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"]
         for part in _parts(analysis):
             change = one.parts[part]
             cells.append(f"{change.ms:+.1f} ({change.low:+.1f} to {change.high:+.1f})")
@@ -134,11 +143,10 @@ def _detections(found: Sequence[Invariance]) -> str:
     """What batches do to detections, by batch size and order; nothing where it was not measured."""
     if not found:
         return ""
-    names = {"listed": "as listed", "bucketed": "grouped by size"}
-    head = ["batch", "images", "padding", "largest change of a score", "of a box, px", "lost", "mAP"]
+    head = ["batch", "order", "padding", "largest change of a score", "of a box, px", "lost", "mAP"]
     rows = [
         [
-            *(str(one.batch_size), names.get(one.order, one.order), f"{one.padding:.2f}x", f"{one.score_change:.2g}"),
+            *(str(one.batch_size), one.order, f"{one.padding:.2f}x", f"{one.score_change:.2g}"),
             *(f"{one.box_change_px:.2g}", f"{one.lost} of {one.detections}"),
             "" if (ap := defined_ap(one.accuracy)) is None else f"{ap:.4f}",
         ]
@@ -168,9 +176,9 @@ def _parts(analysis: Analysis) -> Iterable[Part]:
 
 def _reading() -> str:
     return """<section><h2>How it was measured</h2><dl>
-<dt>padding</dt><dd>The network on batches as the images are listed, less the same on batches of one size each.</dd>
-<dt>convolutions, other work</dt><dd>The network on batches of one size each, less that at batch 1: the same images and
-the same arithmetic. Split by the time that the engine itself says its convolutions take.</dd>
+<dt>padding</dt><dd>The network on listed batches, less the same on bucketed batches (of one input size each).</dd>
+<dt>convolutions, other work</dt><dd>The network on bucketed batches, less that at batch 1: the same images and the same
+arithmetic. Split by the time that the engine itself says its convolutions take.</dd>
 <dt>host work</dt><dd>Decoding, preprocessing, copies and NMS, timed in the same batches.</dd>
-<dt>% of peak</dt><dd>Multiply-accumulates a second in batches of one size, of what the same engine reaches here on
+<dt>% of peak</dt><dd>Multiply-accumulates a second in bucketed batches, of what the same engine reaches here on
 convolutions that suit it.</dd></dl></section>"""

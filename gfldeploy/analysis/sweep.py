@@ -1,51 +1,43 @@
 """Measuring what becomes of an image's time as the batch grows: the same images in batches of different sizes.
 
-Every batch size is run twice, as the images are listed and grouped by input size, interleaved with batch 1 and with
-each other. What differs between the two of one size is padding alone; what differs between grouped batches of two sizes
-is the batch size alone, since each image costs the same arithmetic in both.
+Every batch size is run twice, with the images listed and bucketed, interleaved with batch 1 and with each other. The
+two of one size differ by padding alone. Bucketed batches of two sizes differ by the batch size alone, since each image
+costs the same arithmetic in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gfldeploy.batching.buckets import Group, Order, Size, group, padding
+from gfldeploy.batching.buckets import STREAM_ORDERS, Group, Order, Size, group, padding
 from gfldeploy.bench.monitor import OthersUse
 from gfldeploy.bench.stages import BatchTimes, time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, TimesConvolutions
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
-from gfldeploy.machine import usable_threads
+from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["Arrangement", "Pass", "Progress", "arrangements", "input_sizes", "measure_passes", "run_pass"]
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """One way to split the images into batches: at most `batch_size` each, in this order."""
-
-    batch_size: int
-    order: Order
+__all__ = ["Pass", "batch_orders", "input_sizes", "measure_passes", "run_pass"]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """All images once in one arrangement; times in milliseconds of one image, means over the images.
+    """All images once, in batches of at most `batch_size` in one order; milliseconds of one image, as means.
 
     `inference_ms`: the network; `end_to_end_ms`: from file to detections, timed around all of it. `taken`: the share,
-    0 to 1, of the CPUs that the engine was to have, which others used or which are not there. `padding`: pixels of the
-    batches by those of their images, each padded to the network's stride alone. `convolution_share`: of the inference,
-    0 to 1, in batches of one size; None in others and where the engine cannot tell.
+    0 to 1, of the CPUs for the engine that others used or that are not there. `padding`: pixels of the batches by those
+    of their images, each padded to the network's stride alone. `convolution_share`: of the inference, 0 to 1, in
+    batches of one input size; None in others and where the engine cannot tell.
     """
 
-    arrangement: Arrangement
+    batch_size: int
+    order: Order
     decode_ms: float
     preprocess_ms: float
     copy_ms: float
@@ -62,11 +54,10 @@ class Pass:
         return self.decode_ms + self.preprocess_ms + self.copy_ms + self.postprocess_ms
 
 
-def arrangements(batch_sizes: Sequence[int]) -> list[Arrangement]:
-    """Batch 1, then each larger size as listed and grouped by size."""
-    orders: tuple[Order, ...] = ("listed", "bucketed")
-    larger = [size for size in sorted(set(batch_sizes)) if size > 1]
-    return [Arrangement(1, "listed"), *(Arrangement(size, order) for size in larger for order in orders)]
+def batch_orders(batch_sizes: Sequence[int]) -> list[tuple[int, Order]]:
+    """Batch 1, then each larger batch size with the images listed and bucketed."""
+    larger = sorted({size for size in batch_sizes if size > 1})
+    return [(1, "listed"), *((size, order) for size in larger for order in STREAM_ORDERS)]
 
 
 def input_sizes(paths: Sequence[Path], bundle: Bundle) -> list[Size]:
@@ -80,75 +71,72 @@ def measure_passes(
     engine: Engine,
     paths: Sequence[Path],
     bundle: Bundle,
-    chosen: Sequence[Arrangement],
+    chosen: Sequence[tuple[int, Order]],
     rounds: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> list[list[Pass]]:
-    """Every arrangement once in each round, in turn, after an inference of every shape; a list for each round.
+    """A pass of every chosen batch size and order in each round, after an inference of every shape; by round.
 
-    A batch that the images do not fill is filled up with its own, so that every inference has the batch size asked for,
-    and counts by the images that were in it before. Raises `DataError` and `EngineError`.
+    Each round begins with the next one. A batch that the images do not fill is filled up with its own images, so that
+    every inference has the batch size asked for; the batch counts as many images as it had. Raises `DataError` and
+    `EngineError`.
     """
     if rounds < 1 or not chosen:
-        raise ValueError("there must be at least one round and one arrangement")
+        raise ValueError("there must be at least one round and one batch size")
     import cv2
 
     cv2.setNumThreads(engine.options.threads)
     sizes = input_sizes(paths, bundle)
-    planned = {one: group(sizes, one.batch_size, one.order) for one in chosen}
-    total, done = len(chosen) * (rounds + 1), 0
-    shares: dict[Arrangement, float | None] = {}
-    for one, groups in planned.items():
-        progress(done, total)
-        shares[one] = _warm_up(engine, paths, bundle, one, groups)
-        done += 1
+    total = len(chosen) * (rounds + 1)
+    shares: dict[tuple[int, Order], float | None] = {}
+    for done, (batch_size, order) in enumerate(chosen):
+        progress.step("passes", done, total)
+        shares[batch_size, order] = _warm_up(engine, paths, bundle, sizes, batch_size, order)
     measured: list[list[Pass]] = []
-    for number in range(rounds):
-        turn = number % len(chosen)
-        found: dict[Arrangement, Pass] = {}
+    for number in range(1, rounds + 1):
+        turn = (number - 1) % len(chosen)
+        found: dict[tuple[int, Order], Pass] = {}
         for one in (*chosen[turn:], *chosen[:turn]):
-            progress(done, total)
-            found[one] = run_pass(engine, paths, bundle, one, planned[one], sizes, shares[one])
-            done += 1
+            progress.step("passes", number * len(chosen) + len(found), total)
+            found[one] = run_pass(engine, paths, bundle, sizes, *one, shares[one])
         measured.append([found[one] for one in chosen])
-    progress(total, total)
+    progress.step("passes", total, total)
     return measured
 
 
 def _warm_up(
-    engine: Engine, paths: Sequence[Path], bundle: Bundle, arrangement: Arrangement, groups: Sequence[Group]
+    engine: Engine, paths: Sequence[Path], bundle: Bundle, sizes: Sequence[Size], batch_size: int, order: Order
 ) -> float | None:
     """Run one batch of every shape; the share of the convolutions in the shape that most images are in."""
-    most_common = max(groups, key=lambda one: sum(len(other.indices) for other in groups if other.size == one.size))
+    groups = group(sizes, batch_size, order)
     for one in {one.size: one for one in groups}.values():
-        time_batch(engine, _filled(paths, one, arrangement.batch_size), bundle)
-    grouped = arrangement.order == "bucketed" or arrangement.batch_size == 1
-    if not grouped or not isinstance(engine, TimesConvolutions):
+        time_batch(engine, _filled(paths, one, batch_size), bundle)
+    if (order == "listed" and batch_size > 1) or not isinstance(engine, TimesConvolutions):
         return None
-    preprocess = bundle.manifest.preprocess
-    images = [preprocess(read_image(path)) for path in _filled(paths, most_common, arrangement.batch_size)]
-    return engine.convolution_share({"image": preprocess.batch(images)})
+    most_common = max(groups, key=lambda one: sum(len(other.indices) for other in groups if other.size == one.size))
+    images = [read_image(path) for path in _filled(paths, most_common, batch_size)]
+    return engine.convolution_share({"image": bundle.manifest.preprocess.batch_of(images)[0]})
 
 
 def run_pass(
     engine: Engine,
     paths: Sequence[Path],
     bundle: Bundle,
-    arrangement: Arrangement,
-    groups: Sequence[Group],
     sizes: Sequence[Size],
+    batch_size: int,
+    order: Order,
     share: float | None = None,
 ) -> Pass:
-    """All images once in these `groups`; `sizes` are the images', `share` that of the convolutions. Warm up before."""
-    times: list[BatchTimes] = []
+    """All images once in batches; `sizes` are the images', `share` that of the convolutions. Warm up before."""
+    groups = group(sizes, batch_size, order)
     others = OthersUse()
-    for one in groups:
-        times.append(time_batch(engine, _filled(paths, one, arrangement.batch_size), bundle))
+    times = [time_batch(engine, _filled(paths, one, batch_size), bundle) for one in groups]
     taken = max(others.share(), 1 - usable_threads() / engine.options.threads)
-    weights = np.array([len(one.indices) for one in groups]) / arrangement.batch_size / len(paths)
+    weights = np.array([len(one.indices) for one in groups]) / batch_size / len(paths)
     mean = BatchTimes(*(float(value) for value in weights @ np.array(times)))
     return Pass(
-        arrangement,
+        batch_size,
+        order,
         decode_ms=mean.decode_ms,
         preprocess_ms=mean.preprocess_ms,
         copy_ms=mean.input_copy_ms + mean.output_copy_ms,

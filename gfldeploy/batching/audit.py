@@ -1,4 +1,4 @@
-"""What batches of these images would cost, before any inference: padding, MACs and memory by batch size and order.
+"""What batches of images would cost, before any inference: padding, MACs and memory by batch size and order.
 
 A batch is padded to one size, so that a portrait and a landscape image in it cost more than both would alone. `survey`
 reads the headers of the files; the rest is arithmetic on sizes.
@@ -12,13 +12,15 @@ from pathlib import Path
 
 from gfldeploy.batching.buckets import ORDERS, Group, Order, Size, area, choose_buckets, group, is_mixed, padding
 from gfldeploy.errors import DataError
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import BYTES
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit_sizes", "survey"]
 
 _FEW_BUCKETS = (1, 2, 4, 8, 16)
+_PIXEL_BYTES = 3 * BYTES["fp32"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,9 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Survey:
-    """Images by their headers, in the order in which they come.
+    """Images by their headers, as listed: (height, width) in pixels.
 
-    `original`: height, width in pixels as read; `resized`: as the preprocessing resizes them; `inputs`: of the
-    network's input for each image alone.
+    `original`: as read; `resized`: by the preprocessing; `inputs`: of the network's input for each image alone.
     """
 
     paths: tuple[Path, ...]
@@ -72,8 +73,8 @@ class Audit:
     """What batches of some images would cost.
 
     `sizes`: how many distinct sizes the network's inputs have at batch 1. `rounding`: their pixels by those of the
-    resized images: what rounding up to the stride costs, and with a fixed input size the bars around the image. `macs`:
-    the mean of an image at batch 1. `limited`: padding of bucketed batches, as in `AuditRow`, by number of buckets.
+    resized images, which is the cost of rounding up to the stride, or of the bars around an image in a fixed input.
+    `macs`: the mean of an image at batch 1. `limited`: padding of bucketed batches by number of buckets.
     `answer`: what the rows say, in sentences. `left_out`: images that cannot be used.
     """
 
@@ -87,13 +88,8 @@ class Audit:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def survey(
-    paths: Sequence[Path], preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Survey:
-    """Read the headers of the files. One that cannot be used is left out.
-
-    Raises `DataError` where none can be used.
-    """
+def survey(paths: Sequence[Path], preprocess: Preprocess, progress: Progress = SILENT) -> Survey:
+    """Read the headers of the files. Those that cannot be used are left out; raises `DataError` if all are."""
     kept: list[tuple[Path, Size, Size, Size]] = []
     left_out = []
     for done, path in enumerate(paths, start=1):
@@ -103,7 +99,7 @@ def survey(
         except DataError as error:
             problem = error.problem if str(path) in error.problem else f"{path}: {error.problem}"
             left_out.append(LeftOut(path, problem))
-        progress(done, len(paths))
+        progress.step("reading sizes", done, len(paths))
     if not kept:
         first = f": {left_out[0].reason}" if left_out else ""
         raise DataError(f"none of {len(paths)} images can be used{first}", "Give images that OpenCV reads.")
@@ -126,6 +122,7 @@ def audit_sizes(
     count them; each is called once. Raises `ValueError` for no images, or numbers below 1.
     """
     sizes = found.inputs
+    distinct = len(set(sizes))
     buckets = choose_buckets(sizes, most_buckets)
     cuts = {
         (batch_size, order): group(sizes, batch_size, order, buckets, seed)
@@ -133,10 +130,25 @@ def audit_sizes(
         for order in ORDERS
     }
     largest = {key: max(groups, key=_pixels) for key, groups in cuts.items()}
-    every = set(sizes) | {one.size for groups in cuts.values() for one in groups}
-    macs_of = macs(every) if macs else None
+    macs_of = macs(set(sizes) | {one.size for groups in cuts.values() for one in groups}) if macs else None
     activations_of = activations({one.size for one in largest.values()}) if activations else None
-    distinct = len(set(sizes))
+
+    def row(batch_size: int, order: Order) -> AuditRow:
+        groups, most = cuts[batch_size, order], largest[batch_size, order]
+        images = len(most.indices)
+        return AuditRow(
+            batch_size=batch_size,
+            order=order,
+            batches=len(groups),
+            mixed=sum(is_mixed(one, sizes) for one in groups),
+            padding=padding(groups, sizes),
+            macs=sum(len(one.indices) * macs_of[one.size] for one in groups) / len(sizes) if macs_of else None,
+            largest=(images, *most.size),
+            input_bytes=_pixels(most) * _PIXEL_BYTES,
+            mean_input_bytes=sum(map(_pixels, groups)) * _PIXEL_BYTES / len(groups),
+            activation_bytes=images * activations_of[most.size] * BYTES["fp32"] if activations_of else None,
+        )
+
     return Audit(
         images=len(sizes),
         sizes=distinct,
@@ -146,32 +158,7 @@ def audit_sizes(
             most: padding(group(sizes, 1, buckets=choose_buckets(sizes, most)), sizes)
             for most in (*(few for few in _FEW_BUCKETS if few < distinct), distinct)
         },
-        rows=tuple(_row(*key, groups, sizes, largest[key], macs_of, activations_of) for key, groups in cuts.items()),
-    )
-
-
-def _row(
-    batch_size: int,
-    order: Order,
-    groups: Sequence[Group],
-    sizes: Sequence[Size],
-    largest: Group,
-    macs: Mapping[Size, int] | None,
-    activations: Mapping[Size, int] | None,
-) -> AuditRow:
-    pixel_bytes = 3 * BYTES["fp32"]
-    images = len(largest.indices)
-    return AuditRow(
-        batch_size=batch_size,
-        order=order,
-        batches=len(groups),
-        mixed=sum(is_mixed(one, sizes) for one in groups),
-        padding=padding(groups, sizes),
-        macs=sum(len(one.indices) * macs[one.size] for one in groups) / len(sizes) if macs else None,
-        largest=(images, *largest.size),
-        input_bytes=_pixels(largest) * pixel_bytes,
-        mean_input_bytes=sum(map(_pixels, groups)) * pixel_bytes / len(groups),
-        activation_bytes=images * activations[largest.size] * BYTES["fp32"] if activations else None,
+        rows=tuple(row(*key) for key in cuts),
     )
 
 

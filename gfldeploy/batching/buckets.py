@@ -1,7 +1,7 @@
-"""Which images go into one batch: grouping by input size, so that no image is padded to the size of another.
+"""Which images go into one batch: by input size, so that no image is padded to the size of another.
 
 Everything here is arithmetic on sizes, without an image or an engine: `audit` predicts with it what `bench`, `eval` and
-the batcher then do.
+the batcher do.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 
 __all__ = [
     "ORDERS",
+    "STREAM_ORDERS",
     "Group",
     "Order",
     "Size",
-    "StreamOrder",
     "area",
     "bucket_of",
     "choose_buckets",
@@ -35,13 +35,13 @@ __all__ = [
 Item = TypeVar("Item")
 # (height, width) in pixels of the network's input for one image, rounded up to the network's stride.
 Size = tuple[int, int]
-# listed: as the images come; shuffled: at random; sorted: by size, so that neighbours are alike; bucketed: batches of
-# one bucket each.
+# listed: as the images come; shuffled: at random; sorted: by size; bucketed: images of one input size in each batch, or
+# of one bucket of sizes.
 Order = Literal["listed", "shuffled", "sorted", "bucketed"]
-_MOST_COMPARED = 512
 ORDERS: tuple[Order, ...] = get_args(Order)
 # Those that need not know all images before the first batch.
-StreamOrder = Literal["listed", "bucketed"]
+STREAM_ORDERS: tuple[Order, ...] = ("listed", "bucketed")
+_MOST_COMPARED = 512
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def is_mixed(group: Group, sizes: Sequence[Size]) -> bool:
 
 
 def choose_buckets(sizes: Iterable[Size], most: int | None = None) -> tuple[Size, ...]:
-    """The sizes that batches are to have, the smallest first: those of the images, merged until there are `most`.
+    """The sizes of batches, the smallest first: those of the images, merged until there are `most`.
 
     Few are for engines that compile for each shape; None keeps every distinct size, so that nothing is padded. Each
-    step replaces the two buckets whose union costs the fewest pixels over all images: agglomerative, not optimal, and
-    never worse than one bucket for all. Of more than 512 distinct sizes, as without a stride, neighbours are merged
-    first. Raises `ValueError` without sizes or with `most` below 1.
+    step merges the two buckets whose union adds the fewest pixels over all images: agglomerative, not optimal, and
+    never worse than one bucket for all. More than 512 distinct sizes, as without a stride, are rounded up first. Raises
+    `ValueError` without sizes or with `most` below 1.
     """
     counts = Counter(sizes)
     if most is not None:
@@ -108,9 +108,8 @@ def choose_buckets(sizes: Iterable[Size], most: int | None = None) -> tuple[Size
 
 
 def _coarser(counts: Counter[Size]) -> Counter[Size]:
-    """The sizes rounded up to multiples of so many pixels that few enough are left to compare each with each."""
-    step = 1
-    rounded = counts
+    """The sizes rounded up until they are few enough to compare each with each."""
+    step, rounded = 1, counts
     while len(rounded) > _MOST_COMPARED:
         step *= 2
         rounded = Counter()
@@ -120,7 +119,7 @@ def _coarser(counts: Counter[Size]) -> Counter[Size]:
 
 
 def bucket_of(size: Size, buckets: Sequence[Size]) -> Size:
-    """The smallest of the buckets that holds an image of this size; its own size where none does."""
+    """The smallest of the buckets that holds an image of this size; its own size if none does."""
     fitting = [one for one in buckets if one[0] >= size[0] and one[1] >= size[1]]
     return min(fitting, key=area, default=size)
 
@@ -134,9 +133,9 @@ def group(
 ) -> list[Group]:
     """Split images of these sizes into batches of at most `batch_size`, each image in exactly one.
 
-    `buckets`: for the bucketed order; None is every distinct size. Bucketed batches come in the order in which they are
-    full, the rest in that of their first image; `group_stream` cuts a stream the same way. `seed`: of the shuffled
-    order. Raises `ValueError` for a batch size below 1.
+    `buckets`: for the bucketed order; None is every distinct size. Bucketed batches come in the order in which they
+    fill, then those that do not fill by their first image, as in `group_stream`. `seed`: of the shuffled order. Raises
+    `ValueError` for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -146,28 +145,23 @@ def group(
     if order == "shuffled":
         random.Random(seed).shuffle(indices)
     elif order == "sorted":
-        indices.sort(key=lambda index: (_is_portrait(sizes[index]), sizes[index]))
+        indices.sort(key=lambda index: (sizes[index][0] > sizes[index][1], sizes[index]))  # landscape first
     cuts = (tuple(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size))
     return [Group(cut, union(sizes[index] for index in cut)) for cut in cuts]
-
-
-def _is_portrait(size: Size) -> bool:
-    """Higher than wide."""
-    return size[0] > size[1]
 
 
 def group_stream(
     items: Iterable[tuple[Item, Size]], batch_size: int, look_ahead: int | None = None
 ) -> Iterator[tuple[list[Item], Size]]:
-    """Split a stream of items, each with its size, into batches of one size: those of `group`'s bucketed order.
+    """Split a stream of items, each with its size, into batches of one size, as `group` in the bucketed order.
 
-    Reads no further than the next batch needs. `look_ahead`: a batch that is not full goes when so many items have come
-    since its first, so that no more than that many ever wait; None is for a stream that ends. The batches depend on the
-    sizes alone. Raises `ValueError` for a batch size below 1.
+    Reads no further than the next batch needs. `look_ahead`: a batch that is not full is yielded when so many items
+    have come since its first, so that no more than that many ever wait; None is for a stream that ends. The batches
+    depend on the sizes alone. Raises `ValueError` for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    waiting: dict[Size, tuple[int, list[Item]]] = {}  # by size, with the number of the first: in order of the firsts
+    waiting: dict[Size, tuple[int, list[Item]]] = {}  # by size, with the number of the first, in order of that number
     for number, (item, size) in enumerate(items):
         _, batch = waiting.setdefault(size, (number, []))
         batch.append(item)
@@ -183,15 +177,17 @@ def group_stream(
 
 
 def stream_batches(
-    items: Iterable[tuple[Item, Size]], batch_size: int, order: StreamOrder, look_ahead: int | None = None
+    items: Iterable[tuple[Item, Size]], batch_size: int, order: Order, look_ahead: int | None = None
 ) -> Iterator[tuple[list[Item], Size]]:
-    """`group_stream`, or with the listed order batches as the items come, each padded to the size that holds them all.
+    """Bucketed: `group_stream`. Listed: batches of items as they come, each padded to the size that holds them all.
 
-    A size of 0 pixels is of what cannot be read, and adds nothing.
+    An item that cannot be read has a size of 0 pixels, which adds nothing. Raises `ValueError` for another order.
     """
     if order == "bucketed":
         yield from group_stream(items, batch_size, look_ahead)
         return
+    if order != "listed":
+        raise ValueError(f"a stream cannot be {order}: that takes all of its items")
     remaining = iter(items)
     while batch := list(islice(remaining, batch_size)):
         yield [item for item, _ in batch], union(size for _, size in batch)

@@ -1,10 +1,10 @@
-"""How long a batch will take: fitted to measurements, corrected by what is seen as it runs."""
+"""How long a batch will take: fitted to measurements, corrected by observations at work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 
@@ -14,9 +14,10 @@ __all__ = ["LatencyModel", "Point"]
 
 # Weight of a new observation against all earlier ones of the same batch size and input size.
 _LEARNING = 0.2
-# What one call of `fade` takes of all of them.
+# Share of what was learnt that one call of `fade` forgets.
 _FADING = 0.05
-# Batch sizes by input sizes that are told apart: those seen last. A server without buckets may meet any number.
+# So many pairs of a batch size and an input size are told apart, those seen last: a server without buckets may meet any
+# number.
 _MOST_REMEMBERED = 1024
 
 
@@ -34,11 +35,10 @@ class Point:
 
 
 class LatencyModel:
-    """Milliseconds of a batch: a + b x images + c x pixels of the batch, with nothing negative, times a correction.
+    """Milliseconds of a batch: a + b x images + c x pixels of the batch, none of them negative, times a correction.
 
-    Where `a` is 0, a larger batch is no cheaper by the image and batching does not pay. The correction is learnt for
-    each batch size and input size from `observe`; what was never seen, or not for long among many others, takes that of
-    everything seen.
+    With `a` = 0 a larger batch costs no less per image, and batching does not pay. `observe` learns the correction for
+    each batch size and input size; those not seen, or not lately among many others, take the overall correction.
     """
 
     def __init__(self, per_batch_ms: float, per_image_ms: float, per_megapixel_ms: float) -> None:
@@ -52,56 +52,53 @@ class LatencyModel:
 
     @classmethod
     def fit(cls, points: Iterable[Point]) -> LatencyModel:
-        """Least relative squares under the constraint that nothing is negative. Raises `ValueError` without points.
+        """Least squares of relative errors, no coefficient negative. Raises `ValueError` without points.
 
-        With three coefficients, the best of all subsets of them that come out positive is the constrained optimum.
+        Of three coefficients, the best subset whose least-squares solution is not negative is the constrained optimum.
         """
         measured = list(points)
         if not measured:
             raise ValueError("there must be at least one measurement")
         rows = np.array([(1.0, one.images, one.images * area(one.size) / 1e6) for one in measured])
         scaled = rows / np.array([[one.ms] for one in measured])
-        best, least = (0.0, 0.0, 0.0), np.inf
-        for count in (1, 2, 3):
-            for chosen in combinations(range(3), count):
-                solution, *_ = np.linalg.lstsq(scaled[:, chosen], np.ones(len(measured)), rcond=None)
-                error = float(((scaled[:, chosen] @ solution - 1) ** 2).sum())
-                if solution.min() >= 0 and error < least * (1 - 1e-9):
-                    values = [0.0, 0.0, 0.0]
-                    for index, value in zip(chosen, solution.tolist(), strict=True):
-                        values[index] = value
-                    best, least = (values[0], values[1], values[2]), error
-        return cls(*best)
+        best, smallest = np.zeros(3), np.inf
+        for chosen in chain.from_iterable(combinations(range(3), count) for count in (1, 2, 3)):
+            solution, *_ = np.linalg.lstsq(scaled[:, chosen], np.ones(len(measured)), rcond=None)
+            error = float(((scaled[:, chosen] @ solution - 1) ** 2).sum())
+            if solution.min() >= 0 and error < smallest * (1 - 1e-9):
+                best, smallest = np.zeros(3), error
+                best[list(chosen)] = solution
+        return cls(*best.tolist())
 
     def predict(self, images: int, size: Size) -> float:
         """Milliseconds that a batch is expected to take."""
         return self._prior(images, size) * self._ratios.get((images, size), self._overall)
 
     def margin(self, images: int, size: Size) -> float:
-        """Milliseconds to plan with: what it is expected to take, and twice its mean deviation."""
+        """Milliseconds to plan with: the expected time and twice its mean deviation."""
         return self.predict(images, size) * (1 + 2 * self._spread)
 
     def observe(self, images: int, size: Size, ms: float) -> None:
-        """Learn what a batch took. An exponentially weighted mean: old observations fade.
+        """Learn what a batch took, by an exponentially weighted mean.
 
-        One batch counts for twice what was expected at most: the first of a shape, which an engine prepares itself for,
-        or one that another process held up, says little of the next.
+        No batch counts for more than twice the expected time: the first of a shape, for which an engine prepares
+        itself, or one that another process held up, says little of the next.
         """
         if ms <= 0:
             return
         ratio = ms / self._prior(images, size)
         expected = self._ratios.get((images, size), self._overall)
         self._spread += _LEARNING * (min(abs(ratio / expected - 1), 1.0) - self._spread)
-        self._ratios.pop((images, size), None)  # to stand behind all others: the first was not seen for longest
+        self._ratios.pop((images, size), None)  # moves behind all others: the first is the one not seen for longest
         self._ratios[images, size] = expected + _LEARNING * (min(ratio, 2 * expected) - expected)
         if len(self._ratios) > _MOST_REMEMBERED:
             del self._ratios[next(iter(self._ratios))]
         self._overall += _LEARNING * (min(ratio, 2 * self._overall) - self._overall)
 
     def fade(self) -> None:
-        """Forget a little of what was seen, towards what was measured at first.
+        """Forget a little of what was learnt, towards what was measured at first.
 
-        For when nothing runs because everything seems too slow: without new observations that would never end.
+        For when nothing runs because everything seems too slow: without new observations that would not end.
         """
         self._overall += _FADING * (1 - self._overall)
         for key, ratio in self._ratios.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Size, area
+from gfldeploy.batching.buckets import Order, Size, area
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["Batch", "batches_in_order", "padding_ratio", "prepare_images", "shape_counts", "uniform_batches"]
+__all__ = ["Batch", "make_batches", "padding_ratio", "prepare_images", "shape_counts"]
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,19 @@ def prepare_images(paths: Sequence[Path], preprocess: Preprocess) -> list[Prepar
     return [preprocess(read_image(path)) for path in paths]
 
 
-def batches_in_order(images: Sequence[Prepared], preprocess: Preprocess, batch_size: int) -> list[Batch]:
-    """Batches of the images in their order; the last is filled up from the beginning, so that all are of one size."""
-    return _batches(images, range(len(images)), preprocess, batch_size)
+def make_batches(
+    images: Sequence[Prepared], preprocess: Preprocess, batch_size: int, order: Order = "listed"
+) -> list[Batch]:
+    """Batches of exactly `batch_size` images each: listed, or bucketed by input size, so that none is padded.
 
-
-def uniform_batches(images: Sequence[Prepared], preprocess: Preprocess, batch_size: int) -> list[Batch]:
-    """Batches of images of one size each, so that none is padded to another's; a size's last is filled up with its own.
-
-    An order that only those may choose who have all images at once: the offline scenario.
+    The last batch, or the last of each bucket, is filled up with the first images of the data, or of the bucket.
+    Bucketed batches need all images at once: the offline scenario.
     """
-    by_size: dict[Size, list[int]] = defaultdict(list)
+    buckets: dict[Size | None, list[int]] = {}
     for place, image in enumerate(images):
-        by_size[preprocess.padded_size(*image.tensor.shape[1:])].append(place)
-    return [batch for places in by_size.values() for batch in _batches(images, places, preprocess, batch_size)]
+        size = preprocess.padded_size(*image.tensor.shape[1:]) if order == "bucketed" else None
+        buckets.setdefault(size, []).append(place)
+    return [batch for places in buckets.values() for batch in _batches(images, places, preprocess, batch_size)]
 
 
 def padding_ratio(batches: Sequence[Batch]) -> float:

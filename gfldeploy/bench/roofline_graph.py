@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
-from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Precision
+from gfldeploy.engines.dependencies import require
 from gfldeploy.export.half import write_half_onnx
 from gfldeploy.export.onnx_graph import OPSET
 from gfldeploy.files import scratch_directory
@@ -93,7 +93,7 @@ class Stack:
         return [random.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape).astype(np.float32) for shape in shapes]
 
     def _write_onnx(self, path: Path, name: GraphName, precision: Precision) -> None:
-        require("onnx", "onnxruntime", "writing a graph of convolutions")
+        require("onnx", "writing a graph of convolutions")
         from onnx import TensorProto, helper, numpy_helper, save
 
         nodes, constants = [], [numpy_helper.from_array(np.zeros(_CHANNELS, np.float32), "bias")]
@@ -136,7 +136,7 @@ class Stack:
         return Calibration("none", {}, ranges)
 
     def _write_paddle(self, directory: Path) -> None:
-        paddle = require("paddle", "paddle", "the Paddle Inference engine")
+        paddle = require("paddle", "the Paddle Inference engine")
         nn = paddle.nn
         layers: list[Any] = []
         for weight in self._weights:
@@ -152,7 +152,7 @@ class Stack:
 
     def _write_int8_program(self, directory: Path) -> None:
         """The program that PaddleSlim would make of it."""
-        paddle = require("paddle", "paddle", "the Paddle Inference engine")
+        paddle = require("paddle", "the Paddle Inference engine")
         from paddle.pir_utils import OldIrGuard
 
         static = paddle.static

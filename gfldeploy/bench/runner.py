@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.bench.cost import work
+from gfldeploy.bench.cell import BundleIdentity, Cell
+from gfldeploy.bench.cost import count_cost
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Cell, Plan, Skipped
+from gfldeploy.bench.matrix import Plan
 from gfldeploy.bench.monitor import wait_until_idle
-from gfldeploy.bench.results import SCHEMA, BundleIdentity, CellResult, Peak, Settings, Work
+from gfldeploy.bench.results import BenchResults, CellResult, Cost, Peak, Settings
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import DEFAULT_LIMITS, Limits, run_child
-from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.errors import DataError, EngineError, GfldeployError
 from gfldeploy.serialization import build, plain
@@ -63,9 +63,9 @@ class _Step:
     def __str__(self) -> str:
         cell = self.cell
         if self.kind == "peak":
-            return f"peak of {cell.engine} {cell.precision} on {cell.device}"
+            return f"peak of {cell.setup()}"
         if self.kind == "accuracy":
-            return f"{cell.bundle.name}: {cell.engine} {cell.precision} on {cell.device}, accuracy"
+            return f"{cell.bundle.directory}: {cell.setup()}, accuracy"
         return str(cell)
 
 
@@ -81,8 +81,8 @@ def run_plan(
     about: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total, description: None,
     worker: str | Sequence[str] = _WORKER,
-) -> tuple[tuple[CellResult, ...], tuple[Peak, ...]]:
-    """Measure every cell of the plan; the results are in the plan's order, the skipped ones last; then the peaks.
+) -> tuple[CellResult, ...]:
+    """Measure every cell of the plan; the results are in the plan's order, the skipped ones last.
 
     Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. Then each
     bundle x engine x precision of which a cell was measured is evaluated, once, if there are annotations; then, with
@@ -99,13 +99,12 @@ def run_plan(
     and once at the end; processes of an earlier run are not counted. `worker` is the worker's module or command line.
     Raises `BundleError` for a bundle that cannot be read.
     """
-    identities = {cell.bundle: BundleIdentity.of(Bundle.open(cell.bundle)) for cell in plan.cells}
     steps = _steps(plan, settings.rounds, data.annotations is not None, peaks)
 
     def question(step: _Step) -> dict[str, Any]:
-        cell = {**plain(step.cell), "bundle": identities[step.cell.bundle].digest}
+        cell = {**plain(step.cell), "bundle": step.cell.bundle.digest}
         return {
-            "schema": SCHEMA, "kind": step.kind, "cell": cell, "round": step.round,
+            "schema": BenchResults.FORMAT.schema, "kind": step.kind, "cell": cell, "round": step.round,
             "settings": plain(settings), "data": data.digest, "about": about or {},
         }  # fmt: skip
 
@@ -113,7 +112,7 @@ def run_plan(
     for step in steps:
         kept = journal.find(question(step))
         if kept is not None:
-            answer = _read(kept, step)
+            answer = _read(kept, step, plan.bundles[step.cell.bundle])
             if "reason" in kept or not isinstance(answer, _Failure):  # what cannot be read is no answer
                 answers[step] = answer
     pending = [step for step in steps if step not in answers and _worth_it(step, steps, answers)]
@@ -121,32 +120,18 @@ def run_plan(
         progress(number, len(pending), str(step))
         if not _worth_it(step, steps, answers):
             continue
-        answers[step] = _run(step, data, settings, limits, engine_cache, worker)
+        answers[step] = _run(step, plan.bundles[step.cell.bundle], data, settings, limits, engine_cache, worker)
         journal.keep(question(step), _written(answers[step]))
     progress(len(pending), len(pending), "done")
-    works = _Works()
-    return (
-        (
-            *(_cell_result(cell, identities[cell.bundle], answers, settings.rounds, works) for cell in plan.cells),
-            *(_skipped_result(item) for item in plan.skipped),
-        ),
-        tuple(answer for answer in answers.values() if isinstance(answer, Peak)),
-    )
+    costs = _Costs(plan.bundles)
+    return (*(_cell_result(cell, answers, settings.rounds, costs) for cell in plan.cells), *plan.skipped)
 
 
-def run_peak(
-    engine: str,
-    precision: Precision,
-    device: Device,
-    threads: int,
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    worker: str | Sequence[str] = _WORKER,
-) -> Peak:
-    """What an engine reaches here at best, measured in a process of its own; a failure is the `reason` of the peak."""
-    answer = _ask("peak", PeakRequest(engine, precision, device, threads), limits, worker)
+def run_peak(cell: Cell, *, limits: Limits = DEFAULT_LIMITS, worker: str | Sequence[str] = _WORKER) -> Peak:
+    """What the cell's engine reaches here at best, measured in a process of its own; a failure is its `reason`."""
+    answer = _ask("peak", PeakRequest(cell), limits, worker)
     if "reason" in answer:
-        return Peak(engine, precision, device, threads, None, None, str(answer["reason"]))
+        return Peak(None, None, str(answer["reason"]))
     return build(Peak, answer.get("peak"), "peak")
 
 
@@ -186,7 +171,13 @@ def _worth_it(step: _Step, steps: Sequence[_Step], answers: Mapping[_Step, objec
 
 
 def _run(
-    step: _Step, data: Data, settings: Settings, limits: Limits, engine_cache: Path, worker: str | Sequence[str]
+    step: _Step,
+    bundle: Path,
+    data: Data,
+    settings: Settings,
+    limits: Limits,
+    engine_cache: Path,
+    worker: str | Sequence[str],
 ) -> Timed | Accuracy | Peak | _Failure:
     """Run the step's process and read its answer."""
     cell = step.cell
@@ -194,16 +185,16 @@ def _run(
     request: TimingRequest | AccuracyRequest | PeakRequest
     if step.kind == "timing":
         images = tuple(path.absolute() for path in data.images)
-        request = TimingRequest(cell, images, settings, idle, engine_cache)
+        request = TimingRequest(cell, bundle, images, settings, idle, engine_cache)
     elif step.kind == "accuracy":
         assert data.annotations is not None
-        request = AccuracyRequest(cell, data.annotations, data.image_dir, data.accuracy_limit, engine_cache)
+        request = AccuracyRequest(cell, bundle, data.annotations, data.image_dir, data.accuracy_limit, engine_cache)
     else:
-        request = PeakRequest(cell.engine, cell.precision, cell.device, cell.threads)
-    return _read(_ask(step.kind, request, limits, worker), step)
+        request = PeakRequest(cell)
+    return _read(_ask(step.kind, request, limits, worker), step, bundle)
 
 
-def _read(answer: Mapping[str, Any], step: _Step) -> Timed | Accuracy | Peak | _Failure:
+def _read(answer: Mapping[str, Any], step: _Step, bundle: Path) -> Timed | Accuracy | Peak | _Failure:
     """What a worker, or the journal, says of a step."""
     if "reason" in answer:
         remedy = answer.get("remedy")
@@ -218,8 +209,7 @@ def _read(answer: Mapping[str, Any], step: _Step) -> Timed | Accuracy | Peak | _
         except DataError as error:
             failure = _Failure(f"the process answered nonsense: {error.problem}", None)
     # Results are published: name the bundle, not where it lies on this machine.
-    bundle = step.cell.bundle
-    return replace(failure, reason=failure.reason.replace(str(bundle), bundle.resolve().name))
+    return replace(failure, reason=failure.reason.replace(str(bundle), step.cell.bundle.directory))
 
 
 def _written(answer: Timed | Accuracy | Peak | _Failure) -> dict[str, Any]:
@@ -243,19 +233,21 @@ def _ask(
         return {"reason": error.problem, "remedy": error.remedy}
 
 
-class _Works:
-    """The work of cells, counted once for all cells with the same bundle, precision and shapes."""
+class _Costs:
+    """The cost of cells, counted once for all cells with the same bundle, precision and shapes."""
 
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Work | None] = {}
+    def __init__(self, bundles: Mapping[BundleIdentity, Path]) -> None:
+        self._bundles = bundles
+        self._known: dict[Hashable, Cost | None] = {}
 
-    def of(self, cell: Cell, timed: Timed) -> Work | None:
+    def of(self, cell: Cell, timed: Timed) -> Cost | None:
         key = (cell.bundle, cell.precision, timed.image_sizes, tuple(sorted(timed.run.shapes.items())))
         if key not in self._known:
             sizes = [(height, width) for height, width in timed.image_sizes]
             self._known[key] = None
             with suppress(GfldeployError):  # a graph that cannot be counted is no reason to lose its timing
-                self._known[key] = work(Bundle.open(cell.bundle), cell.precision, sizes, _batches(timed.run.shapes))
+                bundle = Bundle.open(self._bundles[cell.bundle])
+                self._known[key] = count_cost(bundle, cell.precision, sizes, _batches(timed.run.shapes))
         return self._known[key]
 
 
@@ -269,56 +261,28 @@ def _batches(shapes: Mapping[str, int]) -> dict[tuple[int, int, int], int]:
 
 
 def _cell_result(
-    cell: Cell,
-    identity: BundleIdentity,
-    answers: Mapping[_Step, Timed | Accuracy | Peak | _Failure],
-    rounds: int,
-    works: _Works,
+    cell: Cell, answers: Mapping[_Step, Timed | Accuracy | Peak | _Failure], rounds: int, costs: _Costs
 ) -> CellResult:
     found = [answers.get(_Step("timing", cell, number)) for number in range(rounds)]
     timed = [answer for answer in found if isinstance(answer, Timed)]
     failure = next((answer for answer in found if isinstance(answer, _Failure)), None)
-    accuracy = next(
-        (answer for step, answer in answers.items() if step.kind == "accuracy" and _model(step.cell) == _model(cell)),
-        None,
-    )
+
+    def shared(kind: str, alike: Callable[[Cell], Hashable]) -> object:
+        """The answer of a step that several cells share."""
+        steps = (step for step in answers if step.kind == kind and alike(step.cell) == alike(cell))
+        return next((answers[step] for step in steps), None)
+
+    accuracy, peak = shared("accuracy", _model), shared("peak", _configuration)
+    if isinstance(peak, _Failure):
+        peak = Peak(None, None, peak.reason)
     return CellResult(
-        bundle=identity,
-        engine=cell.engine,
-        precision=cell.precision,
-        device=cell.device,
-        batch_size=cell.batch_size,
-        threads=cell.threads,
-        scenario=cell.scenario,
-        rate=cell.rate,
-        policy=cell.policy,
+        cell,
         status="failed" if failure else "ok",
         reason=failure.reason if failure else None,
         remedy=failure.remedy if failure else None,
         runs=tuple(answer.run for answer in timed),
         accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
         accuracy_reason=accuracy.reason if isinstance(accuracy, _Failure) else None,
-        work=works.of(cell, timed[0]) if timed else None,
-    )
-
-
-def _skipped_result(skipped: Skipped) -> CellResult:
-    identity = BundleIdentity.of(Bundle.open(skipped.bundle)) if skipped.bundle else None
-    return CellResult(
-        bundle=identity,
-        engine=skipped.engine,
-        precision=skipped.precision,
-        device=skipped.device,
-        batch_size=skipped.batch_size,
-        threads=skipped.threads,
-        scenario=None,
-        rate=None,
-        policy=None,
-        status="skipped",
-        reason=skipped.reason,
-        remedy=skipped.remedy,
-        runs=(),
-        accuracy=None,
-        accuracy_reason=None,
-        work=None,
+        cost=costs.of(cell, timed[0]) if timed else None,
+        peak=peak if isinstance(peak, Peak) else None,
     )

@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 
 from gfldeploy.accuracy import check_measurable
+from gfldeploy.bench.cell import POLICIES, STREAMS, Scenario, ServerPolicy
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import STREAMS, Plan, plan
-from gfldeploy.bench.results import POLICIES, BenchResults, DataDescription, Scenario, ServerPolicy, Settings
+from gfldeploy.bench.matrix import Plan, plan
+from gfldeploy.bench.results import BenchResults, DataDescription, Settings
 from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import Limits
@@ -120,7 +121,7 @@ def run(prepared: PreparedBench, journal: Journal, progress: Progress = lambda d
     request = prepared.request
     machine = describe_machine()
     data, description = describe_data(prepared)
-    cells, peaks = run_plan(
+    cells = run_plan(
         prepared.plan,
         data,
         request.settings,
@@ -136,7 +137,6 @@ def run(prepared: PreparedBench, journal: Journal, progress: Progress = lambda d
         machine=machine,
         data=description,
         settings=request.settings,
-        peaks=peaks,
         cells=cells,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,15 +21,8 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.batching.buckets import union
-from gfldeploy.bench.inputs import (
-    Batch,
-    batches_in_order,
-    padding_ratio,
-    prepare_images,
-    shape_counts,
-    uniform_batches,
-)
-from gfldeploy.bench.matrix import Cell
+from gfldeploy.bench.cell import Cell
+from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
 from gfldeploy.bench.roofline import measure_peak
@@ -39,7 +33,6 @@ from gfldeploy.bench.timing import Samples, measure
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import report_progress, serve
 from gfldeploy.engines.base import (
-    Device,
     Engine,
     EngineOptions,
     ExecutedConvolution,
@@ -48,8 +41,7 @@ from gfldeploy.engines.base import (
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import TENSORRT_ENGINES, open_engine
-from gfldeploy.engines.tensorrt import TensorRtOptions, profile
+from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -62,10 +54,12 @@ __all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest"]
 class TimingRequest:
     """Time a cell on these images.
 
-    `idle`: how the machine was before. `engine_cache`: where TensorRT and OpenVINO keep what they built.
+    `bundle`: the directory of the cell's. `idle`: how the machine was before. `engine_cache`: where engines keep what
+    they compiled.
     """
 
     cell: Cell
+    bundle: Path
     images: tuple[Path, ...]
     settings: Settings
     idle: Idle
@@ -85,6 +79,7 @@ class AccuracyRequest:
     """Measure COCO accuracy at batch 1 (whatever the cell's batch size) on the first `limit` images, None for all."""
 
     cell: Cell
+    bundle: Path
     annotations: Path
     image_dir: Path | None
     limit: int | None
@@ -93,12 +88,9 @@ class AccuracyRequest:
 
 @dataclass(frozen=True)
 class PeakRequest:
-    """Measure what the engine reaches at best."""
+    """Measure what the cell's engine reaches at best."""
 
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
+    cell: Cell
 
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
@@ -117,13 +109,12 @@ def _time(request: TimingRequest) -> Timed:
 
     cell, settings = request.cell, request.settings
     cv2.setNumThreads(cell.threads)
-    bundle = Bundle.open(cell.bundle)
+    bundle = Bundle.open(request.bundle)
     preprocess = bundle.manifest.preprocess
     images = prepare_images(request.images, preprocess)
-    arrange = uniform_batches if cell.scenario == "offline" else batches_in_order
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
-    batches = arrange(timed, preprocess, cell.batch_size)
+    batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
     with _open(cell, bundle, _shapes(cell, images, batches, preprocess), request.engine_cache) as engine:
@@ -166,9 +157,9 @@ def _time(request: TimingRequest) -> Timed:
 
 
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
-    """`shapes`: (batch, height, width) of the inputs to come, which TensorRT builds its engine for."""
-    tensorrt = TensorRtOptions(profile(shapes), cache) if cell.engine in TENSORRT_ENGINES else None
-    options = EngineOptions(cell.precision, cell.device, cell.threads, tensorrt, cache)
+    """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without them."""
+    known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
+    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known))
     return open_engine(cell.engine, bundle, options)
 
 
@@ -199,12 +190,13 @@ def _measure(
 
 
 def _peak(request: PeakRequest) -> Peak:
-    return measure_peak(request.engine, request.precision, request.device, request.threads)
+    cell = request.cell
+    return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
 
 
 def _accuracy(request: AccuracyRequest) -> Accuracy:
     cell = request.cell
-    bundle = Bundle.open(cell.bundle)
+    bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
     dataset = CocoDataset.load(request.annotations, request.image_dir, request.limit)
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]

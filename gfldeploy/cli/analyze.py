@@ -15,8 +15,8 @@ from gfldeploy.cli.options import (
     ANNOTATIONS,
     BUNDLE,
     ENGINE,
-    CommaSeparated,
     WholeNumber,
+    WholeNumbers,
     limit_option,
     options,
     output_options,
@@ -28,29 +28,18 @@ __all__ = ["command"]
 
 @click.command("analyze")
 @options(BUNDLE, *ANNOTATIONS, *ENGINE)
-@click.option(
-    "--batch-sizes",
-    type=CommaSeparated(),
-    default="2,4,8",
-    show_default=True,
-    help="Batch sizes to compare with batch 1.",
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="2,4,8", help="Batch sizes to compare with batch 1.")
 @limit_option(32)
+@click.option("--rounds", type=WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")
+@click.option("--peak/--no-peak", default=True, help="Measure what the engine reaches at best too.")
 @click.option(
-    "--rounds", type=WholeNumber(2), default=5, show_default=True, help="Number of interleaved rounds of all batches."
-)
-@click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engine reaches at best too.")
-@click.option(
-    "--invariance/--no-invariance",
-    default=True,
-    show_default=True,
-    help="Compare the detections of batches with those of batch 1.",
+    "--invariance/--no-invariance", default=True, help="Compare the detections of batches with those of batch 1."
 )
 @output_options("File to write; a page (.html) is written beside it.", Path("analysis.json"))
 def command(output: Path, **given: Any) -> None:
     """Say why images take longer in larger batches, or no less.
 
-    The same images run in batches of every size, as listed and bucketed by input size, interleaved. The change in the
+    The same images run in batches of every size, listed and bucketed by input size, interleaved. The change in the
     time of an image is split into padding, convolutions, the network's other work, and host work.
 
     \b
@@ -75,7 +64,7 @@ def _show(found: Analysis) -> None:
     )
     lines = [
         (
-            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.grouped_ms:.1f}"),
+            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"),
             *(f"{one.parts[part].ms:+.1f}" for part in parts),
             *(f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x"),
             "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}",

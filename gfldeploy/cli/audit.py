@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import IMAGES, JSON, PATH, CommaSeparated, WholeNumber, options
+from gfldeploy.cli.options import IMAGES, JSON, PATH, WholeNumber, WholeNumbers, options
 from gfldeploy.cli.tables import TableColumn, show_table
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _NAMED = 3  # images left out that are named
 )
 @click.option(
     "--batch-sizes",
-    type=CommaSeparated(),
+    type=WholeNumbers(),
     show_default="1,2,4,8,16, or the only one that the bundle takes",
     help="Batch sizes to compare.",
 )
@@ -43,14 +43,15 @@ _NAMED = 3  # images left out that are named
     show_default="no limit",
     help="Largest number of sizes that bucketed batches may have.",
 )
-@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of the shuffled order.")
+@click.option("--seed", type=WholeNumber(0), default=0, help="Seed of the shuffled order.")
 @JSON
 def command(as_json: bool, **given: Any) -> None:
     """Show what batches of your images would cost, before any inference.
 
     A batch is padded to one size: where it holds a portrait and a landscape image, every image in it costs more pixels
-    than alone. For each batch size this shows how many more with the images as listed, shuffled, sorted by size, and
-    bucketed by size. Only the headers of the files are read; images that cannot be used are named and left out.
+    than alone. For each batch size this shows how many more with the images listed, shuffled, sorted by size, and
+    bucketed (images of one input size in each batch). Only the headers of the files are read; images that cannot be
+    used are named and left out.
 
     \b
     Example: gfldeploy audit --data images/ --config-or-bundle gfl_r50

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +16,19 @@ from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
     THREADS,
-    CommaSeparated,
     FiniteFloat,
+    Names,
     PositiveNumbers,
     WholeNumber,
+    WholeNumbers,
     options,
     output_options,
 )
 from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError
 from gfldeploy.files import check_file, is_unfinished
-from gfldeploy.machine import usable_threads
 from gfldeploy.signals import hold_interrupts
 
 if TYPE_CHECKING:
@@ -43,14 +43,11 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @options(*ANNOTATIONS, *MEASUREMENT, THREADS)
-@click.option(
-    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8", show_default=True, help="Batch sizes to measure."
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8", help="Batch sizes to measure.")
 @click.option(
     "--scenarios",
-    type=CommaSeparated(_SCENARIOS),
+    type=Names(_SCENARIOS),
     default="single-stream,multi-stream",
-    show_default=True,
     help="Scenarios after MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, "
     "multi-stream); all images at once, bucketed by size (offline); random arrivals (server).",
 )
@@ -59,9 +56,8 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 )
 @click.option(
     "--policies",
-    type=CommaSeparated(_POLICIES),
+    type=Names(_POLICIES),
     default=",".join(_POLICIES),
-    show_default=True,
     help="What the server does with images that wait. no-batching: run one after the other; fixed-timeout: run a batch "
     "when it is full or its oldest image has waited for a tenth of the bound; adaptive: gfldeploy's dynamic batcher.",
 )
@@ -77,13 +73,9 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     show_default="5 times --min-seconds",
     help="Stop timing a cell after this long in a round, even if its median still changes by over 2%.",
 )
-@click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
+@click.option("--peak/--no-peak", default=True, help="Measure what the engines reach at best too.")
 @click.option(
-    "--monitor-hz",
-    type=FiniteFloat(0, 100),
-    default=5.0,
-    show_default=True,
-    help="Number of hardware samples per second; 0 for none.",
+    "--monitor-hz", type=FiniteFloat(0, 100), default=5.0, help="Number of hardware samples per second; 0 for none."
 )
 @click.option(
     "--memory-limit",
@@ -92,7 +84,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     show_default="90% of what is free",
     help="Resident memory beyond which a cell has failed.",
 )
-@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of the server's arrival times.")
+@click.option("--seed", type=WholeNumber(0), default=0, help="Seed of the server's arrival times.")
 @output_options("File to write; a table (.csv) and a report (.html) are written beside it.", Path("results.json"))
 def command(
     bundles: tuple[Path, ...],
@@ -193,7 +185,7 @@ def command(
                 "single-stream and no-batching take batches of 1, multi-stream and the other policies larger ones.",
             )
         first = prepared.plan.skipped[0]
-        problem = f"nothing to run: {first.engine} {first.precision} on {device}: {first.reason}"
+        problem = f"nothing to run: {first.cell.engine} {first.cell.precision} on {device}: {first.reason}"
         raise EngineError(problem, _sentence(first.remedy))
     with journal_beside(output, "bench") as journal:
         results = run(prepared, journal, _progress())
@@ -206,7 +198,7 @@ def command(
     click.echo(f"Wrote {output}, and beside it {output.stem}.csv and {output.stem}.html")
     if not any(cell.status == "ok" for cell in results.cells):
         failed = next(cell for cell in results.cells if cell.status == "failed")
-        problem = f"no cell could be measured; {failed.engine} {failed.precision}: {failed.reason}"
+        problem = f"no cell could be measured; {failed.cell.engine} {failed.cell.precision}: {failed.reason}"
         raise EngineError(problem, _sentence(failed.remedy))
 
 
@@ -264,12 +256,6 @@ def _duration(seconds: float) -> str:
 
 def _show_plan(prepared: PreparedBench) -> None:
     """What will run and what will not, on stderr."""
-
-    def model(cell: Any) -> tuple[str, str]:
-        rate = f" at {cell.rate:g} images/s, {cell.policy}" if cell.rate else ""
-        scenario = f", {cell.scenario}{rate}" if cell.scenario in ("offline", "server") else ""
-        return f"{cell.engine:20} {cell.precision:5} {cell.bundle.name}", scenario
-
     plan = prepared.plan
     for note in prepared.notes:
         click.echo(f"Note: {note}", err=True)
@@ -278,12 +264,8 @@ def _show_plan(prepared: PreparedBench) -> None:
         f"{_duration(prepared.least_s)} at least{', and mAP' if prepared.evaluated else ''}.",
         err=True,
     )
-    for (name, scenario), cells in groupby(sorted(plan.cells, key=model), model):
-        click.echo(f"  run   {name}, batch {', '.join(str(cell.batch_size) for cell in cells)}{scenario}", err=True)
-    for item in plan.skipped:
-        batch = f" batch {item.batch_size}" if item.batch_size else ""
-        remedy = f"; {item.remedy}" if item.remedy else ""
-        click.echo(f"  skip  {item.engine:20} {item.precision:5}{batch} {item.reason}{remedy}", err=True)
+    for line in plan.lines():
+        click.echo(line, err=True)
 
 
 def _sentence(remedy: str | None) -> str | None:

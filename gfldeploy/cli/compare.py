@@ -13,7 +13,7 @@ import click
 from gfldeploy.cli.options import JSON, PATH
 
 if TYPE_CHECKING:
-    from gfldeploy.bench.compare import CellKey, Comparison, Difference, OneSided, Pair
+    from gfldeploy.bench.compare import Comparison, Difference, OneSided, Pair
 
 __all__ = ["command"]
 
@@ -71,7 +71,7 @@ def _show(found: Comparison) -> None:
 
 
 def _show_pairs(pairs: Sequence[Pair]) -> None:
-    from gfldeploy.bench.table import text_of
+    from gfldeploy.bench.columns import text_of
     from gfldeploy.cli.tables import TableColumn, show_table
 
     columns = (
@@ -87,12 +87,12 @@ def _show_pairs(pairs: Sequence[Pair]) -> None:
     )
     changed = any(pair.bundle_changed for pair in pairs)
     accuracy = any(pair.ap_difference is not None for pair in pairs)
-    keys = [pair.cell for pair in pairs]
+    cells = [pair.cell for pair in pairs]
 
     def lines(interval: bool) -> list[list[str]]:
         return [
             [
-                _name(pair.cell, keys),
+                pair.cell.name(cells),
                 text_of(pair.a_ms, interval=False),
                 text_of(pair.b_ms, interval=False),
                 _ratio(pair, interval),
@@ -118,7 +118,7 @@ def _ratio(pair: Pair, interval: bool) -> str:
 
 
 def _in_time(pair: Pair) -> str:
-    from gfldeploy.bench.table import text_of
+    from gfldeploy.bench.columns import text_of
 
     if pair.a_in_time_per_s is None:
         return ""
@@ -134,29 +134,11 @@ def _flags(pair: Pair) -> str:
     return "; ".join(f"{side} {' '.join(flags)}" for side, flags in sides if flags)
 
 
-def _name(key: CellKey, keys: Sequence[CellKey]) -> str:
-    """What tells the cell from the others, or from those of another file."""
-
-    def several(name: str) -> bool:
-        return len({getattr(one, name) for one in keys}) > 1
-
-    parts = [key.engine, key.precision, f"batch {key.batch_size}"]
-    if key.scenario in ("offline", "server"):
-        parts.append(f"{key.scenario} {key.rate:g}/s {key.policy}" if key.rate else key.scenario)
-    if several("device"):
-        parts.append(f"on {key.device}")
-    if several("threads"):
-        parts.append(f"with {key.threads} thread{'s' if key.threads > 1 else ''}")
-    if key.directory or several("bundle"):
-        parts.append(f"of {key.directory or key.bundle}")
-    return " ".join(parts)
-
-
-def _show_one_sided(side: str, cells: Sequence[OneSided]) -> None:
-    keys = [one.cell for one in cells]
-    for one in cells:
+def _show_one_sided(side: str, found: Sequence[OneSided]) -> None:
+    cells = [one.cell for one in found]
+    for one in found:
         reason = f" (in the other, {one.reason})" if one.reason else ""
-        click.echo(f"Only in {side}: {_name(one.cell, keys)}{reason}")
+        click.echo(f"Only in {side}: {one.cell.name(cells)}{reason}")
 
 
 def _show_differences(title: str, differences: Sequence[Difference]) -> None:

@@ -8,7 +8,7 @@ import click
 
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import THREADS, output_options
-from gfldeploy.machine import usable_threads
+from gfldeploy.engines.hardware import usable_threads
 
 __all__ = ["command"]
 

@@ -11,65 +11,64 @@ from gfldeploy.cli.options import JSON
 from gfldeploy.cli.tables import TableColumn, show_table
 
 if TYPE_CHECKING:
-    from gfldeploy.doctor import Report
-    from gfldeploy.engines.registry import Capability
+    from gfldeploy.doctor import Diagnosis
 
 __all__ = ["command"]
 
 
 @click.command(name="doctor")
+@click.option("--all", "show_all", is_flag=True, help="Show every package, and every engine, device and precision.")
 @JSON
-def command(as_json: bool) -> None:
-    """Show what is installed, what works on this machine, and why the rest does not.
+def command(show_all: bool, as_json: bool) -> None:
+    """Show what works on this machine, and which installations would make it faster or complete.
 
     Nothing is imported or run for it: an engine that is listed as working can still fail on a damaged installation.
     """
-    from gfldeploy.doctor import examine
+    from gfldeploy.doctor import diagnose, summarize_report
 
-    report = examine()
+    report = diagnose()
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
+    elif show_all:
+        _show_all(report)
     else:
-        _show(report)
+        click.echo("\n".join(summarize_report(report)))
 
 
-def _show(report: Report) -> None:
-    from gfldeploy.machine import CPU_FLAGS
+def _show_all(report: Diagnosis) -> None:
+    from gfldeploy.engines.dependencies import install_command
+    from gfldeploy.engines.hardware import CPU_FLAGS
 
     machine = report.machine
     cores = f"{machine.cores} cores, " if machine.cores else ""
-    click.echo(f"Python     {machine.python} on {machine.os}")
-    click.echo(f"CPU        {machine.cpu}, {cores}{machine.threads} usable threads, {machine.memory_gb} GB memory")
-    click.echo(f"           has: {', '.join(machine.flags) or 'none of the flags that matter'}")
-    if lacking := [flag for flag in CPU_FLAGS if flag not in machine.flags]:
-        click.echo(f"           lacks: {', '.join(lacking)}")
-    if machine.driver:
-        click.echo(f"GPU        {', '.join(machine.gpus) or 'unknown model'}, NVIDIA driver {machine.driver}")
-    else:
-        click.echo("GPU        no NVIDIA driver is loaded")
-    label = "Packages"
-    for name, version in report.packages.items():
-        click.echo(f"{label:10} {name:24} {version or 'not installed'}")
-        label = ""
+    lacking_flags = [flag for flag in CPU_FLAGS if flag not in machine.flags]
+    gpus = f"{', '.join(machine.gpus) or 'unknown model'}, NVIDIA driver {machine.driver}"
+    facts = [
+        ("Python", f"{machine.python} on {machine.os}"),
+        ("CPU", f"{machine.cpu}, {cores}{machine.threads} usable threads, {machine.memory_gb} GB memory"),
+        ("", f"has: {', '.join(machine.flags) or 'none of the flags that matter'}"),
+        *([("", f"lacks: {', '.join(lacking_flags)}")] if lacking_flags else []),
+        ("GPU", gpus if machine.driver else "no NVIDIA driver is loaded"),
+    ]
+    for command, modules in report.lacking.items():
+        commands = dict.fromkeys(map(install_command, modules))
+        lacks = f"{', '.join(modules)} not installed: {'; '.join(commands)}"
+        facts.append((command.capitalize(), lacks if modules else "works"))
+    for number, (name, version) in enumerate(report.packages.items()):
+        facts.append(("" if number else "Packages", f"{name:24} {version or 'not installed'}"))
+    for label, text in facts:
+        click.echo(f"{label:10} {text}")
     click.echo()
-    _show_capabilities(report)
-    for warning in report.warnings:
-        click.echo(f"Warning: {warning}")
-
-
-def _show_capabilities(report: Report) -> None:
     columns = (
         *(TableColumn(header, right=False) for header in ("engine", "device", "precision", "works")),
         TableColumn("why not, and what to do", text=True),
     )
     lines = [
-        (one.engine, one.device, one.precision, "yes" if one.works else "no", _explain(one))
+        (one.engine, one.device, one.precision, "yes", one.note or "")
+        if one.works
+        else (one.engine, one.device, one.precision, "no", f"{one.reason}; {one.remedy}")
         for one in report.capabilities
     ]
     show_table(columns, lines)
-
-
-def _explain(capability: Capability) -> str:
-    if capability.works:
-        return capability.note or ""
-    return "; ".join(part for part in (capability.reason, capability.remedy) if part)
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}")

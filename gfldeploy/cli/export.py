@@ -24,7 +24,7 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | Literal["auto", "all"]:
-        if value == "all" or value == "auto":
+        if value in ("auto", "all"):
             return value  # type: ignore[no-any-return]
         if not re.fullmatch(r"[0-9]{1,6}", str(value)) or not 1 <= int(value) <= MOST_CANDIDATES:
             self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all or auto", param, ctx)
@@ -44,14 +44,15 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
 @click.option(
     "--input-shape",
     type=InputShapeType(),
+    metavar="[Nx]HxW",
     show_default="any size",
     help="Fix the size of the network's input, in pixels.",
 )
 @click.option(
     "--candidates",
     type=_Candidates(),
+    metavar="K|all|auto",
     default="auto",
-    show_default=True,
     help=f"Number of anchors that are decoded of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "
     f"all. auto: {DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test "
     "pictures would lose detections; with one class at least nms_top_k.",

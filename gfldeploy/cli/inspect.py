@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
-from gfldeploy.bundle import Bundle
 from gfldeploy.cli.console import console
 from gfldeploy.cli.options import BUNDLE, JSON, InputShapeType, options
 from gfldeploy.cli.tables import TableColumn, show_table
-from gfldeploy.inspection import describe, int8_lines
+from gfldeploy.inspection import inspect, int8_lines
 
 __all__ = ["command"]
 
@@ -27,17 +25,18 @@ _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's 
 @click.option(
     "--size",
     type=InputShapeType(batch=False),
+    metavar="HxW",
     show_default="the largest that the preprocessing makes",
     help="Size of the image, in pixels, whose MACs are counted.",
 )
 @JSON
-def command(bundle: Path, size: tuple[int, int] | None, as_json: bool) -> None:
+def command(as_json: bool, **given: Any) -> None:
     """Show what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity.
 
     \b
     Example: gfldeploy inspect gfl_r50_int8
     """
-    facts = describe(Bundle.open(bundle), size)
+    facts = inspect(**given)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -45,7 +44,7 @@ def command(bundle: Path, size: tuple[int, int] | None, as_json: bool) -> None:
 
 
 def show(facts: Mapping[str, Any]) -> None:
-    """Print what `describe` gives."""
+    """Print what `inspect` gives."""
     from rich.markup import escape
     from rich.table import Table
 

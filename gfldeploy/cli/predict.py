@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gfldeploy.batching.buckets import StreamOrder
+from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import ENGINE, ENGINE_CACHE, FILE, PATH, FiniteFloat, WholeNumber, options, output_options
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
-    from gfldeploy.predict.outputs import Summary
+    from gfldeploy.predict.outputs import PredictResults
 
 __all__ = ["command"]
 
@@ -38,7 +38,6 @@ __all__ = ["command"]
     "--threshold",
     type=FiniteFloat(0, 1),
     default=DEFAULT_THRESHOLD,
-    show_default=True,
     help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
 )
 @click.option(
@@ -48,7 +47,6 @@ __all__ = ["command"]
     "--decode",
     type=click.Choice(["exact", "fast"]),
     default="exact",
-    show_default=True,
     help="How JPEGs are decoded. fast: at 1/2, 1/4 or 1/8 where they are that much larger than the network's input; "
     "scores and boxes then differ a little.",
 )
@@ -56,7 +54,7 @@ __all__ = ["command"]
 @click.option("--batch-size", type=WholeNumber(1), show_default="1", help="Number of images of one inference.")
 @click.option(
     "--order",
-    type=click.Choice(get_args(StreamOrder)),
+    type=click.Choice(STREAM_ORDERS),
     show_default="bucketed",
     help="How images are put into batches. bucketed: of one input size each; listed: as they come, padded to a common "
     "size, which changes scores and boxes.",
@@ -87,7 +85,7 @@ def command(output: Path, threshold: float, **given: Any) -> int:
     return 1 if found.failed else 0
 
 
-def _report(summary: Summary, threshold: float, seconds: float) -> None:
+def _report(summary: PredictResults, threshold: float, seconds: float) -> None:
     click.echo(
         f"{summary.images:,} images"
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")

@@ -44,7 +44,6 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     "--method",
     type=click.Choice(tuple(METHODS)),
     default="ptq",
-    show_default=True,
     help=f"How to quantise. {' '.join(f'{method.name} {method.help}' for method in METHODS.values())}",
 )
 @click.option(
@@ -95,7 +94,6 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
 @click.option(
     "--fallback/--no-fallback",
     default=True,
-    show_default=True,
     help="Where INT8 loses too much, put the most sensitive groups of convolutions back to float, as few as needed, "
     f"with at most {MOST_FLOAT_MACS:.0%} of the multiply-accumulates. Without it, fail at once.",
 )

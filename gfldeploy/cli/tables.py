@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from gfldeploy.cli.console import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["TableColumn", "show_table"]
+__all__ = ["TableColumn", "show_table", "wrapped"]
 
 # Of text that may be broken into lines: no narrower than this, and no wider where the output is no terminal.
 _LEAST_TEXT, _MOST_TEXT = 24, 100
@@ -31,6 +32,11 @@ class TableColumn:
     drop: int = 0
     right: bool = True
     text: bool = False
+
+
+def wrapped(header: str) -> str:
+    """The header in lines as narrow as its words, of at least seven characters."""
+    return textwrap.fill(header, max(7, *map(len, header.split())), break_long_words=False, break_on_hyphens=False)
 
 
 def show_table(

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gfldeploy import demo
+from gfldeploy.bench.columns import text_of
 from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.report.page import short_answer, write_report
 from gfldeploy.bench.results import BenchResults, Settings
 from gfldeploy.bench.session import BenchRequest, prepare, run
-from gfldeploy.bench.table import Row, best_of_each, rows, text_of
+from gfldeploy.bench.table import Row, best_of_each, rows
 from gfldeploy.demo.dataset import generate
 from gfldeploy.export.exporter import export_bundle
 from gfldeploy.files import (
@@ -134,22 +135,23 @@ class _Indented:
 def explain(results: BenchResults) -> list[str]:
     """What the results say, in a few plain sentences; every number in them is computed from `results`."""
     lines = short_answer(results)
-    measured = [row for row in rows(results) if row.status == "ok" and row.scenario != "server"]
+    measured = [row for row in rows(results) if row.ok and not row.is_server]
     if not measured:
         return lines
-    single = {(row.engine, row.precision): row for row in measured if row.batch_size == 1}
+    single = {(row.cell.engine, row.cell.precision): row for row in measured if row.cell.batch_size == 1}
     for (engine, precision), row in single.items():
         base = single.get((engine, "fp32"))
         if base and precision != "fp32":
             lines.append(f"{engine} {precision} at batch 1 against its fp32: {_against(row, base)}.")
     best = best_of_each(measured)[0]
-    first = single.get((best.engine, best.precision))
-    same = [row for row in measured if (row.engine, row.precision) == (best.engine, best.precision)]
-    last = max(same, key=lambda row: row.batch_size or 0)
+    first = single.get((best.cell.engine, best.cell.precision))
+    same = [row for row in measured if row.cell.setup() == best.cell.setup()]
+    last = max(same, key=lambda row: row.cell.batch_size)
     if first and last is not first:
+        size = last.cell.batch_size
         lines.append(
-            f"{_name(last)} from batch 1 to {last.batch_size}: {_speed(first)} to {_speed(last)} images/s. The images "
-            f"are of mixed orientation, so a batch of {last.batch_size} is padded to {last.padding or 1:.2f} times its "
+            f"{_name(last)} from batch 1 to {size}: {_speed(first)} to {_speed(last)} images/s. The images "
+            f"are of mixed orientation, so a batch of {size} is padded to {last.padding or 1:.2f} times its "
             f"real pixels (batch 1: {first.padding or 1:.2f})."
         )
     lines.append(
@@ -174,7 +176,7 @@ def _against(row: Row, base: Row) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.engine} {row.precision}"
+    return row.cell.setup()
 
 
 def _speed(row: Row) -> str:

@@ -1,18 +1,23 @@
-"""What every inference engine looks like from outside."""
+"""What every inference engine looks like from outside, and what the engines here share.
+
+An engine is a module with a class such as `BaseEngine`, and an `EngineSpec` in `registry.ENGINES`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, Self, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.errors import EngineError
 
 __all__ = [
@@ -20,12 +25,16 @@ __all__ = [
     "NOT_ASKED",
     "PRECISIONS",
     "SHARE_RUNS",
+    "BaseEngine",
     "ClosesOnExit",
     "CopyTimes",
     "Device",
     "Engine",
     "EngineOptions",
+    "EngineSpec",
     "ExecutedConvolution",
+    "Library",
+    "Obstacle",
     "Precision",
     "ReportsPrecision",
     "Tensors",
@@ -42,29 +51,88 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
-if TYPE_CHECKING:
-    from gfldeploy.engines.tensorrt import TensorRtOptions
-
 SHARE_RUNS = 3  # inferences behind a `convolution_share`
 NOT_ASKED = "FP32 was asked for"
 _MOST_THREADS = 1024
+
+
+class Obstacle(NamedTuple):
+    """Why something cannot run, and what to do instead, as clauses without a full stop."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """A package that engines run on.
+
+    `distributions`: what provides its module, by device. `install`: how to get it for a device, as a command or clause.
+    """
+
+    module: str
+    distributions: Mapping[Device, str]
+    install: Mapping[Device, str]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The one declaration of an engine: all that is decided by its name is read from here.
+
+    `name`: in options and results. `title`: in sentences. `entry`: "module:callable", which is called with a `Bundle`,
+    `EngineOptions` and the name of the graph to run, and returns an `Engine`; imported when the engine is opened.
+    `runs`: the graph of a bundle that it runs, by device and precision, or why it never does.
+    `rank`: place among the engines that run a bundle where none is named, the fastest has 1; None: never unless named.
+    `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
+    `quantize` publish must hold in it. `needs_shapes`: it cannot run without `EngineOptions.shapes`, which only `bench`
+    and `tune` know for sure. `needs_tensorrt`: TensorRT must be installed beside its library.
+    """
+
+    name: str
+    title: str
+    entry: str
+    library: Library
+    runs: Mapping[Device, Mapping[Precision, GraphName | Obstacle] | Obstacle]
+    rank: int | None = None
+    default: bool = False
+    judges: bool = False
+    needs_shapes: bool = False
+    needs_tensorrt: bool = False
+
+    def __post_init__(self) -> None:
+        for device, graphs in self.runs.items():
+            known = device in self.library.install and device in self.library.distributions
+            if not (known or isinstance(graphs, Obstacle)):
+                raise ValueError(
+                    f"{self.name} runs on {device}, but its library does not say how it is installed there"
+                )
+
+    @property
+    def graphs(self) -> set[GraphName]:
+        """All that it runs, in whatever precision and on whatever device."""
+        found = {self.graph(precision, device) for device in DEVICES for precision in PRECISIONS}
+        return {one for one in found if not isinstance(one, Obstacle)}
+
+    def graph(self, precision: Precision, device: Device) -> GraphName | Obstacle:
+        """The graph that it runs in this precision, or why it never does, whatever is installed."""
+        absent = Obstacle(f"{self.title} has no {precision} on {device}", "choose another engine or precision")
+        of_device = self.runs.get(device, absent)
+        return of_device if isinstance(of_device, Obstacle) else of_device.get(precision, absent)
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine runs a bundle.
 
-        `threads` is the number of CPU threads of one inference, at least 1; `EngineError` is raised for more than
-    any machine runs, as engines start them all. `tensorrt`: for the engines that build with it, which need it.
-    `cache_dir`: where other engines keep what they compiled, None for nowhere. `shapes`: (batch, height, width) of
-    the inputs to come, the most common first, for engines that compile for shapes: what runs an input then depends
-    on these, not on the inputs before it; () where they are not known.
+    `threads`: CPU threads of one inference, at least 1; `EngineError` is raised for more than any machine runs, as
+    engines start them all. `cache_dir`: where engines keep what they compiled, None for nowhere. `shapes`: (batch,
+    height, width) of the inputs to come, the most common first, for engines that compile for shapes: which of its
+    compiled models runs an input then depends on these, not on the inputs before it; () where they are not known.
     """
 
     precision: Precision = "fp32"
     device: Device = "cpu"
     threads: int = 1
-    tensorrt: TensorRtOptions | None = None
     cache_dir: Path | None = None
     shapes: tuple[tuple[int, int, int], ...] = ()
 
@@ -116,6 +184,11 @@ class CopyTimes:
     inference_ms: float
     output_copy_ms: float
 
+    @classmethod
+    def between(cls, start: float, copied: float, ran: float, end: float) -> Self:
+        """From `time.perf_counter` before it, and after each part."""
+        return cls((copied - start) * 1e3, (ran - copied) * 1e3, (end - ran) * 1e3)
+
 
 @runtime_checkable
 class TimesCopies(Protocol):
@@ -153,6 +226,47 @@ class ClosesOnExit:
         raise NotImplementedError
 
 
+class BaseEngine(ClosesOnExit):
+    """An `Engine` without its library: the bundle's graph and outputs, and errors in one form.
+
+    Subclasses set `name`, and `title` for messages, load the graph in `__init__`, and implement `infer_timed`.
+    """
+
+    name: str
+    title: str
+    version: str
+
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
+        """Find the graph's files. Raises `BundleError`."""
+        self.options = options
+        self._model, self._params = bundle.graph(graph)
+        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+
+    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        return self.infer_timed(inputs)[0]
+
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
+        raise NotImplementedError
+
+    @contextmanager
+    def _explained(self, what: str = "failed") -> Iterator[None]:
+        """Whatever the library raises in the block becomes an `EngineError`: "TITLE WHAT: DETAIL"."""
+        try:
+            yield
+        except EngineError:
+            raise
+        except Exception as error:
+            fewer = ", or use fewer images at once" if what == "failed" else ""
+            raise EngineError(
+                f"{self.title} {what}: {self._detail(error)}", f"Check the bundle with `gfldeploy verify`{fewer}."
+            ) from error
+
+    @staticmethod
+    def _detail(error: Exception) -> str:
+        """What of the library's message is worth showing."""
+        return str(error)
+
+
 @dataclass(frozen=True)
 class ExecutedConvolution:
     """One convolution of one inference, as the engine itself tells of it.
@@ -174,13 +288,6 @@ class ReportsPrecision(Protocol):
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """The convolutions of one inference of `inputs`; none where the engine cannot tell. Raises `EngineError`."""
         ...
-
-    def executed_precisions(self, inputs: Tensors) -> dict[str, int]:
-        """Number of convolutions of one inference of `inputs`, by the precision that they ran in.
-
-        Empty where the engine cannot tell. Raises `EngineError`.
-        """
-        return count_precisions(self.executed_convolutions(inputs))
 
 
 def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:

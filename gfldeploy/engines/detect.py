@@ -13,7 +13,7 @@ from gfldeploy.detections import Detections, NmsParams, postprocess
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 
-__all__ = ["check_outputs", "detect_batch", "detections_of", "of_classes"]
+__all__ = ["check_outputs", "detect_batch", "detections_of"]
 
 
 def detect_batch(
@@ -55,11 +55,3 @@ def check_outputs(
             f"{engine.name} returned {len(outputs['scores'])} results for {images} images", "Use a batch size of 1."
         )
     return outputs["scores"], outputs["boxes"]
-
-
-def of_classes(found: Detections, classes: int) -> Detections:
-    """Those of a named class: GFLv2 has a score channel more, and what it finds there is nothing."""
-    named = found.classes < classes
-    if named.all():
-        return found
-    return replace(found, boxes=found.boxes[named], scores=found.scores[named], classes=found.classes[named])

@@ -14,23 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.dependencies import require
-from gfldeploy.engines.base import (
-    SHARE_RUNS,
-    ClosesOnExit,
-    CopyTimes,
-    EngineOptions,
-    ExecutedConvolution,
-    ReportsPrecision,
-    Tensors,
-    TimesConvolutions,
-)
+from gfldeploy.engines import base
+from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
+from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
 from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
 from gfldeploy.engines.openvino_rewrite import add_operators, rewrite
-from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError, OutputError
-from gfldeploy.machine import describe_machine
 
 __all__ = ["OpenVinoEngine"]
 
@@ -51,7 +42,7 @@ _KEPT_KERNELS = 1000
 _TRIM_EVERY = 100  # inferences of that model: its buffers change size all the time, which leaves holes in the heap
 
 
-class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
+class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
     """`Engine` over OpenVINO's CPU plugin. Every precision runs the bundle's ONNX file, INT8 that of ONNX Runtime.
 
     The most common input shapes have a compiled model each, the others share one for any shape. That is slower: it
@@ -61,28 +52,22 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     """
 
     name = "openvino"
+    title = "OpenVINO"
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName | None = None) -> None:
-        """Read the graph: `graph` if given, else the one that the precision needs.
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
+        """Read the graph, which is compiled when the first input of a shape comes.
 
-        It is compiled when the first input of a shape comes. Raises `MissingDependencyError`, `BundleError`,
-        `OutputError` or `EngineError`.
+        Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
         """
-        self._file, _ = bundle.graph(graph or graph_for(self.name, options.precision, options.device))
-        self._openvino = require("openvino", "openvino", "the OpenVINO engine")
+        super().__init__(bundle, options, graph)
+        self._openvino = require("openvino", "the OpenVINO engine")
         self.version: str = self._openvino.__version__.partition("-")[0]
-        self.options = options
-        self._outputs = [spec.name for spec in bundle.manifest.outputs]
         self._cache = self._cache_directory(bundle)
         self._core: Any = self._openvino.Core()
         add_operators(self._core)
-        try:
-            self._model: Any = self._core.read_model(str(self._file))
-        except Exception as error:
-            raise EngineError(
-                f"OpenVINO cannot read {self._file}: {_one_line(error)}", "Check the bundle with `gfldeploy verify`."
-            ) from error
-        self._any_shape = self._model.is_dynamic()
+        with self._explained(f"cannot read {self._model}"):
+            self._network: Any = self._core.read_model(str(self._model))
+        self._any_shape = self._network.is_dynamic()
         self._requests: dict[Shape, Any] = {}
         self._settled = frozenset((batch, 3, *size) for batch, *size in options.shapes[:_OWN_MODELS])
         self._asked: Counter[Shape] = Counter()
@@ -90,7 +75,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
 
     def close(self) -> None:
         self._requests.clear()
-        self._model = self._core = None
+        self._network = self._core = None
 
     @property
     def models(self) -> Mapping[Shape, bool]:
@@ -100,27 +85,22 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             for shape, request in self._requests.items()
         }
 
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
-        return self.infer_timed(inputs)[0]
-
-    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[np.float32]], CopyTimes]:
+    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
-        try:
+        with self._explained():
             request = self._request_for(_shape(arrays))
             start = time.perf_counter()
             results = request.infer(arrays, share_inputs=True, share_outputs=True)
             ran = time.perf_counter()
             outputs = {name: np.array(results[name]) for name in self._outputs}
-        except Exception as error:
-            raise _failed(error) from error
-        return outputs, CopyTimes(0.0, (ran - start) * 1e3, (time.perf_counter() - ran) * 1e3)
+        return outputs, CopyTimes.between(start, start, ran, time.perf_counter())
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """From the runtime model of what runs inputs of this shape."""
         import onnx
 
-        return convolutions(self.runtime_model(inputs), onnx.load(str(self._file)), self.options.precision)
+        return convolutions(self.runtime_model(inputs), onnx.load(str(self._model)), self.options.precision)
 
     def runtime_model(self, inputs: Tensors) -> Any:
         """OpenVINO's own account of what runs inputs of this shape. Raises `EngineError`."""
@@ -130,14 +110,12 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From OpenVINO's own times, in a model of its own."""
         spent: Counter[bool] = Counter()
-        try:
+        with self._explained():
             request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
-            for _ in range(SHARE_RUNS):
+            for _ in range(base.SHARE_RUNS):
                 request.infer(dict(inputs))
                 for one in request.profiling_info:
                     spent[one.node_type == "Convolution"] += one.real_time.total_seconds()
-        except Exception as error:
-            raise _failed(error) from error
         return spent[True] / spent.total() if spent.total() else None
 
     def _request_for(self, shape: Shape) -> Any:
@@ -168,7 +146,7 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             self._asked = Counter({other: count // 2 for other, count in self._asked.items() if count > 1})
 
     def _compile(self, shape: Shape, more: Mapping[str, Any] | None = None) -> Any:
-        model = self._model.clone()
+        model = self._network.clone()
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -186,21 +164,20 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             settings["CACHE_DIR"] = str(self._cache)
         compiled = self._core.compile_model(model, "CPU", settings | dict(more or {}))
         if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
-            raise EngineError(f"it runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")
+            raise EngineError(f"OpenVINO runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")
         return compiled
 
     def _cache_directory(self, bundle: Bundle) -> Path | None:
         if self.options.cache_dir is None:
             return None
-        machine = describe_machine()
         depends_on = {
             "engine": self.name,
             "version": self.version,
             "precision": self.options.precision,
             "threads": self.options.threads,
             "bundle": bundle.digest,
-            "cpu": machine.cpu,
-            "flags": list(machine.flags),
+            "cpu": cpu_model(),
+            "flags": [flag for flag in CPU_FLAGS if flag in cpu_flags()],
         }
         try:
             return engine_directory(self.options.cache_dir, digest_of(depends_on))
@@ -208,6 +185,12 @@ class OpenVinoEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             if self.options.cache_dir == DEFAULT_ENGINE_CACHE:
                 return None  # nobody asked for it, and this home cannot be written
             raise
+
+    @staticmethod
+    def _detail(error: Exception) -> str:
+        """The last line that says something: OpenVINO puts where it happened before what."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return (lines or [type(error).__name__])[-1]
 
 
 def _give_back_memory() -> None:
@@ -218,17 +201,3 @@ def _give_back_memory() -> None:
 
 def _shape(inputs: Tensors) -> Shape:
     return tuple(inputs["image"].shape)
-
-
-def _failed(error: Exception) -> EngineError:
-    return EngineError(
-        f"OpenVINO failed: {_one_line(error)}", "Check the bundle with `gfldeploy verify`, or use fewer images at once."
-    )
-
-
-def _one_line(error: Exception) -> str:
-    """The last line that says something: OpenVINO puts where it happened before what."""
-    if isinstance(error, EngineError):
-        return error.problem
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[-1]

@@ -14,21 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.dependencies import require
-from gfldeploy.engines.base import (
-    NOT_ASKED,
-    SHARE_RUNS,
-    ClosesOnExit,
-    CopyTimes,
-    EngineOptions,
-    ExecutedConvolution,
-    ReportsPrecision,
-    Tensors,
-    TimesConvolutions,
-)
+from gfldeploy.engines import base
+from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.engines.registry import graph_for
-from gfldeploy.engines.tensorrt import cache_directory, onnxruntime_options, required, tensorrt_library
+from gfldeploy.engines.tensorrt import cache_directory, example, onnxruntime_options, required, tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
@@ -38,59 +28,46 @@ _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
+class OnnxRuntimeEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
     """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
 
     name = "onnxruntime"
+    title = "ONNX Runtime"
     libraries = "CUDA and cuDNN"
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName | None = None) -> None:
-        """Load the graph: `graph` if given, else the one that the precision needs.
-
-        Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
-        self._model, _ = bundle.graph(graph or graph_for(self.name, options.precision, options.device))
-        ort = require("onnxruntime", "onnxruntime", "the ONNX Runtime engine")
-        self.version: str = ort.__version__
-        self.options = options
-        self._ort = ort
-        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
+        """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
+        super().__init__(bundle, options, graph)
+        self._ort = require("onnxruntime", "the ONNX Runtime engine")
+        self.version: str = self._ort.__version__
         self._providers: list[Any] = self._choose_providers(bundle)
         self._session: Any = self._open(self._session_options())
 
     def close(self) -> None:
         self._session = None
 
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        try:
-            arrays = self._session.run(self._outputs, dict(inputs))
-        except Exception as error:
-            raise self._failed(error) from error
-        return dict(zip(self._outputs, arrays, strict=True))
-
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """On a GPU through bound inputs and outputs; on a CPU nothing is copied."""
-        start = time.perf_counter()
-        if self.options.device == "cpu":
-            outputs = self.infer(inputs)
-            return outputs, CopyTimes(0.0, (time.perf_counter() - start) * 1e3, 0.0)
-        try:
-            binding = self._session.io_binding()
-            for name, array in inputs.items():
-                value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
-                binding.bind_ortvalue_input(name, value)
-            for name in self._outputs:
-                binding.bind_output(name, "cuda")
-            binding.synchronize_inputs()
-            copied = time.perf_counter()
-            self._session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
-            ran = time.perf_counter()
-            arrays = binding.copy_outputs_to_cpu()
-        except Exception as error:
-            raise self._failed(error) from error
-        end = time.perf_counter()
-        times = CopyTimes((copied - start) * 1e3, (ran - copied) * 1e3, (end - ran) * 1e3)
-        return dict(zip(self._outputs, arrays, strict=True)), times
+        start = copied = time.perf_counter()
+        with self._explained():
+            if self.options.device == "cpu":
+                arrays = self._session.run(self._outputs, dict(inputs))
+                ran = end = time.perf_counter()
+            else:
+                binding = self._session.io_binding()
+                for name, array in inputs.items():
+                    value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
+                    binding.bind_ortvalue_input(name, value)
+                for name in self._outputs:
+                    binding.bind_output(name, "cuda")
+                binding.synchronize_inputs()
+                copied = time.perf_counter()
+                self._session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
+                ran = time.perf_counter()
+                arrays = binding.copy_outputs_to_cpu()
+                end = time.perf_counter()
+        return dict(zip(self._outputs, arrays, strict=True)), CopyTimes.between(start, copied, ran, end)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """What the graph that ONNX Runtime optimised for itself runs; `inputs` make no difference to that."""
@@ -103,14 +80,14 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             self._open(options)
             found = convolutions(onnx.load(str(path)), onnx.load(str(self._model)))
         if self.options.precision == "fp32":
-            return tuple(replace(one, why=NOT_ASKED) for one in found)
+            return tuple(replace(one, why=base.NOT_ASKED) for one in found)
         return found
 
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From ONNX Runtime's profile, in a session of its own; None on a GPU, where it times the launches alone."""
         if self.options.device == "gpu":
             return None
-        return convolution_share(self._profile(inputs, SHARE_RUNS))
+        return convolution_share(self._profile(inputs, base.SHARE_RUNS))
 
     def _profile(self, inputs: Tensors, runs: int) -> list[dict[str, Any]]:
         """The events of so many inferences."""
@@ -124,12 +101,6 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return events
 
-    @staticmethod
-    def _failed(error: Exception) -> EngineError:
-        return EngineError(
-            f"ONNX Runtime failed: {error}", "Check the bundle with `gfldeploy verify`, or use fewer images at once."
-        )
-
     def _session_options(self) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self.options.threads
@@ -138,14 +109,10 @@ class OnnxRuntimeEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
         return options
 
     def _open(self, session_options: Any) -> Any:
-        providers = self._providers
-        try:
-            session = self._ort.InferenceSession(str(self._model), session_options, providers=providers)
-        except Exception as error:
-            raise EngineError(
-                f"ONNX Runtime cannot load {self._model}: {error}", "Check the bundle with `gfldeploy verify`."
-            ) from error
-        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        with self._explained(f"cannot load {self._model}"):
+            session = self._ort.InferenceSession(str(self._model), session_options, providers=self._providers)
+        first = self._providers[0]
+        wanted = first if isinstance(first, str) else first[0]
         if session.get_providers()[0] != wanted:
             # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
             raise EngineError(
@@ -169,15 +136,15 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     name = "onnxruntime-tensorrt"
     libraries = "CUDA, cuDNN and TensorRT"
 
-    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         start = time.perf_counter()
-        super().__init__(bundle, options, graph_for(self.name, options.precision, options.device))
-        batch, height, width = required(options).profile.most_common
-        example = {"image": np.zeros((batch, 3, height, width), np.float32)}
-        self.infer(example)
+        super().__init__(bundle, options, graph)
+        inputs = example(required(options).profile.most_common)
+        self.infer(inputs)
         self.build_s = time.perf_counter() - start
-        self.delegated = self._delegated(example)
+        # In a session of its own; the engine is in the cache by now.
+        self.delegated = describe_delegation(self._profile(inputs, 1))
         self.version = f"{self.version}, TensorRT {tensorrt_library()}"
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
@@ -189,10 +156,6 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
         options = onnxruntime_options(self.options.precision, tensorrt, directory)
         return [("TensorrtExecutionProvider", options), "CUDAExecutionProvider"]
-
-    def _delegated(self, inputs: Tensors) -> str:
-        """From ONNX Runtime's profile of one inference, in a session of its own; the engine is in the cache by now."""
-        return describe_delegation(self._profile(inputs, 1))
 
 
 def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:

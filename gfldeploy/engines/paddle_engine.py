@@ -13,24 +13,15 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.dependencies import require
-from gfldeploy.engines.base import (
-    NOT_ASKED,
-    SHARE_RUNS,
-    ClosesOnExit,
-    CopyTimes,
-    EngineOptions,
-    ExecutedConvolution,
-    ReportsPrecision,
-    Tensors,
-    TimesConvolutions,
-)
+from gfldeploy.engines import base
+from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
-from gfldeploy.engines.registry import graph_for
 from gfldeploy.engines.tensorrt import (
     Call,
     cache_directory,
+    example,
     paddle_calls,
     required,
     shape_file,
@@ -49,49 +40,36 @@ _GPU_POOL_MB = 256
 _BROKEN_PASS = "operator_reshape_onednn_fuse_pass"
 
 
-class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
+class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
     """`Engine` over `paddle.inference`.
 
     FP32 and BF16 run the bundle's PIR graph, INT8 its older program: Paddle 3.2 quantises only the latter on CPUs.
     """
 
     name = "paddle"
+    title = "Paddle Inference"
     onednn = True
+    _detail = staticmethod(summary)
 
-    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName | None = None) -> None:
-        """Load the graph: `graph` if given, else the one that the precision needs.
-
-        Raises `MissingDependencyError`, `BundleError` or `EngineError`.
-        """
-        graph = graph or graph_for(self.name, options.precision, options.device)
-        pir = graph == "paddle"
-        model, params = bundle.graph(graph)  # before the import, which takes seconds
-        paddle = require("paddle", "paddle", "the Paddle Inference engine")
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
+        """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
+        super().__init__(bundle, options, graph)  # before the import, which takes seconds
+        self._paddle = require("paddle", "the Paddle Inference engine")
         from paddle import inference
 
-        self._paddle = paddle
-        self.version: str = paddle.__version__
-        self.options = options
-        self._model = model
-        self._outputs = [spec.name for spec in bundle.manifest.outputs]
-        config = self._configure(inference, bundle, str(model), str(params), pir)
-        try:
-            # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
-            with quiet(native_stderr=True):
-                self._predictor: Any = inference.create_predictor(config)
+        self.version: str = self._paddle.__version__
+        config = self._configure(inference, bundle, pir=graph == "paddle")
+        # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
+        with self._explained(f"cannot load {self._model}"), quiet(native_stderr=True):
+            self._predictor: Any = inference.create_predictor(config)
             given = len(self._predictor.get_output_names())
             if given != len(self._outputs):
                 raise ValueError(f"it has {given} outputs and not {len(self._outputs)}")
-        except Exception as error:
-            raise EngineError(
-                f"Paddle Inference cannot load {model}: {summary(error)}",
-                "Check the bundle with `gfldeploy verify`.",
-            ) from error
 
-    def _configure(self, inference: Any, bundle: Bundle, model: str, params: str, pir: bool) -> Any:
+    def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         """What the predictor is made of; `pir`: whether the graph is in the newer format."""
         options = self.options
-        config = inference.Config(model, params)
+        config = inference.Config(str(self._model), str(self._params))
         config.disable_glog_info()
         config.switch_ir_optim(True)
         config.enable_new_ir(pir)
@@ -118,13 +96,10 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
     def close(self) -> None:
         self._predictor = None
 
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        return self.infer_timed(inputs)[0]
-
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         predictor = self._predictor
         start = time.perf_counter()
-        try:
+        with self._explained():
             for name in predictor.get_input_names():
                 array = np.ascontiguousarray(inputs[name], dtype=np.float32)
                 handle = predictor.get_input_handle(name)
@@ -135,13 +110,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
             self._synchronize()
             ran = time.perf_counter()
             arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
-        except Exception as error:
-            raise EngineError(
-                f"Paddle Inference failed: {summary(error)}",
-                "Check the bundle with `gfldeploy verify`, or use fewer images at once.",
-            ) from error
-        end = time.perf_counter()
-        times = CopyTimes((copied - start) * 1e3, (ran - copied) * 1e3, (end - ran) * 1e3)
+        times = CopyTimes.between(start, copied, ran, time.perf_counter())
         return dict(zip(self._outputs, arrays, strict=True)), times
 
     def _synchronize(self) -> None:
@@ -158,7 +127,7 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
         asked = self.options.precision
         if asked == "int8":
             return explain(ran, program_convolutions(self._model))
-        why = NOT_ASKED if asked == "fp32" else f"Paddle left it in f32 when asked for {asked}"
+        why = base.NOT_ASKED if asked == "fp32" else f"Paddle left it in f32 when asked for {asked}"
         return tuple(
             ExecutedConvolution(
                 one.precision, f"{one.shape} {one.implementation}", why if one.precision == "fp32" else None
@@ -176,11 +145,11 @@ class PaddleEngine(ClosesOnExit, ReportsPrecision, TimesConvolutions):
         def run() -> None:
             times.append(self.infer_timed(inputs)[1].inference_ms)
 
-        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(SHARE_RUNS)]
+        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(base.SHARE_RUNS)]
         return statistics.median(shares)
 
     def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
-        libraries = list((Path(require("paddle", "paddle", "Paddle").__file__ or "").parent / "libs").glob("libdnnl*"))
+        libraries = list((Path(self._paddle.__file__ or "").parent / "libs").glob("libdnnl*"))
         with scratch_directory() as directory:
             return log_convolutions(libraries, run, directory / "onednn.log")
 
@@ -203,14 +172,14 @@ class PaddleTensorRtEngine(PaddleEngine):
     name = "paddle-tensorrt"
     delegated: str | None = None
 
-    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the program and build it.
 
         Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
         """
         start = time.perf_counter()
-        super().__init__(bundle, options)
-        self.infer(_example(required(options).profile.most_common))
+        super().__init__(bundle, options, graph)
+        self.infer(example(required(options).profile.most_common))
         self.build_s = time.perf_counter() - start
         self.version = f"{self.version}, TensorRT {tensorrt_library()}"
 
@@ -218,25 +187,25 @@ class PaddleTensorRtEngine(PaddleEngine):
         """None: neither Paddle nor TensorRT tells."""
         return ()
 
-    def _configure(self, inference: Any, bundle: Bundle, model: str, params: str, pir: bool) -> Any:
+    def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         tensorrt = required(self.options)
         directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
         if not shape_file(directory).exists():
-            self._collect_shapes(inference, super()._configure(inference, bundle, model, params, pir), directory)
-        config = super()._configure(inference, bundle, model, params, pir)
+            self._collect_shapes(inference, super()._configure(inference, bundle, pir), directory)
+        config = super()._configure(inference, bundle, pir)
         apply_calls(config, inference.PrecisionType, paddle_calls(self.options.precision, tensorrt, directory))
         return config
 
     def _collect_shapes(self, inference: Any, config: Any, directory: Path) -> None:
-        """Run the least, most common and largest input once without TensorRT, and keep what shapes tensors had."""
+        """Run the smallest, most common and largest input once without TensorRT, and keep what shapes tensors had."""
         collected = directory / "collecting"
         config.collect_shape_range_info(str(collected))
         try:
             with quiet(native_stderr=True):
                 self._predictor = inference.create_predictor(config)
             shapes = required(self.options).profile
-            for shape in (shapes.least, shapes.most_common, shapes.largest):
-                self.infer(_example(shape))
+            for shape in (shapes.smallest, shapes.most_common, shapes.largest):
+                self.infer(example(shape))
             self._predictor = None  # Paddle writes the file when the predictor goes
             collected.rename(shape_file(directory))
         except OSError as error:
@@ -250,8 +219,3 @@ def apply_calls(config: Any, precision_type: Any, calls: Iterable[Call]) -> None
         if "precision_mode" in arguments:
             arguments["precision_mode"] = getattr(precision_type, arguments["precision_mode"])
         getattr(config, call.method)(*call.positional, **arguments)
-
-
-def _example(shape: tuple[int, int, int]) -> dict[str, NDArray[Any]]:
-    batch, height, width = shape
-    return {"image": np.zeros((batch, 3, height, width), np.float32)}

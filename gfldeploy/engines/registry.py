@@ -1,25 +1,42 @@
 """Which engines there are, and which engine x precision x device works on this machine.
 
-Answered from package metadata, the processor's flags and the driver: nothing heavy is imported.
+`ENGINES` is the one table of engines; whatever depends on an engine's name asks it. Answers come from package metadata,
+the processor's flags and the driver: no engine is imported for them.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import util
+from importlib import metadata, util
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.dependencies import INSTALL_ENGINE
-from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Engine, EngineOptions, Precision
+from gfldeploy.engines.base import (
+    DEVICES,
+    PRECISIONS,
+    Device,
+    Engine,
+    EngineOptions,
+    EngineSpec,
+    Library,
+    Obstacle,
+    Precision,
+)
+from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
 from gfldeploy.engines.tensorrt import tensorrt_library
 from gfldeploy.errors import UnsupportedError
-from gfldeploy.machine import cpu_flags, installed_packages, nvidia_driver
 
 __all__ = [
+    "ANY_SHAPE_ENGINES",
+    "BROKEN_PLUGINS",
     "DEFAULT_ENGINES",
     "ENGINES",
+    "JUDGES",
+    "ONNXRUNTIME",
+    "PADDLE",
+    "PREFERRED_ENGINES",
+    "REFERENCE_ENGINE",
     "TENSORRT_ENGINES",
     "Capability",
     "capabilities",
@@ -27,58 +44,182 @@ __all__ = [
     "check_bundle",
     "check_possible",
     "graph_for",
+    "installed_version",
+    "load_graph",
     "missing_graph",
     "open_engine",
     "preferred_engine",
+    "title_of",
 ]
 
-ENGINES: dict[str, str] = {
-    "paddle": "gfldeploy.engines.paddle_engine:PaddleEngine",
-    "paddle-plain": "gfldeploy.engines.paddle_engine:PlainPaddleEngine",
-    "paddle-tensorrt": "gfldeploy.engines.paddle_engine:PaddleTensorRtEngine",
-    "onnxruntime": "gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
-    "onnxruntime-tensorrt": "gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
-    "openvino": "gfldeploy.engines.openvino_engine:OpenVinoEngine",
-}
-# They build an engine for the shapes of the data: `gfldeploy bench` alone knows those.
-TENSORRT_ENGINES = ("paddle-tensorrt", "onnxruntime-tensorrt")
-# Those worth measuring without being asked for: Paddle's kernels without oneDNN are there to be compared with.
-DEFAULT_ENGINES = ("paddle", "onnxruntime", "openvino")
+# The CPU and the GPU wheel of these are one module: the user chooses.
+PADDLE = Library(
+    "paddle",
+    {"cpu": "paddlepaddle", "gpu": "paddlepaddle-gpu"},
+    {
+        "cpu": "pip install paddlepaddle==3.2.2",
+        "gpu": "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+    },
+)
+ONNXRUNTIME = Library(
+    "onnxruntime",
+    {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"},
+    {"cpu": "pip install onnxruntime", "gpu": "pip uninstall onnxruntime, then pip install onnxruntime-gpu"},
+)
+_NO_BF16_ON_GPUS = "gfldeploy has no BF16 on GPUs yet"
+_PLAIN = Obstacle("it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
+_TENSORRT_ON_GPUS = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
 
-# The module that each engine is in; its name is also the key of `INSTALL_ENGINE`.
-_MODULES = {name: name.partition("-")[0] for name in ENGINES}
-
-# The first that runs a precision: the fastest by the results in benchmarks/. `gfldeploy tune` measures all of them.
-_PREFERRED = ("openvino", "onnxruntime", "paddle")
-
-# The distributions that provide each module: the CPU build first.
-_DISTRIBUTIONS = {
-    "paddle": ("paddlepaddle", "paddlepaddle-gpu"),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino",),
-}
-# What no installation changes: the engine has no such kernels, or gfldeploy makes no such file yet.
-_NEVER: dict[tuple[str, Precision, Device], tuple[str, str]] = {
-    ("paddle", "fp16", "cpu"): ("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs"),
-    ("onnxruntime", "fp16", "cpu"): (
-        "ONNX Runtime's CPU kernels have no FP16 convolution: it would convert to FP32 and back",
-        "use int8 on CPUs",
+_BUILT_IN = (
+    EngineSpec(
+        name="paddle",
+        title="Paddle Inference",
+        entry="gfldeploy.engines.paddle_engine:PaddleEngine",
+        library=PADDLE,
+        runs={
+            "cpu": {
+                "fp32": "paddle",
+                "fp16": Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs"),
+                "bf16": "paddle",
+                "int8": "paddle_program",  # Paddle's passes for INT8 and for TensorRT know the older format only
+            },
+            "gpu": {
+                "fp32": "paddle",
+                "fp16": "paddle",
+                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
+                "int8": Obstacle("INT8 on GPUs needs TensorRT", "use the engine paddle-tensorrt, or fp16"),
+            },
+        },
+        rank=3,
+        default=True,
+        judges=True,
     ),
-    ("openvino", "fp16", "cpu"): ("gfldeploy's FP16 file is for GPUs", "use bf16 or int8 on CPUs"),
-    ("onnxruntime", "bf16", "cpu"): (
-        "ONNX Runtime's CPU kernels have no BF16 convolution",
-        "use the engines paddle or openvino for bf16",
+    EngineSpec(
+        name="paddle-plain",
+        title="Paddle Inference without oneDNN",
+        entry="gfldeploy.engines.paddle_engine:PlainPaddleEngine",
+        library=PADDLE,
+        runs={"cpu": {"fp32": "paddle", "fp16": _PLAIN, "bf16": _PLAIN, "int8": _PLAIN}, "gpu": _PLAIN},
     ),
-    ("paddle", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp16"),
-    ("onnxruntime", "bf16", "gpu"): ("gfldeploy has no BF16 on GPUs yet", "use fp32"),
-    ("paddle", "int8", "gpu"): ("INT8 on GPUs needs TensorRT", "use the engine paddle-tensorrt, or fp16"),
-    ("onnxruntime", "int8", "gpu"): ("INT8 on GPUs needs TensorRT", "use the engine onnxruntime-tensorrt, or fp16"),
-}
+    EngineSpec(
+        name="paddle-tensorrt",
+        title="Paddle Inference with TensorRT",
+        entry="gfldeploy.engines.paddle_engine:PaddleTensorRtEngine",
+        library=PADDLE,
+        runs={
+            "cpu": _TENSORRT_ON_GPUS,
+            "gpu": {
+                "fp32": "paddle_program",
+                "fp16": "paddle_program",
+                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
+                "int8": "paddle_program",
+            },
+        },
+        needs_shapes=True,
+        needs_tensorrt=True,
+    ),
+    EngineSpec(
+        name="onnxruntime",
+        title="ONNX Runtime",
+        entry="gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
+        library=ONNXRUNTIME,
+        runs={
+            "cpu": {
+                "fp32": "onnx",
+                "fp16": Obstacle(
+                    "ONNX Runtime's CPU kernels have no FP16 convolution: it would convert to FP32 and back",
+                    "use int8 on CPUs",
+                ),
+                "bf16": Obstacle(
+                    "ONNX Runtime's CPU kernels have no BF16 convolution", "use the engines paddle or openvino for bf16"
+                ),
+                "int8": "onnx",
+            },
+            "gpu": {
+                "fp32": "onnx",
+                "fp16": "onnx_fp16",
+                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp32"),
+                "int8": Obstacle("INT8 on GPUs needs TensorRT", "use the engine onnxruntime-tensorrt, or fp16"),
+            },
+        },
+        rank=2,
+        default=True,
+        judges=True,
+    ),
+    EngineSpec(
+        name="onnxruntime-tensorrt",
+        title="ONNX Runtime with TensorRT",
+        entry="gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
+        library=ONNXRUNTIME,
+        runs={
+            "cpu": _TENSORRT_ON_GPUS,
+            "gpu": {
+                "fp32": "onnx",
+                "fp16": "onnx_fp16",
+                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
+                "int8": "onnx_tensorrt",
+            },
+        },
+        needs_shapes=True,
+        needs_tensorrt=True,
+    ),
+    EngineSpec(
+        name="openvino",
+        title="OpenVINO",
+        entry="gfldeploy.engines.openvino_engine:OpenVinoEngine",
+        library=Library("openvino", {"cpu": "openvino"}, {"cpu": "pip install openvino"}),
+        runs={
+            "cpu": {
+                "fp32": "onnx",
+                "fp16": Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or int8 on CPUs"),
+                "bf16": "onnx",
+                "int8": "onnx",
+            },
+            "gpu": Obstacle("OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"),
+        },
+        rank=1,  # by the results in benchmarks/
+        default=True,
+        judges=True,
+    ),
+)
+
+PLUGINS = "gfldeploy.engines"  # the entry points, each an `EngineSpec`, by which installed packages add engines
+BROKEN_PLUGINS: dict[str, str] = {}  # by the name of the entry point: why it adds none
+
+
+def _all_engines() -> dict[str, EngineSpec]:
+    """Those of this package, then those of installed packages. One that is broken must not stop the others."""
+    found = {spec.name: spec for spec in _BUILT_IN}
+    for entry in metadata.entry_points(group=PLUGINS):
+        try:
+            spec = entry.load()
+        except Exception as error:  # noqa: BLE001 - it is somebody else's code
+            BROKEN_PLUGINS[entry.name] = f"{entry.value} cannot be loaded: {type(error).__name__}: {error}"
+            continue
+        if not isinstance(spec, EngineSpec):
+            BROKEN_PLUGINS[entry.name] = f"{entry.value} is no EngineSpec"
+        elif spec.name in found:
+            BROKEN_PLUGINS[entry.name] = f"there is an engine {spec.name} already"
+        else:
+            found[spec.name] = spec
+    return found
+
+
+ENGINES: Mapping[str, EngineSpec] = _all_engines()
+DEFAULT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.default)
+JUDGES = tuple(name for name, spec in ENGINES.items() if spec.judges)
+TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.needs_tensorrt)
+ANY_SHAPE_ENGINES = tuple(name for name, spec in ENGINES.items() if not spec.needs_shapes)
+PREFERRED_ENGINES = tuple(
+    spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
+)
+# Whose FP32 INT8 is compared with. It runs the file that INT8 is made of, and its library is needed to make it.
+REFERENCE_ENGINE = "onnxruntime"
 
 
 @dataclass(frozen=True)
 class Capability:
-    """Whether a combination works here; if not, the `reason` and what to do (`remedy`)."""
+    """Whether an engine runs a precision on a device here; if not, why (`reason`) and what to do (`remedy`)."""
 
     engine: str
     precision: Precision
@@ -102,74 +243,79 @@ def capabilities() -> Iterator[Capability]:
 
 def capability(engine: str, precision: Precision, device: Device) -> Capability:
     """Whether this combination works on this machine. Raises `UnsupportedError` for an unknown engine."""
-    if engine not in ENGINES:
-        raise UnsupportedError(f"there is no engine {engine!r}", f"Choose from: {', '.join(ENGINES)}.")
-    if engine == "openvino" and device == "gpu":
-        return Capability(
-            engine, precision, device, "OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"
-        )
-    if engine == "paddle-plain" and (precision, device) != ("fp32", "cpu"):
-        return Capability(engine, precision, device, "it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
-    if engine in TENSORRT_ENGINES and device != "gpu":
-        return Capability(engine, precision, device, "TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
-    if engine in TENSORRT_ENGINES and precision == "bf16":
-        return Capability(engine, precision, device, "gfldeploy has no BF16 on GPUs yet", "use fp16")
-    if never := _NEVER.get((engine, precision, device)):
-        return Capability(engine, precision, device, *never)
-    if device == "gpu" and nvidia_driver() is None:
-        return Capability(
-            engine, precision, device, "no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU"
-        )
-    module = _MODULES[engine]
-    if util.find_spec(module) is None:
-        return Capability(engine, precision, device, f"{module} is not installed", INSTALL_ENGINE[module, device])
-    if device == "gpu" and installed_packages()[_DISTRIBUTIONS[module][1]] is None:
-        return Capability(
-            engine, precision, device, f"the CPU build of {module} is installed", INSTALL_ENGINE[module, "gpu"]
-        )
-    if engine in TENSORRT_ENGINES and tensorrt_library() is None:
-        return Capability(
-            engine, precision, device, "TensorRT is not installed", "pip install tensorrt, in the version of your CUDA"
-        )
-    flags = cpu_flags()
-    note = None
-    if device == "cpu" and precision == "bf16" and not flags & {"avx512_bf16", "amx_bf16"}:
-        return Capability(
-            engine, precision, device, "this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU"
-        )
-    if device == "cpu" and precision == "int8" and not flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
-        note = "this CPU has neither VNNI nor AMX: expect INT8 to be little faster than FP32, if at all"
+    if obstacle := _unavailable(_spec(engine), precision, device):
+        return Capability(engine, precision, device, *obstacle)
+    slow = device == "cpu" and precision == "int8" and not cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}
+    note = "this CPU has neither VNNI nor AMX: expect INT8 to be little faster than FP32, if at all" if slow else None
     return Capability(engine, precision, device, note=note)
 
 
-def check_bundle(bundle: Bundle, precision: Precision) -> tuple[str, str] | None:
-    """Reason and remedy why this bundle cannot run in this precision, or None."""
+def _spec(engine: str) -> EngineSpec:
+    if engine not in ENGINES:
+        raise UnsupportedError(f"there is no engine {engine!r}", f"Choose from: {', '.join(ENGINES)}.")
+    return ENGINES[engine]
+
+
+def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obstacle | None:
+    """Why the engine never runs this, or what this machine lacks for it; None where it runs."""
+    graph, library = spec.graph(precision, device), spec.library
+    if isinstance(graph, Obstacle):
+        return graph
+    if device == "gpu" and nvidia_driver() is None:
+        return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
+    if util.find_spec(library.module) is None:
+        return Obstacle(f"{library.module} is not installed", library.install[device])
+    if device == "gpu" and installed_version(library.distributions["gpu"]) is None:
+        return Obstacle(f"the CPU build of {library.module} is installed", library.install["gpu"])
+    if spec.needs_tensorrt and tensorrt_library() is None:
+        return Obstacle("TensorRT is not installed", "pip install tensorrt, in the version of your CUDA")
+    if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
+        return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
+    return None
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, None if it is not installed. Read from metadata, not imported."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def title_of(engine: str) -> str:
+    """The engine's name in sentences; of one that is not known here, from another machine's file, its plain name."""
+    return ENGINES[engine].title if engine in ENGINES else engine
+
+
+def check_bundle(bundle: Bundle, precision: Precision) -> Obstacle | None:
+    """Why this bundle cannot run in this precision, or None."""
     has = bundle.manifest.precision
     if precision == "int8" and has != "int8":
-        return f"{bundle.directory} is {has.upper()}", "make an INT8 bundle with `gfldeploy quantize`"
+        return Obstacle(f"{bundle.directory} is {has.upper()}", "make an INT8 bundle with `gfldeploy quantize`")
     if precision != "int8" and has == "int8":
-        return f"{bundle.directory} is INT8", "use the bundle that `gfldeploy export` wrote"
+        return Obstacle(f"{bundle.directory} is INT8", "use the bundle that `gfldeploy export` wrote")
     return None
 
 
 def graph_for(engine: str, precision: Precision, device: Device) -> GraphName:
-    """The graph of a bundle that an engine runs in this precision."""
-    if _MODULES[engine] == "paddle":
-        # Paddle's passes for INT8 and for TensorRT know the older program format.
-        return "paddle_program" if precision == "int8" or engine in TENSORRT_ENGINES else "paddle"
-    if precision == "int8" and engine in TENSORRT_ENGINES:
-        return "onnx_tensorrt"
-    return "onnx_fp16" if precision == "fp16" and device == "gpu" else "onnx"
+    """The graph of a bundle that an engine runs in this precision. Raises `UnsupportedError` where it runs none."""
+    graph = _spec(engine).graph(precision, device)
+    if isinstance(graph, Obstacle):
+        raise _impossible(engine, precision, device, graph)
+    return graph
 
 
-def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Device) -> tuple[str, str] | None:
-    """Reason and remedy why this engine finds no graph of this precision in the bundle, or None."""
-    graph = graph_for(engine, precision, device)
+def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Device) -> Obstacle | None:
+    """Why this engine finds no graph of this precision in the bundle, or None."""
+    graph = _spec(engine).graph(precision, device)
+    if isinstance(graph, Obstacle):
+        return graph
     if bundle.has_graph(graph):
         return None
+    lacks = f"the bundle {bundle.directory.name} has no {graph} graph"
     if why := bundle.manifest.left_out.get(graph):
-        return f"the bundle {bundle.directory.name} has no {graph} graph: {why}", "use another engine"
-    return f"the bundle {bundle.directory.name} has no {graph} graph", "export the model again"
+        return Obstacle(f"{lacks}: {why}", "use another engine")
+    return Obstacle(lacks, "export the model again")
 
 
 def preferred_engine(bundle: Bundle, precision: Precision, device: Device) -> tuple[str, str]:
@@ -178,35 +324,49 @@ def preferred_engine(bundle: Bundle, precision: Precision, device: Device) -> tu
     Raises `UnsupportedError` where none does.
     """
     if problem := check_bundle(bundle, precision):
-        raise UnsupportedError(f"{precision} is not possible: {problem[0]}", f"Remedy: {problem[1]}.")
-    refused: list[tuple[str, str, str | None]] = []
-    for name in _PREFERRED:
-        can = capability(name, precision, device)
-        if can.reason is not None:
-            refused.append((name, can.reason, can.remedy))
-        elif problem := missing_graph(bundle, name, precision, device):
-            refused.append((name, *problem))
-        else:
-            others = "".join(f"; {other}: {reason}" for other, reason, _ in refused)
-            return name, f"first of {', '.join(_PREFERRED)} that runs {precision} on {device} here{others}"
-    reasons = "; ".join(f"{name}: {reason}" for name, reason, _ in refused)
-    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {refused[0][2]}.")
+        raise UnsupportedError(f"{precision} is not possible: {problem.reason}", f"Remedy: {problem.remedy}.")
+    refused: dict[str, Obstacle] = {}
+    for name in PREFERRED_ENGINES:
+        if obstacle := _obstacle(name, bundle, precision, device):
+            refused[name] = obstacle
+            continue
+        others = "".join(f"; {other}: {why.reason}" for other, why in refused.items())
+        return name, f"first of {', '.join(PREFERRED_ENGINES)} that runs {precision} on {device} here{others}"
+    reasons = "; ".join(f"{name}: {why.reason}" for name, why in refused.items())
+    remedy = refused[PREFERRED_ENGINES[0]].remedy
+    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {remedy}.")
 
 
 def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:
     """Raise `UnsupportedError`, with the reason, where `open_engine` would, before anything is loaded."""
-    can = capability(engine, options.precision, options.device)
-    problem = (can.reason, can.remedy) if can.reason else check_bundle(bundle, options.precision)
-    problem = problem or missing_graph(bundle, engine, options.precision, options.device)
-    if problem:
-        reason, remedy = problem
-        combination = f"{engine} {options.precision} on {options.device}"
-        raise UnsupportedError(f"{combination} is not possible: {reason}", f"Remedy: {remedy}.")
+    if obstacle := _obstacle(engine, bundle, options.precision, options.device):
+        raise _impossible(engine, options.precision, options.device, obstacle)
+
+
+def _obstacle(engine: str, bundle: Bundle, precision: Precision, device: Device) -> Obstacle | None:
+    """The first of: it does not work here, the bundle is not for this precision, or lacks the graph."""
+    return (
+        _unavailable(_spec(engine), precision, device)
+        or check_bundle(bundle, precision)
+        or missing_graph(bundle, engine, precision, device)
+    )
+
+
+def _impossible(engine: str, precision: Precision, device: Device, why: Obstacle) -> UnsupportedError:
+    return UnsupportedError(f"{engine} {precision} on {device} is not possible: {why.reason}", f"Remedy: {why.remedy}.")
 
 
 def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
     """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
     check_possible(engine, bundle, options)
-    module, name = ENGINES[engine].split(":")
-    loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options)
+    return load_graph(engine, bundle, options, graph_for(engine, options.precision, options.device))
+
+
+def load_graph(engine: str, bundle: Bundle, options: EngineOptions, graph: GraphName) -> Engine:
+    """Load this graph of the bundle, whatever the table says of the precision, to compare it with others.
+
+    Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
+    """
+    module, _, name = _spec(engine).entry.partition(":")
+    loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options, graph)
     return loaded

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import check_possible, preferred_engine
-from gfldeploy.machine import usable_threads
 
 __all__ = ["select_engine"]
 

@@ -14,10 +14,12 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.engines.base import EngineOptions, Precision
-from gfldeploy.engines.cache import digest_of, engine_directory
+import numpy as np
+
+from gfldeploy.engines.base import EngineOptions, Precision, Tensors
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
+from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.errors import EngineError
-from gfldeploy.machine import describe_machine
 
 __all__ = [
     "Call",
@@ -25,6 +27,7 @@ __all__ = [
     "TensorRtOptions",
     "cache_directory",
     "cache_key",
+    "example",
     "onnxruntime_options",
     "paddle_calls",
     "profile",
@@ -40,21 +43,21 @@ _DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu12",
 
 @dataclass(frozen=True)
 class Profile:
-    """The inputs that an engine is built for: (batch, height, width) of the least, the most common and the largest.
+    """The inputs that an engine is built for: (batch, height, width) of the smallest, the most common and the largest.
 
-    `least` and `largest` bound each dimension by itself. TensorRT refuses what lies outside, and is fastest at
+    `smallest` and `largest` bound each dimension by itself. TensorRT refuses what lies outside, and is fastest at
     `most_common`.
     """
 
-    least: Shape
+    smallest: Shape
     most_common: Shape
     largest: Shape
 
     def __post_init__(self) -> None:
         if not all(
-            0 < low <= mid <= high for low, mid, high in zip(self.least, self.most_common, self.largest, strict=True)
+            0 < low <= mid <= high for low, mid, high in zip(self.smallest, self.most_common, self.largest, strict=True)
         ):
-            raise ValueError(f"least, most common and largest must be positive and in order: {self}")
+            raise ValueError(f"smallest, most common and largest must be positive and in this order: {self}")
 
 
 def profile(shapes: Iterable[Shape]) -> Profile:
@@ -100,13 +103,19 @@ class Call:
 
 
 def required(options: EngineOptions) -> TensorRtOptions:
-    """Those of an engine that builds with TensorRT. Raises `EngineError` if there are none."""
-    if options.tensorrt is None:
+    """How to build for these options. Raises `EngineError` if they do not say which shapes come."""
+    if not options.shapes:
         raise EngineError(
             "TensorRT has to know the shapes of its inputs before",
             "Use `gfldeploy bench`, which takes them from the data.",
         )
-    return options.tensorrt
+    return TensorRtOptions(profile(options.shapes), options.cache_dir or DEFAULT_ENGINE_CACHE)
+
+
+def example(shape: Shape) -> Tensors:
+    """An input of this shape, to build an engine with."""
+    batch, height, width = shape
+    return {"image": np.zeros((batch, 3, height, width), np.float32)}
 
 
 def cache_key(options: TensorRtOptions, depends_on: Mapping[str, str]) -> str:
@@ -114,7 +123,7 @@ def cache_key(options: TensorRtOptions, depends_on: Mapping[str, str]) -> str:
     shapes = options.profile
     everything = {
         **depends_on,
-        "profile": [shapes.least, shapes.most_common, shapes.largest],
+        "profile": [shapes.smallest, shapes.most_common, shapes.largest],
         "workspace_mb": options.workspace_mb,
         "min_subgraph": options.min_subgraph,
     }
@@ -126,15 +135,14 @@ def cache_directory(options: TensorRtOptions, engine: str, version: str, precisi
 
     `version`: of the engine's library; `bundle`: its digest. Raises `OutputError`.
     """
-    machine = describe_machine()
     depends_on = {
         "engine": engine,
         "version": version,
         "precision": precision,
         "bundle": bundle,
         "tensorrt": str(tensorrt_library()),
-        "gpu": ", ".join(machine.gpus),
-        "driver": str(machine.driver),
+        "gpu": ", ".join(gpu_models()),
+        "driver": str(nvidia_driver()),
     }
     return engine_directory(options.cache_dir, cache_key(options, depends_on))
 
@@ -151,7 +159,7 @@ def onnxruntime_options(precision: Precision, options: TensorRtOptions, director
         "trt_int8_enable": _flag(precision == "int8"),
         "trt_max_workspace_size": str(options.workspace_mb * 2**20),
         "trt_min_subgraph_size": str(options.min_subgraph),
-        "trt_profile_min_shapes": _named(shapes.least),
+        "trt_profile_min_shapes": _named(shapes.smallest),
         "trt_profile_opt_shapes": _named(shapes.most_common),
         "trt_profile_max_shapes": _named(shapes.largest),
         "trt_engine_cache_enable": _flag(True),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gfldeploy._quiet import quiet
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import ConfigError, reading
 from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.config_checks import ConfigChecker
@@ -64,7 +64,7 @@ def class_names(
 
 def _default_names(metric: str) -> tuple[str, ...]:
     """The class names that PaddleDetection goes by where no file names them."""
-    category = require("ppdet.data.source.category", "export", "export")
+    category = require("ppdet.data.source.category", "export")
     if metric not in ("COCO", "SNIPERCOCO", "RBOX", "VOC", "OID", "WIDERFACE", "MOT"):
         return ()
     with quiet():

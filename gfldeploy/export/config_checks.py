@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import ConfigError
 from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.config_files import Layers, Tagged
@@ -339,7 +339,7 @@ class ConfigChecker:
         if not isinstance(section, dict):
             raise self.error(f"section {name} is not a mapping", "Give it its transforms.", name)
         reader: dict[str, Any] = copy.deepcopy(dict(section))
-        transforms = require("ppdet.data.transform", "export", "export")
+        transforms = require("ppdet.data.transform", "export")
         for key in ("sample_transforms", "batch_transforms"):
             steps = reader.setdefault(key, [])
             if steps is None:
@@ -357,7 +357,7 @@ class ConfigChecker:
         evaluation = settings.get("EvalReader")
         if not settings.get("TestReader") or not isinstance(evaluation, dict):
             return ()
-        transforms = require("ppdet.data.transform", "export", "export")
+        transforms = require("ppdet.data.transform", "export")
         exported, evaluated = _steps(transforms, reader), _steps(transforms, evaluation)
         differences = []
         for name in [*exported, *(name for name in evaluated if name not in exported)]:

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
 from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
-from gfldeploy.dependencies import require
 from gfldeploy.detections import NmsParams
-from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.registry import capability, open_engine
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph
 from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, UsageError
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import load_checkpoint, locate_checkpoint
@@ -30,7 +31,7 @@ from gfldeploy.export.model_builder import build_model
 from gfldeploy.export.weights import fit_weights, set_random_weights
 from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
-from gfldeploy.machine import installed_packages, usable_threads
+from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["export_bundle"]
@@ -106,8 +107,8 @@ def export_bundle(
     loaded = load_detector_config(config)
     for note in loaded.notes:
         progress.note(note)
-    require("onnxruntime", "onnxruntime", "comparing the ONNX graph with the eager model")
-    require("paddle2onnx", "export", "writing ONNX")
+    require("onnxruntime", "comparing the ONNX graph with the eager model")
+    require("paddle2onnx", "writing ONNX")
     from paddle.utils import unique_name
 
     with unique_name.guard():  # weights get the same names, whatever this process has built before
@@ -280,18 +281,20 @@ class _Export:
         }
 
     def _compare(self, graph: GraphName) -> list[parity.GraphComparison]:
-        """A graph in every engine that is here and runs it on CPUs. Raises `EngineError` or `ParityError`."""
-        from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
-        from gfldeploy.engines.paddle_engine import PaddleEngine
+        """A graph in every judge that is installed and runs it in FP32 on CPUs.
 
-        bundle, options = Bundle(self._directory, self.manifest), EngineOptions("fp32", "cpu", self._threads)
-        engines: list[Engine] = [
-            (OnnxRuntimeEngine if graph in ("onnx", "onnx_fp16") else PaddleEngine)(bundle, options, graph)
+        A graph that none runs so (INT8 is made of the program, GPUs run FP16) runs in the first judge that knows it.
+        Raises `EngineError` or `ParityError`.
+        """
+        names = [
+            name
+            for name in JUDGES
+            if ENGINES[name].graph("fp32", "cpu") == graph and capability(name, "fp32", "cpu").works
         ]
-        if graph == "onnx" and capability("openvino", "fp32", "cpu").works:
-            engines.append(open_engine("openvino", bundle, options))
+        names = names or [next(name for name in JUDGES if graph in ENGINES[name].graphs)]
+        bundle, options = Bundle(self._directory, self.manifest), EngineOptions("fp32", "cpu", self._threads)
         found = []
-        for opened in engines:
+        for opened in [load_graph(name, bundle, options, graph) for name in names]:
             with opened as engine:
                 found += [
                     parity.compare(graph, engine, batch, reference)

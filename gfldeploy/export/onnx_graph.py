@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gfldeploy._quiet import quiet
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import EngineError, GfldeployError, summary
 from gfldeploy.files import native_writes
 
@@ -39,7 +39,7 @@ def convert(model: Path, params: Path, output: Path) -> None:
     """
     import onnx
 
-    paddle2onnx = require("paddle2onnx", "export", "writing ONNX")
+    paddle2onnx = require("paddle2onnx", "writing ONNX")
     raw = output.with_suffix(".raw.onnx")
     try:
         with native_writes(output.parent), quiet():
@@ -88,7 +88,7 @@ def _tidy(source: Path, target: Path) -> None:
     They matter beyond tidiness: paddle2onnx writes a convolution's bias as Reshape + Add, and engines only run a
     convolution in INT8 if the bias is its third input.
     """
-    ort = require("onnxruntime", "onnxruntime", "writing ONNX")
+    ort = require("onnxruntime", "writing ONNX")
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)

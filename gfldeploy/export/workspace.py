@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gfldeploy._quiet import quiet
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
 
 __all__ = ["fresh", "installed", "load_workspace", "registered", "snapshot"]
 
@@ -21,12 +21,12 @@ _LOCK = threading.RLock()
 
 def load_workspace() -> Any:
     """`ppdet.core.workspace` with every module registered, the demo's backbone among them."""
-    require("paddle", "paddle", "export")
-    require("ppdet", "export", "export")
+    require("paddle", "export")
+    require("ppdet", "export")
     with quiet():
         import gfldeploy.export.demo_backbone  # noqa: F401  # the import registers it
 
-    return require("ppdet.core.workspace", "export", "export")
+    return require("ppdet.core.workspace", "export")
 
 
 def registered(workspace: Any) -> dict[str, Any]:

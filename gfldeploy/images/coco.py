@@ -10,14 +10,16 @@ import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from gfldeploy.errors import DataError, reading
+from gfldeploy.images.decode import image_size
 from gfldeploy.images.formats import IMAGE_SUFFIXES
-from gfldeploy.images.headers import image_size
+from gfldeploy.text import first_of
 
 __all__ = [
     "ClassMatch",
@@ -31,15 +33,17 @@ __all__ = [
 
 # As JSON has it: written back as it was read. Of numbers, 1 and 1.0 are the same id.
 CocoId: TypeAlias = int | float | str
-_SHOWN = 3  # how many offenders an error names
+_SHOWN = 3  # how many of the wrong entries an error names
 _MOST_BYTES = 1 << 31  # of an annotation file; that of COCO's 118,287 training images has 450 MB
+_GIVE_COCO = "Give a COCO annotation file."
+_GIVE_BOXES = "Give a COCO annotation file with object boxes."
 
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image: its COCO id, its file, and its size in pixels as the annotation file gives it, None where it does not.
+    """One image: its COCO id, its file, and its size in pixels by the annotation file, None where that gives none.
 
-    What counts is the size of the file, with EXIF orientation applied, as in PaddleDetection: `size`.
+    The size that counts is that of the file with EXIF orientation applied, as in PaddleDetection: `size`.
     """
 
     id: CocoId
@@ -78,7 +82,7 @@ class CocoAnnotation:
 class ClassMatch:
     """The category id of each class of a detector, None where the annotations have no such category.
 
-    `notes`: sentences about what was not matched by the same name, for the user.
+    `notes`: for the user, sentences about classes that were not matched by the same name.
     """
 
     category_ids: tuple[CocoId | None, ...]
@@ -105,10 +109,10 @@ class CocoDataset:
     def load(cls, annotations: Path, image_dir: Path | None = None, limit: int | None = None) -> CocoDataset:
         """Read and check a COCO annotation file.
 
-        `image_dir` is where its file names start: by default the folder `images` beside the annotation file if there is
-        one, else the annotation file's own folder, where a file that is not in the first is looked for too. A name may
-        have `\\` for `/`, and %20 for a space, where there is no file of the name as it is written; it may be absolute.
-        `limit` keeps the first so many images by id, with their annotations only; only their files need to be there.
+        `image_dir` is where its file names start; by default the folder `images` beside the annotation file if there is
+        one, and the annotation file's own folder. Where there is no file by a name as it is written, `\\` may stand for
+        `/` and %20 for a space. A name may be absolute. `limit` keeps the first so many images by id with their
+        annotations; only their files need to be there.
 
         Without `annotations`, as in COCO's test files, there are images alone. An annotation without `area` gets
         width x height; one without a box is left out, and so is one of an image that the file does not list.
@@ -121,7 +125,7 @@ class CocoDataset:
             raise DataError(f"cannot keep {limit} images", "Give a limit of at least 1.")
         source = _read_json(annotations)
         folders = _image_folders(annotations, image_dir)
-        with reading(annotations, DataError, "Give a COCO annotation file."):
+        with reading(annotations, DataError, _GIVE_COCO):
             listed = _parse_images(source["images"], annotations)
             categories = _parse_categories(source["categories"], annotations)
             boxes, notes = _parse_annotations(source["annotations"], annotations)
@@ -143,16 +147,16 @@ class CocoDataset:
         )
 
     def class_to_category(self, classes: Sequence[str]) -> list[CocoId | None]:
-        """The category id of each class of a detector: `match`, without its notes."""
+        """The category id of each class of a detector: `match` without its notes."""
         return list(self.match(classes).category_ids)
 
     def match(self, classes: Sequence[str]) -> ClassMatch:
         """Find the category of each class of a detector.
 
-        By name; where some names differ in case, spaces or `-` and `_` alone, by what remains. Of two categories of one
-        name, the one that has boxes. Classes without a category, and categories without a class, are left out if the
-        others do match. Where no name does, or those that do are at the same places, and there are as many of both, by
-        position in the annotation file, as PaddleDetection does. All but the first is told in the `notes`.
+        By name, if need be without regard to case, spaces, `-` and `_`; of two categories of one name, the one that has
+        boxes. Classes without a category, and categories without a class, are left out if the others match. If there
+        are as many of both, and no name matches or only names at the same positions, then by position in the annotation
+        file, as PaddleDetection does. The `notes` tell all but a match of the same names.
 
         Raises `DataError` when none of this is possible.
         """
@@ -163,9 +167,8 @@ class CocoDataset:
         found = self._by_name(names) if len(set(names)) == len(names) else {}
         missing = [name for name in names if name not in found]
         taken = {category.id for category in found.values()}
-        spare = [
-            one for one in self.categories if one.id not in taken and (one.id in self.labelled or not self.labelled)
-        ]
+        counted = self._with_boxes(self.categories) if self.labelled else self.categories
+        spare = [one for one in counted if one.id not in taken]
         notes = []
         if loose := [f"{name!r} is {one.name!r}" for name, one in found.items() if name != one.name]:
             notes.append(f"classes were matched without regard to case, spaces, '-' and '_': {_first(loose)}")
@@ -187,10 +190,9 @@ class CocoDataset:
             pairs = [f"{name!r} is {one.name!r}" for name, one in zip(names, lined, strict=True) if name != one.name]
             told = f"categories were matched by their position in the annotations, not by name: {_first(pairs)}"
             return ClassMatch(tuple(one.id for one in lined), (told,))
-        unknown = missing or names
         problem = (
             f"the model has {len(names)} classes, the annotations {len(self.categories)} categories, and these classes "
-            f"are not among them: {_first(unknown)}"
+            f"are not among them: {_first(missing or names)}"
         )
         if lined:
             problem += (
@@ -200,27 +202,26 @@ class CocoDataset:
         raise DataError(problem, "Use annotations with the categories that the model was trained on, by these names.")
 
     def size_note(self) -> str | None:
-        """A sentence about images whose files have another size than the annotations say, None where there are none.
+        """A sentence about images whose files have another size than the annotations say, None if there are none.
 
-        A file that cannot be read is left to whoever reads it.
+        Files that cannot be read are passed over.
         """
         other = []
         for image in self.images:
             if image.height is None or image.width is None:
                 continue
-            try:
-                size = image.size()
-            except DataError:
-                continue
-            if size != (image.height, image.width):
-                turned = size == (image.width, image.height)
-                other.append(f"{image.path.name} is {size[1]} x {size[0]} px{', turned,' if turned else ''} not "
-                             f"{image.width} x {image.height}")  # fmt: skip
+            with suppress(DataError):
+                height, width = image.size()
+                if (height, width) != (image.height, image.width):
+                    turned = " turned," if (height, width) == (image.width, image.height) else ""
+                    other.append(
+                        f"{image.path.name} is {width} x {height} px,{turned} not {image.width} x {image.height}"
+                    )
         if not other:
             return None
         return (
-            f"{len(other)} images have another size than their annotations say ({other[0]}); the files are believed, "
-            "and boxes are taken as they are written"
+            f"{len(other)} images have another size than their annotations say ({other[0]}); the size of the file "
+            "counts, and boxes are taken as they are written"
         )
 
     def _by_name(self, classes: Sequence[str]) -> dict[str, CocoCategory]:
@@ -242,8 +243,8 @@ class CocoDataset:
         return found
 
     def _one_of(self, same: Sequence[CocoCategory]) -> CocoCategory:
-        """Of categories of one name the one that has boxes. Raises `DataError` where several have."""
-        if len(with_boxes := [one for one in same if one.id in self.labelled]) > 1:
+        """Of categories of one name the one that has boxes. Raises `DataError` if several have."""
+        if len(with_boxes := self._with_boxes(same)) > 1:
             raise DataError(
                 f"{len(with_boxes)} categories of the annotations are called {same[0].name!r}, and all have boxes",
                 "Give each category a name of its own.",
@@ -251,11 +252,12 @@ class CocoDataset:
         return with_boxes[0] if with_boxes else same[-1]
 
     def _as_many(self, count: int) -> list[CocoCategory] | None:
-        """So many categories in their order, without those that have no boxes if there are more."""
-        if len(self.categories) == count:
-            return list(self.categories)
-        with_boxes = [one for one in self.categories if one.id in self.labelled]
-        return with_boxes if len(with_boxes) == count else None
+        """So many categories in their order; if there are more, those that have boxes."""
+        some = self.categories if len(self.categories) == count else self._with_boxes(self.categories)
+        return list(some) if len(some) == count else None
+
+    def _with_boxes(self, categories: Sequence[CocoCategory]) -> list[CocoCategory]:
+        return [one for one in categories if one.id in self.labelled]
 
 
 def list_images(directory: Path) -> list[Path]:
@@ -263,51 +265,38 @@ def list_images(directory: Path) -> list[Path]:
 
     Raises `DataError` when it is not a directory or has none.
     """
-    directory = Path(directory)
-    try:
-        paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot list the images of {directory}: {getattr(error, 'strerror', None) or error}",
-            "Give a directory of images.",
-        ) from error
+    with reading(directory, DataError, "Give a directory of images."):
+        paths = [path for path in Path(directory).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     if not paths:
         raise DataError(
             f"there are no images in {directory}", f"Give a directory with {', '.join(sorted(IMAGE_SUFFIXES))} files."
         )
-    return paths
+    return sorted(paths)
 
 
 def _read_json(path: Path) -> dict[str, list[Any]]:
-    remedy = "Give a COCO annotation file."
-    try:
+    """The lists of images, annotations and categories. Raises `DataError`."""
+    with reading(path, DataError, _GIVE_COCO):
         with path.open("rb") as file:
             kind = os.fstat(file.fileno()).st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
-                raise DataError(f"cannot read {path}: it is no file", remedy)
+                raise ValueError("it is no file")
             data = file.read(_MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", remedy) from error
-    if len(data) > _MOST_BYTES:
-        raise DataError(f"{path} has more than {_MOST_BYTES / 1e9:.1f} GB", "Split the annotations.")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path} is UTF-16 text, and JSON is UTF-8", "Save it as UTF-8.")
-    try:
-        source = json.loads(data.decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}", remedy) from error
-    except (ValueError, RecursionError, MemoryError) as error:  # of the reader's limits: digits, nesting
-        raise DataError(f"{path} cannot be read: {str(error).partition(';')[0]}", remedy) from error
-    del data
-    keys = ("images", "annotations", "categories")
-    if not isinstance(source, dict):
-        raise DataError(f"{path} has no list of images", "Give a COCO annotation file with object boxes.")
-    lists: dict[str, Any] = {key: source.get(key) for key in keys}
-    lists |= {key: [] for key in ("annotations", "categories") if lists[key] is None}
+        if len(data) > _MOST_BYTES:
+            raise DataError(f"{path} has more than {_MOST_BYTES / 1e9:.1f} GB", "Split the annotations.")
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(f"{path} is UTF-16 text, and JSON is UTF-8", "Save it as UTF-8.")
+        try:
+            source = json.loads(data.decode("utf-8-sig"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is not JSON: {error}", _GIVE_COCO) from error
+        except ValueError as error:  # a number of too many digits; the rest of Python's message is for programmers
+            raise ValueError(str(error).partition(";")[0]) from error
+    lists: dict[str, Any] = {"images": None, "annotations": [], "categories": []}
+    if isinstance(source, dict):
+        lists |= {key: source[key] for key in lists if source.get(key) is not None}
     if missing := [key for key, value in lists.items() if not isinstance(value, list)]:
-        raise DataError(
-            f"{path} has no list of {', no list of '.join(missing)}", "Give a COCO annotation file with object boxes."
-        )
+        raise DataError(f"{path} has no list of {', no list of '.join(missing)}", _GIVE_BOXES)
     if not lists["images"]:
         raise DataError(f"{path} has no images", "Give an annotation file with at least one.")
     return lists
@@ -347,11 +336,11 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _may_be(path: Path, folder: Path) -> bool:
-    """Whether a file name may mean this path: one in the folder, by the names alone, as a link there may lead anywhere;
-    or an image by an absolute name, as `predict` writes them."""
+    """Whether a file name may mean this path: it is in the folder, by its name alone, since a link there may lead
+    anywhere; or it is an image with an absolute name, as `predict` writes them."""
     if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # noqa: PTH100 - resolve follows links
         return True
-    # A relative name has the folder before it: joined to the root, it would not.
+    # A relative name is joined to the folder; an absolute one replaces it.
     outright = not path.is_relative_to(folder) and ".." not in path.parts
     return outright and path.suffix.lower() in IMAGE_SUFFIXES and _is_file(path)
 
@@ -367,7 +356,7 @@ _Listed: TypeAlias = tuple[CocoImage, str, str]
 
 
 def _parse_images(entries: list[Any], path: Path) -> list[_Listed]:
-    """The images, each with its file name and where in the file it is."""
+    """The images, each with its file name and its place in the annotation file."""
     images: list[_Listed] = []
     for position, entry in enumerate(entries):
         where = f"{path}: images[{position}]"
@@ -395,7 +384,7 @@ def _parse_categories(entries: list[Any], path: Path) -> list[CocoCategory]:
 
 
 def _parse_annotations(entries: list[Any], path: Path) -> tuple[list[CocoAnnotation], list[str]]:
-    """Those with a box, and what is to be said of the others."""
+    """Those with a box, and notes about the others."""
     annotations = []
     bare = 0
     for position, entry in enumerate(entries):
@@ -437,20 +426,20 @@ def _check_references(
     path: Path,
     notes: list[str],
 ) -> list[CocoAnnotation]:
-    """Those of images that the file lists. Raises `DataError` where none is, and for a category it does not have."""
+    """Those of images that the file lists. Raises `DataError` if there are none, and for an unknown category."""
     image_ids = {image.id for image, _, _ in images}
     category_ids = {category.id for category in categories}
     kept = [item for item in annotations if item.image_id in image_ids]
     lost = list(dict.fromkeys(item.image_id for item in annotations if item.image_id not in image_ids))
-    for kind, dangling in (
-        ("image", lost if annotations and not kept else []),
-        ("category", [item.category_id for item in annotations if item.category_id not in category_ids]),
+    unknown = [item.category_id for item in annotations if item.category_id not in category_ids]
+    for kind, count, ids in (
+        ("image", len(annotations) if lost and not kept else 0, lost),
+        ("category", len(unknown), dict.fromkeys(unknown)),
     ):
-        if dangling:
-            count = len(annotations) if kind == "image" else len(dangling)
+        if count:
             raise DataError(
                 f"{path}: {count} annotations have a dangling {kind} id, one that the file does not define: "
-                f"{_first(map(_short, dict.fromkeys(dangling)))}",
+                f"{_first(map(_short, ids))}",
                 "Remove them, or add what they refer to.",
             )
     if lost:
@@ -463,9 +452,9 @@ def _check_references(
 
 def _take(entry: object, keys: Sequence[str], where: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise DataError(f"{where} is not an object", "Give a COCO annotation file.")
+        raise DataError(f"{where} is not an object", _GIVE_COCO)
     if missing := [key for key in keys if key not in entry]:
-        raise DataError(f"{where} has no {', '.join(missing)}", "Give a COCO annotation file with object boxes.")
+        raise DataError(f"{where} has no {', '.join(missing)}", _GIVE_BOXES)
     return {key: entry[key] for key in keys}
 
 
@@ -488,14 +477,14 @@ def _id(value: object, where: str) -> CocoId:
 
 
 def _pixels(value: object) -> int | None:
-    """A side as the annotations give it; None where that is no size, as the file's counts."""
+    """A side as the annotations give it; None if that is no size, since the file's counts."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _loosely(name: str) -> str:
-    """A class name without what people write in different ways: case, spaces, `-` and `_`."""
+    """A class name without regard to case, spaces, `-` and `_`."""
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
 
 
@@ -504,20 +493,14 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    if _is_int(value):
-        return True
-    return isinstance(value, float) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _short(value: object) -> str:
-    """What a file holds, for a message."""
+    """A value from a file, for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
 
 
 def _first(items: Iterable[object]) -> str:
-    shown = [str(item) for item in items]
-    more = len(shown) - _SHOWN
-    return ", ".join(one if len(one) <= 200 else f"{one[:100]} ..." for one in shown[:_SHOWN]) + (
-        f" and {more} more" if more > 0 else ""
-    )
+    return first_of(items, _SHOWN)

@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -32,7 +33,7 @@ _ORDINARY_SCANS = 16
 _MOST_TILE_PIXELS = 1 << 24
 _MOST_TIFF_ENTRIES = 1000
 _MOST_EXIF = 1 << 20
-_JPEG_HEAD = 1 << 18  # most have all but the pixels there
+_JPEG_HEADER = 1 << 18  # most JPEGs have all but the pixels in so many bytes
 _PILLOW = ("AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "SUN")
 _TURNED = range(5, 9)  # EXIF orientations that exchange height and width
 _ORIENTATION = 0x0112
@@ -53,8 +54,8 @@ _JPEG_SCAN, _JPEG_END, _JPEG_APP1 = 0xDA, 0xD9, 0xE1
 class Header:
     """What a file says of its image: the `kind`, such as "JPEG", and height and width in pixels as stored.
 
-    `turned`: whether EXIF exchanges the two; None where reading the image alone tells. `complete`: whether the file
-    reaches the end of the image, as far as its structure shows.
+    `turned`: whether EXIF exchanges the two; None if only decoding tells. `complete`: whether the file reaches the end
+    of the image, as far as its structure shows.
     """
 
     kind: str
@@ -88,9 +89,8 @@ def read_header(file: BinaryIO, what: object, whole: bool = True) -> Header:
 def _header(file: BinaryIO, whole: bool) -> Header | None:
     start = _at(file, 0, 30)
     if start.startswith(JPEG_START):
-        head = _at(file, 0, -1 if whole else _JPEG_HEAD)
-        found = _jpeg(head, whole)
-        return _jpeg(_at(file, 0, -1), True) if found is None and not whole else found
+        found = None if whole else _jpeg(_at(file, 0, _JPEG_HEADER), False)
+        return found or _jpeg(_at(file, 0, -1), True)
     if start.startswith(PNG_START):
         return _png(file, start)
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
@@ -120,7 +120,7 @@ def _jpeg(data: bytes, whole: bool) -> Header | None:
             size = struct.unpack_from(">HH", data, position + 3) if position + 7 <= len(data) else None
             progressive = marker in _JPEG_PROGRESSIVE
         elif marker == _JPEG_APP1 and turned is None and data.startswith(b"Exif\0\0", position + 2):
-            turned = orientation(data[position + 2 : position + 2 + (1 << 16)]) in _TURNED
+            turned = _turns(data[position + 2 : position + 2 + (1 << 16)])
         elif marker == _JPEG_SCAN:
             scans += 1
             if not whole:
@@ -145,10 +145,9 @@ def _png(file: BinaryIO, start: bytes) -> Header | None:
     width, height = struct.unpack_from(">II", start, 16)
     position, turned, complete = len(PNG_START), False, False
     length = file.seek(0, io.SEEK_END)
-    while len(head := _at(file, position, 8)) == 8:
-        size, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if kind == b"eXIf" and orientation(_at(file, position + 8, min(size, _MOST_EXIF))) in _TURNED:
-            turned = True
+    while len(chunk := _at(file, position, 8)) == 8:
+        size, kind = int.from_bytes(chunk[:4], "big"), chunk[4:]
+        turned |= kind == b"eXIf" and _turns(_at(file, position + 8, min(size, _MOST_EXIF)))
         position += 12 + size
         if kind == b"IEND":
             complete = position <= length
@@ -171,10 +170,9 @@ def _webp(file: BinaryIO, start: bytes) -> Header | None:
     else:
         return None
     position, turned = 12, False
-    while kind == b"VP8X" and len(head := _at(file, position, 8)) == 8:
-        size = int.from_bytes(head[4:], "little")
-        if head[:4] == b"EXIF":
-            turned |= orientation(_at(file, position + 8, min(size, _MOST_EXIF))) in _TURNED
+    while kind == b"VP8X" and len(chunk := _at(file, position, 8)) == 8:
+        size = int.from_bytes(chunk[4:], "little")
+        turned |= chunk[:4] == b"EXIF" and _turns(_at(file, position + 8, min(size, _MOST_EXIF)))
         position += 8 + size + size % 2
     return Header("WEBP", height, width, None if turned else False, file.seek(0, io.SEEK_END) >= end)
 
@@ -216,23 +214,21 @@ def _by_pillow(file: BinaryIO) -> Header | None:
     return Header(kind, height, width, None if kind in ("AVIF", "JPEG2000") else False)
 
 
-def orientation(exif: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 0 where there is none.
+def _turns(exif: bytes) -> bool:
+    """Whether the EXIF orientation exchanges height and width.
 
-    Of the first directory alone, as OpenCV reads it: a value's first two bytes, whatever its type and count (TIFF 6.0,
+    By the first directory alone, as OpenCV reads it: a value's first two bytes, whatever its type and count (TIFF 6.0,
     section 2).
     """
     data = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
-    try:
+    with suppress(struct.error):  # cut off
         if order is None:
-            return 0
+            return False
         (start,) = struct.unpack_from(f"{order}I", data, 4)
         (entries,) = struct.unpack_from(f"{order}H", data, start)
         for position in range(start + 2, start + 2 + 12 * entries, 12):
             tag, _, _, value = struct.unpack_from(f"{order}HHIH", data, position)
             if tag == _ORIENTATION:
-                return int(value)
-    except struct.error:  # cut off
-        pass
-    return 0
+                return value in _TURNED
+    return False

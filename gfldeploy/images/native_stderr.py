@@ -1,7 +1,7 @@
 """What C libraries print while an image is decoded, kept from the terminal and attributed to that image.
 
-libjpeg, libpng and others report what they find wrong on C's `stderr`, with no file name, and go on. While an image is
-decoded that stream is a file in memory; Python's `sys.stderr`, C++'s `std::cerr` and file descriptor 2 are as ever.
+libjpeg, libpng and others report what they find wrong on C's `stderr`, with no file name, and continue. While an image
+is decoded that stream is a file in memory; Python's `sys.stderr`, C++'s `std::cerr` and file descriptor 2 are as ever.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 __all__ = ["heard"]
@@ -21,17 +22,17 @@ _UNBUFFERED = 2  # _IONBF
 
 
 def heard(work: Callable[[], T]) -> tuple[T, bytes]:
-    """What `work()` gives, and what C code printed meanwhile; any number of threads may be here at once.
+    """What `work()` returns, and what C code printed meanwhile; any number of threads may call this at once.
 
-    `work` is done again, with no other thread here, where several may have printed it.
+    If something was printed, `work` is done again, with no other thread here, to know that it printed it.
     """
     stream = _stream()
-    with stream.shared():
+    with stream.used():
         before = stream.size()
         result = work()
         if stream.size() == before:
             return result, b""
-    with stream.alone():
+    with stream.used(alone=True):
         return work(), stream.text()
 
 
@@ -59,44 +60,33 @@ class _Stream:
         return os.pread(self._fd, _MOST_BYTES, 0)
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
+    def used(self, *, alone: bool = False) -> Iterator[None]:
+        """By this thread; with `alone`, by no other meanwhile."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._exclusive)
+            self._changed.wait_for(lambda: not self._exclusive and not (alone and self._users))
             self._users += 1
+            self._exclusive = alone
             self._pointer.value = self._memory
         try:
             yield
         finally:
             with self._changed:
                 self._users -= 1
+                self._exclusive = False
                 if self._users == 0:
                     self._pointer.value = self._terminal
                     os.ftruncate(self._fd, 0)
                 self._changed.notify_all()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._exclusive and self._users == 0)
-            self._exclusive = True
-            self._pointer.value = self._memory
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._pointer.value = self._terminal
-                os.ftruncate(self._fd, 0)
-                self._exclusive = False
-                self._changed.notify_all()
 
-
-_made: _Stream | None = None
 _making = threading.Lock()
 
 
+@cache
+def _made() -> _Stream:
+    return _Stream()
+
+
 def _stream() -> _Stream:
-    global _made
-    with _making:
-        if _made is None:
-            _made = _Stream()
-        return _made
+    with _making:  # `cache` alone may make several
+        return _made()

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import ConfigError, DataError
 
-__all__ = ["Prepared", "Preprocess", "collate"]
+__all__ = ["Prepared", "Preprocess"]
 
 _NORM_TYPES = ("mean_std", "none")
 _INTERPOLATIONS = range(7)  # cv2.INTER_NEAREST (0) to cv2.INTER_NEAREST_EXACT (6)
-# What no detector asks for: one image at these sizes takes 800 MB.
+# Beyond what any detector asks for: one image of these sizes takes 800 MB.
 _LARGEST_SIDE = 8192
 _LARGEST_STRIDE = 1024
-_LARGEST_SHIFT = 1e6  # of mean and std, and the least std by its inverse
+_LARGEST_SHIFT = 1e6  # of mean and std, and the inverse of the smallest std
 # The operators that are reproduced here, in the only order in which they are.
 _ORDER = ("Decode", "Resize", "NormalizeImage", "Permute", "PadBatch", "PadStride")
 _ARGUMENTS: dict[str, frozenset[str]] = {
@@ -60,8 +60,8 @@ class Preprocess:
     `is_scale`: multiply by 1/255 first. `norm_type`: "mean_std" subtracts `mean` and divides by `std` (RGB order);
     "none" does not. `pad_stride`: pad right and bottom with zeros to a multiple of this many pixels; 0 = none.
     `fixed`: the network takes `target_size` and no other. With `keep_ratio` the image is then scaled by one factor to
-    fit inside, whatever its orientation, and padded right and bottom; PaddleDetection has no such rule, since its own
-    (above) turns a portrait image into one that a landscape network cannot take.
+    fit inside, whatever its orientation, and padded right and bottom. PaddleDetection has no such rule: its own (above)
+    makes a portrait image too high for a landscape network.
 
     Raises `ConfigError` for values that cannot work.
     """
@@ -95,10 +95,8 @@ class Preprocess:
         if self.norm_type not in _NORM_TYPES:
             raise ConfigError(f"norm_type is {self.norm_type!r}", f"Use one of {', '.join(_NORM_TYPES)}.")
         if not _is_int(self.pad_stride) or not 0 <= self.pad_stride <= _LARGEST_STRIDE:
-            raise ConfigError(
-                f"pad_stride is {self.pad_stride!r:.40}",
-                f"Give a number of pixels up to {_LARGEST_STRIDE}, 0 for none.",
-            )
+            remedy = f"Give a number of pixels up to {_LARGEST_STRIDE}, 0 for none."
+            raise ConfigError(f"pad_stride is {self.pad_stride!r:.40}", remedy)
 
     @classmethod
     def from_reader(
@@ -165,26 +163,16 @@ class Preprocess:
 
         A normalisation that changes nothing is left out.
         """
-        operators: list[dict[str, Any]] = [
-            {
-                "type": "Resize",
-                "target_size": list(self.target_size),
-                "keep_ratio": self.keep_ratio,
-                "interp": self.interp,
-            }
+        size = {"target_size": list(self.target_size), "keep_ratio": self.keep_ratio, "interp": self.interp}
+        shift = {"mean": list(self.mean), "std": list(self.std), "is_scale": self.is_scale}
+        if self.norm_type != "mean_std":
+            shift["norm_type"] = self.norm_type
+        return [
+            {"type": "Resize", **size},
+            *([{"type": "NormalizeImage", **shift}] if self.is_scale or self.norm_type != "none" else []),
+            {"type": "Permute"},
+            *([{"type": "PadStride", "stride": self.pad_stride}] if self.pad_stride else []),
         ]
-        if self.is_scale or self.norm_type != "none":
-            normalize = {
-                "type": "NormalizeImage",
-                "mean": list(self.mean),
-                "std": list(self.std),
-                "is_scale": self.is_scale,
-            }
-            operators.append(normalize if self.norm_type == "mean_std" else normalize | {"norm_type": self.norm_type})
-        operators.append({"type": "Permute"})
-        if self.pad_stride:
-            operators.append({"type": "PadStride", "stride": self.pad_stride})
-        return operators
 
     def scales(self, height: int, width: int) -> tuple[float, float]:
         """The factors (y, x) by which an image of this size, in pixels, is resized."""
@@ -193,12 +181,12 @@ class Preprocess:
             return target_h / height, target_w / width
         if self.fixed:
             scale = min(target_h / height, target_w / width)
-            return scale, scale
-        scale = min(min(target_h, target_w) / min(height, width), max(target_h, target_w) / max(height, width))
+        else:
+            scale = min(min(target_h, target_w) / min(height, width), max(target_h, target_w) / max(height, width))
         return scale, scale
 
     def __call__(self, image: NDArray[np.uint8]) -> Prepared:
-        """Prepare an RGB image, uint8 [h, w, 3]; the result is not padded (`collate` pads).
+        """Prepare an RGB image, uint8 [h, w, 3]; the result is not padded (`batch` pads).
 
         Raises `DataError` when the image is so elongated that a side would vanish.
         """
@@ -212,9 +200,9 @@ class Preprocess:
     ) -> tuple[float, float]:
         """Prepare an RGB image, uint8 [h, w, 3], straight into `out`, float32 [3, H, W], such as a row of a batch.
 
-        `out` is overwritten whole: zeros on the right and at the bottom. `original`: the size (h, w) in pixels of what
-        `image` was decoded from at a reduced scale; the result then has the size that the whole image would have.
-        Returns the scale (y, x), network-input pixels per original pixel.
+        `out` is overwritten whole: zeros on the right and at the bottom. `original`: the size (h, w) in pixels of an
+        image that was decoded at a reduced scale; the result has the size that the whole image would have. Returns the
+        scale (y, x), network-input pixels per original pixel.
 
         Raises `DataError` as `__call__`, and `ValueError` for an `out` that does not hold the image.
         """
@@ -241,17 +229,16 @@ class Preprocess:
         return scale_y, scale_x
 
     def batch_of(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
-        """Prepare RGB images, uint8 [h, w, 3], as the network's input, float32 [N, 3, H, W]; and their scales.
+        """Prepare RGB images, uint8 [h, w, 3], as the network's input, float32 [N, 3, H, W]; return their scales too.
 
-        The same as `batch` of what `__call__` gives, without copies in between. Raises `DataError` as `__call__`.
+        The same as `__call__` and `batch`, without copies in between. Raises `DataError` as `__call__`.
         """
         heights, widths = zip(*(self.resized_size(*image.shape[:2]) for image in images), strict=True)
         batch = np.empty((len(images), 3, *self.padded_size(max(heights), max(widths))), dtype=np.float32)
         return batch, [self.into(image, row) for image, row in zip(images, batch, strict=True)]
 
     def reduction(self, height: int, width: int) -> int:
-        """How many times smaller (1, 2, 4 or 8) an image of this size may be decoded and still be no smaller than what
-        it is resized to."""
+        """How many times smaller (1, 2, 4 or 8) an image of this size may be decoded without being enlarged next."""
         scale = max(self.scales(height, width))
         return next((factor for factor in (8, 4, 2) if scale * factor <= 1), 1)
 
@@ -277,22 +264,30 @@ class Preprocess:
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size (h, w) of the network's input for one image of this size after it was resized; all in pixels."""
-        least_h, least_w = self.target_size if self.fixed else (1, 1)
+        smallest_h, smallest_w = self.target_size if self.fixed else (1, 1)
         step = max(self.pad_stride, 1)
-        return -(-max(height, least_h) // step) * step, -(-max(width, least_w) // step) * step
+        return -(-max(height, smallest_h) // step) * step, -(-max(width, smallest_w) // step) * step
 
-    def batch(self, prepared: Sequence[Prepared], least: tuple[int, int] = (1, 1)) -> NDArray[np.float32]:
-        """Stack prepared images into the network's input, float32 [N, 3, H, W], zeros right and below.
+    def batch(self, prepared: Sequence[Prepared], smallest: tuple[int, int] = (1, 1)) -> NDArray[np.float32]:
+        """Stack prepared images into the network's input, float32 [N, 3, H, W], with zeros on the right and below.
 
-        `least`: (h, w) in pixels that the input has at least, such as those of a bucket.
+        As PaddleDetection's PadBatch: H and W are those of the largest image, rounded up to the stride. `smallest`:
+        (h, w) in pixels that the input has at least, such as those of a bucket.
         """
-        return collate(prepared, self.pad_stride, self.target_size if self.fixed else least)
+        if not prepared:
+            raise ValueError("a batch needs at least one image")
+        sizes = [one.tensor.shape[1:] for one in prepared]
+        height, width = (max(sides) for sides in zip(smallest, *sizes, strict=True))
+        batch = np.zeros((len(prepared), 3, *self.padded_size(height, width)), dtype=np.float32)
+        for row, one, (height, width) in zip(batch, prepared, sizes, strict=True):
+            row[:, :height, :width] = one.tensor
+        return batch
 
     def _table(self) -> NDArray[np.float32]:
         """What each of the 256 pixel values becomes in each channel, float32 [3, 256].
 
         The operations and their precisions are PaddleDetection's: multiply in float32, subtract and divide in float64
-        with the result rounded to float32 each time. The image is still uint8 here, so 768 results cover all pixels.
+        with the result rounded to float32 each time.
         """
         table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
         if self.is_scale:
@@ -301,27 +296,6 @@ class Preprocess:
             table -= np.array(self.mean, dtype=np.float64)[:, np.newaxis]
             table /= np.array(self.std, dtype=np.float64)[:, np.newaxis]
         return table
-
-
-def collate(prepared: Sequence[Prepared], stride: int, least: tuple[int, int] = (1, 1)) -> NDArray[np.float32]:
-    """Stack images into float32 [N, 3, H, W]: zeros on the right and at the bottom, as PaddleDetection's PadBatch.
-
-    H and W are the largest of the batch and at least `least` (h, w), rounded up to a multiple of `stride` pixels
-    (0 = no rounding).
-    """
-    if not prepared:
-        raise ValueError("a batch needs at least one image")
-    if stride < 0:
-        raise ValueError(f"stride must not be negative, not {stride}")
-    step = max(stride, 1)
-    height, width = (
-        -(-max(floor, *(item.tensor.shape[axis] for item in prepared)) // step) * step
-        for axis, floor in zip((1, 2), least, strict=True)
-    )
-    batch = np.zeros((len(prepared), 3, height, width), dtype=np.float32)
-    for row, item in zip(batch, prepared, strict=True):
-        row[:, : item.tensor.shape[1], : item.tensor.shape[2]] = item.tensor
-    return batch
 
 
 def _check_image(image: NDArray[np.uint8]) -> None:

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gfldeploy.batching.buckets import StreamOrder
+from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy
-from gfldeploy.tune.search import Policy
 
 __all__ = ["Choice", "choose"]
 
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
-_ORDERS: dict[Policy, StreamOrder] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Choice:
     engine: str
     options: EngineOptions
     batch_size: int
-    order: StreamOrder
+    order: Order
     why: str
     notes: tuple[str, ...] = ()
 
@@ -51,7 +49,7 @@ def choose(
     threads: int | None = None,
     batch_size: int | None = None,
     engine_cache: Path | None = None,
-    order: StreamOrder | None = None,
+    order: Order | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; what is given goes before both.
 
@@ -67,13 +65,13 @@ def choose(
         deploy = Deploy.read(source)
         bundle = Bundle.open(deploy.bundle_path(source))
         notes = tuple(_differences(deploy, bundle))
-        choice = deploy.choice
+        cell = deploy.choice.cell
         if (engine, precision, device) == (None, None, None):
             why = f"as {source.name} says"
-        engine, precision = engine or choice.engine, precision or choice.precision
-        device = device or choice.device
-        threads, batch_size = threads or choice.threads, batch_size or choice.batch_size
-        order = order or _ORDERS[choice.policy]
+        engine, precision = engine or cell.engine, precision or cell.precision
+        device = device or cell.device
+        threads, batch_size = threads or cell.threads, batch_size or cell.batch_size
+        order = order or (cell.order if cell.batch_size > 1 else None)
     elif source.is_dir():
         bundle = Bundle.open(source)
     else:

@@ -1,4 +1,4 @@
-"""What a prediction leaves: `detections.jsonl`, `coco.json`, and the images that its ids stand for."""
+"""What a prediction writes: `detections.jsonl`, `coco.json`, and the images that its ids stand for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.resume import Record
 
-__all__ = ["COCO", "DEFAULT_THRESHOLD", "DETECTIONS", "IMAGES", "Summary", "read_records", "record_of", "write_outputs"]
+__all__ = [
+    "COCO",
+    "DEFAULT_THRESHOLD",
+    "DETECTIONS",
+    "IMAGES",
+    "PredictResults",
+    "read_records",
+    "record_of",
+    "write_outputs",
+]
 
 # What PaddleDetection draws from, unless told otherwise.
 DEFAULT_THRESHOLD = 0.5
@@ -21,15 +30,16 @@ DEFAULT_THRESHOLD = 0.5
 DETECTIONS = "detections.jsonl"
 COCO = "coco.json"
 IMAGES = "images.json"
+_MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
-class Summary:
-    """How many `images` there were, how many of them `failed`, why the first few did, and how many `detections` score
-    enough to be in `detections.jsonl`.
+class PredictResults:
+    """What a prediction found.
 
-    `kept`: images that an earlier run had done. `incomplete`: images that may lack detections, or have others, since
-    the bundle decodes only so many anchors, and `lack_below`: the highest score of such a detection.
+    `images`, `failed`: how many. `reasons`: of the first failures. `detections`: those in `detections.jsonl`. `kept`:
+    images that an earlier run had done. `incomplete`: images whose detections may be missing or differ, since the
+    bundle decodes only so many anchors; `lack_below`: the highest score of such a detection.
     """
 
     images: int
@@ -41,12 +51,12 @@ class Summary:
     lack_below: float = 0.0
 
 
-def record_of(found: Found, classes: Sequence[str]) -> Record:
+def record_of(found: Found) -> Record:
     """One image with all that NMS left, as a line of `detections.jsonl` has it.
 
     `bbox` is x, y, width, height in original pixels. Nothing is rounded: even a thousandth of a pixel turns some
-    IoU, and the mAP of the results would not be that of `gfldeploy eval`. `may_lack_below` is there where detections
-    of that score and less may be missing or differ: see `Detections`.
+    IoU, and the mAP of the results would not be that of `gfldeploy eval`. `may_lack_below`: as for `Detections`, left
+    out if nothing is missing.
     """
     record: Record = {"file": found.name}
     if found.frame is not None and found.time_s is not None:
@@ -54,19 +64,9 @@ def record_of(found: Found, classes: Sequence[str]) -> Record:
     if found.detections is None or found.size is None:
         return {**record, "error": str(found.error)}
     height, width = found.size
-    one = found.detections
-    rows = zip(one.boxes.tolist(), one.scores.tolist(), one.classes.tolist(), strict=True)
-    detections = [
-        {
-            "class": classes[category],
-            "class_id": category,
-            "score": score,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-        }
-        for (x1, y1, x2, y2), score, category in rows
-    ]
-    record |= {"width": width, "height": height, "detections": detections}
-    return {**record, "may_lack_below": one.may_lack_below} if one.may_lack_below > 0 else record
+    record |= {"width": width, "height": height, "detections": found.detections.records()}
+    lacks = found.detections.may_lack_below
+    return {**record, "may_lack_below": lacks} if lacks > 0 else record
 
 
 def write_outputs(
@@ -76,15 +76,13 @@ def write_outputs(
     image_ids: Sequence[CocoId] | None = None,
     category_ids: Sequence[CocoId | None] | None = None,
     threshold: float = DEFAULT_THRESHOLD,
-    most_reasons: int = 3,
-) -> Summary:
+) -> PredictResults:
     """Write the files, one record at a time: memory does not grow with their number.
 
-    `coco.json` is a list of results as COCO's tools read it: all of them, as mAP counts low scores too. `threshold`:
-    the least score in `detections.jsonl`. `image_ids` and `category_ids`: those of annotations, by image and by class;
+    `coco.json` is a list of results as COCO's tools read it, with all scores, which mAP needs. `threshold`: the
+    smallest score in `detections.jsonl`. `image_ids` and `category_ids`: those of annotations, by image and by class;
     `coco.json` leaves out a class whose category is None. Without them images and classes are numbered from 1 in their
-    order, and `images.json` says which they are, in the format of annotations. Raises `OSError`, also for a file that
-    is there.
+    order, and `images.json` lists them in the format of annotations. Raises `OSError`, also if one of the files exists.
     """
     categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
     images = failed = detections = incomplete = 0
@@ -107,7 +105,7 @@ def write_outputs(
             detections += len(shown)
             if "error" in record:
                 failed += 1
-                reasons += [record["error"]] if failed <= most_reasons else []
+                reasons += [record["error"]] if failed <= _MOST_REASONS else []
                 continue
             if may_lack:
                 incomplete += 1
@@ -117,17 +115,10 @@ def write_outputs(
                 name = record["file"] + (f"#{record['frame']}" if "frame" in record else "")
                 listed.add({"id": image_id, "file_name": name, "width": record["width"], "height": record["height"]})
             for one in record["detections"]:
-                if (category_id := categories[one["class_id"]]) is None:
-                    continue
-                results.add(
-                    {
-                        "image_id": image_id,
-                        "category_id": category_id,
-                        "bbox": one["bbox"],
-                        "score": one["score"],
-                    }
-                )
-    return Summary(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
+                if (category_id := categories[one["class_id"]]) is not None:
+                    place = {"image_id": image_id, "category_id": category_id}
+                    results.add({**place, "bbox": one["bbox"], "score": one["score"]})
+    return PredictResults(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -1,13 +1,14 @@
-"""From pictures to detections, the stages at once: decoding and preprocessing, the network, NMS.
+"""From pictures to detections, with all stages at work at once: decoding and preprocessing, the network, NMS.
 
 Each stage but the last has a thread of its own and works one batch ahead of the next, so that memory is bounded and the
-network never waits for the others unless they are slower. Batches are cut by the sizes alone, so that the same images
-always make the same ones; unless asked for otherwise they hold images of one input size, and an image has the
-detections that it has by itself.
+network waits for the others only if they are slower. Batches depend on the sizes alone: the same images always make the
+same batches. In the bucketed order they hold images of one input size, and an image has the detections that it has by
+itself.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,11 +21,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Size, StreamOrder, stream_batches
+from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.detect import check_outputs, detections_of, of_classes
+from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
 
@@ -54,8 +55,11 @@ class Found:
 
 @dataclass(frozen=True)
 class _Batch:
-    """`tensor`: the network's input, its first rows those of `rows`: the place in `group` and the scale of each image
-    that could be read. `errors`: of those that could not, by place. `memory`: what `tensor` is a view of."""
+    """A batch on its way to the network.
+
+    `tensor`: the network's input, None if no image could be read; `rows`: of its first rows, the image's place in
+    `group` and its scale. `errors`: of images that could not be read, by place. `memory`: of which `tensor` is a view.
+    """
 
     group: Sequence[tuple[int, Picture]]
     tensor: NDArray[np.float32] | None
@@ -70,30 +74,34 @@ def detect_groups(
     pictures: Iterable[Picture],
     *,
     batch_size: int = 1,
-    order: StreamOrder = "bucketed",
+    order: Order = "bucketed",
     look_ahead: int = 0,
     skip: int = 0,
     reduced: bool = False,
 ) -> Generator[list[Found]]:
-    """What was found, batch by batch, in the order in which the batches are cut.
+    """What was found, batch by batch.
 
-    `order`: bucketed, of one input size each; listed, as they come, padded to a common size. `look_ahead`: how many
-    pictures may come after one before its bucketed batch runs though it is not full. `skip`: so many
-    batches are left out, without reading their files. `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 where that is no less
-    than the network's input; the pixels then differ. Detections of channels without a class are left out.
+    `order`: "bucketed" or "listed", see `batching.buckets`. `look_ahead`: how many pictures may come after one before
+    its bucketed batch runs though it is not full. `skip`: so many batches are left out, without reading their files.
+    `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 if that is no smaller than the network's input; the pixels then differ.
+    Detections of channels without a class are left out.
 
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
-    the iterator ends the threads once what they are at is done. Raises `EngineError`.
+    the iterator ends the threads after their current batch. Raises `EngineError`.
     """
+    preprocess, chosen = manifest.preprocess, manifest.candidates is not None
+    items = (
+        ((index, picture), preprocess.input_size(*picture.size) if picture.size else _NOWHERE)
+        for index, picture in enumerate(pictures)
+    )
+    groups = islice(stream_batches(items, batch_size, order, look_ahead), skip, None)
     with _cpu_shared(engine.options) as decoders:
-        batches = _prepared(manifest, pictures, batch_size, order, look_ahead, skip, reduced, decoders)
+        batches = _prepared(manifest, groups, reduced, decoders)
         with closing(ahead(_inferred(engine, ahead(batches)))) as done:
             for batch, scores, boxes in done:
                 scales = [scale for _, scale in batch.rows]
-                chosen = manifest.candidates is not None
                 found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
-                known = [of_classes(one, len(manifest.classes)) for one in found]
-                detections = dict(zip((place for place, _ in batch.rows), known, strict=True))
+                detections = {row[0]: one.named(manifest.classes) for row, one in zip(batch.rows, found, strict=True)}
                 yield [
                     Found(
                         *(index, picture.name, picture.size, detections.get(place), batch.errors.get(place)),
@@ -104,7 +112,7 @@ def detect_groups(
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
-    """What comes in these groups with its number, by the numbers from 0; what comes early waits."""
+    """The items of these groups in the order of their numbers from 0; items that come early wait."""
     waiting: dict[int, T] = {}
     following = 0
     for group in groups:
@@ -115,9 +123,9 @@ def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
 
 
 def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
-    """The same items, none of them None, worked out in a thread of its own, `most` of them before they are asked for.
+    """The same items, none of them None, made in a thread of its own, up to `most` before they are needed.
 
-    What goes wrong there is raised here. Closing the iterator ends the thread, after the item that it is at.
+    Errors of that thread are raised here. Closing the iterator ends the thread after its current item.
     """
     ready: queue.Queue[_Ready[T]] = queue.Queue(most)
     stopped = threading.Event()
@@ -170,10 +178,9 @@ class _Ready(Generic[T]):
 
 @contextmanager
 def _cpu_shared(options: EngineOptions) -> Iterator[int]:
-    """How many threads decode, with OpenCV kept from threads of its own; the one place that splits the CPU.
+    """How many threads decode, while OpenCV has no threads of its own. The CPU is split in this place alone.
 
-    An engine on the CPU has it, and one thread that decodes an image in milliseconds keeps up with it. A GPU leaves the
-    CPU to decoding.
+    An engine on the CPU keeps it, and one decoding thread keeps up with it. A GPU leaves the CPU to decoding.
     """
     import cv2
 
@@ -186,7 +193,7 @@ def _cpu_shared(options: EngineOptions) -> Iterator[int]:
 
 
 class _Memory:
-    """Arrays that batches take in turn: as many as there are batches at once, each as large as the largest so far."""
+    """Arrays that batches take in turn: one for each batch at work, each as large as its largest batch so far."""
 
     def __init__(self) -> None:
         self._free: queue.SimpleQueue[NDArray[np.float32]] = queue.SimpleQueue()
@@ -204,22 +211,12 @@ class _Memory:
 
 
 def _prepared(
-    manifest: Manifest,
-    pictures: Iterable[Picture],
-    batch_size: int,
-    order: StreamOrder,
-    look_ahead: int,
-    skip: int,
-    reduced: bool,
-    decoders: int,
+    manifest: Manifest, groups: Iterable[tuple[Sequence[tuple[int, Picture]], Size]], reduced: bool, decoders: int
 ) -> Iterator[tuple[_Batch, _Memory]]:
     """Decode and preprocess, batch by batch, straight into the network's input."""
     preprocess = manifest.preprocess
     fixed = manifest.inputs[0].shape[0]  # a network that takes so many images and no other number
     memory = _Memory()
-
-    def size_of(picture: Picture) -> Size:
-        return preprocess.input_size(*picture.size) if picture.size else _NOWHERE
 
     def fill(job: tuple[Picture, NDArray[np.float32]]) -> tuple[float, float] | DataError:
         picture, row = job
@@ -231,22 +228,21 @@ def _prepared(
         except DataError as error:
             return error
 
-    items = (((index, picture), size_of(picture)) for index, picture in enumerate(pictures))
     with ThreadPoolExecutor(decoders) as pool:
-        for group, size in islice(stream_batches(items, batch_size, order, look_ahead), skip, None):
+        for group, size in groups:
             if size == _NOWHERE:
                 errors = {place: picture.error for place, (_, picture) in enumerate(group) if picture.error}
                 yield _Batch(group, None, (), errors, memory.take(0)), memory
                 continue
             shape = (fixed or len(group), 3, *size)
-            block = memory.take(int(np.prod(shape)))
-            tensor = block[: int(np.prod(shape))].reshape(shape)
+            block = memory.take(math.prod(shape))
+            tensor = block[: math.prod(shape)].reshape(shape)
             jobs = [(picture, tensor[place]) for place, (_, picture) in enumerate(group)]
             filled = list(map(fill, jobs) if decoders == 1 else pool.map(fill, jobs))
             rows = [(place, one) for place, one in enumerate(filled) if not isinstance(one, DataError)]
             errors = {place: one for place, one in enumerate(filled) if isinstance(one, DataError)}
             for row, (place, _) in enumerate(rows):
-                if row != place:  # close the gap that an image left which could not be read
+                if row != place:  # close the gap of an image that could not be read
                     tensor[row] = tensor[place]
             tensor[len(rows) :] = 0
             yield _Batch(group, tensor[: fixed or len(rows)] if rows else None, rows, errors, block), memory

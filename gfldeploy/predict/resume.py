@@ -1,71 +1,56 @@
 """What a prediction has done so far, on disk: a killed one resumes where it stopped, to the same result.
 
-A JSON line for the question (all that the answer depends on), one for each batch in the order in which they are cut,
-and one for the end. Lines are appended; a last one that was cut short is taken off. Since batches depend on the
-question alone, a run that goes on makes those that are missing, and no others.
+A JSON line for the question (all that the results depend on), one for each batch in order, and one for the end. Lines
+are appended; a last line that was cut short is removed. Since batches depend on the question alone, a run that resumes
+makes the missing batches and no others.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
+from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.errors import OutputError
-from gfldeploy.files import open_own
+from gfldeploy.files import open_own, writing
 
 __all__ = ["Record", "WorkingFile"]
 
 # One image's line in the result, ready for JSON.
 Record: TypeAlias = dict[str, Any]
 _END = {"end": True}
-_MOST = 1e12  # no score and no side is as large; NaN is no less either
+_MOST = 1e12  # no score and no side is as large, and NaN is not below it either
 
 
-class WorkingFile:
-    """A context manager over the open file.
-
-    `batches`, `images`: how many are done. `complete`: all are.
-    """
+class WorkingFile(ClosesOnExit):
+    """The open file; a context manager. `batches`, `images`: how many are done. `complete`: all are."""
 
     def __init__(
         self, path: Path, question: Mapping[str, Any], images: int, classes: int, *, anew: bool = False
     ) -> None:
-        """Go on with the file at `path` if there is one, else begin it.
+        """Resume the file at `path` if there is one, else begin it.
 
-        `images`, `classes`: how many there are to be numbered; a batch that has others is made again. `anew`: begin
-        again where it answers another question. Raises `OutputError` for one that does unless `anew`, and
-        for what the file system refuses.
+        `images`, `classes`: how many there are; a batch with other numbers is made again. `anew`: begin again if the
+        file is of another question. Raises `OutputError` for another question unless `anew`, and for what the file
+        system refuses.
         """
         self.path = path
         self._numbers = range(images), range(classes)
         self.batches = self.images = 0
         self.complete = False
-        try:
-            self._file = open_own(path)
-        except OSError as error:
-            raise _refused(path, error) from error
-        try:
+        with writing(path), ExitStack() as undo:
+            self._file = undo.enter_context(open_own(path))
             kept = self._read(question, anew)
             self._file.seek(kept)
             self._file.truncate()
             if kept == 0:
                 self._append(question)
-        except OSError as error:
-            self._file.close()
-            raise _refused(path, error) from error
-        except OutputError:
-            self._file.close()
-            raise
+            undo.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def add(self, batch: Sequence[tuple[int, Record]]) -> None:
@@ -89,7 +74,7 @@ class WorkingFile:
                     yield [(index, record) for index, record in entry["images"]]
 
     def _read(self, question: Mapping[str, Any], anew: bool) -> int:
-        """How many bytes of the file are of use."""
+        """How many bytes of the file can be used."""
         position = 0
         for number, line in enumerate(self._file):
             entry = _parsed(line)
@@ -98,7 +83,7 @@ class WorkingFile:
                     return 0
                 raise OutputError(
                     f"{self.path.parent} is of an unfinished run with other {', '.join(other)}",
-                    "Give the same command to go on with it, or add --force to begin again.",
+                    "Give the same command to resume it, or add --force to begin again.",
                 )
             if number > 0 and entry == _END:
                 self.complete = True
@@ -111,11 +96,9 @@ class WorkingFile:
         return position
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        try:
+        with writing(self.path):
             self._file.write(json.dumps(entry).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise _refused(self.path, error) from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
@@ -128,7 +111,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_batch(entry: Mapping[str, Any], number: int, images: range, classes: range) -> bool:
-    """Whether it is the batch of this number: what is not is done again."""
+    """Whether it is the batch of this number; if not, the batch is done again."""
     found = entry.get("images")
     return (
         entry.get("batch") == number
@@ -176,13 +159,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _differences(before: Mapping[str, Any], question: Mapping[str, Any]) -> list[str]:
-    """What differs, in words."""
+    """The names of what differs."""
     now = json.loads(json.dumps(question))
     return [key.replace("_", " ") for key in {**before, **now} if before.get(key) != now.get(key)]
-
-
-def _refused(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write {path}: {error.strerror or error}",
-        "Free some space, or choose another --output, and run it again.",
-    )

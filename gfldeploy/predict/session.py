@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gfldeploy.batching.buckets import StreamOrder, stream_batches
+from gfldeploy.batching.buckets import Order, stream_batches
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_engine
@@ -23,7 +23,7 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, Summary, record_of, write_outputs
+from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
 from gfldeploy.predict.resume import WorkingFile
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes, pictures
@@ -77,11 +77,11 @@ def predict_images(
     device: Device | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
-    order: StreamOrder | None = None,
+    order: Order | None = None,
     engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
     force: bool = False,
     progress: Progress = SILENT,
-) -> Summary:
+) -> PredictResults:
     """Detect in images, folders of them, and videos, and write a folder of results in one step.
 
     Interrupted or killed, the same call resumes where it stopped, to the same files: what is done is kept in a folder
@@ -159,7 +159,7 @@ def _inputs(
     return dataset, files, []
 
 
-def _predict(request: _Request, progress: Progress) -> Summary:
+def _predict(request: _Request, progress: Progress) -> PredictResults:
     check_target(request.output, "predict", force=request.force)
     choice = request.choice
     manifest = choice.bundle.manifest
@@ -228,7 +228,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
         )
         with closing(groups):
             for group in groups:
-                working.add([(one.index, record_of(one, manifest.classes)) for one in group])
+                working.add([(one.index, record_of(one)) for one in group])
                 unfinished.worth_keeping = True
                 progress.step("detecting", working.images, max(total, working.images))
     working.end()

@@ -14,7 +14,7 @@ from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision, count_precisions, reasons
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
-from gfldeploy.engines.registry import capability, open_engine
+from gfldeploy.engines.registry import JUDGES, REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.progress import SILENT, Progress
@@ -25,8 +25,8 @@ __all__ = ["Fp32Reference", "SimulatedTensorRT", "int8_engines"]
 
 
 def int8_engines() -> tuple[str, ...]:
-    """The engines that judge INT8 on this machine: those that quantising needs, and OpenVINO where it is installed."""
-    return ("onnxruntime", "paddle", *(("openvino",) if capability("openvino", "int8", "cpu").works else ()))
+    """The engines in which INT8 must hold to be published here: the judges that are installed."""
+    return tuple(name for name in JUDGES if capability(name, "int8", "cpu").works)
 
 
 class Fp32Reference:
@@ -71,7 +71,7 @@ class Fp32Reference:
         """
         manifest = source.manifest
         batches = [manifest.preprocess.batch([manifest.preprocess(read_image(path))]) for path in images]
-        with open_engine("onnxruntime", source, EngineOptions("fp32", "cpu", threads)) as engine:
+        with open_engine(REFERENCE_ENGINE, source, EngineOptions("fp32", "cpu", threads)) as engine:
             references = [Reference.of(engine.infer({"image": batch}), manifest.nms) for batch in batches]
             accuracy = None if dataset is None else _accuracy(engine, source, dataset, "mAP of FP32", progress)
         names = [path.name for path in images]
@@ -114,7 +114,7 @@ class SimulatedTensorRT(OnnxRuntimeEngine):
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
-        super().__init__(bundle, options, graph="onnx_tensorrt")
+        super().__init__(bundle, options, "onnx_tensorrt")
 
     def _session_options(self) -> Any:
         options = super()._session_options()

@@ -65,7 +65,7 @@ class QuantMethod:
 
     `help`: what it does, a sentence without its subject. `algorithms`: the choices of `--algo`, the default first;
     `auto`: those that `--algo auto` tries; `unusable`: why an algorithm that users may know is none, and the remedy.
-    `packages`: what `calibrate` and `refine` import, as {module: extra of gfldeploy}. `refine`: changes the weights
+    `packages`: modules besides Paddle and ONNX Runtime that it needs. `refine`: changes the weights
     after the best calibration, and the result is calibrated once more; None if the method leaves them as they are.
     """
 
@@ -76,7 +76,7 @@ class QuantMethod:
     refine: Refine | None = None
     auto: tuple[str, ...] = ()
     unusable: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    packages: Mapping[str, str] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
 
     def algorithms_of(self, name: str | None) -> tuple[str, ...]:
         """The algorithms that a value of `--algo` stands for: itself, all of `auto`, or for None the default.

@@ -16,7 +16,7 @@ _PTQ = QuantMethod(
     calibrate=ptq.calibrate,
     auto=ptq.AUTO,
     unusable=ptq.UNUSABLE,
-    packages={"paddle": "paddle", "paddleslim": "quant"},
+    packages=("paddleslim",),
 )
 _DISTILL = replace(
     _PTQ,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import OutputRange
 from gfldeploy.quant.qdq import conv_outputs
@@ -35,7 +35,7 @@ def observe_outputs(
     """
     import onnx
 
-    ort = require("onnxruntime", "onnxruntime", "calibration")
+    ort = require("onnxruntime", "calibration")
     model = onnx.load(str(onnx_file))
     found = conv_outputs(model)
     tensors = list(dict.fromkeys(tensor for _, _, tensor in found))

@@ -10,13 +10,13 @@ from typing import Any
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
 from gfldeploy.files import check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
-from gfldeploy.machine import usable_threads
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.artefacts import Quantized
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse
@@ -206,8 +206,8 @@ def _checked(directory: Path, output: Path, method: QuantMethod, force: bool) ->
     check_target(output, force=force)
     check_apart(output, [directory], directory)
     source.layers()
-    for module, extra in {"paddle": "paddle", "onnxruntime": "onnxruntime", **method.packages}.items():
-        require(module, extra, "quantize")
+    for module in ("paddle", "onnxruntime", *method.packages):
+        require(module, "quantize")
     return source
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import Bundle, Graph
 from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.engines.base import EngineOptions
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import REFERENCE_ENGINE, open_engine
 from gfldeploy.macs import convolution_macs
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, check_finite
@@ -142,7 +142,7 @@ def measure_sensitivity(
             write_qdq_onnx(source.graph("onnx")[0], Path(folder) / "model.onnx", alone)
             manifest = replace(source.manifest, precision="int8", graphs={"onnx": Graph("model.onnx")})
             with open_engine(
-                "onnxruntime", Bundle(Path(folder), manifest), EngineOptions("int8", "cpu", threads)
+                REFERENCE_ENGINE, Bundle(Path(folder), manifest), EngineOptions("int8", "cpu", threads)
             ) as engine:
                 moved = [
                     output_difference(reference, engine.infer({"image": batch}))

@@ -1,44 +1,67 @@
 """`deploy.yml`: what to deploy on this machine, what came second, and the figures behind it.
 
-    schema: 2
-    created: UTC, ISO 8601
-    summary: one paragraph in plain words
-    choice: Configuration, evidence included
-    runner_up: the same of the second best, or null
-    bounds: what was asked for (`search.Bounds`), of the latency from file to boxes; null where nothing was
-    knee: of the choice's engine, precision, threads and policy (`knee.Knee`), from file to boxes; null where there is a
-        single batch size
-    search: how it was found (`SearchRecord`)
-    machine: `machine.Machine`
-    data: `bench.results.DataDescription`
-
-Reading is strict: unknown keys, missing keys and a newer schema number are errors. Schema 1 had nothing from file to
-boxes: its speeds and latencies become those of the network alone.
+docs/formats.md has its history: files of older schemas are upgraded on reading.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError
-from gfldeploy.files import write_text
-from gfldeploy.machine import Machine
-from gfldeploy.serialization import build, check_schema, plain
+from gfldeploy.machine import Machine, describe_machine
+from gfldeploy.serialization import FileFormat, Upgrade, Versioned, part
 from gfldeploy.tune.knee import Knee
-from gfldeploy.tune.search import Bounds, Policy
+from gfldeploy.tune.search import Bounds
 
-__all__ = ["SCHEMA", "Configuration", "Deploy", "Evidence", "SearchRecord"]
+__all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord", "check_deploy"]
 
-SCHEMA = 2
-_WIDTH = 120
-_WRITER = "Give a file that `gfldeploy tune` wrote."
+
+def _configurations(data: dict[str, Any], upgrade: Upgrade) -> dict[str, Any]:
+    """The data with its choice and runner-up upgraded."""
+    present = (key for key in ("choice", "runner_up") if data.get(key) is not None)
+    return {**data, **{key: upgrade(dict(part(data, key))) for key in present}}
+
+
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 measures from file to boxes; before, speeds and latencies were of the network alone."""
+
+    def upgraded(one: dict[str, Any]) -> dict[str, Any]:
+        old = part(one, "evidence")
+        kept = {name: value for name, value in old.items() if name not in ("latency_ms", "latency_percent")}
+        network = {"network_images_per_s": old["images_per_s"], "network_p50_ms": old["latency_p50_ms"]}
+        unknown = ("images_per_s", "latency_p50_ms", "latency_p99_ms", "latency_max_ms", "padded")
+        return {**one, "evidence": {**kept, **network, **dict.fromkeys(unknown), "quick": False}}
+
+    return {**_configurations(data, upgraded), "knee": None}
+
+
+# The policies of schemas 1 and 2, as orders and scenarios.
+_POLICIES = {
+    "single": ("listed", "single-stream"),
+    "in-order": ("listed", "multi-stream"),
+    "grouped": ("bucketed", "offline"),
+}
+
+
+def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 3 has a cell, as results have; the bundle's name in its manifest was not recorded before."""
+
+    def upgraded(cell: dict[str, Any]) -> dict[str, Any]:
+        path, digest, evidence = (cell.pop(name) for name in ("bundle", "digest", "evidence"))
+        cell["order"], cell["scenario"] = _POLICIES[cell.pop("policy")]
+        name = path.rpartition("/")[2]
+        cell["bundle"] = {"name": name, "directory": name, "digest": digest}
+        return {"path": path, "cell": cell, "evidence": evidence}
+
+    return _configurations(data, upgraded)
 
 
 @dataclass(frozen=True)
@@ -74,27 +97,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to deploy.
+    """One way to deploy: a `cell`, its bundle's directory, `path`, relative to the file, and the `evidence`."""
 
-    `bundle`: its directory, relative to the file; `digest`: SHA-256 of its manifest. `threads`: CPU threads of one
-    inference. `policy`: how batches are formed (`search.Policy`).
-    """
-
-    bundle: str
-    digest: str
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
-    batch_size: int
-    policy: Policy
+    path: str
+    cell: Cell
     evidence: Evidence
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.batch_size < 1:
-            raise ValueError("threads and batch_size must be at least 1")
-        if Path(self.bundle).is_absolute():
-            raise ValueError("bundle must be a path relative to the file")
+        if Path(self.path).is_absolute():
+            raise ValueError("path must be relative to the file")
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,15 @@ class SearchRecord:
 
 
 @dataclass(frozen=True)
-class Deploy:
-    """The content of `deploy.yml`; see the module."""
+class Deploy(Versioned):
+    """The content of `deploy.yml`: the `choice` and the `runner_up`, None where nothing else kept the bounds.
+
+    `created`: UTC, ISO 8601. `summary`: one paragraph in plain words. `bounds`: what was asked for. `knee`: of the
+    choice's engine, precision, threads and order; None where a single batch size was measured. `search`: how the
+    choice was found; `machine`, `data`: where and on what.
+    """
+
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 3, {1: _from_schema_1, 2: _from_schema_2}, yaml=True)
 
     created: str
     summary: str
@@ -125,48 +143,14 @@ class Deploy:
     search: SearchRecord
     machine: Machine
     data: DataDescription
-    schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """As YAML-ready data; `from_dict` is the inverse."""
-        data: dict[str, Any] = plain(self)
-        return {"schema": data.pop("schema"), **data}
-
-    @classmethod
-    def from_dict(cls, data: object) -> Self:
-        """Check and build. Raises `DataError` for a newer schema, unknown or missing keys and wrong types."""
-        data = _upgraded(data)
-        check_schema(data, SCHEMA, "a deploy file", _WRITER, "Run `gfldeploy tune` again.")
-        return build(cls, data, "it")
-
-    def write(self, path: Path) -> None:
-        """Write the file in one step, replacing any other. Raises `OutputError`."""
-        import yaml
-
-        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=_WIDTH))
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a file that `write` wrote. Raises `DataError`."""
-        from gfldeploy.yaml_file import YamlError, read_yaml
-
-        try:
-            data = read_yaml(path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}", _WRITER) from error
-        except YamlError as error:
-            raise DataError(f"{path} is not YAML that was written here: {error}", _WRITER) from error
-        try:
-            return cls.from_dict(data)
-        except DataError as error:
-            raise DataError(f"{path}: {error.problem}", error.remedy) from error
 
     def check(self, bundle: Bundle, machine: Machine) -> None:
         """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware."""
-        if bundle.digest != self.choice.digest:
+        tuned = self.choice.cell.bundle
+        if bundle.digest != tuned.digest:
             raise BundleError(
-                f"{bundle.directory} is not the bundle that was tuned, {Path(self.choice.bundle).name}: its manifest "
-                f"has the SHA-256 {bundle.digest[:12]}, not {self.choice.digest[:12]}",
+                f"{bundle.directory} is not the bundle that was tuned, {tuned.directory}: its manifest has the SHA-256 "
+                f"{bundle.digest[:12]}, not {tuned.digest[:12]}",
                 "Give the bundle that was tuned, or run `gfldeploy tune` on this one.",
             )
         if differences := list(hardware_differences(self.machine, machine)):
@@ -181,32 +165,24 @@ class Deploy:
 
     def bundle_path(self, path: Path) -> Path:
         """Where the choice's bundle is, `path` being that of the file."""
-        return path.parent / self.choice.bundle
+        return path.parent / self.choice.path
 
 
-def _upgraded(data: object) -> object:
-    """Schema 1 as schema 2; all else as it is."""
-    if not isinstance(data, dict) or data.get("schema") != 1:
-        return data
-    upgraded = {**data, "schema": 2, "knee": None}
-    for key in ("choice", "runner_up"):
-        one = data.get(key)
-        if isinstance(one, dict) and isinstance(found := one.get("evidence"), dict):
-            upgraded[key] = {**one, "evidence": _upgraded_evidence(found)}
-    return upgraded
+def check_deploy(path: str | os.PathLike[str], bundle: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Check that the choice in a `deploy.yml` holds for this machine and for its bundle.
 
+    Args:
+        path: The `deploy.yml` that `tune_bundles` wrote.
+        bundle: The directory of the bundle; by default where the file says.
 
-def _upgraded_evidence(found: dict[str, Any]) -> dict[str, Any]:
-    """Speeds and latencies of schema 1 were of the network alone."""
-    kept = {key: value for key, value in found.items() if key not in ("latency_ms", "latency_percent")}
-    return {
-        **kept,
-        "images_per_s": None,
-        "latency_p50_ms": None,
-        "latency_p99_ms": None,
-        "latency_max_ms": None,
-        "network_images_per_s": found.get("images_per_s"),
-        "network_p50_ms": found.get("latency_p50_ms"),
-        "quick": False,
-        "padded": None,
-    }
+    Returns:
+        What is installed in other versions than where it was tuned: the choice may hold, its figures need not.
+
+    Raises:
+        BundleError: The bundle is damaged, or not the one that was tuned.
+        DataError: The file cannot be read, or was made on another machine.
+    """
+    path = Path(path)
+    deploy, machine = Deploy.read(path), describe_machine()
+    deploy.check(Bundle.open(deploy.bundle_path(path) if bundle is None else Path(bundle)), machine)
+    return deploy.software_changes(machine)

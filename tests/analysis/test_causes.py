@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 
 from gfldeploy.analysis.causes import BatchAnalysis, Change, analyze_passes, sentences
-from gfldeploy.analysis.sweep import Arrangement, Pass, arrangements
+from gfldeploy.analysis.sweep import Pass, batch_orders
+from gfldeploy.batching.buckets import Order
 
 NOISE = (0.99, 1.0, 1.01)
 
 
 def one_pass(
     batch_size: int,
-    order: str,
+    order: Order,
     inference_ms: float,
     host_ms: float = 2.0,
     share: float | None = 0.8,
@@ -23,7 +24,8 @@ def one_pass(
     padding: float = 1.0,
 ) -> Pass:
     return Pass(
-        Arrangement(batch_size, order),  # type: ignore[arg-type]
+        batch_size,
+        order,
         decode_ms=host_ms,
         preprocess_ms=0.0,
         copy_ms=0.0,
@@ -36,9 +38,9 @@ def one_pass(
     )
 
 
-def analyzed(single: Pass, listed: Pass, grouped: Pass, **known: float) -> BatchAnalysis:
+def analyzed(single: Pass, listed: Pass, bucketed: Pass, **known: float) -> BatchAnalysis:
     """Three rounds of these, a hundredth apart, whole rounds at a time."""
-    (found,) = analyze_passes([[_slowed(one, by) for one in (single, listed, grouped)] for by in NOISE], **known)
+    (found,) = analyze_passes([[_slowed(one, by) for one in (single, listed, bucketed)] for by in NOISE], **known)
     return found
 
 
@@ -51,7 +53,7 @@ def test_padding() -> None:
     assert found.gmac_per_s == pytest.approx(2e9 / 20.2e-3 / 1e9)
     what, advice = sentences(found)
     assert what.startswith("At batch 8 an image takes 33.0 ms, 22.0 ms at batch 1 (1.50x): padding +10.8 ms")
-    assert "Group images by size" in advice and "22.2 ms" in advice and "1.49x" in advice
+    assert "images of one input size into each batch" in advice and "22.2 ms" in advice and "1.49x" in advice
 
 
 def test_padding_that_a_gain_hides() -> None:
@@ -59,7 +61,7 @@ def test_padding_that_a_gain_hides() -> None:
     assert found.cause == "padding"
     what, advice = sentences(found)
     assert what.endswith("no change to speak of (1.00x), though padding takes 5.0 ms of it.")
-    assert "batches of one size each take 17.0 ms an image" in advice
+    assert "(bucketed): 17.0 ms an image" in advice
 
 
 @pytest.mark.parametrize(("share", "cause"), [(0.9, "convolutions"), (0.4, "memory"), (None, "network")])
@@ -154,8 +156,8 @@ def test_one_bad_round_changes_neither_the_times_nor_with_nine_rounds_the_cause(
 
 def test_the_largest_part_is_not_named_where_a_smaller_one_is_sure() -> None:
     rounds = [
-        [one_pass(1, "listed", 20, 5), one_pass(8, "listed", listed, 9), one_pass(8, "bucketed", grouped, 9)]
-        for listed, grouped in ((25.0, 12.0), (25.0, 12.0), (25.0, 26.0))
+        [one_pass(1, "listed", 20, 5), one_pass(8, "listed", listed, 9), one_pass(8, "bucketed", bucketed, 9)]
+        for listed, bucketed in ((25.0, 12.0), (25.0, 12.0), (25.0, 26.0))
     ]
     (found,) = analyze_passes(rounds)
     assert found.parts["padding"].ms > found.parts["host"].ms and not found.parts["padding"].beyond_noise
@@ -188,9 +190,8 @@ def test_what_was_not_measured() -> None:
         analyze_passes([[one_pass(1, "listed", 20), one_pass(8, "listed", 25)]])
 
 
-def test_arrangements() -> None:
-    found = [(one.batch_size, one.order) for one in arrangements([4, 1, 2, 4])]
-    assert found == [(1, "listed"), (2, "listed"), (2, "bucketed"), (4, "listed"), (4, "bucketed")]
+def test_batch_sizes_and_orders() -> None:
+    assert batch_orders([4, 1, 2, 4]) == [(1, "listed"), (2, "listed"), (2, "bucketed"), (4, "listed"), (4, "bucketed")]
 
 
 @pytest.mark.parametrize(("low", "high", "sure"), [(0.1, 2, True), (-2, -0.1, True), (-0.1, 2, False)])

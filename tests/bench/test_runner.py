@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_results import cell_of, plan_of
 
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Cell, Plan, Skipped
+from gfldeploy.bench.matrix import Plan
 from gfldeploy.bench.results import CellResult, Settings
 from gfldeploy.bench.runner import Data, run_plan
 from gfldeploy.child_process import Limits
@@ -59,16 +60,11 @@ def measure(
     limits: Limits = Limits(60),  # noqa: B008 - immutable
     **more: Any,
 ) -> tuple[CellResult, ...]:
-    """The cells of `run_plan`."""
-    return run_plan(plan, data, settings, Journal(Path("journal")), limits=limits, **more)[0]
-
-
-def cell(bundle: Path, size: int) -> Cell:
-    return Cell(bundle, "onnxruntime", "fp32", "cpu", size, 1, "single-stream" if size == 1 else "multi-stream")
+    return run_plan(plan, data, settings, Journal(Path("journal")), limits=limits, **more)
 
 
 def cells(bundle: Path, *batch_sizes: int) -> Plan:
-    return Plan(tuple(cell(bundle, size) for size in batch_sizes), ())
+    return plan_of(bundle, *(cell_of(bundle, batch_size=size) for size in batch_sizes))
 
 
 def child(code: str) -> tuple[str, ...]:
@@ -117,7 +113,7 @@ def wait_until_dead(pid: int) -> bool:
         ("answer([])", "answered nonsense: not an object"),
         ("answer({})", "answered nonsense: timed must be an object"),
         ("answer({'timed': {'run': 1}})", "answered nonsense: timed lacks"),
-        ("answer({'reason': 'too big for ' + request['cell']['bundle'], 'remedy': 'x'})", "too big for tiny"),
+        ("answer({'reason': 'too big for ' + request['bundle'], 'remedy': 'x'})", "too big for tiny"),
     ],
 )
 def test_a_failing_child_is_a_result_with_its_reason(code: str, reason: str, tiny_bundle: Path) -> None:
@@ -159,12 +155,18 @@ def test_ctrl_c_kills_the_child(tiny_bundle: Path, tmp_path: Path) -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from pathlib import Path\n"
         "from gfldeploy.bench.journal import Journal\n"
-        "from gfldeploy.bench.matrix import Cell, Plan\n"
+        "from gfldeploy.bench.cell import BundleIdentity, Cell\n"
+        "from gfldeploy.bench.matrix import Plan\n"
+        "from gfldeploy.bundle import Bundle\n"
         "from gfldeploy.bench.results import Settings\n"
         "from gfldeploy.bench.runner import Data, run_plan\n"
-        f"cell = Cell(Path({str(tiny_bundle)!r}), 'onnxruntime', 'fp32', 'cpu', 1, 1, 'single-stream')\n"
+        f"path = Path({str(tiny_bundle)!r})\n"
+        "one = BundleIdentity.of(Bundle.open(path))\n"
+        "cell = Cell(bundle=one, engine='onnxruntime', precision='fp32', device='cpu', threads=1, batch_size=1,\n"
+        "            scenario='single-stream')\n"
         "data = Data((Path('a.jpg'),), 'digest')\n"
-        f"run_plan(Plan((cell,), ()), data, Settings(0, 1, 0), Journal(Path('journal')), worker={child(hang)!r})\n"
+        "plan = Plan((cell,), (), {one: path})\n"
+        f"run_plan(plan, data, Settings(0, 1, 0), Journal(Path('journal')), worker={child(hang)!r})\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         for _ in range(600):
@@ -185,8 +187,8 @@ def test_the_rest_goes_on_and_a_failed_cell_is_not_tried_again(tiny_bundle: Path
         f"size = request['cell']['batch_size']; open({str(log)!r}, 'a').write(f'{{size}} ')\n"
         f"sys.exit('bad') if size == 2 else answer({{'timed': {TIMED!r}}})\n"
     )
-    skipped = Skipped(None, "paddle", "fp16", "cpu", None, 1, "never", None)
-    plan = Plan(cells(tiny_bundle, 1, 2, 4).cells, (skipped,))
+    skipped = CellResult(cell_of(tiny_bundle, engine="paddle", precision="fp16"), "skipped", "never")
+    plan = replace(cells(tiny_bundle, 1, 2, 4), skipped=(skipped,))
     steps: list[tuple[int, int, str]] = []
     results = measure(
         plan,
@@ -199,7 +201,7 @@ def test_the_rest_goes_on_and_a_failed_cell_is_not_tried_again(tiny_bundle: Path
     assert [len(result.runs) for result in results] == [2, 0, 2, 0]
     assert results[0].latency_ms == (1.0, 1.0)
     assert [(done, total) for done, total, _ in steps] == [(number, 6) for number in range(7)]
-    assert steps[0][2] == "tiny: onnxruntime fp32 on cpu, batch 1" and steps[-1][2] == "done"
+    assert steps[0][2] == "tiny: onnxruntime fp32, batch 1" and steps[-1][2] == "done"
 
 
 def test_what_is_in_the_journal_is_not_measured_again(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -267,9 +269,9 @@ def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None
     assert [(result.status, result.reason) for result in results] == [("ok", None)] * 2
     for result in results:
         (run,) = result.runs
-        assert result.bundle is not None and result.bundle.directory == "tiny"
+        assert result.cell.bundle.directory == "tiny"
         assert result.accuracy is not None and result.accuracy.images == 3
-        assert run.samples.batch_size == result.batch_size
+        assert run.samples.batch_size == result.cell.batch_size
         assert run.samples.images == len(run.samples.latency_ms) * run.samples.batch_size
         assert run.peak_rss_mb > run.inputs_mb > 0
         stages = run.stages
@@ -286,14 +288,14 @@ def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None
             assert 0 < sum(parts) <= total
         assert run.monitored is not None and run.monitored.gpu_percent == ()
         # One convolution of 3x3 over 3 channels to 6, at stride 8: of the six images as they are, then as padded.
-        assert result.work is not None
+        assert result.cost is not None
         sizes = [preprocess_size(path) for path in images]
         macs = [-(-height // 8) * -(-width // 8) * 6 * 27 for height, width in sizes]
-        assert result.work.macs == sum(macs) / 6
+        assert result.cost.macs == sum(macs) / 6
     one, four = (result.runs[0] for result in results)
     assert one.shapes == {"1x3x64x96": 3, "1x3x96x64": 2, "1x3x64x64": 1}
     assert four.shapes == {"4x3x96x96": 2}  # the last batch is filled up from the beginning
-    assert results[1].work is not None and results[1].work.padded_macs == 12 * 12 * 6 * 27
+    assert results[1].cost is not None and results[1].cost.padded_macs == 12 * 12 * 6 * 27
 
 
 def preprocess_size(path: Path) -> tuple[int, int]:
@@ -307,7 +309,7 @@ def preprocess_size(path: Path) -> tuple[int, int]:
 def test_the_offline_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
     pytest.importorskip("onnxruntime")
     images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
-    plan = Plan((Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, "offline"),), ())
+    plan = plan_of(tiny_bundle, cell_of(tiny_bundle, batch_size=2, scenario="offline", order="bucketed"))
     (result,) = measure(plan, Data(images, "digest"), Settings(0, 20, 0))
     assert result.status == "ok", result.reason
     (run,) = result.runs
@@ -319,11 +321,11 @@ def test_the_offline_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
 def test_the_server_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
     pytest.importorskip("onnxruntime")
     images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
-    cell = Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, "server", 200.0, "adaptive")
-    (result,) = measure(Plan((cell,), ()), Data(images, "digest"), Settings(0, 20, 0, latency_bound_ms=500))
+    cell = cell_of(tiny_bundle, batch_size=2, scenario="server", rate=200.0, policy="adaptive")
+    (result,) = measure(plan_of(tiny_bundle, cell), Data(images, "digest"), Settings(0, 20, 0, latency_bound_ms=500))
     assert result.status == "ok", result.reason
     (run,) = result.runs
-    assert (result.rate, result.policy) == (200.0, "adaptive") and result.work is not None
+    assert (result.cell.rate, result.cell.policy) == (200.0, "adaptive") and result.cost is not None
     assert run.serving is not None and run.serving.requests == 20 == run.samples.images + run.serving.rejected
     assert sum(int(shape[0]) * count for shape, count in run.shapes.items()) == run.samples.images
 

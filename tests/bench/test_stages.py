@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gfldeploy.bench.inputs import batches_in_order, prepare_images, uniform_batches
+from gfldeploy.batching.buckets import STREAM_ORDERS
+from gfldeploy.bench.inputs import make_batches, prepare_images
 from gfldeploy.bench.results import Settings
 from gfldeploy.bench.stages import time_stages
 from gfldeploy.bundle import Bundle
@@ -34,7 +35,7 @@ def test_batches_know_their_images_and_whether_sizes_are_mixed(tiny_bundle: Path
     preprocess = Bundle.open(tiny_bundle).manifest.preprocess
     images = prepare_images([image.path for image in CocoDataset.load(tiny_coco).images], preprocess)
     sizes = [preprocess.padded_size(*image.tensor.shape[1:]) for image in images]
-    listed, bucketed = (arrange(images, preprocess, 4) for arrange in (batches_in_order, uniform_batches))
+    listed, bucketed = (make_batches(images, preprocess, 4, order) for order in STREAM_ORDERS)
     assert [batch.places for batch in listed] == [(0, 1, 2, 3), (4, 5, 0, 1)]
     assert [batch.mixed for batch in listed] == [len({sizes[k] for k in batch.places}) > 1 for batch in listed]
     assert any(batch.mixed for batch in listed) and not any(batch.mixed for batch in bucketed)

@@ -40,24 +40,21 @@ def test_every_batch_size_is_explained(found: tuple[dict, str]) -> None:  # type
     assert all(sentence.replace("'", "&#x27;") in page for sentence in analysis["answer"])
 
 
-def test_every_arrangement_is_run_in_every_round(found: tuple[dict, str]) -> None:  # type: ignore[type-arg]
+def test_every_batch_size_and_order_is_run_in_every_round(found: tuple[dict, str]) -> None:  # type: ignore[type-arg]
     analysis, _ = found
     wanted = [(1, "listed"), (2, "listed"), (2, "bucketed"), (4, "listed"), (4, "bucketed")]
     for passes in analysis["rounds"]:
-        assert [(one["arrangement"]["batch_size"], one["arrangement"]["order"]) for one in passes] == wanted
+        assert [(one["batch_size"], one["order"]) for one in passes] == wanted
         for one in passes:
-            grouped = one["arrangement"] != {"batch_size": 2, "order": "listed"} and one["arrangement"] != {
-                "batch_size": 4,
-                "order": "listed",
-            }
-            assert (one["padding"] == 1.0) == grouped
-            assert (one["convolution_share"] is not None) == grouped
+            of_one_size = one["batch_size"] == 1 or one["order"] == "bucketed"
+            assert (one["padding"] == 1.0) == of_one_size
+            assert (one["convolution_share"] is not None) == of_one_size
             assert one["convolution_share"] is None or 0 < one["convolution_share"] < 1
 
 
 def test_batches_of_one_size_change_no_detection(found: tuple[dict, str]) -> None:  # type: ignore[type-arg]
     analysis, page = found
-    assert page.count(">as listed</td>") == 3 and page.count(">grouped by size</td>") == 2
+    assert page.count(">listed</td>") == 3 and page.count(">bucketed</td>") == 2
     single, *batched = analysis["invariance"]
     assert single["detections"] == 6 and single["accuracy"]["ap"] == pytest.approx(1)
     for one in batched:

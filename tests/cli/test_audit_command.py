@@ -105,11 +105,11 @@ def test_the_example_of_both_orientations(
     assert err == ""
     assert "1 any 1.000x" in shown and "2 listed 1.520x" in shown
     assert (
-        "At batch 2 as listed, an image costs 1.52x its pixels (0.00374 GMAC instead of 0.00246): "
-        "100% of the batches hold portrait and landscape images. Bucketed by size: 1.00x."
+        "At batch 2, listed, an image costs 1.52x its pixels (0.00374 GMAC instead of 0.00246): "
+        "100% of the batches hold portrait and landscape images. Bucketed: 1.00x."
     ) in out
     assert "2 images make 2 input sizes at batch 1; rounding up to the stride makes them 1.000x" in out
-    assert "Bucketed by size, by the largest number of sizes: 1: 1.52x, 2: 1.00x." in out
+    assert "Bucketed with at most this number of sizes: 1: 1.52x, 2: 1.00x." in out
 
 
 def test_annotations(
@@ -195,7 +195,7 @@ def test_what_is_refused(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, ref
     (tmp_path / "text.txt").write_text("text")
     assert "there are no images in" in refused("--data", tmp_path / "empty", *source)
     assert "none of 1 images can be used: " in refused("--data", tmp_path / "bad", *source)
-    assert "cannot read" in refused("--data", tmp_path / "absent", *source)
+    assert "cannot be read" in refused("--data", tmp_path / "absent", *source)
     assert "is not JSON" in refused("--data", tmp_path / "text.txt", *source)
     assert "--images goes with annotations" in refused("--data", tiny_coco.parent, "--images", tmp_path, *source)
     data = ("--data", tiny_coco, "--config-or-bundle")
@@ -212,6 +212,6 @@ def test_an_unreadable_folder(tiny_bundle: Path, tmp_path: Path, refused: Callab
     folder = tmp_path / "locked"
     folder.mkdir(mode=0)
     try:
-        assert "cannot list the images of" in refused("--data", folder, "--config-or-bundle", tiny_bundle)
+        assert "cannot be read" in refused("--data", folder, "--config-or-bundle", tiny_bundle)
     finally:
         folder.chmod(0o700)

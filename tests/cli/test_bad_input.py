@@ -287,7 +287,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shortened": (lambda b: (b / "onnx/model.onnx").write_bytes(b"short"), "has 5 bytes"),
     "extra": (lambda b: (b / "notes.txt").write_text("mine"), "not part of the bundle: notes.txt"),
     "not JSON": (lambda b: (b / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "newer": (lambda b: (b / "manifest.json").write_text('{"schema": 9}'), "has schema 9"),
+    "newer": (lambda b: (b / "manifest.json").write_text('{"schema": 9}'), "written by a newer gfldeploy: schema 9"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "is not a bundle"),
 }
 
@@ -548,7 +548,7 @@ def test_too_few_images(tiny_bundle: Path, pictures: Path, tmp_path: Path, refus
     assert "has 7 images, 8 were asked for. Add images, or use --samples 7" in shown
     (tmp_path / "none").mkdir()
     assert "there are no images in" in refused("quantize", tiny_bundle, "--data", tmp_path / "none", *output)
-    assert "cannot read" in refused("quantize", tiny_bundle, "--data", tmp_path / "nowhere", *output)
+    assert "cannot be read" in refused("quantize", tiny_bundle, "--data", tmp_path / "nowhere", *output)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_annotations(
 def test_annotations_that_are_no_json(tiny_bundle: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "a.json").write_text("{")
     assert "is not JSON" in refused("eval", tiny_bundle, "--data", tmp_path / "a.json")
-    assert "cannot read" in refused("eval", tiny_bundle, "--data", tmp_path / "b.json")
+    assert "cannot be read" in refused("eval", tiny_bundle, "--data", tmp_path / "b.json")
     assert (
         "is not a directory"
         in refused("eval", tiny_bundle, "--data", tmp_path / "a.json", "--images", tmp_path / "none")

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 from sample_deploy import DEPLOY
-from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
+from sample_results import FAILED, OK, RUN, SKIPPED, altered, sample_results
 
 from gfldeploy.analysis.causes import analyze_passes
 from gfldeploy.analysis.record import Analysis
-from gfldeploy.analysis.sweep import Arrangement, Pass
+from gfldeploy.analysis.sweep import Pass
+from gfldeploy.batching.buckets import Order
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.results import BenchResults, BundleIdentity, Serving, Stages
+from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.results import BenchResults, Serving, Stages
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import analyze, main, tune
 from gfldeploy.cli.results import show_results
@@ -66,7 +68,6 @@ def table(text: str) -> list[str]:
 
 def many(*bundles: str) -> BenchResults:
     """Long engine names in two precisions and batch sizes, for each of the bundles, one that failed, one skipped."""
-    assert OK.bundle is not None
     times = tuple(1234.5 + k for k in range(400))
     run = replace(
         RUN,
@@ -76,13 +77,12 @@ def many(*bundles: str) -> BenchResults:
         not_low_precision=(),
     )
     cells = [
-        replace(
+        altered(
             OK,
-            bundle=replace(OK.bundle, directory=bundle),
+            bundle=replace(OK.cell.bundle, directory=bundle),
             engine=engine,
             precision=precision,
             batch_size=size,
-            scenario="single-stream" if size == 1 else "multi-stream",
             runs=(run,) * 3,
         )
         for bundle in bundles
@@ -116,7 +116,7 @@ def test_servers_keep_what_they_answer_in_time(shown: Shown) -> None:
     serving = Serving(50, 10, (Point(1, (64, 96), 5.0),), 40)
     run = replace(RUN, serving=serving, samples=Samples((5.0,) * 40, (), 2, 40, 4.0, True))
     cells = tuple(
-        replace(OK, scenario="server", rate=rate, policy="fixed-timeout", runs=(run,)) for rate in (12.0, 100.0)
+        altered(OK, scenario="server", rate=rate, policy="fixed-timeout", runs=(run,)) for rate in (12.0, 100.0)
     )
     results = replace(sample_results(), cells=cells, settings=replace(sample_results().settings, latency_bound_ms=50.0))
     lines = table(shown(lambda: show_results(results), 80))
@@ -147,9 +147,9 @@ def test_audit_keeps_batch_order_padding_and_macs(shown: Shown, tiny_bundle: Pat
 
 
 def test_analyze_keeps_its_numbers_whole(shown: Shown) -> None:
-    def one(size: int, order: str, ms: float) -> Pass:
+    def one(size: int, order: Order, ms: float) -> Pass:
         share = None if (size, order) == (8, "listed") else 0.8
-        return Pass(Arrangement(size, order), 1000.0, 0, 0, ms, 0, ms + 1000, 0.0, 1.5, share)  # type: ignore[arg-type]
+        return Pass(size, order, 1000.0, 0, 0, ms, 0, ms + 1000, 0.0, 1.5, share)
 
     passes = [[one(1, "listed", 1e4 + k), one(8, "listed", 2e4 + k), one(8, "bucketed", 1.5e4 + k)] for k in range(3)]
     found = Analysis(
@@ -179,7 +179,7 @@ def test_tune_keeps_engine_batch_speed_and_map(shown: Shown) -> None:
 
 
 def test_doctor_and_inspect(shown: Shown, tiny_bundle: Path) -> None:
-    doctor = shown(command("doctor"), 80)
+    doctor = shown(command("doctor", "--all"), 80)
     assert max(map(len, table(doctor))) <= 80
     assert re.search(r"^onnxruntime +cpu +fp32 +(yes|no) ", doctor, re.MULTILINE)
     assert max(map(len, shown(command("inspect", tiny_bundle), 80).splitlines())) <= 80

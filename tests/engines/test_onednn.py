@@ -172,7 +172,7 @@ def test_paddle_in_fp32(paddle_bundle: Bundle) -> None:
     image = np.zeros((1, 3, 64, 96), np.float32)
     with open_engine("paddle", paddle_bundle, EngineOptions()) as engine:
         found = engine.executed_convolutions({"image": image})  # type: ignore[attr-defined]
-        assert engine.executed_precisions({"image": image}) == {"fp32": 2}  # type: ignore[attr-defined]
+    assert count_precisions(found) == {"fp32": 2}
     assert [one.why for one in found] == [NOT_ASKED] * 2
     assert found[0].what.startswith("mb1_ic3oc16_ih64oh32kh3sh2dh0ph1_iw96ow48kw3sw2dw0pw1 ")
     assert found[1].what.startswith("mb1_ic16oc32_ih32oh32kh1sh1dh0ph0_iw48ow48kw1sw1dw0pw0 ")

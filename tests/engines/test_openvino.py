@@ -31,7 +31,7 @@ def image(height: int, width: int, seed: int = 0) -> dict[str, Any]:
 
 
 def opened(bundle: Path, precision: Precision = "fp32", **options: Any) -> OpenVinoEngine:
-    return OpenVinoEngine(Bundle.open(bundle), EngineOptions(precision, **options))
+    return OpenVinoEngine(Bundle.open(bundle), EngineOptions(precision, **options), "onnx")
 
 
 def test_fp32_is_fp32_and_what_is_returned_is_kept(tiny_bundle: Path) -> None:
@@ -71,7 +71,7 @@ def test_fp32_is_fp32_and_what_is_returned_is_kept(tiny_bundle: Path) -> None:
 def test_which_ran_in_float_and_why(
     model: QdqModel, expected: dict[str, str], tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    with OpenVinoEngine(model.bundle(tiny_bundle, tmp_path), EngineOptions("int8")) as engine:
+    with OpenVinoEngine(model.bundle(tiny_bundle, tmp_path), EngineOptions("int8"), "onnx") as engine:
         found = engine.executed_convolutions(IMAGE)
     assert sorted(one.what for one in found) == list(USES)
     assert all((one.precision == "int8") == (one.why is None) for one in found)
@@ -109,7 +109,7 @@ def test_bf16_is_for_convolutions_and_the_integral_stays_fp32(tiny_bundle: Path,
     write_integral(tmp_path / "onnx/model.onnx")
     bundle = Bundle(tmp_path, Bundle.open(tiny_bundle).manifest)
     inputs = image(16, 24)
-    with OpenVinoEngine(bundle, EngineOptions("bf16")) as engine:
+    with OpenVinoEngine(bundle, EngineOptions("bf16"), "onnx") as engine:
         outputs = engine.infer(inputs)
         assert engine.executed_convolutions(inputs) == (ExecutedConvolution("bf16", "weights"),)
         assert in_low_precision(engine.runtime_model(inputs)) == []
@@ -176,7 +176,7 @@ def test_what_cannot_be_read_or_run_is_one_line(tiny_bundle: Path, tmp_path: Pat
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx/model.onnx").write_bytes(b"no model")
     with pytest.raises(EngineError, match=r"^OpenVINO cannot read [^\n]*$"):
-        OpenVinoEngine(Bundle(tmp_path, Bundle.open(tiny_bundle).manifest), EngineOptions())
+        OpenVinoEngine(Bundle(tmp_path, Bundle.open(tiny_bundle).manifest), EngineOptions(), "onnx")
 
 
 def test_a_fixed_shape(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -185,7 +185,9 @@ def test_a_fixed_shape(tiny_bundle: Path, tmp_path: Path) -> None:
         dimension.dim_value = size
     (tmp_path / "onnx").mkdir()
     onnx.save(model, str(tmp_path / "onnx/model.onnx"))
-    with OpenVinoEngine(Bundle(tmp_path, replace(Bundle.open(tiny_bundle).manifest)), EngineOptions()) as engine:
+    with OpenVinoEngine(
+        Bundle(tmp_path, replace(Bundle.open(tiny_bundle).manifest)), EngineOptions(), "onnx"
+    ) as engine:
         assert engine.infer(image(64, 96))["boxes"].shape == (1, 96, 4)
         assert set(engine.models) == {()}
         with pytest.raises(EngineError, match="OpenVINO failed"):

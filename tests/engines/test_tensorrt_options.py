@@ -139,7 +139,9 @@ def test_the_folder_of_an_engine(tmp_path: Path) -> None:
 def test_shapes_are_needed() -> None:
     with pytest.raises(EngineError, match="gfldeploy bench"):
         required(EngineOptions(device="gpu"))
-    assert required(EngineOptions(device="gpu", tensorrt=OPTIONS)) is OPTIONS
+    shapes = ((2, 1216, 800), (1, 800, 1216))
+    options = EngineOptions(device="gpu", shapes=shapes, cache_dir=Path("cache"))
+    assert required(options) == TensorRtOptions(profile(shapes), Path("cache"))
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,9 @@ def test_what_may_be_lost_is_noted(
     progress = RecordedProgress()
     found, notes = _candidates(asked, shape, nms, [{"scores": scores, "boxes": boxes}], progress)  # type: ignore[arg-type]
     assert found == chosen
-    assert said in "".join(progress.lines) and bool(progress.lines) == bool(said)
-    assert [f"note: {note}" for note in notes] == (progress.lines if chosen is not None else [])
+    lines = progress.stages + progress.notes
+    assert said in "".join(lines) and bool(lines) == bool(said)
+    assert list(notes) == progress.notes == (lines if chosen is not None else [])
 
 
 def test_a_crowd_is_images_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import CLASSES
-from gfldeploy.dependencies import require
+from gfldeploy.engines.dependencies import require
 
 RunHere = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
@@ -163,7 +163,7 @@ def test_verify_catches_one_percent(bundle: Path, tmp_path: Path, run_here: RunH
 
 
 def test_export_catches_a_wrong_stride(tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    require("paddle", "paddle", "this test")
+    require("paddle", "this test")
     from gfldeploy.export import gfl_graph
 
     class Wrong(gfl_graph.GflGraph):

@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
 
 # What each function is called with; arrays are drawn in [-1, 1].
 _CHECK = """
-from gfldeploy.dependencies import require
-require("paddle", "paddle", "this test")
+from gfldeploy.engines.dependencies import require
+require("paddle", "this test")
 import sys
 import types
 import numpy as np

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from gfldeploy.errors import DataError
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size
 from gfldeploy.predict.sources import picture_of
 
 _PIXELS = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8), (0, 0), 3)

@@ -163,7 +163,7 @@ def test_files_that_are_not_coco(tmp_path: Path) -> None:
         CocoDataset.load(write(tmp_path, "9" * 5000))
     with pytest.raises(DataError, match="no list of images"):
         CocoDataset.load(write(tmp_path, [1]))
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
         CocoDataset.load(tmp_path / "absent.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xd8\xff\x00")
     with pytest.raises(DataError, match="is not JSON"):
@@ -303,7 +303,7 @@ def test_encodings(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is UTF-16 text"):
         CocoDataset.load(path)
     path.write_text("[" * 100_000)
-    with pytest.raises(DataError, match="cannot be read: maximum recursion depth"):
+    with pytest.raises(DataError, match="cannot be read: it is nested too deeply"):
         CocoDataset.load(path)
     with pytest.raises(DataError, match="it is no file"):
         CocoDataset.load(Path("/dev/zero"))
@@ -328,5 +328,5 @@ def test_list_images(tmp_path: Path) -> None:
     assert "".join(path.name[0] for path in list_images(tmp_path)) == "abcdefgh"
     with pytest.raises(DataError, match="no images in"):
         list_images(tmp_path / "folder.jpg")
-    with pytest.raises(DataError, match="cannot list"):
+    with pytest.raises(DataError, match="absent cannot be read"):
         list_images(tmp_path / "absent")

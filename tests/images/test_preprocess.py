@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gfldeploy.errors import ConfigError, DataError
-from gfldeploy.images.preprocess import Prepared, Preprocess, collate
+from gfldeploy.images.preprocess import Prepared, Preprocess
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -84,8 +84,8 @@ def test_an_image_that_would_vanish_is_refused() -> None:
         Preprocess(target_size=(32, 32))(image(1, 3000))
 
 
-def test_collate_pads_right_and_bottom_to_the_stride() -> None:
-    batch = collate([blank(20, 33), blank(31, 10, 2.0)], stride=32)
+def test_a_batch_is_padded_right_and_bottom_to_the_stride() -> None:
+    batch = Preprocess((64, 64), pad_stride=32).batch([blank(20, 33), blank(31, 10, 2.0)])
     assert batch.shape == (2, 3, 32, 64)
     assert batch.dtype == np.float32
     assert batch[0, :, :20, :33].min() == 1
@@ -93,9 +93,10 @@ def test_collate_pads_right_and_bottom_to_the_stride() -> None:
     assert batch.sum() == 3 * (20 * 33 + 2 * 31 * 10)
 
 
-def test_collate_without_stride_pads_to_the_largest_only() -> None:
-    assert collate([blank(20, 33), blank(31, 10)], stride=0).shape == (2, 3, 31, 33)
-    assert collate([blank(64, 32)], stride=32).shape == (1, 3, 64, 32)
+def test_a_batch_without_stride_is_padded_to_the_largest_image_only() -> None:
+    assert Preprocess((64, 64)).batch([blank(20, 33), blank(31, 10)]).shape == (2, 3, 31, 33)
+    assert Preprocess((64, 64), pad_stride=32).batch([blank(64, 32)]).shape == (1, 3, 64, 32)
+    assert Preprocess((64, 64), pad_stride=32).batch([blank(20, 33)], (65, 1)).shape == (1, 3, 96, 64)
 
 
 def test_the_gfl_reader() -> None:
@@ -257,7 +258,7 @@ def test_every_bit_equals_paddledetections_operators(tmp_path: Path) -> None:
             np.testing.assert_array_equal(prepared[-1].tensor, sample["image"])
             np.testing.assert_array_equal(np.float32(prepared[-1].scale), sample["scale_factor"])
         padded = batch_operators.PadBatch(preprocess.pad_stride)(samples)
-        ours = collate(prepared, preprocess.pad_stride)
+        ours = preprocess.batch(prepared)
         np.testing.assert_array_equal(ours, np.stack([sample["image"] for sample in padded]))
 
 

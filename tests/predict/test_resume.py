@@ -1,4 +1,4 @@
-"""The file of what is done: cut anywhere, it goes on from the last whole batch."""
+"""The file of what is done: cut anywhere, it resumes from the last whole batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_is_added_is_read_back(tmp_path: Path) -> None:
         assert list(working.groups()) == BATCHES
 
 
-def test_cut_anywhere_it_goes_on(tmp_path: Path) -> None:
+def test_cut_anywhere_it_resumes(tmp_path: Path) -> None:
     path = tmp_path / "w"
     whole = write(path)
     starts = [0, *(place + 1 for place, byte in enumerate(whole) if byte == ord("\n"))]

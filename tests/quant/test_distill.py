@@ -11,20 +11,17 @@ import pytest
 from demo_bundles import needs_export, needs_quant, pictures, run, trained
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.registry import load_graph
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.distill import refine
 from gfldeploy.quant.program import write_parameters
 
 
 def infer(bundle: Bundle, engine: str, image: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
-    from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
-    from gfldeploy.engines.paddle_engine import PaddleEngine
-
-    options = EngineOptions("fp32", "cpu", 2)
-    opened = OnnxRuntimeEngine(bundle, options) if engine == "onnx" else PaddleEngine(bundle, options, "paddle_program")
-    with opened as loaded:
+    graph: GraphName = "onnx" if engine == "onnxruntime" else "paddle_program"
+    with load_graph(engine, bundle, EngineOptions("fp32", "cpu", 2), graph) as loaded:
         return loaded.infer({"image": image})
 
 
@@ -52,7 +49,7 @@ def test_a_few_steps_move_the_weights_a_little_and_alike_in_both_graphs(
     assert 0 < losses["loss_before"] < 1
     assert 0 < losses["loss_after"] < 1
     image = np.random.default_rng(0).standard_normal((1, 3, 96, 128)).astype(np.float32)
-    old, new = infer(source, "onnx", image), infer(found.bundle, "onnx", image)
+    old, new = infer(source, "onnxruntime", image), infer(found.bundle, "onnxruntime", image)
     other = infer(found.bundle, "paddle", image)
     for name in ("scores", "boxes"):
         assert not np.array_equal(old[name], new[name])

@@ -399,8 +399,8 @@ def test_the_most_sensitive_go_back_to_float(four: Arguments) -> None:
     assert fallback["cost"]["paddle"] == {"all_int8_ms": 9.0, "int8_ms": 10.0}
     ranking = json.loads((made.directory / "sensitivity.json").read_text())["groups"]
     assert [one["name"] for one in ranking] == ["model.head", "model.neck", "model.res", "model.stem"]
-    assert "paddle: what is kept in float makes it 10.0 ms an image, instead of 9.0 ms" in progress.lines
-    assert "kept in float to hold the gate: model.neck, model.res" in progress.lines
+    assert "paddle: what is kept in float makes it 10.0 ms an image, instead of 9.0 ms" in progress.stages
+    assert "kept in float to hold the gate: model.neck, model.res" in progress.stages
     assert not (made.directory / "work").exists()
 
 
@@ -436,7 +436,7 @@ def test_when_nothing_goes_back(changes: dict[str, Any], message: str, ranked: b
     with pytest.raises(ParityError, match=message):
         quantize_bundle(**four, **changes, progress=progress)
     assert not four["output"].exists()
-    assert bool([line for line in progress.lines if line.split()[0] == "model.neck"]) == ranked
+    assert bool([line for line in progress.stages if line.split()[0] == "model.neck"]) == ranked
 
 
 def test_the_ranking_can_be_had_without_need(four: Arguments) -> None:
@@ -450,7 +450,7 @@ def test_an_engine_without_int8_is_not_mended(four: Arguments, monkeypatch: pyte
     progress = RecordedProgress()
     with pytest.raises(EngineError, match="runs only 1 of 4"):
         quantize_bundle(**four, progress=progress)
-    assert not [line for line in progress.lines if "alone" in line]
+    assert not [line for line in progress.stages if "alone" in line]
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_evaluation_data_are_checked_before_the_work(tiny: Arguments, tiny_coco:
     images = tiny_coco.parent / "images"
     with pytest.raises(DataError, match="the model has 2 classes, the annotations 1"):
         quantize_bundle(**tiny, eval_data=other, eval_images=images, progress=progress)
-    assert all("calibration images" in line for line in progress.lines), "nothing but reading the images was begun"
+    assert all("calibration images" in line for line in progress.stages), "nothing but reading the images was begun"
 
 
 def test_a_processor_without_vnni_is_told_first(
@@ -497,8 +497,8 @@ def test_a_processor_without_vnni_is_told_first(
     (tiny["data"] / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError):
         quantize_bundle(**tiny, progress=progress)
-    assert progress.lines[0] == f"note: {slow}"
-    assert len(progress.lines) == 2
+    assert progress.notes == [slow]
+    assert len(progress.stages) == 1
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,7 @@ def test_a_processor_without_vnni_is_told_first(
         (("--eval-limit", 3), "--eval-limit needs --eval-data"),
         (("--eval-data", "COCO", "--min-agreement", 0.5), "With it, use --max-drop"),
         (("--max-drop", 2), "2.0 is not in the range 0<=x<=1"),
-        (("--eval-data", "nowhere.json"), "cannot read nowhere.json"),
+        (("--eval-data", "nowhere.json"), "nowhere.json cannot be read"),
     ],
 )
 def test_options_that_make_no_sense(

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, Graph, GraphName
 from gfldeploy.candidates import anchors_of, matched
-from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.base import EngineOptions, count_precisions
+from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError
 from gfldeploy.files import read_json
 from gfldeploy.images.decode import read_image
@@ -48,8 +49,9 @@ class Detector:
     def run(self, bundle: Bundle, precision: str) -> tuple[Outputs, Mapping[str, int]]:
         from gfldeploy.engines.paddle_engine import PaddleEngine
 
-        with PaddleEngine(bundle, EngineOptions(precision, "cpu", 1)) as engine:
-            return engine.infer({"image": self.image}), engine.executed_precisions({"image": self.image})
+        inputs, graph = {"image": self.image}, graph_for("paddle", precision, "cpu")
+        with PaddleEngine(bundle, EngineOptions(precision, "cpu", 1), graph) as engine:
+            return engine.infer(inputs), count_precisions(engine.executed_convolutions(inputs))
 
     def keeping(self, kept: Collection[ConvUse], folder: Path) -> tuple[Outputs, Mapping[str, int]]:
         write_program(self.fp32, self.calibration.keeping(kept), folder)

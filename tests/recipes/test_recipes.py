@@ -15,17 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sample_results import OK, RUN, sample_results
+from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult, Serving
+from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.results import BenchResults, CellResult, Serving
 from gfldeploy.bench.table import rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size
 
 ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
@@ -282,7 +283,7 @@ def cell(precision: str, rounds: tuple[tuple[float, ...], ...], **more: Any) -> 
     )
     bundle = BundleIdentity("tiny", precision, "ab" * 32)
     values = {"bundle": bundle, "precision": precision, "batch_size": 1, "scenario": "single-stream", "runs": runs}
-    return replace(OK, **values | more)
+    return altered(OK, **values | more)
 
 
 def results(*cells: CellResult) -> BenchResults:
@@ -350,9 +351,9 @@ def test_mixed_orientations_measured_by_a_recipe(tiny_bundle: Path, tiny_coco: P
     assert "From file to boxes, images a second:" in done.stdout
     record = json.loads((tmp_path / "results/here/checks/tiny_padding.json").read_text())
     ways = [(leg["batch_size"], leg["way"]) for leg in record["legs"]]
-    assert ways == [(1, "naive"), (2, "naive"), (2, "grouped"), (2, "landscape"), (2, "portrait")]
+    assert ways == [(1, "listed"), (2, "listed"), (2, "bucketed"), (2, "landscape"), (2, "portrait")]
     padded = {leg["way"]: leg["rounds"][0]["padding"] for leg in record["legs"] if leg["batch_size"] == 2}
-    assert padded["naive"] > 1 and padded["grouped"] == padded["landscape"] == padded["portrait"] == 1
+    assert padded["listed"] > 1 and padded["bucketed"] == padded["landscape"] == padded["portrait"] == 1
 
 
 @pytest.mark.slow
@@ -414,7 +415,7 @@ def test_the_map_of_one_engine_against_the_others(tiny_bundle: Path, tiny_coco: 
     pytest.importorskip("openvino")
     bundle, dataset = Bundle.open(tiny_bundle), CocoDataset.load(tiny_coco, None, None)
     with imported(ROOT / "benchmarks" / "openvino_against_nncf.py") as module:
-        with module.OpenVinoEngine(bundle, module.EngineOptions()) as engine:
+        with module.OpenVinoEngine(bundle, module.EngineOptions(), "onnx") as engine:
             found = module.compare({"ours": engine, "nncf": engine}, dataset, bundle.manifest)
         assert found["ap"]["ours"] == found["ap"]["nncf"] and found["ap_differences"] == {"nncf": (0, 0, 0)}
         told = module.describe(
@@ -434,7 +435,7 @@ def test_what_is_left_to_nncf(tiny_bundle: Path, tiny_coco: Path) -> None:
         named = set(module.behind_convolutions(model))
         assert {"rows", "anchors", "scores"} <= named
         assert not any("WithoutBiases" in name for name in named)
-        with module.OpenVinoEngine(bundle, module.EngineOptions()) as engine:
+        with module.OpenVinoEngine(bundle, module.EngineOptions(), "onnx") as engine:
             counted = module.count_operators(engine, (1, 3, 64, 96))
         assert counted["Convolution f32 -> f32"] == 1
 
@@ -475,10 +476,10 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
     def leg(size: int, way: str, *rounds: float) -> dict[str, Any]:
         return {"batch_size": size, "way": way, "rounds": [{"inference_ms": ms} for ms in rounds]}
 
-    record = {"legs": [leg(1, "naive", 10, 20), leg(2, "naive", 20, 25), leg(2, "grouped", 10, 16)]}
+    record = {"legs": [leg(1, "listed", 10, 20), leg(2, "listed", 20, 25), leg(2, "bucketed", 10, 16)]}
     with imported(ROOT / "benchmarks" / "plot_padding.py") as module:
-        assert module.relative(record, "naive") == {1: 1.0, 2: pytest.approx(0.65)}
-        assert module.relative(record, "grouped") == {1: 1.0, 2: pytest.approx(1.125)}
+        assert module.relative(record, "listed") == {1: 1.0, 2: pytest.approx(0.65)}
+        assert module.relative(record, "bucketed") == {1: 1.0, 2: pytest.approx(1.125)}
     with imported(ROOT / "benchmarks" / "end_to_end.py") as module:
         table = module.table({"x int8, batch 1": [2.0, 4.0], "y": [4.0, 6.0]}, images=12)
         assert "| x int8, batch 1 | 4 | 1.00 (1.00 to 1.00) |" in table
@@ -526,7 +527,8 @@ def test_a_row_for_each_policy_of_a_server() -> None:
     serving = Serving(8, 2, (Point(1, (64, 96), 5.0),), 6)
     runs = (replace(RUN, serving=serving, samples=Samples((5.0, 6.0, 7.0, 8.0, 9.0, 99.0), (), 2, 6, 2.0, True)),)
     cells = tuple(
-        replace(OK, scenario="server", rate=4.0, policy=policy, runs=runs) for policy in ("no-batching", "adaptive")
+        altered(OK, scenario="server", rate=4.0, policy=policy, batch_size=size, runs=runs)
+        for policy, size in (("no-batching", 1), ("adaptive", 2))
     )
     settings = replace(sample_results().settings, latency_bound_ms=50.0)
     with imported(ROOT / "benchmarks" / "serve_policies.py") as module:

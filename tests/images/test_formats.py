@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from gfldeploy.errors import DataError
-from gfldeploy.images.decode import read_image
-from gfldeploy.images.headers import image_size
+from gfldeploy.images.decode import image_size, read_image
 
 PIL_Image = pytest.importorskip("PIL.Image")
 

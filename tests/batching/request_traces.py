@@ -1,4 +1,4 @@
-"""When images arrive: random traces of requests with mixed sizes and one latency bound."""
+"""When images arrive: random traces of requests of several sizes, with one latency bound."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SWING = 0.5
 def make_trace(
     kind: Kind, rate: float, count: int, mix: Mapping[Size, float], bound_s: float, seed: int
 ) -> list[Request]:
-    """`count` requests at `rate` images a second in the mean, each due `bound_s` seconds after it arrives.
+    """`count` requests at a mean `rate` of images a second, each due `bound_s` seconds after it arrives.
 
-    `mix`: how often each size comes, in any unit. Raises `ValueError` for nothing to draw from.
+    `mix`: the frequency of each size, in any unit. Raises `ValueError` for nothing to draw from.
     """
     if rate <= 0 or count < 1 or not mix:
         raise ValueError("rate and count must be positive, and there must be sizes")
@@ -46,7 +46,8 @@ Draw = np.random.Generator
 
 
 def _poisson(draw: Draw, rate: float, count: int) -> Sequence[float]:
-    return [float(at) for at in np.cumsum(draw.exponential(1 / rate, count))]
+    times: list[float] = np.cumsum(draw.exponential(1 / rate, count)).tolist()
+    return times
 
 
 def _bursty(draw: Draw, rate: float, count: int) -> Sequence[float]:

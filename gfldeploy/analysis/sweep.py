@@ -17,7 +17,7 @@ from gfldeploy.batching.buckets import STREAM_ORDERS, Group, Order, Size, group,
 from gfldeploy.bench.monitor import OthersUse
 from gfldeploy.bench.stages import BatchTimes, time_batch
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, TimesConvolutions
+from gfldeploy.engines.base import Engine
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
@@ -111,7 +111,7 @@ def _warm_up(
     groups = group(sizes, batch_size, order)
     for one in {one.size: one for one in groups}.values():
         time_batch(engine, _filled(paths, one, batch_size), bundle)
-    if (order == "listed" and batch_size > 1) or not isinstance(engine, TimesConvolutions):
+    if order == "listed" and batch_size > 1:
         return None
     most_common = max(groups, key=lambda one: sum(len(other.indices) for other in groups if other.size == one.size))
     images = [read_image(path) for path in _filled(paths, most_common, batch_size)]

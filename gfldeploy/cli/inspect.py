@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import click
 
+from gfldeploy.bench.columns import Column
 from gfldeploy.cli.console import console
 from gfldeploy.cli.options import BUNDLE, JSON, InputShapeType, options
-from gfldeploy.cli.tables import TableColumn, show_table
+from gfldeploy.cli.tables import show_table
 from gfldeploy.inspection import inspect, int8_lines
 
 __all__ = ["command"]
@@ -183,5 +185,8 @@ def _show_sensitivity(data: Mapping[str, Any]) -> None:
 
 
 def _show_table(texts: Sequence[str], numbers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    columns = [*(TableColumn(header, text=True) for header in texts), *map(TableColumn, numbers)]
+    columns: list[Column[Sequence[str]]] = [
+        Column(header, header, itemgetter(place), words=header in texts, wrap=header in texts)
+        for place, header in enumerate([*texts, *numbers])
+    ]
     show_table(columns, lines)

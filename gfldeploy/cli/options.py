@@ -112,7 +112,7 @@ class InputShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in t
         return tuple(numbers if self._batch else numbers[1:])
 
 
-class _List(click.ParamType):  # type: ignore[type-arg]
+class _ListType(click.ParamType):  # type: ignore[type-arg]
     """A comma-separated list, or a list of a YAML file, as a tuple; a value given twice counts once."""
 
     name = "LIST"
@@ -131,7 +131,7 @@ class _List(click.ParamType):  # type: ignore[type-arg]
         raise NotImplementedError
 
 
-class Names(_List):
+class Names(_ListType):
     """Names out of `choices`."""
 
     def __init__(self, choices: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ class Names(_List):
         return word
 
 
-class WholeNumbers(_List):
+class WholeNumbers(_ListType):
     """Whole numbers from 1."""
 
     def _one(self, word: str) -> int:
@@ -154,7 +154,7 @@ class WholeNumbers(_List):
         return int(word)
 
 
-class PositiveNumbers(_List):
+class PositiveNumbers(_ListType):
     """Positive numbers, as floats."""
 
     def _one(self, word: str) -> float:
@@ -186,7 +186,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             near = get_close_matches(key[:80], sorted(name for name in known if name), 1)
             nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
             raise click.BadParameter(f"{path} has an unknown option, {option!r}{nearest}", ctx, param)
-        lists = isinstance(types[key], _List)
+        lists = isinstance(types[key], _ListType)
         items = value if isinstance(value, list) and lists else [value]
         if any(isinstance(item, dict | list) for item in items):
             raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
@@ -278,7 +278,7 @@ ENGINE_CACHE = click.option(
     default=DEFAULT_ENGINE_CACHE,
     show_default="~/.cache/gfldeploy/engines",
     metavar="DIR",
-    help="Folder in which TensorRT and OpenVINO keep what they compiled, for the next start to be faster.",
+    help="Folder in which engines keep what they compiled, for the next start to be faster.",
 )
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

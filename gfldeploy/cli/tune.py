@@ -20,7 +20,7 @@ from gfldeploy.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from gfldeploy.tune.deploy_file import Deploy
+    from gfldeploy.tune.deploy_file import Configuration, Deploy
 
 __all__ = ["command"]
 
@@ -116,36 +116,24 @@ def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: P
 
 def _show(deploy: Deploy) -> None:
     """The choice and the runner-up, from file to boxes."""
-    from gfldeploy.bench.columns import text_of
-    from gfldeploy.cli.tables import TableColumn, show_table
+    from gfldeploy.bench.columns import Column
+    from gfldeploy.cli.tables import show_table
 
-    columns = (
-        *(TableColumn(header, right=False) for header in ("", "engine", "precision")),
-        TableColumn("bundle", drop=8, right=False),
-        TableColumn("batch"),
-        TableColumn("order", drop=3, right=False),
-        TableColumn("threads", drop=2),
-        TableColumn("images/s"),
-        TableColumn("median,\nms", drop=1),
-        TableColumn("p99,\nms", drop=4),
-        TableColumn("longest,\nms", drop=5),
-        TableColumn("mAP"),
-        TableColumn("memory\nMB", drop=6),
-        TableColumn("network,\nimages/s", drop=7),
+    columns: tuple[Column[tuple[str, Configuration]], ...] = (
+        Column("name", "", lambda one: one[0], words=True),
+        Column("engine", "engine", lambda one: one[1].cell.engine, words=True),
+        Column("precision", "precision", lambda one: one[1].cell.precision, words=True),
+        Column("bundle", "bundle", lambda one: one[1].cell.bundle.directory, words=True, drop=8),
+        Column("batch_size", "batch", lambda one: one[1].cell.batch_size),
+        Column("order", "order", lambda one: one[1].cell.order, words=True, drop=3),
+        Column("threads", "threads", lambda one: one[1].cell.threads, drop=2),
+        Column("images_per_s", "images/s", lambda one: one[1].evidence.images_per_s),
+        Column("latency_p50", "median", lambda one: one[1].evidence.latency_p50_ms, "ms", drop=1),
+        Column("latency_p99", "p99", lambda one: one[1].evidence.latency_p99_ms, "ms", drop=4),
+        Column("latency_max", "longest", lambda one: one[1].evidence.latency_max_ms, "ms", drop=5),
+        Column("ap", "mAP", lambda one: one[1].evidence.ap, digits=4),
+        Column("memory", "memory", lambda one: one[1].evidence.memory_mb, "MB", digits=0, drop=6),
+        Column("network", "network", lambda one: one[1].evidence.network_images_per_s, "images/s", drop=7),
     )
-    lines = []
-    for name, one in (("choice", deploy.choice), ("second", deploy.runner_up)):
-        if one is not None:
-            cell, found = one.cell, one.evidence
-            numbers = (found.images_per_s, found.latency_p50_ms, found.latency_p99_ms, found.latency_max_ms)
-            lines.append(
-                (
-                    *(name, cell.engine, cell.precision, cell.bundle.directory, str(cell.batch_size)),
-                    *(cell.order, str(cell.threads)),
-                    *(text_of(value, interval=False) for value in numbers),
-                    text_of(found.ap, 4),
-                    text_of(found.memory_mb, 0),
-                    text_of(found.network_images_per_s, interval=False),
-                )
-            )
-    show_table(columns, lines, "From file to boxes, one batch after the other", "deploy.yml has everything.")
+    rows = [("choice", deploy.choice), *([("second", deploy.runner_up)] if deploy.runner_up else [])]
+    show_table(columns, rows, "From file to boxes, one batch after the other", "deploy.yml has everything.")

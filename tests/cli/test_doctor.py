@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 
 from gfldeploy import machine
 from gfldeploy.cli import main
 from gfldeploy.doctor import Diagnosis, diagnose, summarize_report, twin_warnings
-from gfldeploy.engines import registry
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Obstacle
 from gfldeploy.engines.registry import ENGINES, Capability
 
@@ -30,12 +30,13 @@ def report(driver: str | None = None, installed: bool = True, lacking: tuple[str
     for name, spec in ENGINES.items():
         for device in DEVICES:
             for precision in PRECISIONS:
-                obstacle = spec.graph(precision, device)
-                if not isinstance(obstacle, Obstacle):
-                    absent = Obstacle(f"{name} is not installed", spec.library.install[device])
-                    obstacle = Obstacle("no driver", "a GPU") if device == "gpu" and not driver else absent
-                    obstacle = obstacle if obstacle is not absent or not installed else ()
-                found.append(Capability(name, precision, device, *obstacle))
+                graph = spec.graph(precision, device)
+                why = graph if isinstance(graph, Obstacle) else None
+                if why is None and device == "gpu" and not driver:
+                    why = Obstacle("no driver", "a GPU")
+                if why is None and not installed:
+                    why = Obstacle(f"{name} is not installed", spec.library.install[device])
+                found.append(Capability(name, precision, device, *(why or ())))
     return Diagnosis(cpu, {}, tuple(found), {"export": lacking, "quantize": lacking}, ())
 
 
@@ -98,10 +99,8 @@ def test_json(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_twins(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     assert twin_warnings({"onnxruntime": "1.0", "onnxruntime-gpu": None}) == ()
-    real = registry.metadata.version
-    monkeypatch.setattr(
-        registry.metadata, "version", lambda name: "1.0" if name.startswith("onnxruntime") else real(name)
-    )
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name.startswith("onnxruntime") else real(name))
     run("--all")
     (warning,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("Warning:"))
     assert "onnxruntime and onnxruntime-gpu are both installed" in warning

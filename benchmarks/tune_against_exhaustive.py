@@ -22,11 +22,9 @@ from typing import Any
 
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Plan
 from gfldeploy.bench.results import Settings
-from gfldeploy.bench.runner import Data, run_plan
+from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.files import write_json
-from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Deploy
@@ -88,9 +86,9 @@ def side_by_side(search: Tuned, exhaustive: Tuned, args: argparse.Namespace, fol
     """Images a second of both choices, interleaved, and the first's by the second's; the same choice is timed once."""
     bundles = {one.cell.bundle: one.bundle for one in (search, exhaustive)}
     cells = tuple(dict.fromkeys((search.cell, exhaustive.cell)))
-    images = tuple(image.path for image in CocoDataset.load(args.data, None, args.limit).images)
+    data = Data.load(args.data, None, args.limit, accuracy=False, accuracy_limit=None, bundles=())
     settings = Settings(args.min_seconds, 10, 5 * args.min_seconds, rounds=args.rounds)
-    results = run_plan(Plan(cells, (), bundles), Data(images, ""), settings, Journal(folder))
+    results = Runner(bundles, data, Journal(folder)).measure(cells, settings)
     one, two = Measured.of(results[0]), Measured.of(results[-1])
     ratio = None if len(cells) == 1 else plain(speed_ratio(two, one))
     return {"search_images_per_s": one.images_per_s, "exhaustive_images_per_s": two.images_per_s, "ratio": ratio}

@@ -70,7 +70,7 @@ class Timed:
     """A run, and the sizes of its images as resized, (height, width) in pixels, each once for every image."""
 
     run: Run
-    image_sizes: tuple[tuple[int, ...], ...]
+    image_sizes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,13 @@ class PeakRequest:
 
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
-    kind, content = message["kind"], message["request"]
+    """The request and the answer have the key that says what is measured."""
+    ((kind, content),) = message.items()
     if kind == "timing":
-        return {"timed": plain(_time(build(TimingRequest, content, "request")))}
+        return {kind: plain(_time(build(TimingRequest, content, "request")))}
     if kind == "accuracy":
-        return {"accuracy": plain(_accuracy(build(AccuracyRequest, content, "request")))}
-    if kind == "peak":
-        return {"peak": plain(_peak(build(PeakRequest, content, "request")))}
-    raise ValueError(f"unknown kind of request: {kind!r}")
+        return {kind: plain(_accuracy(build(AccuracyRequest, content, "request")))}
+    return {kind: plain(_peak(build(PeakRequest, content, "request")))}
 
 
 def _time(request: TimingRequest) -> Timed:

@@ -9,18 +9,15 @@ from pathlib import Path
 
 from gfldeploy import demo
 from gfldeploy.bench.columns import text_of
-from gfldeploy.bench.csv_file import write_csv
-from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.report.page import short_answer, write_report
-from gfldeploy.bench.results import BenchResults, Settings
-from gfldeploy.bench.session import BenchRequest, prepare, run
+from gfldeploy.bench.report.page import short_answer
+from gfldeploy.bench.results import BenchResults
+from gfldeploy.bench.session import benchmark
 from gfldeploy.bench.table import Row, best_of_each, rows
 from gfldeploy.demo.dataset import generate
 from gfldeploy.export.exporter import ExportRequest, export_bundle
 from gfldeploy.files import (
     atomic_directory,
     files_below,
-    scratch_directory,
     write_json,
     write_text,
 )
@@ -30,6 +27,22 @@ from gfldeploy.quant.samples import calibration_images
 __all__ = ["DemoSize", "explain", "run_demo"]
 
 Progress = Callable[[str, int, int], None]
+
+
+class _Stages:
+    """Progress of which the stages alone are shown."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    def stage(self, text: str) -> None:
+        self._report(f"  {text}")
+
+    def step(self, label: str, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -89,29 +102,22 @@ def run_demo(
             progress,
         )
         report("benchmarking both")
-        prepared = prepare(
-            BenchRequest(
-                bundles=(fp32.directory, int8.directory),
-                annotations=val,
-                batch_sizes=size.batch_sizes,
-                threads=threads,
-                settings=Settings(size.min_seconds, 10, 2 * size.min_seconds, quick=True),
-                engines=size.engines,
-                engine_cache=directory / "engines",
-                timed_images=size.timed_images,
-                peaks=False,  # a minute more, for what is of no use without the user's own detector
-            )
+        results = benchmark(
+            (fp32.directory, int8.directory),
+            data=val,
+            engines=size.engines,
+            batch_sizes=size.batch_sizes,
+            threads=threads,
+            rounds=1,
+            min_seconds=size.min_seconds,
+            max_seconds=2 * size.min_seconds,
+            limit=size.timed_images,
+            peak=False,  # a minute more, for what is of no use without the user's own detector
+            engine_cache=directory / "engines",
+            output=directory / "results.json",
+            progress=_Stages(report),
         )
-        with scratch_directory() as journal:
-            results = run(
-                prepared,
-                Journal(journal),
-                lambda done, total, description: report(f"  {min(done + 1, total)}/{total} {description}"),
-            )
         shutil.rmtree(directory / "engines", ignore_errors=True)
-        results.write(directory / "results.json")
-        write_csv(results, directory / "results.csv")
-        write_report(results, directory / "results.html")
         write_text(directory / "summary.md", "# What the demo saw\n\n" + "\n\n".join(explain(results)) + "\n")
         note = {"what": "made by `gfldeploy demo`; safe to delete", "files": files_below(directory)}
         write_json(directory / "demo.json", note)

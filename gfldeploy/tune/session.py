@@ -15,11 +15,10 @@ from gfldeploy.batching.buckets import STREAM_ORDERS, Order
 from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import percentile
 from gfldeploy.bench.journal import journal_beside
-from gfldeploy.bench.matrix import Plan
+from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bench.results import BenchResults, CellResult, Settings, defined_ap
-from gfldeploy.bench.runner import run_plan
-from gfldeploy.bench.session import BenchRequest, about, describe_data, limits
-from gfldeploy.bench.session import prepare as prepare_bench
+from gfldeploy.bench.runner import Data, Runner
+from gfldeploy.bench.session import limits, open_bundles
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
@@ -30,6 +29,7 @@ from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
 from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable, speed
@@ -134,65 +134,38 @@ def tune_bundles(
         rounds=rounds,
         quick=Settings.is_quick(rounds, min_seconds, min_count),
     )
-    bench = prepare_bench(
-        BenchRequest(
-            bundles=[Path(bundle) for bundle in bundles],
-            annotations=data,
-            settings=settings,
-            image_dir=images,
-            engines=engines,
-            precisions=precisions,
-            batch_sizes=batch_sizes,
-            scenarios=_SCENARIOS,
-            device=device,
-            threads=max(threads),
-            timed_images=limit,
-            accuracy=accuracy,
-            accuracy_images=accuracy_limit,
-            cell_timeout_s=cell_timeout,
-            engine_cache=Path(engine_cache),
-        )
-    )
-    opened = {identity: Bundle.open(path) for identity, path in bench.plan.bundles.items()}
+    given = open_bundles(bundles)
+    measured_on = Data.load(data, images, limit, accuracy=accuracy, accuracy_limit=accuracy_limit, bundles=given)
+    planned = plan(given, engines, precisions, batch_sizes, device, max(threads), _SCENARIOS)
+    opened = {BundleIdentity.of(bundle): bundle for bundle in given}
     dataset = CocoDataset.load(data, images, limit)
     search = Search(
-        tuple(_cells(bench.plan, opened, dataset, threads, orders)), Bounds(max_latency_ms, max_memory_mb, max_drop)
+        tuple(_cells(planned, opened, dataset, threads, orders)), Bounds(max_latency_ms, max_memory_mb, max_drop)
     )
     if max_drop is not None and not any(bundle.manifest.precision == "fp32" for bundle in opened.values()):
         raise DataError(
             "there is no FP32 bundle to measure the mAP drop against", "Give it too, or leave --max-drop out."
         )
-    measured_on, description = describe_data(bench)
     machine = describe_machine()
-    now = BenchResults("", machine, description, settings, ())
+    now = BenchResults("", machine, measured_on.description, settings, ())
     with journal_beside(output, "tune") as journal:
+        runner = Runner(
+            planned.bundles, measured_on, journal, limits(cell_timeout), Path(engine_cache), {"machine": plain(machine)}
+        )
 
         def measure(cells: Sequence[Cell], settings: Settings, accuracy: bool) -> Sequence[CellResult]:
-            def report(done: int, total: int, text: str) -> None:
-                if done < total:
-                    progress.stage(f"  {text}")
-
-            return run_plan(
-                replace(bench.plan, cells=tuple(cells), skipped=()),
-                measured_on if accuracy else replace(measured_on, annotations=None),
-                settings,
-                journal,
-                limits=limits(bench.request),
-                engine_cache=bench.request.engine_cache,
-                about=about(bench.request, machine),
-                progress=report,
-            )
+            return runner.measure(cells, settings, accuracy=accuracy, progress=progress)
 
         look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
         session = _Session(search, opened, engines, measure, look, settings, accuracy, progress)
         for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
             session.add(cell, result, file.settings.quick)
         reused = len(search.known)
-        for note in bench.notes:
+        for note in measured_on.notes:
             progress.note(note)
         known = f", {reused} of them known from --results" if reused else ""
         progress.stage(f"{len(search.cells)} configurations of {len(search.by_model)} models{known}")
-        for line in bench.plan.lines():
+        for line in planned.lines():
             if line.startswith("  skip"):
                 progress.stage(line)
         outcome = race(
@@ -226,7 +199,7 @@ def tune_bundles(
                 complete=outcome.complete,
             ),
             machine=machine,
-            data=description,
+            data=measured_on.description,
         )
         deploy = replace(deploy, summary=summarize(deploy, *list(outcome.finished.values())[:2]))
         check_file(output, "yml", force=force)  # somebody else may have been faster

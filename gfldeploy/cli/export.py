@@ -11,24 +11,21 @@ import click
 from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
 from gfldeploy.cli.console import TerminalProgress, command_line
 from gfldeploy.cli.options import FILE, THREADS, InputShapeType, WholeNumber, output_options
-from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.export.exporter import ExportRequest, export_bundle
+from gfldeploy.export.exporter import export_bundle
 
 __all__ = ["command"]
 
 
 class _Candidates(click.ParamType):  # type: ignore[type-arg]
-    """A whole number from 1 to `MOST_CANDIDATES`; `all`, which is None; or `auto`."""
+    """A whole number from 1 to `MOST_CANDIDATES`, `all` or `auto`."""
 
     name = "K|all|auto"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["auto"] | None:
-        if value == "all":
-            return None
-        if value == "auto":
-            return "auto"
+    ) -> int | Literal["auto", "all"]:
+        if value in ("auto", "all"):
+            return value  # type: ignore[no-any-return]
         if not re.fullmatch(r"[0-9]{1,6}", str(value)) or not 1 <= int(value) <= MOST_CANDIDATES:
             self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all or auto", param, ctx)
         return int(value)
@@ -68,7 +65,7 @@ def command(
     random_weights: int | None,
     output: Path,
     input_shape: tuple[int | None, int, int] | None,
-    candidates: int | Literal["auto"] | None,
+    candidates: int | Literal["auto", "all"],
     with_nms: bool,
     threads: int | None,
     force: bool,
@@ -84,23 +81,17 @@ def command(
     \b
     Example: gfldeploy export --config gfl_r50.yml --weights model_final.pdparams --output gfl_r50
     """
-    if (weights is None) == (random_weights is None):
-        raise click.UsageError("give either --weights or --random-weights")
-    if with_nms and input_shape:
-        raise click.UsageError("--with-nms goes with a free input size only: PaddleDetection cannot pad to a fixed one")
     bundle = export_bundle(
-        ExportRequest(
-            config=config,
-            output=output,
-            weights=weights,
-            random_seed=random_weights,
-            input_shape=input_shape or (None, None, None),
-            candidates=candidates,
-            with_nms=with_nms,
-            force=force,
-            threads=threads or usable_threads(),
-            command=command_line(),
-        ),
-        TerminalProgress().stage,
+        config=config,
+        output=output,
+        weights=weights,
+        random_weights=random_weights,
+        input_shape=input_shape,
+        candidates=candidates,
+        with_nms=with_nms,
+        threads=threads,
+        force=force,
+        command=command_line(),
+        progress=TerminalProgress(),
     )
     click.echo(bundle.directory)

@@ -19,19 +19,19 @@ from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import OutputRange
 from gfldeploy.quant.qdq import conv_outputs
 
-__all__ = ["observe_outputs"]
+__all__ = ["observe_outputs", "weight_ranges"]
 
 
 def observe_outputs(
     onnx_file: Path,
     batches: Iterable[NDArray[np.float32]],
-    total: int,
     threads: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, tuple[OutputRange, ...]]:
     """Run the FP32 graph over `batches` [N, 3, H, W]; returns the ranges by weight name, one for each use.
 
-    Raises `EngineError` if the graph gives NaN or infinity, or if there is no batch.
+    `report`: called with the number of batches done. Raises `EngineError` if the graph gives NaN or infinity, or if
+    there is no batch.
     """
     import onnx
 
@@ -52,7 +52,7 @@ def observe_outputs(
             raise EngineError("the FP32 graph gives NaN or infinity on a calibration image", "Check the checkpoint.")
         np.minimum(low, values[:, 0], out=low)
         np.maximum(high, values[:, 1], out=high)
-        progress(done, total)
+        report(done)
     if not np.isfinite(low).all():
         raise EngineError("there was no calibration image", "Give --data with at least one image.")
     ranges = {tensor: OutputRange(*pair) for tensor, *pair in zip(tensors, low.tolist(), high.tolist(), strict=True)}
@@ -72,3 +72,17 @@ def _reduce_in_graph(model: Any, tensors: list[str]) -> None:
             name = f"{tensor}.{kind}"
             model.graph.node.append(helper.make_node(kind, [tensor], [name], keepdims=0))
             model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+
+
+def weight_ranges(onnx_file: Path) -> dict[str, tuple[float, ...]]:
+    """The largest absolute weight of each output channel, by the name of the convolution's weight."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(onnx_file))
+    wanted = {weight for weight, _, _ in conv_outputs(model)}
+    found = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer if one.name in wanted}
+    return {
+        name: tuple(np.abs(value).reshape(len(value), -1).max(axis=1).astype(float).tolist())
+        for name, value in found.items()
+    }

@@ -95,11 +95,6 @@ class FileRecord:
         _need(bool(re.fullmatch("[0-9a-f]{64}", self.sha256)), "sha256", self.sha256)
 
 
-def _unchanged(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 2 added `candidates`, schema 3 `left_out` and `notes`: absent, they have their defaults."""
-    return data
-
-
 @dataclass(frozen=True)
 class Manifest(Versioned):
     """`manifest.json`.
@@ -118,7 +113,8 @@ class Manifest(Versioned):
     Raises `BundleError` for what no detector has: what a bundle says must not take memory or time beyond its size.
     """
 
-    FORMAT = FileFormat("a manifest", "gfldeploy export", 3, {1: _unchanged, 2: _unchanged}, BundleError)
+    # Schema 2 added `candidates`, schema 3 `left_out` and `notes`: absent, they have their defaults.
+    FORMAT = FileFormat("a manifest", "gfldeploy export", 3, {1: dict, 2: dict}, BundleError)
 
     name: str
     precision: Literal["fp32", "int8"]

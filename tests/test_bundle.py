@@ -15,7 +15,7 @@ import pytest
 from gfldeploy.bundle import LAYERS, MANIFEST, Bundle, Manifest, write_bundle
 from gfldeploy.engines.registry import missing_graph
 from gfldeploy.errors import BundleError
-from gfldeploy.inspection import describe
+from gfldeploy.inspection import inspect
 from gfldeploy.macs import count_macs
 
 ONNX = "onnx/model.onnx"
@@ -249,7 +249,7 @@ def test_layers_that_cannot_be_read(bundle: Path, content: bytes) -> None:
 def test_macs_by_hand(tiny_bundle: Path) -> None:
     # One 3x3 convolution from 3 to 6 channels, of stride 8.
     assert count_macs(tiny_bundle / ONNX, 64, 96, (8,)) == (64 // 8) * (96 // 8) * 6 * 3 * 3 * 3
-    facts = describe(Bundle.open(tiny_bundle), (33, 64))
+    facts = inspect(tiny_bundle, size=(33, 64))
     assert facts["macs"] == {"gmac": 0.0, "at": "64x64"}, "padded as the preprocessing does"
     assert facts["parity"] is None
     assert facts["classes"] == ["box", "ball"]
@@ -260,7 +260,7 @@ def test_macs_of_a_damaged_graph(bundle: Path, damage: Callable[[bytes], bytes])
     (bundle / ONNX).write_bytes(damage((bundle / ONNX).read_bytes()))
     rehash(bundle)
     with pytest.raises(BundleError, match=r"model\.onnx") as caught:
-        describe(Bundle.open(bundle))
+        inspect(bundle)
     assert caught.value.remedy
 
 
@@ -270,7 +270,7 @@ def test_parity_that_is_no_json_object(bundle: Path, content: str) -> None:
     rewrite(bundle, lambda manifest: manifest["files"].update({"parity.json": {}}))
     rehash(bundle)
     with pytest.raises(BundleError, match=r"parity\.json"):
-        describe(Bundle.open(bundle))
+        inspect(bundle)
 
 
 # --- what is hostile --------------------------------------------------------------------------------------------------

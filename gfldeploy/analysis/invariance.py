@@ -6,7 +6,7 @@ gives other scores and boxes for an image beside a larger one: faster must not m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from gfldeploy.detections import Detections, pairwise_iou
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import DataError
 from gfldeploy.images.coco import CocoDataset, CocoId
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Invariance", "difference", "measure_invariance"]
 
@@ -52,7 +53,7 @@ def measure_invariance(
     dataset: CocoDataset,
     bundle: Bundle,
     batch_sizes: Sequence[int],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> list[Invariance]:
     """Batch 1, then each larger batch size, listed and bucketed. Raises `DataError` and `EngineError`."""
     manifest = bundle.manifest
@@ -69,7 +70,7 @@ def measure_invariance(
         for index, one in detect_images(engine, dataset, manifest.preprocess, manifest.nms, groups):
             detections[index] = one
             done += 1
-            progress(done, total)
+            progress.step("comparing", done, total)
         ordered = [detections[index] for index in range(len(paths))]
         alone = alone or ordered
         changes = [difference(before, after) for before, after in zip(alone, ordered, strict=True)]

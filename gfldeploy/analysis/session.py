@@ -107,14 +107,11 @@ def analyze(
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
         measured = measure_passes(
-            running, paths, opened, batch_orders(batch_sizes), rounds,
-            lambda done, total: progress.step("passes", done, total),
+            running, paths, opened, batch_orders(batch_sizes), rounds, progress,
         )  # fmt: skip
         if invariance:
             progress.stage("comparing detections with those of batch 1")
-            compared = measure_invariance(
-                running, dataset, opened, batch_sizes, lambda done, total: progress.step("comparing", done, total)
-            )
+            compared = measure_invariance(running, dataset, opened, batch_sizes, progress)
     found = Analysis(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),

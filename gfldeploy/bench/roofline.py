@@ -13,7 +13,7 @@ import psutil
 
 from gfldeploy.bench.results import Peak
 from gfldeploy.bench.roofline_graph import Stack
-from gfldeploy.engines.base import Device, Engine, EngineOptions, ReportsPrecision, Tensors, reasons
+from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors, reasons
 from gfldeploy.engines.registry import graph_for, open_engine
 from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import scratch_directory
@@ -74,7 +74,7 @@ def _gmac_per_s(engine: str, options: EngineOptions, seconds: float) -> float:
 
 def _check_precision(engine: Engine, inputs: Tensors, depth: int) -> None:
     """Raise `EngineError` if the engine can tell what it ran, and fewer than `depth` convolutions ran as asked."""
-    found = engine.executed_convolutions(inputs) if isinstance(engine, ReportsPrecision) else ()
+    found = engine.executed_convolutions(inputs)
     ran = sum(one.precision == engine.options.precision for one in found)
     if found and ran < depth:
         raise EngineError(f"{ran} of {len(found)} ran in {engine.options.precision}: {'; '.join(reasons(found))}")

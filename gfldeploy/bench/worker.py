@@ -37,7 +37,6 @@ from gfldeploy.engines.base import (
     EngineOptions,
     ExecutedConvolution,
     Precision,
-    ReportsPrecision,
     count_precisions,
     reasons,
 )
@@ -138,7 +137,7 @@ def _time(request: TimingRequest) -> Timed:
             stages=stages,
             engine_version=engine.version,
             load_s=load_s,
-            build_s=getattr(engine, "build_s", None),
+            build_s=engine.build_s,
             first_inference_ms=first_ms,
             peak_rss_mb=peak_rss_mb,
             inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
@@ -147,7 +146,7 @@ def _time(request: TimingRequest) -> Timed:
             mixed_batches=served.mixed_batches if served else sum(batch.mixed for batch in batches),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
-            delegated=getattr(engine, "delegated", None),
+            delegated=engine.delegated,
             idle=request.idle,
             monitored=monitor.record() if monitor else None,
             serving=served.serving if served else None,
@@ -207,8 +206,6 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
 
 def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> tuple[ExecutedConvolution, ...]:
     """Those of one inference; none where the engine cannot tell."""
-    if not isinstance(engine, ReportsPrecision):
-        return ()
     try:
         return engine.executed_convolutions({"image": tensor})
     except EngineError:

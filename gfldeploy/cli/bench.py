@@ -13,10 +13,11 @@ from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
     THREADS,
-    CommaSeparated,
     FiniteFloat,
+    Names,
     PositiveNumbers,
     WholeNumber,
+    WholeNumbers,
     options,
     output_options,
 )
@@ -30,14 +31,11 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @options(*ANNOTATIONS, *MEASUREMENT, THREADS)
-@click.option(
-    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8", show_default=True, help="Batch sizes to measure."
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8", help="Batch sizes to measure.")
 @click.option(
     "--scenarios",
-    type=CommaSeparated(_SCENARIOS),
+    type=Names(_SCENARIOS),
     default="single-stream,multi-stream",
-    show_default=True,
     help="Scenarios after MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, "
     "multi-stream); all images at once, bucketed by size (offline); random arrivals (server).",
 )
@@ -46,9 +44,8 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 )
 @click.option(
     "--policies",
-    type=CommaSeparated(_POLICIES),
+    type=Names(_POLICIES),
     default=",".join(_POLICIES),
-    show_default=True,
     help="What the server does with images that wait. no-batching: run one after the other; fixed-timeout: run a batch "
     "when it is full or its oldest image has waited for a tenth of the bound; adaptive: gfldeploy's dynamic batcher.",
 )
@@ -64,13 +61,9 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     show_default="5 times --min-seconds",
     help="Stop timing a cell after this long in a round, even if its median still changes by over 2%.",
 )
-@click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engines reach at best too.")
+@click.option("--peak/--no-peak", default=True, help="Measure what the engines reach at best too.")
 @click.option(
-    "--monitor-hz",
-    type=FiniteFloat(0, 100),
-    default=5.0,
-    show_default=True,
-    help="Number of hardware samples per second; 0 for none.",
+    "--monitor-hz", type=FiniteFloat(0, 100), default=5.0, help="Number of hardware samples per second; 0 for none."
 )
 @click.option(
     "--memory-limit",
@@ -79,7 +72,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     show_default="90% of what is free",
     help="Resident memory beyond which a cell has failed.",
 )
-@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of the server's arrival times.")
+@click.option("--seed", type=WholeNumber(0), default=0, help="Seed of the server's arrival times.")
 @output_options("File to write; a table (.csv) and a report (.html) are written beside it.", Path("results.json"))
 def command(output: Path, **given: Any) -> None:
     """Measure engines, precisions and batch sizes side by side.

@@ -10,7 +10,7 @@ import click
 from gfldeploy.bench.cell import several_bundles
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, Row, notes, rows
-from gfldeploy.cli.tables import TableColumn, show_table, wrapped
+from gfldeploy.cli.tables import show_table
 
 __all__ = ["show_results"]
 
@@ -31,16 +31,9 @@ def show_results(results: BenchResults) -> None:
 
 
 def _show_table(results: BenchResults, some: Sequence[Row]) -> None:
-    columns = [column for column in COLUMNS if column.shown(some)]
-    if several_bundles([row.cell for row in some]):
-        columns = [replace(one, drop=0) if one.key == "bundle" else one for one in columns]
-    show_table(
-        [TableColumn(wrapped(one.title), one.drop, not one.words) for one in columns],
-        [[one.text(row) for one in columns] for row in some],
-        _title(results, some),
-        "The CSV file has every column.",
-        [[one.text(row, interval=False) for one in columns] for row in some],
-    )
+    several = several_bundles([row.cell for row in some])
+    columns = [replace(one, drop=0) if several and one.key == "bundle" else one for one in COLUMNS]
+    show_table(columns, some, _title(results, some), "The CSV file has every column.")
 
 
 def _title(results: BenchResults, measured: Sequence[Row]) -> str:

@@ -11,15 +11,16 @@ from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
-    CommaSeparated,
     FiniteFloat,
+    Names,
+    WholeNumbers,
     annotation_options,
     options,
     output_options,
 )
 
 if TYPE_CHECKING:
-    from gfldeploy.tune.deploy_file import Deploy
+    from gfldeploy.tune.deploy_file import Configuration, Deploy
 
 __all__ = ["command"]
 
@@ -27,20 +28,17 @@ __all__ = ["command"]
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @options(*annotation_options(required=False), *MEASUREMENT)
-@click.option(
-    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8,16", show_default=True, help="Batch sizes to choose from."
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",
-    type=CommaSeparated(),
+    type=WholeNumbers(),
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
     "--orders",
-    type=CommaSeparated(("listed", "bucketed")),
+    type=Names(("listed", "bucketed")),
     default="listed,bucketed",
-    show_default=True,
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(
@@ -68,7 +66,6 @@ __all__ = ["command"]
     "--look-seconds",
     type=FiniteFloat(0),
     default=0.5,
-    show_default=True,
     help="Time each cell for at least this long when it is first looked at.",
 )
 @click.option(
@@ -84,15 +81,7 @@ __all__ = ["command"]
     help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
 )
 @output_options("File to write the choice and its evidence to.", Path("deploy.yml"))
-def command(
-    bundles: tuple[Path, ...],
-    data: Path | None,
-    max_drop: float | None,
-    accuracy: bool,
-    output: Path,
-    check: Path | None,
-    **given: Any,
-) -> None:
+def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: Path | None, **given: Any) -> None:
     """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
 
     The fastest is what has most images a second from file to boxes, one batch after the other. Every engine and
@@ -105,21 +94,21 @@ def command(
     \b
     Example: gfldeploy tune gfl_r50 gfl_r50_int8 --data val.json --max-latency-ms 100
     """
+    from gfldeploy.tune.deploy_file import check_deploy
+    from gfldeploy.tune.session import tune_bundles
+
     if check is not None:
-        _check(check, bundles)
+        if len(bundles) > 1:
+            raise click.UsageError("--check takes one BUNDLE at most")
+        for change in check_deploy(check, *bundles):
+            click.echo(f"Changed since it was tuned: {change}")
+        click.echo(f"{check} holds for this machine and this bundle.")
         return
     if not bundles:
         raise click.UsageError("Missing argument 'BUNDLE...'")
     if data is None:
         raise click.UsageError("Missing option '--data'")
-    if max_drop is not None and not accuracy:
-        raise click.UsageError("--max-drop needs mAP: leave --no-accuracy out")
-
-    from gfldeploy.tune.session import tune_bundles
-
-    deploy = tune_bundles(
-        bundles, data, max_drop=max_drop, accuracy=accuracy, output=output, **given, progress=TerminalProgress()
-    )
+    deploy = tune_bundles(bundles, data, output=output, **given, progress=TerminalProgress())
     click.echo(f"{deploy.summary}\n")
     _show(deploy)
     click.echo(f"Wrote {output}")
@@ -127,50 +116,24 @@ def command(
 
 def _show(deploy: Deploy) -> None:
     """The choice and the runner-up, from file to boxes."""
-    from gfldeploy.bench.columns import text_of
-    from gfldeploy.cli.tables import TableColumn, show_table
+    from gfldeploy.bench.columns import Column
+    from gfldeploy.cli.tables import show_table
 
-    columns = (
-        *(TableColumn(header, right=False) for header in ("", "engine", "precision")),
-        TableColumn("bundle", drop=8, right=False),
-        TableColumn("batch"),
-        TableColumn("order", drop=3, right=False),
-        TableColumn("threads", drop=2),
-        TableColumn("images/s"),
-        TableColumn("median,\nms", drop=1),
-        TableColumn("p99,\nms", drop=4),
-        TableColumn("longest,\nms", drop=5),
-        TableColumn("mAP"),
-        TableColumn("memory\nMB", drop=6),
-        TableColumn("network,\nimages/s", drop=7),
+    columns: tuple[Column[tuple[str, Configuration]], ...] = (
+        Column("name", "", lambda one: one[0], words=True),
+        Column("engine", "engine", lambda one: one[1].cell.engine, words=True),
+        Column("precision", "precision", lambda one: one[1].cell.precision, words=True),
+        Column("bundle", "bundle", lambda one: one[1].cell.bundle.directory, words=True, drop=8),
+        Column("batch_size", "batch", lambda one: one[1].cell.batch_size),
+        Column("order", "order", lambda one: one[1].cell.order, words=True, drop=3),
+        Column("threads", "threads", lambda one: one[1].cell.threads, drop=2),
+        Column("images_per_s", "images/s", lambda one: one[1].evidence.images_per_s),
+        Column("latency_p50", "median", lambda one: one[1].evidence.latency_p50_ms, "ms", drop=1),
+        Column("latency_p99", "p99", lambda one: one[1].evidence.latency_p99_ms, "ms", drop=4),
+        Column("latency_max", "longest", lambda one: one[1].evidence.latency_max_ms, "ms", drop=5),
+        Column("ap", "mAP", lambda one: one[1].evidence.ap, digits=4),
+        Column("memory", "memory", lambda one: one[1].evidence.memory_mb, "MB", digits=0, drop=6),
+        Column("network", "network", lambda one: one[1].evidence.network_images_per_s, "images/s", drop=7),
     )
-    lines = []
-    for name, one in (("choice", deploy.choice), ("second", deploy.runner_up)):
-        if one is not None:
-            cell, found = one.cell, one.evidence
-            numbers = (found.images_per_s, found.latency_p50_ms, found.latency_p99_ms, found.latency_max_ms)
-            lines.append(
-                (
-                    *(name, cell.engine, cell.precision, cell.bundle.directory, str(cell.batch_size)),
-                    *(cell.order, str(cell.threads)),
-                    *(text_of(value, interval=False) for value in numbers),
-                    text_of(found.ap, 4),
-                    text_of(found.memory_mb, 0),
-                    text_of(found.network_images_per_s, interval=False),
-                )
-            )
-    show_table(columns, lines, "From file to boxes, one batch after the other", "deploy.yml has everything.")
-
-
-def _check(path: Path, bundles: tuple[Path, ...]) -> None:
-    from gfldeploy.bundle import Bundle
-    from gfldeploy.machine import describe_machine
-    from gfldeploy.tune.deploy_file import Deploy
-
-    if len(bundles) > 1:
-        raise click.UsageError("--check takes one BUNDLE at most")
-    deploy, machine = Deploy.read(path), describe_machine()
-    deploy.check(Bundle.open(bundles[0] if bundles else deploy.bundle_path(path)), machine)
-    for change in deploy.software_changes(machine):
-        click.echo(f"Changed since it was tuned: {change}")
-    click.echo(f"{path} holds for this machine and this bundle.")
+    rows = [("choice", deploy.choice), *([("second", deploy.runner_up)] if deploy.runner_up else [])]
+    show_table(columns, rows, "From file to boxes, one batch after the other", "deploy.yml has everything.")

@@ -66,9 +66,11 @@ ONNXRUNTIME = Library(
     {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"},
     {"cpu": "pip install onnxruntime", "gpu": "pip uninstall onnxruntime, then pip install onnxruntime-gpu"},
 )
-_NO_BF16_ON_GPUS = "gfldeploy has no BF16 on GPUs yet"
+_NO_FP16_ON_CPUS = Obstacle("its CPU kernels have no FP16 convolution", "use int8 on CPUs")
+_NO_BF16_ON_GPUS = Obstacle("gfldeploy has no BF16 on GPUs yet", "use fp16")
+_NEEDS_TENSORRT = Obstacle("INT8 on GPUs needs TensorRT", "use an engine with TensorRT, or fp16")
 _PLAIN = Obstacle("it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
-_TENSORRT_ON_GPUS = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
+_GPUS_ALONE = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
 
 _BUILT_IN = (
     EngineSpec(
@@ -76,19 +78,9 @@ _BUILT_IN = (
         title="Paddle Inference",
         entry="gfldeploy.engines.paddle_engine:PaddleEngine",
         library=PADDLE,
-        runs={
-            "cpu": {
-                "fp32": "paddle",
-                "fp16": Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs"),
-                "bf16": "paddle",
-                "int8": "paddle_program",  # Paddle's passes for INT8 and for TensorRT know the older format only
-            },
-            "gpu": {
-                "fp32": "paddle",
-                "fp16": "paddle",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
-                "int8": Obstacle("INT8 on GPUs needs TensorRT", "use the engine paddle-tensorrt, or fp16"),
-            },
+        runs={  # Paddle's passes for INT8 and for TensorRT know the older program format only
+            "cpu": {"fp32": "paddle", "fp16": _NO_FP16_ON_CPUS, "bf16": "paddle", "int8": "paddle_program"},
+            "gpu": {"fp32": "paddle", "fp16": "paddle", "bf16": _NO_BF16_ON_GPUS, "int8": _NEEDS_TENSORRT},
         },
         rank=3,
         default=True,
@@ -107,11 +99,11 @@ _BUILT_IN = (
         entry="gfldeploy.engines.paddle_engine:PaddleTensorRtEngine",
         library=PADDLE,
         runs={
-            "cpu": _TENSORRT_ON_GPUS,
+            "cpu": _GPUS_ALONE,
             "gpu": {
                 "fp32": "paddle_program",
                 "fp16": "paddle_program",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
+                "bf16": _NO_BF16_ON_GPUS,
                 "int8": "paddle_program",
             },
         },
@@ -126,21 +118,13 @@ _BUILT_IN = (
         runs={
             "cpu": {
                 "fp32": "onnx",
-                "fp16": Obstacle(
-                    "ONNX Runtime's CPU kernels have no FP16 convolution: it would convert to FP32 and back",
-                    "use int8 on CPUs",
-                ),
+                "fp16": _NO_FP16_ON_CPUS,
                 "bf16": Obstacle(
-                    "ONNX Runtime's CPU kernels have no BF16 convolution", "use the engines paddle or openvino for bf16"
+                    "its CPU kernels have no BF16 convolution", "use the engine openvino or paddle for bf16"
                 ),
                 "int8": "onnx",
             },
-            "gpu": {
-                "fp32": "onnx",
-                "fp16": "onnx_fp16",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp32"),
-                "int8": Obstacle("INT8 on GPUs needs TensorRT", "use the engine onnxruntime-tensorrt, or fp16"),
-            },
+            "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": _NEEDS_TENSORRT},
         },
         rank=2,
         default=True,
@@ -152,13 +136,8 @@ _BUILT_IN = (
         entry="gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
         library=ONNXRUNTIME,
         runs={
-            "cpu": _TENSORRT_ON_GPUS,
-            "gpu": {
-                "fp32": "onnx",
-                "fp16": "onnx_fp16",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
-                "int8": "onnx_tensorrt",
-            },
+            "cpu": _GPUS_ALONE,
+            "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
         },
         needs_shapes=True,
         needs_tensorrt=True,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision, count_precisions, reasons
+from gfldeploy.engines.base import Engine, EngineOptions, count_precisions, reasons
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.registry import JUDGES, REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.images.coco import CocoDataset
@@ -90,10 +90,9 @@ class Fp32Reference:
         for name in int8_engines():
             with open_engine(name, bundle, options) as engine:
                 found[name] = self._measured(engine, name, label, progress)
-                if isinstance(engine, ReportsPrecision):
-                    ran = engine.executed_convolutions({"image": self.batches[0]})
-                    told = replace(found[name].agreement, convolutions=count_precisions(ran), not_int8=reasons(ran))
-                    found[name] = replace(found[name], agreement=told)
+                ran = engine.executed_convolutions({"image": self.batches[0]})
+                told = replace(found[name].agreement, convolutions=count_precisions(ran), not_int8=reasons(ran))
+                found[name] = replace(found[name], agreement=told)
         with SimulatedTensorRT(bundle, options) as engine:
             found[SIMULATED_TENSORRT] = self._measured(engine, SIMULATED_TENSORRT, label, progress)
         return found

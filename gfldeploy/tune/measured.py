@@ -109,7 +109,7 @@ def speed(measured: Measured) -> Estimate:
 
 
 def _passes(run: Run, batch_size: int) -> tuple[float, ...]:
-    """The timing goes on in whole passes; one that was cut counts as a pass of what there is."""
+    """Batches are timed in whole passes; a pass that was cut short counts with the batches that it has."""
     count = max(sum(run.shapes.values()), 1)
     latency_ms = run.stages.end_to_end_ms if run.stages else ()
     cuts = [latency_ms[start : start + count] for start in range(0, len(latency_ms), count)]

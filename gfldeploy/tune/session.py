@@ -24,7 +24,7 @@ from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, missing_graph
-from gfldeploy.errors import BoundsError, DataError, EngineError
+from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
 from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
@@ -45,10 +45,10 @@ _SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline")
 
 
 def tune_bundles(
-    bundles: Sequence[Path],
-    data: Path,
+    bundles: Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str],
     *,
-    images: Path | None = None,
+    images: str | os.PathLike[str] | None = None,
     max_latency_ms: float | None = None,
     max_memory_mb: float | None = None,
     max_drop: float | None = None,
@@ -58,7 +58,7 @@ def tune_bundles(
     threads: Sequence[int] | None = None,
     orders: Sequence[Order] = STREAM_ORDERS,
     device: Device = "cpu",
-    results: Sequence[Path] = (),
+    results: Sequence[str | os.PathLike[str]] = (),
     rounds: int = 3,
     min_seconds: float = 2.0,
     min_count: int = 10,
@@ -69,8 +69,8 @@ def tune_bundles(
     budget_seconds: float | None = None,
     exhaustive: bool = False,
     cell_timeout: float = 600.0,
-    engine_cache: Path = DEFAULT_ENGINE_CACHE,
-    output: Path = Path("deploy.yml"),
+    engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
+    output: str | os.PathLike[str] = "deploy.yml",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Deploy:
@@ -114,11 +114,15 @@ def tune_bundles(
 
     Raises:
         BoundsError: No configuration keeps the bounds; the nearest is named.
+        UsageError: `max_drop` was given without `accuracy`.
         EngineError: Nothing can run, or nothing could be measured.
         BundleError: A bundle cannot be used.
         DataError: The data cannot be used, or the results are not of this machine, software and data.
         OutputError: The output exists, or cannot be written.
     """
+    if max_drop is not None and not accuracy:
+        raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
+    data, images, output = Path(data), None if images is None else Path(images), Path(output)
     check_file(output, "yml", force=force)
     start = time.monotonic()
     most = usable_threads()
@@ -146,7 +150,7 @@ def tune_bundles(
     now = BenchResults("", machine, measured_on.description, settings, ())
     with journal_beside(output, "tune") as journal:
         runner = Runner(
-            planned.bundles, measured_on, journal, limits(cell_timeout), engine_cache, {"machine": plain(machine)}
+            planned.bundles, measured_on, journal, limits(cell_timeout), Path(engine_cache), {"machine": plain(machine)}
         )
 
         def measure(cells: Sequence[Cell], settings: Settings, accuracy: bool) -> Sequence[CellResult]:
@@ -154,7 +158,7 @@ def tune_bundles(
 
         look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
         session = _Session(search, opened, engines, measure, look, settings, accuracy, progress)
-        for cell, result, file in reuse(results, search.cells, now):
+        for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
             session.add(cell, result, file.settings.quick)
         reused = len(search.known)
         for note in measured_on.notes:

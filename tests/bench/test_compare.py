@@ -206,4 +206,4 @@ def test_servers_are_compared_by_what_they_answered_in_time(tmp_path: Path, caps
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     shown = capsys.readouterr().out
-    assert "in time/s" in shown and shown.count("7.50, 9.00") == 2
+    assert "time/s" in shown and shown.count("7.50, 9.00") == 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,12 @@ from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import Order
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.columns import Column
 from gfldeploy.bench.results import BenchResults, Serving, Stages
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import analyze, main, tune
 from gfldeploy.cli.results import show_results
-from gfldeploy.cli.tables import TableColumn, show_table
+from gfldeploy.cli.tables import show_table
 from gfldeploy.machine import describe_machine
 
 Shown = Callable[[Callable[[], object], int | None], str]
@@ -179,7 +181,7 @@ def test_tune_keeps_engine_batch_speed_and_map(shown: Shown) -> None:
 
 
 def test_doctor_and_inspect(shown: Shown, tiny_bundle: Path) -> None:
-    doctor = shown(command("doctor"), 80)
+    doctor = shown(command("doctor", "--all"), 80)
     assert max(map(len, table(doctor))) <= 80
     assert re.search(r"^onnxruntime +cpu +fp32 +(yes|no) ", doctor, re.MULTILINE)
     assert max(map(len, shown(command("inspect", tiny_bundle), 80).splitlines())) <= 80
@@ -187,7 +189,11 @@ def test_doctor_and_inspect(shown: Shown, tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("columns", [1, 10, 30, 60, 200])
 def test_no_number_is_cut_at_any_width(columns: int, shown: Shown) -> None:
-    heads = [TableColumn("what", right=False), TableColumn("first\nnumber"), TableColumn("second", drop=1)]
+    heads: list[Column[tuple[str, ...]]] = [
+        Column("what", "what", itemgetter(0), words=True),
+        Column("first", "first number", itemgetter(1)),
+        Column("second", "second", itemgetter(2), drop=1),
+    ]
     lines = [(f"line {k}", "1234567.89", f"{k}2345.6") for k in range(3)]
     text = shown(lambda: show_table(heads, lines, "A [title]", "Look elsewhere."), columns)
     assert text.count("1234567.89") == 3 and "A [title]" in text
@@ -196,7 +202,9 @@ def test_no_number_is_cut_at_any_width(columns: int, shown: Shown) -> None:
 
 
 def test_of_what_fits_the_most_important_stays(shown: Shown) -> None:
-    heads = [TableColumn("a"), TableColumn("wide", drop=1), TableColumn("b", drop=2), TableColumn("c", drop=3)]
+    heads: list[Column[tuple[str, ...]]] = [
+        Column(name, name, itemgetter(place), drop=place) for place, name in enumerate(("a", "wide", "b", "c"))
+    ]
     text = shown(lambda: show_table(heads, [("1", "x" * 30, "22", "3")]), 20)
     assert "Too narrow for: wide." in text and text.splitlines()[0].split() == ["a", "b", "c"]
     assert shown(lambda: show_table(heads, [("1", "", "22", "3")]), 20).splitlines()[0].split() == ["a", "b", "c"]

@@ -68,7 +68,7 @@ def test_int8_keeps_its_accuracy_and_every_convolution_ran_in_it(demo_run: tuple
 def test_the_demo_leaves_bundles_that_verify_and_says_what_it_saw(demo_run: tuple[Path, BenchResults]) -> None:
     output, results = demo_run
     for name in ("fp32", "int8"):
-        assert verify(Bundle.open(output / name), THREADS)
+        assert verify(output / name, threads=THREADS)
     assert BenchResults.read(output / "results.json") == results
     summary = (output / "summary.md").read_text()
     assert all(line in summary for line in explain(results))

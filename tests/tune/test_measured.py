@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from sample_results import OK, RUN, altered, sample_results
+from sample_results import OK, RUN, altered
 
-from gfldeploy.accuracy import Accuracy
-from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.results import CellResult, Stages
-from gfldeploy.bundle import Bundle
-from gfldeploy.errors import EngineError
-from gfldeploy.progress import SILENT
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, Tail, measurable
-from gfldeploy.tune.search import Bounds, Model, Search, model_of
-from gfldeploy.tune.session import _Session
+from gfldeploy.tune.search import Bounds
 
 
 def cell(*file_ms: float, batches: int = 3) -> CellResult:
@@ -65,18 +58,3 @@ def test_a_pause_in_a_first_look_neither_keeps_a_bound_nor_ends_a_climb() -> Non
     assert not bounds.may_keep(slow) and bounds.hopeless(slow)
     assert not bounds.keeps(Measured.of(cell(*[10.0] * 392, *[500.0] * 8)))
     assert bounds.keeps(Measured.of(cell(*[10.0] * 399, 500.0))), "one in 400 is beyond the 99th percentile"
-
-
-def test_an_undefined_map_is_never_compared(tiny_bundle: Path) -> None:
-    bundle = Bundle.open(tiny_bundle)
-    fp32, int8 = Model(BundleIdentity.of(bundle), "onnxruntime", "fp32"), model_of(OK.cell)
-    search, settings = Search((OK.cell,), Bounds()), sample_results().settings
-    session = _Session(
-        search, {fp32.bundle: bundle}, ("onnxruntime",), lambda *given: (), settings, settings, True, SILENT
-    )
-    defined = Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9)
-    session.accuracies |= {fp32: defined, int8: replace(defined, ap=-1.0)}
-    assert session.drop(int8) == 0.5, "all of it is lost, as far as anybody knows"
-    session.accuracies[fp32] = replace(defined, ap=-1.0)
-    with pytest.raises(EngineError, match="could not be measured: it is undefined"):
-        session.drop(int8)

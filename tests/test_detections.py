@@ -255,3 +255,21 @@ def test_thresholds_and_classes() -> None:
 def test_records_for_json() -> None:
     first, _ = FOUND.records()
     assert first == {"class": "dog", "class_id": 1, "score": pytest.approx(0.9), "bbox": [0, 0, 4, 2]}
+
+
+def test_the_arguments_of_supervision() -> None:
+    given = FOUND.for_supervision()
+    assert set(given) == {"xyxy", "confidence", "class_id", "data"}
+    assert given["xyxy"].shape == (2, 4) and given["confidence"].shape == given["class_id"].shape == (2,)
+    assert given["data"]["class_name"].tolist() == ["dog", "cat"]
+    nothing = FOUND.of_classes().for_supervision()
+    assert nothing["xyxy"].shape == (0, 4) and nothing["data"]["class_name"].shape == (0,)
+
+
+def test_supervision_takes_them() -> None:
+    supervision = pytest.importorskip("supervision")
+    for found, count in ((FOUND, 2), (FOUND.of_classes(), 0)):
+        arguments = found.for_supervision()
+        taken = supervision.Detections(**arguments)
+        assert len(taken) == count and list(taken["class_name"]) == list(arguments["data"]["class_name"])
+        assert len(taken[taken.confidence > 0.6]) == min(count, 1)

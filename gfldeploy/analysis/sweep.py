@@ -7,7 +7,7 @@ costs the same arithmetic in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gfldeploy.engines.base import Engine
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Pass", "batch_orders", "input_sizes", "measure_passes", "run_pass"]
 
@@ -72,7 +73,7 @@ def measure_passes(
     bundle: Bundle,
     chosen: Sequence[tuple[int, Order]],
     rounds: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> list[list[Pass]]:
     """A pass of every chosen batch size and order in each round, after an inference of every shape; by round.
 
@@ -89,17 +90,17 @@ def measure_passes(
     total = len(chosen) * (rounds + 1)
     shares: dict[tuple[int, Order], float | None] = {}
     for done, (batch_size, order) in enumerate(chosen):
-        progress(done, total)
+        progress.step("passes", done, total)
         shares[batch_size, order] = _warm_up(engine, paths, bundle, sizes, batch_size, order)
     measured: list[list[Pass]] = []
     for number in range(1, rounds + 1):
         turn = (number - 1) % len(chosen)
         found: dict[tuple[int, Order], Pass] = {}
         for one in (*chosen[turn:], *chosen[:turn]):
-            progress(number * len(chosen) + len(found), total)
+            progress.step("passes", number * len(chosen) + len(found), total)
             found[one] = run_pass(engine, paths, bundle, sizes, *one, shares[one])
         measured.append([found[one] for one in chosen])
-    progress(total, total)
+    progress.step("passes", total, total)
     return measured
 
 

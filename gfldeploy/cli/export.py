@@ -56,7 +56,6 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
     type=_Candidates(),
     metavar="K|all|auto",
     default="auto",
-    show_default=True,
     help=f"Number of anchors that are decoded of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "
     f"all. auto: {DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test "
     "pictures would lose detections; with one class at least nms_top_k.",

@@ -37,14 +37,12 @@ __all__ = ["command"]
     "--algo",
     metavar=f"[auto|{'|'.join(ALGORITHMS)}]",
     default="hist",
-    show_default=True,
     help=f"PaddleSlim's calibration algorithm; auto tries {', '.join(AUTO)} and takes the best.",
 )
 @click.option(
     "--method",
     type=click.Choice(METHODS),
     default="ptq",
-    show_default=True,
     help="How to quantise. ptq calibrates. distill then fine-tunes the weights on the same images, without labels, to "
     "give in INT8 what FP32 gives, and keeps whichever is measured to be closer.",
 )
@@ -96,7 +94,6 @@ __all__ = ["command"]
 @click.option(
     "--fallback/--no-fallback",
     default=True,
-    show_default=True,
     help="Where INT8 loses too much, put the most sensitive groups of convolutions back to float, as few as needed, "
     f"with at most {MOST_FLOAT_MACS:.0%} of the multiply-accumulates. Without it, fail at once.",
 )

@@ -68,11 +68,11 @@ def install_command(package: str, device: Device | None = None) -> str:
     """How to get the package with this module; of an engine's, the build for `device`, or for each."""
     for spec in ENGINES.values():
         if spec.library.module == package:
-            install = spec.library.install
-            builds = {device: install[device]} if device in install else install
-            if len(builds) == 1:
-                return next(iter(builds.values()))
-            return ", or ".join(f"{command} ({name.upper()})" for name, command in builds.items())
+            builds = spec.library.install
+            if device and device in builds:
+                return builds[device]
+            several = len(builds) > 1
+            return ", or ".join(f"{how} ({on.upper()})" if several else how for on, how in builds.items())
     for tools in TOOL_CHAINS.values():
         if package in tools.distributions:
             python = "--python 3.12 " if sys.version_info >= (3, 13) else ""  # paddle2onnx has no wheel for 3.13

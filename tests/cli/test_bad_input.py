@@ -287,7 +287,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shortened": (lambda b: (b / "onnx/model.onnx").write_bytes(b"short"), "has 5 bytes"),
     "extra": (lambda b: (b / "notes.txt").write_text("mine"), "not part of the bundle: notes.txt"),
     "not JSON": (lambda b: (b / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "newer": (lambda b: (b / "manifest.json").write_text('{"schema": 9}'), "has schema 9"),
+    "newer": (lambda b: (b / "manifest.json").write_text('{"schema": 9}'), "written by a newer gfldeploy: schema 9"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "is not a bundle"),
 }
 

@@ -12,7 +12,7 @@ import pytest
 
 from gfldeploy import machine
 from gfldeploy.cli import main
-from gfldeploy.doctor import Report, examine, summarize_report, twin_warnings
+from gfldeploy.doctor import Diagnosis, diagnose, summarize_report, twin_warnings
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Obstacle
 from gfldeploy.engines.registry import ENGINES, Capability
 
@@ -23,9 +23,9 @@ def run(*arguments: str) -> None:
     assert stopped.value.code == 0
 
 
-def report(driver: str | None = None, installed: bool = True, lacking: tuple[str, ...] = ()) -> Report:
+def report(driver: str | None = None, installed: bool = True, lacking: tuple[str, ...] = ()) -> Diagnosis:
     """What another machine would report."""
-    cpu = replace(examine().machine, cpu="Some Processor " * 9, driver=driver, gpus=("NVIDIA H100",) * bool(driver))
+    cpu = replace(diagnose().machine, cpu="Some Processor " * 9, driver=driver, gpus=("NVIDIA H100",) * bool(driver))
     found = []
     for name, spec in ENGINES.items():
         for device in DEVICES:
@@ -37,14 +37,14 @@ def report(driver: str | None = None, installed: bool = True, lacking: tuple[str
                 if why is None and not installed:
                     why = Obstacle(f"{name} is not installed", spec.library.install[device])
                 found.append(Capability(name, precision, device, *(why or ())))
-    return Report(cpu, {}, tuple(found), {"export": lacking, "quantize": lacking}, ())
+    return Diagnosis(cpu, {}, tuple(found), {"export": lacking, "quantize": lacking}, ())
 
 
 def test_the_summary_of_this_machine(capfd: pytest.CaptureFixture[str]) -> None:
     run()
     lines = capfd.readouterr().out.splitlines()
-    assert lines == summarize_report(examine())
-    works = {one.engine for one in examine().capabilities if one.works}
+    assert lines == summarize_report(diagnose())
+    works = {one.engine for one in diagnose().capabilities if one.works}
     text = "\n".join(lines)
     assert all(name in text for name in ENGINES) and lines[-1].split() == ["Details", "gfldeploy", "doctor", "--all"]
     assert all(f"{name}: " in text for name in works)
@@ -78,7 +78,7 @@ def test_table(capfd: pytest.CaptureFixture[str]) -> None:
     for word in (*ENGINES, *PRECISIONS, *DEVICES, *machine.PACKAGES, machine.describe_machine().python):
         assert word in shown
     # The extras in brackets are not eaten as markup.
-    missing = [item for item in examine().capabilities if not item.works]
+    missing = [item for item in diagnose().capabilities if not item.works]
     assert missing and all(item.reason and item.remedy for item in missing)
 
 

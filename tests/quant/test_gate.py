@@ -515,7 +515,7 @@ def test_a_processor_without_vnni_is_told_first(
         (("--eval-limit", 3), "--eval-limit needs --eval-data"),
         (("--eval-data", "COCO", "--min-agreement", 0.5), "with it, use --max-drop"),
         (("--max-drop", 2), "2.0 is not in the range 0<=x<=1"),
-        (("--eval-data", "nowhere.json"), "cannot read nowhere.json"),
+        (("--eval-data", "nowhere.json"), "nowhere.json cannot be read"),
     ],
 )
 def test_options_that_make_no_sense(

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from gfldeploy.bench.cell import STREAMS
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.results import BenchResults, CellResult
-from gfldeploy.bench.table import STREAMS, Row, rows
+from gfldeploy.bench.results import BenchResults
+from gfldeploy.bench.table import Row, rows
 
-__all__ = ["COLOURS", "GREY", "Plot", "label", "pareto_front", "plots"]
+__all__ = ["COLOURS", "GREY", "Plot", "pareto_front", "plots"]
 
 # Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background,
 # and two more. Grey is for what is no series.
@@ -74,9 +75,8 @@ class Style:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A cell that was measured, with its row of the table and the series of lines that it is a point of."""
+    """A cell that was measured, and the series of lines that it is a point of."""
 
-    cell: CellResult
     row: Row
     series: str
     style: Style
@@ -85,8 +85,8 @@ class _Measured:
 def plots(results: BenchResults) -> list[Plot]:
     """Every figure that the results have something for."""
     measured = _measured(results)
-    batches = [one for one in measured if one.cell.scenario != "server"]
-    streams = [one for one in measured if one.cell.scenario in STREAMS]
+    batches = [one for one in measured if one.row.cell.scenario != "server"]
+    streams = [one for one in measured if one.row.cell.scenario in STREAMS]
     makers: list[tuple[Callable[[list[_Measured]], Plot | None], list[_Measured]]] = [
         (_throughput, batches),
         (_latency, batches),
@@ -96,19 +96,12 @@ def plots(results: BenchResults) -> list[Plot]:
         (_stages, batches),
         (_accuracy, batches),
         (lambda some: _in_time(some, results.settings.latency_bound_ms), [one for one in measured if one.row.served]),
-        (lambda some: _server(some, results.settings.latency_bound_ms), [one for one in measured if one.row.rate]),
-        (lambda some: _peaks(some, results), measured),
+        (lambda some: _server(some, results.settings.latency_bound_ms), [one for one in measured if one.row.cell.rate]),
+        (_peaks, measured),
         (_timelines, measured),
     ]
     made = [make(some) for make, some in makers if some]
     return [plot for plot in made if plot is not None]
-
-
-def label(row: Row) -> str:
-    """What a cell is called where its bundle is known: "onnxruntime int8, batch 4"."""
-    more = "" if row.scenario in STREAMS else f", {row.scenario}"
-    rate = f" at {row.rate:g}/s, {row.policy}" if row.rate else ""
-    return f"{row.engine} {row.precision}, batch {row.batch_size}{more}{rate}"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -121,26 +114,22 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def _measured(results: BenchResults) -> list[_Measured]:
-    shown = [(cell, row) for cell, row in zip(results.cells, rows(results), strict=True) if cell.status == "ok"]
-    models = {(row.engine, row.precision) for _, row in shown}
-    # The bundle matters where an engine runs several in one precision.
-    several = len({(row.engine, row.precision, row.bundle) for _, row in shown}) > len(models)
-    devices = len({row.device for _, row in shown}) > 1
+    shown = [row for row in rows(results) if row.ok]
+    cells = [row.cell for row in shown]
     found: list[_Measured] = []
     styles: dict[str, Style] = {}
-    for cell, row in shown:
-        series = f"{row.engine} {row.precision}"
-        series += f" on {row.device}" if devices else ""
-        series += f" of {row.bundle}" if several else ""
-        series += f", {row.policy or row.scenario}" if row.scenario not in STREAMS else ""
-        found.append(_Measured(cell, row, series, styles.setdefault(series, Style(len(styles)))))
+    for row in shown:
+        cell = row.cell
+        series = cell.setup(cells)
+        series += f", {cell.policy or cell.scenario}" if cell.scenario not in STREAMS else ""
+        found.append(_Measured(row, series, styles.setdefault(series, Style(len(styles)))))
     return found
 
 
 def _lines(measured: Sequence[_Measured]) -> Iterator[tuple[str, Style, list[_Measured]]]:
     """Name, style and points of each series, by batch size."""
     for series in dict.fromkeys(one.series for one in measured):
-        points = sorted((one for one in measured if one.series == series), key=lambda one: one.row.batch_size or 0)
+        points = sorted((one for one in measured if one.series == series), key=lambda one: one.row.cell.batch_size)
         yield series, points[0].style, points
 
 
@@ -167,7 +156,7 @@ def _speeds(title: str, about: str, measured: list[_Measured], speed: Callable[[
             "type": "scatter",
             "mode": "lines+markers",
             "name": name,
-            "x": [one.row.batch_size for one in points],
+            "x": [one.row.cell.batch_size for one in points],
             "y": [speed(one.row) or 0.0 for one in points],
             "line": style.line,
             "marker": style.marker,
@@ -203,7 +192,7 @@ def _latencies(
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": name,
-                "x": [one.row.batch_size for one in points],
+                "x": [one.row.cell.batch_size for one in points],
                 "y": [e.value for e in estimates],
                 "error_y": {
                     "type": "data",
@@ -224,13 +213,13 @@ def _distributions(measured: list[_Measured]) -> Plot:
     random = np.random.default_rng(0)
     data = []
     for one in reversed(measured):  # the first at the top
-        values = np.asarray(one.cell.latency_ms)
+        values = np.asarray(one.row.result.latency_ms)
         if len(values) > _MOST_POINTS:
             values = random.choice(values, _MOST_POINTS, replace=False)
         data.append(
             {
                 "type": "box",
-                "name": f"{one.series}, batch {one.row.batch_size}",
+                "name": f"{one.series}, batch {one.row.cell.batch_size}",
                 "x": [round(float(value), 4) for value in values],
                 "marker": {"color": one.style.colour, "size": 3},
                 "boxpoints": "outliers",
@@ -247,15 +236,15 @@ def _distributions(measured: list[_Measured]) -> Plot:
 
 
 def _stages(measured: list[_Measured]) -> Plot | None:
-    known = [one for one in measured if one.cell.file_ms][::-1]
+    known = [one for one in measured if one.row.result.file_ms][::-1]
     if not known:
         return None
-    names = [f"{one.series}, batch {one.row.batch_size}" for one in known]
+    names = [f"{one.series}, batch {one.row.cell.batch_size}" for one in known]
     data: list[dict[str, Any]] = []
     for (field, name), colour in zip(_STAGES.items(), COLOURS, strict=False):
         values = [
-            statistics.median(value for run in one.cell.runs for value in getattr(run.stages, field))
-            / (one.row.batch_size or 1)
+            statistics.median(value for run in one.row.result.runs for value in getattr(run.stages, field))
+            / one.row.cell.batch_size
             for one in known
         ]
         data.append(
@@ -301,7 +290,7 @@ def _accuracy(measured: list[_Measured]) -> Plot | None:
             "name": series,
             "x": [speed(one) for one in points],
             "y": [one.row.ap for one in points],
-            "text": [f"batch {one.row.batch_size}" for one in points],
+            "text": [f"batch {one.row.cell.batch_size}" for one in points],
             "marker": style.marker | {"size": 9},
             "hovertemplate": "%{text}: %{x:.1f} images/s, mAP %{y:.4f}",
         }
@@ -327,19 +316,19 @@ def _accuracy(measured: list[_Measured]) -> Plot | None:
 
 def _servers(measured: Sequence[_Measured]) -> Iterator[tuple[str, Style, list[_Measured]]]:
     """The name, the style and the points of each server, by the rate of arrivals."""
-    for number, name in enumerate(dict.fromkeys(f"{one.series}, batch {one.row.batch_size}" for one in measured)):
-        some = (one for one in measured if f"{one.series}, batch {one.row.batch_size}" == name)
-        yield name, Style(number), sorted(some, key=lambda one: one.row.rate or 0)
+    for number, name in enumerate(dict.fromkeys(f"{one.series}, batch {one.row.cell.batch_size}" for one in measured)):
+        some = (one for one in measured if f"{one.series}, batch {one.row.cell.batch_size}" == name)
+        yield name, Style(number), sorted(some, key=lambda one: one.row.cell.rate or 0)
 
 
 def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
-    rates = sorted({one.row.rate for one in measured if one.row.rate})
+    rates = sorted({one.row.cell.rate for one in measured if one.row.cell.rate})
     grey = {"color": "#888888", "dash": "dot"}
     data: list[dict[str, Any]] = [
         {"type": "scatter", "mode": "lines", "name": "all that arrive", "x": rates, "y": rates, "line": grey}
     ]
     for name, style, points in _servers(measured):
-        some = [(one.row.rate, one.row.served) for one in points if one.row.served]
+        some = [(one.row.cell.rate, one.row.served) for one in points if one.row.served]
         data.append(
             {
                 "type": "scatter",
@@ -349,7 +338,7 @@ def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
                 "y": [served.in_time_per_s for _, served in some],
                 "line": style.line,
                 "marker": style.marker,
-                "hovertext": [f"{100 * served.rejected:.0f}% turned away" for _, served in some],
+                "hovertext": [f"{100 * served.rejected:.0f}% rejected" for _, served in some],
             }
         )
     layout = {"xaxis": _axis("images arriving a second"), "yaxis": _axis("images a second answered in time")}
@@ -360,9 +349,9 @@ def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
 def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
     data = []
     for series, style, points in _servers(measured):
-        for name, dash in (("median", "solid"), ("p90", "dash"), ("p99", "dot")):
-            estimates: list[Estimate | None] = [getattr(one.row, f"{name}_ms") for one in points]
-            some = [(one.row.rate, e.value) for one, e in zip(points, estimates, strict=True) if e]
+        for name, percent, dash in (("median", 50, "solid"), ("p90", 90, "dash"), ("p99", 99, "dot")):
+            estimates = [one.row.percentile(percent) for one in points]
+            some = [(one.row.cell.rate, e.value) for one, e in zip(points, estimates, strict=True) if e]
             if some:
                 data.append(
                     {
@@ -381,24 +370,19 @@ def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
         bound = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": bound_ms, "y1": bound_ms}
         layout["shapes"] = [bound | {"line": {"color": "#888888", "dash": "dot"}}]  # type: ignore[assignment]
         about += f" The dotted level is the bound of {bound_ms:g} ms."
-    return Plot("Server: latency of what was not turned away", about, data, layout)
+    return Plot("Server: latency of what was not rejected", about, data, layout)
 
 
-def _peaks(measured: list[_Measured], results: BenchResults) -> Plot | None:
+def _peaks(measured: list[_Measured]) -> Plot | None:
     best: dict[str, tuple[_Measured, float]] = {}
     for one in measured:
         if one.row.gmac_per_s and one.row.gmac_per_s > best.get(one.series, (one, 0.0))[1]:
             best[one.series] = (one, one.row.gmac_per_s)
-    ceilings = {
-        (peak.engine, peak.precision, peak.device, peak.threads): peak.gmac_per_s
-        for peak in results.peaks
-        if peak.gmac_per_s
-    }
     if not best:
         return None
     names = list(best)[::-1]
-    cells = [best[name][0].row for name in names]
-    peak = [ceilings.get((row.engine, row.precision, row.device, row.threads)) for row in cells]
+    peaks = [best[name][0].row.result.peak for name in names]
+    peak = [one.gmac_per_s if one else None for one in peaks]
     data: list[dict[str, Any]] = [
         {"type": "bar", "orientation": "h", "name": "reached", "y": names, "x": [best[name][1] for name in names]}
     ]
@@ -413,13 +397,13 @@ def _peaks(measured: list[_Measured], results: BenchResults) -> Plot | None:
 
 
 def _timelines(measured: list[_Measured]) -> Plot | None:
-    seen = [one for one in measured if one.cell.runs[0].monitored and one.cell.runs[0].monitored.t_s]
+    seen = [one for one in measured if one.row.result.runs[0].monitored and one.row.result.runs[0].monitored.t_s]
     if not seen:
         return None
-    gpu = any(one.cell.runs[0].monitored and one.cell.runs[0].monitored.gpu_percent for one in seen)
+    gpu = any(one.row.result.runs[0].monitored and one.row.result.runs[0].monitored.gpu_percent for one in seen)
     data: list[dict[str, Any]] = []
     for number, one in enumerate(seen):
-        record = one.cell.runs[0].monitored
+        record = one.row.result.runs[0].monitored
         assert record is not None
         columns = [("CPU %", "y", [statistics.fmean(values) for values in record.cpu_percent])]
         columns.append(("MB", "y2", list(record.rss_mb)))
@@ -430,7 +414,7 @@ def _timelines(measured: list[_Measured]) -> Plot | None:
                 {
                     "type": "scatter",
                     "mode": "lines",
-                    "name": f"{one.series}, batch {one.row.batch_size}",
+                    "name": f"{one.series}, batch {one.row.cell.batch_size}",
                     "legendgroup": str(number),
                     "showlegend": axis == "y",
                     "visible": True if number < _TIMELINES else "legendonly",
@@ -453,7 +437,7 @@ def _timelines(measured: list[_Measured]) -> Plot | None:
 
 
 def _axes(x: str, y: str, measured: Sequence[_Measured], data: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    sizes = sorted({one.row.batch_size for one in measured if one.row.batch_size})
+    sizes = sorted({one.row.cell.batch_size for one in measured if one.row.cell.batch_size})
     largest = [max(trace["y"]) for trace in data]
     flat = max(largest) > _FLATTENS * statistics.median(largest) and min(min(trace["y"]) for trace in data) > 0
     return {

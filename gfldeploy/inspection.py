@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import Bundle, GraphName, TensorSpec
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, load_graph, missing_graph, open_engine
+from gfldeploy.engines.registry import DEFAULT_ENGINES, graph_for, load_graph, obstacle_to, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
 from gfldeploy.macs import count_macs
@@ -155,12 +155,10 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     engines: list[str] = []
     refused: dict[str, str] = {}
     for name in DEFAULT_ENGINES:
-        problem = missing_graph(bundle, name, precision, "cpu")
-        reason = capability(name, precision, "cpu").reason or (problem and problem[0])
-        if len(engines) < 2 and reason is None:
+        if obstacle := obstacle_to(name, bundle, precision, "cpu"):
+            refused[name] = obstacle.reason
+        elif len(engines) < 2:
             engines.append(name)
-        elif reason is not None:
-            refused[name] = reason
     return engines, refused
 
 

@@ -132,7 +132,7 @@ def export_bundle(
             manifest = Manifest(
                 name=loaded.name,
                 precision="fp32",
-                graphs={},
+                graphs={"paddle": Graph("paddle/model.json", "paddle/model.pdiparams")},
                 inputs=(TensorSpec("image", "float32", (shape[0], 3, *shape[1:])),),
                 outputs=_outputs(shape[0], chosen, channels),
                 preprocess=preprocess,
@@ -210,7 +210,6 @@ class _Export:
                 save_paddle_graph(layer, paddle_folder, self._shape)
             except EngineError as error:
                 raise self._suggesting_fixed_size(error) from error
-        self._add("paddle", Graph("paddle/model.json", "paddle/model.pdiparams"))
         self._add("paddle_program", Graph("paddle/model.pdmodel", "paddle/model.pdiparams"))
         try:
             with quiet():

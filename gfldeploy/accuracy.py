@@ -70,9 +70,8 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """The detections of one image in COCO's result format: bbox is x, y, width, height in original pixels.
 
-    Width is x2 - x1, as PaddleDetection has it (`bias` 0). A detection whose class has no category (None) is left out:
-    GFLv2's head has one score channel more than there are classes, and what it finds in the extra one is no object of
-    the data.
+    Width is x2 - x1, as PaddleDetection has it (`bias` 0). A detection without a category (None) is left out, such as
+    those of the score channel that GFLv2's head has beyond its classes.
     """
     rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True)
     return [
@@ -129,8 +128,7 @@ def ap_difference(
     """How much higher the AP of the results `first` is than that of `second`, and its 95% interval.
 
     The interval is that of a percentile bootstrap over images (Efron and Tibshirani, An Introduction to the Bootstrap,
-    1993, chapter 13), both sides on the same resample: it tells what other images of the same kind would have said.
-    Raises `DataError` as `coco_accuracy` does.
+    1993, chapter 13), both sides on the same resample. Raises `DataError` as `coco_accuracy` does.
     """
     sides = [_compared(dataset, results) for results in (first, second)]
     value = float(sides[0].stats[0] - sides[1].stats[0])
@@ -195,10 +193,11 @@ def _compared(
 
 
 def _ap_of(evaluation: Any, images: NDArray[np.int64]) -> float:
-    """AP over these of the images that were compared, by their places; the same may be there more than once."""
+    """AP over these of the compared images, by their places; an image may be there more than once."""
     again = copy.copy(evaluation)
     again.params = copy.deepcopy(evaluation.params)
-    # Of objects of all sizes alone, the first of four ranges, and of the most detections: a quarter of the work.
+    # Only of objects of all sizes, the first of four ranges, and of the largest number of detections: a quarter of the
+    # work.
     ranges, categories, count = len(again.params.areaRng), len(again.params.catIds), len(again.params.imgIds)
     again.params.areaRng, again.params.maxDets = again.params.areaRng[:1], again.params.maxDets[-1:]
     again._paramsEval = again.params
@@ -342,7 +341,7 @@ def detect_images(
 
 
 def _coco(images: Iterable[int], categories: Iterable[int], annotations: list[dict[str, Any]]) -> Any:
-    """A pycocotools COCO over these annotations, numbered from 1: COCOeval takes id 0 for "matched nothing"."""
+    """A pycocotools COCO over these annotations, numbered from 1, since COCOeval takes id 0 for "matched nothing"."""
     from pycocotools.coco import COCO
 
     coco = COCO()

@@ -23,7 +23,7 @@ from gfldeploy.quant.agreement import Reference, agreement
 
 __all__ = ["inspect", "int8_lines", "verify"]
 
-# INT8 engines round differently from each other; a damaged graph finds next to nothing of what the other does.
+# INT8 engines round differently; a damaged graph finds next to nothing of what the other engine's does.
 _LEAST_AGREEMENT = 0.5
 
 
@@ -43,9 +43,12 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
     """
     bundle = Bundle.open(Path(bundle))
     manifest = bundle.manifest
-    shape = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
+    height, width = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
     pad = manifest.preprocess.pad_stride or 1
-    shape = (-(-shape[0] // pad) * pad, -(-shape[1] // pad) * pad)
+    height, width = -(-height // pad) * pad, -(-width // pad) * pad
+    gmac = None  # without an ONNX graph to count MACs in
+    if bundle.has_graph("onnx"):
+        gmac = round(count_macs(bundle.graph("onnx")[0], height, width, manifest.strides) / 1e9, 3)
     return {
         "name": manifest.name,
         "precision": manifest.precision,
@@ -56,11 +59,13 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
         "notes": list(manifest.notes),
         "left_out": dict(manifest.left_out),
         "parameters": manifest.parameters,
-        "macs": {"gmac": _gmac(bundle, *shape), "at": f"{shape[0]}x{shape[1]}"},
+        "macs": {"gmac": gmac, "at": f"{height}x{width}"},
         "preprocess": manifest.preprocess.to_dict(),
         "nms": manifest.nms.to_dict(),
         "size_on_disk_mb": {
-            name: round(sum(_size(bundle, path) for path in (graph.model, graph.params) if path) / 1e6, 2)
+            name: round(
+                sum((bundle.directory / file).stat().st_size for file in (graph.model, graph.params) if file) / 1e6, 2
+            )
             for name, graph in manifest.graphs.items()
         },
         "digest": bundle.digest,
@@ -70,21 +75,13 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
     }
 
 
-def _gmac(bundle: Bundle, height: int, width: int) -> float | None:
-    """10^9 MACs of one image; None where the bundle has no ONNX graph to count them in."""
-    if not bundle.has_graph("onnx"):
-        return None
-    return round(count_macs(bundle.graph("onnx")[0], height, width, bundle.manifest.strides) / 1e9, 3)
-
-
 def int8_lines(parity: Mapping[str, Any]) -> list[str]:
     """What `parity.json` of an INT8 bundle says of each engine, one or more lines each; none for an FP32 bundle.
 
-    Some records are optional: which convolutions an engine ran, the accuracy, the speed, what was kept in float.
+    The convolutions that an engine ran, accuracy, speed and what was kept in float may be absent.
     """
     lines = []
-    accuracy = parity.get("accuracy")
-    speeds = parity.get("speed", {})
+    accuracy, speeds = parity.get("accuracy"), parity.get("speed", {})
     for name, one in parity.get("engines", {}).items():
         ran = one.get("convolutions")
         facts = [f"{ran.get('int8', 0)} of {sum(ran.values())} convolutions in int8"] if ran else []
@@ -100,13 +97,10 @@ def int8_lines(parity: Mapping[str, Any]) -> list[str]:
             facts.append(f"{speed['ratio']:.2f} times as fast as FP32 ({times})")
         lines.append(f"{name}: {', '.join(facts)}")
         lines += [f"{name} not in int8: {reason}" for reason in one.get("not_int8", ())]
-    return lines + [f"kept in float: {_kept(one)}" for one in parity.get("kept_float", ())]
-
-
-def _kept(entry: Mapping[str, Any]) -> str:
-    """A layer or group that was left in float on purpose, and why."""
-    count = entry.get("convolutions", 1)
-    return f"{entry['name']}{f' ({count} convolutions)' if count > 1 else ''}, {entry['why']}"
+    for one in parity.get("kept_float", ()):
+        count = f" ({one['convolutions']} convolutions)" if one.get("convolutions", 1) > 1 else ""
+        lines.append(f"kept in float: {one['name']}{count}, {one['why']}")
+    return lines
 
 
 def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:
@@ -156,7 +150,7 @@ def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progre
 
 
 def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
-    """The engines to verify in, two at most, and why those that come before or would have been the second cannot."""
+    """The engines to verify in, two at most, and why those before them cannot be used."""
     precision = bundle.manifest.precision
     engines: list[str] = []
     refused: dict[str, str] = {}
@@ -171,7 +165,7 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
 
 
 def _compared(bundle: Bundle, first: Engine, second: Engine, graph: GraphName | None = None) -> list[str]:
-    """`graph`: what the second engine runs, where that is not what its name says."""
+    """`graph`: the one that the second engine runs, if its name does not tell."""
     manifest = bundle.manifest
     name, graph = graph or second.name, graph or graph_for(second.name, "fp32", "cpu")
     found = []
@@ -226,7 +220,3 @@ def _fixed(bundle: Bundle) -> tuple[int | None, int | None, int | None]:
 
 def _tensor(spec: TensorSpec) -> str:
     return f"{spec.name} {spec.dtype} [{', '.join('?' if size is None else str(size) for size in spec.shape)}]"
-
-
-def _size(bundle: Bundle, path: str) -> int:
-    return (Path(bundle.directory) / path).stat().st_size

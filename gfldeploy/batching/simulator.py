@@ -6,7 +6,6 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from gfldeploy.batching.buckets import Size, area
 from gfldeploy.batching.policy import Policy, Request, decide
 
-__all__ = ["Clock", "Played", "RealClock", "RequestOutcome", "Run", "VirtualClock", "most_kept", "play"]
+__all__ = ["Played", "RealClock", "RequestOutcome", "Run", "VirtualClock", "most_kept", "play"]
 
 # Runs the requests as one batch padded to a size; in virtual time it returns the milliseconds that this takes, in real
 # time it takes them.
@@ -22,16 +21,8 @@ Run = Callable[[Sequence[Request], Size], float | None]
 Times = NDArray[np.float64]
 
 
-class Clock(Protocol):
-    """Seconds from the start of a trace."""
-
-    def now(self) -> float: ...
-
-    def sleep_until(self, at: float) -> None: ...
-
-
 class VirtualClock:
-    """Time passes only in `sleep_until`."""
+    """Seconds from the start of a trace, which pass only in `sleep_until`."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -44,7 +35,7 @@ class VirtualClock:
 
 
 class RealClock:
-    """From the time when it is made."""
+    """Seconds since it was made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -89,7 +80,7 @@ class Played:
         return sum(one.kept for one in self.outcomes)
 
 
-def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Played:
+def play(trace: Sequence[Request], policy: Policy, run: Run, clock: VirtualClock | RealClock) -> Played:
     """Let requests arrive as the trace says, one engine serving them as the policy decides, until none is left.
 
     Raises `RuntimeError` if the policy breaks its contract: it runs or rejects what does not wait, or does nothing.

@@ -36,6 +36,8 @@ napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # the words say the types of attributes
 maximum_signature_line_length = 88
 
+smartquotes = False  # options begin with two hyphens
+
 html_theme = "furo"
 html_title = f"gfldeploy {version}"
 html_show_sphinx = False

@@ -19,13 +19,14 @@ from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph
-from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, summary
+from gfldeploy.errors import ConfigError, DataError, EngineError, GfldeployError, ParityError, summary
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_checkpoint, random_weights
 from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
 from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
+from gfldeploy.serialization import build
 
 __all__ = ["ExportRequest", "export_bundle"]
 
@@ -335,8 +336,8 @@ def _nms_params(config: DetectorConfig) -> NmsParams:
     if isinstance(values.get("nms_eta"), int | float):
         values["nms_eta"] = min(values["nms_eta"], 1.0)
     try:
-        return NmsParams.from_dict(values)
-    except ConfigError as error:
+        return build(NmsParams, values)
+    except DataError as error:
         raise ConfigError(f"{config.path}: its nms cannot be used: {error.problem}", error.remedy) from error
 
 

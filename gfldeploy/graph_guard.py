@@ -144,7 +144,7 @@ _FACTORS: Mapping[str, tuple[int | str, ...]] = {
     "repeat_interleave": ("repeats", "Repeats"),
 } | {f"{kind}_interp{version}": ("out_d", "out_h", "out_w", "scale", "OutSize", "Scale", "SizeTensor")
      for kind in ("nearest", "linear", "bilinear", "bicubic", "trilinear") for version in ("", "_v2")}  # fmt: skip
-# Of windows, wherever they occur.
+# Attributes of windows, in any operator.
 _WINDOW_ATTRIBUTES = (
     *("kernel_shape", "pads", "strides", "dilations", "output_padding", "output_shape", "group", "blocksize"),
     *("paddings", "ksize", "kernel_size", "groups", "output_size", "upscale_factor", "downscale_factor", "block_shape"),
@@ -171,7 +171,7 @@ class _Graph:
 def check_graph(name: str, model: Path, params: Path | None) -> None:
     """Raise `BundleError` unless this graph's files hold what the module says; `name`: as in a bundle's manifest.
 
-    The files are read in pieces, weights not at all, and once as long as they do not change.
+    Weights are not read, and files that do not change are read once.
     """
     with reading(model, BundleError, _REMEDY):
         files = [model] if params is None else [model, params]
@@ -218,7 +218,7 @@ def _check_nodes(graph: _Graph, operators: Collection[str]) -> None:
 
 
 def _numbers(graph: _Graph, node: _Node, where: int | str) -> Iterator[float]:
-    """Of an input that is constant, or of an attribute."""
+    """The numbers of a constant input, or of an attribute."""
     for name in node.inputs.get(where, ()):
         yield from graph.constants.get(name, ())
     if isinstance(where, str):
@@ -226,7 +226,7 @@ def _numbers(graph: _Graph, node: _Node, where: int | str) -> Iterator[float]:
 
 
 def _check_size(node: _Node, most: int, values: Sequence[float]) -> None:
-    """Refuse sizes whose product is more than `most`; what is not positive says something else than a size."""
+    """Refuse sizes whose product is more than `most`; numbers below 1 are no sizes."""
     if not all(math.isfinite(value) for value in values):
         raise _refused(f"a {node.kind} makes a tensor of a size that is no number")
     product = math.prod(max(1, int(abs(value))) for value in values)

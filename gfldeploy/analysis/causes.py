@@ -25,7 +25,7 @@ _NOTICEABLE = 0.05
 _ROUNDS_TO_TRIM = 5
 # An engine is starved if others use this share of its CPUs; on an idle machine it is below 0.02.
 _STARVED = 0.10
-# Host work is what limits where it takes at least this share of the time.
+# Host work limits the speed if it takes at least this share of the time.
 _HOST_LIMITS = 0.5
 
 

@@ -104,7 +104,7 @@ class Adaptive(Policy):
 
         An image is expected to end after all that are due before it, in batches as full as their buckets allow. A new
         one must leave room for a full batch on top of that, or the most urgent would soon force batches of one, and
-        nobody would be served at the best rate; the room shrinks with the time that is left. A full batch is the
+        no image would be served at the best rate; the room shrinks with the time that is left. A full batch is the
         largest that can wait for another one and still end in time.
         """
         kept: list[Request] = []

@@ -41,7 +41,7 @@ _GIVE_BOXES = "Give a COCO annotation file with object boxes."
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image: its COCO id, its file, and its size in pixels by the annotation file, None where that gives none.
+    """One image: its COCO id, its file, and its size in pixels by the annotation file, None if it has none.
 
     The size that counts is that of the file with EXIF orientation applied, as in PaddleDetection: `size`.
     """
@@ -52,7 +52,7 @@ class CocoImage:
     width: int | None = None
 
     def size(self) -> tuple[int, int]:
-        """(h, w) in pixels, of the file. Raises `DataError` where it cannot be read."""
+        """(h, w) in pixels, of the file. Raises `DataError` if it cannot be read."""
         return image_size(self.path)
 
 
@@ -80,7 +80,7 @@ class CocoAnnotation:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """The category id of each class of a detector, None where the annotations have no such category.
+    """The category id of each class of a detector, None if the annotations have no such category.
 
     `notes`: for the user, sentences about classes that were not matched by the same name.
     """
@@ -95,8 +95,7 @@ class CocoDataset:
 
     `images` are sorted by id, numbers before text. `categories` are in the order of the annotation file:
     PaddleDetection numbers its classes by that order. `annotations` are those of `images`; there may be none.
-    `labelled`: the categories of which the file has boxes, of whatever images. `notes`: what was left out of the file,
-    in sentences.
+    `labelled`: the categories that have boxes in the file, in any image. `notes`: sentences about what was left out.
     """
 
     images: tuple[CocoImage, ...]
@@ -300,7 +299,7 @@ def _image_folders(annotations: Path, image_dir: Path | None) -> tuple[Path, ...
 
 
 def _located(image: CocoImage, name: str, folders: Sequence[Path], where: str) -> CocoImage:
-    """The image with its file. Raises `DataError` where the name leads out of the folders."""
+    """The image with its file. Raises `DataError` if the name leads out of the folders."""
     as_url = unquote(name, errors="surrogateescape")
     spellings = dict.fromkeys([name, name.replace("\\", "/"), as_url, as_url.replace("\\", "/")])
     places = [folder / one for one in spellings for folder in folders if _may_be(folder / one, folder)]

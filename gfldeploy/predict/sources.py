@@ -201,7 +201,7 @@ def list_inputs(
 
 
 class _Walk:
-    """The files below folders, and what of them is left out. `repeated`: some folder was met again."""
+    """The files below folders, and those left out. `repeated`: some folder was met again."""
 
     def __init__(self, inputs: Sequence[Path], exclude: Sequence[Path]) -> None:
         self.repeated = False
@@ -221,7 +221,7 @@ class _Walk:
                 folders.clear()
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            # In place: `walk` goes into what is left, in this order.
+            # In place: `walk` enters the folders that are left, in this order.
             folders[:] = sorted(one for one in folders if self._enters(here / one, folder))
             for file in sorted(files):
                 path = here / file
@@ -235,7 +235,7 @@ class _Walk:
                     yield path
 
     def told(self) -> list[str]:
-        """Sentences about what is left out."""
+        """Sentences about the files left out."""
         told = []
         if self._others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._others.most_common(_MOST_KINDS))
@@ -263,7 +263,7 @@ class _Walk:
 def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
     """(h, w) in pixels of every image of these files, None if it cannot be read.
 
-    Of a video, of as many frames as its header says, which may be wrong: at least one.
+    Of a video, as many as its header says that it has frames, which may be wrong: at least one.
     """
     for path in inputs:
         if is_video(path):
@@ -319,7 +319,7 @@ def _frame_sizes(path: Path) -> Iterator[tuple[int, int] | None]:
             yield None
             return
         size = _frame_size(capture)
-        # Each frame has a byte at least, whatever the header says.
+        # Each frame has at least a byte, whatever the header says.
         count = min(_claimed_frames(capture), path.stat().st_size, _MOST_FRAMES)
     yield from itertools.repeat(size if min(size) > 0 else None, max(count, 1))
 
@@ -330,7 +330,7 @@ def _claimed_frames(capture: Any) -> int:
 
 
 def video_rate(path: Path) -> float:
-    """Frames a second; 0 where the file does not say."""
+    """Frames a second; 0 if the file does not say."""
     with _opened(path) as capture:
         rate = float(capture.get(load_cv2().CAP_PROP_FPS)) if capture else 0.0
     return rate if math.isfinite(rate) and 0 < rate <= _MOST_RATE else 0.0

@@ -49,6 +49,11 @@ class Pass:
     convolution_share: float | None
 
     @property
+    def convolutions_ms(self) -> float:
+        """Of the inference; 0 if unknown."""
+        return self.inference_ms * (self.convolution_share or 0.0)
+
+    @property
     def host_ms(self) -> float:
         """Decoding, preprocessing, copies and NMS."""
         return self.decode_ms + self.preprocess_ms + self.copy_ms + self.postprocess_ms

@@ -474,7 +474,7 @@ def _is_partial(path: Path) -> bool:
 
 def _write_mark(place: Path, command: str, target: Path) -> None:
     with (place / _MARK).open("x", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(f"{_marked(command)} on its way to {target.name}; the next run resumes from it, or removes it\n")
+        file.write(f"gfldeploy {command}, on its way to {target.name}; the next run resumes from it, or removes it\n")
 
 
 def _has_mark(place: Path, command: str, *, alone: bool) -> bool:
@@ -483,12 +483,8 @@ def _has_mark(place: Path, command: str, *, alone: bool) -> bool:
     with suppress(OSError):
         if stat.S_ISREG(mark.lstat().st_mode):
             content = mark.read_bytes()
-            return content.startswith(_marked(command).encode()) or (alone and not content)
+            return content.startswith(f"gfldeploy {command},".encode()) or (alone and not content)
     return False
-
-
-def _marked(command: str) -> str:
-    return f"gfldeploy {command},"
 
 
 def _take(lock: ExitStack, place: Path, output: Path, command: str, made: str) -> bool:

@@ -37,12 +37,11 @@ class Prepared:
     """One image, ready for the network.
 
     `tensor`: float32 [3, h, w], C-contiguous, not yet padded. `scale`: (y, x), network-input pixels per original pixel:
-    dividing a box of the network by it gives original pixels. `original_size`: (h, w) in original pixels.
+    dividing a box of the network by it gives original pixels.
     """
 
     tensor: NDArray[np.float32]
     scale: tuple[float, float]
-    original_size: tuple[int, int]
 
     def __post_init__(self) -> None:
         if self.tensor.ndim != 3 or self.tensor.shape[0] != 3 or self.tensor.dtype != np.float32:
@@ -171,9 +170,8 @@ class Preprocess:
         Raises `DataError` when the image is so elongated that a side would vanish.
         """
         _check_image(image)
-        height, width = image.shape[:2]
-        tensor = np.empty((3, *self.resized_size(height, width)), dtype=np.float32)
-        return Prepared(tensor, self.into(image, tensor), (height, width))
+        tensor = np.empty((3, *self.resized_size(*image.shape[:2])), dtype=np.float32)
+        return Prepared(tensor, self.into(image, tensor))
 
     def into(
         self, image: NDArray[np.uint8], out: NDArray[np.float32], original: tuple[int, int] | None = None

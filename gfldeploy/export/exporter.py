@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 
 __all__ = ["export_bundle"]
 
@@ -267,16 +268,13 @@ class _Export:
 
     def parity_record(self) -> dict[str, Any]:
         """`parity.json`."""
-        fp16: dict[str, Any] = {"tolerance": asdict(half.TOLERANCE)}
-        if self._compared_half:
-            fp16["comparisons"] = [comparison.to_dict() for comparison in self._compared_half]
-        else:
-            fp16["left_out"] = self.manifest.left_out["onnx_fp16"]
+        left_out = self.manifest.left_out.get("onnx_fp16")
+        outcome = {"left_out": left_out} if left_out else {"comparisons": plain(self._compared_half)}
         return {
             "reference": "the eager ppdet model, before BatchNorm folding",
-            "tolerance": asdict(self._tolerance),
-            "comparisons": [comparison.to_dict() for comparison in self._compared],
-            "fp16": fp16,
+            "tolerance": plain(self._tolerance),
+            "comparisons": plain(self._compared),
+            "fp16": {"tolerance": plain(half.TOLERANCE), **outcome},
         }
 
     def _compare(self, graph: GraphName) -> list[parity.GraphComparison]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,6 @@ class GraphComparison:
     width: int
     max_score_difference: float
     max_box_difference_px: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _MOST_PIXELS = 4_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from gfldeploy import __version__
@@ -15,6 +15,7 @@ from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits
 from gfldeploy.quant.groups import groups
 from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.speed import Speed
+from gfldeploy.serialization import plain
 
 __all__ = ["algorithms_record", "int8_manifest", "parity_record"]
 
@@ -53,9 +54,9 @@ def parity_record(
     data: dict[str, Any] = {
         "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
         "images": list(fp32_reference.images),
-        "limits": asdict(limits),
+        "limits": plain(limits),
         "engines": {
-            name: one.agreement.to_dict() | ({"note": _NOTES[name]} if name in _NOTES else {})
+            name: plain(one.agreement) | ({"note": _NOTES[name]} if name in _NOTES else {})
             for name, one in evaluated.engines.items()
         },
     }

@@ -19,11 +19,11 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import capability, open_engine
 
-__all__ = ["Speed", "by_turns", "measure_speed"]
+__all__ = ["Speed", "interleaved_medians", "measure_speed"]
 
 _WARMUP = 2
-_LEAST_ROUNDS = 5
-_LEAST_SECONDS = 2.0
+_MIN_ROUNDS = 5
+_MIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,9 @@ class Speed:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data, without the engine."""
-        data: dict[str, Any] = {"fp32_ms": self.fp32_ms, "int8_ms": self.int8_ms, "ratio": self.ratio}
-        if self.all_int8_ms is not None:
-            data["all_int8_ms"] = self.all_int8_ms
-        if self.note and self.ratio < 1:
-            data["note"] = self.note
-        return data
+        data = {"fp32_ms": self.fp32_ms, "int8_ms": self.int8_ms, "ratio": self.ratio}
+        optional = {"all_int8_ms": self.all_int8_ms, "note": self.note if self.ratio < 1 else None}
+        return data | {name: value for name, value in optional.items() if value}
 
     def lines(self) -> list[str]:
         """What to tell: a line, and one more for each thing that is not as one would wish."""
@@ -89,19 +86,19 @@ def measure_speed(
             )
             for key, bundle in bundles.items()
         }
-        medians = by_turns(engines, batch)
+        medians = interleaved_medians(engines, batch)
     return Speed(name, medians["fp32"], medians["int8"], medians.get("all_int8"), capability(name, "int8", "cpu").note)
 
 
-def by_turns(
+def interleaved_medians(
     engines: Mapping[str, Engine],
     batch: NDArray[np.float32],
-    least_rounds: int = _LEAST_ROUNDS,
-    least_seconds: float = _LEAST_SECONDS,
+    min_rounds: int = _MIN_ROUNDS,
+    min_seconds: float = _MIN_SECONDS,
 ) -> dict[str, float]:
-    """Median milliseconds of each engine: one inference of each in turn, so that what else the machine does meets all.
+    """Median milliseconds of each engine, with one inference of each in every round: other load slows all alike.
 
-    Goes on until `least_rounds` rounds and `least_seconds` seconds are over, after two rounds of warm-up.
+    Stops after `min_rounds` rounds and `min_seconds` seconds; two inferences of each engine are warm-up.
     """
     for engine in engines.values():
         for _ in range(_WARMUP):
@@ -109,7 +106,7 @@ def by_turns(
     times: dict[str, list[float]] = {key: [] for key in engines}
     start = time.perf_counter()
     rounds = 0
-    while rounds < least_rounds or time.perf_counter() - start < least_seconds:
+    while rounds < min_rounds or time.perf_counter() - start < min_seconds:
         for key, engine in engines.items():
             before = time.perf_counter_ns()
             engine.infer({"image": batch})

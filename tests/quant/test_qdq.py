@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from gfldeploy.errors import BundleError, EngineError
+from gfldeploy.errors import DataError, EngineError
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
 from gfldeploy.quant.observer import observe_outputs
 from gfldeploy.quant.qdq import (
@@ -421,7 +421,7 @@ def test_calibration_round_trip() -> None:
 
 @pytest.mark.parametrize("value", [None, [], "text", 3, {}, {"algorithm": "hist"}])
 def test_what_is_no_calibration(value: Any) -> None:
-    with pytest.raises(BundleError, match=r"calibration\.json"):
+    with pytest.raises(DataError, match=r"calibration\.json"):
         Calibration.from_dict(value)
 
 
@@ -444,7 +444,7 @@ def test_what_is_no_calibration(value: Any) -> None:
 def test_malformed_calibration(key: str, value: Any) -> None:
     data = calibration_data()
     data["convolutions"]["conv2d_7.w_0"][key] = value
-    with pytest.raises(BundleError, match=r"calibration\.json") as caught:
+    with pytest.raises(DataError, match=r"calibration\.json") as caught:
         Calibration.from_dict(data)
     assert caught.value.remedy
 
@@ -454,11 +454,11 @@ def test_malformed_kept_uses(kept: Any) -> None:
     assert Calibration.from_dict(calibration_data() | {"kept_float": [["conv2d_7.w_0", 1]]}).kept_float == {
         ConvUse("conv2d_7.w_0", 1)
     }
-    with pytest.raises(BundleError, match=r"calibration\.json"):
+    with pytest.raises(DataError, match=r"calibration\.json"):
         Calibration.from_dict(calibration_data() | {"kept_float": kept})
 
 
 def test_malformed_calibration_of_images() -> None:
     for change in ({"images": {"a.jpg": 3}}, {"images": [1]}, {"algorithm": 3}):
-        with pytest.raises(BundleError, match=r"calibration\.json"):
+        with pytest.raises(DataError, match=r"calibration\.json"):
             Calibration.from_dict(calibration_data() | change)

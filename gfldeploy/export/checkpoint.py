@@ -246,31 +246,24 @@ for _core in ("numpy.core", "numpy._core"):
 
 # Opcodes that reach objects in another way than by a name: persistent ids, copyreg's registry, instances, buffers.
 _REFUSED_OPCODES = {
-    "PERSID": "a persistent id",
-    "BINPERSID": "a persistent id",
-    "EXT1": "an entry of the extension registry",
-    "EXT2": "an entry of the extension registry",
-    "EXT4": "an entry of the extension registry",
-    "INST": "an instance",
-    "OBJ": "an instance",
-    "NEWOBJ": "an instance",
-    "NEWOBJ_EX": "an instance",
-    "NEXT_BUFFER": "an out-of-band buffer",
-    "READONLY_BUFFER": "an out-of-band buffer",
-    "EMPTY_SET": "a set",
-    "ADDITEMS": "a set",
-    "FROZENSET": "a set",
+    opcode: what
+    for what, opcodes in {
+        "a persistent id": "PERSID BINPERSID",
+        "an entry of the extension registry": "EXT1 EXT2 EXT4",
+        "an instance": "INST OBJ NEWOBJ NEWOBJ_EX",
+        "an out-of-band buffer": "NEXT_BUFFER READONLY_BUFFER",
+        "a set": "EMPTY_SET ADDITEMS FROZENSET",
+    }.items()
+    for opcode in opcodes.split()
 }
 _IGNORED = ("PROTO", "FRAME")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 # Opcodes whose argument is the value.
-_VALUES = frozenset(
-    (
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    )
-)
+_VALUE_OPCODES = """
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES
+    BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+"""
+_VALUES = frozenset(_VALUE_OPCODES.split())
 
 
 class _Bounded:
@@ -303,9 +296,9 @@ class _Machine:
             self._allowance.pay_opcode()
             name = opcode.name
             if name in _VALUES:
-                self._stack.append(argument)
+                self._push(argument)
             elif name in _CONSTANTS:
-                self._stack.append(_CONSTANTS[name])
+                self._push(_CONSTANTS[name])
             elif name == "STOP":
                 return self._stack.pop()
             elif name in _REFUSED_OPCODES:
@@ -328,13 +321,10 @@ class _Machine:
             case "MARK":
                 self._below.append(stack)
                 self._stack = []
-            case "POP_MARK":
+            case "POP" if stack:
+                stack.pop()
+            case "POP" | "POP_MARK":
                 self._since_mark()
-            case "POP":
-                if stack:
-                    stack.pop()
-                else:
-                    self._since_mark()
             case "DUP":
                 stack.append(stack[-1])
             case "EMPTY_LIST":
@@ -342,17 +332,15 @@ class _Machine:
             case "EMPTY_DICT":
                 stack.append({})
             case "LIST":
-                items = self._since_mark()
-                self._stack.append(items)
+                self._push(self._since_mark())
             case "TUPLE":
-                items = self._since_mark()
-                self._stack.append(tuple(items))
+                self._push(tuple(self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(name[-1])
                 stack[-size:] = [tuple(_last(stack, size))]
             case "DICT":
                 items = self._since_mark()
-                self._stack.append({})
+                self._push({})
                 self._set_items(items)
             case "APPEND":
                 self._append([stack.pop()])
@@ -380,6 +368,9 @@ class _Machine:
                 self._restore(stack[-1], state)
             case _:
                 raise _RefusedError(f"the opcode {name}")
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
 
     def _since_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._below.pop()

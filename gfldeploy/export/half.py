@@ -74,7 +74,7 @@ def convert_to_half(model: Any) -> int:
 
 
 def _half_nodes(nodes: Iterable[Any]) -> set[int]:
-    """Indices of the convolutions, and of what is met going back from them before anything that has to stay FP32."""
+    """Indices of the convolutions, and of the nodes that feed them, back to the first that must stay FP32."""
     nodes = list(nodes)
     makers = {name: index for index, node in enumerate(nodes) for name in node.output}
     half: set[int] = set()

@@ -182,7 +182,7 @@ def _narrower(shape: Iterable[int], other: Iterable[int]) -> bool:
 def _as(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     if array.dtype == np.uint16 and dtype.startswith("float"):
         array = (array.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # seen by whoever asks whether all of it is finite
+    with np.errstate(over="ignore"):  # `is_finite` finds it
         return np.require(array, dtype=dtype, requirements=["C"])
 
 

@@ -1,4 +1,4 @@
-"""How much of what FP32 detects a quantised model detects again, without labels."""
+"""The share of FP32 detections that a quantised model finds again, without labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calibration found: the ranges that every INT8 artefact of a bundle is made from."""
+"""The ranges that calibration found, from which all INT8 graphs of a bundle are written."""
 
 from __future__ import annotations
 

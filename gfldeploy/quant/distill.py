@@ -1,8 +1,8 @@
 """Quantisation-aware fine-tuning: the weights learn to give, rounded to INT8, what the FP32 model gives.
 
 PaddleSlim inserts the rounding (`quant_aware`), with the thresholds that calibration found; the loop and the loss are
-ours, since no PaddleSlim loss knows a GFL's outputs. No labels: the FP32 model is the teacher. What comes out is an
-FP32 bundle with other weights, which is then calibrated like any other.
+ours, since no PaddleSlim loss knows a GFL's outputs. No labels: the FP32 model is the teacher. The result is an FP32
+bundle with other weights, which is then calibrated like any other.
 """
 
 from __future__ import annotations

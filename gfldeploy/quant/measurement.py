@@ -1,4 +1,4 @@
-"""Runs FP32 once and every INT8 candidate after it on the same images, in the engines that deploy it."""
+"""Runs FP32 once, and then every INT8 candidate, on the same images in the engines that will deploy it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def int8_engines() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Fp32Reference:
-    """What FP32 in ONNX Runtime gives, and how far an INT8 bundle is from it.
+    """The outputs of FP32 in ONNX Runtime, to measure INT8 bundles against.
 
     `images`: names of the images that are compared; `batches` [1, 3, H, W] and `references`: each of them as the
     network's input, and what FP32 gives for it. `dataset`: the evaluation images, and `accuracy` of FP32 on them; None

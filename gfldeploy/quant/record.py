@@ -1,4 +1,4 @@
-"""What an INT8 bundle says of itself: its manifest and `parity.json`."""
+"""The manifest and `parity.json` of an INT8 bundle."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> 
 def parity_record(
     evaluation: Evaluation, fp32_reference: Fp32Reference, limits: GateLimits, speeds: Sequence[Speed]
 ) -> dict[str, Any]:
-    """What `parity.json` says of every INT8 bundle: what was measured of it, what stays in float and why, how fast."""
+    """`parity.json` of an INT8 bundle: the measurements, the layers in float with the reason, and the speed."""
     evaluated, fp32 = evaluation.evaluated, fp32_reference.accuracy
     data: dict[str, Any] = {
         "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
@@ -79,7 +79,7 @@ def algorithms_record(candidates: Sequence[Candidate], chosen: Candidate) -> dic
 
 
 def _kept_float(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """By name and why: the layers that were asked for, then the groups that went back to float."""
+    """The layers that the user asked for, then the groups that went back to float, by name and with the reason."""
     quantized = evaluation.evaluated.quantized
     layers, uses = quantized.source.layers(), quantized.calibration.uses
     asked = evaluation.evaluated.kept.difference(*(group.uses for group in evaluation.groups))
@@ -95,7 +95,7 @@ def _kept_float(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _fallback(evaluation: Evaluation, speeds: Sequence[Speed]) -> dict[str, Any]:
-    """What failed first, what was tried then, and what it cost: an image's milliseconds before and after."""
+    """The first failure, the attempts after it, and the cost: milliseconds of an image before and after."""
     before, *steps = evaluation.steps
     return {
         "before": before.to_dict(),

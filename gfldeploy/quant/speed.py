@@ -1,6 +1,6 @@
-"""What INT8 is worth here: FP32 and INT8 of one engine interleaved in one process, on one image.
+"""How much faster INT8 is on this machine: FP32 and INT8 of one engine interleaved in one process, on one image.
 
-A hint with the accuracy, not a benchmark: `gfldeploy bench` measures properly, one process a cell.
+A hint beside the accuracy, not a benchmark: `gfldeploy bench` runs each cell in a process of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Speed:
         return data | {name: value for name, value in optional.items() if value}
 
     def lines(self) -> list[str]:
-        """What to tell: a line, and one more for each thing that is not as one would wish."""
+        """One line, and another for everything that the user should know."""
         if self.ratio >= 1:
             told = [f"{self.engine}: INT8 runs {self.ratio:.1f} times as fast as FP32 on one calibration image"]
         else:
@@ -63,7 +63,7 @@ class Speed:
             told.append(f"note: {self.note or 'deploy FP32 in this engine on processors like this one'}")
         if self.all_int8_ms is not None:
             told.append(
-                f"{self.engine}: what is kept in float makes it {self.int8_ms:.1f} ms an image, instead of "
+                f"{self.engine}: the layers in float make it {self.int8_ms:.1f} ms an image, instead of "
                 f"{self.all_int8_ms:.1f} ms"
             )
         return told

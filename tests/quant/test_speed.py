@@ -61,5 +61,5 @@ def test_what_is_told_of_speed() -> None:
     assert slow.to_dict()["note"] == slow.note
     assert "deploy FP32" in Speed("paddle", 100.0, 125.0).lines()[1]
     mended = Speed("paddle", 100.0, 50.0, 40.0)
-    assert mended.lines()[1] == "paddle: what is kept in float makes it 50.0 ms an image, instead of 40.0 ms"
+    assert mended.lines()[1] == "paddle: the layers in float make it 50.0 ms an image, instead of 40.0 ms"
     assert mended.to_dict()["all_int8_ms"] == 40.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -59,17 +58,7 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
 )
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph with NMS, for its deploy tools.")
 @THREADS
-def command(
-    config: Path,
-    weights: Path | None,
-    random_weights: int | None,
-    output: Path,
-    input_shape: tuple[int | None, int, int] | None,
-    candidates: int | Literal["auto", "all"],
-    with_nms: bool,
-    threads: int | None,
-    force: bool,
-) -> None:
+def command(**given: Any) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 
     The graphs decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there
@@ -81,17 +70,5 @@ def command(
     \b
     Example: gfldeploy export --config gfl_r50.yml --weights model_final.pdparams --output gfl_r50
     """
-    bundle = export_bundle(
-        config=config,
-        output=output,
-        weights=weights,
-        random_weights=random_weights,
-        input_shape=input_shape,
-        candidates=candidates,
-        with_nms=with_nms,
-        threads=threads,
-        force=force,
-        command=command_line(),
-        progress=TerminalProgress(),
-    )
+    bundle = export_bundle(**given, command=command_line(), progress=TerminalProgress())
     click.echo(bundle.directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -104,26 +104,7 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     "sensitivity.json.",
 )
 @THREADS
-def command(
-    bundle: Path,
-    data: Path,
-    images: Path | None,
-    output: Path,
-    algo: str | None,
-    samples: int | None,
-    eval_data: Path | None,
-    eval_images: Path | None,
-    eval_limit: int | None,
-    max_drop: float | None,
-    min_agreement: float | None,
-    method: str,
-    distill_steps: int | None,
-    keep_float: tuple[str, ...],
-    fallback: bool,
-    sensitivity: bool,
-    threads: int | None,
-    force: bool,
-) -> None:
+def command(**given: Any) -> None:
     """Make an INT8 bundle from an FP32 one: static quantisation, calibrated on your images.
 
     One calibration gives the Paddle program for oneDNN and the QDQ ONNX files. Before the bundle is published they are
@@ -134,26 +115,5 @@ def command(
     \b
     Example: gfldeploy quantize gfl_r50 --data calib_images/ --output gfl_r50_int8
     """
-    made = quantize_bundle(
-        bundle,
-        data=data,
-        images=images,
-        output=output,
-        algo=algo,
-        method=method,
-        distill_steps=distill_steps,
-        samples=samples,
-        eval_data=eval_data,
-        eval_images=eval_images,
-        eval_limit=eval_limit,
-        max_drop=max_drop,
-        min_agreement=min_agreement,
-        keep_float=keep_float,
-        fallback=fallback,
-        sensitivity=sensitivity,
-        threads=threads,
-        force=force,
-        command=command_line(),
-        progress=TerminalProgress(),
-    )
+    made = quantize_bundle(**given, command=command_line(), progress=TerminalProgress())
     click.echo(made.directory)

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
-from gfldeploy.bundle_records import RECORDS
-from gfldeploy.errors import DataError
-from gfldeploy.serialization import build, check, plain
+from gfldeploy.serialization import plain
 
 __all__ = ["Calibration", "ConvRanges", "ConvUse", "OutputRange"]
 
@@ -75,16 +73,5 @@ class Calibration:
         return replace(self, kept_float=frozenset(kept))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; `from_dict` is the inverse."""
+        """As JSON-ready data."""
         return {**plain(self), "kept_float": [list(one) for one in sorted(self.kept_float)]}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        """Check and build. Raises `DataError` where the data is not what `to_dict` gives."""
-        name = "calibration.json"
-        check(RECORDS[name], data, name)
-        ranges = {key: build(ConvRanges, entry, f"{name}: {key}") for key, entry in data["convolutions"].items()}
-        found = cls(data["algorithm"], data["images"], ranges, frozenset(ConvUse(*use) for use in data["kept_float"]))
-        if unknown := found.kept_float.difference(found.uses):
-            raise DataError(f"{name}: kept_float names {list(min(unknown))}, which has no ranges", "Quantise again.")
-        return found

@@ -169,8 +169,7 @@ class _Writer:
         value = numpy_helper.to_array(self.constants[name])
         if np.abs(value).max(initial=0) > _LARGEST:
             raise EngineError(
-                f"{name} has values up to {np.abs(value).max():.3g}, FP16 holds {_LARGEST:.0f}",
-                "Use the FP32 file.",
+                f"{name} has values up to {np.abs(value).max():.3g}, FP16 holds {_LARGEST:.0f}", "Use the FP32 file."
             )
         self.half_constants[name] = numpy_helper.from_array(value.astype(np.float16), name + _SUFFIX)
 

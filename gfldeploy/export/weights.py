@@ -66,10 +66,7 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
             if count
         ]
         kind, remedy = _explain(state, weights, missing, unexpected, misshapen)
-        raise CheckpointError(
-            f"the checkpoint {kind}: of {len(state)} parameters, {', '.join(problems)}",
-            remedy,
-        )
+        raise CheckpointError(f"the checkpoint {kind}: of {len(state)} parameters, {', '.join(problems)}", remedy)
     fitted = {name: _as(weights[name], str(tensor.dtype).rpartition(".")[2]) for name, tensor in state.items()}
     for name, array in fitted.items():
         if not is_finite(array):

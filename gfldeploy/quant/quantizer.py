@@ -248,10 +248,7 @@ class _Attempts:
         onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
         batches = (preprocess.batch([preprocess(read_image(path))]) for path in self.images)
         outputs = observe_outputs(
-            onnx_file,
-            batches,
-            self.evaluator.threads,
-            lambda done: progress.step("observing", done, len(self.images)),
+            onnx_file, batches, self.evaluator.threads, lambda done: progress.step("observing", done, len(self.images))
         )
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:

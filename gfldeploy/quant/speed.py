@@ -70,12 +70,7 @@ class Speed:
 
 
 def measure_speed(
-    name: str,
-    fp32: Bundle,
-    int8: Bundle,
-    all_int8: Bundle | None,
-    batch: NDArray[np.float32],
-    threads: int,
+    name: str, fp32: Bundle, int8: Bundle, all_int8: Bundle | None, batch: NDArray[np.float32], threads: int
 ) -> Speed:
     """Time engine `name` on `batch` [1, 3, H, W]; takes seconds. Raises `EngineError`."""
     bundles = {"fp32": fp32, "int8": int8} | ({"all_int8": all_int8} if all_int8 else {})

@@ -78,49 +78,49 @@ def tune_bundles(
 ) -> Deploy:
     """Find the fastest engine, precision, batch size, threads and order of images that keep the bounds.
 
-    The fastest has most images a second from file to boxes, one batch after the other. Every process's answer is kept
-    in a folder beside the output until that is written: interrupted or killed, the same call resumes where it stopped.
+    The fastest has the highest throughput from file to boxes, one batch after the other. Interrupted or killed, the
+    same call resumes where it stopped.
 
     Args:
-        bundles: The bundles to choose from; give the FP32 and the INT8 bundle of a detector together.
-        data: A COCO annotation file.
-        images: The folder its file names start from; None is `images/` beside it, else its own folder.
+        bundles: The directories of the bundles to choose from: the FP32 and the INT8 bundle of a detector.
+        data: COCO annotations (.json).
+        images: The folder in which their file names start; by default `images/` beside them, else their folder.
         max_latency_ms: Bound of the 99th percentile of a batch's latency, from file to boxes.
-        max_memory_mb: Bound of the peak resident memory, the prepared images left out, in 10^6 bytes.
+        max_memory_mb: Bound of the peak resident memory without the images, in 10^6 bytes.
         max_drop: Bound of the mAP lost against the first FP32 bundle, 0 to 1.
         engines: The engines to choose from.
         precisions: The precisions to choose from.
         batch_sizes: The batch sizes to choose from.
-        threads: The numbers of CPU threads of one inference to choose from; None is 1, doubled up to all.
-        orders: How batches may be formed: of images as they are listed, or of images of one size.
-        device: Where the engines run.
-        results: Files of `gfldeploy bench` of this machine and data, whose cells are not measured again.
-        rounds: Interleaved rounds in which the finalists are measured at length.
-        min_seconds: Seconds that each cell is timed at least in each round; with `max_latency_ms` up to five times as
-            many, until the 99th percentile is known.
-        min_count: Inferences that are timed at least.
-        look_seconds: Seconds of a first look at a cell.
-        limit: How many images are timed.
-        accuracy: Whether to measure the mAP of what is about to be chosen.
-        accuracy_limit: How many images the mAP is of; None is all.
-        budget_seconds: Seconds after which no more cells are looked at; the finish and mAP come on top.
+        threads: The numbers of CPU threads of one inference to choose from; by default 1, doubled up to all.
+        orders: How batches may be formed: of images as they are listed, or of images of one size ("bucketed").
+        device: "cpu" or "gpu".
+        results: Files of `gfldeploy bench` of this machine and data: their cells are not measured again briefly.
+        rounds: Each of the best cells is measured at length once in each round.
+        min_seconds: Time each of the best cells for at least this long in each round, and with `max_latency_ms` for up
+            to five times as long, until the 99th percentile is known.
+        min_count: Time at least this number of inferences.
+        look_seconds: Time each cell for at least this long when it is first looked at.
+        limit: The number of images used for timing, the first of the annotations.
+        accuracy: Measure the mAP of what is about to be chosen.
+        accuracy_limit: The number of images used for mAP; None for all.
+        budget_seconds: Look at no more cells after this long; the final measurements and mAP come on top.
         exhaustive: Measure every cell at length, and every mAP.
         cell_timeout: Seconds after which a cell has failed; for mAP, seconds without an image done.
-        engine_cache: Where engines keep what they have built.
-        output: The file to write; its paths are relative to its folder.
-        force: Whether to replace the output.
-        progress: Told what is done.
+        engine_cache: Where engines keep what they compiled.
+        output: The file to write; the bundles' paths in it are relative to it.
+        force: Replace the file if it exists and gfldeploy made it.
+        progress: Told of the configurations, and of each process as it starts.
 
     Returns:
-        What was written.
+        The choice with its evidence, as written to `output`.
 
     Raises:
+        UsageError: The options contradict each other.
         BoundsError: No configuration keeps the bounds; the nearest is named.
-        UsageError: `max_drop` was given without `accuracy`.
         EngineError: Nothing can run, or nothing could be measured.
-        BundleError: A bundle cannot be used.
+        BundleError: A bundle is damaged.
         DataError: The data cannot be used, or the results are not of this machine, software and data.
-        OutputError: The output exists, or cannot be written.
+        OutputError: The output exists already, or cannot be written.
     """
     if max_drop is not None and not accuracy:
         raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
@@ -162,7 +162,7 @@ def tune_bundles(
         look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
         session = _Session(search, known_bundles, engines, runner, look, settings, accuracy, progress)
         for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
-            session.add(cell, result, file.settings.quick)
+            search.known[cell] = session.add(cell, result, file.settings.quick)
         reused = len(search.known)
         for note in measured_on.notes:
             progress.note(note)
@@ -240,17 +240,16 @@ class _Session:
     why: dict[Model, str] = field(default_factory=dict)
 
     def add(self, cell: Cell, result: CellResult, quick: bool) -> Measured | None:
-        """Note a result, and return what was measured; None where that failed."""
+        """Keep a result, and return what was measured; None where that failed."""
         self.results[cell] = result
         (self.quick.add if quick else self.quick.discard)(cell)
         if result.ap is not None:
             self.accuracies[model_of(cell)] = result.accuracy
-        self.search.known[cell] = Measured.of(result) if measurable(result) else None
-        return self.search.known[cell]
+        return Measured.of(result) if measurable(result) else None
 
     def look_at(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
-        known, threads = len(self.results), step.cells[0].threads
+        known, threads = len(self.search.known), step.cells[0].threads
         self.progress.stage(
             f"{known} of {len(self.search.cells)} cells known; next: {step.why} "
             f"({threads} thread{'' if threads == 1 else 's'})"

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from gfldeploy.bench.cell import Cell
 from gfldeploy.tune.measured import Measured
 from gfldeploy.tune.search import Model, Search, Step, choose, model_of
 
-__all__ = ["Outcome", "race"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a search came to.
-
-    `finished`: the cells measured at length that keep all bounds, the choice first; empty where no cell does.
-    `complete`: not cut short.
-    """
-
-    finished: Mapping[Cell, Measured]
-    complete: bool
-
-    @property
-    def choice(self) -> Cell | None:
-        """The cell to deploy, None where no cell keeps the bounds."""
-        return next(iter(self.finished), None)
+__all__ = ["race"]
 
 
 def race(
@@ -36,8 +18,8 @@ def race(
     drop: Callable[[Model], float | None],
     out_of_time: Callable[[], bool] = lambda: False,
     exhaustive: bool = False,
-) -> Outcome:
-    """Find the fastest cell that keeps the bounds; what is measured goes into the `search`.
+) -> bool:
+    """Find the fastest cell that keeps the bounds, the first of `search.finished`; returns False if it was cut short.
 
     `look` measures briefly, `finish` at length and interleaved. `drop`: the mAP that a model loses, None where it is
     not measured; asked of one model after the other, for the one that leads at the finish, so that a loser's accuracy
@@ -75,4 +57,5 @@ def race(
                 search.drops[model] = lost
             if search.refused(model):
                 continue
-        return Outcome({cell: kept[cell] for cell in ranking}, complete)
+        search.finished = {cell: kept[cell] for cell in ranking}
+        return complete

@@ -125,13 +125,15 @@ class Search:
 
     `known`: the latest measurement of each cell, None where it failed. `drops`: mAP that models were found to lose.
     Decisions depend on nothing else, so that an interrupted search resumes where it was, and one with results of
-    earlier benchmarks starts from them. A batch of one image has the order "listed".
+    earlier benchmarks starts from them. `finished`: in the end, the cells measured at length that keep all bounds, the
+    choice first. A batch of one image has the order "listed".
     """
 
     cells: tuple[Cell, ...]
     bounds: Bounds
     known: dict[Cell, Measured | None] = field(default_factory=dict)
     drops: dict[Model, float] = field(default_factory=dict)
+    finished: dict[Cell, Measured] = field(default_factory=dict)
 
     @cached_property
     def by_model(self) -> Mapping[Model, Sequence[Cell]]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.buckets import STREAM_ORDERS, Order
 from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
-from gfldeploy.bench.estimates import percentile
+from gfldeploy.bench.estimates import median, percentile
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import plan
-from gfldeploy.bench.results import BenchResults, CellResult, Settings, defined_ap
+from gfldeploy.bench.results import BenchResults, CellResult, Settings
 from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
 from gfldeploy.bundle import Bundle
@@ -33,7 +33,7 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
-from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable, speed
+from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable
 from gfldeploy.tune.race import race
 from gfldeploy.tune.reuse import reuse
 from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
@@ -171,7 +171,7 @@ def tune_bundles(
         for line in planned.lines():
             if line.startswith("  skip"):
                 progress.stage(line)
-        outcome = race(
+        complete = race(
             search,
             session.look_at,
             session.finish,
@@ -183,28 +183,28 @@ def tune_bundles(
             for model in search.by_model:
                 if search.known.get(search.start(model)):
                     session.drop(model)
-        if outcome.choice is None:
+        if not search.finished:
             raise session.no_choice()
-        configurations = [session.configuration(cell, output) for cell in list(outcome.finished)[:2]]
+        choice, *others = [session.configuration(cell, output) for cell in list(search.finished)[:2]]
         deploy = Deploy(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             summary="",
-            choice=configurations[0],
-            runner_up=configurations[1] if len(configurations) > 1 else None,
+            choice=choice,
+            runner_up=others[0] if others else None,
             bounds=search.bounds,
-            knee=session.knee(outcome.choice),
+            knee=session.knee(choice.cell),
             search=SearchRecord(
                 cells=len(search.cells),
                 measured=len(search.known),
                 reused=reused,
                 seconds=round(time.monotonic() - start, 1),
                 exhaustive=exhaustive,
-                complete=outcome.complete,
+                complete=complete,
             ),
             machine=machine,
             data=measured_on.description,
         )
-        deploy = replace(deploy, summary=summarize(deploy, *list(outcome.finished.values())[:2]))
+        deploy = replace(deploy, summary=summarize(deploy, *list(search.finished.values())[:2]))
         check_file(output, "yml", force=force)  # somebody else may have been faster
         deploy.write(output)
     return deploy
@@ -218,12 +218,19 @@ def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]
     return cell.order in ([order for order in orders if order == "listed" or not alike] or ["listed"])
 
 
+def _accuracy_of(result: CellResult) -> Accuracy | str:
+    """What was measured, or why there is no mAP to compare with."""
+    if result.accuracy is None:
+        return result.reason or result.accuracy_reason or "unknown"
+    return result.accuracy if result.ap is not None else "it is undefined, as the images have no objects to find"
+
+
 @dataclass
 class _Session:
     """What measures, and what it has measured.
 
-    `results`: the latest of each cell; `quick`: those too brief for figures to be quoted. `accuracies`: None where one
-    could not be measured, for the reason in `why`.
+    `results`: the latest of each cell; `quick`: those too brief for figures to be quoted. `accuracies`: of each model,
+    or why there is none.
     """
 
     search: Search
@@ -236,15 +243,14 @@ class _Session:
     progress: Progress
     results: dict[Cell, CellResult] = field(default_factory=dict)
     quick: set[Cell] = field(default_factory=set)
-    accuracies: dict[Model, Accuracy | None] = field(default_factory=dict)
-    why: dict[Model, str] = field(default_factory=dict)
+    accuracies: dict[Model, Accuracy | str] = field(default_factory=dict)
 
     def add(self, cell: Cell, result: CellResult, quick: bool) -> Measured | None:
         """Keep a result, and return what was measured; None where that failed."""
         self.results[cell] = result
         (self.quick.add if quick else self.quick.discard)(cell)
         if result.ap is not None:
-            self.accuracies[model_of(cell)] = result.accuracy
+            self.accuracies[model_of(cell)] = _accuracy_of(result)
         return Measured.of(result) if measurable(result) else None
 
     def look_at(self, step: Step) -> dict[Cell, Measured | None]:
@@ -278,14 +284,14 @@ class _Session:
             return None
         reference = self._reference(model.engine)
         if reference is None:
-            self._ap(model)
+            self._accuracy(model)
             return None
-        base = self._ap(reference)
-        if base is None:
-            problem = f"the mAP of {reference.bundle.directory} in FP32 could not be measured: {self.why[reference]}"
+        base = self._accuracy(reference)
+        if isinstance(base, str):
+            problem = f"the mAP of {reference.bundle.directory} in FP32 could not be measured: {base}"
             raise EngineError(problem, "Remedy that, or leave --max-drop out and add --no-accuracy.")
-        found = self._ap(model)
-        return base if found is None else base - found
+        found = self._accuracy(model)
+        return base.ap - (0.0 if isinstance(found, str) else found.ap)
 
     def _reference(self, engine: str) -> Model | None:
         """The first FP32 bundle in this engine, else in one of those asked for that runs it; None without one."""
@@ -298,16 +304,11 @@ class _Session:
                 return None
         return None
 
-    def _ap(self, model: Model) -> float | None:
-        """The mAP, measured once; None where that failed, or it is undefined."""
+    def _accuracy(self, model: Model) -> Accuracy | str:
         if model not in self.accuracies:
             (result,) = self.runner.measure([self._first(model)], self.look, accuracy=True, progress=self.progress)
-            self.accuracies[model] = result.accuracy
-            self.why[model] = result.reason or result.accuracy_reason or "unknown"
-        ap = defined_ap(self.accuracies[model])
-        if ap is None and self.accuracies[model]:
-            self.why[model] = "it is undefined, as the images have no objects to find"
-        return ap
+            self.accuracies[model] = _accuracy_of(result)
+        return self.accuracies[model]
 
     def _first(self, model: Model) -> Cell:
         """The cell whose process measured the model first: mAP depends on neither batch size nor threads."""
@@ -334,11 +335,14 @@ class _Session:
         measured = Measured.of(result)
         accuracy = self.accuracies.get(model_of(cell))
         reference = self._reference(cell.engine)
-        ap, base = defined_ap(accuracy), defined_ap(self.accuracies.get(reference) if reference else None)
+        ap, base = (
+            one.ap if isinstance(one, Accuracy) else None
+            for one in (accuracy, self.accuracies.get(reference) if reference else None)
+        )
         network = [1e3 * cell.batch_size / ms for ms in result.latency_ms if ms > 0]
         mixed = [run.mixed_batches for run in result.runs]
         return Evidence(
-            images_per_s=speed(measured),
+            images_per_s=median([value for run in measured.passes for value in run]),
             latency_p50_ms=percentile(result.file_ms, 50),
             latency_p99_ms=percentile(result.file_ms, BOUND_PERCENT) if measured.tail.known else None,
             latency_max_ms=max(result.file_ms),
@@ -349,7 +353,7 @@ class _Session:
             memory_mb=round(measured.memory_mb, 1),
             ap=ap,
             ap_drop=base - ap if ap is not None and base is not None else None,
-            ap_images=accuracy.images if accuracy and ap is not None else None,
+            ap_images=accuracy.images if isinstance(accuracy, Accuracy) else None,
             runs=len(result.runs),
             started=result.runs[0].started,
         )

@@ -33,10 +33,8 @@ def reuse(
         ):
             if listed := "; ".join(map(str, differences)):
                 raise DataError(f"{path} is {what}: {listed} (there, here)", "Leave it out of --results.")
-        there, here = results.data, now.data
-        same_images = (there.annotations_sha256, there.accuracy_images) == (
-            here.annotations_sha256,
-            here.accuracy_images,
+        same_images = all(
+            getattr(results.data, name) == getattr(now.data, name) for name in ("annotations_sha256", "accuracy_images")
         )
         measured = {_key(one.cell): one for one in results.cells if measurable(one)}
         found = [(cell, measured[_key(cell)]) for cell in cells if _key(cell) in measured]

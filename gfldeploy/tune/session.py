@@ -34,7 +34,6 @@ from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
 from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable
-from gfldeploy.tune.race import race
 from gfldeploy.tune.reuse import reuse
 from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
 from gfldeploy.tune.summary import miss_in_words, summarize
@@ -171,8 +170,7 @@ def tune_bundles(
         for line in planned.lines():
             if line.startswith("  skip"):
                 progress.stage(line)
-        complete = race(
-            search,
+        complete = search.run(
             session.look_at,
             session.finish,
             session.drop,

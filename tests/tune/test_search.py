@@ -13,7 +13,6 @@ from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.engines.base import Precision
 from gfldeploy.tune.measured import Measured, Tail
-from gfldeploy.tune.race import race
 from gfldeploy.tune.search import Bounds, Model, Search, Step, choose, model_of
 
 MODELS: tuple[tuple[str, str, Precision], ...] = (
@@ -131,7 +130,7 @@ def run_race(surface: Surface, where: Search, seed: int = 0) -> tuple[Cell | Non
         asked.append(model)
         return surface.drops[model]
 
-    race(where, look, finish, drop)
+    where.run(look, finish, drop)
     return next(iter(where.finished), None), measured, asked
 
 
@@ -233,7 +232,7 @@ def test_an_exhaustive_search_measures_every_cell_once() -> None:
         measured.extend(cells)
         return {one: surface.measured(one, 0, 3, exact) for one in cells}
 
-    assert race(where, lambda step: pytest.fail(str(step)), finish, lambda model: None, exhaustive=True)
+    assert where.run(lambda step: pytest.fail(str(step)), finish, lambda model: None, exhaustive=True)
     assert sorted(map(str, measured)) == sorted(map(str, where.cells))
     assert surface.images_per_s(next(iter(where.finished))) >= 0.98 * true_best(surface, where)
 
@@ -244,9 +243,7 @@ def test_out_of_time_still_finishes() -> None:
     def look(step: Step) -> dict[Cell, Measured | None]:
         return {one: surface.measured(one, 0, 1, exact) for one in step.cells}
 
-    complete = race(
-        where, look, lambda cells: look(Step(tuple(cells), "")), lambda model: None, out_of_time=lambda: True
-    )
+    complete = where.run(look, lambda cells: look(Step(tuple(cells), "")), lambda model: None, out_of_time=lambda: True)
     assert not complete and where.finished
     assert {one.batch_size for one in where.known} == {1}
 

@@ -9,19 +9,8 @@ from typing import Any
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cell import STREAMS, BundleIdentity, Cell
 from gfldeploy.bench.matrix import Plan
-from gfldeploy.bench.results import (
-    BenchResults,
-    CellResult,
-    Cost,
-    DataDescription,
-    Idle,
-    Monitored,
-    Peak,
-    Run,
-    Settings,
-    Stages,
-)
-from gfldeploy.bench.timing import Samples
+from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Idle, Monitored, Peak, Run, Stages
+from gfldeploy.bench.timing import Samples, Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.machine import describe_machine
 

@@ -16,7 +16,7 @@ import psutil
 from gfldeploy.bench.results import Idle, Monitored
 from gfldeploy.engines.base import Device
 
-__all__ = ["Monitor", "OthersUse", "wait_until_idle"]
+__all__ = ["BUSY_PERCENT", "Monitor", "OthersUse", "wait_until_idle"]
 
 BUSY_PERCENT = 20.0
 """Use of the CPUs, or of the GPU, by others from which on a machine counts as busy."""

@@ -24,12 +24,12 @@ from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
-from gfldeploy.bench.results import Idle, Peak, Run, Settings
+from gfldeploy.bench.results import Idle, Peak, Run
 from gfldeploy.bench.roofline import measure_peak
 from gfldeploy.bench.scenarios import ServerRun, arrival_times
 from gfldeploy.bench.scenarios import serve as serve_arrivals
 from gfldeploy.bench.stages import time_stages
-from gfldeploy.bench.timing import Samples, measure
+from gfldeploy.bench.timing import Samples, Settings, measure
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import report_progress, serve
 from gfldeploy.engines.base import (
@@ -180,7 +180,7 @@ def _measure(
     settings: Settings,
 ) -> Samples | ServerRun:
     if cell.rate is None or cell.policy is None or settings.latency_bound_ms is None:
-        return measure(engine, [batch.tensor for batch in batches], settings.stop, settings.warmup)
+        return measure(engine, [batch.tensor for batch in batches], settings)
     count = max(settings.min_count, math.ceil(cell.rate * settings.min_seconds))
     arrivals = arrival_times(cell.rate, count, settings.seed)
     bound_ms, warmup = settings.latency_bound_ms, settings.warmup

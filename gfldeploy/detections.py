@@ -138,7 +138,7 @@ class Detections:
         ]
 
     def for_supervision(self) -> dict[str, Any]:
-        """The arguments of `supervision.Detections`, for the annotators, trackers and filters of that package.
+        """The arguments of `supervision.Detections`, for the annotators, trackers and filters of that package::
 
             supervision.Detections(**found.for_supervision())
 

@@ -77,7 +77,10 @@ def summarize_report(report: Diagnosis) -> list[str]:
     machine = report.machine
     gpus = ", ".join(machine.gpus) or "unknown model"
     blocks = [
-        ("Machine", [machine.cpu, f"{machine.threads} usable CPUs, {machine.memory_gb} GB, Python {machine.python}"]),
+        (
+            "Machine",
+            [machine.cpu, f"{machine.threads} usable CPUs, {machine.memory_gb} GB memory, Python {machine.python}"],
+        ),
         ("GPU", [f"{gpus}, driver {machine.driver}" if machine.driver else "no NVIDIA driver is loaded"]),
         *(
             (command.capitalize(), [f"not installed: {', '.join(modules)}" if modules else "works"])
@@ -144,7 +147,7 @@ def _improvements(report: Diagnosis) -> Iterator[tuple[str, str]]:
         yield f"{title_of(first)}, the first choice on {device}", absent[first]
     for command, modules in report.lacking.items():
         for module in modules:
-            yield command, install_command(module)
+            yield command, install_command(module, device)
     for name in (*PREFERRED_ENGINES, *TENSORRT_ENGINES):
         if name in absent and name != first:
             yield title_of(name), absent[name]

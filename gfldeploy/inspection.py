@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import Bundle, GraphName, TensorSpec
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, load_graph, missing_graph, open_engine
+from gfldeploy.engines.registry import DEFAULT_ENGINES, graph_for, load_graph, obstacle_to, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
 from gfldeploy.macs import count_macs
@@ -33,8 +33,8 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
 
     Args:
         bundle: The directory of the bundle.
-        size: Height and width in pixels of the image whose MACs are counted, which is padded as the preprocessing does;
-            by default of the largest image that the preprocessing makes.
+        size: Height and width in pixels of the image whose MACs are counted, padded as by the preprocessing; by default
+            the largest image that the preprocessing makes.
 
     Returns:
         JSON-ready data.
@@ -156,12 +156,10 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
     engines: list[str] = []
     refused: dict[str, str] = {}
     for name in DEFAULT_ENGINES:
-        problem = missing_graph(bundle, name, precision, "cpu")
-        reason = capability(name, precision, "cpu").reason or (problem and problem[0])
-        if len(engines) < 2 and reason is None:
+        if obstacle := obstacle_to(name, bundle, precision, "cpu"):
+            refused[name] = obstacle.reason
+        elif len(engines) < 2:
             engines.append(name)
-        elif reason is not None:
-            refused[name] = reason
     return engines, refused
 
 

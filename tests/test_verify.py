@@ -6,20 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from gfldeploy import inspection
-from gfldeploy.engines.base import Device, Precision
-from gfldeploy.engines.registry import Capability
+from gfldeploy.engines import registry
+from gfldeploy.engines.base import Device, EngineSpec, Obstacle, Precision
 from gfldeploy.inspection import verify
 
 pytest.importorskip("onnxruntime")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    def capability(engine: str, precision: Precision, device: Device) -> Capability:
-        reason = None if engine in names else f"{engine} is not installed"
-        return Capability(engine, precision, device, reason)
+    def unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obstacle | None:
+        return None if spec.name in names else Obstacle(f"{spec.name} is not installed", "install it")
 
-    monkeypatch.setattr(inspection, "capability", capability)
+    monkeypatch.setattr(registry, "_unavailable", unavailable)
 
 
 def test_one_engine_runs_the_graph(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

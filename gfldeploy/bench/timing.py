@@ -91,8 +91,8 @@ def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], settings: Se
     """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N, one after the other.
 
     The warm-up is of every distinct shape, because engines compile or plan for each shape anew. Then the batches are
-    run in their order, again and again as a whole, until the settings say so: every engine and batch size is timed on the
-    same images. Raises `EngineError` when the engine fails.
+    run in their order, all of them again and again, until the settings say so: every engine and batch size is timed on
+    the same images. Raises `EngineError` when the engine fails.
     """
     sizes = {len(batch) for batch in batches}
     if len(sizes) != 1:

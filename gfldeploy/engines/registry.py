@@ -47,8 +47,8 @@ __all__ = [
     "installed_version",
     "load_graph",
     "missing_graph",
+    "obstacle_to",
     "open_engine",
-    "preferred_engine",
     "title_of",
 ]
 
@@ -66,7 +66,12 @@ ONNXRUNTIME = Library(
     {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"},
     {"cpu": "pip install onnxruntime", "gpu": "pip uninstall onnxruntime, then pip install onnxruntime-gpu"},
 )
-_NO_FP16_ON_CPUS = Obstacle("its CPU kernels have no FP16 convolution", "use int8 on CPUs")
+_NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
+_NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
+_NO_BF16_IN_ORT = Obstacle(
+    "ONNX Runtime's CPU kernels have no BF16 convolution", "use the engines paddle or openvino for bf16"
+)
+_FP16_FILE_FOR_GPUS = Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or int8 on CPUs")
 _NO_BF16_ON_GPUS = Obstacle("gfldeploy has no BF16 on GPUs yet", "use fp16")
 _NEEDS_TENSORRT = Obstacle("INT8 on GPUs needs TensorRT", "use an engine with TensorRT, or fp16")
 _PLAIN = Obstacle("it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
@@ -79,7 +84,7 @@ _BUILT_IN = (
         entry="gfldeploy.engines.paddle_engine:PaddleEngine",
         library=PADDLE,
         runs={  # Paddle's passes for INT8 and for TensorRT know the older program format only
-            "cpu": {"fp32": "paddle", "fp16": _NO_FP16_ON_CPUS, "bf16": "paddle", "int8": "paddle_program"},
+            "cpu": {"fp32": "paddle", "fp16": _NO_FP16_IN_ONEDNN, "bf16": "paddle", "int8": "paddle_program"},
             "gpu": {"fp32": "paddle", "fp16": "paddle", "bf16": _NO_BF16_ON_GPUS, "int8": _NEEDS_TENSORRT},
         },
         rank=3,
@@ -116,14 +121,7 @@ _BUILT_IN = (
         entry="gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
         library=ONNXRUNTIME,
         runs={
-            "cpu": {
-                "fp32": "onnx",
-                "fp16": _NO_FP16_ON_CPUS,
-                "bf16": Obstacle(
-                    "its CPU kernels have no BF16 convolution", "use the engine openvino or paddle for bf16"
-                ),
-                "int8": "onnx",
-            },
+            "cpu": {"fp32": "onnx", "fp16": _NO_FP16_IN_ORT, "bf16": _NO_BF16_IN_ORT, "int8": "onnx"},
             "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": _NEEDS_TENSORRT},
         },
         rank=2,
@@ -148,12 +146,7 @@ _BUILT_IN = (
         entry="gfldeploy.engines.openvino_engine:OpenVinoEngine",
         library=Library("openvino", {"cpu": "openvino"}, {"cpu": "pip install openvino"}),
         runs={
-            "cpu": {
-                "fp32": "onnx",
-                "fp16": Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or int8 on CPUs"),
-                "bf16": "onnx",
-                "int8": "onnx",
-            },
+            "cpu": {"fp32": "onnx", "fp16": _FP16_FILE_FOR_GPUS, "bf16": "onnx", "int8": "onnx"},
             "gpu": Obstacle("OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"),
         },
         rank=1,  # by the results in benchmarks/
@@ -297,33 +290,14 @@ def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Dev
     return Obstacle(lacks, "export the model again")
 
 
-def preferred_engine(bundle: Bundle, precision: Precision, device: Device) -> tuple[str, str]:
-    """The engine to run this bundle in where none is named, the fastest that works here, and why, in words.
-
-    Raises `UnsupportedError` where none does.
-    """
-    if problem := check_bundle(bundle, precision):
-        raise UnsupportedError(f"{precision} is not possible: {problem.reason}", f"Remedy: {problem.remedy}.")
-    refused: dict[str, Obstacle] = {}
-    for name in PREFERRED_ENGINES:
-        if obstacle := _obstacle(name, bundle, precision, device):
-            refused[name] = obstacle
-            continue
-        others = "".join(f"; {other}: {why.reason}" for other, why in refused.items())
-        return name, f"first of {', '.join(PREFERRED_ENGINES)} that runs {precision} on {device} here{others}"
-    reasons = "; ".join(f"{name}: {why.reason}" for name, why in refused.items())
-    remedy = refused[PREFERRED_ENGINES[0]].remedy
-    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {remedy}.")
-
-
 def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:
     """Raise `UnsupportedError`, with the reason, where `open_engine` would, before anything is loaded."""
-    if obstacle := _obstacle(engine, bundle, options.precision, options.device):
+    if obstacle := obstacle_to(engine, bundle, options.precision, options.device):
         raise _impossible(engine, options.precision, options.device, obstacle)
 
 
-def _obstacle(engine: str, bundle: Bundle, precision: Precision, device: Device) -> Obstacle | None:
-    """The first of: it does not work here, the bundle is not for this precision, or lacks the graph."""
+def obstacle_to(engine: str, bundle: Bundle, precision: Precision, device: Device) -> Obstacle | None:
+    """Why this engine cannot run this bundle here, or None: it does not work, or the bundle is not made for it."""
     return (
         _unavailable(_spec(engine), precision, device)
         or check_bundle(bundle, precision)

@@ -44,6 +44,11 @@ class DataDescription:
     timed_images: int
     accuracy_images: int | None
 
+    def same_accuracy_images(self, other: DataDescription) -> bool:
+        """Whether mAP is of the same images."""
+        mine, its = ((one.annotations_sha256, one.accuracy_images) for one in (self, other))
+        return mine == its
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -93,16 +98,16 @@ class Monitored:
     not. `overhead_percent`: processor time that the monitor itself took, of one CPU.
     """
 
-    t_s: tuple[float, ...]
-    cpu_percent: tuple[tuple[float, ...], ...]
-    cpu_mhz: tuple[float, ...]
-    rss_mb: tuple[float, ...]
-    gpu_percent: tuple[float, ...]
-    gpu_memory_mb: tuple[float, ...]
-    gpu_power_w: tuple[float, ...]
-    gpu_clock_mhz: tuple[float, ...]
-    throttled: tuple[str, ...]
-    overhead_percent: float
+    t_s: tuple[float, ...] = ()
+    cpu_percent: tuple[tuple[float, ...], ...] = ()
+    cpu_mhz: tuple[float, ...] = ()
+    rss_mb: tuple[float, ...] = ()
+    gpu_percent: tuple[float, ...] = ()
+    gpu_memory_mb: tuple[float, ...] = ()
+    gpu_power_w: tuple[float, ...] = ()
+    gpu_clock_mhz: tuple[float, ...] = ()
+    throttled: tuple[str, ...] = ()
+    overhead_percent: float = 0.0
 
 
 @dataclass(frozen=True)

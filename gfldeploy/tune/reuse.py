@@ -33,9 +33,7 @@ def reuse(
         ):
             if listed := "; ".join(map(str, differences)):
                 raise DataError(f"{path} is {what}: {listed} (there, here)", "Leave it out of --results.")
-        same_images = all(
-            getattr(results.data, name) == getattr(now.data, name) for name in ("annotations_sha256", "accuracy_images")
-        )
+        same_images = results.data.same_accuracy_images(now.data)
         measured = {_key(one.cell): one for one in results.cells if measurable(one)}
         found = [(cell, measured[_key(cell)]) for cell in cells if _key(cell) in measured]
         if not found:

@@ -16,9 +16,10 @@ from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import median, percentile
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import plan
-from gfldeploy.bench.results import BenchResults, CellResult, Settings
+from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
+from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE

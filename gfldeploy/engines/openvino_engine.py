@@ -119,18 +119,7 @@ class OpenVinoEngine(Engine):
 
     def _request_for(self, shape: Shape) -> Any:
         """An inference request of the model that serves inputs of this shape."""
-        if not self._any_shape or (self._settled and shape not in self._settled):
-            shape = _DYNAMIC
-        self._count(shape)
-        if shape in self._requests:
-            return self._requests[shape]
-        own = [other for other in self._requests if other != _DYNAMIC]
-        if shape != _DYNAMIC and len(own) >= _OWN_MODELS:
-            rarest = min(own, key=self._asked.__getitem__)
-            if self._asked[shape] > 2 * self._asked[rarest] + _LEAD:
-                del self._requests[rarest]
-            else:
-                shape = _DYNAMIC
+        shape = self._model_shape(shape)
         if self._any_shape and shape == _DYNAMIC:
             self._shared += 1
             if self._shared % _TRIM_EVERY == 0:
@@ -139,10 +128,21 @@ class OpenVinoEngine(Engine):
             self._requests[shape] = self._compile(shape).create_infer_request()
         return self._requests[shape]
 
-    def _count(self, shape: Shape) -> None:
+    def _model_shape(self, shape: Shape) -> Shape:
+        """The shape itself if it has, or now gets, a model of its own; else that of the model for any shape."""
+        if not self._any_shape or (self._settled and shape not in self._settled):
+            return _DYNAMIC
         self._asked[shape] += 1
         if self._asked.total() > _REMEMBERED:
             self._asked = Counter({other: count // 2 for other, count in self._asked.items() if count > 1})
+        own = [other for other in self._requests if other != _DYNAMIC]
+        if shape in own or len(own) < _OWN_MODELS:
+            return shape
+        rarest = min(own, key=self._asked.__getitem__)
+        if self._asked[shape] <= 2 * self._asked[rarest] + _LEAD:
+            return _DYNAMIC
+        del self._requests[rarest]
+        return shape
 
     def _compile(self, shape: Shape, more: Mapping[str, Any] | None = None) -> Any:
         model = self._network.clone()

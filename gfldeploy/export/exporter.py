@@ -21,7 +21,7 @@ from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph
-from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, UsageError
+from gfldeploy.errors import ConfigError, DataError, EngineError, GfldeployError, ParityError, UsageError
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import load_checkpoint, locate_checkpoint
 from gfldeploy.export.config import DetectorConfig, load_detector_config
@@ -33,6 +33,7 @@ from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import build
 
 __all__ = ["export_bundle"]
 
@@ -393,8 +394,8 @@ def _nms_params(config: DetectorConfig) -> NmsParams:
     if isinstance(values.get("nms_eta"), int | float):
         values["nms_eta"] = min(values["nms_eta"], 1.0)
     try:
-        return NmsParams.from_dict(values)
-    except ConfigError as error:
+        return build(NmsParams, values)
+    except DataError as error:
         raise ConfigError(f"{config.path}: its nms cannot be used: {error.problem}", error.remedy) from error
 
 

@@ -14,6 +14,7 @@ from gfldeploy.bench.report.plots import plots
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
+from gfldeploy.engines.registry import title_of
 from gfldeploy.files import check_file
 
 __all__ = ["report", "short_answer", "write_report"]
@@ -110,6 +111,11 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
             f"Most images a second from file to boxes, one batch after the other: {_named(fastest)}: "
             f"{_figures(fastest)}."
         )
+    engines: dict[str, Row] = {}
+    for row in best:
+        engines.setdefault(row.cell.engine, row)
+    if len(engines) > 1:
+        yield f"Each engine at its best: {'; '.join(map(_speed, engines.values()))}."
     if "padded" in fastest.flags:
         yield _PADDED
         if whole := best_of_each([row for row in measured if "padded" not in row.flags]):
@@ -131,7 +137,14 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 
 def _named(row: Row) -> str:
-    return f"{row.cell.name()}, bundle {row.cell.bundle.directory}"
+    cell = row.cell
+    model = f"{title_of(cell.engine)} {cell.precision.upper()}"
+    return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
+
+
+def _speed(row: Row) -> str:
+    speed = row.images_per_s if row.file_images_per_s is None else row.file_images_per_s
+    return f"{title_of(row.cell.engine)} {row.cell.precision.upper()} {text_of(speed)} images/s"
 
 
 def _figures(row: Row) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
@@ -241,7 +244,7 @@ class _Attempts:
         self._calibrated_on = calibrated_on
         self._evaluator = evaluator
         self._asked = asked
-        self._steps = steps
+        self._options = MethodOptions(evaluator.threads, steps, evaluator.progress)
 
     def best(self) -> Candidate:
         """Raises the first error if nothing could be measured."""
@@ -253,19 +256,19 @@ class _Attempts:
         progress = self._evaluator.progress
         progress.stage("observing the convolutions' outputs")
         onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
-        batches = (preprocess.batch([preprocess(read_image(path))]) for path in self._images)
-        outputs = observe_outputs(
-            onnx_file,
-            batches,
-            self._evaluator.threads,
-            lambda done: progress.step("observing", done, len(self._images)),
-        )
+
+        def batches() -> Iterator[NDArray[np.float32]]:
+            for done, path in enumerate(self._images):
+                progress.step("observing", done, len(self._images))
+                yield preprocess.batch([preprocess(read_image(path))])
+
+        outputs = observe_outputs(onnx_file, batches(), self._evaluator.threads)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                thresholds = self._method.calibrate(weights, self._images, algorithm, self._options(label))
+                thresholds = self._method.calibrate(weights, self._images, algorithm, self._options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -287,15 +290,8 @@ class _Attempts:
         assert self._method.refine is not None
         chosen = self.best().algorithm
         start = self.evaluated[chosen].quantized
-        self._evaluator.progress.stage(f"{self._method.name}: {self._steps} steps from {chosen}")
+        self._evaluator.progress.stage(f"{self._method.name}: {self._options.steps} steps from {chosen}")
         output = self._evaluator.scratch / self._method.name
-        options = self._options(self._method.name)
-        refined = self._method.refine(start.source, self._images, start.calibration, output, options)
+        refined = self._method.refine(start.source, self._images, start.calibration, output, self._options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
-
-    def _options(self, label: str) -> MethodOptions:
-        progress = self._evaluator.progress
-        return MethodOptions(
-            self._evaluator.threads, self._steps, lambda done, total: progress.step(label, done, total)
-        )

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from recorded_progress import RecordedProgress
 
 from gfldeploy.demo import dataset
 from gfldeploy.errors import DataError, OutputError
@@ -144,11 +145,11 @@ def test_every_object_stays_a_quarter_visible() -> None:
 
 
 def test_progress_counts_up_to_the_total(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    dataset.generate(tmp_path, "calib", 3, lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
-    dataset.generate(tmp_path, "calib", 3, lambda done, total: calls.append((done, total)))
-    assert calls[3:] == [(3, 3)], "a complete split is not drawn again"
+    progress = RecordedProgress()
+    dataset.generate(tmp_path, "calib", 3, progress)
+    assert progress.steps == [("images", done, 3) for done in (1, 2, 3)]
+    dataset.generate(tmp_path, "calib", 3, progress)
+    assert progress.steps[3:] == [("images", 3, 3)], "a complete split is not drawn again"
 
 
 def test_a_complete_split_is_reused(tmp_path: Path) -> None:

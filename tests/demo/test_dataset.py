@@ -16,6 +16,7 @@ from recorded_progress import RecordedProgress
 
 from gfldeploy.demo import dataset
 from gfldeploy.errors import DataError, OutputError
+from gfldeploy.progress import Silent
 
 COUNT = 80
 
@@ -198,13 +199,17 @@ def test_an_incomplete_split_is_generated_again(tmp_path: Path, damage: Any) -> 
     assert (digests(path), path.read_bytes()) == wanted
 
 
-def interrupted(_done: int, _total: int) -> None:
-    raise KeyboardInterrupt
+class Interrupted(Silent):
+    """Ctrl-C after the second image."""
+
+    def step(self, label: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        dataset.generate(tmp_path, "calib", 3, interrupted)
+        dataset.generate(tmp_path, "calib", 3, Interrupted())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,7 +217,7 @@ def test_an_interruption_leaves_the_old_split(tmp_path: Path) -> None:
     path = dataset.generate(tmp_path, "calib", 2)
     old = digests(path)
     with pytest.raises(KeyboardInterrupt):
-        dataset.generate(tmp_path, "calib", 3, interrupted)
+        dataset.generate(tmp_path, "calib", 3, Interrupted())
     assert digests(path) == old
     assert [entry.name for entry in tmp_path.iterdir()] == ["calib"]
 

@@ -25,17 +25,7 @@ from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import scratch_directory, write_json
 from gfldeploy.signals import child_environment, die_with_parent
 
-__all__ = [
-    "DEFAULT_LIMITS",
-    "NO_LIMITS",
-    "_ANSWER",
-    "_PROGRESS",
-    "_REQUEST",
-    "Limits",
-    "report_progress",
-    "run_child",
-    "serve",
-]
+__all__ = ["DEFAULT_LIMITS", "NO_LIMITS", "Limits", "report_progress", "run_child", "serve"]
 
 _REQUEST, _ANSWER, _PROGRESS = "request.json", "answer.json", "progress"
 _POLL_S = 0.25

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -118,12 +119,6 @@ class SimulatedTensorRT(OnnxRuntimeEngine):
 
 
 def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, progress: Progress) -> Accuracy:
+    report = partial(progress.step, label)
     manifest = bundle.manifest
-    return measure_accuracy(
-        engine,
-        dataset,
-        manifest.preprocess,
-        manifest.nms,
-        manifest.classes,
-        progress=lambda done, total: progress.step(label, done, total),
-    )
+    return measure_accuracy(engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, progress=report)

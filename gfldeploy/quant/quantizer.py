@@ -30,7 +30,8 @@ from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.observer import observe_outputs, weight_ranges
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
-from gfldeploy.quant.sensitivity import macs_shares, sensitivity_record
+from gfldeploy.quant.sensitivity import macs_shares
+from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
 __all__ = ["quantize_bundle"]
 
@@ -150,7 +151,7 @@ def quantize_bundle(
             raise problem
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
-        evaluator = Evaluator(source, fp32_reference, limits, directory / "work", threads, progress)
+        evaluator = Evaluator(fp32_reference, limits, directory / "work", progress)
         run = _Attempts(chosen_method, paths, calibrated_on, evaluator, asked, distill_steps or DEFAULT_STEPS)
         run.calibrate(source, algorithms)
         refined = run.refine() if chosen_method.refine else None
@@ -236,6 +237,10 @@ class _Attempts:
     evaluated: dict[str, EvaluatedBundle] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
 
+    @property
+    def threads(self) -> int:
+        return self.evaluator.fp32_reference.threads
+
     def best(self) -> Candidate:
         """Raises the first error if nothing could be measured."""
         limits, fp32 = self.evaluator.limits, self.evaluator.fp32_reference.accuracy
@@ -248,7 +253,10 @@ class _Attempts:
         onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
         batches = (preprocess.batch([preprocess(read_image(path))]) for path in self.images)
         outputs = observe_outputs(
-            onnx_file, batches, self.evaluator.threads, lambda done: progress.step("observing", done, len(self.images))
+            onnx_file,
+            batches,
+            self.threads,
+            lambda done: progress.step("observing", done, len(self.images)),
         )
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
@@ -286,4 +294,4 @@ class _Attempts:
 
     def _options(self, label: str) -> MethodOptions:
         progress = self.evaluator.progress
-        return MethodOptions(self.evaluator.threads, self.steps, lambda done, total: progress.step(label, done, total))
+        return MethodOptions(self.threads, self.steps, lambda done, total: progress.step(label, done, total))

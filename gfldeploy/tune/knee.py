@@ -20,10 +20,10 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Knee:
-    """`batch_size`: the smallest that no larger measured one is faster than, beyond the noise.
+    """`batch_size`: the smallest for which no larger measured one is faster beyond the noise.
 
-    `curve`: all that were measured, the smallest batch first. `last`: it is the largest of them, so that a larger one,
-    which a bound or the list of sizes kept from being measured, might be faster still.
+    `curve`: all measured sizes, the smallest first. `last`: it is the largest of them, so that a larger one, which a
+    bound or the list of sizes excluded, might be faster still.
     """
 
     batch_size: int

@@ -31,7 +31,7 @@ from gfldeploy.bench.scenarios import serve as serve_arrivals
 from gfldeploy.bench.stages import time_stages
 from gfldeploy.bench.timing import Samples, Settings, measure
 from gfldeploy.bundle import Bundle
-from gfldeploy.child_process import report_progress, serve
+from gfldeploy.child_process import PARENT, serve
 from gfldeploy.engines.base import (
     Engine,
     EngineOptions,
@@ -201,7 +201,7 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return measure_accuracy(
-            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=report_progress
+            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT
         )
 
 

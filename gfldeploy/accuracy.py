@@ -265,7 +265,7 @@ def evaluate(
     """
     opened = Bundle.open(Path(bundle))
     manifest = opened.manifest
-    dataset = CocoDataset.load(Path(data), None if images is None else Path(images), limit)
+    dataset = CocoDataset.load(data, images, limit)
     count, fixed = len(dataset.images), manifest.inputs[0].shape[0]
     if fixed is not None and (fixed != batch_size or count % fixed):
         remedy = f"Use --batch-size {fixed} --limit {count - count % fixed}." if count >= fixed else "Add images."
@@ -313,8 +313,6 @@ def measure_accuracy(
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     category_ids = dataset.class_to_category(classes)
     check_measurable(dataset, category_ids)
     by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes

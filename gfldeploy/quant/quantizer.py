@@ -261,7 +261,8 @@ class _Attempts:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options)
+                options = MethodOptions(self.evaluator.threads, self.steps, progress)
+                thresholds = self.method.calibrate(weights, self.images, algorithm, options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -285,10 +286,7 @@ class _Attempts:
         start = self.evaluated[chosen].quantized
         self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
         output = self.evaluator.scratch / self.method.name
-        refined = self.method.refine(start.source, self.images, start.calibration, output, self._options)
+        options = MethodOptions(self.evaluator.threads, self.steps, self.evaluator.progress)
+        refined = self.method.refine(start.source, self.images, start.calibration, output, options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
-
-    @property
-    def _options(self) -> MethodOptions:
-        return MethodOptions(self.evaluator.threads, self.steps, self.evaluator.progress)

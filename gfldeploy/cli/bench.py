@@ -12,12 +12,12 @@ from gfldeploy.cli.options import (
     ANNOTATIONS,
     MEASUREMENT,
     PATH,
+    POSITIVE_NUMBERS,
     THREADS,
+    WHOLE_NUMBERS,
     FiniteFloat,
-    Names,
-    PositiveNumbers,
     WholeNumber,
-    WholeNumbers,
+    names,
     options,
     output_options,
 )
@@ -31,20 +31,20 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @options(*ANNOTATIONS, *MEASUREMENT, THREADS)
-@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8", help="Batch sizes to measure.")
+@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="1,2,4,8", help="Batch sizes to measure.")
 @click.option(
     "--scenarios",
-    type=Names(_SCENARIOS),
+    type=names(_SCENARIOS),
     default="single-stream,multi-stream",
     help="Scenarios after MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, "
     "multi-stream); all images at once, bucketed by size (offline); random arrivals (server).",
 )
 @click.option(
-    "--rates", type=PositiveNumbers(), default=(), help="Arrival rates of the server scenario, in images per second."
+    "--rates", type=POSITIVE_NUMBERS, default=(), help="Arrival rates of the server scenario, in images per second."
 )
 @click.option(
     "--policies",
-    type=Names(_POLICIES),
+    type=names(_POLICIES),
     default=",".join(_POLICIES),
     help="What the server does with images that wait. no-batching: run one after the other; fixed-timeout: run a batch "
     "when it is full or its oldest image has waited for a tenth of the bound; adaptive: gfldeploy's dynamic batcher.",

@@ -11,10 +11,10 @@ from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
+    WHOLE_NUMBERS,
     FiniteFloat,
-    Names,
-    WholeNumbers,
     annotation_options,
+    names,
     options,
     output_options,
 )
@@ -28,16 +28,16 @@ __all__ = ["command"]
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @options(*annotation_options(required=False), *MEASUREMENT)
-@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8,16", help="Batch sizes to choose from.")
+@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",
-    type=WholeNumbers(),
+    type=WHOLE_NUMBERS,
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
     "--orders",
-    type=Names(("listed", "bucketed")),
+    type=names(("listed", "bucketed")),
     default="listed,bucketed",
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )

@@ -45,17 +45,17 @@ def _candidates(word: str) -> int | str:
     type=Parsed("CANDIDATES", _candidates),
     metavar="K|all|auto",
     default="auto",
-    help=f"Number of anchors that are decoded of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "
+    help=f"Number of anchors to decode of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "
     f"all. auto: {DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test "
-    "pictures would lose detections; with one class at least nms_top_k.",
+    "images would lose detections; with one class at least nms_top_k.",
 )
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph with NMS, for its deploy tools.")
 @THREADS
 def command(**given: Any) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 
-    The graphs decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there
-    are. Where a number given for --candidates may lose detections, export says so, and so do inspect and predict.
+    The graphs decode the anchors with the highest scores, as many as NMS can need, not all of the tens of thousands.
+    Where a number given for --candidates may lose detections, export, inspect and predict say so.
 
     Every graph is compared with the eager PaddleDetection model, in the engine that will run it, before the bundle is
     published.

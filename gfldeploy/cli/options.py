@@ -206,14 +206,14 @@ def output_options(help_text: str, default: Path | None = None, **settings: Any)
     )
 
 
-def limit_option(default: int | None = None) -> Option:
-    """--limit: how many images are used."""
+def limit_option(default: int | None = None, purpose: str = "") -> Option:
+    """--limit: how many images are used, and for which purpose if not for all."""
     return click.option(
         "--limit",
         type=WholeNumber(1),
         default=default,
         show_default=None if default else "all",
-        help="Use only this number of images, the first of the list.",
+        help=f"Use only this number of images{purpose}, the first of the list.",
     )
 
 
@@ -314,7 +314,7 @@ MEASUREMENT: Group = (
         default=10,
         help="Time at least this number of inferences of each cell in each round.",
     ),
-    limit_option(32),
+    limit_option(32, " for timing"),
     click.option("--accuracy/--no-accuracy", default=True, help="Measure COCO mAP too."),
     click.option(
         "--accuracy-limit",

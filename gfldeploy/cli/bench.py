@@ -64,7 +64,7 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.option(
     "--peak/--no-peak",
     default=True,
-    help="Measure the peak throughput of the engines too, on convolutions that suit them.",
+    help="Measure the peak throughput of the engines too.",
 )
 @click.option(
     "--monitor-hz", type=FiniteFloat(0, 100), default=5.0, help="Number of hardware samples per second; 0 for none."

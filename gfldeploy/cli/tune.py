@@ -44,8 +44,8 @@ __all__ = ["command"]
 @click.option(
     "--max-latency-ms",
     type=FiniteFloat(0, min_open=True),
-    help="Bound of the 99th percentile of a batch's latency, from file to boxes. Cells are timed for up to five times as "
-    "long to know it. Where too few batches were timed even so, all of them must be within the bound, and deploy.yml "
+    help="Bound of the 99th percentile of a batch's latency, from file to boxes. Cells are timed for up to five "
+    "times as long to know it. Where too few batches were timed even so, all of them must be within the bound, and deploy.yml "
     "says so.",
 )
 @click.option(

@@ -261,8 +261,7 @@ class _Attempts:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                options = MethodOptions(self.evaluator.threads, self.steps, progress)
-                thresholds = self.method.calibrate(weights, self.images, algorithm, options)
+                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -286,7 +285,10 @@ class _Attempts:
         start = self.evaluated[chosen].quantized
         self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
         output = self.evaluator.scratch / self.method.name
-        options = MethodOptions(self.evaluator.threads, self.steps, self.evaluator.progress)
-        refined = self.method.refine(start.source, self.images, start.calibration, output, options)
+        refined = self.method.refine(start.source, self.images, start.calibration, output, self._options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
+
+    @property
+    def _options(self) -> MethodOptions:
+        return MethodOptions(self.evaluator.threads, self.steps, self.evaluator.progress)

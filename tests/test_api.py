@@ -38,7 +38,9 @@ PROGRAMMATIC = {"progress", "command"}
 def test_every_name_is_exported_and_typed() -> None:
     source = ast.parse(Path(gfldeploy.__file__).read_text(encoding="utf-8"))
     (checked,) = (node for node in source.body if isinstance(node, ast.If))
-    typed = {(node.module, alias.name) for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    typed = {
+        (node.module, alias.name) for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
     assert typed == {(module, name) for module, names in gfldeploy._EXPORTS.items() for name in names}
     assert len(set(gfldeploy.__all__)) == len(gfldeploy.__all__) == len(typed) + 1
     assert set(gfldeploy.__all__) <= set(dir(gfldeploy))
@@ -65,7 +67,10 @@ def test_what_is_exported_is_documented(name: str) -> None:
     assert missing == []
     assert "\nReturns:\n" in documented
     raised = documented.partition("\nRaises:\n")[2]
-    assert all(line[:4] == "    " and (line[4] == " " or line[4:].split(":")[0] in gfldeploy.__all__) for line in raised.splitlines())
+    assert all(
+        line[:4] == "    " and (line[4] == " " or line[4:].split(":")[0] in gfldeploy.__all__)
+        for line in raised.splitlines()
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

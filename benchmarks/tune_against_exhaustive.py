@@ -22,8 +22,8 @@ from typing import Any
 
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.results import Settings
 from gfldeploy.bench.runner import Data, Runner
+from gfldeploy.bench.timing import Settings
 from gfldeploy.files import write_json
 from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain

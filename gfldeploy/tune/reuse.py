@@ -33,11 +33,7 @@ def reuse(
         ):
             if listed := "; ".join(map(str, differences)):
                 raise DataError(f"{path} is {what}: {listed} (there, here)", "Leave it out of --results.")
-        there, here = results.data, now.data
-        same_images = (there.annotations_sha256, there.accuracy_images) == (
-            here.annotations_sha256,
-            here.accuracy_images,
-        )
+        same_images = results.data.same_accuracy_images(now.data)
         measured = {_key(one.cell): one for one in results.cells if measurable(one)}
         found = [(cell, measured[_key(cell)]) for cell in cells if _key(cell) in measured]
         if not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -168,6 +169,16 @@ def test_the_table_of_engines_is_that_of_the_package() -> None:
         ]
         for name, spec in ENGINES.items()
     }
+
+
+def test_the_formats_have_the_numbers_of_the_package() -> None:
+    page = (DOCS / "formats.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]*\| (\d+) \| `(gfldeploy[\w.]*)\.(\w+)` \|", page, re.MULTILINE)
+    assert len(rows) >= 3
+    for number, module, name in rows:
+        found = import_module(module)
+        form = getattr(getattr(found, name), "FORMAT", None)
+        assert int(number) == (form.schema if form else found.SCHEMA), name
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gfldeploy.bench.compare import Comparison as Comparison
     from gfldeploy.bench.compare import compare as compare
     from gfldeploy.bench.results import BenchResults as BenchResults
+    from gfldeploy.bench.session import benchmark as benchmark
     from gfldeploy.bundle import Bundle as Bundle
     from gfldeploy.detections import Detections as Detections
     from gfldeploy.detector import Detector as Detector
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from gfldeploy.progress import Progress as Progress
     from gfldeploy.quant.quantizer import quantize_bundle as quantize_bundle
     from gfldeploy.tune.deploy_file import Deploy as Deploy
+    from gfldeploy.tune.deploy_file import check_deploy as check_deploy
+    from gfldeploy.tune.session import tune_bundles as tune_bundles
 
 __version__ = "0.1.0"
 
@@ -53,6 +56,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.batching.audit": ("Audit",),
     "gfldeploy.bench.compare": ("Comparison", "compare"),
     "gfldeploy.bench.results": ("BenchResults",),
+    "gfldeploy.bench.session": ("benchmark",),
     "gfldeploy.bundle": ("Bundle",),
     "gfldeploy.detections": ("Detections",),
     "gfldeploy.detector": ("Detector",),
@@ -78,7 +82,8 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.predict.session": ("predict_images",),
     "gfldeploy.progress": ("SILENT", "Progress"),
     "gfldeploy.quant.quantizer": ("quantize_bundle",),
-    "gfldeploy.tune.deploy_file": ("Deploy",),
+    "gfldeploy.tune.deploy_file": ("Deploy", "check_deploy"),
+    "gfldeploy.tune.session": ("tune_bundles",),
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -24,7 +24,7 @@ _BATCHES_AHEAD = 4
 
 
 class Detector(ClosesOnExit):
-    """A detector that is ready to run; a context manager, which frees it.
+    """A detector that is ready to run; a context manager, which frees it::
 
         detector = Detector("bundle")
         for found in detector.detect(["a.jpg", "b.jpg"]):

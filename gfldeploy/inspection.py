@@ -20,6 +20,7 @@ from gfldeploy.export import parity
 from gfldeploy.macs import count_macs
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
+from gfldeploy.serialization import plain
 
 __all__ = ["inspect", "int8_lines", "verify"]
 
@@ -32,8 +33,8 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
 
     Args:
         bundle: The directory of the bundle.
-        size: Height and width in pixels of the image whose MACs are counted, which is padded as the preprocessing does;
-            by default of the largest image that the preprocessing makes.
+        size: Height and width in pixels of the image whose MACs are counted, padded as by the preprocessing; by default
+            the largest image that the preprocessing makes.
 
     Returns:
         JSON-ready data.
@@ -60,8 +61,8 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
         "left_out": dict(manifest.left_out),
         "parameters": manifest.parameters,
         "macs": {"gmac": gmac, "at": f"{height}x{width}"},
-        "preprocess": manifest.preprocess.to_dict(),
-        "nms": manifest.nms.to_dict(),
+        "preprocess": plain(manifest.preprocess),
+        "nms": plain(manifest.nms),
         "size_on_disk_mb": {
             name: round(
                 sum((bundle.directory / file).stat().st_size for file in (graph.model, graph.params) if file) / 1e6, 2

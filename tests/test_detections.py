@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gfldeploy.detections import Detections, NmsParams, postprocess
-from gfldeploy.errors import ConfigError, EngineError
+from gfldeploy.errors import ConfigError, DataError, EngineError
+from gfldeploy.serialization import build, plain
 
 GFL = NmsParams(score_threshold=0.025, nms_threshold=0.6, nms_top_k=1000, keep_top_k=100)
 ONE = [(1.0, 1.0)]
@@ -126,18 +127,19 @@ def test_shapes_that_do_not_fit_are_an_error() -> None:
         {"keep_top_k": True},
         {"normalized": 1},
         {"nms_eta": 0},
-        {"background_label": -1},
     ],
 )
 def test_params_that_cannot_work(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        NmsParams.from_dict(GFL.to_dict() | wrong)
+        NmsParams(**(dataclasses.asdict(GFL) | wrong))
 
 
 def test_params_round_trip() -> None:
-    assert NmsParams.from_dict(GFL.to_dict()) == GFL
-    with pytest.raises(ConfigError, match="lacks nms_threshold, nms_top_k, keep_top_k"):
-        NmsParams.from_dict({"score_threshold": 0.5})
+    assert build(NmsParams, plain(GFL)) == GFL
+    with pytest.raises(DataError, match="lacks keep_top_k, nms_threshold, nms_top_k"):
+        build(NmsParams, {"score_threshold": 0.5})
+    with pytest.raises(DataError, match="background_label"):
+        build(NmsParams, plain(GFL) | {"background_label": -1})
 
 
 def test_a_full_size_model_takes_milliseconds() -> None:

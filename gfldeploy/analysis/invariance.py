@@ -1,12 +1,13 @@
 """What padding does to detections: the same image alone and in a batch.
 
 A batch pads smaller images with zeros. GroupNorm takes its statistics over the padding too, so that a GFL detector
-gives other scores and boxes for an image beside a larger one: faster must not mean different without saying so.
+gives other scores and boxes for an image beside a larger one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +19,12 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, pairwise_iou
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import DataError
-from gfldeploy.images.coco import CocoDataset, CocoId
+from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Invariance", "difference", "measure_invariance"]
 
-# Detections below this are noise that a user never draws; as in `quant.agreement`.
+# Detections below this score are noise that a user never draws, as in `quant.agreement`.
 _CONFIDENT = 0.4
 _SAME_BOX = 0.5
 
@@ -32,9 +33,9 @@ _SAME_BOX = 0.5
 class Invariance:
     """Detections of images in batches against those of the same images alone.
 
-    `padding`: pixels of the batches by those of the images. `score_change`, `box_change_px`: the largest, over the
-    detections with a score of 0.4 or more alone that are found again, boxes in original pixels. `detections`: how many
-    those are; `lost`: how many have no detection of their class with an IoU of 0.5 or more. `accuracy`: mAP in these
+    `padding`: pixels of the batches by those of the images. `detections`: those with a score of 0.4 or more in the
+    image alone; `lost`: of these, without a detection of their class in the batch that has an IoU of 0.5 or more.
+    `score_change`, `box_change_px` (of a side, in original pixels): the largest of the others. `accuracy`: mAP in these
     batches, None for data without boxes.
     """
 
@@ -59,7 +60,12 @@ def measure_invariance(
     manifest = bundle.manifest
     paths = [image.path for image in dataset.images]
     sizes = input_sizes(paths, bundle)
-    labels = _labels(dataset, manifest.classes)
+    labels = None
+    if dataset.annotations:
+        category_ids = dataset.class_to_category(manifest.classes)
+        with suppress(DataError):  # no box that counts, so no mAP
+            check_measurable(dataset, category_ids)
+            labels = category_ids
     wanted = batch_orders(batch_sizes)
     total, done = len(wanted) * len(paths), 0
     alone: list[Detections] = []
@@ -83,18 +89,6 @@ def measure_invariance(
         largest = (max(score_changes), max(box_changes))
         found.append(Invariance(batch_size, order, padding(groups, sizes), sum(counts), sum(lost), *largest, accuracy))
     return found
-
-
-def _labels(dataset: CocoDataset, classes: Sequence[str]) -> list[CocoId | None] | None:
-    """The category of each class; None if the images have no boxes to measure mAP by."""
-    if not dataset.annotations:
-        return None
-    labels = dataset.class_to_category(classes)
-    try:
-        check_measurable(dataset, labels)
-    except DataError:
-        return None
-    return labels
 
 
 def difference(alone: Detections, batched: Detections) -> tuple[int, int, float, float]:

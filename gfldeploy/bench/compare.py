@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from gfldeploy.bench.cell import BundleIdentity, Cell
@@ -96,16 +98,30 @@ class Comparison:
 
 
 def compare(
-    a: BenchResults, b: BenchResults, different_machines: bool = False, different_data: bool = False
+    a: BenchResults | str | os.PathLike[str],
+    b: BenchResults | str | os.PathLike[str],
+    *,
+    different_machines: bool = False,
+    different_data: bool = False,
 ) -> Comparison:
-    """Compare the cells that both measured, in A's order.
+    """Compare the cells that two benchmarks both measured.
 
     Each verdict is at 95 % confidence by itself: of twenty cells that did not change, one may look as if it had. Runs
-    of the two files cannot be paired, so what changed on the machine from one to the other counts as a change too.
+    of the two cannot be paired, so what changed on the machine from one to the other counts as a change too.
 
-    Raises `DataError` where the hardware differs, unless `different_machines`; where the timed images or the settings
-    that latencies depend on differ, unless `different_data`; and where no cell is measured in both.
+    Args:
+        a: Results, or a file of them.
+        b: Those to compare with them.
+        different_machines: Compare although the hardware differs.
+        different_data: Compare although the timed images, or how they were timed, differ.
+
+    Returns:
+        The pairs of cells in A's order, what only one side has, and what differs between the two.
+
+    Raises:
+        DataError: A file cannot be read, the hardware or the timing differs, or no cell is measured in both.
     """
+    a, b = (one if isinstance(one, BenchResults) else BenchResults.read(Path(one)) for one in (a, b))
     hardware, data = tuple(hardware_differences(a.machine, b.machine)), tuple(timing_differences(a, b))
     if hardware and not different_machines:
         raise DataError(

@@ -290,6 +290,35 @@ def defined_ap(accuracy: Accuracy | None) -> float | None:
     return ap if ap is not None and ap >= 0 else None
 
 
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """It timed the network alone, for `min_seconds`, and stages of single images, which are no batches."""
+    settings = {"max_seconds": part(data, "settings")["min_seconds"], "monitor_hz": 0.0, **data["settings"]}
+    cells = []
+    for cell in part(data, "cells", kind=list):
+        scenario = cell["batch_size"] and ("multi-stream" if cell["batch_size"] > 1 else "single-stream")
+        runs = []
+        for run in part(cell, "runs", kind=list):
+            kept = {key: value for key, value in run.items() if key not in Stages.__annotations__}
+            images = len(run["samples"]["latency_ms"]) * run["samples"]["batch_size"]
+            runs.append({
+                **kept, "started": data["created"], "samples": {**run["samples"], "images": images, "stable": True},
+                "stages": None, "build_s": None, "shapes": {}, "delegated": None, "monitored": None,
+                "idle": {"cpu_percent": 0.0, "gpu_percent": None, "waited_s": 0.0},
+            })  # fmt: skip
+        cells.append({**cell, "scenario": scenario, "rate": None, "runs": runs, "work": None})
+    described = {"timed_sha256": "", **part(data, "data")}
+    return {**data, "settings": settings, "data": described, "peaks": [], "cells": cells}
+
+
+def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Its servers had no policies."""
+    cells = []
+    for cell in part(data, "cells", kind=list):
+        runs = [{**run, "serving": None} for run in part(cell, "runs", kind=list)]
+        cells.append({**cell, "policy": None, "runs": runs})
+    return {**data, "cells": cells}
+
+
 def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
     """It timed no batches as the offline scenario forms them, and of servers only full ones as listed."""
     cells = []
@@ -339,11 +368,14 @@ def _taken(record: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: record.pop(key) for key in keys}
 
 
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4}
+
+
 @dataclass(frozen=True)
 class BenchResults(Versioned):
     """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
 
-    FORMAT = FileFormat("results", "gfldeploy bench", 5, {3: _from_schema_3, 4: _from_schema_4})
+    FORMAT = FileFormat("results", "gfldeploy bench", 5, _UPGRADES)
 
     created: str
     machine: Machine

@@ -38,10 +38,9 @@ def command(
     Packages and drivers may differ, and are listed where they do.
     """
     from gfldeploy.bench.compare import compare
-    from gfldeploy.bench.results import BenchResults
     from gfldeploy.serialization import plain
 
-    found = compare(BenchResults.read(a), BenchResults.read(b), different_machines, different_data)
+    found = compare(a, b, different_machines=different_machines, different_data=different_data)
     if as_json:
         click.echo(json.dumps(plain(found), indent=2))
     elif found.identical:

@@ -108,7 +108,7 @@ def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: P
         raise click.UsageError("Missing argument 'BUNDLE...'")
     if data is None:
         raise click.UsageError("Missing option '--data'")
-    deploy = tune_bundles(bundles, data, output=output, **given, progress=TerminalProgress())
+    deploy = tune_bundles(bundles, data=data, output=output, **given, progress=TerminalProgress())
     click.echo(f"{deploy.summary}\n")
     _show(deploy)
     click.echo(f"Wrote {output}")

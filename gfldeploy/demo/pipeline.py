@@ -14,15 +14,14 @@ from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.session import benchmark
 from gfldeploy.bench.table import Row, best_of_each, rows
 from gfldeploy.demo.dataset import generate
-from gfldeploy.export.exporter import ExportRequest, export_bundle
+from gfldeploy.export.exporter import export_bundle
 from gfldeploy.files import (
     atomic_directory,
     files_below,
     write_json,
     write_text,
 )
-from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
-from gfldeploy.quant.samples import calibration_images
+from gfldeploy.quant.quantizer import quantize_bundle
 
 __all__ = ["DemoSize", "explain", "run_demo"]
 
@@ -79,27 +78,24 @@ def run_demo(
         )
         val = generate(directory / "data", "val", size.val_images, lambda done, total: progress("images", done, total))
         report("exporting the built-in detector")
+        shown = _Indented(report, progress, lambda text: text.replace(str(directory), str(output)))
         fp32 = export_bundle(
-            ExportRequest(
-                config=demo.config_path(),
-                weights=demo.weights_path(),
-                output=directory / "fp32",
-                threads=threads,
-                command="gfldeploy demo",
-            ),
-            lambda stage: report(f"  {stage.replace(str(directory), str(output))}"),
+            config=demo.config_path(),
+            weights=demo.weights_path(),
+            output=directory / "fp32",
+            threads=threads,
+            command="gfldeploy demo",
+            progress=shown,
         )
         report("quantising it to INT8")
         int8 = quantize_bundle(
-            QuantizeRequest(
-                bundle=fp32.directory,
-                images=calibration_images(calib, None, size.calib_images),
-                output=directory / "int8",
-                threads=threads,
-                command="gfldeploy demo",
-            ),
-            lambda stage: report(f"  {stage.replace(str(directory), str(output))}"),
-            progress,
+            fp32.directory,
+            data=calib,
+            samples=size.calib_images,
+            output=directory / "int8",
+            threads=threads,
+            command="gfldeploy demo",
+            progress=shown,
         )
         report("benchmarking both")
         results = benchmark(
@@ -122,6 +118,24 @@ def run_demo(
         note = {"what": "made by `gfldeploy demo`; safe to delete", "files": files_below(directory)}
         write_json(directory / "demo.json", note)
     return results
+
+
+@dataclass(frozen=True)
+class _Indented:
+    """The progress of one step of the demo."""
+
+    report: Callable[[str], None]
+    progress: Progress
+    rewritten: Callable[[str], str]
+
+    def stage(self, text: str) -> None:
+        self.report(f"  {self.rewritten(text)}")
+
+    def step(self, label: str, done: int, total: int) -> None:
+        self.progress(label, done, total)
+
+    def note(self, text: str) -> None:
+        self.stage(f"note: {text}")
 
 
 def explain(results: BenchResults) -> list[str]:

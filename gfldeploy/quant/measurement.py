@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,12 +17,11 @@ from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.registry import JUDGES, REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Int8Measurement
 
 __all__ = ["Fp32Reference", "SimulatedTensorRT", "int8_engines"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def int8_engines() -> tuple[str, ...]:
@@ -64,7 +63,7 @@ class Fp32Reference:
         images: Sequence[Path],
         dataset: CocoDataset | None,
         threads: int,
-        progress: Progress = lambda label, done, total: None,
+        progress: Progress = SILENT,
     ) -> Self:
         """Run FP32 on `images`, to compare detections, and on `dataset`, if given, for mAP.
 
@@ -78,9 +77,7 @@ class Fp32Reference:
         names = [path.name for path in images]
         return cls(source, names, batches, references, dataset, accuracy, threads)
 
-    def measure(
-        self, bundle: Bundle, label: str, progress: Progress = lambda label, done, total: None
-    ) -> dict[str, Int8Measurement]:
+    def measure(self, bundle: Bundle, label: str, progress: Progress = SILENT) -> dict[str, Int8Measurement]:
         """Run the INT8 `bundle` in every engine and, simulated, as TensorRT reads it. `label`: what progress calls it.
 
         Raises `EngineError`, and `ParityError` for NaN.
@@ -133,5 +130,5 @@ def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, 
         manifest.preprocess,
         manifest.nms,
         manifest.classes,
-        progress=lambda done, total: progress(label, done, total),
+        progress=lambda done, total: progress.step(label, done, total),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,10 +15,10 @@ from gfldeploy.batching.buckets import STREAM_ORDERS, Order
 from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import percentile
 from gfldeploy.bench.journal import journal_beside
-from gfldeploy.bench.matrix import Plan, plan
+from gfldeploy.bench.matrix import plan
 from gfldeploy.bench.results import BenchResults, CellResult, Settings, defined_ap
 from gfldeploy.bench.runner import Data, Runner
-from gfldeploy.bench.session import limits, open_bundles
+from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
@@ -27,6 +27,7 @@ from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, missing_grap
 from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
 from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
@@ -40,15 +41,16 @@ from gfldeploy.tune.summary import miss_in_words, summarize
 
 __all__ = ["tune_bundles"]
 
+_PATH = str | os.PathLike[str]
 # Of batches: one image at a time, several as they are listed, several of one size.
 _SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline")
 
 
 def tune_bundles(
-    bundles: Sequence[str | os.PathLike[str]],
-    data: str | os.PathLike[str],
+    bundles: Sequence[_PATH],
     *,
-    images: str | os.PathLike[str] | None = None,
+    data: _PATH,
+    images: _PATH | None = None,
     max_latency_ms: float | None = None,
     max_memory_mb: float | None = None,
     max_drop: float | None = None,
@@ -58,7 +60,7 @@ def tune_bundles(
     threads: Sequence[int] | None = None,
     orders: Sequence[Order] = STREAM_ORDERS,
     device: Device = "cpu",
-    results: Sequence[str | os.PathLike[str]] = (),
+    results: Sequence[_PATH] = (),
     rounds: int = 3,
     min_seconds: float = 2.0,
     min_count: int = 10,
@@ -69,8 +71,8 @@ def tune_bundles(
     budget_seconds: float | None = None,
     exhaustive: bool = False,
     cell_timeout: float = 600.0,
-    engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
-    output: str | os.PathLike[str] = "deploy.yml",
+    engine_cache: _PATH = DEFAULT_ENGINE_CACHE,
+    output: _PATH = "deploy.yml",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Deploy:
@@ -134,30 +136,31 @@ def tune_bundles(
         rounds=rounds,
         quick=Settings.is_quick(rounds, min_seconds, min_count),
     )
-    given = open_bundles(bundles)
-    measured_on = Data.load(data, images, limit, accuracy=accuracy, accuracy_limit=accuracy_limit, bundles=given)
-    planned = plan(given, engines, precisions, batch_sizes, device, max(threads), _SCENARIOS)
-    opened = {BundleIdentity.of(bundle): bundle for bundle in given}
-    dataset = CocoDataset.load(data, images, limit)
-    search = Search(
-        tuple(_cells(planned, opened, dataset, threads, orders)), Bounds(max_latency_ms, max_memory_mb, max_drop)
+    opened = open_bundles(bundles)
+    if max_drop is not None and all(bundle.manifest.precision != "fp32" for bundle in opened):
+        problem = "there is no FP32 bundle to measure the mAP drop against"
+        raise DataError(problem, "Give it too, or leave --max-drop out.")
+    measured_on = Data.load(data, images, limit, accuracy=accuracy, accuracy_limit=accuracy_limit, bundles=opened)
+    planned = plan(opened, engines, precisions, batch_sizes, device, max(threads), _SCENARIOS)
+    if not planned.cells:
+        raise nothing_to_run(planned)
+    known_bundles = {BundleIdentity.of(bundle): bundle for bundle in opened}
+    sizes = [image.size() for image in CocoDataset.load(data, images, limit).images]
+    cells = (
+        replace(cell, threads=count)
+        for cell in planned.cells
+        if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
+        for count in threads
     )
-    if max_drop is not None and not any(bundle.manifest.precision == "fp32" for bundle in opened.values()):
-        raise DataError(
-            "there is no FP32 bundle to measure the mAP drop against", "Give it too, or leave --max-drop out."
-        )
+    search = Search(tuple(cells), Bounds(max_latency_ms, max_memory_mb, max_drop))
     machine = describe_machine()
     now = BenchResults("", machine, measured_on.description, settings, ())
     with journal_beside(output, "tune") as journal:
         runner = Runner(
             planned.bundles, measured_on, journal, limits(cell_timeout), Path(engine_cache), {"machine": plain(machine)}
         )
-
-        def measure(cells: Sequence[Cell], settings: Settings, accuracy: bool) -> Sequence[CellResult]:
-            return runner.measure(cells, settings, accuracy=accuracy, progress=progress)
-
         look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
-        session = _Session(search, opened, engines, measure, look, settings, accuracy, progress)
+        session = _Session(search, known_bundles, engines, runner, look, settings, accuracy, progress)
         for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
             session.add(cell, result, file.settings.quick)
         reused = len(search.known)
@@ -207,42 +210,26 @@ def tune_bundles(
     return deploy
 
 
-def _cells(
-    plan: Plan,
-    bundles: Mapping[BundleIdentity, Bundle],
-    dataset: CocoDataset,
-    threads: Sequence[int],
-    orders: Sequence[Order],
-) -> Iterator[Cell]:
-    """Those of the plan with each number of threads, in the orders that differ on these images.
-
-    Buckets change nothing where all images have one size as the network's input. Raises `EngineError` without cells.
-    """
-    if not plan.cells:
-        first = plan.skipped[0]
-        problem = f"nothing to choose from: {first.cell.setup()} on {first.cell.device}: {first.reason}"
-        raise EngineError(problem, f"{first.remedy[0].upper()}{first.remedy[1:]}." if first.remedy else None)
-    sizes = [image.size() for image in dataset.images]
-    for cell in plan.cells:
-        input_size = bundles[cell.bundle].manifest.preprocess.input_size
-        alike = len({input_size(*size) for size in sizes}) == 1
-        kept = [order for order in orders if order != "bucketed" or not alike] or ["listed"]
-        if cell.order == "listed" if cell.batch_size == 1 else cell.order in kept:
-            yield from (replace(cell, threads=count) for count in threads)
+def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]], orders: Sequence[Order]) -> bool:
+    """Whether the cell is one of those asked for, and no other forms the same batches of images of these sizes."""
+    if cell.batch_size == 1:
+        return cell.order == "listed"
+    alike = len({preprocess.input_size(*size) for size in sizes}) == 1
+    return cell.order in ([order for order in orders if order == "listed" or not alike] or ["listed"])
 
 
 @dataclass
 class _Session:
     """What measures, and what it has measured.
 
-    `measure`: runs cells, with their mAP where asked for. `results`: the latest of each cell; `quick`: those too brief
-    for figures to be quoted. `accuracies`: None where one could not be measured, for the reason in `why`.
+    `results`: the latest of each cell; `quick`: those too brief for figures to be quoted. `accuracies`: None where one
+    could not be measured, for the reason in `why`.
     """
 
     search: Search
     bundles: Mapping[BundleIdentity, Bundle]
     engines: Sequence[str]
-    measure: Callable[[Sequence[Cell], Settings, bool], Sequence[CellResult]]
+    runner: Runner
     look: Settings
     settings: Settings
     accuracy: bool
@@ -280,7 +267,7 @@ class _Session:
         return self._measure(cells, settings)
 
     def _measure(self, cells: Sequence[Cell], settings: Settings) -> dict[Cell, Measured | None]:
-        results = self.measure(cells, settings, False)
+        results = self.runner.measure(cells, settings, progress=self.progress)
         return {cell: self.add(cell, one, settings.quick) for cell, one in zip(cells, results, strict=True)}
 
     def drop(self, model: Model) -> float | None:
@@ -315,7 +302,7 @@ class _Session:
     def _ap(self, model: Model) -> float | None:
         """The mAP, measured once; None where that failed, or it is undefined."""
         if model not in self.accuracies:
-            (result,) = self.measure([self._first(model)], self.look, True)
+            (result,) = self.runner.measure([self._first(model)], self.look, accuracy=True, progress=self.progress)
             self.accuracies[model] = result.accuracy
             self.why[model] = result.reason or result.accuracy_reason or "unknown"
         ap = defined_ap(self.accuracies[model])

@@ -192,23 +192,24 @@ def test_the_figures_hold_the_samples(text: str) -> None:
 
 def test_the_short_answer() -> None:
     results = many()
-    fastest, shortest, accurate = short_answer(replace(results, cells=results.cells[:6]))
+    fastest, engines, shortest, accurate = short_answer(replace(results, cells=results.cells[:6]))
     assert fastest == (
-        "Most images a second from file to boxes, one batch after the other: onnxruntime int8, batch 1, bundle "
+        "Most images a second from file to boxes, one batch after the other: ONNX Runtime INT8, batch 1, bundle "
         "tiny_dir: 138.9 images/s, 7.20 ms for a batch, mAP 0.5000; the network alone 166.7 images/s."
     )
-    assert shortest.startswith("Shortest latency of one image from file to boxes: onnxruntime int8, batch 1")
+    assert engines == "Each engine at its best: ONNX Runtime INT8 138.9 images/s; Paddle Inference FP32 41.67 images/s."
+    assert shortest.startswith("Shortest latency of one image from file to boxes: ONNX Runtime INT8, batch 1")
     assert "of the best FP32 (0.5000): the same" in accurate
     assert OK.accuracy is not None
     worse = tuple(
         altered(cell, accuracy=replace(OK.accuracy, ap=0.49)) if cell.cell.precision == "int8" else cell
         for cell in results.cells[:6]
     )
-    assert ": onnxruntime fp32, batch" in short_answer(replace(results, cells=worse))[2]
+    assert ": ONNX Runtime FP32, batch" in short_answer(replace(results, cells=worse))[3]
     unknown = tuple(altered(cell, accuracy=None) for cell in results.cells[:6])
-    assert "not known" in short_answer(replace(results, cells=unknown))[2]
+    assert "not known" in short_answer(replace(results, cells=unknown))[3]
     assert (
-        "Most answers within 100 ms of the arrival, decoding left out: onnxruntime int8, batch 4, server at 10 "
+        "Most answers within 100 ms of the arrival, decoding left out: ONNX Runtime INT8, batch 4, server at 10 "
         "images/s, adaptive, bundle tiny_dir with 41.7 images/s, 91% of what is possible." in short_answer(results)
     )
     quick = replace(results, settings=replace(results.settings, quick=True))
@@ -223,7 +224,7 @@ def test_what_pads_says_that_it_changes_boxes() -> None:
     answer = short_answer(replace(many(), cells=(one, padded)))
     assert "batch 4" in answer[0] and answer[1].startswith("Its batches hold images of several sizes, padded to the")
     assert "changes boxes and scores" in answer[1]
-    assert answer[2].startswith("The fastest without padding: onnxruntime int8, batch 1")
+    assert answer[2].startswith("The fastest without padding: ONNX Runtime INT8, batch 1")
 
 
 def test_pareto_front() -> None:

@@ -122,7 +122,7 @@ def test_results_of_bench_are_reused(
         (("BUNDLE", "--data", "DATA", "--max-drop", "1.5"), "1.5 is not in the range"),
         (("BUNDLE", "--data", "DATA", "--orders", "random"), "'random' is not one of listed, bucketed"),
         (("BUNDLE", "--data", "DATA", "-o", "."), "is a directory"),
-        (("BUNDLE", "--data", "DATA", "--precisions", "int8"), "nothing to choose from: paddle int8 on cpu: "),
+        (("BUNDLE", "--data", "DATA", "--precisions", "int8"), "nothing to run: paddle int8 on cpu: "),
         (("BUNDLE", "--data", "DATA", "--results", "none.json"), "none.json cannot be read"),
         (("nowhere", "--data", "DATA"), "nowhere is not a directory"),
         (("--check", "none.yml"), "none.yml cannot be read"),

@@ -98,8 +98,10 @@ def eager_accuracy(model: Any, bundle: Bundle, dataset: CocoDataset) -> float:
 
 
 def test_every_engine_and_our_nms_match_ppdets_forward_pass(demo_run: tuple[Path, BenchResults]) -> None:
-    from gfldeploy.export.checkpoint import fit_weights, load_checkpoint
-    from gfldeploy.export.config import build_model, load_detector_config
+    from gfldeploy.export.checkpoint import load_checkpoint
+    from gfldeploy.export.config import load_detector_config
+    from gfldeploy.export.model_builder import build_model
+    from gfldeploy.export.weights import fit_weights
 
     output, results = demo_run
     model = build_model(load_detector_config(demo.config_path()))

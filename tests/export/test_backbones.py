@@ -115,10 +115,10 @@ _REFUSALS = """
 import sys
 from pathlib import Path
 from gfldeploy.errors import ConfigError
-from gfldeploy.export.exporter import ExportRequest, export_bundle
+from gfldeploy.export.exporter import export_bundle
 for config in sys.argv[1:]:
     try:
-        export_bundle(ExportRequest(Path(config), Path(config).with_suffix(""), None, 0))
+        export_bundle(config=config, output=Path(config).with_suffix(""), random_weights=0)
     except ConfigError as error:
         print(error)
 sys.exit(0)

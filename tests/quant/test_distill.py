@@ -15,7 +15,7 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import load_graph
 from gfldeploy.errors import EngineError
-from gfldeploy.quant.distill import run_distill
+from gfldeploy.quant.distill import refine
 from gfldeploy.quant.program import write_parameters
 
 
@@ -32,27 +32,22 @@ def test_a_few_steps_move_the_weights_a_little_and_alike_in_both_graphs(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     from gfldeploy.quant.calibration import Calibration, ConvRanges
-    from gfldeploy.quant.ptq import run_ptq
+    from gfldeploy.quant.method import MethodOptions
+    from gfldeploy.quant.ptq import calibrate
 
     source = Bundle.open(trained(tmp_path_factory))
     images = sorted(pictures(tmp_path_factory).iterdir())
-    (tmp_path / "program").mkdir()
-    ranges = run_ptq(source, images, "abs_max", tmp_path / "program")
-    entries = {name: ConvRanges(inputs, (), weights) for name, (inputs, weights) in ranges.items()}
+    thresholds = calibrate(source, images, "abs_max", MethodOptions())
+    entries = {name: ConvRanges(tuple(inputs), (), ()) for name, inputs in thresholds.items()}
     seen: list[tuple[int, int]] = []
-    found = run_distill(
-        source,
-        images,
-        Calibration("abs_max", {}, entries),
-        tmp_path / "new",
-        4,
-        progress=lambda *step: seen.append(step),
-    )
+    options = MethodOptions(steps=4, report=lambda *step: seen.append(step))
+    found = refine(source, images, Calibration("abs_max", {}, entries), tmp_path / "new", options)
 
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     # What INT8 rounding costs a working detector, in nats a detection: not nothing, and not a broken simulation.
-    assert 0 < found.loss_before < 1
-    assert 0 < found.loss_after < 1
+    losses = found.record["distillation"]
+    assert 0 < losses["loss_before"] < 1
+    assert 0 < losses["loss_after"] < 1
     image = np.random.default_rng(0).standard_normal((1, 3, 96, 128)).astype(np.float32)
     old, new = infer(source, "onnxruntime", image), infer(found.bundle, "onnxruntime", image)
     other = infer(found.bundle, "paddle", image)
@@ -60,7 +55,7 @@ def test_a_few_steps_move_the_weights_a_little_and_alike_in_both_graphs(
         assert not np.array_equal(old[name], new[name])
         np.testing.assert_allclose(new[name], other[name], rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(new["scores"], old["scores"], atol=0.05)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "program"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
 
 @needs_export

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_files_of_older_schemas_are_upgraded(schema: int, tmp_path: Path) -> Non
         path.write_text(yaml.safe_dump({**yaml.safe_load(text), "choice": wrong}))
         with pytest.raises(DataError, match=rf"deploy\.yml: a deploy file of schema {schema} cannot be read: "):
             Deploy.read(path)
+
+
+@pytest.mark.parametrize("name", ["search", "exhaustive"])
+def test_what_a_recipe_measured_with_schema_1_is_read(name: str) -> None:
+    path = Path(__file__).parents[2] / "benchmarks/results/epyc-2core/checks/tune_demo.json"
+    record = json.loads(path.read_text())
+    tuned = {key: value for key, value in record[name].items() if key != "wall_s"}
+    read = Deploy.from_dict({"schema": 1, "created": "2026-11-24", "machine": record["machine"], **tuned})
+    assert (read.choice.cell.engine, read.choice.cell.order) == ("openvino", "bucketed")
+    assert read.choice.evidence.network_images_per_s.value == tuned["choice"]["evidence"]["images_per_s"]["value"]
 
 
 def broken(change: Callable[[dict[str, Any]], object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -13,8 +14,10 @@ from gfldeploy.bench.report.plots import plots
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
+from gfldeploy.engines.registry import title_of
+from gfldeploy.files import check_file
 
-__all__ = ["short_answer", "write_report"]
+__all__ = ["report", "short_answer", "write_report"]
 
 # What quantising may cost by default (`gfldeploy quantize --max-drop`): within it accuracy counts as the same.
 _SAME_ACCURACY = 0.005
@@ -24,6 +27,30 @@ _PADDED = (
     "normalisation takes in the padding); mAP is of batch 1."
 )
 _BODY = Path(__file__).with_name("bench.html")
+
+
+def report(
+    results: BenchResults | str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, force: bool = False
+) -> Path:
+    """Turn results into one HTML page, which needs no network.
+
+    Args:
+        results: Results of `benchmark`, or a file of them.
+        output: The page to write; by default RESULTS.html beside the file, or results.html.
+        force: Replace the page if it exists and gfldeploy made it.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: The file cannot be read.
+        OutputError: The page exists already, or cannot be written.
+    """
+    source = Path("results") if isinstance(results, BenchResults) else Path(results)
+    page = source.with_suffix(".html") if output is None else Path(output)
+    check_file(page, "html", force=force)
+    write_report(results if isinstance(results, BenchResults) else BenchResults.read(source), page)
+    return page
 
 
 def write_report(results: BenchResults, path: Path) -> None:
@@ -84,6 +111,11 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
             f"Most images a second from file to boxes, one batch after the other: {_named(fastest)}: "
             f"{_figures(fastest)}."
         )
+    engines: dict[str, Row] = {}
+    for row in best:
+        engines.setdefault(row.cell.engine, row)
+    if len(engines) > 1:
+        yield f"Each engine at its best: {'; '.join(map(_speed, engines.values()))}."
     if "padded" in fastest.flags:
         yield _PADDED
         if whole := best_of_each([row for row in measured if "padded" not in row.flags]):
@@ -105,7 +137,14 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 
 def _named(row: Row) -> str:
-    return f"{row.cell.name()}, bundle {row.cell.bundle.directory}"
+    cell = row.cell
+    model = f"{title_of(cell.engine)} {cell.precision.upper()}"
+    return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
+
+
+def _speed(row: Row) -> str:
+    speed = row.images_per_s if row.file_images_per_s is None else row.file_images_per_s
+    return f"{title_of(row.cell.engine)} {row.cell.precision.upper()} {text_of(speed)} images/s"
 
 
 def _figures(row: Row) -> str:

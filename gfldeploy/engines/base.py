@@ -25,6 +25,7 @@ __all__ = [
     "NOT_ASKED",
     "PRECISIONS",
     "SHARE_RUNS",
+    "Build",
     "ClosesOnExit",
     "CopyTimes",
     "Device",
@@ -59,16 +60,24 @@ class Obstacle(NamedTuple):
     remedy: str
 
 
+class Build(NamedTuple):
+    """A distribution of a library, and how to install it, as a command or clause."""
+
+    distribution: str
+    install: str
+
+
 @dataclass(frozen=True)
 class Library:
-    """A package that engines run on.
-
-    `distributions`: what provides its module, by device. `install`: how to get it for a device, as a command or clause.
-    """
+    """A package that engines run on: its module, and what provides it for each device."""
 
     module: str
-    distributions: Mapping[Device, str]
-    install: Mapping[Device, str]
+    builds: Mapping[Device, Build]
+
+    @property
+    def distributions(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(build.distribution for build in self.builds.values()))
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,8 @@ class EngineSpec:
 
     def __post_init__(self) -> None:
         for device, graphs in self.runs.items():
-            known = device in self.library.install and device in self.library.distributions
-            if not (known or isinstance(graphs, Obstacle)):
-                raise ValueError(
-                    f"{self.name} runs on {device}, but its library does not say how it is installed there"
-                )
+            if not (isinstance(graphs, Obstacle) or device in self.library.builds):
+                raise ValueError(f"{self.name} runs on {device}, but its library has no build for it")
 
     @property
     def graphs(self) -> set[GraphName]:

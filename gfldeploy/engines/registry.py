@@ -15,6 +15,7 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import (
     DEVICES,
     PRECISIONS,
+    Build,
     Device,
     Engine,
     EngineOptions,
@@ -34,6 +35,7 @@ __all__ = [
     "ENGINES",
     "JUDGES",
     "ONNXRUNTIME",
+    "OPENVINO",
     "PADDLE",
     "PREFERRED_ENGINES",
     "REFERENCE_ENGINE",
@@ -53,19 +55,22 @@ __all__ = [
 ]
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
+_PADDLE_INDEX = "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index"
 PADDLE = Library(
     "paddle",
-    {"cpu": "paddlepaddle", "gpu": "paddlepaddle-gpu"},
     {
-        "cpu": "pip install paddlepaddle==3.2.2",
-        "gpu": "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+        "cpu": Build("paddlepaddle", "pip install paddlepaddle==3.2.2"),
+        "gpu": Build("paddlepaddle-gpu", _PADDLE_INDEX),
     },
 )
 ONNXRUNTIME = Library(
     "onnxruntime",
-    {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"},
-    {"cpu": "pip install onnxruntime", "gpu": "pip uninstall onnxruntime, then pip install onnxruntime-gpu"},
+    {
+        "cpu": Build("onnxruntime", "pip install onnxruntime"),
+        "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
+    },
 )
+OPENVINO = Library("openvino", {"cpu": Build("openvino", "pip install openvino")})
 _NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
 _NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
 _NO_BF16_IN_ORT = Obstacle(
@@ -144,7 +149,7 @@ _BUILT_IN = (
         name="openvino",
         title="OpenVINO",
         entry="gfldeploy.engines.openvino_engine:OpenVinoEngine",
-        library=Library("openvino", {"cpu": "openvino"}, {"cpu": "pip install openvino"}),
+        library=OPENVINO,
         runs={
             "cpu": {"fp32": "onnx", "fp16": _FP16_FILE_FOR_GPUS, "bf16": "onnx", "int8": "onnx"},
             "gpu": Obstacle("OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"),
@@ -236,9 +241,9 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
     if device == "gpu" and nvidia_driver() is None:
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
     if util.find_spec(library.module) is None:
-        return Obstacle(f"{library.module} is not installed", library.install[device])
-    if device == "gpu" and installed_version(library.distributions["gpu"]) is None:
-        return Obstacle(f"the CPU build of {library.module} is installed", library.install["gpu"])
+        return Obstacle(f"{library.module} is not installed", library.builds[device].install)
+    if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
+        return Obstacle(f"the CPU build of {library.module} is installed", library.builds["gpu"].install)
     if spec.needs_tensorrt and tensorrt_library() is None:
         return Obstacle("TensorRT is not installed", "pip install tensorrt, in the version of your CUDA")
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:

@@ -24,7 +24,6 @@ __all__ = [
     "DEVICES",
     "NOT_ASKED",
     "PRECISIONS",
-    "SHARE_RUNS",
     "Build",
     "ClosesOnExit",
     "CopyTimes",
@@ -48,7 +47,6 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
-SHARE_RUNS = 3  # inferences that a `convolution_share` is measured on
 NOT_ASKED = "FP32 was asked for"
 _MOST_THREADS = 1024
 
@@ -210,6 +208,7 @@ class Engine(ClosesOnExit):
     options: EngineOptions
     build_s: float | None = None
     delegated: str | None = None
+    _share_runs = 3  # inferences that `convolution_share` measures
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Find the graph's files. Raises `BundleError`."""

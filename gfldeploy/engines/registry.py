@@ -35,7 +35,6 @@ __all__ = [
     "ENGINES",
     "JUDGES",
     "ONNXRUNTIME",
-    "OPENVINO",
     "PADDLE",
     "PREFERRED_ENGINES",
     "REFERENCE_ENGINE",
@@ -55,12 +54,14 @@ __all__ = [
 ]
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
-_PADDLE_INDEX = "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index"
 PADDLE = Library(
     "paddle",
     {
         "cpu": Build("paddlepaddle", "pip install paddlepaddle==3.2.2"),
-        "gpu": Build("paddlepaddle-gpu", _PADDLE_INDEX),
+        "gpu": Build(
+            "paddlepaddle-gpu",
+            "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+        ),
     },
 )
 ONNXRUNTIME = Library(
@@ -70,7 +71,6 @@ ONNXRUNTIME = Library(
         "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
     },
 )
-OPENVINO = Library("openvino", {"cpu": Build("openvino", "pip install openvino")})
 _NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
 _NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
 _NO_BF16_IN_ORT = Obstacle(
@@ -149,7 +149,7 @@ _BUILT_IN = (
         name="openvino",
         title="OpenVINO",
         entry="gfldeploy.engines.openvino_engine:OpenVinoEngine",
-        library=OPENVINO,
+        library=Library("openvino", {"cpu": Build("openvino", "pip install openvino")}),
         runs={
             "cpu": {"fp32": "onnx", "fp16": _FP16_FILE_FOR_GPUS, "bf16": "onnx", "int8": "onnx"},
             "gpu": Obstacle("OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"),
@@ -160,14 +160,16 @@ _BUILT_IN = (
     ),
 )
 
-PLUGINS = "gfldeploy.engines"  # the entry points, each an `EngineSpec`, by which installed packages add engines
-BROKEN_PLUGINS: dict[str, str] = {}  # by the name of the entry point: why it adds none
+BROKEN_PLUGINS: dict[str, str] = {}  # by the name of the entry point: why it adds no engine
 
 
 def _all_engines() -> dict[str, EngineSpec]:
-    """Those of this package, then those of installed packages. One that is broken must not stop the others."""
+    """Those of this package, then those that installed packages declare as entry points.
+
+    An entry point is an `EngineSpec`; one that is broken must not stop the others.
+    """
     found = {spec.name: spec for spec in _BUILT_IN}
-    for entry in metadata.entry_points(group=PLUGINS):
+    for entry in metadata.entry_points(group="gfldeploy.engines"):
         try:
             spec = entry.load()
         except Exception as error:  # noqa: BLE001 - it is somebody else's code
@@ -190,7 +192,7 @@ ANY_SHAPE_ENGINES = tuple(name for name, spec in ENGINES.items() if not spec.nee
 PREFERRED_ENGINES = tuple(
     spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
 )
-# Whose FP32 INT8 is compared with. It runs the file that INT8 is made of, and its library is needed to make it.
+# INT8 is compared with FP32 in this engine: it runs the file that INT8 is made of, and its library makes that.
 REFERENCE_ENGINE = "onnxruntime"
 
 

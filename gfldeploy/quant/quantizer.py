@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
-from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
@@ -211,7 +211,7 @@ def _checked(directory: Path, output: Path, method: QuantMethod, force: bool) ->
     check_target(output, force=force)
     check_apart(output, [directory], directory)
     source.layers()
-    for module in ("paddle", "onnxruntime", *method.packages):
+    for module in (*(library.module for library in TOOL_CHAINS["quantize"].libraries), *method.packages):
         require(module, "quantize")
     return source
 

@@ -1,7 +1,6 @@
 """Measures one thing in this process: `python -m gfldeploy.bench.worker`.
 
-Answers a request of the runner (see `child_process.serve`) with `{"timed": ...}`, `{"accuracy": ...}` or
-`{"peak": ...}`.
+Answers a `Request` of the runner (see `child_process.serve`) with an object that has its kind as the only key.
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,23 +45,28 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
 from gfldeploy.serialization import build, plain
 
-__all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest"]
+__all__ = ["Request", "Timed"]
 
 
 @dataclass(frozen=True)
-class TimingRequest:
-    """Time a cell on these images.
+class Request:
+    """What to measure of a cell, whose bundle is the directory `bundle`.
 
-    `bundle`: the directory of the cell's. `idle`: how the machine was before. `engine_cache`: where engines keep what
-    they compiled.
+    timing: on these `images`; `idle`: how the machine was before. accuracy: COCO's at batch 1, whatever the cell's
+    batch size, on the first `accuracy_limit` images (None: all) of the `annotations`. peak: what the engine reaches at
+    best. `engine_cache`: where engines keep what they compiled.
     """
 
+    kind: Literal["timing", "accuracy", "peak"]
     cell: Cell
-    bundle: Path
-    images: tuple[Path, ...]
-    settings: Settings
-    idle: Idle
-    engine_cache: Path
+    bundle: Path = Path()
+    images: tuple[Path, ...] = ()
+    settings: Settings = field(default_factory=lambda: Settings(0, 1, 0))
+    idle: Idle = field(default_factory=lambda: Idle(0.0, None, 0.0))
+    annotations: Path = Path()
+    image_dir: Path | None = None
+    accuracy_limit: int | None = None
+    engine_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,36 +77,13 @@ class Timed:
     image_sizes: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class AccuracyRequest:
-    """Measure COCO accuracy at batch 1 (whatever the cell's batch size) on the first `limit` images, None for all."""
-
-    cell: Cell
-    bundle: Path
-    annotations: Path
-    image_dir: Path | None
-    limit: int | None
-    engine_cache: Path
-
-
-@dataclass(frozen=True)
-class PeakRequest:
-    """Measure what the cell's engine reaches at best."""
-
-    cell: Cell
-
-
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
-    """The request and the answer have the key that says what is measured."""
-    ((kind, content),) = message.items()
-    if kind == "timing":
-        return {kind: plain(_time(build(TimingRequest, content, "request")))}
-    if kind == "accuracy":
-        return {kind: plain(_accuracy(build(AccuracyRequest, content, "request")))}
-    return {kind: plain(_peak(build(PeakRequest, content, "request")))}
+    request = build(Request, message, "request")
+    measure: Callable[[Request], object] = {"timing": _time, "accuracy": _accuracy, "peak": _peak}[request.kind]
+    return {request.kind: plain(measure(request))}
 
 
-def _time(request: TimingRequest) -> Timed:
+def _time(request: Request) -> Timed:
     import cv2
 
     cell, settings = request.cell, request.settings
@@ -153,7 +134,7 @@ def _time(request: TimingRequest) -> Timed:
     return Timed(run, tuple(image.tensor.shape[1:] for image in images))
 
 
-def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
+def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path | None) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without them."""
     known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
     options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known))
@@ -188,16 +169,16 @@ def _measure(
     return serve_arrivals(engine, images, preprocess, cell.policy, cell.batch_size, arrivals, bound_ms, warmup)
 
 
-def _peak(request: PeakRequest) -> Peak:
+def _peak(request: Request) -> Peak:
     cell = request.cell
     return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
 
 
-def _accuracy(request: AccuracyRequest) -> Accuracy:
+def _accuracy(request: Request) -> Accuracy:
     cell = request.cell
     bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
-    dataset = CocoDataset.load(request.annotations, request.image_dir, request.limit)
+    dataset = CocoDataset.load(request.annotations, request.image_dir, request.accuracy_limit)
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return measure_accuracy(

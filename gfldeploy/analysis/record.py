@@ -1,4 +1,4 @@
-"""`analysis.json` and its page: what was measured, and what follows from it."""
+"""`analysis.json` and its page: the measurements, and the conclusions from them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Analysis:
 
     @property
     def answer(self) -> list[str]:
-        """Two sentences for each batch size, and what batches do to the detections."""
+        """Two sentences for each batch size, and one for each order about the detections."""
         told = [" ".join(sentences(one)) for one in self.batches]
         return told + told_invariance(self.invariance)
 
@@ -82,7 +82,7 @@ def told_invariance(found: Sequence[Invariance]) -> list[str]:
 
 
 def _stacked(analysis: Analysis) -> Plot:
-    """Time per image by batch size: that at batch 1, and what each cause adds to it or takes away."""
+    """Time per image by batch size: that at batch 1, and what each cause adds or takes away."""
     labels = [str(one.batch_size) for one in analysis.batches]
     data: list[dict[str, Any]] = [_bar("as at batch 1", labels, [one.single_ms for one in analysis.batches], GREY)]
     for number, part in enumerate(PARTS):

@@ -28,7 +28,7 @@ UNUSABLE = {
     "min_max": (
         "PaddleSlim only records minima and maxima with it and leaves the program in FP32",
         "Use abs_max, which takes the same extremes for thresholds.",
-    ),
+    )
 }
 # These run over the images twice: for the range of each histogram, then to fill it.
 _TWO_PASSES = ("hist", "KL")

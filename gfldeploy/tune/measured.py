@@ -6,18 +6,10 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 
-from gfldeploy.bench.estimates import (
-    Estimate,
-    lower_limit,
-    median,
-    percentile,
-    ratio_of_medians,
-    samples_for,
-    supports,
-)
+from gfldeploy.bench.estimates import Estimate, lower_limit, percentile, ratio_of_medians, samples_for, supports
 from gfldeploy.bench.results import CellResult, Run
 
-__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "measurable", "speed", "speed_ratio"]
+__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "measurable", "speed_ratio"]
 
 # Assumed: by how much of itself the throughput of one short run differs from that of another run of the same cell.
 NOISE = 0.05
@@ -101,11 +93,6 @@ def speed_ratio(base: Measured, other: Measured) -> Estimate:
     if ratio.low is None or min(len(base.passes), len(other.passes)) == 1:
         low, high = low / (1 + NOISE), high * (1 + NOISE)
     return Estimate(ratio.value, low, high, ratio.n)
-
-
-def speed(measured: Measured) -> Estimate:
-    """Images a second with the interval of the median of the passes: none below 6 of them."""
-    return median([value for run in measured.passes for value in run])
 
 
 def _passes(run: Run, batch_size: int) -> tuple[float, ...]:

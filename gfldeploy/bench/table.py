@@ -1,14 +1,17 @@
 """Results as rows of a table, and its columns: statistics are computed here, from the raw samples.
 
-The terminal, the CSV file and the page all go through the one list of `COLUMNS`.
+The terminal, the CSV file and the page all go through the one list of `COLUMNS`; the CSV file is written here.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from textwrap import shorten
 
 from gfldeploy.bench.cell import STREAMS, Cell, names
@@ -16,6 +19,8 @@ from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, percentile, supports
 from gfldeploy.bench.monitor import BUSY_PERCENT
 from gfldeploy.bench.results import BenchResults, CellResult, Run
+from gfldeploy.files import write_text
+from gfldeploy.text import spreadsheet_cell
 
 __all__ = [
     "COLUMNS",
@@ -28,6 +33,7 @@ __all__ = [
     "best_of_each",
     "notes",
     "rows",
+    "write_csv",
 ]
 
 # What is said of a measured cell without an mAP, and of one without times from file to boxes.
@@ -376,3 +382,42 @@ COLUMNS: list[Column[Row]] = [
     Column("padding", "padding", lambda row: row.padding, digits=2, drop=9),
     Column("flags", "flags", lambda row: " ".join(row.flags) or None, words=True, drop=6, first=True),
 ]
+
+
+def write_csv(results: BenchResults, path: Path) -> None:
+    """Write one line for each cell below a line of column names, which hold the units; replaces any other file.
+
+    Columns are `COLUMNS`, `status` and `note`; `_low` and `_high` are the bounds of 95 % intervals. A field is
+    empty where there is nothing to show, but `ap` is "unknown" of a measured cell without one. Text that a spreadsheet
+    would take for a formula has an apostrophe before it. Raises `OutputError`.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_names())
+    for row in rows(results):
+        writer.writerow([spreadsheet_cell(value) for value in (*_fields(row), row.result.status, row.note)])
+    write_text(path, text.getvalue())
+
+
+def _names() -> Iterator[str]:
+    for column in COLUMNS:
+        if column.interval:
+            name = column.key.removesuffix("_ms")
+            yield from (f"{name}{bound}_ms" for bound in ("", "_low", "_high"))
+        else:
+            yield column.key
+    yield from ("status", "note")
+
+
+def _fields(row: Row) -> Iterator[str | int | float | None]:
+    """The values of the columns, as they are."""
+    for column in COLUMNS:
+        value = column.value(row)
+        if value == NOT_MEASURED:
+            value = None
+        if isinstance(value, Estimate):
+            yield from (value.value, value.low, value.high)
+        else:
+            yield value
+            if column.interval:
+                yield from (None, None)

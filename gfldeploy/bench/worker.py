@@ -1,6 +1,6 @@
 """Measures one thing in this process: `python -m gfldeploy.bench.worker`.
 
-Answers a `Request` of the runner (see `child_process.serve`) with an object that has its kind as the only key.
+Answers a `Task` of the runner (see `child_process.serve`) with an object that has its kind as the only key.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from gfldeploy.bench.results import Idle, Peak, Run, Serving
 from gfldeploy.bench.roofline import measure_peak
 from gfldeploy.bench.scenarios import arrival_times
 from gfldeploy.bench.scenarios import serve as serve_arrivals
-from gfldeploy.bench.stages import time_stages
-from gfldeploy.bench.timing import Samples, Settings, measure
+from gfldeploy.bench.timing import Samples, Settings, measure, time_stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import report_progress, serve
 from gfldeploy.engines.base import (
@@ -45,11 +44,11 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
 from gfldeploy.serialization import build, plain
 
-__all__ = ["Request", "Timed"]
+__all__ = ["Task", "Timed"]
 
 
 @dataclass(frozen=True)
-class Request:
+class Task:
     """What to measure of a cell, whose bundle is the directory `bundle`.
 
     timing: on these `images`; `idle`: how the machine was before. accuracy: COCO's at batch 1, whatever the cell's
@@ -78,25 +77,25 @@ class Timed:
 
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
-    request = build(Request, message, "request")
-    measure: Callable[[Request], object] = {"timing": _time, "accuracy": _accuracy, "peak": _peak}[request.kind]
-    return {request.kind: plain(measure(request))}
+    task = build(Task, message, "task")
+    measure: Callable[[Task], object] = {"timing": _time, "accuracy": _accuracy, "peak": _peak}[task.kind]
+    return {task.kind: plain(measure(task))}
 
 
-def _time(request: Request) -> Timed:
+def _time(task: Task) -> Timed:
     import cv2
 
-    cell, settings = request.cell, request.settings
+    cell, settings = task.cell, task.settings
     cv2.setNumThreads(cell.threads)
-    bundle = Bundle.open(request.bundle)
+    bundle = Bundle.open(task.bundle)
     preprocess = bundle.manifest.preprocess
-    images = prepare_images(request.images, preprocess)
+    images = prepare_images(task.images, preprocess)
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
     batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
-    with _open(cell, bundle, _shapes(cell, images, batches, preprocess), request.engine_cache) as engine:
+    with _open(cell, bundle, _shapes(cell, images, batches, preprocess), task.engine_cache) as engine:
         load_s = time.perf_counter() - start
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
@@ -108,7 +107,7 @@ def _time(request: Request) -> Timed:
             peak_rss_mb = _peak_rss_mb()
             stages = None
             if cell.scenario != "server":  # whose batches are formed as images arrive
-                files = [[request.images[place] for place in batch.places] for batch in batches]
+                files = [[task.images[place] for place in batch.places] for batch in batches]
                 stages = time_stages(engine, files, bundle, settings)
         convolutions = _convolutions(engine, batches[0].tensor)
         run = Run(
@@ -127,7 +126,7 @@ def _time(request: Request) -> Timed:
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
             delegated=engine.delegated,
-            idle=request.idle,
+            idle=task.idle,
             monitored=monitor.record() if monitor else None,
             serving=serving,
         )
@@ -169,18 +168,18 @@ def _measure(
     return serve_arrivals(engine, images, preprocess, cell.policy, cell.batch_size, arrivals, bound_ms, warmup)
 
 
-def _peak(request: Request) -> Peak:
-    cell = request.cell
+def _peak(task: Task) -> Peak:
+    cell = task.cell
     return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
 
 
-def _accuracy(request: Request) -> Accuracy:
-    cell = request.cell
-    bundle = Bundle.open(request.bundle)
+def _accuracy(task: Task) -> Accuracy:
+    cell = task.cell
+    bundle = Bundle.open(task.bundle)
     manifest = bundle.manifest
-    dataset = CocoDataset.load(request.annotations, request.image_dir, request.accuracy_limit)
+    dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
-    with _open(cell, bundle, shapes, request.engine_cache) as engine:
+    with _open(cell, bundle, shapes, task.engine_cache) as engine:
         return measure_accuracy(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=report_progress
         )

@@ -250,7 +250,7 @@ def test_flags(results: BenchResults) -> None:
         idle=replace(RUN.idle, cpu_percent=60.0),
         monitored=replace(RUN.monitored, throttled=("heat of CPU 0",)),
     )
-    quick = replace(results.settings, quick=True)
+    quick = replace(results.settings, rounds=1)
     (row,) = rows(replace(results, settings=quick, cells=(altered(OK, runs=(RUN, careful)),)))
     assert row.flags == ("quick", "unstable", "busy", "throttled")
     (row,) = rows(replace(results, cells=(altered(OK, runs=(RUN, replace(RUN, mixed_batches=1))),)))

@@ -29,7 +29,7 @@ from gfldeploy.bench.scenarios import arrival_times
 from gfldeploy.bench.scenarios import serve as serve_arrivals
 from gfldeploy.bench.timing import Samples, Settings, measure, time_stages
 from gfldeploy.bundle import Bundle
-from gfldeploy.child_process import report_progress, serve
+from gfldeploy.child_process import PARENT, serve
 from gfldeploy.engines.base import (
     Engine,
     EngineOptions,
@@ -181,7 +181,7 @@ def _accuracy(task: Task) -> Accuracy:
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, task.engine_cache) as engine:
         return measure_accuracy(
-            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=report_progress
+            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT
         )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
@@ -246,16 +249,20 @@ class _Attempts:
         progress = self.evaluator.progress
         progress.stage("observing the convolutions' outputs")
         onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
-        batches = (preprocess.batch([preprocess(read_image(path))]) for path in self.images)
-        outputs = observe_outputs(
-            onnx_file, batches, self.evaluator.threads, lambda done: progress.step("observing", done, len(self.images))
-        )
+
+        def batches() -> Iterator[NDArray[np.float32]]:
+            for done, path in enumerate(self.images):
+                progress.step("observing", done, len(self.images))
+                yield preprocess.batch([preprocess(read_image(path))])
+
+        outputs = observe_outputs(onnx_file, batches(), self.evaluator.threads)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options(label))
+                options = MethodOptions(self.evaluator.threads, self.steps, progress)
+                thresholds = self.method.calibrate(weights, self.images, algorithm, options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -279,11 +286,7 @@ class _Attempts:
         start = self.evaluated[chosen].quantized
         self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
         output = self.evaluator.scratch / self.method.name
-        options = self._options(self.method.name)
+        options = MethodOptions(self.evaluator.threads, self.steps, self.evaluator.progress)
         refined = self.method.refine(start.source, self.images, start.calibration, output, options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
-
-    def _options(self, label: str) -> MethodOptions:
-        progress = self.evaluator.progress
-        return MethodOptions(self.evaluator.threads, self.steps, lambda done, total: progress.step(label, done, total))

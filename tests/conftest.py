@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -20,12 +20,14 @@ import demo_bundles
 import numpy as np
 import psutil
 import pytest
+from demo_bundles import RunHere
 
 from gfldeploy.bench import runner
 from gfldeploy.bundle import Graph, Manifest, TensorSpec, write_bundle
 from gfldeploy.cli import main
 from gfldeploy.detections import NmsParams
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.quant import speed
 
 CLASSES = ("box", "ball")
 SIZES = ((48, 80), (80, 48), (48, 80), (64, 64), (80, 48), (48, 72))  # height, width: landscape, portrait, square
@@ -76,15 +78,16 @@ def needs_paddleslim() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def impatient_bench() -> Iterator[None]:
-    """Measure at once, though others keep the machine busy."""
+def impatient() -> Iterator[None]:
+    """Measure at once, though others keep the machine busy, and no longer than it takes to have a number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "wait_until_idle", functools.partial(runner.wait_until_idle, patience_s=0))
+        patch.setattr(speed, "by_turns", functools.partial(speed.by_turns, least_rounds=1, least_seconds=0))
         yield
 
 
 @pytest.fixture
-def run_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_here(capfd: pytest.CaptureFixture[str]) -> RunHere:
     """As `demo_bundles.run`, but in this process: Paddle is loaded once, and can be patched."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -212,6 +215,18 @@ def trained(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 def quantized(needs_ppdet: None, needs_paddleslim: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`demo_bundles.quantized`. Read it, do not change it."""
     return demo_bundles.quantized(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.labelled`. Read it, do not change it."""
+    return demo_bundles.labelled(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def calibrated(needs_ppdet: None, needs_paddleslim: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.calibrated`. Read it, do not change it."""
+    return demo_bundles.calibrated(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,15 @@ import pytest
 
 from gfldeploy import demo
 from gfldeploy.cli import main
+from gfldeploy.demo.dataset import generate
 
 needs_export = pytest.mark.needs_ppdet
 needs_quant = pytest.mark.needs_paddleslim
 
+RunHere = Callable[..., subprocess.CompletedProcess[str]]  # the fixture `run_here`
+
 SEED = 0
+EVALUATED = 16  # images of `labelled` to measure mAP on
 STAGE = re.compile(r"\[ *\d+\.\d s\] .*")
 
 # Fails at the first attempt to reach anything: what is downloaded would come from there.
@@ -55,12 +59,16 @@ def run(
     )
 
 
-def export_here(weights: Path, output: Path) -> None:
-    """Export the demo's config with `weights` in this process: loading Paddle takes half of the time."""
-    arguments = ("export", "-c", demo.config_path(), "-w", weights, "-o", output)
+def make_here(*arguments: object) -> None:
+    """Run `gfldeploy` in this process, which must succeed: loading Paddle takes half of the time."""
     with pytest.raises(SystemExit) as stopped:
         main(list(map(str, arguments)))
     assert stopped.value.code == 0
+
+
+def export_here(weights: Path, output: Path) -> None:
+    """Export the demo's config with `weights`."""
+    make_here("export", "-c", demo.config_path(), "-w", weights, "-o", output)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -182,6 +190,25 @@ def quantized(factory: pytest.TempPathFactory) -> Path:
     data = pictures(factory)
     samples = len(list(data.iterdir()))
     arguments = ("quantize", exported(factory), "--data", data, "--samples", samples, "--algo", "abs_max")
-    done = run(*arguments, "--min-agreement", 0, "-o", folder / "int8", folder=folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    make_here(*arguments, "--min-agreement", 0, "-o", folder / "int8")
+    return folder / "int8"
+
+
+@once
+def labelled(factory: pytest.TempPathFactory) -> Path:
+    """A folder with generated images and labels: calib/annotations.json of 8, val/annotations.json of `EVALUATED`."""
+    folder = factory.mktemp("labelled")
+    generate(folder, "calib", 8)
+    generate(folder, "val", EVALUATED)
+    return folder
+
+
+@once
+def calibrated(factory: pytest.TempPathFactory) -> Path:
+    """The INT8 bundle of `trained`, calibrated and measured on `labelled`. Read it, do not change it."""
+    data, folder = labelled(factory), factory.mktemp("calibrated")
+    arguments = ("quantize", trained(factory), "--data", data / "calib/annotations.json", "--samples", 8)
+    # Few images make a coarse measure: what is wanted here is that a sound calibration passes.
+    measured = ("--eval-data", data / "val/annotations.json", "--max-drop", 0.02)
+    make_here(*arguments, *measured, "-o", folder / "int8")
     return folder / "int8"

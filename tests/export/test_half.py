@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import demo_bundles
 import numpy as np
 import onnx
 import pytest
+from demo_bundles import RunHere
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -240,11 +239,11 @@ def test_the_bundles_fp16_file(tmp_path_factory: pytest.TempPathFactory) -> None
 @pytest.mark.slow
 @demo_bundles.needs_export
 def test_a_detector_that_fp16_does_not_suit_is_exported_without(
-    tmp_path: Path, run_here: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(half, "TOLERANCE", parity.Tolerance(0.0, 0.0))
-    arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", tmp_path / "fp32")
-    done = run_here(*arguments)
+    arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "--input-shape", "64x96", "-o")
+    done = run_here(*arguments, tmp_path / "fp32")
     assert done.returncode == 0, done.stderr
     assert "leaving out the onnx_fp16 graph: the onnx_fp16 graph in onnxruntime differs" in done.stderr
     bundle = Bundle.open(tmp_path / "fp32")

@@ -113,7 +113,7 @@ def lopsided(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_what_breaks_in_int8_goes_back_to_float(
     lopsided: Path, labelled: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
-    arguments = ("quantize", lopsided, "--data", labelled / "calib/annotations.json", "--samples", 8)
+    arguments = ("quantize", lopsided, "--data", labelled / "calib/annotations.json", "--samples", 4)
     # Few images make a coarse measure: what is wanted here is that the broken part is found.
     arguments += ("--algo", "abs_max", "--eval-data", labelled / "val/annotations.json", "--max-drop", 0.03)
     done = run_here(*arguments, "-o", tmp_path / "int8")

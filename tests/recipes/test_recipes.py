@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from demo_bundles import ROOT, imported
 from sample_results import OK, RUN, sample_results
 
 from gfldeploy.batching.latency import Point
@@ -27,7 +27,6 @@ from gfldeploy.cli.quantize import command as quantize
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import image_size
 
-ROOT = Path(__file__).parents[2]
 COMPARE = ROOT / "quant" / "compare.py"
 CANDIDATES = ROOT / "export" / "candidates.py"
 INT8_SPEED = ROOT / "benchmarks" / "int8_speed.py"
@@ -37,20 +36,6 @@ GRAPHS = {
 }
 TENSORRT = {"onnx_tensorrt": {"model": "onnx/model_tensorrt.onnx", "params": None}}
 SIZES = {"paddle/model.pdmodel": 100, "paddle/model.pdiparams": 900, "onnx/model.onnx": 1000}
-
-
-@contextmanager
-def imported(path: Path) -> Iterator[ModuleType]:
-    """The script as a module, in `sys.modules` meanwhile: dataclasses look there."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[spec.name]
 
 
 @pytest.fixture
@@ -384,7 +369,7 @@ def test_photographs_of_one_aspect(tiny_coco: Path, tmp_path: Path) -> None:
 def test_memory_stays_flat_over_many_shapes(tiny_bundle: Path, tmp_path: Path) -> None:
     script = tmp_path / "memory.py"  # which writes beside itself
     script.write_text((ROOT / "benchmarks" / "memory.py").read_text())
-    options = ["--name", "tiny", "--machine", "here", "--images", "600", "--early", "200"]
+    options = ["--name", "tiny", "--machine", "here", "--images", "300", "--early", "100"]
     command = [sys.executable, str(script), "--bundles", str(tiny_bundle), *options, "--engines"]
     engines = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
     done = subprocess.run([*command, ",".join(engines)], capture_output=True, text=True, check=True)
@@ -393,7 +378,7 @@ def test_memory_stays_flat_over_many_shapes(tiny_bundle: Path, tmp_path: Path) -
     assert done.stdout.count("| fp32 |") == len(engines)
     for one in record["engines"]:
         assert one["late_mb"] < one["early_mb"] * 1.25, one
-        assert one["curve"][-1][0] == 600
+        assert one["curve"][-1][0] == 300
     # What is not measured again stays, with the same settings.
     subprocess.run([*command, engines[0]], capture_output=True, check=True)
     again = json.loads((tmp_path / "results/here/checks/tiny_memory.json").read_text())
@@ -489,7 +474,7 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
 def test_the_batcher_in_a_soak(tiny_bundle: Path, tmp_path: Path) -> None:
     script = tmp_path / "soak.py"  # which writes beside itself
     script.write_text((ROOT / "benchmarks" / "soak.py").read_text())
-    options = ["--name", "tiny", "--machine", "here", "--minutes", "0.1", "--every", "0.2", "--most-growth", "1.5"]
+    options = ["--name", "tiny", "--machine", "here", "--minutes", "0.04", "--every", "0.1", "--most-growth", "1.5"]
     done = subprocess.run(
         [sys.executable, str(script), "--bundle", str(tiny_bundle), *options], capture_output=True, text=True
     )

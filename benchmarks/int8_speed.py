@@ -83,7 +83,8 @@ def main() -> None:
 
 def speedups(results: BenchResults) -> list[Speedup]:
     """One for each engine that ran both precisions at batch 1."""
-    done = {(one.engine, one.precision): one for one in results.cells if one.status == "ok" and one.batch_size == 1}
+    single = [one for one in results.cells if one.status == "ok" and one.cell.batch_size == 1]
+    done = {(one.cell.engine, one.cell.precision): one for one in single}
     engines = dict.fromkeys(engine for engine, _ in done)
     return [
         speedup(done[engine, "fp32"], done[engine, "int8"])
@@ -100,16 +101,16 @@ def speedup(fp32: CellResult, int8: CellResult) -> Speedup:
         for base, run in zip(fp32.runs, int8.runs, strict=True)
     ]
     ran = int8.runs[-1].convolutions
-    return Speedup(int8.engine, slow, fast, slow / fast, min(by_round), max(by_round), dict(ran) if ran else None)
+    return Speedup(int8.cell.engine, slow, fast, slow / fast, min(by_round), max(by_round), dict(ran) if ran else None)
 
 
 def problems(results: BenchResults) -> Iterable[str]:
     """Why a cell failed, and why convolutions of INT8 did not run in INT8."""
     for cell in results.cells:
         if cell.status == "failed":
-            yield f"{cell.engine} {cell.precision} failed: {cell.reason}"
-        elif cell.status == "ok" and cell.precision == "int8":
-            yield from (f"{cell.engine} not in int8: {reason}" for reason in cell.runs[-1].not_low_precision or ())
+            yield f"{cell.cell.setup()} failed: {cell.reason}"
+        elif cell.status == "ok" and cell.cell.precision == "int8":
+            yield from (f"{cell.cell.engine} not in int8: {reason}" for reason in cell.runs[-1].not_low_precision or ())
 
 
 def shapes(bundle: Bundle, annotations: Path, limit: int) -> str:

@@ -268,7 +268,7 @@ def bundle_identity(bundle: Path) -> Any:
 def bench_identity(results: Path) -> Any:
     """What was measured: figures differ from run to run. An old one has another date."""
     read = BenchResults.read(results)
-    cells = [(one.engine, one.precision, one.batch_size, one.status, len(one.runs)) for one in read.cells]
+    cells = [(one.cell.name(), one.status, len(one.runs)) for one in read.cells]
     return {"old": read.created.startswith("2000"), "cells": cells}
 
 

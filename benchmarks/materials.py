@@ -89,11 +89,12 @@ def write_checkpoint(path: Path) -> None:
     """Random weights of GFL-R50, with fewer candidates above the score threshold."""
     import paddle
 
-    from gfldeploy.export.checkpoint import random_weights
-    from gfldeploy.export.config import build_model, load_detector_config
+    from gfldeploy.export.config import load_detector_config
+    from gfldeploy.export.model_builder import build_model
+    from gfldeploy.export.weights import set_random_weights
 
     model = build_model(load_detector_config(CONFIG))
-    random_weights(model, SEED)
+    set_random_weights(model, SEED)
     bias = model.head.gfl_head_cls.bias
     bias.set_value(paddle.full_like(bias, CLASS_BIAS))
     paddle.save(model.state_dict(), str(path))

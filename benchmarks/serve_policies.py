@@ -79,16 +79,16 @@ def load(args: argparse.Namespace) -> tuple[float, float]:
 
 def table(found: Iterable[Row]) -> str:
     lines = [
-        "| policy | in time, images/s | of what is possible | turned away | p99 ms | mean batch | padding |",
+        "| policy | in time, images/s | of what is possible | rejected | p99 ms | mean batch | padding |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in found:
         if (served := row.served) is None:
             continue
         possible = "" if served.percent_of_possible is None else f"{served.percent_of_possible:.0f}%"
-        p99 = "" if row.p99_ms is None else f"{row.p99_ms.value:.0f}"
+        p99 = "" if (tail := row.percentile(99)) is None else f"{tail.value:.0f}"
         lines.append(
-            f"| {row.policy} | {served.in_time_per_s:.1f} | {possible} | {served.rejected:.0%} | {p99} "
+            f"| {row.cell.policy} | {served.in_time_per_s:.1f} | {possible} | {served.rejected:.0%} | {p99} "
             f"| {served.mean_batch:.1f} | {row.padding:.2f} |"
         )
     return "\n".join(lines)

@@ -20,17 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Cell, Plan
 from gfldeploy.bench.results import Settings
-from gfldeploy.bench.runner import Data, run_plan
+from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.files import write_json
-from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import Measured, speed_ratio
-from gfldeploy.tune.search import scenario_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,6 +40,7 @@ class Tuned:
     wall_s: float
     deploy: Deploy
     cell: Cell
+    bundle: Path
 
 
 def main() -> None:
@@ -61,7 +60,7 @@ def main() -> None:
         common = [*map(str, args.bundles), "--data", str(args.data), "--limit", str(args.limit), *more]
         search = tune([*common], folder / "search.yml")
         exhaustive = tune([*common, "--exhaustive"], folder / "exhaustive.yml")
-        ratio = side_by_side(search.cell, exhaustive.cell, args, folder)
+        ratio = side_by_side(search, exhaustive, args, folder)
     output = args.output or HERE / "results" / args.machine / "checks" / "tune_demo.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -80,18 +79,16 @@ def tune(arguments: Sequence[str], output: Path) -> Tuned:
     subprocess.run([sys.executable, "-m", "gfldeploy", "tune", *arguments, "--output", str(output)], check=True)
     wall_s = time.perf_counter() - start
     deploy = Deploy.read(output)
-    one = deploy.choice
-    bundle, scenario = deploy.bundle_path(output).resolve(), scenario_of(one.policy)
-    cell = Cell(bundle, one.engine, one.precision, one.device, one.batch_size, one.threads, scenario)
-    return Tuned(wall_s, deploy, cell)
+    return Tuned(wall_s, deploy, deploy.choice.cell, deploy.bundle_path(output).resolve())
 
 
-def side_by_side(search: Cell, exhaustive: Cell, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def side_by_side(search: Tuned, exhaustive: Tuned, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Images a second of both choices, interleaved, and the first's by the second's; the same choice is timed once."""
-    cells = tuple(dict.fromkeys((search, exhaustive)))
-    images = tuple(image.path for image in CocoDataset.load(args.data, None, args.limit).images)
+    bundles = {one.cell.bundle: one.bundle for one in (search, exhaustive)}
+    cells = tuple(dict.fromkeys((search.cell, exhaustive.cell)))
+    data = Data.load(args.data, None, args.limit, accuracy=False, accuracy_limit=None, bundles=())
     settings = Settings(args.min_seconds, 10, 5 * args.min_seconds, rounds=args.rounds)
-    results, _ = run_plan(Plan(cells, ()), Data(images, ""), settings, Journal(folder))
+    results = Runner(bundles, data, Journal(folder)).measure(cells, settings)
     one, two = Measured.of(results[0]), Measured.of(results[-1])
     ratio = None if len(cells) == 1 else plain(speed_ratio(two, one))
     return {"search_images_per_s": one.images_per_s, "exhaustive_images_per_s": two.images_per_s, "ratio": ratio}
@@ -107,10 +104,10 @@ def summary(record: dict[str, Any]) -> str:
     """Three lines: each run, then both choices."""
     lines = []
     for name in ("search", "exhaustive"):
-        one, cells = record[name]["choice"], record[name]["search"]
+        one, cells = record[name]["choice"]["cell"], record[name]["search"]
         lines.append(
             f"{name:10} {record[name]['wall_s']:7.1f} s, {cells['measured']} of {cells['cells']} cells: "
-            f"{one['engine']} {one['precision']}, batch {one['batch_size']} {one['policy']}, threads {one['threads']}"
+            f"{one['engine']} {one['precision']}, batch {one['batch_size']} {one['order']}, threads {one['threads']}"
         )
     both, part = record["side_by_side"], record["search"]["wall_s"] / record["exhaustive"]["wall_s"]
     share = both["search_images_per_s"] / both["exhaustive_images_per_s"]

@@ -28,10 +28,15 @@ suppress_warnings = ["myst.header"]  # pages that are files elsewhere may begin 
 
 # The package imports no engine until it runs one; these need not be installed to read docstrings.
 autodoc_mock_imports = ["paddle", "ppdet", "paddleslim", "paddle2onnx", "onnxruntime", "openvino"]
+default_role = "code"  # docstrings write `code` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # the words say the types of attributes
+maximum_signature_line_length = 88
+
+smartquotes = False  # options begin with two hyphens
 
 html_theme = "furo"
 html_title = f"gfldeploy {version}"

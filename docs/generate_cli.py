@@ -19,7 +19,7 @@ _HEADER = """# Commands
 
 def reference() -> str:
     """The page, in Markdown."""
-    context = click.Context(cli, info_name="gfldeploy", color=False)
+    context = click.Context(cli, info_name="gfldeploy", show_default=True)
     parts = [_HEADER]
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Order, group
+from gfldeploy.batching.buckets import Group, Order, group
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, Precision
@@ -34,9 +34,9 @@ __all__ = [
     "check_measurable",
     "coco_accuracy",
     "coco_results",
+    "detect_images",
     "evaluate",
     "measure_accuracy",
-    "results_of",
 ]
 
 _RESAMPLES = 100
@@ -70,9 +70,8 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """The detections of one image in COCO's result format: bbox is x, y, width, height in original pixels.
 
-    Width is x2 - x1, as PaddleDetection has it (`bias` 0). A detection whose class has no category (None) is left out:
-    GFLv2's head has one score channel more than there are classes, and what it finds in the extra one is no object of
-    the data.
+    Width is x2 - x1, as PaddleDetection has it (`bias` 0). A detection without a category (None) is left out, such as
+    those of the score channel that GFLv2's head has beyond its classes.
     """
     rows = zip(detections.boxes.tolist(), detections.scores.tolist(), detections.classes.tolist(), strict=True)
     return [
@@ -129,8 +128,7 @@ def ap_difference(
     """How much higher the AP of the results `first` is than that of `second`, and its 95% interval.
 
     The interval is that of a percentile bootstrap over images (Efron and Tibshirani, An Introduction to the Bootstrap,
-    1993, chapter 13), both sides on the same resample: it tells what other images of the same kind would have said.
-    Raises `DataError` as `coco_accuracy` does.
+    1993, chapter 13), both sides on the same resample. Raises `DataError` as `coco_accuracy` does.
     """
     sides = [_compared(dataset, results) for results in (first, second)]
     value = float(sides[0].stats[0] - sides[1].stats[0])
@@ -195,10 +193,11 @@ def _compared(
 
 
 def _ap_of(evaluation: Any, images: NDArray[np.int64]) -> float:
-    """AP over these of the images that were compared, by their places; the same may be there more than once."""
+    """AP over these of the compared images, by their places; an image may be there more than once."""
     again = copy.copy(evaluation)
     again.params = copy.deepcopy(evaluation.params)
-    # Of objects of all sizes alone, the first of four ranges, and of the most detections: a quarter of the work.
+    # Only of objects of all sizes, the first of four ranges, and of the largest number of detections: a quarter of the
+    # work.
     ranges, categories, count = len(again.params.areaRng), len(again.params.catIds), len(again.params.imgIds)
     again.params.areaRng, again.params.maxDets = again.params.areaRng[:1], again.params.maxDets[-1:]
     again._paramsEval = again.params
@@ -304,57 +303,45 @@ def measure_accuracy(
     progress: Callable[[int, int], None] | None = None,
     order: Order = "listed",
 ) -> Accuracy:
-    """Run an engine over a dataset and measure the accuracy: that of `results_of`, which raises and means the same.
+    """Run an engine over a dataset and measure the accuracy.
 
-    Raises `DataError` before anything is run where mAP is undefined.
-    """
-    category_ids = dataset.class_to_category(classes)
-    check_measurable(dataset, category_ids)
-    results = results_of(engine, dataset, preprocess, nms, classes, batch_size, progress, order)
-    return coco_accuracy(dataset, results, category_ids)
+    `order`: how the images are put into batches, see `batching.buckets`. `classes`: the model's class names, in the
+    order of its score channels. `progress(done, total)` is called after every batch, with numbers of images.
 
-
-def results_of(
-    engine: Engine,
-    dataset: CocoDataset,
-    preprocess: Preprocess,
-    nms: NmsParams,
-    classes: Sequence[str],
-    batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-    order: Order = "listed",
-) -> list[dict[str, Any]]:
-    """What an engine detects in the images of a dataset, in COCO's result format.
-
-    `order`: how the images are put into batches, see `batching.buckets`: with "bucketed", each batch has images of one
-    input size, so that none is padded to another's. `classes`: the model's class names, in the order
-    of its score channels. `progress(done, total)` is called after every batch, with numbers of images.
-
-    Raises `DataError` at the first image that cannot be read, because the accuracy over a part of the data would pass
-    for one over all of it; `EngineError` when the engine fails or returns something unusable.
+    Raises `DataError` before anything runs where mAP is undefined, and at the first image that cannot be read, because
+    the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
+    returns something unusable.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    class_to_category = dataset.class_to_category(classes)
-    results: list[dict[str, Any]] = []
-    total = len(dataset.images)
-    by_size = order in ("sorted", "bucketed")  # the others are cut without looking at sizes
+    category_ids = dataset.class_to_category(classes)
+    check_measurable(dataset, category_ids)
+    by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes
     sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
-    done = 0
-    for one in group(sizes, batch_size, order):
-        images = [dataset.images[index] for index in one.indices]
-        tensor, scales = preprocess.batch_of([read_image(image.path) for image in images])
-        detections = detect_batch(engine, tensor, scales, nms)
-        for image, found in zip(images, detections, strict=True):
-            results += coco_results(image.id, found, class_to_category)
-        done += len(images)
-        if progress is not None:
-            progress(done, total)
-    return results
+    results: list[dict[str, Any]] = []
+    every = detect_images(engine, dataset, preprocess, nms, group(sizes, batch_size, order))
+    for done, (index, found) in enumerate(every, start=1):
+        results += coco_results(dataset.images[index].id, found, category_ids)
+        if progress is not None and (done % batch_size == 0 or done == len(sizes)):
+            progress(done, len(sizes))
+    return coco_accuracy(dataset, results, category_ids)
+
+
+def detect_images(
+    engine: Engine, dataset: CocoDataset, preprocess: Preprocess, nms: NmsParams, groups: Iterable[Group]
+) -> Iterator[tuple[int, Detections]]:
+    """The place of each image of these batches in the dataset, and what was found in it.
+
+    Raises `DataError` for an image that cannot be read, and `EngineError`.
+    """
+    for one in groups:
+        images = [read_image(dataset.images[index].path) for index in one.indices]
+        tensor, scales = preprocess.batch_of(images)
+        yield from zip(one.indices, detect_batch(engine, tensor, scales, nms), strict=True)
 
 
 def _coco(images: Iterable[int], categories: Iterable[int], annotations: list[dict[str, Any]]) -> Any:
-    """A pycocotools COCO over these annotations, numbered from 1: COCOeval takes id 0 for "matched nothing"."""
+    """A pycocotools COCO over these annotations, numbered from 1, since COCOeval takes id 0 for "matched nothing"."""
     from pycocotools.coco import COCO
 
     coco = COCO()

@@ -95,11 +95,6 @@ class FileRecord:
         _need(bool(re.fullmatch("[0-9a-f]{64}", self.sha256)), "sha256", self.sha256)
 
 
-def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 3 came with `left_out` and `notes`, which are empty where they are absent."""
-    return data
-
-
 @dataclass(frozen=True)
 class Manifest(Versioned):
     """`manifest.json`.
@@ -118,7 +113,8 @@ class Manifest(Versioned):
     Raises `BundleError` for what no detector has: what a bundle says must not take memory or time beyond its size.
     """
 
-    FORMAT = FileFormat("a manifest", "gfldeploy export", 3, {2: _from_schema_2}, BundleError)
+    # Schema 2 added `candidates`, schema 3 `left_out` and `notes`: absent, they have their defaults.
+    FORMAT = FileFormat("a manifest", "gfldeploy export", 3, {1: dict, 2: dict}, BundleError)
 
     name: str
     precision: Literal["fp32", "int8"]
@@ -171,7 +167,7 @@ def _need(right: bool, key: str, value: object) -> None:
 
 
 def _wrong_output(manifest: Manifest) -> str | None:
-    """What keeps the outputs from being those of a detector, see ARCHITECTURE.md."""
+    """What keeps the outputs from being those of a detector, see docs/contracts.md."""
     outputs = {spec.name: spec for spec in manifest.outputs}
     for name, rank, last in (("scores", 3, manifest.score_channels), ("boxes", 3, 4), ("anchors", 2, None)):
         spec = outputs.pop(name, None)
@@ -223,6 +219,10 @@ class Bundle:
                 raise
         return bundle
 
+    def __fspath__(self) -> str:
+        """The directory: a function that takes the path of a bundle takes an opened one, too."""
+        return os.fspath(self.directory)
+
     @property
     def name(self) -> str:
         return self.manifest.name
@@ -244,7 +244,7 @@ class Bundle:
             )
         if graph is None:
             there = ", ".join(self.manifest.graphs)
-            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", "Export the bundle again.")
+            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", _AGAIN)
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
 
     def layers(self) -> dict[str, str]:
@@ -272,16 +272,12 @@ class Bundle:
         """Hash every file again. Raises `BundleError` naming the first that changed."""
         self._check_files(set(_files_below(self.directory)) - {MANIFEST})
         for name, record in self.manifest.files.items():
-            try:
-                same = sha256(self.directory / name) == record.sha256
-            except OSError as error:
-                raise BundleError(
-                    f"{self.directory / name} cannot be read: {error.strerror or error}", "Copy the bundle again."
-                ) from error
+            path = self.directory / name
+            with reading(path, BundleError, "Copy the bundle again."):
+                same = sha256(path) == record.sha256
             if not same:
                 raise BundleError(
-                    f"{self.directory / name} has changed since the bundle was made",
-                    "Export the bundle again, or restore the file.",
+                    f"{path} has changed since the bundle was made", "Export the bundle again, or restore the file."
                 )
 
     def _check_files(self, present: set[str]) -> None:

@@ -1,15 +1,15 @@
 """Which anchors of an image a graph decodes, what NMS can lose by that, and which ones a graph decoded.
 
-NMS goes through the pairs of an anchor and a class by falling score, so that a pair is dropped or kept by better pairs
-alone. If a graph leaves out the anchors whose best class scores lowest, all detections that score more than the worst
-candidate are therefore exactly those of all anchors. What may be missing, or differ, scores less. Nothing is lost
+NMS goes through the pairs of an anchor and a class by falling score, so that better pairs alone drop or keep a pair.
+If a graph leaves out the anchors whose best class scores lowest, all detections that score more than the worst
+candidate are therefore exactly those of all anchors; those that may be missing or differ score less. Nothing is lost
 
-- where no anchor was left out, or the worst candidate scores no more than `score_threshold`;
-- where `keep_top_k` detections score more than the worst candidate, since no others leave NMS;
+- if no anchor was left out, or the worst candidate scores no more than `score_threshold`;
+- if `keep_top_k` detections score more than the worst candidate, since no others leave NMS;
 - with a single class and at least `nms_top_k` candidates, since no others enter NMS.
 
 The last holds for every image; with more classes a class can have all of its best anchors among those left out. The
-others are a matter of the image, and `may_lack_below` tells afterwards.
+others depend on the image, and `may_lack_below` tells afterwards.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ MOST_CANDIDATES = 3839
 def default_candidates(nms: NmsParams, channels: int) -> int | None:
     """How many anchors of an image a graph with so many score channels should decode; None for all.
 
-    1000 where the config keeps up to 100 detections, and with one class at least as many as enter NMS. Otherwise all:
-    several hundred detections can need more candidates than TensorRT's TopK gives, and decoding all anchors takes
-    little beside the network.
+    1000 if the config keeps up to 100 detections; with one class, at least as many as enter NMS. Otherwise all: several
+    hundred detections can need more candidates than TensorRT's TopK gives, and decoding all anchors takes little time
+    beside the network.
     """
     if channels == 1 and 0 < nms.nms_top_k <= MOST_CANDIDATES:
         return max(DEFAULT_CANDIDATES, nms.nms_top_k)
@@ -67,9 +67,9 @@ def may_lack_below(scores: NDArray[np.float32], found: Detections, nms: NmsParam
 
 
 def suffice(candidates: int, outputs: Iterable[Mapping[str, NDArray[Any]]], nms: NmsParams) -> bool:
-    """Whether so many candidates of each image are certain to lose nothing of these outputs of all anchors.
+    """Whether so many candidates of each image certainly lose nothing of these outputs of all anchors.
 
-    `outputs`: "scores" [N, A, C] and "boxes" [N, A, 4]; an image whose scores are not finite is passed over.
+    `outputs`: "scores" [N, A, C] and "boxes" [N, A, 4]; images with NaN or infinite numbers are passed over.
     """
     for batch in outputs:
         for scores, boxes in zip(batch["scores"], batch["boxes"], strict=True):
@@ -83,8 +83,7 @@ def suffice(candidates: int, outputs: Iterable[Mapping[str, NDArray[Any]]], nms:
 
 
 def anchors_of(outputs: Mapping[str, NDArray[Any]], image: int) -> NDArray[np.int64]:
-    """The anchor of each candidate [K] of an image of the batch, -1 where there is none; of a graph that does not
-    choose, all of them."""
+    """The anchor of each candidate [K] of an image of the batch, -1 for none; all, if the graph does not choose."""
     if "anchors" not in outputs:
         return np.arange(outputs["scores"].shape[1])
     anchors: NDArray[np.int64] = outputs["anchors"][image].astype(np.int64)
@@ -92,7 +91,7 @@ def anchors_of(outputs: Mapping[str, NDArray[Any]], image: int) -> NDArray[np.in
 
 
 def matched(one: NDArray[np.int64], other: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The candidates of `one` that `other` has too, and which of `other` these are, in rising order of anchors.
+    """The places in `one` and in `other` of the candidates that both have, in rising order of anchors.
 
     Both: anchors [K], each at most once, -1 for none.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,21 +53,6 @@ class NmsParams:
                 raise ConfigError(f"the NMS's {name} is {value!r:.40}", "Give a whole number above 0, or -1 for all.")
         if not isinstance(self.normalized, bool):
             raise ConfigError(f"the NMS's normalized is {self.normalized!r}", "Set it to true or false.")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> NmsParams:
-        """The inverse of `to_dict`. Raises `ConfigError` for unknown or missing keys and unusable values."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(str(key) for key in data if key not in known):
-            raise ConfigError(f"unknown NMS keys: {', '.join(unknown)}", f"Known: {', '.join(known)}.")
-        required = ("score_threshold", "nms_threshold", "nms_top_k", "keep_top_k")
-        if missing := [key for key in required if key not in data]:
-            raise ConfigError(f"the NMS lacks {', '.join(missing)}", "Give all of them.")
-        return cls(**data)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -153,7 +138,7 @@ class Detections:
         ]
 
     def for_supervision(self) -> dict[str, Any]:
-        """The arguments of `supervision.Detections`, for the annotators, trackers and filters of that package.
+        """The arguments of `supervision.Detections`, for the annotators, trackers and filters of that package::
 
             supervision.Detections(**found.for_supervision())
 

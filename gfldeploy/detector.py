@@ -24,16 +24,18 @@ _BATCHES_AHEAD = 4
 
 
 class Detector(ClosesOnExit):
-    """A detector that is ready to run; a context manager, which frees it.
+    """A detector that is ready to run; a context manager, which frees it::
 
-        from gfldeploy import Detector
         detector = Detector("bundle")
-        for found in detector.detect(["a.jpg", "b.jpg"]): print(found.boxes, found.scores, found.classes)
+        for found in detector.detect(["a.jpg", "b.jpg"]):
+            print(found.boxes, found.scores, found.names)
 
-    An image is a file's path or its content (`bytes`), an array, uint8 [h, w, 3], RGB unless `color` says otherwise
-    (OpenCV's own are BGR), or a PIL image. `classes`: their names; `Detections.classes` are indices into them.
-    `choice`: what runs, how, and why that; its `notes`: what the user of this detector should know. Not for several
-    threads at once.
+    An image is a file's path or its content (`bytes`), an array, uint8 [h, w, 3], or a PIL image. A detector is not for
+    several threads at once.
+
+    Attributes:
+        choice: What runs and how: bundle, engine, options, batch size and order, and in words why. Its `notes` are what
+            the user of this detector should know.
     """
 
     def __init__(
@@ -47,13 +49,24 @@ class Detector(ClosesOnExit):
         batch_size: int | None = None,
         engine_cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Load a bundle, or what a `deploy.yml` chose; see `predict.engine_selection.choose` for what is not given.
+        """Load a bundle, or what a `deploy.yml` chose, and warn (`UserWarning`) of every one of the `choice.notes`.
 
-        `engine_cache`: a folder where engines that compile keep the result, for the next start to be faster.
+        Args:
+            source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote, which decides on what is
+                None here.
+            engine: By default the preferred engine of those that can run the bundle.
+            precision: By default that of the bundle.
+            device: By default the CPU.
+            threads: CPU threads of one inference; by default all.
+            batch_size: Images of one inference; by default 1.
+            engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
 
-        Warns (`UserWarning`) of every one of the `choice.notes`: what the bundle says of the detector, and where a
-        `deploy.yml` was made on another machine or with other software. Raises
-        `BundleError`, `DataError`, `UnsupportedError`, `MissingDependencyError` and `EngineError`.
+        Raises:
+            BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
+            DataError: `source` is a file that is no `deploy.yml`.
+            UnsupportedError: Nothing here can run the bundle so.
+            MissingDependencyError: The engine is not installed.
+            EngineError: The engine failed to load the bundle.
         """
         cache = None if engine_cache is None else Path(engine_cache)
         self.choice = choose(Path(source), engine, precision, device, threads, batch_size, cache)
@@ -64,10 +77,11 @@ class Detector(ClosesOnExit):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, by the numbers in `Detections.classes`."""
+        """Class names, by the numbers in `Detections.classes`."""
         return self._manifest.classes
 
     def close(self) -> None:
+        """Free the detector."""
         self._engine.close()
 
     def detect(
@@ -78,11 +92,23 @@ class Detector(ClosesOnExit):
         color: ColorOrder = "rgb",
         reduced: bool = False,
     ) -> list[Detections]:
-        """What is in each image, in their order; a single image makes a list of one.
+        """Detect in one image or in several.
 
-        `color`: "rgb" or "bgr", the order of the channels of arrays; of nothing else. `threshold`, `reduced`: as for
-        `stream`. Raises `DataError` for the first image that cannot be used, `ValueError` for an array that is not
-        uint8 [h, w, 3], `TypeError` for what is no image, and `EngineError`.
+        Args:
+            images: One image, or any number of them.
+            threshold: The lowest score of a detection; 0 gives all that NMS leaves, which mAP needs.
+            color: The order of the channels of arrays, and of nothing else; OpenCV's own are "bgr".
+            reduced: Decode a JPEG at 1/2, 1/4 or 1/8 where that is no smaller than the network's input: faster, but not
+                the same pixels, so that scores and boxes differ a little.
+
+        Returns:
+            The detections of each image, in the order of the images.
+
+        Raises:
+            DataError: An image cannot be used; it is the first that cannot.
+            ValueError: An array is not uint8 [h, w, 3].
+            TypeError: Something is no image.
+            EngineError: The engine failed.
         """
         given = [cast(Image, images)] if is_one_image(images) else cast("Iterable[Image]", images)
         detections = []
@@ -102,15 +128,25 @@ class Detector(ClosesOnExit):
         look_ahead: int | None = None,
         reduced: bool = False,
     ) -> Generator[Found]:
-        """What is in each image, in their order, as it is found: an image that cannot be used has its `error`.
+        """Detect in any number of images, which are taken as they are needed.
 
-        Images are taken as they are needed, so that there may be any number; decoding, the network and NMS work at the
-        same time. `threshold`: the least score of a detection; 0 is all that NMS leaves, which mAP needs.
-        `look_ahead`: how many images may come after one before it must run, though its batch is not full; default: four
-        batches. `reduced`: decode a JPEG at 1/2, 1/4 or 1/8 where that is no less than the network's
-        input: faster, but not the same pixels, so that scores and boxes differ a little.
+        Decoding, the network and NMS work at the same time.
 
-        `color`, and what it raises: as for `detect`.
+        Args:
+            images: The images.
+            threshold: As for `detect`.
+            color: As for `detect`.
+            look_ahead: How many images may come after one before it must run, though its batch is not full; by default
+                four batches.
+            reduced: As for `detect`.
+
+        Yields:
+            What is in each image, in the order of the images. One that cannot be used has its `error`.
+
+        Raises:
+            ValueError: An array is not uint8 [h, w, 3].
+            TypeError: Something is no image.
+            EngineError: The engine failed.
         """
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")

@@ -22,14 +22,14 @@ from gfldeploy.engines.registry import (
 )
 from gfldeploy.machine import Machine, describe_machine, installed_packages
 
-__all__ = ["Report", "examine", "summarize_report", "twin_warnings"]
+__all__ = ["Diagnosis", "diagnose", "summarize_report", "twin_warnings"]
 
 _MOST_LINES, _MOST_ENGINES, _MOST_WARNINGS, _MOST_INSTALLS = 15, 6, 3, 3
 _LABEL, _TEXT = 10, 70  # columns
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """`packages`: every package looked for, None where it is not installed; `capabilities`: every engine x device x
     precision; `lacking`: the modules that commands which need more than an engine lack; `warnings`: problem and remedy,
     one line each."""
@@ -48,7 +48,7 @@ class Report:
         return data
 
 
-def examine() -> Report:
+def diagnose() -> Diagnosis:
     """Look at this machine and environment."""
     packages = installed_packages()
     lacking = {
@@ -56,7 +56,7 @@ def examine() -> Report:
         for command, tools in TOOL_CHAINS.items()
     }
     broken = tuple(f"The engine plug-in {name} is left out: {why}." for name, why in BROKEN_PLUGINS.items())
-    return Report(describe_machine(), packages, tuple(capabilities()), lacking, twin_warnings(packages) + broken)
+    return Diagnosis(describe_machine(), packages, tuple(capabilities()), lacking, twin_warnings(packages) + broken)
 
 
 def twin_warnings(packages: Mapping[str, str | None]) -> tuple[str, ...]:
@@ -72,12 +72,15 @@ def twin_warnings(packages: Mapping[str, str | None]) -> tuple[str, ...]:
     )
 
 
-def summarize_report(report: Report) -> list[str]:
+def summarize_report(report: Diagnosis) -> list[str]:
     """What works here, and what would make it faster or complete, in at most 15 lines of 80 columns."""
     machine = report.machine
     gpus = ", ".join(machine.gpus) or "unknown model"
     blocks = [
-        ("Machine", [machine.cpu, f"{machine.threads} usable CPUs, {machine.memory_gb} GB, Python {machine.python}"]),
+        (
+            "Machine",
+            [machine.cpu, f"{machine.threads} usable CPUs, {machine.memory_gb} GB memory, Python {machine.python}"],
+        ),
         ("GPU", [f"{gpus}, driver {machine.driver}" if machine.driver else "no NVIDIA driver is loaded"]),
         *(
             (command.capitalize(), [f"not installed: {', '.join(modules)}" if modules else "works"])
@@ -95,7 +98,7 @@ def summarize_report(report: Report) -> list[str]:
     ]
 
 
-def _engine_lines(report: Report) -> list[str]:
+def _engine_lines(report: Diagnosis) -> list[str]:
     """A line for each engine that runs something here, and one for the others."""
     devices = DEVICES if report.machine.driver else DEVICES[:1]
     runs: dict[str, str] = {}
@@ -117,7 +120,7 @@ def _engine_lines(report: Report) -> list[str]:
     return lines + not_here
 
 
-def _install_lines(report: Report, room: int) -> list[str]:
+def _install_lines(report: Diagnosis, room: int) -> list[str]:
     """The commands that would help most, with what for, as far as there is room for them."""
     purposes: dict[str, dict[str, None]] = defaultdict(dict)
     for purpose, command in _improvements(report):
@@ -130,7 +133,7 @@ def _install_lines(report: Report, room: int) -> list[str]:
     return lines
 
 
-def _improvements(report: Report) -> Iterator[tuple[str, str]]:
+def _improvements(report: Diagnosis) -> Iterator[tuple[str, str]]:
     """What could be had by installing something, the most useful first, and the command."""
     device: Device = "gpu" if report.machine.driver else "cpu"
     possible = [name for name, spec in ENGINES.items() if not isinstance(spec.graph("fp32", device), Obstacle)]
@@ -144,7 +147,7 @@ def _improvements(report: Report) -> Iterator[tuple[str, str]]:
         yield f"{title_of(first)}, the first choice on {device}", absent[first]
     for command, modules in report.lacking.items():
         for module in modules:
-            yield command, install_command(module)
+            yield command, install_command(module, device)
     for name in (*PREFERRED_ENGINES, *TENSORRT_ENGINES):
         if name in absent and name != first:
             yield title_of(name), absent[name]

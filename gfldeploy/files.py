@@ -1,4 +1,4 @@
-"""Writing so that an interrupted command leaves either the old result or the new one, never half of one."""
+"""Writing so that an interrupted command leaves either the old result or the new one, and what may be replaced."""
 
 from __future__ import annotations
 
@@ -136,12 +136,12 @@ def _finite(text: str) -> float:
 
 
 def _check_nesting(value: Any) -> None:
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_MOST_NESTING):
-        held = (item for one in level for item in (one.values() if isinstance(one, dict) else one))
-        level = [item for item in held if isinstance(item, dict | list)]
-        if not level:
+    level = [value]
+    for _ in range(_MOST_NESTING + 1):
+        containers = [one for one in level if isinstance(one, dict | list)]
+        if not containers:
             return
+        level = [item for one in containers for item in (one.values() if isinstance(one, dict) else one)]
     raise ValueError("it is nested too deeply")
 
 
@@ -206,9 +206,9 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Yield an empty directory beside `target` that becomes `target` when the block succeeds.
 
-    `force` replaces an existing directory of this kind, exchanging the two in one system call. `need_bytes` is
-    checked against the free space first. On any exception, Ctrl-C and SIGTERM included, what was written is removed and
-    `target` is as it was. Raises `OutputError` for everything the file system refuses.
+    `force` replaces an existing directory of this kind, in one system call. `need_bytes` must be free. On any
+    exception, Ctrl-C and SIGTERM included, what was written is removed and `target` is as it was. Raises `OutputError`
+    for everything that the file system refuses.
     """
     target = _absolute(target)
     check_target(target, kind, force=force)
@@ -224,7 +224,7 @@ def atomic_directory(
             new.mkdir()
             yield new
         except OSError as error:
-            if error.errno in _FILESYSTEM_ERRORS or _is_below(error.filename, place):
+            if error.errno in _FILESYSTEM_ERRORS or Path(str(error.filename)).is_relative_to(place):
                 raise _output_error(target, error) from error
             raise
         check_interrupted()
@@ -245,11 +245,11 @@ class Unfinished:
 def unfinished_beside(output: Path, command: str, made: str) -> Iterator[Unfinished]:
     """A folder beside `output` for what `command` has done already, removed when the block ends without an error.
 
-    An error or an interruption leaves it for the next run if it is worth keeping, a kill in any case. `made`: a regular
-    expression for the relative paths of the files that the command makes in it, and of folders, which end in a slash.
+    An error or an interruption leaves it for the next run if it is worth keeping, a kill always. `made`: a regular
+    expression for the relative paths of files that the command makes in it, and of folders, with a slash at the end.
 
     Raises `OutputError` if another process is using the folder, if it cannot be written, and if something is in it
-    that the command did not make: nothing of that is touched, and no link is followed.
+    that the command did not make: that is never touched, and no link is followed.
     """
     output = _absolute(output)
     place = output.with_name(f"{output.name}{_UNFINISHED}")
@@ -287,10 +287,7 @@ def open_own(path: Path) -> IO[bytes]:
 
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
-    """An empty directory among the system's temporary files, removed afterwards; that of a killed run by the next.
-
-    Raises `OutputError`.
-    """
+    """An empty temporary directory, removed afterwards, or by the next run after a kill. Raises `OutputError`."""
     try:
         target = Path(tempfile.gettempdir()) / f"gfldeploy-{os.getuid()}"
     except OSError as error:
@@ -346,7 +343,7 @@ def _output_error(target: Path, error: OSError) -> OutputError:
         errno.EFBIG: "Raise the limit on file sizes (`ulimit -f`), or choose another --output.",
         errno.ENOSPC: "Free some space or choose another --output.",
     }.get(error.errno or 0, "Choose an --output that you may write to.")
-    # The partial directory is gone by the time this is read: name the target.
+    # The partial directory is gone by then: name the target.
     for part in (target, *target.parents):
         if _PARTIAL in part.name:
             target = part.with_name(part.name[1:].rpartition(_PARTIAL)[0])
@@ -356,10 +353,6 @@ def _output_error(target: Path, error: OSError) -> OutputError:
 
 def _absolute(target: Path) -> Path:
     return Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a symbolic link at the target
-
-
-def _is_below(name: object, directory: Path) -> bool:
-    return isinstance(name, str) and Path(name).is_relative_to(directory)
 
 
 def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
@@ -403,10 +396,10 @@ def _parents_of(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _partial_of(target: Path) -> Iterator[Path]:
-    """A directory beside `target` with a mark alone, locked while the block runs and removed afterwards.
+    """A directory beside `target` that holds a mark, locked while the block runs and removed afterwards.
 
-    The lock ends with the process, however it ends, so that the next run knows what a killed one left: process ids are
-    used again, always the same few in containers, and mean nothing to another machine on a shared file system.
+    The lock ends with the process in any case, so that the next run knows what a killed one left. Process ids would not
+    do: they are used again, in containers always the same few, and mean nothing to another machine.
     """
     place = None
     with ExitStack() as lock:
@@ -446,9 +439,9 @@ def _removed(place: Path) -> bool:
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what killed runs left beside `target`, and give a directory its name back that one was about to replace.
+    """Remove what killed runs left beside `target`, and restore the name of a directory that one was to replace.
 
-    What has such a name without our mark is somebody else's.
+    Anything of such a name without our mark is somebody else's.
     """
     prefix = f".{target.name}{_PARTIAL}"
     for path in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
@@ -485,7 +478,7 @@ def _write_mark(place: Path, command: str, target: Path) -> None:
 
 
 def _has_mark(place: Path, command: str, *, alone: bool) -> bool:
-    """`alone`: there is nothing but the mark, which a kill may have left empty."""
+    """`alone`: the mark is the only file, and a kill may have left it empty."""
     mark = place / _MARK
     with suppress(OSError):
         if stat.S_ISREG(mark.lstat().st_mode):
@@ -564,7 +557,7 @@ def _contents(place: Path, made: str) -> Iterator[tuple[Path, bool]]:
 
 
 def _remove_made(place: Path, made: str) -> None:
-    """Remove what the command made in a folder of unfinished work, and the folder if nothing else is in it."""
+    """Remove what the command made in a folder of unfinished work, and the folder if it is empty then."""
     with hold_interrupts(), suppress(OSError):
         for path, own in list(_contents(place, made)):
             if own and path.is_dir():

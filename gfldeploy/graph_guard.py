@@ -1,13 +1,13 @@
-"""What a graph from elsewhere may hold: pure arithmetic on tensors, all of it in the file, of sizes that make sense.
+"""What a graph from elsewhere may hold: pure arithmetic on tensors, all of it in the file, of plausible sizes.
 
 An inference engine runs whatever operators a file names. Paddle's can write files (`save`), call Python (`py_func`) and
 load libraries; ONNX's can read other files (external data) and run code of any domain that is registered. So a bundle's
-graphs are read here first, by readers of our own that look at nothing but the structure, and are refused unless every
-operator is in a list: it is generous towards arithmetic, as any backbone must pass, and holds nothing else. Export
-checks what it has just written in the same way, so that an operator that is missing here is found there.
+graphs are read here first, by readers of our own that look at the structure alone, and are refused unless every
+operator is in a list, which holds arithmetic of all kinds, as any backbone must pass, and nothing else. Export checks
+what it has just written in the same way, so that an operator that the list lacks shows there.
 
-ONNX's branches and loops are read like the rest, a few levels deep; functions and Paddle's blocks are refused
-altogether: no detector has any.
+ONNX's branches and loops are read like the rest, a few levels deep; functions and Paddle's blocks are refused, since no
+detector has any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -248,35 +248,69 @@ def _mapped(path: Path) -> memoryview:
 
 # --- protobuf ---------------------------------------------------------------------------------------------------------
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_Fields = dict[int, list[Any]]
+_VARINT, _BYTES = 0, 2  # kinds of fields
+_FIXED = {1: 8, 5: 4}  # and those of so many bytes
 
 
-def _fields(data: memoryview, known: Collection[int], what: str) -> _Fields:
-    """The fields of one message by number, each as often as it occurs; refuses those not in `known`."""
-    found: _Fields = {}
-    at, end = 0, len(data)
-    while at < end:
-        key, at = _varint(data, at)
-        number, kind = key >> 3, key & 7
-        value: Any
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-        elif kind == _BYTES:
-            length, at = _varint(data, at)
-            value, at = data[at : at + length], at + length
-        elif kind == _FIXED32:
-            value, at = data[at : at + 4], at + 4
-        elif kind == _FIXED64:
-            value, at = data[at : at + 8], at + 8
-        else:
-            raise ValueError("it is no protobuf message")
-        if at > end:
-            raise ValueError("it is cut off")
-        if number not in known:
-            raise _refused(f"a {what} has the field {number}, which no export writes")
-        found.setdefault(number, []).append(value)
-    return found
+class _Message:
+    """The fields of one protobuf message by number, each as often as it occurs; refuses those not in `known`."""
+
+    def __init__(self, data: memoryview, known: Collection[int], what: str) -> None:
+        self._fields: dict[int, list[Any]] = {}
+        at, end = 0, len(data)
+        while at < end:
+            key, at = _varint(data, at)
+            number, kind = key >> 3, key & 7
+            value: Any
+            if kind == _VARINT:
+                value, at = _varint(data, at)
+            else:
+                if kind == _BYTES:
+                    length, at = _varint(data, at)
+                elif kind in _FIXED:
+                    length = _FIXED[kind]
+                else:
+                    raise ValueError("it is no protobuf message")
+                value, at = data[at : at + length], at + length
+            if at > end:
+                raise ValueError("it is cut off")
+            if number not in known:
+                raise _refused(f"a {what} has the field {number}, which no export writes")
+            self._fields.setdefault(number, []).append(value)
+
+    def all(self, number: int) -> Sequence[Any]:
+        """The values as they are: numbers, or the bytes of texts and messages."""
+        return self._fields.get(number, ())
+
+    def messages(self, number: int, known: Collection[int], what: str) -> Iterator[_Message]:
+        return (_Message(value, known, what) for value in self.all(number))
+
+    def texts(self, number: int) -> list[str]:
+        return [bytes(value).decode("utf-8", "backslashreplace") for value in self.all(number)]
+
+    def text(self, number: int) -> str:
+        """Of a field that occurs once: of several, readers take the last, and one is meant."""
+        if len(self.all(number)) > 1:
+            raise _refused("a field occurs twice")
+        return "".join(self.texts(number))
+
+    def integers(self, number: int) -> list[int]:
+        """Of a repeated field, packed or not."""
+        found = []
+        for value in self.all(number):
+            if isinstance(value, int):
+                found.append(_signed(value))
+                continue
+            at = 0
+            while at < len(value):
+                one, at = _varint(value, at)
+                found.append(_signed(one))
+        return found
+
+    def floats(self, number: int, code: str = "f") -> list[float]:
+        """Of a repeated field of floats (or, with `code`, of what `struct` calls so), packed or not."""
+        size = struct.calcsize(code)
+        return [one for value in self.all(number) for one in struct.unpack(f"<{len(value) // size}{code}", value)]
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
@@ -296,37 +330,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _integers(values: Iterable[Any]) -> list[int]:
-    """Of a repeated field of integers, packed or not."""
-    found = []
-    for value in values:
-        if isinstance(value, int):
-            found.append(_signed(value))
-            continue
-        at = 0
-        while at < len(value):
-            one, at = _varint(value, at)
-            found.append(_signed(one))
-    return found
-
-
-def _floats(values: Iterable[memoryview], code: str = "f") -> list[float]:
-    """Of a repeated field of floats (or, with `code` d, doubles), packed or not."""
-    size = struct.calcsize(code)
-    return [number for value in values for number in struct.unpack(f"<{len(value) // size}{code}", value)]
-
-
-def _texts(values: Iterable[Any]) -> list[str]:
-    return [bytes(value).decode("utf-8", "backslashreplace") for value in values]
-
-
-def _text(values: Sequence[Any]) -> str:
-    """Of a field that occurs once: readers take the last where it occurs more often, and one is meant."""
-    if len(values) > 1:
-        raise _refused("a field occurs twice")
-    return _texts(values)[0] if values else ""
-
-
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -334,74 +337,61 @@ _ONNX_CODES = {1: "f", 6: "i", 7: "q", 11: "d"}
 
 
 def _read_onnx(data: memoryview) -> tuple[_Graph, None]:
-    model = _fields(data, {1, 2, 3, 4, 5, 6, 7, 8}, "model")
-    for opset in model.get(8, ()):
-        if (domain := _text(_fields(opset, {1, 2}, "opset").get(1, []))) not in ("", "ai.onnx"):
+    model = _Message(data, {1, 2, 3, 4, 5, 6, 7, 8}, "model")
+    for opset in model.messages(8, {1, 2}, "opset"):
+        if (domain := opset.text(1)) not in ("", "ai.onnx"):
             raise _refused(f"it uses operators of the domain {domain!r:.60}")
-    if len(model.get(7, ())) != 1:
+    if len(model.all(7)) != 1:
         raise ValueError("it holds no graph, or several")
     graph = _Graph()
-    _add_onnx(graph, model[7][0], _MOST_BRANCHES)
+    _add_onnx(graph, model.all(7)[0], _MOST_BRANCHES)
     return graph, None
 
 
 def _add_onnx(graph: _Graph, data: memoryview, branches: int) -> None:
     """Add a graph's nodes and constants, and those of its branches, at most so many within each other."""
-    fields = _fields(data, {1, 2, 5, 10, 11, 12, 13, 16}, "graph")
-    for tensor in fields.get(5, ()):
-        name, values = _tensor(tensor)
-        graph.constants[name] = values
-    for raw in fields.get(1, ()):
-        node = _fields(raw, {1, 2, 3, 4, 5, 6, 7, 9}, "operator")
-        if (domain := _text(node.get(7, []))) not in ("", "ai.onnx"):
+    message = _Message(data, {1, 2, 5, 10, 11, 12, 13, 16}, "graph")
+    graph.constants.update(_tensor(tensor) for tensor in message.all(5))
+    for node in message.messages(1, {1, 2, 3, 4, 5, 6, 7, 9}, "operator"):
+        if (domain := node.text(7)) not in ("", "ai.onnx"):
             raise _refused(f"it uses an operator of the domain {domain!r:.60}")
-        kind, inputs = _text(node.get(4, [])), _texts(node.get(1, ()))
-        attributes = {}
-        for attribute in node.get(5, ()):
-            name, values, inner = _onnx_attribute(attribute)
-            attributes[name] = values
-            for branch in inner:
+        kind, attributes = node.text(4), {}
+        # No types, sparse tensors or references to a function's attributes.
+        for one in node.messages(5, {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20}, "attribute"):
+            values = [*one.integers(3), *one.integers(8), *one.floats(2), *one.floats(7)]
+            attributes[one.text(1)] = values + [number for tensor in one.all(5) for number in _tensor(tensor)[1]]
+            for branch in one.all(6):
                 if kind not in _WITH_GRAPHS or not branches:
                     raise _refused(f"an operator {kind!r:.60} has a graph of its own")
                 _add_onnx(graph, branch, branches - 1)
-        graph.nodes.append(_Node(kind, {place: [one] for place, one in enumerate(inputs)}, attributes))
+        graph.nodes.append(_Node(kind, {place: [name] for place, name in enumerate(node.texts(1))}, attributes))
         if kind == "Constant" and attributes:
-            graph.constants.update(dict.fromkeys(_texts(node.get(2, ())), next(iter(attributes.values()))))
-
-
-def _onnx_attribute(data: memoryview) -> tuple[str, Sequence[float], Sequence[memoryview]]:
-    """Name, numbers and graph; no types, sparse tensors or references to a function's attributes."""
-    fields = _fields(data, {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20}, "attribute")
-    values: list[float] = [*_integers(fields.get(3, ())), *_integers(fields.get(8, ()))]
-    values += [*_floats(fields.get(2, ())), *_floats(fields.get(7, ()))]
-    for tensor in fields.get(5, ()):
-        values += _tensor(tensor)[1]
-    return _text(fields.get(1, [])), values, fields.get(6, ())
+            graph.constants.update(dict.fromkeys(node.texts(2), next(iter(attributes.values()))))
 
 
 def _tensor(data: memoryview) -> tuple[str, Sequence[float]]:
     """Name and numbers (of short ones) of a tensor that is all in the file."""
-    fields = _fields(data, {1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 14, 16}, "tensor")
-    if any(fields.get(14, ())):
+    tensor = _Message(data, {1, 2, 4, 5, 7, 8, 9, 10, 11, 12, 14, 16}, "tensor")
+    if any(tensor.all(14)):
         raise _refused("a tensor's values are in another file")
-    dims = _integers(fields.get(1, ()))
-    kind = fields.get(2, [0])[-1]
+    dims = tensor.integers(1)
+    kind = (tensor.all(2) or [0])[-1]
     if kind not in _ITEM_BYTES:
         raise _refused(f"a tensor has the data type {kind}")
     count = _count(dims)
-    raw = sum(len(value) for value in fields.get(9, ()))
+    raw = sum(len(value) for value in tensor.all(9))
     typed = sum(
-        len(value) if isinstance(value, memoryview) else 8 for key in (4, 5, 7, 10, 11) for value in fields.get(key, ())
+        len(value) if isinstance(value, memoryview) else 8 for key in (4, 5, 7, 10, 11) for value in tensor.all(key)
     )
     if (raw and raw != count * _ITEM_BYTES[kind]) or (not raw and count > typed):
         raise ValueError(f"a tensor of shape {dims} has {raw or typed} bytes of values")
     values: Sequence[float] = ()
     if count <= _SHAPE_LENGTH:
         if raw and kind in _ONNX_CODES:
-            values = _floats(fields[9], _ONNX_CODES[kind])
+            values = tensor.floats(9, _ONNX_CODES[kind])
         else:
-            values = [*_floats(fields.get(4, ())), *_integers(fields.get(5, ())), *_integers(fields.get(7, ()))]
-    return _text(fields.get(8, [])), values
+            values = [*tensor.floats(4), *tensor.integers(5), *tensor.integers(7)]
+    return tensor.text(8), values
 
 
 def _count(dims: Sequence[int]) -> int:
@@ -414,62 +404,56 @@ def _count(dims: Sequence[int]) -> int:
 
 _TENSOR, _FEED, _FETCH = 7, 9, 10
 _BLOCK_ATTRIBUTES = (8, 10)
+_ATTRIBUTE_FIELDS = set(range(1, 22)) - {9, 12, 14}
 _Shapes = dict[str, list[int]]
 
 
 def _read_program(data: memoryview) -> tuple[_Graph, _Shapes]:
-    program = _fields(data, {1, 4, 5}, "program")
-    if len(program.get(1, ())) != 1:
+    program = _Message(data, {1, 4, 5}, "program")
+    if len(program.all(1)) != 1:
         raise _refused("it has blocks besides the main one")
-    block = _fields(program[1][0], {1, 2, 3, 4, 5}, "block")
+    (block,) = program.messages(1, {1, 2, 3, 4, 5}, "block")
     shapes: _Shapes = {}
-    for raw in block.get(3, ()):
-        variable = _fields(raw, {1, 2, 3, 4, 5, 6, 7}, "variable")
-        name, kind, dims = _variable_type(variable)
-        if kind == _TENSOR and any(variable.get(3, ())):
-            shapes[name] = dims
+    for variable in block.messages(3, {1, 2, 3, 4, 5, 6, 7}, "variable"):
+        kind, dims = _variable_type(variable)
+        if kind == _TENSOR and any(variable.all(3)):
+            shapes[variable.text(1)] = dims
     graph = _Graph()
-    for raw in block.get(4, ()):
-        operator = _fields(raw, {1, 2, 3, 4, 5}, "operator")
-        attributes = dict(_program_attribute(one) for one in operator.get(4, ()))
-        inputs: dict[int | str, Sequence[object]] = dict(_slots(operator.get(1, ())))
-        node = _Node(_text(operator.get(3, [])), inputs, attributes)
+    for operator in block.messages(4, {1, 2, 3, 4, 5}, "operator"):
+        attributes = dict(map(_program_attribute, operator.messages(4, _ATTRIBUTE_FIELDS, "attribute")))
+        node = _Node(operator.text(3), dict(_slots(operator, 1)), attributes)
         graph.nodes.append(node)
         if node.kind in ("fill_constant", "assign_value"):
             values = [v for key, numbers in attributes.items() if "value" in key for v in numbers]
-            graph.constants.update((name, values) for _, names in _slots(operator.get(2, ())) for name in names)
+            graph.constants.update((name, values) for _, names in _slots(operator, 2) for name in names)
     return graph, shapes
 
 
-def _variable_type(variable: _Fields) -> tuple[str, int, list[int]]:
-    (description,) = variable[2]
-    fields = _fields(description, {1, 3}, "variable's type")
-    kind = fields[1][-1]
+def _variable_type(variable: _Message) -> tuple[int, list[int]]:
+    (description,) = variable.messages(2, {1, 3}, "variable's type")
+    kind = description.all(1)[-1]
     if kind not in (_TENSOR, _FEED, _FETCH):
         raise _refused(f"a variable has the type {kind}")
     dims: list[int] = []
-    for dense in fields.get(3, ()):
-        for tensor in _fields(dense, {1, 2}, "tensor").get(1, ()):
-            dims = _integers(_fields(tensor, {1, 2}, "tensor").get(2, ()))
-    return _text(variable.get(1, [])), kind, dims
+    for dense in description.messages(3, {1, 2}, "tensor"):
+        for tensor in dense.messages(1, {1, 2}, "tensor"):
+            dims = tensor.integers(2)
+    return kind, dims
 
 
-def _slots(slots: Iterable[memoryview]) -> Iterator[tuple[str, list[str]]]:
-    for slot in slots:
-        fields = _fields(slot, {1, 2}, "slot")
-        yield _text(fields.get(1, [])), _texts(fields.get(2, ()))
+def _slots(operator: _Message, number: int) -> Iterator[tuple[int | str, list[str]]]:
+    return ((slot.text(1), slot.texts(2)) for slot in operator.messages(number, {1, 2}, "slot"))
 
 
-def _program_attribute(data: memoryview) -> tuple[str, Sequence[float]]:
-    fields = _fields(data, set(range(1, 22)) - {9, 12, 14}, "attribute")
-    if fields[2][-1] in _BLOCK_ATTRIBUTES:
+def _program_attribute(attribute: _Message) -> tuple[str, Sequence[float]]:
+    if attribute.all(2)[-1] in _BLOCK_ATTRIBUTES:
         raise _refused("an operator has a block of its own")
-    name = _text(fields.get(1, []))
-    values: list[float] = [*_integers(value for key in (3, 6, 13, 15) for value in fields.get(key, ()))]
-    values = [value - (1 << 32) if 1 << 31 <= value < 1 << 32 else value for value in values]
-    values += [*_floats(value for key in (4, 7) for value in fields.get(key, ()))]
-    values += [*_floats((value for key in (16, 19) for value in fields.get(key, ())), "d")]
-    if name == "str_value" and (text := _text(fields.get(5, []))):
+    integers = [value for number in (3, 6, 13, 15) for value in attribute.integers(number)]
+    values: list[float] = [value - (1 << 32) if 1 << 31 <= value < 1 << 32 else value for value in integers]
+    values += [value for number in (4, 7) for value in attribute.floats(number)]
+    values += [value for number in (16, 19) for value in attribute.floats(number, "d")]
+    name = attribute.text(1)
+    if name == "str_value" and (text := attribute.text(5)):
         values.append(float(text))
     return name, values
 
@@ -549,8 +533,8 @@ def _check_params(path: Path, data: memoryview, shapes: _Shapes) -> None:
         version, levels, again, length = struct.unpack("<IQIi", data[at : at + 20])
         if version or levels or again or not 0 <= length <= 1 << 12:
             raise BundleError(f"{path} does not hold the parameters of its graph", _REMEDY)
-        description = _fields(data[at + 20 : at + 20 + length], {1, 2}, "parameter")
-        kind, dims = description[1][-1], _integers(description.get(2, ()))
+        description = _Message(data[at + 20 : at + 20 + length], {1, 2}, "parameter")
+        kind, dims = description.all(1)[-1], description.integers(2)
         # PaddleSlim's scales have a dimension of one more than its program says.
         same = [size for size in dims if size != 1] == [size for size in shapes[name] if size != 1]
         if kind not in _PARAMETER_BYTES or not same:

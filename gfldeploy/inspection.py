@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,43 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName, TensorSpec
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, graph_for, load_graph, missing_graph, open_engine
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import DEFAULT_ENGINES, graph_for, load_graph, obstacle_to, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
 from gfldeploy.macs import count_macs
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
+from gfldeploy.serialization import plain
 
-__all__ = ["describe", "int8_lines", "verify"]
+__all__ = ["inspect", "int8_lines", "verify"]
 
-# INT8 engines round differently from each other; a damaged graph finds next to nothing of what the other does.
+# INT8 engines round differently; a damaged graph finds next to nothing of what the other engine's does.
 _LEAST_AGREEMENT = 0.5
 
 
-def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """What a bundle holds, as JSON-ready data.
+def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Say what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity.
 
-    `size`: height, width in pixels of the picture to count MACs at, which is padded as the preprocessing does; default:
-    the largest picture that the preprocessing makes. Raises `BundleError`.
+    Args:
+        bundle: The directory of the bundle.
+        size: Height and width in pixels of the image whose MACs are counted, padded as by the preprocessing; by default
+            the largest image that the preprocessing makes.
+
+    Returns:
+        JSON-ready data.
+
+    Raises:
+        BundleError: The bundle is damaged.
     """
+    bundle = Bundle.open(Path(bundle))
     manifest = bundle.manifest
-    shape = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
+    height, width = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
     pad = manifest.preprocess.pad_stride or 1
-    shape = (-(-shape[0] // pad) * pad, -(-shape[1] // pad) * pad)
+    height, width = -(-height // pad) * pad, -(-width // pad) * pad
+    gmac = None  # without an ONNX graph to count MACs in
+    if bundle.has_graph("onnx"):
+        gmac = round(count_macs(bundle.graph("onnx")[0], height, width, manifest.strides) / 1e9, 3)
     return {
         "name": manifest.name,
         "precision": manifest.precision,
@@ -44,11 +60,13 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
         "notes": list(manifest.notes),
         "left_out": dict(manifest.left_out),
         "parameters": manifest.parameters,
-        "macs": {"gmac": _gmac(bundle, *shape), "at": f"{shape[0]}x{shape[1]}"},
-        "preprocess": manifest.preprocess.to_dict(),
-        "nms": manifest.nms.to_dict(),
+        "macs": {"gmac": gmac, "at": f"{height}x{width}"},
+        "preprocess": plain(manifest.preprocess),
+        "nms": plain(manifest.nms),
         "size_on_disk_mb": {
-            name: round(sum(_size(bundle, path) for path in (graph.model, graph.params) if path) / 1e6, 2)
+            name: round(
+                sum((bundle.directory / file).stat().st_size for file in (graph.model, graph.params) if file) / 1e6, 2
+            )
             for name, graph in manifest.graphs.items()
         },
         "digest": bundle.digest,
@@ -58,21 +76,13 @@ def describe(bundle: Bundle, size: tuple[int, int] | None = None) -> dict[str, A
     }
 
 
-def _gmac(bundle: Bundle, height: int, width: int) -> float | None:
-    """10^9 MACs of one image; None where the bundle has no ONNX graph to count them in."""
-    if not bundle.has_graph("onnx"):
-        return None
-    return round(count_macs(bundle.graph("onnx")[0], height, width, bundle.manifest.strides) / 1e9, 3)
-
-
 def int8_lines(parity: Mapping[str, Any]) -> list[str]:
     """What `parity.json` of an INT8 bundle says of each engine, one or more lines each; none for an FP32 bundle.
 
-    Some records are optional: which convolutions an engine ran, the accuracy, the speed, what was kept in float.
+    The convolutions that an engine ran, accuracy, speed and what was kept in float may be absent.
     """
     lines = []
-    accuracy = parity.get("accuracy")
-    speeds = parity.get("speed", {})
+    accuracy, speeds = parity.get("accuracy"), parity.get("speed", {})
     for name, one in parity.get("engines", {}).items():
         ran = one.get("convolutions")
         facts = [f"{ran.get('int8', 0)} of {sum(ran.values())} convolutions in int8"] if ran else []
@@ -88,33 +98,43 @@ def int8_lines(parity: Mapping[str, Any]) -> list[str]:
             facts.append(f"{speed['ratio']:.2f} times as fast as FP32 ({times})")
         lines.append(f"{name}: {', '.join(facts)}")
         lines += [f"{name} not in int8: {reason}" for reason in one.get("not_int8", ())]
-    return lines + [f"kept in float: {_kept(one)}" for one in parity.get("kept_float", ())]
+    for one in parity.get("kept_float", ()):
+        count = f" ({one['convolutions']} convolutions)" if one.get("convolutions", 1) > 1 else ""
+        lines.append(f"kept in float: {one['name']}{count}, {one['why']}")
+    return lines
 
 
-def _kept(entry: Mapping[str, Any]) -> str:
-    """A layer or group that was left in float on purpose, and why."""
-    count = entry.get("convolutions", 1)
-    return f"{entry['name']}{f' ({count} convolutions)' if count > 1 else ''}, {entry['why']}"
-
-
-def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda stage: None) -> list[str]:
-    """Hash every file again, then run the bundle's graphs against each other; returns what was found, line by line.
+def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:
+    """Hash every file of a bundle again, and compare its graphs with each other.
 
     In the first two engines of those that `bench` measures by default that are installed and have a graph. FP32: their
     outputs, at the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is
     run (Paddle's two FP32 graphs against each other), with none only the files are checked; what was not compared is
     said.
-    Raises `BundleError` for a changed file, `ParityError` for graphs that disagree.
+
+    Args:
+        bundle: The directory of the bundle.
+        threads: CPU threads of one inference; by default all.
+        progress: Told of the stages.
+
+    Returns:
+        What was found, a sentence each.
+
+    Raises:
+        BundleError: A file is damaged or has changed.
+        ParityError: Graphs disagree.
+        EngineError: An engine failed.
     """
-    report("hashing the files")
+    bundle = Bundle.open(Path(bundle))
+    progress.stage("hashing the files")
     bundle.verify_files()
     manifest = bundle.manifest
     lines = [f"{len(manifest.files)} files are as they were made"]
     engines, refused = _engines(bundle)
-    options = EngineOptions(manifest.precision, "cpu", threads)
+    options = EngineOptions(manifest.precision, "cpu", threads or usable_threads())
     with ExitStack() as stack:
         if engines:
-            report(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
+            progress.stage(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
         graphs = [graph_for(name, manifest.precision, "cpu") for name in engines]
         opened = [stack.enter_context(open_engine(name, bundle, options)) for name in engines]
         if len(opened) == 2:
@@ -131,22 +151,20 @@ def verify(bundle: Bundle, threads: int, report: Callable[[str], None] = lambda 
 
 
 def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
-    """The engines to verify in, two at most, and why those that come before or would have been the second cannot."""
+    """The engines to verify in, two at most, and why those before them cannot be used."""
     precision = bundle.manifest.precision
     engines: list[str] = []
     refused: dict[str, str] = {}
     for name in DEFAULT_ENGINES:
-        problem = missing_graph(bundle, name, precision, "cpu")
-        reason = capability(name, precision, "cpu").reason or (problem and problem[0])
-        if len(engines) < 2 and reason is None:
+        if obstacle := obstacle_to(name, bundle, precision, "cpu"):
+            refused[name] = obstacle.reason
+        elif len(engines) < 2:
             engines.append(name)
-        elif reason is not None:
-            refused[name] = reason
     return engines, refused
 
 
 def _compared(bundle: Bundle, first: Engine, second: Engine, graph: GraphName | None = None) -> list[str]:
-    """`graph`: what the second engine runs, where that is not what its name says."""
+    """`graph`: the one that the second engine runs, if its name does not tell."""
     manifest = bundle.manifest
     name, graph = graph or second.name, graph or graph_for(second.name, "fp32", "cpu")
     found = []
@@ -201,7 +219,3 @@ def _fixed(bundle: Bundle) -> tuple[int | None, int | None, int | None]:
 
 def _tensor(spec: TensorSpec) -> str:
     return f"{spec.name} {spec.dtype} [{', '.join('?' if size is None else str(size) for size in spec.shape)}]"
-
-
-def _size(bundle: Bundle, path: str) -> int:
-    return (Path(bundle.directory) / path).stat().st_size

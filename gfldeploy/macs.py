@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 _MOST_INFERRED_BYTES = 1024
 # Operators whose output is their input under another name or shape. Q and DQ become part of what they surround.
 _ALIASES = frozenset({"DequantizeLinear", "Flatten", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Unsqueeze"})
+_COUNTED = ("Conv", "MatMul", "Gemm")
 # Operators that may write over an input that nothing needs any more.
 _IN_PLACE = frozenset(
     {"Add", "BatchNormalization", "Clip", "Div", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid"}
@@ -32,7 +33,7 @@ _IN_PLACE = frozenset(
 
 @dataclass(frozen=True)
 class GraphWork:
-    """What one image costs.
+    """What one image costs, in a graph or in an operator.
 
     `macs`: multiply-accumulates, as `count_macs`. Of all convolutions and matrix products but the DFL projection, in
     numbers (not bytes): `activations`, the inputs and outputs of one image, and `weights`; those of a convolution that
@@ -40,26 +41,19 @@ class GraphWork:
     """
 
     macs: int
-    activations: int
-    weights: int
+    activations: int = 0
+    weights: int = 0
+
+    def __add__(self, other: GraphWork) -> GraphWork:
+        return GraphWork(self.macs + other.macs, self.activations + other.activations, self.weights + other.weights)
 
     def traffic_bytes(self, precision: Precision, batch_size: int) -> float:
-        """Least memory traffic of one image of a batch.
+        """The smallest memory traffic of one image of a batch.
 
         Every convolution's input and output, and its share of the weights, are read or written once in `precision`.
-        What lies between convolutions is taken for fused with them, and nothing to stay in the cache.
+        What lies between convolutions is taken to be fused with them, and nothing to stay in the cache.
         """
         return (self.activations + self.weights / batch_size) * BYTES[precision]
-
-
-@dataclass(frozen=True)
-class _Convolution:
-    """One use of a convolution. `inputs`, `outputs`, `weights`: how many numbers, of one image."""
-
-    macs: int
-    inputs: int
-    outputs: int
-    weights: int
 
 
 def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> int:
@@ -74,9 +68,8 @@ def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int])
 
 def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], int]:
     """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_macs`."""
-    with _counting(onnx_file):
-        convolutions = _OnnxShapes(onnx_file).convolutions(height, width, strides)
-    return {key: one.macs for key, one in convolutions.items()}
+    with _shapes_of(onnx_file, strides) as graph:
+        return {key: one.macs for key, one in graph.convolutions((height, width)).items()}
 
 
 def count_work(
@@ -87,18 +80,11 @@ def count_work(
     An INT8 (Q/DQ) graph counts as the FP32 graph that it was made from. The file is read once: a further size takes
     milliseconds.
     """
-    graph = _OnnxShapes(onnx_file)
-    found = {}
-    for height, width in dict.fromkeys(sizes):
-        with _counting(onnx_file):
-            convolutions = graph.convolutions(height, width, strides).values()
-            products = [*convolutions, *graph.products(height, width, strides)]
-            found[height, width] = GraphWork(
-                macs=sum(one.macs for one in products) + graph.projection_macs(height, width, strides),
-                activations=sum(one.inputs + one.outputs for one in products),
-                weights=sum(one.weights for one in products),
-            )
-    return found
+    with _shapes_of(onnx_file, strides) as graph:
+        return {
+            size: sum((*graph.convolutions(size).values(), *graph.products(size)), GraphWork(0))
+            for size in dict.fromkeys(sizes)
+        }
 
 
 def peak_activations(
@@ -107,36 +93,36 @@ def peak_activations(
     """How many numbers (not bytes) are needed at once between the layers for one image of each of the `sizes`, by size.
 
     An estimate from the graph alone: its operators run in their order, every tensor is kept until its last use, and
-    element-wise operators write over an input where they can. The image is counted, weights are not, nor what an engine
+    element-wise operators write over an input where they can. The image is counted; weights are not, nor what an engine
     adds (workspace, fragments, tensors in a layout of its own). Tensors whose size inference does not know are left
     out: the anchors' coordinates and the decoded boxes, which are small. A Q/DQ graph counts as in FP32. For GFL-R50 at
     800x1216 this gives 152 MB in FP32, where ONNX Runtime, which also fuses additions into convolutions, took 125 MB.
     Sizes are height, width in pixels; `strides` and what is raised: as `count_macs`.
     """
-    graph = _OnnxShapes(onnx_file)
-    with _counting(onnx_file):
-        return {size: graph.peak(*size, strides) for size in dict.fromkeys(sizes)}
+    with _shapes_of(onnx_file, strides) as graph:
+        return {size: graph.peak(size) for size in dict.fromkeys(sizes)}
 
 
-def _counting(onnx_file: Path) -> AbstractContextManager[None]:
-    """For what a graph of something else than a detector can cause."""
-    return reading(f"{onnx_file}, which should be the graph of a detector,", BundleError, "Export the bundle again.")
+@contextmanager
+def _shapes_of(onnx_file: Path, strides: Sequence[int]) -> Iterator[_OnnxShapes]:
+    """Whatever a graph of something else than a detector causes is a `BundleError`."""
+    what = f"{onnx_file}, which should be the graph of a detector,"
+    with reading(what, BundleError, "Export the bundle again."):
+        yield _OnnxShapes(onnx_file, strides)
 
 
 class _OnnxShapes:
-    """A detector's graph, loaded without the values of its weights."""
+    """A detector's graph, loaded without the values of its weights. Sizes are (height, width) in pixels."""
 
-    def __init__(self, onnx_file: Path) -> None:
-        """Raises `BundleError` if the file is not the ONNX graph of a detector."""
+    def __init__(self, onnx_file: Path, strides: Sequence[int]) -> None:
         import onnx
 
-        self._file = onnx_file
-        with _counting(onnx_file):
-            self._model = onnx.load(str(onnx_file), load_external_data=False)
-            graph = self._model.graph
-            weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-            if len(graph.input[0].type.tensor_type.shape.dim) != 4:
-                raise ValueError("its input is no batch of images")
+        self._file, self._strides = onnx_file, strides
+        self._model = onnx.load(str(onnx_file), load_external_data=False)
+        graph = self._model.graph
+        weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        if len(graph.input[0].type.tensor_type.shape.dim) != 4:
+            raise ValueError("its input is no batch of images")
         # By the name under which nodes read them.
         self._weights = weights | _through_dequantize(self._model, weights)
         # How many cells are decoded, 0 for all.
@@ -148,9 +134,9 @@ class _OnnxShapes:
         _drop_values(graph)
         self._inferred: tuple[tuple[int, int], dict[str, list[int]]] = ((0, 0), {})
 
-    def convolutions(self, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], _Convolution]:
-        """By weight name and use. Raises `BundleError`."""
-        shapes = self._shapes(height, width, strides)
+    def convolutions(self, size: tuple[int, int]) -> dict[tuple[str, int], GraphWork]:
+        """By weight name and use."""
+        shapes = self._shapes(size)
         uses: Counter[str] = Counter()
         found = {}
         for node in self._model.graph.node:
@@ -160,58 +146,42 @@ class _OnnxShapes:
                 uses[name] += 1
         return found
 
-    def _convolution(self, node: Any, shapes: Mapping[str, list[int]]) -> _Convolution:
-        weights = self._weights[node.input[1]]
-        outputs = self._product(shapes.get(node.output[0], []))
-        return _Convolution(
-            macs=outputs * self._product(weights[1:]),
-            inputs=self._product(shapes.get(node.input[0], [])),
-            outputs=outputs,
-            weights=self._product(weights),
-        )
-
-    def products(self, height: int, width: int, strides: Sequence[int]) -> list[_Convolution]:
-        """The matrix products but the DFL projection, and the deformable convolutions. Raises `BundleError`."""
-        nodes = [node for node in self._model.graph.node if node.op_type in ("MatMul", "Gemm")]
-        nodes = [node for node in nodes if not self._projects(node)]
-        shapes = self._shapes(height, width, strides) if nodes or self._deformable else {}
-        found = [
-            self._convolution(node, shapes)
-            for node in self._model.graph.node
-            if node.output and node.output[0] in self._deformable
-        ]
-        for node in nodes:
-            first, second = (self._weights.get(name) or shapes.get(name, []) for name in node.input[:2])
-            outputs = self._product(shapes.get(node.output[0], []))
-            # K of [.., M, K] x [.., K, N], or of [.., N, K] where Gemm transposes it.
-            inner = self._product(second[-2:]) // shapes[node.output[0]][-1]
-            constant = node.input[1] in self._weights
-            found.append(
-                _Convolution(
-                    macs=outputs * inner,
-                    inputs=self._product(first) + (0 if constant else self._product(second)),
-                    outputs=outputs,
-                    weights=self._product(second) if constant else 0,
-                )
-            )
+    def products(self, size: tuple[int, int]) -> list[GraphWork]:
+        """Everything else that multiplies: matrix products, and the deformable convolutions."""
+        found = []
+        for node in self._model.graph.node:
+            if self._projects(node):
+                # Inference may not follow the reshapes before it, but its size is known without.
+                height, width = size
+                cells = self._candidates or sum(-(-height // one) * -(-width // one) for one in self._strides)
+                found.append(GraphWork(cells * 4 * self._product(self._weights[node.input[1]])))
+            elif node.output and node.output[0] in self._deformable:
+                found.append(self._convolution(node, self._shapes(size)))
+            elif node.op_type in ("MatMul", "Gemm"):
+                found.append(self._matrix_product(node, self._shapes(size)))
         return found
+
+    def _convolution(self, node: Any, shapes: Mapping[str, list[int]]) -> GraphWork:
+        weights = self._weights[node.input[1]]
+        inputs, outputs = (self._product(shapes.get(name, [])) for name in (node.input[0], node.output[0]))
+        return GraphWork(outputs * self._product(weights[1:]), inputs + outputs, self._product(weights))
+
+    def _matrix_product(self, node: Any, shapes: Mapping[str, list[int]]) -> GraphWork:
+        first, second = (self._weights.get(name) or shapes.get(name, []) for name in node.input[:2])
+        outputs = self._product(shapes.get(node.output[0], []))
+        # K of [.., M, K] x [.., K, N], or of [.., N, K] where Gemm transposes it.
+        inner = self._product(second[-2:]) // shapes[node.output[0]][-1]
+        constant = self._product(second) if node.input[1] in self._weights else 0
+        inputs = self._product(first) + (0 if constant else self._product(second))
+        return GraphWork(outputs * inner, inputs + outputs, constant)
 
     def _projects(self, node: Any) -> bool:
         """Whether this is the DFL projection: a constant column."""
         return node.op_type == "MatMul" and self._weights.get(node.input[1], ())[1:] == (1,)
 
-    def projection_macs(self, height: int, width: int, strides: Sequence[int]) -> int:
-        """Of the DFL projection: inference may not follow the reshapes before it, but its size is known without."""
-        cells = self._candidates or sum(-(-height // stride) * -(-width // stride) for stride in strides)
-        return sum(
-            cells * 4 * self._product(self._weights[node.input[1]])
-            for node in self._model.graph.node
-            if self._projects(node)
-        )
-
-    def peak(self, height: int, width: int, strides: Sequence[int]) -> int:
-        """As `peak_activations`. Raises `BundleError`."""
-        shapes = self._shapes(height, width, strides)
+    def peak(self, size: tuple[int, int]) -> int:
+        """As `peak_activations`."""
+        shapes = self._shapes(size)
         nodes = self._model.graph.node
         image = self._model.graph.input[0].name
         # The tensor whose memory a tensor takes, and how often each memory is yet to be read.
@@ -228,10 +198,12 @@ class _OnnxShapes:
             if node.output[0] in memory:
                 continue
             inputs = [memory.get(name, name) for name in node.input]
-            over = self._overwritten(node, inputs, reads, numbers, live)
-            for name in node.output:
-                if numbers.get(name, 0) > 0:
-                    live[name] = numbers[name]
+            over = None  # the input that the output takes the memory of
+            if node.op_type in _IN_PLACE:
+                needed = numbers.get(node.output[0], 0)
+                free = (name for name in inputs if live.get(name) == needed and reads[name] == inputs.count(name))
+                over = next(free, None)
+            live |= {name: numbers[name] for name in node.output if numbers.get(name, 0) > 0}
             if over is not None:
                 del live[over]
             most = max(most, sum(live.values()))
@@ -241,41 +213,25 @@ class _OnnxShapes:
                     live.pop(name, None)
         return most
 
-    def _shapes(self, height: int, width: int, strides: Sequence[int]) -> dict[str, list[int]]:
+    def _shapes(self, size: tuple[int, int]) -> dict[str, list[int]]:
         """The shapes of all tensors for one image, 0 for a size that is not known."""
         import onnx
 
-        image = self._model.graph.input[0]
-        for dimension, value in zip(image.type.tensor_type.shape.dim, (1, 3, height, width), strict=True):
-            dimension.dim_value = value
-        if (height, width) != self._inferred[0]:
+        if size != self._inferred[0]:
+            dimensions = self._model.graph.input[0].type.tensor_type.shape.dim
+            for dimension, value in zip(dimensions, (1, 3, *size), strict=True):
+                dimension.dim_value = value
+            counted = [node for node in self._model.graph.node if node.op_type in _COUNTED and not self._projects(node)]
             try:
                 shapes = _inferred_shapes(self._model)
-                if not all(
-                    math.prod(shapes.get(node.output[0], [0])) for node in self._model.graph.node if self._counts(node)
-                ):
+                if not all(math.prod(shapes.get(node.output[0], [0])) for node in counted):
                     shapes |= _inferred_shapes(_constants_folded(self._model))
             except onnx.shape_inference.InferenceError as error:
-                raise BundleError(
-                    f"{self._file}: its shapes cannot be inferred at {height}x{width}: {error}",
-                    f"Give a --size of multiples of {max(strides)} px; if that fails too, export the bundle again.",
-                ) from error
-            self._inferred = ((height, width), shapes)
+                problem = f"{self._file}: its shapes cannot be inferred at {size[0]}x{size[1]}: {error}"
+                remedy = f"Give a --size of multiples of {max(self._strides)} px; if that fails too, export again."
+                raise BundleError(problem, remedy) from error
+            self._inferred = (size, shapes)
         return self._inferred[1]
-
-    def _counts(self, node: Any) -> bool:
-        return node.op_type in ("Conv", "MatMul", "Gemm") and not self._projects(node)
-
-    @staticmethod
-    def _overwritten(
-        node: Any, inputs: Sequence[str], reads: Mapping[str, int], numbers: Mapping[str, int], live: Mapping[str, int]
-    ) -> str | None:
-        """The input that the node's output takes the memory of; None where it needs its own."""
-        if node.op_type not in _IN_PLACE:
-            return None
-        size = numbers.get(node.output[0], 0)
-        free = (name for name in inputs if live.get(name) == size and reads[name] == inputs.count(name))
-        return next(free, None)
 
     def _product(self, sizes: Sequence[int]) -> int:
         result = math.prod(sizes)
@@ -296,9 +252,9 @@ def _inferred_shapes(model: Any) -> dict[str, list[int]]:
 
 
 def _constants_folded(model: Any) -> Any:
-    """The model, whose input has one size, with all that follows from sizes computed, as far as ONNX Runtime is here.
+    """The model, whose input has one size, with all that follows from sizes computed by ONNX Runtime.
 
-    ONNX's own inference loses sizes that a graph computes in many steps, as those of attention.
+    ONNX's own inference loses sizes that a graph computes in many steps, such as those of attention.
     """
     import onnx
 
@@ -307,7 +263,7 @@ def _constants_folded(model: Any) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4
     with_outputs = onnx.ModelProto.FromString(model.SerializeToString())
-    produced = [name for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm") for name in node.output]
+    produced = [name for node in model.graph.node if node.op_type in _COUNTED for name in node.output]
     with_outputs.graph.output.extend(onnx.ValueInfoProto(name=name) for name in produced)
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_o
 from gfldeploy.errors import DataError, GfldeployError, reading
 from gfldeploy.files import read_json, write_json, write_text
 
-__all__ = ["FileFormat", "Upgrade", "Versioned", "build", "check", "check_schema", "part", "plain"]
+__all__ = ["FileFormat", "Upgrade", "Versioned", "build", "check", "part", "plain"]
 
 Record = TypeVar("Record")
 # From the data of one schema to that of the next, the schema number left out of both.
@@ -249,18 +249,3 @@ def part(data: Any, *path: str, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{'.'.join(path)} must be {'an object' if kind is dict else 'a list'}, not {value!r:.60}")
     return value
-
-
-def check_schema(data: object, schema: int, what: str, writer: str, again: str) -> None:
-    """Raise `DataError` unless `data` is of this schema. `what`: names the data; `writer`, `again`: remedies for what
-    is no such file, and for one of an older version."""
-    found = data.get("schema") if isinstance(data, dict) else None
-    if type(found) is not int:
-        raise DataError(f"{what} with no schema number", writer)
-    if found != schema:
-        newer = found > schema
-        raise DataError(
-            f"{what} written by {'a newer' if newer else 'an older'} gfldeploy: schema {found}, this one reads schema "
-            f"{schema}",
-            "Update gfldeploy." if newer else again,
-        )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["printable", "spreadsheet_cell"]
+__all__ = ["first_of", "printable", "spreadsheet_cell"]
 
 Value = TypeVar("Value")
 
@@ -34,6 +35,13 @@ def spreadsheet_cell(value: Value) -> Value | str:
     except ValueError:
         return f"'{value}"
     return value
+
+
+def first_of(items: Iterable[object], shown: int = 1) -> str:
+    """The first of these items, each cut to 200 characters, and how many more there are."""
+    texts = [str(one) for one in items]
+    first = ", ".join(one if len(one) <= 200 else f"{one[:100]} ..." for one in texts[:shown])
+    return f"{first} and {len(texts) - shown} more" if len(texts) > shown else first
 
 
 def _obeyed(character: str) -> bool:

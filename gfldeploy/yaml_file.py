@@ -36,7 +36,7 @@ def _refused(problem: str, node: Any) -> yaml.MarkedYAMLError:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML's safe loader without dates, binary data and sets, and with an eye on what aliases and numbers come to."""
+    """YAML's safe loader without dates, binary data and sets, and with bounds on aliases and numbers."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

@@ -33,7 +33,19 @@ CLASSES = ("box", "ball")
 SIZES = ((48, 80), (80, 48), (48, 80), (64, 64), (80, 48), (48, 72))  # height, width: landscape, portrait, square
 
 NEEDS = {"needs_ppdet": "ppdet", "needs_paddleslim": "paddleslim"}  # by marker: the module
-LONGEST = ("test_demo_run", "test_quantize", "test_bad_input", "test_interrupt", "test_gate", "test_distill")  # files
+LONGEST = (  # files
+    "test_demo_run",
+    "test_interrupt",
+    "test_quantize",
+    "test_distill",
+    "test_zoo_recipe",
+    "test_backbones",
+    "test_bad_input",
+    "test_candidates_recipe",
+    "test_gate",
+    "test_export",
+    "test_config",
+)
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 
 os.environ.pop("COLUMNS", None)  # pytest gives its workers one: tables would be cut to it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.machine import describe_machine
@@ -27,13 +28,31 @@ EVIDENCE = Evidence(
     runs=3,
     started="2026-01-01T00:00:00+00:00",
 )
-CHOICE = Configuration("models/int8", "ab" * 32, "onnxruntime", "int8", "cpu", 2, 2, "grouped", EVIDENCE)
+CELL = Cell(
+    bundle=BundleIdentity("gfl_int8", "int8", "ab" * 32),
+    engine="onnxruntime",
+    precision="int8",
+    device="cpu",
+    threads=2,
+    batch_size=2,
+    order="bucketed",
+    scenario="offline",
+)
+SECOND = replace(
+    CELL,
+    bundle=BundleIdentity("gfl", "fp32", "ba" * 32),
+    precision="fp32",
+    batch_size=1,
+    order="listed",
+    scenario="single-stream",
+)
+CHOICE = Configuration("models/int8", CELL, EVIDENCE)
 UNMEASURED = replace(EVIDENCE, ap=None, ap_drop=None, ap_images=None)
 DEPLOY = Deploy(
     created="2026-01-01T00:10:00+00:00",
     summary="Deploy it: it is fast, zwölf times — and " + "long " * 60 + "enough.",
     choice=CHOICE,
-    runner_up=replace(CHOICE, bundle="../fp32", precision="fp32", batch_size=1, policy="single", evidence=UNMEASURED),
+    runner_up=Configuration("../fp32", SECOND, UNMEASURED),
     bounds=Bounds(max_latency_ms=50, max_drop=0.01),
     knee=Knee(2, (CurvePoint(1, 60.0), CurvePoint(2, 80.0), CurvePoint(4, 80.5)), False),
     search=SearchRecord(55, 12, 2, 61.5, False, True),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.cell import STREAMS, BundleIdentity, Cell
+from gfldeploy.bench.matrix import Plan
 from gfldeploy.bench.results import (
     BenchResults,
-    BundleIdentity,
     CellResult,
+    Cost,
     DataDescription,
     Idle,
     Monitored,
@@ -16,9 +20,9 @@ from gfldeploy.bench.results import (
     Run,
     Settings,
     Stages,
-    Work,
 )
 from gfldeploy.bench.timing import Samples
+from gfldeploy.bundle import Bundle
 from gfldeploy.machine import describe_machine
 
 RUN = Run(
@@ -42,48 +46,54 @@ RUN = Run(
     serving=None,
 )
 OK = CellResult(
-    bundle=BundleIdentity("tiny", "tiny_dir", "ab" * 32),
-    engine="onnxruntime",
-    precision="int8",
-    device="cpu",
-    batch_size=2,
-    threads=1,
-    scenario="multi-stream",
-    rate=None,
-    policy=None,
+    Cell(
+        bundle=BundleIdentity("tiny", "tiny_dir", "ab" * 32),
+        engine="onnxruntime",
+        precision="int8",
+        device="cpu",
+        threads=1,
+        batch_size=2,
+        scenario="multi-stream",
+    ),
     status="ok",
-    reason=None,
-    remedy=None,
     runs=(
         RUN,
         replace(RUN, samples=Samples((14.0,), (), batch_size=2, images=2, wall_s=0.03, stable=True), peak_rss_mb=310.0),
     ),
     accuracy=Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9),
-    accuracy_reason=None,
-    work=Work(macs=0.8e9, padded_macs=1e9, traffic_mb=20.0),
+    cost=Cost(macs=0.8e9, padded_macs=1e9, traffic_mb=20.0),
+    peak=Peak(200.0, 10.0, None),
 )
 FAILED = replace(OK, status="failed", reason="it crashed", runs=(RUN,), accuracy=None)
-SKIPPED = replace(
-    OK,
-    bundle=None,
-    batch_size=None,
-    scenario=None,
-    status="skipped",
-    reason="it cannot",
-    remedy="Try x.",
-    runs=(),
-    accuracy=None,
-    work=None,
-)
+SKIPPED = CellResult(replace(OK.cell, precision="bf16"), "skipped", "it cannot", "Try x.")
+
+
+def cell_of(bundle: Path, **axes: Any) -> Cell:
+    """A cell of the bundle in this directory, of one image in ONNX Runtime unless `axes` say otherwise."""
+    identity = BundleIdentity.of(Bundle.open(bundle))
+    given = {"engine": "onnxruntime", "precision": "fp32", "device": "cpu", "threads": 1, "batch_size": 1, **axes}
+    return Cell(**{"bundle": identity, "scenario": STREAMS[given["batch_size"] > 1], **given})
+
+
+def plan_of(bundle: Path, *cells: Cell, skipped: tuple[CellResult, ...] = ()) -> Plan:
+    """These cells of the bundle in this directory."""
+    return Plan(cells, skipped, {BundleIdentity.of(Bundle.open(bundle)): bundle})
+
+
+def altered(result: CellResult, **values: Any) -> CellResult:
+    """With other values of the result, or of its cell; the scenario goes with the batch size unless it is given."""
+    axes = {key: values.pop(key) for key in [*values] if key in {field.name for field in fields(Cell)}}
+    if "batch_size" in axes and result.cell.scenario in STREAMS:
+        axes = {"scenario": STREAMS[axes["batch_size"] > 1], **axes}
+    return replace(result, cell=replace(result.cell, **axes), **values)
 
 
 def sample_results() -> BenchResults:
-    """One cell of each status, and the peak of the engine that was measured."""
+    """One cell of each status."""
     return BenchResults(
         created="2026-01-01T00:00:00+00:00",
         machine=describe_machine(),
         data=DataDescription("cd" * 32, "ef" * 32, 6, None),
         settings=Settings(2.0, 10, 10.0),
-        peaks=(Peak("onnxruntime", "int8", "cpu", 1, 200.0, 10.0, None),),
         cells=(OK, FAILED, SKIPPED),
     )

@@ -7,8 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,7 +47,7 @@ def make_data(directory: Path, count: int = 3) -> Path:
     return path
 
 
-class ColourEngine:
+class ColourEngine(Engine):
     """A detector without weights: it boxes what is red or blue, and has a spare score channel, as GFLv2 does."""
 
     name = "colour"
@@ -57,15 +56,6 @@ class ColourEngine:
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def close(self) -> None: ...
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         batch = inputs["image"]

@@ -15,7 +15,7 @@ import pytest
 from gfldeploy.bundle import LAYERS, MANIFEST, Bundle, Manifest, write_bundle
 from gfldeploy.engines.registry import missing_graph
 from gfldeploy.errors import BundleError
-from gfldeploy.inspection import describe
+from gfldeploy.inspection import inspect
 from gfldeploy.macs import count_macs
 
 ONNX = "onnx/model.onnx"
@@ -129,20 +129,21 @@ def test_what_is_no_manifest(bundle: Path, content: bytes) -> None:
 def test_a_newer_schema(bundle: Path) -> None:
     rewrite(bundle, lambda manifest: manifest.update(schema=SCHEMA + 1, novelty=1))
     message = refusal(bundle)
-    assert f"a newer gfldeploy: schema {SCHEMA + 1}, this one reads schema 2 to {SCHEMA}" in message
+    assert f"a newer gfldeploy: schema {SCHEMA + 1}, this one reads schema 1 to {SCHEMA}" in message
     assert "Update gfldeploy" in message
 
 
-def test_a_schema_that_is_too_old(bundle: Path) -> None:
-    rewrite(bundle, lambda manifest: (manifest.update(schema=1), manifest.pop("candidates")))
+def test_a_schema_that_there_never_was(bundle: Path) -> None:
+    rewrite(bundle, lambda manifest: manifest.update(schema=0))
     message = refusal(bundle)
-    assert "an older gfldeploy: schema 1" in message
+    assert "an older gfldeploy: schema 0" in message
     assert "Make it again with `gfldeploy export`" in message
 
 
-def test_schema_2_is_upgraded_on_reading(bundle: Path) -> None:
+@pytest.mark.parametrize(("schema", "absent"), [(1, ("candidates", "notes", "left_out")), (2, ("notes", "left_out"))])
+def test_older_schemas_are_upgraded_on_reading(bundle: Path, schema: int, absent: tuple[str, ...]) -> None:
     expected = Bundle.open(bundle).manifest
-    rewrite(bundle, lambda manifest: (manifest.update(schema=2), manifest.pop("notes"), manifest.pop("left_out")))
+    rewrite(bundle, lambda manifest: (manifest.update(schema=schema), *map(manifest.pop, absent)))
     assert Bundle.open(bundle).manifest == expected
 
 
@@ -248,7 +249,7 @@ def test_layers_that_cannot_be_read(bundle: Path, content: bytes) -> None:
 def test_macs_by_hand(tiny_bundle: Path) -> None:
     # One 3x3 convolution from 3 to 6 channels, of stride 8.
     assert count_macs(tiny_bundle / ONNX, 64, 96, (8,)) == (64 // 8) * (96 // 8) * 6 * 3 * 3 * 3
-    facts = describe(Bundle.open(tiny_bundle), (33, 64))
+    facts = inspect(tiny_bundle, size=(33, 64))
     assert facts["macs"] == {"gmac": 0.0, "at": "64x64"}, "padded as the preprocessing does"
     assert facts["parity"] is None
     assert facts["classes"] == ["box", "ball"]
@@ -259,7 +260,7 @@ def test_macs_of_a_damaged_graph(bundle: Path, damage: Callable[[bytes], bytes])
     (bundle / ONNX).write_bytes(damage((bundle / ONNX).read_bytes()))
     rehash(bundle)
     with pytest.raises(BundleError, match=r"model\.onnx") as caught:
-        describe(Bundle.open(bundle))
+        inspect(bundle)
     assert caught.value.remedy
 
 
@@ -269,7 +270,7 @@ def test_parity_that_is_no_json_object(bundle: Path, content: str) -> None:
     rewrite(bundle, lambda manifest: manifest["files"].update({"parity.json": {}}))
     rehash(bundle)
     with pytest.raises(BundleError, match=r"parity\.json"):
-        describe(Bundle.open(bundle))
+        inspect(bundle)
 
 
 # --- what is hostile --------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gfldeploy.detections import Detections, NmsParams, postprocess
-from gfldeploy.errors import ConfigError, EngineError
+from gfldeploy.errors import ConfigError, DataError, EngineError
+from gfldeploy.serialization import build, plain
 
 GFL = NmsParams(score_threshold=0.025, nms_threshold=0.6, nms_top_k=1000, keep_top_k=100)
 ONE = [(1.0, 1.0)]
@@ -126,18 +127,19 @@ def test_shapes_that_do_not_fit_are_an_error() -> None:
         {"keep_top_k": True},
         {"normalized": 1},
         {"nms_eta": 0},
-        {"background_label": -1},
     ],
 )
 def test_params_that_cannot_work(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        NmsParams.from_dict(GFL.to_dict() | wrong)
+        NmsParams(**(dataclasses.asdict(GFL) | wrong))
 
 
 def test_params_round_trip() -> None:
-    assert NmsParams.from_dict(GFL.to_dict()) == GFL
-    with pytest.raises(ConfigError, match="lacks nms_threshold, nms_top_k, keep_top_k"):
-        NmsParams.from_dict({"score_threshold": 0.5})
+    assert build(NmsParams, plain(GFL)) == GFL
+    with pytest.raises(DataError, match="lacks keep_top_k, nms_threshold, nms_top_k"):
+        build(NmsParams, {"score_threshold": 0.5})
+    with pytest.raises(DataError, match="background_label"):
+        build(NmsParams, plain(GFL) | {"background_label": -1})
 
 
 def test_a_full_size_model_takes_milliseconds() -> None:
@@ -255,3 +257,21 @@ def test_thresholds_and_classes() -> None:
 def test_records_for_json() -> None:
     first, _ = FOUND.records()
     assert first == {"class": "dog", "class_id": 1, "score": pytest.approx(0.9), "bbox": [0, 0, 4, 2]}
+
+
+def test_the_arguments_of_supervision() -> None:
+    given = FOUND.for_supervision()
+    assert set(given) == {"xyxy", "confidence", "class_id", "data"}
+    assert given["xyxy"].shape == (2, 4) and given["confidence"].shape == given["class_id"].shape == (2,)
+    assert given["data"]["class_name"].tolist() == ["dog", "cat"]
+    nothing = FOUND.of_classes().for_supervision()
+    assert nothing["xyxy"].shape == (0, 4) and nothing["data"]["class_name"].shape == (0,)
+
+
+def test_supervision_takes_them() -> None:
+    supervision = pytest.importorskip("supervision")
+    for found, count in ((FOUND, 2), (FOUND.of_classes(), 0)):
+        arguments = found.for_supervision()
+        taken = supervision.Detections(**arguments)
+        assert len(taken) == count and list(taken["class_name"]) == list(arguments["data"]["class_name"])
+        assert len(taken[taken.confidence > 0.6]) == min(count, 1)

@@ -18,7 +18,7 @@ INPUTS = 30  # of each target, besides its seeds
 
 
 @pytest.mark.parametrize(
-    "reader", ["bundle", "graph_onnx", "graph_pdmodel", "graph_pir", "results", "deploy", "journal", "working"]
+    "reader", ["bundle", "graph_onnx", "graph_pdmodel", "graph_pir", "results", "deploy", "journal", "resume"]
 )
 def test_target(
     reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -40,4 +40,4 @@ def test_target(
             refused += 1
             assert "\n" not in str(error)
         shutil.rmtree(folder)
-    assert refused > INPUTS / 4 or reader == "working", "a batch that is damaged is made again"
+    assert refused > INPUTS / 4 or reader == "resume", "a batch that is damaged is made again"

@@ -135,8 +135,9 @@ def test_gfl_r50_against_the_layers_of_the_eager_model(tmp_path: Path) -> None:
     paddle = pytest.importorskip("paddle")
     pytest.importorskip("paddle2onnx")
     from gfldeploy._quiet import quiet
-    from gfldeploy.export.config import build_model, load_detector_config
+    from gfldeploy.export.config import load_detector_config
     from gfldeploy.export.gfl_graph import GflGraph, fold_batch_norm
+    from gfldeploy.export.model_builder import build_model
     from gfldeploy.export.onnx_graph import convert
     from gfldeploy.export.static_graph import save_paddle_graph
 

@@ -62,7 +62,7 @@ def audit(
     preprocess, bundle = _open(Path(source))
     sizes = _batch_sizes(bundle, batch_sizes)
     paths, annotated = _images(Path(data), None if images is None else Path(images))
-    found = survey(paths, preprocess, lambda done, total: progress.step("reading sizes", done, total))
+    found = survey(paths, preprocess, progress)
     pairs = zip(found.paths, found.original, strict=True)
     if other := [path.name for path, size in pairs if annotated.get(path, size) != size]:
         names = ", ".join(other[:_NAMED]) + (" ..." if len(other) > _NAMED else "")

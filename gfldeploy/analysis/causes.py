@@ -19,11 +19,11 @@ Part = Literal["padding", "convolutions", "memory", "network", "host"]
 PARTS: tuple[Part, ...] = ("padding", "convolutions", "memory", "network", "host")
 Cause = Literal["starved", "padding", "convolutions", "memory", "network", "host", "saturated", "faster"]
 
-# Time per image within this of batch 1's counts as no change: what a user would not see.
+# A change of the time per image by less than this share is none: a user would not notice.
 _NOTICEABLE = 0.05
-# From so many rounds on, the two whose changes are the extremes count for the noise alone.
+# From so many rounds on, the two with the extreme changes count for the noise alone.
 _ROUNDS_TO_TRIM = 5
-# Others used this share of the engine's CPUs: far above what an idle machine shows (below 0.02).
+# An engine is starved if others use this share of its CPUs; on an idle machine it is below 0.02.
 _STARVED = 0.10
 # Host work is what limits where it takes at least this share of the time.
 _HOST_LIMITS = 0.5
@@ -47,7 +47,7 @@ class Change:
         return self.low > 0 or self.high < 0
 
     def surely(self, least_ms: float) -> int:
-        """1 where it is surely more than so many milliseconds, -1 where surely less than the negative of it, else 0."""
+        """1 if it is surely more than so many milliseconds, -1 if surely less than minus as many, else 0."""
         return int(self.low >= least_ms) - int(self.high <= -least_ms)
 
 
@@ -110,16 +110,16 @@ def sentences(found: BatchAnalysis) -> tuple[str, str]:
 
 _ADVICE: Mapping[Cause, str] = {
     "padding": "Put images of one input size into each batch (bucketed): {bucketed} an image ({gain} as fast).",
-    "host": "Decoding, preprocessing and NMS take {host} of the time: a larger batch leaves that as it is; run them "
+    "host": "Decoding, preprocessing and NMS take {host} of the time, which a larger batch does not change: run them "
     "beside the network, or on smaller images.",
-    "convolutions": "Convolutions run slower in larger batches here, as what they work on outgrows the caches: stay at "
-    "the smaller batch, or use INT8, which needs a quarter of the memory.",
-    "memory": "What stands between the convolutions waits for memory: stay at the smaller batch, or use INT8, which "
-    "moves a quarter of the bytes.",
-    "network": "The network itself is slower in larger batches, without padding too: stay at the smaller batch.",
-    "saturated": "The processor is saturated already{peak}: a larger batch is only more of the same work; what helps "
-    "is INT8, a smaller input, or more cores.",
-    "starved": "The engine had to do without {taken} of its CPUs: others use them, or there are fewer than threads; "
+    "convolutions": "Convolutions run slower in larger batches here, as their data outgrow the caches: use the smaller "
+    "batch, or INT8, which needs a quarter of the memory.",
+    "memory": "The operators between the convolutions wait for memory: use the smaller batch, or INT8, which moves a "
+    "quarter of the bytes.",
+    "network": "The network itself is slower in larger batches, without padding too: use the smaller batch.",
+    "saturated": "The processor is saturated already{peak}, and a larger batch is only more of the same work: use "
+    "INT8, a smaller input, or more cores.",
+    "starved": "The engine lacked {taken} of its CPUs: other processes use them, or there are fewer CPUs than threads; "
     "free them, or lower --threads.",
     "faster": "Batching pays here: use this size if its latency is short enough.",
 }
@@ -127,19 +127,19 @@ _ADVICE: Mapping[Cause, str] = {
 
 def _what(found: BatchAnalysis) -> str:
     ratio = found.ms / found.single_ms
-    head = f"At batch {found.batch_size} an image takes {found.ms:.1f} ms, {found.single_ms:.1f} ms at batch 1"
+    start = f"At batch {found.batch_size} an image takes {found.ms:.1f} ms, {found.single_ms:.1f} ms at batch 1"
     if abs(ratio - 1) < _NOTICEABLE:
         hidden = f", though padding takes {found.parts['padding'].ms:.1f} ms of it" if found.cause == "padding" else ""
-        return f"{head}: no change to speak of ({ratio:.2f}x){hidden}."
+        return f"{start}: no change to speak of ({ratio:.2f}x){hidden}."
     if not found.change.surely(_NOTICEABLE * found.single_ms):
         low, high = (1 + ms / found.single_ms for ms in (found.change.low, found.change.high))
         return (
-            f"{head} ({ratio:.2f}x), but by the rounds {low:.2f}x to {high:.2f}x: no change that is sure to be "
-            "noticed, unless more rounds on a quieter machine show one."
+            f"{start} ({ratio:.2f}x), but by the rounds {low:.2f}x to {high:.2f}x: no change that is sure to be "
+            "noticed; more rounds on a quieter machine may show one."
         )
     parts = sorted(found.parts.items(), key=lambda item: -abs(item[1].ms))
     told = [f"{PART_NAMES[name]} {change.ms:+.1f} ms" for name, change in parts if change.beyond_noise][:3]
-    return f"{head} ({ratio:.2f}x){': ' if told else ''}{', '.join(told)}."
+    return f"{start} ({ratio:.2f}x){': ' if told else ''}{', '.join(told)}."
 
 
 PART_NAMES: Mapping[Part, str] = {
@@ -220,12 +220,12 @@ def _cause(
 ) -> Cause:
     if taken >= _STARVED:
         return "starved"
-    # A change is put down to something only where even the low end of its interval would be noticed.
+    # A change has a cause only if even the low end of its interval would be noticed.
     sign = change.surely(_NOTICEABLE * single_ms)
     name = max(parts, key=lambda name: (parts[name].low > 0, parts[name].ms))
     if sign > 0:
         return name
-    # What batching gains may hide what padding costs.
+    # The gain of batching may hide the cost of padding.
     if name == "padding" and parts[name].surely(_NOTICEABLE * ms) > 0:
         return name
     if sign < 0:
@@ -238,7 +238,7 @@ def _convolutions_ms(one: Pass) -> float:
 
 
 def _typical(changes: Sequence[float]) -> list[int]:
-    """The numbers of the rounds that times are means over."""
+    """The numbers of the typical rounds."""
     order = sorted(range(len(changes)), key=lambda number: changes[number])
     return sorted(order[1:-1] if len(order) >= _ROUNDS_TO_TRIM else order)
 

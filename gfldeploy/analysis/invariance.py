@@ -1,30 +1,30 @@
 """What padding does to detections: the same image alone and in a batch.
 
 A batch pads smaller images with zeros. GroupNorm takes its statistics over the padding too, so that a GFL detector
-gives other scores and boxes for an image beside a larger one: faster must not mean different without saying so.
+gives other scores and boxes for an image beside a larger one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from gfldeploy.accuracy import Accuracy, check_measurable, coco_accuracy, coco_results
+from gfldeploy.accuracy import Accuracy, check_measurable, coco_accuracy, coco_results, detect_images
 from gfldeploy.analysis.sweep import batch_orders, input_sizes
 from gfldeploy.batching.buckets import Order, group, padding
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, pairwise_iou
 from gfldeploy.engines.base import Engine
-from gfldeploy.engines.detect import detect_batch
 from gfldeploy.errors import DataError
-from gfldeploy.images.coco import CocoDataset, CocoId
-from gfldeploy.images.decode import read_image
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Invariance", "difference", "measure_invariance"]
 
-# Detections below this are noise that a user never draws; as in `quant.agreement`.
+# Detections below this score are noise that a user never draws, as in `quant.agreement`.
 _CONFIDENT = 0.4
 _SAME_BOX = 0.5
 
@@ -33,9 +33,9 @@ _SAME_BOX = 0.5
 class Invariance:
     """Detections of images in batches against those of the same images alone.
 
-    `padding`: pixels of the batches by those of the images. `score_change`, `box_change_px`: the largest, over the
-    detections with a score of 0.4 or more alone that are found again, boxes in original pixels. `detections`: how many
-    those are; `lost`: how many have no detection of their class with an IoU of 0.5 or more. `accuracy`: mAP in these
+    `padding`: pixels of the batches by those of the images. `detections`: those with a score of 0.4 or more in the
+    image alone; `lost`: of these, without a detection of their class in the batch that has an IoU of 0.5 or more.
+    `score_change`, `box_change_px` (of a side, in original pixels): the largest of the others. `accuracy`: mAP in these
     batches, None for data without boxes.
     """
 
@@ -54,13 +54,18 @@ def measure_invariance(
     dataset: CocoDataset,
     bundle: Bundle,
     batch_sizes: Sequence[int],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> list[Invariance]:
     """Batch 1, then each larger batch size, listed and bucketed. Raises `DataError` and `EngineError`."""
     manifest = bundle.manifest
     paths = [image.path for image in dataset.images]
     sizes = input_sizes(paths, bundle)
-    labels = _labels(dataset, manifest.classes)
+    labels = None
+    if dataset.annotations:
+        category_ids = dataset.class_to_category(manifest.classes)
+        with suppress(DataError):  # no box that counts, so no mAP
+            check_measurable(dataset, category_ids)
+            labels = category_ids
     wanted = batch_orders(batch_sizes)
     total, done = len(wanted) * len(paths), 0
     alone: list[Detections] = []
@@ -68,48 +73,22 @@ def measure_invariance(
     for batch_size, order in wanted:
         groups = group(sizes, batch_size, order)
         detections: dict[int, Detections] = {}
-        for one in groups:
-            tensor, scales = manifest.preprocess.batch_of([read_image(paths[index]) for index in one.indices])
-            results = detect_batch(engine, tensor, scales, manifest.nms)
-            detections |= dict(zip(one.indices, results, strict=True))
-            done += len(one.indices)
-            progress(done, total)
+        for index, one in detect_images(engine, dataset, manifest.preprocess, manifest.nms, groups):
+            detections[index] = one
+            done += 1
+            progress.step("comparing", done, total)
         ordered = [detections[index] for index in range(len(paths))]
         alone = alone or ordered
         changes = [difference(before, after) for before, after in zip(alone, ordered, strict=True)]
         accuracy = None
         if labels is not None:
-            rows = [
-                row
-                for image, one in zip(dataset.images, ordered, strict=True)
-                for row in coco_results(image.id, one, labels)
-            ]
+            pairs = zip(dataset.images, ordered, strict=True)
+            rows = [row for image, one in pairs for row in coco_results(image.id, one, labels)]
             accuracy = coco_accuracy(dataset, rows, labels)
-        found.append(
-            Invariance(
-                batch_size,
-                order,
-                padding(groups, sizes),
-                detections=sum(change[0] for change in changes),
-                lost=sum(change[1] for change in changes),
-                score_change=max(change[2] for change in changes),
-                box_change_px=max(change[3] for change in changes),
-                accuracy=accuracy,
-            )
-        )
+        counts, lost, score_changes, box_changes = zip(*changes, strict=True)
+        largest = (max(score_changes), max(box_changes))
+        found.append(Invariance(batch_size, order, padding(groups, sizes), sum(counts), sum(lost), *largest, accuracy))
     return found
-
-
-def _labels(dataset: CocoDataset, classes: Sequence[str]) -> list[CocoId | None] | None:
-    """The category of each class; None where the images have nothing to measure mAP by."""
-    if not dataset.annotations:
-        return None
-    labels = dataset.class_to_category(classes)
-    try:
-        check_measurable(dataset, labels)
-    except DataError:
-        return None
-    return labels
 
 
 def difference(alone: Detections, batched: Detections) -> tuple[int, int, float, float]:

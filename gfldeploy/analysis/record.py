@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, sentences
+from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, sentences
 from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import STREAM_ORDERS
+from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.report.plots import COLOURS, GREY, Plot
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
-from gfldeploy.bench.results import BundleIdentity, Peak, defined_ap
+from gfldeploy.bench.results import Peak, defined_ap
 from gfldeploy.engines.base import Precision
 from gfldeploy.files import write_json
 from gfldeploy.machine import Machine
@@ -114,35 +115,32 @@ def _bar(name: str, labels: Sequence[str], values: Sequence[float], colour: str)
 
 
 def _table(analysis: Analysis) -> str:
-    head = [
-        "batch",
-        "listed, ms per image",
-        "bucketed",
-        *(PART_NAMES[part] for part in _parts(analysis)),
-        "unexplained",
+    parts = [part for part in PARTS if analysis.batches and part in analysis.batches[0].parts]
+    header = ["batch", "listed, ms per image", "bucketed", *(PART_NAMES[part] for part in parts)]
+    rows = [
+        [
+            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"),
+            *(
+                f"{change.ms:+.1f} ({change.low:+.1f} to {change.high:+.1f})"
+                for change in (one.parts[part] for part in parts)
+            ),
+            *(f"{one.unexplained_ms:+.2f}", f"{one.padding:.2f}x"),
+            *("" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}", one.cause),
+        ]
+        for one in analysis.batches
     ]
-    head += ["padding", "% of peak", "cause"]
-    rows = []
-    for one in analysis.batches:
-        cells = [str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"]
-        for part in _parts(analysis):
-            change = one.parts[part]
-            cells.append(f"{change.ms:+.1f} ({change.low:+.1f} to {change.high:+.1f})")
-        cells += [f"{one.unexplained_ms:+.2f}", f"{one.padding:.2f}x"]
-        cells += ["" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}", one.cause]
-        rows.append(cells)
     caption = (
         "Milliseconds of one image against batch 1: mean over the typical of "
         f"{len(analysis.rounds)} rounds, and in brackets the interval of the median."
     )
-    return _section("The figures", caption, head, rows)
+    return _section("The figures", caption, [*header, "unexplained", "padding", "% of peak", "cause"], rows)
 
 
 def _detections(found: Sequence[Invariance]) -> str:
-    """What batches do to detections, by batch size and order; nothing where it was not measured."""
+    """What batches do to detections, by batch size and order; nothing if it was not measured."""
     if not found:
         return ""
-    head = ["batch", "order", "padding", "largest change of a score", "of a box, px", "lost", "mAP"]
+    header = ["batch", "order", "padding", "largest change of a score", "of a box, px", "lost", "mAP"]
     rows = [
         [
             *(str(one.batch_size), one.order, f"{one.padding:.2f}x", f"{one.score_change:.2g}"),
@@ -152,25 +150,21 @@ def _detections(found: Sequence[Invariance]) -> str:
         for one in found
     ]
     caption = "Against the same image alone, of detections with a score of 0.4 or more; lost: not found again."
-    return _section("What batches do to detections", caption, head, rows)
+    return _section("What batches do to detections", caption, header, rows)
 
 
-def _section(title: str, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    words = [' class="text"' if any(row[place][:1].isalpha() for row in rows) else "" for place in range(len(head))]
+def _section(title: str, caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    words = [' class="text"' if any(text[:1].isalpha() for text in texts) else "" for texts in zip(*rows, strict=True)]
 
     def line(tag: str, texts: Sequence[str]) -> str:
         cells = zip(words, texts, strict=True)
         return f"<tr>{''.join(f'<{tag}{word}>{escape(text)}</{tag[:2]}>' for word, text in cells)}</tr>"
 
-    heads, body = line('th scope="col"', head), "".join(line("td", row) for row in rows)
+    titles, body = line('th scope="col"', header), "".join(line("td", row) for row in rows)
     return (
         f'<section><h2>{escape(title)}</h2><div class="wide"><table><caption>{escape(caption)}</caption>'
-        f"<thead>{heads}</thead><tbody>{body}</tbody></table></div></section>"
+        f"<thead>{titles}</thead><tbody>{body}</tbody></table></div></section>"
     )
-
-
-def _parts(analysis: Analysis) -> Iterable[Part]:
-    return [part for part in PARTS if part in analysis.batches[0].parts] if analysis.batches else []
 
 
 def _reading() -> str:

@@ -11,8 +11,8 @@ from gfldeploy.analysis.causes import analyze_passes
 from gfldeploy.analysis.invariance import Invariance, measure_invariance
 from gfldeploy.analysis.record import Analysis
 from gfldeploy.analysis.sweep import batch_orders, measure_passes
-from gfldeploy.bench.cost import work
-from gfldeploy.bench.results import BundleIdentity
+from gfldeploy.bench.cell import BundleIdentity, Cell
+from gfldeploy.bench.cost import count_cost
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision
@@ -92,20 +92,26 @@ def analyze(
     best = None
     if peak:
         progress.stage("measuring what the engine reaches at best")
-        best = run_peak(name, options.precision, options.device, options.threads)
+        cell = Cell(
+            bundle=BundleIdentity.of(opened),
+            engine=name,
+            precision=options.precision,
+            device=options.device,
+            threads=options.threads,
+            batch_size=1,
+            scenario="single-stream",
+        )
+        best = run_peak(cell)
     compared: list[Invariance] = []
     with open_engine(name, opened, options) as running:
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
         measured = measure_passes(
-            running, paths, opened, batch_orders(batch_sizes), rounds,
-            lambda done, total: progress.step("passes", done, total),
+            running, paths, opened, batch_orders(batch_sizes), rounds, progress,
         )  # fmt: skip
         if invariance:
             progress.stage("comparing detections with those of batch 1")
-            compared = measure_invariance(
-                running, dataset, opened, batch_sizes, lambda done, total: progress.step("comparing", done, total)
-            )
+            compared = measure_invariance(running, dataset, opened, batch_sizes, progress)
     found = Analysis(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe_machine(),
@@ -139,6 +145,6 @@ def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
     """Of one image by itself, the mean; None where the graph cannot be counted."""
     sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
     try:
-        return work(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
+        return count_cost(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs
     except GfldeployError:
         return None

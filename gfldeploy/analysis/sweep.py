@@ -7,7 +7,7 @@ costs the same arithmetic in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from gfldeploy.batching.buckets import STREAM_ORDERS, Group, Order, Size, group,
 from gfldeploy.bench.monitor import OthersUse
 from gfldeploy.bench.stages import BatchTimes, time_batch
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, TimesConvolutions
+from gfldeploy.engines.base import Engine
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Pass", "batch_orders", "input_sizes", "measure_passes", "run_pass"]
 
@@ -72,7 +73,7 @@ def measure_passes(
     bundle: Bundle,
     chosen: Sequence[tuple[int, Order]],
     rounds: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> list[list[Pass]]:
     """A pass of every chosen batch size and order in each round, after an inference of every shape; by round.
 
@@ -89,17 +90,17 @@ def measure_passes(
     total = len(chosen) * (rounds + 1)
     shares: dict[tuple[int, Order], float | None] = {}
     for done, (batch_size, order) in enumerate(chosen):
-        progress(done, total)
+        progress.step("passes", done, total)
         shares[batch_size, order] = _warm_up(engine, paths, bundle, sizes, batch_size, order)
     measured: list[list[Pass]] = []
     for number in range(1, rounds + 1):
         turn = (number - 1) % len(chosen)
         found: dict[tuple[int, Order], Pass] = {}
         for one in (*chosen[turn:], *chosen[:turn]):
-            progress(number * len(chosen) + len(found), total)
+            progress.step("passes", number * len(chosen) + len(found), total)
             found[one] = run_pass(engine, paths, bundle, sizes, *one, shares[one])
         measured.append([found[one] for one in chosen])
-    progress(total, total)
+    progress.step("passes", total, total)
     return measured
 
 
@@ -110,7 +111,7 @@ def _warm_up(
     groups = group(sizes, batch_size, order)
     for one in {one.size: one for one in groups}.values():
         time_batch(engine, _filled(paths, one, batch_size), bundle)
-    if (order == "listed" and batch_size > 1) or not isinstance(engine, TimesConvolutions):
+    if order == "listed" and batch_size > 1:
         return None
     most_common = max(groups, key=lambda one: sum(len(other.indices) for other in groups if other.size == one.size))
     images = [read_image(path) for path in _filled(paths, most_common, batch_size)]

@@ -15,6 +15,7 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.decode import image_size
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import BYTES
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit_sizes", "survey"]
 
@@ -87,9 +88,7 @@ class Audit:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def survey(
-    paths: Sequence[Path], preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Survey:
+def survey(paths: Sequence[Path], preprocess: Preprocess, progress: Progress = SILENT) -> Survey:
     """Read the headers of the files. Those that cannot be used are left out; raises `DataError` if all are."""
     kept: list[tuple[Path, Size, Size, Size]] = []
     left_out = []
@@ -100,7 +99,7 @@ def survey(
         except DataError as error:
             problem = error.problem if str(path) in error.problem else f"{path}: {error.problem}"
             left_out.append(LeftOut(path, problem))
-        progress(done, len(paths))
+        progress.step("reading sizes", done, len(paths))
     if not kept:
         first = f": {left_out[0].reason}" if left_out else ""
         raise DataError(f"none of {len(paths)} images can be used{first}", "Give images that OpenCV reads.")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Size, area, bucket_of
-from gfldeploy.batching.policy import Policy, Request
+from gfldeploy.batching.policy import Policy, Request, decide
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
@@ -42,7 +42,7 @@ class Counts:
     """What a batcher has done since it began.
 
     `batch_sizes`: number of batches by their size. `rejected`: by `RejectedError.reason`. `late`: answered after their
-    deadline. `queue_ms`: sum over the images that ran, from submission to the start of their batch. `padding`: pixels
+    deadline. `queue_ms`: from submission to the start of the batch, the sum over the images that ran. `padding`: pixels
     of the batches by those of the images' own sizes.
     """
 
@@ -59,7 +59,7 @@ class Counts:
 
 @dataclass
 class _Item(Generic[In, Out]):
-    """A request; once it is settled, neither its payload nor its future."""
+    """A request; once it is settled, without its payload and its future."""
 
     payload: In
     own_size: Size
@@ -78,10 +78,10 @@ class _Item(Generic[In, Out]):
             return False
 
     def settle(self, answer: Out | Exception) -> None:
-        """Answer, which runs callbacks: never under a lock. What they raise is theirs and logged; none stops it.
+        """Answer, which runs callbacks: never under a lock. What they raise is logged and stops nothing.
 
-        An error's traceback leads to the frames that hold the item. If that still held the future, which holds the
-        error, all of it would stay until the garbage collector comes by, the image included.
+        An error's traceback leads to the frames that hold the item. If the item still held the future, which holds the
+        error, all of it would stay until the garbage collector runs, the image included.
         """
         future = self.future
         del self.payload, self.future
@@ -98,7 +98,7 @@ class _Item(Generic[In, Out]):
 
 @dataclass(frozen=True)
 class _Decision(Generic[In, Out]):
-    """What the batcher's thread does next: turn some away, and run a batch padded to `size`; either may be empty."""
+    """What the batcher's thread does next: reject some, and run a batch padded to `size`; either may be empty."""
 
     rejected: Sequence[_Item[In, Out]]
     batch: Sequence[_Item[In, Out]]
@@ -109,10 +109,10 @@ class _Decision(Generic[In, Out]):
 class DynamicBatcher(Generic[In, Out]):
     """Collects requests and runs them in batches, in a thread of its own, as a `Policy` decides.
 
-    Used as a context manager; leaving the block answers what waits, then ends the thread. Thread-safe. When a batch
-    fails as a whole, its images run one by one, so that the one at fault fails alone. Whatever `run` raises, the batch
-    is answered and the thread goes on: SystemExit, KeyboardInterrupt and the like become an `EngineError` with that as
-    its cause. If the policy raises, the thread ends and all that waits has that error.
+    A context manager; leaving the block answers what waits, then ends the thread. Thread-safe. When a batch fails as a
+    whole, its images run one by one, so that the one at fault fails alone. Whatever `run` raises, the batch is answered
+    and the thread continues; SystemExit, KeyboardInterrupt and the like become the cause of an `EngineError`. If the
+    policy raises, the thread ends and all that waits gets that error.
 
     Callbacks of futures run in the batcher's thread, or in that of `close`, without a lock: they may submit and close,
     but must not wait for other answers.
@@ -150,9 +150,9 @@ class DynamicBatcher(Generic[In, Out]):
     def submit(self, payload: In, size: Size, timeout_ms: float) -> Future[Out]:
         """Ask for an answer within so many milliseconds. `size`: of the network's input for this image, pixels.
 
-        The future holds the answer; or `RejectedError` if it could not come in time, or the batcher was closed; or what
-        went wrong with this image. `Future.cancel` takes it back while it waits. Raises `RejectedError` at once when
-        the queue is full and after `close`, with its `reason`, and `ValueError` for a time that is not above 0.
+        The future holds the answer; or `RejectedError` if it could not come in time or the batcher was closed; or the
+        error of this image. `Future.cancel` withdraws it while it waits. Raises `RejectedError` with its `reason` at
+        once when the queue is full and after `close`, and `ValueError` for a time that is not above 0.
         """
         if not 0 < timeout_ms < math.inf:
             raise ValueError(f"timeout_ms must be positive and finite, not {timeout_ms}")
@@ -173,8 +173,8 @@ class DynamicBatcher(Generic[In, Out]):
     def close(self, drain: bool = True) -> None:
         """End the thread. `drain`: answer what waits first, else reject it. What runs is always finished.
 
-        Waits for the end, but not in the batcher's own thread, as in a callback. May be called again, also meanwhile by
-        another thread: `drain=False` then rejects what still waits.
+        Waits for the end, but not in the batcher's own thread, as in a callback. May be called again, also by another
+        thread at the same time: `drain=False` then rejects what still waits.
         """
         rejected: Sequence[_Item[In, Out]] = ()
         with self._changed:
@@ -218,7 +218,7 @@ class DynamicBatcher(Generic[In, Out]):
             raise
 
     def _next(self) -> _Decision[In, Out] | None:
-        """The next step, as soon as the policy has one; None when there will be none."""
+        """The next step, as soon as the policy has one; None at the end."""
         with self._changed:
             while True:
                 self._drop_cancelled()
@@ -228,23 +228,20 @@ class DynamicBatcher(Generic[In, Out]):
                     self._changed.wait()
                     continue
                 now = time.monotonic()
-                decision = self._policy.decide(now, [item.request for item in self._waiting.values()])
-                wanted = (*decision.reject, *decision.run)
-                if len(set(wanted)) < len(wanted) or not self._waiting.keys() >= set(wanted):
-                    raise RuntimeError("the policy decided on a request that does not wait, or twice on one")
+                decision = decide(self._policy, now, {number: item.request for number, item in self._waiting.items()})
                 if decision.run and decision.size is not None:
                     rejected, batch = self._take(decision.reject), self._take(decision.run)
                     self._count(batch, decision.size, now)
                     return _Decision(rejected, batch, decision.size)
                 if decision.reject:
                     return _Decision(self._take(decision.reject), ())
-                if decision.wake is None and self._closed:  # nothing else will arrive that it could wait for
+                if decision.wake is None and self._closed:  # nothing more will arrive
                     return _Decision(self._take(list(self._waiting)), (), reason="closed")
                 wake_s = _LONGEST_WAIT_S if decision.wake is None else decision.wake - now
                 self._changed.wait(min(max(wake_s, 0.0), _LONGEST_WAIT_S))
 
     def _take(self, numbers: Sequence[int]) -> list[_Item[In, Out]]:
-        """Those of them that are still wanted, out of the queue. Under the lock."""
+        """Take them out of the queue, and return those still wanted. Under the lock."""
         items = [self._waiting.pop(number) for number in numbers]
         taken = [item for item in items if item.begin()]
         self._counter["cancelled"] += len(items) - len(taken)
@@ -276,7 +273,7 @@ class DynamicBatcher(Generic[In, Out]):
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the answer
             if len(items) == 1:
                 return [error], False
-        except BaseException as error:  # noqa: BLE001 - the same, but it asked for an end, so nothing is tried again
+        except BaseException as error:  # noqa: BLE001 - the same, but this one is to end, so nothing is tried again
             return [_stopped(error) for _ in items], False
         return [self._outcomes([item], size)[0][0] for item in items], False
 
@@ -288,7 +285,7 @@ class DynamicBatcher(Generic[In, Out]):
         self._pixels[1] += sum(area(item.own_size) for item in items)
 
     def _drop_cancelled(self) -> None:
-        """Take them out of the queue, which also tells whoever waits for them with `concurrent.futures.wait`."""
+        """Take them out of the queue, which also wakes whoever waits for them with `concurrent.futures.wait`."""
         self._take([number for number, item in self._waiting.items() if item.future.cancelled()])
 
     def _reject(self, items: Sequence[_Item[In, Out]], reason: Rejection) -> None:
@@ -308,7 +305,7 @@ class DynamicBatcher(Generic[In, Out]):
 
 
 def _stopped(cause: BaseException) -> EngineError:
-    """For an exception that is no `Exception`: raised in whoever waits, it would end them."""
+    """In place of an exception that is no `Exception`, which would end whoever waits for the answer."""
     error = EngineError(f"the work on it was stopped by {type(cause).__name__}", "See what raised that: its cause.")
     error.__cause__ = cause
     return error
@@ -317,8 +314,8 @@ def _stopped(cause: BaseException) -> EngineError:
 class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
     """A `DynamicBatcher` over a detector: images in, detections in original pixels out.
 
-    Images are preprocessed in the caller's thread, the network and NMS run in the batcher's. Detections of channels
-    without a class are left out. The engine must not be used by others meanwhile.
+    Images are preprocessed in the caller's thread; the network and NMS run in the batcher's. Detections of channels
+    without a class are left out. Nothing else may use the engine meanwhile.
     """
 
     def __init__(

@@ -1,11 +1,12 @@
-"""What a server does next: which of the waiting images run now, in one batch, and which are turned away.
+"""What a server does next: which of the waiting images run now, in one batch, and which are rejected.
 
-Policies are pure: they look at a clock's reading and at what waits. The simulator, the replay on a real engine and the
-batcher all ask them the same question, whenever the engine is free and something waits.
+Policies are pure: they look at the time and at what waits. The simulator, the replay on a real engine and the batcher
+call them in the same way, whenever the engine is free and something waits.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,10 +14,9 @@ from typing import Protocol
 from gfldeploy.batching.buckets import Size, union
 from gfldeploy.batching.latency import LatencyModel
 
-__all__ = ["Adaptive", "Decision", "FixedWithTimeout", "NoBatching", "Policy", "Request"]
+__all__ = ["Adaptive", "Decision", "FixedWithTimeout", "NoBatching", "Policy", "Request", "decide"]
 
-
-# How many times as fast by the image a batch must be for the most urgent images to be turned away for its sake.
+# How many times as fast by the image a batch must be for the most urgent images to be rejected for its sake.
 _WORTH_GIVING_UP = 1.1
 
 
@@ -32,8 +32,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Decision:
-    """`run`: ids of one batch, padded to `size`; empty for none. `reject`: ids to turn away, whose deadlines cannot be
-    kept. `wake`: seconds on the clock at which to ask again if nothing arrives; None for not before."""
+    """`run`: ids of one batch, padded to `size`; empty for none. `reject`: ids whose deadlines cannot be kept. `wake`:
+    seconds on the clock at which to decide again if nothing arrives; None for not before."""
 
     run: tuple[int, ...] = ()
     size: Size | None = None
@@ -42,28 +42,37 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Asked when the engine is free, with what waits in the order of arrival."""
+    """Decides when the engine is free."""
 
     def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
-        """Must run, reject or name a time to `wake`, if anything waits."""
+        """If anything waits, given in the order of arrival, run some, reject some or name a time to `wake`."""
         ...
 
     def observe(self, images: int, size: Size, ms: float) -> None:
-        """Told what each batch took."""
-        ...
+        """Learn from the time of a batch."""
+        return
+
+
+def decide(policy: Policy, now: float, waiting: Mapping[int, Request]) -> Decision:
+    """The policy's decision on what waits, by id. Raises `RuntimeError` if it is about a request twice, or none."""
+    decision = policy.decide(now, list(waiting.values()))
+    wanted = decision.reject + decision.run
+    if len(set(wanted)) < len(wanted) or not waiting.keys() >= set(wanted):
+        raise RuntimeError("the policy decided on a request that does not wait, or twice on one")
+    return decision
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Policy):
     """Batches of one bucket, as large as pays and as the deadlines allow; never waits while something could run.
 
-    First, those are rejected that would miss their deadlines though all that are due before ran at the best rate there
-    is: the newest of what is too much, at once, rather than everyone's later. Of each bucket, the batch of its most
-    urgent images is considered that takes least time by the image and ends by its deadlines. Of these batches the most
-    efficient one runs, measured by the best batch of its bucket, so that the others' images go on gathering; but only
-    if the most urgent image of every other bucket can still be served in time after it, else the most urgent of all
-    decides. Hence none waits for ever behind another bucket. Not to run at all until more images arrive is not worth
-    it: under load they gather while the engine is at work, and without load nobody gains.
+    First it rejects the images that would miss their deadlines even if all that are due before them ran at the best
+    rate: the newest of an excess, at once, rather than everyone's later. In each bucket it considers, of the batches of
+    its most urgent images that end by their deadlines, the one with the least time per image. The most efficient of
+    these batches, measured by the best batch of its bucket, runs, and the other buckets gather more images; but only if
+    the most urgent image of every other bucket can still be served in time after it, else the bucket of the most urgent
+    image runs. Hence no image waits for ever behind another bucket. Waiting for more images is not worth it: under load
+    they gather while the engine is at work, and without load nobody gains.
     """
 
     model: LatencyModel
@@ -79,7 +88,7 @@ class Adaptive:
             return Decision(reject=rejected)
         counts = {size: self._count(now, images) for size, images in buckets.items()}
         safe = [size for size in buckets if len(buckets) == 1 or self._leaves_time(now, size, counts[size], buckets)]
-        # Without a safe one, the bucket of the most urgent image: the first.
+        # If none is safe, the bucket of the most urgent image, which is the first.
         size = max(safe, key=lambda size: self._efficiency(size, counts[size]), default=kept[0].size)
         images = buckets[size]
         given_up = self._give_up(now, images, counts[size])
@@ -93,10 +102,10 @@ class Adaptive:
     def _admit(self, now: float, urgent: Sequence[Request]) -> tuple[list[Request], tuple[int, ...]]:
         """Those whose deadlines can be kept, by deadline, and the others.
 
-        An image is expected to end after all that are due before it, in batches of their buckets as full as they make
-        them. A new one must leave room for a full batch on top of that, or the most urgent would soon force batches of
-        one, and nobody would be served at the best rate; the room shrinks with the time that it has left. A full batch
-        is the largest that can wait for another one and still end in time.
+        An image is expected to end after all that are due before it, in batches as full as their buckets allow. A new
+        one must leave room for a full batch on top of that, or the most urgent would soon force batches of one, and
+        nobody would be served at the best rate; the room shrinks with the time that is left. A full batch is the
+        largest that can wait for another one and still end in time.
         """
         kept: list[Request] = []
         rejected: list[int] = []
@@ -118,30 +127,26 @@ class Adaptive:
         return kept, tuple(rejected)
 
     def _full(self, size: Size, bound_s: float) -> int:
-        """Images in a full batch, of a bucket whose images are due so many seconds after they arrive."""
+        """Images in a full batch of a bucket whose images are due so many seconds after they arrive."""
         counts = range(self.most, 1, -1)
         return next((count for count in counts if 2 * self.model.predict(count, size) <= bound_s * 1e3), 1)
 
     def _work_s(self, size: Size, count: int, full: int) -> float:
-        """Seconds that so many images of a bucket take in batches of `full` images and a rest."""
+        """Seconds for so many images of a bucket in batches of `full` images and a rest."""
         batches, rest = divmod(count, full)
-        whole = batches * self.model.predict(full, size)
-        return (whole + (self.model.predict(rest, size) if rest else 0.0)) / 1e3
+        return (batches * self.model.predict(full, size) + (self.model.predict(rest, size) if rest else 0.0)) / 1e3
 
     def _count(self, now: float, images: Sequence[Request]) -> int:
         """How many of these, all of one bucket and by deadline, to run at once."""
         size, deadline = images[0].size, images[0].deadline
-        best, least = 1, self.model.predict(1, size)
-        for count in range(2, min(len(images), self.most) + 1):
-            if now + self.model.margin(count, size) / 1e3 > deadline:
-                break
-            per_image = self.model.predict(count, size) / count
-            if per_image < least:
-                best, least = count, per_image
-        return best
+        in_time = itertools.takewhile(
+            lambda count: now + self.model.margin(count, size) / 1e3 <= deadline,
+            range(2, min(len(images), self.most) + 1),
+        )
+        return min((1, *in_time), key=lambda count: self.model.predict(count, size) / count)
 
     def _give_up(self, now: float, images: Sequence[Request], count: int) -> int:
-        """How many of the most urgent of a bucket to turn away, as they would force a small batch on many that wait.
+        """How many of the most urgent of a bucket to reject, as they would force a small batch on many that wait.
 
         An early drop, as in Nexus (Shen et al., SOSP 2019): in overload, serving every image at the last moment means
         batches of one, and fewer images served in time.
@@ -169,26 +174,21 @@ class Adaptive:
         return True
 
     def _efficiency(self, size: Size, count: int) -> float:
-        return self._best_ms(size) * count / self.model.predict(count, size)
-
-    def _best_ms(self, size: Size) -> float:
-        """Of one image, in the batch size with the best rate."""
-        return min(self.model.predict(count, size) / count for count in (1, self.most))
+        """Images a second of this batch, by those of the bucket's best batch size."""
+        best_ms = min(self.model.predict(number, size) / number for number in (1, self.most))
+        return best_ms * count / self.model.predict(count, size)
 
 
 @dataclass(frozen=True)
-class NoBatching:
+class NoBatching(Policy):
     """One image after the other in the order of arrival, whatever their deadlines."""
 
     def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
         return Decision((waiting[0].id,), waiting[0].size) if waiting else Decision()
 
-    def observe(self, images: int, size: Size, ms: float) -> None:
-        """Learns nothing."""
-
 
 @dataclass(frozen=True)
-class FixedWithTimeout:
+class FixedWithTimeout(Policy):
     """Triton Inference Server's rule: a batch runs when `batch` images wait, or the oldest has waited `delay_s`.
 
     Images are taken in the order of arrival and padded to their common size, as a server without buckets does.
@@ -205,6 +205,3 @@ class FixedWithTimeout:
             return Decision(wake=ready)
         taken = waiting[: self.batch]
         return Decision(tuple(one.id for one in taken), union(one.size for one in taken))
-
-    def observe(self, images: int, size: Size, ms: float) -> None:
-        """Learns nothing."""

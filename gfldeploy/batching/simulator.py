@@ -1,4 +1,4 @@
-"""Playing a trace of requests to a policy: in virtual time, or in real time on a real engine, with the same loop."""
+"""A trace of requests served as a policy decides: in virtual time, or in real time on a real engine, by one loop."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Size, area
-from gfldeploy.batching.policy import Policy, Request
+from gfldeploy.batching.policy import Policy, Request, decide
 
-__all__ = ["Clock", "Played", "RealClock", "RequestOutcome", "Run", "VirtualClock", "most_kept", "play"]
+__all__ = ["Played", "RealClock", "RequestOutcome", "Run", "VirtualClock", "most_kept", "play"]
 
 # Runs the requests as one batch padded to a size; in virtual time it returns the milliseconds that this takes, in real
 # time it takes them.
@@ -22,16 +21,8 @@ Run = Callable[[Sequence[Request], Size], float | None]
 Times = NDArray[np.float64]
 
 
-class Clock(Protocol):
-    """Seconds from the start of a trace."""
-
-    def now(self) -> float: ...
-
-    def sleep_until(self, at: float) -> None: ...
-
-
 class VirtualClock:
-    """Time passes only as it is told to."""
+    """Seconds from the start of a trace, which pass only in `sleep_until`."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -44,7 +35,7 @@ class VirtualClock:
 
 
 class RealClock:
-    """From its making on."""
+    """Seconds since it was made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -58,7 +49,7 @@ class RealClock:
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """What became of a request: `served` or turned away at `at`, in seconds; `batch`: images in its batch, else 0."""
+    """What became of a request: `served` or rejected at `at`, in seconds; `batch`: images in its batch, else 0."""
 
     request: Request
     served: bool
@@ -73,8 +64,7 @@ class RequestOutcome:
 
 @dataclass(frozen=True)
 class Played:
-    """The outcomes in the order in which they came about, and `padding`: pixels of the batches by those of the images'
-    own buckets."""
+    """The outcomes in the order of time, and `padding`: pixels of the batches by those of the images' own buckets."""
 
     outcomes: tuple[RequestOutcome, ...]
     padding: float
@@ -89,13 +79,8 @@ class Played:
         """How many were served by their deadline."""
         return sum(one.kept for one in self.outcomes)
 
-    @property
-    def served_per_s(self) -> float:
-        """Images served by their deadlines, by the time to the last outcome."""
-        return self.kept / max(one.at for one in self.outcomes)
 
-
-def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Played:
+def play(trace: Sequence[Request], policy: Policy, run: Run, clock: VirtualClock | RealClock) -> Played:
     """Let requests arrive as the trace says, one engine serving them as the policy decides, until none is left.
 
     Raises `RuntimeError` if the policy breaks its contract: it runs or rejects what does not wait, or does nothing.
@@ -111,10 +96,7 @@ def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Pl
         if not waiting:
             clock.sleep_until(trace[arrived].arrived)
             continue
-        decision = policy.decide(now, list(waiting.values()))
-        wanted = decision.reject + decision.run
-        if len(set(wanted)) < len(wanted) or not waiting.keys() >= set(wanted):
-            raise RuntimeError("the policy decided on a request that does not wait, or twice on one")
+        decision = decide(policy, now, waiting)
         for number in decision.reject:
             outcomes.append(RequestOutcome(waiting.pop(number), False, now, 0))
         if not decision.run:
@@ -139,16 +121,16 @@ def play(trace: Sequence[Request], policy: Policy, run: Run, clock: Clock) -> Pl
 
 
 def most_kept(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], most: int) -> int:
-    """How many deadlines no policy can do better than, even one that knows the whole trace: an upper bound.
+    """An upper bound of the deadlines that any policy can keep, even one that knows the whole trace.
 
     `batch_ms`: of so many images of a size; an image must not take longer in a larger batch. `most`: images in a batch.
     All requests must be due equally long after they arrive. Images that share a batch have all arrived when it begins
-    and are all due after its end, so that they arrive within that time less the batch's of each other: this limits how
-    many an image can share with, and so what it costs at least. Any schedule of batches can be turned into one of
-    single images of that cost, each inside the time of its batch, which keeps the same deadlines: so the best of those
-    bounds it. The later an image arrives the later it is due, hence to take images by deadline and to leave out,
-    whenever one would be late, the one without which the others end soonest is optimal (Kise, Ibaraki and Mine,
-    Operations Research 26, 1978).
+    and are all due after it ends, so that they arrive within that time, less the batch's, of each other. This limits
+    with how many others an image can share a batch, and so the smallest cost of an image. Any schedule of batches can
+    be turned into one of single images of that cost, each inside the time of its batch, which keeps the same deadlines:
+    the best schedule of single images is the bound. Later arrivals have later deadlines, so that it is optimal to take
+    images by deadline and, whenever one would be late, to leave out the one without which the others end soonest (Kise,
+    Ibaraki and Mine, Operations Research 26, 1978).
     """
     least_s = _least_s(trace, batch_ms, most)
     urgent = sorted(trace, key=lambda request: request.deadline)
@@ -165,14 +147,14 @@ def most_kept(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], 
 
 
 def _ends(arrival: Times, took: Times) -> Times:
-    """When each ends that runs after all before it and not before it arrives."""
+    """When each ends if it runs after all before it, and not before it arrives."""
     total = np.cumsum(took)
     return total + np.maximum.accumulate(arrival - (total - took)) if len(took) else total
 
 
 def _best_left_out(arrival: Times, took: Times, ends: Times) -> int:
-    """The place of the one without which the last of the others ends soonest; `ends` as `_ends` says."""
-    # Seconds of all that come after each, and the end of these if nothing came before them.
+    """The place of the one without which the last of the others ends soonest; `ends`: as by `_ends`."""
+    # Seconds of all that come after each, and when they end if nothing comes before them.
     after = np.cumsum(took[::-1])[::-1] - took
     alone = np.maximum.accumulate((arrival + took + after)[::-1])[::-1]
     before = np.concatenate([[0.0], ends[:-1]])
@@ -181,13 +163,13 @@ def _best_left_out(arrival: Times, took: Times, ends: Times) -> int:
 
 
 def _least_s(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], most: int) -> dict[int, float]:
-    """Seconds that each request costs at least."""
+    """The smallest cost of each request, in seconds."""
     found = {}
     for size in {one.size for one in trace}:
         alike = sorted((one for one in trace if one.size == size), key=lambda one: one.arrived)
         arrivals = [one.arrived for one in alike]
         window = alike[0].deadline - alike[0].arrived - batch_ms(1, size) / 1e3
-        # Of the images that arrive from each on within the window.
+        # The images that arrive within the window from each on.
         counts = [bisect_right(arrivals, at + window) - first for first, at in enumerate(arrivals)]
         for number, one in enumerate(alike):
             first = bisect_left(arrivals, one.arrived - window)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
-from gfldeploy.bench.results import BenchResults, CellResult, Scenario, ServerPolicy
+from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import Row, rows
-from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import DataError
 from gfldeploy.machine import Machine
 
 __all__ = [
-    "CellKey",
     "Comparison",
     "Difference",
     "OneSided",
@@ -34,34 +35,18 @@ _MEMORY_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class CellKey:
-    """What a cell is found again by. `directory`: the bundle's, where nothing else tells two cells of a file apart."""
-
-    bundle: str
-    directory: str | None
-    engine: str
-    precision: Precision
-    device: Device
-    batch_size: int
-    threads: int
-    scenario: Scenario
-    rate: float | None
-    policy: ServerPolicy | None
-
-
-@dataclass(frozen=True)
 class Pair:
-    """A cell that both files measured.
+    """A cell that both files measured, with the bundle of A.
 
     `a_ms`, `b_ms`: median latencies of a batch through the network alone (of servers: of an image, from its arrival to
     the end of its batch), all rounds together; `ratio`: B's over A's; `verdict`: on B, "faster" or "slower" where 1 is
     outside the ratio's interval. `ap_difference`: B's mAP less A's, None where one is unknown or they are not of the
-    same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what they did not turn
-    away, the images answered within the bound. `bundle_changed`: whether the manifests differ, that is, any file of the
-    bundles. `a_flags`, `b_flags`: `table.FLAGS` that hold.
+    same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what they did not reject,
+    the images answered within the bound. `bundle_changed`: whether the manifests differ, that is, any file of the
+    bundles. `a_flags`, `b_flags`: those of `table.FLAGS` that hold.
     """
 
-    cell: CellKey
+    cell: Cell
     a_ms: Estimate
     b_ms: Estimate
     ratio: Estimate
@@ -78,7 +63,7 @@ class Pair:
 class OneSided:
     """A cell that only one file measured, and, in words, why the other did not; None where it has no such cell."""
 
-    cell: CellKey
+    cell: Cell
     reason: str | None
 
 
@@ -113,16 +98,30 @@ class Comparison:
 
 
 def compare(
-    a: BenchResults, b: BenchResults, different_machines: bool = False, different_data: bool = False
+    a: BenchResults | str | os.PathLike[str],
+    b: BenchResults | str | os.PathLike[str],
+    *,
+    different_machines: bool = False,
+    different_data: bool = False,
 ) -> Comparison:
-    """Compare the cells that both measured, in A's order.
+    """Compare the cells that two benchmarks both measured.
 
     Each verdict is at 95 % confidence by itself: of twenty cells that did not change, one may look as if it had. Runs
-    of the two files cannot be paired, so what changed on the machine from one to the other counts as a change too.
+    of the two cannot be paired, so what changed on the machine from one to the other counts as a change too.
 
-    Raises `DataError` where the hardware differs, unless `different_machines`; where the timed images or the settings
-    that latencies depend on differ, unless `different_data`; and where no cell is measured in both.
+    Args:
+        a: Results, or a file of them.
+        b: Those to compare with them.
+        different_machines: Compare although the hardware differs.
+        different_data: Compare although the timed images, or how they were timed, differ.
+
+    Returns:
+        The pairs of cells in A's order, what only one side has, and what differs between the two.
+
+    Raises:
+        DataError: A file cannot be read, the hardware or the timing differs, or no cell is measured in both.
     """
+    a, b = (one if isinstance(one, BenchResults) else BenchResults.read(Path(one)) for one in (a, b))
     hardware, data = tuple(hardware_differences(a.machine, b.machine)), tuple(timing_differences(a, b))
     if hardware and not different_machines:
         raise DataError(
@@ -140,9 +139,9 @@ def compare(
         b.data.accuracy_images,
     )
     pairs = tuple(
-        _pair(key, one, b_cells[key], same_images)
+        _pair(one, b_cells[key], same_images)
         for key, one in a_cells.items()
-        if key in b_cells and one.measured and b_cells[key].measured
+        if key in b_cells and one.ok and b_cells[key].ok
     )
     if not pairs:
         raise DataError(
@@ -161,78 +160,47 @@ def compare(
     )
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A cell with its row of the table."""
-
-    result: CellResult
-    row: Row
-
-    @property
-    def measured(self) -> bool:
-        return self.result.status == "ok"
-
-    @property
-    def rounds(self) -> list[tuple[float, ...]]:
-        return [run.samples.latency_ms for run in self.result.runs]
-
-
-def _cells(a: BenchResults, b: BenchResults) -> tuple[dict[CellKey, _Cell], dict[CellKey, _Cell]]:
-    """The cells of each file by their keys, with the directory in those that are twice in either file without it."""
-    sides = [[(_key(cell), _Cell(cell, row)) for cell, row in zip(one.cells, rows(one), strict=True)] for one in (a, b)]
-    counts = [Counter(key for key, _ in side if key) for side in sides]
-    ambiguous = {key for count in counts for key, times in count.items() if times > 1}
-    found: list[dict[CellKey, _Cell]] = [{}, {}]
-    for cells, side, name in zip(found, sides, ("first", "second"), strict=True):
-        for key, cell in side:
-            if key is None or cell.result.bundle is None:
-                continue
+def _cells(a: BenchResults, b: BenchResults) -> tuple[dict[Cell, Row], dict[Cell, Row]]:
+    """The rows of each file by what a cell is found again by: its axes, of the bundle the name alone, with the
+    directory in those that are twice in either file without it."""
+    keys = [Counter(_key(row.cell) for row in rows(one)) for one in (a, b)]
+    ambiguous = {key for count in keys for key, times in count.items() if times > 1}
+    found: list[dict[Cell, Row]] = [{}, {}]
+    for cells, results, name in zip(found, (a, b), ("first", "second"), strict=True):
+        for row in rows(results):
+            directory = row.cell.bundle.directory
+            key = _key(row.cell)
             if key in ambiguous:
-                key = replace(key, directory=cell.result.bundle.directory)
+                key = _key(row.cell, directory)
             if key in cells:
                 raise DataError(
-                    f"the {name} file holds {key.engine} {key.precision} batch {key.batch_size} of "
-                    f"{cell.result.bundle.directory} more than once, so it is not clear which to compare",
+                    f"the {name} file holds {row.cell.name()} of {directory} more than once, so it is not clear which "
+                    "to compare",
                     "Give the bundles' directories different names, and measure again.",
                 )
-            cells[key] = cell
+            cells[key] = row
     return found[0], found[1]
 
 
-def _key(cell: CellResult) -> CellKey | None:
-    """None of a cell that stands for several, which was skipped."""
-    if cell.bundle is None or cell.batch_size is None or cell.scenario is None:
-        return None
-    return CellKey(
-        bundle=cell.bundle.name,
-        directory=None,
-        engine=cell.engine,
-        precision=cell.precision,
-        device=cell.device,
-        batch_size=cell.batch_size,
-        threads=cell.threads,
-        scenario=cell.scenario,
-        rate=cell.rate,
-        policy=cell.policy,
-    )
+def _key(cell: Cell, directory: str = "") -> Cell:
+    return replace(cell, bundle=BundleIdentity(cell.bundle.name, directory, ""))
 
 
-def _pair(key: CellKey, a: _Cell, b: _Cell, same_images: bool) -> Pair:
-    ratio = ratio_of_medians(a.rounds, b.rounds)
+def _pair(a: Row, b: Row, same_images: bool) -> Pair:
+    base, other = ([run.samples.latency_ms for run in row.result.runs] for row in (a, b))
+    ratio = ratio_of_medians(base, other)
     return Pair(
-        cell=key,
+        cell=a.cell,
         a_ms=median(a.result.latency_ms),
         b_ms=median(b.result.latency_ms),
         ratio=ratio,
         verdict=_verdict(ratio),
-        ap_difference=b.row.ap - a.row.ap if same_images and a.row.ap is not None and b.row.ap is not None else None,
-        a_in_time_per_s=a.row.served.in_time_per_s if a.row.served else None,
-        b_in_time_per_s=b.row.served.in_time_per_s if b.row.served else None,
-        bundle_changed=a.result.bundle is not None
-        and b.result.bundle is not None
-        and a.result.bundle.digest != b.result.bundle.digest,
-        a_flags=a.row.flags,
-        b_flags=b.row.flags,
+        ap_difference=b.ap - a.ap if same_images and a.ap is not None and b.ap is not None else None,
+        a_in_time_per_s=a.served.in_time_per_s if a.served else None,
+        b_in_time_per_s=b.served.in_time_per_s if b.served else None,
+        bundle_changed=a.cell.bundle.digest != b.cell.bundle.digest,
+        a_flags=a.flags,
+        b_flags=b.flags,
     )
 
 
@@ -244,11 +212,11 @@ def _verdict(ratio: Estimate) -> Verdict:
     return "slower" if ratio.low > 1 else "no difference found"
 
 
-def _one_sided(cells: dict[CellKey, _Cell], others: dict[CellKey, _Cell]) -> Iterator[OneSided]:
-    for key, cell in cells.items():
+def _one_sided(cells: dict[Cell, Row], others: dict[Cell, Row]) -> Iterator[OneSided]:
+    for key, row in cells.items():
         other = others.get(key)
-        if cell.measured and not (other and other.measured):
-            yield OneSided(key, f"{other.result.status}: {other.result.reason}" if other else None)
+        if row.ok and not (other and other.ok):
+            yield OneSided(row.cell, f"{other.result.status}: {other.result.reason}" if other else None)
 
 
 def hardware_differences(a: Machine, b: Machine) -> Iterator[Difference]:
@@ -272,7 +240,7 @@ def timing_differences(a: BenchResults, b: BenchResults) -> Iterator[Difference]
         ("warm-up inferences", _text(a.settings.warmup), _text(b.settings.warmup)),
         ("hardware samples a second", f"{a.settings.monitor_hz:g}", f"{b.settings.monitor_hz:g}"),
     )
-    if all(any(cell.scenario == "server" for cell in one.cells) for one in (a, b)):
+    if all(any(one.cell.scenario == "server" for one in results.cells) for results in (a, b)):
         one, two = a.settings, b.settings
         yield from _differences(
             ("seed of the arrivals", _text(one.seed), _text(two.seed)),
@@ -317,10 +285,10 @@ def _listed(differences: Sequence[Difference]) -> str:
     return "; ".join(map(str, differences))
 
 
-def _extent(cells: dict[CellKey, _Cell]) -> str:
+def _extent(cells: dict[Cell, Row]) -> str:
     """Such as "onnxruntime fp32, paddle int8 of tiny, 8 cells"."""
-    measured = [key for key, cell in cells.items() if cell.measured]
+    measured = [row.cell for row in cells.values() if row.ok]
     if not measured:
         return "none"
-    models = ", ".join(sorted({f"{key.engine} {key.precision} of {key.bundle}" for key in measured}))
+    models = ", ".join(sorted({f"{cell.engine} {cell.precision} of {cell.bundle.name}" for cell in measured}))
     return f"{len(measured)} cell{'s' if len(measured) > 1 else ''} ({models})"

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from gfldeploy.bench.results import Work
+from gfldeploy.bench.results import Cost
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Precision
 from gfldeploy.macs import GraphWork, count_work
 
-__all__ = ["work"]
+__all__ = ["count_cost"]
 
 # By bundle digest, height and width: cells of a benchmark differ in engine and batch size more than in these.
 _counted: dict[tuple[str, int, int], GraphWork] = {}
 
 
-def work(
+def count_cost(
     bundle: Bundle,
     precision: Precision,
     image_sizes: Sequence[tuple[int, int]],
     batches: Mapping[tuple[int, int, int], int],
-) -> Work:
-    """The mean work of one image.
+) -> Cost:
+    """The mean cost of one image.
 
-    `image_sizes`: height, width in pixels of each image as resized, not padded. Counted is the least size that the
-    network takes for it, that of a batch of this image alone. `batches`: how many there were by batch size, height and
-    width, padding included.
+    `image_sizes`: height, width in pixels of each image as resized, not padded. The size that is counted is the
+    smallest that the network takes for it, that of a batch of this image alone. `batches`: how many there were by batch
+    size, height and width, padding included.
     Raises `BundleError` if the bundle's ONNX graph cannot be counted, `ValueError` for no images or batches.
     """
     images = sum(size * count for (size, _, _), count in batches.items())
@@ -38,7 +38,7 @@ def work(
         one = counted[height, width]
         padded_macs += size * count * one.macs
         traffic_bytes += size * count * one.traffic_bytes(precision, size)
-    return Work(
+    return Cost(
         macs=sum(counted[size].macs for size in own) / len(own),
         padded_macs=padded_macs / images,
         traffic_mb=traffic_bytes / images / 1e6,

@@ -29,7 +29,7 @@ def write_csv(results: BenchResults, path: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_names())
     for row in rows(results):
-        writer.writerow([spreadsheet_cell(value) for value in (*_fields(row), row.status, row.note)])
+        writer.writerow([spreadsheet_cell(value) for value in (*_fields(row), row.result.status, row.note)])
     write_text(path, text.getvalue())
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.files import read_json, unfinished_beside, write_json
+from gfldeploy.files import read_json, scratch_directory, unfinished_beside, write_json
 
 __all__ = ["Journal", "journal_beside"]
 
@@ -47,12 +47,17 @@ class Journal:
 
 
 @contextmanager
-def journal_beside(output: Path, command: str) -> Iterator[Journal]:
+def journal_beside(output: Path | None, command: str) -> Iterator[Journal]:
     """The journal of `command` for the file `output`: a folder beside it, removed when the block ends without an error.
 
-    An error or an interruption leaves what is in it for the next run, and so does a kill. Raises `OutputError` if
-    another process is measuring for the same file, or the folder cannot be written or is somebody else's.
+    Without a file it is a temporary folder, always removed. An error or an interruption leaves what is in it for the
+    next run, and so does a kill. Raises `OutputError` if another process is measuring for the same file, or the folder
+    cannot be written or is somebody else's.
     """
+    if output is None:
+        with scratch_directory() as folder:
+            yield Journal(folder)
+        return
     with unfinished_beside(output, command, _MADE) as unfinished:
         try:
             yield Journal(unfinished.directory)

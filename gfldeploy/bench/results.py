@@ -4,54 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.latency import Point
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.timing import Samples, StopRule
-from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision
-from gfldeploy.errors import DataError
-from gfldeploy.files import read_json, write_json
 from gfldeploy.machine import Machine
-from gfldeploy.serialization import build, check_schema, plain
+from gfldeploy.serialization import FileFormat, Versioned, part
 
 __all__ = [
-    "POLICIES",
-    "SCENARIOS",
-    "SCHEMA",
     "BenchResults",
-    "BundleIdentity",
     "CellResult",
+    "Cost",
     "DataDescription",
     "Idle",
     "Monitored",
     "Peak",
     "Run",
-    "Scenario",
-    "ServerPolicy",
     "Serving",
     "Settings",
     "Stages",
     "Status",
-    "Work",
     "defined_ap",
 ]
 
-SCHEMA = 4
 Status = Literal["ok", "failed", "skipped"]
-# After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
-# images after the other; offline: all images at once, in whatever order and grouping is fastest; server: images arrive
-# at random times, whether or not the earlier ones are done.
-Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
-SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
-# What a server does with the images that wait. no-batching: one after the other as they arrive; fixed-timeout: a batch
-# as soon as it is full or its oldest image has waited for a tenth of the latency bound, Triton Inference Server's rule;
-# adaptive: the dynamic batcher's (`batching.policy.Adaptive`).
-ServerPolicy = Literal["no-batching", "fixed-timeout", "adaptive"]
-POLICIES: tuple[ServerPolicy, ...] = get_args(ServerPolicy)
-
 
 # Figures of less than this, over all rounds, are good for a first look alone.
 _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
@@ -107,20 +85,6 @@ class DataDescription:
     timed_sha256: str
     timed_images: int
     accuracy_images: int | None
-
-
-@dataclass(frozen=True)
-class BundleIdentity:
-    """A bundle's `name` in its manifest, the last part of its `directory`, and the SHA-256 of its manifest."""
-
-    name: str
-    directory: str
-    digest: str
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> Self:
-        """The identity of an opened bundle."""
-        return cls(bundle.name, bundle.directory.resolve().name, bundle.digest)
 
 
 @dataclass(frozen=True)
@@ -246,12 +210,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """What one image costs, by arithmetic on the graph (`macs.py`): not measured, the same for every engine.
 
     `macs`: multiply-accumulates at the size of the image itself, mean over the timed images; `padded_macs`: at the size
-    of the batch it was in. One MAC is two FLOPs. `traffic_mb`: least memory traffic of the padded image, 10^6 bytes,
-    with every convolution's input, output and weights read or written once in the precision asked for.
+    of the batch it was in. One MAC is two FLOPs. `traffic_mb`: memory traffic of the padded image, 10^6 bytes, with
+    every convolution's input, output and weights read or written once in the precision asked for.
     """
 
     macs: float
@@ -267,10 +231,6 @@ class Peak:
     written, with as many threads. None where it could not be measured, for the `reason`.
     """
 
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
     gmac_per_s: float | None
     memory_gb_per_s: float | None
     reason: str | None
@@ -280,40 +240,31 @@ class Peak:
 class CellResult:
     """What became of one cell.
 
-    `rate`: images arriving a second, and `policy`: how they become batches, in the server scenario. `status` ok: it was
-    measured, once in each round (`runs`); failed: the process of a round failed for the `reason`, `runs` are the
-    earlier rounds; skipped: it cannot run here (`bundle`, `batch_size` and `scenario` are None where that holds for all
-    of them). `accuracy` is None where it was not measured; had it been asked for, `accuracy_reason` says why. `work` is
-    None where it could not be counted.
+    `status` ok: it was measured, once in each round (`runs`); failed: the process of a round failed for the `reason`,
+    `runs` are the earlier rounds; skipped: it cannot run here. `accuracy`, of the cell's bundle, engine, precision and
+    device, is None where it was not measured; had it been asked for, `accuracy_reason` says why. `cost` is None where
+    it could not be counted. `peak`: of the cell's engine, precision, device and threads; None where it was not asked
+    for.
     """
 
-    bundle: BundleIdentity | None
-    engine: str
-    precision: Precision
-    device: Device
-    batch_size: int | None
-    threads: int
-    scenario: Scenario | None
-    rate: float | None
-    policy: ServerPolicy | None
+    cell: Cell
     status: Status
-    reason: str | None
-    remedy: str | None
-    runs: tuple[Run, ...]
-    accuracy: Accuracy | None
-    accuracy_reason: str | None
-    work: Work | None
+    reason: str | None = None
+    remedy: str | None = None
+    runs: tuple[Run, ...] = ()
+    accuracy: Accuracy | None = None
+    accuracy_reason: str | None = None
+    cost: Cost | None = None
+    peak: Peak | None = None
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.reason is None):
             raise ValueError("a cell has a reason unless its status is ok")
-        if self.status == "ok" and not (self.runs and self.bundle and self.batch_size and self.scenario):
-            raise ValueError("a cell with the status ok needs runs, a bundle, a batch size and a scenario")
+        if self.status == "ok" and not self.runs:
+            raise ValueError("a cell with the status ok needs runs")
         if self.status == "skipped" and self.runs:
             raise ValueError("a skipped cell has no runs")
-        if len({self.scenario == "server", self.rate is not None, self.policy is not None}) > 1:
-            raise ValueError("the server scenario has a rate and a policy, and no other has")
-        if any((run.serving is None) == (self.scenario == "server") for run in self.runs):
+        if any((run.serving is None) == (self.cell.scenario == "server") for run in self.runs):
             raise ValueError("runs of the server scenario say what became of the requests, and no others do")
 
     @property
@@ -339,79 +290,95 @@ def defined_ap(accuracy: Accuracy | None) -> float | None:
     return ap if ap is not None and ap >= 0 else None
 
 
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """It timed the network alone, for `min_seconds`, and stages of single images, which are no batches."""
+    settings = {"max_seconds": part(data, "settings")["min_seconds"], "monitor_hz": 0.0, **data["settings"]}
+    cells = []
+    for cell in part(data, "cells", kind=list):
+        scenario = cell["batch_size"] and ("multi-stream" if cell["batch_size"] > 1 else "single-stream")
+        runs = []
+        for run in part(cell, "runs", kind=list):
+            kept = {key: value for key, value in run.items() if key not in Stages.__annotations__}
+            images = len(run["samples"]["latency_ms"]) * run["samples"]["batch_size"]
+            runs.append({
+                **kept, "started": data["created"], "samples": {**run["samples"], "images": images, "stable": True},
+                "stages": None, "build_s": None, "shapes": {}, "delegated": None, "monitored": None,
+                "idle": {"cpu_percent": 0.0, "gpu_percent": None, "waited_s": 0.0},
+            })  # fmt: skip
+        cells.append({**cell, "scenario": scenario, "rate": None, "runs": runs, "work": None})
+    described = {"timed_sha256": "", **part(data, "data")}
+    return {**data, "settings": settings, "data": described, "peaks": [], "cells": cells}
+
+
+def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Its servers had no policies."""
+    cells = []
+    for cell in part(data, "cells", kind=list):
+        runs = [{**run, "serving": None} for run in part(cell, "runs", kind=list)]
+        cells.append({**cell, "policy": None, "runs": runs})
+    return {**data, "cells": cells}
+
+
+def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
+    """It timed no batches as the offline scenario forms them, and of servers only full ones as listed."""
+    cells = []
+    for cell in part(data, "cells", kind=list):
+        lost = {"stages": None} if cell["scenario"] in ("offline", "server") else {}
+        runs = [{"stages": None, "mixed_batches": None, **run, **lost} for run in part(cell, "runs", kind=list)]
+        cells.append({**cell, "runs": runs})
+    return {**data, "settings": {"tail_count": 0, **part(data, "settings")}, "cells": cells}
+
+
+def _from_schema_4(data: dict[str, Any]) -> dict[str, Any]:
+    """It had the axes among the other fields of a cell, and peaks in a list of their own.
+
+    Of a skipped cell, what the reason held for all of was null: it becomes a cell for each that the file has.
+    """
+    peaks = [(_taken(one, *_PEAK_AXES_4), one) for one in map(dict, part(data, "peaks", kind=list))]
+    split = [(_taken(one, *_AXES_4), one) for one in map(dict, part(data, "cells", kind=list))]
+    known = [axes for axes, _ in split if None not in (axes["bundle"], axes["batch_size"], axes["scenario"])]
+    cells = []
+    for axes, rest in split:
+        peak = next((one for of, one in peaks if of.items() <= axes.items()), None) if rest["runs"] else None
+        rest["cost"] = rest.pop("work")
+        for cell in [axes] if axes in known else _expanded(axes, known):
+            order = "bucketed" if cell["scenario"] == "offline" else "listed"
+            cells.append({"cell": {**cell, "order": order}, **rest, "peak": peak})
+    return {**{key: value for key, value in data.items() if key != "peaks"}, "cells": cells}
+
+
+_AXES_4 = ("bundle", "engine", "precision", "device", "threads", "batch_size", "scenario", "rate", "policy")
+_PEAK_AXES_4 = ("engine", "precision", "device", "threads")
+
+
+def _expanded(axes: dict[str, Any], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The axes with whatever is null in them as in those cells that are `known` whole."""
+    given = {key: value for key, value in axes.items() if value is not None}
+    if size := given.get("batch_size"):  # which no other cell of this bundle need have
+        given |= {"scenario": "single-stream" if size == 1 else "multi-stream", "rate": None, "policy": None}
+    found: list[dict[str, Any]] = []
+    for one in known:
+        if (cell := {**one, **given}) not in found:
+            found.append(cell)
+    return found
+
+
+def _taken(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """These fields, removed from the record."""
+    return {key: record.pop(key) for key in keys}
+
+
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4}
+
+
 @dataclass(frozen=True)
-class BenchResults:
+class BenchResults(Versioned):
     """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
+
+    FORMAT = FileFormat("results", "gfldeploy bench", 5, _UPGRADES)
 
     created: str
     machine: Machine
     data: DataDescription
     settings: Settings
-    peaks: tuple[Peak, ...]
     cells: tuple[CellResult, ...]
-    schema: int = SCHEMA
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; `from_dict` is the inverse."""
-        data: dict[str, Any] = plain(self)
-        return {"schema": data.pop("schema"), **data}
-
-    @classmethod
-    def from_dict(cls, data: object) -> Self:
-        """Check and build, from an older schema too if that is 3.
-
-        Raises `DataError` for other schemas, unknown or missing keys and wrong types.
-        """
-        data = _upgraded(data)
-        check_schema(
-            data, SCHEMA, "results", "Give a file that `gfldeploy bench` wrote.", "Measure again with this version."
-        )
-        return build(cls, data, "results")
-
-    def write(self, path: Path) -> None:
-        """Write the file in one step, replacing any other. Raises `OutputError`."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a file that `write` wrote. Raises `DataError`."""
-        try:
-            data = read_json(path)
-        except OSError as error:
-            raise DataError(
-                f"cannot read {path}: {error.strerror or error}", "Give a file that `gfldeploy bench` wrote."
-            ) from error
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}", "Give a file that `gfldeploy bench` wrote.") from error
-        try:
-            return cls.from_dict(data)
-        except DataError as error:
-            raise DataError(f"{path}: {error.problem}", error.remedy) from error
-
-
-def _upgraded(data: object) -> object:
-    """Results of schema 3 as those of schema 4; all else as it is.
-
-    Schema 3 timed no batches as the offline scenario forms them, and only full ones in the listed order of servers.
-    """
-    if not isinstance(data, dict) or data.get("schema") != 3:
-        return data
-    upgraded = {**data, "schema": 4}
-    if isinstance(settings := data.get("settings"), dict):
-        upgraded["settings"] = {"tail_count": 0, **settings}
-    if isinstance(cells := data.get("cells"), list):
-        upgraded["cells"] = [_upgraded_cell(cell) if isinstance(cell, dict) else cell for cell in cells]
-    return upgraded
-
-
-def _upgraded_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    runs = cell.get("runs")
-    if not isinstance(runs, list):
-        return cell
-    lost = {"stages": None} if cell.get("scenario") in ("offline", "server") else {}
-    return {
-        **cell,
-        "runs": [
-            {"stages": None, "mixed_batches": None, **run, **lost} if isinstance(run, dict) else run for run in runs
-        ],
-    }

@@ -13,7 +13,7 @@ import psutil
 
 from gfldeploy.bench.results import Peak
 from gfldeploy.bench.roofline_graph import Stack
-from gfldeploy.engines.base import Device, Engine, EngineOptions, Precision, ReportsPrecision, Tensors, reasons
+from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors, reasons
 from gfldeploy.engines.registry import graph_for, open_engine
 from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import scratch_directory
@@ -30,7 +30,7 @@ _LEAST_COPY_BYTES = 256 * 10**6
 _MOST_OF_FREE_MEMORY = 0.125
 
 
-def measure_peak(engine: str, precision: Precision, device: Device, threads: int, seconds: float = 2.0) -> Peak:
+def measure_peak(engine: str, options: EngineOptions, seconds: float = 2.0) -> Peak:
     """Time a stack of convolutions in the engine, then a copy in memory, for about `seconds` each.
 
     The stack is a bundle that the engine opens like any other, so that it runs with the same options. Call this in a
@@ -49,15 +49,13 @@ def measure_peak(engine: str, precision: Precision, device: Device, threads: int
             problems.append(" ".join(f"{what}: {type(error).__name__}: {error}".split()))
         return None
 
-    gmac_per_s = attempt(
-        "convolutions", lambda: _gmac_per_s(engine, EngineOptions(precision, device, threads), seconds)
-    )
+    gmac_per_s = attempt("convolutions", lambda: _gmac_per_s(engine, options, seconds))
     memory_gb_per_s = None
-    if device == "cpu":
-        memory_gb_per_s = attempt("memory", lambda: _copy_gb_per_s(_copy_bytes(), threads, seconds))
+    if options.device == "cpu":
+        memory_gb_per_s = attempt("memory", lambda: _copy_gb_per_s(_copy_bytes(), options.threads, seconds))
     else:
         problems.append("memory: the bandwidth of GPU memory is not measured")
-    return Peak(engine, precision, device, threads, gmac_per_s, memory_gb_per_s, "; ".join(problems) or None)
+    return Peak(gmac_per_s, memory_gb_per_s, "; ".join(problems) or None)
 
 
 def _gmac_per_s(engine: str, options: EngineOptions, seconds: float) -> float:
@@ -76,7 +74,7 @@ def _gmac_per_s(engine: str, options: EngineOptions, seconds: float) -> float:
 
 def _check_precision(engine: Engine, inputs: Tensors, depth: int) -> None:
     """Raise `EngineError` if the engine can tell what it ran, and fewer than `depth` convolutions ran as asked."""
-    found = engine.executed_convolutions(inputs) if isinstance(engine, ReportsPrecision) else ()
+    found = engine.executed_convolutions(inputs)
     ran = sum(one.precision == engine.options.precision for one in found)
     if found and ran < depth:
         raise EngineError(f"{ran} of {len(found)} ran in {engine.options.precision}: {'; '.join(reasons(found))}")

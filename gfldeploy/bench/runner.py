@@ -1,324 +1,281 @@
-"""Runs a plan: one process for each thing to measure, so that a crash, a hang or a leak of one touches no other."""
+"""Measures cells: one process for each thing to measure, so that a crash, a hang or a leak of one touches no other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
-from gfldeploy.accuracy import Accuracy
-from gfldeploy.bench.cost import work
+from gfldeploy.accuracy import Accuracy, check_measurable
+from gfldeploy.bench.cell import BundleIdentity, Cell
+from gfldeploy.bench.cost import count_cost
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Cell, Plan, Skipped
 from gfldeploy.bench.monitor import wait_until_idle
-from gfldeploy.bench.results import SCHEMA, BundleIdentity, CellResult, Peak, Settings, Work
+from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Peak, Settings
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import DEFAULT_LIMITS, Limits, run_child
-from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.errors import DataError, EngineError, GfldeployError
+from gfldeploy.files import sha256
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import build, plain
 
-__all__ = ["Data", "Progress", "run_peak", "run_plan"]
+__all__ = ["Data", "Runner", "duration", "run_peak"]
 
 _WORKER = "gfldeploy.bench.worker"
+_NO_BUNDLE = BundleIdentity("", "", "")
 
-Progress = Callable[[int, int, str], None]
+_Kind = Literal["timing", "accuracy", "peak"]
+_KINDS: tuple[_Kind, ...] = get_args(_Kind)
+_Answer = Timed | Accuracy | Peak
+_TYPES: Mapping[_Kind, type[_Answer]] = {"timing": Timed, "accuracy": Accuracy, "peak": Peak}
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is measured on: `images` for timing; for accuracy the first `accuracy_limit` (None: all) of a COCO file.
+    """What is measured on: `images` for timing; for mAP the first `accuracy_limit` (None: all) of a COCO file.
 
-    `annotations` is None where accuracy is not to be measured. `digest` is of the contents of all of it.
+    `description`: what the results say of it. `notes`: sentences about it for the user.
     """
 
     images: tuple[Path, ...]
-    digest: str
-    annotations: Path | None = None
+    description: DataDescription
+    annotations: Path
     image_dir: Path | None = None
     accuracy_limit: int | None = None
+    notes: tuple[str, ...] = ()
 
+    @classmethod
+    def load(
+        cls,
+        annotations: Path,
+        image_dir: Path | None,
+        limit: int | None,
+        *,
+        accuracy: bool,
+        accuracy_limit: int | None,
+        bundles: Sequence[Bundle],
+    ) -> Self:
+        """Find and hash the files; `limit`: how many of the first images are timed.
 
-@dataclass(frozen=True)
-class _Failure:
-    reason: str
-    remedy: str | None
+        With `accuracy`, raises `DataError` now for what would fail in every cell of the `bundles` later.
+        """
+        images = tuple(image.path for image in CocoDataset.load(annotations, image_dir, limit).images)
+        evaluated, notes = _check_accuracy(annotations, image_dir, accuracy_limit, bundles) if accuracy else (None, ())
+        timed_sha256 = hashlib.sha256("".join(map(sha256, images)).encode()).hexdigest()
+        description = DataDescription(sha256(annotations), timed_sha256, len(images), evaluated)
+        return cls(images, description, annotations, image_dir, accuracy_limit, notes)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One process: a `round` of a cell, the accuracy of a bundle in an engine, or the peak of an engine.
+    """What one process measures: a `round` of a cell; or the mAP, or the engine's peak, that several cells share."""
 
-    `cell`: of an accuracy or a peak, one of those that it is of.
-    """
-
-    kind: Literal["timing", "accuracy", "peak"]
+    kind: _Kind
     cell: Cell
     round: int = 0
 
     def __str__(self) -> str:
-        cell = self.cell
         if self.kind == "peak":
-            return f"peak of {cell.engine} {cell.precision} on {cell.device}"
+            return f"peak of {self.cell.setup()}"
         if self.kind == "accuracy":
-            return f"{cell.bundle.name}: {cell.engine} {cell.precision} on {cell.device}, accuracy"
-        return str(cell)
+            return f"{self.cell.bundle.directory}: {self.cell.setup()}, accuracy"
+        return str(self.cell)
 
 
-def run_plan(
-    plan: Plan,
-    data: Data,
-    settings: Settings,
-    journal: Journal,
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    engine_cache: Path = DEFAULT_ENGINE_CACHE,
-    peaks: bool = False,
-    about: Mapping[str, Any] | None = None,
-    progress: Progress = lambda done, total, description: None,
-    worker: str | Sequence[str] = _WORKER,
-) -> tuple[tuple[CellResult, ...], tuple[Peak, ...]]:
-    """Measure every cell of the plan; the results are in the plan's order, the skipped ones last; then the peaks.
+@dataclass(frozen=True)
+class Runner:
+    """Measures cells of the `bundles`, by the directories of these.
 
-    Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. Then each
-    bundle x engine x precision of which a cell was measured is evaluated, once, if there are annotations; then, with
-    `peaks`, what each engine x precision reaches at best.
-
-    Every answer goes to the `journal`, failures included, and what is there already is not measured again. `about` is
-    what else answers depend on, the machine and its software: part of the question.
-
-    A process that crashes, exits with an error, answers nonsense, or goes beyond the `limits` becomes a result with its
-    reason, and the rest goes on. Whatever ends this function, KeyboardInterrupt included, kills the process at work and
-    all it started.
-
-    `progress(done, total, description)` is called before each process, with the number of processes done and in all,
-    and once at the end; processes of an earlier run are not counted. `worker` is the worker's module or command line.
-    Raises `BundleError` for a bundle that cannot be read.
+    Every answer of a process goes to the `journal`, failures included, and what is there is not measured again.
+    `limits`: of a process. `engine_cache`: where engines keep what they compiled. `about`: what else answers depend on,
+    the machine and its software. `worker`: the worker's module or command line.
     """
-    identities = {cell.bundle: BundleIdentity.of(Bundle.open(cell.bundle)) for cell in plan.cells}
-    steps = _steps(plan, settings.rounds, data.annotations is not None, peaks)
 
-    def question(step: _Step) -> dict[str, Any]:
-        cell = {**plain(step.cell), "bundle": identities[step.cell.bundle].digest}
+    bundles: Mapping[BundleIdentity, Path]
+    data: Data
+    journal: Journal
+    limits: Limits = DEFAULT_LIMITS
+    engine_cache: Path = DEFAULT_ENGINE_CACHE
+    about: Mapping[str, Any] = field(default_factory=dict)
+    worker: str | Sequence[str] = _WORKER
+
+    def measure(
+        self,
+        cells: Sequence[Cell],
+        settings: Settings,
+        *,
+        accuracy: bool = False,
+        peak: bool = False,
+        progress: Progress = SILENT,
+    ) -> tuple[CellResult, ...]:
+        """Measure every cell; the results are in the cells' order.
+
+        Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. Then the
+        mAP is measured, once for each bundle, engine and precision of which a cell did not fail, and with `peak` what
+        each engine and precision reaches at best.
+
+        A process that crashes, exits with an error, answers nonsense, or goes beyond the limits becomes a result with
+        its reason, and the others are run. Whatever ends this function, KeyboardInterrupt included, kills the process
+        at work and all it started. Raises `BundleError` for a bundle that cannot be read.
+        """
+        needs = {cell: _needs(cell, settings.rounds, accuracy, peak) for cell in cells}
+        steps = sorted(
+            dict.fromkeys(step for some in needs.values() for step in some),
+            key=lambda step: (_KINDS.index(step.kind), step.round),
+        )
+        answers: dict[_Step, _Answer | EngineError] = {}
+
+        def is_useful(step: _Step) -> bool:
+            """Whether a cell that did not fail needs it."""
+            return any(step in some and _failure(some, answers) is None for some in needs.values())
+
+        for step in steps:
+            with suppress(DataError):  # an answer that cannot be read is none
+                if (kept := self.journal.find(self._question(step, settings))) is not None:
+                    answers[step] = _read(step.kind, kept)
+        pending = [step for step in steps if step not in answers and is_useful(step)]
+        start = time.monotonic()
+        for number, step in enumerate(pending):
+            if is_useful(step):
+                each = (time.monotonic() - start) / max(number, 1)
+                left = f" (about {duration(each * (len(pending) - number))} left)" if number else ""
+                progress.stage(f"{number + 1}/{len(pending)} {step}{left}")
+                answer = self._run(step, settings)
+                self.journal.keep(self._question(step, settings), answer)
+                answers[step] = _read(step.kind, answer)
+        return tuple(self._result(cell, some, answers) for cell, some in needs.items())
+
+    def _question(self, step: _Step, settings: Settings) -> dict[str, Any]:
+        description = self.data.description
         return {
-            "schema": SCHEMA, "kind": step.kind, "cell": cell, "round": step.round,
-            "settings": plain(settings), "data": data.digest, "about": about or {},
+            "schema": BenchResults.FORMAT.schema, "kind": step.kind, "round": step.round, "settings": plain(settings),
+            "cell": {**plain(step.cell), "bundle": step.cell.bundle.digest}, "about": self.about,
+            "data": [description.timed_sha256, description.annotations_sha256, self.data.accuracy_limit],
         }  # fmt: skip
 
-    answers: dict[_Step, Timed | Accuracy | Peak | _Failure] = {}
-    for step in steps:
-        kept = journal.find(question(step))
-        if kept is not None:
-            answer = _read(kept, step)
-            if "reason" in kept or not isinstance(answer, _Failure):  # what cannot be read is no answer
-                answers[step] = answer
-    pending = [step for step in steps if step not in answers and _worth_it(step, steps, answers)]
-    for number, step in enumerate(pending):
-        progress(number, len(pending), str(step))
-        if not _worth_it(step, steps, answers):
-            continue
-        answers[step] = _run(step, data, settings, limits, engine_cache, worker)
-        journal.keep(question(step), _written(answers[step]))
-    progress(len(pending), len(pending), "done")
-    works = _Works()
-    return (
-        (
-            *(_cell_result(cell, identities[cell.bundle], answers, settings.rounds, works) for cell in plan.cells),
-            *(_skipped_result(item) for item in plan.skipped),
-        ),
-        tuple(answer for answer in answers.values() if isinstance(answer, Peak)),
-    )
+    def _run(self, step: _Step, settings: Settings) -> dict[str, Any]:
+        """What the step's process answers: its result, or the `reason` of a failure and its `remedy`."""
+        cell, data, cache = step.cell, self.data, self.engine_cache
+        idle = wait_until_idle(cell.device)
+        if step.kind == "peak":
+            return _ask("peak", PeakRequest(cell), self.limits, self.worker)
+        bundle = self.bundles[cell.bundle]
+        request: TimingRequest | AccuracyRequest
+        if step.kind == "timing":
+            images = tuple(path.absolute() for path in data.images)
+            request = TimingRequest(cell, bundle, images, settings, idle, cache)
+        else:
+            request = AccuracyRequest(cell, bundle, data.annotations, data.image_dir, data.accuracy_limit, cache)
+        answer = _ask(step.kind, request, self.limits, self.worker)
+        if "reason" in answer:  # results are published: they name the bundle, not where it lies on this machine
+            answer["reason"] = answer["reason"].replace(str(bundle), cell.bundle.directory)
+        return answer
+
+    def _result(self, cell: Cell, steps: Sequence[_Step], answers: Mapping[_Step, _Answer | EngineError]) -> CellResult:
+        found = [(step.kind, answers[step]) for step in steps if step in answers]
+        timed = [answer for _, answer in found if isinstance(answer, Timed)]
+        failure = _failure(steps, answers)
+        accuracy, peak = (next((answer for kind, answer in found if kind == one), None) for one in _KINDS[1:])
+        return CellResult(
+            cell,
+            status="failed" if failure else "ok",
+            reason=failure.problem if failure else None,
+            remedy=failure.remedy if failure else None,
+            runs=tuple(answer.run for answer in timed),
+            accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
+            accuracy_reason=accuracy.problem if isinstance(accuracy, EngineError) else None,
+            cost=_cost(self.bundles[cell.bundle], cell, timed[0]) if timed else None,
+            peak=_peak(peak) if peak else None,
+        )
 
 
-def run_peak(
-    engine: str,
-    precision: Precision,
-    device: Device,
-    threads: int,
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    worker: str | Sequence[str] = _WORKER,
-) -> Peak:
-    """What an engine reaches here at best, measured in a process of its own; a failure is the `reason` of the peak."""
-    answer = _ask("peak", PeakRequest(engine, precision, device, threads), limits, worker)
-    if "reason" in answer:
-        return Peak(engine, precision, device, threads, None, None, str(answer["reason"]))
-    return build(Peak, answer.get("peak"), "peak")
+def run_peak(cell: Cell, *, limits: Limits = DEFAULT_LIMITS, worker: str | Sequence[str] = _WORKER) -> Peak:
+    """What the cell's engine reaches here at best, measured in a process of its own; a failure is its `reason`."""
+    return _peak(_read("peak", _ask("peak", PeakRequest(cell), limits, worker)))
 
 
-def _steps(plan: Plan, rounds: int, accuracy: bool, peaks: bool) -> list[_Step]:
-    """In the order in which they are run."""
-    steps = [_Step("timing", cell, number) for number in range(rounds) for cell in plan.cells]
-    if accuracy:
-        steps += [_Step("accuracy", cell) for cell in _first_of(plan.cells, _model)]
-    if peaks:
-        steps += [_Step("peak", cell) for cell in _first_of(plan.cells, _configuration)]
-    return steps
+def _peak(answer: _Answer | EngineError) -> Peak:
+    return answer if isinstance(answer, Peak) else Peak(None, None, getattr(answer, "problem", None))
 
 
-def _first_of(cells: Sequence[Cell], key: Callable[[Cell], Hashable]) -> list[Cell]:
-    """The first cell of each key."""
-    return list({key(cell): cell for cell in reversed(cells)}.values())[::-1]
+def duration(seconds: float) -> str:
+    """In the unit that it is read in, a whole number of it."""
+    if seconds < 59.5:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _model(cell: Cell) -> Hashable:
-    """What accuracy depends on: neither the batch size nor the scenario."""
-    return cell.bundle, cell.engine, cell.precision, cell.device
+def _needs(cell: Cell, rounds: int, accuracy: bool, peak: bool) -> list[_Step]:
+    """The steps of a cell. Neither mAP nor a peak depends on the load, nor a peak on the bundle."""
+    alone = replace(cell, batch_size=1, order="listed", scenario="single-stream", rate=None, policy=None)
+    steps = [_Step("timing", cell, number) for number in range(rounds)]
+    steps += [_Step("accuracy", alone)] if accuracy else []
+    return steps + ([_Step("peak", replace(alone, bundle=_NO_BUNDLE))] if peak else [])
 
 
-def _configuration(cell: Cell) -> Hashable:
-    """What an engine's peak depends on: not the bundle either."""
-    return cell.engine, cell.precision, cell.device, cell.threads
-
-
-def _worth_it(step: _Step, steps: Sequence[_Step], answers: Mapping[_Step, object]) -> bool:
-    """Whether a step still has a use: another round of a cell that failed has none, nor has what no cell needs now."""
-    alike: Callable[[Cell], Hashable] = {"timing": lambda cell: cell, "accuracy": _model, "peak": _configuration}[
-        step.kind
-    ]
-    rounds = [other for other in steps if other.kind == "timing" and alike(other.cell) == alike(step.cell)]
-    failed = {other.cell for other in rounds if isinstance(answers.get(other), _Failure)}
-    return any(other.cell not in failed for other in rounds)
-
-
-def _run(
-    step: _Step, data: Data, settings: Settings, limits: Limits, engine_cache: Path, worker: str | Sequence[str]
-) -> Timed | Accuracy | Peak | _Failure:
-    """Run the step's process and read its answer."""
-    cell = step.cell
-    idle = wait_until_idle(cell.device)
-    request: TimingRequest | AccuracyRequest | PeakRequest
-    if step.kind == "timing":
-        images = tuple(path.absolute() for path in data.images)
-        request = TimingRequest(cell, images, settings, idle, engine_cache)
-    elif step.kind == "accuracy":
-        assert data.annotations is not None
-        request = AccuracyRequest(cell, data.annotations, data.image_dir, data.accuracy_limit, engine_cache)
-    else:
-        request = PeakRequest(cell.engine, cell.precision, cell.device, cell.threads)
-    return _read(_ask(step.kind, request, limits, worker), step)
-
-
-def _read(answer: Mapping[str, Any], step: _Step) -> Timed | Accuracy | Peak | _Failure:
-    """What a worker, or the journal, says of a step."""
-    if "reason" in answer:
-        remedy = answer.get("remedy")
-        failure = _Failure(str(answer["reason"]), None if remedy is None else str(remedy))
-    else:
-        try:
-            if step.kind == "timing":
-                return build(Timed, answer.get("timed"), "timed")
-            if step.kind == "accuracy":
-                return build(Accuracy, answer.get("accuracy"), "accuracy")
-            return build(Peak, answer.get("peak"), "peak")
-        except DataError as error:
-            failure = _Failure(f"the process answered nonsense: {error.problem}", None)
-    # Results are published: name the bundle, not where it lies on this machine.
-    bundle = step.cell.bundle
-    return replace(failure, reason=failure.reason.replace(str(bundle), bundle.resolve().name))
-
-
-def _written(answer: Timed | Accuracy | Peak | _Failure) -> dict[str, Any]:
-    """The inverse of `_read`."""
-    if isinstance(answer, _Failure):
-        return {"reason": answer.reason, "remedy": answer.remedy}
-    kind = {Timed: "timed", Accuracy: "accuracy", Peak: "peak"}[type(answer)]
-    return {kind: plain(answer)}
+def _failure(steps: Sequence[_Step], answers: Mapping[_Step, _Answer | EngineError]) -> EngineError | None:
+    """The first of the rounds that failed."""
+    timings = (answers.get(step) for step in steps if step.kind == "timing")
+    return next((answer for answer in timings if isinstance(answer, EngineError)), None)
 
 
 def _ask(
-    kind: str,
+    kind: _Kind,
     request: TimingRequest | AccuracyRequest | PeakRequest,
     limits: Limits,
     worker: str | Sequence[str],
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """What one worker process answers to one request: a result, or the `reason` of a failure and its `remedy`."""
     try:
-        return run_child(worker, {"kind": kind, "request": plain(request)}, limits=limits)
+        answer = run_child(worker, {kind: plain(request)}, limits=limits)
+        _read(kind, answer)
     except EngineError as error:
         return {"reason": error.problem, "remedy": error.remedy}
+    except DataError as error:
+        return {"reason": f"the process answered nonsense: {error.problem}", "remedy": None}
+    return answer
 
 
-class _Works:
-    """The work of cells, counted once for all cells with the same bundle, precision and shapes."""
-
-    def __init__(self) -> None:
-        self._known: dict[Hashable, Work | None] = {}
-
-    def of(self, cell: Cell, timed: Timed) -> Work | None:
-        key = (cell.bundle, cell.precision, timed.image_sizes, tuple(sorted(timed.run.shapes.items())))
-        if key not in self._known:
-            sizes = [(height, width) for height, width in timed.image_sizes]
-            self._known[key] = None
-            with suppress(GfldeployError):  # a graph that cannot be counted is no reason to lose its timing
-                self._known[key] = work(Bundle.open(cell.bundle), cell.precision, sizes, _batches(timed.run.shapes))
-        return self._known[key]
+def _read(kind: _Kind, answer: Mapping[str, Any]) -> _Answer | EngineError:
+    """What a worker answered. Raises `DataError` for nonsense."""
+    if "reason" in answer:
+        remedy = answer.get("remedy")
+        return EngineError(str(answer["reason"]), None if remedy is None else str(remedy))
+    return build(_TYPES[kind], answer.get(kind), kind)
 
 
-def _batches(shapes: Mapping[str, int]) -> dict[tuple[int, int, int], int]:
-    """The number of batches by (batch, height, width), from that by "NxCxHxW"."""
-    counts = {}
-    for text, count in shapes.items():
-        batch, _, height, width = map(int, text.split("x"))
-        counts[batch, height, width] = count
-    return counts
+def _cost(directory: Path, cell: Cell, timed: Timed) -> Cost | None:
+    shapes = {tuple(map(int, text.split("x"))): count for text, count in timed.run.shapes.items()}
+    batches = {(batch, height, width): count for (batch, _, height, width), count in shapes.items()}
+    with suppress(GfldeployError):  # a graph that cannot be counted is no reason to lose its timing
+        return count_cost(Bundle.open(directory), cell.precision, timed.image_sizes, batches)
+    return None
 
 
-def _cell_result(
-    cell: Cell,
-    identity: BundleIdentity,
-    answers: Mapping[_Step, Timed | Accuracy | Peak | _Failure],
-    rounds: int,
-    works: _Works,
-) -> CellResult:
-    found = [answers.get(_Step("timing", cell, number)) for number in range(rounds)]
-    timed = [answer for answer in found if isinstance(answer, Timed)]
-    failure = next((answer for answer in found if isinstance(answer, _Failure)), None)
-    accuracy = next(
-        (answer for step, answer in answers.items() if step.kind == "accuracy" and _model(step.cell) == _model(cell)),
-        None,
-    )
-    return CellResult(
-        bundle=identity,
-        engine=cell.engine,
-        precision=cell.precision,
-        device=cell.device,
-        batch_size=cell.batch_size,
-        threads=cell.threads,
-        scenario=cell.scenario,
-        rate=cell.rate,
-        policy=cell.policy,
-        status="failed" if failure else "ok",
-        reason=failure.reason if failure else None,
-        remedy=failure.remedy if failure else None,
-        runs=tuple(answer.run for answer in timed),
-        accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
-        accuracy_reason=accuracy.reason if isinstance(accuracy, _Failure) else None,
-        work=works.of(cell, timed[0]) if timed else None,
-    )
-
-
-def _skipped_result(skipped: Skipped) -> CellResult:
-    identity = BundleIdentity.of(Bundle.open(skipped.bundle)) if skipped.bundle else None
-    return CellResult(
-        bundle=identity,
-        engine=skipped.engine,
-        precision=skipped.precision,
-        device=skipped.device,
-        batch_size=skipped.batch_size,
-        threads=skipped.threads,
-        scenario=None,
-        rate=None,
-        policy=None,
-        status="skipped",
-        reason=skipped.reason,
-        remedy=skipped.remedy,
-        runs=(),
-        accuracy=None,
-        accuracy_reason=None,
-        work=None,
-    )
+def _check_accuracy(
+    annotations: Path, image_dir: Path | None, limit: int | None, bundles: Sequence[Bundle]
+) -> tuple[int, tuple[str, ...]]:
+    """The number of images for mAP, and notes about them. Raises `DataError`."""
+    dataset = CocoDataset.load(annotations, image_dir, limit)
+    if not dataset.annotations:
+        raise DataError(
+            f"{annotations} has no boxes to measure mAP against", "Add --no-accuracy to measure speed alone."
+        )
+    notes = list(dataset.notes)
+    for bundle in bundles:
+        try:
+            match = dataset.match(bundle.manifest.classes)
+            check_measurable(dataset, match.category_ids)
+        except DataError as error:
+            raise DataError(
+                f"{bundle.directory}: {error.problem}", f"{error.remedy} Or add --no-accuracy to measure speed alone."
+            ) from error
+        notes += [f"{bundle.name}: {note}" for note in match.notes]
+    return len(dataset.images), tuple(notes)

@@ -17,7 +17,8 @@ from gfldeploy.batching.buckets import Size, area
 from gfldeploy.batching.latency import LatencyModel, Point
 from gfldeploy.batching.policy import Adaptive, FixedWithTimeout, NoBatching, Policy, Request
 from gfldeploy.batching.simulator import RealClock, VirtualClock, most_kept, play
-from gfldeploy.bench.results import ServerPolicy, Serving
+from gfldeploy.bench.cell import ServerPolicy
+from gfldeploy.bench.results import Serving
 from gfldeploy.bench.timing import Samples, warm_up
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError

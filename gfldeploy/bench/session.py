@@ -1,35 +1,35 @@
-"""One benchmark from request to results: what `gfldeploy bench` and `gfldeploy demo` both run."""
+"""One benchmark from its options to results: what `gfldeploy bench` and `gfldeploy demo` both run."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from gfldeploy.accuracy import check_measurable
-from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import STREAMS, Plan, plan
-from gfldeploy.bench.results import POLICIES, BenchResults, DataDescription, Scenario, ServerPolicy, Settings
-from gfldeploy.bench.runner import Data, run_plan
+from gfldeploy.bench.cell import POLICIES, STREAMS, Scenario, ServerPolicy
+from gfldeploy.bench.csv_file import write_csv
+from gfldeploy.bench.journal import journal_beside
+from gfldeploy.bench.matrix import Plan, plan
+from gfldeploy.bench.report.page import write_report
+from gfldeploy.bench.results import BenchResults, Settings
+from gfldeploy.bench.runner import Data, Runner, duration
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import Limits
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import DEFAULT_ENGINES
-from gfldeploy.errors import DataError
-from gfldeploy.files import sha256
-from gfldeploy.images.coco import CocoDataset
-from gfldeploy.machine import Machine, describe_machine
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import DEFAULT_ENGINES, TENSORRT_ENGINES, capability
+from gfldeploy.errors import EngineError, OutputError, UnsupportedError, UsageError
+from gfldeploy.files import check_file, is_unfinished
+from gfldeploy.machine import describe_machine
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
+from gfldeploy.signals import hold_interrupts
 
-__all__ = ["BenchRequest", "PreparedBench", "about", "describe_data", "limits", "prepare", "run"]
-
-Progress = Callable[[int, int, str], None]
+__all__ = ["benchmark", "check_measured", "limits", "nothing_to_run", "open_bundles"]
 
 # Of the memory that is free before the benchmark: what is left keeps the machine usable.
 _MEMORY_SHARE = 0.9
@@ -37,168 +37,220 @@ _MEMORY_SHARE = 0.9
 _STARTUP_S = 4.0
 # A worker also times whole batches, stage by stage, for `min_seconds`.
 _TIMED_PARTS = 2
+_PATH = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """What to measure on what.
+def benchmark(
+    bundles: Sequence[_PATH],
+    *,
+    data: _PATH,
+    images: _PATH | None = None,
+    engines: Sequence[str] = DEFAULT_ENGINES,
+    precisions: Sequence[Precision] = PRECISIONS,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    scenarios: Sequence[Scenario] = STREAMS,
+    rates: Sequence[float] = (),
+    policies: Sequence[ServerPolicy] = POLICIES,
+    latency_bound_ms: float | None = None,
+    trt: bool = False,
+    device: Device = "cpu",
+    threads: int | None = None,
+    rounds: int = 3,
+    min_seconds: float = 2.0,
+    min_count: int = 10,
+    max_seconds: float | None = None,
+    limit: int | None = 32,
+    accuracy: bool = True,
+    accuracy_limit: int | None = None,
+    peak: bool = True,
+    monitor_hz: float = 5.0,
+    cell_timeout: float = 600.0,
+    memory_limit: float | None = None,
+    seed: int = 0,
+    engine_cache: _PATH = DEFAULT_ENGINE_CACHE,
+    output: _PATH | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> BenchResults:
+    """Measure engines, precisions and batch sizes side by side, each cell in a process of its own.
 
-    `timed_images`: how many of the first images are used for timing. `accuracy_images`: how many for mAP; None is all.
-    `settings`: how long and how often. `rates`: images a second, and
-    `policies`: what the server does with them, in the server scenario. `cell_timeout_s`: seconds
-    after which a cell has failed; for mAP, seconds without an image done. `memory_limit_mb`: 10^6 bytes of resident
-    memory after which a cell has failed; None is 90% of what is free. `peaks`: measure what each engine reaches at best
-    too. `engine_cache`: where TensorRT and OpenVINO keep what they
-    built.
+    Args:
+        bundles: The directories of the bundles; each runs in every engine and precision it is made for.
+        data: COCO annotations (.json).
+        images: The folder in which their file names start; by default `images/` beside them, else their folder.
+        engines: The engines to measure.
+        precisions: The precisions to measure.
+        batch_sizes: The batch sizes to measure.
+        scenarios: After MLPerf Inference: single-stream, multi-stream, offline, server.
+        rates: Arrival rates of the server scenario, in images per second.
+        policies: What the server does with images that wait: no-batching, fixed-timeout, adaptive.
+        latency_bound_ms: Deadline of the server scenario, from arrival to answer.
+        trt: Add both engines of TensorRT, and run on the GPU.
+        device: "cpu" or "gpu".
+        threads: CPU threads of one inference; by default all.
+        rounds: Every cell runs once in each round.
+        min_seconds: Time each cell for at least this long in each round.
+        min_count: Time at least this number of inferences in each round.
+        max_seconds: Stop timing a cell after this long in a round, even if its median still changes; by default 5 times
+            `min_seconds`.
+        limit: The number of images used for timing, the first of the annotations; None for all.
+        accuracy: Measure mAP too.
+        accuracy_limit: The number of images used for mAP; None for all.
+        peak: Measure what the engines reach at best too.
+        monitor_hz: Hardware samples per second; 0 for none.
+        cell_timeout: Seconds after which a cell has failed; for mAP, seconds without an image done.
+        memory_limit: Resident memory, 10^6 bytes, beyond which a cell has failed; by default 90% of what is free.
+        seed: Seed of the server's arrival times.
+        engine_cache: Where engines keep what they compiled.
+        output: The file to write (.json), with a table (.csv) and a report (.html) beside it; None for none. With a
+            file, an interrupted benchmark resumes where it stopped.
+        force: Replace these files if they exist and gfldeploy made them.
+        progress: Told of the plan, and of each process as it starts.
+
+    Returns:
+        A result for each cell; one that failed or was skipped has its reason.
+
+    Raises:
+        UsageError: The options contradict each other.
+        BundleError: A bundle is damaged.
+        DataError: Annotations or an image cannot be read, or mAP cannot be measured against them.
+        UnsupportedError: There is no such engine.
+        EngineError: None of the cells can run here.
+        OutputError: The output exists already, or cannot be written.
     """
-
-    bundles: Sequence[Path]
-    annotations: Path
-    settings: Settings
-    image_dir: Path | None = None
-    engines: Sequence[str] = DEFAULT_ENGINES
-    precisions: Sequence[Precision] = PRECISIONS
-    batch_sizes: Sequence[int] = (1, 2, 4, 8)
-    scenarios: Sequence[Scenario] = STREAMS
-    rates: Sequence[float] = ()
-    policies: Sequence[ServerPolicy] = POLICIES
-    device: Device = "cpu"
-    threads: int = 1
-    timed_images: int = 32
-    accuracy: bool = True
-    accuracy_images: int | None = None
-    peaks: bool = True
-    cell_timeout_s: float = 600.0
-    memory_limit_mb: float | None = None
-    engine_cache: Path = DEFAULT_ENGINE_CACHE
-
-
-@dataclass(frozen=True)
-class PreparedBench:
-    """A request whose bundles and data were found sound, and the `plan` of cells that follows from it.
-
-    `evaluated`: number of images for mAP, None where it is not measured. `least_s`: seconds that it takes at least,
-    without mAP. `notes`: sentences about the data, for the user.
-    """
-
-    request: BenchRequest
-    plan: Plan
-    images: tuple[Path, ...]
-    evaluated: int | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def least_s(self) -> float:
-        settings = self.request.settings
-        return len(self.plan.cells) * settings.rounds * (_STARTUP_S + _TIMED_PARTS * settings.min_seconds)
-
-
-def prepare(request: BenchRequest) -> PreparedBench:
-    """Open the bundles, check the data, plan the cells. Raises `BundleError` and `DataError` before anything runs, and
-    `ValueError` for a server without a latency bound."""
-    if "server" in request.scenarios and request.settings.latency_bound_ms is None:
-        raise ValueError("the server scenario needs a latency bound")
-    bundles = _open(request.bundles)
-    timed = CocoDataset.load(request.annotations, request.image_dir, request.timed_images)
-    evaluated, notes = _check_accuracy_data(request, bundles) if request.accuracy else (None, ())
-    cells = plan(
-        bundles,
-        request.engines,
-        request.precisions,
-        request.batch_sizes,
-        request.device,
-        request.threads,
-        request.scenarios,
-        request.rates,
-        request.policies,
+    if trt:
+        _check_tensorrt()
+        engines, device = tuple(dict.fromkeys((*engines, *TENSORRT_ENGINES))), "gpu"
+    if ("server" in scenarios) != bool(rates):
+        raise UsageError("the server scenario needs --rates, and --rates needs the server scenario")
+    if rates and latency_bound_ms is None:
+        raise UsageError("the server scenario needs --latency-bound-ms")
+    if max_seconds is not None and max_seconds < min_seconds:
+        raise UsageError("--max-seconds is less than --min-seconds")
+    path = None if output is None else Path(output)
+    resumed = path is not None and is_unfinished(path, "bench") and not path.exists()
+    _check_output(path, force, resumed)
+    settings = Settings(
+        min_seconds=min_seconds,
+        min_count=min_count,
+        max_seconds=5 * min_seconds if max_seconds is None else max_seconds,
+        rounds=rounds,
+        seed=seed,
+        latency_bound_ms=latency_bound_ms,
+        monitor_hz=monitor_hz,
+        quick=Settings.is_quick(rounds, min_seconds, min_count),
     )
-    return PreparedBench(request, cells, tuple(image.path for image in timed.images), evaluated, notes)
-
-
-def run(prepared: PreparedBench, journal: Journal, progress: Progress = lambda done, total, text: None) -> BenchResults:
-    """Measure every cell of the plan that is not in the `journal` yet; failed ones are results with their reason."""
-    request = prepared.request
+    opened = open_bundles(bundles)
+    measured_on = Data.load(
+        Path(data),
+        None if images is None else Path(images),
+        limit,
+        accuracy=accuracy,
+        accuracy_limit=accuracy_limit,
+        bundles=opened,
+    )
+    planned = plan(
+        opened, engines, precisions, batch_sizes, device, threads or usable_threads(), scenarios, rates, policies
+    )
+    _tell(planned, settings, measured_on, progress)
+    if not planned.cells:
+        raise nothing_to_run(planned)
     machine = describe_machine()
-    data, description = describe_data(prepared)
-    cells, peaks = run_plan(
-        prepared.plan,
-        data,
-        request.settings,
-        journal,
-        limits=limits(request),
-        engine_cache=request.engine_cache,
-        peaks=request.peaks,
-        about=about(request, machine),
-        progress=progress,
-    )
-    return BenchResults(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=machine,
-        data=description,
-        settings=request.settings,
-        peaks=peaks,
-        cells=cells,
-    )
+    with journal_beside(path, "bench") as journal:
+        runner = Runner(
+            planned.bundles,
+            measured_on,
+            journal,
+            limits(cell_timeout, memory_limit),
+            Path(engine_cache),
+            {"machine": plain(machine)},
+        )
+        cells = runner.measure(planned.cells, settings, accuracy=accuracy, peak=peak, progress=progress)
+        results = BenchResults(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=machine,
+            data=measured_on.description,
+            settings=settings,
+            cells=(*cells, *planned.skipped),
+        )
+        if path is not None:
+            with hold_interrupts():
+                _check_output(path, force, resumed)  # another process may have written it meanwhile
+                write_report(results, path.with_suffix(".html"))
+                write_csv(results, path.with_suffix(".csv"))
+                results.write(path)
+    return results
 
 
-def describe_data(prepared: PreparedBench) -> tuple[Data, DataDescription]:
-    """What is measured on, for the runner and for the results: hashes the files."""
-    request = prepared.request
-    annotations_sha256, timed_sha256 = sha256(request.annotations), _contents(prepared.images)
-    data = Data(
-        images=prepared.images,
-        digest=f"{annotations_sha256} {timed_sha256}",
-        annotations=request.annotations if request.accuracy else None,
-        image_dir=request.image_dir,
-        accuracy_limit=request.accuracy_images,
-    )
-    return data, DataDescription(annotations_sha256, timed_sha256, len(prepared.images), prepared.evaluated)
-
-
-def limits(request: BenchRequest) -> Limits:
-    """What a process may take, by what memory is free now."""
-    return Limits(request.cell_timeout_s, request.memory_limit_mb or _free_mb() * _MEMORY_SHARE)
-
-
-def about(request: BenchRequest, machine: Machine) -> dict[str, Any]:
-    """What answers depend on besides cell, settings and data: part of the journal's questions."""
-    return {"machine": plain(machine), "accuracy_images": request.accuracy_images}
-
-
-def _contents(paths: Sequence[Path]) -> str:
-    """SHA-256 of the digests of files, in their order."""
-    return hashlib.sha256("".join(sha256(path) for path in paths).encode()).hexdigest()
-
-
-def _free_mb() -> float:
-    return psutil.virtual_memory().available / 1e6
-
-
-def _open(paths: Sequence[Path]) -> list[Bundle]:
-    """Each bundle once, whatever ways its path is written in."""
+def open_bundles(paths: Iterable[_PATH]) -> list[Bundle]:
+    """Each bundle once, whatever ways its path is written in. Raises `BundleError`."""
     unique: dict[Path, Path] = {}
-    for path in paths:
+    for path in map(Path, paths):
         unique.setdefault(path.resolve(), path)
     # A path such as "." has no last part to name the bundle by.
     return [Bundle.open(path if path.name not in ("", "..") else resolved) for resolved, path in unique.items()]
 
 
-def _check_accuracy_data(request: BenchRequest, bundles: Sequence[Bundle]) -> tuple[int, tuple[str, ...]]:
-    """The number of images for mAP, and what is to be said of them; raises `DataError` now for what would fail in every
-    cell later."""
-    dataset = CocoDataset.load(request.annotations, request.image_dir, request.accuracy_images)
-    if not dataset.annotations:
-        raise DataError(
-            f"{request.annotations} has no boxes to measure mAP against", "Add --no-accuracy to measure speed alone."
+def limits(cell_timeout: float, memory_limit: float | None = None) -> Limits:
+    """What a process may take; by default most of the memory that is free now."""
+    return Limits(cell_timeout, memory_limit or psutil.virtual_memory().available / 1e6 * _MEMORY_SHARE)
+
+
+def nothing_to_run(planned: Plan) -> EngineError:
+    """Why a plan has no cells."""
+    if not planned.skipped:
+        return EngineError(
+            "nothing to run: the scenarios do not go with the batch sizes",
+            "single-stream and no-batching take batches of 1, multi-stream and the other policies larger ones.",
         )
-    notes = list(dataset.notes)
-    for bundle in bundles:
-        try:
-            match = dataset.match(bundle.manifest.classes)
-            check_measurable(dataset, match.category_ids)
-        except DataError as error:
-            raise DataError(
-                f"{bundle.directory}: {error.problem}", f"{error.remedy} Or add --no-accuracy to measure speed alone."
-            ) from error
-        notes += [f"{bundle.name}: {note}" for note in match.notes]
-    return len(dataset.images), tuple(notes)
+    first = planned.skipped[0]
+    problem = f"nothing to run: {first.cell.setup()} on {first.cell.device}: {first.reason}"
+    return EngineError(problem, _sentence(first.remedy))
+
+
+def check_measured(results: BenchResults) -> None:
+    """Raise `EngineError` if no cell could be measured."""
+    if not any(one.status == "ok" for one in results.cells):
+        failed = next(one for one in results.cells if one.status == "failed")
+        problem = f"no cell could be measured; {failed.cell.setup()}: {failed.reason}"
+        raise EngineError(problem, _sentence(failed.remedy))
+
+
+def _tell(planned: Plan, settings: Settings, measured_on: Data, progress: Progress) -> None:
+    """What will run and what will not."""
+    for note in measured_on.notes:
+        progress.note(note)
+    count = len(planned.cells)
+    least_s = count * settings.rounds * (_STARTUP_S + _TIMED_PARTS * settings.min_seconds)
+    accuracy = ", and mAP" if measured_on.description.accuracy_images else ""
+    progress.stage(f"Plan: {count} cell{'' if count == 1 else 's'} to measure, {duration(least_s)} at least{accuracy}.")
+    for line in planned.lines():
+        progress.stage(line)
+
+
+def _check_tensorrt() -> None:
+    """Stop before any work where neither way to TensorRT is open."""
+    closed = [capability(engine, "fp16", "gpu") for engine in TENSORRT_ENGINES]
+    if all(not one.works for one in closed):
+        reasons = dict.fromkeys(str(one.reason) for one in closed)
+        remedies = dict.fromkeys(one.remedy for one in closed if one.remedy)
+        raise UnsupportedError(f"--trt cannot work here: {'; '.join(reasons)}", _sentence("; ".join(remedies)))
+
+
+def _check_output(output: Path | None, force: bool, resumed: bool) -> None:
+    """Refuse now what would otherwise fail after an hour of measuring.
+
+    `resumed`: an earlier run was killed, perhaps after it had written the first files.
+    """
+    if output is None:
+        return
+    if output.suffix != ".json" and not output.is_dir():
+        raise OutputError(f"{output} does not end in .json", "A .csv and a .html are written beside it: name it so.")
+    check_file(output, "json", force=force)
+    check_file(output.with_suffix(".csv"), "csv", force=force or resumed)
+    check_file(output.with_suffix(".html"), "html", force=force or resumed)
+
+
+def _sentence(remedy: str | None) -> str | None:
+    """The registry's remedies are clauses; an error's remedy is a sentence."""
+    return f"{remedy[0].upper()}{remedy[1:].rstrip('.')}." if remedy else None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gfldeploy.bench.results import Settings, Stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import postprocess
-from gfldeploy.engines.base import CopyTimes, Engine, TimesCopies
+from gfldeploy.engines.base import Engine
 from gfldeploy.images.decode import read_image
 
 __all__ = ["BatchTimes", "time_batch", "time_stages"]
@@ -52,13 +52,8 @@ def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle) -> BatchTi
     decoded = time.perf_counter()
     tensor, scales = preprocess.batch_of(images)
     preprocessed = time.perf_counter()
-    if isinstance(engine, TimesCopies):
-        outputs, copies = engine.infer_timed({"image": tensor})
-        inferred = time.perf_counter()
-    else:
-        outputs = engine.infer({"image": tensor})
-        inferred = time.perf_counter()
-        copies = CopyTimes(0.0, (inferred - preprocessed) * 1e3, 0.0)
+    outputs, copies = engine.infer_timed({"image": tensor})
+    inferred = time.perf_counter()
     postprocess(outputs["scores"], outputs["boxes"], scales, nms)
     end = time.perf_counter()
     return BatchTimes(

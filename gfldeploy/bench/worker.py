@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.batching.buckets import union
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
-from gfldeploy.bench.matrix import Cell
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run, Settings
 from gfldeploy.bench.roofline import measure_peak
@@ -33,12 +33,10 @@ from gfldeploy.bench.timing import Samples, measure
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import report_progress, serve
 from gfldeploy.engines.base import (
-    Device,
     Engine,
     EngineOptions,
     ExecutedConvolution,
     Precision,
-    ReportsPrecision,
     count_precisions,
     reasons,
 )
@@ -55,10 +53,12 @@ __all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest"]
 class TimingRequest:
     """Time a cell on these images.
 
-    `idle`: how the machine was before. `engine_cache`: where engines keep what they compiled.
+    `bundle`: the directory of the cell's. `idle`: how the machine was before. `engine_cache`: where engines keep what
+    they compiled.
     """
 
     cell: Cell
+    bundle: Path
     images: tuple[Path, ...]
     settings: Settings
     idle: Idle
@@ -70,7 +70,7 @@ class Timed:
     """A run, and the sizes of its images as resized, (height, width) in pixels, each once for every image."""
 
     run: Run
-    image_sizes: tuple[tuple[int, ...], ...]
+    image_sizes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class AccuracyRequest:
     """Measure COCO accuracy at batch 1 (whatever the cell's batch size) on the first `limit` images, None for all."""
 
     cell: Cell
+    bundle: Path
     annotations: Path
     image_dir: Path | None
     limit: int | None
@@ -86,23 +87,19 @@ class AccuracyRequest:
 
 @dataclass(frozen=True)
 class PeakRequest:
-    """Measure what the engine reaches at best."""
+    """Measure what the cell's engine reaches at best."""
 
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
+    cell: Cell
 
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
-    kind, content = message["kind"], message["request"]
+    """The request and the answer have the key that says what is measured."""
+    ((kind, content),) = message.items()
     if kind == "timing":
-        return {"timed": plain(_time(build(TimingRequest, content, "request")))}
+        return {kind: plain(_time(build(TimingRequest, content, "request")))}
     if kind == "accuracy":
-        return {"accuracy": plain(_accuracy(build(AccuracyRequest, content, "request")))}
-    if kind == "peak":
-        return {"peak": plain(_peak(build(PeakRequest, content, "request")))}
-    raise ValueError(f"unknown kind of request: {kind!r}")
+        return {kind: plain(_accuracy(build(AccuracyRequest, content, "request")))}
+    return {kind: plain(_peak(build(PeakRequest, content, "request")))}
 
 
 def _time(request: TimingRequest) -> Timed:
@@ -110,12 +107,12 @@ def _time(request: TimingRequest) -> Timed:
 
     cell, settings = request.cell, request.settings
     cv2.setNumThreads(cell.threads)
-    bundle = Bundle.open(cell.bundle)
+    bundle = Bundle.open(request.bundle)
     preprocess = bundle.manifest.preprocess
     images = prepare_images(request.images, preprocess)
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
-    batches = make_batches(timed, preprocess, cell.batch_size, "bucketed" if cell.scenario == "offline" else "listed")
+    batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
     with _open(cell, bundle, _shapes(cell, images, batches, preprocess), request.engine_cache) as engine:
@@ -140,7 +137,7 @@ def _time(request: TimingRequest) -> Timed:
             stages=stages,
             engine_version=engine.version,
             load_s=load_s,
-            build_s=getattr(engine, "build_s", None),
+            build_s=engine.build_s,
             first_inference_ms=first_ms,
             peak_rss_mb=peak_rss_mb,
             inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
@@ -149,7 +146,7 @@ def _time(request: TimingRequest) -> Timed:
             mixed_batches=served.mixed_batches if served else sum(batch.mixed for batch in batches),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
-            delegated=getattr(engine, "delegated", None),
+            delegated=engine.delegated,
             idle=request.idle,
             monitored=monitor.record() if monitor else None,
             serving=served.serving if served else None,
@@ -191,12 +188,13 @@ def _measure(
 
 
 def _peak(request: PeakRequest) -> Peak:
-    return measure_peak(request.engine, request.precision, request.device, request.threads)
+    cell = request.cell
+    return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
 
 
 def _accuracy(request: AccuracyRequest) -> Accuracy:
     cell = request.cell
-    bundle = Bundle.open(cell.bundle)
+    bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
     dataset = CocoDataset.load(request.annotations, request.image_dir, request.limit)
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
@@ -208,8 +206,6 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
 
 def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> tuple[ExecutedConvolution, ...]:
     """Those of one inference; none where the engine cannot tell."""
-    if not isinstance(engine, ReportsPrecision):
-        return ()
     try:
         return engine.executed_convolutions({"image": tensor})
     except EngineError:

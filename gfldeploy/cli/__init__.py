@@ -70,7 +70,12 @@ class _LazyGroup(click.Group):
 # color: click would take escape sequences out of names where there is no terminal, and the streams show them.
 @click.group(
     cls=_LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "color": True},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "color": True,
+        "show_default": True,
+    },
 )
 @click.version_option(__version__, prog_name="gfldeploy")
 def cli() -> None:

@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gfldeploy.analysis.causes import PARTS
+from gfldeploy.analysis.causes import PARTS, BatchAnalysis, Part
 from gfldeploy.analysis.record import Analysis
 from gfldeploy.analysis.session import analyze
+from gfldeploy.bench.columns import Column
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     ANNOTATIONS,
     BUNDLE,
     ENGINE,
-    CommaSeparated,
     WholeNumber,
+    WholeNumbers,
     limit_option,
     options,
     output_options,
 )
-from gfldeploy.cli.tables import TableColumn, show_table
+from gfldeploy.cli.tables import show_table
 
 __all__ = ["command"]
 
 
 @click.command("analyze")
 @options(BUNDLE, *ANNOTATIONS, *ENGINE)
-@click.option(
-    "--batch-sizes",
-    type=CommaSeparated(),
-    default="2,4,8",
-    show_default=True,
-    help="Batch sizes to compare with batch 1.",
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="2,4,8", help="Batch sizes to compare with batch 1.")
 @limit_option(32)
+@click.option("--rounds", type=WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")
+@click.option("--peak/--no-peak", default=True, help="Measure what the engine reaches at best too.")
 @click.option(
-    "--rounds", type=WholeNumber(2), default=5, show_default=True, help="Number of interleaved rounds of all batches."
-)
-@click.option("--peak/--no-peak", default=True, show_default=True, help="Measure what the engine reaches at best too.")
-@click.option(
-    "--invariance/--no-invariance",
-    default=True,
-    show_default=True,
-    help="Compare the detections of batches with those of batch 1.",
+    "--invariance/--no-invariance", default=True, help="Compare the detections of batches with those of batch 1."
 )
 @output_options("File to write; a page (.html) is written beside it.", Path("analysis.json"))
 def command(output: Path, **given: Any) -> None:
@@ -63,28 +54,22 @@ def command(output: Path, **given: Any) -> None:
 
 def _show(found: Analysis) -> None:
     parts = [part for part in PARTS if found.batches and part in found.batches[0].parts]
-    columns = (
-        TableColumn("batch"),
-        TableColumn("listed"),
-        TableColumn("bucketed"),
-        *(TableColumn(part.replace(" ", "\n"), drop=3) for part in parts),
-        TableColumn("unexplained", drop=4),
-        TableColumn("padded", drop=1),
-        TableColumn("% of\npeak", drop=5),
-        TableColumn("cause", right=False, text=True, drop=2),
+    columns: tuple[Column[BatchAnalysis], ...] = (
+        Column("batch_size", "batch", lambda one: one.batch_size),
+        Column("listed", "listed", lambda one: one.ms, digits=1),
+        Column("bucketed", "bucketed", lambda one: one.bucketed_ms, digits=1),
+        *(Column(part, part, _change(part), drop=3) for part in parts),
+        Column("unexplained", "unexplained", lambda one: f"{one.unexplained_ms:+.1f}", drop=4),
+        Column("padding", "padded", lambda one: f"{one.padding:.2f}x", drop=1),
+        Column("peak", "% of peak", lambda one: one.percent_of_peak, digits=0, drop=5),
+        Column("cause", "cause", lambda one: one.cause, words=True, wrap=True, drop=2),
     )
-    lines = [
-        (
-            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"),
-            *(f"{one.parts[part].ms:+.1f}" for part in parts),
-            *(f"{one.unexplained_ms:+.1f}", f"{one.padding:.2f}x"),
-            "" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}",
-            one.cause,
-        )
-        for one in found.batches
-    ]
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     title = f"{found.engine} {found.precision}, {threads}, milliseconds per image from file to boxes"
-    show_table(columns, lines, title, "The page has every column.")
+    show_table(columns, found.batches, title, "The page has every column.")
     for sentence in found.answer:
         click.echo(sentence)
+
+
+def _change(part: Part) -> Callable[[BatchAnalysis], str]:
+    return lambda one: f"{one.parts[part].ms:+.1f}"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gfldeploy.bench.columns import Column
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import IMAGES, JSON, PATH, CommaSeparated, WholeNumber, options
-from gfldeploy.cli.tables import TableColumn, show_table
+from gfldeploy.cli.options import IMAGES, JSON, PATH, WholeNumber, WholeNumbers, options
+from gfldeploy.cli.tables import show_table
 
 if TYPE_CHECKING:
     from gfldeploy.batching.audit import Audit, AuditRow
@@ -33,7 +34,7 @@ _NAMED = 3  # images left out that are named
 )
 @click.option(
     "--batch-sizes",
-    type=CommaSeparated(),
+    type=WholeNumbers(),
     show_default="1,2,4,8,16, or the only one that the bundle takes",
     help="Batch sizes to compare.",
 )
@@ -43,7 +44,7 @@ _NAMED = 3  # images left out that are named
     show_default="no limit",
     help="Largest number of sizes that bucketed batches may have.",
 )
-@click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of the shuffled order.")
+@click.option("--seed", type=WholeNumber(0), default=0, help="Seed of the shuffled order.")
 @JSON
 def command(as_json: bool, **given: Any) -> None:
     """Show what batches of your images would cost, before any inference.
@@ -83,26 +84,27 @@ def _report_left_out(found: Audit) -> None:
 
 
 def _show(found: Audit) -> None:
-    columns = (
-        TableColumn("batch"),
-        TableColumn("order", right=False),
-        TableColumn("pixels"),
-        TableColumn("GMAC"),
-        TableColumn("mixed"),
-        TableColumn("batches", drop=3),
-        TableColumn("largest batch", drop=2),
-        TableColumn("input,\nMB", drop=1),
-        TableColumn("mean\ninput, MB", drop=4),
-        TableColumn("activations,\nMB", drop=1),
+    from gfldeploy.analysis.audit import gmac
+
+    alike = [
+        size
+        for size, rows in groupby(found.rows, attrgetter("batch_size"))
+        if len({replace(row, order="listed") for row in rows}) == 1
+    ]
+    columns: tuple[Column[AuditRow], ...] = (
+        Column("batch_size", "batch", lambda row: row.batch_size),
+        Column("order", "order", lambda row: "any" if row.batch_size in alike else row.order, words=True),
+        Column("padding", "pixels", lambda row: f"{row.padding:.3f}x"),
+        Column("macs", "GMAC", lambda row: row.macs and gmac(row.macs)),
+        Column("mixed", "mixed", lambda row: f"{row.mixed / row.batches:.0%}"),
+        Column("batches", "batches", lambda row: f"{row.batches:,}", drop=3),
+        Column("largest", "largest batch", _largest, drop=2),
+        Column("input", "input", lambda row: f"{row.input_bytes / 1e6:,.1f}", "MB", drop=1),
+        Column("mean_input", "mean input", lambda row: f"{row.mean_input_bytes / 1e6:,.1f}", "MB", drop=4),
+        Column("activations", "activations", _activations, "MB", drop=1),
     )
-    lines: list[tuple[str, ...]] = []
-    for batch_size, group in groupby(found.rows, lambda row: row.batch_size):
-        cells = {row.order: tuple(_cells(row)) for row in group}
-        if len(set(cells.values())) == 1:  # batches of one image
-            lines.append((str(batch_size), "any", *cells["listed"]))
-            continue
-        lines += [(str(batch_size), order, *texts) for order, texts in cells.items()]
-    show_table(columns, lines, elsewhere="--json has everything.")
+    rows = [row for row in found.rows if row.batch_size not in alike or row.order == "listed"]
+    show_table(columns, rows, elsewhere="--json has everything.")
     work = ", GMAC: per image" if found.macs else ""
     memory = "; activations: an estimate for FP32, the input included, weights not" if found.macs else ""
     click.echo(
@@ -111,15 +113,10 @@ def _show(found: Audit) -> None:
     click.echo(f"input: of the largest batch, and of the mean one{memory}\n")
 
 
-def _cells(row: AuditRow) -> Iterator[str]:
-    from gfldeploy.analysis.audit import gmac
-
+def _largest(row: AuditRow) -> str:
     count, height, width = row.largest
-    yield f"{row.padding:.3f}x"
-    yield "" if row.macs is None else gmac(row.macs)
-    yield f"{row.mixed / row.batches:.0%}"
-    yield f"{row.batches:,}"
-    yield f"{count}x3x{height}x{width}"
-    yield f"{row.input_bytes / 1e6:,.1f}"
-    yield f"{row.mean_input_bytes / 1e6:,.1f}"
-    yield "" if row.activation_bytes is None else f"{row.activation_bytes / 1e6:,.0f}"
+    return f"{count}x3x{height}x{width}"
+
+
+def _activations(row: AuditRow) -> str | None:
+    return None if row.activation_bytes is None else f"{row.activation_bytes / 1e6:,.0f}"

@@ -13,7 +13,7 @@ import click
 from gfldeploy.cli.options import JSON, PATH
 
 if TYPE_CHECKING:
-    from gfldeploy.bench.compare import CellKey, Comparison, Difference, OneSided, Pair
+    from gfldeploy.bench.compare import Comparison, Difference, OneSided, Pair
 
 __all__ = ["command"]
 
@@ -38,10 +38,9 @@ def command(
     Packages and drivers may differ, and are listed where they do.
     """
     from gfldeploy.bench.compare import compare
-    from gfldeploy.bench.results import BenchResults
     from gfldeploy.serialization import plain
 
-    found = compare(BenchResults.read(a), BenchResults.read(b), different_machines, different_data)
+    found = compare(a, b, different_machines=different_machines, different_data=different_data)
     if as_json:
         click.echo(json.dumps(plain(found), indent=2))
     elif found.identical:
@@ -71,58 +70,39 @@ def _show(found: Comparison) -> None:
 
 
 def _show_pairs(pairs: Sequence[Pair]) -> None:
-    from gfldeploy.bench.table import text_of
-    from gfldeploy.cli.tables import TableColumn, show_table
+    from gfldeploy.bench.columns import Column
+    from gfldeploy.cli.tables import show_table
 
-    columns = (
-        TableColumn("cell", right=False, text=True),
-        TableColumn("A, ms"),
-        TableColumn("B, ms"),
-        TableColumn("B / A"),
-        TableColumn("B is", right=False),
-        TableColumn("in time/s", drop=1),
-        TableColumn("mAP"),
-        TableColumn("bundle", drop=2, right=False),
-        TableColumn("flags", drop=3, text=True),
-    )
     changed = any(pair.bundle_changed for pair in pairs)
     accuracy = any(pair.ap_difference is not None for pair in pairs)
-    keys = [pair.cell for pair in pairs]
-
-    def lines(interval: bool) -> list[list[str]]:
-        return [
-            [
-                _name(pair.cell, keys),
-                text_of(pair.a_ms, interval=False),
-                text_of(pair.b_ms, interval=False),
-                _ratio(pair, interval),
-                pair.verdict if interval else pair.verdict.removesuffix(" found"),
-                _in_time(pair),
-                _points(pair.ap_difference) if accuracy else "",
-                ("changed" if pair.bundle_changed else "same") if changed else "",
-                _flags(pair),
-            ]
-            for pair in pairs
-        ]
-
+    cells = [pair.cell for pair in pairs]
+    columns: tuple[Column[Pair], ...] = (
+        Column("cell", "cell", lambda pair: pair.cell.name(cells), words=True, wrap=True),
+        Column("a", "A", lambda pair: pair.a_ms.value, "ms"),
+        Column("b", "B", lambda pair: pair.b_ms.value, "ms"),
+        Column("ratio", "B / A", lambda pair: pair.ratio, digits=3),
+        Column("verdict", "B is", lambda pair: pair.verdict.removesuffix(" found"), words=True),
+        Column("in_time", "in time/s", _in_time, drop=1),
+        Column("ap", "mAP", lambda pair: _points(pair.ap_difference) if accuracy else None),
+        Column("bundle", "bundle", lambda pair: _bundle(pair) if changed else None, words=True, drop=2),
+        Column("flags", "flags", _flags, words=True, wrap=True, drop=3),
+    )
     servers = {pair.cell.scenario == "server" for pair in pairs}
     what = ["The network alone, median of a batch"] if False in servers else []
     what += ["Servers from arrival to answer, median of an image"] if True in servers else []
-    show_table(columns, lines(True), "; ".join(what), "--json has everything.", lines(False))
-
-
-def _ratio(pair: Pair, interval: bool) -> str:
-    ratio = pair.ratio
-    bounds = "" if not interval or ratio.low is None else f" ({ratio.low:.3f}-{ratio.high:.3f})"
-    return f"{ratio.value:.3f}{bounds}"
+    show_table(columns, pairs, "; ".join(what), "--json has everything.")
 
 
 def _in_time(pair: Pair) -> str:
-    from gfldeploy.bench.table import text_of
+    from gfldeploy.bench.columns import text_of
 
     if pair.a_in_time_per_s is None:
         return ""
     return f"{text_of(pair.a_in_time_per_s)}, {text_of(pair.b_in_time_per_s)}"
+
+
+def _bundle(pair: Pair) -> str:
+    return "changed" if pair.bundle_changed else "same"
 
 
 def _points(difference: float | None) -> str:
@@ -134,29 +114,11 @@ def _flags(pair: Pair) -> str:
     return "; ".join(f"{side} {' '.join(flags)}" for side, flags in sides if flags)
 
 
-def _name(key: CellKey, keys: Sequence[CellKey]) -> str:
-    """What tells the cell from the others, or from those of another file."""
-
-    def several(name: str) -> bool:
-        return len({getattr(one, name) for one in keys}) > 1
-
-    parts = [key.engine, key.precision, f"batch {key.batch_size}"]
-    if key.scenario in ("offline", "server"):
-        parts.append(f"{key.scenario} {key.rate:g}/s {key.policy}" if key.rate else key.scenario)
-    if several("device"):
-        parts.append(f"on {key.device}")
-    if several("threads"):
-        parts.append(f"with {key.threads} thread{'s' if key.threads > 1 else ''}")
-    if key.directory or several("bundle"):
-        parts.append(f"of {key.directory or key.bundle}")
-    return " ".join(parts)
-
-
-def _show_one_sided(side: str, cells: Sequence[OneSided]) -> None:
-    keys = [one.cell for one in cells]
-    for one in cells:
+def _show_one_sided(side: str, found: Sequence[OneSided]) -> None:
+    cells = [one.cell for one in found]
+    for one in found:
         reason = f" (in the other, {one.reason})" if one.reason else ""
-        click.echo(f"Only in {side}: {_name(one.cell, keys)}{reason}")
+        click.echo(f"Only in {side}: {one.cell.name(cells)}{reason}")
 
 
 def _show_differences(title: str, differences: Sequence[Difference]) -> None:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gfldeploy.bench.columns import Column
 from gfldeploy.cli.options import JSON
-from gfldeploy.cli.tables import TableColumn, show_table
+from gfldeploy.cli.tables import show_table
 
 if TYPE_CHECKING:
-    from gfldeploy.doctor import Report
+    from gfldeploy.doctor import Diagnosis
+    from gfldeploy.engines.registry import Capability
 
 __all__ = ["command"]
 
@@ -24,9 +26,9 @@ def command(show_all: bool, as_json: bool) -> None:
 
     Nothing is imported or run for it: an engine that is listed as working can still fail on a damaged installation.
     """
-    from gfldeploy.doctor import examine, summarize_report
+    from gfldeploy.doctor import diagnose, summarize_report
 
-    report = examine()
+    report = diagnose()
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     elif show_all:
@@ -35,7 +37,7 @@ def command(show_all: bool, as_json: bool) -> None:
         click.echo("\n".join(summarize_report(report)))
 
 
-def _show_all(report: Report) -> None:
+def _show_all(report: Diagnosis) -> None:
     from gfldeploy.engines.dependencies import install_command
     from gfldeploy.engines.hardware import CPU_FLAGS
 
@@ -59,16 +61,17 @@ def _show_all(report: Report) -> None:
     for label, text in facts:
         click.echo(f"{label:10} {text}")
     click.echo()
-    columns = (
-        *(TableColumn(header, right=False) for header in ("engine", "device", "precision", "works")),
-        TableColumn("why not, and what to do", text=True),
+    columns: tuple[Column[Capability], ...] = (
+        Column("engine", "engine", lambda one: one.engine, words=True),
+        Column("device", "device", lambda one: one.device, words=True),
+        Column("precision", "precision", lambda one: one.precision, words=True),
+        Column("works", "works", lambda one: "yes" if one.works else "no", words=True),
+        Column("why", "why not, and what to do", _why, words=True, wrap=True),
     )
-    lines = [
-        (one.engine, one.device, one.precision, "yes", one.note or "")
-        if one.works
-        else (one.engine, one.device, one.precision, "no", f"{one.reason}; {one.remedy}")
-        for one in report.capabilities
-    ]
-    show_table(columns, lines)
+    show_table(columns, report.capabilities)
     for warning in report.warnings:
         click.echo(f"Warning: {warning}")
+
+
+def _why(one: Capability) -> str | None:
+    return one.note if one.works else f"{one.reason}; {one.remedy}"

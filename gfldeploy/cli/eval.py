@@ -17,14 +17,11 @@ __all__ = ["command"]
 
 @click.command("eval")
 @options(BUNDLE, *ANNOTATIONS, *ENGINE)
-@click.option(
-    "--batch-size", type=WholeNumber(1), default=1, show_default=True, help="Number of images of one inference."
-)
+@click.option("--batch-size", type=WholeNumber(1), default=1, help="Number of images of one inference.")
 @click.option(
     "--order",
     type=click.Choice(ORDERS),
     default="listed",
-    show_default=True,
     help="How images are put into batches; a bucketed batch has images of one input size, so that none is padded.",
 )
 @options(limit_option(), JSON)

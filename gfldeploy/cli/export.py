@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -11,24 +10,21 @@ import click
 from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
 from gfldeploy.cli.console import TerminalProgress, command_line
 from gfldeploy.cli.options import FILE, THREADS, InputShapeType, WholeNumber, output_options
-from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.export.exporter import ExportRequest, export_bundle
+from gfldeploy.export.exporter import export_bundle
 
 __all__ = ["command"]
 
 
 class _Candidates(click.ParamType):  # type: ignore[type-arg]
-    """A whole number from 1 to `MOST_CANDIDATES`; `all`, which is None; or `auto`."""
+    """A whole number from 1 to `MOST_CANDIDATES`, `all` or `auto`."""
 
     name = "K|all|auto"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["auto"] | None:
-        if value == "all":
-            return None
-        if value == "auto":
-            return "auto"
+    ) -> int | Literal["auto", "all"]:
+        if value in ("auto", "all"):
+            return value  # type: ignore[no-any-return]
         if not re.fullmatch(r"[0-9]{1,6}", str(value)) or not 1 <= int(value) <= MOST_CANDIDATES:
             self.fail(f"{value!r} is neither a whole number from 1 to {MOST_CANDIDATES} nor all or auto", param, ctx)
         return int(value)
@@ -56,24 +52,13 @@ class _Candidates(click.ParamType):  # type: ignore[type-arg]
     type=_Candidates(),
     metavar="K|all|auto",
     default="auto",
-    show_default=True,
     help=f"Number of anchors that are decoded of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "
     f"all. auto: {DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test "
     "pictures would lose detections; with one class at least nms_top_k.",
 )
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph with NMS, for its deploy tools.")
 @THREADS
-def command(
-    config: Path,
-    weights: Path | None,
-    random_weights: int | None,
-    output: Path,
-    input_shape: tuple[int | None, int, int] | None,
-    candidates: int | Literal["auto"] | None,
-    with_nms: bool,
-    threads: int | None,
-    force: bool,
-) -> None:
+def command(**given: Any) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 
     The graphs decode the anchors that score highest: as many as NMS can make use of, of the tens of thousands there
@@ -85,23 +70,5 @@ def command(
     \b
     Example: gfldeploy export --config gfl_r50.yml --weights model_final.pdparams --output gfl_r50
     """
-    if (weights is None) == (random_weights is None):
-        raise click.UsageError("give either --weights or --random-weights")
-    if with_nms and input_shape:
-        raise click.UsageError("--with-nms goes with a free input size only: PaddleDetection cannot pad to a fixed one")
-    bundle = export_bundle(
-        ExportRequest(
-            config=config,
-            output=output,
-            weights=weights,
-            random_seed=random_weights,
-            input_shape=input_shape or (None, None, None),
-            candidates=candidates,
-            with_nms=with_nms,
-            force=force,
-            threads=threads or usable_threads(),
-            command=command_line(),
-        ),
-        TerminalProgress().stage,
-    )
+    bundle = export_bundle(**given, command=command_line(), progress=TerminalProgress())
     click.echo(bundle.directory)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from operator import itemgetter
 from typing import Any
 
 import click
 
-from gfldeploy.bundle import Bundle
+from gfldeploy.bench.columns import Column
 from gfldeploy.cli.console import console
 from gfldeploy.cli.options import BUNDLE, JSON, InputShapeType, options
-from gfldeploy.cli.tables import TableColumn, show_table
-from gfldeploy.inspection import describe, int8_lines
+from gfldeploy.cli.tables import show_table
+from gfldeploy.inspection import inspect, int8_lines
 
 __all__ = ["command"]
 
@@ -32,13 +32,13 @@ _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's 
     help="Size of the image, in pixels, whose MACs are counted.",
 )
 @JSON
-def command(bundle: Path, size: tuple[int, int] | None, as_json: bool) -> None:
+def command(as_json: bool, **given: Any) -> None:
     """Show what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity.
 
     \b
     Example: gfldeploy inspect gfl_r50_int8
     """
-    facts = describe(Bundle.open(bundle), size)
+    facts = inspect(**given)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -46,7 +46,7 @@ def command(bundle: Path, size: tuple[int, int] | None, as_json: bool) -> None:
 
 
 def show(facts: Mapping[str, Any]) -> None:
-    """Print what `describe` gives."""
+    """Print what `inspect` gives."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -185,5 +185,8 @@ def _show_sensitivity(data: Mapping[str, Any]) -> None:
 
 
 def _show_table(texts: Sequence[str], numbers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    columns = [*(TableColumn(header, text=True) for header in texts), *map(TableColumn, numbers)]
+    columns: list[Column[Sequence[str]]] = [
+        Column(header, header, itemgetter(place), words=header in texts, wrap=header in texts)
+        for place, header in enumerate([*texts, *numbers])
+    ]
     show_table(columns, lines)

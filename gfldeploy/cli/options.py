@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
@@ -34,12 +35,13 @@ __all__ = [
     "MEASUREMENT",
     "PATH",
     "THREADS",
-    "CommaSeparated",
     "FiniteFloat",
     "InputShapeType",
+    "Names",
     "PathType",
     "PositiveNumbers",
     "WholeNumber",
+    "WholeNumbers",
     "annotation_options",
     "limit_option",
     "options",
@@ -110,54 +112,56 @@ class InputShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in t
         return tuple(numbers if self._batch else numbers[1:])
 
 
-class CommaSeparated(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list of names out of `choices`, or, without choices, of whole numbers from 1; as a tuple.
-
-    A value given twice counts once.
-    """
+class _ListType(click.ParamType):  # type: ignore[type-arg]
+    """A comma-separated list, or a list of a YAML file, as a tuple; a value given twice counts once."""
 
     name = "LIST"
 
-    def __init__(self, choices: Sequence[str] | None = None) -> None:
-        self._choices = tuple(choices) if choices is not None else None
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...] | tuple[int, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
-        # A list comes from a YAML file.
-        words = [str(word).strip() for word in (value if isinstance(value, list) else str(value).split(","))]
-        if self._choices is not None:
-            if wrong := [word for word in words if word not in self._choices]:
-                nearest = (
-                    f" (did you mean {near[0]}?)" if (near := get_close_matches(wrong[0], self._choices, 1)) else ""
-                )
-                self.fail(f"{wrong[0]!r} is not one of {', '.join(self._choices)}{nearest}", param, ctx)
-            return tuple(dict.fromkeys(words))
-        if wrong := [word for word in words if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word)]:
-            self.fail(f"{wrong[0]!r} is not a whole number from 1; write them as 1,2,4", param, ctx)
-        return tuple(dict.fromkeys(map(int, words)))
+        words = value if isinstance(value, list) else str(value).split(",")
+        try:
+            return tuple(dict.fromkeys(self._one(str(word).strip()) for word in words))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def _one(self, word: str) -> Any:
+        """The value of one word. Raises `ValueError`."""
+        raise NotImplementedError
 
 
-class PositiveNumbers(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list of positive numbers, as a tuple of floats; one given twice counts once."""
+class Names(_ListType):
+    """Names out of `choices`."""
 
-    name = "LIST"
+    def __init__(self, choices: Sequence[str]) -> None:
+        self._choices = choices
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        numbers = []
-        for word in value if isinstance(value, list) else str(value).split(","):
-            try:
-                number = float(word)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not (math.isfinite(number) and number > 0):
-                self.fail(f"{str(word).strip()!r} is not a positive number; write them as 5,10,20", param, ctx)
-            numbers.append(number)
-        return tuple(dict.fromkeys(numbers))
+    def _one(self, word: str) -> str:
+        if word not in self._choices:
+            near = get_close_matches(word, self._choices, 1)
+            nearest = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{word!r} is not one of {', '.join(self._choices)}{nearest}")
+        return word
+
+
+class WholeNumbers(_ListType):
+    """Whole numbers from 1."""
+
+    def _one(self, word: str) -> int:
+        if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word):
+            raise ValueError(f"{word!r} is not a whole number from 1; write them as 1,2,4")
+        return int(word)
+
+
+class PositiveNumbers(_ListType):
+    """Positive numbers, as floats."""
+
+    def _one(self, word: str) -> float:
+        with suppress(ValueError):
+            if 0 < (number := float(word)) < math.inf:
+                return number
+        raise ValueError(f"{word!r} is not a positive number; write them as 5,10,20")
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -182,7 +186,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             near = get_close_matches(key[:80], sorted(name for name in known if name), 1)
             nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
             raise click.BadParameter(f"{path} has an unknown option, {option!r}{nearest}", ctx, param)
-        lists = isinstance(types[key], CommaSeparated | PositiveNumbers)
+        lists = isinstance(types[key], _ListType)
         items = value if isinstance(value, list) and lists else [value]
         if any(isinstance(item, dict | list) for item in items):
             raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
@@ -202,7 +206,7 @@ def options(*declared: Option) -> Option:
 
 def output_options(help_text: str, default: Path | None = None, **settings: Any) -> Option:
     """--output, required unless it has a `default` or `settings` say otherwise, and --force."""
-    settings = {"required": default is None, "default": default, "show_default": default is not None, **settings}
+    settings = {"required": default is None, "default": default, **settings}
     return options(
         click.option("--output", "-o", type=PATH, help=help_text, **settings),
         click.option("--force", is_flag=True, help="Replace the output if it exists and gfldeploy made it."),
@@ -215,7 +219,7 @@ def limit_option(default: int | None = None) -> Option:
         "--limit",
         type=WholeNumber(1),
         default=default,
-        show_default=True if default else "all",
+        show_default=None if default else "all",
         help="Use only this number of images, the first of the list.",
     )
 
@@ -274,7 +278,7 @@ ENGINE_CACHE = click.option(
     default=DEFAULT_ENGINE_CACHE,
     show_default="~/.cache/gfldeploy/engines",
     metavar="DIR",
-    help="Folder in which TensorRT and OpenVINO keep what they compiled, for the next start to be faster.",
+    help="Folder in which engines keep what they compiled, for the next start to be faster.",
 )
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -291,49 +295,34 @@ MEASUREMENT: Group = (
     ),
     click.option(
         "--engines",
-        type=CommaSeparated(tuple(ENGINES)),
+        type=Names(tuple(ENGINES)),
         default=",".join(DEFAULT_ENGINES),
-        show_default=True,
         help=f"Engines to measure, a list of {', '.join(ENGINES)}.",
     ),
     click.option(
         "--precisions",
-        type=CommaSeparated(PRECISIONS),
+        type=Names(PRECISIONS),
         default=",".join(PRECISIONS),
-        show_default=True,
         help="Precisions to measure, each in every engine that supports it.",
     ),
-    click.option(
-        "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Device that engines run on."
-    ),
+    click.option("--device", type=click.Choice(DEVICES), default="cpu", help="Device that engines run on."),
     click.option(
         "--rounds",
         type=WholeNumber(1),
         default=3,
-        show_default=True,
         help="Number of interleaved rounds: each runs every cell once, so that a machine that slows down favours none.",
     ),
     click.option(
-        "--min-seconds",
-        type=FiniteFloat(0),
-        default=2.0,
-        show_default=True,
-        help="Time each cell for at least this long in each round.",
+        "--min-seconds", type=FiniteFloat(0), default=2.0, help="Time each cell for at least this long in each round."
     ),
     click.option(
         "--min-count",
         type=WholeNumber(1),
         default=10,
-        show_default=True,
         help="Time at least this number of inferences of each cell in each round.",
     ),
     limit_option(32),
-    click.option(
-        "--accuracy/--no-accuracy",
-        default=True,
-        show_default=True,
-        help="Measure COCO mAP too.",
-    ),
+    click.option("--accuracy/--no-accuracy", default=True, help="Measure COCO mAP too."),
     click.option(
         "--accuracy-limit",
         type=WholeNumber(1),
@@ -344,7 +333,6 @@ MEASUREMENT: Group = (
         "--cell-timeout",
         type=FiniteFloat(0, min_open=True),
         default=600.0,
-        show_default=True,
         help="Give a cell up after this number of seconds; for mAP, after as long without an image done.",
     ),
     ENGINE_CACHE,

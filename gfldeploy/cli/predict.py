@@ -38,7 +38,6 @@ __all__ = ["command"]
     "--threshold",
     type=FiniteFloat(0, 1),
     default=DEFAULT_THRESHOLD,
-    show_default=True,
     help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
 )
 @click.option(
@@ -48,7 +47,6 @@ __all__ = ["command"]
     "--decode",
     type=click.Choice(["exact", "fast"]),
     default="exact",
-    show_default=True,
     help="How JPEGs are decoded. fast: at 1/2, 1/4 or 1/8 where they are that much larger than the network's input; "
     "scores and boxes then differ a little.",
 )

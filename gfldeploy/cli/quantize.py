@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,16 +18,17 @@ from gfldeploy.cli.options import (
     options,
     output_options,
 )
-from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.images.coco import CocoDataset
-from gfldeploy.quant.distill import DEFAULT_STEPS
 from gfldeploy.quant.fallback import MOST_FLOAT_MACS
-from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, GateLimits
-from gfldeploy.quant.ptq import ALGORITHMS, AUTO
-from gfldeploy.quant.quantizer import METHODS, Method, QuantizeRequest, quantize_bundle
-from gfldeploy.quant.samples import DEFAULT_SAMPLES, calibration_images
+from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT
+from gfldeploy.quant.method import DEFAULT_STEPS
+from gfldeploy.quant.methods import METHODS
+from gfldeploy.quant.quantizer import quantize_bundle
+from gfldeploy.quant.samples import DEFAULT_SAMPLES
 
 __all__ = ["command"]
+
+_ALGORITHMS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.algorithms))
+_AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.auto))
 
 
 @click.command("quantize")
@@ -35,18 +36,15 @@ __all__ = ["command"]
 @output_options("Directory to write the INT8 bundle to.")
 @click.option(
     "--algo",
-    metavar=f"[auto|{'|'.join(ALGORITHMS)}]",
-    default="hist",
-    show_default=True,
-    help=f"PaddleSlim's calibration algorithm; auto tries {', '.join(AUTO)} and takes the best.",
+    metavar=f"[auto|{'|'.join(_ALGORITHMS)}]",
+    show_default=_ALGORITHMS[0],
+    help=f"Calibration algorithm of the method; auto tries {', '.join(_AUTO)} and takes the best.",
 )
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=click.Choice(tuple(METHODS)),
     default="ptq",
-    show_default=True,
-    help="How to quantise. ptq calibrates. distill then fine-tunes the weights on the same images, without labels, to "
-    "give in INT8 what FP32 gives, and keeps whichever is measured to be closer.",
+    help=f"How to quantise. {' '.join(f'{method.name} {method.help}' for method in METHODS.values())}",
 )
 @click.option(
     "--distill-steps",
@@ -96,7 +94,6 @@ __all__ = ["command"]
 @click.option(
     "--fallback/--no-fallback",
     default=True,
-    show_default=True,
     help="Where INT8 loses too much, put the most sensitive groups of convolutions back to float, as few as needed, "
     f"with at most {MOST_FLOAT_MACS:.0%} of the multiply-accumulates. Without it, fail at once.",
 )
@@ -107,27 +104,8 @@ __all__ = ["command"]
     "sensitivity.json.",
 )
 @THREADS
-def command(
-    bundle: Path,
-    data: Path,
-    images: Path | None,
-    output: Path,
-    algo: str,
-    samples: int | None,
-    eval_data: Path | None,
-    eval_images: Path | None,
-    eval_limit: int | None,
-    max_drop: float | None,
-    min_agreement: float | None,
-    method: Method,
-    distill_steps: int | None,
-    keep_float: tuple[str, ...],
-    fallback: bool,
-    sensitivity: bool,
-    threads: int | None,
-    force: bool,
-) -> None:
-    """Make an INT8 bundle from an FP32 one: PaddleSlim's static quantisation on your images.
+def command(**given: Any) -> None:
+    """Make an INT8 bundle from an FP32 one: static quantisation, calibrated on your images.
 
     One calibration gives the Paddle program for oneDNN and the QDQ ONNX files. Before the bundle is published they are
     run: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the detections on calibration
@@ -137,38 +115,5 @@ def command(
     \b
     Example: gfldeploy quantize gfl_r50 --data calib_images/ --output gfl_r50_int8
     """
-    if eval_data is None:
-        for name, value in (("--eval-images", eval_images), ("--eval-limit", eval_limit), ("--max-drop", max_drop)):
-            if value is not None:
-                raise click.UsageError(f"{name} needs --eval-data.")
-    elif min_agreement is not None:
-        raise click.UsageError("--min-agreement is for quantising without --eval-data; with it, use --max-drop.")
-    if distill_steps is not None and method != "distill":
-        raise click.UsageError("--distill-steps needs --method distill.")
-    progress = TerminalProgress()
-    if True:
-        made = quantize_bundle(
-            QuantizeRequest(
-                bundle=bundle,
-                images=calibration_images(data, images, samples),
-                output=output,
-                algorithm=algo,
-                method=method,
-                distill_steps=distill_steps or DEFAULT_STEPS,
-                evaluation=CocoDataset.load(eval_data, eval_images, eval_limit) if eval_data else None,
-                annotations=eval_data,
-                limits=GateLimits(
-                    DEFAULT_MAX_DROP if max_drop is None else max_drop,
-                    DEFAULT_MIN_AGREEMENT if min_agreement is None else min_agreement,
-                ),
-                keep_float=keep_float,
-                fallback=fallback,
-                sensitivity=sensitivity,
-                force=force,
-                threads=threads or usable_threads(),
-                command=command_line(),
-            ),
-            progress.stage,
-            progress.step,
-        )
+    made = quantize_bundle(**given, command=command_line(), progress=TerminalProgress())
     click.echo(made.directory)

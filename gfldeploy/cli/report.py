@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from gfldeploy.cli.options import PATH, output_options
-from gfldeploy.files import check_file
 
 __all__ = ["command"]
 
@@ -23,10 +22,6 @@ def command(results: Path, output: Path | None, force: bool) -> None:
     \b
     Example: gfldeploy report results.json
     """
-    from gfldeploy.bench.report.page import write_report
-    from gfldeploy.bench.results import BenchResults
+    from gfldeploy.bench.report.page import report
 
-    output = output or results.with_suffix(".html")
-    check_file(output, "html", force=force)
-    write_report(BenchResults.read(results), output)
-    click.echo(f"Wrote {output}")
+    click.echo(f"Wrote {report(results, output=output, force=force)}")

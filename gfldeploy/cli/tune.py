@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,49 +11,35 @@ from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
-    CommaSeparated,
     FiniteFloat,
+    Names,
+    WholeNumbers,
     annotation_options,
     options,
     output_options,
 )
-from gfldeploy.engines.base import Device, Precision
-from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.errors import OutputError
-from gfldeploy.files import check_file
 
 if TYPE_CHECKING:
-    from gfldeploy.tune.deploy_file import Deploy
-    from gfldeploy.tune.session import PreparedTune
+    from gfldeploy.tune.deploy_file import Configuration, Deploy
 
 __all__ = ["command"]
-
-
-def _all_threads() -> tuple[int, ...]:
-    """1, doubled up to all."""
-    most = usable_threads()
-    return (*(1 << power for power in range(most.bit_length()) if 1 << power < most), most)
 
 
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @options(*annotation_options(required=False), *MEASUREMENT)
-@click.option(
-    "--batch-sizes", type=CommaSeparated(), default="1,2,4,8,16", show_default=True, help="Batch sizes to choose from."
-)
+@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",
-    type=CommaSeparated(),
-    default=_all_threads,
+    type=WholeNumbers(),
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
-    "--policies",
-    type=CommaSeparated(("in-order", "grouped")),
-    default="in-order,grouped",
-    show_default=True,
-    help="How batches may be formed: of images as they come, padded to a common size, or of one size each.",
+    "--orders",
+    type=Names(("listed", "bucketed")),
+    default="listed,bucketed",
+    help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(
     "--max-latency-ms",
@@ -81,7 +66,6 @@ def _all_threads() -> tuple[int, ...]:
     "--look-seconds",
     type=FiniteFloat(0),
     default=0.5,
-    show_default=True,
     help="Time each cell for at least this long when it is first looked at.",
 )
 @click.option(
@@ -97,35 +81,7 @@ def _all_threads() -> tuple[int, ...]:
     help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
 )
 @output_options("File to write the choice and its evidence to.", Path("deploy.yml"))
-def command(
-    bundles: tuple[Path, ...],
-    data: Path | None,
-    images: Path | None,
-    max_latency_ms: float | None,
-    max_memory_mb: float | None,
-    max_drop: float | None,
-    engines: tuple[str, ...],
-    precisions: tuple[Precision, ...],
-    batch_sizes: tuple[int, ...],
-    threads: tuple[int, ...],
-    policies: tuple[Any, ...],
-    device: Device,
-    results: tuple[Path, ...],
-    rounds: int,
-    min_seconds: float,
-    min_count: int,
-    look_seconds: float,
-    limit: int,
-    accuracy: bool,
-    accuracy_limit: int | None,
-    budget_seconds: float | None,
-    exhaustive: bool,
-    cell_timeout: float,
-    engine_cache: Path,
-    output: Path,
-    force: bool,
-    check: Path | None,
-) -> None:
+def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: Path | None, **given: Any) -> None:
     """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
 
     The fastest is what has most images a second from file to boxes, one batch after the other. Every engine and
@@ -138,60 +94,21 @@ def command(
     \b
     Example: gfldeploy tune gfl_r50 gfl_r50_int8 --data val.json --max-latency-ms 100
     """
+    from gfldeploy.tune.deploy_file import check_deploy
+    from gfldeploy.tune.session import tune_bundles
+
     if check is not None:
-        _check(check, bundles)
+        if len(bundles) > 1:
+            raise click.UsageError("--check takes one BUNDLE at most")
+        for change in check_deploy(check, *bundles):
+            click.echo(f"Changed since it was tuned: {change}")
+        click.echo(f"{check} holds for this machine and this bundle.")
         return
     if not bundles:
         raise click.UsageError("Missing argument 'BUNDLE...'")
     if data is None:
         raise click.UsageError("Missing option '--data'")
-    if max_drop is not None and not accuracy:
-        raise click.UsageError("--max-drop needs mAP: leave --no-accuracy out")
-    _check_output(output, force)
-
-    from gfldeploy.bench.journal import journal_beside
-    from gfldeploy.bench.results import Settings
-    from gfldeploy.bench.session import BenchRequest
-    from gfldeploy.tune.search import Bounds
-    from gfldeploy.tune.session import TuneRequest, prepare, run
-
-    settings = Settings(
-        min_seconds=min_seconds,
-        min_count=min_count,
-        max_seconds=5 * min_seconds,
-        rounds=rounds,
-        quick=Settings.is_quick(rounds, min_seconds, min_count),
-    )
-    request = TuneRequest(
-        bench=BenchRequest(
-            bundles=bundles,
-            annotations=data,
-            settings=settings,
-            image_dir=images,
-            engines=engines,
-            precisions=precisions,
-            batch_sizes=batch_sizes,
-            device=device,
-            timed_images=limit,
-            accuracy=accuracy,
-            accuracy_images=accuracy_limit,
-            cell_timeout_s=cell_timeout,
-            engine_cache=engine_cache,
-        ),
-        bounds=Bounds(max_latency_ms, max_memory_mb, max_drop),
-        look=Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True),
-        threads=threads,
-        policies=policies,
-        results=results,
-        exhaustive=exhaustive,
-        budget_s=budget_seconds,
-    )
-    prepared = prepare(request)
-    _show_space(prepared)
-    with journal_beside(output, "tune") as journal:
-        deploy = run(prepared, output, journal, TerminalProgress().stage)
-        _check_output(output, force)  # somebody else may have been faster
-        deploy.write(output)
+    deploy = tune_bundles(bundles, data=data, output=output, **given, progress=TerminalProgress())
     click.echo(f"{deploy.summary}\n")
     _show(deploy)
     click.echo(f"Wrote {output}")
@@ -199,71 +116,24 @@ def command(
 
 def _show(deploy: Deploy) -> None:
     """The choice and the runner-up, from file to boxes."""
-    from gfldeploy.bench.table import text_of
-    from gfldeploy.cli.tables import TableColumn, show_table
+    from gfldeploy.bench.columns import Column
+    from gfldeploy.cli.tables import show_table
 
-    columns = (
-        *(TableColumn(header, right=False) for header in ("", "engine", "precision")),
-        TableColumn("bundle", drop=8, right=False),
-        TableColumn("batch"),
-        TableColumn("batches", drop=3, right=False),
-        TableColumn("threads", drop=2),
-        TableColumn("images/s"),
-        TableColumn("median,\nms", drop=1),
-        TableColumn("p99,\nms", drop=4),
-        TableColumn("longest,\nms", drop=5),
-        TableColumn("mAP"),
-        TableColumn("memory\nMB", drop=6),
-        TableColumn("network,\nimages/s", drop=7),
+    columns: tuple[Column[tuple[str, Configuration]], ...] = (
+        Column("name", "", lambda one: one[0], words=True),
+        Column("engine", "engine", lambda one: one[1].cell.engine, words=True),
+        Column("precision", "precision", lambda one: one[1].cell.precision, words=True),
+        Column("bundle", "bundle", lambda one: one[1].cell.bundle.directory, words=True, drop=8),
+        Column("batch_size", "batch", lambda one: one[1].cell.batch_size),
+        Column("order", "order", lambda one: one[1].cell.order, words=True, drop=3),
+        Column("threads", "threads", lambda one: one[1].cell.threads, drop=2),
+        Column("images_per_s", "images/s", lambda one: one[1].evidence.images_per_s),
+        Column("latency_p50", "median", lambda one: one[1].evidence.latency_p50_ms, "ms", drop=1),
+        Column("latency_p99", "p99", lambda one: one[1].evidence.latency_p99_ms, "ms", drop=4),
+        Column("latency_max", "longest", lambda one: one[1].evidence.latency_max_ms, "ms", drop=5),
+        Column("ap", "mAP", lambda one: one[1].evidence.ap, digits=4),
+        Column("memory", "memory", lambda one: one[1].evidence.memory_mb, "MB", digits=0, drop=6),
+        Column("network", "network", lambda one: one[1].evidence.network_images_per_s, "images/s", drop=7),
     )
-    lines = []
-    for name, one in (("choice", deploy.choice), ("second", deploy.runner_up)):
-        if one is not None:
-            found = one.evidence
-            numbers = (found.images_per_s, found.latency_p50_ms, found.latency_p99_ms, found.latency_max_ms)
-            lines.append(
-                (
-                    *(name, one.engine, one.precision, one.bundle.rpartition("/")[2], str(one.batch_size)),
-                    *(one.policy, str(one.threads)),
-                    *(text_of(value, interval=False) for value in numbers),
-                    text_of(found.ap, 4),
-                    text_of(found.memory_mb, 0),
-                    text_of(found.network_images_per_s, interval=False),
-                )
-            )
-    show_table(columns, lines, "From file to boxes, one batch after the other", "deploy.yml has everything.")
-
-
-def _check(path: Path, bundles: tuple[Path, ...]) -> None:
-    from gfldeploy.bundle import Bundle
-    from gfldeploy.machine import describe_machine
-    from gfldeploy.tune.deploy_file import Deploy
-
-    if len(bundles) > 1:
-        raise click.UsageError("--check takes one BUNDLE at most")
-    deploy, machine = Deploy.read(path), describe_machine()
-    deploy.check(Bundle.open(bundles[0] if bundles else deploy.bundle_path(path)), machine)
-    for change in deploy.software_changes(machine):
-        click.echo(f"Changed since it was tuned: {change}")
-    click.echo(f"{path} holds for this machine and this bundle.")
-
-
-def _check_output(output: Path, force: bool) -> None:
-    """Refuse now what would otherwise fail after the measuring."""
-    check_file(output, "yml", force=force)
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {output}: {parent} is not a writable folder", "Choose another --output.")
-
-
-def _show_space(prepared: PreparedTune) -> None:
-    """What may be chosen and what cannot run, on stderr."""
-    for note in prepared.bench.notes:
-        click.echo(f"Note: {note}", err=True)
-    reused = len(prepared.reused.cells)
-    known = f", {reused} of them known from --results" if reused else ""
-    click.echo(f"{len(prepared.space.cells)} configurations of {len(prepared.space.models)} models{known}.", err=True)
-    for item in prepared.skipped:
-        batch = f" batch {item.batch_size}" if item.batch_size else ""
-        remedy = f"; {item.remedy}" if item.remedy else ""
-        click.echo(f"  skip  {item.engine:20} {item.precision:5}{batch} {item.reason}{remedy}", err=True)
+    rows = [("choice", deploy.choice), *([("second", deploy.runner_up)] if deploy.runner_up else [])]
+    show_table(columns, rows, "From file to boxes, one batch after the other", "deploy.yml has everything.")

@@ -8,27 +8,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gfldeploy import demo
-from gfldeploy.bench.csv_file import write_csv
-from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.report.page import short_answer, write_report
-from gfldeploy.bench.results import BenchResults, Settings
-from gfldeploy.bench.session import BenchRequest, prepare, run
-from gfldeploy.bench.table import Row, best_of_each, rows, text_of
+from gfldeploy.bench.columns import text_of
+from gfldeploy.bench.report.page import short_answer
+from gfldeploy.bench.results import BenchResults
+from gfldeploy.bench.session import benchmark
+from gfldeploy.bench.table import Row, best_of_each, rows
 from gfldeploy.demo.dataset import generate
-from gfldeploy.export.exporter import ExportRequest, export_bundle
+from gfldeploy.export.exporter import export_bundle
 from gfldeploy.files import (
     atomic_directory,
     files_below,
-    scratch_directory,
     write_json,
     write_text,
 )
-from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
-from gfldeploy.quant.samples import calibration_images
+from gfldeploy.quant.quantizer import quantize_bundle
 
 __all__ = ["DemoSize", "explain", "run_demo"]
 
 Progress = Callable[[str, int, int], None]
+
+
+class _Stages:
+    """Progress of which the stages alone are shown."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    def stage(self, text: str) -> None:
+        self._report(f"  {text}")
+
+    def step(self, label: str, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -64,77 +77,86 @@ def run_demo(
         )
         val = generate(directory / "data", "val", size.val_images, lambda done, total: progress("images", done, total))
         report("exporting the built-in detector")
+        shown = _Indented(report, progress, lambda text: text.replace(str(directory), str(output)))
         fp32 = export_bundle(
-            ExportRequest(
-                config=demo.config_path(),
-                weights=demo.weights_path(),
-                output=directory / "fp32",
-                threads=threads,
-                command="gfldeploy demo",
-            ),
-            lambda stage: report(f"  {stage.replace(str(directory), str(output))}"),
+            config=demo.config_path(),
+            weights=demo.weights_path(),
+            output=directory / "fp32",
+            threads=threads,
+            command="gfldeploy demo",
+            progress=shown,
         )
         report("quantising it to INT8")
         int8 = quantize_bundle(
-            QuantizeRequest(
-                bundle=fp32.directory,
-                images=calibration_images(calib, None, size.calib_images),
-                output=directory / "int8",
-                threads=threads,
-                command="gfldeploy demo",
-            ),
-            lambda stage: report(f"  {stage.replace(str(directory), str(output))}"),
-            progress,
+            fp32.directory,
+            data=calib,
+            samples=size.calib_images,
+            output=directory / "int8",
+            threads=threads,
+            command="gfldeploy demo",
+            progress=shown,
         )
         report("benchmarking both")
-        prepared = prepare(
-            BenchRequest(
-                bundles=(fp32.directory, int8.directory),
-                annotations=val,
-                batch_sizes=size.batch_sizes,
-                threads=threads,
-                settings=Settings(size.min_seconds, 10, 2 * size.min_seconds, quick=True),
-                precisions=("fp32", "int8"),
-                engine_cache=directory / "engines",
-                timed_images=size.timed_images,
-                peaks=False,  # a minute more, for what is of no use without the user's own detector
-            )
+        results = benchmark(
+            (fp32.directory, int8.directory),
+            data=val,
+            precisions=("fp32", "int8"),
+            batch_sizes=size.batch_sizes,
+            threads=threads,
+            rounds=1,
+            min_seconds=size.min_seconds,
+            max_seconds=2 * size.min_seconds,
+            limit=size.timed_images,
+            peak=False,  # a minute more, for what is of no use without the user's own detector
+            engine_cache=directory / "engines",
+            output=directory / "results.json",
+            progress=_Stages(report),
         )
-        with scratch_directory() as journal:
-            results = run(
-                prepared,
-                Journal(journal),
-                lambda done, total, description: report(f"  {min(done + 1, total)}/{total} {description}"),
-            )
         shutil.rmtree(directory / "engines", ignore_errors=True)
-        results.write(directory / "results.json")
-        write_csv(results, directory / "results.csv")
-        write_report(results, directory / "results.html")
         write_text(directory / "summary.md", "# What the demo saw\n\n" + "\n\n".join(explain(results)) + "\n")
         note = {"what": "made by `gfldeploy demo`; safe to delete", "files": files_below(directory)}
         write_json(directory / "demo.json", note)
     return results
 
 
+@dataclass(frozen=True)
+class _Indented:
+    """The progress of one step of the demo."""
+
+    report: Callable[[str], None]
+    progress: Progress
+    rewritten: Callable[[str], str]
+
+    def stage(self, text: str) -> None:
+        self.report(f"  {self.rewritten(text)}")
+
+    def step(self, label: str, done: int, total: int) -> None:
+        self.progress(label, done, total)
+
+    def note(self, text: str) -> None:
+        self.stage(f"note: {text}")
+
+
 def explain(results: BenchResults) -> list[str]:
     """What the results say, in a few plain sentences; every number in them is computed from `results`."""
     lines = short_answer(results)
-    measured = [row for row in rows(results) if row.status == "ok" and row.scenario != "server"]
+    measured = [row for row in rows(results) if row.ok and not row.is_server]
     if not measured:
         return lines
-    single = {(row.engine, row.precision): row for row in measured if row.batch_size == 1}
+    single = {(row.cell.engine, row.cell.precision): row for row in measured if row.cell.batch_size == 1}
     for (engine, precision), row in single.items():
         base = single.get((engine, "fp32"))
         if base and precision != "fp32":
             lines.append(f"{engine} {precision} at batch 1 against its fp32: {_against(row, base)}.")
     best = best_of_each(measured)[0]
-    first = single.get((best.engine, best.precision))
-    same = [row for row in measured if (row.engine, row.precision) == (best.engine, best.precision)]
-    last = max(same, key=lambda row: row.batch_size or 0)
+    first = single.get((best.cell.engine, best.cell.precision))
+    same = [row for row in measured if row.cell.setup() == best.cell.setup()]
+    last = max(same, key=lambda row: row.cell.batch_size)
     if first and last is not first:
+        size = last.cell.batch_size
         lines.append(
-            f"{_name(last)} from batch 1 to {last.batch_size}: {_speed(first)} to {_speed(last)} images/s. The images "
-            f"are of mixed orientation, so a batch of {last.batch_size} is padded to {last.padding or 1:.2f} times its "
+            f"{_name(last)} from batch 1 to {size}: {_speed(first)} to {_speed(last)} images/s. The images "
+            f"are of mixed orientation, so a batch of {size} is padded to {last.padding or 1:.2f} times its "
             f"real pixels (batch 1: {first.padding or 1:.2f})."
         )
     lines.append(
@@ -159,7 +181,7 @@ def _against(row: Row, base: Row) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.engine} {row.precision}"
+    return row.cell.setup()
 
 
 def _speed(row: Row) -> str:

@@ -1,6 +1,6 @@
 """What every inference engine looks like from outside, and what the engines here share.
 
-An engine is a module with a class such as `BaseEngine`, and an `EngineSpec` in `registry.ENGINES`.
+An engine is a class that extends `Engine`, in a module of its own, and an `EngineSpec` in `registry.ENGINES`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ __all__ = [
     "NOT_ASKED",
     "PRECISIONS",
     "SHARE_RUNS",
-    "BaseEngine",
     "ClosesOnExit",
     "CopyTimes",
     "Device",
@@ -36,10 +35,7 @@ __all__ = [
     "Library",
     "Obstacle",
     "Precision",
-    "ReportsPrecision",
     "Tensors",
-    "TimesConvolutions",
-    "TimesCopies",
     "count_precisions",
     "reasons",
 ]
@@ -51,7 +47,7 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
-SHARE_RUNS = 3  # inferences behind a `convolution_share`
+SHARE_RUNS = 3  # inferences that a `convolution_share` is measured on
 NOT_ASKED = "FP32 was asked for"
 _MOST_THREADS = 1024
 
@@ -147,32 +143,6 @@ class EngineOptions:
             raise EngineError(f"{self.threads:,} threads are more than {most:,}", "Use as many as there are CPU cores.")
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """A loaded model, used as a context manager; leaving the block frees it.
-
-    `infer` takes `{"image": float32 [N, 3, H, W]}` and returns
-    `{"scores": float32 [N, A, C], "boxes": float32 [N, A, 4]}`, boxes as x1, y1, x2, y2 in pixels of the network input;
-    of a bundle that decodes K candidates, A is K, and `"anchors"` int32 [N, K] says which they are, -1 for none.
-    The arrays returned are the caller's to keep: a later `infer` never overwrites them.
-    It raises `EngineError` when the engine refuses the input or fails.
-    """
-
-    name: str
-    version: str
-    options: EngineOptions
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True)
 class CopyTimes:
     """Milliseconds of one inference: host to device, the inference itself, device to host.
@@ -190,29 +160,22 @@ class CopyTimes:
         return cls((copied - start) * 1e3, (ran - copied) * 1e3, (end - ran) * 1e3)
 
 
-@runtime_checkable
-class TimesCopies(Protocol):
-    """An engine that can tell its copies from its computing."""
+@dataclass(frozen=True)
+class ExecutedConvolution:
+    """One convolution of one inference, as the engine reports it.
 
-    def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
-        """As `infer`, the same outputs to the bit, with the times of its parts."""
-        ...
+    `precision`: the precision it ran in. `what`: its weight's name where the engine knows it, with "use N" (0 is the
+    first in the file) where several share the weight, else its shape or the name of its node. `why`: the reason why it
+    ran in FP32; None if it ran in less.
+    """
 
-
-@runtime_checkable
-class TimesConvolutions(Protocol):
-    """An engine that can tell how long its convolutions take."""
-
-    def convolution_share(self, inputs: Tensors) -> float | None:
-        """The share, 0 to 1, of the time of one inference that its convolutions take; None where it cannot be told.
-
-        It infers `inputs` a few times. Raises `EngineError`.
-        """
-        ...
+    precision: str
+    what: str
+    why: str | None = None
 
 
 class ClosesOnExit:
-    """The context manager half of an `Engine`."""
+    """A context manager that calls its own `close`."""
 
     def __enter__(self) -> Self:
         return self
@@ -223,18 +186,24 @@ class ClosesOnExit:
         self.close()
 
     def close(self) -> None:
-        raise NotImplementedError
+        """Free what it holds."""
 
 
-class BaseEngine(ClosesOnExit):
-    """An `Engine` without its library: the bundle's graph and outputs, and errors in one form.
+class Engine(ClosesOnExit):
+    """A loaded model, used as a context manager; leaving the block frees it.
 
-    Subclasses set `name`, and `title` for messages, load the graph in `__init__`, and implement `infer_timed`.
+    Subclasses set `name`, `version` (of the library) and `title` (in messages), load the graph in `__init__`, and
+    implement `infer_timed`. `_model` and `_params` are the graph's files, `_outputs` the names of its outputs.
+    `build_s`: seconds to load the graph and to run the most common shape once, where that builds an engine or reads it
+    from a cache. `delegated`: which parts of the graph run in another library, in words.
     """
 
     name: str
     title: str
     version: str
+    options: EngineOptions
+    build_s: float | None = None
+    delegated: str | None = None
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Find the graph's files. Raises `BundleError`."""
@@ -243,10 +212,28 @@ class BaseEngine(ClosesOnExit):
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
 
     def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Takes `{"image": float32 [N, 3, H, W]}`, returns `{"scores": float32 [N, A, C], "boxes": float32 [N, A, 4]}`.
+
+        Boxes are x1, y1, x2, y2 in pixels of the network input. Of a bundle that decodes K candidates, A is K, and
+        `"anchors"` int32 [N, K] says which they are, -1 for none. The arrays returned are the caller's to keep: a later
+        `infer` never overwrites them. Raises `EngineError` when the engine refuses the input or fails.
+        """
         return self.infer_timed(inputs)[0]
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
+        """As `infer`, with the times of its parts."""
         raise NotImplementedError
+
+    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
+        """The convolutions of one inference of `inputs`; none where the engine cannot tell. Raises `EngineError`."""
+        return ()
+
+    def convolution_share(self, inputs: Tensors) -> float | None:
+        """The share, 0 to 1, of the time of one inference that its convolutions take; None where it cannot be told.
+
+        It infers `inputs` a few times. Raises `EngineError`.
+        """
+        return None
 
     @contextmanager
     def _explained(self, what: str = "failed") -> Iterator[None]:
@@ -265,29 +252,6 @@ class BaseEngine(ClosesOnExit):
     def _detail(error: Exception) -> str:
         """What of the library's message is worth showing."""
         return str(error)
-
-
-@dataclass(frozen=True)
-class ExecutedConvolution:
-    """One convolution of one inference, as the engine itself tells of it.
-
-    `precision`: that it ran in. `what`: how the engine identifies it, by its weight name where it can, with "use N" (0
-    is the first in the file) where several share the weight, else by its shape or the name of its node. `why` it did
-    not run in less than FP32; None if it did.
-    """
-
-    precision: str
-    what: str
-    why: str | None = None
-
-
-@runtime_checkable
-class ReportsPrecision(Protocol):
-    """An engine that can tell what it really ran."""
-
-    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
-        """The convolutions of one inference of `inputs`; none where the engine cannot tell. Raises `EngineError`."""
-        ...
 
 
 def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:

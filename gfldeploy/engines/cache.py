@@ -1,4 +1,4 @@
-"""Folders on this machine for what engines build."""
+"""Folders on this machine in which engines keep what they compiled."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DEFAULT_ENGINE_CACHE = _home() / ".cache" / "gfldeploy" / "engines"
 
 
 def digest_of(depends_on: Mapping[str, Any]) -> str:
-    """A digest of all that something built depends on, so that it is never used for anything else."""
+    """A digest of everything that a compiled model depends on, so that it is never used for another one."""
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def engine_directory(root: Path, digest: str) -> Path:
-    """The folder under `root` of what has this digest, made if it is not there. Raises `OutputError`."""
+    """The folder for this digest under `root`, created if it is absent. Raises `OutputError`."""
     directory = root / digest
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from gfldeploy._quiet import quiet
-from gfldeploy.engines.base import DEVICES, Library
+from gfldeploy.engines.base import Device, Library
 from gfldeploy.engines.registry import ENGINES, ONNXRUNTIME, PADDLE
 from gfldeploy.errors import MissingDependencyError
 
@@ -64,12 +64,15 @@ def require(module: str, purpose: str) -> ModuleType:
         raise MissingDependencyError(problem, remedy) from error
 
 
-def install_command(package: str) -> str:
-    """How to get the package with this module."""
+def install_command(package: str, device: Device | None = None) -> str:
+    """How to get the package with this module; of an engine's, the build for `device`, or for each."""
     for spec in ENGINES.values():
         if spec.library.module == package:
-            cpu, gpu = (spec.library.install.get(device) for device in DEVICES)
-            return f"{cpu} (CPU), or {gpu} (GPU)" if cpu and gpu else str(cpu or gpu)
+            builds = spec.library.install
+            if device and device in builds:
+                return builds[device]
+            several = len(builds) > 1
+            return ", or ".join(f"{how} ({on.upper()})" if several else how for on, how in builds.items())
     for tools in TOOL_CHAINS.values():
         if package in tools.distributions:
             python = "--python 3.12 " if sys.version_info >= (3, 13) else ""  # paddle2onnx has no wheel for 3.13

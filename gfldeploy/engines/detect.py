@@ -1,4 +1,4 @@
-"""One batch through a network and NMS: the step that whatever detects shares."""
+"""Runs one batch through the network and NMS: the step that every use of a detector shares."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def detections_of(
 def check_outputs(
     engine: Engine, outputs: dict[str, NDArray[np.float32]], images: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The scores and boxes that an engine returned for so many images. Raises `EngineError` where they are none."""
+    """The scores and boxes that an engine returned for `images` images. Raises `EngineError` for anything else."""
     if missing := {"scores", "boxes"} - set(outputs):
         raise EngineError(f"{engine.name} returned no {' and no '.join(sorted(missing))}", "Export the model again.")
     if len(outputs["scores"]) != images:

@@ -1,4 +1,4 @@
-"""What oneDNN really executed, read from its own log."""
+"""What oneDNN executed, read from its own log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LoggedConvolution:
     """One executed convolution.
 
     `implementation`: oneDNN's name of it, such as "brgconv_1x1:avx512_core". `shape`: such as
-    "mb1_ic3oc24_ih256oh128kh3sh2dh0ph1_iw320ow160kw3sw2dw0pw1" (oneDNN's benchdnn notation). `ms`: that it took.
+    "mb1_ic3oc24_ih256oh128kh3sh2dh0ph1_iw320ow160kw3sw2dw0pw1" (oneDNN's benchdnn notation). `ms`: how long it took.
     """
 
     precision: str

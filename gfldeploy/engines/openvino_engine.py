@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines import base
-from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import SHARE_RUNS, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
@@ -29,10 +28,10 @@ Shape = tuple[int, ...]
 
 # FP32 has to be said: processors with BF16 use it on their own.
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
-# Input shapes with a compiled model of their own. Each has the weights once more, in its own layout.
+# Input shapes with a compiled model of their own. Each holds a copy of the weights, in its own layout.
 _OWN_MODELS = 4
-# A shape takes another's place when it was asked for more than twice as often, and by this much: compiling takes as
-# long as a few inferences.
+# A shape replaces another when it came more than twice as often, and this many times more: compiling takes as long as a
+# few inferences.
 _LEAD = 16
 _REMEMBERED = 512  # inferences, after which earlier ones count half
 _DYNAMIC: Shape = ()
@@ -42,13 +41,13 @@ _KEPT_KERNELS = 1000
 _TRIM_EVERY = 100  # inferences of that model: its buffers change size all the time, which leaves holes in the heap
 
 
-class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
+class OpenVinoEngine(Engine):
     """`Engine` over OpenVINO's CPU plugin. Every precision runs the bundle's ONNX file, INT8 that of ONNX Runtime.
 
-    The most common input shapes have a compiled model each, the others share one for any shape. That is slower: it
-    fuses fewer operators, and is prepared anew when the shape changes. A model for each shape without bound would fill
-    the memory, and a bounded number in turn would compile all the time where there are more shapes. In INT8 the two
-    differ a little in what they compute; with `EngineOptions.shapes` it is settled beforehand which one runs an input.
+    The most common input shapes have a compiled model each, the others share one for any shape, which is slower: it
+    fuses fewer operators, and is prepared again when the shape changes. A model for every shape would fill the memory,
+    and replacing the oldest of a few would compile all the time. In INT8 results of the two kinds differ a little; with
+    `EngineOptions.shapes` it is fixed in advance which one runs an input.
     """
 
     name = "openvino"
@@ -112,7 +111,7 @@ class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
         spent: Counter[bool] = Counter()
         with self._explained():
             request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
-            for _ in range(base.SHARE_RUNS):
+            for _ in range(SHARE_RUNS):
                 request.infer(dict(inputs))
                 for one in request.profiling_info:
                     spent[one.node_type == "Convolution"] += one.real_time.total_seconds()
@@ -120,18 +119,7 @@ class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
 
     def _request_for(self, shape: Shape) -> Any:
         """An inference request of the model that serves inputs of this shape."""
-        if not self._any_shape or (self._settled and shape not in self._settled):
-            shape = _DYNAMIC
-        self._count(shape)
-        if shape in self._requests:
-            return self._requests[shape]
-        own = [other for other in self._requests if other != _DYNAMIC]
-        if shape != _DYNAMIC and len(own) >= _OWN_MODELS:
-            rarest = min(own, key=self._asked.__getitem__)
-            if self._asked[shape] > 2 * self._asked[rarest] + _LEAD:
-                del self._requests[rarest]
-            else:
-                shape = _DYNAMIC
+        shape = self._model_shape(shape)
         if self._any_shape and shape == _DYNAMIC:
             self._shared += 1
             if self._shared % _TRIM_EVERY == 0:
@@ -140,10 +128,21 @@ class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
             self._requests[shape] = self._compile(shape).create_infer_request()
         return self._requests[shape]
 
-    def _count(self, shape: Shape) -> None:
+    def _model_shape(self, shape: Shape) -> Shape:
+        """The shape itself if it has, or now gets, a model of its own; else that of the model for any shape."""
+        if not self._any_shape or (self._settled and shape not in self._settled):
+            return _DYNAMIC
         self._asked[shape] += 1
         if self._asked.total() > _REMEMBERED:
             self._asked = Counter({other: count // 2 for other, count in self._asked.items() if count > 1})
+        own = [other for other in self._requests if other != _DYNAMIC]
+        if shape in own or len(own) < _OWN_MODELS:
+            return shape
+        rarest = min(own, key=self._asked.__getitem__)
+        if self._asked[shape] <= 2 * self._asked[rarest] + _LEAD:
+            return _DYNAMIC
+        del self._requests[rarest]
+        return shape
 
     def _compile(self, shape: Shape, more: Mapping[str, Any] | None = None) -> Any:
         model = self._network.clone()
@@ -152,7 +151,7 @@ class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": self.options.threads,
             "INFERENCE_PRECISION_HINT": _PRECISIONS[self.options.precision],
-            # Threads that are bound to a processor each would meet those of another process there.
+            # Pinned threads would share their processors with the pinned threads of another process.
             "ENABLE_CPU_PINNING": False,
         }
         if shape != _DYNAMIC:
@@ -188,7 +187,7 @@ class OpenVinoEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
 
     @staticmethod
     def _detail(error: Exception) -> str:
-        """The last line that says something: OpenVINO puts where it happened before what."""
+        """The last line with text: OpenVINO writes where it happened first, then what."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return (lines or [type(error).__name__])[-1]
 

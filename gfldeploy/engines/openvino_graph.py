@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gfldeploy.engines.base import NOT_ASKED, ExecutedConvolution, Precision
-from gfldeploy.engines.ort_graph import FileConvolution, read_file
+from gfldeploy.engines.onnx_file import FileConvolution, read_file
 
 __all__ = ["convolutions", "in_low_precision"]
 
 _CONVOLUTION = "Convolution"
-# What the decode is made of, besides arithmetic of single values: it must stay FP32.
+# Operators of the decode, besides elementwise arithmetic: they must stay FP32.
 _DECODE = {"Softmax", "FullyConnected", "MatMul", "Reduce"}
-# Their factor OpenVINO draws into the convolution before them.
+# OpenVINO fuses their factor into the convolution before them.
 _FACTORS = {"Mul", "Div", "Neg"}
 _PRECISIONS = {"u8": "int8", "i8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
@@ -28,9 +28,9 @@ def convolutions(runtime: Any, source: Any, asked: Precision) -> tuple[ExecutedC
         ran = _told(node, "runtimePrecision")
         precision = _PRECISIONS.get(ran, ran)
         names = _told(node, "originalLayersNames").split(",")
-        # Of what OpenVINO drew into a convolution the first names it: an addition also has the other summand's.
+        # The first of the fused operators names the convolution: an addition also lists that of the other summand.
         one = next((owners[name] for name in map(_plain, names) if name in owners), None)
-        what = node.get_friendly_name() if one is None else _what(one)
+        what = node.get_friendly_name() if one is None else one.what
         found.append(ExecutedConvolution(precision, what, _why(precision, one, asked)))
     return tuple(found)
 
@@ -53,10 +53,6 @@ def _plain(name: str) -> str:
     return name.removesuffix("/WithoutBiases").removesuffix("_original")
 
 
-def _what(one: FileConvolution) -> str:
-    return one.label if one.use is None else f"{one.label} use {one.use}"
-
-
 def _why(precision: str, one: FileConvolution | None, asked: Precision) -> str | None:
     if precision != "fp32":
         return None
@@ -68,10 +64,10 @@ def _why(precision: str, one: FileConvolution | None, asked: Precision) -> str |
 
 
 def _owners(source: Any) -> Mapping[str, FileConvolution]:
-    """By the name of a node, its convolution: itself, or the one whose output alone it takes a multiple of.
+    """The convolution that belongs to a node, by the node's name: itself, or the one whose output it multiplies.
 
-    The latter since OpenVINO multiplies a factor behind a convolution into its weights, and names it after the factor.
-    A node without a name is called after its output.
+    OpenVINO multiplies a factor that follows a convolution into its weights, and names the result after the factor. A
+    node without a name is called after its output.
     """
     by_output = {one.outputs[0]: one for one in read_file(source)}
     owners = {}

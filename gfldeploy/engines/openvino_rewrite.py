@@ -1,4 +1,4 @@
-"""What is changed in a graph before OpenVINO compiles it, so that it runs at all, or faster, or rounds less."""
+"""Changes to a graph before OpenVINO compiles it, so that it runs at all, runs faster, or rounds less."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gfldeploy.engines.base import Precision
 
 __all__ = ["add_operators", "rewrite"]
 
-# What OpenVINO draws into the weights of the convolution before it.
+# OpenVINO fuses these into the weights of the convolution before them.
 _FACTORS = {"Multiply", "Divide", "Negative"}
 
 
@@ -50,7 +50,7 @@ def _deformable_convolution(node: Any) -> list[Any]:
 
 
 def rewrite(model: Any, precision: Precision) -> None:
-    """Change what is to run in `precision` in place, once its input shape is settled."""
+    """Change a model that will run in `precision`, in place; its input shape must have been set."""
     if precision == "bf16":
         _spell_out_products(model)
     if precision == "int8":
@@ -86,8 +86,8 @@ def _spell_out_products(model: Any) -> None:
 def _normalize_by_channel(model: Any) -> None:
     """Write group normalisation as sums over each channel's map, of the floats that the convolution before it gives.
 
-    OpenVINO's own wants a group's channels one behind the other, so that every map is moved from the layout of INT8
-    convolutions and back. Here the variance of a group is the mean of its channels' variances plus the variance of
+    OpenVINO's own needs the channels of a group side by side in memory, so that every map is copied from the layout of
+    INT8 convolutions and back. Here the variance of a group is the mean of its channels' variances plus the variance of
     their means (the law of total variance), all in FP32. The Q/DQ pair behind the convolution, without which ONNX
     Runtime would run that in float, goes: one rounding less.
     """
@@ -268,7 +268,7 @@ def _readers(node: Any) -> list[Any]:
 
 
 def _is_all(node: Any, value: float) -> bool:
-    """Whether `node` is a constant of this value alone."""
+    """Whether `node` is a constant that has only this value."""
     values = _constant(node)
     return values is not None and bool(np.all(values == value))
 

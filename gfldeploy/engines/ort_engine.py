@@ -14,21 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines import base
-from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import (
+    NOT_ASKED,
+    SHARE_RUNS,
+    CopyTimes,
+    Engine,
+    EngineOptions,
+    ExecutedConvolution,
+    Precision,
+    Tensors,
+)
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.engines.tensorrt import cache_directory, example, onnxruntime_options, required, tensorrt_library
+from gfldeploy.engines.tensorrt import TensorRtOptions, cache_directory, example, tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
-__all__ = ["OnnxRuntimeEngine", "OnnxRuntimeTensorRtEngine", "describe_delegation"]
+__all__ = ["OnnxRuntimeEngine", "OnnxRuntimeTensorRtEngine", "describe_delegation", "tensorrt_options"]
 
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
+class OnnxRuntimeEngine(Engine):
     """`Engine` over an ONNX Runtime `InferenceSession`. FP32 and INT8 (QDQ) alike run the bundle's ONNX file."""
 
     name = "onnxruntime"
@@ -70,7 +78,7 @@ class OnnxRuntimeEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolution
         return dict(zip(self._outputs, arrays, strict=True)), CopyTimes.between(start, copied, ran, end)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
-        """What the graph that ONNX Runtime optimised for itself runs; `inputs` make no difference to that."""
+        """From the graph that ONNX Runtime optimised; it is the same for all inputs."""
         import onnx
 
         with scratch_directory() as directory:
@@ -80,17 +88,17 @@ class OnnxRuntimeEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolution
             self._open(options)
             found = convolutions(onnx.load(str(path)), onnx.load(str(self._model)))
         if self.options.precision == "fp32":
-            return tuple(replace(one, why=base.NOT_ASKED) for one in found)
+            return tuple(replace(one, why=NOT_ASKED) for one in found)
         return found
 
     def convolution_share(self, inputs: Tensors) -> float | None:
-        """From ONNX Runtime's profile, in a session of its own; None on a GPU, where it times the launches alone."""
+        """From ONNX Runtime's profile, in a session of its own; None on a GPU, where it times only the launches."""
         if self.options.device == "gpu":
             return None
-        return convolution_share(self._profile(inputs, base.SHARE_RUNS))
+        return convolution_share(self._profile(inputs, SHARE_RUNS))
 
     def _profile(self, inputs: Tensors, runs: int) -> list[dict[str, Any]]:
-        """The events of so many inferences."""
+        """The events of `runs` inferences."""
         with scratch_directory() as directory:
             options = self._session_options()
             options.enable_profiling = True
@@ -127,11 +135,7 @@ class OnnxRuntimeEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolution
 
 
 class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
-    """ONNX Runtime with its TensorRT execution provider; what that does not take runs in CUDA.
-
-    `build_s`: seconds to open the session and run the most common input once, which builds the engine or reads it from
-    the cache. `delegated`: what one inference ran where.
-    """
+    """ONNX Runtime with its TensorRT execution provider; what that does not take runs in CUDA."""
 
     name = "onnxruntime-tensorrt"
     libraries = "CUDA, cuDNN and TensorRT"
@@ -140,7 +144,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         start = time.perf_counter()
         super().__init__(bundle, options, graph)
-        inputs = example(required(options).profile.most_common)
+        inputs = example(TensorRtOptions.of(options).most_common)
         self.infer(inputs)
         self.build_s = time.perf_counter() - start
         # In a session of its own; the engine is in the cache by now.
@@ -148,20 +152,46 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         self.version = f"{self.version}, TensorRT {tensorrt_library()}"
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
-        """None: what TensorRT makes of them is not told; see `delegated`."""
+        """None: TensorRT does not report them; see `delegated`."""
         return ()
 
     def _choose_providers(self, bundle: Bundle) -> list[Any]:
-        tensorrt = required(self.options)
+        tensorrt = TensorRtOptions.of(self.options)
         directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
-        options = onnxruntime_options(self.options.precision, tensorrt, directory)
+        options = tensorrt_options(self.options.precision, tensorrt, directory)
         return [("TensorrtExecutionProvider", options), "CUDAExecutionProvider"]
+
+
+def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:
+    """Provider options of ONNX Runtime's TensorrtExecutionProvider, by the names in its documentation.
+
+    INT8 is by the graph's own Q/DQ: no calibration table. FP16 is not allowed beside it: TensorRT would take it for the
+    box arithmetic too, which FP16 cannot hold. `directory`: of the engine; the timing cache serves all engines.
+    """
+    return {
+        "trt_fp16_enable": str(precision == "fp16"),
+        "trt_int8_enable": str(precision == "int8"),
+        "trt_max_workspace_size": str(options.workspace_mb * 2**20),
+        "trt_min_subgraph_size": str(options.min_subgraph),
+        "trt_profile_min_shapes": _named(options.smallest),
+        "trt_profile_opt_shapes": _named(options.most_common),
+        "trt_profile_max_shapes": _named(options.largest),
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(directory),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(options.cache_dir),
+    }
+
+
+def _named(shape: tuple[int, int, int]) -> str:
+    batch, height, width = shape
+    return f"image:{batch}x3x{height}x{width}"
 
 
 def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:
     """The share of the nodes' time that convolutions took, by an ONNX Runtime profile; None without nodes.
 
-    The first inference is in it: its share differs little, and its nodes are not told apart.
+    The first inference counts too: its share differs little, and its events cannot be told from the others.
     """
     spent: Counter[bool] = Counter()
     for event in events:

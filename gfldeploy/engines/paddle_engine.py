@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,36 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines import base
-from gfldeploy.engines.base import BaseEngine, CopyTimes, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import (
+    NOT_ASKED,
+    SHARE_RUNS,
+    CopyTimes,
+    Engine,
+    EngineOptions,
+    ExecutedConvolution,
+    Precision,
+    Tensors,
+)
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
-from gfldeploy.engines.tensorrt import (
-    Call,
-    cache_directory,
-    example,
-    paddle_calls,
-    required,
-    shape_file,
-    tensorrt_library,
-)
+from gfldeploy.engines.tensorrt import TensorRtOptions, cache_directory, example, tensorrt_library
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
-__all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "apply_calls"]
+__all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "use_tensorrt"]
 
 # Only convolutions leave FP32. Left to itself Paddle also lowers the DFL integral and the box arithmetic: in INT8 the
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
 _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _GPU_POOL_MB = 256
+_TENSORRT_MODES = {"fp32": "Float32", "fp16": "Half", "int8": "Int8"}
+_SHAPES = "shapes.pbtxt"  # those of the tensors inside the graph
 # Merges a reshape into what comes before it, even where something else reads that too: then the graph does not load.
 _BROKEN_PASS = "operator_reshape_onednn_fuse_pass"
 
 
-class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
+class PaddleEngine(Engine):
     """`Engine` over `paddle.inference`.
 
     FP32 and BF16 run the bundle's PIR graph, INT8 its older program: Paddle 3.2 quantises only the latter on CPUs.
@@ -67,7 +69,7 @@ class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
                 raise ValueError(f"it has {given} outputs and not {len(self._outputs)}")
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
-        """What the predictor is made of; `pir`: whether the graph is in the newer format."""
+        """The predictor's settings; `pir`: whether the graph is in the newer format."""
         options = self.options
         config = inference.Config(str(self._model), str(self._params))
         config.disable_glog_info()
@@ -127,7 +129,7 @@ class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
         asked = self.options.precision
         if asked == "int8":
             return explain(ran, program_convolutions(self._model))
-        why = base.NOT_ASKED if asked == "fp32" else f"Paddle left it in f32 when asked for {asked}"
+        why = NOT_ASKED if asked == "fp32" else f"Paddle left it in f32 when asked for {asked}"
         return tuple(
             ExecutedConvolution(
                 one.precision, f"{one.shape} {one.implementation}", why if one.precision == "fp32" else None
@@ -145,7 +147,7 @@ class PaddleEngine(BaseEngine, base.ReportsPrecision, base.TimesConvolutions):
         def run() -> None:
             times.append(self.infer_timed(inputs)[1].inference_ms)
 
-        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(base.SHARE_RUNS)]
+        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(SHARE_RUNS)]
         return statistics.median(shares)
 
     def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
@@ -164,13 +166,11 @@ class PlainPaddleEngine(PaddleEngine):
 class PaddleTensorRtEngine(PaddleEngine):
     """Paddle Inference with TensorRT for the parts of the program that it takes, CUDA for the rest.
 
-    It runs the older program format, whose passes know TensorRT and explicit quantisation. `build_s`: seconds to load
-    it and to run the most common input once, which builds the engine or reads it from the cache. `delegated`: None, as
-    Paddle does not tell.
+    It runs the older program format, whose passes know TensorRT and explicit quantisation. Paddle does not say which
+    parts run in TensorRT.
     """
 
     name = "paddle-tensorrt"
-    delegated: str | None = None
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the program and build it.
@@ -179,21 +179,17 @@ class PaddleTensorRtEngine(PaddleEngine):
         """
         start = time.perf_counter()
         super().__init__(bundle, options, graph)
-        self.infer(example(required(options).profile.most_common))
+        self.infer(example(TensorRtOptions.of(options).most_common))
         self.build_s = time.perf_counter() - start
         self.version = f"{self.version}, TensorRT {tensorrt_library()}"
 
-    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
-        """None: neither Paddle nor TensorRT tells."""
-        return ()
-
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
-        tensorrt = required(self.options)
+        tensorrt = TensorRtOptions.of(self.options)
         directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
-        if not shape_file(directory).exists():
+        if not (directory / _SHAPES).exists():
             self._collect_shapes(inference, super()._configure(inference, bundle, pir), directory)
         config = super()._configure(inference, bundle, pir)
-        apply_calls(config, inference.PrecisionType, paddle_calls(self.options.precision, tensorrt, directory))
+        use_tensorrt(config, inference.PrecisionType, self.options.precision, tensorrt, directory)
         return config
 
     def _collect_shapes(self, inference: Any, config: Any, directory: Path) -> None:
@@ -203,19 +199,31 @@ class PaddleTensorRtEngine(PaddleEngine):
         try:
             with quiet(native_stderr=True):
                 self._predictor = inference.create_predictor(config)
-            shapes = required(self.options).profile
+            shapes = TensorRtOptions.of(self.options)
             for shape in (shapes.smallest, shapes.most_common, shapes.largest):
                 self.infer(example(shape))
             self._predictor = None  # Paddle writes the file when the predictor goes
-            collected.rename(shape_file(directory))
+            collected.rename(directory / _SHAPES)
         except OSError as error:
             raise EngineError(f"Paddle did not collect the shapes that TensorRT needs: {error}", None) from error
 
 
-def apply_calls(config: Any, precision_type: Any, calls: Iterable[Call]) -> None:
-    """Make these calls of a `paddle.inference.Config`."""
-    for call in calls:
-        arguments = dict(call.arguments)
-        if "precision_mode" in arguments:
-            arguments["precision_mode"] = getattr(precision_type, arguments["precision_mode"])
-        getattr(config, call.method)(*call.positional, **arguments)
+def use_tensorrt(config: Any, modes: Any, precision: Precision, options: TensorRtOptions, directory: Path) -> None:
+    """Have a `paddle.inference.Config` build with TensorRT; `modes`: `paddle.inference.PrecisionType`.
+
+    `directory` keeps the serialised engine, and the shapes of the tensors inside the graph, which a run without
+    TensorRT collects before the first build. INT8 is by the program's quantize_linear operators, without calibration.
+    """
+    config.set_optim_cache_dir(str(directory))
+    config.enable_tensorrt_engine(
+        workspace_size=options.workspace_mb * 2**20,
+        max_batch_size=options.largest[0],
+        min_subgraph_size=options.min_subgraph,
+        precision_mode=getattr(modes, _TENSORRT_MODES[precision]),
+        use_static=True,
+        use_calib_mode=False,
+    )
+    shapes = str(directory / _SHAPES)
+    config.enable_tuned_tensorrt_dynamic_shape(shape_range_info_path=shapes, allow_build_at_runtime=True)
+    if precision == "int8":
+        config.enable_tensorrt_explicit_quantization()

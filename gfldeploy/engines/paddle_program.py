@@ -1,4 +1,4 @@
-"""What a Paddle program (`.pdmodel`) asks for, beside what oneDNN executed of it."""
+"""Compares what a Paddle program (`.pdmodel`) asks for with what oneDNN executed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHAPE = re.compile(r"mb\d+_(?:g(\d+))?ic(\d+)oc(\d+)_(?:.*?)kh(\d+)sh(\d+).*?kw
 
 @dataclass(frozen=True)
 class Kind:
-    """What oneDNN tells of a convolution, whatever the size of the picture. `inputs`: channels of all groups."""
+    """What oneDNN's log tells of a convolution, but for the size of the image. `inputs`: channels of all groups."""
 
     groups: int
     inputs: int

@@ -47,8 +47,8 @@ __all__ = [
     "installed_version",
     "load_graph",
     "missing_graph",
+    "obstacle_to",
     "open_engine",
-    "preferred_engine",
     "title_of",
 ]
 
@@ -66,9 +66,16 @@ ONNXRUNTIME = Library(
     {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"},
     {"cpu": "pip install onnxruntime", "gpu": "pip uninstall onnxruntime, then pip install onnxruntime-gpu"},
 )
-_NO_BF16_ON_GPUS = "gfldeploy has no BF16 on GPUs yet"
+_NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
+_NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
+_NO_BF16_IN_ORT = Obstacle(
+    "ONNX Runtime's CPU kernels have no BF16 convolution", "use the engines paddle or openvino for bf16"
+)
+_FP16_FILE_FOR_GPUS = Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or int8 on CPUs")
+_NO_BF16_ON_GPUS = Obstacle("gfldeploy has no BF16 on GPUs yet", "use fp16")
+_NEEDS_TENSORRT = Obstacle("INT8 on GPUs needs TensorRT", "use an engine with TensorRT, or fp16")
 _PLAIN = Obstacle("it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
-_TENSORRT_ON_GPUS = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
+_GPUS_ALONE = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
 
 _BUILT_IN = (
     EngineSpec(
@@ -76,19 +83,9 @@ _BUILT_IN = (
         title="Paddle Inference",
         entry="gfldeploy.engines.paddle_engine:PaddleEngine",
         library=PADDLE,
-        runs={
-            "cpu": {
-                "fp32": "paddle",
-                "fp16": Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs"),
-                "bf16": "paddle",
-                "int8": "paddle_program",  # Paddle's passes for INT8 and for TensorRT know the older format only
-            },
-            "gpu": {
-                "fp32": "paddle",
-                "fp16": "paddle",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
-                "int8": Obstacle("INT8 on GPUs needs TensorRT", "use the engine paddle-tensorrt, or fp16"),
-            },
+        runs={  # Paddle's passes for INT8 and for TensorRT know the older program format only
+            "cpu": {"fp32": "paddle", "fp16": _NO_FP16_IN_ONEDNN, "bf16": "paddle", "int8": "paddle_program"},
+            "gpu": {"fp32": "paddle", "fp16": "paddle", "bf16": _NO_BF16_ON_GPUS, "int8": _NEEDS_TENSORRT},
         },
         rank=3,
         default=True,
@@ -107,11 +104,11 @@ _BUILT_IN = (
         entry="gfldeploy.engines.paddle_engine:PaddleTensorRtEngine",
         library=PADDLE,
         runs={
-            "cpu": _TENSORRT_ON_GPUS,
+            "cpu": _GPUS_ALONE,
             "gpu": {
                 "fp32": "paddle_program",
                 "fp16": "paddle_program",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
+                "bf16": _NO_BF16_ON_GPUS,
                 "int8": "paddle_program",
             },
         },
@@ -124,23 +121,8 @@ _BUILT_IN = (
         entry="gfldeploy.engines.ort_engine:OnnxRuntimeEngine",
         library=ONNXRUNTIME,
         runs={
-            "cpu": {
-                "fp32": "onnx",
-                "fp16": Obstacle(
-                    "ONNX Runtime's CPU kernels have no FP16 convolution: it would convert to FP32 and back",
-                    "use int8 on CPUs",
-                ),
-                "bf16": Obstacle(
-                    "ONNX Runtime's CPU kernels have no BF16 convolution", "use the engines paddle or openvino for bf16"
-                ),
-                "int8": "onnx",
-            },
-            "gpu": {
-                "fp32": "onnx",
-                "fp16": "onnx_fp16",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp32"),
-                "int8": Obstacle("INT8 on GPUs needs TensorRT", "use the engine onnxruntime-tensorrt, or fp16"),
-            },
+            "cpu": {"fp32": "onnx", "fp16": _NO_FP16_IN_ORT, "bf16": _NO_BF16_IN_ORT, "int8": "onnx"},
+            "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": _NEEDS_TENSORRT},
         },
         rank=2,
         default=True,
@@ -152,13 +134,8 @@ _BUILT_IN = (
         entry="gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
         library=ONNXRUNTIME,
         runs={
-            "cpu": _TENSORRT_ON_GPUS,
-            "gpu": {
-                "fp32": "onnx",
-                "fp16": "onnx_fp16",
-                "bf16": Obstacle(_NO_BF16_ON_GPUS, "use fp16"),
-                "int8": "onnx_tensorrt",
-            },
+            "cpu": _GPUS_ALONE,
+            "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
         },
         needs_shapes=True,
         needs_tensorrt=True,
@@ -169,12 +146,7 @@ _BUILT_IN = (
         entry="gfldeploy.engines.openvino_engine:OpenVinoEngine",
         library=Library("openvino", {"cpu": "openvino"}, {"cpu": "pip install openvino"}),
         runs={
-            "cpu": {
-                "fp32": "onnx",
-                "fp16": Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or int8 on CPUs"),
-                "bf16": "onnx",
-                "int8": "onnx",
-            },
+            "cpu": {"fp32": "onnx", "fp16": _FP16_FILE_FOR_GPUS, "bf16": "onnx", "int8": "onnx"},
             "gpu": Obstacle("OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"),
         },
         rank=1,  # by the results in benchmarks/
@@ -318,33 +290,14 @@ def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Dev
     return Obstacle(lacks, "export the model again")
 
 
-def preferred_engine(bundle: Bundle, precision: Precision, device: Device) -> tuple[str, str]:
-    """The engine to run this bundle in where none is named, the fastest that works here, and why, in words.
-
-    Raises `UnsupportedError` where none does.
-    """
-    if problem := check_bundle(bundle, precision):
-        raise UnsupportedError(f"{precision} is not possible: {problem.reason}", f"Remedy: {problem.remedy}.")
-    refused: dict[str, Obstacle] = {}
-    for name in PREFERRED_ENGINES:
-        if obstacle := _obstacle(name, bundle, precision, device):
-            refused[name] = obstacle
-            continue
-        others = "".join(f"; {other}: {why.reason}" for other, why in refused.items())
-        return name, f"first of {', '.join(PREFERRED_ENGINES)} that runs {precision} on {device} here{others}"
-    reasons = "; ".join(f"{name}: {why.reason}" for name, why in refused.items())
-    remedy = refused[PREFERRED_ENGINES[0]].remedy
-    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {remedy}.")
-
-
 def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:
     """Raise `UnsupportedError`, with the reason, where `open_engine` would, before anything is loaded."""
-    if obstacle := _obstacle(engine, bundle, options.precision, options.device):
+    if obstacle := obstacle_to(engine, bundle, options.precision, options.device):
         raise _impossible(engine, options.precision, options.device, obstacle)
 
 
-def _obstacle(engine: str, bundle: Bundle, precision: Precision, device: Device) -> Obstacle | None:
-    """The first of: it does not work here, the bundle is not for this precision, or lacks the graph."""
+def obstacle_to(engine: str, bundle: Bundle, precision: Precision, device: Device) -> Obstacle | None:
+    """Why this engine cannot run this bundle here, or None: it does not work, or the bundle is not made for it."""
     return (
         _unavailable(_spec(engine), precision, device)
         or check_bundle(bundle, precision)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.base import Device, EngineOptions, Obstacle, Precision
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import check_possible, preferred_engine
+from gfldeploy.engines.registry import PREFERRED_ENGINES, check_bundle, check_possible, obstacle_to
+from gfldeploy.errors import UnsupportedError
 
 __all__ = ["select_engine"]
 
@@ -22,14 +23,24 @@ def select_engine(
 ) -> tuple[str, EngineOptions, str]:
     """The engine, its options, and in words why this engine.
 
-    What is None: the engine is the preferred one of those that can run the bundle, the precision is that of the
-    bundle, the device is the CPU, and all threads are used. Raises `UnsupportedError` where nothing here can run it.
+    What is None: the engine is the fastest of those that can run the bundle here, the precision is that of the bundle,
+    the device is the CPU, and all threads are used. Raises `UnsupportedError` where nothing here can run it.
     """
-    options = EngineOptions(
-        precision or bundle.manifest.precision, device or "cpu", threads or usable_threads(), cache_dir=cache_dir
-    )
-    if engine is None:
-        engine, why = preferred_engine(bundle, options.precision, options.device)
-        return engine, options, why
-    check_possible(engine, bundle, options)
-    return engine, options, "as asked for"
+    precision, device = precision or bundle.manifest.precision, device or "cpu"
+    options = EngineOptions(precision, device, threads or usable_threads(), cache_dir)
+    if engine is not None:
+        check_possible(engine, bundle, options)
+        return engine, options, "as asked for"
+    if problem := check_bundle(bundle, precision):
+        raise UnsupportedError(f"{precision} is not possible: {problem.reason}", f"Remedy: {problem.remedy}.")
+    refused: dict[str, Obstacle] = {}
+    for name in PREFERRED_ENGINES:
+        if obstacle := obstacle_to(name, bundle, precision, device):
+            refused[name] = obstacle
+            continue
+        others = "".join(f"; {other}: {why.reason}" for other, why in refused.items())
+        reason = f"first of {', '.join(PREFERRED_ENGINES)} that runs {precision} on {device} here{others}"
+        return name, options, reason
+    reasons = "; ".join(f"{name}: {why.reason}" for name, why in refused.items())
+    remedy = refused[PREFERRED_ENGINES[0]].remedy
+    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {remedy}.")

@@ -1,11 +1,12 @@
-"""From config and checkpoint to a bundle whose every graph was compared with the eager model."""
+"""From config and checkpoint to a bundle of graphs, each compared with the eager model."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +17,28 @@ from gfldeploy._quiet import quiet
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
 from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
 from gfldeploy.detections import NmsParams
-from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph
-from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, summary
+from gfldeploy.errors import ConfigError, DataError, EngineError, GfldeployError, ParityError, UsageError
 from gfldeploy.export import half, parity
-from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, locate_checkpoint, random_weights
-from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
+from gfldeploy.export.checkpoint import load_checkpoint, locate_checkpoint
+from gfldeploy.export.config import DetectorConfig, load_detector_config
+from gfldeploy.export.heads import HEADS, HeadSpec
+from gfldeploy.export.levels import check_levels
+from gfldeploy.export.model_builder import build_model
+from gfldeploy.export.weights import fit_weights, set_random_weights
 from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
+from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import build
 
-__all__ = ["ExportRequest", "export_bundle"]
+__all__ = ["export_bundle"]
+
+StrPath = str | os.PathLike[str]
+InputShape = tuple[int | None, int | None, int | None]
 
 # Three graphs' worth of parameters, the temporary program among them, and the ONNX files.
 _SPACE_FACTOR = 6
@@ -35,231 +46,293 @@ _SPACE_FACTOR = 6
 _NMS_OUTPUT_KEYS = ("name", "return_index", "return_rois_num", "trt")
 
 
-@dataclass(frozen=True)
-class ExportRequest:
-    """What to export.
-
-    `weights`: a `.pdparams` file; None with `random_seed` set builds reproducible random weights instead.
-    `input_shape`: batch, height, width in pixels; None is free. `candidates`: how many anchors of an image the graphs
-    decode, those with the highest scores; None for all; "auto" for `candidates.default_candidates`, or all where these
-    lose something of the pictures that the graphs are compared with.
-    """
-
-    config: Path
-    output: Path
-    weights: Path | None
-    random_seed: int | None = None
-    input_shape: tuple[int | None, int | None, int | None] = (None, None, None)
-    candidates: int | Literal["auto"] | None = "auto"
-    with_nms: bool = False
-    force: bool = False
-    threads: int = 1
-    command: str = ""
-
-
-def export_bundle(request: ExportRequest, report: Callable[[str], None] = lambda stage: None) -> Bundle:
-    """Export, compare with the eager model, publish. No graph is published that differs in the engine that runs it.
+def export_bundle(
+    *,
+    config: StrPath,
+    output: StrPath,
+    weights: StrPath | None = None,
+    random_weights: int | None = None,
+    input_shape: InputShape | None = None,
+    candidates: int | Literal["auto", "all"] = "auto",
+    with_nms: bool = False,
+    threads: int | None = None,
+    force: bool = False,
+    command: str = "",
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Turn a trained GFL into a bundle of graphs that were compared with the PaddleDetection model.
 
     Without the PIR graph nothing is published. The others are left out, with the reason, where they cannot be made or
     differ: not every detector fits FP16, or can be traced as the older program or converted to ONNX.
 
-    Raises `ConfigError`, `CheckpointError`, `ParityError`, `OutputError`, `EngineError`, `MissingDependencyError`.
+    Args:
+        config: PaddleDetection config (.yml) of a GFL.
+        output: The directory of the bundle.
+        weights: Trained checkpoint (.pdparams).
+        random_weights: Seed of reproducible random weights in place of a checkpoint.
+        input_shape: Batch, height and width of the network's input, height and width in pixels; None is free.
+        candidates: How many anchors of an image the graphs decode, those with the highest scores. "auto" is a number
+            that loses nothing of test pictures, or all.
+        with_nms: Add PaddleDetection's own graph with NMS, for its deploy tools. Needs a free input size.
+        threads: CPU threads; all available by default.
+        force: Replace an existing bundle at `output`.
+        command: The command line that the bundle records.
+        progress: Is told what is done.
+
+    Returns:
+        The bundle at `output`.
+
+    Raises:
+        UsageError: Options contradict each other.
+        ConfigError: The config cannot be used.
+        CheckpointError: The checkpoint cannot be used, or does not fit the config.
+        ParityError: The graphs differ from the model.
+        EngineError: Paddle cannot trace or run the model.
+        OutputError: The output cannot be written.
+        MissingDependencyError: A package is not installed.
     """
+    config, output = Path(config), Path(output)
+    checkpoint = Path(weights) if weights is not None else None
     # What is cheap to refuse is refused before Paddle is imported.
-    if isinstance(request.candidates, int) and not 1 <= request.candidates <= MOST_CANDIDATES:
-        raise ConfigError(
-            f"{request.candidates} candidates cannot be chosen in the graph", f"Give 1 to {MOST_CANDIDATES}, or all."
+    if (weights is None) == (random_weights is None):
+        raise UsageError("export needs either --weights or --random-weights", "Give one of them.")
+    if with_nms and input_shape:
+        raise UsageError(
+            "--with-nms goes with a free input size only: PaddleDetection cannot pad to a fixed one", "Leave one out."
         )
-    check_target(request.output, force=request.force)
-    weights = load_checkpoint(request.weights) if request.weights is not None else None
-    report("loading Paddle and building the eager model")
-    config = load_detector_config(request.config)
-    for note in config.notes:
-        report(f"note: {note}")
+    if isinstance(candidates, int) and not 1 <= candidates <= MOST_CANDIDATES:
+        raise UsageError(f"{candidates} candidates cannot be chosen in the graph", f"Give 1 to {MOST_CANDIDATES}.")
+    check_target(output, force=force)
+    arrays = load_checkpoint(checkpoint) if checkpoint is not None else None
+    progress.stage("loading Paddle and building the eager model")
+    loaded = load_detector_config(config)
+    for note in loaded.notes:
+        progress.note(note)
     require("onnxruntime", "comparing the ONNX graph with the eager model")
     require("paddle2onnx", "writing ONNX")
     from paddle.utils import unique_name
 
     with unique_name.guard():  # weights get the same names, whatever this process has built before
-        return _export(request, config, weights, report)
+        shape = input_shape or (None, None, None)
+        preprocess = _preprocess(loaded, shape)
+        nms = _nms_params(loaded)
+        detector = build_model(loaded)
+        if arrays is not None:
+            fit_weights(detector, arrays)
+        else:
+            set_random_weights(detector, random_weights or 0)
+        parameters = sum(int(np.prod(parameter.shape)) for parameter in detector.parameters())
+        need = _SPACE_FACTOR * 4 * parameters
+        with write_bundle(output, force=force, need_bytes=need) as (directory, manifests):
+            images = [parity.parity_images(one, preprocess, seed=0) for one in parity.parity_shapes(preprocess, shape)]
+            check_levels(detector, loaded, preprocess, *images[0].shape[2:])
+            progress.stage("running the eager model for reference")
+            references = [parity.eager_outputs(detector, batch) for batch in images]
+            chosen, notes = _candidates(candidates, shape, nms, references, progress)
+            channels = references[0]["scores"].shape[2]
+            manifest = Manifest(
+                name=loaded.name,
+                precision="fp32",
+                graphs={"paddle": Graph("paddle/model.json", "paddle/model.pdiparams")},
+                inputs=(TensorSpec("image", "float32", (shape[0], 3, *shape[1:])),),
+                outputs=_outputs(shape[0], chosen, channels),
+                preprocess=preprocess,
+                nms=nms,
+                classes=loaded.classes,
+                score_channels=channels,
+                strides=tuple(loaded.strides),
+                reg_max=loaded.reg_max,
+                parameters=parameters,
+                provenance=_provenance(config, checkpoint, random_weights, command),
+                candidates=chosen,
+                notes=(*loaded.notes, *notes),
+            )
+            export = _Export(directory, manifest, detector, images, references, threads or usable_threads(), progress)
+            export.write_graphs(HEADS[loaded.head], with_nms)
+            export.compare_graphs()
+            if with_nms:
+                progress.stage("comparing PaddleDetection's graph with its own forward pass")
+                parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
+            export.add_half()
+            write_json(directory / "parity.json", export.parity_record())
+            _write_infer_cfg(directory / "infer_cfg.yml", export.manifest)
+            if with_nms:
+                shutil.copy(directory / "infer_cfg.yml", directory / "paddledetection" / "infer_cfg.yml")
+            progress.stage(f"publishing {output}")
+            manifests.append(export.manifest)
+    return Bundle.open(output)
 
 
-def _export(
-    request: ExportRequest,
-    config: DetectorConfig,
-    weights: Mapping[str, NDArray[Any]] | None,
-    report: Callable[[str], None],
-) -> Bundle:
-    preprocess = _preprocess(config, request.input_shape)
-    shapes = parity.parity_shapes(preprocess, request.input_shape)
-    nms = _nms_params(config)
-    detector = build_model(config)
-    if weights is not None:
-        fit_weights(detector, weights)
-    else:
-        random_weights(detector, request.random_seed or 0)
-    parameters = sum(int(np.prod(parameter.shape)) for parameter in detector.parameters())
-    with write_bundle(request.output, force=request.force, need_bytes=_SPACE_FACTOR * 4 * parameters) as (
-        directory,
-        manifests,
-    ):
-        images = [parity.parity_images(shape, preprocess, seed=0) for shape in shapes]
-        _check_levels(detector, config, preprocess, *shapes[0][1:])
-        report("running the eager model for reference")
-        references = [parity.eager_outputs(detector, batch) for batch in images]
-        tolerance = parity.TOLERANCE
-        channels = references[0]["scores"].shape[2]
-        candidates, notes = _candidates(request, nms, references, report)
-        graphs, left_out = _write_graphs(detector, directory, request, candidates, images[0][:1], report)
-        manifest = Manifest(
-            name=config.name,
-            precision="fp32",
-            graphs=graphs,
-            inputs=(TensorSpec("image", "float32", (request.input_shape[0], 3, *request.input_shape[1:])),),
-            outputs=_outputs(request, candidates, channels),
-            preprocess=preprocess,
-            nms=nms,
-            classes=config.classes,
-            score_channels=channels,
-            strides=tuple(config.strides),
-            reg_max=config.reg_max,
-            parameters=parameters,
-            provenance=_provenance(request),
-            candidates=candidates,
-            notes=(*config.notes, *notes),
-            left_out=left_out,
-        )
-        found = []
-        for graph in tuple(graph for graph in manifest.graphs if graph != "paddledetection"):
+class _Export:
+    """The graphs of one detector, in a directory that is not published yet.
+
+    `images` and `references`: what the graphs are compared on, and what the eager model gives for it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        detector: Any,
+        images: Sequence[NDArray[np.float32]],
+        references: Sequence[parity.Outputs],
+        threads: int,
+        progress: Progress,
+    ) -> None:
+        self.manifest = manifest
+        self._directory = directory
+        self._detector = detector
+        self._images = images
+        self._references = references
+        self._threads = threads
+        self._progress = progress
+        self._shape: InputShape = (manifest.inputs[0].shape[0], *manifest.inputs[0].shape[2:])  # type: ignore[assignment]
+        self._tolerance = parity.TOLERANCE
+        self._compared: list[parity.GraphComparison] = []
+        self._compared_half: list[parity.GraphComparison] = []
+
+    def write_graphs(self, head: HeadSpec, with_nms: bool) -> None:
+        """Write the graphs, and leave out those that cannot be written. Raises `EngineError` without the PIR graph."""
+        import paddle
+
+        from gfldeploy.export.gfl_graph import fold_batch_norm
+        from gfldeploy.export.onnx_graph import convert
+        from gfldeploy.export.static_graph import save_paddle_graph, save_paddle_program, save_paddledetection_graph
+
+        self._progress.stage("folding BatchNorm and writing the Paddle graphs")
+        paddle_folder, onnx_file = self._directory / "paddle", self._directory / "onnx/model.onnx"
+        for folder in (paddle_folder, onnx_file.parent):
+            folder.mkdir()
+        with quiet():
+            fold_batch_norm(self._detector, paddle.to_tensor(self._images[0][:1]))
+            layer = head.graph()(self._detector, self.manifest.candidates)
+            layer.eval()
             try:
-                compared = _compare(Bundle(directory, manifest), graph, images, references, request.threads, report)
-                if tolerance is parity.TOLERANCE and any(parity.exceeds(one, tolerance) for one in compared):
-                    report("measuring how far rounding alone moves the eager model")
-                    tolerance = parity.tolerance(detector, images)
-                parity.check(compared, tolerance)
-                found += compared
+                save_paddle_graph(layer, paddle_folder, self._shape)
+            except EngineError as error:
+                raise self._suggesting_fixed_size(error) from error
+        self._add("paddle_program", Graph("paddle/model.pdmodel", "paddle/model.pdiparams"))
+        try:
+            with quiet():
+                save_paddle_program(layer, paddle_folder, self._shape)
+        except (EngineError, ParityError) as error:
+            self._leave_out("paddle_program", error)
+        self._progress.stage("writing the ONNX graph")
+        self._add("onnx", Graph("onnx/model.onnx"))
+        try:
+            convert(paddle_folder / "model.json", paddle_folder / "model.pdiparams", onnx_file)
+        except EngineError as error:
+            self._leave_out("onnx", error)
+        write_json(self._directory / LAYERS, _layers(self._detector, onnx_file if onnx_file.exists() else None))
+        if with_nms:
+            self._progress.stage("writing PaddleDetection's graph with NMS")
+            (self._directory / "paddledetection").mkdir()
+            with quiet():
+                save_paddledetection_graph(layer, self._directory / "paddledetection", self._shape)
+            self._add("paddledetection", Graph("paddledetection/model.json", "paddledetection/model.pdiparams"))
+
+    def compare_graphs(self) -> None:
+        """Compare each graph in the engines that run it, and leave out those that differ.
+
+        Raises `EngineError` or `ParityError` for the PIR graph.
+        """
+        for graph in [graph for graph in self.manifest.graphs if graph != "paddledetection"]:
+            self._progress.stage(f"comparing the {graph} graph with the eager model")
+            try:
+                found = self._compare(graph)
+                if self._tolerance is parity.TOLERANCE and any(parity.exceeds(one, self._tolerance) for one in found):
+                    self._progress.stage("measuring how far rounding alone moves the eager model")
+                    self._tolerance = parity.tolerance(self._detector, self._images)
+                parity.check(found, self._tolerance)
+                self._compared += found
             except (EngineError, ParityError) as error:
                 if graph == "paddle":
-                    raise _suggest_fixed_size(error, request) from error
-                manifest = _leave_out(directory, manifest, graph, error, report)
-        if request.with_nms:
-            report("comparing PaddleDetection's graph with its own forward pass")
-            parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
-        halves: list[parity.GraphComparison] = []
-        if manifest.left_out.get("onnx"):
-            manifest = replace(manifest, left_out={**manifest.left_out, "onnx_fp16": "it is made of the ONNX graph"})
+                    raise self._suggesting_fixed_size(error) from error
+                self._leave_out(graph, error)
+
+    def add_half(self) -> None:
+        """Write the FP16 file from the ONNX graph and compare it, or leave it out."""
+        if "onnx" in self.manifest.left_out:
+            left_out = {**self.manifest.left_out, "onnx_fp16": "it is made of the ONNX graph"}
+            self.manifest = replace(self.manifest, left_out=left_out)
+            return
+        self._progress.stage("writing the FP16 ONNX graph and comparing it with the eager model")
+        self._add("onnx_fp16", Graph("onnx/model_fp16.onnx"))
+        try:
+            half.write_half_onnx(self._directory / "onnx/model.onnx", self._directory / "onnx/model_fp16.onnx")
+            found = self._compare("onnx_fp16")
+            parity.check(found, half.TOLERANCE)
+            self._compared_half = found
+        except (EngineError, ParityError) as error:
+            self._leave_out("onnx_fp16", error)
+
+    def parity_record(self) -> dict[str, Any]:
+        """`parity.json`."""
+        fp16: dict[str, Any] = {"tolerance": asdict(half.TOLERANCE)}
+        if self._compared_half:
+            fp16["comparisons"] = [comparison.to_dict() for comparison in self._compared_half]
         else:
-            report("writing the FP16 ONNX graph and comparing it with the eager model")
-            manifest = replace(manifest, graphs={**manifest.graphs, "onnx_fp16": Graph("onnx/model_fp16.onnx")})
-            try:
-                halves = _write_half(Bundle(directory, manifest), images, references, request.threads)
-            except (EngineError, ParityError) as error:
-                manifest = _leave_out(directory, manifest, "onnx_fp16", error, report)
-        write_json(
-            directory / "parity.json",
-            {
-                "reference": "the eager ppdet model, before BatchNorm folding",
-                "tolerance": {"score": tolerance.score, "box_px": tolerance.box_px},
-                "comparisons": [comparison.to_dict() for comparison in found],
-                "fp16": {
-                    "tolerance": {"score": half.TOLERANCE.score, "box_px": half.TOLERANCE.box_px},
-                    **(
-                        {"comparisons": [comparison.to_dict() for comparison in halves]}
-                        if halves
-                        else {"left_out": manifest.left_out["onnx_fp16"]}
-                    ),
-                },
-            },
-        )
-        _write_infer_cfg(directory / "infer_cfg.yml", manifest)
-        if request.with_nms:
-            shutil.copy(directory / "infer_cfg.yml", directory / "paddledetection" / "infer_cfg.yml")
-        report(f"publishing {request.output}")
-        manifests.append(manifest)
-    return Bundle.open(request.output)
+            fp16["left_out"] = self.manifest.left_out["onnx_fp16"]
+        return {
+            "reference": "the eager ppdet model, before BatchNorm folding",
+            "tolerance": asdict(self._tolerance),
+            "comparisons": [comparison.to_dict() for comparison in self._compared],
+            "fp16": fp16,
+        }
 
+    def _compare(self, graph: GraphName) -> list[parity.GraphComparison]:
+        """A graph in every judge that is installed and runs it in FP32 on CPUs.
 
-def _check_levels(detector: Any, config: DetectorConfig, preprocess: Preprocess, height: int, width: int) -> None:
-    """Raise `ConfigError` unless ppdet runs the model on what the reader makes, with a level for each stride.
+        A graph that none runs so (INT8 is made of the program, GPUs run FP16) runs in the first judge that knows it.
+        Raises `EngineError` or `ParityError`.
+        """
+        names = [
+            name
+            for name in JUDGES
+            if ENGINES[name].graph("fp32", "cpu") == graph and capability(name, "fp32", "cpu").works
+        ]
+        names = names or [next(name for name in JUDGES if graph in ENGINES[name].graphs)]
+        bundle, options = Bundle(self._directory, self.manifest), EngineOptions("fp32", "cpu", self._threads)
+        found = []
+        for opened in [load_graph(name, bundle, options, graph) for name in names]:
+            with opened as engine:
+                found += [
+                    parity.compare(graph, engine, batch, reference)
+                    for batch, reference in zip(self._images, self._references, strict=True)
+                ]
+        return found
 
-    `height`, `width`: in pixels, a size that the graphs are compared at; where sizes are free, another is tried too.
-    """
-    sizes = [(height, width)]
-    if not preprocess.fixed and preprocess.pad_stride:
-        sizes.append(_odd(preprocess.pad_stride))
-    levels: list[tuple[int, int]] = []
-    for size in reversed(sizes):
-        found = _levels(detector, size)
-        if isinstance(found, str):
-            remedy = "Check that backbone, neck and head fit together: channels (feat_in_chan), levels (fpn_stride)."
-            for stride in (32, 64, 128):
-                if not isinstance(_levels(detector, _odd(stride)), str):
-                    how = "use such an --input-shape" if preprocess.fixed else "set PadBatch's pad_to_stride to that"
-                    remedy = f"It runs at multiples of {stride} px: {how}."
-                    break
-            raise ConfigError(
-                f"{config.path}: PaddleDetection itself cannot run this model on {size[0]}x{size[1]} px: {found}",
-                remedy,
-            )
-        levels = found
-    actual = [int(2 ** round(np.log2(height * width / (rows * columns)) / 2)) for rows, columns in levels]
-    strides = list(config.strides)
-    if len(levels) != len(strides):
-        raise ConfigError(
-            f"{config.path}: the neck gives {len(levels)} levels, GFLHead's fpn_stride has {len(strides)}: {strides}",
-            f"Set fpn_stride to {actual}, or have the neck give {len(strides)} levels.",
-        )
-    for (rows, columns), stride in zip(levels, strides, strict=True):
-        if abs(height / stride - rows) >= 1 or abs(width / stride - columns) >= 1:
-            raise ConfigError(
-                f"{config.path}: GFLHead's fpn_stride is {strides}, but the level for {stride} has {rows}x{columns} "
-                f"cells of {height}x{width} px",
-                f"Set fpn_stride to {actual}, the strides of the neck's levels in their order.",
-            )
+    def _add(self, graph: GraphName, files: Graph) -> None:
+        self.manifest = replace(self.manifest, graphs={**self.manifest.graphs, graph: files})
 
+    def _leave_out(self, graph: GraphName, error: GfldeployError) -> None:
+        """Take a graph that the error tells against out of the manifest, and its model out of the directory."""
+        problem = error.problem.replace(f"{self._directory}/", "")  # engines name the file that they cannot load
+        self._progress.stage(f"leaving out the {graph} graph: {problem}")
+        (self._directory / self.manifest.graphs[graph].model).unlink(missing_ok=True)
+        graphs = {name: files for name, files in self.manifest.graphs.items() if name != graph}
+        self.manifest = replace(self.manifest, graphs=graphs, left_out={**self.manifest.left_out, graph: problem})
 
-def _odd(stride: int) -> tuple[int, int]:
-    """A height and a width that are multiples of `stride`, and of no larger power of two."""
-    return (3 * stride, 5 * stride)
-
-
-def _levels(detector: Any, size: tuple[int, int]) -> list[tuple[int, int]] | str:
-    """Rows and columns of each level that the neck makes of a picture of this size, or why ppdet cannot run it."""
-    import paddle
-
-    try:
-        with paddle.no_grad(), quiet(native_stderr=True):
-            levels = detector.neck(detector.backbone({"image": paddle.zeros([1, 3, *size])}))
-            if not isinstance(levels, list | tuple):
-                return "the neck gives one level as a tensor, the head takes a list of levels"
-            if len(levels) == len(detector.head.fpn_stride):
-                detector.head(levels)
-            return [(int(level.shape[2]), int(level.shape[3])) for level in levels]
-    except Exception as error:  # noqa: BLE001 - layers that do not fit together may raise anything
-        return summary(error)
-
-
-def _open_judges(bundle: Bundle, graph: GraphName, threads: int) -> list[Engine]:
-    """The graph in every judge that is installed and runs it in FP32 on CPUs.
-
-    A graph that none runs so (INT8 is made of the program, GPUs run FP16) is opened in the first judge that knows it.
-    """
-    names = [
-        name for name in JUDGES if ENGINES[name].graph("fp32", "cpu") == graph and capability(name, "fp32", "cpu").works
-    ]
-    names = names or [next(name for name in JUDGES if graph in ENGINES[name].graphs)]
-    return [load_graph(name, bundle, EngineOptions("fp32", "cpu", threads), graph) for name in names]
+    def _suggesting_fixed_size(self, error: GfldeployError) -> GfldeployError:
+        """The same error, with a fixed input size as the remedy where the size was free: some models need one."""
+        if self._shape[1] is not None:
+            return error
+        remedy = "If the model only works at one size, fix it: --input-shape HEIGHTxWIDTH."
+        return type(error)(f"with a free input size {error.problem}", remedy)
 
 
 def _candidates(
-    request: ExportRequest, nms: NmsParams, references: Sequence[parity.Outputs], report: Callable[[str], None]
+    asked: int | Literal["auto", "all"],
+    shape: InputShape,
+    nms: NmsParams,
+    references: Sequence[parity.Outputs],
+    progress: Progress,
 ) -> tuple[int | None, tuple[str, ...]]:
     """How many anchors of an image the graphs decode, None for all, and what its user must know of that.
 
     `references`: of all anchors, for the pictures that the graphs are compared with.
     """
-    asked, most = request.candidates, max(batch["scores"].shape[1] for batch in references)
-    if asked is None:
+    if asked == "all":
         return None, ()
     default = default_candidates(nms, references[0]["scores"].shape[2])
     kept = "every detection" if nms.keep_top_k == -1 else f"{nms.keep_top_k} detections of an image"
@@ -267,38 +340,24 @@ def _candidates(
         if default is not None and suffice(default, references, nms):
             return default, ()
         why = f"the config keeps {kept}" if default is None else f"{default} do not suffice for test pictures"
-        report(f"all anchors will be decoded: {why}")
+        progress.stage(f"all anchors will be decoded: {why}")
         return None, ()
-    every = None not in request.input_shape[1:] and most <= asked  # no size has more anchors than that
+    most = max(batch["scores"].shape[1] for batch in references)
+    every = None not in shape[1:] and most <= asked  # no size has more anchors than that
     if every or (default is not None and asked >= default and suffice(asked, references, nms)):
         return asked, ()
     note = (
         f"only the {asked} anchors of an image that score highest are decoded, and the config keeps {kept}: detections "
         "that score less than the worst of these anchors may be missing or differ (export --candidates all loses none)"
     )
-    report(f"note: {note}")
+    progress.note(note)
     return asked, (note,)
 
 
-def _outputs(request: ExportRequest, candidates: int | None, channels: int) -> tuple[TensorSpec, ...]:
-    rows = (request.input_shape[0], candidates)
+def _outputs(batch: int | None, candidates: int | None, channels: int) -> tuple[TensorSpec, ...]:
+    rows = (batch, candidates)
     specs = (TensorSpec("scores", "float32", (*rows, channels)), TensorSpec("boxes", "float32", (*rows, 4)))
     return specs if candidates is None else (*specs, TensorSpec("anchors", "int32", rows))
-
-
-def _write_half(
-    bundle: Bundle, images: Sequence[NDArray[np.float32]], references: Sequence[parity.Outputs], threads: int
-) -> list[parity.GraphComparison]:
-    """Write the bundle's FP16 file from its FP32 one. Raises `EngineError` or `ParityError` where it cannot be used."""
-    half.write_half_onnx(bundle.graph("onnx")[0], bundle.graph("onnx_fp16")[0])
-    (opened,) = _open_judges(bundle, "onnx_fp16", threads)
-    with opened as engine:
-        found = [
-            parity.compare("onnx_fp16", engine, batch, reference)
-            for batch, reference in zip(images, references, strict=True)
-        ]
-    parity.check(found, half.TOLERANCE)
-    return found
 
 
 def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int | None]) -> Preprocess:
@@ -335,101 +394,9 @@ def _nms_params(config: DetectorConfig) -> NmsParams:
     if isinstance(values.get("nms_eta"), int | float):
         values["nms_eta"] = min(values["nms_eta"], 1.0)
     try:
-        return NmsParams.from_dict(values)
-    except ConfigError as error:
+        return build(NmsParams, values)
+    except DataError as error:
         raise ConfigError(f"{config.path}: its nms cannot be used: {error.problem}", error.remedy) from error
-
-
-def _compare(
-    bundle: Bundle,
-    graph: GraphName,
-    images: Sequence[NDArray[np.float32]],
-    references: Sequence[parity.Outputs],
-    threads: int,
-    report: Callable[[str], None],
-) -> list[parity.GraphComparison]:
-    """A graph in every engine that is here and runs it on CPUs. Raises `EngineError` or `ParityError`."""
-    report(f"comparing the {graph} graph with the eager model")
-    found = []
-    for opened in _open_judges(bundle, graph, threads):
-        with opened as engine:
-            found += [
-                parity.compare(graph, engine, batch, reference)
-                for batch, reference in zip(images, references, strict=True)
-            ]
-    return found
-
-
-def _leave_out(
-    directory: Path, manifest: Manifest, graph: GraphName, error: GfldeployError, report: Callable[[str], None]
-) -> Manifest:
-    """The manifest without a graph that the error tells against, and the directory without its model."""
-    problem = error.problem.replace(f"{directory}/", "")  # engines name the file that they cannot load
-    report(f"leaving out the {graph} graph: {problem}")
-    (directory / manifest.graphs[graph].model).unlink(missing_ok=True)
-    graphs = {name: files for name, files in manifest.graphs.items() if name != graph}
-    return replace(manifest, graphs=graphs, left_out={**manifest.left_out, graph: problem})
-
-
-def _suggest_fixed_size(error: GfldeployError, request: ExportRequest) -> GfldeployError:
-    """The same error, with a fixed input size as the remedy where the size was free: some models bind themselves."""
-    if request.input_shape[1] is not None:
-        return error
-    remedy = "If the model only works at one size, fix it: --input-shape HEIGHTxWIDTH"
-    return type(error)(f"with a free input size {error.problem}", f"{remedy}.")
-
-
-def _write_graphs(
-    detector: Any,
-    directory: Path,
-    request: ExportRequest,
-    candidates: int | None,
-    image: NDArray[np.float32],
-    report: Callable[[str], None],
-) -> tuple[dict[GraphName, Graph], dict[GraphName, str]]:
-    """Write the graphs, and say why for those that cannot be. `image` [1, 3, H, W]: of a size that the model takes."""
-    import paddle
-
-    from gfldeploy.export.gfl_graph import GflGraph, fold_batch_norm
-    from gfldeploy.export.onnx_graph import convert
-    from gfldeploy.export.static_graph import save_paddle_graph, save_paddle_program, save_paddledetection_graph
-
-    report("folding BatchNorm and writing the Paddle graphs")
-    for folder in ("paddle", "onnx"):
-        (directory / folder).mkdir()
-    with quiet():
-        fold_batch_norm(detector, paddle.to_tensor(image))
-        layer = GflGraph(detector, candidates)
-        layer.eval()
-        try:
-            save_paddle_graph(layer, directory / "paddle", request.input_shape)
-        except EngineError as error:
-            raise _suggest_fixed_size(error, request) from error
-    graphs: dict[GraphName, Graph] = {"paddle": Graph("paddle/model.json", "paddle/model.pdiparams")}
-    left_out: dict[GraphName, str] = {}
-    try:
-        with quiet():
-            save_paddle_program(layer, directory / "paddle", request.input_shape)
-        graphs["paddle_program"] = Graph("paddle/model.pdmodel", "paddle/model.pdiparams")
-    except (EngineError, ParityError) as error:
-        left_out["paddle_program"] = error.problem
-    report("writing the ONNX graph")
-    try:
-        convert(directory / "paddle/model.json", directory / "paddle/model.pdiparams", directory / "onnx/model.onnx")
-        graphs["onnx"] = Graph("onnx/model.onnx")
-    except EngineError as error:
-        left_out["onnx"] = error.problem.replace(f"{directory}/", "")
-        (directory / "onnx/model.onnx").unlink(missing_ok=True)
-    for graph, why in left_out.items():
-        report(f"leaving out the {graph} graph: {why}")
-    write_json(directory / LAYERS, _layers(detector, directory / "onnx/model.onnx" if "onnx" in graphs else None))
-    if request.with_nms:
-        report("writing PaddleDetection's graph with NMS")
-        (directory / "paddledetection").mkdir()
-        with quiet():
-            save_paddledetection_graph(layer, directory / "paddledetection", request.input_shape)
-        graphs["paddledetection"] = Graph("paddledetection/model.json", "paddledetection/model.pdiparams")
-    return graphs, left_out
 
 
 def _layers(detector: Any, onnx_file: Path | None) -> dict[str, str]:
@@ -464,17 +431,17 @@ def _write_infer_cfg(path: Path, manifest: Manifest) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def _provenance(request: ExportRequest) -> dict[str, Any]:
+def _provenance(config: Path, checkpoint: Path | None, seed: int | None, command: str) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     versions |= {name: version for name, version in installed_packages().items() if version}
     weights = (
-        {"file": request.weights.name, "sha256": sha256(locate_checkpoint(request.weights))}
-        if request.weights is not None
-        else {"random_seed": request.random_seed or 0}
+        {"file": checkpoint.name, "sha256": sha256(locate_checkpoint(checkpoint))}
+        if checkpoint is not None
+        else {"random_seed": seed}
     )
     return {
-        "config": {"file": request.config.name, "sha256": sha256(request.config)},
+        "config": {"file": config.name, "sha256": sha256(config)},
         "weights": weights,
         "versions": versions,
-        "command": request.command,
+        "command": command,
     }

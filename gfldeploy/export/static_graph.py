@@ -30,11 +30,10 @@ def save_paddle_program(layer: Any, directory: Path, shape: InputShape) -> None:
     Raises `EngineError` if Paddle cannot trace the layer, `ParityError` if the program would need other parameters,
     `OutputError` if it cannot be written.
     """
-    from gfldeploy.export.gfl_graph import GflGraph
     from gfldeploy.export.program_mode import program_mode
 
     # A layer already traced for PIR cannot be traced again: a second one over the same sublayers can.
-    program_layer = GflGraph(layer, layer.candidates)
+    program_layer = type(layer)(layer, layer.candidates)
     program_layer.half_projection = layer.half_projection
     program_layer.eval()
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
@@ -66,11 +65,10 @@ def save_paddledetection_graph(layer: Any, directory: Path, shape: InputShape) -
     """Write PaddleDetection's graph, NMS included, as `model.json` and `model.pdiparams`."""
     import paddle
 
-    from gfldeploy.export.gfl_graph import GflGraph, GflNmsGraph
+    from gfldeploy.export.gfl_graph import GflNmsGraph
 
     batch, height, width = shape
-    graph = GflGraph(layer)
-    nms_layer = GflNmsGraph(graph)
+    nms_layer = GflNmsGraph(type(layer)(layer))
     nms_layer.eval()
     spec = [
         paddle.static.InputSpec([batch, 2], "float32", name="im_shape"),

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 from gfldeploy.errors import DataError, reading
 from gfldeploy.images.decode import image_size
 from gfldeploy.images.formats import IMAGE_SUFFIXES
+from gfldeploy.text import first_of
 
 __all__ = [
     "ClassMatch",
@@ -502,6 +503,4 @@ def _short(value: object) -> str:
 
 
 def _first(items: Iterable[object]) -> str:
-    every = [str(item) for item in items]
-    shown = ", ".join(one if len(one) <= 200 else f"{one[:100]} ..." for one in every[:_SHOWN])
-    return f"{shown} and {len(every) - _SHOWN} more" if len(every) > _SHOWN else shown
+    return first_of(items, _SHOWN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -141,22 +141,6 @@ class Preprocess:
         else:
             values |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "is_scale": False, "norm_type": "none"}
         return cls(**values)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`. Raises `ConfigError` for unknown or missing keys and unusable values."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(map(str, set(data) - known)):
-            raise ConfigError(
-                f"unknown preprocessing keys: {', '.join(unknown)}", f"Known: {', '.join(sorted(known))}."
-            )
-        if "target_size" not in data:
-            raise ConfigError("the preprocessing has no target_size", "Give it as [height, width].")
-        return cls(**{name: _as_tuple(value) for name, value in data.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, with lists for tuples, ready for JSON or YAML."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def to_infer_cfg(self) -> list[dict[str, Any]]:
         """The `Preprocess` list of PaddleDetection's infer_cfg.yml, as its own export writes it (PadStride, no Decode).

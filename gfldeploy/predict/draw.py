@@ -1,4 +1,4 @@
-"""Pictures and videos with the boxes drawn in."""
+"""Pictures and videos with boxes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.errors import OutputError
+from gfldeploy.files import writing
 from gfldeploy.images.decode import load_cv2, read_image
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.predict.fonts import missing_glyphs, runs
 from gfldeploy.predict.outputs import read_records
 from gfldeploy.predict.resume import Record
 from gfldeploy.predict.sources import video_frames, video_rate
+from gfldeploy.text import first_of
 
 __all__ = ["colour", "draw_all", "draw_boxes", "drawing_notes"]
 
@@ -30,14 +32,14 @@ _DEFAULT_RATE = 25.0  # frames a second of a video that does not say
 _PLAYED = ("avc1", "vp09")  # by browsers too: H.264, VP9
 _MOST_STEM_BYTES = 200
 _MOST_SHOWN = 5  # characters that a note names
-_GOLDEN = 0.618034  # steps around the circle of hues that never come close to one another
+_GOLDEN = 0.618034  # steps around the circle of hues that stay apart from one another
 
 
 def draw_all(records: Path, directory: Path, threshold: float) -> Iterator[int]:
     """Draw every image of a `detections.jsonl` into `directory`, which exists, and yield how many are done.
 
-    Detections that score at least `threshold` are drawn. Images become `NUMBER-NAME.jpg`, a video `NUMBER-NAME.mp4`,
-    by the number of their (first) line, from 1. What is there already is left. Raises `OutputError` and `DataError`.
+    Detections that score at least `threshold` are drawn. Images become `NUMBER-NAME.jpg`, a video `NUMBER-NAME.mp4`, by
+    the number of their (first) line, from 1. Files that exist are left. Raises `OutputError` and `DataError`.
     """
     numbered = enumerate(read_records(records), start=1)
     for (name, moving), lines in groupby(numbered, lambda line: (line[1]["file"], "frame" in line[1])):
@@ -46,10 +48,7 @@ def draw_all(records: Path, directory: Path, threshold: float) -> Iterator[int]:
 
 
 def draw_boxes(image: NDArray[np.uint8], detections: Sequence[Record], threshold: float = 0.0) -> NDArray[np.uint8]:
-    """A copy of the image, RGB uint8 [h, w, 3], with boxes and labels; the best lie on top.
-
-    `detections` are those of a line of `detections.jsonl`.
-    """
+    """A copy of the image, RGB uint8 [h, w, 3], with boxes and labels, the best on top; `detections`: `records()`."""
     from PIL import Image, ImageDraw
 
     picture = Image.fromarray(image)
@@ -62,7 +61,7 @@ def draw_boxes(image: NDArray[np.uint8], detections: Sequence[Record], threshold
         draw.rectangle((x, y, x + max(width, 1), y + max(height, 1)), outline=fill, width=line)
         pieces = list(runs(f"{one['class']} {one['score']:.2f}", size))
         widths = [draw.textlength(text, font=font) for text, font in pieces]
-        # Fonts differ in where they begin: all stand on one baseline.
+        # Fonts differ in height: all stand on one baseline.
         extents = [draw.textbbox((0, 0), text, font=font, anchor="ls") for text, font in pieces]
         top, bottom = min(one[1] for one in extents), max(one[3] for one in extents)
         width, height = sum(widths), bottom - top
@@ -70,9 +69,7 @@ def draw_boxes(image: NDArray[np.uint8], detections: Sequence[Record], threshold
         label_x = max(0.0, min(x, image.shape[1] - width - 4))
         label_y = y - height - 4 if y >= height + 4 else max(y, 0.0)
         draw.rectangle((label_x, label_y, label_x + width + 4, label_y + height + 4), fill=fill)
-        ink = (
-            "black" if sum(weight * part for weight, part in zip((0.3, 0.6, 0.1), fill, strict=True)) > 128 else "white"
-        )
+        ink = "black" if np.dot((0.3, 0.6, 0.1), fill) > 128 else "white"
         pen = label_x + 2
         for (text, font), advance in zip(pieces, widths, strict=True):
             draw.text((pen, label_y + 2 - top), text, fill=ink, font=font, anchor="ls")
@@ -81,20 +78,19 @@ def draw_boxes(image: NDArray[np.uint8], detections: Sequence[Record], threshold
 
 
 def colour(category: int) -> tuple[int, int, int]:
-    """RGB, 0 to 255: the same for a class everywhere, and far from those of its neighbours."""
+    """RGB, 0 to 255, of a class id: always the same, and far from those of the next ids."""
     red, green, blue = colorsys.hsv_to_rgb(category * _GOLDEN % 1, 0.85, (1.0, 0.8)[category % 2])
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
-    """Sentences about what pictures, and `videos` if there are any, will not show as it should be."""
+    """Sentences about what pictures, and videos if there are any, will not show as they should."""
     notes = []
     if missing := missing_glyphs(classes):
-        shown = "".join(missing[:_MOST_SHOWN]).encode("unicode_escape").decode()
-        more = f" and {len(missing) - _MOST_SHOWN} more" if len(missing) > _MOST_SHOWN else ""
+        codes = (char.encode("unicode_escape").decode() for char in missing)
         notes.append(
-            f"no font here has {shown}{more}, so pictures show codes for it; install one that has, such as the package "
-            "fonts-noto-cjk"
+            f"no font here has {first_of(codes, _MOST_SHOWN)}: pictures show such codes; install a font that has these "
+            "characters, such as the package fonts-noto-cjk"
         )
     if videos:
         with tempfile.TemporaryDirectory() as folder:
@@ -106,10 +102,7 @@ def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
 
 
 def _video_writer(path: Path, rate: float, size: tuple[int, int]) -> tuple[Any, str | None]:
-    """A `cv2.VideoWriter` in the first codec that this OpenCV has, and which; None where it cannot write at all.
-
-    The name of `path` is ASCII; that of its folder may be any.
-    """
+    """A `cv2.VideoWriter`, and the first codec that this OpenCV has, or None. The name of `path` is ASCII."""
     cv2 = load_cv2()
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     # Not by its name, as OpenCV crashes on one that is not UTF-8.
@@ -117,8 +110,7 @@ def _video_writer(path: Path, rate: float, size: tuple[int, int]) -> tuple[Any, 
     try:
         for codec in (*_PLAYED, "mp4v"):
             fourcc = cv2.VideoWriter_fourcc(*codec)
-            open_writer = functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size)
-            writer, _ = heard(open_writer)
+            writer, _ = heard(functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size))
             if writer.isOpened():
                 return writer, codec
         return writer, None
@@ -146,15 +138,13 @@ def _write_jpeg(target: Path, image: NDArray[np.uint8]) -> None:
     encoded, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
     if not encoded:
         raise OutputError(f"OpenCV cannot encode {target}", "Leave --draw out.")
-    try:
+    with writing(target):
         partial.write_bytes(data.tobytes())
         partial.replace(target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}", "Free some space.") from error
 
 
 def _name(number: int, path: Path, suffix: str) -> str:
-    """Of a picture: no longer than any file system takes."""
+    """The name of a picture, short enough for any file system."""
     stem = os.fsencode(path.stem)
     if len(stem) > _MOST_STEM_BYTES:
         stem = stem[:_MOST_STEM_BYTES].decode("utf-8", "ignore").encode()

@@ -13,12 +13,10 @@ from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy
-from gfldeploy.tune.search import Policy
 
 __all__ = ["Choice", "choose"]
 
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
-_ORDERS: dict[Policy, Order] = {"single": "bucketed", "grouped": "bucketed", "in-order": "listed"}
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,13 @@ def choose(
         deploy = Deploy.read(source)
         bundle = Bundle.open(deploy.bundle_path(source))
         notes = tuple(_differences(deploy, bundle))
-        choice = deploy.choice
+        cell = deploy.choice.cell
         if (engine, precision, device) == (None, None, None):
             why = f"as {source.name} says"
-        engine, precision = engine or choice.engine, precision or choice.precision
-        device = device or choice.device
-        threads, batch_size = threads or choice.threads, batch_size or choice.batch_size
-        order = order or _ORDERS[choice.policy]
+        engine, precision = engine or cell.engine, precision or cell.precision
+        device = device or cell.device
+        threads, batch_size = threads or cell.threads, batch_size or cell.batch_size
+        order = order or (cell.order if cell.batch_size > 1 else None)
     elif source.is_dir():
         bundle = Bundle.open(source)
     else:

@@ -1,4 +1,4 @@
-"""Text in any script: for each character a font of the system that has it, and an escape where none does."""
+"""Text in any script: for each character a font of the system that has it, else an escape."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUFFIXES = (".otf", ".ttc", ".ttf")
 _NO_CHARACTER = "\U0010ffff"  # no font has it: its picture is that of every character that a font lacks
 _PROBED_SIZE = 16
 _MOST_CHARACTERS = 80
-# The plainest first; of those, by name, so that a machine always takes the same.
+# The plainest fonts first, and among equals by name, so that a machine always takes the same.
 _PLAIN = ("sans", "regular")
 _SPECIAL = ("bold", "condensed", "italic", "light", "mono", "oblique", "serif", "thin")
 
@@ -29,15 +29,14 @@ _SPECIAL = ("bold", "condensed", "italic", "light", "mono", "oblique", "serif", 
 def runs(text: str, size: int) -> Iterator[tuple[str, Font]]:
     """The text, or its first 80 characters, in pieces of one font each, to be drawn one after the other.
 
-    Characters that no font has are the letter without its accent or, like control characters, a code such as
-    `\\u4e2d`.
+    Characters that no font has become the letter without its accent or, like control characters, a code (`\\u4e2d`).
     """
     text = unicodedata.normalize("NFC", text)
     if len(text) > _MOST_CHARACTERS:
         text = text[: _MOST_CHARACTERS - 3] + "..."
     placed: list[tuple[str, Path | None]] = []
     for char in text:
-        if _joins(char):  # in the font of the character before it, and left out where that has none
+        if _joins(char):  # in the font of the character before it, and left out if that font lacks it
             placed += [(char, placed[-1][1])] if placed and _has(placed[-1][1], char) else []
         elif _has_none(char):
             base = unicodedata.normalize("NFD", char)[0]  # a letter without its accent
@@ -68,7 +67,7 @@ def _has_none(char: str) -> bool:
 
 @cache
 def _font_of(char: str) -> Path | None:
-    """The font of the system that has this character; None for Pillow's own, or where none has it."""
+    """The font of the system that has this character; None for Pillow's own, or if none has it."""
     if char.isspace() or _has(None, char):
         return None
     return next((path for path in _system_fonts() if _has(path, char)), None)

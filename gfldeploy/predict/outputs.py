@@ -90,12 +90,12 @@ def write_outputs(
     reasons: list[str] = []
     with ExitStack() as stack:
         lines = stack.enter_context((directory / DETECTIONS).open("x", encoding="utf-8"))
-        results = stack.enter_context(_List(directory / COCO, "[", "]"))
+        results = stack.enter_context(_JsonList(directory / COCO, "[", "]"))
         listed = None
         if image_ids is None:
             named = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
             tail = f'], "categories": {json.dumps(named)}, "annotations": []}}'
-            listed = stack.enter_context(_List(directory / IMAGES, '{"images": [', tail))
+            listed = stack.enter_context(_JsonList(directory / IMAGES, '{"images": [', tail))
         for index, record in enumerate(records):
             shown = [one for one in record.get("detections", ()) if one["score"] >= threshold]
             may_lack = record.get("may_lack_below", 0.0) > threshold
@@ -128,7 +128,7 @@ def read_records(path: Path) -> Iterator[Record]:
             yield json.loads(line)
 
 
-class _List:
+class _JsonList:
     """A JSON list in a file, written entry by entry between `head` and `tail`; a context manager."""
 
     def __init__(self, path: Path, head: str, tail: str) -> None:
@@ -136,7 +136,7 @@ class _List:
         self._tail, self._empty = tail, True
         self._file.write(head)
 
-    def __enter__(self) -> _List:
+    def __enter__(self) -> _JsonList:
         return self
 
     def __exit__(self, *_: object) -> None:

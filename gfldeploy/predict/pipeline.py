@@ -13,10 +13,10 @@ import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,27 +127,25 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
 
     Errors of that thread are raised here. Closing the iterator ends the thread after its current item.
     """
-    ready: queue.Queue[_Ready[T]] = queue.Queue(most)
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(most)  # neither: the end
     stopped = threading.Event()
 
-    def put(one: _Ready[T]) -> bool:
+    def put(item: T | None = None, error: BaseException | None = None) -> None:
         while not stopped.is_set():
-            try:
-                ready.put(one, timeout=0.1)  # to look whether anybody is still there
-            except queue.Full:
-                continue
-            return True
-        return False
+            with suppress(queue.Full):
+                ready.put((item, error), timeout=0.1)  # then look whether anybody is still there
+                return
 
     def work() -> None:
         iterator = iter(items)
         try:
             for item in iterator:
-                if not put(_Ready(item)):
+                put(item)
+                if stopped.is_set():
                     return
-            put(_Ready())
+            put()
         except BaseException as error:  # noqa: BLE001 - raised in the other thread
-            put(_Ready(error=error))
+            put(error=error)
         finally:
             if isinstance(iterator, Generator):
                 iterator.close()
@@ -156,24 +154,16 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
     thread.start()
     try:
         while True:
-            one = ready.get()
-            if one.error is not None:
-                raise one.error
-            if one.item is None:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
                 return
-            yield one.item
+            yield item
     finally:
         stopped.set()
         if thread is not threading.current_thread():  # where the garbage collector closes what was left unfinished
             thread.join()
-
-
-@dataclass(frozen=True)
-class _Ready(Generic[T]):
-    """An item, or an error, or neither: the end."""
-
-    item: T | None = None
-    error: BaseException | None = None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What there is to detect in: files, folders of them, videos, arrays. Each image has its size before its pixels."""
+"""The inputs of detection: files, folders, videos, arrays. The size of an image is known before its pixels."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_file, read_image, size_of
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
 from gfldeploy.images.native_stderr import heard
+from gfldeploy.text import first_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -50,8 +51,8 @@ VIDEO_SUFFIXES = frozenset(
 Image: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.uint8] | PilImage"
 ColorOrder: TypeAlias = Literal["rgb", "bgr"]
 
-# How containers begin, (place, bytes). FFmpeg itself would also follow playlists (HLS, DASH, concat scripts), which
-# name other files and addresses.
+# The bytes of containers at a place of their header. FFmpeg itself would also follow playlists (HLS, DASH, concat
+# scripts), which name other files and addresses.
 _CONTAINERS = (
     *((4, kind) for kind in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")),  # MP4, QuickTime
     *((0, kind) for kind in (b"\x1a\x45\xdf\xa3", b"FLV", b"OggS", b"DKIF")),  # Matroska, Flash, Ogg, IVF
@@ -59,10 +60,10 @@ _CONTAINERS = (
     (8, b"AVI "),
 )
 _TRANSPORT_PACKETS = (188, 192)  # of MPEG-TS: every one begins with 0x47, here after 0 or 4 bytes
-_HEAD = 1 << 10
-# Of the frames that a video says it has, those whose sizes are asked for; 4 days at 25 a second.
+_HEADER_BYTES = 1 << 10
+# Of the frames that a video says it has, as many are counted before it is read; 4 days at 25 a second.
 _MOST_FRAMES = 10_000_000
-# A video ends early where more of its frames and more of its time are missing than containers are wrong by.
+# A video ends early if it lacks more frames and more time than containers are wrong by.
 _MISSING_SHARE, _MISSING_FRAMES = 0.01, 2
 _MOST_RATE = 1000.0  # frames a second
 _MOST_KINDS = 5  # that a note names
@@ -70,11 +71,10 @@ _MOST_KINDS = 5  # that a note names
 
 @dataclass(frozen=True)
 class Picture:
-    """One image to come.
+    """One image before it is read.
 
-    `source`: the file, its content, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in pixels; None where it cannot
-    be had, which `error` explains. `frame`, from 0, and `time_s`, seconds from its beginning: of a frame of the video
-    `name`.
+    `source`: the file, its content, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in pixels; None if it is not
+    known, which `error` explains. `frame`, from 0, and `time_s`, in seconds: of a frame of the video `name`.
     """
 
     name: str
@@ -111,18 +111,14 @@ def picture_of(image: Image, color: ColorOrder = "rgb") -> Picture:
             )
         pixels = np.ascontiguousarray(image[..., ::-1] if color == "bgr" else image)
         return Picture("array", pixels, (image.shape[0], image.shape[1]))
-    if isinstance(image, bytes):
-        try:
-            return Picture("bytes", image, size_of(io.BytesIO(image), "the image"))
-        except DataError as error:
-            return Picture("bytes", image, None, error)
-    if isinstance(image, str | os.PathLike):
-        path = Path(image)
-        try:
-            return Picture(str(image), path, image_size(path))
-        except DataError as error:
-            return Picture(str(image), path, None, error)
-    return _pil_picture(image)
+    if not isinstance(image, bytes | str | os.PathLike):
+        return _pil_picture(image)
+    name, source = ("bytes", image) if isinstance(image, bytes) else (str(image), Path(image))
+    try:
+        size = image_size(source) if isinstance(source, Path) else size_of(io.BytesIO(source))
+    except DataError as error:
+        return Picture(name, source, None, error)
+    return Picture(name, source, size)
 
 
 def _pil_picture(image: PilImage) -> Picture:
@@ -162,9 +158,11 @@ def pictures(inputs: Iterable[Path]) -> Iterator[Picture]:
 
 
 def is_video(path: Path) -> bool:
-    """By the name; where that is of neither images nor videos, by how the file begins."""
+    """By the name; if that is of neither images nor videos, by the header of the file."""
     suffix = path.suffix.lower()
-    return suffix in VIDEO_SUFFIXES or (suffix not in IMAGE_SUFFIXES and _is_container(path) and not _is_image(path))
+    if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        return suffix in VIDEO_SUFFIXES
+    return _is_container(path) and _header(path)[8:12] not in (b"avif", b"avis")  # an AVIF begins as an MP4 does
 
 
 def list_inputs(
@@ -172,10 +170,9 @@ def list_inputs(
 ) -> list[Path]:
     """The files named, each once, and in place of a folder the images and videos below it, sorted, folder by folder.
 
-    Links are followed, each folder once. `exclude`: folders that are left out. Hidden files and folders are left out
-    too, and so are pipes, devices, folders that cannot be read, and files that are no images or videos by their names:
-    `note` is called with a sentence about those. Raises `DataError` for what is not there, and for a folder without
-    images.
+    Links are followed, each folder once. Left out are the folders `exclude`, hidden files and folders, and, with a
+    sentence to `note`: pipes, devices, folders that cannot be read, and files that are no images or videos by name.
+    Raises `DataError` for what is not there, and for a folder without images.
     """
     found: list[Path] = []
     walk = _Walk(inputs, exclude)
@@ -204,7 +201,7 @@ def list_inputs(
 
 
 class _Walk:
-    """What there is below folders, and what of it is left out. `repeated`: some folder was met again."""
+    """The files below folders, and what of them is left out. `repeated`: some folder was met again."""
 
     def __init__(self, inputs: Sequence[Path], exclude: Sequence[Path]) -> None:
         self.repeated = False
@@ -238,22 +235,20 @@ class _Walk:
                     yield path
 
     def told(self) -> list[str]:
-        """Sentences."""
+        """Sentences about what is left out."""
         told = []
         if self._others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._others.most_common(_MOST_KINDS))
             more = ", ..." if len(self._others) > _MOST_KINDS else ""
             told.append(f"skipped {self._others.total()} files that are no images or videos by name: {kinds}{more}")
         if self._special:
-            more = f" and {len(self._special) - 1} more" if len(self._special) > 1 else ""
-            told.append(f"skipped {self._special[0]}{more}: no regular file")
+            told.append(f"skipped {first_of(self._special)}: no regular file")
         if self._unread:
-            more = f" and {len(self._unread) - 1} more" if len(self._unread) > 1 else ""
-            told.append(f"cannot read the folder {self._unread[0]}{more}")
+            told.append(f"cannot read the folder {first_of(self._unread)}")
         return told
 
     def _enters(self, path: Path, root: Path) -> bool:
-        """Whether to go into this folder: not where a link leads to what is found by its own name."""
+        """Whether to go into this folder: not if a link leads to a folder that is found by its own name."""
         if path.name[0] == "." or path.resolve() in self._exclude:
             return False
         target = path.resolve()
@@ -266,9 +261,9 @@ class _Walk:
 
 
 def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
-    """(h, w) in pixels of every image of these files, None where it cannot be read.
+    """(h, w) in pixels of every image of these files, None if it cannot be read.
 
-    Of a video by what its header says, which may be wrong: as many as that has frames, within reason, at least one.
+    Of a video, of as many frames as its header says, which may be wrong: at least one.
     """
     for path in inputs:
         if is_video(path):
@@ -277,34 +272,26 @@ def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
             yield picture_of(path).size
 
 
-def _head(path: Path) -> bytes:
+def _header(path: Path) -> bytes:
     with open_file(path, most_bytes=None) as file:
-        return file.read(_HEAD)
+        return file.read(_HEADER_BYTES)
 
 
 def _is_container(path: Path) -> bool:
     """Whether it begins as a video file does, and not as a list of others."""
     try:
-        head = _head(path)
+        header = _header(path)
     except DataError:
         return False
-    if any(head.startswith(kind, place) for place, kind in _CONTAINERS):
-        return True
-    return any(
-        len(head) > 2 * step and all(head[place] == 0x47 for place in range(step - 188, len(head), step))
+    return any(header.startswith(kind, place) for place, kind in _CONTAINERS) or any(
+        len(header) > 2 * step and all(header[place] == 0x47 for place in range(step - 188, len(header), step))
         for step in _TRANSPORT_PACKETS
     )
 
 
-def _is_image(path: Path) -> bool:
-    """An AVIF begins as an MP4 does."""
-    return _head(path)[8:12] in (b"avif", b"avis")
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A `cv2.VideoCapture` that decodes in one thread, as the engine has the others; None for what cannot be read, and
-    for frames of more than `MAX_PIXELS`."""
+    """A `cv2.VideoCapture` that decodes in one thread; None if it cannot be read, or a frame exceeds `MAX_PIXELS`."""
     cv2 = load_cv2()
     if not _is_container(path):
         yield None
@@ -321,7 +308,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _frame_size(capture: Any) -> tuple[int, int]:
-    """Height and width by the header."""
+    """Height and width by the video's header."""
     cv2 = load_cv2()
     return int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
 
@@ -350,23 +337,19 @@ def video_rate(path: Path) -> float:
 
 
 def video_frames(path: Path) -> Iterator[Picture]:
-    """Its frames in order, as they are to be shown: turned where the file says so.
+    """Its frames in order, turned if the file says so.
 
-    At least one picture: a video without a frame that can be read has its `error`, and one that ends before its header
-    says has a last picture with that, without a `frame`.
+    At least one picture: a video without a readable frame becomes one with an `error`, and a video that ends before its
+    header says has a last picture with an `error` and without a `frame`.
     """
     cv2 = load_cv2()
-    number = 0
-    time_s = 0.0
-    claimed, rate = 0, 0.0
+    number, time_s, claimed, rate = 0, 0.0, 0, 0.0
     with _opened(path) as capture:
         if capture:
             claimed, rate = _claimed_frames(capture), capture.get(cv2.CAP_PROP_FPS)
         while capture:
             read, frame = capture.read()
-            if not read or frame is None:
-                break
-            if frame.shape[0] * frame.shape[1] > MAX_PIXELS:
+            if not read or frame is None or frame.shape[0] * frame.shape[1] > MAX_PIXELS:
                 break
             time_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
             rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
@@ -383,7 +366,7 @@ def video_frames(path: Path) -> Iterator[Picture]:
 
 
 def _ends_early(claimed: int, rate: float, number: int, time_s: float) -> bool:
-    """Whether a video of so many frames by its header, where `number` were read and the last is at `time_s`, was cut.
+    """Whether a video with `claimed` frames by its header was cut: `number` were read, the last at `time_s`.
 
     By frames and by time: some containers have no count, and OpenCV makes one from the duration and a nominal rate.
     """

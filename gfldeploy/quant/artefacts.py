@@ -27,12 +27,10 @@ class Quantized:
     """What a method of quantising gives. Which convolutions stay in float is decided after it, by measurement.
 
     `source`: the FP32 bundle with the weights that were quantised; a method that changes weights makes one of its own.
-    `program`: the directory of Paddle's INT8 program, `model.pdmodel` and `model.pdiparams`, all convolutions in INT8.
     `calibration`: the ranges of the same weights.
     """
 
     source: Bundle
-    program: Path
     calibration: Calibration
 
 
@@ -45,7 +43,7 @@ def write_artefacts(quantized: Quantized, kept: Collection[ConvUse], directory: 
         (directory / folder).mkdir()
     calibration = quantized.calibration.keeping(kept)
     write_json(directory / "calibration.json", calibration.to_dict())
-    write_program(quantized.program, quantized.source, calibration.kept_float, directory / "paddle")
+    write_program(quantized.source, calibration, directory / "paddle")
     onnx_file, _ = quantized.source.graph("onnx")
     write_qdq_onnx(onnx_file, directory / "onnx/model.onnx", calibration)
     write_tensorrt_onnx(onnx_file, directory / "onnx/model_tensorrt.onnx", calibration)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, write_bundle
 from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import Calibration
+from gfldeploy.quant.method import MethodOptions, Refined
 from gfldeploy.quant.program import old_program_environment, write_parameters
 
-__all__ = ["DEFAULT_STEPS", "Distilled", "run_distill"]
+__all__ = ["refine"]
 
-DEFAULT_STEPS = 200
 # Weights of 8-bit rounding's size are to move by fractions of a step: at 2e-5 the demo detector gets no better.
 _LEARNING_RATE = 5e-6
 _BATCH = 2
@@ -44,33 +44,11 @@ _KEEPS_SIGN = ("pool2d", "nearest_interp_v2", "reshape2", "transpose2")
 _SIGNED_BITS, _UNSIGNED_BITS = 8, 9
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """The FP32 `bundle` with the new weights; the mean loss (see `_Student`) in the first and last tenth of `steps`."""
+def refine(source: Bundle, images: Sequence[Path], start: Calibration, output: Path, options: MethodOptions) -> Refined:
+    """Fine-tune the convolutions of `source` on `images`, rounded by the thresholds of `start`; see `method.Refine`.
 
-    bundle: Bundle
-    steps: int
-    loss_before: float
-    loss_after: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `parity.json` says of it."""
-        return {"steps": self.steps, "loss_before": self.loss_before, "loss_after": self.loss_after}
-
-
-def run_distill(
-    source: Bundle,
-    images: Sequence[Path],
-    calibration: Calibration,
-    output: Path,
-    steps: int = DEFAULT_STEPS,
-    threads: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Distilled:
-    """Fine-tune the convolutions of the FP32 bundle `source` on `images` and write them as an FP32 bundle to `output`.
-
-    `calibration`: that of `source`; its thresholds are the ones that training rounds by. The new bundle has the graphs
-    that quantisation needs and no others. Raises `EngineError` if Paddle fails or the loss is not finite,
+    The new bundle has the graphs that quantisation needs and no others. Its record has the mean loss (see `_Student`)
+    of the first and of the last tenth of the steps. Raises `EngineError` if Paddle fails or the loss is not finite,
     `OutputError`.
     """
     work = output.with_name(f"{output.name}.work")
@@ -78,18 +56,18 @@ def run_distill(
     request = {
         "bundle": str(source.directory),
         "images": [str(path) for path in images],
-        "thresholds": {name: entry.inputs for name, entry in calibration.convolutions.items()},
-        "steps": steps,
+        "thresholds": {name: entry.inputs for name, entry in start.convolutions.items()},
+        "steps": options.steps,
         "output": str(work),
     }
     losses = run_child(
         "gfldeploy.quant.distill",
         request,
         limits=NO_LIMITS,
-        environment=old_program_environment(threads),
+        environment=old_program_environment(options.threads),
         subject="the distillation",
         remedy=_REMEDY,
-        progress=progress,
+        progress=options.report,
     )["losses"]
     with np.load(work / "parameters.npz") as file:
         parameters = dict(file)
@@ -103,7 +81,9 @@ def run_distill(
         graphs: dict[GraphName, Graph] = {name: source.manifest.graphs[name] for name in _GRAPHS}
         manifests.append(replace(source.manifest, graphs=graphs, files={}))
     shutil.rmtree(work)
-    return Distilled(Bundle.open(output), steps, float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:])))
+    before, after = (float(np.mean(part)) for part in (losses[:tenth], losses[-tenth:]))
+    record = {"steps": options.steps, "loss_before": before, "loss_after": after}
+    return Refined(Bundle.open(output), "distilled", {"distillation": record})
 
 
 def _write_onnx(source: Path, parameters: Mapping[str, NDArray[np.float32]], target: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import GfldeployError, ParityError
+from gfldeploy.progress import Progress
 from gfldeploy.quant.artefacts import Quantized, write_artefacts
 from gfldeploy.quant.calibration import ConvUse
 from gfldeploy.quant.fallback import FallbackStep, affordable, fall_back, not_held
@@ -60,8 +61,7 @@ class Evaluator:
     limits: GateLimits
     scratch: Path
     threads: int
-    report: Callable[[str], None]
-    progress: Callable[[str, int, int], None]
+    progress: Progress
 
     def evaluate(self, quantized: Quantized, kept: frozenset[ConvUse], label: str) -> EvaluatedBundle:
         """Write and measure a bundle with `kept` in float. Raises `EngineError`, and `ParityError` for NaN."""
@@ -78,10 +78,10 @@ class Evaluator:
         mend = isinstance(problem, ParityError) and fallback
         if mend or sensitivity:
             if problem:
-                self.report(f"the gate does not hold: {problem.problem}")
+                self.progress.stage(f"the gate does not hold: {problem.problem}")
             ranked = self._rank(evaluated)
             for row in rows(ranked, None if sensitivity else _ROWS_SHOWN):
-                self.report(f"  {row}")
+                self.progress.stage(f"  {row}")
         if problem is None:
             return Evaluation(evaluated, ranked)
         if not mend:
@@ -90,14 +90,14 @@ class Evaluator:
 
     def speeds(self, evaluated: EvaluatedBundle) -> list[Speed]:
         """FP32, the bundle and, if that keeps something in float, all in INT8, timed in each engine."""
-        self.report("timing FP32 and INT8 interleaved")
+        self.progress.stage("timing FP32 and INT8 interleaved")
         everything = self._write(evaluated.quantized, frozenset()) if evaluated.kept else None
         found = []
         for name in int8_engines():
             batch = self.fp32_reference.batches[0]
             found.append(measure_speed(name, self.source, evaluated.bundle, everything, batch, self.threads))
             for line in found[-1].lines():
-                self.report(line)
+                self.progress.stage(line)
         return found
 
     def _mended(self, start: EvaluatedBundle, problem: GfldeployError, ranked: tuple[Sensitivity, ...]) -> Evaluation:
@@ -106,7 +106,9 @@ class Evaluator:
 
         def attempt(chosen: tuple[Sensitivity, ...]) -> FallbackStep:
             label = f"{len(chosen)} {'group' if len(chosen) == 1 else 'groups'} in float"
-            self.report(f"trying with {label}, {sum(one.macs_share for one in chosen):.1%} of the multiply-accumulates")
+            self.progress.stage(
+                f"trying with {label}, {sum(one.macs_share for one in chosen):.1%} of the multiply-accumulates"
+            )
             kept = start.kept.union(*(one.uses for one in chosen))
             try:
                 tried[chosen] = self.evaluate(start.quantized, kept, label)
@@ -115,14 +117,14 @@ class Evaluator:
             step = FallbackStep(chosen, tried[chosen].engines, self._problem(tried[chosen]))
             if step.problem:
                 shutil.rmtree(tried[chosen].bundle.directory)
-            self.report(f"  {step.problem.problem if step.problem else 'the gate holds'}")
+            self.progress.stage(f"  {step.problem.problem if step.problem else 'the gate holds'}")
             return step
 
         able = affordable(ranked, sum(shares[use] for use in start.kept))
         steps, found = fall_back(able, attempt)
         if found is None:
             raise not_held(problem, steps)
-        self.report(f"kept in float to hold the gate: {', '.join(one.name for one in found.groups)}")
+        self.progress.stage(f"kept in float to hold the gate: {', '.join(one.name for one in found.groups)}")
         before = FallbackStep((), start.engines, problem)
         return Evaluation(tried[found.groups], ranked, found.groups, (before, *steps))
 
@@ -130,7 +132,7 @@ class Evaluator:
         return failure(evaluated.engines, self.fp32_reference.accuracy, self.limits, len(evaluated.kept))
 
     def _rank(self, evaluated: EvaluatedBundle) -> tuple[Sensitivity, ...]:
-        self.report("measuring what INT8 does in each group of convolutions alone")
+        self.progress.stage("measuring what INT8 does in each group of convolutions alone")
         calibration = evaluated.quantized.calibration.keeping(evaluated.kept)
         return measure_sensitivity(
             evaluated.quantized.source,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -12,17 +12,16 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, EngineOptions, ReportsPrecision, count_precisions, reasons
+from gfldeploy.engines.base import Engine, EngineOptions, count_precisions, reasons
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.registry import JUDGES, REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Int8Measurement
 
 __all__ = ["Fp32Reference", "SimulatedTensorRT", "int8_engines"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def int8_engines() -> tuple[str, ...]:
@@ -64,7 +63,7 @@ class Fp32Reference:
         images: Sequence[Path],
         dataset: CocoDataset | None,
         threads: int,
-        progress: Progress = lambda label, done, total: None,
+        progress: Progress = SILENT,
     ) -> Self:
         """Run FP32 on `images`, to compare detections, and on `dataset`, if given, for mAP.
 
@@ -78,9 +77,7 @@ class Fp32Reference:
         names = [path.name for path in images]
         return cls(source, names, batches, references, dataset, accuracy, threads)
 
-    def measure(
-        self, bundle: Bundle, label: str, progress: Progress = lambda label, done, total: None
-    ) -> dict[str, Int8Measurement]:
+    def measure(self, bundle: Bundle, label: str, progress: Progress = SILENT) -> dict[str, Int8Measurement]:
         """Run the INT8 `bundle` in every engine and, simulated, as TensorRT reads it. `label`: what progress calls it.
 
         Raises `EngineError`, and `ParityError` for NaN.
@@ -90,10 +87,9 @@ class Fp32Reference:
         for name in int8_engines():
             with open_engine(name, bundle, options) as engine:
                 found[name] = self._measured(engine, name, label, progress)
-                if isinstance(engine, ReportsPrecision):
-                    ran = engine.executed_convolutions({"image": self.batches[0]})
-                    told = replace(found[name].agreement, convolutions=count_precisions(ran), not_int8=reasons(ran))
-                    found[name] = replace(found[name], agreement=told)
+                ran = engine.executed_convolutions({"image": self.batches[0]})
+                told = replace(found[name].agreement, convolutions=count_precisions(ran), not_int8=reasons(ran))
+                found[name] = replace(found[name], agreement=told)
         with SimulatedTensorRT(bundle, options) as engine:
             found[SIMULATED_TENSORRT] = self._measured(engine, SIMULATED_TENSORRT, label, progress)
         return found
@@ -134,5 +130,5 @@ def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, 
         manifest.preprocess,
         manifest.nms,
         manifest.classes,
-        progress=lambda done, total: progress(label, done, total),
+        progress=lambda done, total: progress.step(label, done, total),
     )

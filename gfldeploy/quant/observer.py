@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,56 +18,75 @@ from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import OutputRange
 from gfldeploy.quant.qdq import conv_outputs
 
-__all__ = ["observe_outputs"]
+__all__ = ["observe_outputs", "observe_tensors", "weight_ranges"]
 
 
 def observe_outputs(
     onnx_file: Path,
     batches: Iterable[NDArray[np.float32]],
-    total: int,
     threads: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, tuple[OutputRange, ...]]:
-    """Run the FP32 graph over `batches` [N, 3, H, W]; returns the ranges by weight name, one for each use.
-
-    Raises `EngineError` if the graph gives NaN or infinity, or if there is no batch.
-    """
+    """The ranges of the convolutions' outputs by weight name, one for each use; see `observe_tensors`."""
     import onnx
 
-    ort = require("onnxruntime", "calibration")
-    model = onnx.load(str(onnx_file))
-    found = conv_outputs(model)
-    tensors = list(dict.fromkeys(tensor for _, _, tensor in found))
-    _reduce_in_graph(model, tensors)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    low = np.full(len(tensors), np.inf)
-    high = np.full(len(tensors), -np.inf)
-    for done, batch in enumerate(batches, 1):
-        values = np.array(session.run(None, {"image": batch}), np.float64).reshape(len(tensors), 2)
-        if not np.isfinite(values).all():
-            raise EngineError("the FP32 graph gives NaN or infinity on a calibration image", "Check the checkpoint.")
-        np.minimum(low, values[:, 0], out=low)
-        np.maximum(high, values[:, 1], out=high)
-        progress(done, total)
-    if not np.isfinite(low).all():
-        raise EngineError("there was no calibration image", "Give --data with at least one image.")
-    ranges = {tensor: OutputRange(*pair) for tensor, *pair in zip(tensors, low.tolist(), high.tolist(), strict=True)}
+    found = conv_outputs(onnx.load(str(onnx_file)))
+    ranges = observe_tensors(onnx_file, [tensor for _, _, tensor in found], batches, threads, report)
     result: dict[str, tuple[OutputRange, ...]] = {}
     for weight, _, tensor in found:
         result[weight] = (*result.get(weight, ()), ranges[tensor])
     return result
 
 
-def _reduce_in_graph(model: Any, tensors: list[str]) -> None:
-    """Replace the graph's outputs by minimum and maximum of each tensor: scalars, not gigabytes of activations."""
+def observe_tensors(
+    onnx_file: Path,
+    tensors: Iterable[str],
+    batches: Iterable[NDArray[np.float32]],
+    threads: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> dict[str, OutputRange]:
+    """Run the FP32 graph over `batches` [N, 3, H, W]; returns the smallest and largest value of each tensor.
+
+    `report`: called with the number of batches done. Raises `EngineError` if the graph gives NaN or infinity, or if
+    there is no batch.
+    """
+    import onnx
     from onnx import TensorProto, helper
 
+    ort = require("onnxruntime", "calibration")
+    names = list(dict.fromkeys(tensors))
+    model = onnx.load(str(onnx_file))
+    # Minimum and maximum in the graph: scalars, not gigabytes of activations.
     del model.graph.output[:]
-    for tensor in tensors:
+    for tensor in names:
         for kind in ("ReduceMin", "ReduceMax"):
-            name = f"{tensor}.{kind}"
-            model.graph.node.append(helper.make_node(kind, [tensor], [name], keepdims=0))
-            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+            model.graph.node.append(helper.make_node(kind, [tensor], [f"{tensor}.{kind}"], keepdims=0))
+            model.graph.output.append(helper.make_tensor_value_info(f"{tensor}.{kind}", TensorProto.FLOAT, []))
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    for done, batch in enumerate(batches, 1):
+        values = np.array(session.run(None, {"image": batch}), np.float64).reshape(len(names), 2)
+        if not np.isfinite(values).all():
+            raise EngineError("the FP32 graph gives NaN or infinity on a calibration image", "Check the checkpoint.")
+        low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
+        report(done)
+    if not np.isfinite(low).all():
+        raise EngineError("there was no calibration image", "Give --data with at least one image.")
+    return {name: OutputRange(*pair) for name, *pair in zip(names, low.tolist(), high.tolist(), strict=True)}
+
+
+def weight_ranges(onnx_file: Path) -> dict[str, tuple[float, ...]]:
+    """The largest absolute weight of each output channel, by the name of the convolution's weight."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(onnx_file))
+    wanted = {weight for weight, _, _ in conv_outputs(model)}
+    found = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer if one.name in wanted}
+    return {
+        name: tuple(np.abs(value).reshape(len(value), -1).max(axis=1).astype(float).tolist())
+        for name, value in found.items()
+    }

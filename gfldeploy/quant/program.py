@@ -1,4 +1,4 @@
-"""PaddleSlim's INT8 program with single uses of convolutions put back to float.
+"""Paddle programs with other weights, or with INT8 convolutions in the form that PaddleSlim gives them.
 
 Both files are edited as what they are, a protocol buffer and a row of tensors: that needs neither Paddle's process-wide
 switch to the old program format nor a process of its own, and takes milliseconds.
@@ -7,10 +7,9 @@ switch to the old program format nor a process of its own, and takes millisecond
 from __future__ import annotations
 
 import math
-import shutil
 import struct
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,19 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import EngineError
 from gfldeploy.files import native_writes
-from gfldeploy.quant.calibration import ConvUse
+from gfldeploy.quant.calibration import Calibration, ConvUse
 
 __all__ = ["old_program_environment", "write_parameters", "write_program"]
 
 _MODEL, _PARAMETERS = "model.pdmodel", "model.pdiparams"
 _CONVOLUTIONS = ("conv2d", "depthwise_conv2d")
+# Paddle's oneDNN pass takes these operators out again and keeps their scales by tensor: a convolution whose input has
+# one, whoever it is for, would run in INT8, unless it lacks the mark.
 _QUANTIZE, _DEQUANTIZE = "quantize_linear", "dequantize_linear"
-# PaddleSlim's mark on the operators that it quantised. Paddle's oneDNN pass takes the pairs out again and keeps their
-# scales by tensor: a convolution whose input has one, whoever it is for, would run in INT8, unless the mark is missing.
-_MARK = "quantization_type"
-_REMEDY = "Quantise the FP32 bundle that this program is from again."
+_MARK = ("quantization_type", "qat_with_weight")
+_STEPS = 127  # from 0 to the threshold
+_TENSOR = "<IQIi"  # version, number of levels of detail (0 for parameters), version, length of a `TensorDesc`
+_REMEDY = "Export the FP32 bundle again."
 
 
 def old_program_environment(threads: int) -> dict[str, str]:
@@ -45,24 +46,16 @@ def old_program_environment(threads: int) -> dict[str, str]:
     }
 
 
-def write_program(quantized: Path, source: Bundle, kept: Collection[ConvUse], output: Path) -> None:
-    """Write to `output` the program in `quantized`, with the `kept` uses of convolutions in float.
+def write_program(source: Bundle, calibration: Calibration, output: Path) -> None:
+    """Write to `output` the program of the FP32 bundle `source` with its calibrated convolutions in INT8.
 
-    Both are directories with `model.pdmodel` and `model.pdiparams`. The float weights are those of `source`, the FP32
-    bundle that was quantised; a weight that is needed in both forms is there twice. With nothing kept the files are
-    copied. Raises `BundleError`; `EngineError` if the program has no such use or the files cannot be read;
+    What the calibration keeps in float reads what it reads in FP32; a weight that is needed in both forms is there
+    twice. Raises `BundleError`; `EngineError` if the program has no such convolution or the files cannot be read;
     `OutputError`.
     """
-    with native_writes(output):
-        if not kept:
-            for name in (_MODEL, _PARAMETERS):
-                shutil.copyfile(quantized / name, output / name)
-            return
-        program = _Program.read(quantized / _MODEL, quantized / _PARAMETERS)
-        model, parameters = source.graph("paddle_program")
-        assert parameters is not None
-        program.put_back(kept, _Program.read(model, parameters))
-        program.write(output / _MODEL, output / _PARAMETERS)
+    program = _Program.of(source)
+    _Quantizer(program, calibration).quantize()
+    program.write(output)
 
 
 def write_parameters(source: Bundle, values: Mapping[str, NDArray[np.float32]], output: Path) -> None:
@@ -70,17 +63,14 @@ def write_parameters(source: Bundle, values: Mapping[str, NDArray[np.float32]], 
 
     Raises `BundleError`; `EngineError` if a parameter is not there or of another size; `OutputError`.
     """
-    model, parameters = source.graph("paddle_program")
-    assert parameters is not None
-    program = _Program.read(model, parameters)
+    program = _Program.of(source)
     for name, value in values.items():
         old = program.tensors.get(name)
         header, size = _sizes(old, 0) if old else (0, 0)
         if not old or size != value.nbytes:
             raise EngineError(f"the FP32 program has no parameter {name} of {value.nbytes} bytes", _REMEDY)
         program.tensors[name] = old[:header] + np.ascontiguousarray(value).tobytes()
-    with native_writes(output):
-        program.write(output / _MODEL, output / _PARAMETERS)
+    program.write(output)
 
 
 @dataclass(frozen=True)
@@ -91,100 +81,136 @@ class _Program:
     tensors: dict[str, bytes]
 
     @classmethod
-    def read(cls, model: Path, parameters: Path) -> _Program:
+    def of(cls, source: Bundle) -> _Program:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-        from paddle.base.proto import framework_pb2
 
+        model, parameters = source.graph("paddle_program")
+        assert parameters is not None
         try:
-            description = framework_pb2.ProgramDesc.FromString(model.read_bytes())
+            description = _proto().ProgramDesc.FromString(model.read_bytes())
             named = {one.name for one in description.blocks[0].vars if one.persistable} - {"feed", "fetch"}
             return cls(description, dict(zip(sorted(named), _tensors(parameters.read_bytes()), strict=True)))
         except (DecodeError, IndexError, KeyError, ValueError, struct.error) as error:
             raise EngineError(f"{model} and {parameters.name} are no Paddle program: {error}", _REMEDY) from error
 
-    def write(self, model: Path, parameters: Path) -> None:
-        model.write_bytes(self.description.SerializeToString(deterministic=True))
-        parameters.write_bytes(b"".join(self.tensors[name] for name in sorted(self.tensors)))
+    def write(self, output: Path) -> None:
+        with native_writes(output):
+            (output / _MODEL).write_bytes(self.description.SerializeToString(deterministic=True))
+            (output / _PARAMETERS).write_bytes(b"".join(self.tensors[name] for name in sorted(self.tensors)))
 
-    def put_back(self, kept: Collection[ConvUse], original: _Program) -> None:
-        """Let the `kept` uses read what `original`, the FP32 program, has them read."""
-        operators = self.description.blocks[0].ops
-        makers = {name: op for op in operators for name in _names(op.outputs)}
-        quantized = self._quantized_uses(makers)
-        if absent := sorted(set(kept) - set(quantized)):
-            raise EngineError(f"the INT8 program has no use {absent[0].use} of {absent[0].weight}", _REMEDY)
-        restored = {}  # what makes the weight from integers
-        for use in sorted(set(kept)):
-            op = quantized[use]
-            inputs = {slot.parameter: slot.arguments for slot in op.inputs}
-            restored[use.weight] = makers[inputs["Filter"][0]]
-            pair = makers[inputs["Input"][0]]
-            inputs["Input"][0] = _source(makers[_source(pair)])
-            inputs["Filter"][0] = use.weight
-            attributes = [attribute for attribute in op.attrs if attribute.name != _MARK]
-            del op.attrs[:]
-            op.attrs.extend(attributes)
-        variables = self._variables()
-        for weight, dequantize in restored.items():
-            if weight not in original.tensors:
-                raise EngineError(f"the FP32 program has no parameter {weight}, the INT8 program does", _REMEDY)
-            # The float weight takes its own name back, and the integers another.
-            integers = self.description.blocks[0].vars.add()
-            integers.CopyFrom(variables[weight])
-            integers.name = f"{weight}.quantized"
-            next(slot for slot in dequantize.inputs if slot.parameter == "X").arguments[0] = integers.name
-            variables[weight].CopyFrom(original._variables()[weight])
-            self.tensors[integers.name] = self.tensors[weight]
-            self.tensors[weight] = original.tensors[weight]
-        self._remove_dead()
 
-    def _quantized_uses(self, makers: dict[str, Any]) -> dict[ConvUse, Any]:
-        """The quantised convolutions, numbered as calibration does."""
+class _Quantizer:
+    """Inserts quantise and dequantise operators into an FP32 program, in place."""
+
+    def __init__(self, program: _Program, calibration: Calibration) -> None:
+        self._block = program.description.blocks[0]
+        self._tensors = program.tensors
+        self._variables = {variable.name: variable for variable in self._block.vars}
+        self._calibration = calibration
+        self._dequantized: dict[str, str] = {}  # the float form of rounded tensors, by the original
+
+    def quantize(self) -> None:
+        """Have every convolution that has ranges and is not kept in float read rounded inputs and weights."""
         counts: dict[str, int] = defaultdict(int)
-        found = {}
-        for op in self.description.blocks[0].ops:
-            if op.type not in _CONVOLUTIONS:
-                continue
-            inputs = {slot.parameter: slot.arguments[0] for slot in op.inputs if slot.arguments}
-            data, weight = (makers.get(inputs[name]) for name in ("Input", "Filter"))
-            if data is None or weight is None or {data.type, weight.type} != {_DEQUANTIZE}:
-                continue
-            name = _source(weight)
-            found[ConvUse(name, counts[name])] = op
-            counts[name] += 1
-        return found
+        operators: list[Any] = []
+        for op in self._block.ops:
+            arguments = {slot.parameter: slot.arguments for slot in op.inputs if slot.arguments}
+            weight = arguments["Filter"][0] if op.type in _CONVOLUTIONS else ""
+            if ranges := self._calibration.convolutions.get(weight):
+                use = ConvUse(weight, counts[weight])
+                counts[weight] += 1
+                if use not in self._calibration.kept_float and use.use < len(ranges.inputs):
+                    operators += self._rounded_weight(weight, np.array(ranges.weights, np.float32))
+                    operators += self._rounded_input(arguments["Input"][0], ranges.inputs[use.use])
+                    for slot in ("Input", "Filter"):
+                        arguments[slot][0] = self._dequantized[arguments[slot][0]]
+                    op.attrs.add(name=_MARK[0], type=_proto().AttrType.STRING, s=_MARK[1])
+            operators.append(_proto().OpDesc())
+            operators[-1].CopyFrom(op)
+        if absent := [use for use in self._calibration.uses if use.use >= counts[use.weight]]:
+            raise EngineError(f"the FP32 program has no use {absent[0].use} of {absent[0].weight}", _REMEDY)
+        del self._block.ops[:]
+        self._block.ops.extend(operators)
 
-    def _variables(self) -> dict[str, Any]:
-        return {variable.name: variable for variable in self.description.blocks[0].vars}
+    def _rounded_weight(self, weight: str, largest: NDArray[np.float32]) -> Iterator[Any]:
+        """Integers instead of the weight, or beside it where it is needed in float too, unless there are some."""
+        if weight in self._dequantized:
+            return
+        old = self._tensors[weight]
+        values = np.frombuffer(old[_sizes(old, 0)[0] :], np.float32)
+        values = values.reshape(self._variables[weight].type.dense_tensor.tensor.dims)
+        steps = np.where(largest == 0, np.float32(1e-8), largest).reshape(-1, *[1] * (values.ndim - 1))
+        integers = weight
+        if any(use.weight == weight for use in self._calibration.kept_float):
+            integers = f"{weight}.quantized"
+            self._add_variable(integers, weight, persistable=True)
+        self._tensors[integers] = _tensor(np.clip(np.round(values / steps * _STEPS), -_STEPS - 1, _STEPS), np.int8)
+        self._add_constant(f"{weight}@scale", largest, np.float32)
+        yield self._operator(_DEQUANTIZE, integers, f"{weight}.quantized.dequantized", weight, axis=0)
 
-    def _remove_dead(self) -> None:
-        """Drop pairs that nothing reads any more, and the variables and tensors that nothing names then."""
-        block = self.description.blocks[0]
-        read: set[str] = set()
-        alive = []
-        for op in reversed(block.ops):
-            if op.type in (_QUANTIZE, _DEQUANTIZE) and read.isdisjoint(_names(op.outputs)):
-                continue
-            read.update(_names(op.inputs))
-            alive.append(op)
-        alive.reverse()
-        named = {name for op in alive for name in (*_names(op.inputs), *_names(op.outputs))}
-        variables = [variable for variable in block.vars if variable.name in named]
-        del block.ops[:], block.vars[:]
-        block.ops.extend(alive)
-        block.vars.extend(variables)
-        for name in self.tensors.keys() - named:
-            del self.tensors[name]
+    def _rounded_input(self, source: str, threshold: float) -> Iterator[Any]:
+        if source in self._dequantized:
+            return
+        self._add_constant(f"{source}@scale", np.array([threshold]), np.float32)
+        yield self._operator(_QUANTIZE, source, f"{source}.quantized", source)
+        yield self._operator(_DEQUANTIZE, f"{source}.quantized", f"{source}.quantized.dequantized", source)
+
+    def _operator(self, kind: str, read: str, result: str, original: str, axis: int = -1) -> Any:
+        """Quantises or dequantises by the scale of the `original`; `axis`: of its scales, -1 if it has one."""
+        scale, zero = f"{original}@scale", f"{result}@zero_point"
+        self._dequantized[original] = result
+        self._add_variable(result, original, persistable=False)
+        shape = self._variables[scale].type.dense_tensor.tensor.dims
+        self._add_constant(zero, np.zeros(shape), np.int32)
+        op = _proto().OpDesc(type=kind)
+        for slot, name in (("X", read), ("Scale", scale), ("ZeroPoint", zero)):
+            op.inputs.add(parameter=slot, arguments=[name])
+        op.outputs.add(parameter="Y", arguments=[result])
+        for name, value in (("bit_length", 8), ("quant_axis", axis), ("op_role", 0)):
+            op.attrs.add(name=name, type=_proto().AttrType.INT, i=value)
+        return op
+
+    def _add_variable(self, name: str, like: str, *, persistable: bool) -> Any:
+        variable = self._block.vars.add()
+        variable.CopyFrom(self._variables[like])
+        variable.name, variable.persistable = name, persistable
+        self._variables[name] = variable
+        return variable
+
+    def _add_constant(self, name: str, value: NDArray[Any], dtype: type) -> None:
+        tensor = self._add_variable(name, next(iter(self._calibration.convolutions)), persistable=True)
+        tensor.type.dense_tensor.tensor.CopyFrom(_description(value.shape, dtype))
+        self._tensors[name] = _tensor(value, dtype)
 
 
-def _names(slots: Iterable[Any]) -> Iterator[str]:
-    return (name for slot in slots for name in slot.arguments)
+def _proto() -> Any:
+    from paddle.base.proto import framework_pb2
+
+    return framework_pb2
 
 
-def _source(pair: Any) -> str:
-    """The tensor that a quantize_linear or dequantize_linear operator reads."""
-    name: str = next(slot.arguments[0] for slot in pair.inputs if slot.parameter == "X")
-    return name
+def _types() -> dict[int, type]:
+    """NumPy's type by Paddle's."""
+    kinds = _proto().VarType
+    return {
+        kinds.FP32: np.float32,
+        kinds.INT8: np.int8,
+        kinds.INT32: np.int32,
+        kinds.INT64: np.int64,
+        kinds.FP64: np.float64,
+        kinds.BOOL: np.bool_,
+    }
+
+
+def _description(shape: Sequence[int], dtype: type) -> Any:
+    kind = next(kind for kind, known in _types().items() if known is dtype)
+    return _proto().VarType.TensorDesc(data_type=kind, dims=shape)
+
+
+def _tensor(value: NDArray[Any], dtype: type) -> bytes:
+    """A tensor as it lies in a parameter file."""
+    description = _description(value.shape, dtype).SerializeToString()
+    return b"".join((struct.pack(_TENSOR, 0, 0, 0, len(description)), description, value.astype(dtype).tobytes()))
 
 
 def _tensors(content: bytes) -> Iterator[bytes]:
@@ -199,18 +225,10 @@ def _tensors(content: bytes) -> Iterator[bytes]:
 
 
 def _sizes(content: bytes, start: int) -> tuple[int, int]:
-    """Bytes of the header and of the values of the tensor at `start`.
-
-    The header is: uint32 version, uint64 number of levels of detail (0 for parameters), uint32 version, int32 length of
-    a `TensorDesc`, the `TensorDesc`.
-    """
-    from paddle.base.proto import framework_pb2
-
-    kinds = framework_pb2.VarType
-    sizes = {kinds.FP32: 4, kinds.INT8: 1, kinds.INT32: 4, kinds.INT64: 8, kinds.FP64: 8, kinds.BOOL: 1}
-    version, levels, tensor_version, length = struct.unpack_from("<IQIi", content, start)
+    """Bytes of the header and of the values of the tensor at `start`."""
+    version, levels, tensor_version, length = struct.unpack_from(_TENSOR, content, start)
     if version or levels or tensor_version:
         raise ValueError(f"a tensor of version {version}.{tensor_version} with {levels} levels of detail")
-    header = struct.calcsize("<IQIi") + length
-    description = kinds.TensorDesc.FromString(content[start + header - length : start + header])
-    return header, math.prod(description.dims) * sizes[description.data_type]
+    header = struct.calcsize(_TENSOR) + length
+    description = _proto().VarType.TensorDesc.FromString(content[start + header - length : start + header])
+    return header, math.prod(description.dims) * np.dtype(_types()[description.data_type]).itemsize

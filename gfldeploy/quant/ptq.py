@@ -1,12 +1,12 @@
-"""Static post-training quantisation, PaddleSlim's `quant_post_static` for convolutions, in a process of its own.
+"""Calibration by PaddleSlim: input thresholds of convolutions, from its post-training quantisation.
 
 It needs Paddle's old program format, switched on by a process-wide flag, prints to both streams, and keeps every
-activation it samples: all of that ends with the process.
+activation it samples: all of that ends with the process of its own that it runs in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ import numpy as np
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
-from gfldeploy.errors import UnsupportedError
-from gfldeploy.files import native_writes
+from gfldeploy.quant.method import MethodOptions, Thresholds
 from gfldeploy.quant.program import old_program_environment
 
-__all__ = ["ALGORITHMS", "AUTO", "UNUSABLE", "PtqResult", "algorithms_of", "run_ptq"]
+__all__ = ["ALGORITHMS", "AUTO", "UNUSABLE", "calibrate"]
 
-# PaddleSlim's names for its algorithms that run here, the quick ones first.
+# PaddleSlim's names for its algorithms that run here: the default, then the quick ones first.
 ALGORITHMS = ("hist", "avg", "abs_max", "ptf", "mse", "emd", "KL")
 # What `auto` tries.
 AUTO = ("hist", "avg", "abs_max", "mse")
@@ -41,61 +40,29 @@ _HIST_PERCENT = 0.9999
 # Activations are megabytes, made and dropped by the thousand: keep their pages instead of asking the kernel anew.
 _KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
-# Input thresholds by weight name, one for each use, and the largest absolute weight of each output channel.
-PtqResult = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
 
+def calibrate(source: Bundle, images: Sequence[Path], algorithm: str, options: MethodOptions) -> Thresholds:
+    """The thresholds that one of PaddleSlim's `ALGORITHMS` finds; see `method.Calibrate`.
 
-def algorithms_of(name: str) -> tuple[str, ...]:
-    """The algorithms that `name` stands for: itself, or all of `AUTO`. Raises `UnsupportedError`."""
-    if name == "auto":
-        return AUTO
-    if unusable := UNUSABLE.get(name):
-        reason, remedy = unusable
-        raise UnsupportedError(f"{name} does not quantise on this stack: {reason}", remedy)
-    if name not in ALGORITHMS:
-        raise UnsupportedError(
-            f"PaddleSlim has no algorithm {name!r} to quantise with", f"Choose from: auto, {', '.join(ALGORITHMS)}."
-        )
-    return (name,)
-
-
-def run_ptq(
-    bundle: Bundle,
-    images: list[Path],
-    algorithm: str,
-    output: Path,
-    threads: int = 1,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> PtqResult:
-    """Quantise the bundle's program into `output` (`model.pdmodel`, `model.pdiparams`); returns what it measured.
-
-    Raises `EngineError` with the last line of PaddleSlim's traceback if it fails, and what it raised if that was ours.
+    Raises `EngineError` with the last line of PaddleSlim's traceback if it fails.
     """
-    request = {
-        "bundle": str(bundle.directory),
-        "images": [str(path) for path in images],
-        "algorithm": algorithm,
-        "output": str(output),
-    }
-    with native_writes(output):
-        answer = run_child(
-            "gfldeploy.quant.ptq",
-            request,
-            limits=NO_LIMITS,
-            # oneDNN runs the network faster, and moves no threshold by more than FP32 rounding.
-            environment={**old_program_environment(threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": "1"},
-            subject="PaddleSlim",
-            remedy="Try another --algo or fewer --samples.",
-            progress=progress,
-        )
-    return {name: (tuple(inputs), tuple(weights)) for name, (inputs, weights) in answer.items()}
+    thresholds: Thresholds = run_child(
+        "gfldeploy.quant.ptq",
+        {"bundle": str(source.directory), "images": [str(path) for path in images], "algorithm": algorithm},
+        limits=NO_LIMITS,
+        # oneDNN runs the network faster, and moves no threshold by more than FP32 rounding.
+        environment={**old_program_environment(options.threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": "1"},
+        subject="PaddleSlim",
+        remedy="Try another --algo or fewer --samples.",
+        progress=options.report,
+    )["thresholds"]
+    return thresholds
 
 
-def _quantize(request: dict[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
-    """The child: write the quantised program and return the ranges."""
+def _calibrate(request: dict[str, Any]) -> dict[str, Any]:
+    """The child: the thresholds by weight name."""
     import paddle
 
-    from gfldeploy.export.static_graph import strip_call_stacks
     from gfldeploy.images.decode import read_image
 
     preprocess = Bundle.open(Path(request["bundle"])).manifest.preprocess
@@ -110,16 +77,23 @@ def _quantize(request: dict[str, Any]) -> dict[str, tuple[list[float], list[floa
             report_progress(min(seen, passes * len(images)), passes * len(images))
             yield {"image": preprocess.batch([preprocess(read_image(path))])}
 
+    program = _quantization(Path(request["bundle"]), batches, len(images), request["algorithm"]).quantize()
+    return {"thresholds": _read_thresholds(program, paddle.static.global_scope())}
+
+
+def _quantization(bundle: Path, batches: Callable[[], Iterator[Any]], count: int, algorithm: str) -> Any:
+    """PaddleSlim's quantisation of the bundle's program, not run yet."""
+    import paddle
+
     paddle.enable_static()
-    executor = paddle.static.Executor(paddle.CPUPlace())
-    names = {"model_filename": "model.pdmodel", "params_filename": "model.pdiparams"}
-    quantization = _convolutions_only()(
-        executor=executor,
-        model_dir=str(Path(request["bundle"]) / "paddle"),
-        **names,
+    return _convolutions_only()(
+        executor=paddle.static.Executor(paddle.CPUPlace()),
+        model_dir=str(bundle / "paddle"),
+        model_filename="model.pdmodel",
+        params_filename="model.pdiparams",
         data_loader=batches,
-        batch_nums=len(images),
-        algo=request["algorithm"],
+        batch_nums=count,
+        algo=algorithm,
         quantizable_op_type=_QUANTIZED_OPS,
         is_full_quantize=False,
         onnx_format=True,
@@ -128,12 +102,6 @@ def _quantize(request: dict[str, Any]) -> dict[str, tuple[list[float], list[floa
         weight_quantize_type="channel_wise_abs_max",
         activation_quantize_type="range_abs_max",
     )
-    quantization.quantize()
-    quantization.save_quantized_model(request["output"], model_filename=names["model_filename"])
-    program, _, _ = paddle.static.load_inference_model(request["output"], executor, **names)
-    ranges = _read_ranges(program, paddle.static.global_scope())
-    strip_call_stacks(Path(request["output"]) / names["model_filename"])
-    return ranges
 
 
 def _convolutions_only() -> Any:
@@ -157,26 +125,20 @@ def _convolutions_only() -> Any:
     return ConvolutionsOnly
 
 
-def _read_ranges(program: Any, scope: Any) -> dict[str, tuple[list[float], list[float]]]:
-    """Input thresholds and weight maxima of every convolution, from the program's quantize_linear operators."""
-
-    def value(name: str) -> np.ndarray[Any, Any]:
-        return np.array(scope.find_var(name).get_tensor()).reshape(-1)
-
+def _read_thresholds(program: Any, scope: Any) -> dict[str, list[float]]:
+    """The thresholds of every convolution that the program has quantised."""
     operators = program.global_block().ops
     scales = {op.output("Y")[0]: op.input("Scale")[0] for op in operators if op.type == "dequantize_linear"}
-    ranges: dict[str, tuple[list[float], list[float]]] = {}
+    found: dict[str, list[float]] = {}
     for op in operators:
         if op.type not in _QUANTIZED_OPS:
             continue
         source, weight = op.input("Input")[0], op.input("Filter")[0]
-        if source not in scales or weight not in scales:
-            continue
-        name = weight.removesuffix(".quantized.dequantized")
-        inputs, _ = ranges.setdefault(name, ([], value(scales[weight]).astype(float).tolist()))
-        inputs.append(float(value(scales[source])[0]))
-    return ranges
+        if source in scales and weight in scales:
+            name = weight.removesuffix(".quantized.dequantized")
+            found.setdefault(name, []).append(float(np.array(scope.find_var(scales[source]).get_tensor()).flat[0]))
+    return found
 
 
 if __name__ == "__main__":
-    serve(_quantize)
+    serve(_calibrate)

@@ -2,195 +2,216 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
-from gfldeploy.engines.dependencies import TOOL_CHAINS, require
+from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import capability
-from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError
+from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
 from gfldeploy.files import check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.artefacts import Quantized
-from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
-from gfldeploy.quant.distill import DEFAULT_STEPS, Distilled, run_distill
+from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse
 from gfldeploy.quant.evaluation import EvaluatedBundle, Evaluator
-from gfldeploy.quant.gate import Candidate, GateLimits, best, unjudgeable
+from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, Candidate, GateLimits, best, unjudgeable
 from gfldeploy.quant.groups import match
 from gfldeploy.quant.measurement import Fp32Reference, int8_engines
-from gfldeploy.quant.observer import observe_outputs
-from gfldeploy.quant.ptq import algorithms_of, run_ptq
+from gfldeploy.quant.method import DEFAULT_STEPS, MethodOptions, QuantMethod, Refined
+from gfldeploy.quant.methods import METHODS
+from gfldeploy.quant.observer import observe_outputs, weight_ranges
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
-from gfldeploy.quant.samples import digests, evaluation_record, refuse_overlap, spread
+from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares, sensitivity_record
 
-__all__ = ["METHODS", "Method", "QuantizeRequest", "quantize_bundle"]
-
-Method = Literal["ptq", "distill"]
-METHODS: tuple[Method, ...] = get_args(Method)
+__all__ = ["quantize_bundle"]
 
 _AGREEMENT_IMAGES = 8
-_DISTILLED = "distilled"
 _COPIED = ("infer_cfg.yml", LAYERS)
 
-Report = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class QuantizeRequest:
-    """What to quantise: an FP32 `bundle`, on which `images`, with which of PaddleSlim's algorithms, or `auto`.
-
-    `method`: `ptq` calibrates; `distill` also fine-tunes the weights for `distill_steps`, starting from the best
-    calibration, and publishes whichever of the two is measured to be better.
-    `evaluation`: labelled images to measure mAP on, none of them among `images`; `annotations`: the file that they are
-    from, for the record. `limits`: what is not published. `keep_float`: patterns of layers or groups that stay in
-    float. `fallback`: put groups back to float if the limits do not hold otherwise. `sensitivity`: rank the groups even
-    if they hold.
-    """
-
-    bundle: Path
-    images: Sequence[Path]
-    output: Path
-    algorithm: str = "hist"
-    method: Method = "ptq"
-    distill_steps: int = DEFAULT_STEPS
-    evaluation: CocoDataset | None = None
-    annotations: Path | None = None
-    limits: GateLimits = field(default_factory=GateLimits)
-    keep_float: tuple[str, ...] = ()
-    fallback: bool = True
-    sensitivity: bool = False
-    force: bool = False
-    threads: int = 1
-    command: str = ""
+StrPath = str | os.PathLike[str]
 
 
 def quantize_bundle(
-    request: QuantizeRequest,
-    report: Report = lambda stage: None,
-    progress: Progress = lambda label, done, total: None,
+    bundle: StrPath,
+    *,
+    data: StrPath,
+    output: StrPath,
+    images: StrPath | None = None,
+    algo: str | None = None,
+    method: str = "ptq",
+    distill_steps: int | None = None,
+    samples: int | None = None,
+    eval_data: StrPath | None = None,
+    eval_images: StrPath | None = None,
+    eval_limit: int | None = None,
+    max_drop: float | None = None,
+    min_agreement: float | None = None,
+    keep_float: Sequence[str] = (),
+    fallback: bool = True,
+    sensitivity: bool = False,
+    threads: int | None = None,
+    force: bool = False,
+    command: str = "",
+    progress: Progress = SILENT,
 ) -> Bundle:
-    """Calibrate, write the graphs, measure them against FP32, put groups back to float if need be, publish.
+    """Make an INT8 bundle from an FP32 one, and publish it only if it loses little.
 
-    With `auto` that is done with several algorithms, and the best goes on. Raises `BundleError`, `DataError`,
-    `EngineError`, `ParityError`, `OutputError`, `UnsupportedError`, `MissingDependencyError`.
+    Calibrates, writes the graphs, measures them against FP32, and puts groups of convolutions back to float if need be.
+
+    Args:
+        bundle: The FP32 bundle.
+        data: A folder of images to calibrate on, or COCO annotations.
+        output: The directory of the INT8 bundle.
+        images: The folder of the annotations' images, by default `images` beside them.
+        algo: The algorithm of the method, or "auto" for the best of several.
+        method: "ptq" calibrates; "distill" also fine-tunes the weights, starting from the best calibration, and
+            publishes whichever of the two is measured to be better.
+        distill_steps: Steps of fine-tuning, 200 by default.
+        samples: How many images to calibrate on, evenly spread; by default up to 64.
+        eval_data: COCO annotations of other images, to measure mAP on.
+        eval_images: The folder of their images, by default `images` beside them.
+        eval_limit: Measure mAP on the first images only.
+        max_drop: The mAP that INT8 may lose in any engine, absolute; 0.005 by default. Needs `eval_data`.
+        min_agreement: Without `eval_data`: the smallest share of the FP32 detections that INT8 must find again; 0.9 by
+            default, 0 publishes unjudged.
+        keep_float: Patterns of layers or groups that stay in float, with `*` and `?`.
+        fallback: Put the most sensitive groups back to float where INT8 loses too much, instead of failing.
+        sensitivity: Rank the groups by what INT8 does in each, even if nothing is lost.
+        threads: CPU threads; all available by default.
+        force: Replace an existing bundle at `output`.
+        command: The command line that the bundle records.
+        progress: Is told what is done.
+
+    Returns:
+        The INT8 bundle at `output`.
+
+    Raises:
+        UsageError: Options contradict each other.
+        BundleError: The bundle cannot be used.
+        DataError: Images or annotations cannot be used.
+        UnsupportedError: This bundle, method or algorithm does not quantise.
+        EngineError: Calibration or an engine failed, or too little ran in INT8.
+        ParityError: INT8 loses too much.
+        OutputError: The output cannot be written.
+        MissingDependencyError: A package is not installed.
     """
-    algorithms = algorithms_of(request.algorithm)
-    source = _checked(request)
+    bundle, output = Path(bundle), Path(output)
+    chosen_method = _method(method, distill_steps)
+    algorithms = chosen_method.algorithms_of(algo)
+    if eval_data is None:
+        for option, value in (("eval_images", eval_images), ("eval_limit", eval_limit), ("max_drop", max_drop)):
+            if value is not None:
+                raise UsageError(f"--{option.replace('_', '-')} needs --eval-data", "Give both, or neither.")
+    elif min_agreement is not None:
+        raise UsageError("--min-agreement is for quantising without --eval-data", "With it, use --max-drop.")
+    limits = GateLimits(
+        DEFAULT_MAX_DROP if max_drop is None else max_drop,
+        DEFAULT_MIN_AGREEMENT if min_agreement is None else min_agreement,
+    )
+    threads = threads or usable_threads()
+    paths = calibration_images(Path(data), Path(images) if images else None, samples)
+    evaluation = None
+    if eval_data is not None:
+        evaluation = CocoDataset.load(Path(eval_data), Path(eval_images) if eval_images else None, eval_limit)
+    source = _checked(bundle, output, chosen_method, force)
     for note in {capability(engine, "int8", "cpu").note for engine in int8_engines()}:
         if note:
-            report(f"note: {note}")
-    asked = _asked(source, request.keep_float)
-    report(f"checking {len(request.images)} calibration images")
-    for path in request.images:
+            progress.note(note)
+    asked = _asked(source, keep_float)
+    progress.stage(f"checking {len(paths)} calibration images")
+    for path in paths:
         read_image(path)
-    calibrated_on = digests(request.images)
+    calibrated_on = digests(paths)
     evaluated_on: dict[str, str] = {}
-    if request.evaluation is not None:
-        match = request.evaluation.match(source.manifest.classes)
-        check_measurable(request.evaluation, match.category_ids)
-        for note in (*request.evaluation.notes, *match.notes):
-            report(f"note: {note}")
-        evaluated_on = digests([image.path for image in request.evaluation.images])
+    if evaluation is not None:
+        matched = evaluation.match(source.manifest.classes)
+        check_measurable(evaluation, matched.category_ids)
+        for note in (*evaluation.notes, *matched.notes):
+            progress.note(note)
+        evaluated_on = digests([image.path for image in evaluation.images])
         refuse_overlap(calibrated_on, evaluated_on)
 
     size = sum(record.bytes for record in source.manifest.files.values())
-    need = size * (len(algorithms) + (3 if request.method == "distill" else 1))
-    with write_bundle(request.output, force=request.force, need_bytes=need) as (directory, manifests):
-        report("running FP32 on calibration images" if request.evaluation is None else "measuring FP32")
-        compared = spread(request.images, _AGREEMENT_IMAGES)
-        fp32_reference = Fp32Reference.of(source, compared, request.evaluation, request.threads, progress)
-        if problem := unjudgeable(fp32_reference.detections, fp32_reference.accuracy, request.limits):
+    need = size * (len(algorithms) + (3 if chosen_method.refine else 1))
+    with write_bundle(output, force=force, need_bytes=need) as (directory, manifests):
+        progress.stage("running FP32 on calibration images" if evaluation is None else "measuring FP32")
+        compared = spread(paths, _AGREEMENT_IMAGES)
+        fp32_reference = Fp32Reference.of(source, compared, evaluation, threads, progress)
+        if problem := unjudgeable(fp32_reference.detections, fp32_reference.accuracy, limits):
             raise problem
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
-        evaluator = Evaluator(
-            source, fp32_reference, request.limits, directory / "work", request.threads, report, progress
-        )
-        evaluated: dict[str, EvaluatedBundle] = {}
-        candidates = []
-
-        def attempt(
-            label: str, algorithm: str, weights: Bundle, observed: Mapping[str, tuple[OutputRange, ...]]
-        ) -> None:
-            try:
-                report(f"calibrating with PaddleSlim ({label})")
-                blank = Calibration(algorithm, calibrated_on, {})
-                program = evaluator.scratch / label / "program"
-                quantized = _calibrate(weights, program, blank, request, observed, progress)
-                report(f"comparing {label} with FP32 in {', '.join(int8_engines())}, and its TensorRT file")
-                evaluated[label] = evaluator.evaluate(quantized, asked, label)
-                candidates.append(Candidate(label, evaluated[label].engines))
-            except (EngineError, ParityError) as error:
-                report(f"{label} failed")
-                candidates.append(Candidate(label, {}, error))
-
-        report("observing the convolutions' outputs")
-        observed = _observe(source, request, progress)
-        for algorithm in algorithms:
-            attempt(algorithm, algorithm, source, observed)
-        chosen = best(candidates, fp32_reference.accuracy, request.limits, len(asked))
-        distilled: Distilled | None = None
-        if request.method == "distill":
-            start = evaluated[chosen.algorithm].quantized.calibration
-            report(f"distilling FP32 into weights for INT8, {request.distill_steps} steps from {chosen.algorithm}")
-            distilled = _distil(source, start, evaluator.scratch / _DISTILLED, request, progress)
-            observed = _observe(distilled.bundle, request, progress)
-            attempt(f"{chosen.algorithm}, {_DISTILLED}", start.algorithm, distilled.bundle, observed)
-            chosen = best(candidates, fp32_reference.accuracy, request.limits, len(asked))
-        evaluation = evaluator.settle(evaluated[chosen.algorithm], request.fallback, request.sensitivity)
-        record = parity_record(evaluation, fp32_reference, request.limits, evaluator.speeds(evaluation.evaluated))
-        if request.evaluation is not None:
-            record["evaluation"] = evaluation_record(request.annotations, evaluated_on)
-        if len(candidates) > 1:
-            record["algorithms"] = algorithms_record(candidates, chosen)
-        if distilled is not None:
-            record["distillation"] = distilled.to_dict()
-        if evaluation.ranked:
-            write_json(directory / "sensitivity.json", sensitivity_record(evaluation.ranked, fp32_reference.images))
-        for path in evaluation.evaluated.bundle.directory.iterdir():
+        evaluator = Evaluator(source, fp32_reference, limits, directory / "work", threads, progress)
+        run = _Attempts(chosen_method, paths, calibrated_on, evaluator, asked, distill_steps or DEFAULT_STEPS)
+        run.calibrate(source, algorithms)
+        refined = run.refine() if chosen_method.refine else None
+        chosen = run.best()
+        result = evaluator.settle(run.evaluated[chosen.algorithm], fallback, sensitivity)
+        record: dict[str, Any] = {"method": method}
+        record |= parity_record(result, fp32_reference, limits, evaluator.speeds(result.evaluated))
+        if evaluation is not None:
+            record["evaluation"] = evaluation_record(Path(eval_data) if eval_data else None, evaluated_on)
+        if len(run.candidates) > 1:
+            record["algorithms"] = algorithms_record(run.candidates, chosen)
+        if refined is not None:
+            record |= refined.record
+        if result.ranked:
+            write_json(directory / "sensitivity.json", sensitivity_record(result.ranked, fp32_reference.images))
+        for path in result.evaluated.bundle.directory.iterdir():
             path.rename(directory / path.name)
         shutil.rmtree(evaluator.scratch)
         write_json(directory / "parity.json", record)
         for name in _COPIED:
             shutil.copyfile(source.directory / name, directory / name)
-        report(f"publishing {request.output} ({chosen.algorithm})")
-        manifests.append(int8_manifest(source, chosen.algorithm, len(request.images), request.command))
-    return Bundle.open(request.output)
+        progress.stage(f"publishing {output} ({chosen.algorithm})")
+        manifests.append(int8_manifest(source, chosen.algorithm, len(paths), command))
+    return Bundle.open(output)
 
 
-def _checked(request: QuantizeRequest) -> Bundle:
+def _method(name: str, distill_steps: int | None) -> QuantMethod:
+    method = METHODS.get(name)
+    if method is None:
+        raise UnsupportedError(f"there is no method {name!r}", f"Choose from: {', '.join(METHODS)}.")
+    if distill_steps is not None and method.refine is None:
+        refining = ", ".join(one.name for one in METHODS.values() if one.refine)
+        raise UsageError(f"--distill-steps needs --method {refining}", "Give both, or neither.")
+    return method
+
+
+def _checked(directory: Path, output: Path, method: QuantMethod, force: bool) -> Bundle:
     """The FP32 bundle, once it is clear that it can be quantised here and the result written."""
-    source = Bundle.open(request.bundle)
+    source = Bundle.open(directory)
     if source.manifest.precision != "fp32":
-        raise BundleError(f"{request.bundle} is INT8 already", "Quantise the bundle that `gfldeploy export` wrote.")
+        raise BundleError(f"{directory} is INT8 already", "Quantise the bundle that `gfldeploy export` wrote.")
     batch = source.manifest.inputs[0].shape[0]
     if batch not in (None, 1):
         raise BundleError(
-            f"{request.bundle} has a fixed batch of {batch}, calibration runs image by image",
+            f"{directory} has a fixed batch of {batch}, calibration runs image by image",
             "Export it with a free batch: --input-shape HxW.",
         )
     for graph in ("onnx", "paddle_program"):
         if why := source.manifest.left_out.get(graph):
             raise UnsupportedError(
-                f"{request.bundle} cannot be quantised, which needs its {graph} graph: {why}", "Deploy it in float."
+                f"{directory} cannot be quantised, which needs its {graph} graph: {why}", "Deploy it in float."
             )
         source.graph(graph)
-    check_target(request.output, force=request.force)
-    check_apart(request.output, [request.bundle], request.bundle)
+    check_target(output, force=force)
+    check_apart(output, [directory], directory)
     source.layers()
-    for module in TOOL_CHAINS["quantize"].modules:
+    for module in ("paddle", "onnxruntime", *method.packages):
         require(module, "quantize")
     return source
 
 
-def _asked(source: Bundle, patterns: tuple[str, ...]) -> frozenset[ConvUse]:
+def _asked(source: Bundle, patterns: Sequence[str]) -> frozenset[ConvUse]:
     """What the patterns keep in float. Raises `UnsupportedError` where that is everything."""
     if not patterns:
         return frozenset()
@@ -201,55 +222,80 @@ def _asked(source: Bundle, patterns: tuple[str, ...]) -> frozenset[ConvUse]:
     return asked
 
 
-def _observe(source: Bundle, request: QuantizeRequest, progress: Progress) -> dict[str, tuple[OutputRange, ...]]:
-    """The range of every convolution's output: the same for every algorithm."""
-    preprocess = source.manifest.preprocess
-    return observe_outputs(
-        source.graph("onnx")[0],
-        (preprocess.batch([preprocess(read_image(path))]) for path in request.images),
-        len(request.images),
-        request.threads,
-        lambda done, total: progress("observing", done, total),
-    )
+class _Attempts:
+    """What was calibrated in one run and measured, or why not."""
 
+    def __init__(
+        self,
+        method: QuantMethod,
+        images: Sequence[Path],
+        calibrated_on: dict[str, str],
+        evaluator: Evaluator,
+        asked: frozenset[ConvUse],
+        steps: int,
+    ) -> None:
+        self.evaluated: dict[str, EvaluatedBundle] = {}
+        self.candidates: list[Candidate] = []
+        self._method = method
+        self._images = images
+        self._calibrated_on = calibrated_on
+        self._evaluator = evaluator
+        self._asked = asked
+        self._steps = steps
 
-def _distil(
-    source: Bundle, start: Calibration, output: Path, request: QuantizeRequest, progress: Progress
-) -> Distilled:
-    """A method of quantising, up to the calibration of the weights that it gives."""
-    return run_distill(
-        source,
-        list(request.images),
-        start,
-        output,
-        request.distill_steps,
-        request.threads,
-        lambda done, total: progress(_DISTILLED, done, total),
-    )
+    def best(self) -> Candidate:
+        """Raises the first error if nothing could be measured."""
+        limits, fp32 = self._evaluator.limits, self._evaluator.fp32_reference.accuracy
+        return best(self.candidates, fp32, limits, len(self._asked))
 
-
-def _calibrate(
-    source: Bundle,
-    program: Path,
-    blank: Calibration,
-    request: QuantizeRequest,
-    observed: Mapping[str, tuple[OutputRange, ...]],
-    progress: Progress,
-) -> Quantized:
-    """A method of quantising: PaddleSlim's post-training quantisation with the algorithm and images of `blank`."""
-    program.mkdir(parents=True)
-    found = run_ptq(
-        source,
-        list(request.images),
-        blank.algorithm,
-        program,
-        request.threads,
-        lambda done, total: progress(f"PaddleSlim {blank.algorithm}", done, total),
-    )
-    if unknown := sorted(set(found) - set(observed)):
-        raise EngineError(
-            f"{source.graph('onnx')[0]} has no convolution {unknown[0]}, the Paddle program does",
-            "Export the bundle again.",
+    def calibrate(self, weights: Bundle, algorithms: Sequence[str], suffix: str = "") -> None:
+        """Calibrate the FP32 bundle `weights` with each algorithm, and measure the result."""
+        progress = self._evaluator.progress
+        progress.stage("observing the convolutions' outputs")
+        onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
+        batches = (preprocess.batch([preprocess(read_image(path))]) for path in self._images)
+        outputs = observe_outputs(
+            onnx_file,
+            batches,
+            self._evaluator.threads,
+            lambda done: progress.step("observing", done, len(self._images)),
         )
-    ranges = {name: ConvRanges(inputs, observed[name], weights) for name, (inputs, weights) in found.items()}
-    return Quantized(source, program, replace(blank, convolutions=ranges))
+        largest = weight_ranges(onnx_file)
+        for algorithm in algorithms:
+            label = algorithm + suffix
+            try:
+                progress.stage(f"calibrating ({label})")
+                thresholds = self._method.calibrate(weights, self._images, algorithm, self._options(label))
+                if unknown := sorted(set(thresholds) - set(outputs)):
+                    raise EngineError(
+                        f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
+                        "Export the bundle again.",
+                    )
+                ranges = {
+                    name: ConvRanges(tuple(inputs), outputs[name], largest[name]) for name, inputs in thresholds.items()
+                }
+                quantized = Quantized(weights, Calibration(algorithm, self._calibrated_on, ranges))
+                progress.stage(f"comparing {label} with FP32 in {', '.join(int8_engines())}, and its TensorRT file")
+                self.evaluated[label] = self._evaluator.evaluate(quantized, self._asked, label)
+                self.candidates.append(Candidate(label, self.evaluated[label].engines))
+            except (EngineError, ParityError) as error:
+                progress.stage(f"{label} failed: {error.problem}")
+                self.candidates.append(Candidate(label, {}, error))
+
+    def refine(self) -> Refined:
+        """Change the weights, starting from the best calibration, and calibrate them with the same algorithm."""
+        assert self._method.refine is not None
+        chosen = self.best().algorithm
+        start = self.evaluated[chosen].quantized
+        self._evaluator.progress.stage(f"{self._method.name}: {self._steps} steps from {chosen}")
+        output = self._evaluator.scratch / self._method.name
+        options = self._options(self._method.name)
+        refined = self._method.refine(start.source, self._images, start.calibration, output, options)
+        self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
+        return refined
+
+    def _options(self, label: str) -> MethodOptions:
+        progress = self._evaluator.progress
+        return MethodOptions(
+            self._evaluator.threads, self._steps, lambda done, total: progress.step(label, done, total)
+        )

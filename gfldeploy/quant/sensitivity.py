@@ -5,7 +5,7 @@ Without labels, and defined for any weights: what is compared are the candidates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import REFERENCE_ENGINE, open_engine
 from gfldeploy.macs import convolution_macs
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, check_finite
 from gfldeploy.quant.calibration import Calibration, ConvUse
 from gfldeploy.quant.groups import ConvGroup
@@ -124,7 +125,7 @@ def measure_sensitivity(
     fp32_reference: Fp32Reference,
     scratch: Path,
     threads: int,
-    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+    progress: Progress = SILENT,
 ) -> tuple[Sensitivity, ...]:
     """Rank the groups, the most sensitive first, in ONNX Runtime on the images that `fp32_reference` compares.
 
@@ -149,7 +150,7 @@ def measure_sensitivity(
                 ]
         scores, boxes = np.mean(moved, axis=0).tolist()
         found.append(Sensitivity(name, uses, sum(shares[use] for use in uses), scores, boxes))
-        progress("sensitivity", done, len(wanted))
+        progress.step("sensitivity", done, len(wanted))
     return tuple(sorted(found, key=lambda one: -one.total))
 
 

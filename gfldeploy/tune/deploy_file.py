@@ -1,56 +1,67 @@
 """`deploy.yml`: what to deploy on this machine, what came second, and the figures behind it.
 
-    schema: 2
-    created: UTC, ISO 8601
-    summary: one paragraph in plain words
-    choice: Configuration, evidence included
-    runner_up: the same of the second best, or null
-    bounds: what was asked for (`search.Bounds`), of the latency from file to boxes; null where nothing was
-    knee: of the choice's engine, precision, threads and policy (`knee.Knee`), from file to boxes; null where there is a
-        single batch size
-    search: how it was found (`SearchRecord`)
-    machine: `machine.Machine`
-    data: `bench.results.DataDescription`
-
-Reading is strict: unknown keys, missing keys and a newer schema number are errors. Schema 1 had nothing from file to
-boxes: its speeds and latencies become those of the network alone.
+docs/formats.md has its history: files of older schemas are upgraded on reading.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError
-from gfldeploy.machine import Machine
-from gfldeploy.serialization import FileFormat, Versioned, part
+from gfldeploy.machine import Machine, describe_machine
+from gfldeploy.serialization import FileFormat, Upgrade, Versioned, part
 from gfldeploy.tune.knee import Knee
-from gfldeploy.tune.search import Bounds, Policy
+from gfldeploy.tune.search import Bounds
 
-__all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord"]
+__all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord", "check_deploy"]
+
+
+def _configurations(data: dict[str, Any], upgrade: Upgrade) -> dict[str, Any]:
+    """The data with its choice and runner-up upgraded."""
+    present = (key for key in ("choice", "runner_up") if data.get(key) is not None)
+    return {**data, **{key: upgrade(dict(part(data, key))) for key in present}}
 
 
 def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Nothing was measured from file to boxes: speeds and latencies were of the network alone."""
+    """Schema 2 measures from file to boxes; before, speeds and latencies were of the network alone."""
 
-    def upgraded(key: str) -> dict[str, Any]:
-        evidence = part(data, key, "evidence")
+    def upgraded(one: dict[str, Any]) -> dict[str, Any]:
+        old = part(one, "evidence")
+        kept = {name: value for name, value in old.items() if name not in ("latency_ms", "latency_percent")}
+        network = {"network_images_per_s": old["images_per_s"], "network_p50_ms": old["latency_p50_ms"]}
         unknown = ("images_per_s", "latency_p50_ms", "latency_p99_ms", "latency_max_ms", "padded")
-        kept = {name: value for name, value in evidence.items() if name not in ("latency_ms", "latency_percent")}
-        network = {
-            "network_images_per_s": evidence.get("images_per_s"),
-            "network_p50_ms": evidence.get("latency_p50_ms"),
-        }
-        return {**data[key], "evidence": {**kept, **dict.fromkeys(unknown), **network, "quick": False}}
+        return {**one, "evidence": {**kept, **network, **dict.fromkeys(unknown), "quick": False}}
 
-    second = None if data.get("runner_up") is None else upgraded("runner_up")
-    return {**data, "choice": upgraded("choice"), "runner_up": second, "knee": None}
+    return {**_configurations(data, upgraded), "knee": None}
+
+
+# The policies of schemas 1 and 2, as orders and scenarios.
+_POLICIES = {
+    "single": ("listed", "single-stream"),
+    "in-order": ("listed", "multi-stream"),
+    "grouped": ("bucketed", "offline"),
+}
+
+
+def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 3 has a cell, as results have; the bundle's name in its manifest was not recorded before."""
+
+    def upgraded(cell: dict[str, Any]) -> dict[str, Any]:
+        path, digest, evidence = (cell.pop(name) for name in ("bundle", "digest", "evidence"))
+        cell["order"], cell["scenario"] = _POLICIES[cell.pop("policy")]
+        name = path.rpartition("/")[2]
+        cell["bundle"] = {"name": name, "directory": name, "digest": digest}
+        return {"path": path, "cell": cell, "evidence": evidence}
+
+    return _configurations(data, upgraded)
 
 
 @dataclass(frozen=True)
@@ -86,27 +97,15 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to deploy.
+    """One way to deploy: a `cell`, its bundle's directory, `path`, relative to the file, and the `evidence`."""
 
-    `bundle`: its directory, relative to the file; `digest`: SHA-256 of its manifest. `threads`: CPU threads of one
-    inference. `policy`: how batches are formed (`search.Policy`).
-    """
-
-    bundle: str
-    digest: str
-    engine: str
-    precision: Precision
-    device: Device
-    threads: int
-    batch_size: int
-    policy: Policy
+    path: str
+    cell: Cell
     evidence: Evidence
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.batch_size < 1:
-            raise ValueError("threads and batch_size must be at least 1")
-        if Path(self.bundle).is_absolute():
-            raise ValueError("bundle must be a path relative to the file")
+        if Path(self.path).is_absolute():
+            raise ValueError("path must be relative to the file")
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,14 @@ class SearchRecord:
 
 @dataclass(frozen=True)
 class Deploy(Versioned):
-    """The content of `deploy.yml`; see the module."""
+    """The content of `deploy.yml`: the `choice` and the `runner_up`, None where nothing else kept the bounds.
 
-    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 2, {1: _from_schema_1}, yaml=True)
+    `created`: UTC, ISO 8601. `summary`: one paragraph in plain words. `bounds`: what was asked for. `knee`: of the
+    choice's engine, precision, threads and order; None where a single batch size was measured. `search`: how the
+    choice was found; `machine`, `data`: where and on what.
+    """
+
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 3, {1: _from_schema_1, 2: _from_schema_2}, yaml=True)
 
     created: str
     summary: str
@@ -142,10 +146,11 @@ class Deploy(Versioned):
 
     def check(self, bundle: Bundle, machine: Machine) -> None:
         """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware."""
-        if bundle.digest != self.choice.digest:
+        tuned = self.choice.cell.bundle
+        if bundle.digest != tuned.digest:
             raise BundleError(
-                f"{bundle.directory} is not the bundle that was tuned, {Path(self.choice.bundle).name}: its manifest "
-                f"has the SHA-256 {bundle.digest[:12]}, not {self.choice.digest[:12]}",
+                f"{bundle.directory} is not the bundle that was tuned, {tuned.directory}: its manifest has the SHA-256 "
+                f"{bundle.digest[:12]}, not {tuned.digest[:12]}",
                 "Give the bundle that was tuned, or run `gfldeploy tune` on this one.",
             )
         if differences := list(hardware_differences(self.machine, machine)):
@@ -160,4 +165,24 @@ class Deploy(Versioned):
 
     def bundle_path(self, path: Path) -> Path:
         """Where the choice's bundle is, `path` being that of the file."""
-        return path.parent / self.choice.bundle
+        return path.parent / self.choice.path
+
+
+def check_deploy(path: str | os.PathLike[str], bundle: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Check that the choice in a `deploy.yml` holds for this machine and for its bundle.
+
+    Args:
+        path: The `deploy.yml` that `tune_bundles` wrote.
+        bundle: The directory of the bundle; by default where the file says.
+
+    Returns:
+        What is installed in other versions than where it was tuned: the choice may hold, its figures need not.
+
+    Raises:
+        BundleError: The bundle is damaged, or not the one that was tuned.
+        DataError: The file cannot be read, or was made on another machine.
+    """
+    path = Path(path)
+    deploy, machine = Deploy.read(path), describe_machine()
+    deploy.check(Bundle.open(deploy.bundle_path(path) if bundle is None else Path(bundle)), machine)
+    return deploy.software_changes(machine)

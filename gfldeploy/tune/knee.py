@@ -37,7 +37,7 @@ class Knee:
 
 
 def find_knee(measured: Mapping[int, Measured]) -> Knee:
-    """The knee of one engine, precision, number of threads and policy, by batch size.
+    """The knee of one engine, precision, number of threads and order, by batch size.
 
     "Faster beyond the noise": the interval of the ratio of throughputs (`measured.speed_ratio`) lies above 1. Raises
     `ValueError` without any.

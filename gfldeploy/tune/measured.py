@@ -76,10 +76,10 @@ class Measured:
     @classmethod
     def of(cls, result: CellResult) -> Measured:
         """Of a cell that was measured from file to boxes (`measurable`). Raises `ValueError` for another."""
-        if not measurable(result) or result.batch_size is None:
+        if not measurable(result):
             raise ValueError("the cell was not measured from file to boxes")
         return cls(
-            passes=tuple(_passes(run, result.batch_size) for run in result.runs),
+            passes=tuple(_passes(run, result.cell.batch_size) for run in result.runs),
             median_ms=statistics.median(result.file_ms),
             tail=Tail.of(result.file_ms),
             memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in result.runs),
@@ -109,7 +109,7 @@ def speed(measured: Measured) -> Estimate:
 
 
 def _passes(run: Run, batch_size: int) -> tuple[float, ...]:
-    """The timing goes on in whole passes; one that was cut counts as a pass of what there is."""
+    """Batches are timed in whole passes; a pass that was cut short counts with the batches that it has."""
     count = max(sum(run.shapes.values()), 1)
     latency_ms = run.stages.end_to_end_ms if run.stages else ()
     cuts = [latency_ms[start : start + count] for start in range(0, len(latency_ms), count)]

@@ -1,33 +1,27 @@
-"""The order of a search: first looks, climbs, the finish, accuracy. What measures is given."""
+"""The order of a search: first looks, larger batches, neighbours, the finish, accuracy. What measures is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from gfldeploy.bench.matrix import Cell
+from gfldeploy.bench.cell import Cell
 from gfldeploy.tune.measured import Measured
-from gfldeploy.tune.search import Model, Space, Step, choose, finalists, model_of, next_step
+from gfldeploy.tune.search import Model, Search, Step, choose, model_of
 
 __all__ = ["Outcome", "race"]
 
-Look = Callable[[Step], Mapping[Cell, Measured | None]]
-Finish = Callable[[Sequence[Cell]], Mapping[Cell, Measured | None]]
 
-
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What a search found out, complete or not.
+    """What a search came to.
 
-    `known`: by the latest measurement of each cell. `finished`: those measured at length that keep latency and memory,
-    the choice first; empty where no cell keeps the bounds. `drops`: mAP that models were found to lose, of those asked
-    for. `complete`: not cut short.
+    `finished`: the cells measured at length that keep all bounds, the choice first; empty where no cell does.
+    `complete`: not cut short.
     """
 
-    known: dict[Cell, Measured | None]
-    finished: dict[Cell, Measured] = field(default_factory=dict)
-    drops: dict[Model, float] = field(default_factory=dict)
-    complete: bool = True
+    finished: Mapping[Cell, Measured]
+    complete: bool
 
     @property
     def choice(self) -> Cell | None:
@@ -36,56 +30,49 @@ class Outcome:
 
 
 def race(
-    space: Space,
-    look: Look,
-    finish: Finish,
+    search: Search,
+    look: Callable[[Step], Mapping[Cell, Measured | None]],
+    finish: Callable[[Sequence[Cell]], Mapping[Cell, Measured | None]],
     drop: Callable[[Model], float | None],
-    known: Mapping[Cell, Measured | None] | None = None,
     out_of_time: Callable[[], bool] = lambda: False,
     exhaustive: bool = False,
 ) -> Outcome:
-    """Find the fastest cell that keeps the bounds.
+    """Find the fastest cell that keeps the bounds; what is measured goes into the `search`.
 
     `look` measures briefly, `finish` at length and interleaved. `drop`: the mAP that a model loses, None where it is
-    not measured; asked of one model after the other, for the one that is in front at the finish: a loser's accuracy is
-    never measured. Its refusal sends the search back to what it had given up because of that model. `known`: what was
-    measured before. `out_of_time`: asked before each step; the finish is run in any case. `exhaustive`: every cell is
-    measured at length instead.
+    not measured; asked of one model after the other, for the one that leads at the finish, so that a loser's accuracy
+    is never measured. Once a model is refused, the cells that were given up because of it are searched again.
+    `out_of_time`: asked before each step; the finish is run in any case. `exhaustive`: every cell is measured at
+    length instead.
     """
-    outcome = Outcome(dict(known or {}))
     done: dict[Cell, Measured | None] = {}
-    refused: set[Model] = set()
+    complete = True
     if exhaustive:
-        done.update({cell: outcome.known[cell] for cell in space.cells if cell in outcome.known})
-        done.update(finish([cell for cell in space.cells if cell not in done]))
-        outcome.known.update(done)
+        done |= {cell: search.known[cell] for cell in search.cells if cell in search.known}
+        done |= finish([cell for cell in search.cells if cell not in done])
+        search.known |= done
     while True:
-        step = None if exhaustive else next_step(space, outcome.known, refused)
-        if step and (out_of_time() and any(outcome.known.values())):
-            outcome.complete, step = False, None
+        step = None if exhaustive else search.next_step()
+        if step and out_of_time() and any(search.known.values()):
+            complete, step = False, None
         if step:
-            outcome.known.update(look(step))
+            search.known |= look(step)
             continue
-        wanted = finalists(space, outcome.known, refused, done)
+        wanted = search.finalists(done)
         if any(cell not in done for cell in wanted):
-            done.update(finish(wanted))
-            outcome.known.update(done)
+            done |= finish(wanted)
+            search.known |= done
             continue
         kept = {
             cell: found
             for cell, found in done.items()
-            if found and space.bounds.keeps(found) and model_of(cell) not in refused
+            if found and search.bounds.keeps(found) and not search.refused(model_of(cell))
         }
         ranking = choose(kept)
-        if ranking and _is_refused(model_of(ranking[0]), space, drop, outcome):
-            refused.add(model_of(ranking[0]))
-            continue
-        outcome.finished = {cell: kept[cell] for cell in ranking}
-        return outcome
-
-
-def _is_refused(model: Model, space: Space, drop: Callable[[Model], float | None], outcome: Outcome) -> bool:
-    if model not in outcome.drops and (lost := drop(model)) is not None:
-        outcome.drops[model] = lost
-    limit = space.bounds.max_drop
-    return limit is not None and outcome.drops.get(model, 0.0) > limit
+        if ranking:
+            model = model_of(ranking[0])
+            if model not in search.drops and (lost := drop(model)) is not None:
+                search.drops[model] = lost
+            if search.refused(model):
+                continue
+        return Outcome({cell: kept[cell] for cell in ranking}, complete)

@@ -1,308 +1,337 @@
-"""One tuning from request to `deploy.yml`: what `gfldeploy tune` runs."""
+"""One tuning, from bundles and data to `deploy.yml`: what `gfldeploy tune` runs."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.batching.buckets import STREAM_ORDERS, Order
+from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import percentile
-from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Cell, Plan, Skipped
-from gfldeploy.bench.results import BenchResults, CellResult, DataDescription, Settings, defined_ap
-from gfldeploy.bench.runner import Data, run_plan
-from gfldeploy.bench.session import BenchRequest, PreparedBench, about, describe_data, limits
-from gfldeploy.bench.session import prepare as prepare_bench
+from gfldeploy.bench.journal import journal_beside
+from gfldeploy.bench.matrix import plan
+from gfldeploy.bench.results import BenchResults, CellResult, Settings, defined_ap
+from gfldeploy.bench.runner import Data, Runner
+from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.registry import capability, missing_graph
-from gfldeploy.errors import BoundsError, DataError, EngineError
+from gfldeploy.engines.base import PRECISIONS, Device, Precision
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, missing_graph
+from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
+from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.machine import Machine, describe_machine
+from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.machine import describe_machine
+from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
 from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable, speed
-from gfldeploy.tune.race import Outcome, race
-from gfldeploy.tune.reuse import Reused, reuse
-from gfldeploy.tune.search import (
-    Bounds,
-    Model,
-    Policy,
-    Space,
-    Step,
-    line,
-    model_of,
-    nearest,
-    policy_of,
-    scenario_of,
-)
+from gfldeploy.tune.race import race
+from gfldeploy.tune.reuse import reuse
+from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
 from gfldeploy.tune.summary import miss_in_words, summarize
 
-__all__ = ["PreparedTune", "TuneRequest", "prepare", "run"]
+__all__ = ["tune_bundles"]
 
-Progress = Callable[[str], None]
+_PATH = str | os.PathLike[str]
+# Of batches: one image at a time, several as they are listed, several of one size.
+_SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline")
 
 
-@dataclass(frozen=True)
-class TuneRequest:
-    """What to choose from, and what the choice must keep.
+def tune_bundles(
+    bundles: Sequence[_PATH],
+    *,
+    data: _PATH,
+    images: _PATH | None = None,
+    max_latency_ms: float | None = None,
+    max_memory_mb: float | None = None,
+    max_drop: float | None = None,
+    engines: Sequence[str] = DEFAULT_ENGINES,
+    precisions: Sequence[Precision] = PRECISIONS,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+    threads: Sequence[int] | None = None,
+    orders: Sequence[Order] = STREAM_ORDERS,
+    device: Device = "cpu",
+    results: Sequence[_PATH] = (),
+    rounds: int = 3,
+    min_seconds: float = 2.0,
+    min_count: int = 10,
+    look_seconds: float = 0.5,
+    limit: int = 32,
+    accuracy: bool = True,
+    accuracy_limit: int | None = None,
+    budget_seconds: float | None = None,
+    exhaustive: bool = False,
+    cell_timeout: float = 600.0,
+    engine_cache: _PATH = DEFAULT_ENGINE_CACHE,
+    output: _PATH = "deploy.yml",
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Deploy:
+    """Find the fastest engine, precision, batch size, threads and order of images that keep the bounds.
 
-    `bench`: the bundles, data, engines, precisions, batch sizes and limits; its `settings` are those of the finish.
-    Its threads, scenarios and rates are not used: `threads`: of one inference, each number of them; `policies`: how
-    batches may be formed. `look`: the settings of the short runs. `results`: files of `gfldeploy bench` to start from.
-    `exhaustive`: measure every cell at length, and every mAP. `budget_s`: seconds after which no more cells are looked
-    at.
+    The fastest has most images a second from file to boxes, one batch after the other. Every process's answer is kept
+    in a folder beside the output until that is written: interrupted or killed, the same call resumes where it stopped.
+
+    Args:
+        bundles: The bundles to choose from; give the FP32 and the INT8 bundle of a detector together.
+        data: A COCO annotation file.
+        images: The folder its file names start from; None is `images/` beside it, else its own folder.
+        max_latency_ms: Bound of the 99th percentile of a batch's latency, from file to boxes.
+        max_memory_mb: Bound of the peak resident memory, the prepared images left out, in 10^6 bytes.
+        max_drop: Bound of the mAP lost against the first FP32 bundle, 0 to 1.
+        engines: The engines to choose from.
+        precisions: The precisions to choose from.
+        batch_sizes: The batch sizes to choose from.
+        threads: The numbers of CPU threads of one inference to choose from; None is 1, doubled up to all.
+        orders: How batches may be formed: of images as they are listed, or of images of one size.
+        device: Where the engines run.
+        results: Files of `gfldeploy bench` of this machine and data, whose cells are not measured again.
+        rounds: Interleaved rounds in which the finalists are measured at length.
+        min_seconds: Seconds that each cell is timed at least in each round; with `max_latency_ms` up to five times as
+            many, until the 99th percentile is known.
+        min_count: Inferences that are timed at least.
+        look_seconds: Seconds of a first look at a cell.
+        limit: How many images are timed.
+        accuracy: Whether to measure the mAP of what is about to be chosen.
+        accuracy_limit: How many images the mAP is of; None is all.
+        budget_seconds: Seconds after which no more cells are looked at; the finish and mAP come on top.
+        exhaustive: Measure every cell at length, and every mAP.
+        cell_timeout: Seconds after which a cell has failed; for mAP, seconds without an image done.
+        engine_cache: Where engines keep what they have built.
+        output: The file to write; its paths are relative to its folder.
+        force: Whether to replace the output.
+        progress: Told what is done.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BoundsError: No configuration keeps the bounds; the nearest is named.
+        UsageError: `max_drop` was given without `accuracy`.
+        EngineError: Nothing can run, or nothing could be measured.
+        BundleError: A bundle cannot be used.
+        DataError: The data cannot be used, or the results are not of this machine, software and data.
+        OutputError: The output exists, or cannot be written.
     """
-
-    bench: BenchRequest
-    bounds: Bounds
-    look: Settings
-    threads: Sequence[int]
-    policies: Sequence[Policy] = ("in-order", "grouped")
-    results: Sequence[Path] = ()
-    exhaustive: bool = False
-    budget_s: float | None = None
-
-
-@dataclass(frozen=True)
-class PreparedTune:
-    """A request whose bundles, data and results were found sound, with the `space` of cells and what is known of it.
-
-    `skipped`: what cannot run here. `reference`: the first FP32 bundle given, which mAP drops are against.
-    """
-
-    request: TuneRequest
-    bench: PreparedBench
-    space: Space
-    skipped: tuple[Skipped, ...]
-    data: Data
-    description: DataDescription
-    machine: Machine
-    reference: Path | None
-    reused: Reused
-
-
-def prepare(request: TuneRequest) -> PreparedTune:
-    """Open and check everything, before anything runs.
-
-    Raises `BundleError`, `DataError`, also for results that are not of this machine, software and data, and
-    `EngineError` where nothing can run.
-    """
-    most = max(request.threads)
-    scenarios = ("single-stream", *(scenario_of(policy) for policy in ("in-order", "grouped")))
-    bench = prepare_bench(replace(request.bench, threads=most, scenarios=scenarios, rates=()))
-    if not bench.plan.cells:
-        first = bench.plan.skipped[0]
-        problem = f"nothing to choose from: {first.engine} {first.precision} on {first.device}: {first.reason}"
-        raise EngineError(problem, f"{first.remedy[0].upper()}{first.remedy[1:]}." if first.remedy else None)
-    bundles = {cell.bundle: Bundle.open(cell.bundle) for cell in bench.plan.cells}
-    policies = {path: _policies(bundle, bench, request.policies) for path, bundle in bundles.items()}
-    cells = tuple(
-        replace(cell, threads=threads)
-        for cell in bench.plan.cells
-        for threads in dict.fromkeys(request.threads)
-        if policy_of(cell) in policies[cell.bundle] and not (policy_of(cell) == "grouped" and cell.batch_size == 1)
-    )
-    opened = (Bundle.open(path) for path in request.bench.bundles)
-    reference = next((bundle.directory for bundle in opened if bundle.manifest.precision == "fp32"), None)
-    if request.bounds.max_drop is not None and reference is None:
-        raise DataError(
-            "there is no FP32 bundle to measure the mAP drop against", "Give it too, or leave --max-drop out."
-        )
-    space = Space(cells, request.bounds)
-    data, description = describe_data(bench)
-    machine = describe_machine()
-    now = BenchResults("", machine, description, request.bench.settings, (), ())
-    digests = {path: bundle.digest for path, bundle in bundles.items()}
-    reused = reuse(request.results, space, digests, now)
-    return PreparedTune(request, bench, space, bench.plan.skipped, data, description, machine, reference, reused)
-
-
-def run(prepared: PreparedTune, output: Path, journal: Journal, progress: Progress = lambda text: None) -> Deploy:
-    """Search, and return what is to be written to `output`; every process's answer goes to the `journal`.
-
-    Raises `BoundsError` where no cell keeps the bounds, naming the nearest, and `EngineError` where none could be
-    measured at all.
-    """
+    if max_drop is not None and not accuracy:
+        raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
+    data, images, output = Path(data), None if images is None else Path(images), Path(output)
+    check_file(output, "yml", force=force)
     start = time.monotonic()
-    session = _Session(prepared, journal, progress)
-    request = prepared.request
-    outcome = race(
-        prepared.space,
-        session.look,
-        session.finish,
-        session.drop,
-        known={cell: Measured.of(result) for cell, result in prepared.reused.cells.items()},
-        out_of_time=lambda: request.budget_s is not None and time.monotonic() - start > request.budget_s,
-        exhaustive=request.exhaustive,
+    most = usable_threads()
+    threads = tuple(dict.fromkeys(threads or [*(1 << power for power in range(most.bit_length())), most]))
+    settings = Settings(
+        min_seconds=min_seconds,
+        min_count=min_count,
+        max_seconds=5 * min_seconds,
+        rounds=rounds,
+        quick=Settings.is_quick(rounds, min_seconds, min_count),
     )
-    if request.exhaustive and request.bench.accuracy:
-        for model in prepared.space.models:
-            if outcome.known.get(prepared.space.start(model)):
-                session.drop(model)
-    if outcome.choice is None:
-        raise _no_choice(prepared, outcome, session.results)
-    record = SearchRecord(
-        cells=len(prepared.space.cells),
-        measured=len(outcome.known),
-        reused=len(prepared.reused.cells),
-        seconds=round(time.monotonic() - start, 1),
-        exhaustive=request.exhaustive,
-        complete=outcome.complete,
+    opened = open_bundles(bundles)
+    if max_drop is not None and all(bundle.manifest.precision != "fp32" for bundle in opened):
+        problem = "there is no FP32 bundle to measure the mAP drop against"
+        raise DataError(problem, "Give it too, or leave --max-drop out.")
+    measured_on = Data.load(data, images, limit, accuracy=accuracy, accuracy_limit=accuracy_limit, bundles=opened)
+    planned = plan(opened, engines, precisions, batch_sizes, device, max(threads), _SCENARIOS)
+    if not planned.cells:
+        raise nothing_to_run(planned)
+    known_bundles = {BundleIdentity.of(bundle): bundle for bundle in opened}
+    sizes = [image.size() for image in CocoDataset.load(data, images, limit).images]
+    cells = (
+        replace(cell, threads=count)
+        for cell in planned.cells
+        if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
+        for count in threads
     )
-    ranking = list(outcome.finished)
-    second = ranking[1] if len(ranking) > 1 else None
-    deploy = Deploy(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        summary="",
-        choice=session.configuration(ranking[0], output),
-        runner_up=session.configuration(second, output) if second else None,
-        bounds=request.bounds,
-        knee=_knee(prepared.space, outcome, ranking[0]),
-        search=record,
-        machine=prepared.machine,
-        data=prepared.description,
-    )
-    return replace(
-        deploy,
-        summary=summarize(deploy, outcome.finished[ranking[0]], outcome.finished.get(second) if second else None),
-    )
+    search = Search(tuple(cells), Bounds(max_latency_ms, max_memory_mb, max_drop))
+    machine = describe_machine()
+    now = BenchResults("", machine, measured_on.description, settings, ())
+    with journal_beside(output, "tune") as journal:
+        runner = Runner(
+            planned.bundles, measured_on, journal, limits(cell_timeout), Path(engine_cache), {"machine": plain(machine)}
+        )
+        look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
+        session = _Session(search, known_bundles, engines, runner, look, settings, accuracy, progress)
+        for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
+            session.add(cell, result, file.settings.quick)
+        reused = len(search.known)
+        for note in measured_on.notes:
+            progress.note(note)
+        known = f", {reused} of them known from --results" if reused else ""
+        progress.stage(f"{len(search.cells)} configurations of {len(search.by_model)} models{known}")
+        for line in planned.lines():
+            if line.startswith("  skip"):
+                progress.stage(line)
+        outcome = race(
+            search,
+            session.look_at,
+            session.finish,
+            session.drop,
+            out_of_time=lambda: budget_seconds is not None and time.monotonic() - start > budget_seconds,
+            exhaustive=exhaustive,
+        )
+        if exhaustive and accuracy:
+            for model in search.by_model:
+                if search.known.get(search.start(model)):
+                    session.drop(model)
+        if outcome.choice is None:
+            raise session.no_choice()
+        configurations = [session.configuration(cell, output) for cell in list(outcome.finished)[:2]]
+        deploy = Deploy(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            summary="",
+            choice=configurations[0],
+            runner_up=configurations[1] if len(configurations) > 1 else None,
+            bounds=search.bounds,
+            knee=session.knee(outcome.choice),
+            search=SearchRecord(
+                cells=len(search.cells),
+                measured=len(search.known),
+                reused=reused,
+                seconds=round(time.monotonic() - start, 1),
+                exhaustive=exhaustive,
+                complete=outcome.complete,
+            ),
+            machine=machine,
+            data=measured_on.description,
+        )
+        deploy = replace(deploy, summary=summarize(deploy, *list(outcome.finished.values())[:2]))
+        check_file(output, "yml", force=force)  # somebody else may have been faster
+        deploy.write(output)
+    return deploy
+
+
+def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]], orders: Sequence[Order]) -> bool:
+    """Whether the cell is one of those asked for, and no other forms the same batches of images of these sizes."""
+    if cell.batch_size == 1:
+        return cell.order == "listed"
+    alike = len({preprocess.input_size(*size) for size in sizes}) == 1
+    return cell.order in ([order for order in orders if order == "listed" or not alike] or ["listed"])
 
 
 @dataclass
 class _Session:
-    """What measures. `results`: of each cell, the latest; `quick`: whether that was too brief."""
+    """What measures, and what it has measured.
 
-    prepared: PreparedTune
-    journal: Journal
+    `results`: the latest of each cell; `quick`: those too brief for figures to be quoted. `accuracies`: None where one
+    could not be measured, for the reason in `why`.
+    """
+
+    search: Search
+    bundles: Mapping[BundleIdentity, Bundle]
+    engines: Sequence[str]
+    runner: Runner
+    look: Settings
+    settings: Settings
+    accuracy: bool
     progress: Progress
     results: dict[Cell, CellResult] = field(default_factory=dict)
+    quick: set[Cell] = field(default_factory=set)
     accuracies: dict[Model, Accuracy | None] = field(default_factory=dict)
-    quick: dict[Cell, bool] = field(default_factory=dict)
-    _why: dict[Model, str] = field(default_factory=dict)
+    why: dict[Model, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.results |= self.prepared.reused.cells
-        self.accuracies |= self.prepared.reused.accuracies
-        self.quick |= {cell: cell in self.prepared.reused.quick for cell in self.results}
+    def add(self, cell: Cell, result: CellResult, quick: bool) -> Measured | None:
+        """Note a result, and return what was measured; None where that failed."""
+        self.results[cell] = result
+        (self.quick.add if quick else self.quick.discard)(cell)
+        if result.ap is not None:
+            self.accuracies[model_of(cell)] = result.accuracy
+        self.search.known[cell] = Measured.of(result) if measurable(result) else None
+        return self.search.known[cell]
 
-    def look(self, step: Step) -> dict[Cell, Measured | None]:
+    def look_at(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
         known, threads = len(self.results), step.cells[0].threads
-        self.progress(
-            f"{known} of {len(self.prepared.space.cells)} cells known; next: {step.why} "
+        self.progress.stage(
+            f"{known} of {len(self.search.cells)} cells known; next: {step.why} "
             f"({threads} thread{'' if threads == 1 else 's'})"
         )
-        return self._measure(step.cells, self.prepared.request.look)
+        return self._measure(step.cells, self.look)
 
     def finish(self, cells: Sequence[Cell]) -> dict[Cell, Measured | None]:
         """Measure the cells at length, interleaved; with a latency bound until its percentile is known, if that does
         not take longer than `max_seconds`."""
-        rounds = self.prepared.request.bench.settings.rounds
-        self.progress(f"{len(cells)} cells at length, in {rounds} rounds")
-        settings = self.prepared.request.bench.settings
-        if self.prepared.request.bounds.max_latency_ms is not None:
-            settings = replace(settings, tail_count=math.ceil(TAIL_COUNT / rounds))
+        settings = self.settings
+        self.progress.stage(f"{len(cells)} cells at length, in {settings.rounds} rounds")
+        if self.search.bounds.max_latency_ms is not None:
+            settings = replace(settings, tail_count=math.ceil(TAIL_COUNT / settings.rounds))
         return self._measure(cells, settings)
+
+    def _measure(self, cells: Sequence[Cell], settings: Settings) -> dict[Cell, Measured | None]:
+        results = self.runner.measure(cells, settings, progress=self.progress)
+        return {cell: self.add(cell, one, settings.quick) for cell, one in zip(cells, results, strict=True)}
 
     def drop(self, model: Model) -> float | None:
         """What the model loses in mAP against FP32, in the same engine where that runs; None where it is not asked for.
 
         A model whose mAP cannot be measured loses all of it. Raises `EngineError` where that of FP32 cannot be.
         """
-        if not self.prepared.request.bench.accuracy:
+        if not self.accuracy:
             return None
         reference = self._reference(model.engine)
         if reference is None:
-            self._accuracy(model)
+            self._ap(model)
             return None
-        base = self._accuracy(reference)
+        base = self._ap(reference)
         if base is None:
-            problem = f"the mAP of {reference.bundle.name} in FP32 could not be measured: {self._why[reference]}"
+            problem = f"the mAP of {reference.bundle.directory} in FP32 could not be measured: {self.why[reference]}"
             raise EngineError(problem, "Remedy that, or leave --max-drop out and add --no-accuracy.")
-        found = self._accuracy(model)
+        found = self._ap(model)
         return base if found is None else base - found
 
-    def configuration(self, cell: Cell, output: Path) -> Configuration:
-        """A measured cell as it is written to `output`."""
-        result = self.results[cell]
-        assert result.bundle is not None
-        return Configuration(
-            bundle=Path(os.path.relpath(cell.bundle.resolve(), output.absolute().parent.resolve())).as_posix(),
-            digest=result.bundle.digest,
-            engine=cell.engine,
-            precision=cell.precision,
-            device=cell.device,
-            threads=cell.threads,
-            batch_size=cell.batch_size,
-            policy=policy_of(cell),
-            evidence=self._evidence(cell, result),
-        )
-
-    def _measure(self, cells: Sequence[Cell], settings: Settings) -> dict[Cell, Measured | None]:
-        data = replace(self.prepared.data, annotations=None)
-        for cell, result in zip(cells, self._run(cells, data, settings), strict=True):
-            self.results[cell] = result
-            self.quick[cell] = settings.quick
-        return {cell: Measured.of(self.results[cell]) if measurable(self.results[cell]) else None for cell in cells}
-
-    def _run(self, cells: Sequence[Cell], data: Data, settings: Settings) -> tuple[CellResult, ...]:
-        bench = self.prepared.bench.request
-
-        def report(done: int, total: int, text: str) -> None:
-            if done < total:
-                self.progress(f"  {text}")
-
-        return run_plan(
-            Plan(tuple(cells), ()),
-            data,
-            settings,
-            self.journal,
-            limits=limits(bench),
-            engine_cache=bench.engine_cache,
-            about=about(bench, self.prepared.machine),
-            progress=report,
-        )[0]
-
     def _reference(self, engine: str) -> Model | None:
-        """FP32 in this engine, else in one of those asked for that runs it; None without an FP32 bundle."""
-        path, device = self.prepared.reference, self.prepared.request.bench.device
-        if path is None:
-            return None
-        bundle = Bundle.open(path)
-        for one in (engine, *self.prepared.request.bench.engines):
-            if capability(one, "fp32", device).works and not missing_graph(bundle, one, "fp32", device):
-                return Model(path, one, "fp32")
+        """The first FP32 bundle in this engine, else in one of those asked for that runs it; None without one."""
+        device = self.search.cells[0].device
+        for identity, bundle in self.bundles.items():
+            if bundle.manifest.precision == "fp32":
+                for one in (engine, *self.engines):
+                    if capability(one, "fp32", device).works and not missing_graph(bundle, one, "fp32", device):
+                        return Model(identity, one, "fp32")
+                return None
         return None
 
-    def _accuracy(self, model: Model) -> float | None:
+    def _ap(self, model: Model) -> float | None:
         """The mAP, measured once; None where that failed, or it is undefined."""
         if model not in self.accuracies:
-            cell = self._first(model)
-            (result,) = self._run((cell,), self.prepared.data, self.prepared.request.look)
+            (result,) = self.runner.measure([self._first(model)], self.look, accuracy=True, progress=self.progress)
             self.accuracies[model] = result.accuracy
-            self._why[model] = result.reason or result.accuracy_reason or "unknown"
+            self.why[model] = result.reason or result.accuracy_reason or "unknown"
         ap = defined_ap(self.accuracies[model])
         if ap is None and self.accuracies[model]:
-            self._why[model] = "it is undefined, as the images have no objects to find"
+            self.why[model] = "it is undefined, as the images have no objects to find"
         return ap
 
     def _first(self, model: Model) -> Cell:
         """The cell whose process measured the model first: mAP depends on neither batch size nor threads."""
-        if model in self.prepared.space.models:
-            return self.prepared.space.start(model)
-        size = Bundle.open(model.bundle).manifest.inputs[0].shape[0] or 1
-        scenario = scenario_of("single" if size == 1 else "in-order")
-        request = self.prepared.request
-        return Cell(
-            model.bundle, model.engine, model.precision, request.bench.device, size, max(request.threads), scenario
+        if model in self.search.by_model:
+            return self.search.start(model)
+        size = self.bundles[model.bundle].manifest.inputs[0].shape[0] or 1
+        return replace(
+            self.search.cells[0],
+            **model._asdict(),
+            threads=max(cell.threads for cell in self.search.cells),
+            batch_size=size,
+            order="listed",
+            scenario="single-stream" if size == 1 else "multi-stream",
         )
 
-    def _evidence(self, cell: Cell, result: CellResult) -> Evidence:
+    def configuration(self, cell: Cell, output: Path) -> Configuration:
+        """A measured cell as it is written to `output`."""
+        directory = self.bundles[cell.bundle].directory.resolve()
+        path = Path(os.path.relpath(directory, output.absolute().parent.resolve())).as_posix()
+        return Configuration(path, cell, self._evidence(cell))
+
+    def _evidence(self, cell: Cell) -> Evidence:
+        result = self.results[cell]
         measured = Measured.of(result)
         accuracy = self.accuracies.get(model_of(cell))
         reference = self._reference(cell.engine)
@@ -316,7 +345,7 @@ class _Session:
             latency_max_ms=max(result.file_ms),
             network_images_per_s=percentile(network or [0.0], 50),
             network_p50_ms=percentile(result.latency_ms, 50),
-            quick=self.quick[cell],
+            quick=cell in self.quick,
             padded=None if None in mixed else any(mixed),
             memory_mb=round(measured.memory_mb, 1),
             ap=ap,
@@ -326,30 +355,22 @@ class _Session:
             started=result.runs[0].started,
         )
 
+    def knee(self, choice: Cell) -> Knee | None:
+        """Of the choice's model, threads and order; None where a single batch size was measured."""
+        line = self.search.line(model_of(choice), choice.threads, None if choice.batch_size == 1 else choice.order)
+        measured = {cell.batch_size: found for cell in line if (found := self.search.known.get(cell)) is not None}
+        return find_knee(measured) if len(measured) > 1 else None
 
-def _policies(bundle: Bundle, bench: PreparedBench, allowed: Sequence[Policy]) -> set[Policy]:
-    """Those that differ on these images: grouping is nothing where all have one size as the network's input."""
-    dataset = CocoDataset.load(bench.request.annotations, bench.request.image_dir, bench.request.timed_images)
-    sizes = {bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images}
-    kept: set[Policy] = {policy for policy in allowed if len(sizes) > 1 or policy != "grouped"}
-    return {"single", *(kept or {"in-order"})}
-
-
-def _knee(space: Space, outcome: Outcome, choice: Cell) -> Knee | None:
-    policy = policy_of(choice)
-    cells = line(space, model_of(choice), choice.threads, None if policy == "single" else policy)
-    measured = {cell.batch_size: found for cell in cells if (found := outcome.known.get(cell)) is not None}
-    return find_knee(measured) if len(measured) > 1 else None
-
-
-def _no_choice(prepared: PreparedTune, outcome: Outcome, results: dict[Cell, CellResult]) -> Exception:
-    miss = nearest(prepared.space, outcome.known, outcome.drops)
-    if miss is None:
-        failed = next((result for result in results.values() if result.status == "failed"), None)
+    def no_choice(self) -> Exception:
+        """Why there is nothing to deploy."""
+        miss = self.search.nearest()
+        if miss is not None:
+            return BoundsError(
+                f"no configuration keeps the bounds: the nearest is {miss_in_words(miss)}",
+                "Loosen that bound, or give other bundles; what was measured is kept for the next run with this "
+                "--output.",
+            )
+        failed = next((result for result in self.results.values() if result.status == "failed"), None)
         if failed is None:
             return EngineError("nothing could be measured: batches took no time at all, so that the clock is of no use")
-        return EngineError(f"nothing could be measured; {failed.engine} {failed.precision}: {failed.reason}")
-    return BoundsError(
-        f"no configuration keeps the bounds: the nearest is {miss_in_words(miss)}",
-        "Loosen that bound, or give other bundles; what was measured is kept for the next run with this --output.",
-    )
+        return EngineError(f"nothing could be measured; {failed.cell.engine} {failed.cell.precision}: {failed.reason}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from recorded_progress import RecordedProgress
 
 from gfldeploy.batching.audit import Audit, AuditRow, Survey, audit_sizes, survey
 from gfldeploy.batching.buckets import ORDERS, Order, Size, area
@@ -95,13 +96,13 @@ def test_no_images() -> None:
 
 def test_sizes_of_files(tmp_path: Path) -> None:
     paths = [write(tmp_path, "a.jpg", 600, 900), write(tmp_path, "b.png", 900, 600), write(tmp_path, "c.bmp", 5, 5)]
-    seen: list[tuple[int, int]] = []
-    found = survey(paths, AS_IS, lambda done, total: seen.append((done, total)))
+    progress = RecordedProgress()
+    found = survey(paths, AS_IS, progress)
     assert found.original == ((600, 900), (900, 600), (5, 5))
     assert found.resized == ((800, 1200), (1200, 800), (800, 800)), "smaller than the stride, and enlarged"
     assert found.inputs == ((800, 1216), (1216, 800), (800, 800))
     assert found.left_out == () and found.paths == tuple(paths)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert progress.steps == [("reading sizes", done, 3) for done in (1, 2, 3)]
     assert audit_sizes(found, [1]).rounding == (2 * 800 * 1216 + 800 * 800) / (2 * 800 * 1200 + 800 * 800)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sample_results import OK
 
 from gfldeploy.bench import matrix
-from gfldeploy.bench.matrix import Cell, Plan, plan
-from gfldeploy.bundle import Bundle, Graph, TensorSpec
+from gfldeploy.bench.matrix import Plan, plan
+from gfldeploy.bundle import MANIFEST, Bundle, Graph, TensorSpec
 from gfldeploy.engines import registry
 from gfldeploy.engines.base import Device, Obstacle, Precision
 from gfldeploy.engines.registry import Capability
@@ -35,13 +37,16 @@ def variant(tiny: Path, name: str, precision: str = "fp32", batch: int | None = 
         bundle.manifest,
         precision=precision,
         inputs=(TensorSpec("image", "float32", (batch, 3, None, None)),),
-        graphs={graph: Graph("model") for graph in graphs.split()},
+        graphs={graph: Graph("model", None if graph == "onnx" else "parameters") for graph in graphs.split()},
     )
-    return Bundle(tiny.parent / name, manifest)
+    directory = tiny.parent / name
+    directory.mkdir(exist_ok=True)
+    shutil.copy(tiny / MANIFEST, directory)
+    return Bundle(directory, manifest)
 
 
 def labels(result: Plan) -> list[tuple[str, str, str, int]]:
-    return [(cell.bundle.name, cell.engine, cell.precision, cell.batch_size) for cell in result.cells]
+    return [(cell.bundle.directory, cell.engine, cell.precision, cell.batch_size) for cell in result.cells]
 
 
 def test_fp32_and_int8_bundles_run_in_their_own_precisions(tiny_bundle: Path) -> None:
@@ -61,20 +66,25 @@ def test_fp32_and_int8_bundles_run_in_their_own_precisions(tiny_bundle: Path) ->
         ("int8", "onnxruntime", "int8", 2),
     ]
     assert {cell.threads for cell in result.cells} == {3}
-    skipped = [(item.engine, item.precision, item.bundle, item.batch_size) for item in result.skipped]
-    assert skipped == [
-        ("paddle", "fp16", None, None),
-        ("onnxruntime", "fp16", None, None),
-        ("onnxruntime", "bf16", None, None),
+    cells = [one.cell for one in result.skipped]
+    assert [(cell.engine, cell.precision, cell.bundle.directory, cell.batch_size) for cell in cells] == [
+        ("paddle", "fp16", "fp32", 1),
+        ("paddle", "fp16", "fp32", 2),
+        ("onnxruntime", "fp16", "fp32", 1),
+        ("onnxruntime", "fp16", "fp32", 2),
+        ("onnxruntime", "bf16", "fp32", 1),
+        ("onnxruntime", "bf16", "fp32", 2),
     ]
-    assert "no FP16 convolution" in result.skipped[0].reason and result.skipped[0].remedy
+    assert "no FP16 convolution" in (result.skipped[0].reason or "") and result.skipped[0].remedy
 
 
 def test_a_precision_without_a_bundle_is_skipped_once(tiny_bundle: Path) -> None:
     bundles = [variant(tiny_bundle, "a"), variant(tiny_bundle, "b")]
     result = plan(bundles, ["onnxruntime"], ["int8"], [1, 2], "cpu", 1)
-    assert result.cells == ()
-    (skipped,) = result.skipped
+    assert result.cells == () and {(one.reason, one.remedy) for one in result.skipped[1:]} == {
+        (result.skipped[0].reason, result.skipped[0].remedy)
+    }
+    skipped, *_ = result.skipped
     assert skipped.reason == "no INT8 bundle was given" and "gfldeploy quantize" in (skipped.remedy or "")
     (skipped,) = plan([variant(tiny_bundle, "q", "int8")], ["onnxruntime"], ["fp32"], [1], "cpu", 1).skipped
     assert skipped.reason == "no FP32 bundle was given" and "gfldeploy export" in (skipped.remedy or "")
@@ -90,9 +100,10 @@ def test_a_missing_graph_and_a_fixed_batch_are_reasons(tiny_bundle: Path) -> Non
     bundle = variant(tiny_bundle, "fixed", batch=2)
     result = plan([bundle], ["paddle", "onnxruntime"], ["fp32"], [1, 2], "cpu", 1)
     assert labels(result) == [("fixed", "onnxruntime", "fp32", 2)]
-    no_graph, wrong_batch = result.skipped
-    assert (no_graph.engine, no_graph.reason) == ("paddle", "the bundle fixed has no paddle graph")
-    assert (wrong_batch.batch_size, wrong_batch.reason) == (1, "the bundle fixed is made for batches of 2")
+    no_graph, other, wrong_batch = result.skipped
+    assert (other.cell.batch_size, other.reason) == (2, no_graph.reason)
+    assert (no_graph.cell.engine, no_graph.reason) == ("paddle", "the bundle fixed has no paddle graph")
+    assert (wrong_batch.cell.batch_size, wrong_batch.reason) == (1, "the bundle fixed is made for batches of 2")
 
 
 def test_an_unknown_engine(tiny_bundle: Path) -> None:
@@ -103,7 +114,6 @@ def test_an_unknown_engine(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"engine": "x"},
         {"precision": "int4"},
         {"device": "tpu"},
         {"batch_size": 0},
@@ -117,10 +127,12 @@ def test_an_unknown_engine(tiny_bundle: Path) -> None:
         {"scenario": "server", "rate": 5.0, "policy": "x"},
         {"scenario": "server", "rate": 5.0, "policy": "adaptive"},
         {"policy": "no-batching"},
+        {"order": "shuffled"},
+        {"order": "bucketed"},
     ],
 )
 def test_impossible_cells(change: dict[str, object]) -> None:
-    cell = Cell(Path("bundle"), "onnxruntime", "fp32", "cpu", 1, 1, "single-stream")
+    cell = replace(OK.cell, batch_size=1, scenario="single-stream")
     with pytest.raises(ValueError):
         replace(cell, **change)
 
@@ -142,9 +154,9 @@ def test_scenarios_take_the_batch_sizes_that_suit_them(tiny_bundle: Path) -> Non
         (4, "server", 10.0, "adaptive"),
     ]
     assert [str(cell) for cell in result.cells[:3]] == [
-        "fp32: onnxruntime fp32 on cpu, batch 1",
-        "fp32: onnxruntime fp32 on cpu, batch 1, offline",
-        "fp32: onnxruntime fp32 on cpu, batch 1, server at 5 images/s, no-batching",
+        "fp32: onnxruntime fp32, batch 1",
+        "fp32: onnxruntime fp32, batch 1, offline",
+        "fp32: onnxruntime fp32, batch 1, server at 5 images/s, no-batching",
     ]
 
 
@@ -152,5 +164,5 @@ def test_a_fixed_batch_cannot_serve_what_comes(tiny_bundle: Path) -> None:
     bundle = variant(tiny_bundle, "fixed", batch=4)
     result = plan([bundle], ["onnxruntime"], ["fp32"], [4], "cpu", 1, ["server"], [5.0])
     assert result.cells == ()
-    (skipped,) = result.skipped
-    assert "made for batches of 4" in skipped.reason and skipped.remedy
+    skipped, *_ = result.skipped
+    assert "made for batches of 4" in (skipped.reason or "") and skipped.remedy

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
+from sample_results import FAILED, OK, RUN, SKIPPED, altered, sample_results
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
@@ -62,18 +62,17 @@ def many() -> BenchResults:
             )
             stages = Stages(*([(ms * size / 5,) * 4] * 6), end_to_end_ms=(ms * size * 1.2,) * 4)
             cells.append(
-                replace(
+                altered(
                     OK,
                     engine=engine,
                     precision=precision,
                     batch_size=size,
-                    scenario="single-stream" if size == 1 else "multi-stream",
                     runs=(replace(RUN, samples=samples, stages=stages),),
                 )
             )
     serving = Serving(60, 10, (Point(1, (64, 96), 5.0),), 55)
     runs = tuple(replace(run, serving=serving) for run in cells[-1].runs)
-    served = [replace(cells[-1], scenario="server", rate=rate, policy="adaptive", runs=runs) for rate in (10.0, 20.0)]
+    served = [altered(cells[-1], scenario="server", rate=rate, policy="adaptive", runs=runs) for rate in (10.0, 20.0)]
     settings = replace(sample_results().settings, latency_bound_ms=100.0)
     return replace(sample_results(), settings=settings, cells=(*cells, *served, FAILED, SKIPPED))
 
@@ -104,12 +103,12 @@ def test_the_best_batch_of_each_comes_first_and_all_cells_on_demand(text: str) -
     # 6 ms for an image, 1.2 times that from file to boxes.
     assert list(best[0])[:5] == ["engine", "precision", "batch", "file to boxes, images/s", "mAP"]
     assert (best[0]["file to boxes, images/s"], best[0]["mAP"]) == ("138.9", "0.5000")
-    assert (best[0]["network, images/s"], best[0]["memory MB"]) == ("166.7", "280")
+    assert (best[0]["network, images/s"], best[0]["memory, MB"]) == ("166.7", "280")
     assert len(cells) == 8
     assert cells[0]["network, ms"] == "20.30 ±0.10" and cells[0]["file to boxes, images/s"] == "41.67"
     assert [one["arriving/s"] for one in servers] == ["10", "20"]
     last = servers[-1]
-    assert (last["in time, images/s"], last["% of possible"], last["turned away, %"], last["mean batch"]) == (
+    assert (last["in time, images/s"], last["% of possible"], last["rejected, %"], last["mean batch"]) == (
         *("41.67", "91", "17", "66.7"),
     )
     assert text.index("<details>") < text.index('<table id="cells">') < text.index("</details>")
@@ -118,7 +117,7 @@ def test_the_best_batch_of_each_comes_first_and_all_cells_on_demand(text: str) -
 
 def test_files_without_times_from_file_to_boxes(tmp_path: Path) -> None:
     results = many()
-    bare = tuple(replace(cell, runs=tuple(replace(run, stages=None) for run in cell.runs)) for cell in results.cells)
+    bare = tuple(altered(cell, runs=tuple(replace(run, stages=None) for run in cell.runs)) for cell in results.cells)
     old = replace(results, cells=bare[:6])
     write_report(old, tmp_path / "report.html")
     best = table((tmp_path / "report.html").read_text(), "best")
@@ -129,9 +128,8 @@ def test_files_without_times_from_file_to_boxes(tmp_path: Path) -> None:
 
 
 def test_no_two_series_have_one_colour_however_many_there_are() -> None:
-    assert OK.bundle is not None
     cells = [
-        replace(cell, bundle=replace(OK.bundle, directory=f"bundle {number}"))
+        altered(cell, bundle=replace(OK.cell.bundle, directory=f"bundle {number}"))
         for number in range(12)
         for cell in many().cells[:6]
     ]
@@ -140,7 +138,7 @@ def test_no_two_series_have_one_colour_however_many_there_are() -> None:
 
 
 def test_a_series_that_flattens_the_others_makes_the_axis_logarithmic() -> None:
-    slow = replace(many().cells[1], engine="paddle-plain")
+    slow = altered(many().cells[1], engine="paddle-plain")
     stages = Stages(*([(900.0,) * 4] * 6), end_to_end_ms=(5400.0,) * 4)
     slow = replace(slow, runs=tuple(replace(run, stages=stages) for run in slow.runs))
     figures = {plot.title: plot for plot in plots(replace(many(), cells=(*many().cells[:6], slow)))}
@@ -161,9 +159,8 @@ def test_nothing_is_fetched(text: str) -> None:
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    assert OK.bundle is not None
-    evil = replace(OK, bundle=replace(OK.bundle, directory=EVIL))
-    results = replace(sample_results(), cells=(evil, replace(OK, precision="fp32"), replace(FAILED, reason=EVIL)))
+    evil = altered(OK, bundle=replace(OK.cell.bundle, directory=EVIL))
+    results = replace(sample_results(), cells=(evil, altered(OK, precision="fp32"), altered(FAILED, reason=EVIL)))
     write_report(results, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     assert not [tag for tag, attributes in page.tags if tag == "img" or "onerror" in attributes]
@@ -185,7 +182,7 @@ def test_the_figures_hold_the_samples(text: str) -> None:
     whole = {trace["name"]: trace for trace in by_title["Throughput from file to boxes"]["data"]}
     assert whole["onnxruntime int8"]["y"] == pytest.approx([1e3 / 7.2] * 2)
     in_time = by_title["Server: answers in time"]
-    server = by_title["Server: latency of what was not turned away"]
+    server = by_title["Server: latency of what was not rejected"]
     assert (
         in_time["data"][0]["y"] == [10.0, 20.0] and in_time["data"][1]["name"] == "onnxruntime int8, adaptive, batch 4"
     )
@@ -195,24 +192,25 @@ def test_the_figures_hold_the_samples(text: str) -> None:
 
 def test_the_short_answer() -> None:
     results = many()
-    fastest, shortest, accurate = short_answer(replace(results, cells=results.cells[:6]))
+    fastest, engines, shortest, accurate = short_answer(replace(results, cells=results.cells[:6]))
     assert fastest == (
-        "Most images a second from file to boxes, one batch after the other: onnxruntime int8, batch 1, bundle "
+        "Most images a second from file to boxes, one batch after the other: ONNX Runtime INT8, batch 1, bundle "
         "tiny_dir: 138.9 images/s, 7.20 ms for a batch, mAP 0.5000; the network alone 166.7 images/s."
     )
-    assert shortest.startswith("Shortest latency of one image from file to boxes: onnxruntime int8, batch 1")
+    assert engines == "Each engine at its best: ONNX Runtime INT8 138.9 images/s; Paddle Inference FP32 41.67 images/s."
+    assert shortest.startswith("Shortest latency of one image from file to boxes: ONNX Runtime INT8, batch 1")
     assert "of the best FP32 (0.5000): the same" in accurate
     assert OK.accuracy is not None
     worse = tuple(
-        replace(cell, accuracy=replace(OK.accuracy, ap=0.49)) if cell.precision == "int8" else cell
+        altered(cell, accuracy=replace(OK.accuracy, ap=0.49)) if cell.cell.precision == "int8" else cell
         for cell in results.cells[:6]
     )
-    assert ": onnxruntime fp32, batch" in short_answer(replace(results, cells=worse))[2]
-    unknown = tuple(replace(cell, accuracy=None) for cell in results.cells[:6])
-    assert "not known" in short_answer(replace(results, cells=unknown))[2]
+    assert ": ONNX Runtime FP32, batch" in short_answer(replace(results, cells=worse))[3]
+    unknown = tuple(altered(cell, accuracy=None) for cell in results.cells[:6])
+    assert "not known" in short_answer(replace(results, cells=unknown))[3]
     assert (
-        "Most answers within 100 ms of the arrival, decoding left out: onnxruntime int8, batch 4, server at 10/s, "
-        "adaptive, bundle tiny_dir with 41.7 images/s, 91% of what is possible." in short_answer(results)
+        "Most answers within 100 ms of the arrival, decoding left out: ONNX Runtime INT8, batch 4, server at 10 "
+        "images/s, adaptive, bundle tiny_dir with 41.7 images/s, 91% of what is possible." in short_answer(results)
     )
     quick = replace(results, settings=replace(results.settings, quick=True))
     assert short_answer(quick)[0].startswith("A first look: each cell was measured too briefly")
@@ -226,7 +224,7 @@ def test_what_pads_says_that_it_changes_boxes() -> None:
     answer = short_answer(replace(many(), cells=(one, padded)))
     assert "batch 4" in answer[0] and answer[1].startswith("Its batches hold images of several sizes, padded to the")
     assert "changes boxes and scores" in answer[1]
-    assert answer[2].startswith("The fastest without padding: onnxruntime int8, batch 1")
+    assert answer[2].startswith("The fastest without padding: ONNX Runtime INT8, batch 1")
 
 
 def test_pareto_front() -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sample_results import cell_of, plan_of
 
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.matrix import Cell, Plan, Skipped
-from gfldeploy.bench.results import CellResult, Settings
-from gfldeploy.bench.runner import Data, run_plan
+from gfldeploy.bench.matrix import Plan
+from gfldeploy.bench.results import CellResult, DataDescription, Settings
+from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.child_process import Limits
 
 QUICK = Settings(min_seconds=0, min_count=2, max_seconds=0, warmup=1)
@@ -52,23 +53,37 @@ def a_folder_for_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path / "here")
 
 
-def measure(
-    plan: Plan,
-    data: Data = Data((Path("a.jpg"),), "digest"),  # noqa: B008 - immutable
-    settings: Settings = QUICK,
-    limits: Limits = Limits(60),  # noqa: B008 - immutable
-    **more: Any,
-) -> tuple[CellResult, ...]:
-    """The cells of `run_plan`."""
-    return run_plan(plan, data, settings, Journal(Path("journal")), limits=limits, **more)[0]
+class Steps:
+    """The stages that were told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def step(self, label: str, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
 
 
-def cell(bundle: Path, size: int) -> Cell:
-    return Cell(bundle, "onnxruntime", "fp32", "cpu", size, 1, "single-stream" if size == 1 else "multi-stream")
+def data(*images: Path, annotations: Path = Path("none.json"), **more: Any) -> Data:
+    """These images, as if they had been read."""
+    return Data(images or (Path("a.jpg"),), DataDescription("ab", "cd", 1, None), annotations, **more)
+
+
+def measure(plan: Plan, *, settings: Settings = QUICK, **more: Any) -> tuple[CellResult, ...]:
+    """What a runner with a journal in ./journal makes of the cells."""
+    given: dict[str, Any] = {"data": data(), "journal": Journal(Path("journal")), "limits": Limits(60)}
+    given |= {key: more.pop(key) for key in ("data", "limits", "about", "worker") if key in more}
+    runner = Runner(plan.bundles, **given)
+    return runner.measure(plan.cells, settings, **more)
 
 
 def cells(bundle: Path, *batch_sizes: int) -> Plan:
-    return Plan(tuple(cell(bundle, size) for size in batch_sizes), ())
+    return plan_of(bundle, *(cell_of(bundle, batch_size=size) for size in batch_sizes))
 
 
 def child(code: str) -> tuple[str, ...]:
@@ -76,7 +91,7 @@ def child(code: str) -> tuple[str, ...]:
     prelude = (
         "import json, os, signal, sys, time\n"
         "folder = sys.argv[1]\n"
-        "request = json.load(open(folder + '/request.json'))['request']\n"
+        "(request,) = json.load(open(folder + '/request.json')).values()\n"
         "def answer(value):\n"
         "    open(folder + '/answer.json', 'w').write(value if type(value) is str else json.dumps(value))\n"
     )
@@ -115,9 +130,9 @@ def wait_until_dead(pid: int) -> bool:
         ("print('{}')", "ended without an answer"),
         ("answer('{')", "answered nonsense"),
         ("answer([])", "answered nonsense: not an object"),
-        ("answer({})", "answered nonsense: timed must be an object"),
-        ("answer({'timed': {'run': 1}})", "answered nonsense: timed lacks"),
-        ("answer({'reason': 'too big for ' + request['cell']['bundle'], 'remedy': 'x'})", "too big for tiny"),
+        ("answer({})", "answered nonsense: timing must be an object"),
+        ("answer({'timing': {'run': 1}})", "answered nonsense: timing lacks"),
+        ("answer({'reason': 'too big for ' + request['bundle'], 'remedy': 'x'})", "too big for tiny"),
     ],
 )
 def test_a_failing_child_is_a_result_with_its_reason(code: str, reason: str, tiny_bundle: Path) -> None:
@@ -146,8 +161,7 @@ def test_a_child_that_does_not_read_is_still_killed(tiny_bundle: Path) -> None:
     # A request larger than a pipe holds.
     images = [Path("x" * 100 + f"{number}.jpg") for number in range(5000)]
     command = (sys.executable, "-c", "import time; time.sleep(300)")
-    data = Data(tuple(images), "digest")
-    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(1), worker=command)
+    (result,) = measure(cells(tiny_bundle, 1), data=data(*images), limits=Limits(1), worker=command)
     assert result.reason == "it took longer than 1 s"
 
 
@@ -155,16 +169,18 @@ def test_ctrl_c_kills_the_child(tiny_bundle: Path, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     code = (
-        "import signal\n"
+        "import signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from pathlib import Path\n"
+        f"sys.path.append({str(Path(__file__).parents[1])!r})\n"
+        "from sample_results import cell_of, plan_of\n"
         "from gfldeploy.bench.journal import Journal\n"
-        "from gfldeploy.bench.matrix import Cell, Plan\n"
-        "from gfldeploy.bench.results import Settings\n"
-        "from gfldeploy.bench.runner import Data, run_plan\n"
-        f"cell = Cell(Path({str(tiny_bundle)!r}), 'onnxruntime', 'fp32', 'cpu', 1, 1, 'single-stream')\n"
-        "data = Data((Path('a.jpg'),), 'digest')\n"
-        f"run_plan(Plan((cell,), ()), data, Settings(0, 1, 0), Journal(Path('journal')), worker={child(hang)!r})\n"
+        "from gfldeploy.bench.results import DataDescription, Settings\n"
+        "from gfldeploy.bench.runner import Data, Runner\n"
+        f"plan = plan_of(Path({str(tiny_bundle)!r}), cell_of(Path({str(tiny_bundle)!r})))\n"
+        "data = Data((Path('a.jpg'),), DataDescription('', '', 1, None), Path('none.json'))\n"
+        f"runner = Runner(plan.bundles, data, Journal(Path('journal')), worker={child(hang)!r})\n"
+        "runner.measure(plan.cells, Settings(0, 1, 0))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         for _ in range(600):
@@ -183,56 +199,46 @@ def test_the_rest_goes_on_and_a_failed_cell_is_not_tried_again(tiny_bundle: Path
     log = tmp_path / "log"
     code = (
         f"size = request['cell']['batch_size']; open({str(log)!r}, 'a').write(f'{{size}} ')\n"
-        f"sys.exit('bad') if size == 2 else answer({{'timed': {TIMED!r}}})\n"
+        f"sys.exit('bad') if size == 2 else answer({{'timing': {TIMED!r}}})\n"
     )
-    skipped = Skipped(None, "paddle", "fp16", "cpu", None, 1, "never", None)
-    plan = Plan(cells(tiny_bundle, 1, 2, 4).cells, (skipped,))
-    steps: list[tuple[int, int, str]] = []
+    steps = Steps()
     results = measure(
-        plan,
-        settings=Settings(0, 1, 0, rounds=2),
-        progress=lambda done, total, text: steps.append((done, total, text)),
-        worker=child(code),
+        cells(tiny_bundle, 1, 2, 4), settings=Settings(0, 1, 0, rounds=2), progress=steps, worker=child(code)
     )
-    assert [result.status for result in results] == ["ok", "failed", "ok", "skipped"]
+    assert [result.status for result in results] == ["ok", "failed", "ok"]
     assert log.read_text().split() == ["1", "2", "4", "1", "4"]  # in rounds, the failed one once
-    assert [len(result.runs) for result in results] == [2, 0, 2, 0]
+    assert [len(result.runs) for result in results] == [2, 0, 2]
     assert results[0].latency_ms == (1.0, 1.0)
-    assert [(done, total) for done, total, _ in steps] == [(number, 6) for number in range(7)]
-    assert steps[0][2] == "tiny: onnxruntime fp32 on cpu, batch 1" and steps[-1][2] == "done"
+    assert [text.split()[0] for text in steps.stages] == ["1/6", "2/6", "3/6", "4/6", "6/6"]
+    assert steps.stages[0] == "1/6 tiny: onnxruntime fp32, batch 1" and steps.stages[1].endswith(" left)")
 
 
 def test_what_is_in_the_journal_is_not_measured_again(tiny_bundle: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = (
         f"size = request['cell']['batch_size']; open({str(log)!r}, 'a').write(f'{{size}} ')\n"
-        f"sys.exit('bad') if size == 2 else answer({{'timed': {TIMED!r}}})\n"
+        f"sys.exit('bad') if size == 2 else answer({{'timing': {TIMED!r}}})\n"
     )
     settings = Settings(0, 1, 0, rounds=2)
     first = measure(cells(tiny_bundle, 1, 2), settings=settings, worker=child(code))
     assert log.read_text().split() == ["1", "2", "1"]
-    steps: list[str] = []
-    again = measure(
-        cells(tiny_bundle, 1, 2, 4),
-        settings=settings,
-        worker=child(code),
-        progress=lambda done, total, text: steps.append(f"{done}/{total}"),
-    )
+    steps = Steps()
+    again = measure(cells(tiny_bundle, 1, 2, 4), settings=settings, worker=child(code), progress=steps)
     assert log.read_text().split() == ["1", "2", "1", "4", "4"], "the failed cell stays failed"
     assert again[:2] == first and len(again[2].runs) == 2
-    assert steps[0] == "0/2" and steps[-1] == "2/2"
+    assert [text.split()[0] for text in steps.stages] == ["1/2", "2/2"]
 
 
 @pytest.mark.parametrize("change", ["settings", "data", "about"])
 def test_answers_are_not_used_for_another_question(change: str, tiny_bundle: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    code = f"open({str(log)!r}, 'a').write('x'); answer({{'timed': {TIMED!r}}})"
-    plan, data = cells(tiny_bundle, 1), Data((Path("a.jpg"),), "digest")
-    measure(plan, data, worker=child(code), about={"machine": "one"})
+    code = f"open({str(log)!r}, 'a').write('x'); answer({{'timing': {TIMED!r}}})"
+    plan = cells(tiny_bundle, 1)
+    measure(plan, worker=child(code), about={"machine": "one"})
     measure(
         plan,
-        Data(data.images, "other") if change == "data" else data,
-        replace(QUICK, seed=5) if change == "settings" else QUICK,
+        data=replace(data(), accuracy_limit=5) if change == "data" else data(),
+        settings=replace(QUICK, seed=5) if change == "settings" else QUICK,
         worker=child(code),
         about={"machine": "other" if change == "about" else "one"},
     )
@@ -240,7 +246,7 @@ def test_answers_are_not_used_for_another_question(change: str, tiny_bundle: Pat
 
 
 def test_a_damaged_journal_is_measured_again(tiny_bundle: Path) -> None:
-    code = f"answer({{'timed': {TIMED!r}}})"
+    code = f"answer({{'timing': {TIMED!r}}})"
     first = measure(cells(tiny_bundle, 1), worker=child(code))
     (entry,) = Path("journal").iterdir()
     entry.write_text(entry.read_text()[:-20])
@@ -262,14 +268,14 @@ def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None
     Path("onnx.py").write_text("raise SystemExit('shadowed')")
     Path("numpy.py").write_text("raise SystemExit('shadowed')")
     images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
-    data = Data(images, "digest", tiny_coco, accuracy_limit=3)
-    results = measure(cells(tiny_bundle, 1, 4), data, limits=Limits(120))
+    used = data(*images, annotations=tiny_coco, accuracy_limit=3)
+    results = measure(cells(tiny_bundle, 1, 4), data=used, accuracy=True, limits=Limits(120))
     assert [(result.status, result.reason) for result in results] == [("ok", None)] * 2
     for result in results:
         (run,) = result.runs
-        assert result.bundle is not None and result.bundle.directory == "tiny"
+        assert result.cell.bundle.directory == "tiny"
         assert result.accuracy is not None and result.accuracy.images == 3
-        assert run.samples.batch_size == result.batch_size
+        assert run.samples.batch_size == result.cell.batch_size
         assert run.samples.images == len(run.samples.latency_ms) * run.samples.batch_size
         assert run.peak_rss_mb > run.inputs_mb > 0
         stages = run.stages
@@ -286,14 +292,14 @@ def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None
             assert 0 < sum(parts) <= total
         assert run.monitored is not None and run.monitored.gpu_percent == ()
         # One convolution of 3x3 over 3 channels to 6, at stride 8: of the six images as they are, then as padded.
-        assert result.work is not None
+        assert result.cost is not None
         sizes = [preprocess_size(path) for path in images]
         macs = [-(-height // 8) * -(-width // 8) * 6 * 27 for height, width in sizes]
-        assert result.work.macs == sum(macs) / 6
+        assert result.cost.macs == sum(macs) / 6
     one, four = (result.runs[0] for result in results)
     assert one.shapes == {"1x3x64x96": 3, "1x3x96x64": 2, "1x3x64x64": 1}
     assert four.shapes == {"4x3x96x96": 2}  # the last batch is filled up from the beginning
-    assert results[1].work is not None and results[1].work.padded_macs == 12 * 12 * 6 * 27
+    assert results[1].cost is not None and results[1].cost.padded_macs == 12 * 12 * 6 * 27
 
 
 def preprocess_size(path: Path) -> tuple[int, int]:
@@ -307,8 +313,8 @@ def preprocess_size(path: Path) -> tuple[int, int]:
 def test_the_offline_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
     pytest.importorskip("onnxruntime")
     images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
-    plan = Plan((Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, "offline"),), ())
-    (result,) = measure(plan, Data(images, "digest"), Settings(0, 20, 0))
+    plan = plan_of(tiny_bundle, cell_of(tiny_bundle, batch_size=2, scenario="offline", order="bucketed"))
+    (result,) = measure(plan, data=data(*images), settings=Settings(0, 20, 0))
     assert result.status == "ok", result.reason
     (run,) = result.runs
     assert run.serving is None
@@ -319,11 +325,13 @@ def test_the_offline_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
 def test_the_server_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
     pytest.importorskip("onnxruntime")
     images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
-    cell = Cell(tiny_bundle, "onnxruntime", "fp32", "cpu", 2, 1, "server", 200.0, "adaptive")
-    (result,) = measure(Plan((cell,), ()), Data(images, "digest"), Settings(0, 20, 0, latency_bound_ms=500))
+    cell = cell_of(tiny_bundle, batch_size=2, scenario="server", rate=200.0, policy="adaptive")
+    (result,) = measure(
+        plan_of(tiny_bundle, cell), data=data(*images), settings=Settings(0, 20, 0, latency_bound_ms=500)
+    )
     assert result.status == "ok", result.reason
     (run,) = result.runs
-    assert (result.rate, result.policy) == (200.0, "adaptive") and result.work is not None
+    assert (result.cell.rate, result.cell.policy) == (200.0, "adaptive") and result.cost is not None
     assert run.serving is not None and run.serving.requests == 20 == run.samples.images + run.serving.rejected
     assert sum(int(shape[0]) * count for shape, count in run.shapes.items()) == run.samples.images
 
@@ -342,7 +350,7 @@ def test_a_deliberate_error_in_the_worker(tiny_bundle: Path, tmp_path: Path) -> 
     pytest.importorskip("onnxruntime")
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    (result,) = measure(cells(tiny_bundle, 1), Data((broken,), "digest"))
+    (result,) = measure(cells(tiny_bundle, 1), data=data(broken))
     assert result.status == "failed" and result.reason is not None and "broken.jpg" in result.reason
     assert result.remedy and "Traceback" not in result.reason
 
@@ -354,7 +362,9 @@ def test_a_failing_accuracy_leaves_the_timing(tiny_bundle: Path, tiny_coco: Path
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps({**source, "annotations": []}))
     images = tiny_coco.parent / "images"
-    (result,) = measure(cells(tiny_bundle, 1), Data((images / "1.jpg",), "digest", empty, images))
+    (result,) = measure(
+        cells(tiny_bundle, 1), data=data(images / "1.jpg", annotations=empty, image_dir=images), accuracy=True
+    )
     assert result.status == "ok" and result.accuracy is None
     assert result.accuracy_reason is not None and "no annotations" in result.accuracy_reason
 
@@ -370,10 +380,9 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
         "    for number in range(12):\n"
         "        open(folder + '/progress', 'a').write(f'{number} 12\\n'); time.sleep(0.5)\n"
         f"    answer({{'accuracy': {accuracy!r}}})\n"
-        f"else: answer({{'timed': {TIMED!r}}})\n"
+        f"else: answer({{'timing': {TIMED!r}}})\n"
     )
-    data = Data((Path("a.jpg"),), "digest", Path("a"))
-    (result,) = measure(cells(tiny_bundle, 1), data, limits=Limits(4), worker=child(code))
+    (result,) = measure(cells(tiny_bundle, 1), accuracy=True, limits=Limits(4), worker=child(code))
     assert result.accuracy is not None and result.accuracy.ap == 1.0
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gfldeploy.batching.latency import Point
+from gfldeploy.bench.cell import ServerPolicy
 from gfldeploy.bench.inputs import prepare_images
-from gfldeploy.bench.results import ServerPolicy
 from gfldeploy.bench.scenarios import ServerRun, arrival_times, fastest, measure_points, serve
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions

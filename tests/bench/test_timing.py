@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pytest
 
 from gfldeploy.bench.timing import Samples, StopRule, is_stable, measure
-from gfldeploy.engines.base import EngineOptions, Tensors
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.errors import EngineError
 
 
-class Recorder:
+class Recorder(Engine):
     """An engine that notes the batches it gets."""
 
     name = "recorder"
@@ -24,15 +22,6 @@ class Recorder:
     def __init__(self, fail_at: int | None = None) -> None:
         self.seen: list[float] = []
         self.fail_at = fail_at
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def close(self) -> None: ...
 
     def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
         if len(self.seen) == self.fail_at:

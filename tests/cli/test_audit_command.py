@@ -212,6 +212,6 @@ def test_an_unreadable_folder(tiny_bundle: Path, tmp_path: Path, refused: Callab
     folder = tmp_path / "locked"
     folder.mkdir(mode=0)
     try:
-        assert "cannot list the images of" in refused("--data", folder, "--config-or-bundle", tiny_bundle)
+        assert "cannot be read" in refused("--data", folder, "--config-or-bundle", tiny_bundle)
     finally:
         folder.chmod(0o700)

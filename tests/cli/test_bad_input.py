@@ -22,7 +22,7 @@ import pytest
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli import main
-from gfldeploy.engines.registry import preferred_engine
+from gfldeploy.engines.selection import select_engine
 
 pytest.importorskip("onnxruntime")
 
@@ -288,7 +288,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shortened": (lambda b: (b / "onnx/model.onnx").write_bytes(b"short"), "has 5 bytes"),
     "extra": (lambda b: (b / "notes.txt").write_text("mine"), "not part of the bundle: notes.txt"),
     "not JSON": (lambda b: (b / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "newer": (lambda b: (b / "manifest.json").write_text('{"schema": 9}'), "has schema 9"),
+    "newer": (lambda b: (b / "manifest.json").write_text('{"schema": 9}'), "written by a newer gfldeploy: schema 9"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "is not a bundle"),
 }
 
@@ -373,9 +373,9 @@ def test_batches_that_a_fixed_bundle_does_not_take(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--engine", "paddle", "--precision", "fp16"), "paddle fp16 on cpu is not possible: Paddle's oneDNN kernels"),
+        (("--engine", "paddle", "--precision", "fp16"), "paddle fp16 on cpu is not possible: its CPU kernels"),
         (("--engine", "onnxruntime", "--precision", "fp16"), "use int8 on CPUs"),
-        (("--engine", "onnxruntime", "--precision", "bf16"), "use the engines paddle or openvino for bf16"),
+        (("--engine", "onnxruntime", "--precision", "bf16"), "use the engine openvino or paddle for bf16"),
         (("--engine", "tensorflow"), "'tensorflow' is not one of"),
         (("--precision", "int4"), "'int4' is not one of"),
         (("--device", "tpu"), "'tpu' is not one of"),
@@ -426,7 +426,7 @@ def test_eval_says_what_it_measured_by_which_engine(
     arguments = ("eval", tiny_bundle, "--data", data, "--images", tiny_coco.parent / "images")
     assert run(*arguments) == 0
     out, err = capfd.readouterr()
-    engine, _ = preferred_engine(Bundle.open(tiny_bundle), "fp32", "cpu")
+    engine, _, _ = select_engine(Bundle.open(tiny_bundle))
     assert f"{engine} fp32" in " ".join(out.split())
     assert "no class for 1 categories of the annotations (unknown)" in err
     assert "1 images have another size than their annotations say" in err

@@ -40,7 +40,7 @@ def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: p
     results = BenchResults.read(output)
     assert (results.data.timed_images, results.data.accuracy_images) == (6, 6)
     one, two = (cell for cell in results.cells if cell.status == "ok")
-    assert (one.batch_size, two.batch_size) == (1, 2)
+    assert (one.cell.batch_size, two.cell.batch_size) == (1, 2)
     assert one.accuracy == two.accuracy and one.accuracy is not None and one.accuracy.ap == pytest.approx(1)
     assert results.settings.rounds == len(one.runs) == len(two.runs) == 2
     run_one, run_two = one.runs[0], two.runs[0]
@@ -133,7 +133,7 @@ def test_no_cell_measured(
     arguments = ("--engines", "onnxruntime", "--precisions", "fp32", "--batch-sizes", 1, "--cell-timeout", 0.001)
     assert run(tiny_bundle, "--data", tiny_coco, *arguments, "-o", output) == 2
     shown, error = capfd.readouterr()
-    assert "onnxruntime fp32 batch 1: failed: it took longer than 0.001 s" in shown
+    assert "onnxruntime fp32: failed: it took longer than 0.001 s" in shown
     assert error.splitlines()[-1].startswith("Error: no cell could be measured; onnxruntime fp32: it took longer")
     assert [cell.status for cell in BenchResults.read(output).cells] == ["failed"]
 
@@ -149,7 +149,7 @@ def test_options_from_a_file(
     # What the command line says goes before.
     assert run(tiny_bundle, "--config", config, "--batch-sizes", "2", "-o", output) == 0
     results = BenchResults.read(output)
-    assert [(cell.engine, cell.precision, cell.batch_size) for cell in results.cells] == [("onnxruntime", "fp32", 2)]
+    assert [one.cell.name() for one in results.cells] == ["onnxruntime fp32, batch 2"]
     assert (results.settings.rounds, results.settings.min_count, results.settings.quick) == (1, 2, True)
     assert results.cells[0].accuracy is None
 

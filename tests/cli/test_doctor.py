@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 
 from gfldeploy import machine
 from gfldeploy.cli import main
-from gfldeploy.doctor import Report, examine, summarize_report, twin_warnings
-from gfldeploy.engines import registry
+from gfldeploy.doctor import Diagnosis, diagnose, summarize_report, twin_warnings
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Obstacle
 from gfldeploy.engines.registry import ENGINES, Capability
 
@@ -23,27 +23,28 @@ def run(*arguments: str) -> None:
     assert stopped.value.code == 0
 
 
-def report(driver: str | None = None, installed: bool = True, lacking: tuple[str, ...] = ()) -> Report:
+def report(driver: str | None = None, installed: bool = True, lacking: tuple[str, ...] = ()) -> Diagnosis:
     """What another machine would report."""
-    cpu = replace(examine().machine, cpu="Some Processor " * 9, driver=driver, gpus=("NVIDIA H100",) * bool(driver))
+    cpu = replace(diagnose().machine, cpu="Some Processor " * 9, driver=driver, gpus=("NVIDIA H100",) * bool(driver))
     found = []
     for name, spec in ENGINES.items():
         for device in DEVICES:
             for precision in PRECISIONS:
-                obstacle = spec.graph(precision, device)
-                if not isinstance(obstacle, Obstacle):
-                    absent = Obstacle(f"{name} is not installed", spec.library.install[device])
-                    obstacle = Obstacle("no driver", "a GPU") if device == "gpu" and not driver else absent
-                    obstacle = obstacle if obstacle is not absent or not installed else ()
-                found.append(Capability(name, precision, device, *obstacle))
-    return Report(cpu, {}, tuple(found), {"export": lacking, "quantize": lacking}, ())
+                graph = spec.graph(precision, device)
+                why = graph if isinstance(graph, Obstacle) else None
+                if why is None and device == "gpu" and not driver:
+                    why = Obstacle("no driver", "a GPU")
+                if why is None and not installed:
+                    why = Obstacle(f"{name} is not installed", spec.library.install[device])
+                found.append(Capability(name, precision, device, *(why or ())))
+    return Diagnosis(cpu, {}, tuple(found), {"export": lacking, "quantize": lacking}, ())
 
 
 def test_the_summary_of_this_machine(capfd: pytest.CaptureFixture[str]) -> None:
     run()
     lines = capfd.readouterr().out.splitlines()
-    assert lines == summarize_report(examine())
-    works = {one.engine for one in examine().capabilities if one.works}
+    assert lines == summarize_report(diagnose())
+    works = {one.engine for one in diagnose().capabilities if one.works}
     text = "\n".join(lines)
     assert all(name in text for name in ENGINES) and lines[-1].split() == ["Details", "gfldeploy", "doctor", "--all"]
     assert all(f"{name}: " in text for name in works)
@@ -77,7 +78,7 @@ def test_table(capfd: pytest.CaptureFixture[str]) -> None:
     for word in (*ENGINES, *PRECISIONS, *DEVICES, *machine.PACKAGES, machine.describe_machine().python):
         assert word in shown
     # The extras in brackets are not eaten as markup.
-    missing = [item for item in examine().capabilities if not item.works]
+    missing = [item for item in diagnose().capabilities if not item.works]
     assert missing and all(item.reason and item.remedy for item in missing)
 
 
@@ -98,10 +99,8 @@ def test_json(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_twins(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     assert twin_warnings({"onnxruntime": "1.0", "onnxruntime-gpu": None}) == ()
-    real = registry.metadata.version
-    monkeypatch.setattr(
-        registry.metadata, "version", lambda name: "1.0" if name.startswith("onnxruntime") else real(name)
-    )
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name.startswith("onnxruntime") else real(name))
     run("--all")
     (warning,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("Warning:"))
     assert "onnxruntime and onnxruntime-gpu are both installed" in warning

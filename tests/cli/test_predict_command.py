@@ -1,4 +1,4 @@
-"""`gfldeploy predict`: what it writes, what it says, and that it goes on after a kill to the same bytes."""
+"""`gfldeploy predict`: what it writes, what it says, and that it resumes after a kill to the same bytes."""
 
 from __future__ import annotations
 

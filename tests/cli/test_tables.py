@@ -9,22 +9,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 from sample_deploy import DEPLOY
-from sample_results import FAILED, OK, RUN, SKIPPED, sample_results
+from sample_results import FAILED, OK, RUN, SKIPPED, altered, sample_results
 
 from gfldeploy.analysis.causes import analyze_passes
 from gfldeploy.analysis.record import Analysis
 from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import Order
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.results import BenchResults, BundleIdentity, Serving, Stages
+from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.columns import Column
+from gfldeploy.bench.results import BenchResults, Serving, Stages
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli import analyze, main, tune
 from gfldeploy.cli.results import show_results
-from gfldeploy.cli.tables import TableColumn, show_table
+from gfldeploy.cli.tables import show_table
 from gfldeploy.machine import describe_machine
 
 Shown = Callable[[Callable[[], object], int | None], str]
@@ -67,7 +70,6 @@ def table(text: str) -> list[str]:
 
 def many(*bundles: str) -> BenchResults:
     """Long engine names in two precisions and batch sizes, for each of the bundles, one that failed, one skipped."""
-    assert OK.bundle is not None
     times = tuple(1234.5 + k for k in range(400))
     run = replace(
         RUN,
@@ -77,13 +79,12 @@ def many(*bundles: str) -> BenchResults:
         not_low_precision=(),
     )
     cells = [
-        replace(
+        altered(
             OK,
-            bundle=replace(OK.bundle, directory=bundle),
+            bundle=replace(OK.cell.bundle, directory=bundle),
             engine=engine,
             precision=precision,
             batch_size=size,
-            scenario="single-stream" if size == 1 else "multi-stream",
             runs=(run,) * 3,
         )
         for bundle in bundles
@@ -117,7 +118,7 @@ def test_servers_keep_what_they_answer_in_time(shown: Shown) -> None:
     serving = Serving(50, 10, (Point(1, (64, 96), 5.0),), 40)
     run = replace(RUN, serving=serving, samples=Samples((5.0,) * 40, (), 2, 40, 4.0, True))
     cells = tuple(
-        replace(OK, scenario="server", rate=rate, policy="fixed-timeout", runs=(run,)) for rate in (12.0, 100.0)
+        altered(OK, scenario="server", rate=rate, policy="fixed-timeout", runs=(run,)) for rate in (12.0, 100.0)
     )
     results = replace(sample_results(), cells=cells, settings=replace(sample_results().settings, latency_bound_ms=50.0))
     lines = table(shown(lambda: show_results(results), 80))
@@ -180,7 +181,7 @@ def test_tune_keeps_engine_batch_speed_and_map(shown: Shown) -> None:
 
 
 def test_doctor_and_inspect(shown: Shown, tiny_bundle: Path) -> None:
-    doctor = shown(command("doctor"), 80)
+    doctor = shown(command("doctor", "--all"), 80)
     assert max(map(len, table(doctor))) <= 80
     assert re.search(r"^onnxruntime +cpu +fp32 +(yes|no) ", doctor, re.MULTILINE)
     assert max(map(len, shown(command("inspect", tiny_bundle), 80).splitlines())) <= 80
@@ -188,7 +189,11 @@ def test_doctor_and_inspect(shown: Shown, tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("columns", [1, 10, 30, 60, 200])
 def test_no_number_is_cut_at_any_width(columns: int, shown: Shown) -> None:
-    heads = [TableColumn("what", right=False), TableColumn("first\nnumber"), TableColumn("second", drop=1)]
+    heads: list[Column[tuple[str, ...]]] = [
+        Column("what", "what", itemgetter(0), words=True),
+        Column("first", "first number", itemgetter(1)),
+        Column("second", "second", itemgetter(2), drop=1),
+    ]
     lines = [(f"line {k}", "1234567.89", f"{k}2345.6") for k in range(3)]
     text = shown(lambda: show_table(heads, lines, "A [title]", "Look elsewhere."), columns)
     assert text.count("1234567.89") == 3 and "A [title]" in text
@@ -197,7 +202,9 @@ def test_no_number_is_cut_at_any_width(columns: int, shown: Shown) -> None:
 
 
 def test_of_what_fits_the_most_important_stays(shown: Shown) -> None:
-    heads = [TableColumn("a"), TableColumn("wide", drop=1), TableColumn("b", drop=2), TableColumn("c", drop=3)]
+    heads: list[Column[tuple[str, ...]]] = [
+        Column(name, name, itemgetter(place), drop=place) for place, name in enumerate(("a", "wide", "b", "c"))
+    ]
     text = shown(lambda: show_table(heads, [("1", "x" * 30, "22", "3")]), 20)
     assert "Too narrow for: wide." in text and text.splitlines()[0].split() == ["a", "b", "c"]
     assert shown(lambda: show_table(heads, [("1", "", "22", "3")]), 20).splitlines()[0].split() == ["a", "b", "c"]

@@ -47,11 +47,15 @@ def test_a_choice_with_its_evidence(
     assert shown.startswith("Deploy tiny in ONNX Runtime (FP32), ") and deploy.summary in shown
     assert "3 configurations of 1 models" in progress and "next: a first look at each" in progress
     choice = deploy.choice
-    assert (choice.engine, choice.precision, choice.threads) == ("onnxruntime", "fp32", 1)
-    assert choice.digest == Bundle.open(tiny_bundle).digest
+    assert (choice.cell.engine, choice.cell.precision, choice.cell.threads) == ("onnxruntime", "fp32", 1)
+    assert choice.cell.bundle.digest == Bundle.open(tiny_bundle).digest
     assert deploy.bundle_path(path).resolve() == tiny_bundle
     assert (choice.evidence.ap, choice.evidence.ap_drop, choice.evidence.ap_images) == (pytest.approx(1), 0, 6)
-    assert choice.evidence.images_per_s.value > 0 and choice.evidence.memory_mb > 0
+    assert (
+        choice.evidence.images_per_s is not None
+        and choice.evidence.images_per_s.value > 0
+        and choice.evidence.memory_mb > 0
+    )
     assert deploy.runner_up is not None and deploy.knee is not None
     assert deploy.bounds.max_latency_ms == 5000
     assert not path.with_name("deploy.yml.unfinished").exists()
@@ -63,7 +67,7 @@ def test_a_choice_with_its_evidence(
     path.write_text(yaml.safe_dump(data))
     assert run("tune", "--check", path) == 2
     assert "made on another machine: CPU model (Abacus, " in capfd.readouterr().err
-    data["choice"]["digest"] = "ab" * 32
+    data["choice"]["cell"]["bundle"]["digest"] = "ab" * 32
     path.write_text(yaml.safe_dump(data))
     assert run("tune", "--check", path, tiny_bundle) == 2
     assert "is not the bundle that was tuned" in capfd.readouterr().err
@@ -116,10 +120,10 @@ def test_results_of_bench_are_reused(
         (("--data", "DATA"), "Missing argument 'BUNDLE...'"),
         (("BUNDLE", "--data", "DATA", "--max-drop", "0.01", "--no-accuracy"), "--max-drop needs mAP"),
         (("BUNDLE", "--data", "DATA", "--max-drop", "1.5"), "1.5 is not in the range"),
-        (("BUNDLE", "--data", "DATA", "--policies", "random"), "'random' is not one of in-order, grouped"),
+        (("BUNDLE", "--data", "DATA", "--orders", "random"), "'random' is not one of listed, bucketed"),
         (("BUNDLE", "--data", "DATA", "-o", "."), "is a directory"),
-        (("BUNDLE", "--data", "DATA", "--precisions", "int8"), "nothing to choose from: paddle int8 on cpu: "),
-        (("BUNDLE", "--data", "DATA", "--results", "none.json"), "cannot read none.json"),
+        (("BUNDLE", "--data", "DATA", "--precisions", "int8"), "nothing to run: paddle int8 on cpu: "),
+        (("BUNDLE", "--data", "DATA", "--results", "none.json"), "none.json cannot be read"),
         (("nowhere", "--data", "DATA"), "nowhere is not a directory"),
         (("--check", "none.yml"), "none.yml cannot be read"),
     ],

@@ -41,15 +41,15 @@ def demo_run(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def accuracies(results: BenchResults) -> dict[tuple[str, str], float]:
     return {
-        (cell.engine, cell.precision): cell.accuracy.ap
+        (cell.cell.engine, cell.cell.precision): cell.accuracy.ap
         for cell in results.cells
-        if cell.accuracy and cell.batch_size == 1
+        if cell.accuracy and cell.cell.batch_size == 1
     }
 
 
 def test_the_demo_measures_every_combination_that_works_here(demo_run: tuple[Path, BenchResults]) -> None:
     _, results = demo_run
-    outcome = {(cell.engine, cell.precision, cell.batch_size): cell.status for cell in results.cells}
+    outcome = {(cell.cell.engine, cell.cell.precision, cell.cell.batch_size): cell.status for cell in results.cells}
     for engine, precision, batch in product(ENGINES, ("fp32", "int8"), (1, 2)):
         assert outcome[engine, precision, batch] == "ok"
     assert {precision for _, precision, _ in outcome} == {"fp32", "int8"}
@@ -61,14 +61,14 @@ def test_int8_keeps_its_accuracy_and_every_convolution_ran_in_it(demo_run: tuple
     for engine in ENGINES:
         assert abs(found[engine, "int8"] - found[engine, "fp32"]) <= INT8_TOLERANCE, engine
     for cell in results.cells:
-        if cell.status == "ok" and cell.precision == "int8":
-            assert set(cell.runs[0].convolutions or {}) == {"int8"}, cell.engine
+        if cell.status == "ok" and cell.cell.precision == "int8":
+            assert set(cell.runs[0].convolutions or {}) == {"int8"}, cell.cell.engine
 
 
 def test_the_demo_leaves_bundles_that_verify_and_says_what_it_saw(demo_run: tuple[Path, BenchResults]) -> None:
     output, results = demo_run
     for name in ("fp32", "int8"):
-        assert verify(Bundle.open(output / name), THREADS)
+        assert verify(output / name, threads=THREADS)
     assert BenchResults.read(output / "results.json") == results
     summary = (output / "summary.md").read_text()
     assert all(line in summary for line in explain(results))
@@ -98,8 +98,10 @@ def eager_accuracy(model: Any, bundle: Bundle, dataset: CocoDataset) -> float:
 
 
 def test_every_engine_and_our_nms_match_ppdets_forward_pass(demo_run: tuple[Path, BenchResults]) -> None:
-    from gfldeploy.export.checkpoint import fit_weights, load_checkpoint
-    from gfldeploy.export.config import build_model, load_detector_config
+    from gfldeploy.export.checkpoint import load_checkpoint
+    from gfldeploy.export.config import load_detector_config
+    from gfldeploy.export.model_builder import build_model
+    from gfldeploy.export.weights import fit_weights
 
     output, results = demo_run
     model = build_model(load_detector_config(demo.config_path()))

@@ -171,7 +171,7 @@ def paddle_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_paddle_in_fp32(paddle_bundle: Bundle) -> None:
     image = np.zeros((1, 3, 64, 96), np.float32)
     with open_engine("paddle", paddle_bundle, EngineOptions()) as engine:
-        found = engine.executed_convolutions({"image": image})  # type: ignore[attr-defined]
+        found = engine.executed_convolutions({"image": image})
     assert count_precisions(found) == {"fp32": 2}
     assert [one.why for one in found] == [NOT_ASKED] * 2
     assert found[0].what.startswith("mb1_ic3oc16_ih64oh32kh3sh2dh0ph1_iw96ow48kw3sw2dw0pw1 ")
@@ -182,6 +182,6 @@ def test_paddle_in_bf16(paddle_bundle: Bundle) -> None:
     if not capability("paddle", "bf16", "cpu").works:
         pytest.skip("this CPU has no BF16")
     with open_engine("paddle", paddle_bundle, EngineOptions("bf16")) as engine:
-        found = engine.executed_convolutions({"image": np.zeros((1, 3, 64, 96), np.float32)})  # type: ignore[attr-defined]
+        found = engine.executed_convolutions({"image": np.zeros((1, 3, 64, 96), np.float32)})
     assert {one.precision for one in found} <= {"bf16", "fp32"} and len(found) == 2
     assert all((one.why is None) == (one.precision == "bf16") for one in found)

@@ -11,6 +11,7 @@ import pytest
 from qdq_model import IMAGE, USES, QdqModel
 
 from gfldeploy.bundle import Bundle
+from gfldeploy.engines import openvino_engine
 from gfldeploy.engines.base import NOT_ASKED, EngineOptions, ExecutedConvolution, Precision
 from gfldeploy.engines.openvino_engine import OpenVinoEngine
 from gfldeploy.engines.openvino_graph import in_low_precision
@@ -141,13 +142,20 @@ def test_the_most_common_shapes_have_models_of_their_own(tiny_bundle: Path) -> N
         assert set(engine.models) == before
 
 
-def test_shapes_that_are_known_beforehand_settle_what_runs_an_input(tiny_bundle: Path) -> None:
+def test_shapes_that_are_known_beforehand_settle_what_runs_an_input(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes = tuple((1, 32, 32 * k) for k in range(1, 7))
+    given_back: list[str] = []
+    monkeypatch.setattr(openvino_engine, "_give_back_memory", lambda: given_back.append("to the system"))
     with opened(tiny_bundle, shapes=shapes) as engine:
         for _ in range(30):
             for width in (192, 160, 224):  # none of the four most common, however often it comes
                 engine.infer(image(32, width))
         assert set(engine.models) == {()}
+        for _ in range(10):
+            engine.infer(image(32, 224))
+        assert given_back, "the heap is trimmed after 100 inferences of the shared model"
         for batch, height, width in shapes:
             assert len(engine.infer(image(height, width))["scores"]) == batch
         assert set(engine.models) == {(), *((1, 3, 32, 32 * k) for k in range(1, 5))}

@@ -4,46 +4,46 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gfldeploy.engines.base import EngineOptions, Precision
-from gfldeploy.engines.ort_engine import describe_delegation
+from gfldeploy.engines.ort_engine import describe_delegation, tensorrt_options
+from gfldeploy.engines.paddle_engine import use_tensorrt
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
 from gfldeploy.engines.tensorrt import (
-    Profile,
     TensorRtOptions,
     cache_directory,
     cache_key,
-    onnxruntime_options,
-    paddle_calls,
-    profile,
-    required,
-    shape_file,
     tensorrt_library,
 )
 from gfldeploy.errors import EngineError, OutputError
 
-SHAPES = Profile((1, 800, 800), (4, 800, 1216), (8, 1216, 1344))
-OPTIONS = TensorRtOptions(SHAPES, Path("cache"), workspace_mb=512, min_subgraph=5)
+OPTIONS = TensorRtOptions(
+    (1, 800, 800), (4, 800, 1216), (8, 1216, 1344), Path("cache"), workspace_mb=512, min_subgraph=5
+)
 
 
-def test_the_profile_bounds_each_dimension_and_is_best_at_the_most_common_shape() -> None:
-    shapes = [(2, 800, 1216), (2, 1216, 800), (2, 1216, 800), (1, 1088, 1088)]
-    assert profile(shapes) == Profile((1, 800, 800), (2, 1216, 800), (2, 1216, 1216))
-    with pytest.raises(ValueError):
-        profile([])
-    with pytest.raises(ValueError):
-        Profile((1, 800, 800), (1, 640, 800), (1, 800, 800))
+def test_the_shapes_bound_each_dimension() -> None:
+    shapes = ((2, 1216, 800), (2, 800, 1216), (1, 1088, 1088))
+    found = TensorRtOptions.of(EngineOptions(device="gpu", shapes=shapes, cache_dir=Path("cache")))
+    assert found == TensorRtOptions((1, 800, 800), (2, 1216, 800), (2, 1216, 1216), Path("cache"))
+    with pytest.raises(EngineError, match="gfldeploy bench"):
+        TensorRtOptions.of(EngineOptions(device="gpu"))
+    with pytest.raises(ValueError, match="in this order"):
+        TensorRtOptions((1, 800, 800), (1, 640, 800), (1, 800, 800), Path("cache"))
 
 
 @pytest.mark.parametrize(
     ("precision", "fp16", "int8"), [("fp32", "False", "False"), ("fp16", "True", "False"), ("int8", "False", "True")]
 )
-def test_onnxruntime_options(precision: Precision, fp16: str, int8: str) -> None:
-    found = onnxruntime_options(precision, OPTIONS, Path("cache/engine"))
+def test_tensorrt_options(precision: Precision, fp16: str, int8: str) -> None:
+    found = tensorrt_options(precision, OPTIONS, Path("cache/engine"))
     assert (found["trt_fp16_enable"], found["trt_int8_enable"]) == (fp16, int8)
     assert found["trt_profile_min_shapes"] == "image:1x3x800x800"
     assert found["trt_profile_opt_shapes"] == "image:4x3x800x1216"
@@ -62,22 +62,27 @@ def test_onnxruntime_options(precision: Precision, fp16: str, int8: str) -> None
     assert set(found) == known and all(isinstance(value, str) for value in found.values())
 
 
+class Spy:
+    """A `paddle.inference.Config` that notes its calls."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, dict[str, Any]] = {}
+
+    def __getattr__(self, method: str) -> Callable[..., None]:
+        return lambda *values, **named: self.calls.update({method: {"": values, **named}})
+
+
 @pytest.mark.parametrize(("precision", "mode"), [("fp32", "Float32"), ("fp16", "Half"), ("int8", "Int8")])
-def test_paddle_calls(precision: Precision, mode: str) -> None:
-    made = paddle_calls(precision, OPTIONS, Path("cache/engine"))
-    calls = {call.method: call.arguments for call in made}
-    engine = calls["enable_tensorrt_engine"]
+def test_paddle(precision: Precision, mode: str) -> None:
+    spy = Spy()
+    use_tensorrt(spy, SimpleNamespace(Float32="Float32", Half="Half", Int8="Int8"), precision, OPTIONS, Path("cache/e"))
+    engine = spy.calls["enable_tensorrt_engine"]
     assert engine["precision_mode"] == mode
-    assert (engine["workspace_size"], engine["max_batch_size"], engine["min_subgraph_size"]) == (
-        512 * 1024 * 1024,
-        8,
-        5,
-    )
+    assert (engine["workspace_size"], engine["max_batch_size"], engine["min_subgraph_size"]) == (512 * 2**20, 8, 5)
     assert engine["use_static"] and not engine["use_calib_mode"], "kept on disk, and by the program's own scales"
-    assert [call.positional for call in made if call.method == "set_optim_cache_dir"] == [("cache/engine",)]
-    tuned = calls["enable_tuned_tensorrt_dynamic_shape"]
-    assert tuned["shape_range_info_path"] == str(shape_file(Path("cache/engine")))
-    assert ("enable_tensorrt_explicit_quantization" in calls) == (precision == "int8")
+    assert spy.calls["set_optim_cache_dir"] == {"": ("cache/e",)}
+    assert spy.calls["enable_tuned_tensorrt_dynamic_shape"]["shape_range_info_path"] == "cache/e/shapes.pbtxt"
+    assert ("enable_tensorrt_explicit_quantization" in spy.calls) == (precision == "int8")
 
 
 @pytest.mark.slow
@@ -86,25 +91,27 @@ def test_paddle_takes_the_calls(tmp_path: Path) -> None:
     pytest.importorskip("paddle")
     code = (
         "import os, sys; from pathlib import Path; from paddle import inference\n"
-        "from gfldeploy.engines.paddle_engine import apply_calls\n"
-        "from gfldeploy.engines.tensorrt import *\n"
-        "options = TensorRtOptions(profile([(2, 800, 1216)]), Path(sys.argv[1]))\n"
+        "from gfldeploy.engines.paddle_engine import use_tensorrt\n"
+        "from gfldeploy.engines.tensorrt import TensorRtOptions\n"
+        "class Tried:\n"
+        "    def __getattr__(self, method):\n"
+        "        def call(*values, **named):\n"
+        "            try:\n"
+        "                getattr(inference.Config(), method)(*values, **named)\n"
+        "            except RuntimeError as error:\n"
+        "                assert 'TENSORRT' in str(error), error\n"
+        "            print(method, flush=True)\n"
+        "        return call\n"
+        "options = TensorRtOptions(*[(2, 800, 1216)] * 3, Path(sys.argv[1]))\n"
         "for precision in ('fp32', 'fp16', 'int8'):\n"
-        "    for call in paddle_calls(precision, options, Path(sys.argv[1])):\n"
-        "        try:\n"
-        "            apply_calls(inference.Config(), inference.PrecisionType, [call])\n"
-        "        except RuntimeError as error:\n"
-        "            assert 'TENSORRT' in str(error), error\n"
-        "        print(call.method, flush=True)\n"
+        "    use_tensorrt(Tried(), inference.PrecisionType, precision, options, Path(sys.argv[1]))\n"
         "inference.Config().collect_shape_range_info(sys.argv[1] + '/shapes')\n"
         "os._exit(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    taken = [
-        call.method for precision in ("fp32", "fp16", "int8") for call in paddle_calls(precision, OPTIONS, tmp_path)
-    ]
-    assert done.stdout.split() == taken
+    every = ["set_optim_cache_dir", "enable_tensorrt_engine", "enable_tuned_tensorrt_dynamic_shape"]
+    assert done.stdout.split() == [*every * 3, "enable_tensorrt_explicit_quantization"]
 
 
 def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes() -> None:
@@ -116,7 +123,7 @@ def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes() -> 
         cache_key(OPTIONS, {**machine, "tensorrt": "10.10"}),
         cache_key(replace(OPTIONS, workspace_mb=513), machine),
         cache_key(replace(OPTIONS, min_subgraph=6), machine),
-        cache_key(replace(OPTIONS, profile=replace(SHAPES, most_common=(4, 800, 800))), machine),
+        cache_key(replace(OPTIONS, most_common=(4, 800, 800)), machine),
     }
     assert len(keys) == 7
     # Not where the caches lie: the folder can be moved.
@@ -134,14 +141,6 @@ def test_the_folder_of_an_engine(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--engine-cache"):
         cache_directory(replace(options, cache_dir=tmp_path / "file"), "x", "1", "fp16", "ab")
-
-
-def test_shapes_are_needed() -> None:
-    with pytest.raises(EngineError, match="gfldeploy bench"):
-        required(EngineOptions(device="gpu"))
-    shapes = ((2, 1216, 800), (1, 800, 1216))
-    options = EngineOptions(device="gpu", shapes=shapes, cache_dir=Path("cache"))
-    assert required(options) == TensorRtOptions(profile(shapes), Path("cache"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +164,7 @@ def test_what_ran_where() -> None:
     def node(provider: str, name: str) -> dict[str, object]:
         return {"cat": "Node", "args": {"provider": provider, "op_name": name}}
 
-    events = [
+    events: list[dict[str, Any]] = [
         node("TensorrtExecutionProvider", "TRTKernel_graph_1"),
         node("CUDAExecutionProvider", "Cast"),
         node("CUDAExecutionProvider", "Cast"),

@@ -12,6 +12,7 @@ import demo_bundles
 import numpy as np
 import pytest
 from demo_bundles import ROOT, RunHere, imported
+from recorded_progress import RecordedProgress
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import DEFAULT_CANDIDATES
@@ -19,7 +20,7 @@ from gfldeploy.detections import NmsParams, postprocess
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.export.exporter import ExportRequest, _candidates
+from gfldeploy.export.exporter import _candidates
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 
@@ -71,9 +72,10 @@ def test_candidates_give_what_all_anchors_give(trained: Path, tmp_path: Path, mo
 def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path, run_here: RunHere) -> None:
     import paddle
 
-    from gfldeploy.export.checkpoint import random_weights
-    from gfldeploy.export.config import build_model, load_detector_config
+    from gfldeploy.export.config import load_detector_config
+    from gfldeploy.export.model_builder import build_model
     from gfldeploy.export.parity import parity_images
+    from gfldeploy.export.weights import set_random_weights
 
     nms = "{name: MultiClassNMS, nms_top_k: -1, keep_top_k: 500, score_threshold: -1, nms_threshold: 0.2}"
     config = demo_bundles.write_config(tmp_path, f"GFLHead: {{nms: {nms}}}")
@@ -85,7 +87,7 @@ def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path, run_here:
     assert (bundle.manifest.candidates, bundle.manifest.notes) == (None, ())
 
     model = build_model(load_detector_config(config))
-    random_weights(model, 0)
+    set_random_weights(model, 0)
     short = 0  # images of which 1000 candidates would give less
     sizes = ((320, 448), (448, 320), (640, 640))
     images = [parity_images((1, *size), bundle.manifest.preprocess, seed) for seed, size in enumerate(sizes)]
@@ -123,7 +125,7 @@ def alike(boxes: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> int:
         ("auto", 100, (None, None, None), None, "1000 do not suffice for test pictures"),
         ("auto", 101, (None, None, None), None, "the config keeps 101 detections"),
         ("auto", -1, (None, None, None), None, "the config keeps every detection"),
-        (None, -1, (None, None, None), None, ""),
+        ("all", -1, (None, None, None), None, ""),
         (1000, 5, (None, None, None), 1000, ""),
         (999, 5, (None, None, None), 999, "only the 999 anchors of an image that score highest"),
         (1000, 100, (None, None, None), 1000, "keeps 100 detections of an image"),
@@ -134,19 +136,19 @@ def alike(boxes: np.ndarray, classes: np.ndarray, rows: np.ndarray) -> int:
     ],
 )
 def test_what_may_be_lost_is_noted(
-    asked: int | str | None, keep_top_k: int, shape: tuple[int | None, ...], chosen: int | None, said: str
+    asked: int | str, keep_top_k: int, shape: tuple[int | None, ...], chosen: int | None, said: str
 ) -> None:
     # 2000 anchors at 20 places, all above the threshold: NMS leaves 20.
     corners = np.float32([[100 * (number % 20), 0] for number in range(2000)])
     boxes = np.concatenate([corners, corners + 50], 1)[np.newaxis]
     scores = np.linspace(0.5, 0.9, 2000, dtype=np.float32).reshape(1, 2000, 1).repeat(2, axis=2)
     nms = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=-1, keep_top_k=keep_top_k)
-    request = ExportRequest(Path("x.yml"), Path("out"), None, input_shape=shape, candidates=asked)  # type: ignore[arg-type]
-    lines: list[str] = []
-    found, notes = _candidates(request, nms, [{"scores": scores, "boxes": boxes}], lines.append)
+    progress = RecordedProgress()
+    found, notes = _candidates(asked, shape, nms, [{"scores": scores, "boxes": boxes}], progress)  # type: ignore[arg-type]
     assert found == chosen
+    lines = progress.stages + progress.notes
     assert said in "".join(lines) and bool(lines) == bool(said)
-    assert [f"note: {note}" for note in notes] == (lines if chosen is not None else [])
+    assert list(notes) == progress.notes == (lines if chosen is not None else [])
 
 
 def test_a_crowd_is_images_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

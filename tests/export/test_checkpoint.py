@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from gfldeploy.errors import CheckpointError
-from gfldeploy.export.checkpoint import fit_weights, load_checkpoint, random_weights
+from gfldeploy.export.checkpoint import load_checkpoint
+from gfldeploy.export.weights import fit_weights, set_random_weights
 
 WEIGHTS = {
     "backbone.conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
@@ -552,14 +553,14 @@ def test_the_student_of_a_distillation_checkpoint_is_used() -> None:
 
 def test_random_weights_depend_on_seed_and_name_only() -> None:
     first, second, other = (model(**{"a.weight": (4, 3, 3, 3), "a.bias": (4,)}) for _ in range(3))
-    random_weights(first, 1)
-    random_weights(second, 1)
-    random_weights(other, 2)
+    set_random_weights(first, 1)
+    set_random_weights(second, 1)
+    set_random_weights(other, 2)
     drawn = [{name: tensor.value for name, tensor in each.state_dict().items()} for each in (first, second, other)]
     np.testing.assert_array_equal(drawn[0]["a.weight"], drawn[1]["a.weight"])
     assert not np.array_equal(drawn[0]["a.weight"], drawn[2]["a.weight"])
     with pytest.raises(ValueError, match="negative"):
-        random_weights(first, -1)
+        set_random_weights(first, -1)
 
 
 @pytest.mark.slow
@@ -570,7 +571,7 @@ def test_a_real_state_dict_round_trips_through_paddle_save(tmp_path: Path) -> No
         return paddle.nn.Sequential(paddle.nn.Conv2D(3, 4, 3), paddle.nn.BatchNorm2D(4), paddle.nn.GroupNorm(2, 4))
 
     saved, loaded = build(), build()
-    random_weights(saved, 5)
+    set_random_weights(saved, 5)
     for protocol in (2, 3, 4):
         paddle.save(saved.state_dict(), str(tmp_path / "model.pdparams"), protocol=protocol)
         weights = load_checkpoint(tmp_path / "model")

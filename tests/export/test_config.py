@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from gfldeploy.errors import ConfigError
-from gfldeploy.export.config import DetectorConfig, build_model, load_detector_config
+from gfldeploy.export.config import DetectorConfig, load_detector_config
+from gfldeploy.export.model_builder import build_model
 
 ZOO = Path(__file__).parents[2] / "configs" / "gfl"
 # Trainable and frozen parameters, running statistics not counted.
@@ -661,7 +662,8 @@ def test_the_zoo_builds_as_ppdet_builds_it_in_a_fresh_process(
 @pytest.mark.slow
 def test_nothing_is_printed(needs_ppdet: None) -> None:
     code = (
-        "import sys; from pathlib import Path; from gfldeploy.export.config import build_model, load_detector_config;"
+        "import sys; from pathlib import Path; from gfldeploy.export.config import load_detector_config;"
+        "from gfldeploy.export.model_builder import build_model;"
         "build_model(load_detector_config(Path(sys.argv[1])))"
     )
     done = subprocess.run(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gfldeploy.engines.base import ClosesOnExit, Engine, EngineOptions, Tensors
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.errors import ParityError
 from gfldeploy.export.parity import GraphComparison, Outputs, compare, parity_shapes
 from gfldeploy.images.preprocess import Preprocess
@@ -17,7 +17,7 @@ CELLS, CLASSES, CHOSEN = 12, 3, 5
 IMAGES = np.zeros((2, 3, 32, 32), np.float32)
 
 
-class Gives(ClosesOnExit):
+class Gives(Engine):
     """An engine that gives these outputs."""
 
     name, version, options = "given", "1", EngineOptions()

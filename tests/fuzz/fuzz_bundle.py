@@ -16,7 +16,7 @@ from conftest import write_tiny_bundle
 
 from gfldeploy.bundle import MANIFEST, Bundle
 from gfldeploy.cli.inspect import show
-from gfldeploy.inspection import describe
+from gfldeploy.inspection import inspect
 
 _HOME = tempfile.TemporaryDirectory()
 _BUNDLE = write_tiny_bundle(Path(_HOME.name) / "tiny")
@@ -95,5 +95,5 @@ def one(data: bytes, folder: Path) -> None:
     except (ValueError, AttributeError, KeyError, TypeError, OSError, RecursionError):
         (directory / MANIFEST).write_bytes(data)
     bundle = Bundle.open(directory)
-    show(describe(bundle))
+    show(inspect(bundle))
     bundle.manifest.preprocess.input_size(480, 640)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from sample_results import OK, RUN, sample_results
+from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.compare import compare
 from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.report.page import write_report
 from gfldeploy.bench.results import BenchResults, Serving
-from gfldeploy.bench.table import rows
+from gfldeploy.bench.table import COLUMNS, rows
 
 _GOOD = sample_results()
 
@@ -26,7 +26,7 @@ def seeds() -> Iterable[bytes]:
     """With every status and, the second, a server."""
     yield json.dumps(_GOOD.to_dict()).encode()
     served = replace(RUN, serving=Serving(10, 2, (Point(1, (64, 96), 5.0), Point(2, (64, 96), 8.0)), 9))
-    cell = replace(OK, scenario="server", rate=30.0, policy="adaptive", runs=(served, served))
+    cell = altered(OK, scenario="server", rate=30.0, policy="adaptive", runs=(served, served))
     settings = replace(_GOOD.settings, latency_bound_ms=50.0)
     yield json.dumps(replace(_GOOD, cells=(*_GOOD.cells, cell), settings=settings).to_dict()).encode()
 
@@ -36,7 +36,8 @@ def one(data: bytes, folder: Path) -> None:
     path = folder / "results.json"
     path.write_bytes(data)
     results = BenchResults.read(path)
-    rows(results)
+    for row in rows(results):
+        [column.value(row) for column in COLUMNS]
     write_csv(results, folder / "results.csv")
     write_report(results, folder / "results.html")
     compare(results, results, different_data=True, different_machines=True)

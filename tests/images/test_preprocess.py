@@ -13,6 +13,7 @@ import pytest
 
 from gfldeploy.errors import ConfigError, DataError
 from gfldeploy.images.preprocess import Prepared, Preprocess
+from gfldeploy.serialization import build, plain
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -187,13 +188,13 @@ def test_readers_that_cannot_be_reproduced(change: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_dict_round_trip() -> None:
+def test_json_round_trip() -> None:
     preprocess = Preprocess(target_size=(320, 416), keep_ratio=False, interp=2, pad_stride=64)
-    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
-    with pytest.raises(ConfigError, match="unknown preprocessing keys: colour"):
-        Preprocess.from_dict(preprocess.to_dict() | {"colour": "rgb"})
-    with pytest.raises(ConfigError, match="no target_size"):
-        Preprocess.from_dict({})
+    assert build(Preprocess, json.loads(json.dumps(plain(preprocess)))) == preprocess
+    with pytest.raises(DataError, match="unknown fields: colour"):
+        build(Preprocess, plain(preprocess) | {"colour": "rgb"})
+    with pytest.raises(DataError, match="lacks target_size"):
+        build(Preprocess, {})
 
 
 def test_infer_cfg_is_in_paddledetections_format() -> None:

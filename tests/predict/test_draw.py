@@ -96,7 +96,7 @@ def test_names_are_drawn_in_a_font_that_has_them(folder_of_fonts: Path) -> None:
     white = (drawn == 255).all(axis=2)
     assert white.sum() > 100, "two filled squares in white"
     (note,) = drawing_notes(["中文", "人"], False)
-    assert "no font here has \\u4eba, so" in note and "fonts-noto-cjk" in note
+    assert "no font here has \\u4eba: pictures show such codes" in note and "fonts-noto-cjk" in note
 
 
 def test_what_no_font_has_is_drawn_as_its_code(folder_of_fonts: Path) -> None:

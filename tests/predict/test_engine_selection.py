@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from gfldeploy import Detector
+from gfldeploy.batching.buckets import Order
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
@@ -19,7 +21,7 @@ from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
-from gfldeploy.tune.search import Bounds, Policy
+from gfldeploy.tune.search import Bounds
 
 pytest.importorskip("onnxruntime")
 
@@ -28,12 +30,21 @@ EVIDENCE = Evidence(ONE, ONE, None, 1.0, ONE, ONE, False, False, 99, None, None,
 
 
 def write_deploy(
-    folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "", policy: Policy = "grouped"
+    folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "", order: Order = "bucketed"
 ) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")
-    digest = digest or Bundle.open(bundle).digest
-    choice = Configuration("tiny", digest, "onnxruntime", "fp32", "cpu", 3, 2, policy, EVIDENCE)
+    cell = Cell(
+        bundle=BundleIdentity("tiny", "tiny", digest or Bundle.open(bundle).digest),
+        engine="onnxruntime",
+        precision="fp32",
+        device="cpu",
+        threads=3,
+        batch_size=2,
+        order=order,
+        scenario="offline" if order == "bucketed" else "multi-stream",
+    )
+    choice = Configuration("tiny", cell, EVIDENCE)
     deploy = Deploy(
         "2026-01-01T00:00:00+00:00", "Deploy it.", choice, None, Bounds(), None, SearchRecord(1, 1, 0, 1, True, True),
         replace(describe_machine(), **machine or {}), DataDescription("ab" * 32, "cd" * 32, 1, None),
@@ -98,9 +109,9 @@ def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_batches_are_formed_as_the_deploy_file_says(tiny_bundle: Path, tmp_path: Path) -> None:
-    orders: dict[Policy, str] = {"in-order": "listed", "grouped": "bucketed"}
-    for policy, order in orders.items():
-        path = write_deploy(tmp_path / policy, tiny_bundle, policy=policy)
+    orders: tuple[Order, ...] = ("listed", "bucketed")
+    for order in orders:
+        path = write_deploy(tmp_path / order, tiny_bundle, order=order)
         choice = choose(path)
         assert choice.order == order
         assert any("padded to a common size" in note for note in choice.notes) == (order == "listed")

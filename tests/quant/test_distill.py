@@ -17,7 +17,8 @@ from gfldeploy.engines.registry import load_graph
 from gfldeploy.errors import EngineError
 from gfldeploy.files import read_json
 from gfldeploy.quant.calibration import Calibration
-from gfldeploy.quant.distill import run_distill
+from gfldeploy.quant.distill import refine
+from gfldeploy.quant.method import MethodOptions
 from gfldeploy.quant.program import write_parameters
 
 
@@ -35,12 +36,14 @@ def test_a_few_steps_move_the_weights_a_little_and_alike_in_both_graphs(
     source, images = Bundle.open(trained), sorted(pictures.iterdir())
     calibration = Calibration.from_dict(read_json(calibrated / "calibration.json"))
     seen: list[tuple[int, int]] = []
-    found = run_distill(source, images, calibration, tmp_path / "new", 3, progress=lambda *step: seen.append(step))
+    options = MethodOptions(steps=3, report=lambda *step: seen.append(step))
+    found = refine(source, images, calibration, tmp_path / "new", options)
 
     assert seen == [(1, 3), (2, 3), (3, 3)]
     # What INT8 rounding costs a working detector, in nats a detection: not nothing, and not a broken simulation.
-    assert 0 < found.loss_before < 1
-    assert 0 < found.loss_after < 1
+    losses = found.record["distillation"]
+    assert 0 < losses["loss_before"] < 1
+    assert 0 < losses["loss_after"] < 1
     image = np.random.default_rng(0).standard_normal((1, 3, 96, 128)).astype(np.float32)
     old, new = infer(source, "onnxruntime", image), infer(found.bundle, "onnxruntime", image)
     other = infer(found.bundle, "paddle", image)

@@ -15,6 +15,7 @@ import demo_bundles
 import numpy as np
 import pytest
 from demo_bundles import RunHere
+from recorded_progress import RecordedProgress
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bundle import Bundle, Graph
@@ -27,12 +28,12 @@ from gfldeploy.inspection import int8_lines
 from gfldeploy.quant import evaluation, quantizer
 from gfldeploy.quant.agreement import Agreement
 from gfldeploy.quant.artefacts import GRAPHS, Quantized
-from gfldeploy.quant.calibration import ConvRanges, ConvUse, OutputRange
+from gfldeploy.quant.calibration import ConvUse, OutputRange
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement, best, failure, unjudgeable
 from gfldeploy.quant.measurement import Fp32Reference
-from gfldeploy.quant.ptq import ALGORITHMS, AUTO, UNUSABLE, algorithms_of
-from gfldeploy.quant.quantizer import QuantizeRequest, quantize_bundle
-from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
+from gfldeploy.quant.methods import METHODS
+from gfldeploy.quant.quantizer import quantize_bundle
+from gfldeploy.quant.samples import digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import Sensitivity
 from gfldeploy.quant.speed import Speed
 
@@ -173,15 +174,17 @@ def test_nothing_to_choose_from() -> None:
 
 
 def test_algorithms_and_why_one_does_not_run() -> None:
-    assert algorithms_of("mse") == ("mse",)
-    assert algorithms_of("auto") == AUTO
-    assert set(AUTO) <= set(ALGORITHMS)
-    assert not set(UNUSABLE) & set(ALGORITHMS)
+    method = METHODS["ptq"]
+    assert method.algorithms_of("mse") == ("mse",)
+    assert method.algorithms_of("auto") == method.auto
+    assert method.algorithms_of(None) == ("hist",)
+    assert set(method.auto) <= set(method.algorithms)
+    assert not set(method.unusable) & set(method.algorithms)
     with pytest.raises(UnsupportedError, match=r"min_max does not quantise on this stack: .* FP32") as caught:
-        algorithms_of("min_max")
+        method.algorithms_of("min_max")
     assert "Use abs_max" in str(caught.value)
     with pytest.raises(UnsupportedError, match=r"no algorithm 'magic'.* Choose from: auto, hist"):
-        algorithms_of("magic")
+        method.algorithms_of("magic")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -231,11 +234,12 @@ def algorithm_of(bundle: Bundle) -> str:
     return str(json.loads(calibration.read_text())["algorithm"])
 
 
+Arguments = dict[str, Any]
+
+
 @pytest.fixture
-def request_on_tiny(
-    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> QuantizeRequest:
-    """A request that passes every check; what needs Paddle is replaced."""
+def tiny(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Arguments:
+    """Arguments of `quantize_bundle` that pass every check; what needs Paddle is replaced."""
     pytest.importorskip("onnxruntime")
     source = Path(shutil.copytree(tiny_bundle, tmp_path / "source"))
     (source / "paddle").mkdir()
@@ -250,12 +254,6 @@ def request_on_tiny(
             record = {"sha256": sha256(path), "bytes": path.stat().st_size}
             manifest["files"][path.relative_to(source).as_posix()] = record
     write_json(source / "manifest.json", manifest)
-
-    ranges = ConvRanges((3.0,), (OutputRange(-5, 49),), (0.005,) * 6)
-
-    def calibrate(origin: Bundle, program: Path, blank: Any, *rest: Any) -> Quantized:
-        program.mkdir(parents=True)
-        return Quantized(origin, program, replace(blank, convolutions={"weights": ranges}))
 
     def write(quantized: Quantized, kept: Any, directory: Path) -> Bundle:
         calibration = quantized.calibration.keeping(kept)
@@ -272,15 +270,14 @@ def request_on_tiny(
         return Speed(name, 30.0, 10.0, 9.0 if all_int8 else None)
 
     monkeypatch.setattr(quantizer, "require", lambda *arguments: None)
-    monkeypatch.setattr(quantizer, "_observe", lambda *arguments: {})
-    monkeypatch.setattr(quantizer, "_calibrate", calibrate)
+    monkeypatch.setitem(METHODS, "ptq", replace(METHODS["ptq"], calibrate=lambda *arguments: {"weights": (3.0,)}))
     monkeypatch.setattr(evaluation, "write_artefacts", write)
     monkeypatch.setattr(evaluation, "measure_speed", speed)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(3):
         assert cv2.imwrite(str(pictures / f"{number}.png"), np.full((48, 80, 3), 50 * number, np.uint8))
-    return QuantizeRequest(source, calibration_images(pictures, None, 3), tmp_path / "out", "auto")
+    return {"bundle": source, "data": pictures, "samples": 3, "output": tmp_path / "out", "algo": "auto"}
 
 
 def with_results(
@@ -297,7 +294,7 @@ def with_results(
 
 
 def test_auto_publishes_the_best_and_the_table(
-    request_on_tiny: QuantizeRequest,
+    tiny: Arguments,
     tiny_coco: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -308,9 +305,9 @@ def test_auto_publishes_the_best_and_the_table(
         "abs_max": EngineError("out of luck"),
         "mse": both(measured(0.999), measured(0.2)),
     }
-    assert tuple(results) == AUTO
+    assert tuple(results) == METHODS["ptq"].auto
     with_results(monkeypatch, results)
-    made = quantize_bundle(replace(request_on_tiny, evaluation=CocoDataset.load(tiny_coco), annotations=tiny_coco))
+    made = quantize_bundle(**tiny, eval_data=tiny_coco)
     assert made.manifest.provenance["quantized"]["algorithm"] == "avg"
     assert made.manifest.graphs["onnx"] == Graph("onnx/model.onnx")
     assert algorithm_of(made) == "avg"
@@ -332,7 +329,7 @@ def test_auto_publishes_the_best_and_the_table(
     assert parity["speed"]["paddle"]["ratio"] == 3
     assert not {"kept_float", "fallback"} & set(parity)
     table = {one["algorithm"]: one for one in parity["algorithms"]["tried"]}
-    assert tuple(table) == AUTO
+    assert tuple(table) == tuple(results)
     assert table["abs_max"]["error"] == "out of luck"
     assert table["mse"]["engines"]["paddle"]["ap"] == 0.2
     assert int8_lines(parity)[1] == (
@@ -348,20 +345,15 @@ USES = {name: ConvUse(name, 0) for name in ("stem", "res", "neck", "head")}
 
 
 @pytest.fixture
-def request_of_four(request_on_tiny: QuantizeRequest, monkeypatch: pytest.MonkeyPatch) -> QuantizeRequest:
+def four(tiny: Arguments, monkeypatch: pytest.MonkeyPatch) -> Arguments:
     """With four convolutions, of which INT8 in `neck` and in `res` loses too much; `head` has most of the work."""
     layers = {name: f"model.{name}" for name in USES}
-    write_json(request_on_tiny.bundle / "layers.json", layers)
-    manifest = json.loads((request_on_tiny.bundle / "manifest.json").read_text())
-    path = request_on_tiny.bundle / "layers.json"
+    write_json(tiny["bundle"] / "layers.json", layers)
+    manifest = json.loads((tiny["bundle"] / "manifest.json").read_text())
+    path = tiny["bundle"] / "layers.json"
     manifest["files"]["layers.json"] = {"sha256": sha256(path), "bytes": path.stat().st_size}
-    write_json(request_on_tiny.bundle / "manifest.json", manifest)
-    ranges = ConvRanges((3.0,), (OutputRange(-5, 49),), (0.005,) * 6)
+    write_json(tiny["bundle"] / "manifest.json", manifest)
     shares = dict(zip(USES.values(), (0.1, 0.1, 0.2, 0.6), strict=True))
-
-    def calibrate(origin: Bundle, program: Path, blank: Any, *rest: Any) -> Quantized:
-        program.mkdir(parents=True)
-        return Quantized(origin, program, replace(blank, convolutions=dict.fromkeys(USES, ranges)))
 
     def rank(source: Bundle, calibration: Any, found: Any, *rest: Any) -> tuple[Sensitivity, ...]:
         order = ("head", "neck", "res", "stem")
@@ -377,17 +369,21 @@ def request_of_four(request_on_tiny: QuantizeRequest, monkeypatch: pytest.Monkey
         ran = {"int8": 4 - len(kept), "fp32": len(kept)}
         return both(measured(found=found, ran=ran), measured(found=found, ran=ran))
 
-    monkeypatch.setattr(quantizer, "_calibrate", calibrate)
+    method = replace(METHODS["ptq"], calibrate=lambda *arguments: dict.fromkeys(USES, (3.0,)))
+    monkeypatch.setitem(METHODS, "ptq", method)
+    outputs = dict.fromkeys(USES, (OutputRange(-5, 49),))
+    monkeypatch.setattr(quantizer, "observe_outputs", lambda *arguments: outputs)
+    monkeypatch.setattr(quantizer, "weight_ranges", lambda *arguments: dict.fromkeys(USES, (0.005,) * 6))
     for module in (quantizer, evaluation):
         monkeypatch.setattr(module, "macs_shares", lambda source: shares)
     monkeypatch.setattr(evaluation, "measure_sensitivity", rank)
     monkeypatch.setattr(Fp32Reference, "measure", measure)
-    return replace(request_on_tiny, algorithm="hist")
+    return {**tiny, "algo": "hist"}
 
 
-def test_the_most_sensitive_go_back_to_float(request_of_four: QuantizeRequest) -> None:
-    stages: list[str] = []
-    made = quantize_bundle(request_of_four, stages.append)
+def test_the_most_sensitive_go_back_to_float(four: Arguments) -> None:
+    progress = RecordedProgress()
+    made = quantize_bundle(**four, progress=progress)
     kept = json.loads((made.directory / "calibration.json").read_text())["kept_float"]
     assert kept == [["neck", 0], ["res", 0]], "head alone has more than half of the work"
     parity = json.loads((made.directory / "parity.json").read_text())
@@ -403,27 +399,27 @@ def test_the_most_sensitive_go_back_to_float(request_of_four: QuantizeRequest) -
     assert fallback["cost"]["paddle"] == {"all_int8_ms": 9.0, "int8_ms": 10.0}
     ranking = json.loads((made.directory / "sensitivity.json").read_text())["groups"]
     assert [one["name"] for one in ranking] == ["model.head", "model.neck", "model.res", "model.stem"]
-    assert "paddle: what is kept in float makes it 10.0 ms an image, instead of 9.0 ms" in stages
-    assert "kept in float to hold the gate: model.neck, model.res" in stages
+    assert "paddle: what is kept in float makes it 10.0 ms an image, instead of 9.0 ms" in progress.stages
+    assert "kept in float to hold the gate: model.neck, model.res" in progress.stages
     assert not (made.directory / "work").exists()
 
 
-def test_what_was_asked_for_stays_in_float(request_of_four: QuantizeRequest) -> None:
-    made = quantize_bundle(replace(request_of_four, keep_float=("*.res",)))
+def test_what_was_asked_for_stays_in_float(four: Arguments) -> None:
+    made = quantize_bundle(**four, keep_float=("*.res",))
     parity = json.loads((made.directory / "parity.json").read_text())
     assert [(one["name"], one["why"]) for one in parity["kept_float"]] == [
         ("model.res", "asked for"),
         ("model.neck", "to hold the gate"),
     ]
-    made = quantize_bundle(replace(request_of_four, keep_float=("*.res", "model.neck"), force=True))
+    made = quantize_bundle(**four, keep_float=("*.res", "model.neck"), force=True)
     parity = json.loads((made.directory / "parity.json").read_text())
     assert {one["why"] for one in parity["kept_float"]} == {"asked for"}
     assert "fallback" not in parity
     assert parity["speed"]["paddle"]["all_int8_ms"] == 9.0
     with pytest.raises(UnsupportedError, match="no convolution to run in INT8"):
-        quantize_bundle(replace(request_of_four, keep_float=("*",), force=True))
+        quantize_bundle(**four, keep_float=("*",), force=True)
     with pytest.raises(DataError, match="no layer and no group is called tail"):
-        quantize_bundle(replace(request_of_four, keep_float=("tail",), force=True))
+        quantize_bundle(**four, keep_float=("tail",), force=True)
 
 
 @pytest.mark.parametrize(
@@ -435,31 +431,26 @@ def test_what_was_asked_for_stays_in_float(request_of_four: QuantizeRequest) -> 
         ({"keep_float": ("*.head",)}, r"finds only 40\.0%.*and no group can go back to float", True),
     ],
 )
-def test_when_nothing_goes_back(
-    changes: dict[str, Any], message: str, ranked: bool, request_of_four: QuantizeRequest
-) -> None:
-    stages: list[str] = []
+def test_when_nothing_goes_back(changes: dict[str, Any], message: str, ranked: bool, four: Arguments) -> None:
+    progress = RecordedProgress()
     with pytest.raises(ParityError, match=message):
-        quantize_bundle(replace(request_of_four, **changes), stages.append)
-    assert not request_of_four.output.exists()
-    assert bool([stage for stage in stages if stage.split()[0] == "model.neck"]) == ranked
+        quantize_bundle(**four, **changes, progress=progress)
+    assert not four["output"].exists()
+    assert bool([line for line in progress.stages if line.split()[0] == "model.neck"]) == ranked
 
 
-def test_the_ranking_can_be_had_without_need(request_of_four: QuantizeRequest) -> None:
-    request = replace(request_of_four, sensitivity=True, limits=GateLimits(min_agreement=0.0))
-    made = quantize_bundle(request)
+def test_the_ranking_can_be_had_without_need(four: Arguments) -> None:
+    made = quantize_bundle(**four, sensitivity=True, min_agreement=0.0)
     assert (made.directory / "sensitivity.json").is_file()
     assert "fallback" not in json.loads((made.directory / "parity.json").read_text())
 
 
-def test_an_engine_without_int8_is_not_mended(
-    request_of_four: QuantizeRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_without_int8_is_not_mended(four: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     with_results(monkeypatch, {"hist": both(measured(ran={"int8": 1, "fp32": 3}), measured(found=0.1))})
-    stages: list[str] = []
+    progress = RecordedProgress()
     with pytest.raises(EngineError, match="runs only 1 of 4"):
-        quantize_bundle(request_of_four, stages.append)
-    assert not [stage for stage in stages if "alone" in stage]
+        quantize_bundle(**four, progress=progress)
+    assert not [line for line in progress.stages if "alone" in line]
 
 
 @pytest.mark.parametrize(
@@ -471,39 +462,43 @@ def test_an_engine_without_int8_is_not_mended(
     ],
 )
 def test_what_fails_is_not_published(
-    changes: Any, message: str, request_on_tiny: QuantizeRequest, monkeypatch: pytest.MonkeyPatch
+    changes: Any, message: str, tiny: Arguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_results(monkeypatch, changes)
     with pytest.raises(GfldeployError, match=message) as caught:
-        quantize_bundle(replace(request_on_tiny, algorithm="hist", fallback=False))
+        quantize_bundle(**{**tiny, "algo": "hist"}, fallback=False)
     assert caught.value.remedy or "NaN" in message
-    assert {path.name for path in request_on_tiny.output.parent.iterdir()} == {"source", "pictures"}
+    assert {path.name for path in tiny["output"].parent.iterdir()} == {"source", "pictures"}
 
 
-def test_evaluation_data_are_checked_before_the_work(
-    request_on_tiny: QuantizeRequest, tiny_coco: Path, tmp_path: Path
-) -> None:
-    dataset = CocoDataset.load(tiny_coco)
-    stages: list[str] = []
-    seen = replace(request_on_tiny, images=[image.path for image in dataset.images[:2]], evaluation=dataset)
+def test_evaluation_data_are_checked_before_the_work(tiny: Arguments, tiny_coco: Path, tmp_path: Path) -> None:
+    progress = RecordedProgress()
+    seen: Arguments = {**tiny, "data": tiny_coco, "samples": 2, "eval_data": tiny_coco, "progress": progress}
     with pytest.raises(DataError, match=r"2 of the 6 evaluation images are calibration images too, the first 1\.jpg"):
-        quantize_bundle(seen, stages.append)
-    other = replace(dataset, categories=(replace(dataset.categories[0], name="unknown"),))
+        quantize_bundle(**seen)
+    content = json.loads(tiny_coco.read_text())
+    content["categories"] = [{**content["categories"][0], "name": "unknown"}]
+    known = content["categories"][0]["id"]
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] == known]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    images = tiny_coco.parent / "images"
     with pytest.raises(DataError, match="the model has 2 classes, the annotations 1"):
-        quantize_bundle(replace(request_on_tiny, evaluation=other), stages.append)
-    assert all("calibration images" in stage for stage in stages), "nothing but reading the images was begun"
+        quantize_bundle(**tiny, eval_data=other, eval_images=images, progress=progress)
+    assert all("calibration images" in line for line in progress.stages), "nothing but reading the images was begun"
 
 
 def test_a_processor_without_vnni_is_told_first(
-    request_on_tiny: QuantizeRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Arguments, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     slow = "this CPU has neither VNNI nor AMX"
     monkeypatch.setattr(quantizer, "capability", lambda *what: Capability(*what, note=slow))
-    stages: list[str] = []
+    progress = RecordedProgress()
+    (tiny["data"] / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError):
-        quantize_bundle(replace(request_on_tiny, images=[tmp_path / "gone.png"]), stages.append)
-    assert stages[0] == f"note: {slow}"
-    assert len(stages) == 2
+        quantize_bundle(**tiny, progress=progress)
+    assert progress.notes == [slow]
+    assert len(progress.stages) == 1
 
 
 @pytest.mark.parametrize(
@@ -513,9 +508,9 @@ def test_a_processor_without_vnni_is_told_first(
         (("--algo", "magic"), "no algorithm 'magic'"),
         (("--max-drop", 0.01), "--max-drop needs --eval-data"),
         (("--eval-limit", 3), "--eval-limit needs --eval-data"),
-        (("--eval-data", "COCO", "--min-agreement", 0.5), "with it, use --max-drop"),
+        (("--eval-data", "COCO", "--min-agreement", 0.5), "With it, use --max-drop"),
         (("--max-drop", 2), "2.0 is not in the range 0<=x<=1"),
-        (("--eval-data", "nowhere.json"), "cannot read nowhere.json"),
+        (("--eval-data", "nowhere.json"), "nowhere.json cannot be read"),
     ],
 )
 def test_options_that_make_no_sense(

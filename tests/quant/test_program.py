@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +14,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.bundle import Bundle, Graph, GraphName
 from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.engines.base import EngineOptions, count_precisions
 from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError
 from gfldeploy.files import read_json
 from gfldeploy.images.decode import read_image
-from gfldeploy.quant.calibration import Calibration, ConvUse
-from gfldeploy.quant.program import write_program
+from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse
+from gfldeploy.quant.observer import weight_ranges
+from gfldeploy.quant.program import old_program_environment, write_program
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export, demo_bundles.needs_quant]
 
@@ -28,7 +32,7 @@ FILES = ("model.pdmodel", "model.pdiparams")
 
 
 class Detector:
-    """The demo detector in FP32 and, as PaddleSlim left it, in INT8."""
+    """The demo detector in FP32, and its calibration."""
 
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self.fp32 = Bundle.open(demo_bundles.exported(factory))
@@ -50,9 +54,13 @@ class Detector:
             return engine.infer(inputs), count_precisions(engine.executed_convolutions(inputs))
 
     def keeping(self, kept: Collection[ConvUse], folder: Path) -> tuple[Outputs, Mapping[str, int]]:
-        write_program(self.quantized / "paddle", self.fp32, kept, folder)
-        graphs = {"paddle_program": Graph(*FILES)}
-        return self.run(Bundle(folder, replace(self.fp32.manifest, precision="int8", graphs=graphs)), "int8")
+        write_program(self.fp32, self.calibration.keeping(kept), folder)
+        return self.run(self.int8(folder), "int8")
+
+    def int8(self, folder: Path) -> Bundle:
+        """The program in `folder` as a bundle."""
+        graphs: dict[GraphName, Graph] = {"paddle_program": Graph(*FILES)}
+        return Bundle(folder, replace(self.fp32.manifest, precision="int8", graphs=graphs))
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +78,37 @@ def difference(one: Outputs, other: Outputs, name: str) -> float:
     return float(np.abs(one[name][0, here] - other[name][0, there]).max())
 
 
-def test_with_nothing_kept_it_is_a_copy(detector: Detector, tmp_path: Path) -> None:
-    write_program(detector.quantized / "paddle", detector.fp32, frozenset(), tmp_path)
-    for name in FILES:
-        assert (tmp_path / name).read_bytes() == (detector.quantized / "paddle" / name).read_bytes()
+PADDLESLIM = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import paddle
+from gfldeploy.quant.ptq import _quantization, _read_thresholds
+bundle, image, output = map(Path, sys.argv[1:])
+quantization = _quantization(bundle, lambda: iter([{"image": np.load(image)}]), 1, "abs_max")
+thresholds = _read_thresholds(quantization.quantize(), paddle.static.global_scope())
+quantization.save_quantized_model(str(output), model_filename="model.pdmodel")
+(output / "thresholds.json").write_text(json.dumps(thresholds))
+"""
+
+
+def test_it_is_what_paddleslim_writes(detector: Detector, tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    np.save(tmp_path / "image.npy", detector.image)
+    command = [sys.executable, "-c", PADDLESLIM, detector.fp32.directory, tmp_path / "image.npy", theirs]
+    environment = {**os.environ, **old_program_environment(1), "PYTHONWARNINGS": "ignore"}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    largest = weight_ranges(detector.fp32.graph("onnx")[0])
+    thresholds = read_json(theirs / "thresholds.json")
+    ranges = {name: ConvRanges(tuple(inputs), (), largest[name]) for name, inputs in thresholds.items()}
+    write_program(detector.fp32, Calibration("abs_max", {}, ranges), ours)
+    found, ran = detector.run(detector.int8(ours), "int8")
+    expected, _ = detector.run(detector.int8(theirs), "int8")
+    assert ran == {"int8": len(detector.calibration.uses)}
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_exactly_the_kept_uses_run_in_float(detector: Detector, tmp_path: Path) -> None:
@@ -125,7 +160,7 @@ def test_files_are_the_same_each_time(detector: Detector, tmp_path: Path) -> Non
     contents = []
     for name, order in (("a", kept), ("b", kept[::-1])):
         (tmp_path / name).mkdir()
-        write_program(detector.quantized / "paddle", detector.fp32, order, tmp_path / name)
+        write_program(detector.fp32, detector.calibration.keeping(order), tmp_path / name)
         contents.append([(tmp_path / name / file).read_bytes() for file in FILES])
     assert contents[0] == contents[1]
 
@@ -134,15 +169,16 @@ def test_what_is_refused(detector: Detector, tmp_path: Path) -> None:
     stem = detector.weight("backbone.stem.conv")
     for use in (ConvUse(stem, 1), ConvUse("conv2d_999.w_0", 0)):
         with pytest.raises(EngineError, match=f"no use {use.use} of {use.weight}") as caught:
-            write_program(detector.quantized / "paddle", detector.fp32, {use}, tmp_path)
+            ranges = ConvRanges((1.0,) * (use.use + 1), (), (1.0,) * 24)
+            write_program(detector.fp32, Calibration("abs_max", {}, {use.weight: ranges}), tmp_path)
         assert caught.value.remedy
     assert list(tmp_path.iterdir()) == []
     broken = tmp_path / "broken"
     broken.mkdir()
-    model, parameters = ((detector.quantized / "paddle" / name).read_bytes() for name in FILES)
+    model, parameters = ((detector.fp32.directory / "paddle" / name).read_bytes() for name in FILES)
     for contents in ((model, parameters[:-1]), (model, b""), (model, b"\xff" * 99), (b"\xff" * 99, parameters)):
         for name, content in zip(FILES, contents, strict=True):
             (broken / name).write_bytes(content)
         with pytest.raises(EngineError, match="no Paddle program") as caught:
-            write_program(broken, detector.fp32, {ConvUse(stem, 0)}, tmp_path)
+            write_program(detector.int8(broken), detector.calibration, tmp_path)
         assert caught.value.remedy

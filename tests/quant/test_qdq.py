@@ -116,7 +116,7 @@ def run(model: Any, image: Array, *outputs: str) -> list[Array]:
 def calibrate(model: Any, folder: Path) -> Calibration:
     """What calibration gives: thresholds that clip nothing, ranges as observed, weights' maxima."""
     onnx.save(model, str(folder / "float.onnx"))
-    ranges = observe_outputs(folder / "float.onnx", images(), len(images()), 1)
+    ranges = observe_outputs(folder / "float.onnx", images(), 1)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     inputs: dict[str, tuple[float, ...]] = {}
     for node in model.graph.node:
@@ -364,9 +364,9 @@ def test_a_calibration_of_another_graph(change: Any, message: str, tmp_path: Pat
 def test_nothing_to_observe(tmp_path: Path) -> None:
     onnx.save(residual().model(), str(tmp_path / "float.onnx"))
     with pytest.raises(EngineError, match="no calibration image"):
-        observe_outputs(tmp_path / "float.onnx", [], 0, 1)
+        observe_outputs(tmp_path / "float.onnx", [], 1)
     with pytest.raises(EngineError, match="NaN or infinity"):
-        observe_outputs(tmp_path / "float.onnx", [np.full(IMAGE, np.nan, np.float32)], 1, 1)
+        observe_outputs(tmp_path / "float.onnx", [np.full(IMAGE, np.nan, np.float32)], 1)
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------

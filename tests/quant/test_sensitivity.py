@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from recorded_progress import RecordedProgress
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import NmsParams
@@ -124,9 +125,9 @@ def test_groups_are_ranked(tiny: Bundle, tiny_coco: Path, tmp_path: Path, monkey
     images = [image.path for image in CocoDataset.load(tiny_coco).images[:2]]
     against = Fp32Reference.of(tiny, images, None, 1)
     alone = ConvGroup("all", (ConvUse(TWICE, 0),))
-    seen: list[tuple[str, int, int]] = []
-    (fine,) = measure_sensitivity(tiny, calibration(), [alone], against, tmp_path, 1, lambda *what: seen.append(what))
-    assert seen == [("sensitivity", 1, 1)]
+    progress = RecordedProgress()
+    (fine,) = measure_sensitivity(tiny, calibration(), [alone], against, tmp_path, 1, progress)
+    assert progress.steps == [("sensitivity", 1, 1)]
     assert not list(tmp_path.iterdir()), "nothing is left"
     assert fine.name == "all"
     assert fine.macs_share == 1

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from demo_bundles import ROOT, imported
-from sample_results import OK, RUN, sample_results
+from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.results import BenchResults, BundleIdentity, CellResult, Serving
+from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.results import BenchResults, CellResult, Serving
 from gfldeploy.bench.table import rows
 from gfldeploy.bench.timing import Samples
 from gfldeploy.bundle import Bundle
@@ -267,7 +268,7 @@ def cell(precision: str, rounds: tuple[tuple[float, ...], ...], **more: Any) -> 
     )
     bundle = BundleIdentity("tiny", precision, "ab" * 32)
     values = {"bundle": bundle, "precision": precision, "batch_size": 1, "scenario": "single-stream", "runs": runs}
-    return replace(OK, **values | more)
+    return altered(OK, **values | more)
 
 
 def results(*cells: CellResult) -> BenchResults:
@@ -511,7 +512,8 @@ def test_a_row_for_each_policy_of_a_server() -> None:
     serving = Serving(8, 2, (Point(1, (64, 96), 5.0),), 6)
     runs = (replace(RUN, serving=serving, samples=Samples((5.0, 6.0, 7.0, 8.0, 9.0, 99.0), (), 2, 6, 2.0, True)),)
     cells = tuple(
-        replace(OK, scenario="server", rate=4.0, policy=policy, runs=runs) for policy in ("no-batching", "adaptive")
+        altered(OK, scenario="server", rate=4.0, policy=policy, batch_size=size, runs=runs)
+        for policy, size in (("no-batching", 1), ("adaptive", 2))
     )
     settings = replace(sample_results().settings, latency_bound_ms=50.0)
     with imported(ROOT / "benchmarks" / "serve_policies.py") as module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from sample_deploy import CHOICE, DEPLOY, EVIDENCE
+from sample_deploy import CELL, CHOICE, DEPLOY, EVIDENCE, SECOND, UNMEASURED
 
+from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.machine import describe_machine
@@ -29,28 +31,40 @@ def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
     assert deploy.bundle_path(path) == tmp_path / "new" / "models" / "int8"
 
 
-def test_the_schema_before_is_read(tmp_path: Path) -> None:
-    data = DEPLOY.to_dict()
-    data["schema"] = 1
-    for one in (data["choice"], data["runner_up"]):
-        found = one["evidence"]
-        one["evidence"] = {
-            "images_per_s": found["network_images_per_s"],
-            "latency_p50_ms": found["network_p50_ms"],
-            "latency_ms": found["latency_p99_ms"],
-            "latency_percent": 99,
-            **{key: found[key] for key in ("memory_mb", "ap", "ap_drop", "ap_images", "runs", "started")},
-        }
+@pytest.mark.parametrize("schema", [1, 2])
+def test_files_of_older_schemas_are_upgraded(schema: int, tmp_path: Path) -> None:
+    text = (Path(__file__).parent / f"deploy_files/schema_{schema}.yml").read_text()
     path = tmp_path / "deploy.yml"
-    path.write_text(yaml.safe_dump(data))
+    path.write_text(text)
     read = Deploy.read(path)
-    assert read.choice.evidence.images_per_s is None and read.choice.evidence.latency_p99_ms is None
-    assert read.choice.evidence.network_p50_ms == EVIDENCE.network_p50_ms and read.knee is None
-    assert replace(read.choice, evidence=EVIDENCE) == CHOICE
+    assert read.runner_up is not None
+    unnamed = replace(CELL, bundle=BundleIdentity("int8", "int8", "ab" * 32))
+    second = replace(SECOND, bundle=BundleIdentity("fp32", "fp32", "ab" * 32))
+    assert (read.choice.path, read.choice.cell) == ("models/int8", unnamed)
+    assert (read.runner_up.path, read.runner_up.cell) == ("../fp32", second)
+    if schema == 2:
+        assert (read.choice.evidence, read.runner_up.evidence) == (EVIDENCE, UNMEASURED)
+        assert (read.bounds, read.knee, read.search) == (DEPLOY.bounds, DEPLOY.knee, DEPLOY.search)
+    else:
+        unknown = ("images_per_s", "latency_p50_ms", "latency_p99_ms", "latency_max_ms", "padded")
+        assert [getattr(read.choice.evidence, name) for name in unknown] == [None] * 5 and read.knee is None
+        assert read.choice.evidence.network_p50_ms.value == 25.0
+    read.write(path)
+    assert Deploy.read(path) == read and yaml.safe_load(path.read_text())["schema"] == 3
     for wrong in (3, {"evidence": 3}):
-        path.write_text(yaml.safe_dump({**data, "choice": wrong}))
-        with pytest.raises(DataError, match="choice"):
+        path.write_text(yaml.safe_dump({**yaml.safe_load(text), "choice": wrong}))
+        with pytest.raises(DataError, match=rf"deploy\.yml: a deploy file of schema {schema} cannot be read: "):
             Deploy.read(path)
+
+
+@pytest.mark.parametrize("name", ["search", "exhaustive"])
+def test_what_a_recipe_measured_with_schema_1_is_read(name: str) -> None:
+    path = Path(__file__).parents[2] / "benchmarks/results/epyc-2core/checks/tune_demo.json"
+    record = json.loads(path.read_text())
+    tuned = {key: value for key, value in record[name].items() if key != "wall_s"}
+    read = Deploy.from_dict({"schema": 1, "created": "2026-11-24", "machine": record["machine"], **tuned})
+    assert (read.choice.cell.engine, read.choice.cell.order) == ("openvino", "bucketed")
+    assert read.choice.evidence.network_images_per_s.value == tuned["choice"]["evidence"]["images_per_s"]["value"]
 
 
 def broken(change: Callable[[dict[str, Any]], object]) -> str:
@@ -70,15 +84,21 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         ("x: " + "9" * 5000, "a number of 5000 characters"),
         (
             broken(lambda data: data.update(schema=99)),
-            "a newer gfldeploy: schema 99, this one reads schema 1 to 2.*Update",
+            "a newer gfldeploy: schema 99, this one reads schema 1 to 3.*Update",
         ),
         (broken(lambda data: data.update(schema=0)), "an older gfldeploy.*Make it again with `gfldeploy tune`"),
         (broken(lambda data: data.update(more=1)), "it has unknown fields: more"),
         (broken(lambda data: data.pop("machine")), "it lacks machine"),
-        (broken(lambda data: data["choice"].update(policy="random")), ": choice.policy must be one of single, in-or"),
-        (broken(lambda data: data["choice"].update(batch_size="2")), ": choice.batch_size must be of type int"),
-        (broken(lambda data: data["choice"].update(batch_size=0)), "batch_size must be at least 1"),
-        (broken(lambda data: data["choice"].update(bundle="/home/me/int8")), "must be a path relative"),
+        (broken(lambda data: data["choice"]["cell"].update(order="random")), "choice.cell.order must be one of"),
+        (
+            broken(lambda data: data["choice"]["cell"].update(batch_size="2")),
+            ".cell.batch_size must be of type int",
+        ),
+        (
+            broken(lambda data: data["choice"]["cell"].update(batch_size=0)),
+            "choice.cell: batch_size and threads must",
+        ),
+        (broken(lambda data: data["choice"].update(path="/home/me/int8")), "path must be relative"),
         (broken(lambda data: data["choice"]["evidence"].update(ap=float("nan"))), "must be a finite number"),
         (broken(lambda data: data["bounds"].update(max_drop=2.0)), "max_drop must be from 0 to 1"),
     ],
@@ -98,7 +118,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_it_holds_for_its_bundle_and_its_machine_alone(tiny_bundle: Path) -> None:
     bundle, machine = Bundle.open(tiny_bundle), describe_machine()
-    deploy = replace(DEPLOY, choice=replace(CHOICE, digest=bundle.digest))
+    deploy = replace(DEPLOY, choice=replace(CHOICE, cell=replace(CELL, bundle=BundleIdentity.of(bundle))))
     deploy.check(bundle, machine)
     assert deploy.software_changes(machine) == ()
     with pytest.raises(BundleError, match=r"is not the bundle that was tuned, int8: .*abababababab\. Give the bundle"):

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-from sample_results import OK, RUN
+from sample_results import OK, RUN, altered
 
-from gfldeploy.accuracy import Accuracy
-from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.results import CellResult, Stages
-from gfldeploy.errors import EngineError
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, Tail, measurable
-from gfldeploy.tune.reuse import Reused
-from gfldeploy.tune.search import Bounds, Model
-from gfldeploy.tune.session import _Session
+from gfldeploy.tune.search import Bounds
 
 
 def cell(*file_ms: float, batches: int = 3) -> CellResult:
     """A cell with these times from file to boxes, in passes of so many batches."""
     run = replace(RUN, stages=Stages(*([file_ms] * 7)), shapes={"2x3x64x96": batches})
-    return replace(OK, runs=(run,))
+    return altered(OK, runs=(run,))
 
 
 def test_speed_and_latency_are_from_file_to_boxes() -> None:
@@ -36,10 +29,10 @@ def test_speed_and_latency_are_from_file_to_boxes() -> None:
 
 @pytest.mark.parametrize("runs", [(replace(RUN, stages=None),), (RUN, replace(RUN, stages=None))])
 def test_what_was_not_measured_from_file_to_boxes_is_not_believed(runs: tuple[Any, ...]) -> None:
-    assert not measurable(replace(OK, runs=runs)) and measurable(OK)
+    assert not measurable(altered(OK, runs=runs)) and measurable(OK)
     assert not measurable(cell(0.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="not measured"):
-        Measured.of(replace(OK, runs=runs))
+        Measured.of(altered(OK, runs=runs))
 
 
 def test_the_99th_percentile_is_known_from_368_samples_on() -> None:
@@ -65,16 +58,3 @@ def test_a_pause_in_a_first_look_neither_keeps_a_bound_nor_ends_a_climb() -> Non
     assert not bounds.may_keep(slow) and bounds.hopeless(slow)
     assert not bounds.keeps(Measured.of(cell(*[10.0] * 392, *[500.0] * 8)))
     assert bounds.keeps(Measured.of(cell(*[10.0] * 399, 500.0))), "one in 400 is beyond the 99th percentile"
-
-
-def test_an_undefined_map_is_never_compared(tiny_bundle: Path, tmp_path: Path) -> None:
-    bench = SimpleNamespace(accuracy=True, device="cpu", engines=("onnxruntime",))
-    prepared = SimpleNamespace(reused=Reused({}, {}, ()), request=SimpleNamespace(bench=bench), reference=tiny_bundle)
-    session = _Session(cast(Any, prepared), Journal(tmp_path), lambda text: None)
-    defined = Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9)
-    fp32, int8 = Model(tiny_bundle, "onnxruntime", "fp32"), Model(tmp_path, "onnxruntime", "int8")
-    session.accuracies |= {fp32: defined, int8: replace(defined, ap=-1.0)}
-    assert session.drop(int8) == 0.5, "all of it is lost, as far as anybody knows"
-    session.accuracies[fp32] = replace(defined, ap=-1.0)
-    with pytest.raises(EngineError, match="could not be measured: it is undefined"):
-        session.drop(int8)

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
-from gfldeploy.bench.matrix import Cell
-from gfldeploy.bench.results import Scenario
+from gfldeploy.batching.buckets import Order
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.engines.base import Precision
 from gfldeploy.tune.measured import Measured, Tail
 from gfldeploy.tune.race import Outcome, race
-from gfldeploy.tune.search import (
-    Bounds,
-    Model,
-    Space,
-    Step,
-    choose,
-    line,
-    model_of,
-    nearest,
-    next_step,
-    policy_of,
-)
+from gfldeploy.tune.search import Bounds, Model, Search, Step, choose, model_of
 
 MODELS: tuple[tuple[str, str, Precision], ...] = (
     ("fp32", "paddle", "fp32"),
@@ -38,26 +26,36 @@ MODELS: tuple[tuple[str, str, Precision], ...] = (
 SIZES = (1, 2, 4, 8, 16, 32)
 
 
-def cell(model: tuple[str, str, Precision], size: int, threads: int = 2, scenario: Scenario = "offline") -> Cell:
+def cell(model: tuple[str, str, Precision], size: int, threads: int = 2, order: Order = "bucketed") -> Cell:
     bundle, engine, precision = model
-    return Cell(Path(bundle), engine, precision, "cpu", size, threads, "single-stream" if size == 1 else scenario)
+    return Cell(
+        bundle=BundleIdentity(bundle, bundle, bundle),
+        engine=engine,
+        precision=precision,
+        device="cpu",
+        threads=threads,
+        batch_size=size,
+        order=order if size > 1 else "listed",
+        scenario="single-stream" if size == 1 else "offline" if order == "bucketed" else "multi-stream",
+    )
 
 
-def space(
+def search(
     bounds: Bounds = Bounds(),  # noqa: B008 - immutable
     models: Sequence[tuple[str, str, Precision]] = MODELS,
     sizes: Sequence[int] = SIZES,
     threads: Sequence[int] = (1, 2),
-    policies: Sequence[Scenario] = ("multi-stream", "offline"),
-) -> Space:
+    orders: Sequence[Order] = ("listed", "bucketed"),
+    known: Mapping[Cell, Measured | None] | None = None,
+) -> Search:
     cells = (
-        cell(model, size, count, scenario)
+        cell(model, size, count, order)
         for model in models
         for size in sizes
         for count in threads
-        for scenario in (policies if size > 1 else policies[:1])
+        for order in (orders if size > 1 else orders[:1])
     )
-    return Space(tuple(cells), bounds)
+    return Search(tuple(cells), bounds, dict(known or {}))
 
 
 def found(images_per_s: float, size: int = 1, memory_mb: float = 100) -> Measured:
@@ -86,7 +84,7 @@ class Surface:
         model, steps = model_of(one), math.log2(one.batch_size)
         speed = self.base[model] * self.gain[model] ** (1 - 0.5**steps) * self.fall[model] ** max(steps - 2, 0)
         speed *= (one.threads / 2) ** self.thread * math.exp(random.Random(f"{self.seed} {one!r}").gauss(0, self.rough))
-        return speed / self.padding ** (1 - 0.5**steps) if policy_of(one) == "in-order" else speed
+        return speed / self.padding ** (1 - 0.5**steps) if one.order == "listed" else speed
 
     def measured(self, one: Cell, noise: float, runs: int, generator: random.Random) -> Measured:
         def run() -> tuple[float, ...]:
@@ -101,7 +99,7 @@ class Surface:
 
 def random_surface(seed: int, rough: float = 0.0) -> Surface:
     generator = random.Random(seed)
-    models = space().models
+    models = tuple(search().by_model)
     return Surface(
         base={model: math.exp(generator.gauss(4, 0.5)) for model in models},
         gain={model: generator.uniform(1, 1.8) for model in models},
@@ -115,7 +113,7 @@ def random_surface(seed: int, rough: float = 0.0) -> Surface:
     )
 
 
-def run_race(surface: Surface, where: Space, seed: int = 0) -> tuple[Outcome, list[Cell], list[Model]]:
+def run_race(surface: Surface, where: Search, seed: int = 0) -> tuple[Outcome, list[Cell], list[Model]]:
     """The outcome, the cells that were measured, and the models whose accuracy was asked for."""
     generator = random.Random(seed)
     measured: list[Cell] = []
@@ -136,7 +134,7 @@ def run_race(surface: Surface, where: Space, seed: int = 0) -> tuple[Outcome, li
     return race(where, look, finish, drop), measured, asked
 
 
-def true_best(surface: Surface, where: Space) -> float:
+def true_best(surface: Surface, where: Search) -> float:
     """Images a second of the fastest that keeps the bounds with some room, 0 without one."""
     speeds = [0.0]
     exact = random.Random(0)
@@ -154,11 +152,10 @@ BOUNDS = (Bounds(), Bounds(max_latency_ms=60), Bounds(max_latency_ms=150, max_me
 @pytest.mark.parametrize("rough", [0.0, 0.03])
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 def test_within_five_per_cent_of_an_exhaustive_search_for_a_third_of_the_cells(bounds: Bounds, rough: float) -> None:
-    where = space(bounds)
     shares, short, missed = [], 0, 0
     surfaces = 50
     for seed in range(surfaces):
-        surface = random_surface(seed, rough)
+        surface, where = random_surface(seed, rough), search(bounds)
         outcome, measured, _ = run_race(surface, where, seed)
         best = true_best(surface, where)
         shares.append(len(set(measured)) / len(where.cells))
@@ -173,8 +170,8 @@ def test_within_five_per_cent_of_an_exhaustive_search_for_a_third_of_the_cells(b
 
 def test_the_accuracy_of_losers_is_never_asked_for() -> None:
     surface = random_surface(3)
-    where = space(Bounds(max_drop=0.01))
-    ranked = sorted(where.models, key=lambda model: -max(surface.images_per_s(one) for one in where.of(model)))
+    where = search(Bounds(max_drop=0.01))
+    ranked = sorted(where.by_model, key=lambda model: -max(map(surface.images_per_s, where.by_model[model])))
     surface = replace(surface, drops=dict(zip(ranked, (0.02, 0.0, 0.0, 0.0, 0.0), strict=True)))
     outcome, _, asked = run_race(surface, where)
     assert asked == ranked[:2], "the fastest is refused, and the next one taken"
@@ -183,52 +180,52 @@ def test_the_accuracy_of_losers_is_never_asked_for() -> None:
 
 
 def test_the_first_look_is_at_every_model_once() -> None:
-    where = space()
-    step = next_step(where, {})
+    where = search()
+    step = where.next_step()
     assert step is not None
-    assert [(model_of(one), one.batch_size, one.threads) for one in step.cells] == [(m, 1, 2) for m in where.models]
+    assert [(model_of(one), one.batch_size, one.threads) for one in step.cells] == [(m, 1, 2) for m in where.by_model]
 
 
 def test_a_slow_model_is_given_up_after_the_first_look() -> None:
     fast, slow = MODELS[4], MODELS[0]
-    where = space(models=(fast, slow))
-    known = {cell(fast, 1): found(100), cell(slow, 1): found(20)}
-    while (step := next_step(where, known)) is not None:
+    where = search(models=(fast, slow), known={cell(fast, 1): found(100), cell(slow, 1): found(20)})
+    while (step := where.next_step()) is not None:
         for one in step.cells:
             assert model_of(one) == model_of(cell(fast, 1))
-            known[one] = found(50, one.batch_size)
+            where.known[one] = found(50, one.batch_size)
+
+
+def one_line(known: Mapping[Cell, Measured | None], bounds: Bounds = Bounds()) -> Step | None:  # noqa: B008 - immutable
+    """What comes next of a single model with one number of threads, bucketed."""
+    return search(bounds, MODELS[:1], threads=(2,), orders=("bucketed",), known=known).next_step()
 
 
 def test_a_larger_batch_of_what_is_too_slow_already_is_not_measured() -> None:
-    where = space(Bounds(max_latency_ms=30), models=MODELS[:1], threads=(2,), policies=("offline",))
-    known: dict[Cell, Measured | None] = {cell(MODELS[0], 1): found(50, 1), cell(MODELS[0], 2): found(60, 2)}
-    assert next_step(where, known) is None, "33 ms in twos"
-    assert next_step(replace(where, bounds=Bounds(max_latency_ms=40)), known) is not None
+    known = {cell(MODELS[0], 1): found(50, 1), cell(MODELS[0], 2): found(60, 2)}
+    assert one_line(known, Bounds(max_latency_ms=30)) is None, "33 ms in twos"
+    assert one_line(known, Bounds(max_latency_ms=40)) is not None
 
 
 def test_a_failed_cell_ends_its_climb() -> None:
-    where = space(models=MODELS[:1], threads=(2,), policies=("offline",))
-    known: dict[Cell, Measured | None] = {cell(MODELS[0], 1): found(50), cell(MODELS[0], 2): None}
-    assert next_step(where, known) is None
-    assert next_step(where, {cell(MODELS[0], 1): None}) is None
+    assert one_line({cell(MODELS[0], 1): found(50), cell(MODELS[0], 2): None}) is None
+    assert one_line({cell(MODELS[0], 1): None}) is None
 
 
 def test_a_flat_step_does_not_end_a_climb() -> None:
-    where = space(models=MODELS[:1], threads=(2,), policies=("offline",))
-    known: dict[Cell, Measured | None] = {cell(MODELS[0], 1): found(50), cell(MODELS[0], 2): found(51, 2)}
-    step = next_step(where, known)
+    known = {cell(MODELS[0], 1): found(50), cell(MODELS[0], 2): found(51, 2)}
+    step = one_line(known)
     assert step is not None and step.cells == (cell(MODELS[0], 4),)
-    assert next_step(where, known | {cell(MODELS[0], 4): found(50, 4)}) is None, "two do"
+    assert one_line(known | {cell(MODELS[0], 4): found(50, 4)}) is None, "two do"
 
 
 def test_what_is_known_is_not_measured_again() -> None:
-    where, surface, exact = space(), random_surface(1), random.Random(0)
-    known = {one: surface.measured(one, 0, 1, exact) for one in where.cells}
-    assert next_step(where, known) is None
+    where, surface, exact = search(), random_surface(1), random.Random(0)
+    where.known = {one: surface.measured(one, 0, 1, exact) for one in where.cells}
+    assert where.next_step() is None
 
 
 def test_an_exhaustive_search_measures_every_cell_once() -> None:
-    where, surface, exact = space(threads=(2,)), random_surface(2), random.Random(0)
+    where, surface, exact = search(threads=(2,)), random_surface(2), random.Random(0)
     measured: list[Cell] = []
 
     def finish(cells: Sequence[Cell]) -> dict[Cell, Measured | None]:
@@ -242,7 +239,7 @@ def test_an_exhaustive_search_measures_every_cell_once() -> None:
 
 
 def test_out_of_time_still_finishes() -> None:
-    where, surface, exact = space(), random_surface(5), random.Random(0)
+    where, surface, exact = search(), random_surface(5), random.Random(0)
 
     def look(step: Step) -> dict[Cell, Measured | None]:
         return {one: surface.measured(one, 0, 1, exact) for one in step.cells}
@@ -251,7 +248,7 @@ def test_out_of_time_still_finishes() -> None:
         where, look, lambda cells: look(Step(tuple(cells), "")), lambda model: None, out_of_time=lambda: True
     )
     assert not outcome.complete and outcome.choice is not None
-    assert {one.batch_size for one in outcome.known} == {1}
+    assert {one.batch_size for one in where.known} == {1}
 
 
 def test_of_equals_the_least_latency_is_chosen() -> None:
@@ -262,45 +259,48 @@ def test_of_equals_the_least_latency_is_chosen() -> None:
 
 
 def test_nothing_keeps_the_bounds() -> None:
-    where = space(Bounds(max_latency_ms=1, max_drop=0.01))
+    where = search(Bounds(max_latency_ms=1, max_drop=0.01))
     outcome, measured, asked = run_race(random_surface(4), where)
     assert (outcome.choice, asked) == (None, [])
     assert {one.batch_size for one in measured} == {1}, "larger ones take longer still"
-    miss = nearest(where, outcome.known, outcome.drops)
+    miss = where.nearest()
     assert miss is not None and (miss.what, miss.bound) == ("latency", 1)
-    assert miss.value == min(found.tail.ms for found in outcome.known.values() if found)
+    assert miss.value == min(found.tail.ms for found in where.known.values() if found)
 
 
 def test_the_nearest_is_the_one_that_misses_least_whatever_it_misses() -> None:
-    where = space(Bounds(max_latency_ms=10, max_memory_mb=100, max_drop=0.01))
-    known: dict[Cell, Measured | None] = {
+    where = search(Bounds(max_latency_ms=10, max_memory_mb=100, max_drop=0.01))
+    assert where.nearest() is None
+    where.known = {
         cell(MODELS[0], 1): found(50, memory_mb=90),  # 20 ms: twice the bound
         cell(MODELS[1], 1): found(200, memory_mb=130),
         cell(MODELS[2], 1): found(200, memory_mb=90),
         cell(MODELS[3], 1): None,
     }
-    miss = nearest(where, known, {model_of(cell(MODELS[2], 1)): 0.02})
+    where.drops[model_of(cell(MODELS[2], 1))] = 0.02
+    miss = where.nearest()
     assert miss is not None and (miss.cell, miss.what) == (cell(MODELS[1], 1), "memory")
     assert miss.percent == pytest.approx(30)
-    miss = nearest(where, known, {model_of(cell(MODELS[2], 1)): 0.0125})
+    where.drops[model_of(cell(MODELS[2], 1))] = 0.0125
+    miss = where.nearest()
     assert miss is not None and (miss.what, miss.percent) == ("mAP drop", pytest.approx(25))
-    assert nearest(where, {}, {}) is None
 
 
 def test_fewer_threads_are_tried_where_a_bound_is_nearly_kept() -> None:
-    where = space(Bounds(max_memory_mb=100), models=MODELS[:1], policies=("offline",))
-    step = next_step(where, {cell(MODELS[0], 1): found(50, memory_mb=110)})
+    where = search(Bounds(max_memory_mb=100), models=MODELS[:1], orders=("bucketed",))
+    where.known = {cell(MODELS[0], 1): found(50, memory_mb=110)}
+    step = where.next_step()
     assert step is not None and step.cells == (cell(MODELS[0], 1, threads=1),)
-    assert next_step(where, {cell(MODELS[0], 1): found(50, memory_mb=200)}) is None
+    where.known = {cell(MODELS[0], 1): found(50, memory_mb=200)}
+    assert where.next_step() is None
 
 
-def test_a_line_is_grouped_where_there_are_groups() -> None:
+def test_a_line_is_bucketed_where_there_are_buckets() -> None:
     model = model_of(cell(MODELS[0], 1))
-    assert [(policy_of(one), one.batch_size) for one in line(space(), model)][:2] == [("single", 1), ("grouped", 2)]
-    in_order = line(space(policies=("multi-stream",)), model, threads=1)
-    assert [(policy_of(one), one.threads) for one in in_order][:2] == [("single", 1), ("in-order", 1)]
-    fixed = space(sizes=(4,))
-    assert fixed.start(model) == cell(MODELS[0], 4)
+    assert [(one.order, one.batch_size) for one in search().line(model)][:2] == [("listed", 1), ("bucketed", 2)]
+    listed = search(orders=("listed",)).line(model, threads=1)
+    assert [(one.order, one.threads) for one in listed][:2] == [("listed", 1), ("listed", 1)]
+    assert search(sizes=(4,)).start(model) == cell(MODELS[0], 4)
 
 
 @pytest.mark.parametrize("bad", [{"max_latency_ms": 0}, {"max_memory_mb": -1}, {"max_drop": 1.5}, {"max_drop": -0.1}])

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
+from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.report.plots import label, plots
+from gfldeploy.bench.report.plots import plots
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import (
-    COLUMNS,
-    FLAGS,
-    TEXT_KEYS,
-    UNKNOWN,
-    Column,
-    Row,
-    best_of_each,
-    notes,
-    rows,
-    several_bundles,
-    text_of,
-)
+from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
+from gfldeploy.engines.registry import title_of
+from gfldeploy.files import check_file
 
-__all__ = ["short_answer", "write_report"]
+__all__ = ["report", "short_answer", "write_report"]
 
 # What quantising may cost by default (`gfldeploy quantize --max-drop`): within it accuracy counts as the same.
 _SAME_ACCURACY = 0.005
@@ -34,35 +26,43 @@ _PADDED = (
     "Its batches hold images of several sizes, padded to the largest, which changes boxes and scores (group "
     "normalisation takes in the padding); mAP is of batch 1."
 )
-# What is shown first, of the best batch of each engine and precision.
-_BEST_KEYS = (
-    "engine",
-    "precision",
-    "bundle",
-    "device",
-    "threads",
-    "scenario",
-    "batch_size",
-    "file_to_boxes_images_per_s",
-    "file_to_boxes_median_ms",
-    "ap",
-    "memory_mb",
-    "network_images_per_s",
-    "flags",
-)
 _BODY = Path(__file__).with_name("bench.html")
+
+
+def report(
+    results: BenchResults | str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, force: bool = False
+) -> Path:
+    """Turn results into one HTML page, which needs no network.
+
+    Args:
+        results: Results of `benchmark`, or a file of them.
+        output: The page to write; by default RESULTS.html beside the file, or results.html.
+        force: Replace the page if it exists and gfldeploy made it.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: The file cannot be read.
+        OutputError: The page exists already, or cannot be written.
+    """
+    source = Path("results") if isinstance(results, BenchResults) else Path(results)
+    page = source.with_suffix(".html") if output is None else Path(output)
+    check_file(page, "html", force=force)
+    write_report(results if isinstance(results, BenchResults) else BenchResults.read(source), page)
+    return page
 
 
 def write_report(results: BenchResults, path: Path) -> None:
     """Write the page, replacing any other file. Raises `OutputError`."""
     figures = plots(results)
     shown = rows(results)
-    measured = [row for row in shown if row.status == "ok"]
+    measured = [row for row in shown if row.ok]
     best = best_of_each(measured)
-    keys = [key for key in _BEST_KEYS if key != "bundle" or several_bundles(best)]
-    servers = [row for row in measured if row.scenario == "server"]
+    servers = [row for row in measured if row.is_server]
+    first = [column for column in COLUMNS if column.first]
     body = Template(_BODY.read_text(encoding="utf-8")).substitute(
-        best=_table("best", best, keys) if best else "<p>No batches were measured.</p>",
+        best=_table("best", best, first) if best else "<p>No batches were measured.</p>",
         servers=f"<section><h2>Servers</h2>{_table('servers', servers)}</section>" if servers else "",
         count=f"{len(measured)} cell{'' if len(measured) == 1 else 's'}",
         table=_table("cells", measured),
@@ -78,7 +78,7 @@ def write_report(results: BenchResults, path: Path) -> None:
 def short_answer(results: BenchResults) -> list[str]:
     """What to ship by these results, in plain sentences, each with its figures, and what is not known."""
     shown = rows(results)
-    measured = [row for row in shown if row.status == "ok"]
+    measured = [row for row in shown if row.ok]
     if not measured:
         return ["Nothing could be measured; the reasons are below."]
     sentences = [_FIRST_LOOK] if results.settings.quick else []
@@ -111,18 +111,23 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
             f"Most images a second from file to boxes, one batch after the other: {_named(fastest)}: "
             f"{_figures(fastest)}."
         )
+    engines: dict[str, Row] = {}
+    for row in best:
+        engines.setdefault(row.cell.engine, row)
+    if len(engines) > 1:
+        yield f"Each engine at its best: {'; '.join(map(_speed, engines.values()))}."
     if "padded" in fastest.flags:
         yield _PADDED
         if whole := best_of_each([row for row in measured if "padded" not in row.flags]):
             yield f"The fastest without padding: {_named(whole[0])}: {_figures(whole[0])}."
-    singles = [row for row in measured if row.scenario == "single-stream" and row.file_ms]
+    singles = [row for row in measured if row.cell.scenario == "single-stream" and row.file_ms]
     if singles:
         quick = min(singles, key=lambda row: row.file_ms.value if row.file_ms else 0.0)
         yield (
             f"Shortest latency of one image from file to boxes: {_named(quick)} with {_ms(quick.file_ms)}; the network "
             f"alone {_ms(quick.median_ms)}."
         )
-    reference = [row.ap for row in best if row.precision == "fp32" and row.ap is not None]
+    reference = [row.ap for row in best if row.cell.precision == "fp32" and row.ap is not None]
     if reference:
         safe = next(row for row in best if row.ap is not None and row.ap >= max(reference) - _SAME_ACCURACY)
         same = "the same" if safe == fastest else f"{_named(safe)}: {_figures(safe)}"
@@ -132,7 +137,14 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 
 def _named(row: Row) -> str:
-    return f"{label(row)}, bundle {row.bundle}"
+    cell = row.cell
+    model = f"{title_of(cell.engine)} {cell.precision.upper()}"
+    return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
+
+
+def _speed(row: Row) -> str:
+    speed = row.images_per_s if row.file_images_per_s is None else row.file_images_per_s
+    return f"{title_of(row.cell.engine)} {row.cell.precision.upper()} {text_of(speed)} images/s"
 
 
 def _figures(row: Row) -> str:
@@ -152,12 +164,11 @@ def _ms(estimate: Estimate | None) -> str:
     return f"{value} ({text_of(estimate.low)} to {text_of(estimate.high)})"
 
 
-def _table(table_id: str, shown: Sequence[Row], keys: Collection[str] | None = None) -> str:
-    """A table of rows that sorts: the columns with these `keys`, None for all that say anything."""
-    columns = [one for one in COLUMNS if one.shown(shown) and (keys is None or one.key in keys)]
+def _table(table_id: str, shown: Sequence[Row], columns: Sequence[Column[Row]] = COLUMNS) -> str:
+    """A table of rows that sorts: those of the columns that say anything."""
+    columns = [one for one in columns if one.shown(shown)]
     head = "".join(
-        f'<th scope="col"{_left(one)}><button type="button">{escape(one.header.replace(chr(10), " "))}</button></th>'
-        for one in columns
+        f'<th scope="col"{_left(one)}><button type="button">{escape(one.title)}</button></th>' for one in columns
     )
     body = "".join(f"<tr>{''.join(_cell(one, row) for one in columns)}</tr>" for row in shown)
     return (
@@ -166,15 +177,15 @@ def _table(table_id: str, shown: Sequence[Row], keys: Collection[str] | None = N
     )
 
 
-def _cell(column: Column, row: Row) -> str:
+def _cell(column: Column[Row], row: Row) -> str:
     value = column.value(row)
     key = value.value if isinstance(value, Estimate) else value
     sort = f' data-value="{key}"' if isinstance(key, int | float) else ""
-    return f"<td{_left(column)}{sort}>{escape(text_of(value, column.digits))}</td>"
+    return f"<td{_left(column)}{sort}>{escape(column.text(row))}</td>"
 
 
-def _left(column: Column) -> str:
-    return ' class="text"' if column.key in TEXT_KEYS else ""
+def _left(column: Column[Row]) -> str:
+    return ' class="text"' if column.words else ""
 
 
 def _missing(shown: Sequence[Row]) -> str:
@@ -202,7 +213,7 @@ def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:
         f"{settings.rounds} rounds, each cell {settings.min_seconds:g} to {settings.max_seconds:g} s and "
         f"{settings.min_count} inferences at least in each, after {settings.warmup} of every shape",
     )
-    bundles = dict.fromkeys((cell.bundle.directory, cell.bundle.digest) for cell in results.cells if cell.bundle)
+    bundles = dict.fromkeys((one.cell.bundle.directory, one.cell.bundle.digest) for one in results.cells)
     yield "bundles", "; ".join(f"{directory} (SHA-256 {digest[:16]})" for directory, digest in bundles)
     overheads = [
         run.monitored.overhead_percent for cell in results.cells for run in cell.runs if run.monitored is not None

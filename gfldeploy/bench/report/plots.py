@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import colorsys
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gfldeploy.bench.cell import STREAMS
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.bench.results import BenchResults, CellResult
-from gfldeploy.bench.table import STREAMS, Row, rows
+from gfldeploy.bench.results import BenchResults
+from gfldeploy.bench.table import Row, rows
 
-__all__ = ["COLOURS", "GREY", "Plot", "label", "pareto_front", "plots"]
+__all__ = ["COLOURS", "GREY", "Plot", "pareto_front", "plots"]
 
 # Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background,
 # and two more. Grey is for what is no series.
@@ -73,42 +74,64 @@ class Style:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """A cell that was measured, with its row of the table and the series of lines that it is a point of."""
+class _Point:
+    """A cell that was measured, and the series of lines that it is a point of."""
 
-    cell: CellResult
     row: Row
     series: str
     style: Style
 
+    @property
+    def size(self) -> int:
+        return self.row.cell.batch_size
+
+    @property
+    def name(self) -> str:
+        return f"{self.series}, batch {self.size}"
+
 
 def plots(results: BenchResults) -> list[Plot]:
     """Every figure that the results have something for."""
-    measured = _measured(results)
-    batches = [one for one in measured if one.cell.scenario != "server"]
-    streams = [one for one in measured if one.cell.scenario in STREAMS]
-    makers: list[tuple[Callable[[list[_Measured]], Plot | None], list[_Measured]]] = [
-        (_throughput, batches),
-        (_latency, batches),
-        (_network_throughput, batches),
-        (_network_latency, streams),
-        (_distributions, streams),
-        (_stages, batches),
-        (_accuracy, batches),
-        (lambda some: _in_time(some, results.settings.latency_bound_ms), [one for one in measured if one.row.served]),
-        (lambda some: _server(some, results.settings.latency_bound_ms), [one for one in measured if one.row.rate]),
-        (lambda some: _peaks(some, results), measured),
-        (_timelines, measured),
+    points = _points(results)
+    batches = [one for one in points if not one.row.is_server]
+    streams = [one for one in points if one.row.cell.scenario in STREAMS]
+    servers = [one for one in points if one.row.is_server]
+    bound_ms = results.settings.latency_bound_ms
+    figures = [
+        _by_batch_size(
+            "Throughput from file to boxes",
+            "One batch after the other, decoding, preprocessing and NMS included. A line that falls has passed its "
+            "best batch size.",
+            "images/s",
+            [(one, one.row.file_images_per_s) for one in batches],
+        ),
+        _by_batch_size(
+            "Latency from file to boxes",
+            "Median of a whole batch, with its 95% interval where the samples support one.",
+            "ms for a batch",
+            [(one, one.row.file_ms) for one in batches],
+        ),
+        _by_batch_size(
+            "Throughput of the network alone",
+            "Completed images by wall time, on batches that were prepared before.",
+            "images/s",
+            [(one, one.row.images_per_s) for one in batches],
+        ),
+        _by_batch_size(
+            "Latency of the network alone",
+            "The same of the network alone, on batches that were prepared before.",
+            "ms for a batch",
+            [(one, one.row.median_ms) for one in streams],
+        ),
+        _distributions(streams),
+        _stages([one for one in batches if one.row.result.file_ms][::-1]),
+        _accuracy(batches),
+        _in_time([one for one in servers if one.row.served], bound_ms),
+        _answers(servers, bound_ms),
+        _arithmetic(points),
+        _timelines(points),
     ]
-    made = [make(some) for make, some in makers if some]
-    return [plot for plot in made if plot is not None]
-
-
-def label(row: Row) -> str:
-    """What a cell is called where its bundle is known: "onnxruntime int8, batch 4"."""
-    more = "" if row.scenario in STREAMS else f", {row.scenario}"
-    rate = f" at {row.rate:g}/s, {row.policy}" if row.rate else ""
-    return f"{row.engine} {row.precision}, batch {row.batch_size}{more}{rate}"
+    return [figure for figure in figures if figure is not None]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -120,117 +143,59 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front[::-1]
 
 
-def _measured(results: BenchResults) -> list[_Measured]:
-    shown = [(cell, row) for cell, row in zip(results.cells, rows(results), strict=True) if cell.status == "ok"]
-    models = {(row.engine, row.precision) for _, row in shown}
-    # The bundle matters where an engine runs several in one precision.
-    several = len({(row.engine, row.precision, row.bundle) for _, row in shown}) > len(models)
-    devices = len({row.device for _, row in shown}) > 1
-    found: list[_Measured] = []
+def _points(results: BenchResults) -> list[_Point]:
+    shown = [row for row in rows(results) if row.ok]
+    cells = [row.cell for row in shown]
+    found: list[_Point] = []
     styles: dict[str, Style] = {}
-    for cell, row in shown:
-        series = f"{row.engine} {row.precision}"
-        series += f" on {row.device}" if devices else ""
-        series += f" of {row.bundle}" if several else ""
-        series += f", {row.policy or row.scenario}" if row.scenario not in STREAMS else ""
-        found.append(_Measured(cell, row, series, styles.setdefault(series, Style(len(styles)))))
+    for row in shown:
+        series = row.cell.setup(cells)
+        series += f", {row.cell.policy or row.cell.scenario}" if row.cell.scenario not in STREAMS else ""
+        found.append(_Point(row, series, styles.setdefault(series, Style(len(styles)))))
     return found
 
 
-def _lines(measured: Sequence[_Measured]) -> Iterator[tuple[str, Style, list[_Measured]]]:
-    """Name, style and points of each series, by batch size."""
-    for series in dict.fromkeys(one.series for one in measured):
-        points = sorted((one for one in measured if one.series == series), key=lambda one: one.row.batch_size or 0)
-        yield series, points[0].style, points
-
-
-def _throughput(measured: list[_Measured]) -> Plot | None:
-    """From file to boxes."""
-    about = (
-        "One batch after the other, decoding, preprocessing and NMS included. A line that falls has passed its best "
-        "batch size."
-    )
-    return _speeds("Throughput from file to boxes", about, measured, lambda row: row.file_images_per_s)
-
-
-def _network_throughput(measured: list[_Measured]) -> Plot | None:
-    about = "Completed images by wall time, on batches that were prepared before."
-    return _speeds("Throughput of the network alone", about, measured, lambda row: row.images_per_s)
-
-
-def _speeds(title: str, about: str, measured: list[_Measured], speed: Callable[[Row], float | None]) -> Plot | None:
-    known = [one for one in measured if speed(one.row) is not None]
-    if not known:
-        return None
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": [one.row.batch_size for one in points],
-            "y": [speed(one.row) or 0.0 for one in points],
-            "line": style.line,
-            "marker": style.marker,
-            "hovertemplate": "batch %{x}: %{y:.1f} images/s",
-        }
-        for name, style, points in _lines(known)
-    ]
-    return Plot(title, about, data, _axes("batch size", "images/s", measured, data))
-
-
-def _latency(measured: list[_Measured]) -> Plot | None:
-    about = "Median of a whole batch, with its 95% interval where the samples support one."
-    return _latencies("Latency from file to boxes", about, measured, lambda row: row.file_ms)
-
-
-def _network_latency(measured: list[_Measured]) -> Plot | None:
-    about = "The same of the network alone, on batches that were prepared before."
-    return _latencies("Latency of the network alone", about, measured, lambda row: row.median_ms)
-
-
-def _latencies(
-    title: str, about: str, measured: list[_Measured], latency: Callable[[Row], Estimate | None]
+def _by_batch_size(
+    title: str, about: str, unit: str, values: Sequence[tuple[_Point, float | Estimate | None]]
 ) -> Plot | None:
-    known = [one for one in measured if latency(one.row)]
-    if not known:
-        return None
+    """A line for each series; estimates have their intervals."""
+    lines: dict[tuple[str, Style], list[tuple[int, float | Estimate]]] = {}
+    for point, value in values:
+        if value is not None:
+            lines.setdefault((point.series, point.style), []).append((point.size, value))
     data = []
-    for name, style, points in _lines(known):
-        estimates = [e for one in points if (e := latency(one.row))]
+    for (series, style), line in lines.items():
+        sizes, found = zip(*sorted(line, key=lambda one: one[0]), strict=True)
+        estimates = [one if isinstance(one, Estimate) else Estimate(one, None, None, 1) for one in found]
         spread = [(e.high - e.value, e.value - e.low) if e.high and e.low else (0.0, 0.0) for e in estimates]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": name,
-                "x": [one.row.batch_size for one in points],
-                "y": [e.value for e in estimates],
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [above for above, _ in spread],
-                    "arrayminus": [below for _, below in spread],
-                    "color": style.colour,
-                },
-                "line": style.line,
-                "marker": style.marker,
-                "hovertemplate": "batch %{x}: %{y:.2f} ms",
-            }
-        )
-    return Plot(title, about, data, _axes("batch size", "ms for a batch", measured, data))
+        bars = {"type": "data", "symmetric": False, "color": style.colour}
+        bars |= {"array": [above for above, _ in spread], "arrayminus": [below for _, below in spread]}
+        hover = f"batch %{{x}}: %{{y:.{1 if unit == 'images/s' else 2}f}} {unit.split()[0]}"
+        trace = _line(series, sizes, [one.value for one in estimates], style, hovertemplate=hover)
+        data.append(trace | ({"error_y": bars} if isinstance(found[0], Estimate) else {}))
+    if not data:
+        return None
+    ticks = sorted({size for trace in data for size in trace["x"]})
+    largest = [max(trace["y"]) for trace in data]
+    flat = max(largest) > _FLATTENS * statistics.median(largest) and min(min(trace["y"]) for trace in data) > 0
+    layout = {
+        "xaxis": _axis("batch size") | {"type": "log", "tickvals": ticks, "ticktext": list(map(str, ticks))},
+        "yaxis": _axis(unit) | ({"type": "log", "dtick": "D2"} if flat else {}),
+    }
+    return Plot(title, about, data, layout)
 
 
-def _distributions(measured: list[_Measured]) -> Plot:
+def _distributions(points: list[_Point]) -> Plot | None:
     random = np.random.default_rng(0)
     data = []
-    for one in reversed(measured):  # the first at the top
-        values = np.asarray(one.cell.latency_ms)
+    for one in reversed(points):  # the first at the top
+        values = np.asarray(one.row.result.latency_ms)
         if len(values) > _MOST_POINTS:
             values = random.choice(values, _MOST_POINTS, replace=False)
         data.append(
             {
                 "type": "box",
-                "name": f"{one.series}, batch {one.row.batch_size}",
+                "name": one.name,
                 "x": [round(float(value), 4) for value in values],
                 "marker": {"color": one.style.colour, "size": 3},
                 "boxpoints": "outliers",
@@ -243,32 +208,21 @@ def _distributions(measured: list[_Measured]) -> Plot:
         "yaxis": {"automargin": True},
     }
     about = "The network alone, all samples of all rounds: the box is the middle half, the line in it the median."
-    return Plot("How latencies are spread", about, data, layout, 140 + 24 * len(measured))
+    return Plot("How latencies are spread", about, data, layout, 140 + 24 * len(data)) if data else None
 
 
-def _stages(measured: list[_Measured]) -> Plot | None:
-    known = [one for one in measured if one.cell.file_ms][::-1]
-    if not known:
+def _stages(points: list[_Point]) -> Plot | None:
+    if not points:
         return None
-    names = [f"{one.series}, batch {one.row.batch_size}" for one in known]
-    data: list[dict[str, Any]] = []
+    names = [one.name for one in points]
+    data = []
     for (field, name), colour in zip(_STAGES.items(), COLOURS, strict=False):
         values = [
-            statistics.median(value for run in one.cell.runs for value in getattr(run.stages, field))
-            / (one.row.batch_size or 1)
-            for one in known
+            statistics.median(value for run in one.row.result.runs for value in getattr(run.stages, field)) / one.size
+            for one in points
         ]
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": name,
-                "x": [round(value, 4) for value in values],
-                "y": names,
-                "marker": {"color": colour},
-                "hovertemplate": f"{name}: %{{x:.2f}} ms",
-            }
-        )
+        hover = f"{name}: %{{x:.2f}} ms"
+        data.append(_bars(name, [round(value, 4) for value in values], names, colour, hover))
     axis: dict[str, Any] = {"title": {"text": "ms for an image"}, "automargin": True}
     layout = {"barmode": "stack", "xaxis": axis, "yaxis": {"automargin": True}}
     about = "Medians by image, from the file to the boxes, one stage after the other."
@@ -281,166 +235,124 @@ def _stages(measured: list[_Measured]) -> Plot | None:
             f" {len(beyond)} bar{'s go' if len(beyond) > 1 else ' goes'} on beyond the edge, the longest, {longest}, "
             f"to {beyond[longest]:.0f} ms; a double click shows all of them."
         )
-    return Plot("Where the time goes", about, data, layout, 180 + 24 * len(known))
+    return Plot("Where the time goes", about, data, layout, 180 + 24 * len(points))
 
 
-def _accuracy(measured: list[_Measured]) -> Plot | None:
-    accurate = [one for one in measured if one.row.ap is not None]
-    whole = any(one.row.file_images_per_s is not None for one in accurate)
-
-    def speed(one: _Measured) -> float:
-        return (one.row.file_images_per_s if whole else one.row.images_per_s) or 0.0
-
-    known = [one for one in accurate if speed(one)]
-    if not known:
+def _accuracy(points: list[_Point]) -> Plot | None:
+    accurate = [(one, one.row.ap) for one in points if one.row.ap is not None]
+    whole = any(one.row.file_images_per_s is not None for one, _ in accurate)
+    series: dict[str, list[tuple[_Point, float, float]]] = {}
+    for one, ap in accurate:
+        if speed := one.row.file_images_per_s if whole else one.row.images_per_s:
+            series.setdefault(one.series, []).append((one, speed, ap))
+    if not series:
         return None
-    data: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": series,
-            "x": [speed(one) for one in points],
-            "y": [one.row.ap for one in points],
-            "text": [f"batch {one.row.batch_size}" for one in points],
-            "marker": style.marker | {"size": 9},
-            "hovertemplate": "%{text}: %{x:.1f} images/s, mAP %{y:.4f}",
-        }
-        for series, style, points in _lines(known)
+    data = [
+        _line(
+            name,
+            [speed for _, speed, _ in some],
+            [ap for _, _, ap in some],
+            mode="markers",
+            marker=some[0][0].style.marker | {"size": 9},
+            text=[f"batch {one.size}" for one, _, _ in some],
+            hovertemplate="%{text}: %{x:.1f} images/s, mAP %{y:.4f}",
+        )
+        for name, some in series.items()
     ]
-    front = pareto_front([(speed(one), one.row.ap or 0.0) for one in known])
+    front = pareto_front([(speed, ap) for some in series.values() for _, speed, ap in some])
+    dotted = {"dash": "dot", "color": GREY, "shape": "vh"}
     data.append(
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "Pareto front",
-            "x": [x for x, _ in front],
-            "y": [y for _, y in front],
-            "line": {"dash": "dot", "color": "#888888", "shape": "vh"},
-            "hoverinfo": "skip",
-        }
+        _line("Pareto front", [x for x, _ in front], [y for _, y in front], mode="lines", line=dotted, hoverinfo="skip")
     )
-    what = "from file to boxes" if whole else "of the network alone"
-    layout = {"xaxis": _axis(f"images/s {what}"), "yaxis": _axis("mAP")}
-    about = "Right is faster, up is more accurate: what lies on the dotted line is beaten by nothing in both."
+    layout = {
+        "xaxis": _axis(f"images/s {'from file to boxes' if whole else 'of the network alone'}"),
+        "yaxis": _axis("mAP") | {"rangemode": "normal"},
+    }
+    about = "Right is faster, up is more accurate: nothing beats what lies on the dotted line in both."
     return Plot("Accuracy against speed", about, data, layout)
 
 
-def _servers(measured: Sequence[_Measured]) -> Iterator[tuple[str, Style, list[_Measured]]]:
+def _servers(points: Sequence[_Point]) -> Iterator[tuple[str, Style, list[_Point]]]:
     """The name, the style and the points of each server, by the rate of arrivals."""
-    for number, name in enumerate(dict.fromkeys(f"{one.series}, batch {one.row.batch_size}" for one in measured)):
-        some = (one for one in measured if f"{one.series}, batch {one.row.batch_size}" == name)
-        yield name, Style(number), sorted(some, key=lambda one: one.row.rate or 0)
+    for number, name in enumerate(dict.fromkeys(one.name for one in points)):
+        some = (one for one in points if one.name == name)
+        yield name, Style(number), sorted(some, key=lambda one: one.row.cell.rate or 0)
 
 
-def _in_time(measured: list[_Measured], bound_ms: float | None) -> Plot:
-    rates = sorted({one.row.rate for one in measured if one.row.rate})
-    grey = {"color": "#888888", "dash": "dot"}
-    data: list[dict[str, Any]] = [
-        {"type": "scatter", "mode": "lines", "name": "all that arrive", "x": rates, "y": rates, "line": grey}
-    ]
-    for name, style, points in _servers(measured):
-        some = [(one.row.rate, one.row.served) for one in points if one.row.served]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": name,
-                "x": [rate for rate, _ in some],
-                "y": [served.in_time_per_s for _, served in some],
-                "line": style.line,
-                "marker": style.marker,
-                "hovertext": [f"{100 * served.rejected:.0f}% turned away" for _, served in some],
-            }
-        )
+def _in_time(points: list[_Point], bound_ms: float | None) -> Plot | None:
+    if not points:
+        return None
+    rates = sorted({one.row.cell.rate for one in points if one.row.cell.rate})
+    data = [_line("all that arrive", rates, rates, mode="lines", line={"color": GREY, "dash": "dot"})]
+    for name, style, some in _servers(points):
+        served = [one.row.served for one in some if one.row.served]
+        rejected = [f"{100 * one.rejected:.0f}% rejected" for one in served]
+        x = [one.row.cell.rate for one in some]
+        data.append(_line(name, x, [one.in_time_per_s for one in served], style, hovertext=rejected))
     layout = {"xaxis": _axis("images arriving a second"), "yaxis": _axis("images a second answered in time")}
     about = f"Answers within {bound_ms:g} ms of the arrival, by what the server does with the images that wait."
     return Plot("Server: answers in time", about, data, layout)
 
 
-def _server(measured: list[_Measured], bound_ms: float | None) -> Plot:
+def _answers(points: list[_Point], bound_ms: float | None) -> Plot | None:
     data = []
-    for series, style, points in _servers(measured):
-        for name, dash in (("median", "solid"), ("p90", "dash"), ("p99", "dot")):
-            estimates: list[Estimate | None] = [getattr(one.row, f"{name}_ms") for one in points]
-            some = [(one.row.rate, e.value) for one, e in zip(points, estimates, strict=True) if e]
-            if some:
-                data.append(
-                    {
-                        "type": "scatter",
-                        "mode": "lines+markers",
-                        "name": f"{series}: {name}",
-                        "x": [rate for rate, _ in some],
-                        "y": [value for _, value in some],
-                        "line": {"color": style.colour, "dash": dash},
-                        "marker": style.marker,
-                    }
-                )
-    layout = {"xaxis": _axis("images arriving a second"), "yaxis": _axis("ms from arrival to result") | {"type": "log"}}
+    for series, style, some in _servers(points):
+        for name, percent, dash in (("median", 50, "solid"), ("p90", 90, "dash"), ("p99", 99, "dot")):
+            found = [(one.row.cell.rate, e.value) for one in some if (e := one.row.percentile(percent))]
+            if found:
+                x, y = zip(*found, strict=True)
+                data.append(_line(f"{series}: {name}", x, y, style) | {"line": {"color": style.colour, "dash": dash}})
+    layout: dict[str, Any] = {
+        "xaxis": _axis("images arriving a second"),
+        "yaxis": _axis("ms from arrival to result") | {"type": "log"},
+    }
     about = "Images arrive at random; where the lines turn up, the engine no longer keeps up with them."
     if bound_ms:
         bound = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": bound_ms, "y1": bound_ms}
-        layout["shapes"] = [bound | {"line": {"color": "#888888", "dash": "dot"}}]  # type: ignore[assignment]
+        layout["shapes"] = [bound | {"line": {"color": GREY, "dash": "dot"}}]
         about += f" The dotted level is the bound of {bound_ms:g} ms."
-    return Plot("Server: latency of what was not turned away", about, data, layout)
+    return Plot("Server: latency of what was not rejected", about, data, layout) if data else None
 
 
-def _peaks(measured: list[_Measured], results: BenchResults) -> Plot | None:
-    best: dict[str, tuple[_Measured, float]] = {}
-    for one in measured:
+def _arithmetic(points: list[_Point]) -> Plot | None:
+    best: dict[str, tuple[_Point, float]] = {}
+    for one in points:
         if one.row.gmac_per_s and one.row.gmac_per_s > best.get(one.series, (one, 0.0))[1]:
             best[one.series] = (one, one.row.gmac_per_s)
-    ceilings = {
-        (peak.engine, peak.precision, peak.device, peak.threads): peak.gmac_per_s
-        for peak in results.peaks
-        if peak.gmac_per_s
-    }
     if not best:
         return None
-    names = list(best)[::-1]
-    cells = [best[name][0].row for name in names]
-    peak = [ceilings.get((row.engine, row.precision, row.device, row.threads)) for row in cells]
-    data: list[dict[str, Any]] = [
-        {"type": "bar", "orientation": "h", "name": "reached", "y": names, "x": [best[name][1] for name in names]}
-    ]
-    if any(peak):
-        data.append({"type": "bar", "orientation": "h", "name": "peak of the engine here", "y": names, "x": peak})
-    for trace, colour in zip(data, (COLOURS[0], GREY), strict=False):
-        trace["marker"] = {"color": colour}
-        trace["hovertemplate"] = "%{x:.1f} GMAC/s"
+    names, found = list(best)[::-1], list(best.values())[::-1]
+    peaks = [one.row.result.peak and one.row.result.peak.gmac_per_s for one, _ in found]
+    hover = "%{x:.1f} GMAC/s"
+    data = [_bars("reached", [reached for _, reached in found], names, COLOURS[0], hover)]
+    if any(peaks):
+        data.append(_bars("peak of the engine here", peaks, names, GREY, hover))
     layout = {"barmode": "group", "xaxis": _axis("10⁹ multiply-accumulates a second"), "yaxis": {"automargin": True}}
     about = "At the best batch size, padding included; against convolutions that suit the engine, measured here."
     return Plot("Arithmetic reached", about, data, layout, 160 + 44 * len(names))
 
 
-def _timelines(measured: list[_Measured]) -> Plot | None:
-    seen = [one for one in measured if one.cell.runs[0].monitored and one.cell.runs[0].monitored.t_s]
+def _timelines(points: list[_Point]) -> Plot | None:
+    seen = [(one, record) for one in points if (record := one.row.result.runs[0].monitored) and record.t_s]
     if not seen:
         return None
-    gpu = any(one.cell.runs[0].monitored and one.cell.runs[0].monitored.gpu_percent for one in seen)
-    data: list[dict[str, Any]] = []
-    for number, one in enumerate(seen):
-        record = one.cell.runs[0].monitored
-        assert record is not None
-        columns = [("CPU %", "y", [statistics.fmean(values) for values in record.cpu_percent])]
-        columns.append(("MB", "y2", list(record.rss_mb)))
-        if gpu:
-            columns.append(("GPU %", "y3", list(record.gpu_percent)))
+    gpu = any(record.gpu_percent for _, record in seen)
+    data = []
+    for number, (one, record) in enumerate(seen):
+        cpu = [statistics.fmean(values) for values in record.cpu_percent]
+        columns = [("CPU %", "y", cpu), ("MB", "y2", record.rss_mb)]
+        columns += [("GPU %", "y3", record.gpu_percent)] if gpu else []
         for unit, axis, values in columns:
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": f"{one.series}, batch {one.row.batch_size}",
-                    "legendgroup": str(number),
-                    "showlegend": axis == "y",
-                    "visible": True if number < _TIMELINES else "legendonly",
-                    "x": [round(t, 2) for t in record.t_s],
-                    "y": [round(value, 1) for value in values],
-                    "yaxis": axis,
-                    "line": Style(number).line,
-                    "hovertemplate": f"%{{y:.0f}} {unit}",
-                }
-            )
+            more: dict[str, Any] = {
+                "mode": "lines",
+                "legendgroup": str(number),
+                "showlegend": axis == "y",
+                "visible": True if number < _TIMELINES else "legendonly",
+                "yaxis": axis,
+                "line": Style(number).line,
+                "hovertemplate": f"%{{y:.0f}} {unit}",
+            }
+            data.append(_line(one.name, [round(t, 2) for t in record.t_s], [round(v, 1) for v in values], **more))
     spans = [(0.7, 1.0), (0.36, 0.64), (0.0, 0.3)] if gpu else [(0.55, 1.0), (0.0, 0.45)]
     layout: dict[str, Any] = {"xaxis": _axis("seconds from the first warm-up") | {"anchor": "y3" if gpu else "y2"}}
     titles = ("CPU %, mean", "memory, MB", "GPU %")
@@ -452,15 +364,17 @@ def _timelines(measured: list[_Measured]) -> Plot | None:
     return Plot("The machine meanwhile", about, data, layout, 560)
 
 
-def _axes(x: str, y: str, measured: Sequence[_Measured], data: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    sizes = sorted({one.row.batch_size for one in measured if one.row.batch_size})
-    largest = [max(trace["y"]) for trace in data]
-    flat = max(largest) > _FLATTENS * statistics.median(largest) and min(min(trace["y"]) for trace in data) > 0
+def _line(name: str, x: Sequence[Any], y: Sequence[Any], style: Style | None = None, **more: Any) -> dict[str, Any]:
+    drawn = {"line": style.line, "marker": style.marker} if style else {}
+    return {"type": "scatter", "mode": "lines+markers", "name": name, "x": list(x), "y": list(y), **drawn, **more}
+
+
+def _bars(name: str, x: Sequence[Any], y: Sequence[str], colour: str, hover: str) -> dict[str, Any]:
+    marker = {"color": colour}
     return {
-        "xaxis": _axis(x) | {"type": "log", "tickvals": sizes, "ticktext": list(map(str, sizes))},
-        "yaxis": _axis(y) | ({"type": "log", "dtick": "D2"} if flat else {}),
-    }
+        "type": "bar", "orientation": "h", "name": name, "x": x, "y": y, "marker": marker, "hovertemplate": hover,
+    }  # fmt: skip
 
 
 def _axis(title: str) -> dict[str, Any]:
-    return {"title": {"text": title}, "automargin": True, "rangemode": "tozero" if title != "mAP" else "normal"}
+    return {"title": {"text": title}, "automargin": True, "rangemode": "tozero"}

@@ -1,0 +1,166 @@
+"""What a benchmark measures: the one declaration of its axes, and how a cell is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from gfldeploy.batching.buckets import Order
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
+
+__all__ = [
+    "POLICIES",
+    "SCENARIOS",
+    "STREAMS",
+    "BundleIdentity",
+    "Cell",
+    "Scenario",
+    "ServerPolicy",
+    "forms",
+    "names",
+    "several_bundles",
+    "suits",
+]
+
+# After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
+# images after the other; offline: all images at once, in the order and batches that are fastest; server: images arrive
+# at random times, whether or not the earlier ones are done.
+Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+# The two scenarios that the batch size tells apart.
+STREAMS: tuple[Scenario, ...] = ("single-stream", "multi-stream")
+# What a server does with the images that wait. no-batching: one after the other as they arrive; fixed-timeout: a batch
+# as soon as it is full or its oldest image has waited for a tenth of the latency bound, Triton Inference Server's rule;
+# adaptive: the dynamic batcher's (`batching.policy.Adaptive`).
+ServerPolicy = Literal["no-batching", "fixed-timeout", "adaptive"]
+POLICIES: tuple[ServerPolicy, ...] = get_args(ServerPolicy)
+
+_ALLOWED = {
+    "precision": PRECISIONS,
+    "device": DEVICES,
+    "order": ("listed", "bucketed"),
+    "scenario": SCENARIOS,
+    "policy": (None, *POLICIES),
+}
+
+
+@dataclass(frozen=True)
+class BundleIdentity:
+    """A bundle's `name` in its manifest, the last part of its `directory`, and the SHA-256 of its manifest.
+
+    Results are published: where the bundle lies on the machine that measured it is not part of it.
+    """
+
+    name: str
+    directory: str
+    digest: str
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Self:
+        """The identity of an opened bundle."""
+        return cls(bundle.name, bundle.directory.resolve().name, bundle.digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One thing to measure: a bundle in an engine, in a scenario.
+
+    `threads`: CPU threads of one inference. `order`: "listed" (batches of the images in their order) or "bucketed"
+    (batches of images of one size), which takes all images at once: the offline scenario. `rate`: images arriving a
+    second, and `policy`: how they become batches, in the server scenario alone; its `batch_size` is the largest that
+    the policy may form.
+    """
+
+    bundle: BundleIdentity
+    engine: str
+    precision: Precision
+    device: Device
+    threads: int
+    batch_size: int
+    order: Order = "listed"
+    scenario: Scenario
+    rate: float | None = None
+    policy: ServerPolicy | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+        if self.batch_size < 1 or self.threads < 1:
+            raise ValueError("batch_size and threads must be at least 1")
+        if not suits(self.scenario, self.batch_size):
+            raise ValueError(f"{self.scenario} does not go with batches of {self.batch_size}")
+        if self.order == "bucketed" and self.scenario != "offline":
+            raise ValueError("only the offline scenario has all images at once, to put those of one size into a batch")
+        if len({self.scenario == "server", self.rate is not None, self.policy is not None}) > 1:
+            raise ValueError("the server scenario has a rate and a policy, and no other has")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError("rate must be positive")
+        if self.policy is not None and not forms(self.policy, self.batch_size):
+            raise ValueError(f"{self.policy} does not go with batches of {self.batch_size}")
+
+    def __str__(self) -> str:
+        return f"{self.bundle.directory}: {self.name()}"
+
+    def name(self, among: Iterable[Cell] = ()) -> str:
+        """Such as "onnxruntime int8, batch 4": what tells it from the other cells `among` which it is shown."""
+        return f"{self.setup(among)}, batch {self.batch_size}{self.load}"
+
+    def setup(self, among: Iterable[Cell] = ()) -> str:
+        """Engine and precision, and the device, threads and bundle where the cells `among` differ in them.
+
+        The bundle is named where an engine runs several in one precision.
+        """
+        cells = list(among)
+        parts = [f"{self.engine} {self.precision}"]
+        if len({cell.device for cell in cells}) > 1:
+            parts.append(f"on {self.device}")
+        if len({cell.threads for cell in cells}) > 1:
+            parts.append(f"with {self.threads} thread{'s' if self.threads > 1 else ''}")
+        if several_bundles(cells):
+            parts.append(f"of {self.bundle.directory}")
+        return " ".join(parts)
+
+    @property
+    def load(self) -> str:
+        """The scenario where the batch size does not say it: ", offline" or ", server at 5 images/s, adaptive"."""
+        if self.scenario in STREAMS:
+            return ""
+        return f", {self.scenario}" + (f" at {self.rate:g} images/s, {self.policy}" if self.rate else "")
+
+
+def names(some: Sequence[Cell], every: Sequence[Cell], whole: bool = True) -> str:
+    """Cells among `every` one, such as "onnxruntime int8, batch 1, 2; openvino bf16".
+
+    `whole`: of a setup that has no other cells its name says enough.
+    """
+    setups = {cell: cell.setup(every) for cell in every}
+    counts, parts = Counter(setups.values()), []
+    for setup in dict.fromkeys(setups[cell] for cell in some):
+        mine = [cell for cell in dict.fromkeys(some) if setups[cell] == setup]
+        if whole and len(mine) == counts[setup]:
+            parts.append(setup)
+            continue
+        for load in dict.fromkeys(cell.load for cell in mine):
+            sizes = ", ".join(str(cell.batch_size) for cell in mine if cell.load == load)
+            parts.append(f"{setup}, batch {sizes}{load}")
+    return "; ".join(parts)
+
+
+def several_bundles(cells: Collection[Cell]) -> bool:
+    """Whether an engine runs several bundles in one precision, so that only the bundle tells the cells apart."""
+    models = {(cell.engine, cell.precision) for cell in cells}
+    return len({(cell.engine, cell.precision, cell.bundle) for cell in cells}) > len(models)
+
+
+def suits(scenario: Scenario, batch_size: int) -> bool:
+    """Whether the scenario takes batches of this size."""
+    return scenario not in STREAMS or (scenario == "single-stream") == (batch_size == 1)
+
+
+def forms(policy: ServerPolicy, batch_size: int) -> bool:
+    """Whether the policy may form batches of this size at most."""
+    return (policy == "no-batching") == (batch_size == 1)

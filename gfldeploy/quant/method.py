@@ -1,0 +1,97 @@
+"""What a method of quantising is: data, and functions that find thresholds or new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from gfldeploy.bundle import Bundle
+from gfldeploy.errors import UnsupportedError
+from gfldeploy.quant.calibration import Calibration
+
+__all__ = ["DEFAULT_STEPS", "Calibrate", "MethodOptions", "QuantMethod", "Refine", "Refined", "Thresholds"]
+
+DEFAULT_STEPS = 200
+
+# The clipping thresholds of a convolution's input, by weight name: one for each use in the order of the graph.
+Thresholds = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What the user asked for besides images: CPU `threads`, and the steps of a method that trains.
+
+    `report`: called with how much is done and how much there is to do.
+    """
+
+    threads: int = 1
+    steps: int = DEFAULT_STEPS
+    report: Callable[[int, int], None] = field(default=lambda done, total: None, compare=False)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """An FP32 `bundle` with new weights, the `label` that records call it by, and what it adds to `parity.json`."""
+
+    bundle: Bundle
+    label: str
+    record: Mapping[str, Any]
+
+
+class Calibrate(Protocol):
+    """Finds thresholds for the FP32 bundle `source` on `images` with one of the method's algorithms.
+
+    Convolutions that it leaves out stay in float. Raises `EngineError`.
+    """
+
+    def __call__(
+        self, source: Bundle, images: Sequence[Path], algorithm: str, options: MethodOptions
+    ) -> Thresholds: ...
+
+
+class Refine(Protocol):
+    """Writes an FP32 bundle to `output` that loses less in INT8 than `source`, whose calibration is `start`."""
+
+    def __call__(
+        self, source: Bundle, images: Sequence[Path], start: Calibration, output: Path, options: MethodOptions
+    ) -> Refined: ...
+
+
+@dataclass(frozen=True)
+class QuantMethod:
+    """One choice of `--method`.
+
+    `help`: what it does, a sentence without its subject. `algorithms`: the choices of `--algo`, the default first;
+    `auto`: those that `--algo auto` tries; `unusable`: why an algorithm that users may know is none, and the remedy.
+    `packages`: modules besides Paddle and ONNX Runtime that it needs. `refine`: changes the weights
+    after the best calibration, and the result is calibrated once more; None if the method leaves them as they are.
+    """
+
+    name: str
+    help: str
+    algorithms: tuple[str, ...]
+    calibrate: Calibrate
+    refine: Refine | None = None
+    auto: tuple[str, ...] = ()
+    unusable: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+
+    def algorithms_of(self, name: str | None) -> tuple[str, ...]:
+        """The algorithms that a value of `--algo` stands for: itself, all of `auto`, or for None the default.
+
+        Raises `UnsupportedError`.
+        """
+        if name is None:
+            return self.algorithms[:1]
+        if name == "auto":
+            return self.auto or self.algorithms
+        if unusable := self.unusable.get(name):
+            reason, remedy = unusable
+            raise UnsupportedError(f"{name} does not quantise on this stack: {reason}", remedy)
+        if name not in self.algorithms:
+            raise UnsupportedError(
+                f"method {self.name} has no algorithm {name!r}", f"Choose from: auto, {', '.join(self.algorithms)}."
+            )
+        return (name,)

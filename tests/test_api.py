@@ -1,0 +1,100 @@
+"""The public API: what `gfldeploy` exports, and that each command's options are its function's parameters."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import gfldeploy
+from gfldeploy import errors
+from gfldeploy.cli import cli
+
+# Of each command: its function, and the options that are about the terminal alone.
+FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "export": (gfldeploy.export_bundle, set()),
+    "quantize": (gfldeploy.quantize_bundle, set()),
+    "inspect": (gfldeploy.inspect, {"as_json"}),
+    "verify": (gfldeploy.verify, set()),
+    "eval": (gfldeploy.evaluate, {"as_json"}),
+    "audit": (gfldeploy.audit, {"as_json"}),
+    "analyze": (gfldeploy.analyze, set()),
+    "bench": (gfldeploy.benchmark, {"config"}),
+    "tune": (gfldeploy.tune_bundles, {"config", "check"}),
+    "predict": (gfldeploy.predict_images, set()),
+    "compare": (gfldeploy.compare, {"as_json", "fail_if_slower"}),
+    "report": (gfldeploy.report, set()),
+    "doctor": (gfldeploy.diagnose, {"as_json", "everything"}),
+}
+# What a program gives and a user of the command line does not: `command` is for a bundle's record of how it was made.
+PROGRAMMATIC = {"progress", "command"}
+
+
+def test_every_name_is_exported_and_typed() -> None:
+    source = ast.parse(Path(gfldeploy.__file__).read_text(encoding="utf-8"))
+    (checked,) = (node for node in source.body if isinstance(node, ast.If))
+    typed = {
+        (node.module, alias.name) for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert typed == {(module, name) for module, names in gfldeploy._EXPORTS.items() for name in names}
+    assert len(set(gfldeploy.__all__)) == len(gfldeploy.__all__) == len(typed) + 1
+    assert set(gfldeploy.__all__) <= set(dir(gfldeploy))
+    for name in gfldeploy.__all__:
+        assert getattr(gfldeploy, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Detectr'"):
+        gfldeploy.Detectr  # noqa: B018
+
+
+def test_every_exception_is_exported() -> None:
+    tree = {name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)}
+    assert tree <= set(gfldeploy.__all__)
+
+
+@pytest.mark.parametrize("name", gfldeploy.__all__)
+def test_what_is_exported_is_documented(name: str) -> None:
+    one = getattr(gfldeploy, name)
+    if not inspect.isfunction(one):
+        assert name.startswith("_") or inspect.getdoc(one)
+        return
+    documented = inspect.getdoc(one) or ""
+    parameters = inspect.signature(one).parameters
+    missing = [parameter for parameter in parameters if f"\n    {parameter}: " not in documented]
+    assert missing == []
+    assert "\nReturns:\n" in documented
+    raised = documented.partition("\nRaises:\n")[2]
+    assert all(
+        line[:4] == "    " and (line[4] == " " or line[4:].split(":")[0] in gfldeploy.__all__)
+        for line in raised.splitlines()
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_options_are_parameters(name: str) -> None:
+    function, terminal = FUNCTIONS[name]
+    context = click.Context(cli)
+    command = cli.get_command(context, name)
+    assert command is not None
+    options = {option.name: option for option in command.params if option.name not in terminal}
+    parameters = {key: one for key, one in inspect.signature(function).parameters.items() if key not in PROGRAMMATIC}
+    assert set(options) == set(parameters)
+    for key, option in options.items():
+        parameter = parameters[key]
+        if isinstance(option, click.Argument):
+            assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            continue
+        assert key in ("a", "b") or parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if option.required:
+            assert parameter.default is parameter.empty, key
+        elif key == "output":
+            assert parameter.default is None, "nothing is written"
+        else:
+            assert parameter.default == option.type_cast_value(context, option.get_default(context)), key
+
+
+def test_every_command_has_a_function() -> None:
+    assert set(cli.list_commands(click.Context(cli))) == {*FUNCTIONS, "demo"}

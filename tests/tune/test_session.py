@@ -1,0 +1,39 @@
+"""A tuning: what it refuses at once, and mAP that is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sample_results import OK, sample_results
+
+from gfldeploy.accuracy import Accuracy
+from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.journal import Journal
+from gfldeploy.bench.runner import Data, Runner
+from gfldeploy.bundle import Bundle
+from gfldeploy.errors import EngineError, UsageError
+from gfldeploy.progress import SILENT
+from gfldeploy.tune.search import Bounds, Model, Search, model_of
+from gfldeploy.tune.session import _Session, tune_bundles
+
+
+def test_a_drop_cannot_be_bounded_without_measuring_it() -> None:
+    with pytest.raises(UsageError, match="max-drop needs mAP"):
+        tune_bundles([], data="data.json", max_drop=0.01, accuracy=False)
+
+
+def test_an_undefined_map_is_never_compared(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    fp32, int8 = Model(BundleIdentity.of(bundle), "onnxruntime", "fp32"), model_of(OK.cell)
+    results = sample_results()
+    search, settings = Search((OK.cell,), Bounds()), results.settings
+    runner = Runner({fp32.bundle: tiny_bundle}, Data((), results.data, Path("data.json")), Journal(tmp_path))
+    session = _Session(search, {fp32.bundle: bundle}, ("onnxruntime",), runner, settings, settings, True, SILENT)
+    defined = Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9)
+    session.accuracies |= {fp32: defined, int8: replace(defined, ap=-1.0)}
+    assert session.drop(int8) == 0.5, "all of it is lost, as far as anybody knows"
+    session.accuracies[fp32] = replace(defined, ap=-1.0)
+    with pytest.raises(EngineError, match="could not be measured: it is undefined"):
+        session.drop(int8)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from demo_bundles import RunHere
 
-from gfldeploy.bench import runner
+from gfldeploy.bench import monitor, runner
 from gfldeploy.bundle import Graph, Manifest, TensorSpec, write_bundle
 from gfldeploy.cli import main
 from gfldeploy.detections import NmsParams
@@ -93,7 +93,7 @@ def needs_paddleslim() -> None:
 def impatient() -> Iterator[None]:
     """Measure at once, though others keep the machine busy, and no longer than it takes to have a number."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "wait_until_idle", functools.partial(runner.wait_until_idle, patience_s=0))
+        patch.setattr(runner, "wait_until_idle", functools.partial(monitor.wait_until_idle, patience_s=0))
         patch.setattr(speed, "by_turns", functools.partial(speed.by_turns, least_rounds=1, least_seconds=0))
         yield
 
@@ -126,9 +126,9 @@ def write_tiny_onnx(path: Path) -> None:
     weights[:2] = np.random.default_rng(0).normal(0, 0.001, (2, 3, 3, 3))
     constants = {
         "weights": weights,
-        "bias": np.float32([2, -4, 0, 0, 48, 48]),
-        "flat": np.int64([0, 6, -1]),
-        "split": np.int64([2, 4]),
+        "bias": np.array([2, -4, 0, 0, 48, 48], np.float32),
+        "flat": np.array([0, 6, -1], np.int64),
+        "split": np.array([2, 4], np.int64),
     }
     nodes = [
         helper.make_node("Conv", ["image", "weights", "bias"], ["map"], strides=[8, 8], pads=[1, 1, 1, 1]),

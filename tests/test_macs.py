@@ -33,8 +33,8 @@ def write_graph(path: Path) -> Path:
         "stem": random.normal(0, 1, (8, 3, 3, 3)).astype(np.float32),
         "shared": random.normal(0, 1, (8, 4, 3, 3)).astype(np.float32),
         "bias": np.zeros(8, np.float32),
-        "rows": np.int64([0, -1, 3]),
-        "project": np.float32([[0], [1], [2]]),
+        "rows": np.array([0, -1, 3], np.int64),
+        "project": np.array([[0], [1], [2]], np.float32),
     }
     node = onnx.helper.make_node
     nodes = [

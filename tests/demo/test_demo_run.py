@@ -50,8 +50,9 @@ def accuracies(results: BenchResults) -> dict[tuple[str, str], float]:
 def test_the_demo_measures_every_combination_that_works_here(demo_run: tuple[Path, BenchResults]) -> None:
     _, results = demo_run
     outcome = {(cell.cell.engine, cell.cell.precision, cell.cell.batch_size): cell.status for cell in results.cells}
-    for engine, precision, batch in product(ENGINES, ("fp32", "int8"), (1, 2)):
-        assert outcome[engine, precision, batch] == "ok"
+    assert {what for what, status in outcome.items() if status == "ok"} == set(
+        product(ENGINES, ("fp32", "int8"), (1, 2))
+    )
     assert {precision for _, precision, _ in outcome} == {"fp32", "int8"}
 
 

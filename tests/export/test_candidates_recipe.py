@@ -95,7 +95,9 @@ def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path, run_here:
     for image, size in zip(images, sizes, strict=True):
         inputs = {"image": image, "im_shape": [size], "scale_factor": [(1, 1)], "im_id": [0]}
         with paddle.no_grad():
-            rows = model({name: paddle.to_tensor(np.float32(value)) for name, value in inputs.items()})["bbox"].numpy()
+            rows = model({name: paddle.to_tensor(np.array(value, np.float32)) for name, value in inputs.items()})[
+                "bbox"
+            ].numpy()
         expected.append(rows[np.argsort(-rows[:, 1], kind="stable")])
     for name in ("paddle", "onnxruntime", "openvino"):
         with open_engine(name, bundle, EngineOptions("fp32", "cpu", 1)) as engine:
@@ -139,7 +141,7 @@ def test_what_may_be_lost_is_noted(
     asked: int | str, keep_top_k: int, shape: tuple[int | None, ...], chosen: int | None, said: str
 ) -> None:
     # 2000 anchors at 20 places, all above the threshold: NMS leaves 20.
-    corners = np.float32([[100 * (number % 20), 0] for number in range(2000)])
+    corners = np.array([[100 * (number % 20), 0] for number in range(2000)], np.float32)
     boxes = np.concatenate([corners, corners + 50], 1)[np.newaxis]
     scores = np.linspace(0.5, 0.9, 2000, dtype=np.float32).reshape(1, 2000, 1).repeat(2, axis=2)
     nms = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=-1, keep_top_k=keep_top_k)

@@ -100,8 +100,8 @@ def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Pat
     shutil.copytree(tiny_coco.parent / "images", tmp_path / "images")
     assert {image["height"] > image["width"] for image in data["images"]} == {True, False}
     for engine in ("onnxruntime", "paddle"):
-        arguments = ("eval", output, "--data", tmp_path / "annotations.json", "--engine", engine, "--batch-size", 4)
-        done = run_here(*arguments, "--json")
+        data_here = ("--data", tmp_path / "annotations.json", "--batch-size", 4)
+        done = run_here("eval", output, *data_here, "--engine", engine, "--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert result["images"] == len(data["images"])
@@ -163,12 +163,12 @@ def test_verify_catches_one_percent(bundle: Path, tmp_path: Path, run_here: RunH
 
 
 def test_export_catches_a_wrong_stride(tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    require("paddle", "this test")
+    paddle = require("paddle", "this test")
     from gfldeploy.export import gfl_graph
 
     class Wrong(gfl_graph.GflGraph):
         def decode(self, distributions: Any, cells: Any) -> Any:
-            wrong = gfl_graph.paddle.concat([cells[..., :2], cells[..., 2:] * 1.01], -1)
+            wrong = paddle.concat([cells[..., :2], cells[..., 2:] * 1.01], -1)
             return super().decode(distributions, wrong)
 
     monkeypatch.setattr(gfl_graph, "GflGraph", Wrong)

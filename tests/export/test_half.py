@@ -37,9 +37,9 @@ def detector() -> Any:
         "ones": np.ones(8, np.float32),
         "zeros": np.zeros(8, np.float32),
         "gain": np.full((8, 1, 1), 0.7, np.float32),
-        "rows": np.int64([0, 8, -1]),
-        "stride": np.float32([8.125]),
-        "flat": np.int64([-1]),
+        "rows": np.array([0, 8, -1], np.int64),
+        "stride": np.array([8.125], np.float32),
+        "flat": np.array([-1], np.int64),
         "projection": np.arange(8, dtype=np.float32).reshape(8, 1),
     }
     nodes = [
@@ -184,7 +184,7 @@ def test_a_convolution_may_be_an_output_and_be_read_by_others() -> None:
         helper.make_node("Mul", ["second", "w2"], ["scaled"]),
     ]
     outputs: dict[str, list[Any]] = {name: ["N", 3, "H", "W"] for name in ("first", "grown", "scaled")}
-    constants = {"w": weights, "w2": np.float32([2])}
+    constants: dict[str, NDArray[Any]] = {"w": weights, "w2": np.array([2], np.float32)}
     model = model_of(nodes, constants, outputs)
     image = np.random.default_rng(1).uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32)
     half_model = converted(model)

@@ -18,9 +18,9 @@ from demo_bundles import RunHere
 from recorded_progress import RecordedProgress
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.bundle import Bundle, Graph, GraphName
 from gfldeploy.cli import main
-from gfldeploy.engines.registry import Capability
+from gfldeploy.engines.registry import capability
 from gfldeploy.errors import DataError, EngineError, GfldeployError, ParityError, UnsupportedError
 from gfldeploy.files import sha256, write_json
 from gfldeploy.images.coco import CocoDataset
@@ -260,7 +260,7 @@ def tiny(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         write_json(directory / "calibration.json", calibration.to_dict())
         for name, graph in GRAPHS.items():
             (directory / graph.model).parent.mkdir(exist_ok=True)
-            original = "paddle_program" if name == "paddle_program" else "onnx"
+            original: GraphName = "paddle_program" if name == "paddle_program" else "onnx"
             shutil.copyfile(quantized.source.graph(original)[0], directory / graph.model)
             if graph.params:
                 (directory / graph.params).write_bytes(b"")
@@ -492,7 +492,7 @@ def test_a_processor_without_vnni_is_told_first(
     tiny: Arguments, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     slow = "this CPU has neither VNNI nor AMX"
-    monkeypatch.setattr(quantizer, "capability", lambda *what: Capability(*what, note=slow))
+    monkeypatch.setattr(quantizer, "capability", lambda *what: replace(capability(*what), note=slow))
     progress = RecordedProgress()
     (tiny["data"] / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError):

@@ -115,8 +115,8 @@ def test_what_breaks_in_int8_goes_back_to_float(
 ) -> None:
     arguments = ("quantize", lopsided, "--data", labelled / "calib/annotations.json", "--samples", 4)
     # Few images make a coarse measure: what is wanted here is that the broken part is found.
-    arguments += ("--algo", "abs_max", "--eval-data", labelled / "val/annotations.json", "--max-drop", 0.03)
-    done = run_here(*arguments, "-o", tmp_path / "int8")
+    measured = ("--eval-data", labelled / "val/annotations.json", "--max-drop", 0.03)
+    done = run_here(*arguments, "--algo", "abs_max", *measured, "-o", tmp_path / "int8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'int8'}\n"
     assert "more than the 0.03 of --max-drop" in done.stderr
@@ -143,8 +143,8 @@ def test_what_breaks_in_int8_goes_back_to_float(
 def test_keep_float_and_sensitivity_without_labels(
     lopsided: Path, labelled: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
-    arguments = ("quantize", lopsided, "--data", labelled / "calib/annotations.json", "--samples", 4)
-    arguments += ("--algo", "abs_max", "--sensitivity")
+    data = ("--data", labelled / "calib/annotations.json", "--samples", 4)
+    arguments = ("quantize", lopsided, *data, "--algo", "abs_max", "--sensitivity")
     keep = ("--keep-float", "backbone.stage4.1.*", "--keep-float", "backbone.stem*")
     done = run_here(*arguments, *keep, "-o", tmp_path / "int8")
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.cli.bench import command as bench
 from gfldeploy.cli.quantize import command as quantize
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.images.decode import image_size
+from gfldeploy.images.decode import image_size, read_image
 
 COMPARE = ROOT / "quant" / "compare.py"
 CANDIDATES = ROOT / "export" / "candidates.py"
@@ -241,9 +241,10 @@ def test_unsuitable_images(compare: ModuleType, tiny_coco: Path, tmp_path: Path)
     compare.write_black(tmp_path / "black")
     compare.write_pale(tiny_coco.parent / "images", tmp_path / "pale")
     black = [cv2.imread(str(path)) for path in (tmp_path / "black").iterdir()]
-    assert len(black) == 32 and not any(image.any() for image in black)
+    assert len(black) == 32 and not any(image is None or image.any() for image in black)
     for path in (tiny_coco.parent / "images").iterdir():
         before, after = cv2.imread(str(path)), cv2.imread(str(tmp_path / "pale" / path.name))
+        assert before is not None and after is not None
         assert before.shape == after.shape
         assert 0.2 < after.std() / before.std() < 0.4
 
@@ -355,12 +356,11 @@ def test_nms_beside_that_of_others_measured_by_a_recipe(tmp_path: Path) -> None:
 
 
 def test_photographs_of_one_aspect(tiny_coco: Path, tmp_path: Path) -> None:
-    import cv2
 
     with imported(ROOT / "benchmarks" / "batch_padding.py") as module:
         paths = sorted((tiny_coco.parent / "images").iterdir())
         made = module.photographs(paths, module.photo_size("40x60"), 2, tmp_path)
-        shapes = [cv2.imread(str(path)).shape for path in made]
+        shapes = [read_image(path).shape for path in made]
         assert shapes == [(40, 60, 3)] * 2 + [(60, 40, 3)] * 2
         with pytest.raises(ValueError, match="larger than the height"):
             module.photo_size("60x40")
@@ -451,8 +451,8 @@ def test_photographs_in_turn_and_what_plain_scripts_make_of_them(tmp_path: Path)
         stretched, scales = rivals.preprocess(images[1].path, "stretch")
         assert stretched.shape == (1, 3, 800, 1344) and scales == (800 / 640, 1344 / 427)
         # Two boxes of a class on one another, one of another class, one below the threshold.
-        boxes = np.float32([[[0, 0, 20, 20], [0, 0, 20, 19], [0, 0, 20, 20], [0, 0, 20, 20]]])
-        scores = np.float32([[[0.9, 0], [0.8, 0], [0, 0.7], [0.01, 0]]])
+        boxes = np.array([[[0, 0, 20, 20], [0, 0, 20, 19], [0, 0, 20, 20], [0, 0, 20, 20]]], np.float32)
+        scores = np.array([[[0.9, 0], [0.8, 0], [0, 0.7], [0.01, 0]]], np.float32)
         found = rivals.detections(scores, boxes, (2.0, 1.0))
         np.testing.assert_allclose(found, [[0, 0.9, 0, 0, 20, 10], [1, 0.7, 0, 0, 20, 10]])
 

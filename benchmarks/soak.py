@@ -119,7 +119,7 @@ def main() -> None:
 def random_images(step: int) -> list[Prepared]:
     """One of every size whose sides are such multiples within the limits, ready for the network."""
     draw, sides = np.random.default_rng(0), range(-(-_LEAST // step) * step, _LARGEST + 1, step)
-    return [Prepared(draw.standard_normal((3, *size), np.float32), (1.0, 1.0), size) for size in product(sides, sides)]
+    return [Prepared(draw.standard_normal((3, *size), np.float32), (1.0, 1.0)) for size in product(sides, sides)]
 
 
 def serve(

@@ -31,6 +31,7 @@ from gfldeploy.files import atomic_directory, read_json, sha256
 from gfldeploy.graph_guard import check_graph
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.serialization import FileFormat, Versioned, check
+from gfldeploy.text import first_of
 
 __all__ = [
     "LAYERS",
@@ -47,6 +48,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 LAYERS = "layers.json"
 _AGAIN = "Export the bundle again."
+_DISTRUST = "Do not use this bundle."
 # What no detector reaches.
 _MOST_FILES = 100
 _MOST_DEPTH = 8
@@ -135,30 +137,32 @@ class Manifest(Versioned):
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _need(self.candidates is None or 1 <= self.candidates <= _MOST_CANDIDATES, "candidates", self.candidates)
-        _need(1 <= self.reg_max <= _MOST_REG_MAX, "reg_max", self.reg_max)
-        _need(0 <= self.parameters <= _MOST_PARAMETERS, "parameters", self.parameters)
-        _need(0 < len(self.strides) <= _MOST_LEVELS, "strides", list(self.strides[:5]))
+        for name, value, least, most in (
+            ("candidates", self.candidates, 1, _MOST_CANDIDATES),
+            ("reg_max", self.reg_max, 1, _MOST_REG_MAX),
+            ("parameters", self.parameters, 0, _MOST_PARAMETERS),
+            ("the number of strides", len(self.strides), 1, _MOST_LEVELS),
+            ("the number of classes", len(self.classes), 1, _MOST_CLASSES),
+            ("the number of graphs", len(self.graphs), 1, _MOST_FILES),
+            ("the number of outputs", len(self.outputs), 1, _MOST_FILES),
+            ("the number of inputs", len(self.inputs), 1, 1),
+        ):
+            _need(value is None or least <= value <= most, name, value)
         _need(all(1 <= stride <= _MOST_STRIDE for stride in self.strides), "strides", list(self.strides))
-        _need(0 < len(self.classes) <= _MOST_CLASSES, "classes", list(self.classes[:5]))
         extra = self.score_channels - len(self.classes)
         if extra not in (0, 1):  # 1: GFLv2
             raise BundleError(f"{len(self.classes)} classes do not fit {self.score_channels} score channels", _AGAIN)
-        _need(bool(self.graphs), "graphs", dict(self.graphs))
-        for name, graph in self.graphs.items():
-            _need((graph.params is None) != name.startswith("paddle"), f"graphs.{name}", graph)
-        _need(bool(self.outputs), "outputs", list(self.outputs))
-        (image, *more) = self.inputs or (None,)
-        right = image is not None and not more and (image.name, image.dtype) == ("image", "float32")
-        _need(right, "inputs", list(self.inputs))
-        assert image is not None
+        for graph, files in self.graphs.items():
+            _need((files.params is None) != graph.startswith("paddle"), f"graphs.{graph}", files)
+        image = self.inputs[0]
+        _need((image.name, image.dtype) == ("image", "float32"), "inputs", image)
         _need(len(image.shape) == 4 and image.shape[1] == 3, "the image's shape", list(image.shape))
         for size, most in zip(image.shape, (_MOST_BATCH, 3, _LARGEST_SIDE, _LARGEST_SIDE), strict=True):
             _need(size is None or size <= most, "the image's shape", list(image.shape))
         for file in self.files:  # relative, below the bundle, in one spelling
             path = PurePosixPath(file)
             if not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != file or "\0" in file:
-                raise BundleError(f"it names files outside the bundle: {file!r:.60}", "Do not use this bundle.")
+                raise BundleError(f"it names files outside the bundle: {file!r:.60}", _DISTRUST)
 
 
 def _need(right: bool, key: str, value: object) -> None:
@@ -238,13 +242,11 @@ class Bundle:
     def graph(self, name: GraphName) -> tuple[Path, Path | None]:
         """Paths of a graph's model and parameter files. Raises `BundleError` if the bundle has no such graph."""
         graph = self.manifest.graphs.get(name)
-        if graph is None and name in self.manifest.left_out:
-            raise BundleError(
-                f"{self.directory} has no {name} graph: {self.manifest.left_out[name]}", "Use another engine."
-            )
         if graph is None:
-            there = ", ".join(self.manifest.graphs)
-            raise BundleError(f"{self.directory} has no {name} graph (it has: {there})", _AGAIN)
+            problem = f"{self.directory} has no {name} graph"
+            if name in self.manifest.left_out:
+                raise BundleError(f"{problem}: {self.manifest.left_out[name]}", "Use another engine.")
+            raise BundleError(f"{problem} (it has: {', '.join(self.manifest.graphs)})", _AGAIN)
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
 
     def layers(self) -> dict[str, str]:
@@ -284,12 +286,14 @@ class Bundle:
         expected = self.manifest.files
         named = {path for graph in self.manifest.graphs.values() for path in (graph.model, graph.params) if path}
         if not named <= set(expected):
-            raise BundleError(f"{self.directory / MANIFEST} names files outside the bundle", "Do not use this bundle.")
+            raise BundleError(f"{self.directory / MANIFEST} names files outside the bundle", _DISTRUST)
         if missing := sorted(set(expected) - present):
-            raise BundleError(f"{self.directory} lacks {_some(missing)}", "Copy the whole directory, or export again.")
+            raise BundleError(
+                f"{self.directory} lacks {first_of(missing, 3)}", "Copy the whole directory, or export again."
+            )
         if extra := sorted(present - set(expected)):
             raise BundleError(
-                f"{self.directory} has files that are not part of the bundle: {_some(extra)}",
+                f"{self.directory} has files that are not part of the bundle: {first_of(extra, 3)}",
                 "Move them elsewhere: a bundle holds nothing but what its manifest lists.",
             )
         for name, record in expected.items():
@@ -332,25 +336,15 @@ def _files_below(directory: Path) -> Iterator[str]:
                 path = Path(entry.path)
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISLNK(status.st_mode):
-                    raise BundleError(
-                        f"{path} is a link", "A bundle holds the files themselves: copy it with `cp -rL`."
-                    )
+                    raise BundleError(f"{path} is a link", "Copy the bundle with `cp -rL`, which follows links.")
                 if stat.S_ISDIR(status.st_mode) and depth < _MOST_DEPTH:
                     pending.append((path, depth + 1))
                     continue
                 if not stat.S_ISREG(status.st_mode):
-                    raise BundleError(f"{path} is no regular file", "Do not use this bundle.")
+                    raise BundleError(f"{path} is no regular file", _DISTRUST)
                 count += 1
-                if count > _MOST_FILES or status.st_size > _MOST_BYTES:
-                    problem = (
-                        f"has over {_MOST_FILES} files"
-                        if count > _MOST_FILES
-                        else f"has {path.name} of {status.st_size:,} bytes"
-                    )
-                    raise BundleError(f"{directory} is no bundle: it {problem}", "Do not use this bundle.")
+                if count > _MOST_FILES:
+                    raise BundleError(f"{directory} is no bundle: it has over {_MOST_FILES} files", _DISTRUST)
+                if status.st_size > _MOST_BYTES:
+                    raise BundleError(f"{path} has {status.st_size:,} bytes, more than files of bundles", _DISTRUST)
                 yield path.relative_to(directory).as_posix()
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -43,7 +43,7 @@ MOST_CANDIDATES = 3839
 def default_candidates(nms: NmsParams, channels: int) -> int | None:
     """How many anchors of an image a graph with so many score channels should decode; None for all.
 
-    1000 if the config keeps up to 100 detections; with one class, at least as many as enter NMS. Otherwise all: several
+    1000 if the config keeps up to 100 detections; with one class, no fewer than enter NMS. Otherwise all: several
     hundred detections can need more candidates than TensorRT's TopK gives, and decoding all anchors takes little time
     beside the network.
     """

@@ -54,7 +54,7 @@ _PROBE_BYTES = 1 << 16
 _MOST_JSON_BYTES = 256 << 20  # results of days of measuring have a few 10 MB
 _MOST_NESTING = 64
 _MOST_DIGITS = 19  # as many as 64 bits have
-# A directory that is being written, beside its target: our mark, and what becomes the target.
+# A directory beside its target, in which the target is written, and our mark in it.
 _PARTIAL = ".partial-"
 _UNFINISHED = ".unfinished"
 _MARK = ".made-by-gfldeploy"
@@ -100,8 +100,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file that may come from elsewhere, within limits of its size, its nesting and its numbers.
 
-    Raises `OSError` and `ValueError`, also for NaN, infinity and what is no regular file: the caller knows what the
-    file was for.
+    Raises `OSError` and `ValueError`, also for NaN, infinity and anything but a regular file: the caller knows what
+    the file was for.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer
         status = os.fstat(file.fileno())
@@ -228,7 +228,7 @@ def atomic_directory(
                 raise _output_error(target, error) from error
             raise
         check_interrupted()
-        check_target(target, kind, force=force)  # somebody else may have been faster
+        check_target(target, kind, force=force)  # another process may have written it meanwhile
         with writing(target), hold_interrupts():
             publish(new, target)
 
@@ -275,7 +275,7 @@ def is_unfinished(output: Path, command: str) -> bool:
 def open_own(path: Path) -> IO[bytes]:
     """Open a file in a folder of ours to read and append to, or make it.
 
-    Raises `OSError`, also for a link, for what has another name elsewhere, and for what is no regular file.
+    Raises `OSError`, also for a link, a file with another name elsewhere, and anything but a regular file.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     status = os.fstat(handle)
@@ -441,7 +441,7 @@ def _removed(place: Path) -> bool:
 def _remove_stale(target: Path) -> None:
     """Remove what killed runs left beside `target`, and restore the name of a directory that one was to replace.
 
-    Anything of such a name without our mark is somebody else's.
+    Anything of such a name without our mark is not ours.
     """
     prefix = f".{target.name}{_PARTIAL}"
     for path in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
@@ -474,7 +474,7 @@ def _is_partial(path: Path) -> bool:
 
 def _write_mark(place: Path, command: str, target: Path) -> None:
     with (place / _MARK).open("x", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(f"{_marked(command)} on its way to {target.name}; the next run resumes from it, or removes it\n")
+        file.write(f"gfldeploy {command}, on its way to {target.name}; the next run resumes from it, or removes it\n")
 
 
 def _has_mark(place: Path, command: str, *, alone: bool) -> bool:
@@ -483,12 +483,8 @@ def _has_mark(place: Path, command: str, *, alone: bool) -> bool:
     with suppress(OSError):
         if stat.S_ISREG(mark.lstat().st_mode):
             content = mark.read_bytes()
-            return content.startswith(_marked(command).encode()) or (alone and not content)
+            return content.startswith(f"gfldeploy {command},".encode()) or (alone and not content)
     return False
-
-
-def _marked(command: str) -> str:
-    return f"gfldeploy {command},"
 
 
 def _take(lock: ExitStack, place: Path, output: Path, command: str, made: str) -> bool:
@@ -530,30 +526,25 @@ def _in_the_way(place: Path, what: str, output: Path) -> OutputError:
     return OutputError(problem, f"Move it away, or choose another --output than {output.name}.")
 
 
-def _contents(place: Path, made: str) -> Iterator[tuple[Path, bool]]:
+def _contents(place: Path, made: str, below: str = "") -> Iterator[tuple[Path, bool]]:
     """What is in a folder of unfinished work beside its mark, and whether the command made it; folders come last.
 
     It did not make a link, nor a file that has another name elsewhere: writing to it would write there.
     """
-
-    def walk(folder: Path) -> Iterator[tuple[Path, bool]]:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                path = Path(entry.path)
-                name = path.relative_to(place).as_posix()
-                if entry.is_dir(follow_symlinks=False):
-                    if _PARTIAL in entry.name and _is_partial(path):
-                        yield path, True
-                    elif re.fullmatch(made, f"{name}/"):
-                        yield from walk(path)
-                        yield path, True
-                    else:
-                        yield path, False
-                elif name != _MARK:
+    with os.scandir(place / below) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path, name = Path(entry.path), f"{below}{entry.name}"
+            if not entry.is_dir(follow_symlinks=False):
+                if name != _MARK:
                     status = entry.stat(follow_symlinks=False)
                     yield path, stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and bool(re.fullmatch(made, name))
-
-    yield from walk(place)
+            elif _PARTIAL in entry.name and _is_partial(path):
+                yield path, True
+            else:
+                own = bool(re.fullmatch(made, f"{name}/"))
+                if own:
+                    yield from _contents(place, made, f"{name}/")
+                yield path, own
 
 
 def _remove_made(place: Path, made: str) -> None:

@@ -144,7 +144,7 @@ _FACTORS: Mapping[str, tuple[int | str, ...]] = {
     "repeat_interleave": ("repeats", "Repeats"),
 } | {f"{kind}_interp{version}": ("out_d", "out_h", "out_w", "scale", "OutSize", "Scale", "SizeTensor")
      for kind in ("nearest", "linear", "bilinear", "bicubic", "trilinear") for version in ("", "_v2")}  # fmt: skip
-# Of windows, wherever they occur.
+# Attributes of windows, in any operator.
 _WINDOW_ATTRIBUTES = (
     *("kernel_shape", "pads", "strides", "dilations", "output_padding", "output_shape", "group", "blocksize"),
     *("paddings", "ksize", "kernel_size", "groups", "output_size", "upscale_factor", "downscale_factor", "block_shape"),
@@ -171,7 +171,7 @@ class _Graph:
 def check_graph(name: str, model: Path, params: Path | None) -> None:
     """Raise `BundleError` unless this graph's files hold what the module says; `name`: as in a bundle's manifest.
 
-    The files are read in pieces, weights not at all, and once as long as they do not change.
+    Weights are not read, and files that do not change are read once.
     """
     with reading(model, BundleError, _REMEDY):
         files = [model] if params is None else [model, params]
@@ -207,7 +207,14 @@ def _check_nodes(graph: _Graph, operators: Collection[str]) -> None:
             raise _refused(f"it has the operator {node.kind!r:.60}, which no export writes")
         for table, most in ((_SHAPES, _MOST_ELEMENTS), (_FACTORS, _MOST_SIZE)):
             for where in table.get(node.kind, ()):
-                _check_size(node, most, [*_numbers(graph, node, where)])
+                sizes = [size for name in node.inputs.get(where, ()) for size in graph.constants.get(name, ())]
+                sizes += node.attributes.get(where, ()) if isinstance(where, str) else ()
+                if not all(map(math.isfinite, sizes)):
+                    raise _refused(f"a {node.kind} makes a tensor of a size that is no number")
+                # Numbers below 1 are no sizes.
+                if (product := math.prod(max(1, int(abs(size))) for size in sizes)) > most:
+                    problem = f"a {node.kind} makes a tensor of {product:.3g} times the size, or as many numbers"
+                    raise _refused(problem)
         if "conv" in node.kind.lower() or "pool" in node.kind.lower():
             for where in ("strides", "dilations", "group", "groups"):
                 if any(value < 1 for value in node.attributes.get(where, ())):
@@ -215,23 +222,6 @@ def _check_nodes(graph: _Graph, operators: Collection[str]) -> None:
         for where in _WINDOW_ATTRIBUTES:
             if any(abs(value) > _MOST_SIZE for value in node.attributes.get(where, ())):
                 raise _refused(f"a {node.kind} has {where} of {max(node.attributes[where], key=abs):,}")
-
-
-def _numbers(graph: _Graph, node: _Node, where: int | str) -> Iterator[float]:
-    """Of an input that is constant, or of an attribute."""
-    for name in node.inputs.get(where, ()):
-        yield from graph.constants.get(name, ())
-    if isinstance(where, str):
-        yield from node.attributes.get(where, ())
-
-
-def _check_size(node: _Node, most: int, values: Sequence[float]) -> None:
-    """Refuse sizes whose product is more than `most`; what is not positive says something else than a size."""
-    if not all(math.isfinite(value) for value in values):
-        raise _refused(f"a {node.kind} makes a tensor of a size that is no number")
-    product = math.prod(max(1, int(abs(value))) for value in values)
-    if product > most:
-        raise _refused(f"a {node.kind} makes a tensor of {product:.3g} times the size, or as many numbers")
 
 
 def _refused(problem: str) -> BundleError:

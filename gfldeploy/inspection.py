@@ -1,4 +1,4 @@
-"""What a bundle holds, and whether it is still what it was: `gfldeploy inspect` and `gfldeploy verify`."""
+"""What a bundle holds, and whether it has changed: `gfldeploy inspect` and `gfldeploy verify`."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ class GraphWork:
     """What one image costs, in a graph or in an operator.
 
     `macs`: multiply-accumulates, as `count_macs`. Of all convolutions and matrix products but the DFL projection, in
-    numbers (not bytes): `activations`, the inputs and outputs of one image, and `weights`; those of a convolution that
-    is used more than once count each time.
+    numbers (not bytes): `activations`, the inputs and outputs of one image, and `weights`. A convolution that is used
+    more than once counts each time.
     """
 
     macs: int
@@ -97,7 +97,7 @@ def peak_activations(
     adds (workspace, fragments, tensors in a layout of its own). Tensors whose size inference does not know are left
     out: the anchors' coordinates and the decoded boxes, which are small. A Q/DQ graph counts as in FP32. For GFL-R50 at
     800x1216 this gives 152 MB in FP32, where ONNX Runtime, which also fuses additions into convolutions, took 125 MB.
-    Sizes are height, width in pixels; `strides` and what is raised: as `count_macs`.
+    Sizes are height, width in pixels; `strides` and errors: as `count_macs`.
     """
     with _shapes_of(onnx_file, strides) as graph:
         return {size: graph.peak(size) for size in dict.fromkeys(sizes)}
@@ -270,7 +270,7 @@ def _constants_folded(model: Any) -> Any:
         try:
             ort.InferenceSession(with_outputs.SerializeToString(), options, providers=["CPUExecutionProvider"])
             folded = onnx.load(options.optimized_model_filepath)
-        except Exception:  # noqa: BLE001 - its sizes stay unknown, which whoever needs them reports
+        except Exception:  # noqa: BLE001 - its sizes stay unknown, and are reported if needed
             return model
     del folded.graph.output[:]
     return folded

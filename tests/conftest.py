@@ -94,7 +94,9 @@ def impatient() -> Iterator[None]:
     """Measure at once, though others keep the machine busy, and no longer than it takes to have a number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "wait_until_idle", functools.partial(monitor.wait_until_idle, patience_s=0))
-        patch.setattr(speed, "by_turns", functools.partial(speed.by_turns, least_rounds=1, least_seconds=0))
+        patch.setattr(
+            speed, "interleaved_medians", functools.partial(speed.interleaved_medians, min_rounds=1, min_seconds=0)
+        )
         yield
 
 

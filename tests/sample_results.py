@@ -9,19 +9,8 @@ from typing import Any
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cell import STREAMS, BundleIdentity, Cell
 from gfldeploy.bench.matrix import Plan
-from gfldeploy.bench.results import (
-    BenchResults,
-    CellResult,
-    Cost,
-    DataDescription,
-    Idle,
-    Monitored,
-    Peak,
-    Run,
-    Settings,
-    Stages,
-)
-from gfldeploy.bench.timing import Samples
+from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Idle, Monitored, Peak, Run, Stages
+from gfldeploy.bench.timing import Samples, Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.machine import describe_machine
 
@@ -43,7 +32,7 @@ RUN = Run(
     not_low_precision=("kept in float in the ONNX file (1): stem",),
     delegated=None,
     idle=Idle(3.0, None, 0.0),
-    monitored=Monitored((0.2, 0.4), ((90.0, 80.0), (95.0, 85.0)), (), (280.0, 290.0), (), (), (), (), (), 0.1),
+    monitored=Monitored((0.2, 0.4), ((90.0, 80.0), (95.0, 85.0)), rss_mb=(280.0, 290.0), overhead_percent=0.1),
     serving=None,
 )
 OK = CellResult(

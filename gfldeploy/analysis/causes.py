@@ -25,7 +25,7 @@ _NOTICEABLE = 0.05
 _ROUNDS_TO_TRIM = 5
 # An engine is starved if others use this share of its CPUs; on an idle machine it is below 0.02.
 _STARVED = 0.10
-# Host work is what limits where it takes at least this share of the time.
+# Host work limits the speed if it takes at least this share of the time.
 _HOST_LIMITS = 0.5
 
 
@@ -159,25 +159,23 @@ def _of_peak(found: BatchAnalysis) -> str:
 def _analyze(
     size: int, by_round: Sequence[Mapping[tuple[int, Order], Pass]], macs: float | None, peak: float | None
 ) -> BatchAnalysis:
-    single = [found[1, "listed"] for found in by_round]
     try:
-        listed = [found[size, "listed"] for found in by_round]
-        bucketed = [found[size, "bucketed"] for found in by_round]
+        rows = [(found[1, "listed"], found[size, "listed"], found[size, "bucketed"]) for found in by_round]
     except KeyError as error:
         raise ValueError(f"batch {size} was not measured in both orders") from error
-    changes = [many.end_to_end_ms - one.end_to_end_ms for many, one in zip(listed, single, strict=True)]
-    typical = _typical(changes)
-    change, parts = _change(changes, typical), _parts(single, listed, bucketed, typical)
+    changes = [listed.end_to_end_ms - single.end_to_end_ms for single, listed, _ in rows]
+    order = sorted(range(len(changes)), key=lambda number: changes[number])
+    typical = order[1:-1] if len(order) >= _ROUNDS_TO_TRIM else order
+    change, parts = _change(changes, typical), {name: _change(ms, typical) for name, ms in _parts(rows).items()}
 
     def mean(values: Iterable[float]) -> float:
         every = list(values)
         return statistics.fmean(every[number] for number in typical)
 
-    ms, host_ms = mean(one.end_to_end_ms for one in listed), mean(one.host_ms for one in listed)
-    inference_ms = mean(one.inference_ms for one in bucketed)
-    gmac_per_s = macs / inference_ms / 1e6 if macs else None
-    single_ms, host_share = mean(one.end_to_end_ms for one in single), host_ms / ms
-    taken = mean(one.taken for one in listed)
+    single, listed, bucketed = zip(*rows, strict=True)
+    ms, single_ms = (mean(one.end_to_end_ms for one in passes) for passes in (listed, single))
+    host_share, taken = mean(one.host_ms for one in listed) / ms, mean(one.taken for one in listed)
+    gmac_per_s = macs / mean(one.inference_ms for one in bucketed) / 1e6 if macs else None
     percent = 100 * gmac_per_s / peak if gmac_per_s and peak and taken < _STARVED else None
     share = bucketed[0].convolution_share
     return BatchAnalysis(
@@ -198,21 +196,19 @@ def _analyze(
     )
 
 
-def _parts(
-    single: Sequence[Pass], listed: Sequence[Pass], bucketed: Sequence[Pass], typical: Sequence[int]
-) -> dict[Part, Change]:
-    rows = list(zip(single, listed, bucketed, strict=True))
-    parts: dict[Part, list[float]] = {"padding": [many.inference_ms - same.inference_ms for _, many, same in rows]}
-    if all(one.convolution_share is not None and same.convolution_share is not None for one, _, same in rows):
-        parts["convolutions"] = [_convolutions_ms(same) - _convolutions_ms(one) for one, _, same in rows]
-        parts["memory"] = [
-            (same.inference_ms - _convolutions_ms(same)) - (one.inference_ms - _convolutions_ms(one))
-            for one, _, same in rows
-        ]
+def _parts(rows: Sequence[tuple[Pass, Pass, Pass]]) -> dict[Part, list[float]]:
+    """The change of each part in milliseconds, by round: of a single image, a listed and a bucketed batch."""
+    network = [bucketed.inference_ms - single.inference_ms for single, _, bucketed in rows]
+    parts: dict[Part, list[float]] = {
+        "padding": [listed.inference_ms - bucketed.inference_ms for _, listed, bucketed in rows]
+    }
+    if any(None in (single.convolution_share, bucketed.convolution_share) for single, _, bucketed in rows):
+        parts["network"] = network
     else:
-        parts["network"] = [same.inference_ms - one.inference_ms for one, _, same in rows]
-    parts["host"] = [many.host_ms - one.host_ms for one, many, _ in rows]
-    return {name: _change(values, typical) for name, values in parts.items()}
+        parts["convolutions"] = [bucketed.convolutions_ms - single.convolutions_ms for single, _, bucketed in rows]
+        parts["memory"] = [all_ms - ms for all_ms, ms in zip(network, parts["convolutions"], strict=True)]
+    parts["host"] = [listed.host_ms - single.host_ms for single, listed, _ in rows]
+    return parts
 
 
 def _cause(
@@ -231,16 +227,6 @@ def _cause(
     if sign < 0:
         return "faster"
     return "host" if host_share >= _HOST_LIMITS else "saturated"
-
-
-def _convolutions_ms(one: Pass) -> float:
-    return one.inference_ms * (one.convolution_share or 0.0)
-
-
-def _typical(changes: Sequence[float]) -> list[int]:
-    """The numbers of the typical rounds."""
-    order = sorted(range(len(changes)), key=lambda number: changes[number])
-    return sorted(order[1:-1] if len(order) >= _ROUNDS_TO_TRIM else order)
 
 
 def _change(values: Sequence[float], typical: Sequence[int]) -> Change:

@@ -1,4 +1,4 @@
-"""`analysis.json` and its page: what was measured, and what follows from it."""
+"""`analysis.json` and its page: the measurements, and the conclusions from them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Analysis:
 
     @property
     def answer(self) -> list[str]:
-        """Two sentences for each batch size, and what batches do to the detections."""
+        """Two sentences for each batch size, and one for each order about the detections."""
         told = [" ".join(sentences(one)) for one in self.batches]
         return told + told_invariance(self.invariance)
 
@@ -57,7 +57,7 @@ class Analysis:
         write_json(path, self.to_dict())
         figures = [_stacked(self)]
         title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {self.precision}"
-        body = "\n".join([sections(figures), _table(self), _detections(self.invariance), _reading()])
+        body = "\n".join([sections(figures), _table(self), _detections(self.invariance), _HOW])
         write_page(
             path.with_suffix(".html"), title, machine_line(self.machine, self.created), self.answer, body, figures
         )
@@ -82,7 +82,7 @@ def told_invariance(found: Sequence[Invariance]) -> list[str]:
 
 
 def _stacked(analysis: Analysis) -> Plot:
-    """Time per image by batch size: that at batch 1, and what each cause adds to it or takes away."""
+    """Time per image by batch size: that at batch 1, and what each cause adds or takes away."""
     labels = [str(one.batch_size) for one in analysis.batches]
     data: list[dict[str, Any]] = [_bar("as at batch 1", labels, [one.single_ms for one in analysis.batches], GREY)]
     for number, part in enumerate(PARTS):
@@ -167,8 +167,7 @@ def _section(title: str, caption: str, header: Sequence[str], rows: Sequence[Seq
     )
 
 
-def _reading() -> str:
-    return """<section><h2>How it was measured</h2><dl>
+_HOW = """<section><h2>How it was measured</h2><dl>
 <dt>padding</dt><dd>The network on listed batches, less the same on bucketed batches (of one input size each).</dd>
 <dt>convolutions, other work</dt><dd>The network on bucketed batches, less that at batch 1: the same images and the same
 arithmetic. Split by the time that the engine itself says its convolutions take.</dd>

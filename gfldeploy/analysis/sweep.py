@@ -33,7 +33,7 @@ class Pass:
     `inference_ms`: the network; `end_to_end_ms`: from file to detections, timed around all of it. `taken`: the share,
     0 to 1, of the CPUs for the engine that others used or that are not there. `padding`: pixels of the batches by those
     of their images, each padded to the network's stride alone. `convolution_share`: of the inference, 0 to 1, in
-    batches of one input size; None in others and where the engine cannot tell.
+    batches of one input size; None in others, and if the engine cannot tell.
     """
 
     batch_size: int
@@ -47,6 +47,11 @@ class Pass:
     taken: float
     padding: float
     convolution_share: float | None
+
+    @property
+    def convolutions_ms(self) -> float:
+        """Of the inference; 0 if unknown."""
+        return self.inference_ms * (self.convolution_share or 0.0)
 
     @property
     def host_ms(self) -> float:
@@ -77,8 +82,8 @@ def measure_passes(
 ) -> list[list[Pass]]:
     """A pass of every chosen batch size and order in each round, after an inference of every shape; by round.
 
-    Each round begins with the next one. A batch that the images do not fill is filled up with its own images, so that
-    every inference has the batch size asked for; the batch counts as many images as it had. Raises `DataError` and
+    Each round begins with the next one. A batch that is not full is filled up with its own images, so that every
+    inference has the given batch size, and counts as the images that it had. Raises `DataError` and
     `EngineError`.
     """
     if rounds < 1 or not chosen:

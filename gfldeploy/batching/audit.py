@@ -50,10 +50,10 @@ class AuditRow:
     """All batches of one batch size and order.
 
     `mixed`: how many of the `batches` hold both portrait and landscape images. `padding`: their pixels by those of the
-    same images at batch 1. `macs`: the mean of an image, None where they are not known. `largest`: images, height and
+    same images at batch 1. `macs`: the mean of an image, None if unknown. `largest`: images, height and
     width of the batch that takes the most memory. In bytes of FP32: `input_bytes`, the network's input for that batch;
     `mean_input_bytes`, for the mean batch; `activation_bytes`, the estimate of `macs.peak_activations` for the largest
-    batch, its input included, None where it is not known.
+    batch, its input included, None if unknown.
     """
 
     batch_size: int

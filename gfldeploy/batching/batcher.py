@@ -7,11 +7,9 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, field, replace
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -37,7 +35,7 @@ Out = TypeVar("Out")
 RunBatch = Callable[[Sequence[In], Size], Sequence[Out | Exception]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
     """What a batcher has done since it began.
 
@@ -46,15 +44,15 @@ class Counts:
     of the batches by those of the images' own sizes.
     """
 
-    submitted: int
-    answered: int
-    failed: int
-    cancelled: int
-    late: int
-    rejected: Mapping[Rejection, int]
-    batch_sizes: Mapping[int, int]
-    queue_ms: float
-    padding: float
+    submitted: int = 0
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    late: int = 0
+    rejected: dict[Rejection, int] = field(default_factory=dict)
+    batch_sizes: dict[int, int] = field(default_factory=dict)
+    queue_ms: float = 0.0
+    padding: float = 1.0
 
 
 @dataclass
@@ -131,21 +129,16 @@ class DynamicBatcher(Generic[In, Out]):
         self._changed = threading.Condition()
         self._closed = False
         self._why_closed = "the batcher is closed"
-        self._counter: Counter[str] = Counter()
-        self._rejected: Counter[Rejection] = Counter()
-        self._batch_sizes: Counter[int] = Counter()
-        self._queue_s = 0.0
-        self._pixels = [0, 0]  # paid, own
+        self._counts = Counts()
+        self._pixels = [0, 0]  # of the batches, of their images
         self._thread = threading.Thread(target=self._work, name="gfldeploy-batcher", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(drain=error is None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)
 
     def submit(self, payload: In, size: Size, timeout_ms: float) -> Future[Out]:
         """Ask for an answer within so many milliseconds. `size`: of the network's input for this image, pixels.
@@ -159,7 +152,7 @@ class DynamicBatcher(Generic[In, Out]):
         now = time.monotonic()
         future: Future[Out] = Future()
         with self._changed:
-            self._counter["submitted"] += 1
+            self._counts.submitted += 1
             self._drop_cancelled()
             if self._closed:
                 raise self._rejection("closed")
@@ -190,13 +183,8 @@ class DynamicBatcher(Generic[In, Out]):
     def counts(self) -> Counts:
         """A snapshot."""
         with self._changed:
-            paid, own = self._pixels
-            counter = self._counter
-            return Counts(
-                counter["submitted"], counter["answered"], counter["failed"], counter["cancelled"], counter["late"],
-                dict(self._rejected), dict(sorted(self._batch_sizes.items())), self._queue_s * 1e3,
-                paid / own if own else 1.0,
-            )  # fmt: skip
+            rejected, batch_sizes = dict(self._counts.rejected), dict(sorted(self._counts.batch_sizes.items()))
+            return replace(self._counts, rejected=rejected, batch_sizes=batch_sizes)
 
     def _work(self) -> None:
         step: _Decision[In, Out] | None = None
@@ -212,7 +200,7 @@ class DynamicBatcher(Generic[In, Out]):
                 self._closed = True
                 self._why_closed = f"the batcher has stopped, {type(error).__name__}: {error}"
                 left += self._take(list(self._waiting))
-                self._counter["failed"] += len(left)
+                self._counts.failed += len(left)
             for item in left:  # nobody must wait for an answer that never comes
                 item.settle(error if isinstance(error, Exception) else _stopped(error))
             raise
@@ -244,7 +232,7 @@ class DynamicBatcher(Generic[In, Out]):
         """Take them out of the queue, and return those still wanted. Under the lock."""
         items = [self._waiting.pop(number) for number in numbers]
         taken = [item for item in items if item.begin()]
-        self._counter["cancelled"] += len(items) - len(taken)
+        self._counts.cancelled += len(items) - len(taken)
         return taken
 
     def _answer(self, items: Sequence[_Item[In, Out]], size: Size) -> None:
@@ -253,9 +241,9 @@ class DynamicBatcher(Generic[In, Out]):
         done = time.monotonic()
         failed = sum(isinstance(answer, Exception) for answer in answers)
         with self._changed:
-            self._counter["failed"] += failed
-            self._counter["answered"] += len(items) - failed
-            self._counter["late"] += sum(done > item.request.deadline for item in items)
+            self._counts.failed += failed
+            self._counts.answered += len(items) - failed
+            self._counts.late += sum(done > item.request.deadline for item in items)
         for item, answer in zip(items, answers, strict=True):
             item.settle(answer)
         del answer, answers  # as `_Item.settle` says: this frame is one of those
@@ -278,11 +266,14 @@ class DynamicBatcher(Generic[In, Out]):
         return [self._outcomes([item], size)[0][0] for item in items], False
 
     def _count(self, items: Sequence[_Item[In, Out]], size: Size, now: float) -> None:
-        if items:
-            self._batch_sizes[len(items)] += 1
-        self._queue_s += sum(now - item.request.arrived for item in items)
+        if not items:
+            return
+        counts = self._counts
+        counts.batch_sizes[len(items)] = counts.batch_sizes.get(len(items), 0) + 1
+        counts.queue_ms += sum(now - item.request.arrived for item in items) * 1e3
         self._pixels[0] += len(items) * area(size)
         self._pixels[1] += sum(area(item.own_size) for item in items)
+        counts.padding = self._pixels[0] / self._pixels[1]
 
     def _drop_cancelled(self) -> None:
         """Take them out of the queue, which also wakes whoever waits for them with `concurrent.futures.wait`."""
@@ -296,7 +287,7 @@ class DynamicBatcher(Generic[In, Out]):
 
     def _rejection(self, reason: Rejection) -> RejectedError:
         """Count one. Under the lock."""
-        self._rejected[reason] += 1
+        self._counts.rejected[reason] = self._counts.rejected.get(reason, 0) + 1
         if reason == "closed":
             return RejectedError(self._why_closed, "Submit to one that is open.", reason)
         if reason == "queue full":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar, get_args
@@ -140,7 +140,10 @@ def group(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if order == "bucketed":
-        return list(_bucketed(sizes, batch_size, choose_buckets(sizes) if buckets is None and sizes else buckets or ()))
+        buckets = choose_buckets(sizes) if buckets is None and sizes else buckets or ()
+        known = {size: bucket_of(size, buckets) for size in set(sizes)}
+        pairs = ((index, known[size]) for index, size in enumerate(sizes))
+        return [Group(tuple(cut), bucket) for cut, bucket in group_stream(pairs, batch_size)]
     indices = list(range(len(sizes)))
     if order == "shuffled":
         random.Random(seed).shuffle(indices)
@@ -191,9 +194,3 @@ def stream_batches(
     remaining = iter(items)
     while batch := list(islice(remaining, batch_size)):
         yield [item for item, _ in batch], union(size for _, size in batch)
-
-
-def _bucketed(sizes: Sequence[Size], batch_size: int, buckets: Sequence[Size]) -> Iterator[Group]:
-    known: Mapping[Size, Size] = {size: bucket_of(size, buckets) for size in set(sizes)}
-    for indices, bucket in group_stream(((index, known[size]) for index, size in enumerate(sizes)), batch_size):
-        yield Group(tuple(indices), bucket)

@@ -87,9 +87,15 @@ class Adaptive(Policy):
             self.model.fade()
             return Decision(reject=rejected)
         counts = {size: self._count(now, images) for size, images in buckets.items()}
+
+        def efficiency(size: Size) -> float:
+            """Images a second of this bucket's batch, by those of its best batch size."""
+            best_ms = min(self.model.predict(count, size) / count for count in (1, self.most))
+            return best_ms * counts[size] / self.model.predict(counts[size], size)
+
         safe = [size for size in buckets if len(buckets) == 1 or self._leaves_time(now, size, counts[size], buckets)]
         # If none is safe, the bucket of the most urgent image, which is the first.
-        size = max(safe, key=lambda size: self._efficiency(size, counts[size]), default=kept[0].size)
+        size = max(safe, key=efficiency, default=kept[0].size)
         images = buckets[size]
         given_up = self._give_up(now, images, counts[size])
         count = self._count(now, images[given_up:]) if given_up else counts[size]
@@ -104,7 +110,7 @@ class Adaptive(Policy):
 
         An image is expected to end after all that are due before it, in batches as full as their buckets allow. A new
         one must leave room for a full batch on top of that, or the most urgent would soon force batches of one, and
-        nobody would be served at the best rate; the room shrinks with the time that is left. A full batch is the
+        no image would be served at the best rate; the room shrinks with the time that is left. A full batch is the
         largest that can wait for another one and still end in time.
         """
         kept: list[Request] = []
@@ -113,8 +119,12 @@ class Adaptive(Policy):
         work_s: dict[Size, float] = {}
         for one in urgent:
             size, count = one.size, counts.get(one.size, 0) + 1
-            full = self._full(size, one.deadline - one.arrived)
-            own_s = self._work_s(size, count, full)
+            bound_ms = (one.deadline - one.arrived) * 1e3
+            larger = range(self.most, 1, -1)
+            full = next((number for number in larger if 2 * self.model.predict(number, size) <= bound_ms), 1)
+            batches, rest = divmod(count, full)
+            rest_ms = self.model.predict(rest, size) if rest else 0.0
+            own_s = (batches * self.model.predict(full, size) + rest_ms) / 1e3
             busy_s = sum(work_s.values()) - work_s.get(size, 0.0) + own_s
             left = (one.deadline - now) / max(one.deadline - one.arrived, 1e-9)
             room_s = (self.model.predict(full, size) - self.model.predict(1, size)) / 1e3 * max(left, 0.0)
@@ -125,16 +135,6 @@ class Adaptive(Policy):
                 kept.append(one)
                 counts[size], work_s[size] = count, own_s
         return kept, tuple(rejected)
-
-    def _full(self, size: Size, bound_s: float) -> int:
-        """Images in a full batch of a bucket whose images are due so many seconds after they arrive."""
-        counts = range(self.most, 1, -1)
-        return next((count for count in counts if 2 * self.model.predict(count, size) <= bound_s * 1e3), 1)
-
-    def _work_s(self, size: Size, count: int, full: int) -> float:
-        """Seconds for so many images of a bucket in batches of `full` images and a rest."""
-        batches, rest = divmod(count, full)
-        return (batches * self.model.predict(full, size) + (self.model.predict(rest, size) if rest else 0.0)) / 1e3
 
     def _count(self, now: float, images: Sequence[Request]) -> int:
         """How many of these, all of one bucket and by deadline, to run at once."""
@@ -172,11 +172,6 @@ class Adaptive(Policy):
             if clock > images[0].deadline:
                 return False
         return True
-
-    def _efficiency(self, size: Size, count: int) -> float:
-        """Images a second of this batch, by those of the bucket's best batch size."""
-        best_ms = min(self.model.predict(number, size) / number for number in (1, self.most))
-        return best_ms * count / self.model.predict(count, size)
 
 
 @dataclass(frozen=True)

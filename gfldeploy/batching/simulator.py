@@ -142,18 +142,13 @@ def most_kept(trace: Sequence[Request], batch_ms: Callable[[int, Size], float], 
         ends = np.append(ends, max(ends[-1] if len(ends) else 0.0, arrival[number]) + took[number])
         if ends[-1] > one.deadline:
             del chosen[_best_left_out(arrival[chosen], took[chosen], ends)]
-            ends = _ends(arrival[chosen], took[chosen])
+            total = np.cumsum(took[chosen])
+            ends = total + np.maximum.accumulate(arrival[chosen] - (total - took[chosen])) if chosen else total
     return len(chosen)
 
 
-def _ends(arrival: Times, took: Times) -> Times:
-    """When each ends if it runs after all before it, and not before it arrives."""
-    total = np.cumsum(took)
-    return total + np.maximum.accumulate(arrival - (total - took)) if len(took) else total
-
-
 def _best_left_out(arrival: Times, took: Times, ends: Times) -> int:
-    """The place of the one without which the last of the others ends soonest; `ends`: as by `_ends`."""
+    """The place of the one without which the last of the others ends soonest; `ends`: of all of them."""
     # Seconds of all that come after each, and when they end if nothing comes before them.
     after = np.cumsum(took[::-1])[::-1] - took
     alone = np.maximum.accumulate((arrival + took + after)[::-1])[::-1]

@@ -134,10 +134,7 @@ def compare(
             "Measure both in the same way, or add --different-data: the ratios are then of that too.",
         )
     a_cells, b_cells = _cells(a, b)
-    same_images = (a.data.annotations_sha256, a.data.accuracy_images) == (
-        b.data.annotations_sha256,
-        b.data.accuracy_images,
-    )
+    same_images = a.data.same_accuracy_images(b.data)
     pairs = tuple(
         _pair(one, b_cells[key], same_images)
         for key, one in a_cells.items()
@@ -223,8 +220,8 @@ def hardware_differences(a: Machine, b: Machine) -> Iterator[Difference]:
     """What makes latencies of two machines incomparable."""
     yield from _differences(
         ("CPU model", a.cpu, b.cpu),
-        ("cores", _text(a.cores), _text(b.cores)),
-        ("usable CPUs", _text(a.threads), _text(b.threads)),
+        ("cores", a.cores, b.cores),
+        ("usable CPUs", a.threads, b.threads),
         ("CPU flags", " ".join(sorted(a.flags)), " ".join(sorted(b.flags))),
         ("GPUs", ", ".join(sorted(a.gpus)), ", ".join(sorted(b.gpus))),
     )
@@ -235,50 +232,49 @@ def hardware_differences(a: Machine, b: Machine) -> Iterator[Difference]:
 def timing_differences(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
     """What latencies depend on: the timed images, the warm-up, the load that the monitor is, a server's arrivals
     and their bound."""
+    one, two = a.settings, b.settings
+    images = [f"{side.data.timed_images}, SHA-256 {side.data.timed_sha256[:12]}" for side in (a, b)]
     yield from _differences(
-        ("timed images", _images(a), _images(b)),
-        ("warm-up inferences", _text(a.settings.warmup), _text(b.settings.warmup)),
-        ("hardware samples a second", f"{a.settings.monitor_hz:g}", f"{b.settings.monitor_hz:g}"),
+        ("timed images", images[0], images[1]),
+        ("warm-up inferences", one.warmup, two.warmup),
+        ("hardware samples a second", one.monitor_hz, two.monitor_hz),
     )
     if all(any(one.cell.scenario == "server" for one in results.cells) for results in (a, b)):
-        one, two = a.settings, b.settings
         yield from _differences(
-            ("seed of the arrivals", _text(one.seed), _text(two.seed)),
-            ("latency bound in ms", _text(one.latency_bound_ms), _text(two.latency_bound_ms)),
+            ("seed of the arrivals", one.seed, two.seed),
+            ("latency bound in ms", one.latency_bound_ms, two.latency_bound_ms),
         )
-
-
-def _images(results: BenchResults) -> str:
-    return f"{results.data.timed_images}, SHA-256 {results.data.timed_sha256[:12]}"
 
 
 def software_differences(a: Machine, b: Machine) -> Iterator[Difference]:
     """System, driver and packages in other versions."""
-    yield from _differences(("operating system", a.os, b.os), ("Python", a.python, b.python))
-    yield from _differences(("NVIDIA driver", a.driver, b.driver))
-    for name in sorted({*a.packages, *b.packages}):
-        yield from _differences((name, a.packages.get(name), b.packages.get(name)))
+    packages = sorted({*a.packages, *b.packages})
+    yield from _differences(
+        ("operating system", a.os, b.os),
+        ("Python", a.python, b.python),
+        ("NVIDIA driver", a.driver, b.driver),
+        *((name, a.packages.get(name), b.packages.get(name)) for name in packages),
+    )
 
 
 def _notes(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
     """What does not move a latency: how long was measured, and what mAP is of."""
     one, two = a.settings, b.settings
     yield from _differences(
-        ("rounds", _text(one.rounds), _text(two.rounds)),
-        ("least seconds", f"{one.min_seconds:g}", f"{two.min_seconds:g}"),
-        ("least inferences", _text(one.min_count), _text(two.min_count)),
-        ("most seconds", f"{one.max_seconds:g}", f"{two.max_seconds:g}"),
+        ("rounds", one.rounds, two.rounds),
+        ("seconds at least", one.min_seconds, two.min_seconds),
+        ("inferences at least", one.min_count, two.min_count),
+        ("seconds at most", one.max_seconds, two.max_seconds),
         ("annotations", a.data.annotations_sha256[:12], b.data.annotations_sha256[:12]),
-        ("images for mAP", _text(a.data.accuracy_images), _text(b.data.accuracy_images)),
+        ("images for mAP", a.data.accuracy_images, b.data.accuracy_images),
     )
 
 
-def _differences(*values: tuple[str, str | None, str | None]) -> Iterator[Difference]:
-    return (Difference(what, a, b) for what, a, b in values if a != b)
-
-
-def _text(value: float | None) -> str | None:
-    return None if value is None else f"{value:g}"
+def _differences(*values: tuple[str, str | float | None, str | float | None]) -> Iterator[Difference]:
+    for what, *sides in values:
+        a, b = (f"{side:g}" if isinstance(side, int | float) else side for side in sides)
+        if a != b:
+            yield Difference(what, a, b)
 
 
 def _listed(differences: Sequence[Difference]) -> str:

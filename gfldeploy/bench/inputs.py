@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,27 +16,35 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["Batch", "make_batches", "padding_ratio", "prepare_images", "shape_counts"]
+__all__ = ["Batch", "Formed", "make_batches", "padding_ratio", "prepare_images", "shape_counts"]
+
+
+@dataclass(frozen=True)
+class Formed:
+    """How a batch was formed: its `shape` [N, 3, H, W], and `real_pixels`, of its images as resized, without padding.
+
+    `mixed`: they have several input sizes, so that some are padded to another's.
+    """
+
+    shape: tuple[int, ...]
+    real_pixels: int
+    mixed: bool
+
+    @classmethod
+    def of(cls, images: Sequence[Prepared], shape: Sequence[int], preprocess: Preprocess) -> Self:
+        """A batch of this shape, of these images."""
+        sizes = [one.tensor.shape[1:] for one in images]
+        mixed = len({preprocess.padded_size(*size) for size in sizes}) > 1
+        return cls(tuple(shape), sum(map(area, sizes)), mixed)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one inference takes: float32 [N, 3, H, W].
-
-    `real_pixels`: of the images in it, as resized, without padding. `places`: of those images among all, from 0.
-    `mixed`: they have several input sizes, so that some are padded to another's.
-    """
+    """What one inference takes: float32 [N, 3, H, W]. `places`: of its images among all, from 0."""
 
     tensor: NDArray[np.float32]
-    real_pixels: int
     places: tuple[int, ...]
-    mixed: bool
-
-    @property
-    def pixels(self) -> int:
-        """Of the whole batch, padding included."""
-        batch, _, height, width = self.tensor.shape
-        return int(batch * height * width)
+    formed: Formed
 
 
 def prepare_images(paths: Sequence[Path], preprocess: Preprocess) -> list[Prepared]:
@@ -60,14 +69,15 @@ def make_batches(
     return [batch for places in buckets.values() for batch in _batches(images, places, preprocess, batch_size)]
 
 
-def padding_ratio(batches: Sequence[Batch]) -> float:
+def padding_ratio(batches: Sequence[Formed]) -> float:
     """Pixels of the batches by pixels of the images in them."""
-    return sum(batch.pixels for batch in batches) / sum(batch.real_pixels for batch in batches)
+    pixels = sum(batch * height * width for batch, _, height, width in (one.shape for one in batches))
+    return pixels / sum(one.real_pixels for one in batches)
 
 
-def shape_counts(batches: Sequence[Batch]) -> dict[str, int]:
+def shape_counts(batches: Sequence[Formed]) -> dict[str, int]:
     """How many batches have which shape, such as "1x3x800x1216"."""
-    return dict(Counter("x".join(map(str, batch.tensor.shape)) for batch in batches))
+    return dict(Counter("x".join(map(str, one.shape)) for one in batches))
 
 
 def _batches(images: Sequence[Prepared], places: Sequence[int], preprocess: Preprocess, batch_size: int) -> list[Batch]:
@@ -78,10 +88,5 @@ def _batches(images: Sequence[Prepared], places: Sequence[int], preprocess: Prep
 
 def _batch(images: Sequence[Prepared], places: tuple[int, ...], preprocess: Preprocess) -> Batch:
     chosen = [images[place] for place in places]
-    sizes = [one.tensor.shape[1:] for one in chosen]
-    return Batch(
-        preprocess.batch(chosen),
-        sum(area(size) for size in sizes),
-        places,
-        mixed=len({preprocess.padded_size(*size) for size in sizes}) > 1,
-    )
+    tensor = preprocess.batch(chosen)
+    return Batch(tensor, places, Formed.of(chosen, tensor.shape, preprocess))

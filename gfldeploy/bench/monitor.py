@@ -16,7 +16,7 @@ import psutil
 from gfldeploy.bench.results import Idle, Monitored
 from gfldeploy.engines.base import Device
 
-__all__ = ["Monitor", "OthersUse", "wait_until_idle"]
+__all__ = ["BUSY_PERCENT", "Monitor", "OthersUse", "wait_until_idle"]
 
 BUSY_PERCENT = 20.0
 """Use of the CPUs, or of the GPU, by others from which on a machine counts as busy."""
@@ -52,7 +52,7 @@ class Monitor:
         self._process = psutil.Process()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-        self._rows: list[tuple[float, tuple[float, ...], float | None, float, tuple[float, ...]]] = []
+        self._rows: list[dict[str, Any]] = []
         self._reasons: dict[str, None] = {}
         self._busy_s = self._wall_s = 0.0
 
@@ -67,16 +67,10 @@ class Monitor:
         self._thread.join()
 
     def record(self) -> Monitored:
-        """What was seen, after the block."""
-        frequencies = tuple(row[2] for row in self._rows if row[2] is not None)
-        gpu = tuple(zip(*(row[4] for row in self._rows), strict=True)) if self._gpu and self._rows else ()
-        columns = gpu if len(gpu) == len(_Gpu.COLUMNS) else ((),) * len(_Gpu.COLUMNS)
+        """What was seen, after the block: of what some samples lack, nothing."""
+        known = set.intersection(*map(set, self._rows)) if self._rows else set()
         return Monitored(
-            t_s=tuple(row[0] for row in self._rows),
-            cpu_percent=tuple(row[1] for row in self._rows),
-            cpu_mhz=frequencies if len(frequencies) == len(self._rows) else (),
-            rss_mb=tuple(row[3] for row in self._rows),
-            **dict(zip(_Gpu.COLUMNS, columns, strict=True)),
+            **{name: tuple(row[name] for row in self._rows) for name in known},
             throttled=tuple(self._reasons),
             overhead_percent=100 * self._busy_s / self._wall_s if self._wall_s else 0.0,
         )
@@ -88,15 +82,15 @@ class Monitor:
         while not self._stop.wait(self._interval_s):
             with suppress(psutil.Error, OSError):
                 now = _cpu_times(self._cpus)
-                self._rows.append(
-                    (
-                        time.perf_counter() - start,
-                        tuple(_use(before[cpu], now[cpu]) for cpu in self._cpus),
-                        _frequency_mhz(self._cpus),
-                        self._process.memory_info().rss / 1e6,
-                        self._gpu.sample() if self._gpu else (),
-                    )
-                )
+                row = {
+                    "t_s": time.perf_counter() - start,
+                    "cpu_percent": tuple(_use(before[cpu], now[cpu]) for cpu in self._cpus),
+                    "rss_mb": self._process.memory_info().rss / 1e6,
+                    **(self._gpu.sample() if self._gpu else {}),
+                }
+                if (mhz := _frequency_mhz(self._cpus)) is not None:
+                    row["cpu_mhz"] = mhz
+                self._rows.append(row)
                 before = now
             if self._gpu:
                 self._reasons |= dict.fromkeys(self._gpu.throttles())
@@ -109,35 +103,31 @@ class Monitor:
 
 
 class _Gpu:
-    """The first GPU through NVML; every column is left out if the library, the driver or the query is missing."""
-
-    COLUMNS = ("gpu_percent", "gpu_memory_mb", "gpu_power_w", "gpu_clock_mhz")
+    """The first GPU through NVML; nothing is known of it if the library, the driver or the query is missing."""
 
     def __init__(self) -> None:
         self._nvml: Any = None
-        try:
+        with suppress(Exception):  # no package, no driver, no GPU: nothing to watch
             import pynvml
 
             pynvml.nvmlInit()
             self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
             self._nvml = pynvml
-        except Exception:  # noqa: BLE001 - no package, no driver, no GPU: nothing to watch
-            return
 
-    def sample(self) -> tuple[float, ...]:
-        """A value for each of `COLUMNS`, or none at all."""
+    def sample(self) -> dict[str, float]:
+        """The fields of `Monitored` that are of the GPU, or none."""
         nvml = self._nvml
         if nvml is None:
-            return ()
+            return {}
         try:
-            return (
-                float(nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu),
-                nvml.nvmlDeviceGetMemoryInfo(self._handle).used / 1e6,
-                nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
-                float(nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)),
-            )
+            return {
+                "gpu_percent": float(nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu),
+                "gpu_memory_mb": nvml.nvmlDeviceGetMemoryInfo(self._handle).used / 1e6,
+                "gpu_power_w": nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
+                "gpu_clock_mhz": float(nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)),
+            }
         except nvml.NVMLError:
-            return ()
+            return {}
 
     def throttles(self) -> list[str]:
         if self._nvml is None:
@@ -163,8 +153,7 @@ def wait_until_idle(device: Device, busy_percent: float = BUSY_PERCENT, patience
         time.sleep(_IDLE_WINDOW_S)
         now = _cpu_times(cpus)
         cpu_percent = sum(_use(before[cpu], now[cpu]) for cpu in cpus) / len(cpus)
-        sample = gpu.sample() if gpu else ()
-        gpu_percent = sample[0] if sample else None
+        gpu_percent = gpu.sample().get("gpu_percent") if gpu else None
         idle = max(cpu_percent, gpu_percent or 0.0) <= busy_percent
         if idle or waited_s >= patience_s:
             return Idle(cpu_percent, gpu_percent, waited_s)

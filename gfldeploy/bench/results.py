@@ -9,7 +9,7 @@ from typing import Any, Literal
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.cell import Cell
-from gfldeploy.bench.timing import Samples, StopRule
+from gfldeploy.bench.timing import Samples, Settings
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import FileFormat, Versioned, part
 
@@ -23,54 +23,12 @@ __all__ = [
     "Peak",
     "Run",
     "Serving",
-    "Settings",
     "Stages",
     "Status",
     "defined_ap",
 ]
 
 Status = Literal["ok", "failed", "skipped"]
-
-# Figures of less than this, over all rounds, are good for a first look alone.
-_QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How it was measured: every cell in each of `rounds` rounds, as `timing.StopRule` and `warmup` of `measure` say.
-
-    `seed`: of the arrival times. `latency_bound_ms`: from arrival to answer, in the server scenario; None without it.
-    `monitor_hz`: hardware samples per second, 0 for none. `quick`: the times were too short for figures to be quoted.
-    `tail_count`: batches from file to boxes that are timed in each round unless `max_seconds` pass before.
-    """
-
-    min_seconds: float
-    min_count: int
-    max_seconds: float
-    warmup: int = 2
-    rounds: int = 1
-    seed: int = 0
-    latency_bound_ms: float | None = None
-    monitor_hz: float = 5.0
-    quick: bool = False
-    tail_count: int = 0
-
-    def __post_init__(self) -> None:
-        if self.warmup < 0 or self.rounds < 1 or self.monitor_hz < 0 or self.tail_count < 0:
-            raise ValueError("rounds must be at least 1, warmup, monitor_hz and tail_count not negative")
-        if self.latency_bound_ms is not None and self.latency_bound_ms <= 0:
-            raise ValueError("latency_bound_ms must be positive")
-        _ = self.stop  # refuses values that contradict each other
-
-    @staticmethod
-    def is_quick(rounds: int, min_seconds: float, min_count: int) -> bool:
-        """Whether all rounds together are good for a first look alone."""
-        return rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT
-
-    @property
-    def stop(self) -> StopRule:
-        """When a run has been timed for long enough."""
-        return StopRule(self.min_seconds, self.min_count, self.max_seconds)
 
 
 @dataclass(frozen=True)
@@ -85,6 +43,11 @@ class DataDescription:
     timed_sha256: str
     timed_images: int
     accuracy_images: int | None
+
+    def same_accuracy_images(self, other: DataDescription) -> bool:
+        """Whether mAP is of the same images."""
+        mine, its = ((one.annotations_sha256, one.accuracy_images) for one in (self, other))
+        return mine == its
 
 
 @dataclass(frozen=True)
@@ -135,16 +98,16 @@ class Monitored:
     not. `overhead_percent`: processor time that the monitor itself took, of one CPU.
     """
 
-    t_s: tuple[float, ...]
-    cpu_percent: tuple[tuple[float, ...], ...]
-    cpu_mhz: tuple[float, ...]
-    rss_mb: tuple[float, ...]
-    gpu_percent: tuple[float, ...]
-    gpu_memory_mb: tuple[float, ...]
-    gpu_power_w: tuple[float, ...]
-    gpu_clock_mhz: tuple[float, ...]
-    throttled: tuple[str, ...]
-    overhead_percent: float
+    t_s: tuple[float, ...] = ()
+    cpu_percent: tuple[tuple[float, ...], ...] = ()
+    cpu_mhz: tuple[float, ...] = ()
+    rss_mb: tuple[float, ...] = ()
+    gpu_percent: tuple[float, ...] = ()
+    gpu_memory_mb: tuple[float, ...] = ()
+    gpu_power_w: tuple[float, ...] = ()
+    gpu_clock_mhz: tuple[float, ...] = ()
+    throttled: tuple[str, ...] = ()
+    overhead_percent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -191,22 +154,22 @@ class Run:
 
     started: str
     samples: Samples
-    stages: Stages | None
     engine_version: str
     load_s: float
-    build_s: float | None
     first_inference_ms: float
     peak_rss_mb: float
     inputs_mb: float
     shapes: Mapping[str, int]
     padding_ratio: float
-    mixed_batches: int | None
-    convolutions: Mapping[str, int] | None
-    not_low_precision: tuple[str, ...] | None
-    delegated: str | None
     idle: Idle
-    monitored: Monitored | None
-    serving: Serving | None
+    stages: Stages | None = None
+    build_s: float | None = None
+    mixed_batches: int | None = None
+    convolutions: Mapping[str, int] | None = None
+    not_low_precision: tuple[str, ...] | None = None
+    delegated: str | None = None
+    monitored: Monitored | None = None
+    serving: Serving | None = None
 
 
 @dataclass(frozen=True)
@@ -293,18 +256,15 @@ def defined_ap(accuracy: Accuracy | None) -> float | None:
 def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
     """It timed the network alone, for `min_seconds`, and stages of single images, which are no batches."""
     settings = {"max_seconds": part(data, "settings")["min_seconds"], "monitor_hz": 0.0, **data["settings"]}
+    idle = {"cpu_percent": 0.0, "gpu_percent": None, "waited_s": 0.0}
     cells = []
     for cell in part(data, "cells", kind=list):
-        scenario = cell["batch_size"] and ("multi-stream" if cell["batch_size"] > 1 else "single-stream")
-        runs = []
+        size, runs = cell["batch_size"], []
         for run in part(cell, "runs", kind=list):
             kept = {key: value for key, value in run.items() if key not in Stages.__annotations__}
-            images = len(run["samples"]["latency_ms"]) * run["samples"]["batch_size"]
-            runs.append({
-                **kept, "started": data["created"], "samples": {**run["samples"], "images": images, "stable": True},
-                "stages": None, "build_s": None, "shapes": {}, "delegated": None, "monitored": None,
-                "idle": {"cpu_percent": 0.0, "gpu_percent": None, "waited_s": 0.0},
-            })  # fmt: skip
+            samples = {"images": len(run["samples"]["latency_ms"]) * size, "stable": True, **run["samples"]}
+            runs.append({**kept, "samples": samples, "started": data["created"], "shapes": {}, "idle": idle})
+        scenario = size and ("multi-stream" if size > 1 else "single-stream")
         cells.append({**cell, "scenario": scenario, "rate": None, "runs": runs, "work": None})
     described = {"timed_sha256": "", **part(data, "data")}
     return {**data, "settings": settings, "data": described, "peaks": [], "cells": cells}
@@ -312,11 +272,7 @@ def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
 
 def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
     """Its servers had no policies."""
-    cells = []
-    for cell in part(data, "cells", kind=list):
-        runs = [{**run, "serving": None} for run in part(cell, "runs", kind=list)]
-        cells.append({**cell, "policy": None, "runs": runs})
-    return {**data, "cells": cells}
+    return {**data, "cells": [{"policy": None, **cell} for cell in part(data, "cells", kind=list)]}
 
 
 def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
@@ -324,9 +280,8 @@ def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
     cells = []
     for cell in part(data, "cells", kind=list):
         lost = {"stages": None} if cell["scenario"] in ("offline", "server") else {}
-        runs = [{"stages": None, "mixed_batches": None, **run, **lost} for run in part(cell, "runs", kind=list)]
-        cells.append({**cell, "runs": runs})
-    return {**data, "settings": {"tail_count": 0, **part(data, "settings")}, "cells": cells}
+        cells.append({**cell, "runs": [{**run, **lost} for run in part(cell, "runs", kind=list)]})
+    return {**data, "cells": cells}
 
 
 def _from_schema_4(data: dict[str, Any]) -> dict[str, Any]:

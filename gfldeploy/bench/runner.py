@@ -15,7 +15,8 @@ from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.monitor import wait_until_idle
-from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Peak, Settings
+from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Peak
+from gfldeploy.bench.timing import Settings
 from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import DEFAULT_LIMITS, Limits, run_child

@@ -6,9 +6,7 @@ The other scenarios are `timing.measure` over batches in one order or another.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +16,14 @@ from gfldeploy.batching.latency import LatencyModel, Point
 from gfldeploy.batching.policy import Adaptive, FixedWithTimeout, NoBatching, Policy, Request
 from gfldeploy.batching.simulator import RealClock, VirtualClock, most_kept, play
 from gfldeploy.bench.cell import ServerPolicy
+from gfldeploy.bench.inputs import Formed
 from gfldeploy.bench.results import Serving
 from gfldeploy.bench.timing import Samples, warm_up
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["ServerRun", "arrival_times", "fastest", "measure_points", "serve"]
+__all__ = ["arrival_times", "fastest", "measure_points", "serve"]
 
 # A server that answers less than this share of what arrives is falling behind.
 _KEEPS_UP = 0.95
@@ -32,20 +31,6 @@ _KEEPS_UP = 0.95
 _FIXED_DELAY = 0.1
 # Times that each batch is timed before the first arrival, unless these take so many seconds together.
 _POINT_TIMES, _POINT_S = 5, 1.0
-
-
-@dataclass(frozen=True)
-class ServerRun:
-    """A trace that was served.
-
-    `shapes`, `padding_ratio`, `mixed_batches`: of the batches that were formed, as in `results.Run`.
-    """
-
-    samples: Samples
-    serving: Serving
-    shapes: Mapping[str, int]
-    padding_ratio: float
-    mixed_batches: int
 
 
 def arrival_times(rate: float, count: int, seed: int) -> NDArray[np.float64]:
@@ -62,16 +47,16 @@ def serve(
     arrivals: NDArray[np.float64],
     bound_ms: float,
     warmup: int = 2,
-) -> ServerRun:
-    """Serve images as they arrive, in real time; they are taken in their order, over and over.
+) -> tuple[Samples, Serving, list[Formed]]:
+    """Serve images as they arrive, in real time; they are taken in their order, over and over. Returns the batches too.
 
     Whenever the engine is free and something waits, the `policy` decides what runs, in a batch of `batch_size` at most,
-    and what is turned away; everything is due `bound_ms` after its arrival. Padding to a common size counts, decoding
+    and what is rejected; everything is due `bound_ms` after its arrival. Padding to a common size counts, decoding
     and preprocessing do not. Batches of every number of images are run and timed before the first arrival, for every
     policy alike, then once all shapes that the policy would form by these times: engines prepare for each shape.
     `Samples.latency_ms` is of each image that was served, from arrival to the end of its batch; `Samples.stable` says
     whether the server kept up with the arrivals. Raises `EngineError` when the engine fails, and when every image was
-    turned away.
+    rejected.
     """
     if batch_size < 1 or len(arrivals) == 0 or bound_ms <= 0:
         raise ValueError("batch_size and bound_ms must be positive, and there must be arrivals")
@@ -83,17 +68,13 @@ def serve(
         for number, at in enumerate(arrivals)
     ]
     warmup_ms += _rehearse(engine, images, preprocess, trace, make(points, batch_size, bound_ms / 1e3), points)
-    shapes: Counter[str] = Counter()
-    real_pixels, mixed = 0, 0
+    batches: list[Formed] = []
 
     def run(batch: Sequence[Request], size: Size) -> None:
-        nonlocal real_pixels, mixed
         taken = [images[one.id % len(images)] for one in batch]
         tensor = preprocess.batch(taken, size)
         engine.infer({"image": tensor})
-        shapes["x".join(map(str, tensor.shape))] += 1
-        real_pixels += sum(area(one.tensor.shape[1:]) for one in taken)
-        mixed += len({preprocess.padded_size(*one.tensor.shape[1:]) for one in taken}) > 1
+        batches.append(Formed.of(taken, tensor.shape, preprocess))
 
     played = play(trace, make(points, batch_size, bound_ms / 1e3), run, RealClock())
     if not played.latency_ms:
@@ -103,20 +84,10 @@ def serve(
         )
     wall_s = max(one.at for one in played.outcomes)
     served = len(played.latency_ms)
-    pixels = sum(_pixels(shape) * count for shape, count in shapes.items())
     kept_up = served / wall_s >= _KEEPS_UP * len(trace) / float(arrivals[-1])
-    return ServerRun(
-        Samples(tuple(played.latency_ms), warmup_ms, batch_size, served, wall_s, kept_up),
-        Serving(
-            requests=len(trace),
-            rejected=len(trace) - served,
-            points=tuple(points),
-            most_kept=most_kept(trace, fastest(points).predict, batch_size),
-        ),
-        shapes=dict(shapes),
-        padding_ratio=pixels / real_pixels,
-        mixed_batches=mixed,
-    )
+    samples = Samples(tuple(played.latency_ms), warmup_ms, batch_size, served, wall_s, kept_up)
+    possible = most_kept(trace, fastest(points).predict, batch_size)
+    return samples, Serving(len(trace), len(trace) - served, tuple(points), possible), batches
 
 
 def measure_points(
@@ -182,12 +153,6 @@ def fastest(points: Sequence[Point]) -> LatencyModel:
     model = LatencyModel.fit(points)
     least = min(one.ms / model.predict(one.images, one.size) for one in points)
     return LatencyModel(*(value * least for value in model.coefficients))
-
-
-def _pixels(shape: str) -> int:
-    """Of all images of a batch of this shape, "NxCxHxW"."""
-    batch, _, height, width = map(int, shape.split("x"))
-    return batch * height * width
 
 
 _POLICIES: Mapping[ServerPolicy, Callable[[Sequence[Point], int, float], Policy]] = {

@@ -14,8 +14,9 @@ from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bench.report.page import write_report
-from gfldeploy.bench.results import BenchResults, Settings
+from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.runner import Data, Runner, duration
+from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import Limits
 from gfldeploy.engines.base import PRECISIONS, Device, Precision

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gfldeploy.bench.results import Settings, Stages
+from gfldeploy.bench.results import Stages
+from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import Engine

@@ -14,6 +14,7 @@ from textwrap import shorten
 from gfldeploy.bench.cell import STREAMS, Cell, names
 from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, median, percentile, supports
+from gfldeploy.bench.monitor import BUSY_PERCENT
 from gfldeploy.bench.results import BenchResults, CellResult, Run
 
 __all__ = [
@@ -42,7 +43,6 @@ FLAGS: Mapping[str, str] = {
     "padded": "batches hold images of several sizes, padded to the largest, which changes boxes and scores (group "
     "normalisation takes in the padding); mAP is of batch 1",
 }
-_BUSY_PERCENT = 20.0
 
 # Percentiles that the bound of the server scenario may be judged by, the best first.
 _BOUND_PERCENTS = (99, 95, 90, 50)
@@ -214,7 +214,7 @@ class Row:
             "quick": self.ok and self.results.settings.quick,
             "unstable": unstable and not self.is_server,
             "overloaded": unstable and self.is_server,
-            "busy": any(max(run.idle.cpu_percent, run.idle.gpu_percent or 0) > _BUSY_PERCENT for run in runs),
+            "busy": any(max(run.idle.cpu_percent, run.idle.gpu_percent or 0) > BUSY_PERCENT for run in runs),
             "throttled": any(run.monitored and run.monitored.throttled for run in runs),
             "padded": any(self._is_mixed(run) for run in runs),
         }

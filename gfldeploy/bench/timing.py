@@ -12,27 +12,51 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import Engine
 
-__all__ = ["Samples", "StopRule", "is_stable", "measure", "warm_up"]
+__all__ = ["Samples", "Settings", "is_stable", "measure", "warm_up"]
 
 # How many windows the samples are cut into, the latest of which must agree.
 _WINDOWS = 5
 
 
-@dataclass(frozen=True)
-class StopRule:
-    """When a run has been timed for long enough.
+# Figures of less than this, over all rounds, are good for a first look alone.
+_QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 
-    Not before `min_seconds` have passed and `min_count` inferences are done; then as soon as the samples are stable
-    (`is_stable`), and in any case once `max_seconds` have passed.
+
+@dataclass(frozen=True)
+class Settings:
+    """How it was measured: every cell in each of `rounds` rounds, after `warmup` inferences of each shape.
+
+    A round is not over before `min_seconds` have passed and `min_count` inferences are done; then it is as soon as the
+    samples are stable (`is_stable`), and in any case once `max_seconds` have passed.
+
+    `seed`: of the arrival times. `latency_bound_ms`: from arrival to answer, in the server scenario; None without it.
+    `monitor_hz`: hardware samples per second, 0 for none. `quick`: the times were too short for figures to be quoted.
+    `tail_count`: batches from file to boxes that are timed in each round unless `max_seconds` pass before.
     """
 
     min_seconds: float
     min_count: int
     max_seconds: float
+    warmup: int = 2
+    rounds: int = 1
+    seed: int = 0
+    latency_bound_ms: float | None = None
+    monitor_hz: float = 5.0
+    quick: bool = False
+    tail_count: int = 0
 
     def __post_init__(self) -> None:
+        if self.warmup < 0 or self.rounds < 1 or self.monitor_hz < 0 or self.tail_count < 0:
+            raise ValueError("rounds must be at least 1, warmup, monitor_hz and tail_count not negative")
+        if self.latency_bound_ms is not None and self.latency_bound_ms <= 0:
+            raise ValueError("latency_bound_ms must be positive")
         if self.min_count < 1 or self.min_seconds < 0 or self.max_seconds < self.min_seconds:
             raise ValueError("min_count must be at least 1, min_seconds not negative, max_seconds not less than that")
+
+    @staticmethod
+    def is_quick(rounds: int, min_seconds: float, min_count: int) -> bool:
+        """Whether all rounds together are good for a first look alone."""
+        return rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT
 
 
 @dataclass(frozen=True)
@@ -63,29 +87,27 @@ class Samples:
             raise ValueError("batch_size and images must be at least 1")
 
 
-def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], stop: StopRule, warmup: int = 2) -> Samples:
+def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], settings: Settings) -> Samples:
     """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N, one after the other.
 
-    First come `warmup` inferences of every distinct shape, because engines compile or plan for each shape anew. Then
-    the batches go round in their order, whole rounds only, until `stop` says so: every engine and batch size is timed
-    on the same images. Raises `EngineError` when the engine fails.
+    The warm-up is of every distinct shape, because engines compile or plan for each shape anew. Then the batches are
+    run in their order, all of them again and again, until the settings say so: every engine and batch size is timed on
+    the same images. Raises `EngineError` when the engine fails.
     """
     sizes = {len(batch) for batch in batches}
     if len(sizes) != 1:
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
-    if warmup < 0:
-        raise ValueError("warmup must not be negative")
     (batch_size,) = sizes
-    warmup_ms = warm_up(engine, batches, warmup)
+    warmup_ms = warm_up(engine, batches, settings.warmup)
     latency_ms: list[float] = []
     start = time.perf_counter_ns()
     while True:
         latency_ms += [_inference_ms(engine, batch) for batch in batches]
         wall_s = (time.perf_counter_ns() - start) / 1e9
-        if wall_s < stop.min_seconds or len(latency_ms) < stop.min_count:
+        if wall_s < settings.min_seconds or len(latency_ms) < settings.min_count:
             continue
         stable = is_stable(latency_ms, len(batches))
-        if stable or wall_s >= stop.max_seconds:
+        if stable or wall_s >= settings.max_seconds:
             break
     return Samples(tuple(latency_ms), tuple(warmup_ms), batch_size, len(latency_ms) * batch_size, wall_s, stable)
 

@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
-from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
+from gfldeploy.bench.inputs import Batch, Formed, make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
-from gfldeploy.bench.results import Idle, Peak, Run, Settings
+from gfldeploy.bench.results import Idle, Peak, Run, Serving
 from gfldeploy.bench.roofline import measure_peak
-from gfldeploy.bench.scenarios import ServerRun, arrival_times
+from gfldeploy.bench.scenarios import arrival_times
 from gfldeploy.bench.scenarios import serve as serve_arrivals
 from gfldeploy.bench.stages import time_stages
-from gfldeploy.bench.timing import Samples, measure
+from gfldeploy.bench.timing import Samples, Settings, measure
 from gfldeploy.bundle import Bundle
-from gfldeploy.child_process import report_progress, serve
+from gfldeploy.child_process import PARENT, serve
 from gfldeploy.engines.base import (
     Engine,
     EngineOptions,
@@ -122,7 +122,7 @@ def _time(request: TimingRequest) -> Timed:
         first_ms = (time.perf_counter() - start) * 1e3
         monitor = Monitor(settings.monitor_hz, cell.device) if settings.monitor_hz else None
         with monitor or nullcontext():
-            measured = _measure(engine, cell, images, batches, preprocess, settings)
+            samples, serving, formed = _measure(engine, cell, images, batches, preprocess, settings)
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
             stages = None
@@ -130,10 +130,9 @@ def _time(request: TimingRequest) -> Timed:
                 files = [[request.images[place] for place in batch.places] for batch in batches]
                 stages = time_stages(engine, files, bundle, settings)
         convolutions = _convolutions(engine, batches[0].tensor)
-        served = measured if isinstance(measured, ServerRun) else None
         run = Run(
             started=started,
-            samples=measured.samples if isinstance(measured, ServerRun) else measured,
+            samples=samples,
             stages=stages,
             engine_version=engine.version,
             load_s=load_s,
@@ -141,15 +140,15 @@ def _time(request: TimingRequest) -> Timed:
             first_inference_ms=first_ms,
             peak_rss_mb=peak_rss_mb,
             inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
-            shapes=served.shapes if served else shape_counts(batches),
-            padding_ratio=served.padding_ratio if served else padding_ratio(batches),
-            mixed_batches=served.mixed_batches if served else sum(batch.mixed for batch in batches),
+            shapes=shape_counts(formed),
+            padding_ratio=padding_ratio(formed),
+            mixed_batches=sum(one.mixed for one in formed),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
             delegated=engine.delegated,
             idle=request.idle,
             monitored=monitor.record() if monitor else None,
-            serving=served.serving if served else None,
+            serving=serving,
         )
     return Timed(run, tuple(image.tensor.shape[1:] for image in images))
 
@@ -178,9 +177,11 @@ def _measure(
     batches: Sequence[Batch],
     preprocess: Preprocess,
     settings: Settings,
-) -> Samples | ServerRun:
+) -> tuple[Samples, Serving | None, list[Formed]]:
+    """The samples, what became of the requests to a server, and the batches."""
     if cell.rate is None or cell.policy is None or settings.latency_bound_ms is None:
-        return measure(engine, [batch.tensor for batch in batches], settings.stop, settings.warmup)
+        samples = measure(engine, [batch.tensor for batch in batches], settings)
+        return samples, None, [batch.formed for batch in batches]
     count = max(settings.min_count, math.ceil(cell.rate * settings.min_seconds))
     arrivals = arrival_times(cell.rate, count, settings.seed)
     bound_ms, warmup = settings.latency_bound_ms, settings.warmup
@@ -200,7 +201,7 @@ def _accuracy(request: AccuracyRequest) -> Accuracy:
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
     with _open(cell, bundle, shapes, request.engine_cache) as engine:
         return measure_accuracy(
-            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=report_progress
+            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT
         )
 
 

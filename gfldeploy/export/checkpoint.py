@@ -13,6 +13,7 @@ of mappings can only be text.
 
 from __future__ import annotations
 
+import math
 import pickle
 import pickletools
 import re
@@ -39,16 +40,28 @@ REMEDY_OPTIMIZER = "Pass the .pdparams file beside it."
 _REMEDY_STATE = "Pass the .pdparams file of a detector: a state_dict saved with paddle.save."
 
 
-class _RefusedError(Exception):
+class _ProblemError(Exception):
+    """Why a checkpoint cannot be used, to follow its path, and the remedy."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.remedy = remedy
+
+
+def _refused(what: str) -> _ProblemError:
     """The pickle asks for something that no state_dict of arrays needs."""
+    return _ProblemError(f"was refused, it is not plain weights: it contains {what}", _REMEDY_UNSAFE)
 
 
-class _DamagedError(Exception):
+def _damaged(what: str) -> _ProblemError:
     """The pickle is well-formed but its arrays are not."""
+    return _ProblemError(f"is damaged: {what}", _REMEDY_DAMAGED)
 
 
-class _NotStateError(Exception):
+def _not_state(what: str) -> _ProblemError:
     """The pickle is harmless, but no state_dict."""
+    return _ProblemError(what, _REMEDY_STATE)
 
 
 # PyTorch's, also before it wrote zip files: a pickle of this number comes first.
@@ -70,7 +83,7 @@ class _Allowance:
     def pay(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise _RefusedError("far more than its size (the same values over and over)")
+            raise _refused("far more than its size (the same values over and over)")
 
     def pay_opcode(self) -> None:
         self.pay(self._EACH_OPCODE)
@@ -94,9 +107,9 @@ class _Dtype:
     def restore(self, state: Any, allowance: _Allowance) -> None:
         # (version, byte order, subarray, names, fields, item size, alignment, flags); plain numbers have no parts.
         if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "=", "|"):
-            raise _DamagedError("a dtype is malformed")
+            raise _damaged("a dtype is malformed")
         if any(part is not None for part in state[2:5]):
-            raise _RefusedError("a structured dtype")
+            raise _refused("a structured dtype")
         self.order = state[1]
 
     def build(self) -> np.dtype[Any]:
@@ -116,38 +129,35 @@ class _Array:
 
     def restore(self, state: Any, allowance: _Allowance) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
-            raise _DamagedError("an array is malformed")
+            raise _damaged("an array is malformed")
         self.fill(allowance, *state[1:])
 
     def fill(self, allowance: _Allowance, shape: Any, dtype: Any, fortran: Any, data: Any) -> None:
         if not isinstance(dtype, _Dtype):
-            raise _DamagedError("an array has no dtype")
+            raise _damaged("an array has no dtype")
         if isinstance(data, str):  # protocol 2 may keep bytes as latin-1 text
             allowance.pay(len(data))
             data = data.encode("latin-1")
         if not isinstance(data, bytes | bytearray):
-            raise _DamagedError("an array has no bytes")
+            raise _damaged("an array has no bytes")
         if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-            raise _DamagedError("an array has no shape")
+            raise _damaged("an array has no shape")
         if len(shape) > _MOST_DIMENSIONS:
-            raise _DamagedError(f"an array has {len(shape)} dimensions")
+            raise _damaged(f"an array has {len(shape)} dimensions")
         self.shape, self.dtype, self.fortran, self.data = shape, dtype, bool(fortran), data
 
     def build(self, allowance: _Allowance) -> NDArray[Any]:
         """A read-only view of the bytes; only a foreign byte order is copied."""
         if self.dtype is None:
-            raise _DamagedError("an array was never filled")
+            raise _damaged("an array was never filled")
         dtype = self.dtype.build()
-        count = 1
-        for size in self.shape:
-            count *= size
-        if count * dtype.itemsize != len(self.data):
-            raise _DamagedError(f"an array of shape {self.shape} has {len(self.data)} bytes")
+        if math.prod(self.shape) * dtype.itemsize != len(self.data):
+            raise _damaged(f"an array of shape {self.shape} has {len(self.data)} bytes")
         allowance.pay(len(self.data) * (1 if dtype.isnative else 2))  # arrays that share bytes take time, too
         try:
             array = np.frombuffer(self.data, dtype).reshape(self.shape, order="F" if self.fortran else "C")
         except ValueError as error:  # without elements, but with sizes beyond numpy's
-            raise _DamagedError(f"an array has the shape {self.shape}") from error
+            raise _damaged(f"an array has the shape {self.shape}") from error
         array = array if dtype.isnative else array.astype(dtype.newbyteorder("="))
         array.flags.writeable = False
         return array
@@ -166,32 +176,30 @@ class _Name:
         try:
             return self._function(allowance, *args)
         except (TypeError, ValueError) as error:
-            raise _DamagedError(f"{self.name} is called with the wrong arguments") from error
+            raise _damaged(f"{self.name} is called with the wrong arguments") from error
 
 
-def _refuse(what: str) -> Any:
-    raise _RefusedError(what)
+def _call_ndarray(*_: Any) -> Any:
+    raise _refused("calling numpy.ndarray")
 
 
-_NDARRAY = _Name("numpy.ndarray", lambda *args: _refuse("calling numpy.ndarray"))
+_NDARRAY = _Name("numpy.ndarray", _call_ndarray)
 
 
 def _make_dtype(_: _Allowance, spec: Any, *__: Any) -> _Dtype:
     if not isinstance(spec, str) or not _DTYPE.match(spec):
-        raise _RefusedError(f"an array of dtype {shown(spec) if isinstance(spec, str) else _kind(spec)}")
+        raise _refused(f"an array of dtype {shown(spec) if isinstance(spec, str) else _kind(spec)}")
     return _Dtype(spec)
 
 
 def _reconstruct(_: _Allowance, kind: Any, shape: Any, code: Any) -> _Array:
     if kind is not _NDARRAY:
-        raise _RefusedError("an array of another class than numpy.ndarray")
+        raise _refused("an array of another class than numpy.ndarray")
     return _Array()
 
 
 def _scalar(allowance: _Allowance, dtype: Any, data: Any = b"") -> _Array:
-    array = _Array()
-    array.fill(allowance, (), dtype, False, data)
-    return array
+    return _from_buffer(allowance, data, dtype, (), "C")
 
 
 def _from_buffer(allowance: _Allowance, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
@@ -202,7 +210,7 @@ def _from_buffer(allowance: _Allowance, data: Any, dtype: Any, shape: Any, order
 
 def _encode(allowance: _Allowance, text: Any, encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise _RefusedError("_codecs.encode with another encoding than latin1")
+        raise _refused("_codecs.encode with another encoding than latin1")
     allowance.pay(len(text))
     return text.encode("latin-1")
 
@@ -210,21 +218,21 @@ def _encode(allowance: _Allowance, text: Any, encoding: Any = "latin1") -> bytes
 def _ordered_dict(allowance: _Allowance, pairs: Any = ()) -> dict[str, Any]:
     """An OrderedDict is called without arguments, or in pickles of Python 2 with a list of pairs."""
     if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
-        raise _DamagedError("an OrderedDict is not made of pairs")
+        raise _damaged("an OrderedDict is not made of pairs")
     allowance.pay(100 * len(pairs))
     return {_text_key(key): value for key, value in pairs}
 
 
 def _tuple(allowance: _Allowance, items: Any = ()) -> tuple[Any, ...]:
     if not isinstance(items, list | tuple):
-        raise _DamagedError("a tuple is not made of a list")
+        raise _damaged("a tuple is not made of a list")
     allowance.pay(8 * len(items))
     return tuple(items)
 
 
 def _text_key(key: Any) -> str:
     if type(key) is not str:
-        raise _NotStateError(f"has a {_kind(key)} among its parameter names")
+        raise _not_state(f"has a {_kind(key)} among its parameter names")
     return key
 
 
@@ -246,31 +254,24 @@ for _core in ("numpy.core", "numpy._core"):
 
 # Opcodes that reach objects in another way than by a name: persistent ids, copyreg's registry, instances, buffers.
 _REFUSED_OPCODES = {
-    "PERSID": "a persistent id",
-    "BINPERSID": "a persistent id",
-    "EXT1": "an entry of the extension registry",
-    "EXT2": "an entry of the extension registry",
-    "EXT4": "an entry of the extension registry",
-    "INST": "an instance",
-    "OBJ": "an instance",
-    "NEWOBJ": "an instance",
-    "NEWOBJ_EX": "an instance",
-    "NEXT_BUFFER": "an out-of-band buffer",
-    "READONLY_BUFFER": "an out-of-band buffer",
-    "EMPTY_SET": "a set",
-    "ADDITEMS": "a set",
-    "FROZENSET": "a set",
+    opcode: what
+    for what, opcodes in {
+        "a persistent id": "PERSID BINPERSID",
+        "an entry of the extension registry": "EXT1 EXT2 EXT4",
+        "an instance": "INST OBJ NEWOBJ NEWOBJ_EX",
+        "an out-of-band buffer": "NEXT_BUFFER READONLY_BUFFER",
+        "a set": "EMPTY_SET ADDITEMS FROZENSET",
+    }.items()
+    for opcode in opcodes.split()
 }
 _IGNORED = ("PROTO", "FRAME")
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 # Opcodes whose argument is the value.
-_VALUES = frozenset(
-    (
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    )
-)
+_VALUE_OPCODES = """
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES
+    BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+"""
+_VALUES = frozenset(_VALUE_OPCODES.split())
 
 
 class _Bounded:
@@ -303,13 +304,13 @@ class _Machine:
             self._allowance.pay_opcode()
             name = opcode.name
             if name in _VALUES:
-                self._stack.append(argument)
+                self._push(argument)
             elif name in _CONSTANTS:
-                self._stack.append(_CONSTANTS[name])
+                self._push(_CONSTANTS[name])
             elif name == "STOP":
                 return self._stack.pop()
             elif name in _REFUSED_OPCODES:
-                raise _RefusedError(_REFUSED_OPCODES[name])
+                raise _refused(_REFUSED_OPCODES[name])
             elif name not in _IGNORED:
                 self._step(name, argument, count)
         raise EOFError
@@ -321,20 +322,17 @@ class _Machine:
                 self._memo[len(self._memo)] = stack[-1]
             case "PUT" | "BINPUT" | "LONG_BINPUT":
                 if argument > count:  # picklers count from 0
-                    raise _DamagedError("its memo is out of order")
+                    raise _damaged("its memo is out of order")
                 self._memo[argument] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
             case "MARK":
                 self._below.append(stack)
                 self._stack = []
-            case "POP_MARK":
+            case "POP" if stack:
+                stack.pop()
+            case "POP" | "POP_MARK":
                 self._since_mark()
-            case "POP":
-                if stack:
-                    stack.pop()
-                else:
-                    self._since_mark()
             case "DUP":
                 stack.append(stack[-1])
             case "EMPTY_LIST":
@@ -342,17 +340,15 @@ class _Machine:
             case "EMPTY_DICT":
                 stack.append({})
             case "LIST":
-                items = self._since_mark()
-                self._stack.append(items)
+                self._push(self._since_mark())
             case "TUPLE":
-                items = self._since_mark()
-                self._stack.append(tuple(items))
+                self._push(tuple(self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 size = int(name[-1])
                 stack[-size:] = [tuple(_last(stack, size))]
             case "DICT":
                 items = self._since_mark()
-                self._stack.append({})
+                self._push({})
                 self._set_items(items)
             case "APPEND":
                 self._append([stack.pop()])
@@ -373,13 +369,16 @@ class _Machine:
             case "REDUCE":
                 function, args = _last(stack, 2)
                 if not isinstance(args, tuple) or not isinstance(function, _Name):
-                    raise _DamagedError(f"a {_kind(function)} is called")
+                    raise _damaged(f"a {_kind(function)} is called")
                 stack[-2:] = [function(self._allowance, args)]
             case "BUILD":
                 state = stack.pop()
                 self._restore(stack[-1], state)
             case _:
-                raise _RefusedError(f"the opcode {name}")
+                raise _refused(f"the opcode {name}")
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
 
     def _since_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._below.pop()
@@ -388,39 +387,39 @@ class _Machine:
     def _append(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not list:
-            raise _DamagedError(f"items are added to a {_kind(target)}")
+            raise _damaged(f"items are added to a {_kind(target)}")
         target += items
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise _DamagedError(f"items are set in a {_kind(target)}")
+            raise _damaged(f"items are set in a {_kind(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_text_key(key)] = value
 
     def _restore(self, target: Any, state: Any) -> None:
         if isinstance(target, _Name):
-            raise _RefusedError(f"changing {target.name}")
+            raise _refused(f"changing {target.name}")
         if not isinstance(target, _Array | _Dtype):
-            raise _DamagedError(f"a {_kind(target)} is given a state")
+            raise _damaged(f"a {_kind(target)} is given a state")
         target.restore(state, self._allowance)
 
 
 def _last(stack: list[Any], count: int) -> list[Any]:
     if len(stack) < count:
-        raise _DamagedError("its stack runs empty")
+        raise _damaged("its stack runs empty")
     return stack[-count:]
 
 
 def _allowed(module: Any, attribute: Any) -> Any:
     if not isinstance(module, str) or not isinstance(attribute, str):
-        raise _DamagedError("a name is no text")
+        raise _damaged("a name is no text")
     if module.partition(".")[0] == "torch":
-        raise _NotStateError(_PYTORCH)
+        raise _not_state(_PYTORCH)
     try:
         return _ALLOWED[module, attribute]
     except KeyError:
-        raise _RefusedError(cut(repr(f"{module}.{attribute}")[1:-1])) from None
+        raise _refused(cut(repr(f"{module}.{attribute}")[1:-1])) from None
 
 
 def _kind(value: Any) -> str:
@@ -452,14 +451,8 @@ def load_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
             weights = {name: _array(path, name, value, allowance) for name, value in content.items()}
             if split is not None:
                 _join(weights, split, allowance)
-    except _NotStateError as problem:
-        raise CheckpointError(f"checkpoint {path} {problem}", _REMEDY_STATE) from None
-    except _RefusedError as refused:
-        raise CheckpointError(
-            f"checkpoint {path} was refused, it is not plain weights: it contains {refused}", _REMEDY_UNSAFE
-        ) from None
-    except _DamagedError as damaged:
-        raise CheckpointError(f"checkpoint {path} is damaged: {damaged}", _REMEDY_DAMAGED) from None
+    except _ProblemError as error:
+        raise CheckpointError(f"checkpoint {path} {error.problem}", error.remedy) from None
     if not isinstance(content, dict):
         if content == _PYTORCH_NUMBER:
             raise CheckpointError(f"checkpoint {path} {_PYTORCH}", _REMEDY_STATE)
@@ -516,7 +509,7 @@ def _unpickle(path: Path) -> tuple[Any, _Allowance]:
             file.seek(0)
             allowance = _Allowance(size)
             return _Machine(allowance).run(_Bounded(file, size)), allowance
-    except (CheckpointError, _RefusedError, _DamagedError, _NotStateError):
+    except (CheckpointError, _ProblemError):
         raise
     except OSError as error:
         reason = error.strerror or error
@@ -543,8 +536,8 @@ def _join(weights: dict[str, NDArray[Any]], split: Any, allowance: _Allowance) -
             parts = [weights.pop(part) for part in entry["slices"]]
             shape = entry["OriginShape"]
             if len(shape) > _MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
-                raise _DamagedError("the table of split arrays has no shapes")
+                raise _damaged("the table of split arrays has no shapes")
             allowance.pay(sum(part.nbytes for part in parts))
             weights[name] = np.concatenate(parts).reshape(shape)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _DamagedError("the table of split arrays does not fit") from error
+        raise _damaged("the table of split arrays does not fit") from error

@@ -133,16 +133,15 @@ def _names_from_json(file: Path) -> tuple[str, ...]:
 
 
 def _names_from_text(file: Path) -> tuple[str, ...]:
-    try:
+    with reading(f"label list {file}", ConfigError, "Save it as a UTF-8 text file with one name a line."):
         with file.open("rb") as opened:
             data = opened.read(_MOST_NAME_BYTES + 1)
         if len(data) > _MOST_NAME_BYTES:
             raise ConfigError(f"label list {file} is too large", "Point label_list at a list of class names.")
-        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        names = [line.strip() for line in text.split("\n")]  # as ppdet's lines end: other separators belong to a name
-    except OSError as error:
-        raise ConfigError(f"label list {file} cannot be read: {error.strerror or error}", "Check the file.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"label list {file} is not UTF-8 text", "Save it as UTF-8 text.") from error
+        try:
+            text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"label list {file} is not UTF-8 text", "Save it as UTF-8 text.") from error
+    names = [line.strip() for line in text.split("\n")]  # as ppdet's lines end: other separators belong to a name
     names = [name for name in names if name]
     return tuple(names[1:] if names[:1] == ["background"] else names)

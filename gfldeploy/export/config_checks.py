@@ -75,12 +75,22 @@ _DROPPED_ARGUMENTS = {
 _OLD_TRANSFORMS = {"DecodeImage": "Decode", "ResizeImage": "Resize"}  # 0.x
 
 
+def _takes(arguments: Iterable[str]) -> str:
+    return f"It takes: {', '.join(arguments) or 'nothing'}."
+
+
 def _closest(word: str, known: Iterable[str], cutoff: float = 0.8) -> str | None:
     if len(word) > 100:
         return None
     folded = {name.casefold(): name for name in sorted(known)}
     found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
     return folded[found[0]] if found else None
+
+
+def _hint(word: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """A remedy that names what resembles `word`, if something does."""
+    close = _closest(word, known, cutoff)
+    return f"Did you mean {close!r}?" if close else otherwise
 
 
 class ConfigChecker:
@@ -134,14 +144,12 @@ class ConfigChecker:
         if isinstance(values, Tagged):
             target = values.tag
             if target not in self.modules:
-                close = _closest(target, self.modules, 0.6)
-                remedy = f"Did you mean !{close}?" if close else "Use a tag PaddleDetection knows."
+                remedy = _hint(target, self.modules, "Use a tag PaddleDetection knows.")
                 raise self.error(f"unknown tag !{target} in section {name}", remedy, name)
         kind = values.get("name")
         named = name.endswith("Dataset") and kind is not None and not isinstance(values, Tagged)
         if named and not (isinstance(kind, str) and kind in self.modules):
-            close = _closest(str(kind), self._kind("dataset"), 0.6)
-            remedy = f"Did you mean {close!r}?" if close else "Use a dataset that PaddleDetection 2.6 has."
+            remedy = _hint(str(kind), self._kind("dataset"), "Use a dataset that PaddleDetection 2.6 has.")
             raise self.error(f"{name}: dataset {shown(kind)} does not exist", remedy, name, "name")
         self._check_arguments(target, values, (name,))
         if isinstance(values, Tagged):
@@ -207,10 +215,9 @@ class ConfigChecker:
                 remedy = f"Name the section {other} and set GFL's head to it, as it was in training."
                 raise self.error(f"{'.'.join(keys)}: {problem}", remedy, *keys, str(key))
             if strict or close:
-                where = ".".join(keys)
-                takes = "It takes: " + ", ".join(schema) + "." if schema else "It takes no arguments."
-                remedy = f"Did you mean {close!r}?" if close else takes
-                raise self.error(f"{where}: {module} has no argument {shown(key)}", remedy, *keys, str(key))
+                remedy = f"Did you mean {close!r}?" if close else _takes(schema)
+                problem = f"{'.'.join(keys)}: {module} has no argument {shown(key)}"
+                raise self.error(problem, remedy, *keys, str(key))
 
     def _check_injected(self, value: Any, keys: tuple[str, ...]) -> None:
         """A module given as another's argument: its name, or `{name: ..., argument: ...}`."""
@@ -233,8 +240,7 @@ class ConfigChecker:
         """`name` is a module, and one that can be what the last of `keys` asks for."""
         where, part = ".".join(keys), keys[-1]
         if name not in self.modules:
-            close = _closest(name, self._kind(part), 0.6)
-            remedy = f"Did you mean {close!r}?" if close else "Use a module that PaddleDetection 2.6 has."
+            remedy = _hint(name, self._kind(part), "Use a module that PaddleDetection 2.6 has.")
             if name in _OLD_MODULES:
                 remedy = f"It is called {_OLD_MODULES[name]} now, and takes other arguments."
             raise self.error(f"{where}: module {shown(name)} does not exist", remedy, *keys)
@@ -380,8 +386,7 @@ class ConfigChecker:
         operator = getattr(known, name, None)
         if not inspect.isclass(operator):
             classes = [other for other in dir(known) if inspect.isclass(getattr(known, other))]
-            close = _closest(name, classes, 0.6)
-            remedy = f"Did you mean {close!r}?" if close else "Use a transform that PaddleDetection 2.6 has."
+            remedy = _hint(name, classes, "Use a transform that PaddleDetection 2.6 has.")
             new = _OLD_TRANSFORMS.get(name, name.removesuffix("Op"))  # 2.0-beta: DecodeOp
             if new != name and new in classes:
                 remedy = f"It is called {new!r} now."
@@ -397,10 +402,7 @@ class ConfigChecker:
                 remedy = "Remove it: it is how images are prepared now."
                 raise self.error(f"{where}: {name} has lost the argument {key}", remedy, *keys)
             if key not in accepted:
-                close = _closest(str(key), accepted, 0.6)
-                remedy = (
-                    f"Did you mean {close!r}?" if close else "It takes: " + (", ".join(accepted) or "nothing") + "."
-                )
+                remedy = _hint(str(key), accepted, _takes(accepted))
                 raise self.error(f"{where}: {name} has no argument {shown(key)}", remedy, *keys)
 
 

@@ -66,11 +66,7 @@ class SlimResNet(nn.Layer):  # type: ignore[misc]
         depths: basic blocks in the stages at strides 4, 8, 16 and 32.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int] = (24, 32, 64, 128, 128),
-        depths: Sequence[int] = (1, 2, 2, 2),
-    ) -> None:
+    def __init__(self, widths: Sequence[int] = (24, 32, 64, 128, 128), depths: Sequence[int] = (1, 2, 2, 2)) -> None:
         super().__init__()
         if len(widths) != 5 or len(depths) != 4:
             raise ValueError("SlimResNet takes five widths (stem and four stages) and four depths")

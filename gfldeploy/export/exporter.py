@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
-from gfldeploy.serialization import build
+from gfldeploy.serialization import build, plain
 
 __all__ = ["export_bundle"]
 
@@ -147,7 +147,8 @@ def export_bundle(
                 candidates=chosen,
                 notes=(*loaded.notes, *notes),
             )
-            export = _Export(directory, manifest, detector, images, references, threads or usable_threads(), progress)
+            threads = threads or usable_threads()
+            export = _Export(directory, manifest, detector, images, references, shape, threads, progress)
             export.write_graphs(HEADS[loaded.head], with_nms)
             export.compare_graphs()
             if with_nms:
@@ -163,33 +164,24 @@ def export_bundle(
     return Bundle.open(output)
 
 
+@dataclass
 class _Export:
     """The graphs of one detector, in a directory that is not published yet.
 
     `images` and `references`: what the graphs are compared on, and what the eager model gives for it.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        detector: Any,
-        images: Sequence[NDArray[np.float32]],
-        references: Sequence[parity.Outputs],
-        threads: int,
-        progress: Progress,
-    ) -> None:
-        self.manifest = manifest
-        self._directory = directory
-        self._detector = detector
-        self._images = images
-        self._references = references
-        self._threads = threads
-        self._progress = progress
-        self._shape: InputShape = (manifest.inputs[0].shape[0], *manifest.inputs[0].shape[2:])  # type: ignore[assignment]
-        self._tolerance = parity.TOLERANCE
-        self._compared: list[parity.GraphComparison] = []
-        self._compared_half: list[parity.GraphComparison] = []
+    directory: Path
+    manifest: Manifest
+    detector: Any
+    images: Sequence[NDArray[np.float32]]
+    references: Sequence[parity.Outputs]
+    shape: InputShape
+    threads: int
+    progress: Progress
+    tolerance: parity.Tolerance = parity.TOLERANCE
+    compared: list[parity.GraphComparison] = field(default_factory=list)
+    compared_half: list[parity.GraphComparison] = field(default_factory=list)
 
     def write_graphs(self, head: HeadSpec, with_nms: bool) -> None:
         """Write the graphs, and leave out those that cannot be written. Raises `EngineError` without the PIR graph."""
@@ -199,36 +191,36 @@ class _Export:
         from gfldeploy.export.onnx_graph import convert
         from gfldeploy.export.static_graph import save_paddle_graph, save_paddle_program, save_paddledetection_graph
 
-        self._progress.stage("folding BatchNorm and writing the Paddle graphs")
-        paddle_folder, onnx_file = self._directory / "paddle", self._directory / "onnx/model.onnx"
+        self.progress.stage("folding BatchNorm and writing the Paddle graphs")
+        paddle_folder, onnx_file = self.directory / "paddle", self.directory / "onnx/model.onnx"
         for folder in (paddle_folder, onnx_file.parent):
             folder.mkdir()
         with quiet():
-            fold_batch_norm(self._detector, paddle.to_tensor(self._images[0][:1]))
-            layer = head.graph()(self._detector, self.manifest.candidates)
+            fold_batch_norm(self.detector, paddle.to_tensor(self.images[0][:1]))
+            layer = head.graph()(self.detector, self.manifest.candidates)
             layer.eval()
             try:
-                save_paddle_graph(layer, paddle_folder, self._shape)
+                save_paddle_graph(layer, paddle_folder, self.shape)
             except EngineError as error:
                 raise self._suggesting_fixed_size(error) from error
         self._add("paddle_program", Graph("paddle/model.pdmodel", "paddle/model.pdiparams"))
         try:
             with quiet():
-                save_paddle_program(layer, paddle_folder, self._shape)
+                save_paddle_program(layer, paddle_folder, self.shape)
         except (EngineError, ParityError) as error:
             self._leave_out("paddle_program", error)
-        self._progress.stage("writing the ONNX graph")
+        self.progress.stage("writing the ONNX graph")
         self._add("onnx", Graph("onnx/model.onnx"))
         try:
             convert(paddle_folder / "model.json", paddle_folder / "model.pdiparams", onnx_file)
         except EngineError as error:
             self._leave_out("onnx", error)
-        write_json(self._directory / LAYERS, _layers(self._detector, onnx_file if onnx_file.exists() else None))
+        write_json(self.directory / LAYERS, _layers(self.detector, onnx_file if onnx_file.exists() else None))
         if with_nms:
-            self._progress.stage("writing PaddleDetection's graph with NMS")
-            (self._directory / "paddledetection").mkdir()
+            self.progress.stage("writing PaddleDetection's graph with NMS")
+            (self.directory / "paddledetection").mkdir()
             with quiet():
-                save_paddledetection_graph(layer, self._directory / "paddledetection", self._shape)
+                save_paddledetection_graph(layer, self.directory / "paddledetection", self.shape)
             self._add("paddledetection", Graph("paddledetection/model.json", "paddledetection/model.pdiparams"))
 
     def compare_graphs(self) -> None:
@@ -237,14 +229,14 @@ class _Export:
         Raises `EngineError` or `ParityError` for the PIR graph.
         """
         for graph in [graph for graph in self.manifest.graphs if graph != "paddledetection"]:
-            self._progress.stage(f"comparing the {graph} graph with the eager model")
+            self.progress.stage(f"comparing the {graph} graph with the eager model")
             try:
                 found = self._compare(graph)
-                if self._tolerance is parity.TOLERANCE and any(parity.exceeds(one, self._tolerance) for one in found):
-                    self._progress.stage("measuring how far rounding alone moves the eager model")
-                    self._tolerance = parity.tolerance(self._detector, self._images)
-                parity.check(found, self._tolerance)
-                self._compared += found
+                if self.tolerance is parity.TOLERANCE and any(parity.exceeds(one, self.tolerance) for one in found):
+                    self.progress.stage("measuring how far rounding alone moves the eager model")
+                    self.tolerance = parity.tolerance(self.detector, self.images)
+                parity.check(found, self.tolerance)
+                self.compared += found
             except (EngineError, ParityError) as error:
                 if graph == "paddle":
                     raise self._suggesting_fixed_size(error) from error
@@ -256,28 +248,25 @@ class _Export:
             left_out = {**self.manifest.left_out, "onnx_fp16": "it is made of the ONNX graph"}
             self.manifest = replace(self.manifest, left_out=left_out)
             return
-        self._progress.stage("writing the FP16 ONNX graph and comparing it with the eager model")
+        self.progress.stage("writing the FP16 ONNX graph and comparing it with the eager model")
         self._add("onnx_fp16", Graph("onnx/model_fp16.onnx"))
         try:
-            half.write_half_onnx(self._directory / "onnx/model.onnx", self._directory / "onnx/model_fp16.onnx")
+            half.write_half_onnx(self.directory / "onnx/model.onnx", self.directory / "onnx/model_fp16.onnx")
             found = self._compare("onnx_fp16")
             parity.check(found, half.TOLERANCE)
-            self._compared_half = found
+            self.compared_half = found
         except (EngineError, ParityError) as error:
             self._leave_out("onnx_fp16", error)
 
     def parity_record(self) -> dict[str, Any]:
         """`parity.json`."""
-        fp16: dict[str, Any] = {"tolerance": asdict(half.TOLERANCE)}
-        if self._compared_half:
-            fp16["comparisons"] = [comparison.to_dict() for comparison in self._compared_half]
-        else:
-            fp16["left_out"] = self.manifest.left_out["onnx_fp16"]
+        left_out = self.manifest.left_out.get("onnx_fp16")
+        outcome = {"left_out": left_out} if left_out else {"comparisons": plain(self.compared_half)}
         return {
             "reference": "the eager ppdet model, before BatchNorm folding",
-            "tolerance": asdict(self._tolerance),
-            "comparisons": [comparison.to_dict() for comparison in self._compared],
-            "fp16": fp16,
+            "tolerance": plain(self.tolerance),
+            "comparisons": plain(self.compared),
+            "fp16": {"tolerance": plain(half.TOLERANCE), **outcome},
         }
 
     def _compare(self, graph: GraphName) -> list[parity.GraphComparison]:
@@ -292,13 +281,13 @@ class _Export:
             if ENGINES[name].graph("fp32", "cpu") == graph and capability(name, "fp32", "cpu").works
         ]
         names = names or [next(name for name in JUDGES if graph in ENGINES[name].graphs)]
-        bundle, options = Bundle(self._directory, self.manifest), EngineOptions("fp32", "cpu", self._threads)
+        bundle, options = Bundle(self.directory, self.manifest), EngineOptions("fp32", "cpu", self.threads)
         found = []
         for opened in [load_graph(name, bundle, options, graph) for name in names]:
             with opened as engine:
                 found += [
                     parity.compare(graph, engine, batch, reference)
-                    for batch, reference in zip(self._images, self._references, strict=True)
+                    for batch, reference in zip(self.images, self.references, strict=True)
                 ]
         return found
 
@@ -307,15 +296,15 @@ class _Export:
 
     def _leave_out(self, graph: GraphName, error: GfldeployError) -> None:
         """Take a graph that the error tells against out of the manifest, and its model out of the directory."""
-        problem = error.problem.replace(f"{self._directory}/", "")  # engines name the file that they cannot load
-        self._progress.stage(f"leaving out the {graph} graph: {problem}")
-        (self._directory / self.manifest.graphs[graph].model).unlink(missing_ok=True)
+        problem = error.problem.replace(f"{self.directory}/", "")  # engines name the file that they cannot load
+        self.progress.stage(f"leaving out the {graph} graph: {problem}")
+        (self.directory / self.manifest.graphs[graph].model).unlink(missing_ok=True)
         graphs = {name: files for name, files in self.manifest.graphs.items() if name != graph}
         self.manifest = replace(self.manifest, graphs=graphs, left_out={**self.manifest.left_out, graph: problem})
 
     def _suggesting_fixed_size(self, error: GfldeployError) -> GfldeployError:
         """The same error, with a fixed input size as the remedy where the size was free: some models need one."""
-        if self._shape[1] is not None:
+        if self.shape[1] is not None:
             return error
         remedy = "If the model only works at one size, fix it: --input-shape HEIGHTxWIDTH."
         return type(error)(f"with a free input size {error.problem}", remedy)

@@ -74,7 +74,7 @@ def convert_to_half(model: Any) -> int:
 
 
 def _half_nodes(nodes: Iterable[Any]) -> set[int]:
-    """Indices of the convolutions, and of what is met going back from them before anything that has to stay FP32."""
+    """Indices of the convolutions, and of the nodes that feed them, back to the first that must stay FP32."""
     nodes = list(nodes)
     makers = {name: index for index, node in enumerate(nodes) for name in node.output}
     half: set[int] = set()
@@ -169,8 +169,7 @@ class _Writer:
         value = numpy_helper.to_array(self.constants[name])
         if np.abs(value).max(initial=0) > _LARGEST:
             raise EngineError(
-                f"{name} has values up to {np.abs(value).max():.3g}, FP16 holds {_LARGEST:.0f}",
-                "Use the FP32 file.",
+                f"{name} has values up to {np.abs(value).max():.3g}, FP16 holds {_LARGEST:.0f}", "Use the FP32 file."
             )
         self.half_constants[name] = numpy_helper.from_array(value.astype(np.float16), name + _SUFFIX)
 

@@ -17,6 +17,7 @@ from gfldeploy._quiet import quiet
 from gfldeploy.errors import ConfigError, GfldeployError
 from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.config import DetectorConfig
+from gfldeploy.export.heads import ARCHITECTURES
 from gfldeploy.export.workspace import installed, load_workspace, snapshot
 
 __all__ = ["build_model"]
@@ -65,7 +66,7 @@ def _part(error: Exception, workspace: Any) -> tuple[str | None, bool]:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self", frame.f_locals.get("cls"))
         name = owner.__name__ if inspect.isclass(owner) else type(owner).__name__
-        if name != "GFL" and hasattr(workspace.global_config.get(name), "pymodule"):
+        if name not in ARCHITECTURES and hasattr(workspace.global_config.get(name), "pymodule"):
             part, connecting = name, frame.f_code.co_name == "from_config"
     return part, connecting
 

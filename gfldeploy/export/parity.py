@@ -1,14 +1,14 @@
-"""Does an exported graph compute what the eager model computes? Asked of every graph, every time.
+"""Checks that every exported graph computes what the eager model computes.
 
-The reference is ppdet's own forward pass, before BatchNorm folding and through ppdet's own decode. What is compared is
-the engine that users deploy, oneDNN and graph fusions included, not the graph as an interpreter would run it.
+The reference is ppdet's own forward pass, before BatchNorm folding and with ppdet's own decode. The graph runs in the
+engine that users deploy, oneDNN and graph fusions included.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Tolerance:
 
     @classmethod
     def recorded(cls, record: Any) -> Tolerance:
-        """That of a `parity.json`, which is not believed beyond what an export may allow."""
+        """The tolerance in a `parity.json`, limited to what an export may allow."""
         allowed = record.get("tolerance") if isinstance(record, dict) else None
         values = [allowed.get(key) if isinstance(allowed, dict) else None for key in ("score", "box_px")]
         score, box = (value if isinstance(value, int | float) else 0.0 for value in values)
@@ -89,15 +89,12 @@ class GraphComparison:
     max_score_difference: float
     max_box_difference_px: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 _MOST_PIXELS = 4_000_000
 
 
 def parity_shapes(preprocess: Preprocess, fixed: tuple[int | None, int | None, int | None]) -> list[Shape]:
-    """Batch, height, width of what is compared: portrait, a landscape batch of three, and the largest size in use.
+    """Batch, height and width of the test pictures: portrait, a landscape batch of three, and the largest size in use.
 
     The last is the reader's own largest picture (800x1344 for the model zoo), or 800x1344 if that is larger; a picture
     of more than 4 million pixels is compared smaller, since a config may ask for more than memory can hold.
@@ -165,7 +162,7 @@ def tolerance(detector: Any, images: Sequence[NDArray[np.float32]]) -> Tolerance
 
 
 def _within(score: float, box_px: float) -> Tolerance:
-    """The nearest that an export may allow."""
+    """These values, limited to what an export may allow."""
     score, box_px = (
         float(min(max(usual, value), usual * _MOST))
         for usual, value in ((TOLERANCE.score, score), (TOLERANCE.box_px, box_px))
@@ -216,7 +213,7 @@ def _differences(outputs: Outputs, reference: Outputs, image: int, where: str) -
 
 
 def _beyond(left_out: NDArray[np.float32], chosen: NDArray[np.float32]) -> float:
-    """How much more the best that was left out scores than the worst that was chosen."""
+    """By how much the best anchor that was left out scores above the worst that was chosen."""
     return float(left_out.max() - chosen.min()) if len(left_out) else 0.0
 
 

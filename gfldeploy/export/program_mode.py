@@ -13,7 +13,7 @@ from functools import partial, wraps
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
-__all__ = ["lost_functions", "program_mode"]
+__all__ = ["program_mode"]
 
 # Other spellings of arguments that Paddle allows.
 _SAME = {"input": "x", "other": "y", "dim": "axis"}
@@ -44,26 +44,6 @@ def program_mode() -> Iterator[None]:
     finally:
         for owner, name, value in restored:
             setattr(owner, name, value)
-
-
-def lost_functions() -> dict[str, list[str]]:
-    """Names in `_C_ops` of what models may call and the installed Paddle gives out bare, and where it holds each."""
-    import paddle
-    from paddle import _C_ops
-    from paddle.base.dygraph import generated_tensor_methods_patch as replaced
-    from paddle.base.framework import Variable
-
-    names = {id(value): name for name, value in vars(_C_ops).items() if isinstance(value, BuiltinFunctionType)}
-    held: dict[str, list[str]] = {}
-    for owner in (Variable, *_modules()):
-        if owner is Variable or owner is paddle or owner.__name__.startswith(("paddle.tensor", "paddle.nn")):
-            for name, value in list(vars(owner).items()):
-                if id(value) in names:
-                    held.setdefault(names[id(value)], []).append(f"{owner.__name__}.{name}")
-    for table in (replaced.methods_map, replaced.funcs_map, replaced.nn_funcs_map):
-        for name, function in table:
-            held.setdefault(name, []).append(f"{replaced.__name__}.{function.__name__}")
-    return held
 
 
 def _modules() -> list[ModuleType]:

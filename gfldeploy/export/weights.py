@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from gfldeploy.errors import CheckpointError
 from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.checkpoint import REMEDY_OPTIMIZER, is_finite
+from gfldeploy.export.heads import HEADS
 
 __all__ = ["fit_weights", "set_random_weights"]
+
+_CLASS_OUTPUTS = {head.class_output for head in HEADS.values()}
+_BOX_OUTPUTS = {head.box_output for head in HEADS.values()}
 
 
 def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
@@ -62,10 +66,7 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
             if count
         ]
         kind, remedy = _explain(state, weights, missing, unexpected, misshapen)
-        raise CheckpointError(
-            f"the checkpoint {kind}: of {len(state)} parameters, {', '.join(problems)}",
-            remedy,
-        )
+        raise CheckpointError(f"the checkpoint {kind}: of {len(state)} parameters, {', '.join(problems)}", remedy)
     fitted = {name: _as(weights[name], str(tensor.dtype).rpartition(".")[2]) for name, tensor in state.items()}
     for name, array in fitted.items():
         if not is_finite(array):
@@ -147,13 +148,13 @@ def _explain(
             else ("has no dgqp_module, the config has one", "Remove dgqp_module, or use a checkpoint of a GFLv2.")
         )
     if not missing and not unexpected:
-        if all(".gfl_head_cls." in name for name in misshapen):
+        if all(_is_of(name, _CLASS_OUTPUTS) for name in misshapen):
             has, wants = (int(shapes[misshapen[0]].shape[0]) for shapes in (weights, state))
             return (
                 f"is of {has} classes, the config of {wants} (one more where loss_class has use_sigmoid: false)",
                 f"Set num_classes as it was in training. {_USE_TRAINED}, not the one that it started from.",
             )
-        if all(".gfl_head_reg." in name or ".distribution_project." in name for name in misshapen):
+        if all(_is_of(name, (*_BOX_OUTPUTS, "distribution_project")) for name in misshapen):
             return "has another reg_max than the config", "Set GFLHead's reg_max as it was in training."
         if all(_narrower(weights[name].shape, state[name].shape) for name in misshapen):
             return (
@@ -165,6 +166,11 @@ def _explain(
     return "does not fit the config", _USE_ITS_CONFIG
 
 
+def _is_of(name: str, layers: Iterable[str]) -> bool:
+    """Whether a parameter belongs to one of these layers."""
+    return not set(layers).isdisjoint(name.split("."))
+
+
 def _narrower(shape: Iterable[int], other: Iterable[int]) -> bool:
     shape, other = tuple(shape), tuple(other)
     return len(shape) == len(other) and all(mine <= its for mine, its in zip(shape, other, strict=True))
@@ -173,7 +179,7 @@ def _narrower(shape: Iterable[int], other: Iterable[int]) -> bool:
 def _as(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     if array.dtype == np.uint16 and dtype.startswith("float"):
         array = (array.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # seen by whoever asks whether all of it is finite
+    with np.errstate(over="ignore"):  # `is_finite` finds it
         return np.require(array, dtype=dtype, requirements=["C"])
 
 
@@ -211,14 +217,14 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], names: It
         return rng.normal(0.0, _spread(name) / np.sqrt(fan_in), shape)
     if kind == "bias":
         # The class bias keeps most scores low, as in a trained detector.
-        return rng.normal(-3.0 if "gfl_head_cls" in name else 0.0, 0.1, shape)
+        return rng.normal(-3.0 if _is_of(name, _CLASS_OUTPUTS) else 0.0, 0.1, shape)
     damping = 0.15 if _ends_branch(owner, names) else 1.0
     return rng.uniform(0.5, 1.5, shape) * damping
 
 
 def _spread(name: str) -> float:
     """Standard deviation of a convolution's output where its input has a mean square of 1."""
-    if "gfl_head_cls" in name or "gfl_head_reg" in name:
+    if _is_of(name, (*_CLASS_OUTPUTS, *_BOX_OUTPUTS)):
         return 1.5
     if "offset" in name:  # deformable convolution: displacements of a fraction of a pixel
         return 0.1

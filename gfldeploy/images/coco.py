@@ -8,10 +8,10 @@ import os
 import re
 import stat
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -33,6 +33,7 @@ __all__ = [
 
 # As JSON has it: written back as it was read. Of numbers, 1 and 1.0 are the same id.
 CocoId: TypeAlias = int | float | str
+AnyPath: TypeAlias = "str | os.PathLike[str]"
 _SHOWN = 3  # how many of the wrong entries an error names
 _MOST_BYTES = 1 << 31  # of an annotation file; that of COCO's 118,287 training images has 450 MB
 _GIVE_COCO = "Give a COCO annotation file."
@@ -41,7 +42,7 @@ _GIVE_BOXES = "Give a COCO annotation file with object boxes."
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One image: its COCO id, its file, and its size in pixels by the annotation file, None where that gives none.
+    """One image: its COCO id, its file, and its size in pixels by the annotation file, None if it has none.
 
     The size that counts is that of the file with EXIF orientation applied, as in PaddleDetection: `size`.
     """
@@ -52,7 +53,7 @@ class CocoImage:
     width: int | None = None
 
     def size(self) -> tuple[int, int]:
-        """(h, w) in pixels, of the file. Raises `DataError` where it cannot be read."""
+        """(h, w) in pixels, of the file. Raises `DataError` if it cannot be read."""
         return image_size(self.path)
 
 
@@ -80,7 +81,7 @@ class CocoAnnotation:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """The category id of each class of a detector, None where the annotations have no such category.
+    """The category id of each class of a detector, None if the annotations have no such category.
 
     `notes`: for the user, sentences about classes that were not matched by the same name.
     """
@@ -95,8 +96,7 @@ class CocoDataset:
 
     `images` are sorted by id, numbers before text. `categories` are in the order of the annotation file:
     PaddleDetection numbers its classes by that order. `annotations` are those of `images`; there may be none.
-    `labelled`: the categories of which the file has boxes, of whatever images. `notes`: what was left out of the file,
-    in sentences.
+    `labelled`: the categories that have boxes in the file, in any image. `notes`: sentences about what was left out.
     """
 
     images: tuple[CocoImage, ...]
@@ -106,7 +106,7 @@ class CocoDataset:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, annotations: Path, image_dir: Path | None = None, limit: int | None = None) -> CocoDataset:
+    def load(cls, annotations: AnyPath, image_dir: AnyPath | None = None, limit: int | None = None) -> CocoDataset:
         """Read and check a COCO annotation file.
 
         `image_dir` is where its file names start; by default the folder `images` beside the annotation file if there is
@@ -128,8 +128,8 @@ class CocoDataset:
         with reading(annotations, DataError, _GIVE_COCO):
             listed = _parse_images(source["images"], annotations)
             categories = _parse_categories(source["categories"], annotations)
-            boxes, notes = _parse_annotations(source["annotations"], annotations)
-            boxes = _check_references(boxes, listed, categories, annotations, notes)
+            ids = {image.id for image, _, _ in listed}, {category.id for category in categories}
+            boxes, notes = _parse_annotations(source["annotations"], annotations, *ids)
         listed.sort(key=lambda item: (isinstance(item[0].id, str), item[0].id))
         kept = [_located(image, name, folders, where) for image, name, where in listed[:limit]]
         if absent := [str(image.path) for image in kept if not _is_file(image.path)]:
@@ -137,14 +137,10 @@ class CocoDataset:
                 f"{len(absent)} of {len(kept)} images of {annotations} are missing: {_first(absent)}",
                 "Give the directory in which the annotations' file names start as the image directory.",
             )
-        ids = {image.id for image in kept}
-        return cls(
-            tuple(kept),
-            tuple(categories),
-            tuple(box for box in boxes if box.image_id in ids),
-            frozenset(box.category_id for box in boxes),
-            tuple(notes),
-        )
+        kept_ids = {image.id for image in kept}
+        some = tuple(box for box in boxes if box.image_id in kept_ids)
+        labelled = frozenset(box.category_id for box in boxes)
+        return cls(tuple(kept), tuple(categories), some, labelled, tuple(notes))
 
     def class_to_category(self, classes: Sequence[str]) -> list[CocoId | None]:
         """The category id of each class of a detector: `match` without its notes."""
@@ -185,7 +181,8 @@ class CocoDataset:
                 )
             ids = (found[name].id if name in found else None for name in names)
             return ClassMatch(tuple(ids), tuple(notes))
-        lined = self._as_many(len(names))
+        lined = self.categories if len(self.categories) == len(names) else self._with_boxes(self.categories)
+        lined = lined if len(lined) == len(names) else ()
         if lined and all(found.get(name, one) is one for name, one in zip(names, lined, strict=True)):
             pairs = [f"{name!r} is {one.name!r}" for name, one in zip(names, lined, strict=True) if name != one.name]
             told = f"categories were matched by their position in the annotations, not by name: {_first(pairs)}"
@@ -226,37 +223,26 @@ class CocoDataset:
 
     def _by_name(self, classes: Sequence[str]) -> dict[str, CocoCategory]:
         """The category of each class that has one, in the order of the classes."""
-        exact: dict[str, list[CocoCategory]] = {}
-        loose: dict[str, list[CocoCategory]] = {}
+        exact: dict[str, list[CocoCategory]] = defaultdict(list)
+        loose: dict[str, list[CocoCategory]] = defaultdict(list)
         for category in self.categories:
-            exact.setdefault(category.name, []).append(category)
-            loose.setdefault(_loosely(category.name), []).append(category)
-        known = set(classes)
+            exact[category.name].append(category)
+            if category.name not in classes:
+                loose[_loosely(category.name)].append(category)
         once = Counter(map(_loosely, classes))
         found = {}
         for name in classes:
-            some = exact.get(name)
-            if some is None and once[_loosely(name)] == 1:
-                some = [one for one in loose.get(_loosely(name), []) if one.name not in known]
-            if some:
-                found[name] = self._one_of(some)
+            same = exact[name] or (loose[_loosely(name)] if once[_loosely(name)] == 1 else [])
+            if len(with_boxes := self._with_boxes(same)) > 1:
+                raise DataError(
+                    f"{len(with_boxes)} categories of the annotations are called {same[0].name!r}, and all have boxes",
+                    "Give each category a name of its own.",
+                )
+            if same:
+                found[name] = with_boxes[0] if with_boxes else same[-1]
         return found
 
-    def _one_of(self, same: Sequence[CocoCategory]) -> CocoCategory:
-        """Of categories of one name the one that has boxes. Raises `DataError` if several have."""
-        if len(with_boxes := self._with_boxes(same)) > 1:
-            raise DataError(
-                f"{len(with_boxes)} categories of the annotations are called {same[0].name!r}, and all have boxes",
-                "Give each category a name of its own.",
-            )
-        return with_boxes[0] if with_boxes else same[-1]
-
-    def _as_many(self, count: int) -> list[CocoCategory] | None:
-        """So many categories in their order; if there are more, those that have boxes."""
-        some = self.categories if len(self.categories) == count else self._with_boxes(self.categories)
-        return list(some) if len(some) == count else None
-
-    def _with_boxes(self, categories: Sequence[CocoCategory]) -> list[CocoCategory]:
+    def _with_boxes(self, categories: Sequence[CocoCategory]) -> Sequence[CocoCategory]:
         return [one for one in categories if one.id in self.labelled]
 
 
@@ -302,37 +288,28 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
     return lists
 
 
-def _image_folders(annotations: Path, image_dir: Path | None) -> tuple[Path, ...]:
+def _image_folders(annotations: Path, image_dir: AnyPath | None) -> tuple[Path, ...]:
     """Where file names may start, the first choice first."""
     if image_dir is None:
         beside = annotations.parent / "images"
         return (beside, annotations.parent) if beside.is_dir() else (annotations.parent,)
-    image_dir = Path(image_dir)
-    if not image_dir.is_dir():
+    if not Path(image_dir).is_dir():
         raise DataError(f"{image_dir} is not a directory", "Give the directory of the annotations' images.")
-    return (image_dir,)
+    return (Path(image_dir),)
 
 
 def _located(image: CocoImage, name: str, folders: Sequence[Path], where: str) -> CocoImage:
-    """The image with its file. Raises `DataError` where the name leads out of the folders."""
-    spellings = dict.fromkeys(_spellings(name))
+    """The image with its file. Raises `DataError` if the name leads out of the folders."""
+    as_url = unquote(name, errors="surrogateescape")
+    spellings = dict.fromkeys([name, name.replace("\\", "/"), as_url, as_url.replace("\\", "/")])
     places = [folder / one for one in spellings for folder in folders if _may_be(folder / one, folder)]
-    if found := next((place for place in places if _is_file(place)), None):
-        return CocoImage(image.id, found, image.height, image.width)
-    if not places or _escapes(name):
+    found = next((place for place in places if _is_file(place)), None)
+    if found is None and (not places or _escapes(name)):
         raise DataError(
             f"{where}: file_name {_short(name)} leads outside the image directory {folders[0]}",
             "Give --images, the folder that holds all of them, or relative paths without '..'.",
         )
-    return CocoImage(image.id, places[0], image.height, image.width)
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """As it is written, then as Windows and URLs write it."""
-    yield name
-    yield name.replace("\\", "/")
-    yield unquote(name, errors="surrogateescape")
-    yield unquote(name, errors="surrogateescape").replace("\\", "/")
+    return replace(image, path=found or places[0])
 
 
 def _may_be(path: Path, folder: Path) -> bool:
@@ -355,41 +332,53 @@ def _is_file(path: Path) -> bool:
 _Listed: TypeAlias = tuple[CocoImage, str, str]
 
 
+def _entries(entries: list[Any], kind: str, keys: Sequence[str], path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The entries of a list, which must be objects with these keys, and the place of each in the annotation file."""
+    for position, entry in enumerate(entries):
+        where = f"{path}: {kind}[{position}]"
+        if not isinstance(entry, dict):
+            raise DataError(f"{where} is not an object", _GIVE_COCO)
+        if missing := [key for key in keys if key not in entry]:
+            raise DataError(f"{where} has no {', '.join(missing)}", _GIVE_BOXES)
+        yield entry, where
+
+
 def _parse_images(entries: list[Any], path: Path) -> list[_Listed]:
     """The images, each with its file name and its place in the annotation file."""
     images: list[_Listed] = []
-    for position, entry in enumerate(entries):
-        where = f"{path}: images[{position}]"
-        values = _take(entry, ("id", "file_name"), where)
-        name = values["file_name"]
+    for entry, where in _entries(entries, "images", ("id", "file_name"), path):
+        name = entry["file_name"]
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: file_name is {_short(name)}", "It must be a relative path.")
         sides = [_pixels(entry.get(key)) for key in ("height", "width")]
-        images.append((CocoImage(_id(values["id"], where), Path(), *sides), name, where))
+        images.append((CocoImage(_id(entry["id"], where), Path(), *sides), name, where))
     _check_unique((image.id for image, _, _ in images), "image", path)
     return images
 
 
 def _parse_categories(entries: list[Any], path: Path) -> list[CocoCategory]:
     categories = []
-    for position, entry in enumerate(entries):
-        where = f"{path}: categories[{position}]"
-        values = _take(entry, ("id", "name"), where)
-        name = str(values["name"]) if _is_int(values["name"]) else values["name"]
+    for entry, where in _entries(entries, "categories", ("id", "name"), path):
+        name = str(entry["name"]) if _is_int(entry["name"]) else entry["name"]
         if not isinstance(name, str):
             raise DataError(f"{where}: name is {_short(name)}", "It must be text.")
-        categories.append(CocoCategory(_id(values["id"], where), name))
+        categories.append(CocoCategory(_id(entry["id"], where), name))
     _check_unique((category.id for category in categories), "category", path)
     return categories
 
 
-def _parse_annotations(entries: list[Any], path: Path) -> tuple[list[CocoAnnotation], list[str]]:
-    """Those with a box, and notes about the others."""
-    annotations = []
+def _parse_annotations(
+    entries: list[Any], path: Path, images: set[CocoId], categories: set[CocoId]
+) -> tuple[list[CocoAnnotation], list[str]]:
+    """Those with a box and of a listed image, and notes about the others.
+
+    Raises `DataError` if all are of other images, and for an unknown category.
+    """
+    kept: list[CocoAnnotation] = []
+    strangers: list[CocoId] = []
+    unknown: list[CocoId] = []
     bare = 0
-    for position, entry in enumerate(entries):
-        where = f"{path}: annotations[{position}]"
-        values = _take(entry, ("image_id", "category_id"), where)
+    for entry, where in _entries(entries, "annotations", ("image_id", "category_id"), path):
         box = entry.get("bbox")
         if box is None or box == []:
             bare += 1
@@ -400,62 +389,33 @@ def _parse_annotations(entries: list[Any], path: Path) -> tuple[list[CocoAnnotat
                 "It must be [x, y, width, height], finite, with no negative width or height.",
             )
         x, y, width, height = map(float, box)
-        area = entry.get("area")
-        area = width * height if area is None else area
+        area = width * height if entry.get("area") is None else entry["area"]
         if not _is_finite(area) or area < 0:
             raise DataError(f"{where}: area is {_short(area)}", "It must be a number of square pixels.")
         crowd = entry.get("iscrowd") or 0
         if isinstance(crowd, str | list | dict) or crowd not in (0, 1):
             raise DataError(f"{where}: iscrowd is {_short(crowd)}", "It must be 0 or 1.")
-        annotations.append(
-            CocoAnnotation(
-                image_id=_id(values["image_id"], f"{where}: image_id"),
-                category_id=_id(values["category_id"], f"{where}: category_id"),
-                bbox=(x, y, width, height),
-                area=float(area),
-                crowd=bool(crowd),
-            )
-        )
-    return annotations, [f"{bare} annotations of {path} have no box, and are left out"] if bare else []
-
-
-def _check_references(
-    annotations: list[CocoAnnotation],
-    images: list[_Listed],
-    categories: list[CocoCategory],
-    path: Path,
-    notes: list[str],
-) -> list[CocoAnnotation]:
-    """Those of images that the file lists. Raises `DataError` if there are none, and for an unknown category."""
-    image_ids = {image.id for image, _, _ in images}
-    category_ids = {category.id for category in categories}
-    kept = [item for item in annotations if item.image_id in image_ids]
-    lost = list(dict.fromkeys(item.image_id for item in annotations if item.image_id not in image_ids))
-    unknown = [item.category_id for item in annotations if item.category_id not in category_ids]
-    for kind, count, ids in (
-        ("image", len(annotations) if lost and not kept else 0, lost),
-        ("category", len(unknown), dict.fromkeys(unknown)),
-    ):
-        if count:
+        image_id = _id(entry["image_id"], f"{where}: image_id")
+        category_id = _id(entry["category_id"], f"{where}: category_id")
+        unknown += [] if category_id in categories else [category_id]
+        if image_id in images:
+            kept.append(CocoAnnotation(image_id, category_id, (x, y, width, height), float(area), bool(crowd)))
+        else:
+            strangers.append(image_id)
+    for kind, dangling in (("image", [] if kept else strangers), ("category", unknown)):
+        if dangling:
             raise DataError(
-                f"{path}: {count} annotations have a dangling {kind} id, one that the file does not define: "
-                f"{_first(map(_short, ids))}",
+                f"{path}: {len(dangling)} annotations have a dangling {kind} id, one that the file does not define: "
+                f"{_first(map(_short, dict.fromkeys(dangling)))}",
                 "Remove them, or add what they refer to.",
             )
-    if lost:
+    notes = [f"{bare} annotations of {path} have no box, and are left out"] if bare else []
+    if lost := dict.fromkeys(strangers):
         notes.append(
-            f"{len(annotations) - len(kept)} annotations of {path} are of {len(lost)} images that it does not list "
+            f"{len(strangers)} annotations of {path} are of {len(lost)} images that it does not list "
             f"({_first(map(_short, lost))}), and are left out"
         )
-    return kept
-
-
-def _take(entry: object, keys: Sequence[str], where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where} is not an object", _GIVE_COCO)
-    if missing := [key for key in keys if key not in entry]:
-        raise DataError(f"{where} has no {', '.join(missing)}", _GIVE_BOXES)
-    return {key: entry[key] for key in keys}
+    return kept, notes
 
 
 def _check_unique(ids: Iterable[CocoId], kind: str, path: Path) -> None:

@@ -117,9 +117,9 @@ def size_of(file: BinaryIO, what: object = "the image") -> tuple[int, int]:
 
 @contextmanager
 def open_file(path: Path, most_bytes: int | None = MAX_FILE_BYTES) -> Iterator[BinaryIO]:
-    """An image file, open for reading. Raises `DataError` for what is no regular file, too large or not readable."""
+    """An image file, open for reading. Raises `DataError` if it is no regular file, too large or not readable."""
     try:
-        # Without waiting for somebody to write into a pipe.
+        # A pipe would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""Which image formats are read, how large an image may be, and what the header of a file says before it is decoded."""
+"""The image formats that are read, the limits on an image's size, and the headers of image files."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Header:
 def read_header(file: BinaryIO, what: object, whole: bool = True) -> Header:
     """The header of an image file, which `what` names. `whole`: look for the end of a JPEG's data too.
 
-    Raises `DataError` for what is no image that is read here, and for one that is too large: `MAX_PIXELS`, or a JPEG of
-    so many scans, or a TIFF of such tiles, that decoding would take minutes or gigabytes.
+    Raises `DataError` for other files, and for an image that is too large: more than `MAX_PIXELS`, or a JPEG of so many
+    scans or a TIFF of such tiles that decoding would take minutes or gigabytes.
     """
     with reading(what, DataError, _REMEDY):
         header = _header(file, whole)
@@ -101,7 +101,7 @@ def _header(file: BinaryIO, whole: bool) -> Header | None:
 
 
 def _at(file: BinaryIO, place: int, count: int) -> bytes:
-    """So many bytes from there, fewer where the file ends; all for -1."""
+    """So many bytes from this place, fewer at the end of the file; -1: all."""
     file.seek(place)
     return file.read(count)
 

@@ -20,9 +20,8 @@ _INTERPOLATIONS = range(7)  # cv2.INTER_NEAREST (0) to cv2.INTER_NEAREST_EXACT (
 _LARGEST_SIDE = 8192
 _LARGEST_STRIDE = 1024
 _LARGEST_SHIFT = 1e6  # of mean and std, and the inverse of the smallest std
-# The operators that are reproduced here, in the only order in which they are.
-_ORDER = ("Decode", "Resize", "NormalizeImage", "Permute", "PadBatch", "PadStride")
-_ARGUMENTS: dict[str, frozenset[str]] = {
+# The operators that are reproduced here, in the only order that is, and their arguments.
+_OPERATORS: Mapping[str, frozenset[str]] = {
     "Decode": frozenset(),
     "Resize": frozenset({"target_size", "keep_ratio", "interp"}),
     "NormalizeImage": frozenset({"mean", "std", "is_scale", "norm_type"}),
@@ -30,6 +29,7 @@ _ARGUMENTS: dict[str, frozenset[str]] = {
     "PadBatch": frozenset({"pad_to_stride"}),
     "PadStride": frozenset({"stride"}),
 }
+_ORDER = tuple(_OPERATORS)
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,11 @@ class Prepared:
     """One image, ready for the network.
 
     `tensor`: float32 [3, h, w], C-contiguous, not yet padded. `scale`: (y, x), network-input pixels per original pixel:
-    dividing a box of the network by it gives original pixels. `original_size`: (h, w) in original pixels.
+    dividing a box of the network by it gives original pixels.
     """
 
     tensor: NDArray[np.float32]
     scale: tuple[float, float]
-    original_size: tuple[int, int]
 
     def __post_init__(self) -> None:
         if self.tensor.ndim != 3 or self.tensor.shape[0] != 3 or self.tensor.dtype != np.float32:
@@ -114,9 +113,8 @@ class Preprocess:
         found: dict[str, Mapping[str, Any]] = {}
         for entry in [*sample_transforms, *(batch_transforms or [])]:
             if not isinstance(entry, Mapping) or len(entry) != 1:
-                raise ConfigError(
-                    f"the reader has the transform {entry!r}", "Write it as one `- Operator: {...}` entry."
-                )
+                remedy = "Write it as one `- Operator: {...}` entry."
+                raise ConfigError(f"the reader has the transform {entry!r}", remedy)
             [(name, arguments)] = entry.items()
             _check_operator(name, arguments, list(found))
             found[name] = arguments or {}
@@ -135,12 +133,9 @@ class Preprocess:
             "interp": resize.get("interp", 1),
             "pad_stride": _pad_stride(found),
         }
-        if "NormalizeImage" in found:
-            normalize = dict(found["NormalizeImage"])
-            values |= {name: _as_tuple(value) for name, value in normalize.items()}
-        else:
-            values |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "is_scale": False, "norm_type": "none"}
-        return cls(**values)
+        nothing = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "is_scale": False, "norm_type": "none"}
+        normalize = found.get("NormalizeImage", nothing)
+        return cls(**values, **{name: _as_tuple(value) for name, value in normalize.items()})
 
     def to_infer_cfg(self) -> list[dict[str, Any]]:
         """The `Preprocess` list of PaddleDetection's infer_cfg.yml, as its own export writes it (PadStride, no Decode).
@@ -175,9 +170,8 @@ class Preprocess:
         Raises `DataError` when the image is so elongated that a side would vanish.
         """
         _check_image(image)
-        height, width = image.shape[:2]
-        tensor = np.empty((3, *self.resized_size(height, width)), dtype=np.float32)
-        return Prepared(tensor, self.into(image, tensor), (height, width))
+        tensor = np.empty((3, *self.resized_size(*image.shape[:2])), dtype=np.float32)
+        return Prepared(tensor, self.into(image, tensor))
 
     def into(
         self, image: NDArray[np.uint8], out: NDArray[np.float32], original: tuple[int, int] | None = None
@@ -289,7 +283,7 @@ def _check_image(image: NDArray[np.uint8]) -> None:
 
 def _check_operator(name: object, arguments: object, before: list[str]) -> None:
     """Raise `ConfigError` unless this operator, with these arguments, may come after those before it."""
-    if name not in _ARGUMENTS:
+    if name not in _OPERATORS:
         raise ConfigError(f"the reader uses {name}, which is not supported", f"Supported: {', '.join(_ORDER)}.")
     assert isinstance(name, str)
     if name in before:
@@ -300,8 +294,8 @@ def _check_operator(name: object, arguments: object, before: list[str]) -> None:
         raise ConfigError(f"the reader applies {name} after {before[-1]}", f"Use the order {', '.join(_ORDER)}.")
     if arguments is not None and not isinstance(arguments, Mapping):
         raise ConfigError(f"the reader's {name} has {arguments!r}", "Give its arguments as `name: value` pairs.")
-    if unknown := sorted(str(key) for key in set(arguments or {}) - _ARGUMENTS[name]):
-        known = ", ".join(sorted(_ARGUMENTS[name])) or "none"
+    if unknown := sorted(str(key) for key in set(arguments or {}) - _OPERATORS[name]):
+        known = ", ".join(sorted(_OPERATORS[name])) or "none"
         raise ConfigError(f"the reader's {name} has unknown arguments: {', '.join(unknown)}", f"Supported: {known}.")
 
 

@@ -84,7 +84,7 @@ def colour(category: int) -> tuple[int, int, int]:
 
 
 def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
-    """Sentences about what pictures, and videos if there are any, will not show as they should."""
+    """Sentences about what pictures, and videos if there are any, cannot show."""
     notes = []
     if missing := missing_glyphs(classes):
         codes = (char.encode("unicode_escape").decode() for char in missing)

@@ -129,18 +129,18 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 class _JsonList:
-    """A JSON list in a file, written entry by entry between `head` and `tail`; a context manager."""
+    """A JSON list in a file, written entry by entry between two texts; a context manager."""
 
-    def __init__(self, path: Path, head: str, tail: str) -> None:
+    def __init__(self, path: Path, before: str, after: str) -> None:
         self._file: IO[str] = path.open("x", encoding="utf-8")
-        self._tail, self._empty = tail, True
-        self._file.write(head)
+        self._after, self._empty = after, True
+        self._file.write(before)
 
     def __enter__(self) -> _JsonList:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.write(f"{'' if self._empty else chr(10)}{self._tail}\n")
+        self._file.write(f"{'' if self._empty else chr(10)}{self._after}\n")
         self._file.close()
 
     def add(self, entry: Any) -> None:

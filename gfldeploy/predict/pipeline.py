@@ -162,7 +162,7 @@ def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
             yield item
     finally:
         stopped.set()
-        if thread is not threading.current_thread():  # where the garbage collector closes what was left unfinished
+        if thread is not threading.current_thread():  # which it is if the garbage collector closes this
             thread.join()
 
 

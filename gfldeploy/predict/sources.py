@@ -201,7 +201,7 @@ def list_inputs(
 
 
 class _Walk:
-    """The files below folders, and what of them is left out. `repeated`: some folder was met again."""
+    """The files below folders, and those left out. `repeated`: some folder was met again."""
 
     def __init__(self, inputs: Sequence[Path], exclude: Sequence[Path]) -> None:
         self.repeated = False
@@ -221,7 +221,7 @@ class _Walk:
                 folders.clear()
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            # In place: `walk` goes into what is left, in this order.
+            # In place: `walk` enters the folders that are left, in this order.
             folders[:] = sorted(one for one in folders if self._enters(here / one, folder))
             for file in sorted(files):
                 path = here / file
@@ -235,7 +235,7 @@ class _Walk:
                     yield path
 
     def told(self) -> list[str]:
-        """Sentences about what is left out."""
+        """Sentences about the files left out."""
         told = []
         if self._others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self._others.most_common(_MOST_KINDS))
@@ -263,13 +263,17 @@ class _Walk:
 def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
     """(h, w) in pixels of every image of these files, None if it cannot be read.
 
-    Of a video, of as many frames as its header says, which may be wrong: at least one.
+    Of a video, as many as its header says that it has frames, which may be wrong: at least one.
     """
     for path in inputs:
-        if is_video(path):
-            yield from _frame_sizes(path)
-        else:
+        if not is_video(path):
             yield picture_of(path).size
+            continue
+        with _opened(path) as video:
+            size = video.size if video and min(video.size) > 0 else None
+            # Each frame has at least a byte, whatever the header says.
+            count = min(video.frames, path.stat().st_size, _MOST_FRAMES) if video else 1
+        yield from itertools.repeat(size, max(count, 1))
 
 
 def _header(path: Path) -> bytes:
@@ -289,9 +293,19 @@ def _is_container(path: Path) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Video:
+    """An open `cv2.VideoCapture`, and its header: (h, w) in pixels, the number of frames (0: unknown), the rate."""
+
+    capture: Any
+    size: tuple[int, int]
+    frames: int
+    rate: float
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A `cv2.VideoCapture` that decodes in one thread; None if it cannot be read, or a frame exceeds `MAX_PIXELS`."""
+def _opened(path: Path) -> Iterator[_Video | None]:
+    """A video, decoded in one thread; None if it cannot be read, or its frames exceed `MAX_PIXELS`."""
     cv2 = load_cv2()
     if not _is_container(path):
         yield None
@@ -301,39 +315,19 @@ def _opened(path: Path) -> Iterator[Any]:
         name = f"/proc/self/fd/{file.fileno()}"
         capture, _ = heard(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
         try:
-            height, width = _frame_size(capture)
-            yield capture if capture.isOpened() and height * width <= MAX_PIXELS else None
+            keys = (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS)
+            height, width, count, rate = map(capture.get, keys)
+            frames = int(count) if math.isfinite(count) and count > 0 else 0
+            usable = capture.isOpened() and int(height) * int(width) <= MAX_PIXELS
+            yield _Video(capture, (int(height), int(width)), frames, rate) if usable else None
         finally:
             capture.release()
 
 
-def _frame_size(capture: Any) -> tuple[int, int]:
-    """Height and width by the video's header."""
-    cv2 = load_cv2()
-    return int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
-
-
-def _frame_sizes(path: Path) -> Iterator[tuple[int, int] | None]:
-    with _opened(path) as capture:
-        if capture is None:
-            yield None
-            return
-        size = _frame_size(capture)
-        # Each frame has a byte at least, whatever the header says.
-        count = min(_claimed_frames(capture), path.stat().st_size, _MOST_FRAMES)
-    yield from itertools.repeat(size if min(size) > 0 else None, max(count, 1))
-
-
-def _claimed_frames(capture: Any) -> int:
-    count = capture.get(load_cv2().CAP_PROP_FRAME_COUNT)
-    return int(count) if math.isfinite(count) and count > 0 else 0
-
-
 def video_rate(path: Path) -> float:
-    """Frames a second; 0 where the file does not say."""
-    with _opened(path) as capture:
-        rate = float(capture.get(load_cv2().CAP_PROP_FPS)) if capture else 0.0
-    return rate if math.isfinite(rate) and 0 < rate <= _MOST_RATE else 0.0
+    """Frames a second; 0 if the file does not say."""
+    with _opened(path) as video:
+        return video.rate if video and 0 < video.rate <= _MOST_RATE else 0.0
 
 
 def video_frames(path: Path) -> Iterator[Picture]:
@@ -343,34 +337,31 @@ def video_frames(path: Path) -> Iterator[Picture]:
     header says has a last picture with an `error` and without a `frame`.
     """
     cv2 = load_cv2()
-    number, time_s, claimed, rate = 0, 0.0, 0, 0.0
-    with _opened(path) as capture:
-        if capture:
-            claimed, rate = _claimed_frames(capture), capture.get(cv2.CAP_PROP_FPS)
-        while capture:
-            read, frame = capture.read()
+    number, time_s, error = 0, 0.0, None
+    with _opened(path) as video:
+        while video:
+            read, frame = video.capture.read()
             if not read or frame is None or frame.shape[0] * frame.shape[1] > MAX_PIXELS:
                 break
-            time_s = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+            time_s = video.capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
             rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             yield Picture(str(path), rgb, (rgb.shape[0], rgb.shape[1]), None, number, time_s)
             number += 1
-    if number == 0:
-        error = DataError(f"{path} is damaged or not a video that OpenCV reads", "Convert it to MP4.")
-        yield Picture(str(path), path, None, error)
-    elif _ends_early(claimed, rate, number, time_s):
-        error = DataError(
-            f"{path} ends early: its header says {claimed} frames, and {number} could be read", "Copy it again."
-        )
+        if number == 0:
+            error = DataError(f"{path} is damaged or not a video that OpenCV reads", "Convert it to MP4.")
+        elif video and _ends_early(video, number, time_s):
+            problem = f"{path} ends early: its header says {video.frames} frames, and {number} could be read"
+            error = DataError(problem, "Copy it again.")
+    if error:
         yield Picture(str(path), path, None, error)
 
 
-def _ends_early(claimed: int, rate: float, number: int, time_s: float) -> bool:
-    """Whether a video with `claimed` frames by its header was cut: `number` were read, the last at `time_s`.
+def _ends_early(video: _Video, number: int, time_s: float) -> bool:
+    """Whether it was cut, where `number` frames were read, the last at `time_s`.
 
     By frames and by time: some containers have no count, and OpenCV makes one from the duration and a nominal rate.
     """
-    missing = claimed - number
-    if missing < _MISSING_FRAMES or missing < claimed * _MISSING_SHARE or not 0 < rate < math.inf:
+    missing = video.frames - number
+    if missing < _MISSING_FRAMES or missing < video.frames * _MISSING_SHARE or not 0 < video.rate < math.inf:
         return False
-    return time_s < (claimed - _MISSING_FRAMES) / rate * (1 - _MISSING_SHARE)
+    return time_s < (video.frames - _MISSING_FRAMES) / video.rate * (1 - _MISSING_SHARE)

@@ -1,9 +1,9 @@
-"""How much of what FP32 detects a quantised model detects again, without labels."""
+"""The share of FP32 detections that a quantised model finds again, without labels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -25,9 +25,9 @@ class Agreement:
     """Means over the images compared.
 
     `score_difference` and `score_difference_max`: absolute, over the candidates that both have, 1 if there are none.
-    `detections`: how many the reference
-    has with a score of 0.4 or more. `detections_found`: the share of these that have a detection of the same class, an
-    IoU of 0.5 or more and a score of at least half of theirs; 1 where the reference has none.
+    `detections`: how many the reference has with a score of 0.4 or more. `detections_found`: the share of these that
+    have a detection of the same class, an IoU of 0.5 or more and a score of at least half of theirs; 1 where the
+    reference has none.
     `convolutions`: how many ran in which precision, and `not_int8`: why some did not in INT8, both as the engine
     reports it; empty where it cannot.
     """
@@ -38,9 +38,6 @@ class Agreement:
     detections_found: float
     convolutions: Mapping[str, int] = field(default_factory=dict)
     not_int8: Sequence[str] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

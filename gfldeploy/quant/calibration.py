@@ -1,13 +1,12 @@
-"""What calibration found: the ranges that every INT8 artefact of a bundle is made from."""
+"""The ranges that calibration found, from which all INT8 graphs of a bundle are written."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
-from gfldeploy.errors import BundleError
+from gfldeploy.serialization import plain
 
 __all__ = ["Calibration", "ConvRanges", "ConvUse", "OutputRange"]
 
@@ -21,10 +20,14 @@ class ConvUse(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputRange:
-    """The least and greatest value that a convolution gave over the calibration images, after its ReLU if any."""
+    """The smallest and largest value that a convolution gave over the calibration images, after its ReLU if any."""
 
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"the range {self.low} to {self.high} is empty")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class ConvRanges:
     inputs: tuple[float, ...]
     outputs: tuple[OutputRange, ...]
     weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if negative := [value for value in (*self.inputs, *self.weights) if value < 0]:
+            raise ValueError(f"{negative[0]} is negative")
 
 
 @dataclass(frozen=True)
@@ -66,45 +73,5 @@ class Calibration:
         return replace(self, kept_float=frozenset(kept))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data; `from_dict` is the inverse."""
-        return {**asdict(self), "kept_float": [list(one) for one in sorted(self.kept_float)]}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        """Check and build. Raises `BundleError` where the data is not what `to_dict` gives."""
-        try:
-            convolutions = {name: _ranges(entry) for name, entry in data["convolutions"].items()}
-            images = dict(data["images"])
-            if not all(isinstance(value, str) for value in (data["algorithm"], *images.values())):
-                raise TypeError("the algorithm and the images' digests must be text")
-            kept = frozenset(ConvUse(name, use) for name, use in data["kept_float"])
-            calibration = cls(data["algorithm"], images, convolutions, kept)
-            if unknown := kept.difference(calibration.uses):
-                raise ValueError(f"kept_float names {list(min(unknown))}, which has no ranges")
-            return calibration
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"calibration.json cannot be read: {error}", "Quantise the bundle again.") from error
-
-
-def _ranges(entry: Mapping[str, Any]) -> ConvRanges:
-    outputs = tuple(OutputRange(**output) for output in entry["outputs"])
-    for output in outputs:
-        if _number(output.low) > _number(output.high):
-            raise ValueError(f"the range {output.low} to {output.high} is empty")
-    return ConvRanges(
-        tuple(_magnitude(value) for value in entry["inputs"]),
-        outputs,
-        tuple(_magnitude(value) for value in entry["weights"]),
-    )
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r:.40} is no finite number")
-    return value
-
-
-def _magnitude(value: Any) -> float:
-    if _number(value) < 0:
-        raise ValueError(f"{value} is negative")
-    return float(value)
+        """As JSON-ready data."""
+        return {**plain(self), "kept_float": [list(one) for one in sorted(self.kept_float)]}

@@ -1,8 +1,8 @@
 """Quantisation-aware fine-tuning: the weights learn to give, rounded to INT8, what the FP32 model gives.
 
 PaddleSlim inserts the rounding (`quant_aware`), with the thresholds that calibration found; the loop and the loss are
-ours, since no PaddleSlim loss knows a GFL's outputs. No labels: the FP32 model is the teacher. What comes out is an
-FP32 bundle with other weights, which is then calibrated like any other.
+ours, since no PaddleSlim loss knows a GFL's outputs. No labels: the FP32 model is the teacher. The result is an FP32
+bundle with other weights, which is then calibrated like any other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, write_bundle
-from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
+from gfldeploy.child_process import NO_LIMITS, PARENT, run_child, serve
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.method import MethodOptions, Refined
@@ -67,7 +67,7 @@ def refine(source: Bundle, images: Sequence[Path], start: Calibration, output: P
         environment=old_program_environment(options.threads),
         subject="the distillation",
         remedy=_REMEDY,
-        progress=options.report,
+        progress=options.progress,
     )["losses"]
     with np.load(work / "parameters.npz") as file:
         parameters = dict(file)
@@ -120,7 +120,7 @@ def _distill(request: dict[str, Any]) -> dict[str, list[float]]:
         losses.append(student.step(batch, *targets))
         if not np.isfinite(losses[-1]):
             raise EngineError(f"the loss is not finite after {len(losses)} steps", _REMEDY)
-        report_progress(len(losses), steps)
+        PARENT.step("distilling", len(losses), steps)
     np.savez(Path(request["output"]) / "parameters.npz", allow_pickle=False, **student.weights())
     return {"losses": losses}
 
@@ -284,14 +284,6 @@ def _every_cell(block: Any, bundle: Bundle) -> tuple[str, str]:
     Of all cells, whichever are candidates: student and teacher would choose others. Raises `EngineError` if the program
     has none.
     """
-    from paddle.base import unique_name
-
-    def add(kind: str, source: str, attributes: Mapping[str, Any]) -> str:
-        made = {name: block.create_var(name=unique_name.generate("distill"), dtype="float32") for name in _RESHAPED}
-        outputs = {name: [value] for name, value in made.items()}
-        block.append_op(type=kind, inputs={"X": [block.var(source)]}, outputs=outputs, attrs=dict(attributes))
-        return str(made["Out"].name)
-
     manifest = bundle.manifest
     bins = manifest.reg_max + 1
     makers = {name: op for op in block.ops for name in op.output_arg_names}
@@ -306,8 +298,9 @@ def _every_cell(block: Any, bundle: Bundle) -> tuple[str, str]:
             raise EngineError(
                 f"the program has no {kind} over {channels} channels to distil at", "Export the bundle again."
             )
-        found.append(add("transpose2", name, {"axis": [0, 2, 1]}))
-    return found[0], add("reshape2", found[1], {"shape": [0, -1, 4, bins]})
+        found.append(_append(block, "transpose2", {"X": block.var(name)}, {"axis": [0, 2, 1]}, _RESHAPED).name)
+    sides = _append(block, "reshape2", {"X": block.var(found[1])}, {"shape": [0, -1, 4, bins]}, _RESHAPED)
+    return found[0], sides.name
 
 
 def _complete(block: Any) -> None:
@@ -320,48 +313,49 @@ def _complete(block: Any) -> None:
             op.desc.set_output("XShape", [shape.name])
 
 
-def _add_loss(block: Any, logits: str, sides: str) -> Any:
-    """The scalar to minimise. Operator by operator: Paddle 3.2's functions no longer write old programs."""
-    import paddle
+def _append(
+    block: Any, kind: str, inputs: Mapping[str, Any], attributes: Mapping[str, Any], outputs: Sequence[str] = ("Out",)
+) -> Any:
+    """Append an operator; returns the first of its `outputs`. Paddle 3.2's functions no longer write old programs."""
     from paddle.base import unique_name
 
-    def add(kind: str, out: str, inputs: Mapping[str, Any], attributes: Mapping[str, Any], *others: str) -> Any:
-        made = {
-            name: block.create_var(name=unique_name.generate(f"distill_{kind}"), dtype="float32")
-            for name in (out, *others)
-        }
-        block.append_op(
-            type=kind,
-            inputs={name: [value] for name, value in inputs.items()},
-            outputs={name: [value] for name, value in made.items()},
-            attrs=dict(attributes),
-        )
-        return made[out]
+    made = [block.create_var(name=unique_name.generate(f"distill_{kind}"), dtype="float32") for _ in outputs]
+    block.append_op(
+        type=kind,
+        inputs={name: [value] for name, value in inputs.items()},
+        outputs={name: [value] for name, value in zip(outputs, made, strict=True)},
+        attrs=dict(attributes),
+    )
+    return made[0]
 
-    def weighted_sum(value: Any, weight: Any) -> Any:
-        product = add("elementwise_mul", "Out", {"X": value, "Y": weight}, {"axis": -1})
-        return add("reduce_sum", "Out", {"X": product}, {"reduce_all": True, "dim": [0], "keep_dim": False})
+
+def _add_loss(block: Any, logits: str, sides: str) -> Any:
+    """The scalar to minimise."""
+    import paddle
 
     classes, bins = block.var(logits).shape[-1], block.var(sides).shape[-1]
     data = paddle.static.data
-    score_loss = add(
+    score_loss = _append(
+        block,
         "sigmoid_cross_entropy_with_logits",
-        "Out",
         {"X": block.var(logits), "Label": data("distill_scores", [-1, -1, classes], "float32")},
         {"normalize": False, "ignore_index": -100},
     )
-    side_loss = add(
+    side_loss = _append(
+        block,
         "softmax_with_cross_entropy",
-        "Loss",
         {"Logits": block.var(sides), "Label": data("distill_sides", [-1, -1, 4, bins], "float32")},
         {"soft_label": True, "axis": -1, "numeric_stable_mode": True, "use_softmax": True, "ignore_index": -100},
-        "Softmax",
+        ("Loss", "Softmax"),
     )
-    parts = [
-        weighted_sum(score_loss, data("distill_score_weight", [-1, -1, classes], "float32")),
-        weighted_sum(side_loss, data("distill_side_weight", [-1, -1, 4, 1], "float32")),
-    ]
-    return add("elementwise_add", "Out", {"X": parts[0], "Y": parts[1]}, {"axis": -1})
+    sums = []
+    for loss, weight in (
+        (score_loss, data("distill_score_weight", [-1, -1, classes], "float32")),
+        (side_loss, data("distill_side_weight", [-1, -1, 4, 1], "float32")),
+    ):
+        product = _append(block, "elementwise_mul", {"X": loss, "Y": weight}, {"axis": -1})
+        sums.append(_append(block, "reduce_sum", {"X": product}, {"reduce_all": True, "dim": [0], "keep_dim": False}))
+    return _append(block, "elementwise_add", {"X": sums[0], "Y": sums[1]}, {"axis": -1})
 
 
 def _non_negative(name: str, makers: Mapping[str, Any]) -> bool:

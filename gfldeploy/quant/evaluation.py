@@ -1,4 +1,4 @@
-"""INT8 bundles under evaluation: written, measured against FP32, mended where the gate does not hold, and timed."""
+"""INT8 bundles before they are published: written, measured against FP32, mended if the gate fails, and timed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ROWS_SHOWN = 10
 
 @dataclass(frozen=True)
 class EvaluatedBundle:
-    """One INT8 bundle, not published yet: what it was made from, what is `kept` in float, what was measured of it."""
+    """One INT8 bundle that is not published yet: its source, the uses `kept` in float, and the measurements."""
 
     quantized: Quantized
     kept: frozenset[ConvUse]
@@ -37,10 +37,10 @@ class EvaluatedBundle:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is published: `groups` went back to float for it.
+    """The bundle to publish, and the `groups` that went back to float for it.
 
-    `ranked`: the sensitivity of all groups, empty if it was not measured. `steps`: what was tried to hold the gate, the
-    failure that began it first; empty if it held at once.
+    `ranked`: the sensitivity of all groups, empty if it was not measured. `steps`: the first failure and then every
+    attempt to pass the gate; empty if it passed at once.
     """
 
     evaluated: EvaluatedBundle
@@ -51,9 +51,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Where INT8 bundles are made and measured against `source`, whatever method quantised them.
+    """Writes INT8 bundles of any method and measures them against `source`.
 
-    `scratch`: a directory for all that is tried. `limits`: what a bundle may lose and be published.
+    `scratch`: a directory for all attempts. `limits`: what a bundle may lose and still be published.
     """
 
     source: Bundle
@@ -69,9 +69,9 @@ class Evaluator:
         return EvaluatedBundle(quantized, kept, bundle, self.fp32_reference.measure(bundle, label, self.progress))
 
     def settle(self, evaluated: EvaluatedBundle, fallback: bool, sensitivity: bool) -> Evaluation:
-        """The bundle if the gate lets it pass, else, with `fallback`, one with more in float that does.
+        """The bundle if it passes the gate, otherwise, with `fallback`, one with more in float that does.
 
-        `sensitivity`: rank the groups even if it passes. Raises why it does not: `EngineError`, `ParityError`.
+        `sensitivity`: rank the groups even if it passes. Raises the reason why it fails: `EngineError`, `ParityError`.
         """
         problem = self._problem(evaluated)
         ranked: tuple[Sensitivity, ...] = ()

@@ -1,6 +1,6 @@
-"""Which groups go back to float so that the accuracy gate holds: as few as do, from the most sensitive down.
+"""Which groups go back to float so that the accuracy gate holds: the fewest, starting with the most sensitive.
 
-Decisions only: the caller writes and measures what is tried.
+Decisions only: the caller writes and measures the candidates.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MOST_FLOAT_MACS = 0.5
 
 @dataclass(frozen=True)
 class FallbackStep:
-    """One try: the `groups` that were put back to float, what was then measured by engine, and why that does not do.
+    """One attempt: the `groups` that were put back to float, and what each engine then measured.
 
-    `problem`: None if the gate holds. `engines` is empty if nothing could be measured.
+    `problem`: why the gate still fails, None if it holds. `engines` is empty if nothing could be measured.
     """
 
     groups: tuple[Sensitivity, ...]
@@ -36,7 +36,7 @@ class FallbackStep:
         return sum(group.macs_share for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready data: of the engines the worst."""
+        """As JSON-ready data, with the worst of the engines."""
         accuracies = [one.accuracy.ap for one in self.engines.values() if one.accuracy]
         found = [one.agreement.detections_found for one in self.engines.values()]
         return {
@@ -51,7 +51,7 @@ class FallbackStep:
 
 
 def affordable(ranked: Sequence[Sensitivity], spent: float = 0.0) -> tuple[Sensitivity, ...]:
-    """The groups that may go back to float together, in their order: a group with which too much would be is left out.
+    """The groups that may go back to float together, in order; a group that would exceed the limit is left out.
 
     `spent`: the share of the multiply-accumulates that is in float already.
     """
@@ -64,10 +64,10 @@ def affordable(ranked: Sequence[Sensitivity], spent: float = 0.0) -> tuple[Sensi
 
 
 def fewest(most: int, holds: Callable[[int], bool]) -> int | None:
-    """The least number from 1 to `most` that holds, or None: tries 1, 2, 4, ... and `most`, then bisects back.
+    """The smallest number from 1 to `most` that holds, or None: tries 1, 2, 4, ... and `most`, then bisects.
 
-    Exact where holding a number means holding every larger one; otherwise one that holds, with one below that does not.
-    No number is tried twice.
+    This assumes that every number above one that holds also holds; where that is wrong, the result holds and the number
+    below it does not. No number is tried twice.
     """
     if most < 1:
         return None
@@ -88,7 +88,7 @@ def fewest(most: int, holds: Callable[[int], bool]) -> int | None:
 def fall_back(
     groups: Sequence[Sensitivity], attempt: Callable[[tuple[Sensitivity, ...]], FallbackStep]
 ) -> tuple[tuple[FallbackStep, ...], FallbackStep | None]:
-    """Every step in the order tried, and the one with the fewest of `groups` (see `affordable`) that holds, or None."""
+    """Every step that was tried, and the one with the fewest of `groups` (see `affordable`) that holds, or None."""
     steps: dict[int, FallbackStep] = {}
 
     def holds(count: int) -> bool:

@@ -1,4 +1,4 @@
-"""Whether what was measured of an INT8 model is good enough to publish, and which of several is the best.
+"""Is an INT8 model good enough to publish, by what was measured of it, and which of several is the best?
 
 Decisions only: `measurement.py` runs the engines.
 """
@@ -41,9 +41,9 @@ _REMEDY = "Try another --algo (auto tries several), more --samples, or calibrati
 class GateLimits:
     """What INT8 may lose and still be published.
 
-    Where there are labels, `max_drop` counts: in mAP, absolute, in any engine.
-    Where there are none, `min_agreement`: the least share of the FP32 detections that every engine finds again.
-    0 asks for nothing, not even that FP32 detects something to compare with.
+    `max_drop`: with labels, the mAP that any engine may lose, absolute.
+    `min_agreement`: without labels, the smallest share of the FP32 detections that every engine must find again. With 0
+    nothing is required, not even that FP32 detects something to compare with.
     """
 
     max_drop: float = DEFAULT_MAX_DROP
@@ -68,7 +68,7 @@ class Int8Measurement:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one algorithm came to: what was measured, by engine, or why it failed."""
+    """The result of one algorithm: what was measured, by engine, or why it failed."""
 
     algorithm: str
     engines: Mapping[str, Int8Measurement]
@@ -94,7 +94,7 @@ class Candidate:
 def failure(
     engines: Mapping[str, Int8Measurement], fp32: Accuracy | None, limits: GateLimits, kept: int = 0
 ) -> GfldeployError | None:
-    """The first reason not to publish, for the engine in which it is worst; None if there is none.
+    """The first reason not to publish, of the engine where it is worst, or None.
 
     `EngineError`: too little ran in INT8; `ParityError`: too much was lost.
     `fp32`: the accuracy of the FP32 model on the same images, if there are labels. Then mAP decides, and the agreement
@@ -106,7 +106,7 @@ def failure(
 
 
 def unjudgeable(detections: int, fp32: Accuracy | None, limits: GateLimits) -> GfldeployError | None:
-    """Why FP32 alone shows, before any calibration, that the images cannot tell a good INT8 from a bad one, or None.
+    """Why the images cannot tell a good INT8 model from a bad one, as FP32 shows before any calibration, or None.
 
     `detections`: how many FP32 has on the calibration images that will be compared. `fp32`: as in `failure`.
     """
@@ -127,7 +127,7 @@ def unjudgeable(detections: int, fp32: Accuracy | None, limits: GateLimits) -> G
 
 
 def best(candidates: Sequence[Candidate], fp32: Accuracy | None, limits: GateLimits, kept: int = 0) -> Candidate:
-    """The candidate whose worse engine is the best: one that may be published before one that may not.
+    """The candidate whose worst engine is best; one that may be published is preferred to one that may not.
 
     By mAP if there are labels, else by the share of detections found again, then by the mean score difference. Of
     equals the first. `kept`: as in `failure`. Raises the first error if every candidate has one.

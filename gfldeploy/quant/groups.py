@@ -1,4 +1,4 @@
-"""The parts of a detector that a person names: convolutions grouped by the paths of their layers."""
+"""Convolutions grouped by the paths of their layers, into parts of a detector that people can name."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Runs FP32 once and every INT8 candidate after it on the same images, in the engines that deploy it."""
+"""Runs FP32 once, and then every INT8 candidate, on the same images in the engines that will deploy it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,32 +29,27 @@ def int8_engines() -> tuple[str, ...]:
     return tuple(name for name in JUDGES if capability(name, "int8", "cpu").works)
 
 
+@dataclass(frozen=True)
 class Fp32Reference:
-    """What FP32 in ONNX Runtime gives, and how far an INT8 bundle is from it.
+    """The outputs of FP32 in ONNX Runtime, to measure INT8 bundles against.
 
     `images`: names of the images that are compared; `batches` [1, 3, H, W] and `references`: each of them as the
-    network's input, and what FP32 gives for it. `detections`: how many FP32 has there. `accuracy`: of FP32 on the
-    evaluation images, or None if there are none.
+    network's input, and what FP32 gives for it. `dataset`: the evaluation images, and `accuracy` of FP32 on them; None
+    if there are none.
     """
 
-    def __init__(
-        self,
-        source: Bundle,
-        images: Sequence[str],
-        batches: Sequence[NDArray[np.float32]],
-        references: Sequence[Reference],
-        dataset: CocoDataset | None,
-        accuracy: Accuracy | None,
-        threads: int,
-    ) -> None:
-        self.detections = sum(reference.confident for reference in references)
-        self.accuracy = accuracy
-        self.images = images
-        self.batches = batches
-        self.references = references
-        self._source = source
-        self._dataset = dataset
-        self._threads = threads
+    source: Bundle
+    images: Sequence[str]
+    batches: Sequence[NDArray[np.float32]]
+    references: Sequence[Reference]
+    dataset: CocoDataset | None
+    accuracy: Accuracy | None
+    threads: int
+
+    @property
+    def detections(self) -> int:
+        """How many FP32 has on the images that are compared."""
+        return sum(reference.confident for reference in self.references)
 
     @classmethod
     def of(
@@ -82,7 +77,7 @@ class Fp32Reference:
 
         Raises `EngineError`, and `ParityError` for NaN.
         """
-        options = EngineOptions("int8", "cpu", self._threads)
+        options = EngineOptions("int8", "cpu", self.threads)
         found = {}
         for name in int8_engines():
             with open_engine(name, bundle, options) as engine:
@@ -96,10 +91,10 @@ class Fp32Reference:
 
     def _measured(self, engine: Engine, name: str, label: str, progress: Progress) -> Int8Measurement:
         outputs = (engine.infer({"image": batch}) for batch in self.batches)
-        agreed = agreement(self.references, outputs, self._source.manifest.nms)
+        agreed = agreement(self.references, outputs, self.source.manifest.nms)
         accuracy = None
-        if self._dataset is not None:
-            accuracy = _accuracy(engine, self._source, self._dataset, f"mAP of {label} in {name}", progress)
+        if self.dataset is not None:
+            accuracy = _accuracy(engine, self.source, self.dataset, f"mAP of {label} in {name}", progress)
         return Int8Measurement(agreed, accuracy)
 
 
@@ -130,5 +125,6 @@ def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, 
         manifest.preprocess,
         manifest.nms,
         manifest.classes,
-        progress=lambda done, total: progress.step(label, done, total),
+        progress=progress,
+        label=label,
     )

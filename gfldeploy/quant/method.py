@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import UnsupportedError
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.calibration import Calibration
 
 __all__ = ["DEFAULT_STEPS", "Calibrate", "MethodOptions", "QuantMethod", "Refine", "Refined", "Thresholds"]
@@ -23,12 +24,12 @@ Thresholds = Mapping[str, Sequence[float]]
 class MethodOptions:
     """What the user asked for besides images: CPU `threads`, and the steps of a method that trains.
 
-    `report`: called with how much is done and how much there is to do.
+    `progress`: told how much is done.
     """
 
     threads: int = 1
     steps: int = DEFAULT_STEPS
-    report: Callable[[int, int], None] = field(default=lambda done, total: None, compare=False)
+    progress: Progress = field(default=SILENT, compare=False)
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,11 @@ class Refined:
     record: Mapping[str, Any]
 
 
-class Calibrate(Protocol):
-    """Finds thresholds for the FP32 bundle `source` on `images` with one of the method's algorithms.
-
-    Convolutions that it leaves out stay in float. Raises `EngineError`.
-    """
-
-    def __call__(
-        self, source: Bundle, images: Sequence[Path], algorithm: str, options: MethodOptions
-    ) -> Thresholds: ...
-
-
-class Refine(Protocol):
-    """Writes an FP32 bundle to `output` that loses less in INT8 than `source`, whose calibration is `start`."""
-
-    def __call__(
-        self, source: Bundle, images: Sequence[Path], start: Calibration, output: Path, options: MethodOptions
-    ) -> Refined: ...
+# (FP32 bundle, images, one of the method's algorithms, options) to thresholds. Convolutions that it leaves out stay in
+# float. Raises `EngineError`.
+Calibrate = Callable[[Bundle, Sequence[Path], str, MethodOptions], Thresholds]
+# (FP32 bundle, images, its calibration, output directory, options) to an FP32 bundle there that loses less in INT8.
+Refine = Callable[[Bundle, Sequence[Path], Calibration, Path, MethodOptions], Refined]
 
 
 @dataclass(frozen=True)

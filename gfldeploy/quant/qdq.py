@@ -81,7 +81,7 @@ class ActivationScale:
 
     @classmethod
     def from_range(cls, found: OutputRange) -> ActivationScale:
-        """From the least and greatest value; zero is always one of the integers."""
+        """From the smallest and largest value; zero is always represented exactly."""
         low, high = min(found.low, 0.0), max(found.high, 0.0)
         if high - low < _LEAST_RANGE:
             low, high = 0.0, 1.0
@@ -216,7 +216,7 @@ def _activation_scales(
 ) -> dict[str, ActivationScale]:
     """The scale of every tensor to quantise: convolution inputs, and outputs not yet covered.
 
-    What an INT8 convolution makes for a float one besides others follows its output range, which clips nothing.
+    An INT8 convolution's output that a float convolution also reads follows its output range, which clips nothing.
     """
     makers = {name: node for node in model.graph.node for name in node.output}
     scale_of = ActivationScale.symmetric if form.symmetric else ActivationScale.from_threshold
@@ -243,9 +243,9 @@ def _activation_scales(
 
 
 def _shortcuts(model: Any, made_in_int8: Collection[str]) -> set[str]:
-    """Where two INT8 convolutions' outputs are added, the one that comes first: it has to be kept until the other is.
+    """The first of two INT8 convolutions' outputs that are added: it is kept until the second is computed.
 
-    A shortcut without a convolution is some convolution's input, and quantised as that.
+    A shortcut without a convolution is the input of some convolution, and quantised as that.
     """
     order = {name: index for index, node in enumerate(model.graph.node) for name in node.output}
     return {

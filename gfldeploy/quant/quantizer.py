@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
@@ -222,50 +226,43 @@ def _asked(source: Bundle, patterns: Sequence[str]) -> frozenset[ConvUse]:
     return asked
 
 
+@dataclass
 class _Attempts:
     """What was calibrated in one run and measured, or why not."""
 
-    def __init__(
-        self,
-        method: QuantMethod,
-        images: Sequence[Path],
-        calibrated_on: dict[str, str],
-        evaluator: Evaluator,
-        asked: frozenset[ConvUse],
-        steps: int,
-    ) -> None:
-        self.evaluated: dict[str, EvaluatedBundle] = {}
-        self.candidates: list[Candidate] = []
-        self._method = method
-        self._images = images
-        self._calibrated_on = calibrated_on
-        self._evaluator = evaluator
-        self._asked = asked
-        self._steps = steps
+    method: QuantMethod
+    images: Sequence[Path]
+    calibrated_on: Mapping[str, str]
+    evaluator: Evaluator
+    asked: frozenset[ConvUse]
+    steps: int
+    evaluated: dict[str, EvaluatedBundle] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
 
     def best(self) -> Candidate:
         """Raises the first error if nothing could be measured."""
-        limits, fp32 = self._evaluator.limits, self._evaluator.fp32_reference.accuracy
-        return best(self.candidates, fp32, limits, len(self._asked))
+        limits, fp32 = self.evaluator.limits, self.evaluator.fp32_reference.accuracy
+        return best(self.candidates, fp32, limits, len(self.asked))
 
     def calibrate(self, weights: Bundle, algorithms: Sequence[str], suffix: str = "") -> None:
         """Calibrate the FP32 bundle `weights` with each algorithm, and measure the result."""
-        progress = self._evaluator.progress
+        progress = self.evaluator.progress
         progress.stage("observing the convolutions' outputs")
         onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
-        batches = (preprocess.batch([preprocess(read_image(path))]) for path in self._images)
-        outputs = observe_outputs(
-            onnx_file,
-            batches,
-            self._evaluator.threads,
-            lambda done: progress.step("observing", done, len(self._images)),
-        )
+
+        def batches() -> Iterator[NDArray[np.float32]]:
+            for done, path in enumerate(self.images):
+                progress.step("observing", done, len(self.images))
+                yield preprocess.batch([preprocess(read_image(path))])
+
+        outputs = observe_outputs(onnx_file, batches(), self.evaluator.threads)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                thresholds = self._method.calibrate(weights, self._images, algorithm, self._options(label))
+                options = MethodOptions(self.evaluator.threads, self.steps, progress)
+                thresholds = self.method.calibrate(weights, self.images, algorithm, options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -274,9 +271,9 @@ class _Attempts:
                 ranges = {
                     name: ConvRanges(tuple(inputs), outputs[name], largest[name]) for name, inputs in thresholds.items()
                 }
-                quantized = Quantized(weights, Calibration(algorithm, self._calibrated_on, ranges))
+                quantized = Quantized(weights, Calibration(algorithm, self.calibrated_on, ranges))
                 progress.stage(f"comparing {label} with FP32 in {', '.join(int8_engines())}, and its TensorRT file")
-                self.evaluated[label] = self._evaluator.evaluate(quantized, self._asked, label)
+                self.evaluated[label] = self.evaluator.evaluate(quantized, self.asked, label)
                 self.candidates.append(Candidate(label, self.evaluated[label].engines))
             except (EngineError, ParityError) as error:
                 progress.stage(f"{label} failed: {error.problem}")
@@ -284,18 +281,12 @@ class _Attempts:
 
     def refine(self) -> Refined:
         """Change the weights, starting from the best calibration, and calibrate them with the same algorithm."""
-        assert self._method.refine is not None
+        assert self.method.refine is not None
         chosen = self.best().algorithm
         start = self.evaluated[chosen].quantized
-        self._evaluator.progress.stage(f"{self._method.name}: {self._steps} steps from {chosen}")
-        output = self._evaluator.scratch / self._method.name
-        options = self._options(self._method.name)
-        refined = self._method.refine(start.source, self._images, start.calibration, output, options)
+        self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
+        output = self.evaluator.scratch / self.method.name
+        options = MethodOptions(self.evaluator.threads, self.steps, self.evaluator.progress)
+        refined = self.method.refine(start.source, self.images, start.calibration, output, options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
-
-    def _options(self, label: str) -> MethodOptions:
-        progress = self._evaluator.progress
-        return MethodOptions(
-            self._evaluator.threads, self._steps, lambda done, total: progress.step(label, done, total)
-        )

@@ -1,10 +1,10 @@
-"""What an INT8 bundle says of itself: its manifest and `parity.json`."""
+"""The manifest and `parity.json` of an INT8 bundle."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from gfldeploy import __version__
@@ -15,6 +15,7 @@ from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits
 from gfldeploy.quant.groups import groups
 from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.speed import Speed
+from gfldeploy.serialization import plain
 
 __all__ = ["algorithms_record", "int8_manifest", "parity_record"]
 
@@ -48,14 +49,14 @@ def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> 
 def parity_record(
     evaluation: Evaluation, fp32_reference: Fp32Reference, limits: GateLimits, speeds: Sequence[Speed]
 ) -> dict[str, Any]:
-    """What `parity.json` says of every INT8 bundle: what was measured of it, what stays in float and why, how fast."""
+    """`parity.json` of an INT8 bundle: the measurements, the layers in float with the reason, and the speed."""
     evaluated, fp32 = evaluation.evaluated, fp32_reference.accuracy
     data: dict[str, Any] = {
         "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
         "images": list(fp32_reference.images),
-        "limits": asdict(limits),
+        "limits": plain(limits),
         "engines": {
-            name: one.agreement.to_dict() | ({"note": _NOTES[name]} if name in _NOTES else {})
+            name: plain(one.agreement) | ({"note": _NOTES[name]} if name in _NOTES else {})
             for name, one in evaluated.engines.items()
         },
     }
@@ -78,7 +79,7 @@ def algorithms_record(candidates: Sequence[Candidate], chosen: Candidate) -> dic
 
 
 def _kept_float(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """By name and why: the layers that were asked for, then the groups that went back to float."""
+    """The layers that the user asked for, then the groups that went back to float, by name and with the reason."""
     quantized = evaluation.evaluated.quantized
     layers, uses = quantized.source.layers(), quantized.calibration.uses
     asked = evaluation.evaluated.kept.difference(*(group.uses for group in evaluation.groups))
@@ -94,7 +95,7 @@ def _kept_float(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _fallback(evaluation: Evaluation, speeds: Sequence[Speed]) -> dict[str, Any]:
-    """What failed first, what was tried then, and what it cost: an image's milliseconds before and after."""
+    """The first failure, the attempts after it, and the cost: milliseconds of an image before and after."""
     before, *steps = evaluation.steps
     return {
         "before": before.to_dict(),

@@ -1,4 +1,4 @@
-"""Which images calibration uses, and that none of them is one to evaluate on."""
+"""Chooses the calibration images and makes sure that none of them is an evaluation image."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def refuse_overlap(calibration: Mapping[str, str], evaluation: Mapping[str, str]
 
 
 def evaluation_record(annotations: Path | None, images: Mapping[str, str]) -> dict[str, Any]:
-    """What mAP was measured on, as JSON-ready data: the annotation file's digest, and one over the images' digests.
+    """The evaluation data as JSON-ready data: the digest of the annotation file, and one of all images.
 
-    `images`: as `digests` gives them; the one digest is SHA-256 over the sorted hex digests, a line each.
+    `images`: as `digests` gives them; their digest is SHA-256 over the sorted hex digests, one per line.
     """
     together = "".join(f"{digest}\n" for digest in sorted(images))
     return {

@@ -1,6 +1,6 @@
 """Which convolutions INT8 hurts most: how far the outputs move when one group alone is INT8 and the rest is FP32.
 
-Without labels, and defined for any weights: what is compared are the candidates that FP32 scores highest.
+Needs no labels and works with any weights: it compares the candidates that FP32 scores highest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CANDIDATES = 100
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What INT8 in one group of convolutions alone does to the outputs.
+    """How far the outputs move when one group of convolutions alone runs in INT8.
 
     `uses`: the convolutions of the group; `macs_share`: theirs of the network's multiply-accumulates, 0 to 1.
     `score_difference` and `box_difference`: as `output_difference` gives them.
@@ -61,7 +61,7 @@ class Sensitivity:
 
     @property
     def total(self) -> float:
-        """What groups are ranked by. Both summands are from 0 to 1, and mAP falls with either."""
+        """The rank of the group. Both summands are from 0 to 1, and mAP falls with either."""
         return self.score_difference + self.box_difference
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def measure_sensitivity(
 ) -> tuple[Sensitivity, ...]:
     """Rank the groups, the most sensitive first, in ONNX Runtime on the images that `fp32_reference` compares.
 
-    What `calibration` keeps in float stays there and belongs to no group any more. `scratch`: a directory for one ONNX
-    file at a time. Raises `EngineError`, `ParityError`.
+    What `calibration` keeps in float stays in float and counts in no group. `scratch`: a directory for one ONNX file at
+    a time. Raises `EngineError`, `ParityError`.
     """
     shares = macs_shares(source)
     found = []

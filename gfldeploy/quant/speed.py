@@ -1,6 +1,6 @@
-"""What INT8 is worth here: FP32 and INT8 of one engine interleaved in one process, on one image.
+"""How much faster INT8 is on this machine: FP32 and INT8 of one engine interleaved in one process, on one image.
 
-A hint with the accuracy, not a benchmark: `gfldeploy bench` measures properly, one process a cell.
+A hint beside the accuracy, not a benchmark: `gfldeploy bench` runs each cell in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import capability, open_engine
 
-__all__ = ["Speed", "by_turns", "measure_speed"]
+__all__ = ["Speed", "interleaved_medians", "measure_speed"]
 
 _WARMUP = 2
-_LEAST_ROUNDS = 5
-_LEAST_SECONDS = 2.0
+_MIN_ROUNDS = 5
+_MIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,12 @@ class Speed:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready data, without the engine."""
-        data: dict[str, Any] = {"fp32_ms": self.fp32_ms, "int8_ms": self.int8_ms, "ratio": self.ratio}
-        if self.all_int8_ms is not None:
-            data["all_int8_ms"] = self.all_int8_ms
-        if self.note and self.ratio < 1:
-            data["note"] = self.note
-        return data
+        data = {"fp32_ms": self.fp32_ms, "int8_ms": self.int8_ms, "ratio": self.ratio}
+        optional = {"all_int8_ms": self.all_int8_ms, "note": self.note if self.ratio < 1 else None}
+        return data | {name: value for name, value in optional.items() if value}
 
     def lines(self) -> list[str]:
-        """What to tell: a line, and one more for each thing that is not as one would wish."""
+        """One line, and another for everything that the user should know."""
         if self.ratio >= 1:
             told = [f"{self.engine}: INT8 runs {self.ratio:.1f} times as fast as FP32 on one calibration image"]
         else:
@@ -66,19 +63,14 @@ class Speed:
             told.append(f"note: {self.note or 'deploy FP32 in this engine on processors like this one'}")
         if self.all_int8_ms is not None:
             told.append(
-                f"{self.engine}: what is kept in float makes it {self.int8_ms:.1f} ms an image, instead of "
+                f"{self.engine}: the layers in float make it {self.int8_ms:.1f} ms an image, instead of "
                 f"{self.all_int8_ms:.1f} ms"
             )
         return told
 
 
 def measure_speed(
-    name: str,
-    fp32: Bundle,
-    int8: Bundle,
-    all_int8: Bundle | None,
-    batch: NDArray[np.float32],
-    threads: int,
+    name: str, fp32: Bundle, int8: Bundle, all_int8: Bundle | None, batch: NDArray[np.float32], threads: int
 ) -> Speed:
     """Time engine `name` on `batch` [1, 3, H, W]; takes seconds. Raises `EngineError`."""
     bundles = {"fp32": fp32, "int8": int8} | ({"all_int8": all_int8} if all_int8 else {})
@@ -89,19 +81,19 @@ def measure_speed(
             )
             for key, bundle in bundles.items()
         }
-        medians = by_turns(engines, batch)
+        medians = interleaved_medians(engines, batch)
     return Speed(name, medians["fp32"], medians["int8"], medians.get("all_int8"), capability(name, "int8", "cpu").note)
 
 
-def by_turns(
+def interleaved_medians(
     engines: Mapping[str, Engine],
     batch: NDArray[np.float32],
-    least_rounds: int = _LEAST_ROUNDS,
-    least_seconds: float = _LEAST_SECONDS,
+    min_rounds: int = _MIN_ROUNDS,
+    min_seconds: float = _MIN_SECONDS,
 ) -> dict[str, float]:
-    """Median milliseconds of each engine: one inference of each in turn, so that what else the machine does meets all.
+    """Median milliseconds of each engine, with one inference of each in every round: other load slows all alike.
 
-    Goes on until `least_rounds` rounds and `least_seconds` seconds are over, after two rounds of warm-up.
+    Stops after `min_rounds` rounds and `min_seconds` seconds; two inferences of each engine are warm-up.
     """
     for engine in engines.values():
         for _ in range(_WARMUP):
@@ -109,7 +101,7 @@ def by_turns(
     times: dict[str, list[float]] = {key: [] for key in engines}
     start = time.perf_counter()
     rounds = 0
-    while rounds < least_rounds or time.perf_counter() - start < least_seconds:
+    while rounds < min_rounds or time.perf_counter() - start < min_seconds:
         for key, engine in engines.items():
             before = time.perf_counter_ns()
             engine.infer({"image": batch})

@@ -7,7 +7,7 @@ ONNX parser, `docs/operators.md` of the onnx-tensorrt project.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,20 @@ def check_tensorrt(model: Any) -> list[str]:
 
     An empty list says that no rule known here is broken, not that an engine was built.
     """
-    return [
-        *_check_model(model),
-        *(problem for node in model.graph.node for problem in _QdqNode(model, node).problems()),
-    ]
+    from onnx import numpy_helper
+
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    problems = list(_model_problems(model, constants))
+    for node in model.graph.node:
+        problems += _QdqNode(node, constants, makers).problems()
+    return problems
 
 
-def _check_model(model: Any) -> Iterator[str]:
+def _model_problems(model: Any, constants: Mapping[str, Any]) -> Iterator[str]:
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version not in _OPSETS:
             yield f"opset {opset.version} is outside {_OPSETS[0]} to {_OPSETS[-1]}"
-    constants = {tensor.name for tensor in model.graph.initializer}
     for value in model.graph.input:
         if value.name in constants:
             continue
@@ -104,10 +107,11 @@ def _check_model(model: Any) -> Iterator[str]:
 class _QdqNode:
     """One node and what it reads."""
 
-    def __init__(self, model: Any, node: Any) -> None:
+    def __init__(self, node: Any, constants: Mapping[str, NDArray[Any]], makers: Mapping[str, Any]) -> None:
         self.node = node
         self.name = f"{node.op_type} {node.name or node.output[0]}"
-        self.graph = model.graph
+        self.inputs = [constants.get(name) for name in node.input] + [None] * 3  # None: absent or computed
+        self.makers = [makers.get(name) for name in node.input]
 
     def problems(self) -> Iterator[str]:
         kind = self.node.op_type
@@ -129,12 +133,12 @@ class _QdqNode:
             yield from self._resize()
         elif kind == "TopK":
             yield from self._topk()
-        elif kind in ("Squeeze", "Unsqueeze") and len(self.node.input) > 1 and self._constant(1) is None:
+        elif kind in ("Squeeze", "Unsqueeze") and len(self.node.input) > 1 and self.inputs[1] is None:
             yield f"{self.name} needs constant axes"
 
     def _quantization(self) -> Iterator[str]:
-        scale, zero = self._constant(1), self._constant(2)
-        source = self._constant(0) if self.node.op_type == "DequantizeLinear" else None
+        scale, zero = self.inputs[1], self.inputs[2]
+        source = self.inputs[0] if self.node.op_type == "DequantizeLinear" else None
         integer = next((value.dtype for value in (zero, source) if value is not None), np.dtype(np.uint8))
         if integer == np.int32:
             yield f"{self.name} dequantises int32: a bias has to be float"
@@ -159,13 +163,13 @@ class _QdqNode:
                 yield f"{self.name} has {scale.size} scales for {source.shape[0]} output channels"
 
     def _convolution(self) -> Iterator[str]:
-        data, weight = self._maker(0), self._maker(1)
+        data, weight = self.makers[0], self.makers[1]
         quantized = weight is not None and weight.op_type == "DequantizeLinear"
-        if not quantized and self._constant(1) is None:
+        if not quantized and self.inputs[1] is None:
             yield f"{self.name} has weights that are not constant"
         if quantized and (data is None or data.op_type != "DequantizeLinear"):
             yield f"{self.name} has quantised weights and a float input: it has no kernel for that"
-        if self._has(2) and self._constant(2) is None:
+        if self._has(2) and self.inputs[2] is None:
             yield f"{self.name} has a bias that is not constant"
 
     def _resize(self) -> Iterator[str]:
@@ -177,7 +181,7 @@ class _QdqNode:
     def _topk(self) -> Iterator[str]:
         if self._attribute("sorted", 1) != 1:
             yield f"{self.name} must sort"
-        count = self._constant(1)
+        count = self.inputs[1]
         if count is None:
             yield f"{self.name} has a number to choose that is not constant"
         elif count.max() > MOST_CANDIDATES:
@@ -191,17 +195,3 @@ class _QdqNode:
 
         found = (helper.get_attribute_value(one) for one in self.node.attribute if one.name == name)
         return next(found, default)
-
-    def _maker(self, index: int) -> Any:
-        """The node that makes an input, or None."""
-        return next((node for node in self.graph.node if self.node.input[index] in node.output), None)
-
-    def _constant(self, index: int) -> NDArray[Any] | None:
-        """The value of an input, or None where it is absent or computed."""
-        from onnx import numpy_helper
-
-        if not self._has(index):
-            return None
-        name = self.node.input[index]
-        tensor = next((tensor for tensor in self.graph.initializer if tensor.name == name), None)
-        return None if tensor is None else numpy_helper.to_array(tensor)

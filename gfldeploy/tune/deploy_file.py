@@ -144,8 +144,11 @@ class Deploy(Versioned):
     machine: Machine
     data: DataDescription
 
-    def check(self, bundle: Bundle, machine: Machine) -> None:
-        """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware."""
+    def check(self, bundle: Bundle, machine: Machine) -> tuple[str, ...]:
+        """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware.
+
+        Returns what is installed in other versions than where it was tuned: the choice may hold, its figures need not.
+        """
         tuned = self.choice.cell.bundle
         if bundle.digest != tuned.digest:
             raise BundleError(
@@ -158,9 +161,6 @@ class Deploy(Versioned):
                 f"the choice was made on another machine: {'; '.join(map(str, differences))}",
                 "Run `gfldeploy tune` on this one.",
             )
-
-    def software_changes(self, machine: Machine) -> tuple[str, ...]:
-        """What is installed in other versions than where it was tuned: the choice may hold, its figures need not."""
         return tuple(map(str, software_differences(self.machine, machine)))
 
     def bundle_path(self, path: Path) -> Path:
@@ -183,6 +183,5 @@ def check_deploy(path: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
         DataError: The file cannot be read, or was made on another machine.
     """
     path = Path(path)
-    deploy, machine = Deploy.read(path), describe_machine()
-    deploy.check(Bundle.open(deploy.bundle_path(path) if bundle is None else Path(bundle)), machine)
-    return deploy.software_changes(machine)
+    deploy = Deploy.read(path)
+    return deploy.check(Bundle.open(Path(bundle or deploy.bundle_path(path))), describe_machine())

@@ -37,23 +37,15 @@ class Knee:
 
 
 def find_knee(measured: Mapping[int, Measured]) -> Knee:
-    """The knee of one engine, precision, number of threads and order, by batch size.
+    """The knee of one engine, precision, number of threads and order, by batch size. Raises `ValueError` without any.
 
-    "Faster beyond the noise": the interval of the ratio of throughputs (`measured.speed_ratio`) lies above 1. Raises
-    `ValueError` without any.
+    "Faster beyond the noise": the interval of the ratio of throughputs (`measured.speed_ratio`) lies above 1.
     """
     sizes = sorted(measured)
-    if not sizes:
-        raise ValueError("there must be at least one batch size")
-    knee = next(
-        size
-        for number, size in enumerate(sizes)
-        if not any(_faster(measured[size], measured[larger]) for larger in sizes[number + 1 :])
-    )
+
+    def is_faster(size: int, than: int) -> bool:
+        return (speed_ratio(measured[than], measured[size]).low or 0) > 1
+
+    knee = min(size for size in sizes if not any(is_faster(larger, size) for larger in sizes if larger > size))
     curve = tuple(CurvePoint(size, measured[size].images_per_s) for size in sizes)
     return Knee(knee, curve, knee == sizes[-1])
-
-
-def _faster(base: Measured, other: Measured) -> bool:
-    low = speed_ratio(base, other).low
-    return low is not None and low > 1

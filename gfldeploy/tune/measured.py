@@ -6,18 +6,10 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 
-from gfldeploy.bench.estimates import (
-    Estimate,
-    lower_limit,
-    median,
-    percentile,
-    ratio_of_medians,
-    samples_for,
-    supports,
-)
+from gfldeploy.bench.estimates import Estimate, lower_limit, percentile, ratio_of_medians, samples_for, supports
 from gfldeploy.bench.results import CellResult, Run
 
-__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "measurable", "speed", "speed_ratio"]
+__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "speed_ratio"]
 
 # Assumed: by how much of itself the throughput of one short run differs from that of another run of the same cell.
 NOISE = 0.05
@@ -74,21 +66,16 @@ class Measured:
         return statistics.median(value for run in self.passes for value in run)
 
     @classmethod
-    def of(cls, result: CellResult) -> Measured:
-        """Of a cell that was measured from file to boxes (`measurable`). Raises `ValueError` for another."""
-        if not measurable(result):
-            raise ValueError("the cell was not measured from file to boxes")
+    def of(cls, result: CellResult) -> Measured | None:
+        """None for a cell that was not measured from file to boxes, or in no time at all."""
+        if result.status != "ok" or min(result.file_ms, default=0.0) <= 0:
+            return None
         return cls(
             passes=tuple(_passes(run, result.cell.batch_size) for run in result.runs),
             median_ms=statistics.median(result.file_ms),
             tail=Tail.of(result.file_ms),
             memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in result.runs),
         )
-
-
-def measurable(result: CellResult) -> bool:
-    """Whether a cell has what `Measured` is made of: times from file to boxes, none of them 0."""
-    return result.status == "ok" and min(result.file_ms, default=0.0) > 0
 
 
 def speed_ratio(base: Measured, other: Measured) -> Estimate:
@@ -101,11 +88,6 @@ def speed_ratio(base: Measured, other: Measured) -> Estimate:
     if ratio.low is None or min(len(base.passes), len(other.passes)) == 1:
         low, high = low / (1 + NOISE), high * (1 + NOISE)
     return Estimate(ratio.value, low, high, ratio.n)
-
-
-def speed(measured: Measured) -> Estimate:
-    """Images a second with the interval of the median of the passes: none below 6 of them."""
-    return median([value for run in measured.passes for value in run])
 
 
 def _passes(run: Run, batch_size: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Which cells to measure next, given what is known: decisions alone, nothing is measured here.
+"""Which cells to measure, in which order: decisions alone, what measures is given.
 
 Assumed of throughput and latency, and wrong where a machine behaves otherwise:
 
@@ -12,7 +12,7 @@ Assumed of throughput and latency, and wrong where a machine behaves otherwise:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -125,13 +125,15 @@ class Search:
 
     `known`: the latest measurement of each cell, None where it failed. `drops`: mAP that models were found to lose.
     Decisions depend on nothing else, so that an interrupted search resumes where it was, and one with results of
-    earlier benchmarks starts from them. A batch of one image has the order "listed".
+    earlier benchmarks starts from them. `finished`: in the end, the cells measured at length that keep all bounds, the
+    choice first. A batch of one image has the order "listed".
     """
 
     cells: tuple[Cell, ...]
     bounds: Bounds
     known: dict[Cell, Measured | None] = field(default_factory=dict)
     drops: dict[Model, float] = field(default_factory=dict)
+    finished: dict[Cell, Measured] = field(default_factory=dict)
 
     @cached_property
     def by_model(self) -> Mapping[Model, Sequence[Cell]]:
@@ -159,6 +161,55 @@ class Search:
         order = order or ("bucketed" if any(cell.order == "bucketed" for cell in cells) else "listed")
         chosen = [cell for cell in cells if cell.threads == threads and (cell.order == order or cell.batch_size == 1)]
         return sorted(chosen, key=lambda cell: cell.batch_size)
+
+    def run(
+        self,
+        look: Callable[[Step], Mapping[Cell, Measured | None]],
+        finish: Callable[[Sequence[Cell]], Mapping[Cell, Measured | None]],
+        drop: Callable[[Model], float | None],
+        out_of_time: Callable[[], bool] = lambda: False,
+        exhaustive: bool = False,
+    ) -> bool:
+        """Find the fastest cell that keeps the bounds, the first of `finished`; returns False if it was cut short.
+
+        `look` measures briefly, `finish` at length and interleaved. `drop`: the mAP that a model loses, None where it
+        is not measured; asked of one model after the other, for the one that leads at the finish, so that a loser's
+        accuracy is never measured. Once a model is refused, the cells that were given up because of it are searched
+        again. `out_of_time`: asked before each step; the finish is run in any case. `exhaustive`: every cell is
+        measured at length instead.
+        """
+        done: dict[Cell, Measured | None] = {}
+        complete = True
+        if exhaustive:
+            done |= {cell: self.known[cell] for cell in self.cells if cell in self.known}
+            done |= finish([cell for cell in self.cells if cell not in done])
+            self.known |= done
+        while True:
+            step = None if exhaustive else self.next_step()
+            if step and out_of_time() and any(self.known.values()):
+                complete, step = False, None
+            if step:
+                self.known |= look(step)
+                continue
+            wanted = self.finalists(done)
+            if any(cell not in done for cell in wanted):
+                done |= finish(wanted)
+                self.known |= done
+                continue
+            kept = {
+                cell: found
+                for cell, found in done.items()
+                if found and self.bounds.keeps(found) and not self.refused(model_of(cell))
+            }
+            ranking = choose(kept)
+            if ranking:
+                model = model_of(ranking[0])
+                if model not in self.drops and (lost := drop(model)) is not None:
+                    self.drops[model] = lost
+                if self.refused(model):
+                    continue
+            self.finished = {cell: kept[cell] for cell in ranking}
+            return complete
 
     def next_step(self) -> Step | None:
         """What to measure next, None when nothing is left that could be the best."""

@@ -13,12 +13,13 @@ from pathlib import Path
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.buckets import STREAM_ORDERS, Order
 from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
-from gfldeploy.bench.estimates import percentile
+from gfldeploy.bench.estimates import median, percentile
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import plan
-from gfldeploy.bench.results import BenchResults, CellResult, Settings, defined_ap
+from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
+from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
@@ -33,8 +34,7 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
-from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable, speed
-from gfldeploy.tune.race import race
+from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured
 from gfldeploy.tune.reuse import reuse
 from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
 from gfldeploy.tune.summary import miss_in_words, summarize
@@ -78,49 +78,49 @@ def tune_bundles(
 ) -> Deploy:
     """Find the fastest engine, precision, batch size, threads and order of images that keep the bounds.
 
-    The fastest has most images a second from file to boxes, one batch after the other. Every process's answer is kept
-    in a folder beside the output until that is written: interrupted or killed, the same call resumes where it stopped.
+    The fastest has the highest throughput from file to boxes, one batch after the other. Interrupted or killed, the
+    same call resumes where it stopped.
 
     Args:
-        bundles: The bundles to choose from; give the FP32 and the INT8 bundle of a detector together.
-        data: A COCO annotation file.
-        images: The folder its file names start from; None is `images/` beside it, else its own folder.
+        bundles: The directories of the bundles to choose from: the FP32 and the INT8 bundle of a detector.
+        data: COCO annotations (.json).
+        images: The folder in which their file names start; by default `images/` beside them, else their folder.
         max_latency_ms: Bound of the 99th percentile of a batch's latency, from file to boxes.
-        max_memory_mb: Bound of the peak resident memory, the prepared images left out, in 10^6 bytes.
+        max_memory_mb: Bound of the peak resident memory without the images, in 10^6 bytes.
         max_drop: Bound of the mAP lost against the first FP32 bundle, 0 to 1.
         engines: The engines to choose from.
         precisions: The precisions to choose from.
         batch_sizes: The batch sizes to choose from.
-        threads: The numbers of CPU threads of one inference to choose from; None is 1, doubled up to all.
-        orders: How batches may be formed: of images as they are listed, or of images of one size.
-        device: Where the engines run.
-        results: Files of `gfldeploy bench` of this machine and data, whose cells are not measured again.
-        rounds: Interleaved rounds in which the finalists are measured at length.
-        min_seconds: Seconds that each cell is timed at least in each round; with `max_latency_ms` up to five times as
-            many, until the 99th percentile is known.
-        min_count: Inferences that are timed at least.
-        look_seconds: Seconds of a first look at a cell.
-        limit: How many images are timed.
-        accuracy: Whether to measure the mAP of what is about to be chosen.
-        accuracy_limit: How many images the mAP is of; None is all.
-        budget_seconds: Seconds after which no more cells are looked at; the finish and mAP come on top.
+        threads: The numbers of CPU threads of one inference to choose from; by default 1, doubled up to all.
+        orders: How batches may be formed: of images as they are listed, or of images of one size ("bucketed").
+        device: "cpu" or "gpu".
+        results: Files of `gfldeploy bench` of this machine and data: their cells are not measured again briefly.
+        rounds: Each of the best cells is measured at length once in each round.
+        min_seconds: Time each of the best cells for at least this long in each round, and with `max_latency_ms` for up
+            to five times as long, until the 99th percentile is known.
+        min_count: Time at least this number of inferences.
+        look_seconds: Time each cell for at least this long when it is first looked at.
+        limit: The number of images used for timing, the first of the annotations.
+        accuracy: Measure the mAP of what is about to be chosen.
+        accuracy_limit: The number of images used for mAP; None for all.
+        budget_seconds: Look at no more cells after this long; the final measurements and mAP come on top.
         exhaustive: Measure every cell at length, and every mAP.
         cell_timeout: Seconds after which a cell has failed; for mAP, seconds without an image done.
-        engine_cache: Where engines keep what they have built.
-        output: The file to write; its paths are relative to its folder.
-        force: Whether to replace the output.
-        progress: Told what is done.
+        engine_cache: Where engines keep what they compiled.
+        output: The file to write; the bundles' paths in it are relative to it.
+        force: Replace the file if it exists and gfldeploy made it.
+        progress: Told of the configurations, and of each process as it starts.
 
     Returns:
-        What was written.
+        The choice with its evidence, as written to `output`.
 
     Raises:
+        UsageError: The options contradict each other.
         BoundsError: No configuration keeps the bounds; the nearest is named.
-        UsageError: `max_drop` was given without `accuracy`.
         EngineError: Nothing can run, or nothing could be measured.
-        BundleError: A bundle cannot be used.
+        BundleError: A bundle is damaged.
         DataError: The data cannot be used, or the results are not of this machine, software and data.
-        OutputError: The output exists, or cannot be written.
+        OutputError: The output exists already, or cannot be written.
     """
     if max_drop is not None and not accuracy:
         raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
@@ -162,17 +162,15 @@ def tune_bundles(
         look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
         session = _Session(search, known_bundles, engines, runner, look, settings, accuracy, progress)
         for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
-            session.add(cell, result, file.settings.quick)
+            search.known[cell] = session.add(cell, result, file.settings.quick)
         reused = len(search.known)
         for note in measured_on.notes:
             progress.note(note)
         known = f", {reused} of them known from --results" if reused else ""
         progress.stage(f"{len(search.cells)} configurations of {len(search.by_model)} models{known}")
         for line in planned.lines():
-            if line.startswith("  skip"):
-                progress.stage(line)
-        outcome = race(
-            search,
+            progress.stage(line)
+        complete = search.run(
             session.look_at,
             session.finish,
             session.drop,
@@ -183,28 +181,28 @@ def tune_bundles(
             for model in search.by_model:
                 if search.known.get(search.start(model)):
                     session.drop(model)
-        if outcome.choice is None:
+        if not search.finished:
             raise session.no_choice()
-        configurations = [session.configuration(cell, output) for cell in list(outcome.finished)[:2]]
+        choice, *others = [session.configuration(cell, output) for cell in list(search.finished)[:2]]
         deploy = Deploy(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             summary="",
-            choice=configurations[0],
-            runner_up=configurations[1] if len(configurations) > 1 else None,
+            choice=choice,
+            runner_up=others[0] if others else None,
             bounds=search.bounds,
-            knee=session.knee(outcome.choice),
+            knee=session.knee(choice.cell),
             search=SearchRecord(
                 cells=len(search.cells),
                 measured=len(search.known),
                 reused=reused,
                 seconds=round(time.monotonic() - start, 1),
                 exhaustive=exhaustive,
-                complete=outcome.complete,
+                complete=complete,
             ),
             machine=machine,
             data=measured_on.description,
         )
-        deploy = replace(deploy, summary=summarize(deploy, *list(outcome.finished.values())[:2]))
+        deploy = replace(deploy, summary=summarize(deploy, *list(search.finished.values())[:2]))
         check_file(output, "yml", force=force)  # somebody else may have been faster
         deploy.write(output)
     return deploy
@@ -218,12 +216,19 @@ def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]
     return cell.order in ([order for order in orders if order == "listed" or not alike] or ["listed"])
 
 
+def _accuracy_of(result: CellResult) -> Accuracy | str:
+    """What was measured, or why there is no mAP to compare with."""
+    if result.accuracy is None:
+        return result.reason or result.accuracy_reason or "unknown"
+    return result.accuracy if result.ap is not None else "it is undefined, as the images have no objects to find"
+
+
 @dataclass
 class _Session:
     """What measures, and what it has measured.
 
-    `results`: the latest of each cell; `quick`: those too brief for figures to be quoted. `accuracies`: None where one
-    could not be measured, for the reason in `why`.
+    `results`: the latest of each cell, and whether it was too brief for figures to be quoted. `accuracies`: of each
+    model, or why there is none.
     """
 
     search: Search
@@ -234,23 +239,19 @@ class _Session:
     settings: Settings
     accuracy: bool
     progress: Progress
-    results: dict[Cell, CellResult] = field(default_factory=dict)
-    quick: set[Cell] = field(default_factory=set)
-    accuracies: dict[Model, Accuracy | None] = field(default_factory=dict)
-    why: dict[Model, str] = field(default_factory=dict)
+    results: dict[Cell, tuple[CellResult, bool]] = field(default_factory=dict)
+    accuracies: dict[Model, Accuracy | str] = field(default_factory=dict)
 
     def add(self, cell: Cell, result: CellResult, quick: bool) -> Measured | None:
-        """Note a result, and return what was measured; None where that failed."""
-        self.results[cell] = result
-        (self.quick.add if quick else self.quick.discard)(cell)
+        """Keep a result, and return what was measured; None where that failed."""
+        self.results[cell] = result, quick
         if result.ap is not None:
-            self.accuracies[model_of(cell)] = result.accuracy
-        self.search.known[cell] = Measured.of(result) if measurable(result) else None
-        return self.search.known[cell]
+            self.accuracies[model_of(cell)] = _accuracy_of(result)
+        return Measured.of(result)
 
     def look_at(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
-        known, threads = len(self.results), step.cells[0].threads
+        known, threads = len(self.search.known), step.cells[0].threads
         self.progress.stage(
             f"{known} of {len(self.search.cells)} cells known; next: {step.why} "
             f"({threads} thread{'' if threads == 1 else 's'})"
@@ -279,14 +280,14 @@ class _Session:
             return None
         reference = self._reference(model.engine)
         if reference is None:
-            self._ap(model)
+            self._accuracy(model)
             return None
-        base = self._ap(reference)
-        if base is None:
-            problem = f"the mAP of {reference.bundle.directory} in FP32 could not be measured: {self.why[reference]}"
+        base = self._accuracy(reference)
+        if isinstance(base, str):
+            problem = f"the mAP of {reference.bundle.directory} in FP32 could not be measured: {base}"
             raise EngineError(problem, "Remedy that, or leave --max-drop out and add --no-accuracy.")
-        found = self._ap(model)
-        return base if found is None else base - found
+        found = self._accuracy(model)
+        return base.ap - (0.0 if isinstance(found, str) else found.ap)
 
     def _reference(self, engine: str) -> Model | None:
         """The first FP32 bundle in this engine, else in one of those asked for that runs it; None without one."""
@@ -299,16 +300,11 @@ class _Session:
                 return None
         return None
 
-    def _ap(self, model: Model) -> float | None:
-        """The mAP, measured once; None where that failed, or it is undefined."""
+    def _accuracy(self, model: Model) -> Accuracy | str:
         if model not in self.accuracies:
             (result,) = self.runner.measure([self._first(model)], self.look, accuracy=True, progress=self.progress)
-            self.accuracies[model] = result.accuracy
-            self.why[model] = result.reason or result.accuracy_reason or "unknown"
-        ap = defined_ap(self.accuracies[model])
-        if ap is None and self.accuracies[model]:
-            self.why[model] = "it is undefined, as the images have no objects to find"
-        return ap
+            self.accuracies[model] = _accuracy_of(result)
+        return self.accuracies[model]
 
     def _first(self, model: Model) -> Cell:
         """The cell whose process measured the model first: mAP depends on neither batch size nor threads."""
@@ -331,26 +327,29 @@ class _Session:
         return Configuration(path, cell, self._evidence(cell))
 
     def _evidence(self, cell: Cell) -> Evidence:
-        result = self.results[cell]
-        measured = Measured.of(result)
+        result, quick = self.results[cell]
+        measured = self.search.finished[cell]
         accuracy = self.accuracies.get(model_of(cell))
         reference = self._reference(cell.engine)
-        ap, base = defined_ap(accuracy), defined_ap(self.accuracies.get(reference) if reference else None)
+        ap, base = (
+            one.ap if isinstance(one, Accuracy) else None
+            for one in (accuracy, self.accuracies.get(reference) if reference else None)
+        )
         network = [1e3 * cell.batch_size / ms for ms in result.latency_ms if ms > 0]
         mixed = [run.mixed_batches for run in result.runs]
         return Evidence(
-            images_per_s=speed(measured),
+            images_per_s=median([value for run in measured.passes for value in run]),
             latency_p50_ms=percentile(result.file_ms, 50),
             latency_p99_ms=percentile(result.file_ms, BOUND_PERCENT) if measured.tail.known else None,
             latency_max_ms=max(result.file_ms),
             network_images_per_s=percentile(network or [0.0], 50),
             network_p50_ms=percentile(result.latency_ms, 50),
-            quick=cell in self.quick,
+            quick=quick,
             padded=None if None in mixed else any(mixed),
             memory_mb=round(measured.memory_mb, 1),
             ap=ap,
             ap_drop=base - ap if ap is not None and base is not None else None,
-            ap_images=accuracy.images if accuracy and ap is not None else None,
+            ap_images=accuracy.images if isinstance(accuracy, Accuracy) else None,
             runs=len(result.runs),
             started=result.runs[0].started,
         )
@@ -370,7 +369,7 @@ class _Session:
                 "Loosen that bound, or give other bundles; what was measured is kept for the next run with this "
                 "--output.",
             )
-        failed = next((result for result in self.results.values() if result.status == "failed"), None)
+        failed = next((result for result, _ in self.results.values() if result.status == "failed"), None)
         if failed is None:
             return EngineError("nothing could be measured: batches took no time at all, so that the clock is of no use")
         return EngineError(f"nothing could be measured; {failed.cell.engine} {failed.cell.precision}: {failed.reason}")

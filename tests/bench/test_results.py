@@ -14,9 +14,9 @@ import pytest
 from sample_results import OK, RUN, SKIPPED, altered, sample_results
 
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.results import BenchResults, CellResult, Serving, Settings
+from gfldeploy.bench.results import BenchResults, CellResult, Serving
 from gfldeploy.bench.table import COLUMNS, BoundCheck, Served, best_of_each, notes, rows
-from gfldeploy.bench.timing import Samples
+from gfldeploy.bench.timing import Samples, Settings
 from gfldeploy.engines.base import Precision
 from gfldeploy.errors import DataError, OutputError
 from gfldeploy.machine import describe_machine

@@ -18,8 +18,9 @@ from sample_results import cell_of, plan_of
 
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Plan
-from gfldeploy.bench.results import CellResult, DataDescription, Settings
+from gfldeploy.bench.results import CellResult, DataDescription
 from gfldeploy.bench.runner import Data, Runner
+from gfldeploy.bench.timing import Settings
 from gfldeploy.child_process import Limits
 
 QUICK = Settings(min_seconds=0, min_count=2, max_seconds=0, warmup=1)

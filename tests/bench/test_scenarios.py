@@ -9,8 +9,8 @@ import pytest
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.cell import ServerPolicy
-from gfldeploy.bench.inputs import prepare_images
-from gfldeploy.bench.scenarios import ServerRun, arrival_times, fastest, measure_points, serve
+from gfldeploy.bench.inputs import padding_ratio, prepare_images
+from gfldeploy.bench.scenarios import arrival_times, fastest, measure_points, serve
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import open_engine
@@ -37,29 +37,22 @@ def images(preprocess: Preprocess, tiny_coco: Path) -> list[Prepared]:
     return prepare_images(sorted((tiny_coco.parent / "images").iterdir()), preprocess)
 
 
-def shapes(served: ServerRun) -> list[tuple[int, tuple[int, int], int]]:
-    """Images, size and number of the batches."""
-    found = []
-    for shape, count in served.shapes.items():
-        batch, _, height, width = map(int, shape.split("x"))
-        found.append((batch, (height, width), count))
-    return found
-
-
 @pytest.mark.parametrize(("policy", "most"), [("no-batching", 1), ("fixed-timeout", 3), ("adaptive", 3)])
-def test_every_image_is_answered_or_turned_away(
+def test_every_image_is_answered_or_rejected(
     policy: ServerPolicy, most: int, engine: Engine, images: list[Prepared], preprocess: Preprocess
 ) -> None:
-    served = serve(engine, images, preprocess, policy, most, arrival_times(400.0, 60, seed=0), bound_ms=500.0)
-    samples, serving = served.samples, served.serving
+    arrivals = arrival_times(400.0, 60, seed=0)
+    samples, serving, batches = serve(engine, images, preprocess, policy, most, arrivals, bound_ms=500.0)
+    sizes = {one.shape[2:] for one in batches}
     assert serving.requests == 60 == samples.images + serving.rejected
-    assert len(samples.latency_ms) == samples.images == sum(batch * count for batch, _, count in shapes(served))
-    assert max(batch for batch, _, _ in shapes(served)) <= most
+    assert len(samples.latency_ms) == samples.images == sum(one.shape[0] for one in batches)
+    assert max(one.shape[0] for one in batches) <= most
     assert serving.most_kept <= 60
     if policy == "fixed-timeout":  # Triton's rule knows no sizes: 50 ms after the first, three more wait
-        assert (3, (96, 96)) in {(batch, size) for batch, size, _ in shapes(served)} and served.padding_ratio > 1.2
+        assert (3, 3, 96, 96) in {one.shape for one in batches} and padding_ratio(batches) > 1.2
+        assert any(one.mixed for one in batches)
     else:
-        assert {size for _, size, _ in shapes(served)} <= SIZES
+        assert sizes <= SIZES and not any(one.mixed for one in batches)
 
 
 def test_batches_of_every_number_of_images_are_timed_at_two_sizes(
@@ -71,7 +64,7 @@ def test_batches_of_every_number_of_images_are_timed_at_two_sizes(
     assert len(warmup_ms) == 2 * 6
 
 
-def test_a_server_that_turns_everything_away(engine: Engine, images: list[Prepared], preprocess: Preprocess) -> None:
+def test_a_server_that_rejects_everything(engine: Engine, images: list[Prepared], preprocess: Preprocess) -> None:
     with pytest.raises(EngineError, match=r"none of the 5 images that arrived could be answered within 0\.001 ms"):
         serve(engine, images, preprocess, "adaptive", 2, arrival_times(200.0, 5, seed=0), bound_ms=1e-3)
 

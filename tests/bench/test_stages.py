@@ -8,8 +8,8 @@ import pytest
 
 from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.bench.inputs import make_batches, prepare_images
-from gfldeploy.bench.results import Settings
 from gfldeploy.bench.stages import time_stages
+from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
@@ -37,8 +37,8 @@ def test_batches_know_their_images_and_whether_sizes_are_mixed(tiny_bundle: Path
     sizes = [preprocess.padded_size(*image.tensor.shape[1:]) for image in images]
     listed, bucketed = (make_batches(images, preprocess, 4, order) for order in STREAM_ORDERS)
     assert [batch.places for batch in listed] == [(0, 1, 2, 3), (4, 5, 0, 1)]
-    assert [batch.mixed for batch in listed] == [len({sizes[k] for k in batch.places}) > 1 for batch in listed]
-    assert any(batch.mixed for batch in listed) and not any(batch.mixed for batch in bucketed)
+    assert [batch.formed.mixed for batch in listed] == [len({sizes[k] for k in batch.places}) > 1 for batch in listed]
+    assert any(batch.formed.mixed for batch in listed) and not any(batch.formed.mixed for batch in bucketed)
     assert {place for batch in bucketed for place in batch.places} == set(range(6))
     for batch in bucketed:
         assert {sizes[place] for place in batch.places} == {batch.tensor.shape[2:]}

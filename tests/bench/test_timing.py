@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from gfldeploy.bench.timing import Samples, StopRule, is_stable, measure
+from gfldeploy.bench.timing import Samples, Settings, is_stable, measure
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.errors import EngineError
 
@@ -36,7 +36,7 @@ def batch(mark: int, width: int, size: int = 2) -> np.ndarray:
 
 def test_warms_up_every_shape_then_goes_round_in_order_and_ends_with_a_round() -> None:
     engine = Recorder()
-    samples = measure(engine, [batch(1, 8), batch(2, 6), batch(3, 8)], StopRule(0, 5, 0), warmup=2)
+    samples = measure(engine, [batch(1, 8), batch(2, 6), batch(3, 8)], Settings(0, 5, 0, warmup=2))
     assert engine.seen == [1, 1, 2, 2, 1, 2, 3, 1, 2, 3]
     assert (len(samples.warmup_ms), len(samples.latency_ms)) == (4, 6)
     assert (samples.batch_size, samples.images) == (2, 12)
@@ -45,20 +45,20 @@ def test_warms_up_every_shape_then_goes_round_in_order_and_ends_with_a_round() -
 
 
 def test_both_minima_are_met() -> None:
-    by_time = measure(Recorder(), [batch(1, 8)], StopRule(0.05, 1, 0.05))
+    by_time = measure(Recorder(), [batch(1, 8)], Settings(0.05, 1, 0.05))
     assert by_time.wall_s >= 0.05
-    assert len(measure(Recorder(), [batch(1, 8)], StopRule(0, 7, 0), warmup=0).latency_ms) == 7
+    assert len(measure(Recorder(), [batch(1, 8)], Settings(0, 7, 0, warmup=0)).latency_ms) == 7
 
 
 def test_an_engines_failure_passes_through() -> None:
     with pytest.raises(EngineError, match="no more"):
-        measure(Recorder(fail_at=3), [batch(1, 8)], StopRule(0, 5, 0), warmup=1)
+        measure(Recorder(fail_at=3), [batch(1, 8)], Settings(0, 5, 0, warmup=1))
 
 
 @pytest.mark.parametrize("batches", [[], [batch(1, 8, 1), batch(1, 8, 2)]])
 def test_batches_must_be_of_one_size(batches: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match="same size"):
-        measure(Recorder(), batches, StopRule(0, 1, 0))
+        measure(Recorder(), batches, Settings(0, 1, 0))
 
 
 def test_goes_on_until_the_latencies_have_settled_or_time_is_up() -> None:
@@ -73,10 +73,10 @@ def test_goes_on_until_the_latencies_have_settled_or_time_is_up() -> None:
             time.sleep(0.001 * min(len(self.seen), self.grows))
             return super().infer(inputs)
 
-    restless = measure(Sleeper(1000), [batch(1, 8)], StopRule(0, 5, 0.3), warmup=0)
+    restless = measure(Sleeper(1000), [batch(1, 8)], Settings(0, 5, 0.3, warmup=0))
     assert not restless.stable and restless.wall_s >= 0.3
     # Windows of a fifth: 10 of 50 samples, of which the first two may be anything.
-    settled = measure(Sleeper(4), [batch(1, 8)], StopRule(0, 5, 60), warmup=0)
+    settled = measure(Sleeper(4), [batch(1, 8)], Settings(0, 5, 60, warmup=0))
     assert settled.stable and len(settled.latency_ms) < 1000
 
 
@@ -98,7 +98,7 @@ def test_stable_means_that_the_last_three_windows_agree(latencies: list[float], 
 @pytest.mark.parametrize("arguments", [(-1, 1, 1), (0, 0, 1), (2, 1, 1)])
 def test_limits_must_make_sense(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        StopRule(*arguments)
+        Settings(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,27 @@ import types
 import numpy as np
 import paddle
 from gfldeploy._quiet import quiet
-from gfldeploy.export.program_mode import lost_functions, program_mode
+import gfldeploy.export.program_mode as program_mode_module
+from gfldeploy.export.program_mode import program_mode
+
+def lost_functions() -> dict[str, list[str]]:
+    # Names in `_C_ops` of what models may call and the installed Paddle gives out bare, and where it holds each.
+    from paddle import _C_ops
+    from paddle.base.dygraph import generated_tensor_methods_patch as replaced
+    from paddle.base.framework import Variable
+
+    names = {id(value): name for name, value in vars(_C_ops).items() if isinstance(value, types.BuiltinFunctionType)}
+    held: dict[str, list[str]] = {}
+    for owner in (Variable, *program_mode_module._modules()):
+        if owner is Variable or owner is paddle or owner.__name__.startswith(("paddle.tensor", "paddle.nn")):
+            for name, value in list(vars(owner).items()):
+                if id(value) in names:
+                    held.setdefault(names[id(value)], []).append(f"{owner.__name__}.{name}")
+    for table in (replaced.methods_map, replaced.funcs_map, replaced.nn_funcs_map):
+        for name, function in table:
+            held.setdefault(name, []).append(f"{replaced.__name__}.{function.__name__}")
+    return held
+
 
 rng = np.random.default_rng(0)
 a, b, c = (rng.uniform(-1, 1, shape).astype("float32") for shape in ((2, 3, 4), (2, 4, 3), (3, 1)))

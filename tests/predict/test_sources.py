@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from gfldeploy.errors import DataError
-from gfldeploy.predict.sources import _ends_early, list_inputs, picture_of, picture_sizes, pictures, video_rate
+from gfldeploy.predict.sources import _ends_early, _Video, list_inputs, picture_of, picture_sizes, pictures, video_rate
 
 FRAMES, RATE = 7, 12.5
 
@@ -146,7 +146,7 @@ def test_a_video_that_ends_early_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_when_a_video_ends_early(claimed: int, rate: float, number: int, time_s: float, early: bool) -> None:
-    assert _ends_early(claimed, rate, number, time_s) is early
+    assert _ends_early(_Video(None, (48, 80), claimed, rate), number, time_s) is early
 
 
 def test_a_video_is_not_believed_to_have_billions_of_frames(tmp_path: Path) -> None:

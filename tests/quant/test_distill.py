@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calibration_file import calibration_from
 from demo_bundles import RunHere, needs_quant
 from numpy.typing import NDArray
+from recorded_progress import RecordedProgress
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import load_graph
 from gfldeploy.errors import EngineError
 from gfldeploy.files import read_json
-from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.distill import refine
 from gfldeploy.quant.method import MethodOptions
 from gfldeploy.quant.program import write_parameters
@@ -34,12 +35,12 @@ def test_a_few_steps_move_the_weights_a_little_and_alike_in_both_graphs(
     trained: Path, calibrated: Path, pictures: Path, tmp_path: Path
 ) -> None:
     source, images = Bundle.open(trained), sorted(pictures.iterdir())
-    calibration = Calibration.from_dict(read_json(calibrated / "calibration.json"))
-    seen: list[tuple[int, int]] = []
-    options = MethodOptions(steps=3, report=lambda *step: seen.append(step))
+    calibration = calibration_from(read_json(calibrated / "calibration.json"))
+    progress = RecordedProgress()
+    options = MethodOptions(steps=3, progress=progress)
     found = refine(source, images, calibration, tmp_path / "new", options)
 
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert progress.steps == [("distilling", done, 3) for done in (1, 2, 3)]
     # What INT8 rounding costs a working detector, in nats a detection: not nothing, and not a broken simulation.
     losses = found.record["distillation"]
     assert 0 < losses["loss_before"] < 1

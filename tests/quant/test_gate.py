@@ -399,7 +399,7 @@ def test_the_most_sensitive_go_back_to_float(four: Arguments) -> None:
     assert fallback["cost"]["paddle"] == {"all_int8_ms": 9.0, "int8_ms": 10.0}
     ranking = json.loads((made.directory / "sensitivity.json").read_text())["groups"]
     assert [one["name"] for one in ranking] == ["model.head", "model.neck", "model.res", "model.stem"]
-    assert "paddle: what is kept in float makes it 10.0 ms an image, instead of 9.0 ms" in progress.stages
+    assert "paddle: the layers in float make it 10.0 ms an image, instead of 9.0 ms" in progress.stages
     assert "kept in float to hold the gate: model.neck, model.res" in progress.stages
     assert not (made.directory / "work").exists()
 

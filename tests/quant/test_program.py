@@ -12,6 +12,7 @@ from pathlib import Path
 import demo_bundles
 import numpy as np
 import pytest
+from calibration_file import calibration_from
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, Graph, GraphName
@@ -37,7 +38,7 @@ class Detector:
     def __init__(self, factory: pytest.TempPathFactory) -> None:
         self.fp32 = Bundle.open(demo_bundles.exported(factory))
         self.quantized = demo_bundles.quantized(factory)
-        self.calibration = Calibration.from_dict(read_json(self.quantized / "calibration.json"))
+        self.calibration = calibration_from(read_json(self.quantized / "calibration.json"))
         preprocess = self.fp32.manifest.preprocess
         picture = read_image(demo_bundles.pictures(factory) / "colour.jpg")
         self.image = preprocess.batch([preprocess(picture)])

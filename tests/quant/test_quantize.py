@@ -13,6 +13,7 @@ import demo_bundles
 import numpy as np
 import onnx
 import pytest
+from calibration_file import calibration_from
 from demo_bundles import RunHere
 
 from gfldeploy import demo
@@ -20,7 +21,6 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import CLASSES
 from gfldeploy.files import sha256
 from gfldeploy.inspection import int8_lines
-from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.measurement import int8_engines
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
@@ -39,7 +39,7 @@ def int8(quantized: Path) -> Path:
 
 
 def test_every_convolution_is_calibrated_and_runs_in_int8(fp32: Path, int8: Path) -> None:
-    calibration = Calibration.from_dict(json.loads((int8 / "calibration.json").read_text()))
+    calibration = calibration_from(json.loads((int8 / "calibration.json").read_text()))
     uses = [node.input[1] for node in onnx.load(str(fp32 / "onnx/model.onnx")).graph.node if node.op_type == "Conv"]
     assert set(calibration.convolutions) == set(uses)
     for name, ranges in calibration.convolutions.items():
@@ -134,7 +134,7 @@ def test_what_breaks_in_int8_goes_back_to_float(
     ranking = json.loads((tmp_path / "int8/sensitivity.json").read_text())["groups"]
     assert ranking[0]["name"] == "backbone.stage4"
     assert ranking[0]["total"] > 5 * ranking[1]["total"]
-    calibrated = Calibration.from_dict(json.loads((tmp_path / "int8/calibration.json").read_text()))
+    calibrated = calibration_from(json.loads((tmp_path / "int8/calibration.json").read_text()))
     layers = Bundle.open(tmp_path / "int8").layers()
     assert layers == Bundle.open(lopsided).layers()
     assert {".".join(layers[use.weight].split(".")[:2]) for use in calibrated.kept_float} == {"backbone.stage4"}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gfldeploy.quant.speed import Speed, by_turns
+from gfldeploy.quant.speed import Speed, interleaved_medians
 
 BATCH = np.zeros((1, 3, 32, 32), np.float32)
 
@@ -34,7 +34,7 @@ class Sleeper:
 def test_engines_take_turns() -> None:
     log: list[float] = []
     engines: dict[str, Any] = {"fp32": Sleeper(0.004, log), "int8": Sleeper(0.002, log)}
-    medians = by_turns(engines, BATCH, least_rounds=3, least_seconds=0.05)
+    medians = interleaved_medians(engines, BATCH, min_rounds=3, min_seconds=0.05)
     warm, timed = log[:4], log[4:]
     assert warm == [0.004, 0.004, 0.002, 0.002]
     assert timed == [0.004, 0.002] * (len(timed) // 2)
@@ -45,7 +45,7 @@ def test_engines_take_turns() -> None:
 
 def test_at_least_so_many_rounds() -> None:
     log: list[float] = []
-    by_turns({"one": Sleeper(0.001, log)}, BATCH, least_rounds=5, least_seconds=0.0)  # type: ignore[dict-item]
+    interleaved_medians({"one": Sleeper(0.001, log)}, BATCH, min_rounds=5, min_seconds=0.0)  # type: ignore[dict-item]
     assert len(log) == 2 + 5
 
 
@@ -61,5 +61,5 @@ def test_what_is_told_of_speed() -> None:
     assert slow.to_dict()["note"] == slow.note
     assert "deploy FP32" in Speed("paddle", 100.0, 125.0).lines()[1]
     mended = Speed("paddle", 100.0, 50.0, 40.0)
-    assert mended.lines()[1] == "paddle: what is kept in float makes it 50.0 ms an image, instead of 40.0 ms"
+    assert mended.lines()[1] == "paddle: the layers in float make it 50.0 ms an image, instead of 40.0 ms"
     assert mended.to_dict()["all_int8_ms"] == 40.0

@@ -11,6 +11,7 @@ import demo_bundles
 import numpy as np
 import onnx
 import pytest
+from calibration_file import calibration_from
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -377,7 +378,7 @@ def test_the_bundles_file_keeps_the_rules_and_agrees_with_float(tmp_path_factory
     assert path.stat().st_size <= 0.3 * source.stat().st_size
     model = onnx.load(str(path))
     assert check_tensorrt(model) == []
-    calibration = Calibration.from_dict(json.loads((int8.directory / "calibration.json").read_text()))
+    calibration = calibration_from(json.loads((int8.directory / "calibration.json").read_text()))
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
     named = {f"{name}.dq" for name in calibration.convolutions}

@@ -13,7 +13,6 @@ from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.engines.base import Precision
 from gfldeploy.tune.measured import Measured, Tail
-from gfldeploy.tune.race import Outcome, race
 from gfldeploy.tune.search import Bounds, Model, Search, Step, choose, model_of
 
 MODELS: tuple[tuple[str, str, Precision], ...] = (
@@ -114,8 +113,8 @@ def random_surface(seed: int, rough: float = 0.0) -> Surface:
     )
 
 
-def run_race(surface: Surface, where: Search, seed: int = 0) -> tuple[Outcome, list[Cell], list[Model]]:
-    """The outcome, the cells that were measured, and the models whose accuracy was asked for."""
+def run_race(surface: Surface, where: Search, seed: int = 0) -> tuple[Cell | None, list[Cell], list[Model]]:
+    """The choice, the cells that were measured, and the models whose accuracy was asked for."""
     generator = random.Random(seed)
     measured: list[Cell] = []
     asked: list[Model] = []
@@ -132,7 +131,8 @@ def run_race(surface: Surface, where: Search, seed: int = 0) -> tuple[Outcome, l
         asked.append(model)
         return surface.drops[model]
 
-    return race(where, look, finish, drop), measured, asked
+    where.run(look, finish, drop)
+    return next(iter(where.finished), None), measured, asked
 
 
 def true_best(surface: Surface, where: Search) -> float:
@@ -157,13 +157,13 @@ def test_within_five_per_cent_of_an_exhaustive_search_for_a_third_of_the_cells(b
     surfaces = 50
     for seed in range(surfaces):
         surface, where = random_surface(seed, rough), search(bounds)
-        outcome, measured, _ = run_race(surface, where, seed)
+        choice, measured, _ = run_race(surface, where, seed)
         best = true_best(surface, where)
         shares.append(len(set(measured)) / len(where.cells))
-        if outcome.choice is None:
+        if choice is None:
             missed += best > 0
         else:
-            short += surface.images_per_s(outcome.choice) < 0.95 * best
+            short += surface.images_per_s(choice) < 0.95 * best
     assert missed == 0
     assert short <= 1
     assert sum(shares) / surfaces < 1 / 4 and max(shares) <= 1 / 2
@@ -174,10 +174,10 @@ def test_the_accuracy_of_losers_is_never_asked_for() -> None:
     where = search(Bounds(max_drop=0.01))
     ranked = sorted(where.by_model, key=lambda model: -max(map(surface.images_per_s, where.by_model[model])))
     surface = replace(surface, drops=dict(zip(ranked, (0.02, 0.0, 0.0, 0.0, 0.0), strict=True)))
-    outcome, _, asked = run_race(surface, where)
+    choice, _, asked = run_race(surface, where)
     assert asked == ranked[:2], "the fastest is refused, and the next one taken"
-    assert outcome.choice is not None and model_of(outcome.choice) == ranked[1]
-    assert all(model_of(one) != ranked[0] for one in outcome.finished)
+    assert choice is not None and model_of(choice) == ranked[1]
+    assert all(model_of(one) != ranked[0] for one in where.finished)
 
 
 def test_the_first_look_is_at_every_model_once() -> None:
@@ -233,10 +233,9 @@ def test_an_exhaustive_search_measures_every_cell_once() -> None:
         measured.extend(cells)
         return {one: surface.measured(one, 0, 3, exact) for one in cells}
 
-    outcome = race(where, lambda step: pytest.fail(str(step)), finish, lambda model: None, exhaustive=True)
+    assert where.run(lambda step: pytest.fail(str(step)), finish, lambda model: None, exhaustive=True)
     assert sorted(map(str, measured)) == sorted(map(str, where.cells))
-    assert outcome.choice is not None
-    assert surface.images_per_s(outcome.choice) >= 0.98 * true_best(surface, where)
+    assert surface.images_per_s(next(iter(where.finished))) >= 0.98 * true_best(surface, where)
 
 
 def test_out_of_time_still_finishes() -> None:
@@ -245,10 +244,8 @@ def test_out_of_time_still_finishes() -> None:
     def look(step: Step) -> dict[Cell, Measured | None]:
         return {one: surface.measured(one, 0, 1, exact) for one in step.cells}
 
-    outcome = race(
-        where, look, lambda cells: look(Step(tuple(cells), "")), lambda model: None, out_of_time=lambda: True
-    )
-    assert not outcome.complete and outcome.choice is not None
+    complete = where.run(look, lambda cells: look(Step(tuple(cells), "")), lambda model: None, out_of_time=lambda: True)
+    assert not complete and where.finished
     assert {one.batch_size for one in where.known} == {1}
 
 
@@ -261,8 +258,8 @@ def test_of_equals_the_least_latency_is_chosen() -> None:
 
 def test_nothing_keeps_the_bounds() -> None:
     where = search(Bounds(max_latency_ms=1, max_drop=0.01))
-    outcome, measured, asked = run_race(random_surface(4), where)
-    assert (outcome.choice, asked) == (None, [])
+    choice, measured, asked = run_race(random_surface(4), where)
+    assert (choice, asked) == (None, [])
     assert {one.batch_size for one in measured} == {1}, "larger ones take longer still"
     miss = where.nearest()
     assert miss is not None and (miss.what, miss.bound) == ("latency", 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sample_results import OK, sample_results
+from sample_results import OK, altered, sample_results
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cell import BundleIdentity
@@ -16,7 +16,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.errors import EngineError, UsageError
 from gfldeploy.progress import SILENT
 from gfldeploy.tune.search import Bounds, Model, Search, model_of
-from gfldeploy.tune.session import _Session, tune_bundles
+from gfldeploy.tune.session import _accuracy_of, _Session, tune_bundles
 
 
 def test_a_drop_cannot_be_bounded_without_measuring_it() -> None:
@@ -32,8 +32,9 @@ def test_an_undefined_map_is_never_compared(tiny_bundle: Path, tmp_path: Path) -
     runner = Runner({fp32.bundle: tiny_bundle}, Data((), results.data, Path("data.json")), Journal(tmp_path))
     session = _Session(search, {fp32.bundle: bundle}, ("onnxruntime",), runner, settings, settings, True, SILENT)
     defined = Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9)
-    session.accuracies |= {fp32: defined, int8: replace(defined, ap=-1.0)}
+    undefined = _accuracy_of(altered(OK, accuracy=replace(defined, ap=-1.0)))
+    session.accuracies |= {fp32: defined, int8: undefined}
     assert session.drop(int8) == 0.5, "all of it is lost, as far as anybody knows"
-    session.accuracies[fp32] = replace(defined, ap=-1.0)
+    session.accuracies[fp32] = undefined
     with pytest.raises(EngineError, match="could not be measured: it is undefined"):
         session.drop(int8)

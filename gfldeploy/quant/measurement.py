@@ -125,5 +125,6 @@ def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, 
         manifest.preprocess,
         manifest.nms,
         manifest.classes,
-        progress=lambda done, total: progress.step(label, done, total),
+        progress=progress,
+        label=label,
     )

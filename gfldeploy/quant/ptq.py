@@ -6,6 +6,7 @@ activation it samples: all of that ends with the process of its own that it runs
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
+from gfldeploy.child_process import NO_LIMITS, PARENT, run_child, serve
+from gfldeploy.errors import EngineError
 from gfldeploy.quant.method import MethodOptions, Thresholds
 from gfldeploy.quant.program import old_program_environment
 
@@ -39,6 +41,8 @@ _QUANTIZED_OPS = ["conv2d", "depthwise_conv2d"]
 _HIST_PERCENT = 0.9999
 # Activations are megabytes, made and dropped by the thousand: keep their pages instead of asking the kernel anew.
 _KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+# How Paddle says that an operator failed: oneDNN does not run every program, a vision transformer's for one.
+_NO_KERNEL = re.compile(r"\[operator < \w+ > error\]")
 
 
 def calibrate(source: Bundle, images: Sequence[Path], algorithm: str, options: MethodOptions) -> Thresholds:
@@ -46,17 +50,28 @@ def calibrate(source: Bundle, images: Sequence[Path], algorithm: str, options: M
 
     Raises `EngineError` with the last line of PaddleSlim's traceback if it fails.
     """
-    thresholds: Thresholds = run_child(
-        "gfldeploy.quant.ptq",
-        {"bundle": str(source.directory), "images": [str(path) for path in images], "algorithm": algorithm},
-        limits=NO_LIMITS,
-        # oneDNN runs the network faster, and moves no threshold by more than FP32 rounding.
-        environment={**old_program_environment(options.threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": "1"},
-        subject="PaddleSlim",
-        remedy="Try another --algo or fewer --samples.",
-        progress=options.report,
-    )["thresholds"]
-    return thresholds
+    request = {"bundle": str(source.directory), "images": [str(path) for path in images], "algorithm": algorithm}
+
+    def run(onednn: bool) -> Thresholds:
+        environment = {**old_program_environment(options.threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": str(int(onednn))}
+        thresholds: Thresholds = run_child(
+            "gfldeploy.quant.ptq",
+            request,
+            limits=NO_LIMITS,
+            environment=environment,
+            subject="PaddleSlim",
+            remedy="Try another --algo or fewer --samples.",
+            progress=options.progress,
+        )["thresholds"]
+        return thresholds
+
+    # oneDNN runs the network faster, and moves no threshold by more than FP32 rounding.
+    try:
+        return run(onednn=True)
+    except EngineError as error:
+        if not _NO_KERNEL.search(error.problem):
+            raise
+        return run(onednn=False)
 
 
 def _calibrate(request: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +89,8 @@ def _calibrate(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal seen
         for path in images:
             seen += 1
-            report_progress(min(seen, passes * len(images)), passes * len(images))
+            total = passes * len(images)
+            PARENT.step(f"PaddleSlim {request['algorithm']}", min(seen, total), total)
             yield {"image": preprocess.batch([preprocess(read_image(path))])}
 
     program = _quantization(Path(request["bundle"]), batches, len(images), request["algorithm"]).quantize()

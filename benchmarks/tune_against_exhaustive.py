@@ -90,6 +90,8 @@ def side_by_side(search: Tuned, exhaustive: Tuned, args: argparse.Namespace, fol
     settings = Settings(args.min_seconds, 10, 5 * args.min_seconds, rounds=args.rounds)
     results = Runner(bundles, data, Journal(folder)).measure(cells, settings)
     one, two = Measured.of(results[0]), Measured.of(results[-1])
+    if one is None or two is None:
+        raise SystemExit("a choice could not be measured again")
     ratio = None if len(cells) == 1 else plain(speed_ratio(two, one))
     return {"search_images_per_s": one.images_per_s, "exhaustive_images_per_s": two.images_per_s, "ratio": ratio}
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gfldeploy.batching.audit import Audit as Audit
     from gfldeploy.bench.compare import Comparison as Comparison
     from gfldeploy.bench.compare import compare as compare
+    from gfldeploy.bench.report.page import report as report
     from gfldeploy.bench.results import BenchResults as BenchResults
     from gfldeploy.bench.session import benchmark as benchmark
     from gfldeploy.bundle import Bundle as Bundle
@@ -55,6 +56,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.analysis.session": ("analyze",),
     "gfldeploy.batching.audit": ("Audit",),
     "gfldeploy.bench.compare": ("Comparison", "compare"),
+    "gfldeploy.bench.report.page": ("report",),
     "gfldeploy.bench.results": ("BenchResults",),
     "gfldeploy.bench.session": ("benchmark",),
     "gfldeploy.bundle": ("Bundle",),

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,7 @@ def evaluate(
     """
     opened = Bundle.open(Path(bundle))
     manifest = opened.manifest
-    dataset = CocoDataset.load(Path(data), None if images is None else Path(images), limit)
+    dataset = CocoDataset.load(data, images, limit)
     count, fixed = len(dataset.images), manifest.inputs[0].shape[0]
     if fixed is not None and (fixed != batch_size or count % fixed):
         remedy = f"Use --batch-size {fixed} --limit {count - count % fixed}." if count >= fixed else "Add images."
@@ -286,8 +286,8 @@ def evaluate(
             manifest.nms,
             manifest.classes,
             batch_size,
-            lambda done, total: progress.step("evaluating", done, total),
             order,
+            progress,
         )
     matched = sum(one is not None for one in match.category_ids)
     return EvalResults(accuracy, name, options.precision, len(manifest.classes), matched, notes)
@@ -300,20 +300,19 @@ def measure_accuracy(
     nms: NmsParams,
     classes: Sequence[str],
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
     order: Order = "listed",
+    progress: Progress = SILENT,
+    label: str = "evaluating",
 ) -> Accuracy:
     """Run an engine over a dataset and measure the accuracy.
 
     `order`: how the images are put into batches, see `batching.buckets`. `classes`: the model's class names, in the
-    order of its score channels. `progress(done, total)` is called after every batch, with numbers of images.
+    order of its score channels. `label`: what `progress` calls the images that are done.
 
     Raises `DataError` before anything runs where mAP is undefined, and at the first image that cannot be read, because
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     category_ids = dataset.class_to_category(classes)
     check_measurable(dataset, category_ids)
     by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes
@@ -322,8 +321,8 @@ def measure_accuracy(
     every = detect_images(engine, dataset, preprocess, nms, group(sizes, batch_size, order))
     for done, (index, found) in enumerate(every, start=1):
         results += coco_results(dataset.images[index].id, found, category_ids)
-        if progress is not None and (done % batch_size == 0 or done == len(sizes)):
-            progress(done, len(sizes))
+        if done % batch_size == 0 or done == len(sizes):
+            progress.step(label, done, len(sizes))
     return coco_accuracy(dataset, results, category_ids)
 
 

@@ -23,9 +23,10 @@ import psutil
 
 from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import scratch_directory, write_json
+from gfldeploy.progress import SILENT, Progress, Silent
 from gfldeploy.signals import child_environment, die_with_parent
 
-__all__ = ["DEFAULT_LIMITS", "NO_LIMITS", "Limits", "report_progress", "run_child", "serve"]
+__all__ = ["DEFAULT_LIMITS", "NO_LIMITS", "PARENT", "Limits", "run_child", "serve"]
 
 _REQUEST, _ANSWER, _PROGRESS = "request.json", "answer.json", "progress"
 _POLL_S = 0.25
@@ -53,12 +54,12 @@ def run_child(
     environment: Mapping[str, str] | None = None,
     subject: str | None = None,
     remedy: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run a module, or another command line, on a JSON-ready request and return its answer.
 
     The process has this one's environment with `environment` on top. Whatever ends this function, KeyboardInterrupt
-    included, kills the process and all it started. `progress(done, total)` is called with what the child reports.
+    included, kills the process and all it started. `progress` is told what the child tells its `PARENT`.
 
     Raises `EngineError` with the child's own problem and remedy if it raised a `GfldeployError`; with the last line of
     its standard error if it crashed; or if it exceeded the limits or gave no JSON object. `subject` puts "`subject`
@@ -94,10 +95,16 @@ def serve(work: Callable[[dict[str, Any]], Mapping[str, Any] | None]) -> None:
     write_json(folder / _ANSWER, answer)
 
 
-def report_progress(done: int, total: int) -> None:
-    """Called in the child: tell the parent, which restarts its time limit."""
-    with suppress(OSError), (_folder() / _PROGRESS).open("a", encoding="utf-8") as file:
-        file.write(f"{done} {total}\n")
+class _Parent(Silent):
+    """The progress of the parent, which restarts the child's time limit with each step."""
+
+    def step(self, label: str, done: int, total: int) -> None:
+        with suppress(OSError), (_folder() / _PROGRESS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([label, done, total]) + "\n")
+
+
+# For the child.
+PARENT: Progress = _Parent()
 
 
 def _folder() -> Path:
@@ -109,7 +116,7 @@ def _run(
     folder: Path,
     limits: Limits,
     environment: Mapping[str, str],
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
     """Run the command to its end. Raises `EngineError` if it fails or exceeds the limits."""
     # A file rather than a pipe: a child that does not stop writing cannot block this process. What packages print on
@@ -134,9 +141,7 @@ def _run(
         raise EngineError(_exit_reason(process.returncode, folder / "stderr"))
 
 
-def _wait(
-    process: subprocess.Popen[bytes], limits: Limits, reports: IO[str], progress: Callable[[int, int], None]
-) -> None:
+def _wait(process: subprocess.Popen[bytes], limits: Limits, reports: IO[str], progress: Progress) -> None:
     """Wait for the end of the process and pass on its progress. Raises `EngineError` beyond the limits."""
     deadline = time.monotonic() + limits.timeout_s
     running = True
@@ -148,7 +153,7 @@ def _wait(
             pass
         for line in iter(reports.readline, ""):
             deadline = time.monotonic() + limits.timeout_s
-            progress(*map(int, line.split()))
+            progress.step(*json.loads(line))
         if running and time.monotonic() >= deadline:
             raise EngineError(
                 f"it took longer than {limits.timeout_s:g} s",

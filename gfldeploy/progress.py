@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["SILENT", "Progress"]
+__all__ = ["SILENT", "Progress", "Silent"]
 
 
 class Progress(Protocol):
@@ -20,7 +20,9 @@ class Progress(Protocol):
         """The user should know this about the data, the detector or this machine."""
 
 
-class _Silent:
+class Silent:
+    """Shows nothing; a base for classes that show a part."""
+
     def stage(self, text: str) -> None:
         pass
 
@@ -31,4 +33,4 @@ class _Silent:
         pass
 
 
-SILENT: Progress = _Silent()
+SILENT: Progress = Silent()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from recorded_progress import RecordedProgress
 
 from gfldeploy.accuracy import Accuracy, ap_difference, coco_accuracy, coco_results, measure_accuracy
 from gfldeploy.detections import Detections, NmsParams
@@ -222,7 +223,7 @@ def test_what_is_better_on_every_image_is_better_for_certain(tmp_path: Path) -> 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
     dataset = CocoDataset.load(make_data(tmp_path))
-    steps: list[tuple[int, int]] = []
+    progress = RecordedProgress()
     with ColourEngine() as engine:
         assert isinstance(engine, Engine)
         accuracy = measure_accuracy(
@@ -232,11 +233,12 @@ def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
             NMS,
             ["blue", "red"],
             batch_size,
-            lambda done, total: steps.append((done, total)),
+            progress=progress,
         )
     assert accuracy.ap == pytest.approx(1)
     assert (accuracy.images, accuracy.detections) == (3, 3)
-    assert steps == [(min(done, 3), 3) for done in range(batch_size, 3 + batch_size, batch_size)]
+    steps = range(batch_size, 3 + batch_size, batch_size)
+    assert progress.steps == [("evaluating", min(done, 3), 3) for done in steps]
     assert all(shape[2] % 32 == 0 and shape[3] % 32 == 0 for shape in engine.shapes)
     assert sum(shape[0] for shape in engine.shapes) == 3
 

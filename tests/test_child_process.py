@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from recorded_progress import RecordedProgress
 
 from gfldeploy.child_process import Limits, run_child
 from gfldeploy.errors import EngineError
 
 PRELUDE = (
     "import json, os, signal, sys, time\n"
-    "from gfldeploy.child_process import report_progress, serve\n"
+    "from gfldeploy.child_process import PARENT, serve\n"
     "from gfldeploy.errors import DataError\n"
     "def work(request):\n    "
 )
@@ -28,18 +29,18 @@ def child(code: str) -> list[str]:
 
 def test_the_answer_and_every_report(monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "[report_progress(done, 3) for done in (1, 2, 3)]\n"
+        "[PARENT.step('work', done, 3) for done in (1, 2, 3)]\n"
         "    return {'sum': sum(request['numbers']), 'flag': os.environ['FLAG'], 'temporary': os.environ['TMPDIR']}"
     )
-    reports: list[tuple[int, int]] = []
+    progress = RecordedProgress()
     answer = run_child(
         child(code),
         {"numbers": [1, 2]},
         environment={"FLAG": "on"},
-        progress=lambda done, total: reports.append((done, total)),
+        progress=progress,
     )
     assert (answer["sum"], answer["flag"]) == (3, "on")
-    assert reports == [(1, 3), (2, 3), (3, 3)]
+    assert progress.steps == [("work", done, 3) for done in (1, 2, 3)]
     folder = Path(answer["temporary"])
     assert folder != Path(tempfile.gettempdir()) and not folder.exists()
 
@@ -89,7 +90,7 @@ def test_limits_kill_the_child_with_all_it_started(code: str, limits: Limits, pr
 
 
 def test_progress_restarts_the_time_limit() -> None:
-    code = "[(report_progress(number, 8), time.sleep(0.4)) for number in range(8)]"
+    code = "[(PARENT.step('work', number, 8), time.sleep(0.4)) for number in range(8)]"
     assert run_child(child(code), {}, limits=Limits(2)) == {}
 
 

@@ -57,7 +57,7 @@ class Analysis:
         write_json(path, self.to_dict())
         figures = [_stacked(self)]
         title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {self.precision}"
-        body = "\n".join([sections(figures), _table(self), _detections(self.invariance), _reading()])
+        body = "\n".join([sections(figures), _table(self), _detections(self.invariance), _HOW])
         write_page(
             path.with_suffix(".html"), title, machine_line(self.machine, self.created), self.answer, body, figures
         )
@@ -167,8 +167,7 @@ def _section(title: str, caption: str, header: Sequence[str], rows: Sequence[Seq
     )
 
 
-def _reading() -> str:
-    return """<section><h2>How it was measured</h2><dl>
+_HOW = """<section><h2>How it was measured</h2><dl>
 <dt>padding</dt><dd>The network on listed batches, less the same on bucketed batches (of one input size each).</dd>
 <dt>convolutions, other work</dt><dd>The network on bucketed batches, less that at batch 1: the same images and the same
 arithmetic. Split by the time that the engine itself says its convolutions take.</dd>

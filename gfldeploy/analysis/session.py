@@ -61,7 +61,7 @@ def analyze(
         threads: CPU threads of one inference; by default all.
         batch_sizes: Batch sizes to compare with batch 1.
         limit: Use only this number of images, the first of the annotations; None for all.
-        rounds: How often each arrangement of the images is run.
+        rounds: How often each batch size is run in each order.
         peak: Measure what the engine reaches at best too.
         invariance: Compare the detections of batches with those of batch 1.
         output: The file to write (.json), with a page (.html) beside it; None for none.
@@ -82,10 +82,9 @@ def analyze(
     _check_output(path, force)
     opened = Bundle.open(Path(bundle))
     if (fixed := opened.manifest.inputs[0].shape[0]) is not None:
-        raise UnsupportedError(
-            f"{opened.directory} takes batches of {fixed} only", "Export it without a fixed batch size."
-        )
-    dataset = CocoDataset.load(Path(data), None if images is None else Path(images), limit)
+        problem = f"{opened.directory} takes batches of {fixed} only"
+        raise UnsupportedError(problem, "Export it without a fixed batch size.")
+    dataset = CocoDataset.load(data, images, limit)
     name, options, _ = select_engine(opened, engine, precision, device, threads)
     for note in dataset.notes:
         progress.note(note)
@@ -106,9 +105,7 @@ def analyze(
     with open_engine(name, opened, options) as running:
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
-        measured = measure_passes(
-            running, paths, opened, batch_orders(batch_sizes), rounds, progress,
-        )  # fmt: skip
+        measured = measure_passes(running, paths, opened, batch_orders(batch_sizes), rounds, progress)
         if invariance:
             progress.stage("comparing detections with those of batch 1")
             compared = measure_invariance(running, dataset, opened, batch_sizes, progress)
@@ -142,7 +139,7 @@ def _check_output(path: Path | None, force: bool) -> None:
 
 
 def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:
-    """Of one image by itself, the mean; None where the graph cannot be counted."""
+    """The mean of an image by itself; None if the graph cannot be counted."""
     sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
     try:
         return count_cost(bundle, bundle.manifest.precision, sizes, {(1, *size): 1 for size in sizes}).macs

@@ -8,7 +8,6 @@ import click
 
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import THREADS, output_options
-from gfldeploy.engines.hardware import usable_threads
 
 __all__ = ["command"]
 
@@ -25,8 +24,7 @@ def command(output: Path, threads: int | None, force: bool) -> None:
     from gfldeploy.cli.results import show_results
     from gfldeploy.demo.pipeline import explain, run_demo
 
-    told = TerminalProgress()
-    results = run_demo(output, force=force, threads=threads or usable_threads(), report=told.stage, progress=told.step)
+    results = run_demo(output, force=force, threads=threads, progress=TerminalProgress())
     show_results(results)
     for line in explain(results):
         click.echo(f"\n{line}")

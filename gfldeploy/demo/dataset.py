@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gfldeploy.errors import DataError, OutputError
+from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["CLASSES", "GENERATOR_VERSION", "SPLITS", "generate"]
 
@@ -74,19 +74,13 @@ class _Placed:
     visible: int
 
 
-def generate(
-    directory: Path,
-    split: str,
-    count: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
+def generate(directory: Path, split: str, count: int, progress: Progress = SILENT) -> Path:
     """Write `count` images of `split` under `directory` and return the path of their COCO annotations.
 
     The result is `<directory>/<split>/images/*.jpg` and `<directory>/<split>/annotations.json`, with boxes as
     [x, y, width, height] in pixels of the image, tight around what is visible. A complete split of the same generator
     version and the same count is reused; anything else at that place that this function wrote is replaced. The new
     split is written beside its place and renamed, so an interruption leaves no half-written split.
-    `progress(done, total)` is called after each image.
     """
     if split not in SPLITS:
         raise DataError(f"unknown demo split {split!r}", f"Use one of: {', '.join(SPLITS)}.")
@@ -96,8 +90,7 @@ def generate(
     target = directory / split
     annotations = target / "annotations.json"
     if _is_complete(target, split, count):
-        if progress is not None:
-            progress(count, count)
+        progress.step("images", count, count)
         return annotations
     if target.exists() and not _is_ours(target):
         raise OutputError(
@@ -157,7 +150,7 @@ def _is_image_name(name: str) -> bool:
     return len(name) == len("000000.jpg") and name[:6].isdigit() and name.endswith(".jpg")
 
 
-def _write_split(directory: Path, split: str, count: int, progress: Callable[[int, int], None] | None) -> None:
+def _write_split(directory: Path, split: str, count: int, progress: Progress) -> None:
     """Draw the images into `directory/images`, then write the annotations, last, so their presence means complete."""
     import cv2
 
@@ -190,8 +183,7 @@ def _write_split(directory: Path, split: str, count: int, progress: Callable[[in
                     "iscrowd": 0,
                 }
             )
-        if progress is not None:
-            progress(index + 1, count)
+        progress.step("images", index + 1, count)
     coco = {
         "info": {
             "description": "Generated shapes for the gfldeploy demo",

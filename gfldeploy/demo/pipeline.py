@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,27 +20,10 @@ from gfldeploy.files import (
     write_json,
     write_text,
 )
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.quantizer import quantize_bundle
 
 __all__ = ["DemoSize", "explain", "run_demo"]
-
-Progress = Callable[[str, int, int], None]
-
-
-class _Stages:
-    """Progress of which the stages alone are shown."""
-
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
-
-    def stage(self, text: str) -> None:
-        self._report(f"  {text}")
-
-    def step(self, label: str, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -60,10 +42,9 @@ def run_demo(
     output: Path,
     *,
     force: bool = False,
-    threads: int = 1,
+    threads: int | None = None,
     size: DemoSize | None = None,
-    report: Callable[[str], None] = lambda stage: None,
-    progress: Progress = lambda label, done, total: None,
+    progress: Progress = SILENT,
 ) -> BenchResults:
     """Write `output`: data/, fp32/ and int8/ (bundles), results (.json, .csv, .html), summary.md: all at once, or none.
 
@@ -72,13 +53,11 @@ def run_demo(
     size = size or DemoSize()
     # Three copies of a 2 M-parameter model, 264 JPEGs and room to spare.
     with atomic_directory(output, "demo", force=force, need_bytes=200_000_000) as directory:
-        report("generating images")
-        calib = generate(
-            directory / "data", "calib", size.calib_images, lambda done, total: progress("images", done, total)
-        )
-        val = generate(directory / "data", "val", size.val_images, lambda done, total: progress("images", done, total))
-        report("exporting the built-in detector")
-        shown = _Indented(report, progress, lambda text: text.replace(str(directory), str(output)))
+        progress.stage("generating images")
+        calib = generate(directory / "data", "calib", size.calib_images, progress)
+        val = generate(directory / "data", "val", size.val_images, progress)
+        progress.stage("exporting the built-in detector")
+        shown = _Indented(progress, directory, output)
         fp32 = export_bundle(
             config=demo.config_path(),
             weights=demo.weights_path(),
@@ -87,7 +66,7 @@ def run_demo(
             command="gfldeploy demo",
             progress=shown,
         )
-        report("quantising it to INT8")
+        progress.stage("quantising it to INT8")
         int8 = quantize_bundle(
             fp32.directory,
             data=calib,
@@ -97,7 +76,7 @@ def run_demo(
             command="gfldeploy demo",
             progress=shown,
         )
-        report("benchmarking both")
+        progress.stage("benchmarking both")
         results = benchmark(
             (fp32.directory, int8.directory),
             data=val,
@@ -111,7 +90,7 @@ def run_demo(
             peak=False,  # a minute more, for what is of no use without the user's own detector
             engine_cache=directory / "engines",
             output=directory / "results.json",
-            progress=_Stages(report),
+            progress=shown,
         )
         shutil.rmtree(directory / "engines", ignore_errors=True)
         write_text(directory / "summary.md", "# What the demo saw\n\n" + "\n\n".join(explain(results)) + "\n")
@@ -120,22 +99,20 @@ def run_demo(
     return results
 
 
-@dataclass(frozen=True)
 class _Indented:
-    """The progress of one step of the demo."""
+    """The progress of one step of the demo: below it, and with the place that things will have in the end."""
 
-    report: Callable[[str], None]
-    progress: Progress
-    rewritten: Callable[[str], str]
+    def __init__(self, progress: Progress, directory: Path, output: Path) -> None:
+        self._progress, self._directory, self._output = progress, str(directory), str(output)
 
     def stage(self, text: str) -> None:
-        self.report(f"  {self.rewritten(text)}")
+        self._progress.stage(f"  {text.replace(self._directory, self._output)}")
 
     def step(self, label: str, done: int, total: int) -> None:
-        self.progress(label, done, total)
+        self._progress.step(label, done, total)
 
     def note(self, text: str) -> None:
-        self.stage(f"note: {text}")
+        self._progress.note(text)
 
 
 def explain(results: BenchResults) -> list[str]:

@@ -33,6 +33,7 @@ __all__ = [
 
 # As JSON has it: written back as it was read. Of numbers, 1 and 1.0 are the same id.
 CocoId: TypeAlias = int | float | str
+AnyPath: TypeAlias = "str | os.PathLike[str]"
 _SHOWN = 3  # how many of the wrong entries an error names
 _MOST_BYTES = 1 << 31  # of an annotation file; that of COCO's 118,287 training images has 450 MB
 _GIVE_COCO = "Give a COCO annotation file."
@@ -105,7 +106,7 @@ class CocoDataset:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, annotations: Path, image_dir: Path | None = None, limit: int | None = None) -> CocoDataset:
+    def load(cls, annotations: AnyPath, image_dir: AnyPath | None = None, limit: int | None = None) -> CocoDataset:
         """Read and check a COCO annotation file.
 
         `image_dir` is where its file names start; by default the folder `images` beside the annotation file if there is
@@ -287,15 +288,14 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
     return lists
 
 
-def _image_folders(annotations: Path, image_dir: Path | None) -> tuple[Path, ...]:
+def _image_folders(annotations: Path, image_dir: AnyPath | None) -> tuple[Path, ...]:
     """Where file names may start, the first choice first."""
     if image_dir is None:
         beside = annotations.parent / "images"
         return (beside, annotations.parent) if beside.is_dir() else (annotations.parent,)
-    image_dir = Path(image_dir)
-    if not image_dir.is_dir():
+    if not Path(image_dir).is_dir():
         raise DataError(f"{image_dir} is not a directory", "Give the directory of the annotations' images.")
-    return (image_dir,)
+    return (Path(image_dir),)
 
 
 def _located(image: CocoImage, name: str, folders: Sequence[Path], where: str) -> CocoImage:

@@ -90,10 +90,10 @@ def choose(
 
 def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:
     """Where the file is not about this machine. Raises `BundleError` where it is not about this bundle."""
-    machine = describe_machine()
     try:
-        deploy.check(bundle, machine)
+        changes = deploy.check(bundle, describe_machine())
     except DataError as error:
         yield f"{error.problem}; `gfldeploy tune` finds what is fastest here"
-    if changes := deploy.software_changes(machine):
+        return
+    if changes:
         yield f"since the choice was made, other software is installed: {'; '.join(changes)}"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, write_bundle
-from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
+from gfldeploy.child_process import NO_LIMITS, PARENT, run_child, serve
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.method import MethodOptions, Refined
@@ -67,7 +67,7 @@ def refine(source: Bundle, images: Sequence[Path], start: Calibration, output: P
         environment=old_program_environment(options.threads),
         subject="the distillation",
         remedy=_REMEDY,
-        progress=options.report,
+        progress=options.progress,
     )["losses"]
     with np.load(work / "parameters.npz") as file:
         parameters = dict(file)
@@ -120,7 +120,7 @@ def _distill(request: dict[str, Any]) -> dict[str, list[float]]:
         losses.append(student.step(batch, *targets))
         if not np.isfinite(losses[-1]):
             raise EngineError(f"the loss is not finite after {len(losses)} steps", _REMEDY)
-        report_progress(len(losses), steps)
+        PARENT.step("distilling", len(losses), steps)
     np.savez(Path(request["output"]) / "parameters.npz", allow_pickle=False, **student.weights())
     return {"losses": losses}
 

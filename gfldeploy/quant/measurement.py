@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,6 +118,13 @@ class SimulatedTensorRT(OnnxRuntimeEngine):
 
 
 def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, progress: Progress) -> Accuracy:
-    report = partial(progress.step, label)
     manifest = bundle.manifest
-    return measure_accuracy(engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, progress=report)
+    return measure_accuracy(
+        engine,
+        dataset,
+        manifest.preprocess,
+        manifest.nms,
+        manifest.classes,
+        progress=progress,
+        label=label,
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import UnsupportedError
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.calibration import Calibration
 
 __all__ = ["DEFAULT_STEPS", "Calibrate", "MethodOptions", "QuantMethod", "Refine", "Refined", "Thresholds"]
@@ -23,12 +24,12 @@ Thresholds = Mapping[str, Sequence[float]]
 class MethodOptions:
     """What the user asked for besides images: CPU `threads`, and the steps of a method that trains.
 
-    `report`: called with how much is done and how much there is to do.
+    `progress`: told how much is done.
     """
 
     threads: int = 1
     steps: int = DEFAULT_STEPS
-    report: Callable[[int, int], None] = field(default=lambda done, total: None, compare=False)
+    progress: Progress = field(default=SILENT, compare=False)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,12 @@ def observe_outputs(
     onnx_file: Path,
     batches: Iterable[NDArray[np.float32]],
     threads: int,
-    report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, tuple[OutputRange, ...]]:
     """The ranges of the convolutions' outputs by weight name, one for each use; see `observe_tensors`."""
     import onnx
 
     found = conv_outputs(onnx.load(str(onnx_file)))
-    ranges = observe_tensors(onnx_file, [tensor for _, _, tensor in found], batches, threads, report)
+    ranges = observe_tensors(onnx_file, [tensor for _, _, tensor in found], batches, threads)
     result: dict[str, tuple[OutputRange, ...]] = {}
     for weight, _, tensor in found:
         result[weight] = (*result.get(weight, ()), ranges[tensor])
@@ -43,11 +42,10 @@ def observe_tensors(
     tensors: Iterable[str],
     batches: Iterable[NDArray[np.float32]],
     threads: int,
-    report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, OutputRange]:
     """Run the FP32 graph over `batches` [N, 3, H, W]; returns the smallest and largest value of each tensor.
 
-    `report`: called with the number of batches done. Raises `EngineError` if the graph gives NaN or infinity, or if
+    Raises `EngineError` if the graph gives NaN or infinity, or if
     there is no batch.
     """
     import onnx
@@ -67,12 +65,11 @@ def observe_tensors(
     options.log_severity_level = 3
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    for done, batch in enumerate(batches, 1):
+    for batch in batches:
         values = np.array(session.run(None, {"image": batch}), np.float64).reshape(len(names), 2)
         if not np.isfinite(values).all():
             raise EngineError("the FP32 graph gives NaN or infinity on a calibration image", "Check the checkpoint.")
         low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
-        report(done)
     if not np.isfinite(low).all():
         raise EngineError("there was no calibration image", "Give --data with at least one image.")
     return {name: OutputRange(*pair) for name, *pair in zip(names, low.tolist(), high.tolist(), strict=True)}

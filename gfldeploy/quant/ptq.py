@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.child_process import NO_LIMITS, report_progress, run_child, serve
+from gfldeploy.child_process import NO_LIMITS, PARENT, run_child, serve
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.method import MethodOptions, Thresholds
 from gfldeploy.quant.program import old_program_environment
@@ -61,7 +61,7 @@ def calibrate(source: Bundle, images: Sequence[Path], algorithm: str, options: M
             environment=environment,
             subject="PaddleSlim",
             remedy="Try another --algo or fewer --samples.",
-            progress=options.report,
+            progress=options.progress,
         )["thresholds"]
         return thresholds
 
@@ -89,7 +89,8 @@ def _calibrate(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal seen
         for path in images:
             seen += 1
-            report_progress(min(seen, passes * len(images)), passes * len(images))
+            total = passes * len(images)
+            PARENT.step(f"PaddleSlim {request['algorithm']}", min(seen, total), total)
             yield {"image": preprocess.batch([preprocess(read_image(path))])}
 
     program = _quantization(Path(request["bundle"]), batches, len(images), request["algorithm"]).quantize()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
-from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
@@ -208,7 +211,7 @@ def _checked(directory: Path, output: Path, method: QuantMethod, force: bool) ->
     check_target(output, force=force)
     check_apart(output, [directory], directory)
     source.layers()
-    for module in ("paddle", "onnxruntime", *method.packages):
+    for module in (*(library.module for library in TOOL_CHAINS["quantize"].libraries), *method.packages):
         require(module, "quantize")
     return source
 
@@ -251,19 +254,19 @@ class _Attempts:
         progress = self.evaluator.progress
         progress.stage("observing the convolutions' outputs")
         onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
-        batches = (preprocess.batch([preprocess(read_image(path))]) for path in self.images)
-        outputs = observe_outputs(
-            onnx_file,
-            batches,
-            self.threads,
-            lambda done: progress.step("observing", done, len(self.images)),
-        )
+
+        def batches() -> Iterator[NDArray[np.float32]]:
+            for done, path in enumerate(self.images):
+                progress.step("observing", done, len(self.images))
+                yield preprocess.batch([preprocess(read_image(path))])
+
+        outputs = observe_outputs(onnx_file, batches(), self.threads)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options(label))
+                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -287,11 +290,10 @@ class _Attempts:
         start = self.evaluated[chosen].quantized
         self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
         output = self.evaluator.scratch / self.method.name
-        options = self._options(self.method.name)
-        refined = self.method.refine(start.source, self.images, start.calibration, output, options)
+        refined = self.method.refine(start.source, self.images, start.calibration, output, self._options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
 
-    def _options(self, label: str) -> MethodOptions:
-        progress = self.evaluator.progress
-        return MethodOptions(self.threads, self.steps, lambda done, total: progress.step(label, done, total))
+    @property
+    def _options(self) -> MethodOptions:
+        return MethodOptions(self.threads, self.steps, self.evaluator.progress)

@@ -52,7 +52,10 @@ _POLICIES = {
 
 
 def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 3 has a cell, as results have; the bundle's name in its manifest was not recorded before."""
+    """Schema 3 has a cell, as results have, and the knee's curve as pairs.
+
+    The bundle's name in its manifest was not recorded before.
+    """
 
     def upgraded(cell: dict[str, Any]) -> dict[str, Any]:
         path, digest, evidence = (cell.pop(name) for name in ("bundle", "digest", "evidence"))
@@ -61,7 +64,11 @@ def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
         cell["bundle"] = {"name": name, "directory": name, "digest": digest}
         return {"path": path, "cell": cell, "evidence": evidence}
 
-    return _configurations(data, upgraded)
+    knee = data["knee"] and {
+        "batch_size": data["knee"]["batch_size"],
+        "curve": [[point["batch_size"], point["images_per_s"]] for point in data["knee"]["curve"]],
+    }
+    return {**_configurations(data, upgraded), "knee": knee}
 
 
 @dataclass(frozen=True)
@@ -144,8 +151,11 @@ class Deploy(Versioned):
     machine: Machine
     data: DataDescription
 
-    def check(self, bundle: Bundle, machine: Machine) -> None:
-        """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware."""
+    def check(self, bundle: Bundle, machine: Machine) -> tuple[str, ...]:
+        """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware.
+
+        Returns what is installed in other versions than where it was tuned: the choice may hold, its figures need not.
+        """
         tuned = self.choice.cell.bundle
         if bundle.digest != tuned.digest:
             raise BundleError(
@@ -158,9 +168,6 @@ class Deploy(Versioned):
                 f"the choice was made on another machine: {'; '.join(map(str, differences))}",
                 "Run `gfldeploy tune` on this one.",
             )
-
-    def software_changes(self, machine: Machine) -> tuple[str, ...]:
-        """What is installed in other versions than where it was tuned: the choice may hold, its figures need not."""
         return tuple(map(str, software_differences(self.machine, machine)))
 
     def bundle_path(self, path: Path) -> Path:
@@ -183,6 +190,5 @@ def check_deploy(path: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
         DataError: The file cannot be read, or was made on another machine.
     """
     path = Path(path)
-    deploy, machine = Deploy.read(path), describe_machine()
-    deploy.check(Bundle.open(deploy.bundle_path(path) if bundle is None else Path(bundle)), machine)
-    return deploy.software_changes(machine)
+    deploy = Deploy.read(path)
+    return deploy.check(Bundle.open(Path(bundle or deploy.bundle_path(path))), describe_machine())

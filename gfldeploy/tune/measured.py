@@ -9,11 +9,11 @@ from functools import cached_property
 from gfldeploy.bench.estimates import Estimate, lower_limit, percentile, ratio_of_medians, samples_for, supports
 from gfldeploy.bench.results import CellResult, Run
 
-__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "measurable", "speed_ratio"]
+__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "speed_ratio"]
 
-# Assumed: by how much of itself the throughput of one short run differs from that of another run of the same cell.
+# Assumed: the relative difference in throughput between two short runs of one cell.
 NOISE = 0.05
-# The percentile that a latency bound is of, and the batches that it takes to know it.
+# The percentile that a latency bound applies to, and the number of batches that it takes to know it.
 BOUND_PERCENT = 99
 TAIL_COUNT = samples_for(BOUND_PERCENT)
 
@@ -22,8 +22,8 @@ TAIL_COUNT = samples_for(BOUND_PERCENT)
 class Tail:
     """What `samples` batches say of the 99th percentile of their latency, in milliseconds.
 
-    `ms`: the percentile where it is `known`, which takes `TAIL_COUNT` of them; else the largest of them, beyond which
-    it may lie. `low_ms`: what it is not below, however few they are.
+    `ms`: the percentile where it is `known`, which takes `TAIL_COUNT` of them; else the largest sample, which the
+    percentile may exceed. `low_ms`: the percentile's lower limit, for any number of samples.
     """
 
     ms: float
@@ -66,21 +66,16 @@ class Measured:
         return statistics.median(value for run in self.passes for value in run)
 
     @classmethod
-    def of(cls, result: CellResult) -> Measured:
-        """Of a cell that was measured from file to boxes (`measurable`). Raises `ValueError` for another."""
-        if not measurable(result):
-            raise ValueError("the cell was not measured from file to boxes")
+    def of(cls, result: CellResult) -> Measured | None:
+        """None for a cell that was not measured from file to boxes, or in no time at all."""
+        if result.status != "ok" or min(result.file_ms, default=0.0) <= 0:
+            return None
         return cls(
             passes=tuple(_passes(run, result.cell.batch_size) for run in result.runs),
             median_ms=statistics.median(result.file_ms),
             tail=Tail.of(result.file_ms),
             memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in result.runs),
         )
-
-
-def measurable(result: CellResult) -> bool:
-    """Whether a cell has what `Measured` is made of: times from file to boxes, none of them 0."""
-    return result.status == "ok" and min(result.file_ms, default=0.0) > 0
 
 
 def speed_ratio(base: Measured, other: Measured) -> Estimate:

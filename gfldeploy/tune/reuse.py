@@ -10,7 +10,7 @@ from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.compare import hardware_differences, software_differences, timing_differences
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.errors import DataError
-from gfldeploy.tune.measured import measurable
+from gfldeploy.tune.measured import Measured
 
 __all__ = ["reuse"]
 
@@ -34,7 +34,7 @@ def reuse(
             if listed := "; ".join(map(str, differences)):
                 raise DataError(f"{path} is {what}: {listed} (there, here)", "Leave it out of --results.")
         same_images = results.data.same_accuracy_images(now.data)
-        measured = {_key(one.cell): one for one in results.cells if measurable(one)}
+        measured = {_key(one.cell): one for one in results.cells if Measured.of(one)}
         found = [(cell, measured[_key(cell)]) for cell in cells if _key(cell) in measured]
         if not found:
             raise DataError(

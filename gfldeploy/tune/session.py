@@ -34,7 +34,7 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
-from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, measurable
+from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured
 from gfldeploy.tune.reuse import reuse
 from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
 from gfldeploy.tune.summary import miss_in_words, summarize
@@ -134,7 +134,6 @@ def tune_bundles(
         min_count=min_count,
         max_seconds=5 * min_seconds,
         rounds=rounds,
-        quick=Settings.is_quick(rounds, min_seconds, min_count),
     )
     opened = open_bundles(bundles)
     if max_drop is not None and all(bundle.manifest.precision != "fp32" for bundle in opened):
@@ -159,7 +158,7 @@ def tune_bundles(
         runner = Runner(
             planned.bundles, measured_on, journal, limits(cell_timeout), Path(engine_cache), {"machine": plain(machine)}
         )
-        look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
+        look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds)
         session = _Session(search, known_bundles, engines, runner, look, settings, accuracy, progress)
         for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
             search.known[cell] = session.add(cell, result, file.settings.quick)
@@ -169,8 +168,7 @@ def tune_bundles(
         known = f", {reused} of them known from --results" if reused else ""
         progress.stage(f"{len(search.cells)} configurations of {len(search.by_model)} models{known}")
         for line in planned.lines():
-            if line.startswith("  skip"):
-                progress.stage(line)
+            progress.stage(line)
         complete = search.run(
             session.look_at,
             session.finish,
@@ -228,8 +226,8 @@ def _accuracy_of(result: CellResult) -> Accuracy | str:
 class _Session:
     """What measures, and what it has measured.
 
-    `results`: the latest of each cell; `quick`: those too brief for figures to be quoted. `accuracies`: of each model,
-    or why there is none.
+    `results`: the latest of each cell, and whether it was too brief for figures to be quoted. `accuracies`: of each
+    model, or why there is none.
     """
 
     search: Search
@@ -240,17 +238,15 @@ class _Session:
     settings: Settings
     accuracy: bool
     progress: Progress
-    results: dict[Cell, CellResult] = field(default_factory=dict)
-    quick: set[Cell] = field(default_factory=set)
+    results: dict[Cell, tuple[CellResult, bool]] = field(default_factory=dict)
     accuracies: dict[Model, Accuracy | str] = field(default_factory=dict)
 
     def add(self, cell: Cell, result: CellResult, quick: bool) -> Measured | None:
         """Keep a result, and return what was measured; None where that failed."""
-        self.results[cell] = result
-        (self.quick.add if quick else self.quick.discard)(cell)
+        self.results[cell] = result, quick
         if result.ap is not None:
             self.accuracies[model_of(cell)] = _accuracy_of(result)
-        return Measured.of(result) if measurable(result) else None
+        return Measured.of(result)
 
     def look_at(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
@@ -330,8 +326,8 @@ class _Session:
         return Configuration(path, cell, self._evidence(cell))
 
     def _evidence(self, cell: Cell) -> Evidence:
-        result = self.results[cell]
-        measured = Measured.of(result)
+        result, quick = self.results[cell]
+        measured = self.search.finished[cell]
         accuracy = self.accuracies.get(model_of(cell))
         reference = self._reference(cell.engine)
         ap, base = (
@@ -347,7 +343,7 @@ class _Session:
             latency_max_ms=max(result.file_ms),
             network_images_per_s=percentile(network or [0.0], 50),
             network_p50_ms=percentile(result.latency_ms, 50),
-            quick=cell in self.quick,
+            quick=quick,
             padded=None if None in mixed else any(mixed),
             memory_mb=round(measured.memory_mb, 1),
             ap=ap,
@@ -372,7 +368,7 @@ class _Session:
                 "Loosen that bound, or give other bundles; what was measured is kept for the next run with this "
                 "--output.",
             )
-        failed = next((result for result in self.results.values() if result.status == "failed"), None)
+        failed = next((result for result, _ in self.results.values() if result.status == "failed"), None)
         if failed is None:
             return EngineError("nothing could be measured: batches took no time at all, so that the clock is of no use")
         return EngineError(f"nothing could be measured; {failed.cell.engine} {failed.cell.precision}: {failed.reason}")

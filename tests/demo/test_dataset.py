@@ -12,9 +12,11 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from recorded_progress import RecordedProgress
 
 from gfldeploy.demo import dataset
 from gfldeploy.errors import DataError, OutputError
+from gfldeploy.progress import Silent
 
 COUNT = 80
 
@@ -144,11 +146,11 @@ def test_every_object_stays_a_quarter_visible() -> None:
 
 
 def test_progress_counts_up_to_the_total(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    dataset.generate(tmp_path, "calib", 3, lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
-    dataset.generate(tmp_path, "calib", 3, lambda done, total: calls.append((done, total)))
-    assert calls[3:] == [(3, 3)], "a complete split is not drawn again"
+    progress = RecordedProgress()
+    dataset.generate(tmp_path, "calib", 3, progress)
+    assert progress.steps == [("images", done, 3) for done in (1, 2, 3)]
+    dataset.generate(tmp_path, "calib", 3, progress)
+    assert progress.steps[3:] == [("images", 3, 3)], "a complete split is not drawn again"
 
 
 def test_a_complete_split_is_reused(tmp_path: Path) -> None:
@@ -197,13 +199,17 @@ def test_an_incomplete_split_is_generated_again(tmp_path: Path, damage: Any) -> 
     assert (digests(path), path.read_bytes()) == wanted
 
 
-def interrupted(_done: int, _total: int) -> None:
-    raise KeyboardInterrupt
+class Interrupted(Silent):
+    """Ctrl-C after the second image."""
+
+    def step(self, label: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        dataset.generate(tmp_path, "calib", 3, interrupted)
+        dataset.generate(tmp_path, "calib", 3, Interrupted())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -211,7 +217,7 @@ def test_an_interruption_leaves_the_old_split(tmp_path: Path) -> None:
     path = dataset.generate(tmp_path, "calib", 2)
     old = digests(path)
     with pytest.raises(KeyboardInterrupt):
-        dataset.generate(tmp_path, "calib", 3, interrupted)
+        dataset.generate(tmp_path, "calib", 3, Interrupted())
     assert digests(path) == old
     assert [entry.name for entry in tmp_path.iterdir()] == ["calib"]
 

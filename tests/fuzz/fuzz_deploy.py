@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from mutations import mutate_bytes, mutate_value
 from sample_deploy import DEPLOY
 
+from gfldeploy.bench.compare import software_differences
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.tune.deploy_file import Deploy
@@ -60,6 +61,6 @@ def one(data: bytes, folder: Path) -> None:
     path = folder / "deploy.yml"
     path.write_bytes(data)
     deploy = Deploy.read(path)
-    deploy.software_changes(_MACHINE)
+    list(software_differences(deploy.machine, _MACHINE))
     deploy.bundle_path(path)
     choose(path)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from demo_bundles import needs_export, needs_quant, pictures, run, trained
 from numpy.typing import NDArray
+from recorded_progress import RecordedProgress
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions
@@ -39,11 +40,11 @@ def test_a_few_steps_move_the_weights_a_little_and_alike_in_both_graphs(
     images = sorted(pictures(tmp_path_factory).iterdir())
     thresholds = calibrate(source, images, "abs_max", MethodOptions())
     entries = {name: ConvRanges(tuple(inputs), (), ()) for name, inputs in thresholds.items()}
-    seen: list[tuple[int, int]] = []
-    options = MethodOptions(steps=4, report=lambda *step: seen.append(step))
+    progress = RecordedProgress()
+    options = MethodOptions(steps=4, progress=progress)
     found = refine(source, images, Calibration("abs_max", {}, entries), tmp_path / "new", options)
 
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert progress.steps == [("distilling", done, 4) for done in (1, 2, 3, 4)]
     # What INT8 rounding costs a working detector, in nats a detection: not nothing, and not a broken simulation.
     losses = found.record["distillation"]
     assert 0 < losses["loss_before"] < 1

@@ -372,9 +372,9 @@ def test_not_a_state_dict(tmp_path: Path) -> None:
         (np.ones(3), "holds a numpy array"),
         ({}, "no weights"),
         ({"StructuredToParameterName@@": {}}, "no weights"),
-        ({"model": dict(WEIGHTS)}, "'model' is a dict"),
-        ({"epoch": 3}, "'epoch' is a int"),
-        ({"w": None}, "'w' is a NoneType"),
+        ({"model": dict(WEIGHTS)}, "has 'model', which is a dict"),
+        ({"epoch": 3}, "has 'epoch', which is a int"),
+        ({"w": None}, "has 'w', which is a NoneType"),
         ({3: np.ones(3)}, "a int among its parameter names"),
     ):
         with pytest.raises(CheckpointError, match=problem):

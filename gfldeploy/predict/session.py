@@ -93,7 +93,7 @@ def predict_images(
 ) -> PredictResults:
     """Detect in images, folders of them, and videos, and write a folder of results in one step.
 
-    After an interruption the same call resumes where it stopped, and writes the same files: finished batches are kept in
+    After an interruption the same call resumes where it stopped and writes the same files: finished batches are kept in
     a folder beside the output. An argument that is None is as in `deploy.yml`, or as `Detector` chooses for a bundle.
 
     Args:

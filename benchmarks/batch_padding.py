@@ -25,7 +25,7 @@ import cv2
 
 from gfldeploy.analysis.sweep import Pass, input_sizes, run_pass
 from gfldeploy.batching.buckets import Order, Size
-from gfldeploy.bench.stages import time_batch
+from gfldeploy.bench.timing import time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import usable_threads

@@ -86,7 +86,7 @@ def table(found: Iterable[Row]) -> str:
         if (served := row.served) is None:
             continue
         possible = "" if served.percent_of_possible is None else f"{served.percent_of_possible:.0f}%"
-        p99 = "" if (tail := row.percentile(99)) is None else f"{tail.value:.0f}"
+        p99 = "" if (tail := row.latency_ms(99)) is None else f"{tail.value:.0f}"
         lines.append(
             f"| {row.cell.policy} | {served.in_time_per_s:.1f} | {possible} | {served.rejected:.0%} | {p99} "
             f"| {served.mean_batch:.1f} | {row.padding:.2f} |"

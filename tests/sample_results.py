@@ -9,8 +9,8 @@ from typing import Any
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cell import STREAMS, BundleIdentity, Cell
 from gfldeploy.bench.matrix import Plan
-from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Idle, Monitored, Peak, Run, Stages
-from gfldeploy.bench.timing import Samples, Settings
+from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Idle, Monitored, Peak, Run
+from gfldeploy.bench.timing import Samples, Settings, Stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.machine import describe_machine
 
@@ -83,6 +83,6 @@ def sample_results() -> BenchResults:
         created="2026-01-01T00:00:00+00:00",
         machine=describe_machine(),
         data=DataDescription("cd" * 32, "ef" * 32, 6, None),
-        settings=Settings(2.0, 10, 10.0),
+        settings=Settings(2.0, 10, 10.0, rounds=3),
         cells=(OK, FAILED, SKIPPED),
     )

@@ -20,8 +20,8 @@ import pytest
 from sample_results import sample_results
 
 from gfldeploy import files
-from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.report.page import write_report
+from gfldeploy.bench.table import write_csv
 from gfldeploy.errors import OutputError
 from gfldeploy.files import (
     FileKind,

@@ -15,7 +15,7 @@ import numpy as np
 
 from gfldeploy.batching.buckets import STREAM_ORDERS, Group, Order, Size, group, padding
 from gfldeploy.bench.monitor import OthersUse
-from gfldeploy.bench.stages import BatchTimes, time_batch
+from gfldeploy.bench.timing import BatchTimes, time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine
 from gfldeploy.engines.hardware import usable_threads

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.cell import Cell
-from gfldeploy.bench.timing import Samples, Settings
+from gfldeploy.bench.timing import Samples, Settings, Stages
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import FileFormat, Versioned, part
 
@@ -23,7 +23,6 @@ __all__ = [
     "Peak",
     "Run",
     "Serving",
-    "Stages",
     "Status",
     "defined_ap",
 ]
@@ -48,31 +47,6 @@ class DataDescription:
         """Whether mAP is of the same images."""
         mine, its = ((one.annotations_sha256, one.accuracy_images) for one in (self, other))
         return mine == its
-
-
-@dataclass(frozen=True)
-class Stages:
-    """Milliseconds of whole batches, from file to boxes, batch after batch: the k-th of each is the k-th batch.
-
-    They are the batches of the network alone, in whole passes; nothing overlaps, so that they say how long a batch
-    takes, and images a second one batch after the other: `predict`, which decodes the next meanwhile, may do more.
-
-    `decode_ms` (from the file), `preprocess_ms` (resize, normalise, pad, collate), `input_copy_ms` (host to device),
-    `inference_ms`, `output_copy_ms` (device to host), `postprocess_ms` (NMS), and `end_to_end_ms` around all of them.
-    On a CPU the copies are those into and out of the engine's own buffers, 0 where it reads and writes the caller's.
-    """
-
-    decode_ms: tuple[float, ...]
-    preprocess_ms: tuple[float, ...]
-    input_copy_ms: tuple[float, ...]
-    inference_ms: tuple[float, ...]
-    output_copy_ms: tuple[float, ...]
-    postprocess_ms: tuple[float, ...]
-    end_to_end_ms: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len({len(getattr(self, field.name)) for field in fields(self)}) != 1:
-            raise ValueError("every stage must have one value for each batch")
 
 
 @dataclass(frozen=True)
@@ -299,7 +273,8 @@ def _from_schema_4(data: dict[str, Any]) -> dict[str, Any]:
         for cell in [axes] if axes in known else _expanded(axes, known):
             order = "bucketed" if cell["scenario"] == "offline" else "listed"
             cells.append({"cell": {**cell, "order": order}, **rest, "peak": peak})
-    return {**{key: value for key, value in data.items() if key != "peaks"}, "cells": cells}
+    settings = _without("quick", part(data, "settings"))  # which follows from the others
+    return {**_without("peaks", data), "settings": settings, "cells": cells}
 
 
 _AXES_4 = ("bundle", "engine", "precision", "device", "threads", "batch_size", "scenario", "rate", "policy")
@@ -316,6 +291,10 @@ def _expanded(axes: dict[str, Any], known: list[dict[str, Any]]) -> list[dict[st
         if (cell := {**one, **given}) not in found:
             found.append(cell)
     return found
+
+
+def _without(key: str, record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != key}
 
 
 def _taken(record: dict[str, Any], *keys: str) -> dict[str, Any]:

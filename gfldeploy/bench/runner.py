@@ -17,7 +17,7 @@ from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.monitor import wait_until_idle
 from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Peak
 from gfldeploy.bench.timing import Settings
-from gfldeploy.bench.worker import AccuracyRequest, PeakRequest, Timed, TimingRequest
+from gfldeploy.bench.worker import Task, Timed
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import DEFAULT_LIMITS, Limits, run_child
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
@@ -163,20 +163,15 @@ class Runner:
 
     def _run(self, step: _Step, settings: Settings) -> dict[str, Any]:
         """What the step's process answers: its result, or the `reason` of a failure and its `remedy`."""
-        cell, data, cache = step.cell, self.data, self.engine_cache
-        idle = wait_until_idle(cell.device)
-        if step.kind == "peak":
-            return _ask("peak", PeakRequest(cell), self.limits, self.worker)
-        bundle = self.bundles[cell.bundle]
-        request: TimingRequest | AccuracyRequest
-        if step.kind == "timing":
-            images = tuple(path.absolute() for path in data.images)
-            request = TimingRequest(cell, bundle, images, settings, idle, cache)
-        else:
-            request = AccuracyRequest(cell, bundle, data.annotations, data.image_dir, data.accuracy_limit, cache)
-        answer = _ask(step.kind, request, self.limits, self.worker)
-        if "reason" in answer:  # results are published: they name the bundle, not where it lies on this machine
-            answer["reason"] = answer["reason"].replace(str(bundle), cell.bundle.directory)
+        data, bundle = self.data, self.bundles.get(step.cell.bundle, Path())
+        images = tuple(path.absolute() for path in data.images)
+        task = Task(
+            step.kind, step.cell, bundle, images, settings, wait_until_idle(step.cell.device),
+            data.annotations, data.image_dir, data.accuracy_limit, self.engine_cache,
+        )  # fmt: skip
+        answer = _ask(task, self.limits, self.worker)
+        if "reason" in answer and bundle.name:  # results are published, and where a bundle is on this machine is not
+            answer["reason"] = answer["reason"].replace(str(bundle), step.cell.bundle.directory)
         return answer
 
     def _result(self, cell: Cell, steps: Sequence[_Step], answers: Mapping[_Step, _Answer | EngineError]) -> CellResult:
@@ -199,7 +194,7 @@ class Runner:
 
 def run_peak(cell: Cell, *, limits: Limits = DEFAULT_LIMITS, worker: str | Sequence[str] = _WORKER) -> Peak:
     """What the cell's engine reaches here at best, measured in a process of its own; a failure is its `reason`."""
-    return _peak(_read("peak", _ask("peak", PeakRequest(cell), limits, worker)))
+    return _peak(_read("peak", _ask(Task("peak", cell), limits, worker)))
 
 
 def _peak(answer: _Answer | EngineError) -> Peak:
@@ -227,16 +222,11 @@ def _failure(steps: Sequence[_Step], answers: Mapping[_Step, _Answer | EngineErr
     return next((answer for answer in timings if isinstance(answer, EngineError)), None)
 
 
-def _ask(
-    kind: _Kind,
-    request: TimingRequest | AccuracyRequest | PeakRequest,
-    limits: Limits,
-    worker: str | Sequence[str],
-) -> dict[str, Any]:
-    """What one worker process answers to one request: a result, or the `reason` of a failure and its `remedy`."""
+def _ask(task: Task, limits: Limits, worker: str | Sequence[str]) -> dict[str, Any]:
+    """What one worker process answers to one task: a result, or the `reason` of a failure and its `remedy`."""
     try:
-        answer = run_child(worker, {kind: plain(request)}, limits=limits)
-        _read(kind, answer)
+        answer = run_child(worker, plain(task), limits=limits)
+        _read(task.kind, answer)
     except EngineError as error:
         return {"reason": error.problem, "remedy": error.remedy}
     except DataError as error:

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 
 from gfldeploy.bench.cell import POLICIES, STREAMS, Scenario, ServerPolicy
-from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bench.report.page import write_report
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.runner import Data, Runner, duration
+from gfldeploy.bench.table import write_csv
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import Limits
@@ -139,7 +139,6 @@ def benchmark(
         seed=seed,
         latency_bound_ms=latency_bound_ms,
         monitor_hz=monitor_hz,
-        quick=Settings.is_quick(rounds, min_seconds, min_count),
     )
     opened = open_bundles(bundles)
     measured_on = Data.load(

@@ -1,21 +1,26 @@
 """Results as rows of a table, and its columns: statistics are computed here, from the raw samples.
 
-The terminal, the CSV file and the page all go through the one list of `COLUMNS`.
+The terminal, the CSV file and the page all go through the one list of `COLUMNS`; the CSV file is written here.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from textwrap import shorten
 
 from gfldeploy.bench.cell import STREAMS, Cell, names
 from gfldeploy.bench.columns import Column, Value
-from gfldeploy.bench.estimates import Estimate, median, percentile, supports
+from gfldeploy.bench.estimates import Estimate, percentile, supports
 from gfldeploy.bench.monitor import BUSY_PERCENT
 from gfldeploy.bench.results import BenchResults, CellResult, Run
+from gfldeploy.files import write_text
+from gfldeploy.text import spreadsheet_cell
 
 __all__ = [
     "COLUMNS",
@@ -28,6 +33,7 @@ __all__ = [
     "best_of_each",
     "notes",
     "rows",
+    "write_csv",
 ]
 
 # What is said of a measured cell without an mAP, and of one without times from file to boxes.
@@ -113,13 +119,8 @@ class Row:
         """Whether its latencies are those of a server."""
         return self.cell.scenario == "server"
 
-    @cached_property
-    def file_ms(self) -> Estimate | None:
-        """The median latency of a batch from file to boxes."""
-        return median(self.result.file_ms) if self.ok and self.result.file_ms else None
-
-    def file_percentile(self, percent: int) -> Estimate | None:
-        """A percentile of the latency of a batch from file to boxes, in milliseconds."""
+    def file_ms(self, percent: int = 50) -> Estimate | None:
+        """A percentile of the latency of a batch from file to boxes; the median even of few."""
         return self._percentile(self.result.file_ms, percent)
 
     @cached_property
@@ -128,13 +129,8 @@ class Row:
         seconds = sum(self.result.file_ms) / 1e3 if self.ok else 0
         return len(self.result.file_ms) * self.cell.batch_size / seconds if seconds > 0 else None
 
-    @cached_property
-    def median_ms(self) -> Estimate | None:
-        """The median latency of a batch through the network alone; of servers, of an image."""
-        return median(self.result.latency_ms) if self.ok else None
-
-    def percentile(self, percent: int) -> Estimate | None:
-        """A percentile of the latencies that `median_ms` is the median of."""
+    def latency_ms(self, percent: int = 50) -> Estimate | None:
+        """A percentile of the latency of a batch through the network alone; of servers, of an image."""
         return self._percentile(self.result.latency_ms, percent)
 
     @cached_property
@@ -233,7 +229,9 @@ class Row:
         return "; ".join(filter(None, (self._not_lowered(), no_accuracy))) or None
 
     def _percentile(self, latency_ms: Sequence[float], percent: int) -> Estimate | None:
-        return percentile(latency_ms, percent) if self.ok and supports(len(latency_ms), percent) else None
+        if not self.ok or not latency_ms or not (percent == 50 or supports(len(latency_ms), percent)):
+            return None
+        return percentile(latency_ms, percent)
 
     def _is_mixed(self, run: Run) -> bool:
         """Whether batches held images of several sizes; where that was not recorded, whether they are padded more than
@@ -298,32 +296,47 @@ def _percent(reached: float | None, most: float | None) -> float | None:
     return 100 * reached / most if reached and most else None
 
 
-Read = Callable[[Row], Value]
+def _percentiles(
+    name: str, value: Callable[[Row, int], Value], drops: tuple[int, int, int], first: bool = False
+) -> list[Column[Row]]:
+    """The median, the 90th and the 99th percentile of latencies in milliseconds."""
+
+    def column(percent: int, drop: int) -> Column[Row]:
+        what = "" if percent == 50 else f" p{percent}"
+        return Column(
+            f"{name}_{'median' if percent == 50 else what.strip()}_ms",
+            f"{name.replace('_', ' ')}{what}",
+            lambda row: value(row, percent),
+            "ms",
+            drop=drop,
+            interval=True,
+            first=first and percent == 50,
+        )
+
+    return [column(percent, drop) for percent, drop in zip((50, 90, 99), drops, strict=True)]
 
 
-def _network(value: Read) -> Read:
-    """Of all scenarios but the server's, whose latencies are not of the network alone."""
-    return lambda row: None if row.is_server else value(row)
-
-
-def _servers(value: Read) -> Read:
-    return lambda row: value(row) if row.is_server else None
-
-
-def _of_served(value: Callable[[Served], Value]) -> Read:
+def _of_served(value: Callable[[Served], Value]) -> Callable[[Row], Value]:
     return lambda row: value(row.served) if row.served else None
 
 
-def _file(value: Read) -> Read:
-    """What is measured of whole batches from file to boxes; not of servers."""
+def _file_ms(row: Row, percent: int) -> Value:
+    found = None if row.is_server else row.file_ms(percent)
+    return found or (NOT_MEASURED if percent == 50 and row.ok and not row.is_server else None)
 
-    def of(row: Row) -> Value:
-        if not row.ok or row.is_server:
-            return None
-        found = value(row)
-        return NOT_MEASURED if found is None else found
 
-    return of
+def _file_images_per_s(row: Row) -> Value:
+    if not row.ok or row.is_server:
+        return None
+    return NOT_MEASURED if row.file_images_per_s is None else row.file_images_per_s
+
+
+def _network_images_per_s(row: Row) -> Value:
+    return None if row.is_server else row.images_per_s
+
+
+def _scenario(row: Row) -> Value:
+    return None if row.cell.scenario in STREAMS else row.cell.scenario
 
 
 def _rate(row: Row) -> Value:
@@ -346,49 +359,22 @@ COLUMNS: list[Column[Row]] = [
     Column("bundle", "bundle", lambda row: row.cell.bundle.directory, words=True, drop=7, constant=True, first=True),
     Column("device", "device", lambda row: row.cell.device, words=True, constant=True, first=True),
     Column("threads", "threads", lambda row: row.cell.threads, constant=True, first=True),
-    Column(
-        "scenario",
-        "scenario",
-        lambda row: None if row.cell.scenario in STREAMS else row.cell.scenario,
-        words=True,
-        constant=True,
-        first=True,
-    ),
+    Column("scenario", "scenario", _scenario, words=True, constant=True, first=True),
     Column("rate_per_s", "arriving/s", _rate, constant=True),
     Column("policy", "policy", lambda row: row.cell.policy, words=True),
     Column("batch_size", "batch", lambda row: row.cell.batch_size, first=True),
-    Column(
-        "file_to_boxes_images_per_s", "file to boxes", _file(lambda row: row.file_images_per_s), "images/s", first=True
-    ),
+    Column("file_to_boxes_images_per_s", "file to boxes", _file_images_per_s, "images/s", first=True),
     Column("in_time_per_s", "in time", _of_served(lambda served: served.in_time_per_s), "images/s"),
     Column("ap", "mAP", _ap, digits=4, first=True),
-    Column(
-        "file_to_boxes_median_ms",
-        "file to boxes",
-        _file(lambda row: row.file_ms),
-        "ms",
-        drop=4,
-        interval=True,
-        first=True,
-    ),
-    Column(
-        "file_to_boxes_p90_ms", "file to boxes p90", lambda row: row.file_percentile(90), "ms", drop=13, interval=True
-    ),
-    Column(
-        "file_to_boxes_p99_ms", "file to boxes p99", lambda row: row.file_percentile(99), "ms", drop=11, interval=True
-    ),
+    *_percentiles("file_to_boxes", _file_ms, (4, 13, 11), first=True),
     Column("percent_of_possible", "% of possible", _of_served(lambda one: one.percent_of_possible), digits=0, drop=2),
     Column("rejected_percent", "rejected", _of_served(lambda served: 100 * served.rejected), "%", digits=0, drop=3),
-    Column("answer_median_ms", "answer", _servers(lambda row: row.median_ms), "ms", drop=4, interval=True),
-    Column("answer_p90_ms", "answer p90", _servers(lambda row: row.percentile(90)), "ms", drop=13, interval=True),
-    Column("answer_p99_ms", "answer p99", _servers(lambda row: row.percentile(99)), "ms", drop=6, interval=True),
+    *_percentiles("answer", lambda row, percent: row.latency_ms(percent) if row.is_server else None, (4, 13, 6)),
     Column("bound_held", "bound held", _of_served(_bound_held), words=True, drop=6),
     Column("mean_batch", "mean batch", _of_served(lambda served: served.mean_batch), digits=1, drop=9),
     Column("memory_mb", "memory", lambda row: row.memory_mb, "MB", digits=0, drop=5, first=True),
-    Column("network_images_per_s", "network", _network(lambda row: row.images_per_s), "images/s", drop=3, first=True),
-    Column("network_median_ms", "network", _network(lambda row: row.median_ms), "ms", drop=8, interval=True),
-    Column("network_p90_ms", "network p90", _network(lambda row: row.percentile(90)), "ms", drop=14, interval=True),
-    Column("network_p99_ms", "network p99", _network(lambda row: row.percentile(99)), "ms", drop=12, interval=True),
+    Column("network_images_per_s", "network", _network_images_per_s, "images/s", drop=3, first=True),
+    *_percentiles("network", lambda row, percent: None if row.is_server else row.latency_ms(percent), (8, 14, 12)),
     Column("low_precision_convolutions", "low-prec. convs", lambda row: row.low_precision, drop=10),
     Column("gmac_per_s", "GMAC/s", lambda row: row.gmac_per_s, digits=1, drop=15),
     Column("percent_of_peak", "% of peak", lambda row: row.percent_of_peak, digits=0, drop=11),
@@ -396,3 +382,42 @@ COLUMNS: list[Column[Row]] = [
     Column("padding", "padding", lambda row: row.padding, digits=2, drop=9),
     Column("flags", "flags", lambda row: " ".join(row.flags) or None, words=True, drop=6, first=True),
 ]
+
+
+def write_csv(results: BenchResults, path: Path) -> None:
+    """Write one line for each cell below a line of column names, which hold the units; replaces any other file.
+
+    Columns are `COLUMNS`, `status` and `note`; `_low` and `_high` are the bounds of 95 % intervals. A field is
+    empty where there is nothing to show, but `ap` is "unknown" of a measured cell without one. Text that a spreadsheet
+    would take for a formula has an apostrophe before it. Raises `OutputError`.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_names())
+    for row in rows(results):
+        writer.writerow([spreadsheet_cell(value) for value in (*_fields(row), row.result.status, row.note)])
+    write_text(path, text.getvalue())
+
+
+def _names() -> Iterator[str]:
+    for column in COLUMNS:
+        if column.interval:
+            name = column.key.removesuffix("_ms")
+            yield from (f"{name}{bound}_ms" for bound in ("", "_low", "_high"))
+        else:
+            yield column.key
+    yield from ("status", "note")
+
+
+def _fields(row: Row) -> Iterator[str | int | float | None]:
+    """The values of the columns, as they are."""
+    for column in COLUMNS:
+        value = column.value(row)
+        if value == NOT_MEASURED:
+            value = None
+        if isinstance(value, Estimate):
+            yield from (value.value, value.low, value.high)
+        else:
+            yield value
+            if column.interval:
+                yield from (None, None)

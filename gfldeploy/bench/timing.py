@@ -1,18 +1,33 @@
-"""Timing one engine over prepared batches."""
+"""Timing one engine: over prepared batches, and over whole batches from file to detections."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.bundle import Bundle
+from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import Engine
+from gfldeploy.images.decode import read_image
 
-__all__ = ["Samples", "Settings", "is_stable", "measure", "warm_up"]
+__all__ = [
+    "BatchTimes",
+    "Samples",
+    "Settings",
+    "Stages",
+    "is_stable",
+    "measure",
+    "time_batch",
+    "time_stages",
+    "warm_up",
+]
 
 # How many windows the samples are cut into, the latest of which must agree.
 _WINDOWS = 5
@@ -30,7 +45,7 @@ class Settings:
     samples are stable (`is_stable`), and in any case once `max_seconds` have passed.
 
     `seed`: of the arrival times. `latency_bound_ms`: from arrival to answer, in the server scenario; None without it.
-    `monitor_hz`: hardware samples per second, 0 for none. `quick`: the times were too short for figures to be quoted.
+    `monitor_hz`: hardware samples per second, 0 for none.
     `tail_count`: batches from file to boxes that are timed in each round unless `max_seconds` pass before.
     """
 
@@ -42,7 +57,6 @@ class Settings:
     seed: int = 0
     latency_bound_ms: float | None = None
     monitor_hz: float = 5.0
-    quick: bool = False
     tail_count: int = 0
 
     def __post_init__(self) -> None:
@@ -53,10 +67,10 @@ class Settings:
         if self.min_count < 1 or self.min_seconds < 0 or self.max_seconds < self.min_seconds:
             raise ValueError("min_count must be at least 1, min_seconds not negative, max_seconds not less than that")
 
-    @staticmethod
-    def is_quick(rounds: int, min_seconds: float, min_count: int) -> bool:
-        """Whether all rounds together are good for a first look alone."""
-        return rounds * min_seconds < _QUOTABLE_SECONDS or rounds * min_count < _QUOTABLE_COUNT
+    @property
+    def quick(self) -> bool:
+        """Whether all rounds together are too short for figures to be quoted: good for a first look alone."""
+        return self.rounds * self.min_seconds < _QUOTABLE_SECONDS or self.rounds * self.min_count < _QUOTABLE_COUNT
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,43 @@ class Samples:
             raise ValueError("times must be positive")
         if self.batch_size < 1 or self.images < 1:
             raise ValueError("batch_size and images must be at least 1")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Milliseconds of whole batches, from file to boxes, batch after batch: the k-th of each is the k-th batch.
+
+    They are the batches of the network alone, in whole passes; nothing overlaps, so that they say how long a batch
+    takes, and images a second one batch after the other: `predict`, which decodes the next meanwhile, may do more.
+
+    `decode_ms` (from the file), `preprocess_ms` (resize, normalise, pad, collate), `input_copy_ms` (host to device),
+    `inference_ms`, `output_copy_ms` (device to host), `postprocess_ms` (NMS), and `end_to_end_ms` around all of them.
+    On a CPU the copies are those into and out of the engine's own buffers, 0 where it reads and writes the caller's.
+    """
+
+    decode_ms: tuple[float, ...]
+    preprocess_ms: tuple[float, ...]
+    input_copy_ms: tuple[float, ...]
+    inference_ms: tuple[float, ...]
+    output_copy_ms: tuple[float, ...]
+    postprocess_ms: tuple[float, ...]
+    end_to_end_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len({len(getattr(self, field.name)) for field in fields(self)}) != 1:
+            raise ValueError("every stage must have one value for each batch")
+
+
+class BatchTimes(NamedTuple):
+    """Milliseconds of one batch from file to detections; what they are of is said at `Stages`."""
+
+    decode_ms: float
+    preprocess_ms: float
+    input_copy_ms: float
+    inference_ms: float
+    output_copy_ms: float
+    postprocess_ms: float
+    end_to_end_ms: float
 
 
 def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], settings: Settings) -> Samples:
@@ -137,3 +188,42 @@ def _inference_ms(engine: Engine, batch: NDArray[np.float32]) -> float:
     start = time.perf_counter_ns()
     engine.infer({"image": batch})
     return (time.perf_counter_ns() - start) / 1e6
+
+
+def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundle, settings: Settings) -> Stages:
+    """Time the stages of these batches of image files, in whole passes, so that every cell is timed on the same images.
+
+    Passes go on until `min_seconds` of the settings have passed, and on until `tail_count` batches are timed or
+    `max_seconds` have passed. Nothing overlaps: the stages of a batch follow each other, and the batches too. The
+    engine must be warm for their shapes. Raises `DataError` and `EngineError`.
+    """
+    rows: list[BatchTimes] = []
+    began = time.perf_counter()
+    while True:
+        rows += [time_batch(engine, paths, bundle) for paths in batches]
+        seconds = time.perf_counter() - began
+        if seconds >= settings.min_seconds and (len(rows) >= settings.tail_count or seconds >= settings.max_seconds):
+            return Stages(*zip(*rows, strict=True))
+
+
+def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle) -> BatchTimes:
+    """Run one batch of these image files, one stage after the other. Raises `DataError` and `EngineError`."""
+    preprocess, nms = bundle.manifest.preprocess, bundle.manifest.nms
+    start = time.perf_counter()
+    images = [read_image(path) for path in paths]
+    decoded = time.perf_counter()
+    tensor, scales = preprocess.batch_of(images)
+    preprocessed = time.perf_counter()
+    outputs, copies = engine.infer_timed({"image": tensor})
+    inferred = time.perf_counter()
+    postprocess(outputs["scores"], outputs["boxes"], scales, nms)
+    end = time.perf_counter()
+    return BatchTimes(
+        decode_ms=(decoded - start) * 1e3,
+        preprocess_ms=(preprocessed - decoded) * 1e3,
+        input_copy_ms=copies.input_copy_ms,
+        inference_ms=copies.inference_ms,
+        output_copy_ms=copies.output_copy_ms,
+        postprocess_ms=(end - inferred) * 1e3,
+        end_to_end_ms=(end - start) * 1e3,
+    )

@@ -1,7 +1,6 @@
 """Measures one thing in this process: `python -m gfldeploy.bench.worker`.
 
-Answers a request of the runner (see `child_process.serve`) with `{"timed": ...}`, `{"accuracy": ...}` or
-`{"peak": ...}`.
+Answers a `Task` of the runner (see `child_process.serve`) with an object that has its kind as the only key.
 """
 
 from __future__ import annotations
@@ -9,12 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,7 @@ from gfldeploy.bench.results import Idle, Peak, Run, Serving
 from gfldeploy.bench.roofline import measure_peak
 from gfldeploy.bench.scenarios import arrival_times
 from gfldeploy.bench.scenarios import serve as serve_arrivals
-from gfldeploy.bench.stages import time_stages
-from gfldeploy.bench.timing import Samples, Settings, measure
+from gfldeploy.bench.timing import Samples, Settings, measure, time_stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import PARENT, serve
 from gfldeploy.engines.base import (
@@ -46,23 +44,28 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Prepared, Preprocess
 from gfldeploy.serialization import build, plain
 
-__all__ = ["AccuracyRequest", "PeakRequest", "Timed", "TimingRequest"]
+__all__ = ["Task", "Timed"]
 
 
 @dataclass(frozen=True)
-class TimingRequest:
-    """Time a cell on these images.
+class Task:
+    """What to measure of a cell, whose bundle is the directory `bundle`.
 
-    `bundle`: the directory of the cell's. `idle`: how the machine was before. `engine_cache`: where engines keep what
-    they compiled.
+    timing: on these `images`; `idle`: how the machine was before. accuracy: COCO's at batch 1, whatever the cell's
+    batch size, on the first `accuracy_limit` images (None: all) of the `annotations`. peak: what the engine reaches at
+    best. `engine_cache`: where engines keep what they compiled.
     """
 
+    kind: Literal["timing", "accuracy", "peak"]
     cell: Cell
-    bundle: Path
-    images: tuple[Path, ...]
-    settings: Settings
-    idle: Idle
-    engine_cache: Path
+    bundle: Path = Path()
+    images: tuple[Path, ...] = ()
+    settings: Settings = field(default_factory=lambda: Settings(0, 1, 0))
+    idle: Idle = field(default_factory=lambda: Idle(0.0, None, 0.0))
+    annotations: Path = Path()
+    image_dir: Path | None = None
+    accuracy_limit: int | None = None
+    engine_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,49 +76,26 @@ class Timed:
     image_sizes: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class AccuracyRequest:
-    """Measure COCO accuracy at batch 1 (whatever the cell's batch size) on the first `limit` images, None for all."""
-
-    cell: Cell
-    bundle: Path
-    annotations: Path
-    image_dir: Path | None
-    limit: int | None
-    engine_cache: Path
-
-
-@dataclass(frozen=True)
-class PeakRequest:
-    """Measure what the cell's engine reaches at best."""
-
-    cell: Cell
-
-
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
-    """The request and the answer have the key that says what is measured."""
-    ((kind, content),) = message.items()
-    if kind == "timing":
-        return {kind: plain(_time(build(TimingRequest, content, "request")))}
-    if kind == "accuracy":
-        return {kind: plain(_accuracy(build(AccuracyRequest, content, "request")))}
-    return {kind: plain(_peak(build(PeakRequest, content, "request")))}
+    task = build(Task, message, "task")
+    measure: Callable[[Task], object] = {"timing": _time, "accuracy": _accuracy, "peak": _peak}[task.kind]
+    return {task.kind: plain(measure(task))}
 
 
-def _time(request: TimingRequest) -> Timed:
+def _time(task: Task) -> Timed:
     import cv2
 
-    cell, settings = request.cell, request.settings
+    cell, settings = task.cell, task.settings
     cv2.setNumThreads(cell.threads)
-    bundle = Bundle.open(request.bundle)
+    bundle = Bundle.open(task.bundle)
     preprocess = bundle.manifest.preprocess
-    images = prepare_images(request.images, preprocess)
+    images = prepare_images(task.images, preprocess)
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
     batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
-    with _open(cell, bundle, _shapes(cell, images, batches, preprocess), request.engine_cache) as engine:
+    with _open(cell, bundle, _shapes(cell, images, batches, preprocess), task.engine_cache) as engine:
         load_s = time.perf_counter() - start
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
@@ -127,7 +107,7 @@ def _time(request: TimingRequest) -> Timed:
             peak_rss_mb = _peak_rss_mb()
             stages = None
             if cell.scenario != "server":  # whose batches are formed as images arrive
-                files = [[request.images[place] for place in batch.places] for batch in batches]
+                files = [[task.images[place] for place in batch.places] for batch in batches]
                 stages = time_stages(engine, files, bundle, settings)
         convolutions = _convolutions(engine, batches[0].tensor)
         run = Run(
@@ -146,14 +126,14 @@ def _time(request: TimingRequest) -> Timed:
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=_not_low_precision(cell.precision, convolutions),
             delegated=engine.delegated,
-            idle=request.idle,
+            idle=task.idle,
             monitored=monitor.record() if monitor else None,
             serving=serving,
         )
     return Timed(run, tuple(image.tensor.shape[1:] for image in images))
 
 
-def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path) -> Engine:
+def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path | None) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without them."""
     known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
     options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known))
@@ -188,18 +168,18 @@ def _measure(
     return serve_arrivals(engine, images, preprocess, cell.policy, cell.batch_size, arrivals, bound_ms, warmup)
 
 
-def _peak(request: PeakRequest) -> Peak:
-    cell = request.cell
+def _peak(task: Task) -> Peak:
+    cell = task.cell
     return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
 
 
-def _accuracy(request: AccuracyRequest) -> Accuracy:
-    cell = request.cell
-    bundle = Bundle.open(request.bundle)
+def _accuracy(task: Task) -> Accuracy:
+    cell = task.cell
+    bundle = Bundle.open(task.bundle)
     manifest = bundle.manifest
-    dataset = CocoDataset.load(request.annotations, request.image_dir, request.limit)
+    dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
     shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
-    with _open(cell, bundle, shapes, request.engine_cache) as engine:
+    with _open(cell, bundle, shapes, task.engine_cache) as engine:
         return measure_accuracy(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT
         )

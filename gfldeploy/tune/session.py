@@ -134,7 +134,6 @@ def tune_bundles(
         min_count=min_count,
         max_seconds=5 * min_seconds,
         rounds=rounds,
-        quick=Settings.is_quick(rounds, min_seconds, min_count),
     )
     opened = open_bundles(bundles)
     if max_drop is not None and all(bundle.manifest.precision != "fp32" for bundle in opened):
@@ -159,7 +158,7 @@ def tune_bundles(
         runner = Runner(
             planned.bundles, measured_on, journal, limits(cell_timeout), Path(engine_cache), {"machine": plain(machine)}
         )
-        look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds, quick=True)
+        look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds)
         session = _Session(search, known_bundles, engines, runner, look, settings, accuracy, progress)
         for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
             search.known[cell] = session.add(cell, result, file.settings.quick)

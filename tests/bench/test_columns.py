@@ -10,10 +10,9 @@ import pytest
 from sample_results import OK, altered, sample_results
 
 from gfldeploy.bench.columns import Column, text_of
-from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.report.page import write_report
-from gfldeploy.bench.table import COLUMNS, Row
+from gfldeploy.bench.table import COLUMNS, Row, write_csv
 from gfldeploy.cli.results import show_results
 
 

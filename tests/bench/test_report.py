@@ -14,8 +14,8 @@ from sample_results import FAILED, OK, RUN, SKIPPED, altered, sample_results
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
 from gfldeploy.bench.report.plots import pareto_front, plots
-from gfldeploy.bench.results import BenchResults, Serving, Stages
-from gfldeploy.bench.timing import Samples
+from gfldeploy.bench.results import BenchResults, Serving
+from gfldeploy.bench.timing import Samples, Stages
 from gfldeploy.cli import main
 
 EVIL = '</script><img src=x onerror="alert(1)">'
@@ -212,7 +212,7 @@ def test_the_short_answer() -> None:
         "Most answers within 100 ms of the arrival, decoding left out: ONNX Runtime INT8, batch 4, server at 10 "
         "images/s, adaptive, bundle tiny_dir with 41.7 images/s, 91% of what is possible." in short_answer(results)
     )
-    quick = replace(results, settings=replace(results.settings, quick=True))
+    quick = replace(results, settings=replace(results.settings, rounds=1))
     assert short_answer(quick)[0].startswith("A first look: each cell was measured too briefly")
     assert short_answer(replace(results, cells=(FAILED,))) == ["Nothing could be measured; the reasons are below."]
 

@@ -8,8 +8,7 @@ import pytest
 
 from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.bench.inputs import make_batches, prepare_images
-from gfldeploy.bench.stages import time_stages
-from gfldeploy.bench.timing import Settings
+from gfldeploy.bench.timing import Settings, time_stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine

@@ -23,8 +23,8 @@ from gfldeploy.batching.buckets import Order
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.columns import Column
-from gfldeploy.bench.results import BenchResults, Serving, Stages
-from gfldeploy.bench.timing import Samples
+from gfldeploy.bench.results import BenchResults, Serving
+from gfldeploy.bench.timing import Samples, Stages
 from gfldeploy.cli import analyze, main, tune
 from gfldeploy.cli.results import show_results
 from gfldeploy.cli.tables import show_table

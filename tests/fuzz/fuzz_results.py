@@ -14,10 +14,9 @@ from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.compare import compare
-from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.report.page import write_report
 from gfldeploy.bench.results import BenchResults, Serving
-from gfldeploy.bench.table import COLUMNS, rows
+from gfldeploy.bench.table import COLUMNS, rows, write_csv
 
 _GOOD = sample_results()
 

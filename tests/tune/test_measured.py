@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sample_results import OK, RUN, altered
 
-from gfldeploy.bench.results import CellResult, Stages
+from gfldeploy.bench.results import CellResult
+from gfldeploy.bench.timing import Stages
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, Tail
 from gfldeploy.tune.search import Bounds
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from gfldeploy.bench.columns import Column, text_of
-from gfldeploy.bench.estimates import Estimate
+from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.report.plots import plots
 from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import BenchResults
@@ -120,12 +120,12 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
         yield _PADDED
         if whole := best_of_each([row for row in measured if "padded" not in row.flags]):
             yield f"The fastest without padding: {_named(whole[0])}: {_figures(whole[0])}."
-    singles = [row for row in measured if row.cell.scenario == "single-stream" and row.file_ms]
+    singles = [row for row in measured if row.cell.scenario == "single-stream" and row.file_ms()]
     if singles:
-        quick = min(singles, key=lambda row: row.file_ms.value if row.file_ms else 0.0)
+        quick = min(singles, key=lambda row: median(row.result.file_ms).value)
         yield (
-            f"Shortest latency of one image from file to boxes: {_named(quick)} with {_ms(quick.file_ms)}; the network "
-            f"alone {_ms(quick.median_ms)}."
+            f"Shortest latency of one image from file to boxes: {_named(quick)} with {_ms(quick.file_ms())}; the "
+            f"network alone {_ms(quick.latency_ms())}."
         )
     reference = [row.ap for row in best if row.cell.precision == "fp32" and row.ap is not None]
     if reference:
@@ -152,7 +152,7 @@ def _figures(row: Row) -> str:
     network = f"the network alone {text_of(row.images_per_s)} images/s"
     if row.file_images_per_s is None:
         return f"{network}, {accuracy}"
-    return f"{text_of(row.file_images_per_s)} images/s, {_ms(row.file_ms)} for a batch, {accuracy}; {network}"
+    return f"{text_of(row.file_images_per_s)} images/s, {_ms(row.file_ms())} for a batch, {accuracy}; {network}"
 
 
 def _ms(estimate: Estimate | None) -> str:

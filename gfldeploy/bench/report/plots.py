@@ -109,7 +109,7 @@ def plots(results: BenchResults) -> list[Plot]:
             "Latency from file to boxes",
             "Median of a whole batch, with its 95% interval where the samples support one.",
             "ms for a batch",
-            [(one, one.row.file_ms) for one in batches],
+            [(one, one.row.file_ms()) for one in batches],
         ),
         _by_batch_size(
             "Throughput of the network alone",
@@ -121,7 +121,7 @@ def plots(results: BenchResults) -> list[Plot]:
             "Latency of the network alone",
             "The same of the network alone, on batches that were prepared before.",
             "ms for a batch",
-            [(one, one.row.median_ms) for one in streams],
+            [(one, one.row.latency_ms()) for one in streams],
         ),
         _distributions(streams),
         _stages([one for one in batches if one.row.result.file_ms][::-1]),
@@ -298,7 +298,7 @@ def _answers(points: list[_Point], bound_ms: float | None) -> Plot | None:
     data = []
     for series, style, some in _servers(points):
         for name, percent, dash in (("median", 50, "solid"), ("p90", 90, "dash"), ("p99", 99, "dot")):
-            found = [(one.row.cell.rate, e.value) for one in some if (e := one.row.percentile(percent))]
+            found = [(one.row.cell.rate, e.value) for one in some if (e := one.row.latency_ms(percent))]
             if found:
                 x, y = zip(*found, strict=True)
                 data.append(_line(f"{series}: {name}", x, y, style) | {"line": {"color": style.colour, "dash": dash}})

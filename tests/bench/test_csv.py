@@ -10,8 +10,8 @@ import pytest
 from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.csv_file import write_csv
 from gfldeploy.bench.results import Serving
+from gfldeploy.bench.table import write_csv
 from gfldeploy.bench.timing import Samples
 from gfldeploy.cli.results import show_results
 

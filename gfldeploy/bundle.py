@@ -102,17 +102,18 @@ class Manifest(Versioned):
     """`manifest.json`.
 
     `graphs`: `paddle` (PIR), `paddle_program` (the older format, which PaddleSlim and oneDNN INT8 need), `onnx` (with
-    ONNX Runtime's and OpenVINO's Q/DQ in INT8 bundles), and, run by no engine of ours:
+    ONNX Runtime's and OpenVINO's Q/DQ in INT8 bundles), and graphs that no engine here runs:
     `onnx_fp16` (FP32 bundles: FP16 convolutions for GPUs, the decode and all inputs and outputs FP32; absent where FP16
     differs too much), `onnx_tensorrt` (INT8 bundles: symmetric Q/DQ as TensorRT wants them, from the same calibration),
     `paddledetection` (with NMS, for PaddleDetection's deploy tools).
     `left_out`: why the bundle lacks a graph that a detector usually has, by the graph's name.
-    `notes`: what whoever uses the detector must know, one sentence each, such as that its class names are made up.
+    `notes`: what users of the detector should know, one sentence each, such as that its class names are made up.
     `candidates`: how many anchors of an image the graphs decode, those with the highest scores; None for all.
     `classes`: names in the order of the score channels. `score_channels` may exceed their number: GFLv2 has one more.
     `provenance`: config, checkpoint digest, versions, command line; for people, nothing reads it back.
 
-    Raises `BundleError` for what no detector has: what a bundle says must not take memory or time beyond its size.
+    Raises `BundleError` for values that no detector has, so that a manifest cannot claim memory or time that has
+    nothing to do with the size of its bundle.
     """
 
     # Schema 2 added `candidates`, schema 3 `left_out` and `notes`: absent, they have their defaults.
@@ -192,11 +193,11 @@ class Bundle:
 
     @classmethod
     def open(cls, directory: Path, *, detector: bool = True) -> Self:
-        """Read the manifest and check everything that it and the other files say, whoever made them.
+        """Read the manifest, and check it and the other files, whoever made them.
 
-        Every file must be there in its right size, and no other; records must hold what gfldeploy writes (see
-        `bundle_records`), and graphs arithmetic alone (see `graph_guard`). Digests are not compared: `verify_files`
-        does that. `detector`: False for a graph that is there to be timed and detects nothing. Raises `BundleError`.
+        Every file must be there with the recorded size, and no other; records must hold what gfldeploy writes (see
+        `bundle_records`), graphs only arithmetic (see `graph_guard`). Digests are not compared: `verify_files` does
+        that. `detector`: False for a graph that is only timed and detects nothing. Raises `BundleError`.
         """
         path = directory / MANIFEST
         remedy = "Give the directory that `gfldeploy export` wrote."
@@ -219,7 +220,7 @@ class Bundle:
             try:
                 check_graph(graph, *bundle.graph(graph))
             except BundleError:
-                bundle.verify_files()  # says it better where the file has only been damaged
+                bundle.verify_files()  # a damaged file has a clearer message
                 raise
         return bundle
 
@@ -311,8 +312,8 @@ def write_bundle(
 ) -> Iterator[tuple[Path, list[Manifest]]]:
     """Yield a directory to fill, and a list to put its `Manifest` in; publish both when the block succeeds.
 
-    The manifest's `files` are filled in here, from what the directory holds, and all is checked as whoever opens the
-    bundle will. `detector`: as for `Bundle.open`. Raises `OutputError`, `BundleError`.
+    The manifest's `files` are filled in here, from what the directory holds, and the bundle is opened once to check
+    it. `detector`: as for `Bundle.open`. Raises `OutputError`, `BundleError`.
     """
     with atomic_directory(target, force=force, need_bytes=need_bytes) as directory:
         manifests: list[Manifest] = []

@@ -65,9 +65,7 @@ def diagnose() -> Diagnosis:
 
 def twin_warnings(packages: Mapping[str, str | None]) -> tuple[str, ...]:
     """One warning for each engine's module of which the CPU and the GPU build are both installed."""
-    builds = {
-        spec.library.module: tuple(dict.fromkeys(spec.library.distributions.values())) for spec in ENGINES.values()
-    }
+    builds = {spec.library.module: spec.library.distributions for spec in ENGINES.values()}
     return tuple(
         f"{' and '.join(names)} are both installed and overwrite each other's {module} module. "
         f"Run `pip uninstall {' '.join(names)}`, then install the one you need again."

@@ -19,7 +19,7 @@ PACKAGES: tuple[str, ...] = tuple(
     dict.fromkeys(
         (
             "gfldeploy",
-            *(name for spec in ENGINES.values() for name in spec.library.distributions.values()),
+            *(name for spec in ENGINES.values() for name in spec.library.distributions),
             *(name for tools in TOOL_CHAINS.values() for name in tools.distributions.values()),
             "onnx",
             "numpy",

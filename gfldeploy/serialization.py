@@ -94,7 +94,14 @@ def _convert(kind: Any, value: object, where: str) -> Any:
             raise _wrong(where, f"one of {', '.join(map(str, arguments))}", value)
         return value
     if isinstance(kind, list) or origin is tuple:
-        return _items((kind[0], ...) if isinstance(kind, list) else arguments, value, where)
+        if not isinstance(value, list):
+            raise _wrong(where, "a list", value)
+        kinds = (*kind, ...) if isinstance(kind, list) else arguments
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        if len(value) != len(kinds):
+            raise _wrong(where, f"a list of {len(kinds)}", value)
+        pairs = zip(kinds, value, strict=True)
+        return tuple(_convert(one, item, f"{where}[{number}]") for number, (one, item) in enumerate(pairs))
     if origin is Mapping or isinstance(kind, dict):
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)
@@ -114,19 +121,6 @@ def _convert(kind: Any, value: object, where: str) -> Any:
     if isinstance(kind, type) and is_dataclass(kind):
         return build(kind, value, where)
     return _scalar(kind, value, where)
-
-
-def _items(kinds: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
-    """`kinds`: those of a tuple's items, or of any number of them and an ellipsis."""
-    if not isinstance(value, list):
-        raise _wrong(where, "a list", value)
-    if kinds[-1] is ...:
-        kinds = (kinds[0],) * len(value)
-    elif len(value) != len(kinds):
-        raise _wrong(where, f"a list of {len(kinds)}", value)
-    return tuple(
-        _convert(kind, item, f"{where}[{number}]") for number, (kind, item) in enumerate(zip(kinds, value, strict=True))
-    )
 
 
 def _scalar(kind: Any, value: object, where: str) -> Any:

@@ -11,7 +11,7 @@ import yaml
 
 __all__ = ["PlainLoader", "YamlError", "read_yaml"]
 
-# Several times what PaddleDetection's largest config, an options file or a deploy file comes to.
+# Several times the size of PaddleDetection's largest config, of an options file and of a deploy file.
 _MOST_BYTES = 256 * 1024
 _MOST_VALUES = 20_000  # aliases written out
 _MOST_KEYS = 1000  # of one mapping
@@ -23,7 +23,7 @@ _PLAIN = tuple(_PREFIX + name for name in ("null", "bool", "int", "float", "str"
 
 
 class YamlError(Exception):
-    """The text is no YAML, or YAML beyond the bounds. `line` counts from 1, where it is known."""
+    """The text is not YAML, or exceeds the bounds. `line` counts from 1, where it is known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:
         super().__init__(problem)
@@ -73,7 +73,7 @@ class PlainLoader(yaml.SafeLoader):
         return node
 
     def construct_plain(self, node: yaml.ScalarNode) -> Any:
-        """A number or a boolean, also where a tag calls something so that is none."""
+        """A number or a boolean, or an error where a tag only claims that it is one."""
         kind = node.tag.removeprefix(_PREFIX)
         if isinstance(node.value, str) and len(node.value) > _MOST_DIGITS:
             raise _refused(f"a number of {len(node.value)} characters", node)
@@ -89,7 +89,7 @@ class PlainLoader(yaml.SafeLoader):
         return text
 
 
-# What is written as a date stays the text that it is.
+# Dates stay text.
 PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag in (*_PLAIN, _PREFIX + "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -106,8 +106,8 @@ PlainLoader.add_constructor(_PREFIX + "str", PlainLoader.construct_text)
 def read_yaml(path: Path, loader: type[PlainLoader] = PlainLoader) -> Any:
     """The content of a YAML file as plain data: None, bool, int, float, str, list and dict.
 
-    Raises `OSError` where the file cannot be read, is no regular file, or is larger than any that is meant to be read
-    here; `YamlError` for anything else, with a problem of one line.
+    Raises `OSError` where the file cannot be read, is no regular file or too large; `YamlError` for anything else, with
+    a problem of one line.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file")

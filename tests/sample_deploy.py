@@ -9,7 +9,7 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
-from gfldeploy.tune.knee import CurvePoint, Knee
+from gfldeploy.tune.knee import Knee
 from gfldeploy.tune.search import Bounds
 
 EVIDENCE = Evidence(
@@ -54,7 +54,7 @@ DEPLOY = Deploy(
     choice=CHOICE,
     runner_up=Configuration("../fp32", SECOND, UNMEASURED),
     bounds=Bounds(max_latency_ms=50, max_drop=0.01),
-    knee=Knee(2, (CurvePoint(1, 60.0), CurvePoint(2, 80.0), CurvePoint(4, 80.5)), False),
+    knee=Knee(2, ((1, 60.0), (2, 80.0), (4, 80.5))),
     search=SearchRecord(55, 12, 2, 61.5, False, True),
     machine=describe_machine(),
     data=DataDescription("cd" * 32, "ef" * 32, 32, 200),

@@ -17,8 +17,8 @@ from gfldeploy.cli.options import (
     ANNOTATIONS,
     BUNDLE,
     ENGINE,
+    WHOLE_NUMBERS,
     WholeNumber,
-    WholeNumbers,
     limit_option,
     options,
     output_options,
@@ -30,10 +30,10 @@ __all__ = ["command"]
 
 @click.command("analyze")
 @options(BUNDLE, *ANNOTATIONS, *ENGINE)
-@click.option("--batch-sizes", type=WholeNumbers(), default="2,4,8", help="Batch sizes to compare with batch 1.")
+@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="2,4,8", help="Batch sizes to compare with batch 1.")
 @limit_option(32)
 @click.option("--rounds", type=WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")
-@click.option("--peak/--no-peak", default=True, help="Measure what the engine reaches at best too.")
+@click.option("--peak/--no-peak", default=True, help="Measure the peak throughput of the engine too.")
 @click.option(
     "--invariance/--no-invariance", default=True, help="Compare the detections of batches with those of batch 1."
 )

@@ -12,7 +12,7 @@ import click
 
 from gfldeploy.bench.columns import Column
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import IMAGES, JSON, PATH, WholeNumber, WholeNumbers, options
+from gfldeploy.cli.options import IMAGES, JSON, PATH, WHOLE_NUMBERS, WholeNumber, options
 from gfldeploy.cli.tables import show_table
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _NAMED = 3  # images left out that are named
 )
 @click.option(
     "--batch-sizes",
-    type=WholeNumbers(),
+    type=WHOLE_NUMBERS,
     show_default="1,2,4,8,16, or the only one that the bundle takes",
     help="Batch sizes to compare.",
 )

@@ -12,12 +12,12 @@ from gfldeploy.cli.options import (
     ANNOTATIONS,
     MEASUREMENT,
     PATH,
+    POSITIVE_NUMBERS,
     THREADS,
+    WHOLE_NUMBERS,
     FiniteFloat,
-    Names,
-    PositiveNumbers,
     WholeNumber,
-    WholeNumbers,
+    names,
     options,
     output_options,
 )
@@ -31,20 +31,20 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
 @options(*ANNOTATIONS, *MEASUREMENT, THREADS)
-@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8", help="Batch sizes to measure.")
+@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="1,2,4,8", help="Batch sizes to measure.")
 @click.option(
     "--scenarios",
-    type=Names(_SCENARIOS),
+    type=names(_SCENARIOS),
     default="single-stream,multi-stream",
     help="Scenarios after MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, "
     "multi-stream); all images at once, bucketed by size (offline); random arrivals (server).",
 )
 @click.option(
-    "--rates", type=PositiveNumbers(), default=(), help="Arrival rates of the server scenario, in images per second."
+    "--rates", type=POSITIVE_NUMBERS, default=(), help="Arrival rates of the server scenario, in images per second."
 )
 @click.option(
     "--policies",
-    type=Names(_POLICIES),
+    type=names(_POLICIES),
     default=",".join(_POLICIES),
     help="What the server does with images that wait. no-batching: run one after the other; fixed-timeout: run a batch "
     "when it is full or its oldest image has waited for a tenth of the bound; adaptive: gfldeploy's dynamic batcher.",
@@ -61,7 +61,11 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     show_default="5 times --min-seconds",
     help="Stop timing a cell after this long in a round, even if its median still changes by over 2%.",
 )
-@click.option("--peak/--no-peak", default=True, help="Measure what the engines reach at best too.")
+@click.option(
+    "--peak/--no-peak",
+    default=True,
+    help="Measure the peak throughput of the engines too.",
+)
 @click.option(
     "--monitor-hz", type=FiniteFloat(0, 100), default=5.0, help="Number of hardware samples per second; 0 for none."
 )
@@ -70,19 +74,19 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     type=FiniteFloat(0, min_open=True),
     metavar="MB",
     show_default="90% of what is free",
-    help="Resident memory beyond which a cell has failed.",
+    help="Give a cell up when its process takes more resident memory than this.",
 )
 @click.option("--seed", type=WholeNumber(0), default=0, help="Seed of the server's arrival times.")
 @output_options("File to write; a table (.csv) and a report (.html) are written beside it.", Path("results.json"))
 def command(output: Path, **given: Any) -> None:
     """Measure engines, precisions and batch sizes side by side.
 
-    Every BUNDLE runs in every engine and precision it is made for, each cell in a process of its own; what cannot run
+    Every BUNDLE runs in every engine and precision that it supports, each cell in a process of its own. What cannot run
     is listed with the reason. Whole batches are timed from file to boxes, one after the other and stage by stage, and
-    the network alone on the same images, prepared before; servers from the arrival of an image to the end of its
-    batch, without decoding. mAP is measured at batch 1, once for each engine and precision.
+    the network alone on the same prepared images. The server scenario is timed from the arrival of an image to the end
+    of its batch, without decoding. mAP is measured at batch 1, once for each engine and precision.
 
-    Interrupted or killed, the same command resumes where it stopped.
+    An interrupted or killed command resumes where it stopped when it is run again.
 
     \b
     Example: gfldeploy bench gfl_r50 gfl_r50_int8 --data val.json --output results.json

@@ -21,21 +21,24 @@ __all__ = ["command"]
 @click.command("compare")
 @click.argument("a", metavar="A.json", type=PATH)
 @click.argument("b", metavar="B.json", type=PATH)
-@click.option("--different-machines", is_flag=True, help="Compare although the hardware differs.")
+@click.option("--different-machines", is_flag=True, help="Compare even if the hardware differs.")
 @click.option(
-    "--different-data", is_flag=True, help="Compare although the timed images, or how they were timed, differ."
+    "--different-data", is_flag=True, help="Compare even if the timed images, or how they were timed, differ."
 )
-@click.option("--fail-if-slower", is_flag=True, help="Exit with 1 where B is slower in any cell.")
+@click.option("--fail-if-slower", is_flag=True, help="Exit with 1 if B is slower in any cell.")
 @JSON
 def command(
     a: Path, b: Path, different_machines: bool, different_data: bool, fail_if_slower: bool, as_json: bool
 ) -> int:
     """Compare two results files, with intervals.
 
-    Shows how the median latency of each cell, of the network alone, changed from A to B: their ratio with its 95%
-    interval, and whether B is faster, slower, or no difference was found, because the interval includes 1. Of servers
-    it also shows the images answered in time, as their latencies are only of those that they did not turn away.
-    Packages and drivers may differ, and are listed where they do.
+    For each cell this shows the ratio of the median latencies of the network alone, B to A, with its 95% confidence
+    interval, and whether B is faster, slower, or no difference was found, because the interval includes 1. For servers
+    it also shows the images answered in time, since their latencies do not include rejected images. Packages and
+    drivers may differ, and are listed where they do.
+
+    \b
+    Example: gfldeploy compare before.json after.json
     """
     from gfldeploy.bench.compare import compare
     from gfldeploy.serialization import plain

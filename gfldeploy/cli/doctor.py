@@ -38,28 +38,22 @@ def command(show_all: bool, as_json: bool) -> None:
 
 
 def _show_all(report: Diagnosis) -> None:
-    from gfldeploy.engines.dependencies import install_command
+    from gfldeploy.doctor import summarize_report
     from gfldeploy.engines.hardware import CPU_FLAGS
 
     machine = report.machine
-    cores = f"{machine.cores} cores, " if machine.cores else ""
-    lacking_flags = [flag for flag in CPU_FLAGS if flag not in machine.flags]
-    gpus = f"{', '.join(machine.gpus) or 'unknown model'}, NVIDIA driver {machine.driver}"
-    facts = [
-        ("Python", f"{machine.python} on {machine.os}"),
-        ("CPU", f"{machine.cpu}, {cores}{machine.threads} usable threads, {machine.memory_gb} GB memory"),
-        ("", f"has: {', '.join(machine.flags) or 'none of the flags that matter'}"),
-        *([("", f"lacks: {', '.join(lacking_flags)}")] if lacking_flags else []),
-        ("GPU", gpus if machine.driver else "no NVIDIA driver is loaded"),
-    ]
-    for command, modules in report.lacking.items():
-        commands = dict.fromkeys(map(install_command, modules))
-        lacks = f"{', '.join(modules)} not installed: {'; '.join(commands)}"
-        facts.append((command.capitalize(), lacks if modules else "works"))
-    for number, (name, version) in enumerate(report.packages.items()):
-        facts.append(("" if number else "Packages", f"{name:24} {version or 'not installed'}"))
-    for label, text in facts:
-        click.echo(f"{label:10} {text}")
+    click.echo("\n".join(summarize_report(report)[:-1]))  # the last line names this option
+    facts = {
+        "processor": machine.cpu,
+        "system": machine.os,
+        "physical cores": str(machine.cores or "unknown"),
+        "CPU has": ", ".join(machine.flags) or "none of the flags that matter",
+        "CPU lacks": ", ".join(flag for flag in CPU_FLAGS if flag not in machine.flags) or "none of them",
+        **report.packages,
+    }
+    click.echo()
+    for name, value in facts.items():
+        click.echo(f"{name:24} {value or 'not installed'}")
     click.echo()
     columns: tuple[Column[Capability], ...] = (
         Column("engine", "engine", lambda one: one.engine, words=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 
 from gfldeploy.bench.columns import Column
 from gfldeploy.cli.console import console
-from gfldeploy.cli.options import BUNDLE, JSON, InputShapeType, options
+from gfldeploy.cli.options import BUNDLE, JSON, Parsed, input_shape, options
 from gfldeploy.cli.tables import show_table
 from gfldeploy.inspection import inspect, int8_lines
 
@@ -22,11 +23,18 @@ _SHOWN = 12
 _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's codes 0 to 4
 
 
+def _size(word: str) -> tuple[int, int]:
+    batch, *size = input_shape(word)
+    if batch is not None:
+        raise ValueError(f"{word!r} is not a size such as 800x1344")
+    return size[0], size[1]
+
+
 @click.command("inspect")
 @options(BUNDLE)
 @click.option(
     "--size",
-    type=InputShapeType(batch=False),
+    type=Parsed("SIZE", _size),
     metavar="HxW",
     show_default="the largest that the preprocessing makes",
     help="Size of the image, in pixels, whose MACs are counted.",
@@ -76,23 +84,16 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "preprocess", _preprocess(facts["preprocess"])
     yield "nms", _pairs(facts["nms"])
     yield "size in MB", ", ".join(f"{name} {size}" for name, size in facts["size_on_disk_mb"].items())
-    label = "left out"
-    for graph, why in facts["left_out"].items():
-        yield label, f"{graph}: {why}"
-        label = ""
-    label = "note"
-    for note in facts["notes"]:
-        yield label, note
-        label = ""
-    label = "provenance"
-    for key, value in facts["provenance"].items():
-        yield label, f"{key}: {_pairs(value) if isinstance(value, dict) else value}"
-        label = ""
-    label = "int8"
-    for line in int8_lines(facts["parity"] or {}):
-        yield label, line
-        label = ""
-    if evaluation := (facts["parity"] or {}).get("evaluation"):
+    parity = facts["parity"] or {}
+    several = {
+        "left out": [f"{graph}: {why}" for graph, why in facts["left_out"].items()],
+        "note": facts["notes"],
+        "provenance": [f"{key}: {_pairs(value)}" for key, value in facts["provenance"].items()],
+        "int8": int8_lines(parity),
+    }
+    for label, texts in several.items():
+        yield from zip(chain([label], repeat("")), texts, strict=False)
+    if evaluation := parity.get("evaluation"):
         yield "evaluated", f"on {evaluation['images']} images"
 
 
@@ -118,7 +119,9 @@ def _numbers(values: Iterable[float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
-def _pairs(data: Mapping[str, Any]) -> str:
+def _pairs(data: Any) -> str:
+    if not isinstance(data, dict):
+        return str(data)
     return ", ".join(
         f"{key} ({_pairs(value)})" if isinstance(value, dict) else f"{key} {value}" for key, value in data.items()
     )

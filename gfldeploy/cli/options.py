@@ -34,16 +34,17 @@ __all__ = [
     "JSON",
     "MEASUREMENT",
     "PATH",
+    "POSITIVE_NUMBERS",
     "THREADS",
+    "WHOLE_NUMBERS",
     "FiniteFloat",
-    "InputShapeType",
-    "Names",
+    "Parsed",
     "PathType",
-    "PositiveNumbers",
     "WholeNumber",
-    "WholeNumbers",
     "annotation_options",
+    "input_shape",
     "limit_option",
+    "names",
     "options",
     "output_options",
 ]
@@ -94,74 +95,66 @@ DIRECTORY = PathType(path_type=Path, file_okay=False)
 FILE = PathType(path_type=Path, dir_okay=False)
 
 
-class InputShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
-    """Height and width in pixels, `HxW`; with `batch` after the batch size, `NxHxW`, which is None if left out."""
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """What `parse` makes of a word; it raises `ValueError` with what is wrong.
 
-    def __init__(self, batch: bool = True) -> None:
-        self._batch = batch
-        self.name = "[Nx]HxW" if batch else "HxW"
+    `listed`: of each word of a comma-separated list, or of a list of a YAML file, as a tuple; a value given twice
+    counts once.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | None, ...]:
+    def __init__(self, name: str, parse: Callable[[str], Any], listed: bool = False) -> None:
+        self.name = name
+        self.listed = listed
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(\d{1,6})", value)
-        numbers = [int(number) if number else None for number in match.groups()] if match else []
-        if 0 in numbers or not numbers or (numbers[0] is not None and not self._batch):
-            shapes = "800x1344 or 1x800x1344" if self._batch else "800x1344"
-            self.fail(f"{value!r} is not a shape such as {shapes}", param, ctx)
-        return tuple(numbers if self._batch else numbers[1:])
-
-
-class _ListType(click.ParamType):  # type: ignore[type-arg]
-    """A comma-separated list, or a list of a YAML file, as a tuple; a value given twice counts once."""
-
-    name = "LIST"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        words = value if isinstance(value, list) else str(value).split(",")
         try:
-            return tuple(dict.fromkeys(self._one(str(word).strip()) for word in words))
+            if not self.listed:
+                return self._parse(str(value))
+            words = value if isinstance(value, list) else str(value).split(",")
+            return tuple(dict.fromkeys(self._parse(str(word).strip()) for word in words))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
-    def _one(self, word: str) -> Any:
-        """The value of one word. Raises `ValueError`."""
-        raise NotImplementedError
+
+def input_shape(word: str) -> tuple[int | None, int, int]:
+    """Batch size, which may be left out, height and width in pixels."""
+    match = re.fullmatch(r"(?:(\d{1,6})x)?(\d{1,6})x(\d{1,6})", word)
+    if match is None or any(number and int(number) == 0 for number in match.groups()):
+        raise ValueError(f"{word!r} is not a shape such as 800x1344 or 1x800x1344")
+    return int(match[1]) if match[1] else None, int(match[2]), int(match[3])
 
 
-class Names(_ListType):
-    """Names out of `choices`."""
+def _whole_number(word: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word):
+        raise ValueError(f"{word!r} is not a whole number from 1; write them as 1,2,4")
+    return int(word)
 
-    def __init__(self, choices: Sequence[str]) -> None:
-        self._choices = choices
 
-    def _one(self, word: str) -> str:
-        if word not in self._choices:
-            near = get_close_matches(word, self._choices, 1)
+def _positive_number(word: str) -> float:
+    with suppress(ValueError):
+        if 0 < (number := float(word)) < math.inf:
+            return number
+    raise ValueError(f"{word!r} is not a positive number; write them as 5,10,20")
+
+
+def names(choices: Sequence[str]) -> Parsed:
+    """A list of names out of `choices`."""
+
+    def parse(word: str) -> str:
+        if word not in choices:
+            near = get_close_matches(word, choices, 1)
             nearest = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"{word!r} is not one of {', '.join(self._choices)}{nearest}")
+            raise ValueError(f"{word!r} is not one of {', '.join(choices)}{nearest}")
         return word
 
-
-class WholeNumbers(_ListType):
-    """Whole numbers from 1."""
-
-    def _one(self, word: str) -> int:
-        if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word):
-            raise ValueError(f"{word!r} is not a whole number from 1; write them as 1,2,4")
-        return int(word)
+    return Parsed("LIST", parse, listed=True)
 
 
-class PositiveNumbers(_ListType):
-    """Positive numbers, as floats."""
-
-    def _one(self, word: str) -> float:
-        with suppress(ValueError):
-            if 0 < (number := float(word)) < math.inf:
-                return number
-        raise ValueError(f"{word!r} is not a positive number; write them as 5,10,20")
+WHOLE_NUMBERS = Parsed("LIST", _whole_number, listed=True)
+POSITIVE_NUMBERS = Parsed("LIST", _positive_number, listed=True)
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
@@ -186,7 +179,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             near = get_close_matches(key[:80], sorted(name for name in known if name), 1)
             nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
             raise click.BadParameter(f"{path} has an unknown option, {option!r}{nearest}", ctx, param)
-        lists = isinstance(types[key], _ListType)
+        lists = getattr(types[key], "listed", False)
         items = value if isinstance(value, list) and lists else [value]
         if any(isinstance(item, dict | list) for item in items):
             raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
@@ -213,14 +206,14 @@ def output_options(help_text: str, default: Path | None = None, **settings: Any)
     )
 
 
-def limit_option(default: int | None = None) -> Option:
-    """--limit: how many images are used."""
+def limit_option(default: int | None = None, purpose: str = "") -> Option:
+    """--limit: how many images are used, and for which purpose if not for all."""
     return click.option(
         "--limit",
         type=WholeNumber(1),
         default=default,
         show_default=None if default else "all",
-        help="Use only this number of images, the first of the list.",
+        help=f"Use only this number of images{purpose}, the first of the list.",
     )
 
 
@@ -295,13 +288,13 @@ MEASUREMENT: Group = (
     ),
     click.option(
         "--engines",
-        type=Names(tuple(ENGINES)),
+        type=names(tuple(ENGINES)),
         default=",".join(DEFAULT_ENGINES),
         help=f"Engines to measure, a list of {', '.join(ENGINES)}.",
     ),
     click.option(
         "--precisions",
-        type=Names(PRECISIONS),
+        type=names(PRECISIONS),
         default=",".join(PRECISIONS),
         help="Precisions to measure, each in every engine that supports it.",
     ),
@@ -321,7 +314,7 @@ MEASUREMENT: Group = (
         default=10,
         help="Time at least this number of inferences of each cell in each round.",
     ),
-    limit_option(32),
+    limit_option(32, " for timing"),
     click.option("--accuracy/--no-accuracy", default=True, help="Measure COCO mAP too."),
     click.option(
         "--accuracy-limit",

@@ -63,15 +63,16 @@ __all__ = ["command"]
 def command(output: Path, threshold: float, **given: Any) -> int:
     """Detect in images, folders of them, and videos.
 
-    OUTPUT gets detections.jsonl, a line for each image or frame, in order, with what scores at least --threshold;
-    coco.json, everything as COCO results, and images.json, what its ids stand for. Boxes are in pixels of the image as
-    it is. What cannot be read is a line with an "error", is named, and does not stop the rest; the exit code is then 1.
+    OUTPUT receives detections.jsonl (a line for each image or frame, in order, with the detections that score at least
+    --threshold), coco.json (all detections, as COCO results) and images.json (the file of each image id). Boxes are in
+    pixels of the original image. An image that cannot be read has a line with an "error", is named at the end, and does
+    not stop the rest; the exit code is then 1.
 
-    Batches hold images of one input size, so that an image has the detections that it has by itself; in OpenVINO INT8,
-    but for rounding where there are more than four shapes of batches.
+    Each batch holds images of one input size (unless --order listed), so that an image has the detections that it has
+    alone; OpenVINO INT8 may differ by rounding where there are more than four shapes of batches.
 
-    A deploy.yml decides on the engine, precision, device, threads, batch size and order that are not given.
-    Interrupted or killed, the same command resumes where it stopped, to the same bytes.
+    With a deploy.yml, options that are not given are as in that file. An interrupted or killed command resumes where it
+    stopped when it is run again, and writes the same bytes.
 
     \b
     Example: gfldeploy predict gfl_r50_int8 images/ --output found --draw

@@ -82,7 +82,7 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     type=FiniteFloat(0, 1),
     show_default=f"{DEFAULT_MIN_AGREEMENT:g}",
     help="Without --eval-data: smallest share of the FP32 detections on calibration images that INT8 must find again; "
-    "0 publishes the bundle unjudged.",
+    "0 accepts any.",
 )
 @click.option(
     "--keep-float",
@@ -100,17 +100,17 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
 @click.option(
     "--sensitivity",
     is_flag=True,
-    help="Rank the groups of convolutions by what INT8 in each alone does, even if nothing is lost, into the bundle's "
-    "sensitivity.json.",
+    help="Measure what INT8 does in each group of convolutions alone, even if nothing is lost, and write the ranking "
+    "into the bundle's sensitivity.json.",
 )
 @THREADS
 def command(**given: Any) -> None:
     """Make an INT8 bundle from an FP32 one: static quantisation, calibrated on your images.
 
-    One calibration gives the Paddle program for oneDNN and the QDQ ONNX files. Before the bundle is published they are
-    run: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the detections on calibration
-    images, must stay close to FP32 in Paddle, in ONNX Runtime, and in a simulation of TensorRT on the CPU. What loses
-    too much goes back to float, group by group, and the bundle's parity.json says what that costs in speed.
+    One calibration gives the Paddle program for oneDNN and the QDQ ONNX files. They are run before the bundle is
+    published: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the detections on
+    calibration images, must stay close to FP32 in every engine and in a simulation of TensorRT on the CPU. Groups of
+    convolutions that lose too much go back to float, and the bundle's parity.json says what that costs in speed.
 
     \b
     Example: gfldeploy quantize gfl_r50 --data calib_images/ --output gfl_r50_int8

@@ -11,10 +11,10 @@ from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     MEASUREMENT,
     PATH,
+    WHOLE_NUMBERS,
     FiniteFloat,
-    Names,
-    WholeNumbers,
     annotation_options,
+    names,
     options,
     output_options,
 )
@@ -28,25 +28,25 @@ __all__ = ["command"]
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
 @options(*annotation_options(required=False), *MEASUREMENT)
-@click.option("--batch-sizes", type=WholeNumbers(), default="1,2,4,8,16", help="Batch sizes to choose from.")
+@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",
-    type=WholeNumbers(),
+    type=WHOLE_NUMBERS,
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
     "--orders",
-    type=Names(("listed", "bucketed")),
+    type=names(("listed", "bucketed")),
     default="listed,bucketed",
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(
     "--max-latency-ms",
     type=FiniteFloat(0, min_open=True),
-    help="Bound of the 99th percentile of a batch's latency, from file to boxes. Where too few batches were timed to "
-    "know that, all of them must be within it, and deploy.yml says so. Cells are timed for up to five times as long to "
-    "know it.",
+    help="Bound of the 99th percentile of a batch's latency, from file to boxes. Cells are timed for up to five "
+    "times as long to know it. Where too few batches were timed even so, all of them must be within the bound, and deploy.yml "
+    "says so.",
 )
 @click.option(
     "--max-memory-mb", type=FiniteFloat(0, min_open=True), help="Bound of peak resident memory, without the images."
@@ -59,21 +59,21 @@ __all__ = ["command"]
     type=PATH,
     multiple=True,
     metavar="FILE",
-    help="Results of `gfldeploy bench` on this machine and data: the cells that they hold are not measured again "
-    "briefly. May be given more than once.",
+    help="Results of `gfldeploy bench` on this machine and data, whose cells are not measured briefly again. May be "
+    "given more than once.",
 )
 @click.option(
     "--look-seconds",
     type=FiniteFloat(0),
     default=0.5,
-    help="Time each cell for at least this long when it is first looked at.",
+    help="Time each cell for at least this long in its brief measurement.",
 )
 @click.option(
     "--budget-seconds",
     type=FiniteFloat(0),
-    help="Look at no more cells after this long; the final measurements and mAP come on top.",
+    help="Measure no more cells briefly after this number of seconds; the longer measurements and mAP come on top.",
 )
-@click.option("--exhaustive", is_flag=True, help="Measure every cell at length, to judge the search by.")
+@click.option("--exhaustive", is_flag=True, help="Measure every cell at length, to check the search.")
 @click.option(
     "--check",
     type=PATH,
@@ -84,12 +84,12 @@ __all__ = ["command"]
 def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: Path | None, **given: Any) -> None:
     """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
 
-    The fastest is what has most images a second from file to boxes, one batch after the other. Every engine and
-    precision that the BUNDLEs are made for gets a short look; the hopeless ones are left there, larger batches are
-    tried of the others until throughput no longer rises, and the best are measured at length, interleaved. mAP is
-    measured of what is about to be chosen alone. Give the FP32 and the INT8 bundle together.
+    The fastest configuration has the highest throughput from file to boxes, one batch after the other. Every engine
+    and precision that the BUNDLEs support is measured briefly, and those that cannot win are dropped. Larger batches of
+    the others are tried until throughput no longer rises. The best are measured longer, interleaved. mAP is measured
+    only of the configuration that is about to be chosen. Give the FP32 and the INT8 bundle together.
 
-    Interrupted or killed, the same command resumes where it stopped.
+    An interrupted or killed command resumes where it stopped when it is run again.
 
     \b
     Example: gfldeploy tune gfl_r50 gfl_r50_int8 --data val.json --max-latency-ms 100

@@ -24,7 +24,7 @@ __all__ = [
     "DEVICES",
     "NOT_ASKED",
     "PRECISIONS",
-    "SHARE_RUNS",
+    "Build",
     "ClosesOnExit",
     "CopyTimes",
     "Device",
@@ -47,7 +47,6 @@ DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
-SHARE_RUNS = 3  # inferences that a `convolution_share` is measured on
 NOT_ASKED = "FP32 was asked for"
 _MOST_THREADS = 1024
 
@@ -59,16 +58,24 @@ class Obstacle(NamedTuple):
     remedy: str
 
 
+class Build(NamedTuple):
+    """A distribution of a library, and how to install it, as a command or clause."""
+
+    distribution: str
+    install: str
+
+
 @dataclass(frozen=True)
 class Library:
-    """A package that engines run on.
-
-    `distributions`: what provides its module, by device. `install`: how to get it for a device, as a command or clause.
-    """
+    """A package that engines run on: its module, and what provides it for each device."""
 
     module: str
-    distributions: Mapping[Device, str]
-    install: Mapping[Device, str]
+    builds: Mapping[Device, Build]
+
+    @property
+    def distributions(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(build.distribution for build in self.builds.values()))
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,8 @@ class EngineSpec:
 
     def __post_init__(self) -> None:
         for device, graphs in self.runs.items():
-            known = device in self.library.install and device in self.library.distributions
-            if not (known or isinstance(graphs, Obstacle)):
-                raise ValueError(
-                    f"{self.name} runs on {device}, but its library does not say how it is installed there"
-                )
+            if not (isinstance(graphs, Obstacle) or device in self.library.builds):
+                raise ValueError(f"{self.name} runs on {device}, but its library has no build for it")
 
     @property
     def graphs(self) -> set[GraphName]:
@@ -204,6 +208,7 @@ class Engine(ClosesOnExit):
     options: EngineOptions
     build_s: float | None = None
     delegated: str | None = None
+    _share_runs = 3  # inferences that `convolution_share` measures
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Find the graph's files. Raises `BundleError`."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import SHARE_RUNS, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
@@ -111,7 +111,7 @@ class OpenVinoEngine(Engine):
         spent: Counter[bool] = Counter()
         with self._explained():
             request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
-            for _ in range(SHARE_RUNS):
+            for _ in range(self._share_runs):
                 request.infer(dict(inputs))
                 for one in request.profiling_info:
                     spent[one.node_type == "Convolution"] += one.real_time.total_seconds()

@@ -14,16 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import (
-    NOT_ASKED,
-    SHARE_RUNS,
-    CopyTimes,
-    Engine,
-    EngineOptions,
-    ExecutedConvolution,
-    Precision,
-    Tensors,
-)
+from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.engines.tensorrt import TensorRtOptions, cache_directory, example, tensorrt_library
@@ -95,7 +86,7 @@ class OnnxRuntimeEngine(Engine):
         """From ONNX Runtime's profile, in a session of its own; None on a GPU, where it times only the launches."""
         if self.options.device == "gpu":
             return None
-        return convolution_share(self._profile(inputs, SHARE_RUNS))
+        return convolution_share(self._profile(inputs, self._share_runs))
 
     def _profile(self, inputs: Tensors, runs: int) -> list[dict[str, Any]]:
         """The events of `runs` inferences."""

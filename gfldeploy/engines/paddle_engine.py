@@ -13,16 +13,7 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import (
-    NOT_ASKED,
-    SHARE_RUNS,
-    CopyTimes,
-    Engine,
-    EngineOptions,
-    ExecutedConvolution,
-    Precision,
-    Tensors,
-)
+from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
@@ -147,7 +138,7 @@ class PaddleEngine(Engine):
         def run() -> None:
             times.append(self.infer_timed(inputs)[1].inference_ms)
 
-        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(SHARE_RUNS)]
+        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(self._share_runs)]
         return statistics.median(shares)
 
     def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:

@@ -15,6 +15,7 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import (
     DEVICES,
     PRECISIONS,
+    Build,
     Device,
     Engine,
     EngineOptions,
@@ -55,16 +56,20 @@ __all__ = [
 # The CPU and the GPU wheel of these are one module: the user chooses.
 PADDLE = Library(
     "paddle",
-    {"cpu": "paddlepaddle", "gpu": "paddlepaddle-gpu"},
     {
-        "cpu": "pip install paddlepaddle==3.2.2",
-        "gpu": "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+        "cpu": Build("paddlepaddle", "pip install paddlepaddle==3.2.2"),
+        "gpu": Build(
+            "paddlepaddle-gpu",
+            "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+        ),
     },
 )
 ONNXRUNTIME = Library(
     "onnxruntime",
-    {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"},
-    {"cpu": "pip install onnxruntime", "gpu": "pip uninstall onnxruntime, then pip install onnxruntime-gpu"},
+    {
+        "cpu": Build("onnxruntime", "pip install onnxruntime"),
+        "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
+    },
 )
 _NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
 _NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
@@ -144,7 +149,7 @@ _BUILT_IN = (
         name="openvino",
         title="OpenVINO",
         entry="gfldeploy.engines.openvino_engine:OpenVinoEngine",
-        library=Library("openvino", {"cpu": "openvino"}, {"cpu": "pip install openvino"}),
+        library=Library("openvino", {"cpu": Build("openvino", "pip install openvino")}),
         runs={
             "cpu": {"fp32": "onnx", "fp16": _FP16_FILE_FOR_GPUS, "bf16": "onnx", "int8": "onnx"},
             "gpu": Obstacle("OpenVINO does not run on NVIDIA GPUs", "use the engine onnxruntime"),
@@ -155,14 +160,16 @@ _BUILT_IN = (
     ),
 )
 
-PLUGINS = "gfldeploy.engines"  # the entry points, each an `EngineSpec`, by which installed packages add engines
-BROKEN_PLUGINS: dict[str, str] = {}  # by the name of the entry point: why it adds none
+BROKEN_PLUGINS: dict[str, str] = {}  # by the name of the entry point: why it adds no engine
 
 
 def _all_engines() -> dict[str, EngineSpec]:
-    """Those of this package, then those of installed packages. One that is broken must not stop the others."""
+    """Those of this package, then those that installed packages declare as entry points.
+
+    An entry point is an `EngineSpec`; one that is broken must not stop the others.
+    """
     found = {spec.name: spec for spec in _BUILT_IN}
-    for entry in metadata.entry_points(group=PLUGINS):
+    for entry in metadata.entry_points(group="gfldeploy.engines"):
         try:
             spec = entry.load()
         except Exception as error:  # noqa: BLE001 - it is somebody else's code
@@ -185,7 +192,7 @@ ANY_SHAPE_ENGINES = tuple(name for name, spec in ENGINES.items() if not spec.nee
 PREFERRED_ENGINES = tuple(
     spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
 )
-# Whose FP32 INT8 is compared with. It runs the file that INT8 is made of, and its library is needed to make it.
+# INT8 is compared with FP32 in this engine: it runs the file that INT8 is made of, and its library makes that.
 REFERENCE_ENGINE = "onnxruntime"
 
 
@@ -236,9 +243,9 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
     if device == "gpu" and nvidia_driver() is None:
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
     if util.find_spec(library.module) is None:
-        return Obstacle(f"{library.module} is not installed", library.install[device])
-    if device == "gpu" and installed_version(library.distributions["gpu"]) is None:
-        return Obstacle(f"the CPU build of {library.module} is installed", library.install["gpu"])
+        return Obstacle(f"{library.module} is not installed", library.builds[device].install)
+    if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
+        return Obstacle(f"the CPU build of {library.module} is installed", library.builds["gpu"].install)
     if spec.needs_tensorrt and tensorrt_library() is None:
         return Obstacle("TensorRT is not installed", "pip install tensorrt, in the version of your CUDA")
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:

@@ -349,13 +349,13 @@ def _outputs(batch: int | None, candidates: int | None, channels: int) -> tuple[
     return specs if candidates is None else (*specs, TensorSpec("anchors", "int32", rows))
 
 
-def _preprocess(config: DetectorConfig, shape: tuple[int | None, int | None, int | None]) -> Preprocess:
+def _preprocess(config: DetectorConfig, shape: InputShape) -> Preprocess:
     try:
         preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
     except ConfigError as error:
         raise ConfigError(f"{config.path}: {error.problem}", error.remedy) from error
     # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
-    # What else a model needs is seen when it runs: `_check_levels`.
+    # What else a model needs is seen when it runs: `check_levels`.
     needed = max((stride for stride in config.strides if stride <= 32), default=32)
     _, height, width = shape
     if height is None or width is None:

@@ -28,6 +28,7 @@ __all__ = [
     "Outputs",
     "Tolerance",
     "check",
+    "check_paddledetection",
     "compare",
     "eager_outputs",
     "exceeds",

@@ -51,16 +51,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Writes INT8 bundles of any method and measures them against `source`.
+    """Writes INT8 bundles of any method and measures them against FP32.
 
     `scratch`: a directory for all attempts. `limits`: what a bundle may lose and still be published.
     """
 
-    source: Bundle
     fp32_reference: Fp32Reference
     limits: GateLimits
     scratch: Path
-    threads: int
     progress: Progress
 
     def evaluate(self, quantized: Quantized, kept: frozenset[ConvUse], label: str) -> EvaluatedBundle:
@@ -92,16 +90,16 @@ class Evaluator:
         """FP32, the bundle and, if that keeps something in float, all in INT8, timed in each engine."""
         self.progress.stage("timing FP32 and INT8 interleaved")
         everything = self._write(evaluated.quantized, frozenset()) if evaluated.kept else None
-        found = []
+        fp32, found = self.fp32_reference, []
         for name in int8_engines():
-            batch = self.fp32_reference.batches[0]
-            found.append(measure_speed(name, self.source, evaluated.bundle, everything, batch, self.threads))
+            bundles = (fp32.source, evaluated.bundle, everything)
+            found.append(measure_speed(name, *bundles, fp32.batches[0], fp32.threads))
             for line in found[-1].lines():
                 self.progress.stage(line)
         return found
 
     def _mended(self, start: EvaluatedBundle, problem: GfldeployError, ranked: tuple[Sensitivity, ...]) -> Evaluation:
-        shares = macs_shares(self.source)
+        shares = macs_shares(self.fp32_reference.source)
         tried: dict[tuple[Sensitivity, ...], EvaluatedBundle] = {}
 
         def attempt(chosen: tuple[Sensitivity, ...]) -> FallbackStep:
@@ -134,16 +132,9 @@ class Evaluator:
     def _rank(self, evaluated: EvaluatedBundle) -> tuple[Sensitivity, ...]:
         self.progress.stage("measuring what INT8 does in each group of convolutions alone")
         calibration = evaluated.quantized.calibration.keeping(evaluated.kept)
-        return measure_sensitivity(
-            evaluated.quantized.source,
-            calibration,
-            groups(self.source.layers(), calibration.uses),
-            self.fp32_reference,
-            self.scratch,
-            self.threads,
-            self.progress,
-        )
+        source = evaluated.quantized.source
+        named = groups(source.layers(), calibration.uses)
+        return measure_sensitivity(source, calibration, named, self.fp32_reference, self.scratch, self.progress)
 
     def _write(self, quantized: Quantized, kept: frozenset[ConvUse]) -> Bundle:
-        folder = Path(mkdtemp(dir=self.scratch))
-        return write_artefacts(quantized, kept, folder)
+        return write_artefacts(quantized, kept, Path(mkdtemp(dir=self.scratch)))

@@ -161,18 +161,18 @@ def insert_qdq(model: Any, calibration: Calibration, form: QdqForm = ONNX_RUNTIM
     activations = _activation_scales(model, quantized, in_float, calibration, form)
     weight_scales = _weight_scales(quantized, constants, activations, calibration, form)
     made_in_int8 = {tensor for weight, use, tensor in conv_outputs(model) if ConvUse(weight, use) in quantized}
+    sources = {use: node.input[0] for use, node in quantized.items()}
     editor = _Editor(model, form)
     float_outputs = {node.output[0] for node in in_float}
     for name, scale in activations.items():
         editor.quantize_activation(name, scale, float_outputs, form.every_output and name in made_in_int8)
-    for (weight, _), node in quantized.items():
-        scales = weight_scales[weight]
-        node.input[1] = editor.dequantized_weight(weight, numpy_helper.to_array(constants[weight]), scales)
+    for use, node in quantized.items():
+        scales = weight_scales[use.weight]
+        weight = numpy_helper.to_array(constants[use.weight])
+        node.input[1] = editor.dequantized_weight(use.weight, weight, scales)
         if form.integer_bias and (bias := _bias(node, constants)):
-            source = activations[editor.source_of(node.input[0])]
-            node.input[2] = editor.dequantized_bias(
-                f"{node.output[0]}.bias", numpy_helper.to_array(bias), source.scale * scales
-            )
+            scales = activations[sources[use]].scale * scales
+            node.input[2] = editor.dequantized_bias(f"{node.output[0]}.bias", numpy_helper.to_array(bias), scales)
     editor.finish()
     return len(quantized)
 
@@ -232,12 +232,9 @@ def _activation_scales(
     for weight, use, tensor in conv_outputs(model):
         ranges = calibration.convolutions[weight].outputs if ConvUse(weight, use) in quantized else ()
         if use < len(ranges) and (form.every_output or tensor in shortcuts):
-            found = ranges[use]
-            outputs[tensor] = (
-                ActivationScale.symmetric(max(abs(found.low), abs(found.high)))
-                if form.symmetric
-                else ActivationScale.from_range(found)
-            )
+            low, high = ranges[use].low, ranges[use].high
+            symmetric = ActivationScale.symmetric(max(abs(low), abs(high)))
+            outputs[tensor] = symmetric if form.symmetric else ActivationScale.from_range(ranges[use])
     read_in_float = {node.input[0] for node in in_float} if form.every_output else set()
     return inputs | {name: scale for name, scale in outputs.items() if name not in inputs or name in read_in_float}
 
@@ -283,16 +280,10 @@ class _Editor:
         self.graph = model.graph
         self.integer = np.int8 if form.symmetric else np.uint8
         self.consumers = _consumers(model)
-        self.outputs = {value.name for value in self.graph.output}
         self.after: dict[str, list[Any]] = {}  # nodes to insert behind the maker of a tensor
         self.first: list[Any] = []  # nodes without a maker: weights and biases
         self.constants: dict[str, Any] = {}
-        self.sources: dict[str, str] = {}
         self.dequantized: dict[str, str] = {}
-
-    def source_of(self, name: str) -> str:
-        """The tensor that a dequantised value came from, or the name itself."""
-        return self.sources.get(name, name)
 
     def quantize_activation(
         self, name: str, scale: ActivationScale, float_outputs: Collection[str], made_in_int8: bool
@@ -313,7 +304,6 @@ class _Editor:
             helper.make_node("QuantizeLinear", [name, *parameters], [quantized], name=f"{name}.Q"),
             helper.make_node("DequantizeLinear", [quantized, *parameters], [restored], name=f"{name}.DQ"),
         ]
-        self.sources[restored] = name
         for node in self.consumers[name]:
             target = restored
             if node.output[0] in float_outputs:

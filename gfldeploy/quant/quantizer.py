@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
-from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
@@ -33,7 +33,8 @@ from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.observer import observe_outputs, weight_ranges
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
-from gfldeploy.quant.sensitivity import macs_shares, sensitivity_record
+from gfldeploy.quant.sensitivity import macs_shares
+from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
 __all__ = ["quantize_bundle"]
 
@@ -153,7 +154,7 @@ def quantize_bundle(
             raise problem
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
-        evaluator = Evaluator(source, fp32_reference, limits, directory / "work", threads, progress)
+        evaluator = Evaluator(fp32_reference, limits, directory / "work", progress)
         run = _Attempts(chosen_method, paths, calibrated_on, evaluator, asked, distill_steps or DEFAULT_STEPS)
         run.calibrate(source, algorithms)
         refined = run.refine() if chosen_method.refine else None
@@ -210,7 +211,7 @@ def _checked(directory: Path, output: Path, method: QuantMethod, force: bool) ->
     check_target(output, force=force)
     check_apart(output, [directory], directory)
     source.layers()
-    for module in ("paddle", "onnxruntime", *method.packages):
+    for module in (*(library.module for library in TOOL_CHAINS["quantize"].libraries), *method.packages):
         require(module, "quantize")
     return source
 
@@ -239,6 +240,10 @@ class _Attempts:
     evaluated: dict[str, EvaluatedBundle] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
 
+    @property
+    def threads(self) -> int:
+        return self.evaluator.fp32_reference.threads
+
     def best(self) -> Candidate:
         """Raises the first error if nothing could be measured."""
         limits, fp32 = self.evaluator.limits, self.evaluator.fp32_reference.accuracy
@@ -255,14 +260,13 @@ class _Attempts:
                 progress.step("observing", done, len(self.images))
                 yield preprocess.batch([preprocess(read_image(path))])
 
-        outputs = observe_outputs(onnx_file, batches(), self.evaluator.threads)
+        outputs = observe_outputs(onnx_file, batches(), self.threads)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                options = MethodOptions(self.evaluator.threads, self.steps, progress)
-                thresholds = self.method.calibrate(weights, self.images, algorithm, options)
+                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -286,7 +290,10 @@ class _Attempts:
         start = self.evaluated[chosen].quantized
         self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
         output = self.evaluator.scratch / self.method.name
-        options = MethodOptions(self.evaluator.threads, self.steps, self.evaluator.progress)
-        refined = self.method.refine(start.source, self.images, start.calibration, output, options)
+        refined = self.method.refine(start.source, self.images, start.calibration, output, self._options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
+
+    @property
+    def _options(self) -> MethodOptions:
+        return MethodOptions(self.threads, self.steps, self.evaluator.progress)

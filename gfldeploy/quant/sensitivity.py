@@ -26,15 +26,7 @@ from gfldeploy.quant.groups import ConvGroup
 from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.qdq import write_qdq_onnx
 
-__all__ = [
-    "CANDIDATES",
-    "Sensitivity",
-    "macs_shares",
-    "measure_sensitivity",
-    "output_difference",
-    "rows",
-    "sensitivity_record",
-]
+__all__ = ["CANDIDATES", "Sensitivity", "macs_shares", "measure_sensitivity", "output_difference", "rows", "to_record"]
 
 # About as many as detectors keep of an image; background far below them enters no mAP.
 CANDIDATES = 100
@@ -124,7 +116,6 @@ def measure_sensitivity(
     groups: Iterable[ConvGroup],
     fp32_reference: Fp32Reference,
     scratch: Path,
-    threads: int,
     progress: Progress = SILENT,
 ) -> tuple[Sensitivity, ...]:
     """Rank the groups, the most sensitive first, in ONNX Runtime on the images that `fp32_reference` compares.
@@ -142,7 +133,7 @@ def measure_sensitivity(
             write_qdq_onnx(source.graph("onnx")[0], Path(folder) / "model.onnx", alone)
             manifest = replace(source.manifest, precision="int8", graphs={"onnx": Graph("model.onnx")})
             with open_engine(
-                REFERENCE_ENGINE, Bundle(Path(folder), manifest), EngineOptions("int8", "cpu", threads)
+                REFERENCE_ENGINE, Bundle(Path(folder), manifest), EngineOptions("int8", "cpu", fp32_reference.threads)
             ) as engine:
                 moved = [
                     output_difference(reference, engine.infer({"image": batch}))
@@ -154,7 +145,7 @@ def measure_sensitivity(
     return tuple(sorted(found, key=lambda one: -one.total))
 
 
-def sensitivity_record(ranked: Sequence[Sensitivity], images: Sequence[str]) -> dict[str, Any]:
+def to_record(ranked: Sequence[Sensitivity], images: Sequence[str]) -> dict[str, Any]:
     """`sensitivity.json`: the ranking, and the names of the images that it was measured on."""
     return {
         "measure": "one group in INT8, the rest in FP32, in ONNX Runtime: mean |score difference| plus mean 1 - IoU "

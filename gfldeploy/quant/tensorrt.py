@@ -53,7 +53,6 @@ _RESIZE = {
 }
 _OPSETS = range(9, 21)  # of TensorRT 10.0; later ones read newer opsets as well
 _FREE_DIMENSIONS = {0, 2, 3}  # of an image [N, 3, H, W]
-_REMEDY = "Please report this with your config."
 
 
 def write_tensorrt_onnx(source: Path, target: Path, calibration: Calibration) -> int:
@@ -68,7 +67,8 @@ def write_tensorrt_onnx(source: Path, target: Path, calibration: Calibration) ->
     count = insert_qdq(model, calibration, TENSORRT)
     onnx.checker.check_model(model)
     if problems := check_tensorrt(model):
-        raise EngineError(f"TensorRT would refuse the INT8 graph: {problems[0]}", _REMEDY)
+        remedy = "Deploy this detector in float: INT8 bundles are only written for what TensorRT runs, too."
+        raise EngineError(f"TensorRT would refuse the INT8 graph: {problems[0]}", remedy)
     with native_writes(target.parent):
         onnx.save(model, str(target))
     return count

@@ -52,7 +52,10 @@ _POLICIES = {
 
 
 def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 3 has a cell, as results have; the bundle's name in its manifest was not recorded before."""
+    """Schema 3 has a cell, as results have, and the knee's curve as pairs.
+
+    The bundle's name in its manifest was not recorded before.
+    """
 
     def upgraded(cell: dict[str, Any]) -> dict[str, Any]:
         path, digest, evidence = (cell.pop(name) for name in ("bundle", "digest", "evidence"))
@@ -61,7 +64,11 @@ def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
         cell["bundle"] = {"name": name, "directory": name, "digest": digest}
         return {"path": path, "cell": cell, "evidence": evidence}
 
-    return _configurations(data, upgraded)
+    knee = data["knee"] and {
+        "batch_size": data["knee"]["batch_size"],
+        "curve": [[point["batch_size"], point["images_per_s"]] for point in data["knee"]["curve"]],
+    }
+    return {**_configurations(data, upgraded), "knee": knee}
 
 
 @dataclass(frozen=True)

@@ -7,33 +7,28 @@ from dataclasses import dataclass
 
 from gfldeploy.tune.measured import Measured, speed_ratio
 
-__all__ = ["CurvePoint", "Knee", "find_knee"]
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Images a second at one batch size."""
-
-    batch_size: int
-    images_per_s: float
+__all__ = ["Knee", "find_knee"]
 
 
 @dataclass(frozen=True)
 class Knee:
-    """`batch_size`: the smallest that no larger measured one is faster than, beyond the noise.
+    """`batch_size`: the smallest for which no larger measured one is faster beyond the noise.
 
-    `curve`: all that were measured, the smallest batch first. `last`: it is the largest of them, so that a larger one,
-    which a bound or the list of sizes kept from being measured, might be faster still.
+    `curve`: all measured sizes, the smallest first, with their images a second.
     """
 
     batch_size: int
-    curve: tuple[CurvePoint, ...]
-    last: bool
+    curve: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        sizes = [point.batch_size for point in self.curve]
+        sizes = [size for size, _ in self.curve]
         if sizes != sorted(set(sizes)) or self.batch_size not in sizes:
             raise ValueError("the curve must go from the smallest batch to the largest, and the knee lie on it")
+
+    @property
+    def last(self) -> bool:
+        """Whether a larger batch, which a bound or the list of sizes excluded, might be faster still."""
+        return self.batch_size == self.curve[-1][0]
 
 
 def find_knee(measured: Mapping[int, Measured]) -> Knee:
@@ -47,5 +42,4 @@ def find_knee(measured: Mapping[int, Measured]) -> Knee:
         return (speed_ratio(measured[than], measured[size]).low or 0) > 1
 
     knee = min(size for size in sizes if not any(is_faster(larger, size) for larger in sizes if larger > size))
-    curve = tuple(CurvePoint(size, measured[size].images_per_s) for size in sizes)
-    return Knee(knee, curve, knee == sizes[-1])
+    return Knee(knee, tuple((size, measured[size].images_per_s) for size in sizes))

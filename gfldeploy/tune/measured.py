@@ -11,9 +11,9 @@ from gfldeploy.bench.results import CellResult, Run
 
 __all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "speed_ratio"]
 
-# Assumed: by how much of itself the throughput of one short run differs from that of another run of the same cell.
+# Assumed: the relative difference in throughput between two short runs of one cell.
 NOISE = 0.05
-# The percentile that a latency bound is of, and the batches that it takes to know it.
+# The percentile that a latency bound applies to, and the number of batches that it takes to know it.
 BOUND_PERCENT = 99
 TAIL_COUNT = samples_for(BOUND_PERCENT)
 
@@ -22,8 +22,8 @@ TAIL_COUNT = samples_for(BOUND_PERCENT)
 class Tail:
     """What `samples` batches say of the 99th percentile of their latency, in milliseconds.
 
-    `ms`: the percentile where it is `known`, which takes `TAIL_COUNT` of them; else the largest of them, beyond which
-    it may lie. `low_ms`: what it is not below, however few they are.
+    `ms`: the percentile where it is `known`, which takes `TAIL_COUNT` of them; else the largest sample, which the
+    percentile may exceed. `low_ms`: the percentile's lower limit, for any number of samples.
     """
 
     ms: float

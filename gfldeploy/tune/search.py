@@ -69,7 +69,7 @@ class Bounds:
     def excess(self, measured: Measured) -> float:
         """The larger of latency and memory, each relative to its bound; at 1 or less both may be kept.
 
-        Of the latency, what the percentile is not below: a pause of the machine in a first look is no reason to give a
+        For latency the percentile's lower limit counts: a pause of the machine in a first look is no reason to give a
         cell up.
         """
         return self._ratio(measured, measured.tail.low_ms)
@@ -79,7 +79,7 @@ class Bounds:
         return self._ratio(measured, measured.tail.ms) <= 1
 
     def may_keep(self, measured: Measured) -> bool:
-        """Whether more measurements may show that they are."""
+        """Whether more measurements may show that they are within the bounds."""
         return self.excess(measured) <= 1
 
     def hopeless(self, measured: Measured) -> bool:

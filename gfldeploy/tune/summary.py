@@ -9,7 +9,7 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.engines.registry import title_of
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
-from gfldeploy.tune.search import TIE, Bounds, Miss
+from gfldeploy.tune.search import Bounds, Miss
 
 __all__ = ["miss_in_words", "summarize"]
 
@@ -50,7 +50,7 @@ def _sentences(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> 
     elif deploy.bounds != Bounds():
         yield "Nothing else kept the bounds."
     if knee := deploy.knee:
-        most = knee.curve[-1].batch_size
+        most = knee.curve[-1][0]
         yield (
             f"Throughput still rises at {most} images, the largest batch that was measured."
             if knee.last
@@ -115,12 +115,9 @@ def _cost(deploy: Deploy) -> str:
 def _compared(choice: Measured, second: Measured) -> str:
     ratio = speed_ratio(choice, second)
     speed = f"{_number(second.images_per_s)} images/s from file to boxes"
-    less = f"{speed}, {100 * (1 - ratio.value):.0f}% less"
     if ratio.high is not None and ratio.high < 1:
-        return less
-    if ratio.value < 1 - TIE:
-        return f"{less}, though these few measurements do not prove it"
-    reason = "a higher latency" if choice.median_ms < second.median_ms else "slightly less throughput"
+        return f"{speed}, {100 * (1 - ratio.value):.0f}% less"
+    reason = "a higher latency" if choice.median_ms < second.median_ms else "less throughput"
     return f"{speed}, as fast within the noise but with {reason}"
 
 

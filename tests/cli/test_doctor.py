@@ -35,7 +35,7 @@ def report(driver: str | None = None, installed: bool = True, lacking: tuple[str
                 if why is None and device == "gpu" and not driver:
                     why = Obstacle("no driver", "a GPU")
                 if why is None and not installed:
-                    why = Obstacle(f"{name} is not installed", spec.library.install[device])
+                    why = Obstacle(f"{name} is not installed", spec.library.builds[device].install)
                 found.append(Capability(name, precision, device, *(why or ())))
     return Diagnosis(cpu, {}, tuple(found), {"export": lacking, "quantize": lacking}, ())
 

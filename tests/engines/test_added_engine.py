@@ -80,7 +80,7 @@ def test_in_gfldeploy_itself(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path)
     shutil.copytree(PACKAGE, tmp_path / "gfldeploy", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "gfldeploy/engines/reference_engine.py").write_text(MODULE)
     registry = tmp_path / "gfldeploy/engines/registry.py"
-    entry = ENTRY.removeprefix("SPEC = ").replace("reference_engine:", "gfldeploy.engines.reference_engine:")
+    entry = ENTRY.partition("SPEC = ")[2].replace("reference_engine:", "gfldeploy.engines.reference_engine:")
     table = registry.read_text()
     assert table.count("_BUILT_IN = (\n") == 1
     registry.write_text(table.replace("_BUILT_IN = (\n", f"_BUILT_IN = (\n{entry.rstrip()},\n"))

@@ -84,7 +84,7 @@ def write_integral(path: Path) -> None:
     constants = {
         "weights": np.random.default_rng(0).normal(0, 0.5, (17, 3, 1, 1)).astype(np.float32),
         "projection": np.arange(17, dtype=np.float32).reshape(17, 1),
-        "flat": np.int64([0, 17, -1]),
+        "flat": np.array([0, 17, -1], np.int64),
     }
     node = onnx.helper.make_node
     graph = onnx.helper.make_graph(

@@ -58,7 +58,7 @@ def run(model: Any, image: Array, precision: Precision | None = None) -> tuple[l
 def group_norm(source: str, result: str, **attributes: float) -> tuple[list[Any], dict[str, Any]]:
     """As paddle2onnx writes it, but for what is elsewhere a factor and an addend of each channel."""
     constants = {
-        "groups": np.int64([0, GROUPS, -1]),
+        "groups": np.array([0, GROUPS, -1], np.int64),
         "ones": np.ones(GROUPS, np.float32),
         "zeros": np.zeros(GROUPS, np.float32),
         "factors": np.random.default_rng(5).normal(1, 0.3, (1, CHANNELS, 1, 1)).astype(np.float32),
@@ -78,7 +78,8 @@ def expected_norm(maps: Array, epsilon: float) -> NDArray[np.float64]:
     groups = maps.astype(np.float64).reshape(len(maps), GROUPS, -1)
     normal = (groups - groups.mean(2, keepdims=True)) / np.sqrt(groups.var(2, keepdims=True) + epsilon)
     _, constants = group_norm("", "")
-    return normal.reshape(maps.shape) * constants["factors"]
+    scaled: NDArray[np.float64] = normal.reshape(maps.shape) * constants["factors"]
+    return scaled
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ class Head:
             "least": np.uint8(0),
             "weight scale": np.float32(0.002),
             "bias scale": np.float32(0.00004),
-            "factor": np.float32([self.factor]),
-            "rows": np.int64([0, 0, -1]),
+            "factor": np.array([self.factor], np.float32),
+            "rows": np.array([0, 0, -1], np.int64),
         }
         self.nodes: list[Any] = []
         for name, weights in self.weights.items():

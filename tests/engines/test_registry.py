@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from gfldeploy.engines import base, registry
-from gfldeploy.engines.base import DEVICES, PRECISIONS, Engine, EngineSpec, Library, Obstacle
+from gfldeploy.engines.base import DEVICES, PRECISIONS, Build, Engine, EngineSpec, Library, Obstacle
 from gfldeploy.engines.registry import ENGINES, PREFERRED_ENGINES, capability, graph_for, title_of
 from gfldeploy.errors import UnsupportedError
 
-LIBRARY = Library("numpy", {"cpu": "numpy"}, {"cpu": "pip install numpy"})
+LIBRARY = Library("numpy", {"cpu": Build("numpy", "pip install numpy")})
 
 
 @pytest.mark.parametrize("spec", ENGINES.values(), ids=ENGINES)
@@ -40,7 +40,7 @@ def test_what_an_entry_leaves_out_never_runs(monkeypatch: pytest.MonkeyPatch) ->
     assert spec.graphs == {"onnx"}
     with pytest.raises(UnsupportedError, match="toy int8 on cpu is not possible: Toy has no int8 on cpu"):
         graph_for("toy", "int8", "cpu")
-    with pytest.raises(ValueError, match="toy runs on gpu, but its library does not say how it is installed there"):
+    with pytest.raises(ValueError, match="toy runs on gpu, but its library has no build for it"):
         EngineSpec("toy", "Toy", "toy:Toy", LIBRARY, {"gpu": {"fp32": "onnx"}})
 
 

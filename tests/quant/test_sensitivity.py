@@ -28,7 +28,7 @@ from gfldeploy.quant.sensitivity import (
     measure_sensitivity,
     output_difference,
     rows,
-    sensitivity_record,
+    to_record,
 )
 
 NMS = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=100, keep_top_k=100)
@@ -126,17 +126,17 @@ def test_groups_are_ranked(tiny: Bundle, tiny_coco: Path, tmp_path: Path, monkey
     against = Fp32Reference.of(tiny, images, None, 1)
     alone = ConvGroup("all", (ConvUse(TWICE, 0),))
     progress = RecordedProgress()
-    (fine,) = measure_sensitivity(tiny, calibration(), [alone], against, tmp_path, 1, progress)
+    (fine,) = measure_sensitivity(tiny, calibration(), [alone], against, tmp_path, progress)
     assert progress.steps == [("sensitivity", 1, 1)]
     assert not list(tmp_path.iterdir()), "nothing is left"
     assert fine.name == "all"
     assert fine.macs_share == 1
     assert 0 < fine.total < 0.05, "eight bits for 54 pixels move a box by a fraction of one"
     coarse = replace(calibration(), convolutions={TWICE: ConvRanges((3.0,), (OutputRange(-50, 490),), (0.005,) * 6)})
-    (worse,) = measure_sensitivity(tiny, coarse, [alone], against, tmp_path, 1)
+    (worse,) = measure_sensitivity(tiny, coarse, [alone], against, tmp_path)
     assert worse.total > 2 * fine.total
     kept = calibration().keeping(calibration().uses)
-    assert measure_sensitivity(tiny, kept, [alone], against, tmp_path, 1) == (), "what is float has no sensitivity"
+    assert measure_sensitivity(tiny, kept, [alone], against, tmp_path) == (), "what is float has no sensitivity"
 
     moves = iter([(0.1, 0.1), (0.3, 0.2)])
     uses = [ConvUse("a", 0), ConvUse("b", 0), ConvUse("b", 1)]
@@ -150,7 +150,7 @@ def test_groups_are_ranked(tiny: Bundle, tiny_coco: Path, tmp_path: Path, monkey
     )
     once = Fp32Reference.of(tiny, images[:1], None, 1)
     ranked = measure_sensitivity(
-        tiny, calibration(), [ConvGroup("a", (uses[0],)), ConvGroup("b", tuple(uses[1:]))], once, tmp_path, 1
+        tiny, calibration(), [ConvGroup("a", (uses[0],)), ConvGroup("b", tuple(uses[1:]))], once, tmp_path
     )
     assert [(one.name, one.convolutions, one.macs_share) for one in ranked] == [("b", 2, 0.5), ("a", 1, 0.25)]
     assert [one.total for one in ranked] == pytest.approx([0.5, 0.2])
@@ -166,7 +166,7 @@ def test_how_the_ranking_is_shown_and_saved() -> None:
     assert lines[0].split() == ["head.gfl_cls", "5", "7.6%", "0.01200", "0.50000"]
     assert len({len(line) for line in lines}) == 1, "columns are in line"
     assert rows(ranked, 2)[1:] == [*(line for line in rows(ranked, 2)[1:3]), "and 1 more groups"]
-    record = json.loads(json.dumps(sensitivity_record(ranked, ["a.jpg"])))
+    record = json.loads(json.dumps(to_record(ranked, ["a.jpg"])))
     assert record["images"] == ["a.jpg"]
     assert record["groups"][0] == {
         "name": "head.gfl_cls",

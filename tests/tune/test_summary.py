@@ -66,7 +66,7 @@ def test_what_to_be_careful_of(change: dict[str, object], sentence: str) -> None
         ),
         ((40.0,) * 6, 30.0, "boxes, 50% less."),
         ((79.5,) * 6, 30.0, "as fast within the noise but with a higher latency."),
-        ((79.5,) * 6, 20.0, "as fast within the noise but with slightly less throughput."),
+        ((79.5,) * 6, 20.0, "as fast within the noise but with less throughput."),
     ],
 )
 def test_why_the_second_is_second(passes: tuple[float, ...], median_ms: float, sentence: str) -> None:

@@ -14,8 +14,7 @@ import pytest
 
 from gfldeploy.bench import roofline
 from gfldeploy.bench.results import Peak
-from gfldeploy.bench.roofline import measure_peak
-from gfldeploy.bench.roofline_graph import Stack
+from gfldeploy.bench.roofline import Stack, measure_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
@@ -39,7 +38,7 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from gfldeploy.bench import roofline
-from gfldeploy.bench.roofline_graph import Stack
+from gfldeploy.bench.roofline import Stack
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import graph_for, open_engine
 small = Stack(depth=2, batch=1)

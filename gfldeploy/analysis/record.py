@@ -13,8 +13,8 @@ from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.report.page import machine_line, sections, write_page
 from gfldeploy.bench.report.plots import COLOURS, GREY, Plot
-from gfldeploy.bench.report.shell import machine_line, sections, write_page
 from gfldeploy.bench.results import Peak, defined_ap
 from gfldeploy.engines.base import Precision
 from gfldeploy.files import write_json

@@ -5,6 +5,7 @@ The other scenarios are `timing.measure` over batches in one order or another.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,10 +16,10 @@ from gfldeploy.batching.buckets import Size, area
 from gfldeploy.batching.latency import LatencyModel, Point
 from gfldeploy.batching.policy import Adaptive, FixedWithTimeout, NoBatching, Policy, Request
 from gfldeploy.batching.simulator import RealClock, VirtualClock, most_kept, play
-from gfldeploy.bench.cell import ServerPolicy
+from gfldeploy.bench.cell import Cell, ServerPolicy
 from gfldeploy.bench.inputs import Formed
 from gfldeploy.bench.results import Serving
-from gfldeploy.bench.timing import Samples, warm_up
+from gfldeploy.bench.timing import Samples, Settings, warm_up
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -39,35 +40,32 @@ def arrival_times(rate: float, count: int, seed: int) -> NDArray[np.float64]:
 
 
 def serve(
-    engine: Engine,
-    images: Sequence[Prepared],
-    preprocess: Preprocess,
-    policy: ServerPolicy,
-    batch_size: int,
-    arrivals: NDArray[np.float64],
-    bound_ms: float,
-    warmup: int = 2,
+    engine: Engine, images: Sequence[Prepared], preprocess: Preprocess, cell: Cell, settings: Settings
 ) -> tuple[Samples, Serving, list[Formed]]:
     """Serve images as they arrive, in real time; they are taken in their order, over and over. Returns the batches too.
 
-    Whenever the engine is free and something waits, the `policy` decides what runs, in a batch of `batch_size` at most,
-    and what is rejected; everything is due `bound_ms` after its arrival. Padding to a common size counts, decoding
-    and preprocessing do not. Batches of every number of images are run and timed before the first arrival, for every
-    policy alike, then once all shapes that the policy would form by these times: engines prepare for each shape.
-    `Samples.latency_ms` is of each image that was served, from arrival to the end of its batch; `Samples.stable` says
-    whether the server kept up with the arrivals. Raises `EngineError` when the engine fails, and when every image was
-    rejected.
+    Whenever the engine is free and something waits, the cell's policy decides what runs, in a batch of the cell's size
+    at most, and what is rejected; everything is due `latency_bound_ms` after its arrival. Padding to a common size
+    counts, decoding and preprocessing do not. Batches of every number of images are run and timed before the first
+    arrival, for every policy alike, then once all shapes that the policy would form by these times: engines prepare for
+    each shape. `Samples.latency_ms` is of each image that was served, from arrival to the end of its batch;
+    `Samples.stable` says whether the server kept up with the arrivals. Raises `EngineError` when the engine fails, and
+    when every image was rejected.
     """
-    if batch_size < 1 or len(arrivals) == 0 or bound_ms <= 0:
-        raise ValueError("batch_size and bound_ms must be positive, and there must be arrivals")
-    points, warmup_ms = measure_points(engine, images, preprocess, batch_size, warmup)
-    make = _POLICIES[policy]
+    if cell.rate is None or cell.policy is None or settings.latency_bound_ms is None:
+        raise ValueError("a server has a rate, a policy and a latency bound")
+    batch_size, bound_s = cell.batch_size, settings.latency_bound_ms / 1e3
+    arrivals = arrival_times(
+        cell.rate, max(settings.min_count, math.ceil(cell.rate * settings.min_seconds)), settings.seed
+    )
+    points, warmup_ms = measure_points(engine, images, preprocess, batch_size, settings.warmup)
+    make = _POLICIES[cell.policy]
     sizes = [preprocess.padded_size(*one.tensor.shape[1:]) for one in images]
     trace = [
-        Request(number, sizes[number % len(sizes)], float(at), float(at) + bound_ms / 1e3)
+        Request(number, sizes[number % len(sizes)], float(at), float(at) + bound_s)
         for number, at in enumerate(arrivals)
     ]
-    warmup_ms += _rehearse(engine, images, preprocess, trace, make(points, batch_size, bound_ms / 1e3), points)
+    warmup_ms += _rehearse(engine, images, preprocess, trace, make(points, batch_size, bound_s), points)
     batches: list[Formed] = []
 
     def run(batch: Sequence[Request], size: Size) -> None:
@@ -76,10 +74,10 @@ def serve(
         engine.infer({"image": tensor})
         batches.append(Formed.of(taken, tensor.shape, preprocess))
 
-    played = play(trace, make(points, batch_size, bound_ms / 1e3), run, RealClock())
+    played = play(trace, make(points, batch_size, bound_s), run, RealClock())
     if not played.latency_ms:
         raise EngineError(
-            f"none of the {len(trace)} images that arrived could be answered within {bound_ms:g} ms",
+            f"none of the {len(trace)} images that arrived could be answered within {settings.latency_bound_ms:g} ms",
             "Raise the latency bound, or use a faster engine.",
         )
     wall_s = max(one.at for one in played.outcomes)

@@ -27,7 +27,6 @@ __all__ = [
     "FLAGS",
     "NOT_MEASURED",
     "UNKNOWN",
-    "BoundCheck",
     "Row",
     "Served",
     "best_of_each",
@@ -60,35 +59,26 @@ _SHAPES = re.compile(r"\bmb\d+_(?:g\d+)?(ic\d+oc\d+)_\w+")
 
 
 @dataclass(frozen=True)
-class BoundCheck:
-    """Whether of all images that arrived `percent` were answered within the latency bound.
-
-    `percent`: the highest percentile up to 99 that so many images support; `share`: that were, 0 to 1.
-    """
-
-    percent: int
-    share: float
-
-    @property
-    def held(self) -> bool:
-        """Whether the server kept the bound."""
-        return self.share >= self.percent / 100
-
-
-@dataclass(frozen=True)
 class Served:
     """What became of the images that arrived at a server, in all rounds.
 
     `in_time_per_s`: answered within the bound, a second. `rejected`: the share that was, 0 to 1. `mean_batch`: images
     in a batch. `percent_of_possible`: answered within the bound, of what no policy could do better than with batches up
-    to this size (`Serving.most_kept`); None if that is nothing. `bound`: None if there were too few images to judge by.
+    to this size (`Serving.most_kept`); None if that is nothing. `kept`: answered within the bound, of all that arrived,
+    0 to 1. `percent`: the highest percentile up to 99 that so many images support, None for too few to judge by.
     """
 
     in_time_per_s: float
     rejected: float
     mean_batch: float
     percent_of_possible: float | None
-    bound: BoundCheck | None
+    kept: float
+    percent: int | None
+
+    @property
+    def bound_held(self) -> str | None:
+        """Whether that percentile kept the bound: "yes (p99)"."""
+        return (self.percent and f"{'yes' if self.kept >= self.percent / 100 else 'no'} (p{self.percent})") or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +188,8 @@ class Row:
             rejected=sum(serving.rejected for _, serving in runs) / requests,
             mean_batch=sum(run.samples.images for run, _ in runs) / sum(sum(run.shapes.values()) for run, _ in runs),
             percent_of_possible=100 * kept / possible if possible else None,
-            bound=BoundCheck(percent, kept / requests) if percent else None,
+            kept=kept / requests,
+            percent=percent,
         )
 
     @cached_property
@@ -348,10 +339,6 @@ def _ap(row: Row) -> Value:
     return (UNKNOWN if row.ap is None else row.ap) if row.ok else None
 
 
-def _bound_held(served: Served) -> str | None:
-    return f"{'yes' if served.bound.held else 'no'} (p{served.bound.percent})" if served.bound else None
-
-
 # In the order in which they are shown. A new column is one entry here.
 COLUMNS: list[Column[Row]] = [
     Column("engine", "engine", lambda row: row.cell.engine, words=True, first=True),
@@ -370,7 +357,7 @@ COLUMNS: list[Column[Row]] = [
     Column("percent_of_possible", "% of possible", _of_served(lambda one: one.percent_of_possible), digits=0, drop=2),
     Column("rejected_percent", "rejected", _of_served(lambda served: 100 * served.rejected), "%", digits=0, drop=3),
     *_percentiles("answer", lambda row, percent: row.latency_ms(percent) if row.is_server else None, (4, 13, 6)),
-    Column("bound_held", "bound held", _of_served(_bound_held), words=True, drop=6),
+    Column("bound_held", "bound held", _of_served(lambda served: served.bound_held), words=True, drop=6),
     Column("mean_batch", "mean batch", _of_served(lambda served: served.mean_batch), digits=1, drop=9),
     Column("memory_mb", "memory", lambda row: row.memory_mb, "MB", digits=0, drop=5, first=True),
     Column("network_images_per_s", "network", _network_images_per_s, "images/s", drop=3, first=True),

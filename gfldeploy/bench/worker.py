@@ -5,7 +5,6 @@ Answers a `Task` of the runner (see `child_process.serve`) with an object that h
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,13 +20,12 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
-from gfldeploy.bench.inputs import Batch, Formed, make_batches, padding_ratio, prepare_images, shape_counts
+from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
-from gfldeploy.bench.results import Idle, Peak, Run, Serving
+from gfldeploy.bench.results import Idle, Peak, Run
 from gfldeploy.bench.roofline import measure_peak
-from gfldeploy.bench.scenarios import arrival_times
 from gfldeploy.bench.scenarios import serve as serve_arrivals
-from gfldeploy.bench.timing import Samples, Settings, measure, time_stages
+from gfldeploy.bench.timing import Settings, measure, time_stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import PARENT, serve
 from gfldeploy.engines.base import (
@@ -102,7 +100,12 @@ def _time(task: Task) -> Timed:
         first_ms = (time.perf_counter() - start) * 1e3
         monitor = Monitor(settings.monitor_hz, cell.device) if settings.monitor_hz else None
         with monitor or nullcontext():
-            samples, serving, formed = _measure(engine, cell, images, batches, preprocess, settings)
+            serving = None
+            if cell.scenario == "server":
+                samples, serving, formed = serve_arrivals(engine, images, preprocess, cell, settings)
+            else:
+                samples = measure(engine, [batch.tensor for batch in batches], settings)
+                formed = [batch.formed for batch in batches]
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
             stages = None
@@ -148,24 +151,6 @@ def _shapes(
         sizes = [preprocess.padded_size(*image.tensor.shape[1:]) for image in images]
         shapes += [*((1, *size) for size in sizes), (cell.batch_size, *union(sizes))]
     return shapes
-
-
-def _measure(
-    engine: Engine,
-    cell: Cell,
-    images: Sequence[Prepared],
-    batches: Sequence[Batch],
-    preprocess: Preprocess,
-    settings: Settings,
-) -> tuple[Samples, Serving | None, list[Formed]]:
-    """The samples, what became of the requests to a server, and the batches."""
-    if cell.rate is None or cell.policy is None or settings.latency_bound_ms is None:
-        samples = measure(engine, [batch.tensor for batch in batches], settings)
-        return samples, None, [batch.formed for batch in batches]
-    count = max(settings.min_count, math.ceil(cell.rate * settings.min_seconds))
-    arrivals = arrival_times(cell.rate, count, settings.seed)
-    bound_ms, warmup = settings.latency_bound_ms, settings.warmup
-    return serve_arrivals(engine, images, preprocess, cell.policy, cell.batch_size, arrivals, bound_ms, warmup)
 
 
 def _peak(task: Task) -> Peak:

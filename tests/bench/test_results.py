@@ -15,7 +15,7 @@ from sample_results import OK, RUN, SKIPPED, altered, sample_results
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.results import BenchResults, CellResult, Serving
-from gfldeploy.bench.table import COLUMNS, BoundCheck, Served, best_of_each, notes, rows
+from gfldeploy.bench.table import COLUMNS, Served, best_of_each, notes, rows
 from gfldeploy.bench.timing import Samples, Settings
 from gfldeploy.engines.base import Precision
 from gfldeploy.errors import DataError, OutputError
@@ -285,19 +285,19 @@ def test_what_a_server_did_with_what_arrived() -> None:
     found = served(cell, 60.0)
     assert found.in_time_per_s == 6.0 and found.rejected == 0.1
     assert found.mean_batch == pytest.approx(1.5) and found.percent_of_possible == 75.0
-    assert served(altered(cell, runs=cell.runs * 4), 60.0) == replace(found, bound=BoundCheck(99, 0.6))
+    assert served(altered(cell, runs=cell.runs * 4), 60.0) == replace(found, percent=99)
     assert served(server([5.0] * 3, 0, most_kept=0), 60.0).percent_of_possible is None
 
 
 def test_the_servers_bound_is_judged_by_the_highest_percentile_that_what_arrived_supports() -> None:
     cell = server([float(number) for number in range(1, 101)], rejected=0, most_kept=100)
     # A hundred images support the 95th percentile, not the 99th.
-    assert served(cell, 95.0).bound == BoundCheck(95, 0.95) and BoundCheck(95, 0.95).held
-    assert not BoundCheck(95, 0.94).held
-    # What was turned away was not answered in time.
-    turned_away = served(server([1.0] * 90, rejected=10, most_kept=100), 95.0)
-    assert turned_away.bound is not None and not turned_away.bound.held
-    assert served(server([1.0] * 3, 0, most_kept=3), 95.0).bound is None
+    assert served(cell, 95.0).bound_held == "yes (p95)"
+    assert served(cell, 94.0).bound_held == "no (p95)"
+    # What was rejected was not answered in time.
+    rejected = served(server([1.0] * 90, rejected=10, most_kept=100), 95.0)
+    assert rejected.bound_held == "no (p95)"
+    assert served(server([1.0] * 3, 0, most_kept=3), 95.0).bound_held is None
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sample_results import OK
 
 from gfldeploy.batching.latency import Point
-from gfldeploy.bench.cell import ServerPolicy
+from gfldeploy.bench.cell import Cell, ServerPolicy
 from gfldeploy.bench.inputs import padding_ratio, prepare_images
-from gfldeploy.bench.scenarios import arrival_times, fastest, measure_points, serve
+from gfldeploy.bench.scenarios import fastest, measure_points, serve
+from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import open_engine
@@ -37,12 +40,16 @@ def images(preprocess: Preprocess, tiny_coco: Path) -> list[Prepared]:
     return prepare_images(sorted((tiny_coco.parent / "images").iterdir()), preprocess)
 
 
+def server(policy: ServerPolicy, most: int, rate: float = 400.0) -> Cell:
+    return replace(OK.cell, scenario="server", rate=rate, policy=policy, batch_size=most)
+
+
 @pytest.mark.parametrize(("policy", "most"), [("no-batching", 1), ("fixed-timeout", 3), ("adaptive", 3)])
 def test_every_image_is_answered_or_rejected(
     policy: ServerPolicy, most: int, engine: Engine, images: list[Prepared], preprocess: Preprocess
 ) -> None:
-    arrivals = arrival_times(400.0, 60, seed=0)
-    samples, serving, batches = serve(engine, images, preprocess, policy, most, arrivals, bound_ms=500.0)
+    settings = Settings(0, 60, 0, latency_bound_ms=500.0)
+    samples, serving, batches = serve(engine, images, preprocess, server(policy, most), settings)
     sizes = {one.shape[2:] for one in batches}
     assert serving.requests == 60 == samples.images + serving.rejected
     assert len(samples.latency_ms) == samples.images == sum(one.shape[0] for one in batches)
@@ -66,7 +73,7 @@ def test_batches_of_every_number_of_images_are_timed_at_two_sizes(
 
 def test_a_server_that_rejects_everything(engine: Engine, images: list[Prepared], preprocess: Preprocess) -> None:
     with pytest.raises(EngineError, match=r"none of the 5 images that arrived could be answered within 0\.001 ms"):
-        serve(engine, images, preprocess, "adaptive", 2, arrival_times(200.0, 5, seed=0), bound_ms=1e-3)
+        serve(engine, images, preprocess, server("adaptive", 2, 200.0), Settings(0, 5, 0, latency_bound_ms=1e-3))
 
 
 def test_no_point_is_faster_than_what_bounds_the_server() -> None:

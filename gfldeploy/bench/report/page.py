@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -10,14 +11,15 @@ from string import Template
 
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
-from gfldeploy.bench.report.plots import plots
-from gfldeploy.bench.report.shell import machine_line, sections, write_page
+from gfldeploy.bench.report.plots import Plot, plots
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
 from gfldeploy.engines.registry import title_of
-from gfldeploy.files import check_file
+from gfldeploy.files import check_file, write_text
+from gfldeploy.machine import Machine
+from gfldeploy.text import printable
 
-__all__ = ["report", "short_answer", "write_report"]
+__all__ = ["machine_line", "report", "sections", "short_answer", "write_page", "write_report"]
 
 # What quantising may cost by default (`gfldeploy quantize --max-drop`): within it accuracy counts as the same.
 _SAME_ACCURACY = 0.005
@@ -26,6 +28,7 @@ _PADDED = (
     "Its batches hold images of several sizes, padded to the largest, which changes boxes and scores (group "
     "normalisation takes in the padding); mAP is of batch 1."
 )
+_TEMPLATE = Path(__file__).with_name("page.html")
 _BODY = Path(__file__).with_name("bench.html")
 
 
@@ -220,3 +223,43 @@ def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:
     ]
     if overheads:
         yield "hardware monitor", f"took {max(overheads):.2f}% of one CPU at most"
+
+
+def write_page(
+    path: Path, title: str, subtitle: str, answer: Sequence[str], body: str, figures: Sequence[Plot]
+) -> None:
+    """Write the page, replacing any other file. `answer`: sentences; `body`: HTML, with the `sections` of the figures.
+
+    The page holds plotly.js (MIT licence). Raises `OutputError`.
+    """
+    from plotly import offline
+
+    data = json.dumps([{"data": one.data, "layout": one.layout} for one in figures], allow_nan=False)
+    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(printable(title)),
+        subtitle=escape(printable(subtitle)),
+        answer=printable("\n".join(f"<p>{escape(sentence)}</p>" for sentence in answer)),
+        body=printable(body),
+        figures=data.replace("<", "\\u003c"),  # a tag in a text would end or hide the script that the data are in
+        plotly=offline.get_plotlyjs(),
+    )
+    write_text(path, page)
+
+
+def sections(figures: Sequence[Plot]) -> str:
+    """The places of the figures, in order, each with its heading and what to see in it."""
+    return "\n".join(_section(number, plot) for number, plot in enumerate(figures))
+
+
+def machine_line(machine: Machine, created: str) -> str:
+    """Where and when it was measured. `created`: UTC, ISO 8601."""
+    gpus = f", {', '.join(machine.gpus)}" if machine.gpus else ""
+    return f"{machine.cpu}, {machine.threads} CPUs{gpus}; {created[:16].replace('T', ' ')} UTC"
+
+
+def _section(number: int, plot: Plot) -> str:
+    title, about = escape(plot.title), escape(plot.about)
+    return (
+        f'<section><h2>{title}</h2><p>{about}</p><div class="plot" id="plot{number}" role="img" '
+        f'aria-label="{title}. {about}" style="height:{plot.height}px"></div></section>'
+    )

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from gfldeploy.bench.cell import several_bundles
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.report.plots import Plot, plots
@@ -63,7 +64,8 @@ def write_report(results: BenchResults, path: Path) -> None:
     measured = [row for row in shown if row.ok]
     best = best_of_each(measured)
     servers = [row for row in measured if row.is_server]
-    first = [column for column in COLUMNS if column.first]
+    several = several_bundles([row.cell for row in best])
+    first = [column for column in COLUMNS if column.first and (several or column.key != "bundle")]
     body = Template(_BODY.read_text(encoding="utf-8")).substitute(
         best=_table("best", best, first) if best else "<p>No batches were measured.</p>",
         servers=f"<section><h2>Servers</h2>{_table('servers', servers)}</section>" if servers else "",
@@ -191,7 +193,7 @@ def _left(column: Column[Row]) -> str:
 def _missing(shown: Sequence[Row]) -> str:
     """What was not measured, and notes on what was: each reason once."""
     items = [f"<li><b>{escape(names)}</b>: {escape(note)}</li>" for note, names in notes(shown)]
-    return f"<ul>{''.join(items)}</ul>" if items else "<p>Nothing: every cell was measured as asked.</p>"
+    return f"<ul>{''.join(items)}</ul>" if items else "<p>Nothing: every cell was measured as requested.</p>"
 
 
 def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ _INTERRUPTED = "Error: interrupted; nothing half-written was left behind\n"
 
 
 def main() -> None:
-    """Run the command line in a process of its own: interrupted at any moment, while it loads too, it says so."""
+    """Run the command line of a process; an interruption is reported at any moment, also while modules load."""
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) == default:
             signal.signal(number, _stop)
@@ -27,7 +27,7 @@ def main() -> None:
         code = 130
     ignore_interrupts()
     if code == 130:
-        # Threads of engines may be in the middle of something, which Python's own end would wait for, or crash on.
+        # Threads of engines may be at work: Python's own exit would wait for them, or crash.
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()

@@ -136,8 +136,8 @@ class Detector(ClosesOnExit):
             images: The images.
             threshold: As for `detect`.
             color: As for `detect`.
-            look_ahead: How many images may come after one before it must run, though its batch is not full; by default
-                four batches.
+            look_ahead: How many images may follow an image before it runs in a batch that is not full; by default four
+                batches.
             reduced: As for `detect`.
 
         Yields:

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -20,18 +20,32 @@ import demo_bundles
 import numpy as np
 import psutil
 import pytest
+from demo_bundles import RunHere
 
-from gfldeploy.bench import runner
+from gfldeploy.bench import monitor, runner
 from gfldeploy.bundle import Graph, Manifest, TensorSpec, write_bundle
 from gfldeploy.cli import main
 from gfldeploy.detections import NmsParams
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.quant import speed
 
 CLASSES = ("box", "ball")
 SIZES = ((48, 80), (80, 48), (48, 80), (64, 64), (80, 48), (48, 72))  # height, width: landscape, portrait, square
 
 NEEDS = {"needs_ppdet": "ppdet", "needs_paddleslim": "paddleslim"}  # by marker: the module
-LONGEST = ("test_demo_run", "test_quantize", "test_bad_input", "test_interrupt", "test_gate", "test_distill")  # files
+LONGEST = (  # files
+    "test_demo_run",
+    "test_interrupt",
+    "test_quantize",
+    "test_distill",
+    "test_zoo_recipe",
+    "test_backbones",
+    "test_bad_input",
+    "test_candidates_recipe",
+    "test_gate",
+    "test_export",
+    "test_config",
+)
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 
 os.environ.pop("COLUMNS", None)  # pytest gives its workers one: tables would be cut to it
@@ -76,15 +90,18 @@ def needs_paddleslim() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def impatient_bench() -> Iterator[None]:
-    """Measure at once, though others keep the machine busy."""
+def impatient() -> Iterator[None]:
+    """Measure at once, though others keep the machine busy, and no longer than it takes to have a number."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "wait_until_idle", functools.partial(runner.wait_until_idle, patience_s=0))
+        patch.setattr(runner, "wait_until_idle", functools.partial(monitor.wait_until_idle, patience_s=0))
+        patch.setattr(
+            speed, "interleaved_medians", functools.partial(speed.interleaved_medians, min_rounds=1, min_seconds=0)
+        )
         yield
 
 
 @pytest.fixture
-def run_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_here(capfd: pytest.CaptureFixture[str]) -> RunHere:
     """As `demo_bundles.run`, but in this process: Paddle is loaded once, and can be patched."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -111,9 +128,9 @@ def write_tiny_onnx(path: Path) -> None:
     weights[:2] = np.random.default_rng(0).normal(0, 0.001, (2, 3, 3, 3))
     constants = {
         "weights": weights,
-        "bias": np.float32([2, -4, 0, 0, 48, 48]),
-        "flat": np.int64([0, 6, -1]),
-        "split": np.int64([2, 4]),
+        "bias": np.array([2, -4, 0, 0, 48, 48], np.float32),
+        "flat": np.array([0, 6, -1], np.int64),
+        "split": np.array([2, 4], np.int64),
     }
     nodes = [
         helper.make_node("Conv", ["image", "weights", "bias"], ["map"], strides=[8, 8], pads=[1, 1, 1, 1]),
@@ -212,6 +229,18 @@ def trained(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 def quantized(needs_ppdet: None, needs_paddleslim: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`demo_bundles.quantized`. Read it, do not change it."""
     return demo_bundles.quantized(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.labelled`. Read it, do not change it."""
+    return demo_bundles.labelled(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def calibrated(needs_ppdet: None, needs_paddleslim: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundles.calibrated`. Read it, do not change it."""
+    return demo_bundles.calibrated(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib.util
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -17,11 +20,16 @@ import pytest
 
 from gfldeploy import demo
 from gfldeploy.cli import main
+from gfldeploy.demo.dataset import generate
 
 needs_export = pytest.mark.needs_ppdet
 needs_quant = pytest.mark.needs_paddleslim
 
+RunHere = Callable[..., subprocess.CompletedProcess[str]]  # the fixture `run_here`
+
+ROOT = Path(__file__).parents[1]  # of the checkout
 SEED = 0
+EVALUATED = 10  # images of `labelled` to measure mAP on
 STAGE = re.compile(r"\[ *\d+\.\d s\] .*")
 
 # Fails at the first attempt to reach anything: what is downloaded would come from there.
@@ -35,6 +43,20 @@ def no_network(event, arguments):
         os._exit(99)
 sys.addaudithook(no_network)
 """
+
+
+@contextmanager
+def imported(path: Path) -> Iterator[ModuleType]:
+    """The script as a module, in `sys.modules` meanwhile: dataclasses look there."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[spec.name]
 
 
 def command(arguments: Sequence[object], before: str, folder: Path) -> list[str]:
@@ -55,12 +77,16 @@ def run(
     )
 
 
-def export_here(weights: Path, output: Path) -> None:
-    """Export the demo's config with `weights` in this process: loading Paddle takes half of the time."""
-    arguments = ("export", "-c", demo.config_path(), "-w", weights, "-o", output)
+def make_here(*arguments: object) -> None:
+    """Run `gfldeploy` in this process, which must succeed: loading Paddle takes half of the time."""
     with pytest.raises(SystemExit) as stopped:
         main(list(map(str, arguments)))
     assert stopped.value.code == 0
+
+
+def export_here(weights: Path, output: Path) -> None:
+    """Export the demo's config with `weights`."""
+    make_here("export", "-c", demo.config_path(), "-w", weights, "-o", output)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -182,6 +208,25 @@ def quantized(factory: pytest.TempPathFactory) -> Path:
     data = pictures(factory)
     samples = len(list(data.iterdir()))
     arguments = ("quantize", exported(factory), "--data", data, "--samples", samples, "--algo", "abs_max")
-    done = run(*arguments, "--min-agreement", 0, "-o", folder / "int8", folder=folder, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    make_here(*arguments, "--min-agreement", 0, "-o", folder / "int8")
+    return folder / "int8"
+
+
+@once
+def labelled(factory: pytest.TempPathFactory) -> Path:
+    """A folder with generated images and labels: calib/annotations.json of 4, val/annotations.json of `EVALUATED`."""
+    folder = factory.mktemp("labelled")
+    generate(folder, "calib", 4)
+    generate(folder, "val", EVALUATED)
+    return folder
+
+
+@once
+def calibrated(factory: pytest.TempPathFactory) -> Path:
+    """The INT8 bundle of `trained`, calibrated and measured on `labelled`. Read it, do not change it."""
+    data, folder = labelled(factory), factory.mktemp("calibrated")
+    arguments = ("quantize", trained(factory), "--data", data / "calib/annotations.json", "--samples", 4)
+    # Few images make a coarse measure: what is wanted here is that a sound calibration passes.
+    measured = ("--eval-data", data / "val/annotations.json", "--max-drop", 0.03)
+    make_here(*arguments, *measured, "-o", folder / "int8")
     return folder / "int8"

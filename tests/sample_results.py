@@ -14,10 +14,11 @@ from gfldeploy.bench.timing import Samples, Settings, Stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.machine import describe_machine
 
+STAGES = [field.name for field in fields(Stages)]
 RUN = Run(
     started="2026-01-01T00:00:00+00:00",
     samples=Samples((10.0, 12.0, 20.0), (50.0,), batch_size=2, images=6, wall_s=0.05, stable=True),
-    stages=Stages(*(((2.0, 4.0),) * (len(fields(Stages)) - 1)), end_to_end_ms=(12.0, 24.0)),
+    stages=Stages(**dict.fromkeys(STAGES, (2.0, 4.0)) | {"end_to_end_ms": (12.0, 24.0)}),
     engine_version="1.2.3",
     load_s=0.5,
     build_s=None,

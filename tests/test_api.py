@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from gfldeploy import errors
 from gfldeploy.cli import cli
 
 # Of each command: its function, and the options that are about the terminal alone.
-FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+FUNCTIONS: dict[str, tuple[Any, set[str]]] = {
     "export": (gfldeploy.export_bundle, set()),
     "quantize": (gfldeploy.quantize_bundle, set()),
     "inspect": (gfldeploy.inspect, {"as_json"}),

@@ -18,16 +18,16 @@ NMS = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=100, keep_top
 
 def outputs(anchors: list[int]) -> dict[str, NDArray[np.generic]]:
     """Anchor `a` scores (a + 1) / 10 in class 0, at a place of its own."""
-    rows = np.float32([[max(anchor, -1) + 1] for anchor in anchors])
+    rows = np.array([[max(anchor, -1) + 1] for anchor in anchors], np.float32)
     return {
         "scores": np.concatenate([rows / 10, rows * 0], axis=1)[np.newaxis],
-        "boxes": (rows * 20 + np.float32([0, 0, 10, 10]))[np.newaxis],
-        "anchors": np.int32([anchors]),
+        "boxes": (rows * 20 + np.array([0, 0, 10, 10], np.float32))[np.newaxis],
+        "anchors": np.array([anchors], np.int32),
     }
 
 
 def test_the_anchors_that_both_have() -> None:
-    here, there = matched(np.int64([0, 2, 5, -1, -1]), np.int64([2, 4, 5, 7, -1]))
+    here, there = matched(np.array([0, 2, 5, -1, -1], np.int64), np.array([2, 4, 5, 7, -1], np.int64))
     assert (here.tolist(), there.tolist()) == ([1, 2], [0, 2])
 
 
@@ -110,7 +110,7 @@ def above(found: Detections, score: float) -> tuple[NDArray[np.generic], ...]:
 
 def test_what_is_not_there_cannot_be_lost() -> None:
     nothing = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    scores = np.float32([[0.9, 0.1], [0.8, 0.3], [0.0, 0.0]])
+    scores = np.array([[0.9, 0.1], [0.8, 0.3], [0.0, 0.0]], np.float32)
     assert may_lack_below(scores, nothing, NMS) == 0  # the last: the image has fewer anchors than the graph chooses
     assert may_lack_below(scores[:2], nothing, NMS) == np.float32(0.8)
     assert may_lack_below(scores[:0], nothing, NMS) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ GFL = NmsParams(score_threshold=0.025, nms_threshold=0.6, nms_top_k=1000, keep_t
 ONE = [(1.0, 1.0)]
 
 
-def run(scores: list[list[float]], boxes: list[list[float]], params: NmsParams = GFL) -> Detections:
+def run(scores: Sequence[Sequence[float]], boxes: Sequence[Sequence[float]], params: NmsParams = GFL) -> Detections:
     """One image: scores [A][C], boxes [A][4]."""
     [found] = postprocess(np.array([scores], np.float32), np.array([boxes], np.float32), ONE, params)
     return found
@@ -24,13 +25,13 @@ def run(scores: list[list[float]], boxes: list[list[float]], params: NmsParams =
 
 def test_an_overlapping_worse_box_is_dropped_within_its_class_only() -> None:
     # The IoU of the first two is 80 / 120 = 0.667; the third lies apart.
-    boxes = [[0.0, 0, 10, 10], [2, 0, 12, 10], [50, 50, 60, 60]]
+    boxes = [[0.0, 0.0, 10.0, 10.0], [2.0, 0.0, 12.0, 10.0], [50.0, 50.0, 60.0, 60.0]]
     same = run([[0.9], [0.8], [0.5]], boxes)
     np.testing.assert_array_equal(same.boxes, [boxes[0], boxes[2]])
-    np.testing.assert_array_equal(same.scores, np.float32([0.9, 0.5]))
+    np.testing.assert_array_equal(same.scores, np.array([0.9, 0.5], np.float32))
     other = run([[0.9, 0], [0, 0.8], [0.5, 0]], boxes)
     assert other.classes.tolist() == [0, 1, 0]
-    assert (other.boxes.dtype, other.scores.dtype, other.classes.dtype) == (np.float32, np.float32, np.int64)
+    assert [other.boxes.dtype, other.scores.dtype, other.classes.dtype] == ["float32", "float32", "int64"]
 
 
 def test_a_dropped_box_drops_nothing() -> None:
@@ -41,7 +42,7 @@ def test_a_dropped_box_drops_nothing() -> None:
 
 def test_many_candidates_of_few_objects() -> None:
     # 400 candidates of two objects in turn, in two classes: the best of each object and class is left, and no other.
-    boxes = [[0.0, 0, 10, 10], [50, 50, 90, 80]] * 200
+    boxes = [[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 90.0, 80.0]] * 200
     scores = [[0.99 - 0.002 * number, 0.1 + 0.002 * number] for number in range(400)]
     found = run(scores, boxes)
     assert found.scores.tolist() == pytest.approx([0.99, 0.988, 0.898, 0.896])
@@ -73,15 +74,15 @@ def test_top_k_before_and_after() -> None:
 
 def test_pixels_counted_in_full() -> None:
     # Without normalisation the widths are 10 and 5 rather than 9 and 4: IoU 50 / 100 rather than 36 / 81 = 0.44.
-    boxes = [[0.0, 0, 9, 9], [0, 0, 9, 4]]
+    boxes = [[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 4.0]]
     at = dataclasses.replace(GFL, nms_threshold=0.47)
     assert len(run([[0.9], [0.8]], boxes, at)) == 2
     assert len(run([[0.9], [0.8]], boxes, dataclasses.replace(at, normalized=False))) == 1
 
 
 def test_boxes_become_original_pixels_before_nms() -> None:
-    scores = np.float32([[[0.9]], [[0.9]]])
-    boxes = np.float32([[[10, 20, 30, 40]], [[10, 20, 30, 40]]])
+    scores = np.array([[[0.9]], [[0.9]]], np.float32)
+    boxes = np.array([[[10, 20, 30, 40]], [[10, 20, 30, 40]]], np.float32)
     first, second = postprocess(scores, boxes, [(2.0, 5.0), (1.0, 0.5)], GFL)
     np.testing.assert_allclose(first.boxes, [[2, 10, 6, 20]])
     np.testing.assert_allclose(second.boxes, [[20, 20, 60, 40]])
@@ -185,8 +186,8 @@ def random_boxes(rng: np.random.Generator, kind: str, images: int, anchors: int)
     elif kind == "odd":  # small whole numbers: inverted boxes, boxes without area, duplicates, IoUs on the threshold
         boxes = rng.integers(0, 6, (images, anchors, 4)).astype(float)
     else:  # "tiny": without area or touching
-        corners = rng.integers(0, 20, (images, anchors, 2))
-        boxes = np.concatenate([corners, corners + rng.integers(0, 4, corners.shape)], -1).astype(float)
+        corners = rng.integers(0, 20, (images, anchors, 2)).astype(np.float64)
+        boxes = np.concatenate([corners, corners + rng.integers(0, 4, corners.shape)], -1).astype(np.float64)
     return boxes.astype(np.float32)
 
 
@@ -238,7 +239,9 @@ def test_every_detection_equals_paddles(kind: str) -> None:
 
 
 FOUND = Detections(
-    np.float32([[0, 0, 4, 2], [1, 1, 2, 3], [5, 5, 6, 6]]), np.float32([0.9, 0.5, 0.2]), np.array([1, 0, 2])
+    np.array([[0, 0, 4, 2], [1, 1, 2, 3], [5, 5, 6, 6]], np.float32),
+    np.array([0.9, 0.5, 0.2], np.float32),
+    np.array([1, 0, 2]),
 ).named(["cat", "dog"])
 
 

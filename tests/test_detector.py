@@ -15,6 +15,7 @@ import gfldeploy
 from gfldeploy import Detector
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.images.decode import read_image
+from gfldeploy.predict.pipeline import Found
 
 pytest.importorskip("onnxruntime")
 
@@ -46,7 +47,9 @@ def test_one_image_makes_a_list_of_one(detector: Detector, paths: list[Path]) ->
     for image in (str(paths[0]), paths[0].read_bytes(), pixels, pixels[np.newaxis], Image.fromarray(pixels)):
         (found,) = detector.detect(image)
         np.testing.assert_array_equal(found.scores, first.scores)
-    (found,) = detector.detect(cv2.imread(str(paths[0])), color="bgr")
+    bgr = cv2.imread(str(paths[0]))
+    assert bgr is not None
+    (found,) = detector.detect(bgr.astype(np.uint8), color="bgr")
     np.testing.assert_array_equal(found.scores, first.scores)
     assert detector.detect([]) == []
     with pytest.raises(ValueError, match="'rgb' or 'bgr'"):
@@ -98,7 +101,7 @@ def test_what_goes_wrong_with_the_images_themselves_is_raised(detector: Detector
         yield from paths
         raise RuntimeError("the camera is gone")
 
-    found = []
+    found: list[Found] = []
     with pytest.raises(RuntimeError, match="the camera is gone"):
         found += detector.stream(images(), look_ahead=0)
     assert [one.name for one in threading.enumerate() if one.name.startswith("gfldeploy")] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -19,7 +20,6 @@ from typing import Any
 import pytest
 from sample_results import sample_results
 
-from gfldeploy import files
 from gfldeploy.bench.report.page import write_report
 from gfldeploy.bench.table import write_csv
 from gfldeploy.errors import OutputError
@@ -105,10 +105,10 @@ def test_force_exchanges_ours(tmp_path: Path) -> None:
 def test_force_without_an_exchange_in_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Libc:
         def renameat2(self, *arguments: object) -> int:
-            files.ctypes.set_errno(errno.EINVAL)
+            ctypes.set_errno(errno.EINVAL)
             return -1
 
-    monkeypatch.setattr(files.ctypes, "CDLL", lambda *arguments, **options: Libc())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *arguments, **options: Libc())
     target = ours(tmp_path / "out", old="1")
     with atomic_directory(target, force=True) as directory:
         (directory / "new").write_text("2")
@@ -469,7 +469,7 @@ def test_a_read_only_file_system(tmp_path: Path) -> None:
             pytest.fail("the block must not run")
         assert caught.value.remedy == "Choose an --output that you may write to."
     (tmp_path / "data").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path / "data"]
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path / "data")]
     mounted = subprocess.run(mount, capture_output=True)
     if mounted.returncode:
         pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.decode().strip()}")
@@ -489,7 +489,7 @@ def test_mistakes_of_ours_keep_their_type(tmp_path: Path) -> None:
 
 
 def test_files_of_others_are_not_replaced(tmp_path: Path) -> None:
-    beginnings = {
+    beginnings: dict[FileKind, str] = {
         "json": '{\n  "schema": 3,\n  "created": "2026',
         "csv": "bundle,engine,precision,device\n",
         "html": '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="gfldeploy">',

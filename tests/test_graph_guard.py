@@ -61,7 +61,7 @@ def both(*changes: Callable[[Any], object]) -> Callable[[Any], object]:
 
 
 def shapes_of(kind: str, inputs: Iterable[str], values: list[int]) -> Callable[[Any], object]:
-    return both(constant("huge", np.int64(values)), node(kind, inputs))
+    return both(constant("huge", np.array(values, np.int64)), node(kind, inputs))
 
 
 SUBGRAPH = onnx.helper.make_graph([], "body", [], [])
@@ -111,11 +111,13 @@ def test_onnx_graphs_that_are_refused(name: str, changed: Callable[[Callable[[An
 
 def test_arithmetic_passes(changed: Callable[[Callable[[Any], object]], Path], tiny_bundle: Path) -> None:
     check_graph("onnx", tiny_bundle / "onnx/model.onnx", None)
-    sizes = constant("four", np.int64([1, 3, 64, 64]))
+    sizes = constant("four", np.array([1, 3, 64, 64], np.int64))
     check_graph("onnx", changed(both(sizes, node("Resize", ["image", "", "", "four"]))), None)
     check_graph("onnx", changed(node("If", then_branch=SUBGRAPH, else_branch=SUBGRAPH)), None)
     check_graph("onnx", changed(node("DeformConv", ["image", "weights", "offset"], kernel_shape=[3, 3])), None)
-    check_graph("onnx", changed(both(constant("end", np.int64([2**63 - 1])), node("Slice", ["image", "end"]))), None)
+    check_graph(
+        "onnx", changed(both(constant("end", np.array([2**63 - 1], np.int64)), node("Slice", ["image", "end"]))), None
+    )
 
 
 def test_every_listed_operator_exists() -> None:

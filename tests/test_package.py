@@ -79,7 +79,7 @@ def test_wrong_usage_is_exit_code_2_without_a_traceback(arguments: tuple[str, ..
 
 def modules() -> Iterator[tuple[str, Path]]:
     for found in pkgutil.walk_packages(gfldeploy.__path__, "gfldeploy."):
-        spec = found.module_finder.find_spec(found.name, None)  # type: ignore[call-arg]
+        spec = found.module_finder.find_spec(found.name, None)
         assert spec is not None and spec.origin is not None
         yield found.name, Path(spec.origin)
 

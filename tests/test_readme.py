@@ -29,7 +29,14 @@ def test_the_ten_lines(
     """On the demo detector, with the benchmark's shortest settings; its FP32 bundle is the one that all tests share."""
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(code.strip().splitlines()) <= 11
-    shortest = {"rounds": 1, "min_seconds": 0.0, "min_count": 2, "batch_sizes": (1,), "limit": 2, "accuracy_limit": 4}
+    shortest: dict[str, Any] = {
+        "rounds": 1,
+        "min_seconds": 0.0,
+        "min_count": 2,
+        "batch_sizes": (1,),
+        "limit": 2,
+        "accuracy_limit": 4,
+    }
     quick = functools.partial(session.benchmark, **shortest, engines=("onnxruntime",), peak=False, monitor_hz=0)
     signature = inspect.signature(exporter.export_bundle)
 

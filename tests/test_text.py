@@ -32,7 +32,7 @@ def test_streams_escape_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None
     with plain_streams():
         print(EVIL)
         sys.stdout.writelines([EVIL, "\n"])
-        assert sys.stdout.getvalue() == f"{SHOWN}\n{SHOWN}\n"
+        assert out.getvalue() == f"{SHOWN}\n{SHOWN}\n"
     assert sys.stdout is out
 
 
@@ -42,10 +42,11 @@ def test_consoles_escape_text_and_keep_their_own_colours(monkeypatch: pytest.Mon
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
     with plain_streams():
         escaping_console(width=200).print(Text("a\x1b[31mb\u202e", style="bold"))
-        assert sys.stdout.getvalue() == "\x1b[1ma\\x1b[31mb\\u202e\x1b[0m\n"  # type: ignore[attr-defined]
+        assert out.getvalue() == "\x1b[1ma\\x1b[31mb\\u202e\x1b[0m\n"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ class LatencyModel:
         self._ratios: dict[tuple[int, Size], float] = {}
         self._spread = 0.0
         self._overall = 1.0
+        self._predicted: dict[tuple[int, Size], float] = {}  # since the last observation
 
     @classmethod
     def fit(cls, points: Iterable[Point]) -> LatencyModel:
@@ -72,7 +73,11 @@ class LatencyModel:
 
     def predict(self, images: int, size: Size) -> float:
         """Milliseconds that a batch is expected to take."""
-        return self._prior(images, size) * self._ratios.get((images, size), self._overall)
+        known = self._predicted.get((images, size))
+        if known is None:
+            known = self._prior(images, size) * self._ratios.get((images, size), self._overall)
+            self._predicted[images, size] = known
+        return known
 
     def margin(self, images: int, size: Size) -> float:
         """Milliseconds to plan with: the expected time and twice its mean deviation."""
@@ -88,6 +93,7 @@ class LatencyModel:
             return
         ratio = ms / self._prior(images, size)
         expected = self._ratios.get((images, size), self._overall)
+        self._predicted.clear()
         self._spread += _LEARNING * (min(abs(ratio / expected - 1), 1.0) - self._spread)
         self._ratios.pop((images, size), None)  # moves behind all others: the first is the one not seen for longest
         self._ratios[images, size] = expected + _LEARNING * (min(ratio, 2 * expected) - expected)
@@ -100,6 +106,7 @@ class LatencyModel:
 
         For when nothing runs because everything seems too slow: without new observations that would not end.
         """
+        self._predicted.clear()
         self._overall += _FADING * (1 - self._overall)
         for key, ratio in self._ratios.items():
             self._ratios[key] = ratio + _FADING * (1 - ratio)

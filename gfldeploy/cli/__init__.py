@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    """The exit code; what is wrong is said."""
+    """Run the command, print its error if any, and return the exit code."""
     unraisable = sys.unraisablehook
     sys.unraisablehook = _lost_interrupt(unraisable)
     try:

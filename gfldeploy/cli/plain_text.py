@@ -1,8 +1,7 @@
 """Text from elsewhere on a terminal: control characters are shown, not obeyed.
 
-Class names, file names and error messages come from files of others. An escape sequence in them could retitle the
-window, hide or forge lines, or worse; marks of direction turn text around. Streams are wrapped once, in `main`, so that
-no command has to think of it.
+Class names, file names and error messages come from files of other people. An escape sequence in them could retitle the
+window, or hide or forge lines; direction marks reverse text. Streams are wrapped once, in `main`, for all commands.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Standard output and error as the commands want them: always there, and failing at the end, if at all."""
+"""Standard output and error for the commands: always open, and errors of writing are reported at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["standard_streams"]
 
 
 class _Kept(io.FileIO):
-    """A file that takes everything: the first error is kept in `error`, and what could not be written is lost."""
+    """A file whose `write` never fails: the first error is kept in `error`, and the data is lost."""
 
     error: OSError | None = None
 
@@ -35,9 +35,9 @@ class _Kept(io.FileIO):
 def standard_streams() -> Iterator[Callable[[], OSError | None]]:
     """Replace `sys.stdout` and `sys.stderr` by streams that never fail in the middle of work.
 
-    A descriptor that the caller closed is opened on /dev/null, lest the next file get its number and be printed into.
-    Yields a function that says why standard output could not be written, if so: not for a reader that went away
-    (`gfldeploy ... | head`). Streams that somebody else put there, such as a test, are left alone.
+    A descriptor that the caller closed is opened on /dev/null, because otherwise the next file would get its number and
+    be printed into. Yields a function that returns the error of writing to standard output, or None; a reader that went
+    away (`gfldeploy ... | head`) is no error. Streams that other code put there, such as a test, are left alone.
     """
     for descriptor in (0, 1, 2):
         try:

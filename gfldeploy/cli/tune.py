@@ -45,8 +45,8 @@ __all__ = ["command"]
     "--max-latency-ms",
     type=FiniteFloat(0, min_open=True),
     help="Bound of the 99th percentile of a batch's latency, from file to boxes. Cells are timed for up to five "
-    "times as long to know it. Where too few batches were timed even so, all of them must be within the bound, and deploy.yml "
-    "says so.",
+    "times as long to know it. Where too few batches were timed even so, all of them must be within the bound, and "
+    "deploy.yml says so.",
 )
 @click.option(
     "--max-memory-mb", type=FiniteFloat(0, min_open=True), help="Bound of peak resident memory, without the images."

@@ -444,29 +444,28 @@ def load_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
     """
     path = locate_checkpoint(Path(path))
     try:
-        content, allowance = _unpickle(path)
-        if isinstance(content, dict):
-            content.pop(_NAME_TABLE, None)
-            split = content.pop(_SPLIT_TABLE, None)
-            weights = {name: _array(path, name, value, allowance) for name, value in content.items()}
-            if split is not None:
-                _join(weights, split, allowance)
+        return _load(path)
     except _ProblemError as error:
-        raise CheckpointError(f"checkpoint {path} {error.problem}", error.remedy) from None
+        raise CheckpointError(f"checkpoint {path} {error.problem}", error.remedy) from error.__cause__
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    content, allowance = _unpickle(path)
     if not isinstance(content, dict):
         if content == _PYTORCH_NUMBER:
-            raise CheckpointError(f"checkpoint {path} {_PYTORCH}", _REMEDY_STATE)
-        raise CheckpointError(
-            f"checkpoint {path} holds a {_kind(content)}, not a dict of parameter name to array", _REMEDY_STATE
-        )
+            raise _not_state(_PYTORCH)
+        raise _not_state(f"holds a {_kind(content)}, not a dict of parameter name to array")
+    content.pop(_NAME_TABLE, None)
+    split = content.pop(_SPLIT_TABLE, None)
+    weights = {name: _array(name, value, allowance) for name, value in content.items()}
+    if split is not None:
+        _join(weights, split, allowance)
     if not weights:
-        raise CheckpointError(f"checkpoint {path} holds no weights", _REMEDY_STATE)
+        raise _not_state("holds no weights")
     for name, array in weights.items():
         if not is_finite(array):
-            raise CheckpointError(
-                f"checkpoint {path} has NaN or infinity in {shown(name)}",
-                "Use a checkpoint from before training diverged.",
-            )
+            remedy = "Use a checkpoint from before training diverged."
+            raise _ProblemError(f"has NaN or infinity in {shown(name)}", remedy)
     return weights
 
 
@@ -500,33 +499,33 @@ def _unpickle(path: Path) -> tuple[Any, _Allowance]:
     try:
         size = path.stat().st_size
         if size == 0:
-            raise CheckpointError(f"checkpoint {path} is empty", _REMEDY_DAMAGED)
+            raise _ProblemError("is empty", _REMEDY_DAMAGED)
         with path.open("rb") as file:
             if (first := file.read(2))[:1] != pickle.PROTO:
                 if first == b"PK":
-                    raise CheckpointError(f"{path} is a zip file, as PyTorch writes checkpoints", _REMEDY_STATE)
-                raise CheckpointError(f"{path} is not a PaddleDetection checkpoint, or is damaged", _REMEDY_STATE)
+                    raise _not_state("is a zip file, as PyTorch writes checkpoints")
+                raise _not_state("is not a PaddleDetection checkpoint, or is damaged")
             file.seek(0)
             allowance = _Allowance(size)
             return _Machine(allowance).run(_Bounded(file, size)), allowance
-    except (CheckpointError, _ProblemError):
+    except _ProblemError:
         raise
     except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}", "Check the file.") from error
+        raise _ProblemError(f"cannot be read: {error.strerror or error}", "Check the file.") from error
     except Exception as error:  # damaged bytes can raise nearly anything
-        cut = isinstance(error, EOFError) or "not enough data" in str(error) or "exhausted" in str(error)
-        problem = "is cut off before its end" if cut or "truncated" in str(error) else "is damaged"
-        raise CheckpointError(f"checkpoint {path} {problem}", _REMEDY_DAMAGED) from error
+        cut_off = isinstance(error, EOFError) or any(
+            said in str(error) for said in ("not enough data", "exhausted", "truncated")
+        )
+        raise _ProblemError("is cut off before its end" if cut_off else "is damaged", _REMEDY_DAMAGED) from error
 
 
-def _array(path: Path, name: str, value: Any, allowance: _Allowance) -> NDArray[Any]:
+def _array(name: str, value: Any, allowance: _Allowance) -> NDArray[Any]:
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
         value = value[1]  # a tensor saved outside a state_dict: (Paddle's name, array)
     if not isinstance(value, _Array):
         if name in ("LR_Scheduler", "master_weights"):
-            raise CheckpointError(f"checkpoint {path} is the optimizer's state, not weights", REMEDY_OPTIMIZER)
-        raise CheckpointError(f"checkpoint {path}: {shown(name)} is a {_kind(value)}, not an array", _REMEDY_STATE)
+            raise _ProblemError("is the optimizer's state, not weights", REMEDY_OPTIMIZER)
+        raise _not_state(f"has {shown(name)}, which is a {_kind(value)}, not an array")
     return value.build(allowance)
 
 

@@ -272,23 +272,16 @@ class ConfigChecker:
                 f"Supported: {', '.join(ARCHITECTURES)} with head {' or '.join(HEADS)}.",
                 "architecture",
             )
-        graph = self.effective(settings, str(architecture))
+        graph = self.effective(settings, architecture)
         for part in ("backbone", "neck", "head"):
-            name = graph.get(part)
+            name, keys = graph.get(part), (architecture, part)
             if not isinstance(name, str):
-                raise self.error(
-                    f"{architecture}.{part} names no module", f"Write '{part}: NAME'.", str(architecture), part
-                )
-            if part != "head":
-                self._check_part(name, (str(architecture), part))
-        head = str(graph["head"])
-        if head not in self.modules:
-            self._check_part(head, (str(architecture), "head"))
-        if head not in HEADS:
-            raise self.error(
-                f"head {head} is not supported", f"Supported: {', '.join(HEADS)}.", str(architecture), "head"
-            )
-        return head
+                raise self.error(f"{architecture}.{part} names no module", f"Write '{part}: NAME'.", *keys)
+            if part != "head" or name not in self.modules:
+                self._check_part(name, keys)
+            elif name not in HEADS:
+                raise self.error(f"head {name} is not supported", f"Supported: {', '.join(HEADS)}.", *keys)
+        return str(graph["head"])
 
     def effective(self, settings: Mapping[str, Any], module: str) -> dict[str, Any]:
         """The arguments `module` is built with: its defaults, top-level shared settings, its own section."""
@@ -322,17 +315,18 @@ class ConfigChecker:
         values = self.effective(settings, "MultiClassNMS")
         if isinstance(given, dict):
             values.update({key: value for key, value in given.items() if key != "name"})
-        for key in ("score_threshold", "nms_threshold"):
+        # A score threshold below 0 lets everything pass, as 0 does.
+        share, count = "between 0 and 1", "a positive whole number, or -1 for no limit"
+        for key, wanted, kind, low, high in (
+            ("score_threshold", share, int | float, -math.inf, 1),
+            ("nms_threshold", share, int | float, 0, 1),
+            ("nms_top_k", count, int, -1, math.inf),
+            ("keep_top_k", count, int, -1, math.inf),
+        ):
             value = values[key]
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            # A score threshold below 0 lets everything pass, as 0 does.
-            if not number or not value <= 1 or (key == "nms_threshold" and value < 0):
-                problem = f"{head}.nms.{key} must be between 0 and 1, not {shown(value)}"
-                raise self.error(problem, _as_number(value), head, "nms")
-        for key in ("nms_top_k", "keep_top_k"):
-            value = values[key]
-            if not isinstance(value, int) or isinstance(value, bool) or value < -1 or value == 0:
-                problem = f"{head}.nms.{key} must be a positive whole number, or -1 for no limit, not {shown(value)}"
+            fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+            if not fits or (kind is int and value == 0):
+                problem = f"{head}.nms.{key} must be {wanted}, not {shown(value)}"
                 raise self.error(problem, _as_number(value), head, "nms")
         return values
 

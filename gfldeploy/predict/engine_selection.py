@@ -21,8 +21,11 @@ _DEPLOY_SUFFIXES = (".yml", ".yaml")
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs, and how. `order`: how batches are formed, see `pipeline.detect_groups`. `why`: this engine, in words.
-    `notes`: what the user should know, such as that a `deploy.yml` was made on another machine."""
+    """What runs, and how.
+
+    `order`: how batches are formed, see `pipeline.detect_groups`. `why`: why this engine, in words. `notes`: what the
+    user should know, such as that a `deploy.yml` was made on another machine.
+    """
 
     bundle: Bundle
     engine: str
@@ -51,7 +54,7 @@ def choose(
     engine_cache: Path | None = None,
     order: Order | None = None,
 ) -> Choice:
-    """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; what is given goes before both.
+    """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; arguments that are given override both.
 
     A bundle runs in its own precision on the CPU, with all threads, one image at a time; batches are bucketed. A
     network of a fixed batch size has that one. `engine_cache`: where engines keep what they compiled, None for nowhere.

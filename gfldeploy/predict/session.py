@@ -17,8 +17,17 @@ from gfldeploy.batching.buckets import Order, stream_batches
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import DataError, OutputError, UsageError
-from gfldeploy.files import Unfinished, check_apart, check_target, files_below, publish, unfinished_beside, write_json
+from gfldeploy.errors import DataError, UsageError
+from gfldeploy.files import (
+    Unfinished,
+    check_apart,
+    check_target,
+    files_below,
+    publish,
+    unfinished_beside,
+    write_json,
+    writing,
+)
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
@@ -40,7 +49,7 @@ _RESULTS = "results"  # what becomes the output
 _MADE = (
     r"(?s)working\.jsonl|results/((detections\.jsonl|coco\.json|images\.json|predict\.json)?|pictures/(\.?\d{6,}-.*)?)"
 )
-# Files wait for a batch of their size by name alone, so that many may.
+# Images that wait for a batch of their size are not decoded yet, so that many may wait.
 _BATCHES_AHEAD = 32
 
 
@@ -84,8 +93,8 @@ def predict_images(
 ) -> PredictResults:
     """Detect in images, folders of them, and videos, and write a folder of results in one step.
 
-    Interrupted or killed, the same call resumes where it stopped, to the same files: what is done is kept in a folder
-    beside the output. What is None is as `deploy.yml` says, or as `Detector` chooses for a bundle.
+    After an interruption the same call resumes where it stopped and writes the same files: finished batches are kept in
+    a folder beside the output. An argument that is None is as in `deploy.yml`, or as `Detector` chooses for a bundle.
 
     Args:
         source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote.
@@ -168,7 +177,7 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
     with unfinished_beside(request.output, "predict", _MADE) as unfinished:
         question = _question(request)
         results = unfinished.directory / _RESULTS
-        most = len(dataset.images) if dataset else sys.maxsize  # nobody knows before how many frames a video has
+        most = len(dataset.images) if dataset else sys.maxsize  # the number of frames of a video is not known yet
         classes = len(manifest.classes)
         with WorkingFile(unfinished.directory / _WORKING, question, most, classes, anew=request.force) as working:
             kept = working.images
@@ -176,7 +185,7 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             if not working.complete:
                 shutil.rmtree(results, ignore_errors=True)  # of a run that this one replaces
                 _detect(request, unfinished, working, progress)
-        try:
+        with writing(request.output):
             results.mkdir(exist_ok=True)
             for path in results.iterdir():
                 if path.name != PICTURES:
@@ -196,19 +205,15 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             write_json(results / NOTE, note)
             check_interrupted()
             with hold_interrupts():
-                check_target(request.output, "predict", force=request.force)  # somebody else may have been faster
+                check_target(request.output, "predict", force=request.force)  # another process may have written it
                 publish(results, Path(request.output).absolute())
                 unfinished.worth_keeping = False
                 shutil.rmtree(results, ignore_errors=True)  # those that were replaced
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {request.output}: {error.strerror or error}", "Free some space, and run it again."
-            ) from error
     return replace(summary, kept=kept)
 
 
 def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> None:
-    """What is not in the working file yet."""
+    """Detect in the images that are not in the working file yet."""
     choice = request.choice
     manifest = choice.bundle.manifest
     sizes = list(picture_sizes(request.inputs))
@@ -243,7 +248,7 @@ def _input_shapes(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> tu
 
 
 def _question(request: _Request) -> dict[str, Any]:
-    """All that the results depend on, by a name that a message can give."""
+    """Everything that the results depend on, by names for messages."""
     choice = request.choice
     machine = describe_machine()
     listed = hashlib.sha256()

@@ -99,6 +99,7 @@ def test_a_saturated_processor() -> None:
     assert found.cause == "saturated"
     assert found.percent_of_peak == pytest.approx(100 * 2e9 / 20.2e-3 / 150e9)
     # Convolutions take 80% of that time, and reach as much more while they run.
+    assert found.percent_of_peak is not None
     assert found.convolutions_percent_of_peak == pytest.approx(found.percent_of_peak / 0.8)
     assert "reach 83% of what" in sentences(found)[1]
 

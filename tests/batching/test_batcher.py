@@ -298,7 +298,12 @@ def test_closing_from_a_callback() -> None:
     first = batcher.submit(1, SMALL, LONG_MS)
     assert run.started.wait(60)
     closed = threading.Event()
-    first.add_done_callback(lambda future: (batcher.close(), closed.set()))
+
+    def close(_: object) -> None:
+        batcher.close()
+        closed.set()
+
+    first.add_done_callback(close)
     second = batcher.submit(2, SMALL, LONG_MS)
     run.gate.set()
     assert (first.result(60), second.result(60)) == (1, 4)  # what waited is answered first

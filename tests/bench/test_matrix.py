@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from sample_results import OK
 
 from gfldeploy.bench import matrix
 from gfldeploy.bench.matrix import Plan, plan
-from gfldeploy.bundle import MANIFEST, Bundle, Graph, TensorSpec
+from gfldeploy.bundle import MANIFEST, Bundle, Graph, GraphName, TensorSpec
 from gfldeploy.engines import registry
 from gfldeploy.engines.base import Device, Obstacle, Precision
 from gfldeploy.engines.registry import Capability
@@ -31,13 +33,19 @@ def everything_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "capability", capability)
 
 
-def variant(tiny: Path, name: str, precision: str = "fp32", batch: int | None = None, graphs: str = "onnx") -> Bundle:
+def variant(
+    tiny: Path,
+    name: str,
+    precision: Literal["fp32", "int8"] = "fp32",
+    batch: int | None = None,
+    graphs: Sequence[GraphName] = ("onnx",),
+) -> Bundle:
     bundle = Bundle.open(tiny)
     manifest = replace(
         bundle.manifest,
         precision=precision,
         inputs=(TensorSpec("image", "float32", (batch, 3, None, None)),),
-        graphs={graph: Graph("model", None if graph == "onnx" else "parameters") for graph in graphs.split()},
+        graphs={graph: Graph("model", None if graph == "onnx" else "parameters") for graph in graphs},
     )
     directory = tiny.parent / name
     directory.mkdir(exist_ok=True)
@@ -50,8 +58,8 @@ def labels(result: Plan) -> list[tuple[str, str, str, int]]:
 
 
 def test_fp32_and_int8_bundles_run_in_their_own_precisions(tiny_bundle: Path) -> None:
-    fp32 = variant(tiny_bundle, "fp32", graphs="onnx paddle")
-    int8 = variant(tiny_bundle, "int8", "int8", graphs="onnx paddle_program")
+    fp32 = variant(tiny_bundle, "fp32", graphs=("onnx", "paddle"))
+    int8 = variant(tiny_bundle, "int8", "int8", graphs=("onnx", "paddle_program"))
     result = plan([fp32, int8], ["paddle", "onnxruntime"], ["fp32", "fp16", "bf16", "int8"], [1, 2], "cpu", 3)
     assert labels(result) == [
         ("fp32", "paddle", "fp32", 1),
@@ -131,7 +139,7 @@ def test_an_unknown_engine(tiny_bundle: Path) -> None:
         {"order": "bucketed"},
     ],
 )
-def test_impossible_cells(change: dict[str, object]) -> None:
+def test_impossible_cells(change: dict[str, Any]) -> None:
     cell = replace(OK.cell, batch_size=1, scenario="single-stream")
     with pytest.raises(ValueError):
         replace(cell, **change)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sample_results import FAILED, OK, RUN, SKIPPED, altered, sample_results
+from sample_results import FAILED, OK, RUN, SKIPPED, STAGES, altered, sample_results
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
@@ -60,7 +60,7 @@ def many() -> BenchResults:
             samples = Samples(
                 tuple(ms * size + k % 7 / 10 for k in range(50)), (), size, 50 * size, ms * size / 20, True
             )
-            stages = Stages(*([(ms * size / 5,) * 4] * 6), end_to_end_ms=(ms * size * 1.2,) * 4)
+            stages = Stages(**dict.fromkeys(STAGES, (ms * size / 5,) * 4) | {"end_to_end_ms": (ms * size * 1.2,) * 4})
             cells.append(
                 altered(
                     OK,
@@ -139,7 +139,7 @@ def test_no_two_series_have_one_colour_however_many_there_are() -> None:
 
 def test_a_series_that_flattens_the_others_makes_the_axis_logarithmic() -> None:
     slow = altered(many().cells[1], engine="paddle-plain")
-    stages = Stages(*([(900.0,) * 4] * 6), end_to_end_ms=(5400.0,) * 4)
+    stages = Stages(**dict.fromkeys(STAGES, (900.0,) * 4) | {"end_to_end_ms": (5400.0,) * 4})
     slow = replace(slow, runs=tuple(replace(run, stages=stages) for run in slow.runs))
     figures = {plot.title: plot for plot in plots(replace(many(), cells=(*many().cells[:6], slow)))}
     assert figures["Latency from file to boxes"].layout["yaxis"]["type"] == "log"
@@ -218,7 +218,7 @@ def test_the_short_answer() -> None:
 
 
 def test_what_pads_says_that_it_changes_boxes() -> None:
-    stages = Stages(*([(1.0,) * 4] * 6), end_to_end_ms=(4.0,) * 4)
+    stages = Stages(**dict.fromkeys(STAGES, (1.0,) * 4) | {"end_to_end_ms": (4.0,) * 4})
     one, padded = many().cells[4:6]
     padded = replace(padded, runs=tuple(replace(run, mixed_batches=1, stages=stages) for run in padded.runs))
     answer = short_answer(replace(many(), cells=(one, padded)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import psutil
 import pytest
 
 from gfldeploy.bench import roofline
@@ -97,7 +98,7 @@ def test_paddle_in_a_process_of_its_own(precision: Precision, paddles_answers: d
     assert found.reason is None
     assert found.gmac_per_s is not None and found.gmac_per_s > 0
     expected = reference(SMALL.write(tmp_path / "fp32", "onnx", "fp32"))
-    assert alike(np.float32(answer["scores"]).reshape(expected.shape), expected)
+    assert alike(np.array(answer["scores"], np.float32).reshape(expected.shape), expected)
 
 
 @pytest.mark.usefixtures("small")
@@ -156,4 +157,4 @@ def test_every_onnx_graph_computes_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_an_array_is_larger_than_the_cache_and_leaves_memory_free() -> None:
-    assert 0 < roofline._copy_bytes() < roofline.psutil.virtual_memory().total / 4
+    assert 0 < roofline._copy_bytes() < psutil.virtual_memory().total / 4

@@ -280,6 +280,7 @@ def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None
         assert run.samples.images == len(run.samples.latency_ms) * run.samples.batch_size
         assert run.peak_rss_mb > run.inputs_mb > 0
         stages = run.stages
+        assert stages is not None
         for total, *parts in zip(
             stages.end_to_end_ms,
             stages.decode_ms,
@@ -339,7 +340,9 @@ def test_the_server_scenario(tiny_bundle: Path, tiny_coco: Path) -> None:
 
 def padding_of_single_images(images: Sequence[Path]) -> float:
     """Of batches of two: three landscapes with the first once more, two portraits, a square twice."""
-    landscapes, portraits, squares = [], [], []
+    landscapes: list[int] = []
+    portraits: list[int] = []
+    squares: list[int] = []
     for path in images:
         height, width = preprocess_size(path)
         (landscapes if width > height else portraits if height > width else squares).append(height * width)

@@ -15,7 +15,7 @@ import demo_bundles
 import numpy as np
 import pytest
 
-from gfldeploy.bundle import Bundle, Graph, write_bundle
+from gfldeploy.bundle import Bundle, Graph, GraphName, write_bundle
 from gfldeploy.cli import main
 from gfldeploy.images.preprocess import Preprocess
 
@@ -38,7 +38,7 @@ def bundle_with(tiny_bundle: Path, target: Path, preprocess: Preprocess, batch: 
     with write_bundle(target) as (directory, manifests):
         shutil.copytree(tiny_bundle / "onnx", directory / "onnx")
         inputs = (replace(source.inputs[0], shape=shape),)
-        graphs = {"onnx": Graph("onnx/model.onnx")}
+        graphs: dict[GraphName, Graph] = {"onnx": Graph("onnx/model.onnx")}
         manifests.append(replace(source, graphs=graphs, files={}, preprocess=preprocess, inputs=inputs))
     return target
 

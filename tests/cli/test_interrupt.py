@@ -13,6 +13,7 @@ import demo_bundles
 import psutil
 import pytest
 
+from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export, demo_bundles.needs_quant]
@@ -80,8 +81,8 @@ def check_unwound(process: subprocess.Popen[str], target: Path, before: dict[str
 )
 def test_export(stage: str, number: signal.Signals, target: Path, tmp_path: Path) -> None:
     before = demo_bundles.snapshot(target.parent)
-    config = demo_bundles.write_config(tmp_path)
-    with start(tmp_path, *demo_bundles.export_arguments(config), "-o", target, "--force") as process:
+    arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "--input-shape", "64x64")
+    with start(tmp_path, *arguments, "-o", target, "--force") as process:
         wait_for_stage(process, stage)
         process.send_signal(number)
         check_unwound(process, target, before)

@@ -189,12 +189,12 @@ def test_pictures(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     assert run(tiny_bundle, images / "0003.jpg", images / "0009.jpg", images / "0001.jpg", "-o", output, "--draw") == 1
     assert [path.name for path in sorted((output / "pictures").iterdir())] == ["000001-0003.jpg", "000003-0001.jpg"]
     picture = cv2.imread(str(output / "pictures" / "000003-0001.jpg"))
-    assert picture.shape == (80, 48, 3)
+    assert picture is not None and picture.shape == (80, 48, 3)
 
 
 def test_a_video(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     path, output = tmp_path / "clip.avi", tmp_path / "out"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (80, 48))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (80, 48))
     for number in range(11):
         writer.write(np.full((48, 80, 3), 20 * number, np.uint8))
     writer.release()
@@ -302,10 +302,10 @@ def mark(working: Path) -> None:
 def test_a_run_that_was_cut_anywhere_ends_with_the_same_bytes(
     tiny_bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gfldeploy.predict import session
+    from gfldeploy.predict import outputs, session
 
     kept = tmp_path / "working.jsonl"
-    write = session.write_outputs
+    write = outputs.write_outputs
 
     def and_keep(directory: Path, *arguments: Any) -> Any:
         shutil.copyfile(directory.parent / "working.jsonl", kept)

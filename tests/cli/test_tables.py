@@ -92,7 +92,7 @@ def many(*bundles: str) -> BenchResults:
         for precision in ("fp32", "int8")
         for size in (1, 16)
     ]
-    return replace(sample_results(), cells=(*cells, FAILED, SKIPPED))  # type: ignore[arg-type]
+    return replace(sample_results(), cells=(*cells, FAILED, SKIPPED))
 
 
 def test_results_keep_engine_batch_speed_and_map(shown: Shown) -> None:

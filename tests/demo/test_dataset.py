@@ -136,7 +136,8 @@ def test_nothing_may_hide_an_object_almost_wholly() -> None:
 def test_every_object_stays_a_quarter_visible() -> None:
     for index in range(12):
         rng = np.random.default_rng([1, index])
-        owner, placed = np.zeros((200, 300), np.int16), []
+        placed: list[Any] = []
+        owner = np.zeros((200, 300), np.int16)
         picture = np.zeros((200, 300, 3), np.uint8)
         for _ in range(25):
             dataset._place_shape(rng, picture, owner, placed, 60.0)

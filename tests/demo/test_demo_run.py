@@ -1,9 +1,10 @@
-"""The demo, on 200 validation images: every step ran, INT8 kept its accuracy, we find what ppdet finds."""
+"""The demo, in small: every step ran, INT8 kept its accuracy, we find what ppdet finds."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,16 @@ pytestmark = pytest.mark.slow
 
 THREADS = min(2, len(os.sched_getaffinity(0)))
 ENGINES = ("paddle", "onnxruntime", *(("openvino",) if importlib.util.find_spec("openvino") else ()))
+VAL_IMAGES = 64
 # mAP differences of FP32 graphs and of INT8 that the project promises.
 FP32_TOLERANCE, INT8_TOLERANCE = 0.001, 0.01
 
 
 @pytest.fixture(scope="module")
 def demo_run(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchResults]:
-    """The demo as users run it, but for how long it times each cell, and for Paddle without its optimisations."""
+    """The demo as users run it, but for how long it times each cell, and on fewer images."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    size = DemoSize(timed_images=4, min_seconds=0.0, batch_sizes=(1, 2), engines=ENGINES)
+    size = replace(DemoSize(), val_images=VAL_IMAGES, timed_images=2, min_seconds=0.0, batch_sizes=(1, 2))
     return output, run_demo(output, threads=THREADS, size=size)
 
 
@@ -48,11 +50,10 @@ def accuracies(results: BenchResults) -> dict[tuple[str, str], float]:
 def test_the_demo_measures_every_combination_that_works_here(demo_run: tuple[Path, BenchResults]) -> None:
     _, results = demo_run
     outcome = {(cell.cell.engine, cell.cell.precision, cell.cell.batch_size): cell.status for cell in results.cells}
-    for engine, precision, batch in product(ENGINES, ("fp32", "int8"), (1, 2)):
-        assert outcome[engine, precision, batch] == "ok"
-    skipped = [cell for cell in results.cells if cell.cell.precision == "fp16"]
-    assert skipped
-    assert all(cell.status == "skipped" and cell.reason for cell in skipped)
+    assert {what for what, status in outcome.items() if status == "ok"} == set(
+        product(ENGINES, ("fp32", "int8"), (1, 2))
+    )
+    assert {precision for _, precision, _ in outcome} == {"fp32", "int8"}
 
 
 def test_int8_keeps_its_accuracy_and_every_convolution_ran_in_it(demo_run: tuple[Path, BenchResults]) -> None:
@@ -107,7 +108,7 @@ def test_every_engine_and_our_nms_match_ppdets_forward_pass(demo_run: tuple[Path
     model = build_model(load_detector_config(demo.config_path()))
     fit_weights(model, load_checkpoint(demo.weights_path()))
     dataset = CocoDataset.load(output / "data" / "val" / "annotations.json")
-    assert len(dataset.images) == 200
+    assert len(dataset.images) == VAL_IMAGES
     expected = eager_accuracy(model, Bundle.open(output / "fp32"), dataset)
     assert expected >= 0.6
     for engine in ENGINES:

@@ -10,9 +10,12 @@ import demo_bundles
 import onnx
 import pytest
 import yaml
+from demo_bundles import RunHere
 
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
+from gfldeploy.errors import EngineError
+from gfldeploy.export import onnx_graph, program_mode
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
 
@@ -55,17 +58,16 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-def export(folder: Path, config: Path, *options: object, before: str = "") -> Bundle:
-    arguments = ("export", "-c", config, "--random-weights", 0, "-o", folder / "out", *options)
-    done = demo_bundles.run(*arguments, folder=folder, before=before)
+def export(run_here: RunHere, folder: Path, config: Path, *options: object) -> Bundle:
+    done = run_here("export", "-c", config, "--random-weights", 0, "-o", folder / "out", *options)
     assert done.returncode == 0, done.stderr
     return Bundle.open(folder / "out")
 
 
-def test_attention_and_deformable_convolutions_in_every_engine(tmp_path: Path) -> None:
+def test_attention_and_deformable_convolutions_in_every_engine(tmp_path: Path, run_here: RunHere) -> None:
     config = settings("VisionTransformer", VIT, "BiFPN", {"out_channel": 32, "num_extra_levels": 0, "norm_type": "bn"})
     config["GFLHead"]["conv_feat"] = {**FEAT, "norm_type": "gn", "use_dcn": True}
-    bundle = export(tmp_path, write(tmp_path, config), "--input-shape", "128x160")
+    bundle = export(run_here, tmp_path, write(tmp_path, config), "--input-shape", "128x160")
     assert set(bundle.manifest.graphs) == {"paddle", "paddle_program", "onnx", "onnx_fp16"}
     parity = json.loads((bundle.directory / "parity.json").read_text())
     compared = {(one["graph"], one["engine"]) for one in parity["comparisons"]}
@@ -74,58 +76,40 @@ def test_attention_and_deformable_convolutions_in_every_engine(tmp_path: Path) -
     assert {"DeformConv", "MatMul", "Softmax"} <= {
         node.op_type for node in onnx.load(str(bundle.graph("onnx")[0])).graph.node
     }
-    sheet = demo_bundles.run("inspect", bundle.directory, "--json", folder=tmp_path)
+    sheet = run_here("inspect", bundle.directory, "--json")
     assert json.loads(sheet.stdout)["macs"]["gmac"] > 0, "what attention and deformable convolutions cost is counted"
 
 
-_NEITHER = """
-import gfldeploy.export.onnx_graph as onnx_graph
-import gfldeploy.export.program_mode as program_mode
-from gfldeploy.errors import EngineError
-def convert(*arguments):
-    raise EngineError("there is no Somersault in ONNX", "None.")
-onnx_graph.convert = convert
-program_mode._FORMS.clear()
-"""
+def test_a_bundle_without_the_graphs_that_cannot_be_had(
+    tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(*arguments: object) -> None:
+        raise EngineError("there is no Somersault in ONNX", "None.")
 
-
-def test_a_bundle_without_the_graphs_that_cannot_be_had(tmp_path: Path) -> None:
-    bundle = export(tmp_path, demo.config_path(), "--input-shape", "64x64", before=_NEITHER)
+    monkeypatch.setattr(onnx_graph, "convert", convert)
+    monkeypatch.setattr(program_mode, "_FORMS", {})
+    bundle = export(run_here, tmp_path, demo.config_path(), "--input-shape", "64x64")
     left_out = bundle.manifest.left_out
     assert not [name for name in bundle.manifest.files if name.startswith("onnx/")]
     assert set(bundle.manifest.graphs) == {"paddle"} and set(left_out) == {"paddle_program", "onnx", "onnx_fp16"}
     assert left_out["onnx"] == "there is no Somersault in ONNX"
     assert left_out["paddle_program"].startswith("Paddle cannot trace the model: ")
-    sheet = demo_bundles.run("inspect", bundle.directory, folder=tmp_path).stdout
+    sheet = run_here("inspect", bundle.directory).stdout
     assert "MACs unknown without an ONNX graph" in sheet and "there is no Somersault in ONNX" in sheet
-    verified = demo_bundles.run("verify", bundle.directory, folder=tmp_path)
+    verified = run_here("verify", bundle.directory)
     assert verified.returncode == 0 and "no second engine can run it" in verified.stdout
     (tmp_path / "images").mkdir()
     demo_bundles.write_pictures(tmp_path / "images")
     quantize = ("quantize", bundle.directory, "--data", tmp_path / "images", "--samples", 7, "-o", tmp_path / "int8")
-    assert "no Somersault" in demo_bundles.refusal(demo_bundles.run(*quantize, folder=tmp_path))
+    assert "no Somersault" in demo_bundles.refusal(run_here(*quantize))
     predict = ("predict", bundle.directory, tmp_path / "images", "-o")
-    refused = demo_bundles.run(*predict, tmp_path / "none", "--engine", "onnxruntime", folder=tmp_path)
+    refused = run_here(*predict, tmp_path / "none", "--engine", "onnxruntime")
     assert refused.returncode == 2 and "no onnx graph: there is no Somersault in ONNX" in refused.stderr
-    done = demo_bundles.run(*predict, tmp_path / "found", "--engine", "paddle", folder=tmp_path)
+    done = run_here(*predict, tmp_path / "found", "--engine", "paddle")
     assert (tmp_path / "found/detections.jsonl").is_file(), done.stderr
 
 
-_REFUSALS = """
-import sys
-from pathlib import Path
-from gfldeploy.errors import ConfigError
-from gfldeploy.export.exporter import export_bundle
-for config in sys.argv[1:]:
-    try:
-        export_bundle(config=config, output=Path(config).with_suffix(""), random_weights=0)
-    except ConfigError as error:
-        print(error)
-sys.exit(0)
-"""
-
-
-def test_levels_that_do_not_match_are_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_levels_that_do_not_match_are_refused_with_the_remedy(tmp_path: Path, run_here: RunHere) -> None:
     resnet = {"depth": 18, "return_idx": [1, 2, 3]}
     right = settings("ResNet", resnet, "FPN", {"out_channel": 32, "extra_stage": 0})
     cases: dict[str, tuple[dict[str, Any], str]] = {
@@ -156,9 +140,7 @@ def test_levels_that_do_not_match_are_refused_with_the_remedy(tmp_path: Path) ->
         }
         files.append(tmp_path / f"{name}.yml")
         files[-1].write_text(yaml.safe_dump(config))
-    # In one process, since most of the time goes into importing Paddle.
-    done = demo_bundles.run(*files, folder=tmp_path, before=_REFUSALS)
-    assert done.returncode == 0, done.stderr
-    for (name, (_, expected)), line in zip(cases.items(), done.stdout.splitlines(), strict=True):
-        assert expected in line, name
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(file.name for file in files), "gfldeploy"])
+    for (name, (_, expected)), file in zip(cases.items(), files, strict=True):
+        done = run_here("export", "-c", file, "--random-weights", 0, "-o", file.with_suffix(""))
+        assert expected in demo_bundles.refusal(done), name
+    assert sorted(tmp_path.iterdir()) == sorted(files)

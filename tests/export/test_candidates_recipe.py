@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import cv2
 import demo_bundles
 import numpy as np
 import pytest
+from demo_bundles import ROOT, RunHere, imported
 from recorded_progress import RecordedProgress
 
 from gfldeploy.bundle import Bundle
@@ -25,16 +24,19 @@ from gfldeploy.export.exporter import _candidates
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 
-RECIPE = Path(__file__).parents[2] / "export" / "candidates.py"
+RECIPE = ROOT / "export" / "candidates.py"
 
 
 @pytest.mark.slow
 @demo_bundles.needs_export
-def test_candidates_give_what_all_anchors_give(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    shutil.copytree(demo_bundles.trained(tmp_path_factory), tmp_path / f"fp32_{DEFAULT_CANDIDATES}")
-    options = ["--images", "6", "--candidates", str(DEFAULT_CANDIDATES), "--precisions", "fp32"]
-    command = [sys.executable, RECIPE, "--output", tmp_path, *options, "--results", tmp_path / "found.json"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+def test_candidates_give_what_all_anchors_give(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained, tmp_path / f"fp32_{DEFAULT_CANDIDATES}")
+    options = ["--images", "6", "--candidates", str(DEFAULT_CANDIDATES), "--precisions", "fp32", "--threads", "1"]
+    files = ["--output", str(tmp_path), "--results", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", [RECIPE.name, *options, *files])
+    with imported(RECIPE) as recipe:
+        monkeypatch.setattr(recipe, "gfldeploy", demo_bundles.make_here)
+        recipe.main()
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [(row["data"], row["candidates"]) for row in rows] == [("val", "all"), ("val", str(DEFAULT_CANDIDATES))]
     assert [(row["difference"], row["same"]) for row in rows] == [(0, 6), (0, 6)]
@@ -67,7 +69,7 @@ def test_candidates_give_what_all_anchors_give(tmp_path_factory: pytest.TempPath
 @pytest.mark.slow
 @demo_bundles.needs_export
 @pytest.mark.filterwarnings("ignore")
-def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path) -> None:
+def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path, run_here: RunHere) -> None:
     import paddle
 
     from gfldeploy.export.config import load_detector_config
@@ -78,7 +80,7 @@ def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path) -> None:
     nms = "{name: MultiClassNMS, nms_top_k: -1, keep_top_k: 500, score_threshold: -1, nms_threshold: 0.2}"
     config = demo_bundles.write_config(tmp_path, f"GFLHead: {{nms: {nms}}}")
     target = tmp_path / "fp32"
-    done = demo_bundles.run("export", "-c", config, "--random-weights", 0, "-o", target, folder=tmp_path)
+    done = run_here("export", "-c", config, "--random-weights", 0, "-o", target)
     assert done.returncode == 0, done.stderr
     assert "all anchors will be decoded: the config keeps 500 detections of an image" in done.stderr
     bundle = Bundle.open(target)
@@ -93,7 +95,9 @@ def test_a_config_that_keeps_500_has_ppdets_detections(tmp_path: Path) -> None:
     for image, size in zip(images, sizes, strict=True):
         inputs = {"image": image, "im_shape": [size], "scale_factor": [(1, 1)], "im_id": [0]}
         with paddle.no_grad():
-            rows = model({name: paddle.to_tensor(np.float32(value)) for name, value in inputs.items()})["bbox"].numpy()
+            rows = model({name: paddle.to_tensor(np.array(value, np.float32)) for name, value in inputs.items()})[
+                "bbox"
+            ].numpy()
         expected.append(rows[np.argsort(-rows[:, 1], kind="stable")])
     for name in ("paddle", "onnxruntime", "openvino"):
         with open_engine(name, bundle, EngineOptions("fp32", "cpu", 1)) as engine:
@@ -137,7 +141,7 @@ def test_what_may_be_lost_is_noted(
     asked: int | str, keep_top_k: int, shape: tuple[int | None, ...], chosen: int | None, said: str
 ) -> None:
     # 2000 anchors at 20 places, all above the threshold: NMS leaves 20.
-    corners = np.float32([[100 * (number % 20), 0] for number in range(2000)])
+    corners = np.array([[100 * (number % 20), 0] for number in range(2000)], np.float32)
     boxes = np.concatenate([corners, corners + 50], 1)[np.newaxis]
     scores = np.linspace(0.5, 0.9, 2000, dtype=np.float32).reshape(1, 2000, 1).repeat(2, axis=2)
     nms = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=-1, keep_top_k=keep_top_k)
@@ -150,11 +154,8 @@ def test_what_may_be_lost_is_noted(
 
 
 def test_a_crowd_is_images_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("recipe_candidates", RECIPE)
-    assert spec and spec.loader
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    monkeypatch.setattr(recipe, "SIDE", 2)
+    with imported(RECIPE) as recipe:
+        monkeypatch.setattr(recipe, "SIDE", 2)
     images, annotations = [], []
     (tmp_path / "images").mkdir()
     for number in range(5):

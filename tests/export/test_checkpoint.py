@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ def test_arrays_of_every_protocol_are_read(tmp_path: Path, protocol: int) -> Non
     weights = load_checkpoint(write(tmp_path / "model.pdparams", content, protocol))
     assert list(weights) == list(WEIGHTS)
     for name, expected in WEIGHTS.items():
+        assert isinstance(expected, np.ndarray)
         assert weights[name].dtype == expected.dtype
         np.testing.assert_array_equal(weights[name], expected)
         assert not weights[name].flags.writeable
@@ -110,7 +112,7 @@ def stack_global(module: str, name: str, argument: str) -> bytes:
     return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
 
 
-PAYLOADS = {
+PAYLOADS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "os.system": (lambda target: pickle.dumps({"w": Call(os.system, f"touch {target}")}, 2), r"posix\.system"),
     "os.system by its public name": (lambda target: stack_global("os", "system", f"touch {target}"), r"os\.system"),
     "protocol 2 global": (lambda target: b"\x80\x02cos\nsystem\nU\x05touch\x85R.", r"os\.system"),
@@ -370,9 +372,9 @@ def test_not_a_state_dict(tmp_path: Path) -> None:
         (np.ones(3), "holds a numpy array"),
         ({}, "no weights"),
         ({"StructuredToParameterName@@": {}}, "no weights"),
-        ({"model": dict(WEIGHTS)}, "'model' is a dict"),
-        ({"epoch": 3}, "'epoch' is a int"),
-        ({"w": None}, "'w' is a NoneType"),
+        ({"model": dict(WEIGHTS)}, "has 'model', which is a dict"),
+        ({"epoch": 3}, "has 'epoch', which is a int"),
+        ({"w": None}, "has 'w', which is a NoneType"),
         ({3: np.ones(3)}, "a int among its parameter names"),
     ):
         with pytest.raises(CheckpointError, match=problem):

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import demo_bundles
 import numpy as np
 import onnx
 import pytest
+from demo_bundles import RunHere
 from onnx import numpy_helper
 
 from gfldeploy import demo
@@ -24,7 +24,6 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import CLASSES
 from gfldeploy.engines.dependencies import require
 
-RunHere = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
 
 
@@ -51,8 +50,9 @@ def test_the_bundle_is_described_and_verified(bundle: Path, run_here: RunHere) -
     assert set(facts["size_on_disk_mb"]) == {"paddle", "paddle_program", "onnx", "onnx_fp16", "paddledetection"}
     assert facts["parameters"] < 1_900_000  # as gfl_demo.yml promises
     assert facts["macs"]["at"] == "64x128"
-    compared = {(one["graph"], one["batch"]) for one in facts["parity"]["comparisons"]}
-    assert compared == {(graph, batch) for graph in ("paddle", "paddle_program", "onnx") for batch in (1, 3)}
+    compared = {(one["graph"], one["batch"], one["width"]) for one in facts["parity"]["comparisons"]}
+    graphs, sizes = ("paddle", "paddle_program", "onnx"), ((1, 256), (3, 416), (1, 1344))
+    assert compared == {(graph, *size) for graph in graphs for size in sizes}
     sheet = run_here("inspect", bundle).stdout
     assert max(map(len, sheet.splitlines())) <= 120
     for text in (
@@ -90,18 +90,18 @@ def test_nothing_in_the_bundle_names_this_machine(bundle: Path) -> None:
 
 def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Path, run_here: RunHere) -> None:
     output = tmp_path / "fixed"
-    arguments = ("export", "-c", demo.config_path(), "--random-weights", 1, "--input-shape", "320x416", "-o", output)
+    arguments = ("export", "-c", demo.config_path(), "--random-weights", 1, "--input-shape", "192x256", "-o", output)
     done = run_here(*arguments)
     assert done.returncode == 0, done.stderr
-    assert Bundle.open(output).manifest.inputs[0].shape == (None, 3, 320, 416)
+    assert Bundle.open(output).manifest.inputs[0].shape == (None, 3, 192, 256)
     data = json.loads(tiny_coco.read_text())
     data["categories"] = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     (tmp_path / "annotations.json").write_text(json.dumps(data))
     shutil.copytree(tiny_coco.parent / "images", tmp_path / "images")
     assert {image["height"] > image["width"] for image in data["images"]} == {True, False}
     for engine in ("onnxruntime", "paddle"):
-        arguments = ("eval", output, "--data", tmp_path / "annotations.json", "--engine", engine, "--batch-size", 4)
-        done = run_here(*arguments, "--json")
+        data_here = ("--data", tmp_path / "annotations.json", "--batch-size", 4)
+        done = run_here("eval", output, *data_here, "--engine", engine, "--json")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert result["images"] == len(data["images"])
@@ -163,16 +163,17 @@ def test_verify_catches_one_percent(bundle: Path, tmp_path: Path, run_here: RunH
 
 
 def test_export_catches_a_wrong_stride(tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    require("paddle", "this test")
+    paddle = require("paddle", "this test")
     from gfldeploy.export import gfl_graph
 
     class Wrong(gfl_graph.GflGraph):
         def decode(self, distributions: Any, cells: Any) -> Any:
-            wrong = gfl_graph.paddle.concat([cells[..., :2], cells[..., 2:] * 1.01], -1)
+            wrong = paddle.concat([cells[..., :2], cells[..., 2:] * 1.01], -1)
             return super().decode(distributions, wrong)
 
     monkeypatch.setattr(gfl_graph, "GflGraph", Wrong)
     output = tmp_path / "new" / "out"
-    message = demo_bundles.refusal(run_here("export", "-c", demo.config_path(), "--random-weights", 0, "-o", output))
+    small = ("--random-weights", 0, "--input-shape", "64x96")
+    message = demo_bundles.refusal(run_here("export", "-c", demo.config_path(), *small, "-o", output))
     assert "graph in paddle differs from the reference" in message
     assert list(tmp_path.iterdir()) == []

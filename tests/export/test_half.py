@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import demo_bundles
 import numpy as np
 import onnx
 import pytest
+from demo_bundles import RunHere
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -38,9 +37,9 @@ def detector() -> Any:
         "ones": np.ones(8, np.float32),
         "zeros": np.zeros(8, np.float32),
         "gain": np.full((8, 1, 1), 0.7, np.float32),
-        "rows": np.int64([0, 8, -1]),
-        "stride": np.float32([8.125]),
-        "flat": np.int64([-1]),
+        "rows": np.array([0, 8, -1], np.int64),
+        "stride": np.array([8.125], np.float32),
+        "flat": np.array([-1], np.int64),
         "projection": np.arange(8, dtype=np.float32).reshape(8, 1),
     }
     nodes = [
@@ -185,7 +184,7 @@ def test_a_convolution_may_be_an_output_and_be_read_by_others() -> None:
         helper.make_node("Mul", ["second", "w2"], ["scaled"]),
     ]
     outputs: dict[str, list[Any]] = {name: ["N", 3, "H", "W"] for name in ("first", "grown", "scaled")}
-    constants = {"w": weights, "w2": np.float32([2])}
+    constants: dict[str, NDArray[Any]] = {"w": weights, "w2": np.array([2], np.float32)}
     model = model_of(nodes, constants, outputs)
     image = np.random.default_rng(1).uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32)
     half_model = converted(model)
@@ -240,11 +239,11 @@ def test_the_bundles_fp16_file(tmp_path_factory: pytest.TempPathFactory) -> None
 @pytest.mark.slow
 @demo_bundles.needs_export
 def test_a_detector_that_fp16_does_not_suit_is_exported_without(
-    tmp_path: Path, run_here: Callable[..., CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(half, "TOLERANCE", parity.Tolerance(0.0, 0.0))
-    arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "-o", tmp_path / "fp32")
-    done = run_here(*arguments)
+    arguments = ("export", "-c", demo.config_path(), "--random-weights", 0, "--input-shape", "64x96", "-o")
+    done = run_here(*arguments, tmp_path / "fp32")
     assert done.returncode == 0, done.stderr
     assert "leaving out the onnx_fp16 graph: the onnx_fp16 graph in onnxruntime differs" in done.stderr
     bundle = Bundle.open(tmp_path / "fp32")

@@ -91,7 +91,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         return mutate_bytes(data, rng)
     places = [0]
     with contextlib.suppress(Exception):  # up to where it can be read
-        places += [position for _, _, position in itertools.islice(pickletools.genops(data), 20000)]
+        places += [position for _, _, position in itertools.islice(pickletools.genops(data), 20000) if position]
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         at = rng.choice(places)
         piece = rng.choice(rng.choice((_NAMES, _VALUES, _DOINGS)))

@@ -34,7 +34,7 @@ _MARK = b"PARAMETERS"
 
 
 def _parameter() -> bytes:
-    description = _PROTO.VarType.TensorDesc(data_type=5, dims=_SHAPE).SerializeToString()
+    description: bytes = _PROTO.VarType.TensorDesc(data_type=5, dims=_SHAPE).SerializeToString()
     return struct.pack("<IQIi", 0, 0, 0, len(description)) + description + bytes(4 * 12)
 
 

@@ -26,7 +26,7 @@ def seeds() -> Iterable[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         for name, codec in (("mp4", "mp4v"), ("mp4", "vp09"), ("avi", "MJPG"), ("webm", "VP80"), ("mpg", "MPG1")):
             path = Path(folder) / f"{codec}.{name}"
-            writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), 25, (64, 48))
+            writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), 25, (64, 48))
             for number in range(4):
                 writer.write(np.full((48, 64, 3), 40 * number, np.uint8))
             writer.release()

@@ -18,7 +18,7 @@ ODD_TEXT = (
     *("x" * 5000, ".", "..", "../../etc/passwd", "/etc/passwd", "~root", "/dev/zero", "http://127.0.0.1:1/x", "=1+1"),
     *("nan", "1e999", "0x10", "null", "[/bold]", "{0}", "%s%n", "<script>", "é中\U0001f600", "__import__('os')"),
 )
-ODD_VALUES = (None, True, False, [], {}, [[]], [None], {"": None}, [1, 2], {"a": 1})
+ODD_VALUES: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"": None}, [1, 2], {"a": 1})
 ODD_BYTES = (b"", b"\0", b"\xff", b"\x7f" * 4, b"\xff" * 8, b"\x80" * 10, b"[" * 3000, b"{" * 3000, b"\n", b"&a *a")
 
 

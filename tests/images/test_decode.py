@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import io
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
@@ -27,7 +29,7 @@ QUARTERS[16:, 24:] = (255, 255, 255)
 
 def noise(height: int = 40, width: int = 56) -> np.ndarray:
     image = np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return cv2.GaussianBlur(image, (5, 5), 1.5)
+    return np.asarray(cv2.GaussianBlur(image, (5, 5), 1.5))
 
 
 def encode(image: np.ndarray, kind: str, **options: object) -> bytes:
@@ -118,7 +120,7 @@ def test_cmyk_looks_like_its_rgb(tmp_path: Path) -> None:
 
 
 # What each EXIF orientation means: how the stored rows and columns become the upright image (EXIF 2.3, tag 274).
-UPRIGHT = {
+UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     1: lambda image: image,
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],

@@ -142,7 +142,7 @@ def test_a_head_that_is_cut_off_is_refused(kind: str, tmp_path: Path, capfd: pyt
 
 def large(kind: str, width: int, height: int) -> bytes:
     """A small file whose header says that it is large."""
-    data = bytearray(encode(kind, **({"lossless": True} if kind == "WEBP" else {})))
+    data = bytearray(encode(kind, lossless=True) if kind == "WEBP" else encode(kind))
     if kind == "PNG":
         struct.pack_into(">II", data, 16, width, height)
         struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))

@@ -256,7 +256,7 @@ def test_every_bit_equals_paddledetections_operators(tmp_path: Path) -> None:
             samples.append(sample)
             prepared.append(preprocess(picture))
             np.testing.assert_array_equal(prepared[-1].tensor, sample["image"])
-            np.testing.assert_array_equal(np.float32(prepared[-1].scale), sample["scale_factor"])
+            np.testing.assert_array_equal(np.array(prepared[-1].scale, np.float32), sample["scale_factor"])
         padded = batch_operators.PadBatch(preprocess.pad_stride)(samples)
         ours = preprocess.batch(prepared)
         np.testing.assert_array_equal(ours, np.stack([sample["image"] for sample in padded]))
@@ -292,7 +292,7 @@ def test_into_refuses_what_does_not_hold_the_image() -> None:
     with pytest.raises(ValueError, match="does not hold an image of 64 x 85"):
         preprocess.into(image(48, 64), np.zeros((3, 64, 84), np.float32))
     with pytest.raises(ValueError, match="out must be float32"):
-        preprocess.into(image(48, 64), np.zeros((3, 64, 96), np.float64))  # type: ignore[arg-type]
+        preprocess.into(image(48, 64), np.zeros((3, 64, 96), np.float64))
     with pytest.raises(DataError, match="too elongated"):
         preprocess.into(image(1, 3000), np.zeros((3, 64, 96), np.float32))
 

@@ -114,7 +114,7 @@ def test_what_no_font_has_is_drawn_as_its_code(folder_of_fonts: Path) -> None:
 
 def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(tmp_path: Path) -> None:
     video = tmp_path / "a.mp4"
-    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 10, (80, 48))
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"mp4v"), 10, (80, 48))
     for _ in range(3):
         writer.write(np.full((48, 80, 3), 200, np.uint8))
     writer.release()

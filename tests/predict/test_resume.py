@@ -12,8 +12,8 @@ from gfldeploy.errors import OutputError
 from gfldeploy.predict.resume import WorkingFile
 
 QUESTION = {"bundle": "ab", "batch_size": 2, "software": {"numpy": "2"}}
-SIZED = {"width": 4, "height": 3, "detections": []}
-BATCHES = [
+SIZED: dict[str, Any] = {"width": 4, "height": 3, "detections": []}
+BATCHES: list[list[tuple[int, dict[str, Any]]]] = [
     [(0, {"file": "a", **SIZED}), (2, {"file": "c", **SIZED})],
     [(1, {"file": "b", "error": "zwölf"})],
     [(3, {"file": "d", **SIZED})],

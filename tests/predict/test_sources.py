@@ -20,7 +20,7 @@ FRAMES, RATE = 7, 12.5
 
 def write_video(path: Path, fourcc: str) -> Path:
     """Frames of 48x80, each of one grey that grows by 20."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), RATE, (80, 48))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*fourcc), RATE, (80, 48))
     assert writer.isOpened()
     for number in range(FRAMES):
         writer.write(np.full((48, 80, 3), 20 * number, np.uint8))
@@ -62,7 +62,7 @@ def test_a_damaged_video_is_one_picture_with_an_error(tmp_path: Path) -> None:
 
 
 def test_colours_of_a_video_are_rgb(tmp_path: Path) -> None:
-    writer = cv2.VideoWriter(str(tmp_path / "red.avi"), cv2.VideoWriter_fourcc(*"MJPG"), RATE, (64, 64))
+    writer = cv2.VideoWriter(str(tmp_path / "red.avi"), cv2.VideoWriter.fourcc(*"MJPG"), RATE, (64, 64))
     writer.write(np.full((64, 64, 3), (0, 0, 255), np.uint8))  # BGR
     writer.release()
     (found,) = pictures([tmp_path / "red.avi"])
@@ -225,4 +225,4 @@ def test_arrays_must_be_rgb(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="an image must be RGB"):
         picture_of(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="float32"):
-        picture_of(np.zeros((4, 4, 3), np.float32))  # type: ignore[arg-type]
+        picture_of(np.zeros((4, 4, 3), np.float32))

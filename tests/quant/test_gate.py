@@ -14,13 +14,13 @@ import cv2
 import demo_bundles
 import numpy as np
 import pytest
+from demo_bundles import RunHere
 from recorded_progress import RecordedProgress
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.bundle import Bundle, Graph
+from gfldeploy.bundle import Bundle, Graph, GraphName
 from gfldeploy.cli import main
-from gfldeploy.demo.dataset import generate
-from gfldeploy.engines.registry import Capability
+from gfldeploy.engines.registry import capability
 from gfldeploy.errors import DataError, EngineError, GfldeployError, ParityError, UnsupportedError
 from gfldeploy.files import sha256, write_json
 from gfldeploy.images.coco import CocoDataset
@@ -260,7 +260,7 @@ def tiny(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         write_json(directory / "calibration.json", calibration.to_dict())
         for name, graph in GRAPHS.items():
             (directory / graph.model).parent.mkdir(exist_ok=True)
-            original = "paddle_program" if name == "paddle_program" else "onnx"
+            original: GraphName = "paddle_program" if name == "paddle_program" else "onnx"
             shutil.copyfile(quantized.source.graph(original)[0], directory / graph.model)
             if graph.params:
                 (directory / graph.params).write_bytes(b"")
@@ -492,7 +492,7 @@ def test_a_processor_without_vnni_is_told_first(
     tiny: Arguments, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     slow = "this CPU has neither VNNI nor AMX"
-    monkeypatch.setattr(quantizer, "capability", lambda *what: Capability(*what, note=slow))
+    monkeypatch.setattr(quantizer, "capability", lambda *what: replace(capability(*what), note=slow))
     progress = RecordedProgress()
     (tiny["data"] / "0.png").write_bytes(b"no image")
     with pytest.raises(DataError):
@@ -526,47 +526,32 @@ def test_options_that_make_no_sense(
 
 # --- the demo detector ------------------------------------------------------------------------------------------------
 
-EVALUATED = 24
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Annotations to calibrate and to evaluate on, and a folder of black images."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "black").mkdir()
-    for number in range(2):
-        assert cv2.imwrite(str(folder / "black" / f"{number}.png"), np.zeros((320 + number, 320, 3), np.uint8))
-    return {
-        "good": generate(folder, "calib", 8),
-        "eval": generate(folder, "val", EVALUATED),
-        "black": folder / "black",
-    }
-
 
 @pytest.mark.slow
-@demo_bundles.needs_quant
-def test_a_good_calibration_passes_and_is_shown(data: dict[str, Path], trained: Path, tmp_path: Path) -> None:
-    arguments = ("quantize", trained, "--data", data["good"], "--samples", 8, "--eval-data", data["eval"])
-    # Few images make a coarse measure: what is wanted here is that a sound calibration passes.
-    done = demo_bundles.run(*arguments, "--max-drop", 0.02, "-o", tmp_path / "int8", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    parity = json.loads((tmp_path / "int8/parity.json").read_text())
-    assert parity["accuracy"]["fp32"]["images"] == EVALUATED
+def test_a_good_calibration_passes_and_is_shown(calibrated: Path, run_here: RunHere) -> None:
+    parity = json.loads((calibrated / "parity.json").read_text())
+    assert parity["accuracy"]["fp32"]["images"] == demo_bundles.EVALUATED
     for name, one in parity["engines"].items():
         assert one["detections_found"] > 0.9, name
         assert list(one["convolutions"]) == ([] if name == SIMULATED_TENSORRT else ["int8"])
-    sheet = demo_bundles.run("inspect", tmp_path / "int8", folder=tmp_path).stdout
+    sheet = run_here("inspect", calibrated).stdout
     assert " convolutions in int8, " in sheet
     assert f"mAP {parity['accuracy']['engines']['paddle']['ap']:.4f}" in sheet
 
 
 @pytest.mark.slow
 @demo_bundles.needs_quant
-def test_calibration_on_black_images_is_caught(data: dict[str, Path], trained: Path, tmp_path: Path) -> None:
-    sabotage = ("quantize", trained, "--data", data["black"], "--samples", 2, "-o", tmp_path / "int8")
-    shown = demo_bundles.refusal(demo_bundles.run(*sabotage, folder=tmp_path))
+def test_calibration_on_black_images_is_caught(
+    labelled: Path, trained: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    black = tmp_path / "black"
+    black.mkdir()
+    for number in range(2):
+        assert cv2.imwrite(str(black / f"{number}.png"), np.zeros((320 + number, 320, 3), np.uint8))
+    sabotage = ("quantize", trained, "--data", black, "--samples", 2, "-o", tmp_path / "int8")
+    shown = demo_bundles.refusal(run_here(*sabotage))
     assert "FP32 detects nothing on the calibration images" in shown
-    labels = ("--eval-data", data["eval"], "--algo", "abs_max", "--no-fallback")
-    shown = demo_bundles.refusal(demo_bundles.run(*sabotage, *labels, folder=tmp_path))
+    labels = ("--eval-data", labelled / "val/annotations.json", "--algo", "abs_max", "--no-fallback")
+    shown = demo_bundles.refusal(run_here(*sabotage, *labels))
     assert "mAP (FP32 0." in shown and "more than the 0.005 of --max-drop" in shown
-    assert [path.name for path in tmp_path.iterdir()] == ["gfldeploy"], "the script alone"
+    assert list(tmp_path.iterdir()) == [black]

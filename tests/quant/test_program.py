@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, Graph, GraphName
 from gfldeploy.candidates import anchors_of, matched
-from gfldeploy.engines.base import EngineOptions, count_precisions
+from gfldeploy.engines.base import EngineOptions, Precision, count_precisions
 from gfldeploy.engines.registry import graph_for
 from gfldeploy.errors import EngineError
 from gfldeploy.files import read_json
@@ -47,7 +47,7 @@ class Detector:
     def weight(self, path: str) -> str:
         return next(weight for weight, layer in self.fp32.layers().items() if layer == path)
 
-    def run(self, bundle: Bundle, precision: str) -> tuple[Outputs, Mapping[str, int]]:
+    def run(self, bundle: Bundle, precision: Precision) -> tuple[Outputs, Mapping[str, int]]:
         from gfldeploy.engines.paddle_engine import PaddleEngine
 
         inputs, graph = {"image": self.image}, graph_for("paddle", precision, "cpu")
@@ -98,7 +98,8 @@ def test_it_is_what_paddleslim_writes(detector: Detector, tmp_path: Path) -> Non
     theirs.mkdir()
     ours.mkdir()
     np.save(tmp_path / "image.npy", detector.image)
-    command = [sys.executable, "-c", PADDLESLIM, detector.fp32.directory, tmp_path / "image.npy", theirs]
+    arguments = (detector.fp32.directory, tmp_path / "image.npy", theirs)
+    command = [sys.executable, "-c", PADDLESLIM, *map(str, arguments)]
     environment = {**os.environ, **old_program_environment(1), "PYTHONWARNINGS": "ignore"}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     largest = weight_ranges(detector.fp32.graph("onnx")[0])

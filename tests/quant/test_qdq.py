@@ -78,7 +78,7 @@ def residual() -> Graph:
 def shared() -> Graph:
     """One convolution on two inputs of very different size, as a detection head on two levels."""
     graph = Graph()
-    graph.constants |= {"ten": np.float32([[[[10]]]]), "tenth": np.float32([[[[0.1]]]])}
+    graph.constants |= {"ten": np.array([[[[10]]]], np.float32), "tenth": np.array([[[[0.1]]]], np.float32)}
     graph.op("Mul", "image", "ten", "large").conv("image", "p", "w", "b").conv("large", "q", "w", "b")
     graph.op("Mul", "q", "tenth", "r").op("Tanh", "p", "s").op("Tanh", "r", "t")
     return graph.op("Add", "s", "t", "result")
@@ -319,7 +319,7 @@ def test_a_bias_survives_where_nothing_else_is(dead: str, tmp_path: Path) -> Non
         graph.constants["w2"][2] = 0
     else:
         graph.constants["b1"][:] = -100  # every value behind the ReLU is 0
-    graph.constants["b2"] = np.float32([0.9, -0.8, 0.7, -0.6])
+    graph.constants["b2"] = np.array([0.9, -0.8, 0.7, -0.6], np.float32)
     model = graph.model()
     int8 = quantized(model, calibrate(model, tmp_path))
     for image in images():

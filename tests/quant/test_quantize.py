@@ -7,24 +7,22 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import demo_bundles
 import numpy as np
 import onnx
 import pytest
 from calibration_file import calibration_from
+from demo_bundles import RunHere
 
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
-from gfldeploy.demo.dataset import CLASSES, generate
+from gfldeploy.demo.dataset import CLASSES
 from gfldeploy.files import sha256
 from gfldeploy.inspection import int8_lines
 from gfldeploy.quant.measurement import int8_engines
 
-RunHere = Callable[..., CompletedProcess[str]]
 pytestmark = [pytest.mark.slow, demo_bundles.needs_quant]
 
 
@@ -67,7 +65,7 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path, ru
     done = run_here("verify", int8)
     assert done.returncode == 0, done.stderr
     assert "paddle and onnxruntime in INT8" in done.stdout
-    sheet = demo_bundles.run("inspect", int8, folder=tmp_path).stdout
+    sheet = run_here("inspect", int8).stdout
     for line in int8_lines(json.loads((int8 / "parity.json").read_text())):
         assert " convolutions in int8, " in line or line.startswith("tensorrt, simulated: ")
         assert line in " ".join(sheet.split())  # the table wraps it
@@ -112,20 +110,16 @@ def lopsided(needs_ppdet: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "fp32"
 
 
-def test_what_breaks_in_int8_goes_back_to_float(lopsided: Path, tmp_path: Path) -> None:
-    calibration, evaluation = generate(tmp_path, "calib", 8), generate(tmp_path, "val", 24)
-    arguments = ("quantize", lopsided, "--data", calibration, "--samples", 8, "--algo", "abs_max")
+def test_what_breaks_in_int8_goes_back_to_float(
+    lopsided: Path, labelled: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    arguments = ("quantize", lopsided, "--data", labelled / "calib/annotations.json", "--samples", 4)
     # Few images make a coarse measure: what is wanted here is that the broken part is found.
-    arguments += ("--eval-data", evaluation, "--max-drop", 0.03)
-    shown = demo_bundles.refusal(
-        demo_bundles.run(*arguments, "--no-fallback", "-o", tmp_path / "int8", folder=tmp_path)
-    )
-    assert "more than the 0.03 of --max-drop" in shown
-    assert not (tmp_path / "int8").exists()
-
-    done = demo_bundles.run(*arguments, "-o", tmp_path / "int8", folder=tmp_path)
+    measured = ("--eval-data", labelled / "val/annotations.json", "--max-drop", 0.03)
+    done = run_here(*arguments, "--algo", "abs_max", *measured, "-o", tmp_path / "int8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'int8'}\n"
+    assert "more than the 0.03 of --max-drop" in done.stderr
     assert "kept in float to hold the gate: backbone.stage4" in done.stderr
     parity = json.loads((tmp_path / "int8/parity.json").read_text())
     assert parity["fallback"]["before"]["worst_ap"] < parity["accuracy"]["fp32"]["ap"] - 0.1
@@ -146,11 +140,13 @@ def test_what_breaks_in_int8_goes_back_to_float(lopsided: Path, tmp_path: Path) 
     assert {".".join(layers[use.weight].split(".")[:2]) for use in calibrated.kept_float} == {"backbone.stage4"}
 
 
-def test_keep_float_and_sensitivity_without_labels(lopsided: Path, tmp_path: Path) -> None:
-    calibration = generate(tmp_path, "calib", 8)
-    arguments = ("quantize", lopsided, "--data", calibration, "--samples", 8, "--algo", "abs_max", "--sensitivity")
+def test_keep_float_and_sensitivity_without_labels(
+    lopsided: Path, labelled: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    data = ("--data", labelled / "calib/annotations.json", "--samples", 4)
+    arguments = ("quantize", lopsided, *data, "--algo", "abs_max", "--sensitivity")
     keep = ("--keep-float", "backbone.stage4.1.*", "--keep-float", "backbone.stem*")
-    done = demo_bundles.run(*arguments, *keep, "-o", tmp_path / "int8", folder=tmp_path)
+    done = run_here(*arguments, *keep, "-o", tmp_path / "int8")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'int8'}\n"
     parity = json.loads((tmp_path / "int8/parity.json").read_text())
@@ -164,11 +160,7 @@ def test_keep_float_and_sensitivity_without_labels(lopsided: Path, tmp_path: Pat
     assert "backbone.stem" not in ranking
     assert ranking["backbone.stage4"]["convolutions"] == 3
     assert all(f" {name} " in done.stderr for name in ranking), "each has its row"
-    shown = demo_bundles.refusal(
-        demo_bundles.run(*arguments, "--keep-float", "backbone.stage9", "-o", tmp_path / "out", folder=tmp_path)
-    )
+    shown = demo_bundles.refusal(run_here(*arguments, "--keep-float", "backbone.stage9", "-o", tmp_path / "out"))
     assert "no layer and no group is called backbone.stage9" in shown
-    shown = demo_bundles.refusal(
-        demo_bundles.run(*arguments, "--keep-float", "*", "-o", tmp_path / "out", folder=tmp_path)
-    )
+    shown = demo_bundles.refusal(run_here(*arguments, "--keep-float", "*", "-o", tmp_path / "out"))
     assert "--keep-float leaves no convolution to run in INT8" in shown

@@ -144,7 +144,7 @@ def test_groups_are_ranked(tiny: Bundle, tiny_coco: Path, tmp_path: Path, monkey
     monkeypatch.setattr(
         sensitivity, "write_qdq_onnx", lambda source, target, cal: target.write_bytes(source.read_bytes())
     )
-    found = {}
+    found: dict[int, tuple[float, float]] = {}
     monkeypatch.setattr(
         sensitivity, "output_difference", lambda reference, output: found.setdefault(len(found), next(moves))
     )

@@ -116,7 +116,7 @@ def quantized(model: Any, calibration: Calibration | None = None) -> Any:
 
 
 def constant(model: Any, name: str) -> NDArray[Any]:
-    return numpy_helper.to_array(next(tensor for tensor in model.graph.initializer if tensor.name == name))
+    return np.asarray(numpy_helper.to_array(next(one for one in model.graph.initializer if one.name == name)))
 
 
 def replace(model: Any, name: str, value: Any) -> Any:
@@ -195,7 +195,7 @@ def test_what_is_beyond_the_threshold_is_clipped() -> None:
 
 def test_a_bias_that_int32_could_not_hold_leaves_the_weights_alone() -> None:
     constants = weights("w")
-    constants["w.bias"] = np.float32([1e9, 0, 0])
+    constants["w.bias"] = np.array([1e9, 0, 0], np.float32)
     constants["w"][0] *= 1e-9
     model = model_of([conv("image", "a", "w"), op("Identity", "a", "result")], constants)
     np.testing.assert_allclose(
@@ -281,16 +281,25 @@ def opset(version: int) -> Callable[[Any], Any]:
         (bias_in_int32, "QuantizeLinear image.Q is of uint8, not int8"),
         (without_zero_point, "QuantizeLinear image.Q is of uint8, not int8"),
         (lambda m: replace(m, "image.zero", np.int8(1)), "QuantizeLinear image.Q has a zero point other than 0"),
-        (lambda m: replace(m, "w1.zero", np.int8([0, 0, 3])), "DequantizeLinear w1.DQ has a zero point other than 0"),
+        (
+            lambda m: replace(m, "w1.zero", np.array([0, 0, 3], np.int8)),
+            "DequantizeLinear w1.DQ has a zero point other than 0",
+        ),
         (lambda m: replace(m, "image.scale", np.float32(0)), "image.Q has a scale that is not positive and finite"),
-        (lambda m: replace(m, "w1.scale", np.float32([1, -1, 1])), "w1.DQ has a scale that is not positive and finite"),
+        (
+            lambda m: replace(m, "w1.scale", np.array([1, -1, 1], np.float32)),
+            "w1.DQ has a scale that is not positive and finite",
+        ),
         (lambda m: replace(m, "image.scale", np.float32("nan")), "image.Q has a scale that is not positive and finite"),
         (lambda m: replace(m, "image.scale", np.float32("inf")), "image.Q has a scale that is not positive and finite"),
         (computed(1, "made"), "QuantizeLinear image.Q has a scale that is not constant"),
         (computed(2, "made"), "QuantizeLinear image.Q has a zero point that is not constant"),
         (axis_one, "DequantizeLinear w1.DQ has scales along axis 1, weights have them along axis 0"),
-        (lambda m: replace(m, "w1.scale", np.float32([1, 1])), "w1.DQ has 2 scales for 3 output channels"),
-        (lambda m: replace(m, "image.scale", np.float32([1, 1, 1])), "image.Q has 3 scales: an activation has one"),
+        (lambda m: replace(m, "w1.scale", np.array([1, 1], np.float32)), "w1.DQ has 2 scales for 3 output channels"),
+        (
+            lambda m: replace(m, "image.scale", np.array([1, 1, 1], np.float32)),
+            "image.Q has 3 scales: an activation has one",
+        ),
         (float_input, "Conv a has quantised weights and a float input"),
         (opset(8), "opset 8 is outside 9 to 20"),
         (opset(21), "opset 21 is outside 9 to 20"),
@@ -336,8 +345,8 @@ def test_one_scale_for_all_weights_is_allowed() -> None:
     ],
 )
 def test_an_operator_that_tensorrt_refuses(node: Any, problem: str) -> None:
-    constants: dict[str, Any] = {"one": np.int64([1]), "many": np.int64([3840])}
-    constants |= {"half": np.float32([1, 1, 0.5, 0.5]), "w": np.zeros((3, 3, 1, 1), np.float32)}
+    constants: dict[str, Any] = {"one": np.array([1], np.int64), "many": np.array([3840], np.int64)}
+    constants |= {"half": np.array([1, 1, 0.5, 0.5], np.float32), "w": np.zeros((3, 3, 1, 1), np.float32)}
     (found,) = check_tensorrt(model_of([node], constants))
     assert problem in found
 

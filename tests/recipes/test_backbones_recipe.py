@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recipes import ROOT, imported
+from demo_bundles import ROOT, imported
 
 RECIPE = ROOT / "export" / "backbones.py"
 EXPORTED: dict[str, Any] = {

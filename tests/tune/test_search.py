@@ -80,6 +80,7 @@ class Surface:
     seed: int
 
     def images_per_s(self, one: Cell) -> float:
+        speed: float
         model, steps = model_of(one), math.log2(one.batch_size)
         speed = self.base[model] * self.gain[model] ** (1 - 0.5**steps) * self.fall[model] ** max(steps - 2, 0)
         speed *= (one.threads / 2) ** self.thread * math.exp(random.Random(f"{self.seed} {one!r}").gauss(0, self.rough))
@@ -280,7 +281,7 @@ def test_the_nearest_is_the_one_that_misses_least_whatever_it_misses() -> None:
     assert miss.percent == pytest.approx(30)
     where.drops[model_of(cell(MODELS[2], 1))] = 0.0125
     miss = where.nearest()
-    assert miss is not None and (miss.what, miss.percent) == ("mAP drop", pytest.approx(25))
+    assert miss is not None and miss.what == "mAP drop" and miss.percent == pytest.approx(25)
 
 
 def test_fewer_threads_are_tried_where_a_bound_is_nearly_kept() -> None:

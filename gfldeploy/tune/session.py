@@ -129,12 +129,7 @@ def tune_bundles(
     start = time.monotonic()
     most = usable_threads()
     threads = tuple(dict.fromkeys(threads or [*(1 << power for power in range(most.bit_length())), most]))
-    settings = Settings(
-        min_seconds=min_seconds,
-        min_count=min_count,
-        max_seconds=5 * min_seconds,
-        rounds=rounds,
-    )
+    settings = Settings(min_seconds=min_seconds, min_count=min_count, max_seconds=5 * min_seconds, rounds=rounds)
     opened = open_bundles(bundles)
     if max_drop is not None and all(bundle.manifest.precision != "fp32" for bundle in opened):
         problem = "there is no FP32 bundle to measure the mAP drop against"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -125,12 +125,12 @@ def compare(
     hardware, data = tuple(hardware_differences(a.machine, b.machine)), tuple(timing_differences(a, b))
     if hardware and not different_machines:
         raise DataError(
-            f"the machines differ: {_listed(hardware)}",
+            f"the machines differ: {'; '.join(map(str, hardware))}",
             "Compare results of one machine, or add --different-machines: the ratios are then of the machines too.",
         )
     if data and not different_data:
         raise DataError(
-            f"the latencies are not of the same work: {_listed(data)}",
+            f"the latencies are not of the same work: {'; '.join(map(str, data))}",
             "Measure both in the same way, or add --different-data: the ratios are then of that too.",
         )
     a_cells, b_cells = _cells(a, b)
@@ -275,10 +275,6 @@ def _differences(*values: tuple[str, str | float | None, str | float | None]) ->
         a, b = (f"{side:g}" if isinstance(side, int | float) else side for side in sides)
         if a != b:
             yield Difference(what, a, b)
-
-
-def _listed(differences: Sequence[Difference]) -> str:
-    return "; ".join(map(str, differences))
 
 
 def _extent(cells: dict[Cell, Row]) -> str:

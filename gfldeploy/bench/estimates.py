@@ -174,7 +174,7 @@ def _resample(
 
 
 def _blocks(values: NDArray[np.float64], count: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """`count` resamples of one round, [count, its length], of blocks that go on at its start where it ends."""
+    """`count` resamples of one round, [count, its length], of blocks that continue at its start where it ends."""
     n = len(values)
     length = max(round(math.sqrt(n)), 1)
     starts = generator.integers(n, size=(count, math.ceil(n / length)))

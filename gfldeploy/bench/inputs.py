@@ -66,7 +66,16 @@ def make_batches(
     for place, image in enumerate(images):
         size = preprocess.padded_size(*image.tensor.shape[1:]) if order == "bucketed" else None
         buckets.setdefault(size, []).append(place)
-    return [batch for places in buckets.values() for batch in _batches(images, places, preprocess, batch_size)]
+    batches = []
+    for places in buckets.values():
+        count = -(-len(places) // batch_size) * batch_size
+        cycle = tuple(places[number % len(places)] for number in range(count))
+        for start in range(0, count, batch_size):
+            chosen = cycle[start : start + batch_size]
+            some = [images[place] for place in chosen]
+            tensor = preprocess.batch(some)
+            batches.append(Batch(tensor, chosen, Formed.of(some, tensor.shape, preprocess)))
+    return batches
 
 
 def padding_ratio(batches: Sequence[Formed]) -> float:
@@ -78,15 +87,3 @@ def padding_ratio(batches: Sequence[Formed]) -> float:
 def shape_counts(batches: Sequence[Formed]) -> dict[str, int]:
     """How many batches have which shape, such as "1x3x800x1216"."""
     return dict(Counter("x".join(map(str, one.shape)) for one in batches))
-
-
-def _batches(images: Sequence[Prepared], places: Sequence[int], preprocess: Preprocess, batch_size: int) -> list[Batch]:
-    count = -(-len(places) // batch_size) * batch_size
-    cycle = tuple(places[number % len(places)] for number in range(count))
-    return [_batch(images, cycle[start : start + batch_size], preprocess) for start in range(0, count, batch_size)]
-
-
-def _batch(images: Sequence[Prepared], places: tuple[int, ...], preprocess: Preprocess) -> Batch:
-    chosen = [images[place] for place in places]
-    tensor = preprocess.batch(chosen)
-    return Batch(tensor, places, Formed.of(chosen, tensor.shape, preprocess))

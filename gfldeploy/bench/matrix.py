@@ -54,6 +54,12 @@ def plan(
     """
     cells: list[Cell] = []
     skipped: list[CellResult] = []
+    loads: list[tuple[int, Scenario, float | None, ServerPolicy | None]] = []
+    for size, scenario in product(batch_sizes, scenarios):
+        if scenario == "server":
+            loads += [(size, scenario, rate, one) for rate, one in product(rates, policies) if forms(one, size)]
+        elif suits(scenario, size):
+            loads.append((size, scenario, None, None))
     identities = {BundleIdentity.of(bundle): bundle for bundle in bundles}
     for engine, precision in product(engines, precisions):
         able = capability(engine, precision, device)
@@ -66,7 +72,7 @@ def plan(
                 problem = f"no {'INT8' if precision == 'int8' else 'FP32'} bundle was given", misfit[1]
             else:
                 problem = missing_graph(bundle, engine, precision, device)
-            for batch_size, scenario, rate, policy in _loads(batch_sizes, scenarios, rates, policies):
+            for batch_size, scenario, rate, policy in loads:
                 cell = Cell(
                     bundle=identity,
                     engine=engine,
@@ -84,24 +90,6 @@ def plan(
                 else:
                     cells.append(cell)
     return Plan(tuple(cells), tuple(skipped), {one: bundle.directory for one, bundle in identities.items()})
-
-
-def _loads(
-    batch_sizes: Sequence[int],
-    scenarios: Sequence[Scenario],
-    rates: Sequence[float],
-    policies: Sequence[ServerPolicy],
-) -> Iterator[tuple[int, Scenario, float | None, ServerPolicy | None]]:
-    """Batch size, scenario, rate and policy, where they go together."""
-    for batch_size, scenario in product(batch_sizes, scenarios):
-        if scenario == "server":
-            yield from (
-                (batch_size, scenario, rate, policy)
-                for rate, policy in product(rates, policies)
-                if forms(policy, batch_size)
-            )
-        elif suits(scenario, batch_size):
-            yield batch_size, scenario, None, None
 
 
 def _fixed_batch(bundle: Bundle, cell: Cell) -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -95,7 +96,8 @@ class Monitor:
             if self._gpu:
                 self._reasons |= dict.fromkeys(self._gpu.throttles())
         with suppress(psutil.Error, OSError):
-            self._reasons |= dict.fromkeys(_why_slower(throttles, _throttles(self._cpus)))
+            counters = _throttles(self._cpus)
+            self._reasons |= dict.fromkeys(what for what in counters if counters[what] > throttles.get(what, math.inf))
             stolen = _stolen_percent(first, _cpu_times(self._cpus))
             if stolen > _STEAL_PERCENT:
                 self._reasons[f"the hypervisor took {stolen:.0f}% of the CPU time"] = None
@@ -234,7 +236,3 @@ def throttled_periods(cpu_stat: str) -> int | None:
     values = dict(line.split() for line in cpu_stat.splitlines() if len(line.split()) == 2)
     number = values.get("nr_throttled", "")
     return int(number) if number.isdigit() else None
-
-
-def _why_slower(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
-    return [what for what, count in now.items() if count > before.get(what, count)]

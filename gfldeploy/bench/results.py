@@ -1,4 +1,4 @@
-"""`results.json`: raw samples with everything needed to judge them. The schema is described in benchmarks/README.md."""
+"""`results.json`: raw samples with everything needed to judge them. docs/formats.md describes the schema."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DataDescription:
 
 @dataclass(frozen=True)
 class Idle:
-    """The machine before a run: what other processes used, and how long was waited for them.
+    """The machine before a run: what other processes used, and how long the benchmark waited for them.
 
     `cpu_percent`: of all CPUs that may be used, 0 to 100. `gpu_percent`: None without a GPU in use.
     """
@@ -86,12 +86,12 @@ class Monitored:
 
 @dataclass(frozen=True)
 class Serving:
-    """What became of the images that arrived at a server, besides the latencies of those that it served.
+    """What became of the images that arrived at a server, besides the latencies of those that were answered.
 
-    `requests`: images that arrived; `rejected`: of those, how many were turned away. `points`: what batches took before
-    the first arrival, which the adaptive policy's latency model is fitted to. `most_kept`: how many answers within the
-    bound no policy could do better than, with batches of the cell's size at most (`simulator.most_kept`), if no batch
-    is faster than the fastest of the `points`.
+    `requests`: images that arrived; `rejected`: of those, how many were not accepted. `points`: latencies of batches
+    before the first arrival, to which the adaptive policy's latency model is fitted. `most_kept`: an upper bound of the
+    answers in time that any policy could give, with batches of the cell's size at most (`simulator.most_kept`), if no
+    batch is faster than the fastest of the `points`.
     """
 
     requests: int

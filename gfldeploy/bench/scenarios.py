@@ -149,8 +149,8 @@ def _rehearse(
 def fastest(points: Sequence[Point]) -> LatencyModel:
     """The fitted model, made so fast that no point is faster: what bounds a server from above must not be too slow."""
     model = LatencyModel.fit(points)
-    least = min(one.ms / model.predict(one.images, one.size) for one in points)
-    return LatencyModel(*(value * least for value in model.coefficients))
+    smallest = min(one.ms / model.predict(one.images, one.size) for one in points)
+    return LatencyModel(*(value * smallest for value in model.coefficients))
 
 
 _POLICIES: Mapping[ServerPolicy, Callable[[Sequence[Point], int, float], Policy]] = {

@@ -254,7 +254,7 @@ def rows(results: BenchResults) -> list[Row]:
 
 
 def best_of_each(shown: Sequence[Row]) -> list[Row]:
-    """Of cells that differ in batch size, order and scenario alone the best, the fastest first.
+    """The best of the cells that differ in batch size, order and scenario alone; the fastest first.
 
     The best is that with most images a second from file to boxes; of the network alone where none of the rows has that.
     Servers are left out: they are compared by what they answer in time.

@@ -193,9 +193,9 @@ def _inference_ms(engine: Engine, batch: NDArray[np.float32]) -> float:
 def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundle, settings: Settings) -> Stages:
     """Time the stages of these batches of image files, in whole passes, so that every cell is timed on the same images.
 
-    Passes go on until `min_seconds` of the settings have passed, and on until `tail_count` batches are timed or
-    `max_seconds` have passed. Nothing overlaps: the stages of a batch follow each other, and the batches too. The
-    engine must be warm for their shapes. Raises `DataError` and `EngineError`.
+    Passes are timed until `min_seconds` have passed, and then until `tail_count` batches are timed or `max_seconds`
+    have passed. Nothing overlaps: the stages of a batch follow each other, and the batches too. The engine must be warm
+    for their shapes. Raises `DataError` and `EngineError`.
     """
     rows: list[BatchTimes] = []
     began = time.perf_counter()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
-from gfldeploy.bench.inputs import Batch, make_batches, padding_ratio, prepare_images, shape_counts
+from gfldeploy.bench.inputs import make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
 from gfldeploy.bench.roofline import measure_peak
@@ -32,14 +32,12 @@ from gfldeploy.engines.base import (
     Engine,
     EngineOptions,
     ExecutedConvolution,
-    Precision,
     count_precisions,
     reasons,
 )
 from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.images.preprocess import Prepared, Preprocess
 from gfldeploy.serialization import build, plain
 
 __all__ = ["Task", "Timed"]
@@ -93,7 +91,11 @@ def _time(task: Task) -> Timed:
     batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
-    with _open(cell, bundle, _shapes(cell, images, batches, preprocess), task.engine_cache) as engine:
+    shapes = [(len(batch.tensor), *batch.tensor.shape[2:]) for batch in batches]
+    if cell.scenario == "server":  # any number of images up to the batch size, of any sizes
+        sizes = [preprocess.padded_size(*image.tensor.shape[1:]) for image in images]
+        shapes += [*((1, *size) for size in sizes), (cell.batch_size, *union(sizes))]
+    with _open(cell, bundle, shapes, task.engine_cache) as engine:
         load_s = time.perf_counter() - start
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
@@ -127,7 +129,7 @@ def _time(task: Task) -> Timed:
             padding_ratio=padding_ratio(formed),
             mixed_batches=sum(one.mixed for one in formed),
             convolutions=count_precisions(convolutions) if convolutions else None,
-            not_low_precision=_not_low_precision(cell.precision, convolutions),
+            not_low_precision=() if cell.precision == "fp32" else reasons(convolutions) if convolutions else None,
             delegated=engine.delegated,
             idle=task.idle,
             monitored=monitor.record() if monitor else None,
@@ -141,16 +143,6 @@ def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], ca
     known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
     options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known))
     return open_engine(cell.engine, bundle, options)
-
-
-def _shapes(
-    cell: Cell, images: Sequence[Prepared], batches: Sequence[Batch], preprocess: Preprocess
-) -> list[tuple[int, int, int]]:
-    shapes = [(len(batch.tensor), *batch.tensor.shape[2:]) for batch in batches]
-    if cell.scenario == "server":  # any number of images up to the batch size, of any sizes
-        sizes = [preprocess.padded_size(*image.tensor.shape[1:]) for image in images]
-        shapes += [*((1, *size) for size in sizes), (cell.batch_size, *union(sizes))]
-    return shapes
 
 
 def _peak(task: Task) -> Peak:
@@ -176,12 +168,6 @@ def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> tuple[Executed
         return engine.executed_convolutions({"image": tensor})
     except EngineError:
         return ()
-
-
-def _not_low_precision(asked: Precision, convolutions: Sequence[ExecutedConvolution]) -> tuple[str, ...] | None:
-    if asked == "fp32":
-        return ()  # all of them, for that reason
-    return reasons(convolutions) if convolutions else None
 
 
 def _peak_rss_mb() -> float:

@@ -123,7 +123,7 @@ def test_files_without_times_from_file_to_boxes(tmp_path: Path) -> None:
     best = table((tmp_path / "report.html").read_text(), "best")
     assert [one["file to boxes, images/s"] for one in best] == ["not measured"] * 3
     assert [one["network, images/s"] for one in best] == ["166.7", "83.33", "50.00"]
-    assert short_answer(old)[0] == "From file to boxes it was not measured: the figures are of the network alone."
+    assert short_answer(old)[0] == "Nothing was measured from file to boxes: the figures are of the network alone."
     assert next(plot.title for plot in plots(old)) == "Throughput of the network alone"
 
 
@@ -194,11 +194,11 @@ def test_the_short_answer() -> None:
     results = many()
     fastest, engines, shortest, accurate = short_answer(replace(results, cells=results.cells[:6]))
     assert fastest == (
-        "Most images a second from file to boxes, one batch after the other: ONNX Runtime INT8, batch 1, bundle "
-        "tiny_dir: 138.9 images/s, 7.20 ms for a batch, mAP 0.5000; the network alone 166.7 images/s."
+        "Highest throughput from file to boxes: ONNX Runtime INT8, batch 1, bundle "
+        "tiny_dir: 138.9 images/s, 7.20 ms per batch, mAP 0.5000; the network alone 166.7 images/s."
     )
     assert engines == "Each engine at its best: ONNX Runtime INT8 138.9 images/s; Paddle Inference FP32 41.67 images/s."
-    assert shortest.startswith("Shortest latency of one image from file to boxes: ONNX Runtime INT8, batch 1")
+    assert shortest.startswith("Lowest latency of one image from file to boxes: ONNX Runtime INT8, batch 1")
     assert "of the best FP32 (0.5000): the same" in accurate
     assert OK.accuracy is not None
     worse = tuple(
@@ -209,8 +209,8 @@ def test_the_short_answer() -> None:
     unknown = tuple(altered(cell, accuracy=None) for cell in results.cells[:6])
     assert "not known" in short_answer(replace(results, cells=unknown))[3]
     assert (
-        "Most answers within 100 ms of the arrival, decoding left out: ONNX Runtime INT8, batch 4, server at 10 "
-        "images/s, adaptive, bundle tiny_dir with 41.7 images/s, 91% of what is possible." in short_answer(results)
+        "Most answers within 100 ms of the arrival, without decoding: ONNX Runtime INT8, batch 4, server at 10 "
+        "images/s, adaptive, bundle tiny_dir: 41.7 images/s, 91% of what is possible." in short_answer(results)
     )
     quick = replace(results, settings=replace(results.settings, rounds=1))
     assert short_answer(quick)[0].startswith("A first look: each cell was measured too briefly")

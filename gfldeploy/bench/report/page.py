@@ -1,4 +1,4 @@
-"""Benchmark results as a page: what to ship, the evidence, and how it was measured."""
+"""Benchmark results as a page: what to deploy, the evidence, and how it was measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from gfldeploy.bench.cell import several_bundles
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.report.plots import Plot, plots
@@ -63,7 +64,8 @@ def write_report(results: BenchResults, path: Path) -> None:
     measured = [row for row in shown if row.ok]
     best = best_of_each(measured)
     servers = [row for row in measured if row.is_server]
-    first = [column for column in COLUMNS if column.first]
+    several = several_bundles([row.cell for row in best])
+    first = [column for column in COLUMNS if column.first and (several or column.key != "bundle")]
     body = Template(_BODY.read_text(encoding="utf-8")).substitute(
         best=_table("best", best, first) if best else "<p>No batches were measured.</p>",
         servers=f"<section><h2>Servers</h2>{_table('servers', servers)}</section>" if servers else "",
@@ -79,7 +81,7 @@ def write_report(results: BenchResults, path: Path) -> None:
 
 
 def short_answer(results: BenchResults) -> list[str]:
-    """What to ship by these results, in plain sentences, each with its figures, and what is not known."""
+    """What to deploy, in plain sentences with figures, and what is not known."""
     shown = rows(results)
     measured = [row for row in shown if row.ok]
     if not measured:
@@ -94,26 +96,23 @@ def short_answer(results: BenchResults) -> list[str]:
         share = f", {served.percent_of_possible:.0f}% of what is possible" if served.percent_of_possible else ""
         bound_ms = results.settings.latency_bound_ms or 0.0
         sentences.append(
-            f"Most answers within {bound_ms:g} ms of the arrival, decoding left out: {_named(row)} with "
+            f"Most answers within {bound_ms:g} ms of the arrival, without decoding: {_named(row)}: "
             f"{served.in_time_per_s:.1f} images/s{share}."
         )
     flags = dict.fromkeys(flag for row in measured for flag in row.flags if flag not in ("quick", "padded"))
     if flags:
-        sentences.append(f"To be read with care: {'; '.join(f'{flag} ({FLAGS[flag]})' for flag in flags)}.")
+        sentences.append(f"Read with care: {'; '.join(f'{flag} ({FLAGS[flag]})' for flag in flags)}.")
     return sentences
 
 
 def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
-    """The fastest of all, of batches that are not padded, of one image, and of what is as accurate as FP32."""
+    """The fastest of all, of each engine, without padding, for one image, and of those as accurate as FP32."""
     fastest = best[0]
     if fastest.file_images_per_s is None:
-        yield "From file to boxes it was not measured: the figures are of the network alone."
-        yield f"Most images a second: {_named(fastest)}: {_figures(fastest)}."
+        yield "Nothing was measured from file to boxes: the figures are of the network alone."
+        yield f"Highest throughput: {_named(fastest)}: {_figures(fastest)}."
     else:
-        yield (
-            f"Most images a second from file to boxes, one batch after the other: {_named(fastest)}: "
-            f"{_figures(fastest)}."
-        )
+        yield f"Highest throughput from file to boxes: {_named(fastest)}: {_figures(fastest)}."
     engines: dict[str, Row] = {}
     for row in best:
         engines.setdefault(row.cell.engine, row)
@@ -127,8 +126,8 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
     if singles:
         quick = min(singles, key=lambda row: median(row.result.file_ms).value)
         yield (
-            f"Shortest latency of one image from file to boxes: {_named(quick)} with {_ms(quick.file_ms())}; the "
-            f"network alone {_ms(quick.latency_ms())}."
+            f"Lowest latency of one image from file to boxes: {_named(quick)}: {_ms(quick.file_ms())}; the network "
+            f"alone {_ms(quick.latency_ms())}."
         )
     reference = [row.ap for row in best if row.cell.precision == "fp32" and row.ap is not None]
     if reference:
@@ -136,7 +135,7 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
         same = "the same" if safe == fastest else f"{_named(safe)}: {_figures(safe)}"
         yield f"Fastest within {_SAME_ACCURACY} mAP of the best FP32 ({max(reference):.4f}): {same}."
     else:
-        yield "How accurate they are is not known: mAP of FP32 was not measured."
+        yield "Their accuracy is not known: mAP of FP32 was not measured."
 
 
 def _named(row: Row) -> str:
@@ -155,7 +154,7 @@ def _figures(row: Row) -> str:
     network = f"the network alone {text_of(row.images_per_s)} images/s"
     if row.file_images_per_s is None:
         return f"{network}, {accuracy}"
-    return f"{text_of(row.file_images_per_s)} images/s, {_ms(row.file_ms())} for a batch, {accuracy}; {network}"
+    return f"{text_of(row.file_images_per_s)} images/s, {_ms(row.file_ms())} per batch, {accuracy}; {network}"
 
 
 def _ms(estimate: Estimate | None) -> str:
@@ -192,9 +191,9 @@ def _left(column: Column[Row]) -> str:
 
 
 def _missing(shown: Sequence[Row]) -> str:
-    """What was not measured, and what is to be said of what was: each reason once."""
+    """What was not measured, and notes on what was: each reason once."""
     items = [f"<li><b>{escape(names)}</b>: {escape(note)}</li>" for note, names in notes(shown)]
-    return f"<ul>{''.join(items)}</ul>" if items else "<p>Nothing: every cell was measured as asked.</p>"
+    return f"<ul>{''.join(items)}</ul>" if items else "<p>Nothing: every cell was measured as requested.</p>"
 
 
 def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,9 @@ _STAGES = {
     "output_copy_ms": "output copy",
     "postprocess_ms": "NMS",
 }
+_THROUGHPUT = "Decoding, preprocessing and NMS included. A line that falls has passed its best batch size."
+_LATENCY = "Median of a whole batch, with its 95% interval where the samples support one."
+_PREPARED = "On batches that were prepared before."
 _MOST_POINTS = 2000
 # Timelines shown at first; the legend brings the others.
 _TIMELINES = 3
@@ -97,31 +100,16 @@ def plots(results: BenchResults) -> list[Plot]:
     streams = [one for one in points if one.row.cell.scenario in STREAMS]
     servers = [one for one in points if one.row.is_server]
     bound_ms = results.settings.latency_bound_ms
+    by_batch_size: list[tuple[str, str, str, Callable[[Row], float | Estimate | None]]] = [
+        ("Throughput from file to boxes", _THROUGHPUT, "images/s", lambda row: row.file_images_per_s),
+        ("Latency from file to boxes", _LATENCY, "ms for a batch", lambda row: row.file_ms()),
+        ("Throughput of the network alone", _PREPARED, "images/s", lambda row: row.images_per_s),
+        ("Latency of the network alone", f"{_LATENCY} {_PREPARED}", "ms for a batch", lambda row: row.latency_ms()),
+    ]
     figures = [
-        _by_batch_size(
-            "Throughput from file to boxes",
-            "One batch after the other, decoding, preprocessing and NMS included. A line that falls has passed its "
-            "best batch size.",
-            "images/s",
-            [(one, one.row.file_images_per_s) for one in batches],
-        ),
-        _by_batch_size(
-            "Latency from file to boxes",
-            "Median of a whole batch, with its 95% interval where the samples support one.",
-            "ms for a batch",
-            [(one, one.row.file_ms()) for one in batches],
-        ),
-        _by_batch_size(
-            "Throughput of the network alone",
-            "Completed images by wall time, on batches that were prepared before.",
-            "images/s",
-            [(one, one.row.images_per_s) for one in batches],
-        ),
-        _by_batch_size(
-            "Latency of the network alone",
-            "The same of the network alone, on batches that were prepared before.",
-            "ms for a batch",
-            [(one, one.row.latency_ms()) for one in streams],
+        *(
+            _by_batch_size(title, about, unit, [(one, value(one.row)) for one in batches])
+            for title, about, unit, value in by_batch_size
         ),
         _distributions(streams),
         _stages([one for one in batches if one.row.result.file_ms][::-1]),

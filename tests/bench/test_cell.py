@@ -1,0 +1,52 @@
+"""The axes of a benchmark, and how cells are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sample_results import OK, altered, sample_results
+
+from gfldeploy.bench.cell import Cell, names
+from gfldeploy.bench.results import BenchResults
+from gfldeploy.bench.table import best_of_each, rows
+
+
+def cell(**axes: object) -> Cell:
+    return altered(OK, **axes).cell
+
+
+def test_an_axis_that_a_file_lacks_has_its_default() -> None:
+    results = sample_results()
+    data = results.to_dict()
+    for one in data["cells"]:
+        for axis in ("order", "rate", "policy"):
+            del one["cell"][axis]
+    assert BenchResults.from_dict(data) == results
+
+
+def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
+    one = cell()
+    assert one.name() == "onnxruntime int8, batch 2" and str(one) == "tiny_dir: onnxruntime int8, batch 2"
+    assert one.name([one, cell(engine="paddle")]) == "onnxruntime int8, batch 2"
+    assert one.name([one, cell(threads=2)]) == "onnxruntime int8 with 1 thread, batch 2"
+    assert one.name([one, cell(device="gpu")]) == "onnxruntime int8 on cpu, batch 2"
+    other = cell(bundle=replace(OK.cell.bundle, directory="other"))
+    assert one.name([one, other]) == "onnxruntime int8 of tiny_dir, batch 2"
+    assert cell(scenario="offline", order="bucketed").name() == "onnxruntime int8, batch 2, offline"
+    server = replace(one, scenario="server", rate=5.0, policy="adaptive")
+    assert server.name() == "onnxruntime int8, batch 2, server at 5 images/s, adaptive"
+
+
+def test_several_cells_are_named_together() -> None:
+    cells = [cell(batch_size=size) for size in (1, 2, 4)]
+    every = [*cells, cell(engine="paddle"), cell(scenario="offline", order="bucketed")]
+    assert names(cells[:2], every) == "onnxruntime int8, batch 1, 2"
+    assert names([*cells, every[-1]], every) == "onnxruntime int8", "all that there are of it"
+    assert names(every[2:], every) == "onnxruntime int8, batch 4; onnxruntime int8, batch 2, offline; paddle int8"
+    assert names(cells, cells, whole=False) == "onnxruntime int8, batch 1, 2, 4"
+
+
+def test_cells_that_differ_in_another_axis_than_the_load_are_not_compared_for_the_best_batch() -> None:
+    results = [altered(OK, **axes) for axes in ({}, {"threads": 2}, {"device": "gpu"}, {"batch_size": 4})]
+    best = best_of_each(rows(replace(sample_results(), cells=tuple(results))))
+    assert len(best) == 3 and {row.cell.batch_size for row in best} == {2, 4}

@@ -46,17 +46,17 @@ sys.addaudithook(no_network)
 
 
 @contextmanager
-def imported(path: Path) -> Iterator[ModuleType]:
-    """The script as a module, in `sys.modules` meanwhile: dataclasses look there."""
+def imported(path: Path, *arguments: object) -> Iterator[ModuleType]:
+    """The script as a module, in `sys.modules` meanwhile, where dataclasses look; its `main` gets the arguments."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)
+        patch.setattr(sys, "argv", [path.name, *map(str, arguments)])
+        patch.syspath_prepend(path.parent)
         spec.loader.exec_module(module)
         yield module
-    finally:
-        del sys.modules[spec.name]
 
 
 def command(arguments: Sequence[object], before: str, folder: Path) -> list[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, sentences
+from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, sentences
 from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.columns import Column
+from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.report.page import machine_line, sections, write_page
 from gfldeploy.bench.report.plots import COLOURS, GREY, Plot
 from gfldeploy.bench.results import Peak, defined_ap
@@ -21,9 +23,10 @@ from gfldeploy.files import write_json
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import plain
 
-__all__ = ["SCHEMA", "Analysis", "told_invariance"]
+__all__ = ["SCHEMA", "Analysis", "columns", "told_invariance"]
 
 SCHEMA = 1
+Line = TypeVar("Line")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,16 @@ class Analysis:
         write_json(path, self.to_dict())
         figures = [_stacked(self)]
         title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {self.precision}"
-        body = "\n".join([sections(figures), _table(self), _detections(self.invariance), _HOW])
+        times = (
+            "Milliseconds of one image against batch 1: mean over the typical of "
+            f"{len(self.rounds)} rounds, and in brackets the interval of the median."
+        )
+        lost = "Against the same image alone, of detections with a score of 0.4 or more; lost: not found again."
+        tables = [
+            _section("The figures", times, columns(self), self.batches),
+            _section("What batches do to detections", lost, _INVARIANCE, self.invariance),
+        ]
+        body = "\n".join([sections(figures), *tables, _HOW])
         write_page(
             path.with_suffix(".html"), title, machine_line(self.machine, self.created), self.answer, body, figures
         )
@@ -114,56 +126,47 @@ def _bar(name: str, labels: Sequence[str], values: Sequence[float], colour: str)
     return {"type": "bar", "name": name, "x": list(labels), "y": list(values), "marker": {"color": colour}}
 
 
-def _table(analysis: Analysis) -> str:
+def columns(analysis: Analysis) -> list[Column[BatchAnalysis]]:
+    """Of the table of batch sizes, on the terminal and the page."""
+
+    def change(part: Part) -> Callable[[BatchAnalysis], Estimate]:
+        return lambda one: Estimate(one.parts[part].ms, one.parts[part].low, one.parts[part].high, len(analysis.rounds))
+
     parts = [part for part in PARTS if analysis.batches and part in analysis.batches[0].parts]
-    header = ["batch", "listed, ms per image", "bucketed", *(PART_NAMES[part] for part in parts)]
-    rows = [
-        [
-            *(str(one.batch_size), f"{one.ms:.1f}", f"{one.bucketed_ms:.1f}"),
-            *(
-                f"{change.ms:+.1f} ({change.low:+.1f} to {change.high:+.1f})"
-                for change in (one.parts[part] for part in parts)
-            ),
-            *(f"{one.unexplained_ms:+.2f}", f"{one.padding:.2f}x"),
-            *("" if one.percent_of_peak is None else f"{one.percent_of_peak:.0f}", one.cause),
-        ]
-        for one in analysis.batches
+    return [
+        Column("batch_size", "batch", lambda one: one.batch_size),
+        Column("ms", "listed", lambda one: one.ms, digits=1),
+        Column("bucketed_ms", "bucketed", lambda one: one.bucketed_ms, digits=1),
+        *(Column(part, PART_NAMES[part], change(part), digits=1, drop=3) for part in parts),
+        Column("unexplained_ms", "unexplained", lambda one: one.unexplained_ms, digits=1, drop=4),
+        Column("padding", "padding", lambda one: f"{one.padding:.2f}x", drop=1),
+        Column("percent_of_peak", "% of peak", lambda one: one.percent_of_peak, digits=0, drop=5),
+        Column("cause", "cause", lambda one: one.cause, words=True, wrap=True, drop=2),
     ]
-    caption = (
-        "Milliseconds of one image against batch 1: mean over the typical of "
-        f"{len(analysis.rounds)} rounds, and in brackets the interval of the median."
-    )
-    return _section("The figures", caption, [*header, "unexplained", "padding", "% of peak", "cause"], rows)
 
 
-def _detections(found: Sequence[Invariance]) -> str:
-    """What batches do to detections, by batch size and order; nothing if it was not measured."""
-    if not found:
+_INVARIANCE: Sequence[Column[Invariance]] = (
+    Column("batch_size", "batch", lambda one: one.batch_size),
+    Column("order", "order", lambda one: one.order, words=True),
+    Column("padding", "padding", lambda one: f"{one.padding:.2f}x"),
+    Column("score_change", "largest change of a score", lambda one: f"{one.score_change:.2g}"),
+    Column("box_change_px", "of a box", lambda one: f"{one.box_change_px:.2g}", "px"),
+    Column("lost", "lost", lambda one: f"{one.lost} of {one.detections}"),
+    Column("ap", "mAP", lambda one: defined_ap(one.accuracy), digits=4),
+)
+
+
+def _section(title: str, caption: str, columns: Sequence[Column[Line]], rows: Sequence[Line]) -> str:
+    """A table; nothing without rows."""
+    if not rows:
         return ""
-    header = ["batch", "order", "padding", "largest change of a score", "of a box, px", "lost", "mAP"]
-    rows = [
-        [
-            *(str(one.batch_size), one.order, f"{one.padding:.2f}x", f"{one.score_change:.2g}"),
-            *(f"{one.box_change_px:.2g}", f"{one.lost} of {one.detections}"),
-            "" if (ap := defined_ap(one.accuracy)) is None else f"{ap:.4f}",
-        ]
-        for one in found
-    ]
-    caption = "Against the same image alone, of detections with a score of 0.4 or more; lost: not found again."
-    return _section("What batches do to detections", caption, header, rows)
-
-
-def _section(title: str, caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    words = [' class="text"' if any(text[:1].isalpha() for text in texts) else "" for texts in zip(*rows, strict=True)]
-
-    def line(tag: str, texts: Sequence[str]) -> str:
-        cells = zip(words, texts, strict=True)
-        return f"<tr>{''.join(f'<{tag}{word}>{escape(text)}</{tag[:2]}>' for word, text in cells)}</tr>"
-
-    titles, body = line('th scope="col"', header), "".join(line("td", row) for row in rows)
+    shown = [column for column in columns if column.shown(rows)]
+    words = {column.key: ' class="text"' if column.words else "" for column in shown}
+    titles = "".join(f'<th scope="col"{words[one.key]}>{escape(one.title)}</th>' for one in shown)
+    lines = ("".join(f"<td{words[one.key]}>{escape(one.text(row))}</td>" for one in shown) for row in rows)
     return (
         f'<section><h2>{escape(title)}</h2><div class="wide"><table><caption>{escape(caption)}</caption>'
-        f"<thead>{titles}</thead><tbody>{body}</tbody></table></div></section>"
+        f"<thead><tr>{titles}</tr></thead><tbody><tr>{'</tr><tr>'.join(lines)}</tr></tbody></table></div></section>"
     )
 
 

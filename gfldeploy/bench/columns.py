@@ -66,7 +66,8 @@ def text_of(value: Value, digits: int | None = None, interval: bool = True) -> s
         if not interval or value.low is None or value.high is None:
             return text
         below, above = (f"{width:.{digits}f}" for width in (value.value - value.low, value.high - value.value))
-        return f"{text} ±{above}" if below == above else f"{text} ({value.low:.{digits}f}-{value.high:.{digits}f})"
+        to = "-" if value.low >= 0 else " to "
+        return f"{text} ±{above}" if below == above else f"{text} ({value.low:.{digits}f}{to}{value.high:.{digits}f})"
     if isinstance(value, float):
         return f"{value:.{_digits(value) if digits is None else digits}f}"
     return "" if value is None else str(value)

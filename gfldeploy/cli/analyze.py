@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gfldeploy.analysis.causes import PARTS, BatchAnalysis, Part
-from gfldeploy.analysis.record import Analysis
+from gfldeploy.analysis.record import Analysis, columns
 from gfldeploy.analysis.session import analyze
-from gfldeploy.bench.columns import Column
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.options import (
     ANNOTATIONS,
@@ -53,23 +50,8 @@ def command(output: Path, **given: Any) -> None:
 
 
 def _show(found: Analysis) -> None:
-    parts = [part for part in PARTS if found.batches and part in found.batches[0].parts]
-    columns: tuple[Column[BatchAnalysis], ...] = (
-        Column("batch_size", "batch", lambda one: one.batch_size),
-        Column("listed", "listed", lambda one: one.ms, digits=1),
-        Column("bucketed", "bucketed", lambda one: one.bucketed_ms, digits=1),
-        *(Column(part, part, _change(part), drop=3) for part in parts),
-        Column("unexplained", "unexplained", lambda one: f"{one.unexplained_ms:+.1f}", drop=4),
-        Column("padding", "padded", lambda one: f"{one.padding:.2f}x", drop=1),
-        Column("peak", "% of peak", lambda one: one.percent_of_peak, digits=0, drop=5),
-        Column("cause", "cause", lambda one: one.cause, words=True, wrap=True, drop=2),
-    )
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     title = f"{found.engine} {found.precision}, {threads}, milliseconds per image from file to boxes"
-    show_table(columns, found.batches, title, "The page has every column.")
+    show_table(columns(found), found.batches, title, "The page has every column.")
     for sentence in found.answer:
         click.echo(sentence)
-
-
-def _change(part: Part) -> Callable[[BatchAnalysis], str]:
-    return lambda one: f"{one.parts[part].ms:+.1f}"

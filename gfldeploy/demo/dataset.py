@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gfldeploy.errors import DataError, OutputError
+from gfldeploy.files import writing
 from gfldeploy.progress import SILENT, Progress
 
 __all__ = ["CLASSES", "GENERATOR_VERSION", "SPLITS", "generate"]
@@ -97,27 +98,17 @@ def generate(directory: Path, split: str, count: int, progress: Progress = SILEN
             f"{target} exists and is no generated demo split", "Move it away, or choose another directory."
         )
 
-    try:
+    with writing(target):
         directory.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=directory))
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {directory}: {error.strerror}", "Choose a directory you can write to."
-        ) from error
-    try:
-        _write_split(temporary, split, count, progress)
-        temporary.chmod(0o755)  # mkdtemp makes it private; the finished split is ordinary data
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    except OSError as error:
-        if _is_complete(target, split, count):  # another process was faster
-            return annotations
-        raise OutputError(
-            f"cannot write the demo split to {target}: {error.strerror or error}", "Free some space, or choose another."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            _write_split(temporary, split, count, progress)
+            temporary.chmod(0o755)  # mkdtemp makes it private; the finished split is ordinary data
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return annotations
 
 

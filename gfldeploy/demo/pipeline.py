@@ -14,12 +14,7 @@ from gfldeploy.bench.session import benchmark
 from gfldeploy.bench.table import Row, best_of_each, rows
 from gfldeploy.demo.dataset import generate
 from gfldeploy.export.exporter import export_bundle
-from gfldeploy.files import (
-    atomic_directory,
-    files_below,
-    write_json,
-    write_text,
-)
+from gfldeploy.files import atomic_directory, files_below, write_json, write_text
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.quantizer import quantize_bundle
 
@@ -132,7 +127,7 @@ def explain(results: BenchResults) -> list[str]:
     if first and last is not first:
         size = last.cell.batch_size
         lines.append(
-            f"{_name(last)} from batch 1 to {size}: {_speed(first)} to {_speed(last)} images/s. The images "
+            f"{last.cell.setup()} from batch 1 to {size}: {_speed(first)} to {_speed(last)} images/s. The images "
             f"are of mixed orientation, so a batch of {size} is padded to {last.padding or 1:.2f} times its "
             f"real pixels (batch 1: {first.padding or 1:.2f})."
         )
@@ -155,10 +150,6 @@ def _against(row: Row, base: Row) -> str:
     if row.ap is not None and base.ap is not None:
         parts.append(f"mAP {row.ap - base.ap:+.4f}")
     return ", ".join(parts)
-
-
-def _name(row: Row) -> str:
-    return row.cell.setup()
 
 
 def _speed(row: Row) -> str:

@@ -56,18 +56,17 @@ class DetectorConfig:
 def load_detector_config(path: Path) -> DetectorConfig:
     """Load the PaddleDetection config at `path` (`.yml` or `.yaml`) and check everything the exporter relies on.
 
-    What counts as a mistake: a missing or unreadable file anywhere in the `_BASE_` chain, a cycle in it, a Python tag;
-    an architecture or head other than those supported; a module that is not registered; an argument its module does
-    not take, at any depth. Of the top-level keys that are neither a registered module nor a PaddleDetection setting,
-    those that resemble one are refused as misspelt, and so are mappings with a capital letter in front, which is how
-    PaddleDetection writes a module: it would ignore them without a word. Other unknown keys (`my_size: &size [640,
-    640]`) pass. Modules that accept any keyword (readers, datasets) refuse only keys that resemble a known one.
+    Refused are: files of the `_BASE_` chain that cannot be read, a cycle in it, Python tags; other architectures and
+    heads than those supported; modules that are not registered, and arguments that a module does not take, at any
+    depth. Unknown top-level keys are refused where they resemble a known one or are mappings that begin with a capital
+    letter, as modules do: PaddleDetection would ignore them without a word. Modules that accept any keyword (readers,
+    datasets) refuse only keys that resemble a known one.
 
     Nothing is downloaded: `pretrain_weights` and every module's `pretrained` are set to None. Class names come from
-    the label list or annotations of TestDataset, then EvalDataset, looked up from the working directory as
-    PaddleDetection does and then from the config's own folder and those of its bases; COCO categories keep the order of
-    the file, which is the order PaddleDetection trains in. Without such a file they are those that PaddleDetection has
-    for the metric (COCO's 80, VOC's 20, ...) if they are as many, else `class_0`, `class_1` and so on.
+    the label list or annotations of TestDataset, then EvalDataset, looked up from the working directory and then from
+    the folders of the config and its bases; COCO categories keep the order of the file, in which PaddleDetection
+    trains. Without such a file they are PaddleDetection's for the metric (COCO's 80, VOC's 20, ...) if they are as
+    many, else `class_0`, `class_1` and so on.
 
     Raises `ConfigError`, or `MissingDependencyError` where paddle or ppdet is missing.
     """

@@ -1,7 +1,7 @@
 """The Layer that is exported: ppdet's backbone, neck and head convolutions, with a decode that every format can hold.
 
-ppdet's own export path fails on Paddle 3, and its decode flattens batch and anchors in ways that do not survive a
-dynamic batch. What is computed is the same; `gfldeploy.export.parity` holds it to that.
+ppdet's own export fails on Paddle 3, and its decode does not survive a dynamic batch. `export.parity` makes sure that
+both compute the same.
 """
 
 # mypy: disable-error-code="misc"
@@ -171,9 +171,8 @@ def fold_batch_norm(detector: Any, image: Any) -> int:
     """
     norms = (nn.BatchNorm, nn.BatchNorm2D, nn.SyncBatchNorm)
     layers = {id(layer): layer for layer in detector.sublayers()}
-    produced: dict[
-        int, tuple[int, Any]
-    ] = {}  # id of an output -> its convolution, and the output: ids must stay unique
+    # By the id of an output: its convolution, and the output, so that ids stay unique.
+    produced: dict[int, tuple[int, Any]] = {}
     calls: Counter[int] = Counter()
     pairs: Counter[tuple[int, int]] = Counter()
     handles = []

@@ -18,9 +18,8 @@ from gfldeploy.files import native_writes
 __all__ = ["TOLERANCE", "convert_to_half", "write_half_onnx"]
 
 # On random weights, whose logits spread, ONNX Runtime's CPU kernels move scores by up to 0.003 and boxes by up to 2.2
-# px (GFL-R18vd, R34vd, R50, Res2Net, GFLv2-R50 and the demo detector at 800x1344). They round no value from one FP16
-# operator to the next; rounding all of them, as GPUs do (`rounded` in the tests), gives 0.006 and 5.3 px, on the level
-# with a stride of 128 px, and 0.03 px on average. On the trained demo detector it is 0.001 and 0.3 px.
+# px (six detectors at 800x1344). Rounding all values between FP16 operators, as GPUs do (`rounded` in the tests), gives
+# 0.006 and 5.3 px, at the stride of 128 px; 0.001 and 0.3 px on the trained demo detector.
 TOLERANCE = Tolerance(score=0.01, box_px=8.0)
 
 # Operators that may run in FP16 between convolutions, and which of their inputs are then FP16 (None: all). What sums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,32 +41,20 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
     misshapen = [
         name for name, tensor in state.items() if name in weights and list(weights[name].shape) != list(tensor.shape)
     ]
-    whole = [
-        name
-        for name, tensor in state.items()
-        if "float" in str(tensor.dtype) and name in weights and not _is_float(weights[name])
-    ]
-    if whole and not misshapen and not missing:
-        held = weights[whole[0]].dtype
-        raise CheckpointError(
-            f"the checkpoint holds {held} for {len(whole)} float parameters ({_first(whole, len(whole))}): it was "
-            "converted for an integer engine",
-            "Export the float checkpoint that it was made from, and then run `gfldeploy quantize` on the bundle.",
-        )
-    if missing or unexpected or misshapen:
-        shapes = {name: (_shape(weights[name].shape), _shape(state[name].shape)) for name in misshapen[:4]}
-        wrong = [f"{name} ({shapes[name][0]} instead of {shapes[name][1]})" for name in misshapen[:4]]
-        problems = [
-            f"{count} {what} ({_first(names, count)})"
-            for names, count, what in (
-                (missing, len(missing), "missing"),
-                (unexpected, len(unexpected), "unexpected"),
-                (wrong, len(misshapen), "of the wrong shape"),
+    if not missing and not misshapen:
+        whole = [name for name, one in state.items() if "float" in str(one.dtype) and not _is_float(weights[name])]
+        if whole:
+            raise CheckpointError(
+                f"the checkpoint holds {weights[whole[0]].dtype} for {len(whole)} float parameters ({_first(whole)}): "
+                "it was converted for an integer engine",
+                "Export the float checkpoint that it was made from, and then run `gfldeploy quantize` on the bundle.",
             )
-            if count
-        ]
+    if missing or unexpected or misshapen:
+        wrong = [f"{name} ({_shape(weights[name])} instead of {_shape(state[name])})" for name in misshapen]
+        named = ((missing, "missing"), (unexpected, "unexpected"), (wrong, "of the wrong shape"))
+        problems = ", ".join(f"{len(names)} {what} ({_first(names)})" for names, what in named if names)
         kind, remedy = _explain(state, weights, missing, unexpected, misshapen)
-        raise CheckpointError(f"the checkpoint {kind}: of {len(state)} parameters, {', '.join(problems)}", remedy)
+        raise CheckpointError(f"the checkpoint {kind}: of {len(state)} parameters, {problems}", remedy)
     fitted = {name: _as(weights[name], str(tensor.dtype).rpartition(".")[2]) for name, tensor in state.items()}
     for name, array in fitted.items():
         if not is_finite(array):
@@ -87,12 +75,12 @@ def _student(weights: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
     return {name.removeprefix(prefix): array for name, array in weights.items() if name.startswith(prefix)}
 
 
-def _shape(shape: Iterable[int]) -> str:
-    return "x".join(str(size) for size in shape) or "scalar"
+def _shape(array: Any) -> str:
+    return "x".join(str(size) for size in array.shape) or "scalar"
 
 
-def _first(names: list[str], count: int, limit: int = 3) -> str:
-    return ", ".join(cut(repr(name)[1:-1]) for name in names[:limit]) + (", ..." if count > limit else "")
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(cut(repr(name)[1:-1]) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 _OPTIMIZER_STATE = re.compile(r"_(?:velocity|moment[12]?|beta[12]_pow_acc)_\d+\Z")
@@ -142,11 +130,9 @@ def _explain(
         return "holds a backbone alone", f"{_USE_TRAINED}."
     parts = {name.split(".", 1)[0] for name in (*missing, *unexpected, *misshapen)}
     if (missing or unexpected) and all(".dgqp_module." in name for name in (*missing, *unexpected)) and not misshapen:
-        return (
-            ("is of a GFLv2 (dgqp_module), the config is not", "Add GFLHead's dgqp_module of the training config.")
-            if unexpected
-            else ("has no dgqp_module, the config has one", "Remove dgqp_module, or use a checkpoint of a GFLv2.")
-        )
+        if unexpected:
+            return "is of a GFLv2 (dgqp_module), the config is not", "Add GFLHead's dgqp_module of the training config."
+        return "has no dgqp_module, the config has one", "Remove dgqp_module, or use a checkpoint of a GFLv2."
     if not missing and not unexpected:
         if all(_is_of(name, _CLASS_OUTPUTS) for name in misshapen):
             has, wants = (int(shapes[misshapen[0]].shape[0]) for shapes in (weights, state))

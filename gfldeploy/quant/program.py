@@ -189,17 +189,10 @@ def _proto() -> Any:
     return framework_pb2
 
 
-def _types() -> dict[int, type]:
-    """NumPy's type by Paddle's."""
-    kinds = _proto().VarType
-    return {
-        kinds.FP32: np.float32,
-        kinds.INT8: np.int8,
-        kinds.INT32: np.int32,
-        kinds.INT64: np.int64,
-        kinds.FP64: np.float64,
-        kinds.BOOL: np.bool_,
-    }
+def _types() -> dict[int, Any]:
+    """NumPy's types by Paddle's."""
+    names = {"FP32": np.float32, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64, "FP64": np.float64}
+    return {getattr(_proto().VarType, name): dtype for name, dtype in (names | {"BOOL": np.bool_}).items()}
 
 
 def _description(shape: Sequence[int], dtype: type) -> Any:

@@ -71,11 +71,10 @@ class ActivationScale:
 
     @classmethod
     def from_threshold(cls, threshold: float, non_negative: bool) -> ActivationScale:
-        """From PaddleSlim's threshold: 127 steps up to it, as oneDNN runs the same calibration.
+        """From a threshold: 127 steps up to it, as oneDNN runs the same calibration.
 
-        Values that cannot be negative keep the steps and use the integers up to 255 as headroom, to twice the
-        threshold. Spending all 255 steps below the threshold instead would clip what the threshold was not meant to
-        clip, and cost mAP.
+        Values that cannot be negative use the integers up to 255 as headroom, to twice the threshold: all 255 steps
+        below the threshold would clip more, and cost mAP.
         """
         return cls((threshold if threshold >= _LEAST_RANGE else 1.0) / 127, 0 if non_negative else 128)
 
@@ -90,10 +89,9 @@ class ActivationScale:
 
     @classmethod
     def symmetric(cls, threshold: float, non_negative: bool = False) -> ActivationScale:
-        """int8, reaching as far as `from_threshold` does: to twice the threshold where values cannot be negative.
+        """int8, as far as `from_threshold`: to twice the threshold where values cannot be negative.
 
-        uint8 has integers to spare for that, int8 takes larger steps. Clipping at the threshold would cost more mAP
-        than the larger steps do.
+        int8 takes larger steps for that, which cost less mAP than clipping at the threshold.
         """
         reach = threshold * 2 if non_negative else threshold
         return cls((reach if reach >= _LEAST_RANGE else 1.0) / 127, 0)

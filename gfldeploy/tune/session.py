@@ -24,7 +24,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import DEFAULT_ENGINES, capability, missing_graph
+from gfldeploy.engines.registry import DEFAULT_ENGINES, obstacle_to
 from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
 from gfldeploy.files import check_file
 from gfldeploy.images.coco import CocoDataset
@@ -294,7 +294,7 @@ class _Session:
         for identity, bundle in self.bundles.items():
             if bundle.manifest.precision == "fp32":
                 for one in (engine, *self.engines):
-                    if capability(one, "fp32", device).works and not missing_graph(bundle, one, "fp32", device):
+                    if not obstacle_to(one, bundle, "fp32", device):
                         return Model(identity, one, "fp32")
                 return None
         return None

@@ -184,7 +184,7 @@ def test_a_config(tmp_path: Path, audit: Callable[..., tuple[str, str]], rows: C
     assert by_key[2, "listed"]["padding"] == 1.52
     assert result["macs"] is by_key[2, "listed"]["activation_bytes"] is None
     out, _ = audit(*arguments)
-    assert "GMAC" not in out and "For MACs and the memory of activations, give the bundle" in out
+    assert "GMAC" not in out and "For MACs and the memory of activations, give a bundle" in out
 
 
 def test_what_is_refused(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -435,17 +435,19 @@ def test_eval_says_what_it_measured_by_which_engine(
     assert (found["ap_small"] is None) == ("small undefined" in out) and len(found["notes"]) == 2
 
 
-MISSING = "import sys\nsys.modules[{!r}] = None"  # makes its import fail
-
-
 @pytest.mark.parametrize(
     ("engine", "remedy"), [("onnxruntime", "pip install onnxruntime"), ("paddle", "pip install paddlepaddle==3.2.2")]
 )
 def test_an_engine_that_is_not_installed(
-    engine: str, remedy: str, tiny_bundle: Path, tiny_coco: Path, tmp_path: Path
+    engine: str,
+    remedy: str,
+    tiny_bundle: Path,
+    tiny_coco: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ("eval", tiny_bundle, "--data", tiny_coco, "--engine", engine)
-    shown = demo_bundles.refusal(demo_bundles.run(*arguments, folder=tmp_path, before=MISSING.format(engine)))
+    monkeypatch.setitem(sys.modules, engine, None)  # which makes its import fail
+    shown = refused("eval", tiny_bundle, "--data", tiny_coco, "--engine", engine)
     assert f"{engine} is not installed" in shown
     assert remedy in shown
 

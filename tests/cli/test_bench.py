@@ -33,7 +33,7 @@ def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: p
     shown, progress = capfd.readouterr()
     assert "1.000" in shown and "images/s" in shown and "0 of 1" in shown
     assert "onnxruntime int8: skipped: no INT8 bundle was given; make an INT8 bundle" in shown
-    skip = progress.index("skip  onnxruntime fp16: ")
+    skip = progress.index("skip  onnxruntime fp16")
     assert skip < progress.index("1/5 tiny: onnxruntime fp32, batch 1\n")
     assert re.search(r"3/5 tiny: onnxruntime fp32, batch 1 \(about \d+ s left\)\n", progress)
     assert re.search(r"5/5 tiny: onnxruntime fp32, accuracy \(about \d+ s left\)\n", progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -31,10 +30,8 @@ RECIPE = ROOT / "export" / "candidates.py"
 @demo_bundles.needs_export
 def test_candidates_give_what_all_anchors_give(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(trained, tmp_path / f"fp32_{DEFAULT_CANDIDATES}")
-    options = ["--images", "6", "--candidates", str(DEFAULT_CANDIDATES), "--precisions", "fp32", "--threads", "1"]
-    files = ["--output", str(tmp_path), "--results", str(tmp_path / "found.json")]
-    monkeypatch.setattr(sys, "argv", [RECIPE.name, *options, *files])
-    with imported(RECIPE) as recipe:
+    options = ("--images", 6, "--candidates", DEFAULT_CANDIDATES, "--precisions", "fp32", "--threads", 1)
+    with imported(RECIPE, *options, "--output", tmp_path, "--results", tmp_path / "found.json") as recipe:
         monkeypatch.setattr(recipe, "gfldeploy", demo_bundles.make_here)
         recipe.main()
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]

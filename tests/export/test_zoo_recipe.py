@@ -44,9 +44,7 @@ def test_the_zoo_exports_within_the_promised_differences(
 
     monkeypatch.setattr(parity, "_MOST_PIXELS", 512 * 512)
     results = tmp_path / "zoo.json"
-    options = ["--output", str(tmp_path), "--results", str(results), "--configs", *CONFIGS]
-    monkeypatch.setattr(sys, "argv", [RECIPE.name, *options])
-    with imported(RECIPE) as recipe:
+    with imported(RECIPE, "--output", tmp_path, "--results", results, "--configs", *CONFIGS) as recipe:
         monkeypatch.setattr(recipe, "CONFIGS", tmp_path)
         monkeypatch.setattr(recipe, "subprocess", SimpleNamespace(run=run))
         recipe.main()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +32,28 @@ def test_every_pair_has_a_config() -> None:
         assert recipe.config("ConvNeXt+CustomCSPPAN")["GFLHead"]["fpn_stride"] == [32, 16, 8]
 
 
-def test_what_is_done_is_not_done_again_and_the_table_says_why(tmp_path: Path) -> None:
+def test_what_is_done_is_not_done_again_and_the_table_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = {
         "LCNet+LCPAN": {"fixed": EXPORTED, "any": {"failed": "it binds itself"}, "int8": "openvino 9 of 9"},
         "ResNet-C2+TTFFPN": {"fixed": {"failed": "one level as a tensor", "not in ppdet": "it is no list"}},
     }
     results = tmp_path / "results.json"
     results.write_text(json.dumps(rows))
-    command = [
-        sys.executable,
-        str(RECIPE),
-        "--output",
-        str(tmp_path / "out"),
-        "--results",
-        str(results),
-        "--only",
-        *rows,
-    ]
-    done = subprocess.run([*command, "--steps", "fixed"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = ("--output", tmp_path / "out", "--results", results, "--only", *rows, "--steps", "fixed")
+    with imported(RECIPE, *arguments) as recipe:
+        recipe.main()
+    shown = capsys.readouterr().out
     assert json.loads(results.read_text()) == rows and list((tmp_path / "out").iterdir()) == []
-    assert (
-        "| LCNet, LCPAN | equal | left out | equal | equal | no | 1.0e-06 | 1.0e-03 | openvino 9 of 9 |" in done.stdout
-    )
-    assert "- LCNet, LCPAN, any size: it binds itself" in done.stdout
-    assert "- LCNet, LCPAN, paddle_program left out: it cannot be traced" in done.stdout
-    assert "PaddleDetection itself says `it is no list`; export says: one level as a tensor" in done.stdout
+    assert "| LCNet, LCPAN | equal | left out | equal | equal | no | 1.0e-06 | 1.0e-03 | openvino 9 of 9 |" in shown
+    assert "- LCNet, LCPAN, any size: it binds itself" in shown
+    assert "- LCNet, LCPAN, paddle_program left out: it cannot be traced" in shown
+    assert "PaddleDetection itself says `it is no list`; export says: one level as a tensor" in shown
 
 
 @pytest.mark.parametrize("pair", ["LCNet", "LCNet+Necklace"])
-def test_an_unknown_pair_is_refused(pair: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), "--output", str(tmp_path), "--only", pair]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "unknown: " in done.stderr
+def test_an_unknown_pair_is_refused(pair: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with imported(RECIPE, "--output", tmp_path, "--only", pair) as recipe, pytest.raises(SystemExit) as stopped:
+        recipe.main()
+    assert stopped.value.code == 2 and "unknown: " in capsys.readouterr().err

@@ -65,7 +65,7 @@ def main() -> None:
         records.append({"case": case, "detections": len(found["gfldeploy"]), "same": same, "times_ms": times})
     output = HERE / "results" / args.machine / "checks" / "postprocess.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {"machine": plain(describe_machine()), "nms": NMS.to_dict(), "cases": records})
+    write_json(output, {"machine": plain(describe_machine()), "nms": plain(NMS), "cases": records})
 
 
 def candidates(case: str) -> Candidates:

@@ -17,7 +17,7 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, graph_for, load_graph, obstacle_to, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
-from gfldeploy.macs import count_macs
+from gfldeploy.macs import count_work
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.serialization import plain
@@ -49,7 +49,8 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
     height, width = -(-height // pad) * pad, -(-width // pad) * pad
     gmac = None  # without an ONNX graph to count MACs in
     if bundle.has_graph("onnx"):
-        gmac = round(count_macs(bundle.graph("onnx")[0], height, width, manifest.strides) / 1e9, 3)
+        found = count_work(bundle.graph("onnx")[0], [(height, width)], manifest.strides)
+        gmac = round(found[height, width].macs / 1e9, 3)
     return {
         "name": manifest.name,
         "precision": manifest.precision,

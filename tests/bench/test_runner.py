@@ -382,7 +382,7 @@ def test_accuracy_may_take_long_as_long_as_it_gets_on(tiny_bundle: Path) -> None
     code = (
         "if request['kind'] == 'accuracy':\n"
         "    for number in range(12):\n"
-        "        open(folder + '/progress', 'a').write(f'{number} 12\\n'); time.sleep(0.5)\n"
+        "        open(folder + '/progress', 'a').write(json.dumps(['images', number, 12]) + '\\n'); time.sleep(0.5)\n"
         f"    answer({{'accuracy': {accuracy!r}}})\n"
         f"else: answer({{'timing': {TIMED!r}}})\n"
     )

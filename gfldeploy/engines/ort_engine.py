@@ -17,7 +17,7 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.engines.tensorrt import TensorRtOptions, cache_directory, example, tensorrt_library
+from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
@@ -148,8 +148,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
 
     def _choose_providers(self, bundle: Bundle) -> list[Any]:
         tensorrt = TensorRtOptions.of(self.options)
-        directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
-        options = tensorrt_options(self.options.precision, tensorrt, directory)
+        options = tensorrt_options(self.options.precision, tensorrt, tensorrt.directory(self, bundle))
         return [("TensorrtExecutionProvider", options), "CUDAExecutionProvider"]
 
 
@@ -162,8 +161,8 @@ def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: 
     return {
         "trt_fp16_enable": str(precision == "fp16"),
         "trt_int8_enable": str(precision == "int8"),
-        "trt_max_workspace_size": str(options.workspace_mb * 2**20),
-        "trt_min_subgraph_size": str(options.min_subgraph),
+        "trt_max_workspace_size": str(WORKSPACE_BYTES),
+        "trt_min_subgraph_size": str(MIN_SUBGRAPH),
         "trt_profile_min_shapes": _named(options.smallest),
         "trt_profile_opt_shapes": _named(options.most_common),
         "trt_profile_max_shapes": _named(options.largest),

@@ -30,6 +30,7 @@ suppress_warnings = ["myst.header"]  # pages that are files elsewhere may begin 
 autodoc_mock_imports = ["paddle", "ppdet", "paddleslim", "paddle2onnx", "onnxruntime", "openvino"]
 default_role = "code"  # docstrings write `code` as Markdown does
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as the source has them: no paths of the machine that builds the site
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -66,18 +66,17 @@ _ONNX_SEQUENCES = _names(
 _PADDLE_OPERATORS = _names(
     """
     abs acos acosh affine_channel affine_grid argsort asin asinh assign assign_value atan atan2 atanh batch_norm
-    batch_norm_ bmm broadcast_tensors cast ceil celu channel_shuffle clip concat conv2d conv2d_transpose conv3d cos
-    cosh crop cross cumprod cumsum deformable_conv depthwise_conv2d depthwise_conv2d_transpose dequantize_linear dot
-    dropout einsum elu equal equal_all erf exp expm1 eye feed fetch flip floor gather gather_nd gelu greater_equal
-    greater_than group_norm huber_loss index_sample index_select instance_norm is_empty kron label_smooth layer_norm
-    leaky_relu lerp less_equal less_than linspace log log10 log1p log2 log_softmax logical_and logical_not logical_or
-    logical_xor logit logsigmoid logsumexp lrn masked_fill masked_select matmul maxout mean meshgrid mish multiplex mv
-    not_equal norm p_norm pad pad3d pixel_shuffle pixel_unshuffle pool2d pow prelu put_along_axis quantize_linear
-    reciprocal relu relu6 renorm repeat_interleave reverse rms_norm roi_align roll round rsqrt scale scatter
-    scatter_nd_add selu shape shape64 shuffle_channel sigmoid sign silu sin sinh slice softmax softplus softsign split
-    sqrt square stack stanh strided_slice sum swish take_along_axis tan tanh tanh_shrink temporal_shift
-    thresholded_relu tile trunc unbind unfold unique unstack where
-    multiclass_nms3 nms matrix_nms
+    batch_norm_ bmm broadcast_tensors cast ceil celu channel_shuffle clip concat conv2d conv2d_transpose conv3d cos cosh
+    crop cross cumprod cumsum deformable_conv depthwise_conv2d depthwise_conv2d_transpose dequantize_linear dot dropout
+    einsum elu equal equal_all erf exp expm1 eye feed fetch flip floor gather gather_nd gelu greater_equal greater_than
+    group_norm huber_loss index_sample index_select instance_norm is_empty kron label_smooth layer_norm leaky_relu lerp
+    less_equal less_than linspace log log10 log1p log2 log_softmax logical_and logical_not logical_or logical_xor logit
+    logsigmoid logsumexp lrn masked_fill masked_select matmul maxout mean meshgrid mish multiplex mv not_equal norm
+    p_norm pad pad3d pixel_shuffle pixel_unshuffle pool2d pow prelu put_along_axis quantize_linear reciprocal relu relu6
+    renorm repeat_interleave reverse rms_norm roi_align roll round rsqrt scale scatter scatter_nd_add selu shape shape64
+    shuffle_channel sigmoid sign silu sin sinh slice softmax softplus softsign split sqrt square stack stanh
+    strided_slice sum swish take_along_axis tan tanh tanh_shrink temporal_shift thresholded_relu tile trunc unbind
+    unfold unique unstack where multiclass_nms3 nms matrix_nms
     """
 )
 PIR_OPERATORS = _PADDLE_OPERATORS | _names(
@@ -87,9 +86,8 @@ PIR_OPERATORS = _PADDLE_OPERATORS | _names(
     full full_batch_size_like full_int_array full_like full_with_tensor hardshrink hardsigmoid hardswish hardtanh
     isclose isfinite isinf isnan linear_interp matmul_with_flatten max max_pool2d_with_index maximum min minimum
     multiply nearest_interp nonzero numel one_hot ones ones_like prod range_v2 remainder reshape set_value
-    set_value_with_tensor
-    shadow_feed shadow_output softshrink split_with_num squared_l2_norm squeeze subtract topk transpose
-    tril triu trilinear_interp unsqueeze zeros zeros_like
+    set_value_with_tensor shadow_feed shadow_output softshrink split_with_num squared_l2_norm squeeze subtract topk
+    transpose tril triu trilinear_interp unsqueeze zeros zeros_like
     """
 )
 _PIR_BUILTIN = frozenset(("combine", "slice", "split"))  # of lists of tensors

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName, TensorSpec
+from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.detect import check_outputs
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, graph_for, load_graph, obstacle_to, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
-from gfldeploy.macs import count_macs
+from gfldeploy.macs import count_work
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.serialization import plain
@@ -49,7 +51,8 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
     height, width = -(-height // pad) * pad, -(-width // pad) * pad
     gmac = None  # without an ONNX graph to count MACs in
     if bundle.has_graph("onnx"):
-        gmac = round(count_macs(bundle.graph("onnx")[0], height, width, manifest.strides) / 1e9, 3)
+        found = count_work(bundle.graph("onnx")[0], [(height, width)], manifest.strides)
+        gmac = round(found[height, width].macs / 1e9, 3)
     return {
         "name": manifest.name,
         "precision": manifest.precision,
@@ -107,10 +110,9 @@ def int8_lines(parity: Mapping[str, Any]) -> list[str]:
 def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:
     """Hash every file of a bundle again, and compare its graphs with each other.
 
-    In the first two engines of those that `bench` measures by default that are installed and have a graph. FP32: their
-    outputs, at the shapes of the export; INT8: the detections of one among the other's. With one engine its graph is
-    run (Paddle's two FP32 graphs against each other), with none only the files are checked; what was not compared is
-    said.
+    The graphs run in the first two engines that `bench` measures by default and that can run here. In FP32 their
+    outputs are compared at the shapes of the export, in INT8 their detections. With one engine its graph is only run
+    (Paddle's two FP32 graphs are compared), with none only the files are checked; a sentence tells what was left out.
 
     Args:
         bundle: The directory of the bundle.
@@ -194,16 +196,11 @@ def _compared_int8(bundle: Bundle, first: Engine, second: Engine) -> list[str]:
 
 
 def _ran(bundle: Bundle, engine: Engine) -> str:
-    """Run one image. Raises `ParityError` for what no detector gives."""
-    outputs = engine.infer({"image": _one_image(bundle)})
-    scores, boxes = outputs["scores"], outputs["boxes"]
-    if scores.ndim != 3 or boxes.shape != (*scores.shape[:2], 4):
-        problem = f"scores {list(scores.shape)} and boxes {list(boxes.shape)}"
-    elif not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-        problem = "NaN or infinity"
-    else:
-        return f"{engine.name} runs it: {scores.shape[1]} candidates of {scores.shape[2]} classes"
-    raise ParityError(f"{engine.name} gives {problem}", "Export the bundle again.")
+    """Run one image. Raises `EngineError` for outputs of no detector, NaN and infinity."""
+    images = _one_image(bundle)
+    scores, boxes = check_outputs(engine, engine.infer({"image": images}), len(images))
+    postprocess(scores, boxes, [(1.0, 1.0)] * len(images), bundle.manifest.nms)
+    return f"{engine.name} runs it: {scores.shape[1]} candidates of {scores.shape[2]} classes"
 
 
 def _one_image(bundle: Bundle) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from gfldeploy.engines.base import Precision
 from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import BundleError, reading
 
-__all__ = ["BYTES", "GraphWork", "convolution_macs", "count_macs", "count_work", "peak_activations"]
+__all__ = ["BYTES", "GraphWork", "convolution_macs", "count_work", "peak_activations"]
 
 # Of one number.
 BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
@@ -35,9 +35,10 @@ _IN_PLACE = frozenset(
 class GraphWork:
     """What one image costs, in a graph or in an operator.
 
-    `macs`: multiply-accumulates, as `count_macs`. Of all convolutions and matrix products but the DFL projection, in
-    numbers (not bytes): `activations`, the inputs and outputs of one image, and `weights`. A convolution that is used
-    more than once counts each time.
+    `macs`: multiply-accumulates of convolutions and matrix products, nothing else. A convolution costs outputs x (input
+    channels / groups) x kernel height x kernel width, a deformable one no more; one MAC is two FLOPs. Of the same
+    operators but the DFL projection, in numbers (not bytes): `activations`, the inputs and outputs of one image, and
+    `weights`. A convolution that is used more than once counts each time.
     """
 
     macs: int
@@ -56,18 +57,8 @@ class GraphWork:
         return (self.activations + self.weights / batch_size) * BYTES[precision]
 
 
-def count_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> int:
-    """MACs of one image of `height` x `width` pixels: convolutions and matrix products, nothing else.
-
-    `strides`: of the pyramid levels, in pixels.
-    A convolution costs outputs x (input channels / groups) x kernel height x kernel width, a deformable one no more;
-    one MAC is two FLOPs. Raises `BundleError` if shape inference cannot follow the graph at that size.
-    """
-    return count_work(onnx_file, [(height, width)], strides)[height, width].macs
-
-
 def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence[int]) -> dict[tuple[str, int], int]:
-    """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_macs`."""
+    """MACs of every convolution of an FP32 graph by weight name and use (0, 1, ... in graph order); as `count_work`."""
     with _shapes_of(onnx_file, strides) as graph:
         return {key: one.macs for key, one in graph.convolutions((height, width)).items()}
 
@@ -75,10 +66,11 @@ def convolution_macs(onnx_file: Path, height: int, width: int, strides: Sequence
 def count_work(
     onnx_file: Path, sizes: Collection[tuple[int, int]], strides: Sequence[int]
 ) -> dict[tuple[int, int], GraphWork]:
-    """The work of one image of each of the `sizes` (height, width in pixels), by size; else as `count_macs`.
+    """The work of one image of each of the `sizes` (height, width in pixels), by size.
 
-    An INT8 (Q/DQ) graph counts as the FP32 graph that it was made from. The file is read once: a further size takes
-    milliseconds.
+    `strides`: of the pyramid levels, in pixels. An INT8 (Q/DQ) graph counts as the FP32 graph that it was made from.
+    The file is read once: a further size takes milliseconds. Raises `BundleError` if shape inference cannot follow the
+    graph at a size.
     """
     with _shapes_of(onnx_file, strides) as graph:
         return {
@@ -97,7 +89,7 @@ def peak_activations(
     adds (workspace, fragments, tensors in a layout of its own). Tensors whose size inference does not know are left
     out: the anchors' coordinates and the decoded boxes, which are small. A Q/DQ graph counts as in FP32. For GFL-R50 at
     800x1216 this gives 152 MB in FP32, where ONNX Runtime, which also fuses additions into convolutions, took 125 MB.
-    Sizes are height, width in pixels; `strides` and errors: as `count_macs`.
+    Sizes are height, width in pixels; `strides` and errors: as `count_work`.
     """
     with _shapes_of(onnx_file, strides) as graph:
         return {size: graph.peak(size) for size in dict.fromkeys(sizes)}

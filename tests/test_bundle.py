@@ -16,7 +16,7 @@ from gfldeploy.bundle import LAYERS, MANIFEST, Bundle, Manifest, write_bundle
 from gfldeploy.engines.registry import missing_graph
 from gfldeploy.errors import BundleError
 from gfldeploy.inspection import inspect
-from gfldeploy.macs import count_macs
+from gfldeploy.macs import count_work
 
 ONNX = "onnx/model.onnx"
 SCHEMA = Manifest.FORMAT.schema
@@ -248,7 +248,7 @@ def test_layers_that_cannot_be_read(bundle: Path, content: bytes) -> None:
 
 def test_macs_by_hand(tiny_bundle: Path) -> None:
     # One 3x3 convolution from 3 to 6 channels, of stride 8.
-    assert count_macs(tiny_bundle / ONNX, 64, 96, (8,)) == (64 // 8) * (96 // 8) * 6 * 3 * 3 * 3
+    assert count_work(tiny_bundle / ONNX, [(64, 96)], (8,))[64, 96].macs == (64 // 8) * (96 // 8) * 6 * 3 * 3 * 3
     facts = inspect(tiny_bundle, size=(33, 64))
     assert facts["macs"] == {"gmac": 0.0, "at": "64x64"}, "padded as the preprocessing does"
     assert facts["parity"] is None

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import gfldeploy
-from gfldeploy.cli import cli
+from gfldeploy.cli import EXIT_CODES, cli
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.registry import ENGINES
 
@@ -179,6 +179,11 @@ def test_the_formats_have_the_numbers_of_the_package() -> None:
         found = import_module(module)
         form = getattr(getattr(found, name), "FORMAT", None)
         assert int(number) == (form.schema if form else found.SCHEMA), name
+
+
+def test_the_exit_codes_are_those_of_the_command_line() -> None:
+    page = (DOCS / "exit-codes.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == [code for code, _ in EXIT_CODES]
 
 
 def test_the_citation_is_of_this_version() -> None:

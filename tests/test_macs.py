@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gfldeploy.errors import BundleError
-from gfldeploy.macs import GraphWork, convolution_macs, count_macs, count_work, peak_activations
+from gfldeploy.macs import GraphWork, convolution_macs, count_work, peak_activations
 from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
 from gfldeploy.quant.qdq import write_qdq_onnx
 
@@ -72,7 +72,7 @@ def test_by_hand(graph: Path) -> None:
     found = count_work(graph, [(16, 24), (24, 16), (32, 24)], STRIDES)
     assert found[16, 24] == found[24, 16] == GraphWork(MACS, ACTIVATIONS, WEIGHTS)
     assert found[32, 24] == GraphWork(2 * MACS, 2 * ACTIVATIONS, WEIGHTS), "twice the area, the same weights"
-    assert count_macs(graph, 16, 24, STRIDES) == MACS
+    assert count_work(graph, [(16, 24)], STRIDES)[16, 24].macs == MACS
     assert convolution_macs(graph, 16, 24, STRIDES) == {("stem", 0): STEM, ("shared", 0): SHARED, ("shared", 1): SHARED}
 
 
@@ -113,7 +113,7 @@ def test_the_projection_of_candidates_is_that_of_as_many(graph: Path) -> None:
     model = onnx.load(str(graph))
     model.graph.output.append(onnx.helper.make_tensor_value_info("anchors", 6, ["N", 50]))
     onnx.save(model, str(graph))
-    assert count_macs(graph, 16, 24, STRIDES) == MACS - PROJECTION + 50 * 4 * 3
+    assert count_work(graph, [(16, 24)], STRIDES)[16, 24].macs == MACS - PROJECTION + 50 * 4 * 3
 
 
 def test_a_size_that_the_graph_cannot_take(graph: Path) -> None:
@@ -122,9 +122,9 @@ def test_a_size_that_the_graph_cannot_take(graph: Path) -> None:
     model.graph.node[3].input[0] = "b8x12"
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1, 8, 8, 12), np.float32), "fixed"))
     onnx.save(model, str(graph))
-    assert count_macs(graph, 16, 24, STRIDES) == MACS
+    assert count_work(graph, [(16, 24)], STRIDES)[16, 24].macs == MACS
     with pytest.raises(BundleError, match="sizes of a convolution are unknown") as caught:
-        count_macs(graph, 20, 24, STRIDES)
+        count_work(graph, [(20, 24)], STRIDES)
     assert caught.value.remedy
 
 
@@ -170,4 +170,6 @@ def test_gfl_r50_against_the_layers_of_the_eager_model(tmp_path: Path) -> None:
     convert(tmp_path / "model.json", tmp_path / "model.pdiparams", onnx_file)
     for (height, width), convolutions in zip(sizes, expected, strict=True):
         assert sum(convolution_macs(onnx_file, height, width, config.strides).values()) == convolutions
-        assert count_macs(onnx_file, height, width, config.strides) == pytest.approx(convolutions, rel=0.01)
+        assert count_work(onnx_file, [(height, width)], config.strides)[height, width].macs == pytest.approx(
+            convolutions, rel=0.01
+        )

@@ -66,9 +66,8 @@ def audit(
     pairs = zip(found.paths, found.original, strict=True)
     if other := [path.name for path, size in pairs if annotated.get(path, size) != size]:
         names = ", ".join(other[:_NAMED]) + (" ..." if len(other) > _NAMED else "")
-        progress.note(
-            f"{len(other)} images have another size than their annotations say ({names}); the files are right"
-        )
+        problem = f"{len(other)} images have another size than their annotations say ({names})"
+        progress.note(f"{problem}; the sizes of the files count")
     counts = _counts(bundle) if bundle and bundle.has_graph("onnx") else ()
     result = audit_sizes(found, sizes, buckets, seed, *counts)
     return replace(result, answer=tuple(_sentences(result, buckets, preprocess.fixed)), left_out=found.left_out)

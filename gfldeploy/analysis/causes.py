@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import Order
@@ -16,7 +16,7 @@ __all__ = ["PARTS", "PART_NAMES", "BatchAnalysis", "Cause", "Change", "Part", "a
 # What a change is split into: padding to the size of other images; convolutions that run at another rate; everything
 # else in the network (normalisation, additions, resizing, box arithmetic), which memory limits; host work.
 Part = Literal["padding", "convolutions", "memory", "network", "host"]
-PARTS: tuple[Part, ...] = ("padding", "convolutions", "memory", "network", "host")
+PARTS: tuple[Part, ...] = get_args(Part)
 Cause = Literal["starved", "padding", "convolutions", "memory", "network", "host", "saturated", "faster"]
 
 # A change of the time per image by less than this share is none: a user would not notice.

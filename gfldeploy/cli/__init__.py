@@ -18,7 +18,7 @@ import click
 from gfldeploy import __version__
 from gfldeploy.cli.plain_text import plain_streams
 from gfldeploy.cli.streams import standard_streams
-from gfldeploy.errors import GfldeployError, OutputError
+from gfldeploy.errors import GfldeployError, OutputError, UsageError
 from gfldeploy.signals import interrupt_again, terminate_as_interrupt, was_interrupted
 
 __all__ = ["EXIT_CODES", "cli", "main"]
@@ -109,6 +109,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         # C++ code and packages that catch everything turn an interruption into errors of their own.
         if was_interrupted():
             return _interrupted(error)
+        if isinstance(error, UsageError) and error.remedy is None:
+            name = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+            return _fail(f"{error.problem}. See `gfldeploy {name} --help`.", 2)
         if isinstance(error, GfldeployError):
             return _fail(str(error), 2)
         if isinstance(error, click.exceptions.NoArgsIsHelpError):

@@ -9,32 +9,23 @@ import click
 
 from gfldeploy.analysis.record import Analysis, columns
 from gfldeploy.analysis.session import analyze
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import (
-    ANNOTATIONS,
-    BUNDLE,
-    ENGINE,
-    WHOLE_NUMBERS,
-    WholeNumber,
-    limit_option,
-    options,
-    output_options,
-)
 from gfldeploy.cli.tables import show_table
 
 __all__ = ["command"]
 
 
 @click.command("analyze")
-@options(BUNDLE, *ANNOTATIONS, *ENGINE)
-@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="2,4,8", help="Batch sizes to compare with batch 1.")
-@limit_option(32)
-@click.option("--rounds", type=WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")
+@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
+@click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="2,4,8", help="Batch sizes to compare with batch 1.")
+@options.limit(32)
+@click.option("--rounds", type=options.WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")
 @click.option("--peak/--no-peak", default=True, help="Measure the peak throughput of the engine too.")
 @click.option(
     "--invariance/--no-invariance", default=True, help="Compare the detections of batches with those of batch 1."
 )
-@output_options("File to write; a page (.html) is written beside it.", Path("analysis.json"))
+@options.output("File to write; a page (.html) is written beside it.", Path("analysis.json"))
 def command(output: Path, **given: Any) -> None:
     """Say why images take longer in larger batches, or no less.
 

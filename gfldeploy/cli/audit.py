@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.bench.columns import Column
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import IMAGES, JSON, PATH, WHOLE_NUMBERS, WholeNumber, options
 from gfldeploy.cli.tables import show_table
 
 if TYPE_CHECKING:
@@ -24,28 +24,28 @@ _NAMED = 3  # images left out that are named
 
 
 @click.command("audit")
-@options(*IMAGES)
+@options.group(*options.IMAGES)
 @click.option(
     "--config-or-bundle",
     "source",
     required=True,
-    type=PATH,
+    type=options.PATH,
     help="PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.",
 )
 @click.option(
     "--batch-sizes",
-    type=WHOLE_NUMBERS,
+    type=options.WHOLE_NUMBERS,
     show_default="1,2,4,8,16, or the only one that the bundle takes",
     help="Batch sizes to compare.",
 )
 @click.option(
     "--buckets",
-    type=WholeNumber(1),
+    type=options.WholeNumber(1),
     show_default="no limit",
     help="Largest number of sizes that bucketed batches may have.",
 )
-@click.option("--seed", type=WholeNumber(0), default=0, help="Seed of the shuffled order.")
-@JSON
+@click.option("--seed", type=options.WholeNumber(0), default=0, help="Seed of the shuffled order.")
+@options.JSON
 def command(as_json: bool, **given: Any) -> None:
     """Show what batches of your images would cost, before any inference.
 

@@ -7,57 +7,46 @@ from typing import Any
 
 import click
 
+from gfldeploy.bench.cell import POLICIES, SCENARIOS, STREAMS
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import (
-    ANNOTATIONS,
-    MEASUREMENT,
-    PATH,
-    POSITIVE_NUMBERS,
-    THREADS,
-    WHOLE_NUMBERS,
-    FiniteFloat,
-    WholeNumber,
-    names,
-    options,
-    output_options,
-)
 
 __all__ = ["command"]
 
-_SCENARIOS = ("single-stream", "multi-stream", "offline", "server")
-_POLICIES = ("no-batching", "fixed-timeout", "adaptive")
-
 
 @click.command(name="bench")
-@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=PATH)
-@options(*ANNOTATIONS, *MEASUREMENT, THREADS)
-@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="1,2,4,8", help="Batch sizes to measure.")
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=options.PATH)
+@options.group(*options.ANNOTATIONS, *options.MEASUREMENT, options.THREADS)
+@click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="1,2,4,8", help="Batch sizes to measure.")
 @click.option(
     "--scenarios",
-    type=names(_SCENARIOS),
-    default="single-stream,multi-stream",
+    type=options.names(SCENARIOS),
+    default=",".join(STREAMS),
     help="Scenarios after MLPerf: queries of 1 image, or of a batch, one after the other (single-stream, "
     "multi-stream); all images at once, bucketed by size (offline); random arrivals (server).",
 )
 @click.option(
-    "--rates", type=POSITIVE_NUMBERS, default=(), help="Arrival rates of the server scenario, in images per second."
+    "--rates",
+    type=options.POSITIVE_NUMBERS,
+    default=(),
+    help="Arrival rates of the server scenario, in images per second.",
 )
 @click.option(
     "--policies",
-    type=names(_POLICIES),
-    default=",".join(_POLICIES),
+    type=options.names(POLICIES),
+    default=",".join(POLICIES),
     help="What the server does with images that wait. no-batching: run one after the other; fixed-timeout: run a batch "
     "when it is full or its oldest image has waited for a tenth of the bound; adaptive: gfldeploy's dynamic batcher.",
 )
 @click.option(
     "--latency-bound-ms",
-    type=FiniteFloat(0, min_open=True),
+    type=options.FiniteFloat(0, min_open=True),
     help="Deadline of the server scenario, from arrival to answer.",
 )
 @click.option("--trt", is_flag=True, help="Add both engines of TensorRT, and run on the GPU.")
 @click.option(
     "--max-seconds",
-    type=FiniteFloat(0),
+    type=options.FiniteFloat(0),
     show_default="5 times --min-seconds",
     help="Stop timing a cell after this long in a round, even if its median still changes by over 2%.",
 )
@@ -67,17 +56,20 @@ _POLICIES = ("no-batching", "fixed-timeout", "adaptive")
     help="Measure the peak throughput of the engines too.",
 )
 @click.option(
-    "--monitor-hz", type=FiniteFloat(0, 100), default=5.0, help="Number of hardware samples per second; 0 for none."
+    "--monitor-hz",
+    type=options.FiniteFloat(0, 100),
+    default=5.0,
+    help="Number of hardware samples per second; 0 for none.",
 )
 @click.option(
     "--memory-limit",
-    type=FiniteFloat(0, min_open=True),
+    type=options.FiniteFloat(0, min_open=True),
     metavar="MB",
     show_default="90% of what is free",
     help="Give a cell up when its process takes more resident memory than this.",
 )
-@click.option("--seed", type=WholeNumber(0), default=0, help="Seed of the server's arrival times.")
-@output_options("File to write; a table (.csv) and a report (.html) are written beside it.", Path("results.json"))
+@click.option("--seed", type=options.WholeNumber(0), default=0, help="Seed of the server's arrival times.")
+@options.output("File to write; a table (.csv) and a report (.html) are written beside it.", Path("results.json"))
 def command(output: Path, **given: Any) -> None:
     """Measure engines, precisions and batch sizes side by side.
 

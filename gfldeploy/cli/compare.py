@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gfldeploy.cli.options import JSON, PATH
+from gfldeploy.cli import options
 
 if TYPE_CHECKING:
     from gfldeploy.bench.compare import Comparison, Difference, OneSided, Pair
@@ -19,14 +19,14 @@ __all__ = ["command"]
 
 
 @click.command("compare")
-@click.argument("a", metavar="A.json", type=PATH)
-@click.argument("b", metavar="B.json", type=PATH)
+@click.argument("a", metavar="A.json", type=options.PATH)
+@click.argument("b", metavar="B.json", type=options.PATH)
 @click.option("--different-machines", is_flag=True, help="Compare even if the hardware differs.")
 @click.option(
     "--different-data", is_flag=True, help="Compare even if the timed images, or how they were timed, differ."
 )
 @click.option("--fail-if-slower", is_flag=True, help="Exit with 1 if B is slower in any cell.")
-@JSON
+@options.JSON
 def command(
     a: Path, b: Path, different_machines: bool, different_data: bool, fail_if_slower: bool, as_json: bool
 ) -> int:

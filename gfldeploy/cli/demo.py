@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import THREADS, output_options
 
 __all__ = ["command"]
 
 
 @click.command("demo")
-@output_options("Directory to write.", Path("gfldeploy-demo"))
-@THREADS
+@options.output("Directory to write.", Path("gfldeploy-demo"))
+@options.THREADS
 def command(output: Path, threads: int | None, force: bool) -> None:
     """Export, quantise and benchmark the built-in detector.
 

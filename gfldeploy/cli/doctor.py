@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gfldeploy.bench.columns import Column
-from gfldeploy.cli.options import JSON
+from gfldeploy.cli import options
 from gfldeploy.cli.tables import show_table
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["command"]
 
 @click.command(name="doctor")
 @click.option("--all", "show_all", is_flag=True, help="Show every package, and every engine, device and precision.")
-@JSON
+@options.JSON
 def command(show_all: bool, as_json: bool) -> None:
     """Show what works on this machine, and which installations would make it faster or complete.
 

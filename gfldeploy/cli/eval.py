@@ -9,22 +9,22 @@ import click
 
 from gfldeploy.accuracy import evaluate
 from gfldeploy.batching.buckets import ORDERS
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, console
-from gfldeploy.cli.options import ANNOTATIONS, BUNDLE, ENGINE, JSON, WholeNumber, limit_option, options
 
 __all__ = ["command"]
 
 
 @click.command("eval")
-@options(BUNDLE, *ANNOTATIONS, *ENGINE)
-@click.option("--batch-size", type=WholeNumber(1), default=1, help="Number of images of one inference.")
+@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
+@click.option("--batch-size", type=options.WholeNumber(1), default=1, help="Number of images of one inference.")
 @click.option(
     "--order",
     type=click.Choice(ORDERS),
     default="listed",
     help="How images are put into batches; a bucketed batch has images of one input size, so that none is padded.",
 )
-@options(limit_option(), JSON)
+@options.group(options.limit(), options.JSON)
 def command(as_json: bool, **given: Any) -> None:
     """Measure COCO mAP through an engine: preprocessing and NMS are the same in all of them.
 

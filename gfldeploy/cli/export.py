@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from gfldeploy.candidates import DEFAULT_CANDIDATES, MOST_CANDIDATES
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, command_line
-from gfldeploy.cli.options import FILE, THREADS, Parsed, WholeNumber, input_shape, output_options
 from gfldeploy.export.exporter import export_bundle
 
 __all__ = ["command"]
@@ -24,25 +24,25 @@ def _candidates(word: str) -> int | str:
 
 
 @click.command("export")
-@click.option("--config", "-c", required=True, type=FILE, help="PaddleDetection config (.yml) of a GFL.")
-@click.option("--weights", "-w", type=FILE, help="Trained checkpoint (.pdparams).")
+@click.option("--config", "-c", required=True, type=options.FILE, help="PaddleDetection config (.yml) of a GFL.")
+@click.option("--weights", "-w", type=options.FILE, help="Trained checkpoint (.pdparams).")
 @click.option(
     "--random-weights",
-    type=WholeNumber(0),
+    type=options.WholeNumber(0),
     metavar="SEED",
     help="Use reproducible random weights in place of a checkpoint.",
 )
-@output_options("Directory to write the bundle to.")
+@options.output("Directory to write the bundle to.")
 @click.option(
     "--input-shape",
-    type=Parsed("SHAPE", input_shape),
+    type=options.Parsed("SHAPE", options.input_shape),
     metavar="[Nx]HxW",
     show_default="any size",
     help="Fix the size of the network's input, in pixels.",
 )
 @click.option(
     "--candidates",
-    type=Parsed("CANDIDATES", _candidates),
+    type=options.Parsed("CANDIDATES", _candidates),
     metavar="K|all|auto",
     default="auto",
     help=f"Number of anchors to decode of each image, those with the highest scores: 1 to {MOST_CANDIDATES}, or "
@@ -50,7 +50,7 @@ def _candidates(word: str) -> int | str:
     "images would lose detections; with one class at least nms_top_k.",
 )
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph with NMS, for its deploy tools.")
-@THREADS
+@options.THREADS
 def command(**given: Any) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.
 

@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from gfldeploy.bench.columns import Column
+from gfldeploy.cli import options
 from gfldeploy.cli.console import console
-from gfldeploy.cli.options import BUNDLE, JSON, Parsed, input_shape, options
 from gfldeploy.cli.tables import show_table
 from gfldeploy.inspection import inspect, int8_lines
 
@@ -24,22 +24,22 @@ _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's 
 
 
 def _size(word: str) -> tuple[int, int]:
-    batch, *size = input_shape(word)
+    batch, *size = options.input_shape(word)
     if batch is not None:
         raise ValueError(f"{word!r} is not a size such as 800x1344")
     return size[0], size[1]
 
 
 @click.command("inspect")
-@options(BUNDLE)
+@options.group(options.BUNDLE)
 @click.option(
     "--size",
-    type=Parsed("SIZE", _size),
+    type=options.Parsed("SIZE", _size),
     metavar="HxW",
     show_default="the largest that the preprocessing makes",
     help="Size of the image, in pixels, whose MACs are counted.",
 )
-@JSON
+@options.JSON
 def command(as_json: bool, **given: Any) -> None:
     """Show what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity.
 

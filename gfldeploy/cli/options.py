@@ -39,14 +39,13 @@ __all__ = [
     "WHOLE_NUMBERS",
     "FiniteFloat",
     "Parsed",
-    "PathType",
     "WholeNumber",
     "annotation_options",
+    "group",
     "input_shape",
-    "limit_option",
+    "limit",
     "names",
-    "options",
-    "output_options",
+    "output",
 ]
 
 Command = Callable[..., Any]
@@ -188,7 +187,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
     ctx.default_map = {key: value for key, value in defaults.items() if value is not None}
 
 
-def options(*declared: Option) -> Option:
+def group(*declared: Option) -> Option:
     """One decorator of all of these options; `--help` shows them in this order."""
 
     def decorate(command: Command) -> Command:
@@ -197,16 +196,16 @@ def options(*declared: Option) -> Option:
     return decorate
 
 
-def output_options(help_text: str, default: Path | None = None, **settings: Any) -> Option:
+def output(help_text: str, default: Path | None = None, **settings: Any) -> Option:
     """--output, required unless it has a `default` or `settings` say otherwise, and --force."""
     settings = {"required": default is None, "default": default, **settings}
-    return options(
+    return group(
         click.option("--output", "-o", type=PATH, help=help_text, **settings),
         click.option("--force", is_flag=True, help="Replace the output if it exists and gfldeploy made it."),
     )
 
 
-def limit_option(default: int | None = None, purpose: str = "") -> Option:
+def limit(default: int | None = None, purpose: str = "") -> Option:
     """--limit: how many images are used, and for which purpose if not for all."""
     return click.option(
         "--limit",
@@ -314,7 +313,7 @@ MEASUREMENT: Group = (
         default=10,
         help="Time at least this number of inferences of each cell in each round.",
     ),
-    limit_option(32, " for timing"),
+    limit(32, " for timing"),
     click.option("--accuracy/--no-accuracy", default=True, help="Measure COCO mAP too."),
     click.option(
         "--accuracy-limit",

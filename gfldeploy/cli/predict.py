@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gfldeploy.batching.buckets import STREAM_ORDERS
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import ENGINE, ENGINE_CACHE, FILE, PATH, FiniteFloat, WholeNumber, options, output_options
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ __all__ = ["command"]
 
 
 @click.command("predict")
-@click.argument("source", metavar="BUNDLE|deploy.yml", type=PATH)
-@click.argument("inputs", nargs=-1, metavar="INPUT...", type=PATH)
-@output_options("Folder to write the results to.")
+@click.argument("source", metavar="BUNDLE|deploy.yml", type=options.PATH)
+@click.argument("inputs", nargs=-1, metavar="INPUT...", type=options.PATH)
+@options.output("Folder to write the results to.")
 @click.option(
     "--data",
-    type=FILE,
+    type=options.FILE,
     metavar="COCO.json",
     help="Detect in the images of these annotations and use their ids. INPUT may then say where file names start.",
 )
@@ -36,12 +36,15 @@ __all__ = ["command"]
 )
 @click.option(
     "--threshold",
-    type=FiniteFloat(0, 1),
+    type=options.FiniteFloat(0, 1),
     default=DEFAULT_THRESHOLD,
     help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
 )
 @click.option(
-    "--draw-threshold", type=FiniteFloat(0, 1), show_default="that of --threshold", help="Lowest score in pictures."
+    "--draw-threshold",
+    type=options.FiniteFloat(0, 1),
+    show_default="that of --threshold",
+    help="Lowest score in pictures.",
 )
 @click.option(
     "--decode",
@@ -50,8 +53,8 @@ __all__ = ["command"]
     help="How JPEGs are decoded. fast: at 1/2, 1/4 or 1/8 where they are that much larger than the network's input; "
     "scores and boxes then differ a little.",
 )
-@options(*ENGINE)
-@click.option("--batch-size", type=WholeNumber(1), show_default="1", help="Number of images of one inference.")
+@options.group(*options.ENGINE)
+@click.option("--batch-size", type=options.WholeNumber(1), show_default="1", help="Number of images of one inference.")
 @click.option(
     "--order",
     type=click.Choice(STREAM_ORDERS),
@@ -59,7 +62,7 @@ __all__ = ["command"]
     help="How images are put into batches. bucketed: of one input size each; listed: as they come, padded to a common "
     "size, which changes scores and boxes.",
 )
-@ENGINE_CACHE
+@options.ENGINE_CACHE
 def command(output: Path, threshold: float, **given: Any) -> int:
     """Detect in images, folders of them, and videos.
 

@@ -6,18 +6,8 @@ from typing import Any
 
 import click
 
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, command_line
-from gfldeploy.cli.options import (
-    BUNDLE,
-    DIRECTORY,
-    FILE,
-    IMAGES,
-    THREADS,
-    FiniteFloat,
-    WholeNumber,
-    options,
-    output_options,
-)
 from gfldeploy.quant.fallback import MOST_FLOAT_MACS
 from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT
 from gfldeploy.quant.method import DEFAULT_STEPS
@@ -32,8 +22,8 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
 
 
 @click.command("quantize")
-@options(BUNDLE, *IMAGES)
-@output_options("Directory to write the INT8 bundle to.")
+@options.group(options.BUNDLE, *options.IMAGES)
+@options.output("Directory to write the INT8 bundle to.")
 @click.option(
     "--algo",
     metavar=f"[auto|{'|'.join(_ALGORITHMS)}]",
@@ -48,38 +38,38 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
 )
 @click.option(
     "--distill-steps",
-    type=WholeNumber(1),
+    type=options.WholeNumber(1),
     show_default=str(DEFAULT_STEPS),
     help="Number of steps of --method distill, each of two images.",
 )
 @click.option(
     "--samples",
-    type=WholeNumber(1),
+    type=options.WholeNumber(1),
     show_default=f"{DEFAULT_SAMPLES}, or all if there are fewer",
     help="Number of images to calibrate on, spread evenly over all.",
 )
-@click.option("--eval-data", type=FILE, help="COCO annotations (.json) of other images, to measure mAP on.")
+@click.option("--eval-data", type=options.FILE, help="COCO annotations (.json) of other images, to measure mAP on.")
 @click.option(
     "--eval-images",
-    type=DIRECTORY,
+    type=options.DIRECTORY,
     show_default="images/ beside the annotations, else their folder",
     help="Folder in which the file names of --eval-data start.",
 )
 @click.option(
     "--eval-limit",
-    type=WholeNumber(1),
+    type=options.WholeNumber(1),
     show_default="all",
     help="Measure mAP on only this number of images, the first of the list.",
 )
 @click.option(
     "--max-drop",
-    type=FiniteFloat(0, 1),
+    type=options.FiniteFloat(0, 1),
     show_default=f"{DEFAULT_MAX_DROP:g}",
     help="Largest absolute loss of mAP that INT8 may have in any engine. Needs --eval-data.",
 )
 @click.option(
     "--min-agreement",
-    type=FiniteFloat(0, 1),
+    type=options.FiniteFloat(0, 1),
     show_default=f"{DEFAULT_MIN_AGREEMENT:g}",
     help="Without --eval-data: smallest share of the FP32 detections on calibration images that INT8 must find again; "
     "0 accepts any.",
@@ -103,7 +93,7 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     help="Measure what INT8 does in each group of convolutions alone, even if nothing is lost, and write the ranking "
     "into the bundle's sensitivity.json.",
 )
-@THREADS
+@options.THREADS
 def command(**given: Any) -> None:
     """Make an INT8 bundle from an FP32 one: static quantisation, calibrated on your images.
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from gfldeploy.cli.options import PATH, output_options
+from gfldeploy.cli import options
 
 __all__ = ["command"]
 
 
 @click.command(name="report")
-@click.argument("results", type=PATH, metavar="RESULTS.json")
-@output_options("HTML page to write.", required=False, show_default="RESULTS.html beside the file")
+@click.argument("results", type=options.PATH, metavar="RESULTS.json")
+@options.output("HTML page to write.", required=False, show_default="RESULTS.html beside the file")
 def command(results: Path, output: Path | None, force: bool) -> None:
     """Turn a file of `gfldeploy bench` into one HTML page, which needs no network.
 

@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import (
-    MEASUREMENT,
-    PATH,
-    WHOLE_NUMBERS,
-    FiniteFloat,
-    annotation_options,
-    names,
-    options,
-    output_options,
-)
 
 if TYPE_CHECKING:
     from gfldeploy.tune.deploy_file import Configuration, Deploy
@@ -26,37 +17,41 @@ __all__ = ["command"]
 
 
 @click.command(name="tune")
-@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=PATH)
-@options(*annotation_options(required=False), *MEASUREMENT)
-@click.option("--batch-sizes", type=WHOLE_NUMBERS, default="1,2,4,8,16", help="Batch sizes to choose from.")
+@click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=options.PATH)
+@options.group(*options.annotation_options(required=False), *options.MEASUREMENT)
+@click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",
-    type=WHOLE_NUMBERS,
+    type=options.WHOLE_NUMBERS,
     show_default="1,2,4,... up to all available",
     help="Numbers of CPU threads of one inference to choose from.",
 )
 @click.option(
     "--orders",
-    type=names(("listed", "bucketed")),
+    type=options.names(("listed", "bucketed")),
     default="listed,bucketed",
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(
     "--max-latency-ms",
-    type=FiniteFloat(0, min_open=True),
+    type=options.FiniteFloat(0, min_open=True),
     help="Bound of the 99th percentile of a batch's latency, from file to boxes. Cells are timed for up to five "
     "times as long to know it. Where too few batches were timed even so, all of them must be within the bound, and "
     "deploy.yml says so.",
 )
 @click.option(
-    "--max-memory-mb", type=FiniteFloat(0, min_open=True), help="Bound of peak resident memory, without the images."
+    "--max-memory-mb",
+    type=options.FiniteFloat(0, min_open=True),
+    help="Bound of peak resident memory, without the images.",
 )
 @click.option(
-    "--max-drop", type=FiniteFloat(0, 1), help="Largest loss of mAP against the first FP32 bundle, such as 0.01."
+    "--max-drop",
+    type=options.FiniteFloat(0, 1),
+    help="Largest loss of mAP against the first FP32 bundle, such as 0.01.",
 )
 @click.option(
     "--results",
-    type=PATH,
+    type=options.PATH,
     multiple=True,
     metavar="FILE",
     help="Results of `gfldeploy bench` on this machine and data, whose cells are not measured briefly again. May be "
@@ -64,23 +59,23 @@ __all__ = ["command"]
 )
 @click.option(
     "--look-seconds",
-    type=FiniteFloat(0),
+    type=options.FiniteFloat(0),
     default=0.5,
     help="Time each cell for at least this long in its brief measurement.",
 )
 @click.option(
     "--budget-seconds",
-    type=FiniteFloat(0),
+    type=options.FiniteFloat(0),
     help="Measure no more cells briefly after this number of seconds; the longer measurements and mAP come on top.",
 )
 @click.option("--exhaustive", is_flag=True, help="Measure every cell at length, to check the search.")
 @click.option(
     "--check",
-    type=PATH,
+    type=options.PATH,
     metavar="FILE",
     help="Measure nothing: say whether this deploy.yml holds for this machine and its bundle, or the BUNDLE given.",
 )
-@output_options("File to write the choice and its evidence to.", Path("deploy.yml"))
+@options.output("File to write the choice and its evidence to.", Path("deploy.yml"))
 def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: Path | None, **given: Any) -> None:
     """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
 

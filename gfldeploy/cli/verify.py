@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
+from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.cli.options import BUNDLE, THREADS, options
 from gfldeploy.inspection import verify
 
 __all__ = ["command"]
 
 
 @click.command("verify")
-@options(BUNDLE, THREADS)
+@options.group(options.BUNDLE, options.THREADS)
 def command(**given: Any) -> None:
     """Hash a bundle's files again and compare its graphs with each other.
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +41,8 @@ SEED = 20_260_511
 
 # Width x height in pixels: the 4:3 and 3:2 of cameras and the 16:9 of phones, in both orientations, and squares.
 _SIZES: tuple[tuple[int, int], ...] = (
-    (640, 480),
-    (480, 640),
-    (512, 384),
-    (384, 512),
-    (600, 400),
-    (400, 600),
-    (448, 448),
-    (512, 512),
-    (640, 360),
-    (360, 640),
-    (560, 420),
-    (450, 600),
-    (576, 432),
-    (500, 375),
+    *((640, 480), (480, 640), (512, 384), (384, 512), (600, 400), (400, 600), (448, 448), (512, 512)),
+    *((640, 360), (360, 640), (560, 420), (450, 600), (576, 432), (500, 375)),
 )
 
 # An object keeps at least this part of its area visible, after occlusion and clipping by the image's border. Later
@@ -64,6 +54,7 @@ _CROWDED = {"train": 0.6, "calib": 0.12, "val": 0.12}
 
 Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.uint8]
+_Found = tuple[int, tuple[int, int, int, int], int]  # class, box (x, y, width, height) in px, visible area in px²
 
 
 @dataclass
@@ -94,51 +85,39 @@ def generate(directory: Path, split: str, count: int, progress: Progress = SILEN
         progress.step("images", count, count)
         return annotations
     if target.exists() and not _is_ours(target):
-        raise OutputError(
-            f"{target} exists and is no generated demo split", "Move it away, or choose another directory."
-        )
+        problem = f"{target} exists and is no generated demo split"
+        raise OutputError(problem, "Move it away, or choose another directory.")
 
     with writing(target):
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=directory))
-        try:
-            _write_split(temporary, split, count, progress)
-            temporary.chmod(0o755)  # mkdtemp makes it private; the finished split is ordinary data
+        with tempfile.TemporaryDirectory(prefix=f".{split}-", dir=directory) as temporary:
+            new = Path(temporary) / split
+            _write_split(new, split, count, progress)
             if target.exists():
                 shutil.rmtree(target)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            new.rename(target)
     return annotations
 
 
 def _is_complete(target: Path, split: str, count: int) -> bool:
     """Whether `target` holds this very split: same generator, same count, every image there and of the size written."""
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         coco = json.loads((target / "annotations.json").read_text(encoding="utf-8"))
         info, images = coco["info"], coco["images"]
-        if (info["generator_version"], info["split"], info["count"]) != (GENERATOR_VERSION, split, count):
-            return False
-        if len(images) != count:
-            return False
-        return all((target / "images" / image["file_name"]).stat().st_size == image["bytes"] for image in images)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return (
+            (info["generator_version"], info["split"], info["count"]) == (GENERATOR_VERSION, split, count)
+            and len(images) == count
+            and all((target / "images" / image["file_name"]).stat().st_size == image["bytes"] for image in images)
+        )
+    return False
 
 
 def _is_ours(target: Path) -> bool:
     """Whether `target` may be replaced: nothing is in it but what a generated split has."""
     if not target.is_dir() or target.is_symlink():
         return False
-    allowed = {"annotations.json", "images"}
-    if any(entry.name not in allowed for entry in target.iterdir()):
-        return False
-    images = target / "images"
-    return not images.exists() or all(_is_image_name(entry.name) for entry in images.iterdir())
-
-
-def _is_image_name(name: str) -> bool:
-    return len(name) == len("000000.jpg") and name[:6].isdigit() and name.endswith(".jpg")
+    names = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+    return all(re.fullmatch(r"annotations\.json|images(/\d{6}\.jpg)?", name) for name in names)
 
 
 def _write_split(directory: Path, split: str, count: int, progress: Progress) -> None:
@@ -146,7 +125,7 @@ def _write_split(directory: Path, split: str, count: int, progress: Progress) ->
     import cv2
 
     folder = directory / "images"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
@@ -163,17 +142,9 @@ def _write_split(directory: Path, split: str, count: int, progress: Progress) ->
         images.append(
             {"id": index + 1, "file_name": name, "width": width, "height": height, "bytes": int(encoded.size)}
         )
-        for category, (x, y, w, h), area in boxes:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": category + 1,
-                    "bbox": [x, y, w, h],
-                    "area": area,
-                    "iscrowd": 0,
-                }
-            )
+        for number, (category, box, area) in enumerate(boxes, start=len(annotations) + 1):
+            annotation = {"id": number, "image_id": index + 1, "category_id": category + 1}
+            annotations.append({**annotation, "bbox": box, "area": area, "iscrowd": 0})
         progress.step("images", index + 1, count)
     coco = {
         "info": {
@@ -193,13 +164,8 @@ def _write_split(directory: Path, split: str, count: int, progress: Progress) ->
         os.fsync(file.fileno())
 
 
-def _draw_image(
-    rng: np.random.Generator, crowded: float
-) -> tuple[Image, list[tuple[int, tuple[int, int, int, int], int]]]:
-    """One picture [H, W, 3] (BGR) and its objects: class index, (x, y, width, height) in px, visible area in px².
-
-    `crowded` is the probability of 15 or more objects.
-    """
+def _draw_image(rng: np.random.Generator, crowded: float) -> tuple[Image, list[_Found]]:
+    """One picture [H, W, 3] (BGR) and its objects; `crowded` is the probability of 15 or more objects."""
     import cv2
 
     width, height = _SIZES[int(rng.integers(len(_SIZES)))]
@@ -237,15 +203,14 @@ def _draw_image(
     return picture, _boxes(owner, placed)
 
 
-def _boxes(owner: npt.NDArray[np.int16], placed: list[_Placed]) -> list[tuple[int, tuple[int, int, int, int], int]]:
+def _boxes(owner: npt.NDArray[np.int16], placed: list[_Placed]) -> list[_Found]:
     """Boxes around what is visible of each object, read off the map of who owns which pixel [H, W]."""
     found = []
     for number, item in enumerate(placed, start=1):
         mask = owner == number
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         x, y = int(columns[0]), int(rows[0])
-        box = (x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y)
-        found.append((item.category, box, int(item.visible)))
+        found.append((item.category, (x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y), item.visible))
     return found
 
 
@@ -274,8 +239,7 @@ def _stripes(
     rng: np.random.Generator, width: int, height: int, period: float, strength: float
 ) -> npt.NDArray[np.float32]:
     """Stripes [height, width] of `period` pixels in a random direction, within ±`strength` grey levels."""
-    angle = rng.uniform(0, math.pi)
-    frequency = 2 * math.pi / period
+    angle, frequency = rng.uniform(0, math.pi), 2 * math.pi / period
     # sin(a + b) from two vectors: an outer sum of products is far cheaper than a sine per pixel
     x = np.arange(width, dtype=np.float32) * np.float32(frequency * math.cos(angle))
     y = np.arange(height, dtype=np.float32) * np.float32(frequency * math.sin(angle))
@@ -294,18 +258,22 @@ def _clutter(rng: np.random.Generator, picture: Image) -> None:
         thickness = int(rng.integers(1, 5))
         style = rng.random()
         if style < 0.5:
-            end = (int(rng.integers(width)), int(rng.integers(height)))
-            cv2.line(picture, (x, y), end, colour, thickness, cv2.LINE_AA)
+            other = (int(rng.integers(width)), int(rng.integers(height)))
+            cv2.line(picture, (x, y), other, colour, thickness, cv2.LINE_AA)
         elif style < 0.7:
             axes = (int(rng.integers(15, 150)), int(rng.integers(15, 150)))
-            start = float(rng.uniform(0, 360))
-            extent = start + float(rng.uniform(40, 140))
-            cv2.ellipse(
-                picture, (x, y), axes, float(rng.uniform(0, 180)), start, extent, colour, thickness, cv2.LINE_AA
-            )
+            start = rng.uniform(0, 360)
+            end = start + rng.uniform(40, 140)
+            cv2.ellipse(picture, (x, y), axes, rng.uniform(0, 180), start, end, colour, thickness, cv2.LINE_AA)
         else:
-            points = _blob(rng, float(rng.uniform(10, 60))) + np.array([x, y])
-            cv2.fillPoly(picture, [np.round(points * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
+            _fill(picture, [np.array([x, y]) + _blob(rng, rng.uniform(10, 60))], colour)
+
+
+def _fill(picture: Image, outlines: list[npt.NDArray[np.float64]], colour: tuple[int, ...]) -> None:
+    """Fill, in place, outlines [P, 2] in pixels, which are rounded to sixteenths; a second outline is a hole."""
+    import cv2
+
+    cv2.fillPoly(picture, [np.round(one * 16).astype(np.int32) for one in outlines], colour, cv2.LINE_AA, 4)
 
 
 def _blob(rng: np.random.Generator, radius: float) -> npt.NDArray[np.float64]:
@@ -349,15 +317,9 @@ def _outlines(rng: np.random.Generator, category: int, radius: float) -> list[np
 
 
 def _place_shape(
-    rng: np.random.Generator,
-    picture: Image,
-    owner: npt.NDArray[np.int16],
-    placed: list[_Placed],
-    size: float,
+    rng: np.random.Generator, picture: Image, owner: npt.NDArray[np.int16], placed: list[_Placed], size: float
 ) -> bool:
     """Draw one shape of about `size` pixels at a random place, in place; False where it would hide too much."""
-    import cv2
-
     height, width = owner.shape
     category = int(rng.integers(len(CLASSES)))
     outlines = _outlines(rng, category, size / 2)
@@ -365,8 +327,7 @@ def _place_shape(
     left, top = (int(v) for v in np.floor(centre - size / 2 - 3))
     side = math.ceil(size) + 8
     mask = np.zeros((side, side), np.uint8)
-    local = [np.round((outline + centre - (left, top) - 0.5) * 16).astype(np.int32) for outline in outlines]
-    cv2.fillPoly(mask, local, 255, cv2.LINE_AA, 4)  # even-odd: the second outline is a hole
+    _fill(mask, [outline + centre - (left, top) - 0.5 for outline in outlines], (255,))
 
     # the part of the patch that lies in the image
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
@@ -404,8 +365,7 @@ def _paint(
     import cv2
 
     height, width = mask.shape
-    fill = np.empty((height, width, 3), np.float32)
-    fill[:] = colour
+    fill = np.tile(colour, (height, width, 1))
     texture = rng.random()
     if texture < 0.3:  # lit from one side
         ramp = rng.uniform(-28, 28, (2, 2)).astype(np.float32)
@@ -447,12 +407,10 @@ def _occlude(rng: np.random.Generator, picture: Image, owner: npt.NDArray[np.int
         if rng.random() < 0.6:
             angle, length = rng.uniform(0, math.pi), rng.uniform(0.3, 1.2) * max(width, height)
             step = np.array([math.cos(angle), math.sin(angle)]) * length / 2
-            middle = np.array([x, y])
-            a, b = np.round(middle - step).astype(int), np.round(middle + step).astype(int)
-            cv2.line(mask, tuple(a.tolist()), tuple(b.tolist()), 255, int(rng.integers(3, 15)), cv2.LINE_AA)
+            a, b = (np.round(np.array([x, y]) + away).astype(int).tolist() for away in (-step, step))
+            cv2.line(mask, a, b, 255, int(rng.integers(3, 15)), cv2.LINE_AA)
         else:
-            points = _blob(rng, float(rng.uniform(15, 55))) + np.array([x, y])
-            cv2.fillPoly(mask, [np.round(points * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
+            _fill(mask, [np.array([x, y]) + _blob(rng, rng.uniform(15, 55))], (255,))
         left, top, w, h = cv2.boundingRect(mask)
         if w == 0 or h == 0:
             continue

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Engine
 from gfldeploy.errors import OutputError
 
-__all__ = ["DEFAULT_ENGINE_CACHE", "digest_of", "engine_directory"]
+__all__ = ["DEFAULT_ENGINE_CACHE", "engine_directory"]
 
 
 def _home() -> Path:
@@ -23,18 +23,18 @@ def _home() -> Path:
 DEFAULT_ENGINE_CACHE = _home() / ".cache" / "gfldeploy" / "engines"
 
 
-def digest_of(depends_on: Mapping[str, Any]) -> str:
-    """A digest of everything that a compiled model depends on, so that it is never used for another one."""
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
+def engine_directory(root: Path, engine: Engine, bundle: Bundle, **depends_on: object) -> Path:
+    """The folder under `root` of what `engine` compiled of `bundle`, created if it is absent. Raises `OutputError`.
 
-
-def engine_directory(root: Path, digest: str) -> Path:
-    """The folder for this digest under `root`, created if it is absent. Raises `OutputError`."""
-    directory = root / digest
+    `depends_on`: what else the compiled model depends on. The folder is named after a digest of everything, so that a
+    compiled model is never used for another one.
+    """
+    parts = {"engine": engine.name, "version": engine.version, "precision": engine.options.precision}
+    key = json.dumps({**parts, "bundle": bundle.digest, **depends_on}, sort_keys=True)
+    directory = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {directory}: {error.strerror or error}", "Choose another --engine-cache."
-        ) from error
+        problem = f"cannot write {directory}: {error.strerror or error}"
+        raise OutputError(problem, "Choose another --engine-cache.") from error
     return directory

@@ -15,7 +15,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_i
 
 def cpu_model() -> str:
     """Its name, or the architecture where Linux does not tell."""
-    return _cpuinfo("model name") or platform.machine()
+    return next(iter(_values("/proc/cpuinfo", "model name")), "") or platform.machine()
 
 
 def usable_threads() -> int:
@@ -26,36 +26,27 @@ def usable_threads() -> int:
 @cache
 def cpu_flags() -> frozenset[str]:
     """The processor's feature flags, as Linux names them; empty where /proc/cpuinfo cannot be read."""
-    return frozenset((_cpuinfo("flags") or "").split())
+    return frozenset(next(iter(_values("/proc/cpuinfo", "flags")), "").split())
 
 
 def gpu_models() -> tuple[str, ...]:
     """Those that the NVIDIA driver lists."""
-    models = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            continue
-        models += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
-    return tuple(models)
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return tuple(model for file in files for model in _values(file, "Model"))
 
 
 def nvidia_driver() -> str | None:
     """The version of the loaded NVIDIA driver, None without one."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."
-    numbers = [word for word in text.split() if word[0].isdigit() and "." in word]
-    return numbers[0] if numbers else "unknown version"
+    for text in _values("/proc/driver/nvidia/version", "NVRM version"):
+        return next((word for word in text.split() if word[0].isdigit() and "." in word), "unknown version")
+    return None
 
 
-def _cpuinfo(key: str) -> str | None:
-    """The value of the first line of /proc/cpuinfo for `key`, or None."""
+def _values(file: str | Path, key: str) -> list[str]:
+    """What the lines "KEY: VALUE" of a file say; nothing where it cannot be read."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), None)
+        return []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key]

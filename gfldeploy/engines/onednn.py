@@ -49,14 +49,12 @@ def log_convolutions(libraries: Sequence[Path], run: Callable[[], object], log: 
     try:
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1)
-            set_verbose(1)
-            try:
-                run()
-            finally:
-                set_verbose(0)
-                libc.fflush(None)
-                os.dup2(saved, 1)
+        set_verbose(1)
+        run()
     finally:
+        set_verbose(0)
+        libc.fflush(None)
+        os.dup2(saved, 1)
         os.close(saved)
     return read_convolutions(log.read_text(errors="replace"))
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
-from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, digest_of, engine_directory
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
 from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
@@ -169,17 +169,10 @@ class OpenVinoEngine(Engine):
     def _cache_directory(self, bundle: Bundle) -> Path | None:
         if self.options.cache_dir is None:
             return None
-        depends_on = {
-            "engine": self.name,
-            "version": self.version,
-            "precision": self.options.precision,
-            "threads": self.options.threads,
-            "bundle": bundle.digest,
-            "cpu": cpu_model(),
-            "flags": [flag for flag in CPU_FLAGS if flag in cpu_flags()],
-        }
+        flags = [flag for flag in CPU_FLAGS if flag in cpu_flags()]
+        machine = {"threads": self.options.threads, "cpu": cpu_model(), "flags": flags}
         try:
-            return engine_directory(self.options.cache_dir, digest_of(depends_on))
+            return engine_directory(self.options.cache_dir, self, bundle, **machine)
         except OutputError:
             if self.options.cache_dir == DEFAULT_ENGINE_CACHE:
                 return None  # nobody asked for it, and this home cannot be written

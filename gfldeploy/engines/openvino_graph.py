@@ -10,7 +10,6 @@ from gfldeploy.engines.onnx_file import FileConvolution, read_file
 
 __all__ = ["convolutions", "in_low_precision"]
 
-_CONVOLUTION = "Convolution"
 # Operators of the decode, besides elementwise arithmetic: they must stay FP32.
 _DECODE = {"Softmax", "FullyConnected", "MatMul", "Reduce"}
 # OpenVINO fuses their factor into the convolution before them.
@@ -23,7 +22,7 @@ def convolutions(runtime: Any, source: Any, asked: Precision) -> tuple[ExecutedC
     owners = _owners(source)
     found = []
     for node in runtime.get_ordered_ops():
-        if _told(node, "layerType") != _CONVOLUTION:
+        if _told(node, "layerType") != "Convolution":
             continue
         ran = _told(node, "runtimePrecision")
         precision = _PRECISIONS.get(ran, ran)

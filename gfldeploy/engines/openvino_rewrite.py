@@ -25,9 +25,8 @@ def add_operators(core: Any) -> None:
 
 def _deformable_convolution(node: Any) -> list[Any]:
     """The outputs of an ONNX DeformConv with offsets, and a bias and a mask or without."""
-    import openvino
+    from openvino import opset13 as ops
 
-    ops = openvino.opset13
     image, weight, offset, *more = (node.get_input(index) for index in range(node.get_input_size()))
     pads = node.get_attribute("pads", [0, 0, 0, 0])
     convolution = ops.deformable_convolution(
@@ -66,9 +65,8 @@ def _spell_out_products(model: Any) -> None:
     OpenVINO keeps what follows the last convolution or matrix product in FP32. The DFL integral is such a product: it
     and the softmax before it would run in BF16.
     """
-    import openvino
+    from openvino import opset13 as ops
 
-    ops = openvino.opset13
     for node in model.get_ordered_ops():
         if _kind(node) != "MatMul" or any(node.get_attributes()[key] for key in ("transpose_a", "transpose_b")):
             continue
@@ -171,25 +169,23 @@ class _GroupNorm:
         if _kind(to_groups) != "Reshape":
             return None
         source = to_groups.input_value(0)
-        for kind, neutral in (("Multiply", 1), ("Add", 0)):
+        for kind, neutral in (("Multiply", 1), ("Add", 0), ("Reshape", None)):
             after = _readers(node)
-            if len(after) != 1 or _kind(after[0]) != kind or not _is_all(after[0].input_value(1).get_node(), neutral):
+            if len(after) != 1 or _kind(after[0]) != kind:
                 return None
             node = after[0]
-        after = _readers(node)
-        before, grouped = list(source.get_shape()), list(to_groups.output(0).get_shape())
-        if len(after) != 1 or _kind(after[0]) != "Reshape" or list(after[0].output(0).get_shape()) != before:
-            return None
+            if neutral is not None and not _is_all(node.input_value(1).get_node(), neutral):
+                return None
+        before, grouped, result = (list(of.get_shape()) for of in (source, to_groups.output(0), node.output(0)))
         if (len(before), len(grouped)) != (4, 3) or grouped[0] != before[0] or before[1] % grouped[1]:
             return None
-        return cls(source, after[0], before[1], grouped[1], attributes["eps"])
+        return cls(source, node, before[1], grouped[1], attributes["eps"]) if result == before else None
 
 
 def _normalized(source: Any, norm: _GroupNorm) -> Any:
     """The node that normalises `source` [N, channels, H, W] in groups of channels, the same shape."""
-    import openvino
+    from openvino import opset13 as ops
 
-    ops = openvino.opset13
     together = norm.channels // norm.groups
 
     def in_groups(node: Any) -> Any:
@@ -221,9 +217,8 @@ def _scale(addition: Any, factor: float) -> bool:
 
     False, and nothing done, if it is something else or has another reader, whom the factor is not meant for.
     """
-    import openvino
+    from openvino import opset13 as ops
 
-    ops = openvino.opset13
     if factor <= 0 or _kind(addition) != "Add" or len(_readers(addition)) != 1:
         return False
     convolution, bias = (value.get_node() for value in addition.input_values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.engines.tensorrt import TensorRtOptions, cache_directory, example, tensorrt_library
+from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
 __all__ = ["OnnxRuntimeEngine", "OnnxRuntimeTensorRtEngine", "describe_delegation", "tensorrt_options"]
 
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "gpu": ["CUDAExecutionProvider"]}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
+_TENSORRT = "TensorrtExecutionProvider"
 _ERRORS_ONLY = 3
 
 
@@ -39,7 +40,7 @@ class OnnxRuntimeEngine(Engine):
         super().__init__(bundle, options, graph)
         self._ort = require("onnxruntime", "the ONNX Runtime engine")
         self.version: str = self._ort.__version__
-        self._providers: list[Any] = self._choose_providers(bundle)
+        self._providers = self._choose_providers(bundle)
         self._session: Any = self._open(self._session_options())
 
     def close(self) -> None:
@@ -89,7 +90,6 @@ class OnnxRuntimeEngine(Engine):
         return convolution_share(self._profile(inputs, self._share_runs))
 
     def _profile(self, inputs: Tensors, runs: int) -> list[dict[str, Any]]:
-        """The events of `runs` inferences."""
         with scratch_directory() as directory:
             options = self._session_options()
             options.enable_profiling = True
@@ -110,19 +110,18 @@ class OnnxRuntimeEngine(Engine):
     def _open(self, session_options: Any) -> Any:
         with self._explained(f"cannot load {self._model}"):
             session = self._ort.InferenceSession(str(self._model), session_options, providers=self._providers)
-        first = self._providers[0]
-        wanted = first if isinstance(first, str) else first[0]
-        if session.get_providers()[0] != wanted:
+        used, wanted = session.get_providers()[0], self._providers[0][0]
+        if used != wanted:
             # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
             raise EngineError(
-                f"ONNX Runtime fell back to {session.get_providers()[0]} instead of {wanted}",
+                f"ONNX Runtime fell back to {used} instead of {wanted}",
                 f"Install the {self.libraries} libraries that this onnxruntime-gpu was built for.",
             )
         return session
 
-    def _choose_providers(self, bundle: Bundle) -> list[Any]:
-        """The execution providers, the one that must not be missing first."""
-        return list(_PROVIDERS[self.options.device])
+    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
+        """The execution providers with their options, the one that must not be missing first."""
+        return [(_PROVIDERS[self.options.device], {})]
 
 
 class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
@@ -146,11 +145,10 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """None: TensorRT does not report them; see `delegated`."""
         return ()
 
-    def _choose_providers(self, bundle: Bundle) -> list[Any]:
+    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         tensorrt = TensorRtOptions.of(self.options)
-        directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
-        options = tensorrt_options(self.options.precision, tensorrt, directory)
-        return [("TensorrtExecutionProvider", options), "CUDAExecutionProvider"]
+        options = tensorrt_options(self.options.precision, tensorrt, tensorrt.directory(self, bundle))
+        return [(_TENSORRT, options), (_PROVIDERS["gpu"], {})]
 
 
 def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:
@@ -162,8 +160,8 @@ def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: 
     return {
         "trt_fp16_enable": str(precision == "fp16"),
         "trt_int8_enable": str(precision == "int8"),
-        "trt_max_workspace_size": str(options.workspace_mb * 2**20),
-        "trt_min_subgraph_size": str(options.min_subgraph),
+        "trt_max_workspace_size": str(WORKSPACE_BYTES),
+        "trt_min_subgraph_size": str(MIN_SUBGRAPH),
         "trt_profile_min_shapes": _named(options.smallest),
         "trt_profile_opt_shapes": _named(options.most_common),
         "trt_profile_max_shapes": _named(options.largest),
@@ -194,13 +192,9 @@ def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:
 
 def describe_delegation(events: list[dict[str, Any]]) -> str:
     """How much ran in TensorRT, from the events of an ONNX Runtime profile."""
-    ran: dict[str, Counter[str]] = defaultdict(Counter)
-    for event in events:
-        arguments = event.get("args", {})
-        if event.get("cat") == "Node" and "provider" in arguments:
-            ran[arguments["provider"]][arguments.get("op_name", "?")] += 1
-    parts = ran.pop("TensorrtExecutionProvider", Counter()).total()
-    outside = Counter(name for names in ran.values() for name in names.elements())
+    nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
+    outside = Counter(node.get("op_name", "?") for node in nodes if node["provider"] != _TENSORRT)
+    parts = len(nodes) - outside.total()
     listed = ", ".join(f"{name} x{count}" for name, count in outside.most_common())
     more = f": {listed}" if listed else ""
     return f"{parts} part{'' if parts == 1 else 's'} in TensorRT, {outside.total()} nodes outside{more}"

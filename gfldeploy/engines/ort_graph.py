@@ -34,11 +34,8 @@ def convolutions(optimized: Any, source: Any) -> tuple[ExecutedConvolution, ...]
         why = reasons.pop() if len(reasons) == 1 else "ONNX Runtime runs it in float"
         if why == FLOAT_BIAS and dequantized(node.input[2], makers):
             why = NOT_FUSED  # newer versions quantise the bias themselves
-        what = _what(node, candidates)
-        if int8 or halves & {*node.input}:
-            found.append(ExecutedConvolution("int8" if int8 else "fp16", what))
-        else:
-            found.append(ExecutedConvolution("fp32", what, why))
+        precision = "int8" if int8 else "fp16" if halves & {*node.input} else "fp32"
+        found.append(ExecutedConvolution(precision, _what(node, candidates), why if precision == "fp32" else None))
     return tuple(found)
 
 
@@ -54,12 +51,10 @@ def _candidates(node: Any, int8: bool, known: Sequence[FileConvolution]) -> list
     """Those of the file's convolutions that `node` may be: one, unless ONNX Runtime dropped the names."""
     same_weight = [one for one in known if (one.integers if int8 else one.weight) in node.input]
     name = _UNIQUE.sub("", node.name)
-    exact = []
-    for one in same_weight or known:
+
+    def is_node(one: FileConvolution) -> bool:
         if not int8 and name.endswith(_BLOCKED):
-            same = name.removesuffix(_BLOCKED) in one.outputs
-        else:
-            same = (not int8 and node.output[0] in one.outputs) or (bool(name) and name == one.name)
-        if same:
-            exact.append(one)
-    return exact or same_weight
+            return name.removesuffix(_BLOCKED) in one.outputs
+        return (not int8 and node.output[0] in one.outputs) or (bool(name) and name == one.name)
+
+    return [one for one in same_weight or known if is_node(one)] or same_weight

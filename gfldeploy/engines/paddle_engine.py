@@ -17,7 +17,7 @@ from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, 
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
-from gfldeploy.engines.tensorrt import TensorRtOptions, cache_directory, example, tensorrt_library
+from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
@@ -176,7 +176,7 @@ class PaddleTensorRtEngine(PaddleEngine):
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         tensorrt = TensorRtOptions.of(self.options)
-        directory = cache_directory(tensorrt, self.name, self.version, self.options.precision, bundle.digest)
+        directory = tensorrt.directory(self, bundle)
         if not (directory / _SHAPES).exists():
             self._collect_shapes(inference, super()._configure(inference, bundle, pir), directory)
         config = super()._configure(inference, bundle, pir)
@@ -207,9 +207,9 @@ def use_tensorrt(config: Any, modes: Any, precision: Precision, options: TensorR
     """
     config.set_optim_cache_dir(str(directory))
     config.enable_tensorrt_engine(
-        workspace_size=options.workspace_mb * 2**20,
+        workspace_size=WORKSPACE_BYTES,
         max_batch_size=options.largest[0],
-        min_subgraph_size=options.min_subgraph,
+        min_subgraph_size=MIN_SUBGRAPH,
         precision_mode=getattr(modes, _TENSORRT_MODES[precision]),
         use_static=True,
         use_calib_mode=False,

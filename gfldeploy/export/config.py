@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.detections import NmsParams
 from gfldeploy.export.class_names import class_names
 from gfldeploy.export.config_checks import ConfigChecker
 from gfldeploy.export.config_files import read_chain
@@ -34,7 +35,7 @@ class DetectorConfig:
     `files` are the file itself and everything its `_BASE_` chain reads, in the order they are merged. `cfg` is this
     config's own copy of ppdet's settings: nothing loaded later changes it, and only `model_builder` builds from it.
     `reader` is the whole TestReader section (EvalReader where there is none) with the lists `sample_transforms` and
-    `batch_transforms` always present. `nms` holds every argument of MultiClassNMS, defaults included. `strides` are in
+    `batch_transforms` always present. `nms`: the arguments of MultiClassNMS, defaults included. `strides` are in
     pixels, one for each level. `classes` has `num_classes` names in the order of the score channels.
     `notes`: what was understood otherwise than the user may think, one sentence each; they go into the bundle.
     """
@@ -47,7 +48,7 @@ class DetectorConfig:
     strides: tuple[int, ...]
     reg_max: int
     reader: dict[str, Any] = field(repr=False)
-    nms: dict[str, Any] = field(repr=False)
+    nms: NmsParams = field(repr=False)
     files: tuple[Path, ...] = field(repr=False)
     cfg: Any = field(repr=False)
     notes: tuple[str, ...] = ()

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.detections import NmsParams
 from gfldeploy.engines.dependencies import require
-from gfldeploy.errors import ConfigError
+from gfldeploy.errors import ConfigError, DataError
 from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.config_files import Layers, Tagged
 from gfldeploy.export.heads import ARCHITECTURES, HEADS
+from gfldeploy.serialization import build
 
 __all__ = ["ConfigChecker"]
 
@@ -52,6 +54,8 @@ _PLACES = {
     "dataset": (r"ppdet\.data\.source\.", r"\w+"),
     "loss": (r"ppdet\.modeling\.losses\.|ppdet\.slim\.distill_loss", r"\w+"),
 }
+# Arguments of MultiClassNMS that say what it returns, not what it keeps.
+_NMS_OUTPUT_KEYS = ("name", "return_index", "return_rois_num", "trt")
 # Sections of modules that are no part of a model.
 _NOT_BUILT = ("ppdet.data.", "ppdet.optimizer", "ppdet.slim.", "ppdet.metrics.", "ppdet.engine.")
 # What earlier releases of PaddleDetection called what 2.6 has.
@@ -144,7 +148,8 @@ class ConfigChecker:
         if isinstance(values, Tagged):
             target = values.tag
             if target not in self.modules:
-                remedy = _hint(target, self.modules, "Use a tag PaddleDetection knows.")
+                close = _closest(target, self.modules, 0.6)
+                remedy = f"Did you mean !{close}?" if close else "Use a tag PaddleDetection knows."
                 raise self.error(f"unknown tag !{target} in section {name}", remedy, name)
         kind = values.get("name")
         named = name.endswith("Dataset") and kind is not None and not isinstance(values, Tagged)
@@ -309,7 +314,7 @@ class ConfigChecker:
                 "nms",
             )
 
-    def check_nms(self, settings: Mapping[str, Any], head: str, head_values: Mapping[str, Any]) -> dict[str, Any]:
+    def check_nms(self, settings: Mapping[str, Any], head: str, head_values: Mapping[str, Any]) -> NmsParams:
         given = head_values.get("nms")
         self._check_nms_kind(head, given)
         values = self.effective(settings, "MultiClassNMS")
@@ -328,7 +333,15 @@ class ConfigChecker:
             if not fits or (kind is int and value == 0):
                 problem = f"{head}.nms.{key} must be {wanted}, not {shown(value)}"
                 raise self.error(problem, _as_number(value), head, "nms")
-        return values
+        kept = {key: value for key, value in values.items() if key not in _NMS_OUTPUT_KEYS}
+        # Paddle takes any number: no score is below 0, and an nms_eta above 1 does nothing.
+        kept["score_threshold"] = max(kept["score_threshold"], 0.0)
+        if isinstance(kept.get("nms_eta"), int | float):
+            kept["nms_eta"] = min(kept["nms_eta"], 1.0)
+        try:
+            return build(NmsParams, kept)
+        except DataError as error:
+            raise self.error(f"its nms cannot be used: {error.problem}", error.remedy or "", head, "nms") from error
 
     def check_reader(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """TestReader, or EvalReader where there is none, with transforms that exist and take their arguments."""

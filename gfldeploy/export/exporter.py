@@ -21,7 +21,7 @@ from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph
-from gfldeploy.errors import ConfigError, DataError, EngineError, GfldeployError, ParityError, UsageError
+from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, UsageError
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import load_checkpoint, locate_checkpoint
 from gfldeploy.export.config import DetectorConfig, load_detector_config
@@ -33,7 +33,7 @@ from gfldeploy.files import check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
-from gfldeploy.serialization import build, plain
+from gfldeploy.serialization import plain
 
 __all__ = ["export_bundle"]
 
@@ -42,8 +42,6 @@ InputShape = tuple[int | None, int | None, int | None]
 
 # Three graphs' worth of parameters, the temporary program among them, and the ONNX files.
 _SPACE_FACTOR = 6
-# Arguments of MultiClassNMS that say what it returns, not what it keeps.
-_NMS_OUTPUT_KEYS = ("name", "return_index", "return_rois_num", "trt")
 
 
 def export_bundle(
@@ -115,7 +113,6 @@ def export_bundle(
     with unique_name.guard():  # weights get the same names, whatever this process has built before
         shape = input_shape or (None, None, None)
         preprocess = _preprocess(loaded, shape)
-        nms = _nms_params(loaded)
         detector = build_model(loaded)
         if arrays is not None:
             fit_weights(detector, arrays)
@@ -128,7 +125,7 @@ def export_bundle(
             check_levels(detector, loaded, preprocess, *images[0].shape[2:])
             progress.stage("running the eager model for reference")
             references = [parity.eager_outputs(detector, batch) for batch in images]
-            chosen, notes = _candidates(candidates, shape, nms, references, progress)
+            chosen, notes = _candidates(candidates, shape, loaded.nms, references, progress)
             channels = references[0]["scores"].shape[2]
             manifest = Manifest(
                 name=loaded.name,
@@ -137,7 +134,7 @@ def export_bundle(
                 inputs=(TensorSpec("image", "float32", (shape[0], 3, *shape[1:])),),
                 outputs=_outputs(shape[0], chosen, channels),
                 preprocess=preprocess,
-                nms=nms,
+                nms=loaded.nms,
                 classes=loaded.classes,
                 score_channels=channels,
                 strides=tuple(loaded.strides),
@@ -373,19 +370,6 @@ def _preprocess(config: DetectorConfig, shape: InputShape) -> Preprocess:
             f"Use {-(-height // needed) * needed}x{-(-width // needed) * needed}.",
         )
     return replace(preprocess, target_size=(height, width), fixed=True)
-
-
-def _nms_params(config: DetectorConfig) -> NmsParams:
-    values = {key: value for key, value in config.nms.items() if key not in _NMS_OUTPUT_KEYS}
-    # Paddle takes any number: no score is below 0, and an nms_eta above 1 does nothing.
-    if isinstance(values.get("score_threshold"), int | float):
-        values["score_threshold"] = max(values["score_threshold"], 0.0)
-    if isinstance(values.get("nms_eta"), int | float):
-        values["nms_eta"] = min(values["nms_eta"], 1.0)
-    try:
-        return build(NmsParams, values)
-    except DataError as error:
-        raise ConfigError(f"{config.path}: its nms cannot be used: {error.problem}", error.remedy) from error
 
 
 def _layers(detector: Any, onnx_file: Path | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 from urllib.parse import unquote
@@ -34,8 +35,8 @@ __all__ = [
 # As JSON has it: written back as it was read. Of numbers, 1 and 1.0 are the same id.
 CocoId: TypeAlias = int | float | str
 AnyPath: TypeAlias = "str | os.PathLike[str]"
-_SHOWN = 3  # how many of the wrong entries an error names
 _MOST_BYTES = 1 << 31  # of an annotation file; that of COCO's 118,287 training images has 450 MB
+_few = partial(first_of, shown=3)  # of the wrong entries that an error names
 _GIVE_COCO = "Give a COCO annotation file."
 _GIVE_BOXES = "Give a COCO annotation file with object boxes."
 
@@ -134,7 +135,7 @@ class CocoDataset:
         kept = [_located(image, name, folders, where) for image, name, where in listed[:limit]]
         if absent := [str(image.path) for image in kept if not _is_file(image.path)]:
             raise DataError(
-                f"{len(absent)} of {len(kept)} images of {annotations} are missing: {_first(absent)}",
+                f"{len(absent)} of {len(kept)} images of {annotations} are missing: {_few(absent)}",
                 "Give the directory in which the annotations' file names start as the image directory.",
             )
         kept_ids = {image.id for image in kept}
@@ -167,17 +168,17 @@ class CocoDataset:
         spare = [one for one in counted if one.id not in taken]
         notes = []
         if loose := [f"{name!r} is {one.name!r}" for name, one in found.items() if name != one.name]:
-            notes.append(f"classes were matched without regard to case, spaces, '-' and '_': {_first(loose)}")
+            notes.append(f"classes were matched without regard to case, spaces, '-' and '_': {_few(loose)}")
         if found and not (missing and spare):
             if missing:
                 notes.append(
                     f"the annotations have no category for {len(missing)} of {len(names)} classes "
-                    f"({_first(missing)}): accuracy is over the other {len(found)}"
+                    f"({_few(missing)}): accuracy is over the other {len(found)}"
                 )
             elif spare and self.labelled:
                 notes.append(
                     f"the detector has no class for {len(spare)} categories of the annotations "
-                    f"({_first(one.name for one in spare)}): accuracy is over the {len(names)} that it has"
+                    f"({_few(one.name for one in spare)}): accuracy is over the {len(names)} that it has"
                 )
             ids = (found[name].id if name in found else None for name in names)
             return ClassMatch(tuple(ids), tuple(notes))
@@ -185,15 +186,15 @@ class CocoDataset:
         lined = lined if len(lined) == len(names) else ()
         if lined and all(found.get(name, one) is one for name, one in zip(names, lined, strict=True)):
             pairs = [f"{name!r} is {one.name!r}" for name, one in zip(names, lined, strict=True) if name != one.name]
-            told = f"categories were matched by their position in the annotations, not by name: {_first(pairs)}"
+            told = f"categories were matched by their position in the annotations, not by name: {_few(pairs)}"
             return ClassMatch(tuple(one.id for one in lined), (told,))
         problem = (
             f"the model has {len(names)} classes, the annotations {len(self.categories)} categories, and these classes "
-            f"are not among them: {_first(missing or names)}"
+            f"are not among them: {_few(missing or names)}"
         )
         if lined:
             problem += (
-                f"; nor are these categories classes: {_first(one.name for one in spare)}, and the names that are in "
+                f"; nor are these categories classes: {_few(one.name for one in spare)}, and the names that are in "
                 "both are at different positions"
             )
         raise DataError(problem, "Use annotations with the categories that the model was trained on, by these names.")
@@ -406,21 +407,21 @@ def _parse_annotations(
         if dangling:
             raise DataError(
                 f"{path}: {len(dangling)} annotations have a dangling {kind} id, one that the file does not define: "
-                f"{_first(map(_short, dict.fromkeys(dangling)))}",
+                f"{_few(map(_short, dict.fromkeys(dangling)))}",
                 "Remove them, or add what they refer to.",
             )
     notes = [f"{bare} annotations of {path} have no box, and are left out"] if bare else []
     if lost := dict.fromkeys(strangers):
         notes.append(
             f"{len(strangers)} annotations of {path} are of {len(lost)} images that it does not list "
-            f"({_first(map(_short, lost))}), and are left out"
+            f"({_few(map(_short, lost))}), and are left out"
         )
     return kept, notes
 
 
 def _check_unique(ids: Iterable[CocoId], kind: str, path: Path) -> None:
     if repeated := [item for item, count in Counter(ids).items() if count > 1]:
-        raise DataError(f"{path}: {len(repeated)} {kind} ids occur twice: {_first(repeated)}", "Make the ids unique.")
+        raise DataError(f"{path}: {len(repeated)} {kind} ids occur twice: {_few(repeated)}", "Make the ids unique.")
 
 
 def _escapes(name: str) -> bool:
@@ -460,7 +461,3 @@ def _short(value: object) -> str:
     """A value from a file, for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
-
-
-def _first(items: Iterable[object]) -> str:
-    return first_of(items, _SHOWN)

@@ -22,6 +22,7 @@ __all__ = ["Record", "WorkingFile"]
 # One image's line in the result, ready for JSON.
 Record: TypeAlias = dict[str, Any]
 _END = {"end": True}
+_SIDES = range(1, 1 << 31)  # of an image
 _MOST = 1e12  # no score and no side is as large, and NaN is not below it either
 
 
@@ -112,42 +113,30 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _is_batch(entry: Mapping[str, Any], number: int, images: range, classes: range) -> bool:
     """Whether it is the batch of this number; if not, the batch is done again."""
-    found = entry.get("images")
-    return (
-        entry.get("batch") == number
-        and isinstance(found, list)
-        and all(
-            isinstance(one, list) and len(one) == 2 and _is_in(one[0], images) and _is_record(one[1], classes)
-            for one in found
-        )
-    )
+    match entry:
+        case {"batch": batch, "images": [*found]} if batch == number:
+            return all(
+                isinstance(one, list) and len(one) == 2 and _is_in(one[0], images) and _is_record(one[1], classes)
+                for one in found
+            )
+    return False
 
 
 def _is_record(one: Any, classes: range) -> bool:
-    if not isinstance(one, dict) or not isinstance(one.get("file"), str):
-        return False
-    if isinstance(one.get("error"), str):
-        return True
-    found = one.get("detections")
-    return (
-        isinstance(found, list)
-        and all(_is_in(one.get(key), range(1, 1 << 31)) for key in ("width", "height"))
-        and _is_number(one.get("may_lack_below", 0.0))
-        and all(_is_detection(each, classes) for each in found)
-    )
+    match one:
+        case {"file": str(), "error": str()}:
+            return True
+        case {"file": str(), "width": width, "height": height, "detections": [*found]}:
+            numbers = _is_in(width, _SIDES) and _is_in(height, _SIDES) and _is_number(one.get("may_lack_below", 0.0))
+            return numbers and all(_is_detection(each, classes) for each in found)
+    return False
 
 
 def _is_detection(one: Any, classes: range) -> bool:
-    return (
-        isinstance(one, dict)
-        and one.keys() == {"class", "class_id", "score", "bbox"}
-        and isinstance(one["class"], str)
-        and _is_in(one["class_id"], classes)
-        and _is_number(one["score"])
-        and isinstance(one["bbox"], list)
-        and len(one["bbox"]) == 4
-        and all(map(_is_number, one["bbox"]))
-    )
+    match one:
+        case {"class": str(), "class_id": category, "score": score, "bbox": [x, y, width, height], **rest}:
+            return not rest and _is_in(category, classes) and all(map(_is_number, (score, x, y, width, height)))
+    return False
 
 
 def _is_in(value: Any, numbers: range) -> bool:

@@ -129,12 +129,7 @@ def tune_bundles(
     start = time.monotonic()
     most = usable_threads()
     threads = tuple(dict.fromkeys(threads or [*(1 << power for power in range(most.bit_length())), most]))
-    settings = Settings(
-        min_seconds=min_seconds,
-        min_count=min_count,
-        max_seconds=5 * min_seconds,
-        rounds=rounds,
-    )
+    settings = Settings(min_seconds=min_seconds, min_count=min_count, max_seconds=5 * min_seconds, rounds=rounds)
     opened = open_bundles(bundles)
     if max_drop is not None and all(bundle.manifest.precision != "fp32" for bundle in opened):
         problem = "there is no FP32 bundle to measure the mAP drop against"
@@ -250,16 +245,12 @@ class _Session:
 
     def look_at(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
-        known, threads = len(self.search.known), step.cells[0].threads
-        self.progress.stage(
-            f"{known} of {len(self.search.cells)} cells known; next: {step.why} "
-            f"({threads} thread{'' if threads == 1 else 's'})"
-        )
+        known = f"{len(self.search.known)} of {len(self.search.cells)} cells known"
+        self.progress.stage(f"{known}; next: {step.why} (threads: {step.cells[0].threads})")
         return self._measure(step.cells, self.look)
 
     def finish(self, cells: Sequence[Cell]) -> dict[Cell, Measured | None]:
-        """Measure the cells at length, interleaved; with a latency bound until its percentile is known, if that does
-        not take longer than `max_seconds`."""
+        """Measure the cells at length, interleaved, and with a latency bound until its percentile is known."""
         settings = self.settings
         self.progress.stage(f"{len(cells)} cells at length, in {settings.rounds} rounds")
         if self.search.bounds.max_latency_ms is not None:
@@ -320,23 +311,14 @@ class _Session:
         )
 
     def configuration(self, cell: Cell, output: Path) -> Configuration:
-        """A measured cell as it is written to `output`."""
-        directory = self.bundles[cell.bundle].directory.resolve()
-        path = Path(os.path.relpath(directory, output.absolute().parent.resolve())).as_posix()
-        return Configuration(path, cell, self._evidence(cell))
-
-    def _evidence(self, cell: Cell) -> Evidence:
-        result, quick = self.results[cell]
-        measured = self.search.finished[cell]
-        accuracy = self.accuracies.get(model_of(cell))
+        """A cell that was measured at length with its evidence, as it is written to `output`."""
+        (result, quick), measured = self.results[cell], self.search.finished[cell]
         reference = self._reference(cell.engine)
-        ap, base = (
-            one.ap if isinstance(one, Accuracy) else None
-            for one in (accuracy, self.accuracies.get(reference) if reference else None)
-        )
+        accuracy, of_reference = (self.accuracies.get(one) if one else None for one in (model_of(cell), reference))
+        ap, base = (one.ap if isinstance(one, Accuracy) else None for one in (accuracy, of_reference))
         network = [1e3 * cell.batch_size / ms for ms in result.latency_ms if ms > 0]
         mixed = [run.mixed_batches for run in result.runs]
-        return Evidence(
+        evidence = Evidence(
             images_per_s=median([value for run in measured.passes for value in run]),
             latency_p50_ms=percentile(result.file_ms, 50),
             latency_p99_ms=percentile(result.file_ms, BOUND_PERCENT) if measured.tail.known else None,
@@ -352,6 +334,9 @@ class _Session:
             runs=len(result.runs),
             started=result.runs[0].started,
         )
+        directory = self.bundles[cell.bundle].directory.resolve()
+        path = Path(os.path.relpath(directory, output.absolute().parent.resolve())).as_posix()
+        return Configuration(path, cell, evidence)
 
     def knee(self, choice: Cell) -> Knee | None:
         """Of the choice's model, threads and order; None where a single batch size was measured."""
@@ -368,7 +353,6 @@ class _Session:
                 "Loosen that bound, or give other bundles; what was measured is kept for the next run with this "
                 "--output.",
             )
-        failed = next((result for result, _ in self.results.values() if result.status == "failed"), None)
-        if failed is None:
-            return EngineError("nothing could be measured: batches took no time at all, so that the clock is of no use")
-        return EngineError(f"nothing could be measured; {failed.cell.engine} {failed.cell.precision}: {failed.reason}")
+        failed = [f"; {one.cell.setup()}: {one.reason}" for one, _ in self.results.values() if one.status == "failed"]
+        why = failed[0] if failed else ": batches took no time at all, so that the clock is of no use"
+        return EngineError(f"nothing could be measured{why}")

@@ -20,7 +20,7 @@ from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import EngineError
-from gfldeploy.macs import count_macs
+from gfldeploy.macs import count_work
 
 SMALL = Stack(depth=2, batch=1)
 
@@ -139,7 +139,7 @@ def test_the_macs_are_those_of_the_graph(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     bundle = SMALL.write(tmp_path / "peak", "onnx", "fp32")
     height, width = bundle.manifest.preprocess.target_size
-    assert count_macs(bundle.graph("onnx")[0], height, width, (1,)) == SMALL.macs
+    assert count_work(bundle.graph("onnx")[0], [(height, width)], (1,))[height, width].macs == SMALL.macs
     assert Stack(SMALL.depth, batch=4).macs == 4 * SMALL.macs
 
 

@@ -122,9 +122,10 @@ def test_annotations(
     path = tmp_path / "lies.json"
     path.write_text(json.dumps(annotations))
     arguments = ("--data", path, "--images", tiny_coco.parent / "images", "--config-or-bundle", tiny_bundle)
-    assert rows(*arguments, "--batch-sizes", "6")[1] == by_key, "the files are believed"
+    assert rows(*arguments, "--batch-sizes", "6")[1] == by_key, "the sizes of the files count"
     assert (
-        "1 images have another size than their annotations say (1.jpg); the files are right" in (audit(*arguments)[1])
+        "1 images have another size than their annotations say (1.jpg); the sizes of the files count"
+        in (audit(*arguments)[1])
     )
 
 

@@ -74,7 +74,7 @@ def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capf
         (("--engines", "onnxrutime"), "(did you mean onnxruntime?)"),
         (("--precisions", "in8"), "(did you mean int8?)"),
         (("--scenarios", "server"), "the server scenario needs --rates"),
-        (("--scenarios", "server", "--rates", "5"), "the server scenario needs --latency-bound-ms"),
+        (("--scenarios", "server", "--rates", "5"), "--latency-bound-ms. See `gfldeploy bench --help`."),
         (("--policies", "adaptve"), "(did you mean adaptive?)"),
         (("--rates", "5"), "--rates needs the server scenario"),
         (("--rates", "5,-1", "--scenarios", "server"), "'-1' is not a positive number"),

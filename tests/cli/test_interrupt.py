@@ -116,7 +116,7 @@ def test_quantize(
     source, data = demo_bundles.exported(tmp_path_factory), demo_bundles.pictures(tmp_path_factory)
     arguments = ("quantize", source, "--data", data, "--samples", 3, "--min-agreement", 0, "-o", target, "--force")
     with start(tmp_path, *arguments) as process:
-        wait_for_stage(process, "calibrating with PaddleSlim")
+        wait_for_stage(process, "calibrating (hist)")
         child = wait_for_child(process)
         while "gfldeploy.quant.ptq" not in child.cmdline() or not child.num_threads() > 1:
             time.sleep(0.02)  # until it has loaded Paddle

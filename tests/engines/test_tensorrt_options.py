@@ -12,21 +12,15 @@ from typing import Any
 
 import pytest
 
+from gfldeploy.engines import tensorrt
 from gfldeploy.engines.base import EngineOptions, Precision
 from gfldeploy.engines.ort_engine import describe_delegation, tensorrt_options
 from gfldeploy.engines.paddle_engine import use_tensorrt
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
-from gfldeploy.engines.tensorrt import (
-    TensorRtOptions,
-    cache_directory,
-    cache_key,
-    tensorrt_library,
-)
+from gfldeploy.engines.tensorrt import TensorRtOptions, tensorrt_library
 from gfldeploy.errors import EngineError, OutputError
 
-OPTIONS = TensorRtOptions(
-    (1, 800, 800), (4, 800, 1216), (8, 1216, 1344), Path("cache"), workspace_mb=512, min_subgraph=5
-)
+OPTIONS = TensorRtOptions((1, 800, 800), (4, 800, 1216), (8, 1216, 1344), Path("cache"))
 
 
 def test_the_shapes_bound_each_dimension() -> None:
@@ -35,8 +29,6 @@ def test_the_shapes_bound_each_dimension() -> None:
     assert found == TensorRtOptions((1, 800, 800), (2, 1216, 800), (2, 1216, 1216), Path("cache"))
     with pytest.raises(EngineError, match="gfldeploy bench"):
         TensorRtOptions.of(EngineOptions(device="gpu"))
-    with pytest.raises(ValueError, match="in this order"):
-        TensorRtOptions((1, 800, 800), (1, 640, 800), (1, 800, 800), Path("cache"))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +40,7 @@ def test_tensorrt_options(precision: Precision, fp16: str, int8: str) -> None:
     assert found["trt_profile_min_shapes"] == "image:1x3x800x800"
     assert found["trt_profile_opt_shapes"] == "image:4x3x800x1216"
     assert found["trt_profile_max_shapes"] == "image:8x3x1216x1344"
-    assert (found["trt_max_workspace_size"], found["trt_min_subgraph_size"]) == (str(512 * 1024 * 1024), "5")
+    assert (found["trt_max_workspace_size"], found["trt_min_subgraph_size"]) == (str(4 * 2**30), "3")
     assert (found["trt_engine_cache_enable"], found["trt_engine_cache_path"]) == ("True", "cache/engine")
     assert (found["trt_timing_cache_enable"], found["trt_timing_cache_path"]) == ("True", "cache")
     # Explicit Q/DQ: a calibration table would be in its way.
@@ -78,7 +70,7 @@ def test_paddle(precision: Precision, mode: str) -> None:
     use_tensorrt(spy, SimpleNamespace(Float32="Float32", Half="Half", Int8="Int8"), precision, OPTIONS, Path("cache/e"))
     engine = spy.calls["enable_tensorrt_engine"]
     assert engine["precision_mode"] == mode
-    assert (engine["workspace_size"], engine["max_batch_size"], engine["min_subgraph_size"]) == (512 * 2**20, 8, 5)
+    assert (engine["workspace_size"], engine["max_batch_size"], engine["min_subgraph_size"]) == (4 * 2**30, 8, 3)
     assert engine["use_static"] and not engine["use_calib_mode"], "kept on disk, and by the program's own scales"
     assert spy.calls["set_optim_cache_dir"] == {"": ("cache/e",)}
     assert spy.calls["enable_tuned_tensorrt_dynamic_shape"]["shape_range_info_path"] == "cache/e/shapes.pbtxt"
@@ -114,33 +106,44 @@ def test_paddle_takes_the_calls(tmp_path: Path) -> None:
     assert done.stdout.split() == [*every * 3, "enable_tensorrt_explicit_quantization"]
 
 
-def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes() -> None:
-    machine = {"gpu": "H100", "driver": "580.1", "tensorrt": "10.9"}
-    keys = {
-        cache_key(OPTIONS, machine),
-        cache_key(OPTIONS, {**machine, "gpu": "H200"}),
-        cache_key(OPTIONS, {**machine, "driver": "580.2"}),
-        cache_key(OPTIONS, {**machine, "tensorrt": "10.10"}),
-        cache_key(replace(OPTIONS, workspace_mb=513), machine),
-        cache_key(replace(OPTIONS, min_subgraph=6), machine),
-        cache_key(replace(OPTIONS, most_common=(4, 800, 800)), machine),
-    }
-    assert len(keys) == 7
+def folder(options: TensorRtOptions, engine: str, version: str, precision: Precision, digest: str) -> Path:
+    """Where the engine of this name and version keeps what it builds of the bundle with this digest."""
+    opened: Any = SimpleNamespace(name=engine, version=version, options=EngineOptions(precision, "gpu"))
+    bundle: Any = SimpleNamespace(digest=digest)
+    return options.directory(opened, bundle)
+
+
+def test_an_engine_is_built_again_when_anything_that_it_depends_on_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(OPTIONS, cache_dir=tmp_path)
+    one: tuple[str, str, Precision, str] = ("onnxruntime-tensorrt", "1.2", "fp16", "ab")
+    found = [folder(options, *one), folder(replace(options, most_common=(4, 800, 800)), *one)]
+    changes = {"gpu_models": ("H200",), "nvidia_driver": "580.2", "tensorrt_library": "10.10"}
+    for function, value in {**changes, "WORKSPACE_BYTES": 2**20, "MIN_SUBGRAPH": 6}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(tensorrt, function, (lambda value=value: value) if function in changes else value)
+            found.append(folder(options, *one))
+    assert len(set(found)) == 7
     # Not where the caches lie: the folder can be moved.
-    assert cache_key(replace(OPTIONS, cache_dir=Path("elsewhere")), machine) in keys
+    assert folder(replace(options, cache_dir=tmp_path / "elsewhere"), *one).name == found[0].name
 
 
 def test_the_folder_of_an_engine(tmp_path: Path) -> None:
     options = replace(OPTIONS, cache_dir=tmp_path / "new")
-    one = cache_directory(options, "onnxruntime-tensorrt", "1.2", "fp16", "ab")
+    one = folder(options, "onnxruntime-tensorrt", "1.2", "fp16", "ab")
     assert one.is_dir() and one.parent == tmp_path / "new"
-    assert cache_directory(options, "onnxruntime-tensorrt", "1.2", "fp16", "ab") == one
-    others = [("paddle-tensorrt", "1.2", "fp16", "ab"), ("onnxruntime-tensorrt", "1.3", "fp16", "ab")]
-    others += [("onnxruntime-tensorrt", "1.2", "int8", "ab"), ("onnxruntime-tensorrt", "1.2", "fp16", "cd")]
-    assert len({cache_directory(options, *other) for other in others} | {one}) == 5
+    assert folder(options, "onnxruntime-tensorrt", "1.2", "fp16", "ab") == one
+    others = {
+        folder(options, "paddle-tensorrt", "1.2", "fp16", "ab"),
+        folder(options, "onnxruntime-tensorrt", "1.3", "fp16", "ab"),
+        folder(options, "onnxruntime-tensorrt", "1.2", "int8", "ab"),
+        folder(options, "onnxruntime-tensorrt", "1.2", "fp16", "cd"),
+    }
+    assert len(others | {one}) == 5
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--engine-cache"):
-        cache_directory(replace(options, cache_dir=tmp_path / "file"), "x", "1", "fp16", "ab")
+        folder(replace(options, cache_dir=tmp_path / "file"), "x", "1", "fp16", "ab")
 
 
 @pytest.mark.parametrize(

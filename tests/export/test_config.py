@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gfldeploy.detections import NmsParams
 from gfldeploy.errors import ConfigError
 from gfldeploy.export.config import DetectorConfig, load_detector_config
 from gfldeploy.export.model_builder import build_model
@@ -449,7 +450,7 @@ slim_method: LD
     config = load_detector_config(on_zoo(tmp_path, text))
     assert config.cfg["pretrain_weights"] is None
     assert config.cfg["my_note"] == "hello"
-    assert config.nms["nms_top_k"] == 1000  # the head's own value is set last
+    assert config.nms.nms_top_k == 1000  # the head's own value is set last
 
 
 @pytest.mark.slow
@@ -472,12 +473,7 @@ def test_fields() -> None:
         "interp": 1,
     }
     assert config.reader["batch_transforms"] == [{"PadBatch": {"pad_to_stride": 32}}]
-    assert {key: config.nms[key] for key in ("score_threshold", "nms_threshold", "nms_top_k", "keep_top_k")} == {
-        "score_threshold": 0.025,
-        "nms_threshold": 0.6,
-        "nms_top_k": 1000,
-        "keep_top_k": 100,
-    }
+    assert config.nms == NmsParams(score_threshold=0.025, nms_threshold=0.6, nms_top_k=1000, keep_top_k=100)
     assert [file.name for file in config.files] == [
         "coco.yml",
         "schedule_1x.yml",

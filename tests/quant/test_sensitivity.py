@@ -15,7 +15,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.detections import NmsParams
 from gfldeploy.errors import ParityError
 from gfldeploy.images.coco import CocoDataset
-from gfldeploy.macs import convolution_macs, count_macs
+from gfldeploy.macs import convolution_macs, count_work
 from gfldeploy.quant import sensitivity
 from gfldeploy.quant.agreement import Reference
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
@@ -117,7 +117,7 @@ def test_macs_of_each_convolution(tiny: Bundle) -> None:
     file, _ = tiny.graph("onnx")
     found = convolution_macs(file, 64, 96, (8,))
     assert found == {(TWICE, 0): 8 * 12 * 6 * 3 * 3 * 3}
-    assert sum(found.values()) == count_macs(file, 64, 96, (8,))
+    assert sum(found.values()) == count_work(file, [(64, 96)], (8,))[64, 96].macs
     assert macs_shares(tiny) == {ConvUse(TWICE, 0): 1.0}
 
 

@@ -143,12 +143,11 @@ def tune_bundles(
         raise nothing_to_run(planned)
     known_bundles = {BundleIdentity.of(bundle): bundle for bundle in opened}
     sizes = [image.size() for image in CocoDataset.load(data, images, limit).images]
-    cells = (
-        replace(cell, threads=count)
-        for cell in planned.cells
-        if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
-        for count in threads
+    different = (
+        cell for cell in planned.cells if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
     )
+    planned = replace(planned, cells=tuple(different))
+    cells = (replace(cell, threads=count) for cell in planned.cells for count in threads)
     search = Search(tuple(cells), Bounds(max_latency_ms, max_memory_mb, max_drop))
     machine = describe_machine()
     now = BenchResults("", machine, measured_on.description, settings, ())

@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=options.PATH)
 @options.group(*options.annotations_of(required=False), *options.MEASUREMENT)
-@click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="1,2,4,8,16", help="Batch sizes to choose from.")
+@options.batch_sizes("choose from", "1,2,4,8,16")
 @click.option(
     "--threads",
     type=options.WHOLE_NUMBERS,

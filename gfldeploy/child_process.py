@@ -112,11 +112,7 @@ def _folder() -> Path:
 
 
 def _run(
-    command: Sequence[str],
-    folder: Path,
-    limits: Limits,
-    environment: Mapping[str, str],
-    progress: Progress,
+    command: Sequence[str], folder: Path, limits: Limits, environment: Mapping[str, str], progress: Progress
 ) -> None:
     """Run the command to its end. Raises `EngineError` if it fails or exceeds the limits."""
     # A file rather than a pipe: a child that does not stop writing cannot block this process. What packages print on
@@ -146,24 +142,18 @@ def _wait(process: subprocess.Popen[bytes], limits: Limits, reports: IO[str], pr
     deadline = time.monotonic() + limits.timeout_s
     running = True
     while running:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(min(_POLL_S, max(deadline - time.monotonic(), 0)))
             running = False
-        except subprocess.TimeoutExpired:
-            pass
         for line in iter(reports.readline, ""):
             deadline = time.monotonic() + limits.timeout_s
             progress.step(*json.loads(line))
         if running and time.monotonic() >= deadline:
-            raise EngineError(
-                f"it took longer than {limits.timeout_s:g} s",
-                "raise the cell timeout, or use smaller batches or inputs",
-            )
+            problem = f"it took longer than {limits.timeout_s:g} s"
+            raise EngineError(problem, "raise the cell timeout, or use smaller batches or inputs")
         if running and limits.memory_mb < math.inf and _resident_mb(process.pid) > limits.memory_mb:
-            raise EngineError(
-                f"out of memory: it took more than {limits.memory_mb:.0f} MB",
-                "raise the memory limit, or use smaller batches or inputs",
-            )
+            problem = f"out of memory: it took more than {limits.memory_mb:.0f} MB"
+            raise EngineError(problem, "raise the memory limit, or use smaller batches or inputs")
 
 
 def _resident_mb(pid: int) -> float:
@@ -182,13 +172,10 @@ def _exit_reason(code: int, errors: Path) -> str:
     last = f": {lines[-1]}" if lines else ""
     if code > 0:
         return f"the process ended with exit code {code}{last}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
     if -code == signal.SIGKILL:
-        return f"the process was killed by {name}, perhaps because memory ran out{last}"
-    return f"the process crashed with {name}{last}"
+        return f"the process was killed by SIGKILL, perhaps because memory ran out{last}"
+    names = {int(one): one.name for one in signal.Signals}  # real-time signals have none
+    return f"the process crashed with {names.get(-code, f'signal {-code}')}{last}"
 
 
 def _read_answer(path: Path) -> dict[str, Any]:
@@ -202,6 +189,5 @@ def _read_answer(path: Path) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise EngineError("the process answered nonsense: not an object")
     if "reason" in answer:
-        remedy = answer.get("remedy")
-        raise EngineError(str(answer["reason"]), None if remedy is None else str(remedy))
+        raise EngineError(answer["reason"], answer.get("remedy"))
     return answer

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import util
+from itertools import groupby
 from typing import Any
 
-from gfldeploy.engines.base import DEVICES, Device, Obstacle
+from gfldeploy.engines.base import Device, Obstacle
 from gfldeploy.engines.dependencies import TOOL_CHAINS, install_command
 from gfldeploy.engines.registry import (
     BROKEN_PLUGINS,
@@ -102,16 +103,11 @@ def summarize_report(report: Diagnosis) -> list[str]:
 
 def _engine_lines(report: Diagnosis) -> list[str]:
     """A line for each engine that runs something here, and one for the others."""
-    devices = DEVICES if report.machine.driver else DEVICES[:1]
     runs: dict[str, str] = {}
-    for name in ENGINES:
-        of_devices = []
-        for device in devices:
-            found = [one for one in report.capabilities if (one.engine, one.device) == (name, device) and one.works]
-            precisions = ", ".join(f"{one.precision} (slow)" if one.note else one.precision for one in found)
-            of_devices += [f"{precisions} on {device}"] if found else []
-        if of_devices:
-            runs[name] = "; ".join(of_devices)
+    works = [one for one in report.capabilities if one.works]
+    for (name, device), found in groupby(works, lambda one: (one.engine, one.device)):
+        precisions = ", ".join(f"{one.precision} (slow)" if one.note else one.precision for one in found)
+        runs[name] = f"{runs[name]}; {precisions} on {device}" if name in runs else f"{precisions} on {device}"
     lacking = ", ".join(name for name in ENGINES if name not in runs)
     not_here = textwrap.wrap(f"not here: {lacking}", _TEXT, max_lines=2, break_on_hyphens=False) if lacking else []
     most = _MOST_ENGINES - len(not_here)

@@ -46,7 +46,7 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
     """
     bundle = Bundle.open(Path(bundle))
     manifest = bundle.manifest
-    height, width = size or parity.parity_shapes(manifest.preprocess, _fixed(bundle))[-1][1:]
+    height, width = size or _shapes(bundle)[-1][1:]
     pad = manifest.preprocess.pad_stride or 1
     height, width = -(-height // pad) * pad, -(-width // pad) * pad
     gmac = None  # without an ONNX graph to count MACs in
@@ -167,13 +167,9 @@ def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
 
 def _compared(bundle: Bundle, first: Engine, second: Engine, graph: GraphName | None = None) -> list[str]:
     """`graph`: the one that the second engine runs, if its name does not tell."""
-    manifest = bundle.manifest
     name, graph = graph or second.name, graph or graph_for(second.name, "fp32", "cpu")
-    found = []
-    for shape in parity.parity_shapes(manifest.preprocess, _fixed(bundle)):
-        images = parity.parity_images(shape, manifest.preprocess, seed=0)
-        expected = first.infer({"image": images})
-        found.append(parity.compare(graph, second, images, expected))
+    batches = (parity.parity_images(shape, bundle.manifest.preprocess, seed=0) for shape in _shapes(bundle))
+    found = [parity.compare(graph, second, images, first.infer({"image": images})) for images in batches]
     # Each graph may be off by one tolerance, in opposite directions.
     parity.check(found, parity.Tolerance.recorded(bundle.record("parity.json")).times(2.0))
     return [
@@ -205,13 +201,14 @@ def _ran(bundle: Bundle, engine: Engine) -> str:
 
 def _one_image(bundle: Bundle) -> NDArray[np.float32]:
     manifest = bundle.manifest
-    shape = parity.parity_shapes(manifest.preprocess, _fixed(bundle))[0]
-    return parity.parity_images((manifest.inputs[0].shape[0] or 1, *shape[1:]), manifest.preprocess, seed=0)
+    _, height, width = _shapes(bundle)[0]
+    return parity.parity_images((manifest.inputs[0].shape[0] or 1, height, width), manifest.preprocess, seed=0)
 
 
-def _fixed(bundle: Bundle) -> tuple[int | None, int | None, int | None]:
+def _shapes(bundle: Bundle) -> list[tuple[int, int, int]]:
+    """Those of `parity_shapes` for the bundle's input."""
     batch, _, height, width = bundle.manifest.inputs[0].shape
-    return batch, height, width
+    return parity.parity_shapes(bundle.manifest.preprocess, (batch, height, width))
 
 
 def _tensor(spec: TensorSpec) -> str:

@@ -21,10 +21,7 @@ PACKAGES: tuple[str, ...] = tuple(
             "gfldeploy",
             *(name for spec in ENGINES.values() for name in spec.library.distributions),
             *(name for tools in TOOL_CHAINS.values() for name in tools.distributions.values()),
-            "onnx",
-            "numpy",
-            "opencv-python-headless",
-            "opencv-python",
+            *("onnx", "numpy", "opencv-python-headless", "opencv-python"),
         )
     )
 )

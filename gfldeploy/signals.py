@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -40,14 +40,20 @@ def terminate_as_interrupt(before: object = None) -> Iterator[None]:
     """
     replaced = (signal.SIG_DFL, signal.default_int_handler, before)
     ours = [number for number in _NUMBERS if signal.getsignal(number) in replaced and _is_main_thread()]
-    previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
-    if previous:
-        _asked.clear()
+    with _handled(ours, _interrupt):
+        if ours:
+            _asked.clear()
+        yield
+
+
+@contextmanager
+def _handled(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
+    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def was_interrupted() -> bool:
@@ -72,15 +78,11 @@ def hold_interrupts() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    previous: dict[int, Any] = {}
-    for number in _NUMBERS:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            previous[number] = signal.signal(number, lambda number, frame: arrived.append(number))
+    handled = [number for number in _NUMBERS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     try:
-        yield
+        with _handled(handled, lambda number, frame: arrived.append(number)):
+            yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         for number in arrived[:1]:
             signal.raise_signal(number)
 

@@ -98,15 +98,10 @@ class _Indented:
 
     def __init__(self, progress: Progress, directory: Path, output: Path) -> None:
         self._progress, self._directory, self._output = progress, str(directory), str(output)
+        self.step, self.note = progress.step, progress.note
 
     def stage(self, text: str) -> None:
         self._progress.stage(f"  {text.replace(self._directory, self._output)}")
-
-    def step(self, label: str, done: int, total: int) -> None:
-        self._progress.step(label, done, total)
-
-    def note(self, text: str) -> None:
-        self._progress.note(text)
 
 
 def explain(results: BenchResults) -> list[str]:
@@ -154,6 +149,5 @@ def _against(row: Row, base: Row) -> str:
 
 def _speed(row: Row) -> str:
     """From file to boxes; of the network alone where that was not measured."""
-    if row.file_images_per_s is None:
-        return f"{text_of(row.images_per_s)} (network alone)"
-    return text_of(row.file_images_per_s)
+    file = row.file_images_per_s
+    return f"{text_of(row.images_per_s)} (network alone)" if file is None else text_of(file)

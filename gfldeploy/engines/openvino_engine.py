@@ -110,7 +110,7 @@ class OpenVinoEngine(Engine):
         """From OpenVINO's own times, in a model of its own."""
         spent: Counter[bool] = Counter()
         with self._explained():
-            request = self._compile(_shape(inputs), {"PERF_COUNT": True}).create_infer_request()
+            request = self._compile(_shape(inputs), PERF_COUNT=True).create_infer_request()
             for _ in range(self._share_runs):
                 request.infer(dict(inputs))
                 for one in request.profiling_info:
@@ -144,7 +144,7 @@ class OpenVinoEngine(Engine):
         del self._requests[rarest]
         return shape
 
-    def _compile(self, shape: Shape, more: Mapping[str, Any] | None = None) -> Any:
+    def _compile(self, shape: Shape, **more: object) -> Any:
         model = self._network.clone()
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -161,7 +161,7 @@ class OpenVinoEngine(Engine):
         rewrite(model, self.options.precision)
         if self._cache is not None:
             settings["CACHE_DIR"] = str(self._cache)
-        compiled = self._core.compile_model(model, "CPU", settings | dict(more or {}))
+        compiled = self._core.compile_model(model, "CPU", settings | more)
         if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
             raise EngineError(f"OpenVINO runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")
         return compiled

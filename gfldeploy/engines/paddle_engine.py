@@ -100,16 +100,12 @@ class PaddleEngine(Engine):
                 handle.copy_from_cpu(array)
             copied = time.perf_counter()
             predictor.run()
-            self._synchronize()
+            if self.options.device == "gpu":  # whose work `run` only starts: copying the outputs would wait for it
+                self._paddle.device.synchronize()
             ran = time.perf_counter()
             arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
         times = CopyTimes.between(start, copied, ran, time.perf_counter())
         return dict(zip(self._outputs, arrays, strict=True)), times
-
-    def _synchronize(self) -> None:
-        """Wait for the GPU: `run` only starts its work, which copying the outputs would be charged with."""
-        if self.options.device == "gpu":
-            self._paddle.device.synchronize()
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """From oneDNN's own log of one inference; none without oneDNN."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 
@@ -28,8 +29,8 @@ __all__ = ["command"]
 )
 @click.option(
     "--orders",
-    type=options.names(("listed", "bucketed")),
-    default="listed,bucketed",
+    type=options.names(STREAM_ORDERS),
+    default=",".join(STREAM_ORDERS),
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(

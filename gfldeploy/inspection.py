@@ -67,9 +67,7 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
         "preprocess": plain(manifest.preprocess),
         "nms": plain(manifest.nms),
         "size_on_disk_mb": {
-            name: round(
-                sum((bundle.directory / file).stat().st_size for file in (graph.model, graph.params) if file) / 1e6, 2
-            )
+            name: round(sum(manifest.files[file].bytes for file in (graph.model, graph.params) if file) / 1e6, 2)
             for name, graph in manifest.graphs.items()
         },
         "digest": bundle.digest,

@@ -47,8 +47,7 @@ def require(module: str, purpose: str) -> ModuleType:
     What the package prints or warns about during the import is swallowed. Raises `MissingDependencyError` when the
     package is not installed, and, with another message, when it is installed but cannot be imported.
     """
-    loaded = sys.modules.get(module)
-    if loaded is not None:
+    if loaded := sys.modules.get(module):
         return loaded
     package = module.partition(".")[0]
     command = install_command(package)

@@ -59,8 +59,7 @@ PADDLE = Library(
     {
         "cpu": Build("paddlepaddle", "pip install paddlepaddle==3.2.2"),
         "gpu": Build(
-            "paddlepaddle-gpu",
-            "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+            "paddlepaddle-gpu", "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index"
         ),
     },
 )

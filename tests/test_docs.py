@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import gfldeploy
+from gfldeploy.bench.table import FLAGS
 from gfldeploy.cli import EXIT_CODES, cli
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.registry import ENGINES
@@ -179,6 +180,11 @@ def test_the_formats_have_the_numbers_of_the_package() -> None:
         found = import_module(module)
         form = getattr(getattr(found, name), "FORMAT", None)
         assert int(number) == (form.schema if form else found.SCHEMA), name
+
+
+def test_every_flag_of_the_report_is_explained() -> None:
+    page = (DOCS / "guides" / "reading-the-report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\w+) \|", page.partition("## Flags")[2], re.MULTILINE) == ["flag", *FLAGS]
 
 
 def test_the_exit_codes_are_those_of_the_command_line() -> None:

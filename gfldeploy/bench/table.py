@@ -78,7 +78,9 @@ class Served:
     @property
     def bound_held(self) -> str | None:
         """Whether that percentile kept the bound: "yes (p99)"."""
-        return (self.percent and f"{'yes' if self.kept >= self.percent / 100 else 'no'} (p{self.percent})") or None
+        if self.percent is None:
+            return None
+        return f"{'yes' if self.kept >= self.percent / 100 else 'no'} (p{self.percent})"
 
 
 @dataclass(frozen=True, eq=False)

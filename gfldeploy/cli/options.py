@@ -40,7 +40,7 @@ __all__ = [
     "FiniteFloat",
     "Parsed",
     "WholeNumber",
-    "annotation_options",
+    "annotations_of",
     "group",
     "input_shape",
     "limit",
@@ -205,36 +205,32 @@ def output(help_text: str, default: Path | None = None, **settings: Any) -> Opti
     )
 
 
-def limit(default: int | None = None, purpose: str = "") -> Option:
-    """--limit: how many images are used, and for which purpose if not for all."""
-    return click.option(
-        "--limit",
-        type=WholeNumber(1),
-        default=default,
-        show_default=None if default else "all",
-        help=f"Use only this number of images{purpose}, the first of the list.",
+def limit(default: int | None = None, purpose: str = "", name: str = "--limit") -> Option:
+    """How many images are used, and for which purpose if not for all."""
+    help_text = f"Use only this number of images{purpose}, the first of the list."
+    shown = None if default else "all"
+    return click.option(name, type=WholeNumber(1), default=default, show_default=shown, help=help_text)
+
+
+def annotations_of(images: str = "the images", prefix: str = "--", required: bool = True) -> Group:
+    """--data and --images: COCO annotations, and where their images are."""
+    return (
+        click.option(
+            f"{prefix}data", required=required, type=FILE, metavar="COCO.json", help=f"COCO annotations of {images}."
+        ),
+        click.option(
+            f"{prefix}images",
+            type=DIRECTORY,
+            show_default="images/ beside the annotations, else their folder",
+            help=f"Folder in which the file names of {prefix}data start.",
+        ),
     )
 
 
 BUNDLE = click.argument("bundle", type=PATH)
 
 
-def annotation_options(required: bool = True) -> Group:
-    """--data and --images: COCO annotations, and where their images are."""
-    return (
-        click.option(
-            "--data", required=required, type=FILE, metavar="COCO.json", help="COCO annotations of the images."
-        ),
-        click.option(
-            "--images",
-            type=DIRECTORY,
-            show_default="images/ beside the annotations, else their folder",
-            help="Folder in which the annotations' file names start.",
-        ),
-    )
-
-
-ANNOTATIONS = annotation_options()
+ANNOTATIONS = annotations_of()
 
 # A folder of images, or COCO annotations, of which the boxes are not needed.
 IMAGES: Group = (
@@ -315,12 +311,7 @@ MEASUREMENT: Group = (
     ),
     limit(32, " for timing"),
     click.option("--accuracy/--no-accuracy", default=True, help="Measure COCO mAP too."),
-    click.option(
-        "--accuracy-limit",
-        type=WholeNumber(1),
-        show_default="all",
-        help="Use only this number of images for mAP, the first of the list.",
-    ),
+    limit(purpose=" for mAP", name="--accuracy-limit"),
     click.option(
         "--cell-timeout",
         type=FiniteFloat(0, min_open=True),

@@ -48,19 +48,8 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     show_default=f"{DEFAULT_SAMPLES}, or all if there are fewer",
     help="Number of images to calibrate on, spread evenly over all.",
 )
-@click.option("--eval-data", type=options.FILE, help="COCO annotations (.json) of other images, to measure mAP on.")
-@click.option(
-    "--eval-images",
-    type=options.DIRECTORY,
-    show_default="images/ beside the annotations, else their folder",
-    help="Folder in which the file names of --eval-data start.",
-)
-@click.option(
-    "--eval-limit",
-    type=options.WholeNumber(1),
-    show_default="all",
-    help="Measure mAP on only this number of images, the first of the list.",
-)
+@options.group(*options.annotations_of("other images, to measure mAP on", "--eval-", required=False))
+@options.limit(purpose=" for mAP", name="--eval-limit")
 @click.option(
     "--max-drop",
     type=options.FiniteFloat(0, 1),

@@ -18,7 +18,7 @@ __all__ = ["command"]
 
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=options.PATH)
-@options.group(*options.annotation_options(required=False), *options.MEASUREMENT)
+@options.group(*options.annotations_of(required=False), *options.MEASUREMENT)
 @click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="1,2,4,8,16", help="Batch sizes to choose from.")
 @click.option(
     "--threads",

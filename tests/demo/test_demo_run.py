@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 THREADS = min(2, len(os.sched_getaffinity(0)))
 ENGINES = ("paddle", "onnxruntime", *(("openvino",) if importlib.util.find_spec("openvino") else ()))
-VAL_IMAGES = 64
+VAL_IMAGES = 32
 # mAP differences of FP32 graphs and of INT8 that the project promises.
 FP32_TOLERANCE, INT8_TOLERANCE = 0.001, 0.01
 

@@ -53,7 +53,6 @@ _MIN_VISIBLE = 0.5
 _CROWDED = {"train": 0.6, "calib": 0.12, "val": 0.12}
 
 Image = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.uint8]
 _Found = tuple[int, tuple[int, int, int, int], int]  # class, box (x, y, width, height) in px, visible area in px²
 
 
@@ -356,7 +355,7 @@ def _colour(rng: np.random.Generator, around: npt.NDArray[np.float64]) -> npt.ND
 
 
 def _paint(
-    rng: np.random.Generator, patch: Image, mask: Mask, colour: npt.NDArray[np.float32], *, outlined: bool
+    rng: np.random.Generator, patch: Image, mask: Image, colour: npt.NDArray[np.float32], *, outlined: bool
 ) -> None:
     """Blend a filled, maybe textured and outlined shape into `patch` [h, w, 3] where `mask` [h, w] says (0 to 255)."""
     import cv2

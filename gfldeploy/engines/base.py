@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -36,6 +37,7 @@ __all__ = [
     "Precision",
     "Tensors",
     "count_precisions",
+    "installed_version",
     "reasons",
 ]
 
@@ -254,6 +256,14 @@ class Engine(ClosesOnExit):
     def _detail(error: Exception) -> str:
         """What of the library's message is worth showing."""
         return str(error)
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, None if it is not installed. Read from metadata, not imported."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:

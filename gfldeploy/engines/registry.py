@@ -23,6 +23,7 @@ from gfldeploy.engines.base import (
     Library,
     Obstacle,
     Precision,
+    installed_version,
 )
 from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
 from gfldeploy.engines.tensorrt import tensorrt_library
@@ -45,7 +46,6 @@ __all__ = [
     "check_bundle",
     "check_possible",
     "graph_for",
-    "installed_version",
     "load_graph",
     "missing_graph",
     "obstacle_to",
@@ -59,8 +59,7 @@ PADDLE = Library(
     {
         "cpu": Build("paddlepaddle", "pip install paddlepaddle==3.2.2"),
         "gpu": Build(
-            "paddlepaddle-gpu",
-            "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+            "paddlepaddle-gpu", "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index"
         ),
     },
 )
@@ -251,14 +250,6 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, None if it is not installed. Read from metadata, not imported."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def title_of(engine: str) -> str:

@@ -27,7 +27,7 @@ from gfldeploy.serialization import plain
 __all__ = ["inspect", "int8_lines", "verify"]
 
 # INT8 engines round differently; a damaged graph finds next to nothing of what the other engine's does.
-_LEAST_AGREEMENT = 0.5
+_MIN_AGREEMENT = 0.5
 
 
 def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _compared_int8(bundle: Bundle, first: Engine, second: Engine) -> list[str]:
     images, nms = _one_image(bundle), bundle.manifest.nms
     reference = Reference.of(first.infer({"image": images}), nms)
     result = agreement([reference], [second.infer({"image": images})], nms)
-    if result.detections_found < _LEAST_AGREEMENT:
+    if result.detections_found < _MIN_AGREEMENT:
         raise ParityError(
             f"the INT8 graphs disagree: {second.name} finds {result.detections_found:.0%} of what {first.name} finds",
             "Quantise the bundle again.",

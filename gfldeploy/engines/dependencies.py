@@ -81,7 +81,7 @@ def install_command(package: str, device: Device | None = None) -> str:
 class _KeepSigterm:
     """Keeps the handler of SIGTERM while a package is imported, from one module to the next.
 
-    Paddle installs its own in C, under which nothing is cleaned up, and its import goes on for seconds after that. A
+    Paddle installs its own in C, under which nothing is cleaned up, and its import takes seconds more after that. A
     context manager, and a finder of modules that finds none.
     """
 

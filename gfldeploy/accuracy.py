@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -263,7 +262,7 @@ def evaluate(
         UnsupportedError: The bundle does not run in this engine, precision or batch size.
         EngineError: The engine failed.
     """
-    opened = Bundle.open(Path(bundle))
+    opened = Bundle.open(bundle)
     manifest = opened.manifest
     dataset = CocoDataset.load(data, images, limit)
     count, fixed = len(dataset.images), manifest.inputs[0].shape[0]

@@ -192,13 +192,14 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, directory: Path, *, detector: bool = True) -> Self:
+    def open(cls, directory: str | os.PathLike[str], *, detector: bool = True) -> Self:
         """Read the manifest, and check it and the other files, whoever made them.
 
         Every file must be there with the recorded size, and no other; records must hold what gfldeploy writes (see
         `bundle_records`), graphs only arithmetic (see `graph_guard`). Digests are not compared: `verify_files` does
         that. `detector`: False for a graph that is only timed and detects nothing. Raises `BundleError`.
         """
+        directory = Path(directory)
         path = directory / MANIFEST
         remedy = "Give the directory that `gfldeploy export` wrote."
         with reading(directory, BundleError, remedy):  # a name that no directory can have

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,9 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
     Raises:
         BundleError: The bundle is damaged.
     """
-    bundle = Bundle.open(Path(bundle))
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size must be at least 1x1, not {size!r}")
+    bundle = Bundle.open(bundle)
     manifest = bundle.manifest
     height, width = size or _shapes(bundle)[-1][1:]
     pad = manifest.preprocess.pad_stride or 1
@@ -125,14 +126,14 @@ def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progre
         ParityError: Graphs disagree.
         EngineError: An engine failed.
     """
-    bundle = Bundle.open(Path(bundle))
+    bundle = Bundle.open(bundle)
     progress.stage("hashing the files")
     bundle.verify_files()
     manifest = bundle.manifest
     lines = [f"{len(manifest.files)} files are as they were made"]
     obstacles = {name: obstacle_to(name, bundle, manifest.precision, "cpu") for name in DEFAULT_ENGINES}
     engines = [name for name, obstacle in obstacles.items() if obstacle is None][:2]
-    options = EngineOptions(manifest.precision, "cpu", threads or usable_threads())
+    options = EngineOptions(manifest.precision, "cpu", usable_threads() if threads is None else threads)
     with ExitStack() as stack:
         if engines:
             progress.stage(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")

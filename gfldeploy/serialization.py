@@ -5,6 +5,7 @@ Whatever the data says, reading it ends in a record or in an error that names th
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -207,8 +208,9 @@ class Versioned:
         except DataError as error:
             raise cls.FORMAT.error(error.problem, cls.FORMAT.remedy) from error
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file in one step, replacing any other. Raises `OutputError`."""
+        path = Path(path)
         if not self.FORMAT.yaml:
             write_json(path, self.to_dict())
             return
@@ -217,8 +219,9 @@ class Versioned:
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=_YAML_WIDTH))
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: str | os.PathLike[str]) -> Self:
         """Read a file that `write` wrote, with this version or an older one. Raises as `from_dict`."""
+        path = Path(path)
         with reading(path, cls.FORMAT.error, cls.FORMAT.remedy):
             if cls.FORMAT.yaml:
                 from gfldeploy.yaml_file import read_yaml

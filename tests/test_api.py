@@ -81,6 +81,7 @@ def test_options_are_parameters(name: str) -> None:
     options = {option.name: option for option in command.params if option.name not in terminal}
     parameters = {key: one for key, one in inspect.signature(function).parameters.items() if key not in PROGRAMMATIC}
     assert set(options) == set(parameters)
+    assert set(options) <= {one.replace("-", "_") for option in options.values() for one in words_of(option)}
     for key, option in options.items():
         parameter = parameters[key]
         if isinstance(option, click.Argument):
@@ -95,5 +96,39 @@ def test_options_are_parameters(name: str) -> None:
             assert parameter.default == defaults[key], key
 
 
+def words_of(option: click.Parameter) -> list[str]:
+    return [option.name or ""] if isinstance(option, click.Argument) else [one.lstrip("-") for one in option.opts]
+
+
 def test_every_command_has_a_function() -> None:
     assert set(cli.list_commands(click.Context(cli))) == {*FUNCTIONS, "demo"}
+
+
+def test_paths_are_text_too(tiny_bundle: Path) -> None:
+    assert gfldeploy.Bundle.open(str(tiny_bundle)) == gfldeploy.Bundle.open(tiny_bundle)
+    assert gfldeploy.inspect(str(tiny_bundle))["name"] == gfldeploy.inspect(gfldeploy.Bundle.open(tiny_bundle))["name"]
+    with pytest.raises(gfldeploy.DataError, match=r"no\.yml cannot be read: No such file"):
+        gfldeploy.Deploy.read("no.yml")
+    for bundles in (str(tiny_bundle), tiny_bundle, [str(tiny_bundle)]):
+        with pytest.raises(gfldeploy.DataError, match=r"no\.json cannot be read"):
+            gfldeploy.benchmark(bundles, data="no.json")
+        with pytest.raises(gfldeploy.DataError, match=r"no\.json cannot be read"):
+            gfldeploy.tune_bundles(bundles, data="no.json", accuracy=False, output="no.yml")
+
+
+def test_values_that_no_option_takes_are_refused(tiny_bundle: Path, tiny_coco: Path) -> None:
+    wrong: Any = "by size"
+    for call in (
+        lambda: gfldeploy.evaluate(tiny_bundle, data=tiny_coco, order=wrong),
+        lambda: gfldeploy.evaluate(tiny_bundle, data=tiny_coco, threads=0),
+        lambda: gfldeploy.verify(tiny_bundle, threads=0),
+        lambda: gfldeploy.tune_bundles(tiny_bundle, data=tiny_coco, orders=[wrong], output="no.yml"),
+        lambda: gfldeploy.inspect(tiny_bundle, size=(0, 320)),
+        lambda: gfldeploy.Detector(tiny_bundle, batch_size=0),
+        lambda: gfldeploy.predict_images(tiny_bundle, tiny_coco.parent, output="no", batch_size=0),
+        lambda: gfldeploy.analyze(tiny_bundle, data=tiny_coco, batch_sizes=[0]),
+    ):
+        with pytest.raises(ValueError, match=r"must be"):
+            call()
+    with pytest.raises(gfldeploy.UsageError, match="there is no bundle to measure"):
+        gfldeploy.benchmark([], data=tiny_coco)

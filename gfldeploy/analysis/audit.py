@@ -29,7 +29,7 @@ _Count = Callable[[set[Size]], Mapping[Size, int]]
 def audit(
     *,
     data: str | os.PathLike[str],
-    source: str | os.PathLike[str],
+    config_or_bundle: str | os.PathLike[str],
     images: str | os.PathLike[str] | None = None,
     batch_sizes: Sequence[int] | None = None,
     buckets: int | None = None,
@@ -42,7 +42,7 @@ def audit(
 
     Args:
         data: A folder of images, or COCO annotations (.json).
-        source: A PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.
+        config_or_bundle: A PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.
         images: The folder in which the annotations' file names start; by default `images/` beside them.
         batch_sizes: By default 1, 2, 4, 8 and 16, or the only one that the bundle takes.
         buckets: The largest number of sizes that bucketed batches may have; None for no limit.
@@ -55,11 +55,11 @@ def audit(
     Raises:
         UsageError: `images` was given with a folder.
         DataError: Annotations cannot be read, or no image can be used.
-        BundleError: `source` is neither a bundle nor a config, or a damaged one.
+        BundleError: `config_or_bundle` is neither a bundle nor a config, or a damaged one.
         ConfigError: The config cannot be used.
         UnsupportedError: The bundle does not take these batch sizes.
     """
-    preprocess, bundle = _open(Path(source))
+    preprocess, bundle = _open(Path(config_or_bundle))
     sizes = _batch_sizes(bundle, batch_sizes)
     paths, annotated = _images(Path(data), None if images is None else Path(images))
     found = survey(paths, preprocess, progress)

@@ -78,9 +78,10 @@ def analyze(
         EngineError: The engine failed.
         OutputError: The output exists already, or cannot be written.
     """
+    orders = batch_orders(batch_sizes)
     path = None if output is None else Path(output)
     _check_output(path, force)
-    opened = Bundle.open(Path(bundle))
+    opened = Bundle.open(bundle)
     if (fixed := opened.manifest.inputs[0].shape[0]) is not None:
         problem = f"{opened.directory} takes batches of {fixed} only"
         raise UnsupportedError(problem, "Export it without a fixed batch size.")
@@ -105,7 +106,7 @@ def analyze(
     with open_engine(name, opened, options) as running:
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
-        measured = measure_passes(running, paths, opened, batch_orders(batch_sizes), rounds, progress)
+        measured = measure_passes(running, paths, opened, orders, rounds, progress)
         if invariance:
             progress.stage("comparing detections with those of batch 1")
             compared = measure_invariance(running, dataset, opened, batch_sizes, progress)

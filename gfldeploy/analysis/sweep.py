@@ -60,7 +60,9 @@ class Pass:
 
 
 def batch_orders(batch_sizes: Sequence[int]) -> list[tuple[int, Order]]:
-    """Batch 1, then each larger batch size with the images listed and bucketed."""
+    """Batch 1, then each larger batch size with the images listed and bucketed. Raises `ValueError` for one below 1."""
+    if min(batch_sizes, default=1) < 1:
+        raise ValueError(f"batch sizes must be at least 1, not {min(batch_sizes)}")
     larger = sorted({size for size in batch_sizes if size > 1})
     return [(1, "listed"), *((size, order) for size in larger for order in STREAM_ORDERS)]
 

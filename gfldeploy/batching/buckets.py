@@ -135,10 +135,12 @@ def group(
 
     `buckets`: for the bucketed order; None is every distinct size. Bucketed batches come in the order in which they
     fill, then those that do not fill by their first image, as in `group_stream`. `seed`: of the shuffled order. Raises
-    `ValueError` for a batch size below 1.
+    `ValueError` for a batch size below 1 and for another order.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     if order == "bucketed":
         buckets = choose_buckets(sizes) if buckets is None and sizes else buckets or ()
         known = {size: bucket_of(size, buckets) for size in set(sizes)}

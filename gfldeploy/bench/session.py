@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,7 +42,7 @@ _PATH = str | os.PathLike[str]
 
 
 def benchmark(
-    bundles: Sequence[_PATH],
+    bundles: _PATH | Sequence[_PATH],
     *,
     data: _PATH,
     images: _PATH | None = None,
@@ -76,7 +76,7 @@ def benchmark(
     """Measure engines, precisions and batch sizes side by side, each cell in a process of its own.
 
     Args:
-        bundles: The directories of the bundles; each runs in every engine and precision it is made for.
+        bundles: The directories of the bundles, or that of one; each runs in every engine and precision it is made for.
         data: COCO annotations (.json).
         images: The folder in which their file names start; by default `images/` beside them, else their folder.
         engines: The engines to measure.
@@ -149,9 +149,8 @@ def benchmark(
         accuracy_limit=accuracy_limit,
         bundles=opened,
     )
-    planned = plan(
-        opened, engines, precisions, batch_sizes, device, threads or usable_threads(), scenarios, rates, policies
-    )
+    threads = usable_threads() if threads is None else threads
+    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies)
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:
         raise nothing_to_run(planned)
@@ -182,11 +181,13 @@ def benchmark(
     return results
 
 
-def open_bundles(paths: Iterable[_PATH]) -> list[Bundle]:
-    """Each bundle once, whatever ways its path is written in. Raises `BundleError`."""
+def open_bundles(paths: _PATH | Sequence[_PATH]) -> list[Bundle]:
+    """Each bundle once, whatever ways its path is written in. Raises `UsageError` for none, and `BundleError`."""
     unique: dict[Path, Path] = {}
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):
         unique.setdefault(path.resolve(), path)
+    if not unique:
+        raise UsageError("there is no bundle to measure", "Give at least one.")
     # A path such as "." has no last part to name the bundle by.
     return [Bundle.open(path if path.name not in ("", "..") else resolved) for resolved, path in unique.items()]
 

@@ -27,7 +27,6 @@ _NAMED = 3  # images left out that are named
 @options.group(*options.IMAGES)
 @click.option(
     "--config-or-bundle",
-    "source",
     required=True,
     type=options.PATH,
     help="PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.",

@@ -171,7 +171,7 @@ def _all_engines() -> dict[str, EngineSpec]:
     for entry in metadata.entry_points(group="gfldeploy.engines"):
         try:
             spec = entry.load()
-        except Exception as error:  # noqa: BLE001 - it is somebody else's code
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is somebody else's code
             BROKEN_PLUGINS[entry.name] = f"{entry.value} cannot be loaded: {type(error).__name__}: {error}"
             continue
         if not isinstance(spec, EngineSpec):
@@ -241,7 +241,7 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
         return graph
     if device == "gpu" and nvidia_driver() is None:
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
-    if util.find_spec(library.module) is None:
+    if not _is_installed(library.module):
         return Obstacle(f"{library.module} is not installed", library.builds[device].install)
     if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
         return Obstacle(f"the CPU build of {library.module} is installed", library.builds["gpu"].install)
@@ -250,6 +250,13 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that the module would be in
+        return False
 
 
 def title_of(engine: str) -> str:

@@ -27,7 +27,7 @@ def select_engine(
     the device is the CPU, and all threads are used. Raises `UnsupportedError` where nothing here can run it.
     """
     precision, device = precision or bundle.manifest.precision, device or "cpu"
-    options = EngineOptions(precision, device, threads or usable_threads(), cache_dir)
+    options = EngineOptions(precision, device, usable_threads() if threads is None else threads, cache_dir)
     if engine is not None:
         check_possible(engine, bundle, options)
         return engine, options, "as asked for"

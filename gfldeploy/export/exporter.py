@@ -144,7 +144,7 @@ def export_bundle(
                 candidates=chosen,
                 notes=(*loaded.notes, *notes),
             )
-            threads = threads or usable_threads()
+            threads = usable_threads() if threads is None else threads
             export = _Export(directory, manifest, detector, images, references, shape, threads, progress)
             export.write_graphs(HEADS[loaded.head], with_nms)
             export.compare_graphs()

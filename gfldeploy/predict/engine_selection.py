@@ -62,6 +62,8 @@ def choose(
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
     `UnsupportedError` where nothing here can run it.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     notes: tuple[str, ...] = ()
     why = ""
     if source.suffix in _DEPLOY_SUFFIXES and not source.is_dir():
@@ -73,7 +75,7 @@ def choose(
             why = f"as {source.name} says"
         engine, precision = engine or cell.engine, precision or cell.precision
         device = device or cell.device
-        threads, batch_size = threads or cell.threads, batch_size or cell.batch_size
+        threads, batch_size = cell.threads if threads is None else threads, batch_size or cell.batch_size
         order = order or (cell.order if cell.batch_size > 1 else None)
     elif source.is_dir():
         bundle = Bundle.open(source)

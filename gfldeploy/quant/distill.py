@@ -104,7 +104,7 @@ def _distill(request: dict[str, Any]) -> dict[str, list[float]]:
     """The child: train, write `parameters.npz` and return the loss of each step."""
     import paddle
 
-    bundle = Bundle.open(Path(request["bundle"]))
+    bundle = Bundle.open(request["bundle"])
     steps = request["steps"]
     paddle.enable_static()
     executor = paddle.static.Executor(paddle.CPUPlace())

@@ -80,7 +80,7 @@ def _calibrate(request: dict[str, Any]) -> dict[str, Any]:
 
     from gfldeploy.images.decode import read_image
 
-    preprocess = Bundle.open(Path(request["bundle"])).manifest.preprocess
+    preprocess = Bundle.open(request["bundle"]).manifest.preprocess
     images = [Path(name) for name in request["images"]]
     passes = 2 if request["algorithm"] in _TWO_PASSES else 1
     seen = 0

@@ -121,7 +121,7 @@ def quantize_bundle(
         DEFAULT_MAX_DROP if max_drop is None else max_drop,
         DEFAULT_MIN_AGREEMENT if min_agreement is None else min_agreement,
     )
-    threads = threads or usable_threads()
+    threads = usable_threads() if threads is None else threads
     paths = calibration_images(Path(data), Path(images) if images else None, samples)
     evaluation = None
     if eval_data is not None:

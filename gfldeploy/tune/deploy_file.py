@@ -191,4 +191,4 @@ def check_deploy(path: str | os.PathLike[str], bundle: str | os.PathLike[str] | 
     """
     path = Path(path)
     deploy = Deploy.read(path)
-    return deploy.check(Bundle.open(Path(bundle or deploy.bundle_path(path))), describe_machine())
+    return deploy.check(Bundle.open(bundle or deploy.bundle_path(path)), describe_machine())

@@ -47,7 +47,7 @@ _SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline")
 
 
 def tune_bundles(
-    bundles: Sequence[_PATH],
+    bundles: _PATH | Sequence[_PATH],
     *,
     data: _PATH,
     images: _PATH | None = None,
@@ -65,7 +65,7 @@ def tune_bundles(
     min_seconds: float = 2.0,
     min_count: int = 10,
     look_seconds: float = 0.5,
-    limit: int = 32,
+    limit: int | None = 32,
     accuracy: bool = True,
     accuracy_limit: int | None = None,
     budget_seconds: float | None = None,
@@ -82,7 +82,8 @@ def tune_bundles(
     same call resumes where it stopped.
 
     Args:
-        bundles: The directories of the bundles to choose from: the FP32 and the INT8 bundle of a detector.
+        bundles: The directories of the bundles to choose from: the FP32 and the INT8 bundle of a detector; or that of
+            one.
         data: COCO annotations (.json).
         images: The folder in which their file names start; by default `images/` beside them, else their folder.
         max_latency_ms: Bound of the 99th percentile of a batch's latency, from file to boxes.
@@ -100,7 +101,7 @@ def tune_bundles(
             to five times as long, until the 99th percentile is known.
         min_count: Time at least this number of inferences.
         look_seconds: Time each cell for at least this long when it is first looked at.
-        limit: The number of images used for timing, the first of the annotations.
+        limit: The number of images used for timing, the first of the annotations; None for all.
         accuracy: Measure the mAP of what is about to be chosen.
         accuracy_limit: The number of images used for mAP; None for all.
         budget_seconds: Look at no more cells after this long; the final measurements and mAP come on top.
@@ -122,6 +123,8 @@ def tune_bundles(
         DataError: The data cannot be used, or the results are not of this machine, software and data.
         OutputError: The output exists already, or cannot be written.
     """
+    if not set(orders) <= set(STREAM_ORDERS):
+        raise ValueError(f"orders must be of {', '.join(STREAM_ORDERS)}, not {orders!r}")
     if max_drop is not None and not accuracy:
         raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
     data, images, output = Path(data), None if images is None else Path(images), Path(output)
@@ -140,12 +143,11 @@ def tune_bundles(
         raise nothing_to_run(planned)
     known_bundles = {BundleIdentity.of(bundle): bundle for bundle in opened}
     sizes = [image.size() for image in CocoDataset.load(data, images, limit).images]
-    cells = (
-        replace(cell, threads=count)
-        for cell in planned.cells
-        if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
-        for count in threads
+    different = (
+        cell for cell in planned.cells if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
     )
+    planned = replace(planned, cells=tuple(different))
+    cells = (replace(cell, threads=count) for cell in planned.cells for count in threads)
     search = Search(tuple(cells), Bounds(max_latency_ms, max_memory_mb, max_drop))
     machine = describe_machine()
     now = BenchResults("", machine, measured_on.description, settings, ())

@@ -44,6 +44,12 @@ def test_what_an_entry_leaves_out_never_runs(monkeypatch: pytest.MonkeyPatch) ->
         EngineSpec("toy", "Toy", "toy:Toy", LIBRARY, {"gpu": {"fp32": "onnx"}})
 
 
+def test_a_library_inside_a_package_that_is_not_there() -> None:
+    inner = Library("no_such_package.inner", {"cpu": Build("inner", "pip install inner")})
+    spec = EngineSpec("toy", "Toy", "toy:Toy", inner, {"cpu": {"fp32": "onnx"}})
+    assert registry._unavailable(spec, "fp32", "cpu") == ("no_such_package.inner is not installed", "pip install inner")
+
+
 def test_no_engine_imports_another() -> None:
     kinds = ("ort", "openvino", "paddle")
     for path in Path(base.__file__).parent.glob("*.py"):

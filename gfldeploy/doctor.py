@@ -23,8 +23,6 @@ from gfldeploy.engines.registry import (
 )
 from gfldeploy.machine import Machine, describe_machine, installed_packages
 
-__all__ = ["Diagnosis", "diagnose", "summarize_report", "twin_warnings"]
-
 _MOST_LINES, _MOST_ENGINES, _MOST_WARNINGS, _MOST_INSTALLS = 15, 6, 3, 3
 _LABEL, _TEXT = 10, 70  # columns
 
@@ -43,10 +41,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        data = asdict(self)
-        for entry, capability in zip(data["capabilities"], self.capabilities, strict=True):
-            entry["works"] = capability.works
-        return data
+        return {**asdict(self), "capabilities": [{**asdict(one), "works": one.works} for one in self.capabilities]}
 
 
 def diagnose() -> Diagnosis:
@@ -79,11 +74,9 @@ def summarize_report(report: Diagnosis) -> list[str]:
     """What works here, and what would make it faster or complete, in at most 15 lines of 80 columns."""
     machine = report.machine
     gpus = ", ".join(machine.gpus) or "unknown model"
+    more = f"{machine.threads} usable CPUs, {machine.memory_gb} GB memory, Python {machine.python}"
     blocks = [
-        (
-            "Machine",
-            [machine.cpu, f"{machine.threads} usable CPUs, {machine.memory_gb} GB memory, Python {machine.python}"],
-        ),
+        ("Machine", [machine.cpu, more]),
         ("GPU", [f"{gpus}, driver {machine.driver}" if machine.driver else "no NVIDIA driver is loaded"]),
         *(
             (command.capitalize(), [f"not installed: {', '.join(modules)}" if modules else "works"])

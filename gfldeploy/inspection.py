@@ -23,10 +23,8 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.serialization import plain
 
-__all__ = ["inspect", "int8_lines", "verify"]
-
 # INT8 engines round differently; a damaged graph finds next to nothing of what the other engine's does.
-_LEAST_AGREEMENT = 0.5
+_MIN_AGREEMENT = 0.5
 
 
 def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -68,9 +66,7 @@ def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = No
         "preprocess": plain(manifest.preprocess),
         "nms": plain(manifest.nms),
         "size_on_disk_mb": {
-            name: round(
-                sum((bundle.directory / file).stat().st_size for file in (graph.model, graph.params) if file) / 1e6, 2
-            )
+            name: round(sum(manifest.files[file].bytes for file in (graph.model, graph.params) if file) / 1e6, 2)
             for name, graph in manifest.graphs.items()
         },
         "digest": bundle.digest,
@@ -133,7 +129,8 @@ def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progre
     bundle.verify_files()
     manifest = bundle.manifest
     lines = [f"{len(manifest.files)} files are as they were made"]
-    engines, refused = _engines(bundle)
+    obstacles = {name: obstacle_to(name, bundle, manifest.precision, "cpu") for name in DEFAULT_ENGINES}
+    engines = [name for name, obstacle in obstacles.items() if obstacle is None][:2]
     options = EngineOptions(manifest.precision, "cpu", usable_threads() if threads is None else threads)
     with ExitStack() as stack:
         if engines:
@@ -150,20 +147,7 @@ def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progre
             lines += [_ran(bundle, opened[0]), "its outputs were not compared: no second engine can run it here"]
         else:
             lines.append("no graph was run: no engine can run one here")
-    return lines + [f"not run in {name}: {reason}" for name, reason in refused.items()]
-
-
-def _engines(bundle: Bundle) -> tuple[list[str], dict[str, str]]:
-    """The engines to verify in, two at most, and why those before them cannot be used."""
-    precision = bundle.manifest.precision
-    engines: list[str] = []
-    refused: dict[str, str] = {}
-    for name in DEFAULT_ENGINES:
-        if obstacle := obstacle_to(name, bundle, precision, "cpu"):
-            refused[name] = obstacle.reason
-        elif len(engines) < 2:
-            engines.append(name)
-    return engines, refused
+    return lines + [f"not run in {name}: {obstacle.reason}" for name, obstacle in obstacles.items() if obstacle]
 
 
 def _compared(bundle: Bundle, first: Engine, second: Engine, graph: GraphName | None = None) -> list[str]:
@@ -184,7 +168,7 @@ def _compared_int8(bundle: Bundle, first: Engine, second: Engine) -> list[str]:
     images, nms = _one_image(bundle), bundle.manifest.nms
     reference = Reference.of(first.infer({"image": images}), nms)
     result = agreement([reference], [second.infer({"image": images})], nms)
-    if result.detections_found < _LEAST_AGREEMENT:
+    if result.detections_found < _MIN_AGREEMENT:
         raise ParityError(
             f"the INT8 graphs disagree: {second.name} finds {result.detections_found:.0%} of what {first.name} finds",
             "Quantise the bundle again.",

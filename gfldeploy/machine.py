@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import psutil
 
+from gfldeploy.engines.base import installed_version
 from gfldeploy.engines.dependencies import TOOL_CHAINS
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model, gpu_models, nvidia_driver, usable_threads
-from gfldeploy.engines.registry import ENGINES, installed_version
-
-__all__ = ["PACKAGES", "Machine", "describe_machine", "installed_packages"]
+from gfldeploy.engines.registry import ENGINES
 
 # The distributions that timings and exported graphs depend on, each once.
 PACKAGES: tuple[str, ...] = tuple(

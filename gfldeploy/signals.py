@@ -7,20 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
-
-__all__ = [
-    "check_interrupted",
-    "child_environment",
-    "die_with_parent",
-    "hold_interrupts",
-    "ignore_interrupts",
-    "interrupt_again",
-    "terminate_as_interrupt",
-    "was_interrupted",
-]
 
 _NUMBERS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 _STOPPING_S = 1.0  # so soon after a first one, another signal is the same impatience
@@ -40,20 +29,14 @@ def terminate_as_interrupt(before: object = None) -> Iterator[None]:
     """
     replaced = (signal.SIG_DFL, signal.default_int_handler, before)
     ours = [number for number in _NUMBERS if signal.getsignal(number) in replaced and _is_main_thread()]
-    with _handled(ours, _interrupt):
-        if ours:
-            _asked.clear()
-        yield
-
-
-@contextmanager
-def _handled(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
-    previous: dict[int, Any] = {number: signal.signal(number, handler) for number in numbers}
+    previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
+    if previous:
+        _asked.clear()
     try:
         yield
     finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def was_interrupted() -> bool:
@@ -78,11 +61,15 @@ def hold_interrupts() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    handled = [number for number in _NUMBERS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    previous: dict[int, Any] = {}
+    for number in _NUMBERS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            previous[number] = signal.signal(number, lambda number, frame: arrived.append(number))
     try:
-        with _handled(handled, lambda number, frame: arrived.append(number)):
-            yield
+        yield
     finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         for number in arrived[:1]:
             signal.raise_signal(number)
 

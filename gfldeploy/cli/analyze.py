@@ -13,15 +13,13 @@ from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.tables import show_table
 
-__all__ = ["command"]
-
 
 @click.command("analyze")
 @options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
-@click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="2,4,8", help="Batch sizes to compare with batch 1.")
+@options.batch_sizes("compare with batch 1", "2,4,8")
 @options.limit(32)
 @click.option("--rounds", type=options.WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")
-@click.option("--peak/--no-peak", default=True, help="Measure the peak throughput of the engine too.")
+@options.PEAK
 @click.option(
     "--invariance/--no-invariance", default=True, help="Compare the detections of batches with those of batch 1."
 )

@@ -18,8 +18,6 @@ from gfldeploy.cli.tables import show_table
 if TYPE_CHECKING:
     from gfldeploy.batching.audit import Audit, AuditRow
 
-__all__ = ["command"]
-
 _NAMED = 3  # images left out that are named
 
 
@@ -31,19 +29,14 @@ _NAMED = 3  # images left out that are named
     type=options.PATH,
     help="PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.",
 )
-@click.option(
-    "--batch-sizes",
-    type=options.WHOLE_NUMBERS,
-    show_default="1,2,4,8,16, or the only one that the bundle takes",
-    help="Batch sizes to compare.",
-)
+@options.batch_sizes("compare", show_default="1,2,4,8,16, or the only one that the bundle takes")
 @click.option(
     "--buckets",
     type=options.WholeNumber(1),
     show_default="no limit",
-    help="Largest number of sizes that bucketed batches may have.",
+    help="Largest number of sizes of bucketed batches.",
 )
-@click.option("--seed", type=options.WholeNumber(0), default=0, help="Seed of the shuffled order.")
+@options.seed("the shuffled order")
 @options.JSON
 def command(as_json: bool, **given: Any) -> None:
     """Show what batches of your images would cost, before any inference.

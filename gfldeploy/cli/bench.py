@@ -11,13 +11,11 @@ from gfldeploy.bench.cell import POLICIES, SCENARIOS, STREAMS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 
-__all__ = ["command"]
-
 
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=options.PATH)
 @options.group(*options.ANNOTATIONS, *options.MEASUREMENT, options.THREADS)
-@click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="1,2,4,8", help="Batch sizes to measure.")
+@options.batch_sizes("measure", "1,2,4,8")
 @click.option(
     "--scenarios",
     type=options.names(SCENARIOS),
@@ -50,11 +48,7 @@ __all__ = ["command"]
     show_default="5 times --min-seconds",
     help="Stop timing a cell after this long in a round, even if its median still changes by over 2%.",
 )
-@click.option(
-    "--peak/--no-peak",
-    default=True,
-    help="Measure the peak throughput of the engines too.",
-)
+@options.PEAK
 @click.option(
     "--monitor-hz",
     type=options.FiniteFloat(0, 100),
@@ -68,7 +62,7 @@ __all__ = ["command"]
     show_default="90% of what is free",
     help="Give a cell up when its process takes more resident memory than this.",
 )
-@click.option("--seed", type=options.WholeNumber(0), default=0, help="Seed of the server's arrival times.")
+@options.seed("the server's arrival times")
 @options.output("File to write; a table (.csv) and a report (.html) are written beside it.", Path("results.json"))
 def command(output: Path, **given: Any) -> None:
     """Measure engines, precisions and batch sizes side by side.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import click
@@ -14,8 +15,6 @@ from gfldeploy.cli.tables import show_table
 if TYPE_CHECKING:
     from gfldeploy.doctor import Diagnosis
     from gfldeploy.engines.registry import Capability
-
-__all__ = ["command"]
 
 
 @click.command(name="doctor")
@@ -56,9 +55,7 @@ def _show_all(report: Diagnosis) -> None:
         click.echo(f"{name:24} {value or 'not installed'}")
     click.echo()
     columns: tuple[Column[Capability], ...] = (
-        Column("engine", "engine", lambda one: one.engine, words=True),
-        Column("device", "device", lambda one: one.device, words=True),
-        Column("precision", "precision", lambda one: one.precision, words=True),
+        *(Column(name, name, attrgetter(name), words=True) for name in ("engine", "device", "precision")),
         Column("works", "works", lambda one: "yes" if one.works else "no", words=True),
         Column("why", "why not, and what to do", _why, words=True, wrap=True),
     )

@@ -16,8 +16,6 @@ from gfldeploy.cli.console import console
 from gfldeploy.cli.tables import show_table
 from gfldeploy.inspection import inspect, int8_lines
 
-__all__ = ["command"]
-
 # Classes shown by name before the rest is counted.
 _SHOWN = 12
 _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's codes 0 to 4
@@ -138,10 +136,8 @@ def _show_parity(data: Mapping[str, Any]) -> None:
         else:
             click.echo(f"\nThere is no FP16 ONNX file: {fp16.get('left_out', 'no reason was recorded')}")
     if "engines" in data:
-        engines = [
-            (name, f"{one['score_difference']:.1e}", f"{one['score_difference_max']:.1e}")
-            for name, one in data["engines"].items()
-        ]
+        keys = ("score_difference", "score_difference_max")
+        engines = [(name, *_exponents(one, *keys)) for name, one in data["engines"].items()]
         _show_table(("engine",), ("score, mean", "score, largest"), engines)
     if "algorithms" in data:
         click.echo(f"\nAlgorithms tried, of which {data['algorithms']['chosen']} was chosen:")
@@ -151,20 +147,15 @@ def _show_parity(data: Mapping[str, Any]) -> None:
                 lines.append((tried["algorithm"], f"failed: {tried['error']}", "", "", ""))
             for name, one in tried["engines"].items():
                 ap = "-" if one["ap"] is None else f"{one['ap']:.4f}"
-                numbers = (ap, f"{one['detections_found']:.1%}", f"{one['score_difference']:.1e}")
-                lines.append((tried["algorithm"], name, *numbers))
+                found = f"{one['detections_found']:.1%}"
+                lines.append((tried["algorithm"], name, ap, found, *_exponents(one, "score_difference")))
         _show_table(("algorithm", "engine"), ("mAP", "found again", "score, mean"), lines)
 
 
 def _show_comparisons(data: Mapping[str, Any]) -> None:
+    keys = ("max_score_difference", "max_box_difference_px")
     lines = [
-        (
-            one["graph"],
-            one["engine"],
-            f"{one['batch']}x3x{one['height']}x{one['width']}",
-            f"{one['max_score_difference']:.1e}",
-            f"{one['max_box_difference_px']:.1e}",
-        )
+        (one["graph"], one["engine"], f"{one['batch']}x3x{one['height']}x{one['width']}", *_exponents(one, *keys))
         for one in data["comparisons"]
     ]
     _show_table(("graph", "engine"), ("shape", "score", "box, px"), lines)
@@ -175,16 +166,16 @@ def _show_comparisons(data: Mapping[str, Any]) -> None:
 def _show_sensitivity(data: Mapping[str, Any]) -> None:
     """The groups of convolutions by what INT8 in each alone does to the outputs, the worst first."""
     click.echo(f"\nSensitivity to INT8{': ' + data['measure'] if 'measure' in data else ''}:")
+    keys = ("score_difference", "box_difference", "total")
     lines = [
-        (
-            one["name"],
-            str(one["convolutions"]),
-            f"{one['macs_share']:.1%}",
-            *(f"{one[key]:.1e}" for key in ("score_difference", "box_difference", "total")),
-        )
+        (one["name"], str(one["convolutions"]), f"{one['macs_share']:.1%}", *_exponents(one, *keys))
         for one in sorted(data.get("groups", ()), key=lambda one: -one["total"])
     ]
     _show_table(("group",), ("convs", "MACs", "score", "box", "total"), lines)
+
+
+def _exponents(record: Mapping[str, float], *keys: str) -> list[str]:
+    return [f"{record[key]:.1e}" for key in keys]
 
 
 def _show_table(texts: Sequence[str], numbers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

@@ -23,31 +23,6 @@ from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
 
-__all__ = [
-    "ANNOTATIONS",
-    "BUNDLE",
-    "DIRECTORY",
-    "ENGINE",
-    "ENGINE_CACHE",
-    "FILE",
-    "IMAGES",
-    "JSON",
-    "MEASUREMENT",
-    "PATH",
-    "POSITIVE_NUMBERS",
-    "THREADS",
-    "WHOLE_NUMBERS",
-    "FiniteFloat",
-    "Parsed",
-    "WholeNumber",
-    "annotations_of",
-    "group",
-    "input_shape",
-    "limit",
-    "names",
-    "output",
-]
-
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
 Group = tuple[Option, ...]
@@ -212,6 +187,38 @@ def limit(default: int | None = None, purpose: str = "", name: str = "--limit") 
     return click.option(name, type=WholeNumber(1), default=default, show_default=shown, help=help_text)
 
 
+def batch_sizes(purpose: str, default: str | None = None, **settings: Any) -> Option:
+    """--batch-sizes: a list, for the `purpose`."""
+    help_text = f"Batch sizes to {purpose}."
+    return click.option("--batch-sizes", type=WHOLE_NUMBERS, default=default, help=help_text, **settings)
+
+
+def batching(orders: Sequence[str], order: str | None = None) -> Option:
+    """--batch-size and --order: how one engine runs images; without a default `order` deploy.yml decides on both."""
+    help_text = "How images are put into batches. bucketed: of one input size each; others: padded to a common size, "
+    return group(
+        click.option(
+            "--batch-size",
+            type=WholeNumber(1),
+            default=order and 1,
+            show_default="1",
+            help="Number of images of one inference.",
+        ),
+        click.option(
+            "--order",
+            type=click.Choice(orders),
+            default=order,
+            show_default=order or "bucketed",
+            help=f"{help_text}which changes scores and boxes.",
+        ),
+    )
+
+
+def seed(subject: str) -> Option:
+    """--seed: of the `subject`."""
+    return click.option("--seed", type=WholeNumber(0), default=0, help=f"Seed of {subject}.")
+
+
 def annotations_of(images: str = "the images", prefix: str = "--", required: bool = True) -> Group:
     """--data and --images: COCO annotations, and where their images are."""
     return (
@@ -268,6 +275,8 @@ ENGINE_CACHE = click.option(
     metavar="DIR",
     help="Folder in which engines keep what they compiled, for the next start to be faster.",
 )
+
+PEAK = click.option("--peak/--no-peak", default=True, help="Measure the peak throughput of the engines too.")
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 

@@ -16,8 +16,6 @@ from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 if TYPE_CHECKING:
     from gfldeploy.predict.outputs import PredictResults
 
-__all__ = ["command"]
-
 
 @click.command("predict")
 @click.argument("source", metavar="BUNDLE|deploy.yml", type=options.PATH)
@@ -54,15 +52,7 @@ __all__ = ["command"]
     "scores and boxes then differ a little.",
 )
 @options.group(*options.ENGINE)
-@click.option("--batch-size", type=options.WholeNumber(1), show_default="1", help="Number of images of one inference.")
-@click.option(
-    "--order",
-    type=click.Choice(STREAM_ORDERS),
-    show_default="bucketed",
-    help="How images are put into batches. bucketed: of one input size each; listed: as they come, padded to a common "
-    "size, which changes scores and boxes.",
-)
-@options.ENGINE_CACHE
+@options.group(options.batching(STREAM_ORDERS), options.ENGINE_CACHE)
 def command(output: Path, threshold: float, **given: Any) -> int:
     """Detect in images, folders of them, and videos.
 

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 
 if TYPE_CHECKING:
     from gfldeploy.tune.deploy_file import Configuration, Deploy
 
-__all__ = ["command"]
-
 
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=options.PATH)
 @options.group(*options.annotations_of(required=False), *options.MEASUREMENT)
-@click.option("--batch-sizes", type=options.WHOLE_NUMBERS, default="1,2,4,8,16", help="Batch sizes to choose from.")
+@options.batch_sizes("choose from", "1,2,4,8,16")
 @click.option(
     "--threads",
     type=options.WHOLE_NUMBERS,
@@ -28,8 +27,8 @@ __all__ = ["command"]
 )
 @click.option(
     "--orders",
-    type=options.names(("listed", "bucketed")),
-    default="listed,bucketed",
+    type=options.names(STREAM_ORDERS),
+    default=",".join(STREAM_ORDERS),
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
 @click.option(

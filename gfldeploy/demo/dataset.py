@@ -26,8 +26,6 @@ from gfldeploy.errors import DataError, OutputError
 from gfldeploy.files import writing
 from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["CLASSES", "GENERATOR_VERSION", "SPLITS", "generate"]
-
 CLASSES: tuple[str, ...] = ("disc", "ring", "square", "triangle", "star", "cross")
 """Class names; the COCO category id of `CLASSES[i]` is `i + 1`."""
 
@@ -53,7 +51,6 @@ _MIN_VISIBLE = 0.5
 _CROWDED = {"train": 0.6, "calib": 0.12, "val": 0.12}
 
 Image = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.uint8]
 _Found = tuple[int, tuple[int, int, int, int], int]  # class, box (x, y, width, height) in px, visible area in px²
 
 
@@ -132,16 +129,13 @@ def _write_split(directory: Path, split: str, count: int, progress: Progress) ->
         rng = np.random.default_rng([SEED, SPLITS.index(split), index])
         picture, boxes = _draw_image(rng, _CROWDED[split])
         quality = int(rng.integers(75, 96))
-        ok, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
-        if not ok:  # pragma: no cover - OpenCV without a JPEG encoder
-            raise OSError("OpenCV cannot encode JPEG")
+        _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
         name = f"{index:06d}.jpg"
         (folder / name).write_bytes(encoded.tobytes())
         height, width = picture.shape[:2]
         # the size in bytes is no COCO field: it tells a damaged image when the split is to be reused
-        images.append(
-            {"id": index + 1, "file_name": name, "width": width, "height": height, "bytes": int(encoded.size)}
-        )
+        image = {"id": index + 1, "file_name": name, "width": width, "height": height}
+        images.append({**image, "bytes": int(encoded.size)})
         for number, (category, box, area) in enumerate(boxes, start=len(annotations) + 1):
             annotation = {"id": number, "image_id": index + 1, "category_id": category + 1}
             annotations.append({**annotation, "bbox": box, "area": area, "iscrowd": 0})
@@ -359,7 +353,7 @@ def _colour(rng: np.random.Generator, around: npt.NDArray[np.float64]) -> npt.ND
 
 
 def _paint(
-    rng: np.random.Generator, patch: Image, mask: Mask, colour: npt.NDArray[np.float32], *, outlined: bool
+    rng: np.random.Generator, patch: Image, mask: Image, colour: npt.NDArray[np.float32], *, outlined: bool
 ) -> None:
     """Blend a filled, maybe textured and outlined shape into `patch` [h, w, 3] where `mask` [h, w] says (0 to 255)."""
     import cv2

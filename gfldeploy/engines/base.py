@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -19,26 +19,6 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.errors import EngineError
-
-__all__ = [
-    "DEVICES",
-    "NOT_ASKED",
-    "PRECISIONS",
-    "Build",
-    "ClosesOnExit",
-    "CopyTimes",
-    "Device",
-    "Engine",
-    "EngineOptions",
-    "EngineSpec",
-    "ExecutedConvolution",
-    "Library",
-    "Obstacle",
-    "Precision",
-    "Tensors",
-    "count_precisions",
-    "reasons",
-]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Device = Literal["cpu", "gpu"]
@@ -184,9 +164,7 @@ class ClosesOnExit:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -257,6 +235,14 @@ class Engine(ClosesOnExit):
     def _detail(error: Exception) -> str:
         """What of the library's message is worth showing."""
         return str(error)
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, None if it is not installed. Read from metadata, not imported."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:

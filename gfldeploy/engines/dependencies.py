@@ -15,8 +15,6 @@ from gfldeploy.engines.base import Device, Library
 from gfldeploy.engines.registry import ENGINES, ONNXRUNTIME, PADDLE
 from gfldeploy.errors import MissingDependencyError
 
-__all__ = ["TOOL_CHAINS", "ToolChain", "install_command", "require"]
-
 
 @dataclass(frozen=True)
 class ToolChain:
@@ -47,8 +45,7 @@ def require(module: str, purpose: str) -> ModuleType:
     What the package prints or warns about during the import is swallowed. Raises `MissingDependencyError` when the
     package is not installed, and, with another message, when it is installed but cannot be imported.
     """
-    loaded = sys.modules.get(module)
-    if loaded is not None:
+    if loaded := sys.modules.get(module):
         return loaded
     package = module.partition(".")[0]
     command = install_command(package)
@@ -66,15 +63,12 @@ def require(module: str, purpose: str) -> ModuleType:
 
 def install_command(package: str, device: Device | None = None) -> str:
     """How to get the package with this module; of an engine's, the build for `device`, or for each."""
-    for spec in ENGINES.values():
-        if spec.library.module == package:
-            builds = spec.library.builds
-            if device and device in builds:
-                return builds[device].install
-            several = len(builds) > 1
-            return ", or ".join(
-                f"{one.install} ({on.upper()})" if several else one.install for on, one in builds.items()
-            )
+    builds = next((spec.library.builds for spec in ENGINES.values() if spec.library.module == package), {})
+    if device and device in builds:
+        return builds[device].install
+    if builds:
+        several = len(builds) > 1
+        return ", or ".join(f"{one.install} ({on.upper()})" if several else one.install for on, one in builds.items())
     for tools in TOOL_CHAINS.values():
         if package in tools.distributions:
             python = "--python 3.12 " if sys.version_info >= (3, 13) else ""  # paddle2onnx has no wheel for 3.13
@@ -85,7 +79,7 @@ def install_command(package: str, device: Device | None = None) -> str:
 class _KeepSigterm:
     """Keeps the handler of SIGTERM while a package is imported, from one module to the next.
 
-    Paddle installs its own in C, under which nothing is cleaned up, and its import goes on for seconds after that. A
+    Paddle installs its own in C, under which nothing is cleaned up, and its import takes seconds more after that. A
     context manager, and a finder of modules that finds none.
     """
 

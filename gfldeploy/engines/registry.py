@@ -23,35 +23,11 @@ from gfldeploy.engines.base import (
     Library,
     Obstacle,
     Precision,
+    installed_version,
 )
 from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
 from gfldeploy.engines.tensorrt import tensorrt_library
 from gfldeploy.errors import UnsupportedError
-
-__all__ = [
-    "ANY_SHAPE_ENGINES",
-    "BROKEN_PLUGINS",
-    "DEFAULT_ENGINES",
-    "ENGINES",
-    "JUDGES",
-    "ONNXRUNTIME",
-    "PADDLE",
-    "PREFERRED_ENGINES",
-    "REFERENCE_ENGINE",
-    "TENSORRT_ENGINES",
-    "Capability",
-    "capabilities",
-    "capability",
-    "check_bundle",
-    "check_possible",
-    "graph_for",
-    "installed_version",
-    "load_graph",
-    "missing_graph",
-    "obstacle_to",
-    "open_engine",
-    "title_of",
-]
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
 PADDLE = Library(
@@ -59,8 +35,7 @@ PADDLE = Library(
     {
         "cpu": Build("paddlepaddle", "pip install paddlepaddle==3.2.2"),
         "gpu": Build(
-            "paddlepaddle-gpu",
-            "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index",
+            "paddlepaddle-gpu", "install the paddlepaddle-gpu 3.2.2 wheel for your CUDA from Paddle's own package index"
         ),
     },
 )
@@ -258,14 +233,6 @@ def _is_installed(module: str) -> bool:
         return util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package that the module would be in
         return False
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, None if it is not installed. Read from metadata, not imported."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def title_of(engine: str) -> str:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from ctypes.util import find_library
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, EngineOptions, Tensors
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors, installed_version
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.errors import EngineError
-
-__all__ = ["MIN_SUBGRAPH", "WORKSPACE_BYTES", "TensorRtOptions", "example", "tensorrt_library"]
 
 Shape = tuple[int, int, int]
 
@@ -25,7 +23,7 @@ Shape = tuple[int, int, int]
 WORKSPACE_BYTES = 4096 * 2**20
 # Nodes below which a part of the graph is not worth the copies around it.
 MIN_SUBGRAPH = 3
-_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt_cu12", "tensorrt_cu13")
+_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,6 @@ def tensorrt_library() -> str | None:
     Found without loading it: the `tensorrt` wheels bring the library in `tensorrt_libs`, an installation of NVIDIA's
     puts it where the linker looks.
     """
-    for name in _DISTRIBUTIONS:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    if util.find_spec("tensorrt_libs") or find_library("nvinfer"):
-        return "unknown version"
-    return None
+    if version := next(filter(None, map(installed_version, _DISTRIBUTIONS)), None):
+        return version
+    return "unknown version" if util.find_spec("tensorrt_libs") or find_library("nvinfer") else None

@@ -56,4 +56,4 @@ def test_the_zoo_exports_within_the_promised_differences(
         assert compared == {(graph, *one) for graph in graphs for one in ((1, 256), (3, 416), (1, 672))}
         assert row["max_score_difference"] <= 1e-5
         assert row["max_box_difference_px"] <= 0.05
-        assert inspect(tmp_path / row["config"])["macs"]["gmac"] > 30, "shapes can be inferred"
+        assert inspect(tmp_path / row["config"])["macs"]["gmac"] > 10, "shapes can be inferred"

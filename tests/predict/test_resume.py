@@ -47,7 +47,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     path = tmp_path / "w"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(OutputError, match="cannot write .*/w: "), WorkingFile(path, QUESTION, 9, 2) as working:
+        with pytest.raises(OutputError, match=r"cannot write .*/w: "), WorkingFile(path, QUESTION, 9, 2) as working:
             working.add(BATCHES[0])
             resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
             working.add(BATCHES[1])  # and it cannot be written when the file is closed either

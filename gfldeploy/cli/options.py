@@ -144,8 +144,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
         raise click.BadParameter(f"{path} is not YAML that is read here: {error}", ctx, param) from error
     if not isinstance(content, dict):
         raise click.BadParameter(f"{path} must be a mapping of option names to values", ctx, param)
-    types = {one.name: one.type for one in ctx.command.params if isinstance(one, click.Option)}
-    known = types.keys() - {"config", "force", "help"}
+    declared = {one.name: one for one in ctx.command.params if isinstance(one, click.Option)}
+    known = declared.keys() - {"config", "force", "help"}
     defaults = {str(key).replace("-", "_"): value for key, value in content.items()}
     for key, value in defaults.items():
         option = key[:80].replace("_", "-")
@@ -153,12 +153,17 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             near = get_close_matches(key[:80], sorted(name for name in known if name), 1)
             nearest = f" (did you mean {near[0].replace('_', '-')}?)" if near else ""
             raise click.BadParameter(f"{path} has an unknown option, {option!r}{nearest}", ctx, param)
-        lists = getattr(types[key], "listed", False)
+        if value is None:
+            continue
+        kind, several = declared[key].type, declared[key].multiple
+        lists = several or getattr(kind, "listed", False)
         items = value if isinstance(value, list) and lists else [value]
         if any(isinstance(item, dict | list) for item in items):
             raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
-        if isinstance(types[key], click.Path) and not isinstance(value, str | None):
-            raise click.BadParameter(f"{path}: {option} must be a path", ctx, param)
+        if isinstance(kind, click.Path) and not all(isinstance(item, str) for item in items):
+            raise click.BadParameter(f"{path}: {option} must be a path{' or a list of paths' * lists}", ctx, param)
+        if several:
+            defaults[key] = items
     ctx.default_map = {key: value for key, value in defaults.items() if value is not None}
 
 

@@ -70,3 +70,17 @@ def test_every_command_and_option_says_what_it_does(name: str) -> None:
         if isinstance(option, click.Option):
             assert re.match(r"[A-Z][^ ]* .*[.]$", option.help or "", re.DOTALL), option.name
             assert (option.help or "").count(" ") >= 2, option.name
+
+
+@pytest.mark.parametrize(
+    ("text", "files"),
+    [("results: a.json", ["a.json"]), ("results: [a.json, b.json]", ["a.json", "b.json"]), ("results: null", [])],
+)
+def test_a_file_of_options_gives_what_may_be_given_more_than_once(text: str, files: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "options.yml"
+    config.write_text(text)
+    context = tune.command.make_context("tune", ["bundle", "--config", str(config)])
+    assert context.params["results"] == tuple(map(Path, files))
+    config.write_text("results: [a.json, null]")
+    with pytest.raises(click.BadParameter, match="results must be a path or a list of paths"):
+        tune.command.make_context("tune", ["bundle", "--config", str(config)])

@@ -6,8 +6,6 @@ import os
 import signal
 import sys
 
-__all__ = ["main"]
-
 _BUG = 70
 _INTERRUPTED = "Error: interrupted; nothing half-written was left behind\n"
 

@@ -11,8 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-__all__ = ["quiet"]
-
 
 class _Stderr:
     """A stream that writes to whatever `sys.stderr` is at that moment."""

@@ -26,18 +26,6 @@ from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.progress import SILENT, Progress
 
-__all__ = [
-    "Accuracy",
-    "EvalResults",
-    "ap_difference",
-    "check_measurable",
-    "coco_accuracy",
-    "coco_results",
-    "detect_images",
-    "evaluate",
-    "measure_accuracy",
-]
-
 _RESAMPLES = 100
 
 

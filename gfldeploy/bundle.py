@@ -33,18 +33,6 @@ from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.serialization import FileFormat, Versioned, check
 from gfldeploy.text import first_of
 
-__all__ = [
-    "LAYERS",
-    "MANIFEST",
-    "Bundle",
-    "FileRecord",
-    "Graph",
-    "GraphName",
-    "Manifest",
-    "TensorSpec",
-    "write_bundle",
-]
-
 MANIFEST = "manifest.json"
 LAYERS = "layers.json"
 _AGAIN = "Export the bundle again."

@@ -22,16 +22,6 @@ from numpy.typing import NDArray
 
 from gfldeploy.detections import Detections, NmsParams, postprocess
 
-__all__ = [
-    "DEFAULT_CANDIDATES",
-    "MOST_CANDIDATES",
-    "anchors_of",
-    "default_candidates",
-    "matched",
-    "may_lack_below",
-    "suffice",
-]
-
 # As many as PaddleDetection's NMS takes of each class (its usual nms_top_k), and ten for each of the 100 detections
 # that an image usually keeps: see export/README.md for what that does to mAP.
 DEFAULT_CANDIDATES = 1000

@@ -26,8 +26,6 @@ from gfldeploy.files import scratch_directory, write_json
 from gfldeploy.progress import SILENT, Progress, Silent
 from gfldeploy.signals import child_environment, die_with_parent
 
-__all__ = ["DEFAULT_LIMITS", "NO_LIMITS", "PARENT", "Limits", "run_child", "serve"]
-
 _REQUEST, _ANSWER, _PROGRESS = "request.json", "answer.json", "progress"
 _POLL_S = 0.25
 _TAIL_BYTES = 4096

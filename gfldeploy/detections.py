@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import ConfigError, EngineError
 
-__all__ = ["Detections", "NmsParams", "pairwise_iou", "postprocess"]
-
 # So many best pairs of a candidate and a class enter NMS first. They mostly suffice, since an image keeps few and no
 # pair can drop a better one; if they leave too few detections, all pairs enter.
 _FIRST = 2048

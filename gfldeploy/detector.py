@@ -18,8 +18,6 @@ from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
 
-__all__ = ["Detector", "Image"]
-
 _BATCHES_AHEAD = 4
 
 

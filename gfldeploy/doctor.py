@@ -23,8 +23,6 @@ from gfldeploy.engines.registry import (
 )
 from gfldeploy.machine import Machine, describe_machine, installed_packages
 
-__all__ = ["Diagnosis", "diagnose", "summarize_report", "twin_warnings"]
-
 _MOST_LINES, _MOST_ENGINES, _MOST_WARNINGS, _MOST_INSTALLS = 15, 6, 3, 3
 _LABEL, _TEXT = 10, 70  # columns
 

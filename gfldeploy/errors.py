@@ -10,25 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-__all__ = [
-    "BoundsError",
-    "BundleError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "EngineError",
-    "GfldeployError",
-    "MissingDependencyError",
-    "OutputError",
-    "ParityError",
-    "RejectedError",
-    "Rejection",
-    "UnsupportedError",
-    "UsageError",
-    "reading",
-    "summary",
-]
-
 
 class GfldeployError(Exception):
     """Base of every deliberate error: exit code 2 on the command line.

@@ -23,28 +23,6 @@ from typing import IO, Any, Literal, TypeAlias
 from gfldeploy.errors import OutputError
 from gfldeploy.signals import check_interrupted, hold_interrupts, terminate_as_interrupt
 
-__all__ = [
-    "DirectoryKind",
-    "FileKind",
-    "Unfinished",
-    "atomic_directory",
-    "check_apart",
-    "check_file",
-    "check_target",
-    "files_below",
-    "is_unfinished",
-    "native_writes",
-    "open_own",
-    "publish",
-    "read_json",
-    "scratch_directory",
-    "sha256",
-    "unfinished_beside",
-    "write_json",
-    "write_text",
-    "writing",
-]
-
 DirectoryKind: TypeAlias = Literal["bundle", "demo", "predict"]
 FileKind: TypeAlias = Literal["json", "csv", "html", "yml"]
 

@@ -25,8 +25,6 @@ from typing import Any
 
 from gfldeploy.errors import BundleError, reading
 
-__all__ = ["ONNX_OPERATORS", "PIR_OPERATORS", "PROGRAM_OPERATORS", "check_graph"]
-
 _REMEDY = "Do not use this bundle, or export it again from its checkpoint."
 _MOST_GRAPH_BYTES = 64 << 20  # of a graph without its weights; GFL-R50's are below 1 MB
 _MOST_NODES = 100_000

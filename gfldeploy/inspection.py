@@ -23,8 +23,6 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.serialization import plain
 
-__all__ = ["inspect", "int8_lines", "verify"]
-
 # INT8 engines round differently; a damaged graph finds next to nothing of what the other engine's does.
 _MIN_AGREEMENT = 0.5
 

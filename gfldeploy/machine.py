@@ -13,8 +13,6 @@ from gfldeploy.engines.dependencies import TOOL_CHAINS
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model, gpu_models, nvidia_driver, usable_threads
 from gfldeploy.engines.registry import ENGINES
 
-__all__ = ["PACKAGES", "Machine", "describe_machine", "installed_packages"]
-
 # The distributions that timings and exported graphs depend on, each once.
 PACKAGES: tuple[str, ...] = tuple(
     dict.fromkeys(

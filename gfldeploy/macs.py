@@ -15,8 +15,6 @@ from gfldeploy.engines.base import Precision
 from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import BundleError, reading
 
-__all__ = ["BYTES", "GraphWork", "convolution_macs", "count_work", "peak_activations"]
-
 # Of one number.
 BYTES: Mapping[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 # Shape inference needs the values of no larger constant: what Reshape, Resize and the like read has a few numbers.

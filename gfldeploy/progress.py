@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["SILENT", "Progress", "Silent"]
-
 
 class Progress(Protocol):
     """What a long function tells while it works: pass an object with these methods as `progress`."""

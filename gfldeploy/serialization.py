@@ -17,8 +17,6 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_o
 from gfldeploy.errors import DataError, GfldeployError, reading
 from gfldeploy.files import read_json, write_json, write_text
 
-__all__ = ["FileFormat", "Upgrade", "Versioned", "build", "check", "part", "plain"]
-
 Record = TypeVar("Record")
 # From the data of one schema to that of the next, the schema number left out of both.
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]

@@ -11,17 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = [
-    "check_interrupted",
-    "child_environment",
-    "die_with_parent",
-    "hold_interrupts",
-    "ignore_interrupts",
-    "interrupt_again",
-    "terminate_as_interrupt",
-    "was_interrupted",
-]
-
 _NUMBERS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 _STOPPING_S = 1.0  # so soon after a first one, another signal is the same impatience
 _AGAIN_S = 0.05

@@ -6,8 +6,6 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["first_of", "printable", "spreadsheet_cell"]
-
 Value = TypeVar("Value")
 
 # Besides control characters (Cc): marks and overrides of direction, tags, line separators, halves of a pair.

@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["PlainLoader", "YamlError", "read_yaml"]
-
 # Several times the size of PaddleDetection's largest config, of an options file and of a deploy file.
 _MOST_BYTES = 256 * 1024
 _MOST_VALUES = 20_000  # aliases written out

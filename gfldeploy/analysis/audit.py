@@ -16,8 +16,6 @@ from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import count_work, peak_activations
 from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["audit", "gmac"]
-
 _BATCH_SIZES = (1, 2, 4, 8, 16)
 _NAMED = 3  # images of another size than annotated
 _SPOKEN_BATCH = 8  # the batch size that the sentences are about, if it is there

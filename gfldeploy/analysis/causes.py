@@ -11,8 +11,6 @@ from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.estimates import median
 
-__all__ = ["PARTS", "PART_NAMES", "BatchAnalysis", "Cause", "Change", "Part", "analyze_passes", "sentences"]
-
 # What a change is split into: padding to the size of other images; convolutions that run at another rate; everything
 # else in the network (normalisation, additions, resizing, box arithmetic), which memory limits; host work.
 Part = Literal["padding", "convolutions", "memory", "network", "host"]

@@ -22,8 +22,6 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["Invariance", "difference", "measure_invariance"]
-
 # Detections below this score are noise that a user never draws, as in `quant.agreement`.
 _CONFIDENT = 0.4
 _SAME_BOX = 0.5

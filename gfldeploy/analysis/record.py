@@ -23,8 +23,6 @@ from gfldeploy.files import write_json
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import plain
 
-__all__ = ["SCHEMA", "Analysis", "columns", "told_invariance"]
-
 SCHEMA = 1
 Line = TypeVar("Line")
 

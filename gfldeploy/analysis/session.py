@@ -25,8 +25,6 @@ from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import hold_interrupts
 
-__all__ = ["analyze"]
-
 
 def analyze(
     bundle: str | os.PathLike[str],

@@ -23,8 +23,6 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["Pass", "batch_orders", "input_sizes", "measure_passes", "run_pass"]
-
 
 @dataclass(frozen=True)
 class Pass:

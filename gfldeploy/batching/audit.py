@@ -17,8 +17,6 @@ from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import BYTES
 from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["Audit", "AuditRow", "LeftOut", "Survey", "audit_sizes", "survey"]
-
 _FEW_BUCKETS = (1, 2, 4, 8, 16)
 _PIXEL_BYTES = 3 * BYTES["fp32"]
 

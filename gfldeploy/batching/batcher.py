@@ -24,8 +24,6 @@ from gfldeploy.engines.detect import detect_batch
 from gfldeploy.errors import EngineError, RejectedError, Rejection
 from gfldeploy.images.preprocess import Prepared
 
-__all__ = ["Counts", "DetectorBatcher", "DynamicBatcher"]
-
 _log = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 3600.0  # far below what a lock can wait; then the policy is asked again
 

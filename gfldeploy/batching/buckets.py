@@ -15,23 +15,6 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
-__all__ = [
-    "ORDERS",
-    "STREAM_ORDERS",
-    "Group",
-    "Order",
-    "Size",
-    "area",
-    "bucket_of",
-    "choose_buckets",
-    "group",
-    "group_stream",
-    "is_mixed",
-    "padding",
-    "stream_batches",
-    "union",
-]
-
 Item = TypeVar("Item")
 # (height, width) in pixels of the network's input for one image, rounded up to the network's stride.
 Size = tuple[int, int]

@@ -10,8 +10,6 @@ import numpy as np
 
 from gfldeploy.batching.buckets import Size, area
 
-__all__ = ["LatencyModel", "Point"]
-
 # Weight of a new observation against all earlier ones of the same batch size and input size.
 _LEARNING = 0.2
 # Share of what was learnt that one call of `fade` forgets.

@@ -14,8 +14,6 @@ from typing import Protocol
 from gfldeploy.batching.buckets import Size, union
 from gfldeploy.batching.latency import LatencyModel
 
-__all__ = ["Adaptive", "Decision", "FixedWithTimeout", "NoBatching", "Policy", "Request", "decide"]
-
 # How many times as fast by the image a batch must be for the most urgent images to be rejected for its sake.
 _WORTH_GIVING_UP = 1.1
 

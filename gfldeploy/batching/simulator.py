@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from gfldeploy.batching.buckets import Size, area
 from gfldeploy.batching.policy import Policy, Request, decide
 
-__all__ = ["Played", "RealClock", "RequestOutcome", "Run", "VirtualClock", "most_kept", "play"]
-
 # Runs the requests as one batch padded to a size; in virtual time it returns the milliseconds that this takes, in real
 # time it takes them.
 Run = Callable[[Sequence[Request], Size], float | None]

@@ -11,20 +11,6 @@ from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
 
-__all__ = [
-    "POLICIES",
-    "SCENARIOS",
-    "STREAMS",
-    "BundleIdentity",
-    "Cell",
-    "Scenario",
-    "ServerPolicy",
-    "forms",
-    "names",
-    "several_bundles",
-    "suits",
-]
-
 # After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
 # images after the other; offline: all images at once, in the order and batches that are fastest; server: images arrive
 # at random times, whether or not the earlier ones are done.

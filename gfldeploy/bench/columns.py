@@ -8,8 +8,6 @@ from typing import Generic, TypeVar
 
 from gfldeploy.bench.estimates import Estimate
 
-__all__ = ["Column", "Value", "text_of"]
-
 Line = TypeVar("Line")
 Value = str | int | float | Estimate | None
 

@@ -16,18 +16,6 @@ from gfldeploy.bench.table import Row, rows
 from gfldeploy.errors import DataError
 from gfldeploy.machine import Machine
 
-__all__ = [
-    "Comparison",
-    "Difference",
-    "OneSided",
-    "Pair",
-    "Verdict",
-    "compare",
-    "hardware_differences",
-    "software_differences",
-    "timing_differences",
-]
-
 Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
 
 # Memory is what the kernel leaves of what is built in: that differs a little from kernel to kernel.

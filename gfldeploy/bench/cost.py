@@ -9,8 +9,6 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Precision
 from gfldeploy.macs import GraphWork, count_work
 
-__all__ = ["count_cost"]
-
 # By bundle digest, height and width: cells of a benchmark differ in engine and batch size more than in these.
 _counted: dict[tuple[str, int, int], GraphWork] = {}
 

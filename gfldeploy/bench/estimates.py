@@ -10,17 +10,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "CONFIDENCE",
-    "Estimate",
-    "lower_limit",
-    "median",
-    "percentile",
-    "ratio_of_medians",
-    "samples_for",
-    "supports",
-]
-
 CONFIDENCE = 0.95
 
 # Bootstrap resamples: fewer of very many samples, whose interval is narrow enough to stand it.

@@ -16,8 +16,6 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["Batch", "Formed", "make_batches", "padding_ratio", "prepare_images", "shape_counts"]
-
 
 @dataclass(frozen=True)
 class Formed:

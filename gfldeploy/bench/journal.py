@@ -11,8 +11,6 @@ from typing import Any
 
 from gfldeploy.files import read_json, scratch_directory, unfinished_beside, write_json
 
-__all__ = ["Journal", "journal_beside"]
-
 _MADE = r"[0-9a-f]{64}\.json"
 
 

@@ -17,8 +17,6 @@ import psutil
 from gfldeploy.bench.results import Idle, Monitored
 from gfldeploy.engines.base import Device
 
-__all__ = ["BUSY_PERCENT", "Monitor", "OthersUse", "wait_until_idle"]
-
 BUSY_PERCENT = 20.0
 """Use of the CPUs, or of the GPU, by others from which on a machine counts as busy."""
 

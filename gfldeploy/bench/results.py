@@ -13,20 +13,6 @@ from gfldeploy.bench.timing import Samples, Settings, Stages
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import FileFormat, Versioned, part
 
-__all__ = [
-    "BenchResults",
-    "CellResult",
-    "Cost",
-    "DataDescription",
-    "Idle",
-    "Monitored",
-    "Peak",
-    "Run",
-    "Serving",
-    "Status",
-    "defined_ap",
-]
-
 Status = Literal["ok", "failed", "skipped"]
 
 

@@ -31,8 +31,6 @@ from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
 from gfldeploy.quant.qdq import write_qdq_onnx
 from gfldeploy.quant.tensorrt import write_tensorrt_onnx
 
-__all__ = ["Stack", "measure_peak"]
-
 # The most common convolution of GFL: 3x3, 256 to 256 channels, which fill vectors of every width. At 56x56 its weights
 # and maps stay in the caches.
 _CHANNELS = 256

@@ -27,8 +27,6 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import build, plain
 
-__all__ = ["Data", "Runner", "duration", "run_peak"]
-
 _WORKER = "gfldeploy.bench.worker"
 _NO_BUNDLE = BundleIdentity("", "", "")
 

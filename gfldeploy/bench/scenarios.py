@@ -24,8 +24,6 @@ from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Prepared, Preprocess
 
-__all__ = ["arrival_times", "fastest", "measure_points", "serve"]
-
 # A server that answers less than this share of what arrives is falling behind.
 _KEEPS_UP = 0.95
 # How long a fixed batch waits to fill, of the latency bound.

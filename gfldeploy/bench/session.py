@@ -30,8 +30,6 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.signals import hold_interrupts
 
-__all__ = ["benchmark", "check_measured", "limits", "nothing_to_run", "open_bundles"]
-
 # Of the memory that is free before the benchmark: what is left keeps the machine usable.
 _MEMORY_SHARE = 0.9
 # Seconds that a process takes at least besides what it measures: to start, import an engine and decode the images.

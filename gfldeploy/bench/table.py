@@ -22,19 +22,6 @@ from gfldeploy.bench.results import BenchResults, CellResult, Run
 from gfldeploy.files import write_text
 from gfldeploy.text import spreadsheet_cell
 
-__all__ = [
-    "COLUMNS",
-    "FLAGS",
-    "NOT_MEASURED",
-    "UNKNOWN",
-    "Row",
-    "Served",
-    "best_of_each",
-    "notes",
-    "rows",
-    "write_csv",
-]
-
 # What is said of a measured cell without an mAP, and of one without times from file to boxes.
 UNKNOWN, NOT_MEASURED = "unknown", "not measured"
 

@@ -17,18 +17,6 @@ from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import Engine
 from gfldeploy.images.decode import read_image
 
-__all__ = [
-    "BatchTimes",
-    "Samples",
-    "Settings",
-    "Stages",
-    "is_stable",
-    "measure",
-    "time_batch",
-    "time_stages",
-    "warm_up",
-]
-
 # How many windows the samples are cut into, the latest of which must agree.
 _WINDOWS = 5
 

@@ -40,8 +40,6 @@ from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.serialization import build, plain
 
-__all__ = ["Task", "Timed"]
-
 
 @dataclass(frozen=True)
 class Task:

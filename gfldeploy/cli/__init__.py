@@ -21,8 +21,6 @@ from gfldeploy.cli.streams import standard_streams
 from gfldeploy.errors import GfldeployError, OutputError, UsageError
 from gfldeploy.signals import interrupt_again, terminate_as_interrupt, was_interrupted
 
-__all__ = ["EXIT_CODES", "cli", "main"]
-
 EXIT_CODES = (
     ("0", "done"),
     ("1", "done, but predict could not read some images, or compare --fail-if-slower found something slower"),

@@ -13,8 +13,6 @@ from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.tables import show_table
 
-__all__ = ["command"]
-
 
 @click.command("analyze")
 @options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)

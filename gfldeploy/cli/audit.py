@@ -18,8 +18,6 @@ from gfldeploy.cli.tables import show_table
 if TYPE_CHECKING:
     from gfldeploy.batching.audit import Audit, AuditRow
 
-__all__ = ["command"]
-
 _NAMED = 3  # images left out that are named
 
 

@@ -11,8 +11,6 @@ from gfldeploy.bench.cell import POLICIES, SCENARIOS, STREAMS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 
-__all__ = ["command"]
-
 
 @click.command(name="bench")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=options.PATH)

@@ -15,8 +15,6 @@ from gfldeploy.cli import options
 if TYPE_CHECKING:
     from gfldeploy.bench.compare import Comparison, Difference, OneSided, Pair
 
-__all__ = ["command"]
-
 
 @click.command("compare")
 @click.argument("a", metavar="A.json", type=options.PATH)

@@ -19,8 +19,6 @@ from gfldeploy.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["TerminalProgress", "command_line", "console"]
-
 
 def console() -> Console:
     """A console on stdout, 120 columns wide where neither a terminal nor the environment says otherwise."""

@@ -9,8 +9,6 @@ import click
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 
-__all__ = ["command"]
-
 
 @click.command("demo")
 @options.output("Directory to write.", Path("gfldeploy-demo"))

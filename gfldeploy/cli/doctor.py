@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from gfldeploy.doctor import Diagnosis
     from gfldeploy.engines.registry import Capability
 
-__all__ = ["command"]
-
 
 @click.command(name="doctor")
 @click.option("--all", "show_all", is_flag=True, help="Show every package, and every engine, device and precision.")

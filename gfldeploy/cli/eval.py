@@ -12,8 +12,6 @@ from gfldeploy.batching.buckets import ORDERS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, console
 
-__all__ = ["command"]
-
 
 @click.command("eval")
 @options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)

@@ -12,8 +12,6 @@ from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, command_line
 from gfldeploy.export.exporter import export_bundle
 
-__all__ = ["command"]
-
 
 def _candidates(word: str) -> int | str:
     if word in ("auto", "all"):

@@ -16,8 +16,6 @@ from gfldeploy.cli.console import console
 from gfldeploy.cli.tables import show_table
 from gfldeploy.inspection import inspect, int8_lines
 
-__all__ = ["command"]
-
 # Classes shown by name before the rest is counted.
 _SHOWN = 12
 _INTERPOLATIONS = ("nearest", "linear", "cubic", "area", "lanczos")  # OpenCV's codes 0 to 4

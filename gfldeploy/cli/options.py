@@ -23,35 +23,6 @@ from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
 
-__all__ = [
-    "ANNOTATIONS",
-    "BUNDLE",
-    "DIRECTORY",
-    "ENGINE",
-    "ENGINE_CACHE",
-    "FILE",
-    "IMAGES",
-    "JSON",
-    "MEASUREMENT",
-    "PATH",
-    "PEAK",
-    "POSITIVE_NUMBERS",
-    "THREADS",
-    "WHOLE_NUMBERS",
-    "FiniteFloat",
-    "Parsed",
-    "WholeNumber",
-    "annotations_of",
-    "batch_sizes",
-    "batching",
-    "group",
-    "input_shape",
-    "limit",
-    "names",
-    "output",
-    "seed",
-]
-
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
 Group = tuple[Option, ...]

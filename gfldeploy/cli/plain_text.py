@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleRenderable
     from rich.segment import Segment
 
-__all__ = ["escaping_console", "plain_streams"]
-
 
 class _Escaping:
     """A text stream whose `write` escapes; everything else is the stream's own, its `buffer` for exact bytes too."""

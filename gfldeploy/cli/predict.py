@@ -16,8 +16,6 @@ from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 if TYPE_CHECKING:
     from gfldeploy.predict.outputs import PredictResults
 
-__all__ = ["command"]
-
 
 @click.command("predict")
 @click.argument("source", metavar="BUNDLE|deploy.yml", type=options.PATH)

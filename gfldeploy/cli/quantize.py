@@ -15,8 +15,6 @@ from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.quantizer import quantize_bundle
 from gfldeploy.quant.samples import DEFAULT_SAMPLES
 
-__all__ = ["command"]
-
 _ALGORITHMS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.algorithms))
 _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.auto))
 

@@ -8,8 +8,6 @@ import click
 
 from gfldeploy.cli import options
 
-__all__ = ["command"]
-
 
 @click.command(name="report")
 @click.argument("results", type=options.PATH, metavar="RESULTS.json")

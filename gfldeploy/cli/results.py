@@ -12,8 +12,6 @@ from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, Row, notes, rows
 from gfldeploy.cli.tables import show_table
 
-__all__ = ["show_results"]
-
 
 def show_results(results: BenchResults) -> None:
     """The measured cells as a table, servers as another, then each reason why others were not measured: too long for a

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["standard_streams"]
-
 
 class _Kept(io.FileIO):
     """A file whose `write` never fails: the first error is kept in `error`, and the data is lost."""

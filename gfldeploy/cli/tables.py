@@ -16,8 +16,6 @@ from gfldeploy.cli.console import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["show_table"]
-
 Line = TypeVar("Line")
 
 # Of text that may be broken into lines: no narrower than this, and no wider where the output is no terminal.

@@ -14,8 +14,6 @@ from gfldeploy.cli.console import TerminalProgress
 if TYPE_CHECKING:
     from gfldeploy.tune.deploy_file import Configuration, Deploy
 
-__all__ = ["command"]
-
 
 @click.command(name="tune")
 @click.argument("bundles", nargs=-1, metavar="BUNDLE...", type=options.PATH)

@@ -10,8 +10,6 @@ from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.inspection import verify
 
-__all__ = ["command"]
-
 
 @click.command("verify")
 @options.group(options.BUNDLE, options.THREADS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["config_path", "weights_path"]
-
 _ASSETS = Path(__file__).parent / "assets"
 
 

@@ -26,8 +26,6 @@ from gfldeploy.errors import DataError, OutputError
 from gfldeploy.files import writing
 from gfldeploy.progress import SILENT, Progress
 
-__all__ = ["CLASSES", "GENERATOR_VERSION", "SPLITS", "generate"]
-
 CLASSES: tuple[str, ...] = ("disc", "ring", "square", "triangle", "star", "cross")
 """Class names; the COCO category id of `CLASSES[i]` is `i + 1`."""
 

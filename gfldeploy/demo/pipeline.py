@@ -18,8 +18,6 @@ from gfldeploy.files import atomic_directory, files_below, write_json, write_tex
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.quantizer import quantize_bundle
 
-__all__ = ["DemoSize", "explain", "run_demo"]
-
 
 @dataclass(frozen=True)
 class DemoSize:

@@ -20,27 +20,6 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.errors import EngineError
 
-__all__ = [
-    "DEVICES",
-    "NOT_ASKED",
-    "PRECISIONS",
-    "Build",
-    "ClosesOnExit",
-    "CopyTimes",
-    "Device",
-    "Engine",
-    "EngineOptions",
-    "EngineSpec",
-    "ExecutedConvolution",
-    "Library",
-    "Obstacle",
-    "Precision",
-    "Tensors",
-    "count_precisions",
-    "installed_version",
-    "reasons",
-]
-
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Device = Literal["cpu", "gpu"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -10,8 +10,6 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import OutputError
 
-__all__ = ["DEFAULT_ENGINE_CACHE", "engine_directory"]
-
 
 def _home() -> Path:
     try:

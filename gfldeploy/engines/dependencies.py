@@ -15,8 +15,6 @@ from gfldeploy.engines.base import Device, Library
 from gfldeploy.engines.registry import ENGINES, ONNXRUNTIME, PADDLE
 from gfldeploy.errors import MissingDependencyError
 
-__all__ = ["TOOL_CHAINS", "ToolChain", "install_command", "require"]
-
 
 @dataclass(frozen=True)
 class ToolChain:

@@ -13,8 +13,6 @@ from gfldeploy.detections import Detections, NmsParams, postprocess
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 
-__all__ = ["check_outputs", "detect_batch", "detections_of"]
-
 
 def detect_batch(
     engine: Engine, tensor: NDArray[np.float32], scales: Sequence[tuple[float, float]], nms: NmsParams

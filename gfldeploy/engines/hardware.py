@@ -7,8 +7,6 @@ import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["CPU_FLAGS", "cpu_flags", "cpu_model", "gpu_models", "nvidia_driver", "usable_threads"]
-
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
 

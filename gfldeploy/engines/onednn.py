@@ -12,8 +12,6 @@ from pathlib import Path
 
 from gfldeploy.errors import EngineError
 
-__all__ = ["LoggedConvolution", "log_convolutions", "read_convolutions"]
-
 _PRECISION = {"s8": "int8", "u8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FLOAT_BIAS", "NOT_FUSED", "FileConvolution", "dequantized", "read_file"]
-
 # Activations that engines fuse into the convolution before them.
 _ACTIVATIONS = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish"}
 _INTEGERS = ".q"  # gfldeploy appends it to the name of a weight that it quantises

@@ -22,8 +22,6 @@ from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
 from gfldeploy.engines.openvino_rewrite import add_operators, rewrite
 from gfldeploy.errors import EngineError, OutputError
 
-__all__ = ["OpenVinoEngine"]
-
 Shape = tuple[int, ...]
 
 # FP32 has to be said: processors with BF16 use it on their own.

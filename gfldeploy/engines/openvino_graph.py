@@ -8,8 +8,6 @@ from typing import Any
 from gfldeploy.engines.base import NOT_ASKED, ExecutedConvolution, Precision
 from gfldeploy.engines.onnx_file import FileConvolution, read_file
 
-__all__ = ["convolutions", "in_low_precision"]
-
 # Operators of the decode, besides elementwise arithmetic: they must stay FP32.
 _DECODE = {"Softmax", "FullyConnected", "MatMul", "Reduce"}
 # OpenVINO fuses their factor into the convolution before them.

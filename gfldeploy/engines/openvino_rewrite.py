@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import Precision
 
-__all__ = ["add_operators", "rewrite"]
-
 # OpenVINO fuses these into the weights of the convolution before them.
 _FACTORS = {"Multiply", "Divide", "Negative"}
 

@@ -21,8 +21,6 @@ from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOp
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
-__all__ = ["OnnxRuntimeEngine", "OnnxRuntimeTensorRtEngine", "describe_delegation", "tensorrt_options"]
-
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 _TENSORRT = "TensorrtExecutionProvider"
 _ERRORS_ONLY = 3

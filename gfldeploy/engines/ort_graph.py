@@ -9,8 +9,6 @@ from typing import Any
 from gfldeploy.engines.base import ExecutedConvolution
 from gfldeploy.engines.onnx_file import FLOAT_BIAS, NOT_FUSED, FileConvolution, dequantized, read_file
 
-__all__ = ["convolutions"]
-
 _INT8 = {"QLinearConv", "ConvInteger"}
 _FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv"}
 # What ONNX Runtime appends to names: a node in its blocked layout is called after its output tensor.

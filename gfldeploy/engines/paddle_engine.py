@@ -21,8 +21,6 @@ from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOp
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
-__all__ = ["PaddleEngine", "PaddleTensorRtEngine", "PlainPaddleEngine", "use_tensorrt"]
-
 # Only convolutions leave FP32. Left to itself Paddle also lowers the DFL integral and the box arithmetic: in INT8 the
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
 _LOW_PRECISION_OPS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}

@@ -11,8 +11,6 @@ from pathlib import Path
 from gfldeploy.engines.base import ExecutedConvolution
 from gfldeploy.engines.onednn import LoggedConvolution
 
-__all__ = ["Kind", "ProgramConvolution", "explain", "program_convolutions"]
-
 _CONVOLUTIONS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
 _SHAPE = re.compile(r"mb\d+_(?:g(\d+))?ic(\d+)oc(\d+)_(?:.*?)kh(\d+)sh(\d+).*?kw(\d+)sw(\d+)")
 

@@ -29,30 +29,6 @@ from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
 from gfldeploy.engines.tensorrt import tensorrt_library
 from gfldeploy.errors import UnsupportedError
 
-__all__ = [
-    "ANY_SHAPE_ENGINES",
-    "BROKEN_PLUGINS",
-    "DEFAULT_ENGINES",
-    "ENGINES",
-    "JUDGES",
-    "ONNXRUNTIME",
-    "PADDLE",
-    "PREFERRED_ENGINES",
-    "REFERENCE_ENGINE",
-    "TENSORRT_ENGINES",
-    "Capability",
-    "capabilities",
-    "capability",
-    "check_bundle",
-    "check_possible",
-    "graph_for",
-    "load_graph",
-    "missing_graph",
-    "obstacle_to",
-    "open_engine",
-    "title_of",
-]
-
 # The CPU and the GPU wheel of these are one module: the user chooses.
 PADDLE = Library(
     "paddle",

@@ -10,8 +10,6 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import PREFERRED_ENGINES, check_bundle, check_possible, obstacle_to
 from gfldeploy.errors import UnsupportedError
 
-__all__ = ["select_engine"]
-
 
 def select_engine(
     bundle: Bundle,

@@ -16,8 +16,6 @@ from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.errors import EngineError
 
-__all__ = ["MIN_SUBGRAPH", "WORKSPACE_BYTES", "TensorRtOptions", "example", "tensorrt_library"]
-
 Shape = tuple[int, int, int]
 
 # What TensorRT's tactics may use: more than the convolutions of a GFL need at 800x1344. With too little, TensorRT

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import reprlib
 
-__all__ = ["cut", "shown"]
-
 _SHORTEN = reprlib.Repr()
 _SHORTEN.maxstring = _SHORTEN.maxother = _SHORTEN.maxlong = 80
 

@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 from gfldeploy.errors import CheckpointError
 from gfldeploy.export.bounded_text import cut, shown
 
-__all__ = ["REMEDY_OPTIMIZER", "is_finite", "load_checkpoint", "locate_checkpoint"]
-
 _SUFFIXES = (".pdparams", ".pdema")
 _NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own parameter names; the state_dict's names are what matters
 _SPLIT_TABLE = "UnpackBigParamInfor@@"  # pickle protocols 2 and 3: arrays over 1 GiB are stored in slices

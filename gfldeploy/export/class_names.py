@@ -15,8 +15,6 @@ from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.config_checks import ConfigChecker
 from gfldeploy.export.config_files import Tagged
 
-__all__ = ["class_names"]
-
 _MOST_NAME_BYTES = 16 * 2**20  # of a label list
 _LABEL_LISTS = (".txt", ".names", ".label", ".labels", ".list")
 

@@ -25,8 +25,6 @@ from gfldeploy.export.config_files import read_chain
 from gfldeploy.export.heads import HEADS
 from gfldeploy.export.workspace import fresh, installed, load_workspace, registered, snapshot
 
-__all__ = ["DetectorConfig", "load_detector_config"]
-
 
 @dataclass(frozen=True)
 class DetectorConfig:

@@ -19,8 +19,6 @@ from gfldeploy.export.config_files import Layers, Tagged
 from gfldeploy.export.heads import ARCHITECTURES, HEADS
 from gfldeploy.serialization import build
 
-__all__ = ["ConfigChecker"]
-
 # Top-level keys of PaddleDetection configs that name no module.
 _RUNTIME_KEYS_TEXT = """
     architecture arch pretrain_weights weights filename metric map_type IouType classwise num_classes epoch worker_num

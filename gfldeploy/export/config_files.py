@@ -14,8 +14,6 @@ from gfldeploy.errors import ConfigError
 from gfldeploy.export.bounded_text import cut
 from gfldeploy.yaml_file import PlainLoader, YamlError, read_yaml
 
-__all__ = ["Layers", "Tagged", "read_chain"]
-
 
 class Tagged(dict[str, Any]):
     """A mapping under a local tag: `!COCODataSet {...}`. It replaces what it is merged over, as ppdet's objects do."""

@@ -13,8 +13,6 @@ from paddle import nn  # noqa: TID253
 from ppdet.core.workspace import register, serializable  # noqa: TID253
 from ppdet.modeling.shape_spec import ShapeSpec  # noqa: TID253
 
-__all__ = ["SlimResNet"]
-
 
 class _ConvNorm(nn.Layer):  # type: ignore[misc]
     """Convolution, batch normalisation and, unless `act` is false, ReLU. Plain convolutions only: INT8 kernels gain

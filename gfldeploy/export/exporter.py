@@ -35,8 +35,6 @@ from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 
-__all__ = ["export_bundle"]
-
 StrPath = str | os.PathLike[str]
 InputShape = tuple[int | None, int | None, int | None]
 

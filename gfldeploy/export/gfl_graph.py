@@ -16,9 +16,6 @@ import paddle  # noqa: TID253
 import paddle.nn.functional as F  # noqa: N812, TID253
 from paddle import nn  # noqa: TID253
 
-__all__ = ["GflGraph", "GflNmsGraph", "fold_batch_norm"]
-
-
 # Below any logit: the score of cells that are not there.
 _NO_CELL = -1e30
 

@@ -15,8 +15,6 @@ from gfldeploy.errors import EngineError
 from gfldeploy.export.parity import Tolerance
 from gfldeploy.files import native_writes
 
-__all__ = ["TOLERANCE", "convert_to_half", "write_half_onnx"]
-
 # On random weights, whose logits spread, ONNX Runtime's CPU kernels move scores by up to 0.003 and boxes by up to 2.2
 # px (six detectors at 800x1344). Rounding all values between FP16 operators, as GPUs do (`rounded` in the tests), gives
 # 0.006 and 5.3 px, at the stride of 128 px; 0.001 and 0.3 px on the trained demo detector.

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "HEADS", "HeadSpec"]
-
 
 @dataclass(frozen=True)
 class HeadSpec:

@@ -12,8 +12,6 @@ from gfldeploy.export.config import DetectorConfig
 from gfldeploy.export.heads import HEADS
 from gfldeploy.images.preprocess import Preprocess
 
-__all__ = ["check_levels"]
-
 
 def check_levels(detector: Any, config: DetectorConfig, preprocess: Preprocess, height: int, width: int) -> None:
     """Raise `ConfigError` unless ppdet runs the model on what the reader makes, with a level for each stride.

@@ -20,8 +20,6 @@ from gfldeploy.export.config import DetectorConfig
 from gfldeploy.export.heads import ARCHITECTURES
 from gfldeploy.export.workspace import installed, load_workspace, snapshot
 
-__all__ = ["build_model"]
-
 
 def build_model(config: DetectorConfig) -> Any:
     """Build the paddle model of `config` in evaluation mode, with zeros for most of its weights.

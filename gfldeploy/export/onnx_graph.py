@@ -15,8 +15,6 @@ from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import EngineError, GfldeployError, summary
 from gfldeploy.files import native_writes
 
-__all__ = ["OPSET", "convert"]
-
 # The newest that TensorRT 10, ONNX Runtime 1.16+ and OpenVINO 2023+ all read, with per-channel QuantizeLinear. A graph
 # has a newer one where an operator needs it.
 OPSET = 17

@@ -22,21 +22,6 @@ from gfldeploy.engines.base import Engine
 from gfldeploy.errors import ParityError
 from gfldeploy.images.preprocess import Preprocess
 
-__all__ = [
-    "TOLERANCE",
-    "GraphComparison",
-    "Outputs",
-    "Tolerance",
-    "check",
-    "check_paddledetection",
-    "compare",
-    "eager_outputs",
-    "exceeds",
-    "parity_images",
-    "parity_shapes",
-    "tolerance",
-]
-
 
 @dataclass(frozen=True)
 class Tolerance:

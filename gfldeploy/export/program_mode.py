@@ -13,8 +13,6 @@ from functools import partial, wraps
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
-__all__ = ["program_mode"]
-
 # Other spellings of arguments that Paddle allows.
 _SAME = {"input": "x", "other": "y", "dim": "axis"}
 

@@ -11,8 +11,6 @@ from typing import Any
 from gfldeploy.errors import EngineError, ParityError, summary
 from gfldeploy.files import native_writes
 
-__all__ = ["InputShape", "save_paddle_graph", "save_paddle_program", "save_paddledetection_graph", "strip_call_stacks"]
-
 InputShape = tuple[int | None, int | None, int | None]
 
 

@@ -15,8 +15,6 @@ from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.checkpoint import REMEDY_OPTIMIZER, is_finite
 from gfldeploy.export.heads import HEADS
 
-__all__ = ["fit_weights", "set_random_weights"]
-
 _CLASS_OUTPUTS = {head.class_output for head in HEADS.values()}
 _BOX_OUTPUTS = {head.box_output for head in HEADS.values()}
 

@@ -14,8 +14,6 @@ from typing import Any
 from gfldeploy._quiet import quiet
 from gfldeploy.engines.dependencies import require
 
-__all__ = ["fresh", "installed", "load_workspace", "registered", "snapshot"]
-
 _LOCK = threading.RLock()
 
 

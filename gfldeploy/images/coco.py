@@ -22,16 +22,6 @@ from gfldeploy.images.decode import image_size
 from gfldeploy.images.formats import IMAGE_SUFFIXES
 from gfldeploy.text import first_of
 
-__all__ = [
-    "ClassMatch",
-    "CocoAnnotation",
-    "CocoCategory",
-    "CocoDataset",
-    "CocoId",
-    "CocoImage",
-    "list_images",
-]
-
 # As JSON has it: written back as it was read. Of numbers, 1 and 1.0 are the same id.
 CocoId: TypeAlias = int | float | str
 AnyPath: TypeAlias = "str | os.PathLike[str]"

@@ -19,8 +19,6 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.formats import MAX_FILE_BYTES, read_header
 from gfldeploy.images.native_stderr import heard
 
-__all__ = ["decode_image", "image_size", "load_cv2", "open_file", "read_image", "size_of"]
-
 # What libjpeg reports of data that it could not follow. It continues, with grey or with anything.
 _DAMAGED_JPEG = re.compile(rb"Corrupt JPEG data: .*|Premature end of JPEG.*|Inconsistent progression.*")
 # A few bytes that nothing reads, before the end or before metadata, harm no pixel, and cameras write them. If they are

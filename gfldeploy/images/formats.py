@@ -12,8 +12,6 @@ from typing import BinaryIO
 
 from gfldeploy.errors import DataError, reading
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_FILE_BYTES", "MAX_PIXELS", "Header", "read_header"]
-
 # What OpenCV reads as ordinary pixels. Its formats of scene light (.hdr, .exr, .pfm) would lose all above white.
 IMAGE_SUFFIXES = frozenset(
     {

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
-__all__ = ["heard"]
-
 T = TypeVar("T")
 _MOST_BYTES = 1 << 16
 _UNBUFFERED = 2  # _IONBF

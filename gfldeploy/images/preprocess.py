@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import ConfigError, DataError
 
-__all__ = ["Prepared", "Preprocess"]
-
 _NORM_TYPES = ("mean_std", "none")
 _INTERPOLATIONS = range(7)  # cv2.INTER_NEAREST (0) to cv2.INTER_NEAREST_EXACT (6)
 # Beyond what any detector asks for: one image of these sizes takes 800 MB.

@@ -25,8 +25,6 @@ from gfldeploy.predict.resume import Record
 from gfldeploy.predict.sources import video_frames, video_rate
 from gfldeploy.text import first_of
 
-__all__ = ["colour", "draw_all", "draw_boxes", "drawing_notes"]
-
 _QUALITY = 92
 _DEFAULT_RATE = 25.0  # frames a second of a video that does not say
 _PLAYED = ("avc1", "vp09")  # by browsers too: H.264, VP9

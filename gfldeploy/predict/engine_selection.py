@@ -14,8 +14,6 @@ from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy
 
-__all__ = ["Choice", "choose"]
-
 _DEPLOY_SUFFIXES = (".yml", ".yaml")
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     Font: TypeAlias = "FreeTypeFont | ImageFont"
 
-__all__ = ["missing_glyphs", "runs"]
-
 _SUFFIXES = (".otf", ".ttc", ".ttf")
 _NO_CHARACTER = "\U0010ffff"  # no font has it: its picture is that of every character that a font lacks
 _PROBED_SIZE = 16

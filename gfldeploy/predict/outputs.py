@@ -13,17 +13,6 @@ from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.resume import Record
 
-__all__ = [
-    "COCO",
-    "DEFAULT_THRESHOLD",
-    "DETECTIONS",
-    "IMAGES",
-    "PredictResults",
-    "read_records",
-    "record_of",
-    "write_outputs",
-]
-
 # What PaddleDetection draws from, unless told otherwise.
 DEFAULT_THRESHOLD = 0.5
 

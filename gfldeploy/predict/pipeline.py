@@ -29,8 +29,6 @@ from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
 
-__all__ = ["Found", "ahead", "detect_groups", "in_order"]
-
 T = TypeVar("T")
 _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
 _MOST_DECODERS = 8

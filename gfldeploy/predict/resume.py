@@ -17,8 +17,6 @@ from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.errors import OutputError
 from gfldeploy.files import open_own, writing
 
-__all__ = ["Record", "WorkingFile"]
-
 # One image's line in the result, ready for JSON.
 Record: TypeAlias = dict[str, Any]
 _END = {"end": True}

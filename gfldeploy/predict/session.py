@@ -39,8 +39,6 @@ from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes, pict
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import check_interrupted, hold_interrupts
 
-__all__ = ["NOTE", "PICTURES", "predict_images"]
-
 NOTE = "predict.json"
 PICTURES = "pictures"
 _WORKING = "working.jsonl"

@@ -26,21 +26,6 @@ from gfldeploy.text import first_of
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
-__all__ = [
-    "VIDEO_SUFFIXES",
-    "ColorOrder",
-    "Image",
-    "Picture",
-    "is_one_image",
-    "is_video",
-    "list_inputs",
-    "picture_of",
-    "picture_sizes",
-    "pictures",
-    "video_frames",
-    "video_rate",
-]
-
 VIDEO_SUFFIXES = frozenset(
     {
         *(".3gp", ".asf", ".avi", ".flv", ".ivf", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),

@@ -13,8 +13,6 @@ from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.detections import Detections, NmsParams, pairwise_iou, postprocess
 from gfldeploy.errors import ParityError
 
-__all__ = ["Agreement", "Reference", "agreement", "check_finite"]
-
 # PaddleDetection's deploy tools draw detections from 0.5 up; a little lower also counts those that may just miss it.
 _CONFIDENT = 0.4
 _SAME_BOX = 0.5

@@ -13,8 +13,6 @@ from gfldeploy.quant.program import write_program
 from gfldeploy.quant.qdq import write_qdq_onnx
 from gfldeploy.quant.tensorrt import write_tensorrt_onnx
 
-__all__ = ["GRAPHS", "Quantized", "write_artefacts"]
-
 GRAPHS: dict[GraphName, Graph] = {
     "paddle_program": Graph("paddle/model.pdmodel", "paddle/model.pdiparams"),
     "onnx": Graph("onnx/model.onnx"),

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple, Self
 
 from gfldeploy.serialization import plain
 
-__all__ = ["Calibration", "ConvRanges", "ConvUse", "OutputRange"]
-
 
 class ConvUse(NamedTuple):
     """One application of a convolution: its weight name, and which of its uses in graph order (0 unless shared)."""

@@ -25,8 +25,6 @@ from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.method import MethodOptions, Refined
 from gfldeploy.quant.program import old_program_environment, write_parameters
 
-__all__ = ["refine"]
-
 # Weights of 8-bit rounding's size are to move by fractions of a step: at 2e-5 the demo detector gets no better.
 _LEARNING_RATE = 5e-6
 _BATCH = 2

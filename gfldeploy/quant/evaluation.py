@@ -20,8 +20,6 @@ from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.sensitivity import Sensitivity, macs_shares, measure_sensitivity, rows
 from gfldeploy.quant.speed import Speed, measure_speed
 
-__all__ = ["EvaluatedBundle", "Evaluation", "Evaluator"]
-
 _ROWS_SHOWN = 10
 
 

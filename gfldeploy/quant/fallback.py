@@ -13,8 +13,6 @@ from gfldeploy.errors import GfldeployError, ParityError
 from gfldeploy.quant.gate import Int8Measurement
 from gfldeploy.quant.sensitivity import Sensitivity
 
-__all__ = ["MOST_FLOAT_MACS", "FallbackStep", "affordable", "fall_back", "fewest", "not_held"]
-
 # A network that mostly runs in float is not the INT8 one that was asked for, nor as fast.
 MOST_FLOAT_MACS = 0.5
 

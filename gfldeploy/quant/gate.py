@@ -13,19 +13,6 @@ from gfldeploy.accuracy import Accuracy
 from gfldeploy.errors import DataError, EngineError, GfldeployError, ParityError
 from gfldeploy.quant.agreement import Agreement
 
-__all__ = [
-    "DEFAULT_MAX_DROP",
-    "DEFAULT_MIN_AGREEMENT",
-    "MIN_INT8_SHARE",
-    "SIMULATED_TENSORRT",
-    "Candidate",
-    "GateLimits",
-    "Int8Measurement",
-    "best",
-    "failure",
-    "unjudgeable",
-]
-
 DEFAULT_MAX_DROP = 0.005
 # Every sound calibration of the demo detector found all that FP32 finds (quant/README.md); a tenth is left for others.
 DEFAULT_MIN_AGREEMENT = 0.9

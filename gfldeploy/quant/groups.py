@@ -11,8 +11,6 @@ from fnmatch import fnmatchcase
 from gfldeploy.errors import DataError
 from gfldeploy.quant.calibration import ConvUse
 
-__all__ = ["ConvGroup", "groups", "match"]
-
 _TOWERS = ["head", "conv_feat"]
 # The number of a convolution in its tower: `fcos_head_cls_tower_conv_3`.
 _NUMBER = re.compile(r"(_conv)?_?\d+$")

@@ -21,8 +21,6 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Int8Measurement
 
-__all__ = ["Fp32Reference", "SimulatedTensorRT", "int8_engines"]
-
 
 def int8_engines() -> tuple[str, ...]:
     """The engines in which INT8 must hold to be published here: the judges that are installed."""

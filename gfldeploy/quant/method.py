@@ -12,8 +12,6 @@ from gfldeploy.errors import UnsupportedError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.calibration import Calibration
 
-__all__ = ["DEFAULT_STEPS", "Calibrate", "MethodOptions", "QuantMethod", "Refine", "Refined", "Thresholds"]
-
 DEFAULT_STEPS = 200
 
 # The clipping thresholds of a convolution's input, by weight name: one for each use in the order of the graph.

@@ -7,8 +7,6 @@ from dataclasses import replace
 from gfldeploy.quant import distill, ptq
 from gfldeploy.quant.method import QuantMethod
 
-__all__ = ["METHODS"]
-
 _PTQ = QuantMethod(
     name="ptq",
     help="calibrates with PaddleSlim.",

@@ -18,8 +18,6 @@ from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import OutputRange
 from gfldeploy.quant.qdq import conv_outputs
 
-__all__ = ["observe_outputs", "observe_tensors", "weight_ranges"]
-
 
 def observe_outputs(
     onnx_file: Path,

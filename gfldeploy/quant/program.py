@@ -22,8 +22,6 @@ from gfldeploy.errors import EngineError
 from gfldeploy.files import native_writes
 from gfldeploy.quant.calibration import Calibration, ConvUse
 
-__all__ = ["old_program_environment", "write_parameters", "write_program"]
-
 _MODEL, _PARAMETERS = "model.pdmodel", "model.pdiparams"
 _CONVOLUTIONS = ("conv2d", "depthwise_conv2d")
 # Paddle's oneDNN pass takes these operators out again and keeps their scales by tensor: a convolution whose input has

@@ -19,8 +19,6 @@ from gfldeploy.errors import EngineError
 from gfldeploy.quant.method import MethodOptions, Thresholds
 from gfldeploy.quant.program import old_program_environment
 
-__all__ = ["ALGORITHMS", "AUTO", "UNUSABLE", "calibrate"]
-
 # PaddleSlim's names for its algorithms that run here: the default, then the quick ones first.
 ALGORITHMS = ("hist", "avg", "abs_max", "ptf", "mse", "emd", "KL")
 # What `auto` tries.

@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import Calibration, ConvUse, OutputRange
 
-__all__ = ["ONNX_RUNTIME", "TENSORRT", "ActivationScale", "QdqForm", "conv_outputs", "insert_qdq", "write_qdq_onnx"]
-
 # Operators that only pick or average values: their output has their input's sign.
 _KEEPS_SIGN = {"MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "Identity", "Reshape", "Transpose"}
 _RELU = "Relu"

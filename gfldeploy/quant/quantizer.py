@@ -36,8 +36,6 @@ from gfldeploy.quant.samples import calibration_images, digests, evaluation_reco
 from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
-__all__ = ["quantize_bundle"]
-
 _AGREEMENT_IMAGES = 8
 _COPIED = ("infer_cfg.yml", LAYERS)
 

@@ -17,8 +17,6 @@ from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.speed import Speed
 from gfldeploy.serialization import plain
 
-__all__ = ["algorithms_record", "int8_manifest", "parity_record"]
-
 _NOTES = {
     SIMULATED_TENSORRT: "onnx/model_tensorrt.onnx in ONNX Runtime on the CPU, float between Q and DQ: no TensorRT ran"
 }

@@ -11,8 +11,6 @@ from gfldeploy.errors import DataError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset, list_images
 
-__all__ = ["DEFAULT_SAMPLES", "calibration_images", "digests", "evaluation_record", "refuse_overlap", "spread"]
-
 DEFAULT_SAMPLES = 64
 
 

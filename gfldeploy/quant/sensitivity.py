@@ -26,8 +26,6 @@ from gfldeploy.quant.groups import ConvGroup
 from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.qdq import write_qdq_onnx
 
-__all__ = ["CANDIDATES", "Sensitivity", "macs_shares", "measure_sensitivity", "output_difference", "rows", "to_record"]
-
 # About as many as detectors keep of an image; background far below them enters no mAP.
 CANDIDATES = 100
 

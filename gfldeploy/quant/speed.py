@@ -19,8 +19,6 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.registry import capability, open_engine
 
-__all__ = ["Speed", "interleaved_medians", "measure_speed"]
-
 _WARMUP = 2
 _MIN_ROUNDS = 5
 _MIN_SECONDS = 2.0

@@ -20,8 +20,6 @@ from gfldeploy.files import native_writes
 from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.qdq import TENSORRT, insert_qdq
 
-__all__ = ["OPERATORS", "check_tensorrt", "write_tensorrt_onnx"]
-
 # Standard operators that the matrix marks as supported both for TensorRT 8.4 and for 10.15, hence in between; 11 refers
 # to the same matrix. Left out although supported: control flow, random numbers, and operators whose output shape
 # depends on values (NonZero, NonMaxSuppression). No detector here needs them, and each has restrictions of its own.

@@ -21,8 +21,6 @@ from gfldeploy.serialization import FileFormat, Upgrade, Versioned, part
 from gfldeploy.tune.knee import Knee
 from gfldeploy.tune.search import Bounds
 
-__all__ = ["Configuration", "Deploy", "Evidence", "SearchRecord", "check_deploy"]
-
 
 def _configurations(data: dict[str, Any], upgrade: Upgrade) -> dict[str, Any]:
     """The data with its choice and runner-up upgraded."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from gfldeploy.tune.measured import Measured, speed_ratio
 
-__all__ = ["Knee", "find_knee"]
-
 
 @dataclass(frozen=True)
 class Knee:

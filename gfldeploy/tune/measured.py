@@ -9,8 +9,6 @@ from functools import cached_property
 from gfldeploy.bench.estimates import Estimate, lower_limit, percentile, ratio_of_medians, samples_for, supports
 from gfldeploy.bench.results import CellResult, Run
 
-__all__ = ["BOUND_PERCENT", "NOISE", "TAIL_COUNT", "Measured", "Tail", "speed_ratio"]
-
 # Assumed: the relative difference in throughput between two short runs of one cell.
 NOISE = 0.05
 # The percentile that a latency bound applies to, and the number of batches that it takes to know it.

@@ -12,8 +12,6 @@ from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.errors import DataError
 from gfldeploy.tune.measured import Measured
 
-__all__ = ["reuse"]
-
 
 def reuse(
     paths: Sequence[Path], cells: Collection[Cell], now: BenchResults

@@ -22,8 +22,6 @@ from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.tune.measured import NOISE, Measured
 
-__all__ = ["BATCH_GAIN", "TIE", "TURN_GAIN", "Bounds", "Miss", "Model", "Search", "Step", "choose", "model_of"]
-
 BATCH_GAIN: Mapping[Device, float] = {"cpu": 2.0, "gpu": 16.0}
 TURN_GAIN = 1.25
 # Throughputs within this much of the best count as equal; then the lowest latency decides.

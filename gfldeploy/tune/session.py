@@ -39,8 +39,6 @@ from gfldeploy.tune.reuse import reuse
 from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
 from gfldeploy.tune.summary import miss_in_words, summarize
 
-__all__ = ["tune_bundles"]
-
 _PATH = str | os.PathLike[str]
 # Of batches: one image at a time, several as they are listed, several of one size.
 _SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline")

@@ -11,8 +11,6 @@ from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
 from gfldeploy.tune.search import Bounds, Miss
 
-__all__ = ["miss_in_words", "summarize"]
-
 
 def summarize(deploy: Deploy, choice: Measured, runner_up: Measured | None = None) -> str:
     """One paragraph for who decides: what to deploy, how fast, what it costs, what came second and why, the knee."""

@@ -20,8 +20,6 @@ from gfldeploy.files import check_file, write_text
 from gfldeploy.machine import Machine
 from gfldeploy.text import printable
 
-__all__ = ["machine_line", "report", "sections", "short_answer", "write_page", "write_report"]
-
 # What quantising may cost by default (`gfldeploy quantize --max-drop`): within it accuracy counts as the same.
 _SAME_ACCURACY = 0.005
 _FIRST_LOOK = "A first look: each cell was measured too briefly for figures to be quoted."

@@ -15,8 +15,6 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import Row, rows
 
-__all__ = ["COLOURS", "GREY", "Plot", "pareto_front", "plots"]
-
 # Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background,
 # and two more. Grey is for what is no series.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1", "#A0A020")

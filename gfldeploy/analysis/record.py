@@ -137,7 +137,7 @@ def columns(analysis: Analysis) -> list[Column[BatchAnalysis]]:
         Column("bucketed_ms", "bucketed", lambda one: one.bucketed_ms, digits=1),
         *(Column(part, PART_NAMES[part], change(part), digits=1, drop=3) for part in parts),
         Column("unexplained_ms", "unexplained", lambda one: one.unexplained_ms, digits=1, drop=4),
-        Column("padding", "padding", lambda one: f"{one.padding:.2f}x", drop=1),
+        Column("padding", "pixels", lambda one: f"{one.padding:.2f}x", drop=1),
         Column("percent_of_peak", "% of peak", lambda one: one.percent_of_peak, digits=0, drop=5),
         Column("cause", "cause", lambda one: one.cause, words=True, wrap=True, drop=2),
     ]

@@ -40,7 +40,7 @@ def command(output: Path, **given: Any) -> None:
 
 def _show(found: Analysis) -> None:
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
-    title = f"{found.engine} {found.precision}, {threads}, milliseconds per image from file to boxes"
+    title = f"{found.engine} {found.precision}, {threads}: ms of an image from file to boxes, and the changes"
     show_table(columns(found), found.batches, title, "The page has every column.")
     for sentence in found.answer:
         click.echo(sentence)

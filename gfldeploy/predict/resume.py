@@ -50,7 +50,8 @@ class WorkingFile(ClosesOnExit):
             undo.pop_all()
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):  # once more what could not be written before
+            self._file.close()
 
     def add(self, batch: Sequence[tuple[int, Record]]) -> None:
         """Append a batch: each image's number among all, from 0, and its record. Raises `OutputError`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ def test_what_is_added_is_read_back(tmp_path: Path) -> None:
     with WorkingFile(tmp_path / "w", QUESTION, 9, 2) as working:
         assert (working.batches, working.images, working.complete) == (3, 4, True)
         assert list(working.groups()) == BATCHES
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*/w: "), WorkingFile(path, QUESTION, 9, 2) as working:
+            working.add(BATCHES[0])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+            working.add(BATCHES[1])  # and it cannot be written when the file is closed either
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with WorkingFile(path, QUESTION, 9, 2) as working:
+        assert working.batches == 1
 
 
 def test_cut_anywhere_it_resumes(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ class FileFormat:
     @property
     def remedy(self) -> str:
         """What to do about a file that is none of these."""
-        return f"Give what `{self.writer}` wrote."
+        return f"Give what `{self.writer}` wrote, or make it again."
 
     def upgraded(self, data: object) -> dict[str, Any]:
         """The data in the present schema, without its number. Raises `error`."""
@@ -204,7 +204,8 @@ class Versioned:
         try:
             return build(cls, data)
         except DataError as error:
-            raise cls.FORMAT.error(error.problem, cls.FORMAT.remedy) from error
+            own = isinstance(error.__cause__, cls.FORMAT.error)  # of the class, with a remedy for just this
+            raise cls.FORMAT.error(error.problem, error.remedy if own else cls.FORMAT.remedy) from error
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file in one step, replacing any other. Raises `OutputError`."""

@@ -126,6 +126,7 @@ def test_values_that_no_option_takes_are_refused(tiny_bundle: Path, tiny_coco: P
         lambda: gfldeploy.inspect(tiny_bundle, size=(0, 320)),
         lambda: gfldeploy.Detector(tiny_bundle, batch_size=0),
         lambda: gfldeploy.predict_images(tiny_bundle, tiny_coco.parent, output="no", batch_size=0),
+        lambda: gfldeploy.predict_images(tiny_bundle, tiny_coco.parent, output="no", decode=wrong),
         lambda: gfldeploy.analyze(tiny_bundle, data=tiny_coco, batch_sizes=[0]),
     ):
         with pytest.raises(ValueError, match=r"must be"):

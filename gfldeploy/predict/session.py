@@ -124,6 +124,8 @@ def predict_images(
         UnsupportedError: Nothing here can run the bundle so.
         EngineError: The engine failed.
     """
+    if decode not in ("exact", "fast"):
+        raise ValueError(f"decode must be exact or fast, not {decode!r}")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     given = [Path(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]

@@ -18,6 +18,7 @@ _PR_SET_PDEATHSIG = 1
 _PARENT = "GFLDEPLOY_PARENT"
 
 _asked: list[tuple[float, int]] = []  # the interruptions: when, by `time.monotonic`, and by which signal
+_blocks: list[object] = []  # the `terminate_as_interrupt` that we are in, in the main thread
 
 
 @contextmanager
@@ -27,14 +28,19 @@ def terminate_as_interrupt(before: object = None) -> Iterator[None]:
     Leaves alone what the program handles in its own way, or was started to ignore, but takes over from the handler
     `before`. Does nothing outside the main thread, or inside another such block.
     """
-    replaced = (signal.SIG_DFL, signal.default_int_handler, before)
-    ours = [number for number in _NUMBERS if signal.getsignal(number) in replaced and _is_main_thread()]
-    previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
-    if previous:
+    if not _is_main_thread():
+        yield
+        return
+    if not _blocks:
         _asked.clear()
+    replaced = (signal.SIG_DFL, signal.default_int_handler, before)
+    ours = [number for number in _NUMBERS if signal.getsignal(number) in replaced]
+    previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
+    _blocks.append(previous)
     try:
         yield
     finally:
+        _blocks.pop()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

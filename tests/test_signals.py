@@ -41,6 +41,16 @@ def test_a_second_signal_does_not_cut_the_unwinding(number: signal.Signals) -> N
         assert not was_interrupted(), "the next command has not been"
 
 
+def test_an_interruption_is_forgotten_by_the_next_command_of_a_program_with_handlers_of_its_own() -> None:
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        signal.raise_signal(signal.SIGINT)
+    for number in NUMBERS:
+        signal.signal(number, lambda number, frame: None)
+    with terminate_as_interrupt():
+        check_interrupted()
+        assert not was_interrupted()
+
+
 def test_what_must_not_be_cut_is_not() -> None:
     steps = []
     with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():

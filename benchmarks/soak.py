@@ -3,7 +3,7 @@
     python benchmarks/soak.py --bundle demo/fp32 --machine epyc-2core --name demo
 
 Images of random sizes arrive at random times: alternately for half a minute at 0.7 and for ten seconds at 1.5 times
-what the engine does one by one, so that queues fill and requests are turned away. One in fifty is taken back at once,
+what the engine does one by one, so that queues fill and requests are rejected. One in fifty is taken back at once,
 one in fifty makes its batch fail, one in a hundred leaves no time. Every `--every` seconds the resident memory,
 Python's allocated blocks and its objects are sampled. What was done, the curve, and the growth from the second tenth of
 the time to the last go to results/MACHINE/checks/NAME_soak.json beside this script. Exits with 1 if a request was never

@@ -89,11 +89,13 @@ def test_limits_kill_the_child_with_all_it_started(code: str, limits: Limits, pr
     assert wait_until_dead(int(note.read_text()))
 
 
+@pytest.mark.slow
 def test_progress_restarts_the_time_limit() -> None:
     code = "[(PARENT.step('work', number, 8), time.sleep(0.4)) for number in range(8)]"
     assert run_child(child(code), {}, limits=Limits(2)) == {}
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_current_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('shadowed')")

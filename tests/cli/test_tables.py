@@ -126,6 +126,7 @@ def test_servers_keep_what_they_answer_in_time(shown: Shown) -> None:
     assert all(re.search(r"fixed-timeout +2 +10\.00 +0\.5000", line) for line in lines[-2:])
 
 
+@pytest.mark.slow
 def test_compare_keeps_times_ratio_and_map(shown: Shown, tmp_path: Path) -> None:
     results = many("a_bundle_with_a_long_name", "another_bundle_with_a_long_name")
     for name in ("a.json", "b.json"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import DataError, UnsupportedError
+from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
@@ -213,10 +213,10 @@ class EvalResults:
 
 
 def evaluate(
-    bundle: str | os.PathLike[str],
+    bundle: StrPath,
     *,
-    data: str | os.PathLike[str],
-    images: str | os.PathLike[str] | None = None,
+    data: StrPath,
+    images: StrPath | None = None,
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,

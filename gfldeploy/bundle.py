@@ -27,7 +27,7 @@ from typing import Any, Literal, Self
 from gfldeploy.bundle_records import RECORDS
 from gfldeploy.detections import NmsParams
 from gfldeploy.errors import BundleError, DataError, reading
-from gfldeploy.files import atomic_directory, read_json, sha256
+from gfldeploy.files import StrPath, atomic_directory, read_json, sha256
 from gfldeploy.graph_guard import check_graph
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.serialization import FileFormat, Versioned, check
@@ -180,7 +180,7 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], *, detector: bool = True) -> Self:
+    def open(cls, directory: StrPath, *, detector: bool = True) -> Self:
         """Read the manifest, and check it and the other files, whoever made them.
 
         Every file must be there with the recorded size, and no other; records must hold what gfldeploy writes (see

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import closing
@@ -13,6 +12,7 @@ from typing import cast
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
+from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
@@ -38,14 +38,14 @@ class Detector(ClosesOnExit):
 
     def __init__(
         self,
-        source: str | os.PathLike[str],
+        source: StrPath,
         *,
         engine: str | None = None,
         precision: Precision | None = None,
         device: Device | None = None,
         threads: int | None = None,
         batch_size: int | None = None,
-        engine_cache: str | os.PathLike[str] | None = None,
+        engine_cache: StrPath | None = None,
     ) -> None:
         """Load a bundle, or what a `deploy.yml` chose, and warn (`UserWarning`) of every one of the `choice.notes`.
 

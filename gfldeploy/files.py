@@ -23,6 +23,8 @@ from typing import IO, Any, Literal, TypeAlias
 from gfldeploy.errors import OutputError
 from gfldeploy.signals import check_interrupted, hold_interrupts, terminate_as_interrupt
 
+StrPath = str | os.PathLike[str]  # a path as users give it
+
 DirectoryKind: TypeAlias = Literal["bundle", "demo", "predict"]
 FileKind: TypeAlias = Literal["json", "csv", "html", "yml"]
 

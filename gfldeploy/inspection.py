@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, graph_for, load_graph, obstacle_to, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
+from gfldeploy.files import StrPath
 from gfldeploy.macs import count_work
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
@@ -27,7 +27,7 @@ from gfldeploy.serialization import plain
 _MIN_AGREEMENT = 0.5
 
 
-def inspect(bundle: str | os.PathLike[str], *, size: tuple[int, int] | None = None) -> dict[str, Any]:
+def inspect(bundle: StrPath, *, size: tuple[int, int] | None = None) -> dict[str, Any]:
     """Say what a bundle holds: inputs, outputs, classes, parameters, MACs, size, provenance, parity.
 
     Args:
@@ -104,7 +104,7 @@ def int8_lines(parity: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def verify(bundle: str | os.PathLike[str], *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:
+def verify(bundle: StrPath, *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:
     """Hash every file of a bundle again, and compare its graphs with each other.
 
     The graphs run in the first two engines that `bench` measures by default and that can run here. In FP32 their

@@ -5,7 +5,6 @@ Whatever the data says, reading it ends in a record or in an error that names th
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -15,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gfldeploy.errors import DataError, GfldeployError, reading
-from gfldeploy.files import read_json, write_json, write_text
+from gfldeploy.files import StrPath, read_json, write_json, write_text
 
 Record = TypeVar("Record")
 # From the data of one schema to that of the next, the schema number left out of both.
@@ -207,7 +206,7 @@ class Versioned:
             own = isinstance(error.__cause__, cls.FORMAT.error)  # of the class, with a remedy for just this
             raise cls.FORMAT.error(error.problem, error.remedy if own else cls.FORMAT.remedy) from error
 
-    def write(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: StrPath) -> None:
         """Write the file in one step, replacing any other. Raises `OutputError`."""
         path = Path(path)
         if not self.FORMAT.yaml:
@@ -218,7 +217,7 @@ class Versioned:
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=_YAML_WIDTH))
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Self:
+    def read(cls, path: StrPath) -> Self:
         """Read a file that `write` wrote, with this version or an older one. Raises as `from_dict`."""
         path = Path(path)
         with reading(path, cls.FORMAT.error, cls.FORMAT.remedy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from gfldeploy.batching.audit import Audit, audit_sizes, survey
 from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, UnsupportedError, UsageError
+from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, list_images
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import count_work, peak_activations
@@ -26,9 +26,9 @@ _Count = Callable[[set[Size]], Mapping[Size, int]]
 
 def audit(
     *,
-    data: str | os.PathLike[str],
-    config_or_bundle: str | os.PathLike[str],
-    images: str | os.PathLike[str] | None = None,
+    data: StrPath,
+    config_or_bundle: StrPath,
+    images: StrPath | None = None,
     batch_sizes: Sequence[int] | None = None,
     buckets: int | None = None,
     seed: int = 0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
-from gfldeploy.files import check_file
+from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
@@ -27,10 +26,10 @@ from gfldeploy.signals import hold_interrupts
 
 
 def analyze(
-    bundle: str | os.PathLike[str],
+    bundle: StrPath,
     *,
-    data: str | os.PathLike[str],
-    images: str | os.PathLike[str] | None = None,
+    data: StrPath,
+    images: StrPath | None = None,
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
@@ -40,7 +39,7 @@ def analyze(
     rounds: int = 5,
     peak: bool = True,
     invariance: bool = True,
-    output: str | os.PathLike[str] | None = None,
+    output: StrPath | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Analysis:

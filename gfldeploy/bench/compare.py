@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import Row, rows
 from gfldeploy.errors import DataError
+from gfldeploy.files import StrPath
 from gfldeploy.machine import Machine
 
 Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
@@ -86,8 +86,8 @@ class Comparison:
 
 
 def compare(
-    a: BenchResults | str | os.PathLike[str],
-    b: BenchResults | str | os.PathLike[str],
+    a: BenchResults | StrPath,
+    b: BenchResults | StrPath,
     *,
     different_machines: bool = False,
     different_data: bool = False,

@@ -24,7 +24,7 @@ from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, TENSORRT_ENGINES, capability
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError, UsageError
-from gfldeploy.files import check_file, is_unfinished
+from gfldeploy.files import StrPath, check_file, is_unfinished
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
@@ -36,14 +36,13 @@ _MEMORY_SHARE = 0.9
 _STARTUP_S = 4.0
 # A worker also times whole batches, stage by stage, for `min_seconds`.
 _TIMED_PARTS = 2
-_PATH = str | os.PathLike[str]
 
 
 def benchmark(
-    bundles: _PATH | Sequence[_PATH],
+    bundles: StrPath | Sequence[StrPath],
     *,
-    data: _PATH,
-    images: _PATH | None = None,
+    data: StrPath,
+    images: StrPath | None = None,
     engines: Sequence[str] = DEFAULT_ENGINES,
     precisions: Sequence[Precision] = PRECISIONS,
     batch_sizes: Sequence[int] = (1, 2, 4, 8),
@@ -66,8 +65,8 @@ def benchmark(
     cell_timeout: float = 600.0,
     memory_limit: float | None = None,
     seed: int = 0,
-    engine_cache: _PATH = DEFAULT_ENGINE_CACHE,
-    output: _PATH | None = None,
+    engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
+    output: StrPath | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> BenchResults:
@@ -179,7 +178,7 @@ def benchmark(
     return results
 
 
-def open_bundles(paths: _PATH | Sequence[_PATH]) -> list[Bundle]:
+def open_bundles(paths: StrPath | Sequence[StrPath]) -> list[Bundle]:
     """Each bundle once, whatever ways its path is written in. Raises `UsageError` for none, and `BundleError`."""
     unique: dict[Path, Path] = {}
     for path in map(Path, [paths] if isinstance(paths, str | os.PathLike) else paths):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -29,13 +28,12 @@ from gfldeploy.export.heads import HEADS, HeadSpec
 from gfldeploy.export.levels import check_levels
 from gfldeploy.export.model_builder import build_model
 from gfldeploy.export.weights import fit_weights, set_random_weights
-from gfldeploy.files import check_target, sha256, write_json, write_text
+from gfldeploy.files import StrPath, check_target, sha256, write_json, write_text
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 
-StrPath = str | os.PathLike[str]
 InputShape = tuple[int | None, int | None, int | None]
 
 # Three graphs' worth of parameters, the temporary program among them, and the ONNX files.

@@ -18,13 +18,13 @@ from typing import Any, TypeAlias
 from urllib.parse import unquote
 
 from gfldeploy.errors import DataError, reading
+from gfldeploy.files import StrPath
 from gfldeploy.images.decode import image_size
 from gfldeploy.images.formats import IMAGE_SUFFIXES
 from gfldeploy.text import first_of
 
 # As JSON has it: written back as it was read. Of numbers, 1 and 1.0 are the same id.
 CocoId: TypeAlias = int | float | str
-AnyPath: TypeAlias = "str | os.PathLike[str]"
 _MOST_BYTES = 1 << 31  # of an annotation file; that of COCO's 118,287 training images has 450 MB
 _few = partial(first_of, shown=3)  # of the wrong entries that an error names
 _GIVE_COCO = "Give a COCO annotation file."
@@ -97,7 +97,7 @@ class CocoDataset:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, annotations: AnyPath, image_dir: AnyPath | None = None, limit: int | None = None) -> CocoDataset:
+    def load(cls, annotations: StrPath, image_dir: StrPath | None = None, limit: int | None = None) -> CocoDataset:
         """Read and check a COCO annotation file.
 
         `image_dir` is where its file names start; by default the folder `images` beside the annotation file if there is
@@ -279,7 +279,7 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
     return lists
 
 
-def _image_folders(annotations: Path, image_dir: AnyPath | None) -> tuple[Path, ...]:
+def _image_folders(annotations: Path, image_dir: StrPath | None) -> tuple[Path, ...]:
     """Where file names may start, the first choice first."""
     if image_dir is None:
         beside = annotations.parent / "images"

@@ -19,6 +19,7 @@ from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import DataError, UsageError
 from gfldeploy.files import (
+    StrPath,
     Unfinished,
     check_apart,
     check_target,
@@ -70,11 +71,11 @@ class _Request:
 
 
 def predict_images(
-    source: str | os.PathLike[str],
-    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    source: StrPath,
+    inputs: StrPath | Sequence[StrPath] = (),
     *,
-    output: str | os.PathLike[str],
-    data: str | os.PathLike[str] | None = None,
+    output: StrPath,
+    data: StrPath | None = None,
     draw: bool = False,
     threshold: float = DEFAULT_THRESHOLD,
     draw_threshold: float | None = None,
@@ -85,7 +86,7 @@ def predict_images(
     threads: int | None = None,
     batch_size: int | None = None,
     order: Order | None = None,
-    engine_cache: str | os.PathLike[str] = DEFAULT_ENGINE_CACHE,
+    engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> PredictResults:

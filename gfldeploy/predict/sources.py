@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.errors import DataError
+from gfldeploy.files import StrPath
 from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_file, read_image, size_of
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
 from gfldeploy.images.native_stderr import heard
@@ -33,7 +34,7 @@ VIDEO_SUFFIXES = frozenset(
     }
 )
 # A file, the content of one, pixels (uint8 [h, w, 3]), or a PIL image.
-Image: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.uint8] | PilImage"
+Image: TypeAlias = "StrPath | bytes | NDArray[np.uint8] | PilImage"
 ColorOrder: TypeAlias = Literal["rgb", "bgr"]
 
 # The bytes of containers at a place of their header. FFmpeg itself would also follow playlists (HLS, DASH, concat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import capability
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
-from gfldeploy.files import check_apart, check_target, write_json
+from gfldeploy.files import StrPath, check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.progress import SILENT, Progress
@@ -38,8 +37,6 @@ from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
 _AGREEMENT_IMAGES = 8
 _COPIED = ("infer_cfg.yml", LAYERS)
-
-StrPath = str | os.PathLike[str]
 
 
 def quantize_bundle(

@@ -5,7 +5,6 @@ docs/formats.md has its history: files of older schemas are upgraded on reading.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, DataError
+from gfldeploy.files import StrPath
 from gfldeploy.machine import Machine, describe_machine
 from gfldeploy.serialization import FileFormat, Upgrade, Versioned, part
 from gfldeploy.tune.knee import Knee
@@ -173,7 +173,7 @@ class Deploy(Versioned):
         return path.parent / self.choice.path
 
 
-def check_deploy(path: str | os.PathLike[str], bundle: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+def check_deploy(path: StrPath, bundle: StrPath | None = None) -> tuple[str, ...]:
     """Check that the choice in a `deploy.yml` holds for this machine and for its bundle.
 
     Args:

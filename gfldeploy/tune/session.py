@@ -26,7 +26,7 @@ from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, obstacle_to
 from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
-from gfldeploy.files import check_file
+from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
@@ -39,16 +39,15 @@ from gfldeploy.tune.reuse import reuse
 from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
 from gfldeploy.tune.summary import miss_in_words, summarize
 
-_PATH = str | os.PathLike[str]
 # Of batches: one image at a time, several as they are listed, several of one size.
 _SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline")
 
 
 def tune_bundles(
-    bundles: _PATH | Sequence[_PATH],
+    bundles: StrPath | Sequence[StrPath],
     *,
-    data: _PATH,
-    images: _PATH | None = None,
+    data: StrPath,
+    images: StrPath | None = None,
     max_latency_ms: float | None = None,
     max_memory_mb: float | None = None,
     max_drop: float | None = None,
@@ -58,7 +57,7 @@ def tune_bundles(
     threads: Sequence[int] | None = None,
     orders: Sequence[Order] = STREAM_ORDERS,
     device: Device = "cpu",
-    results: Sequence[_PATH] = (),
+    results: Sequence[StrPath] = (),
     rounds: int = 3,
     min_seconds: float = 2.0,
     min_count: int = 10,
@@ -69,8 +68,8 @@ def tune_bundles(
     budget_seconds: float | None = None,
     exhaustive: bool = False,
     cell_timeout: float = 600.0,
-    engine_cache: _PATH = DEFAULT_ENGINE_CACHE,
-    output: _PATH = "deploy.yml",
+    engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
+    output: StrPath = "deploy.yml",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Deploy:

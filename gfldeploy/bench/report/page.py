@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -16,7 +15,7 @@ from gfldeploy.bench.report.plots import Plot, plots
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
 from gfldeploy.engines.registry import title_of
-from gfldeploy.files import check_file, write_text
+from gfldeploy.files import StrPath, check_file, write_text
 from gfldeploy.machine import Machine
 from gfldeploy.text import printable
 
@@ -31,9 +30,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 _BODY = Path(__file__).with_name("bench.html")
 
 
-def report(
-    results: BenchResults | str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, force: bool = False
-) -> Path:
+def report(results: BenchResults | StrPath, *, output: StrPath | None = None, force: bool = False) -> Path:
     """Turn results into one HTML page, which needs no network.
 
     Args:

@@ -9,10 +9,13 @@ from typing import Any
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Precision, Tensors
-from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine
+from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, session_options
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 
 _TENSORRT = "TensorrtExecutionProvider"
+# What ONNX Runtime would do to the graph before TensorRT sees it, by the names of its optimisers: this one turns float
+# biases into int32 behind a DequantizeLinear, which TensorRT's parser refuses.
+_SPOILS_THE_GRAPH = "WeightBiasQuantization"
 
 
 class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
@@ -36,10 +39,20 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """None: TensorRT does not report them; see `delegated`."""
         return ()
 
+    def _session_options(self) -> Any:
+        return tensorrt_session_options(self._ort, self.options.threads)
+
     def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         tensorrt = TensorRtOptions.of(self.options)
         options = tensorrt_options(self.options.precision, tensorrt, tensorrt.directory(self, bundle))
         return [(_TENSORRT, options), (PROVIDERS["gpu"], {})]
+
+
+def tensorrt_session_options(ort: Any, threads: int) -> Any:
+    """Those with which a graph reaches TensorRT as it is in the file; `ort`: the `onnxruntime` module."""
+    options = session_options(ort, threads)
+    options.add_session_config_entry("optimization.disable_specified_optimizers", _SPOILS_THE_GRAPH)
+    return options
 
 
 def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:

@@ -75,8 +75,8 @@ def write_tensorrt_onnx(source: Path, target: Path, calibration: Calibration) ->
     return count
 
 
-def handed_on(model: Path, session_options: Any = None) -> Any:
-    """The ONNX model that ONNX Runtime makes of the file `model` before TensorRT is asked which nodes it takes.
+def handed_on(model: Any, session_options: Any = None) -> Any:
+    """What ONNX Runtime makes of an ONNX model before TensorRT is asked which nodes it takes.
 
     That is after its optimisations of level 1, which are the same for every provider, and before those of levels 2 and
     3, which change only what is left over (`InferenceSession::TransformGraph` in its source). So this is a session on
@@ -95,7 +95,7 @@ def handed_on(model: Path, session_options: Any = None) -> Any:
     with scratch_directory() as directory:
         path = directory / "handed_on.onnx"
         options.optimized_model_filepath = str(path)
-        ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         found = onnx.load(str(path))
     inserted = {
         node.output[0]: node.input[0]

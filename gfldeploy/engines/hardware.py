@@ -50,6 +50,17 @@ def compute_capabilities() -> tuple[tuple[int, int], ...]:
     return tuple((major, minor) for major, minor in found)
 
 
+def set_tf32(allowed: bool) -> None:
+    """Say in the environment whether NVIDIA's libraries may compute FP32 in TF32, before they are loaded.
+
+    They read it when they are loaded, and TensorRT when it builds and when it runs. It goes for the whole process.
+    """
+    if allowed:
+        os.environ.pop("NVIDIA_TF32_OVERRIDE", None)
+    else:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+
+
 def nvidia_driver() -> str | None:
     """The version of the loaded NVIDIA driver, None without one."""
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."

@@ -21,6 +21,7 @@ from typing import Any
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text
 from gfldeploy.engines.registry import TENSORRT_RTX
@@ -31,7 +32,6 @@ from gfldeploy.files import native_writes
 _COMPILED = "compiled.onnx"  # the graph with TensorRT-RTX's engine inside
 _KERNELS = "kernels"  # those that TensorRT-RTX compiles for the card when they first run
 _FIRST_ONNXRUNTIME = "1.24"  # by the plug-in's own requirements
-_TF32 = "NVIDIA_TF32_OVERRIDE"
 
 
 class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
@@ -61,7 +61,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         self.version = f"{self.version}, TensorRT-RTX {plugin.version}"
         self.directory = directory = self._tensorrt.directory(self, bundle)
         self._compiled = directory / _COMPILED
-        allow_tf32(self.options.tf32)
+        set_tf32(self.options.tf32)
         return [(plugin.provider, rtx_options(self._tensorrt, directory / _KERNELS))]
 
     def _open(self, session_options: Any) -> Any:
@@ -164,14 +164,3 @@ def compiled_parts(compiled: Path) -> tuple[int, Counter[str]]:
 
     operators = Counter(node.op_type for node in onnx.load(str(compiled)).graph.node)
     return operators.pop("EPContext", 0), operators
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Say in the environment whether FP32 may be computed in TF32: TensorRT reads it when it builds and when it runs.
-
-    It goes for the whole process.
-    """
-    if allowed:
-        os.environ.pop(_TF32, None)
-    else:
-        os.environ[_TF32] = "0"

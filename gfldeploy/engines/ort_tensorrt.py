@@ -9,7 +9,7 @@ from typing import Any
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Precision, Tensors
-from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine
+from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, Providers
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 
 _TENSORRT = "TensorrtExecutionProvider"
@@ -36,7 +36,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """None: TensorRT does not report them; see `delegated`."""
         return ()
 
-    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
+    def _choose_providers(self, bundle: Bundle) -> Providers:
         tensorrt = TensorRtOptions.of(self.options)
         options = tensorrt_options(self.options.precision, tensorrt, tensorrt.directory(self, bundle))
         return [(_TENSORRT, options), (PROVIDERS["gpu"], {})]

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -36,6 +36,13 @@ class Obstacle(NamedTuple):
 
     reason: str
     remedy: str
+
+
+def remedy_sentence(remedy: str) -> str:
+    """A remedy as a sentence of its own; a command stays as it is typed, without a full stop."""
+    if remedy.startswith(("pip ", "uv ")):
+        return f"Run: {remedy}"
+    return f"{remedy[0].upper()}{remedy[1:].rstrip('.')}."
 
 
 class Build(NamedTuple):
@@ -68,7 +75,9 @@ class EngineSpec:
     `rank`: place among the engines that run a bundle where none is named, the fastest has 1; None: never unless named.
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
     `quantize` publish must hold in it. `needs_shapes`: it cannot run without `EngineOptions.shapes`, which only `bench`
-    and `tune` know for sure. `needs_tensorrt`: TensorRT must be installed beside its library.
+    and `tune` know for sure. `needs_tensorrt`: TensorRT must be installed beside its library. `gpu_files`: native
+    libraries of its GPU build, whose needs of NVIDIA's libraries must be met. `gpu_opens`: what of TensorRT its library
+    opens by a bare name, which the linker must find.
     """
 
     name: str
@@ -81,6 +90,8 @@ class EngineSpec:
     judges: bool = False
     needs_shapes: bool = False
     needs_tensorrt: bool = False
+    gpu_files: tuple[str, ...] = ()
+    gpu_opens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for device, graphs in self.runs.items():
@@ -243,6 +254,15 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported. A plain folder of its name, as a bundle's `onnx/`, is no module."""
+    try:
+        found = util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):  # the package that it would be in; a stand-in without a specification
+        return False
+    return found is not None and found.origin is not None
 
 
 def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:

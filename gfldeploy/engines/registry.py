@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import (
@@ -24,9 +24,10 @@ from gfldeploy.engines.base import (
     Obstacle,
     Precision,
     installed_version,
+    is_installed,
 )
 from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
-from gfldeploy.engines.tensorrt import tensorrt_library
+from gfldeploy.engines.nvidia_libraries import obstacle_to_loading
 from gfldeploy.errors import UnsupportedError
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
@@ -55,6 +56,8 @@ _FP16_FILE_FOR_GPUS = Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or
 _NO_BF16_ON_GPUS = Obstacle("gfldeploy has no BF16 on GPUs yet", "use fp16")
 _NEEDS_TENSORRT = Obstacle("INT8 on GPUs needs TensorRT", "use an engine with TensorRT, or fp16")
 _PLAIN = Obstacle("it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
+_ORT_CUDA = "libonnxruntime_providers_cuda.so"
+_PADDLE_FILES = ("libpaddle.so",)
 _GPUS_ALONE = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
 
 _BUILT_IN = (
@@ -70,6 +73,7 @@ _BUILT_IN = (
         rank=3,
         default=True,
         judges=True,
+        gpu_files=_PADDLE_FILES,
     ),
     EngineSpec(
         name="paddle-plain",
@@ -94,6 +98,8 @@ _BUILT_IN = (
         },
         needs_shapes=True,
         needs_tensorrt=True,
+        gpu_files=_PADDLE_FILES,
+        gpu_opens=("libnvinfer.so", "libnvinfer_plugin.so"),
     ),
     EngineSpec(
         name="onnxruntime",
@@ -107,6 +113,7 @@ _BUILT_IN = (
         rank=2,
         default=True,
         judges=True,
+        gpu_files=(_ORT_CUDA,),
     ),
     EngineSpec(
         name="onnxruntime-tensorrt",
@@ -119,6 +126,7 @@ _BUILT_IN = (
         },
         needs_shapes=True,
         needs_tensorrt=True,
+        gpu_files=(_ORT_CUDA, "libonnxruntime_providers_tensorrt.so"),
     ),
     EngineSpec(
         name="openvino",
@@ -217,22 +225,15 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
         return graph
     if device == "gpu" and nvidia_driver() is None:
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
-    if not _is_installed(library.module):
+    if not is_installed(library.module):
         return Obstacle(f"{library.module} is not installed", library.builds[device].install)
     if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
         return Obstacle(f"the CPU build of {library.module} is installed", library.builds["gpu"].install)
-    if spec.needs_tensorrt and tensorrt_library() is None:
-        return Obstacle("TensorRT is not installed", "pip install tensorrt, in the version of your CUDA")
+    if device == "gpu" and (obstacle := obstacle_to_loading(spec)):
+        return obstacle
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that the module would be in
-        return False
 
 
 def title_of(engine: str) -> str:

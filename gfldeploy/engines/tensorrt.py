@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from ctypes.util import find_library
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, EngineOptions, Tensors, installed_version
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
+from gfldeploy.engines.nvidia_libraries import tensorrt_library as tensorrt_library
 from gfldeploy.errors import EngineError
 
 Shape = tuple[int, int, int]
@@ -23,7 +22,6 @@ Shape = tuple[int, int, int]
 WORKSPACE_BYTES = 4096 * 2**20
 # Nodes below which a part of the graph is not worth the copies around it.
 MIN_SUBGRAPH = 3
-_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,3 @@ def example(shape: Shape) -> Tensors:
     """An input of this shape, to build an engine with."""
     batch, height, width = shape
     return {"image": np.zeros((batch, 3, height, width), np.float32)}
-
-
-def tensorrt_library() -> str | None:
-    """The version of the installed TensorRT, "unknown version" of a bare library, None without one.
-
-    Found without loading it: the `tensorrt` wheels bring the library in `tensorrt_libs`, an installation of NVIDIA's
-    puts it where the linker looks.
-    """
-    if version := next(filter(None, map(installed_version, _DISTRIBUTIONS)), None):
-        return version
-    return "unknown version" if util.find_spec("tensorrt_libs") or find_library("nvinfer") else None

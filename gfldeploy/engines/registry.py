@@ -118,7 +118,7 @@ _BUILT_IN = (
     EngineSpec(
         name="onnxruntime-tensorrt",
         title="ONNX Runtime with TensorRT",
-        entry="gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
+        entry="gfldeploy.engines.ort_tensorrt:OnnxRuntimeTensorRtEngine",
         library=ONNXRUNTIME,
         runs={
             "cpu": _GPUS_ALONE,

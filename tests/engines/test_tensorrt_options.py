@@ -15,7 +15,7 @@ import pytest
 from gfldeploy.engines import tensorrt
 from gfldeploy.engines.base import EngineOptions, Precision
 from gfldeploy.engines.nvidia_libraries import tensorrt_library
-from gfldeploy.engines.ort_engine import describe_delegation, tensorrt_options
+from gfldeploy.engines.ort_tensorrt import describe_delegation, tensorrt_options
 from gfldeploy.engines.paddle_engine import use_tensorrt
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
 from gfldeploy.engines.tensorrt import TensorRtOptions

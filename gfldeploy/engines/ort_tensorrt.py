@@ -38,7 +38,8 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
 
     def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         tensorrt = TensorRtOptions.of(self.options)
-        options = tensorrt_options(self.options.precision, tensorrt, tensorrt.directory(self, bundle))
+        self.directory = tensorrt.directory(self, bundle)
+        options = tensorrt_options(self.options.precision, tensorrt, self.directory)
         return [(_TENSORRT, options), (PROVIDERS["gpu"], {})]
 
 

@@ -26,7 +26,7 @@ from gfldeploy.engines.base import (
     installed_version,
 )
 from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
-from gfldeploy.engines.tensorrt import tensorrt_library
+from gfldeploy.engines.tensorrt import AnyShapeEngine, tensorrt_library
 from gfldeploy.errors import UnsupportedError
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
@@ -301,6 +301,11 @@ def load_graph(engine: str, bundle: Bundle, options: EngineOptions, graph: Graph
 
     Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
     """
-    module, _, name = _spec(engine).entry.partition(":")
-    loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options, graph)
-    return loaded
+    spec = _spec(engine)
+    module, _, name = spec.entry.partition(":")
+
+    def load(options: EngineOptions) -> Engine:
+        loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options, graph)
+        return loaded
+
+    return AnyShapeEngine(load, bundle, options) if spec.needs_shapes else load(options)

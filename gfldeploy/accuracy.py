@@ -220,6 +220,7 @@ def evaluate(
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
+    tf32: bool | None = None,
     threads: int | None = None,
     batch_size: int = 1,
     order: Order = "listed",
@@ -235,6 +236,7 @@ def evaluate(
         engine: By default the preferred engine of those that can run the bundle.
         precision: By default that of the bundle.
         device: By default the CPU.
+        tf32: Let FP32 on a GPU multiply in TF32; by default not.
         threads: CPU threads of one inference; by default all.
         batch_size: Images of one inference.
         order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded.
@@ -259,7 +261,7 @@ def evaluate(
         raise UnsupportedError(
             f"{opened.directory} takes batches of {fixed} only, not {count} images in batches of {batch_size}", remedy
         )
-    name, options, _ = select_engine(opened, engine, precision, device, threads)
+    name, options, _ = select_engine(opened, engine, precision, device, threads, tf32=tf32)
     match = dataset.match(manifest.classes)
     size_note = dataset.size_note()
     notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))

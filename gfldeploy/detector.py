@@ -43,6 +43,7 @@ class Detector(ClosesOnExit):
         engine: str | None = None,
         precision: Precision | None = None,
         device: Device | None = None,
+        tf32: bool | None = None,
         threads: int | None = None,
         batch_size: int | None = None,
         engine_cache: StrPath | None = None,
@@ -55,6 +56,7 @@ class Detector(ClosesOnExit):
             engine: By default the preferred engine of those that can run the bundle.
             precision: By default that of the bundle.
             device: By default the CPU.
+            tf32: Let FP32 on a GPU multiply in TF32; by default not.
             threads: CPU threads of one inference; by default all.
             batch_size: Images of one inference; by default 1.
             engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
@@ -67,7 +69,7 @@ class Detector(ClosesOnExit):
             EngineError: The engine failed to load the bundle.
         """
         cache = None if engine_cache is None else Path(engine_cache)
-        self.choice = choose(Path(source), engine, precision, device, threads, batch_size, cache)
+        self.choice = choose(Path(source), engine, precision, device, threads, batch_size, cache, tf32=tf32)
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)
         self._manifest = self.choice.bundle.manifest

@@ -33,6 +33,7 @@ def analyze(
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
+    tf32: bool | None = None,
     threads: int | None = None,
     batch_sizes: Sequence[int] = (2, 4, 8),
     limit: int | None = 32,
@@ -55,6 +56,7 @@ def analyze(
         engine: By default the preferred engine of those that can run the bundle.
         precision: By default that of the bundle.
         device: By default the CPU.
+        tf32: Let FP32 on a GPU multiply in TF32; by default not.
         threads: CPU threads of one inference; by default all.
         batch_sizes: Batch sizes to compare with batch 1.
         limit: Use only this number of images, the first of the annotations; None for all.
@@ -83,7 +85,7 @@ def analyze(
         problem = f"{opened.directory} takes batches of {fixed} only"
         raise UnsupportedError(problem, "Export it without a fixed batch size.")
     dataset = CocoDataset.load(data, images, limit)
-    name, options, _ = select_engine(opened, engine, precision, device, threads)
+    name, options, _ = select_engine(opened, engine, precision, device, threads, tf32=tf32)
     for note in dataset.notes:
         progress.note(note)
     best = None
@@ -97,6 +99,7 @@ def analyze(
             threads=options.threads,
             batch_size=1,
             scenario="single-stream",
+            tf32=options.tf32,
         )
         best = run_peak(cell)
     compared: list[Invariance] = []
@@ -114,6 +117,7 @@ def analyze(
         engine=name,
         precision=options.precision,
         threads=options.threads,
+        tf32=options.tf32,
         images=len(paths),
         peak=best,
         rounds=tuple(tuple(passes) for passes in measured),

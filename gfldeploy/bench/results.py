@@ -295,14 +295,19 @@ def _taken(record: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: record.pop(key) for key in keys}
 
 
-_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4}
+def _from_schema_5(data: dict[str, Any]) -> dict[str, Any]:
+    """It did not say whether FP32 was in TF32, nor compare what ran with the CPU: the defaults."""
+    return data
+
+
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4, 5: _from_schema_5}
 
 
 @dataclass(frozen=True)
 class BenchResults(Versioned):
     """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
 
-    FORMAT = FileFormat("results", "gfldeploy bench", 5, _UPGRADES)
+    FORMAT = FileFormat("results", "gfldeploy bench", 6, _UPGRADES)
 
     created: str
     machine: Machine

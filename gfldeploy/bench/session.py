@@ -52,6 +52,7 @@ def benchmark(
     latency_bound_ms: float | None = None,
     trt: bool = False,
     device: Device = "cpu",
+    tf32: bool = False,
     threads: int | None = None,
     rounds: int = 3,
     min_seconds: float = 2.0,
@@ -85,6 +86,7 @@ def benchmark(
         latency_bound_ms: Deadline of the server scenario, from arrival to answer.
         trt: Add both engines of TensorRT, and run on the GPU.
         device: "cpu" or "gpu".
+        tf32: Let FP32 on the GPU multiply in TF32.
         threads: CPU threads of one inference; by default all.
         rounds: Every cell runs once in each round.
         min_seconds: Time each cell for at least this long in each round.
@@ -112,7 +114,7 @@ def benchmark(
         UsageError: The options contradict each other.
         BundleError: A bundle is damaged.
         DataError: Annotations or an image cannot be read, or mAP cannot be measured against them.
-        UnsupportedError: There is no such engine.
+        UnsupportedError: There is no such engine, or nothing that TF32 is for.
         EngineError: None of the cells can run here.
         OutputError: The output exists already, or cannot be written.
     """
@@ -147,7 +149,7 @@ def benchmark(
         bundles=opened,
     )
     threads = usable_threads() if threads is None else threads
-    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies)
+    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies, tf32)
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:
         raise nothing_to_run(planned)

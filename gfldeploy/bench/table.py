@@ -387,6 +387,7 @@ def _ap(row: Row) -> Value:
 COLUMNS: list[Column[Row]] = [
     Column("engine", "engine", lambda row: row.cell.engine, words=True, first=True),
     Column("precision", "precision", lambda row: row.cell.precision, words=True, first=True),
+    Column("tf32", "TF32", lambda row: "yes" if row.cell.tf32 else None, words=True, first=True),
     Column("bundle", "bundle", lambda row: row.cell.bundle.directory, words=True, drop=7, constant=True, first=True),
     Column("device", "device", lambda row: row.cell.device, words=True, constant=True, first=True),
     Column("threads", "threads", lambda row: row.cell.threads, constant=True, first=True),

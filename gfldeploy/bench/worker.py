@@ -140,13 +140,13 @@ def _time(task: Task) -> Timed:
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path | None) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without them."""
     known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
-    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known))
+    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known), cell.tf32)
     return open_engine(cell.engine, bundle, options)
 
 
 def _peak(task: Task) -> Peak:
     cell = task.cell
-    return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
+    return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads, tf32=cell.tf32))
 
 
 def _accuracy(task: Task) -> Accuracy:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, UnsupportedError
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Device = Literal["cpu", "gpu"]
@@ -108,6 +108,8 @@ class EngineOptions:
     engines start them all. `cache_dir`: where engines keep what they compiled, None for nowhere. `shapes`: (batch,
     height, width) of the inputs to come, the most common first, for engines that compile for shapes: which of its
     compiled models runs an input then depends on these, not on the inputs before it; () where they are not known.
+    `tf32`: FP32 on a GPU may multiply in TF32, NVIDIA's tensor-core format of 19 bits (8 of exponent, 10 of mantissa),
+    which libraries allow unless told otherwise; `UnsupportedError` is raised for it where there is no such choice.
     """
 
     precision: Precision = "fp32"
@@ -115,6 +117,7 @@ class EngineOptions:
     threads: int = 1
     cache_dir: Path | None = None
     shapes: tuple[tuple[int, int, int], ...] = ()
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -125,6 +128,8 @@ class EngineOptions:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.threads > (most := max(_MOST_THREADS, os.cpu_count() or 1)):
             raise EngineError(f"{self.threads:,} threads are more than {most:,}", "Use as many as there are CPU cores.")
+        if self.tf32:
+            check_tf32((self.precision,), self.device)
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,17 @@ class Engine(ClosesOnExit):
     def _detail(error: Exception) -> str:
         """What of the library's message is worth showing."""
         return str(error)
+
+
+def check_tf32(precisions: Iterable[Precision], device: Device) -> None:
+    """Raise `UnsupportedError` where none of the precisions has TF32 on the device, so that it cannot be chosen."""
+    if device != "gpu":
+        raise UnsupportedError(
+            "TF32 is a format of GPUs, and this is the CPU", "Leave --tf32 out, or add --device gpu."
+        )
+    if "fp32" not in (given := tuple(precisions)):
+        what = ", ".join(given)
+        raise UnsupportedError(f"TF32 is a way to compute FP32, and this is {what}", "Leave --tf32 out, or use fp32.")
 
 
 def installed_version(distribution: str) -> str | None:

@@ -37,7 +37,8 @@ class Choice:
         options, count = self.options, self.options.threads
         listed = ", batches as listed" if self.order == "listed" and self.batch_size > 1 else ""
         return (
-            f"{self.bundle.name} in {self.engine} {options.precision} on {options.device}, batch {self.batch_size}, "
+            f"{self.bundle.name} in {self.engine} {options.precision}{' in TF32' if options.tf32 else ''} on "
+            f"{options.device}, batch {self.batch_size}, "
             f"{count} thread{'' if count == 1 else 's'}{listed} ({self.why})"
         )
 
@@ -51,6 +52,7 @@ def choose(
     batch_size: int | None = None,
     engine_cache: Path | None = None,
     order: Order | None = None,
+    tf32: bool | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; arguments that are given override both.
 
@@ -73,6 +75,8 @@ def choose(
             why = f"as {source.name} says"
         engine, precision = engine or cell.engine, precision or cell.precision
         device = device or cell.device
+        if tf32 is None:  # what a deploy.yml says of FP32 on a GPU says nothing of others
+            tf32 = cell.tf32 and (precision, device) == ("fp32", "gpu")
         threads, batch_size = cell.threads if threads is None else threads, batch_size or cell.batch_size
         order = order or (cell.order if cell.batch_size > 1 else None)
     elif source.is_dir():
@@ -80,7 +84,7 @@ def choose(
     else:
         problem = f"{source} is neither a bundle nor a deploy file" if source.exists() else f"there is no {source}"
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
-    engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache)
+    engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache, tf32)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")

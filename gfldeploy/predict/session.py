@@ -83,6 +83,7 @@ def predict_images(
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
+    tf32: bool | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
     order: Order | None = None,
@@ -107,6 +108,7 @@ def predict_images(
         engine: The engine that runs the bundle.
         precision: The precision in which it runs.
         device: The device that it runs on.
+        tf32: Let FP32 on a GPU multiply in TF32.
         threads: CPU threads of one inference.
         batch_size: Images of one inference.
         order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
@@ -131,7 +133,7 @@ def predict_images(
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     given = [Path(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     folder = Path(output)
-    choice = choose(Path(source), engine, precision, device, threads, batch_size, Path(engine_cache), order)
+    choice = choose(Path(source), engine, precision, device, threads, batch_size, Path(engine_cache), order, tf32)
     annotations = None if data is None else Path(data)
     read = [Path(source), *given] if annotations is None else [Path(source), annotations, *given]
     check_apart(folder, read, choice.bundle.directory)
@@ -266,6 +268,7 @@ def _question(request: _Request) -> dict[str, Any]:
         "engine": choice.engine,
         "precision": choice.options.precision,
         "device": choice.options.device,
+        "tf32": choice.options.tf32,
         "threads": choice.options.threads,
         "batch_size": choice.batch_size,
         "order": choice.order,

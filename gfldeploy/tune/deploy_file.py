@@ -69,6 +69,14 @@ def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:
     return {**_configurations(data, upgraded), "knee": knee}
 
 
+def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
+    """Its cells did not say whether FP32 was in TF32: the default."""
+    return data
+
+
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3}
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What was measured of a configuration, with 95% intervals; their bounds are null where the samples support none.
@@ -137,7 +145,7 @@ class Deploy(Versioned):
     choice was found; `machine`, `data`: where and on what.
     """
 
-    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 3, {1: _from_schema_1, 2: _from_schema_2}, yaml=True)
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 4, _UPGRADES, yaml=True)
 
     created: str
     summary: str

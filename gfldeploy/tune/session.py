@@ -57,6 +57,7 @@ def tune_bundles(
     threads: Sequence[int] | None = None,
     orders: Sequence[Order] = STREAM_ORDERS,
     device: Device = "cpu",
+    tf32: bool = False,
     results: Sequence[StrPath] = (),
     rounds: int = 3,
     min_seconds: float = 2.0,
@@ -92,6 +93,7 @@ def tune_bundles(
         threads: The numbers of CPU threads of one inference to choose from; by default 1, doubled up to all.
         orders: How batches may be formed: of images as they are listed, or of images of one size ("bucketed").
         device: "cpu" or "gpu".
+        tf32: Let FP32 on the GPU multiply in TF32.
         results: Files of `gfldeploy bench` of this machine and data: their cells are not measured again briefly.
         rounds: Each of the best cells is measured at length once in each round.
         min_seconds: Time each of the best cells for at least this long in each round, and with `max_latency_ms` for up
@@ -135,7 +137,7 @@ def tune_bundles(
         problem = "there is no FP32 bundle to measure the mAP drop against"
         raise DataError(problem, "Give it too, or leave --max-drop out.")
     measured_on = Data.load(data, images, limit, accuracy=accuracy, accuracy_limit=accuracy_limit, bundles=opened)
-    planned = plan(opened, engines, precisions, batch_sizes, device, max(threads), _SCENARIOS)
+    planned = plan(opened, engines, precisions, batch_sizes, device, max(threads), _SCENARIOS, tf32=tf32)
     if not planned.cells:
         raise nothing_to_run(planned)
     known_bundles = {BundleIdentity.of(bundle): bundle for bundle in opened}
@@ -307,6 +309,7 @@ class _Session:
             batch_size=size,
             order="listed",
             scenario="single-stream" if size == 1 else "multi-stream",
+            tf32=model.precision == "fp32" and any(cell.tf32 for cell in self.search.cells),
         )
 
     def configuration(self, cell: Cell, output: Path) -> Configuration:

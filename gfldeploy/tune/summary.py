@@ -68,7 +68,8 @@ def _what(cell: Cell) -> str:
     how = "of one size" if cell.order == "bucketed" else "as listed"
     shape = f"batches of {cell.batch_size} images {how}" if cell.batch_size > 1 else "one image at a time"
     threads = "" if cell.device == "gpu" else f" with {_count(cell.threads, 'thread')}"
-    return f"{cell.bundle.directory} in {title_of(cell.engine)} ({cell.precision.upper()}), {shape}{threads}"
+    precision = f"{cell.precision.upper()}{' in TF32' if cell.tf32 else ''}"
+    return f"{cell.bundle.directory} in {title_of(cell.engine)} ({precision}), {shape}{threads}"
 
 
 def _speed(deploy: Deploy) -> Iterator[str]:

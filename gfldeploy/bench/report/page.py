@@ -135,7 +135,7 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 def _named(row: Row) -> str:
     cell = row.cell
-    model = f"{title_of(cell.engine)} {cell.precision.upper()}"
+    model = f"{title_of(cell.engine)} {cell.precision.upper()}{' in TF32' if cell.tf32 else ''}"
     return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
 
 

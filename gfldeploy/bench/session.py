@@ -91,7 +91,7 @@ def benchmark(
         rates: Arrival rates of the server scenario, in images per second.
         policies: What the server does with images that wait: no-batching, fixed-timeout, adaptive.
         latency_bound_ms: Deadline of the server scenario, from arrival to answer.
-        trt: Add both engines of TensorRT, and run on the GPU.
+        trt: Add the engines of TensorRT, and run on the GPU.
         device: "cpu" or "gpu".
         tf32: Let FP32 on the GPU multiply in TF32.
         threads: CPU threads of one inference; by default all.

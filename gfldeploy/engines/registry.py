@@ -26,8 +26,9 @@ from gfldeploy.engines.base import (
     installed_version,
     is_installed,
 )
-from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
+from gfldeploy.engines.hardware import compute_capabilities, cpu_flags, nvidia_driver
 from gfldeploy.engines.nvidia_libraries import obstacle_to_loading
+from gfldeploy.engines.tensorrt import AnyShapeEngine
 from gfldeploy.errors import UnsupportedError
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
@@ -46,6 +47,11 @@ ONNXRUNTIME = Library(
         "cpu": Build("onnxruntime", "pip install onnxruntime"),
         "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
     },
+)
+# A plug-in of ONNX Runtime, which brings TensorRT-RTX and the CUDA runtime that it was built for.
+TENSORRT_RTX = Library(
+    "onnxruntime_ep_nv_tensorrt_rtx",
+    {"gpu": Build("onnxruntime-ep-nv-tensorrt-rtx-cu13", "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13")},
 )
 _NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
 _NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
@@ -97,7 +103,7 @@ _BUILT_IN = (
             },
         },
         needs_shapes=True,
-        needs_tensorrt=True,
+        tensorrt=True,
         gpu_files=_PADDLE_FILES,
         gpu_opens=("libnvinfer.so", "libnvinfer_plugin.so"),
     ),
@@ -125,8 +131,23 @@ _BUILT_IN = (
             "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
         },
         needs_shapes=True,
-        needs_tensorrt=True,
+        tensorrt=True,
         gpu_files=(_ORT_CUDA, "libonnxruntime_providers_tensorrt.so"),
+    ),
+    EngineSpec(
+        name="onnxruntime-tensorrt-rtx",
+        title="ONNX Runtime with TensorRT-RTX",
+        entry="gfldeploy.engines.ort_rtx:OnnxRuntimeRtxEngine",
+        library=TENSORRT_RTX,
+        runs={
+            "cpu": _GPUS_ALONE,
+            "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
+        },
+        needs_shapes=True,
+        tensorrt=True,
+        beside=ONNXRUNTIME,
+        gpu_files=("libonnxruntime_providers_nv_tensorrt_rtx.so",),
+        gpus=((8, 6), (8, 9), (12, 0)),  # RTX 30, 40, 50: tensorrt_rtx_provider_options.h in the plug-in's wheel
     ),
     EngineSpec(
         name="openvino",
@@ -170,7 +191,7 @@ def _all_engines() -> dict[str, EngineSpec]:
 ENGINES: Mapping[str, EngineSpec] = _all_engines()
 DEFAULT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.default)
 JUDGES = tuple(name for name, spec in ENGINES.items() if spec.judges)
-TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.needs_tensorrt)
+TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.tensorrt)
 ANY_SHAPE_ENGINES = tuple(name for name, spec in ENGINES.items() if not spec.needs_shapes)
 PREFERRED_ENGINES = tuple(
     spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
@@ -225,15 +246,31 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
         return graph
     if device == "gpu" and nvidia_driver() is None:
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
+    if device == "gpu" and spec.gpus and (obstacle := _wrong_gpu(spec)):
+        return obstacle
     if not is_installed(library.module):
         return Obstacle(f"{library.module} is not installed", library.builds[device].install)
+    if spec.beside and not is_installed(spec.beside.module):
+        return Obstacle(f"{spec.beside.module} is not installed", spec.beside.builds["cpu"].install)
     if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
-        return Obstacle(f"the CPU build of {library.module} is installed", library.builds["gpu"].install)
+        which = "the CPU build" if "cpu" in library.builds else "another build"
+        return Obstacle(f"{which} of {library.module} is installed", library.builds["gpu"].install)
     if device == "gpu" and (obstacle := obstacle_to_loading(spec)):
         return obstacle
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
+
+
+def _wrong_gpu(spec: EngineSpec) -> Obstacle | None:
+    """Whether none of the GPUs here is one that the engine runs on."""
+    found = compute_capabilities()
+    if not found or any(map(spec.runs_on_gpu, found)):
+        return None
+    *some, last = (f"{major}.{minor}" for major, minor in spec.gpus)
+    here = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(found)))
+    needs = f"{spec.title} needs a GPU of compute capability {', '.join(some)}, or {last} and newer"
+    return Obstacle(f"{needs}, not {here}", "use the engine onnxruntime-tensorrt")
 
 
 def title_of(engine: str) -> str:
@@ -302,6 +339,11 @@ def load_graph(engine: str, bundle: Bundle, options: EngineOptions, graph: Graph
 
     Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
     """
-    module, _, name = _spec(engine).entry.partition(":")
-    loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options, graph)
-    return loaded
+    spec = _spec(engine)
+    module, _, name = spec.entry.partition(":")
+
+    def load(options: EngineOptions) -> Engine:
+        loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options, graph)
+        return loaded
+
+    return AnyShapeEngine(load, bundle, options) if spec.needs_shapes else load(options)

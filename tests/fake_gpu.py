@@ -7,6 +7,10 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
+from gfldeploy.engines import nvidia_libraries
+
 PAGE = 4096
 
 # What onnxruntime-gpu 1.31.1 needs, by `readelf -d` of its providers; its CUDA provider opens cuDNN later.
@@ -22,8 +26,18 @@ ORT_NEEDS = {
 }
 
 
-def shared_library(soname: str | None = None, needed: Sequence[str] = (), paths: str = "") -> bytes:
-    """An x86-64 library without code."""
+# The linker of this process would find the real ones.
+NO_REAL_CUDA = pytest.mark.skipif(
+    any(nvidia_libraries._find_by_linker(name) for name in ("libcublas.so.13", "libcuda.so.1", "libnvinfer.so.10")),
+    reason="this machine has NVIDIA's own libraries",
+)
+LINKER = ("/lib64/ld-linux-x86-64.so.2", "--inhibit-cache")  # runs a program without the linker's cache
+
+
+def shared_library(
+    soname: str | None = None, needed: Sequence[str] = (), paths: str = "", *, crashes: bool = False
+) -> bytes:
+    """An x86-64 library without code; one that `crashes` names some of its data as the code to start with."""
     strings = bytearray(b"\0")
 
     def name(text: str) -> int:
@@ -33,6 +47,7 @@ def shared_library(soname: str | None = None, needed: Sequence[str] = (), paths:
     entries = [(1, name(one)) for one in needed]
     entries += [(14, name(soname))] if soname else []
     entries += [(29, name(paths))] if paths else []
+    entries += [(12, 64)] if crashes else []
     symbols, hashes = 64 + 3 * 56, 64 + 3 * 56 + 24  # one symbol, which is none; one bucket and one chain
     dynamic = hashes + 16
     table = dynamic + 16 * (len(entries) + 6)

@@ -102,7 +102,7 @@ class OnnxRuntimeEngine(Engine):
             options.profile_file_prefix = str(directory / "profile")
             session = self._open(options)
             for _ in range(runs):
-                session.run(self._outputs, dict(inputs))
+                session.run(None, dict(inputs))
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return events
 
@@ -123,7 +123,7 @@ class OnnxRuntimeEngine(Engine):
         """A session; `model`, a path or the content of a file, and `providers` are by default those of the engine."""
         (first, options), *others = providers or self._providers
         if cuda_graph:
-            options = options | {str(self.graph_option): "1"}
+            options = options | {str(self.graph_option): "True"}
         with self._explained(f"cannot load {self._model}"):
             # Its own fallback would run on the CPU, without an error, what fails on the GPU.
             session = self._ort.InferenceSession(

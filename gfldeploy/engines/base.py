@@ -9,7 +9,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.errors import EngineError, UnsupportedError
+from gfldeploy.progress import SILENT, Progress
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Device = Literal["cpu", "gpu"]
@@ -26,6 +27,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
+# (batch, height, width) of the network's input.
+Shape = tuple[int, int, int]
 
 NOT_ASKED = "FP32 was asked for"
 _MOST_THREADS = 1024
@@ -67,8 +70,11 @@ class EngineSpec:
     `runs`: the graph of a bundle that it runs, by device and precision, or why it never does.
     `rank`: place among the engines that run a bundle where none is named, the fastest has 1; None: never unless named.
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
-    `quantize` publish must hold in it. `needs_shapes`: it cannot run without `EngineOptions.shapes`, which only `bench`
-    and `tune` know for sure. `needs_tensorrt`: TensorRT must be installed beside its library.
+    `quantize` publish must hold in it. `needs_shapes`: it is built for the range of `EngineOptions.shapes` and refuses
+    other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `needs_tensorrt`: TensorRT must be
+    installed beside its library. `brings_tensorrt`: it runs in a TensorRT that its library brings. `beside`: a library
+    that must be installed too, in whatever build. `gpus`: the compute capabilities of the GPUs that it runs on, where
+    the last stands for all newer ones too; () for any GPU.
     """
 
     name: str
@@ -81,6 +87,9 @@ class EngineSpec:
     judges: bool = False
     needs_shapes: bool = False
     needs_tensorrt: bool = False
+    brings_tensorrt: bool = False
+    beside: Library | None = None
+    gpus: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for device, graphs in self.runs.items():
@@ -92,6 +101,10 @@ class EngineSpec:
         """All that it runs, in whatever precision and on whatever device."""
         found = {self.graph(precision, device) for device in DEVICES for precision in PRECISIONS}
         return {one for one in found if not isinstance(one, Obstacle)}
+
+    def runs_on_gpu(self, capability: tuple[int, int]) -> bool:
+        """Whether it runs on GPUs of this compute capability."""
+        return not self.gpus or capability in self.gpus or capability >= self.gpus[-1]
 
     def graph(self, precision: Precision, device: Device) -> GraphName | Obstacle:
         """The graph that it runs in this precision, or why it never does, whatever is installed."""
@@ -110,14 +123,16 @@ class EngineOptions:
     compiled models runs an input then depends on these, not on the inputs before it; () where they are not known.
     `tf32`: FP32 on a GPU may multiply in TF32, NVIDIA's tensor-core format of 19 bits (8 of exponent, 10 of mantissa),
     which libraries allow unless told otherwise; `UnsupportedError` is raised for it where there is no such choice.
+    `progress`: told before something takes minutes, as building with TensorRT does.
     """
 
     precision: Precision = "fp32"
     device: Device = "cpu"
     threads: int = 1
     cache_dir: Path | None = None
-    shapes: tuple[tuple[int, int, int], ...] = ()
+    shapes: tuple[Shape, ...] = ()
     tf32: bool = False
+    progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -130,6 +145,10 @@ class EngineOptions:
             raise EngineError(f"{self.threads:,} threads are more than {most:,}", "Use as many as there are CPU cores.")
         if self.tf32:
             check_tf32((self.precision,), self.device)
+
+    def expecting(self, shapes: Iterable[Shape]) -> Self:
+        """These options for inputs of these shapes, one for each inference."""
+        return replace(self, shapes=tuple(shape for shape, _ in Counter(shapes).most_common()))
 
 
 @dataclass(frozen=True)
@@ -182,7 +201,8 @@ class Engine(ClosesOnExit):
     Subclasses set `name`, `version` (of the library) and `title` (in messages), load the graph in `__init__`, and
     implement `infer_timed`. `_model` and `_params` are the graph's files, `_outputs` the names of its outputs.
     `build_s`: seconds to load the graph and to run the most common shape once, where that builds an engine or reads it
-    from a cache. `delegated`: which parts of the graph run in another library, in words.
+    from a cache. `delegated`: which parts of the graph run in another library, in words. `directory`: where it keeps
+    what it built, None for nowhere.
     """
 
     name: str
@@ -191,6 +211,7 @@ class Engine(ClosesOnExit):
     options: EngineOptions
     build_s: float | None = None
     delegated: str | None = None
+    directory: Path | None = None
     _share_runs = 3  # inferences that `convolution_share` measures
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:

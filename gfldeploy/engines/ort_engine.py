@@ -14,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
+from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
-_TENSORRT = "TensorrtExecutionProvider"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
 
 
@@ -99,11 +97,7 @@ class OnnxRuntimeEngine(Engine):
         return events
 
     def _session_options(self) -> Any:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.options.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
-        return options
+        return session_options(self._ort, self.options.threads)
 
     def _open(self, session_options: Any) -> Any:
         with self._explained(f"cannot load {self._model}"):
@@ -119,60 +113,16 @@ class OnnxRuntimeEngine(Engine):
 
     def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         """The execution providers with their options, the one that must not be missing first."""
-        return [(_PROVIDERS[self.options.device], {})]
+        return [(PROVIDERS[self.options.device], {})]
 
 
-class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
-    """ONNX Runtime with its TensorRT execution provider; what that does not take runs in CUDA."""
-
-    name = "onnxruntime-tensorrt"
-    libraries = "CUDA, cuDNN and TensorRT"
-
-    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
-        """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
-        start = time.perf_counter()
-        super().__init__(bundle, options, graph)
-        inputs = example(TensorRtOptions.of(options).most_common)
-        self.infer(inputs)
-        self.build_s = time.perf_counter() - start
-        # In a session of its own; the engine is in the cache by now.
-        self.delegated = describe_delegation(self._profile(inputs, 1))
-        self.version = f"{self.version}, TensorRT {tensorrt_library()}"
-
-    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
-        """None: TensorRT does not report them; see `delegated`."""
-        return ()
-
-    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
-        tensorrt = TensorRtOptions.of(self.options)
-        options = tensorrt_options(self.options.precision, tensorrt, tensorrt.directory(self, bundle))
-        return [(_TENSORRT, options), (_PROVIDERS["gpu"], {})]
-
-
-def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:
-    """Provider options of ONNX Runtime's TensorrtExecutionProvider, by the names in its documentation.
-
-    INT8 is by the graph's own Q/DQ: no calibration table. FP16 is not allowed beside it: TensorRT would take it for the
-    box arithmetic too, which FP16 cannot hold. `directory`: of the engine; the timing cache serves all engines.
-    """
-    return {
-        "trt_fp16_enable": str(precision == "fp16"),
-        "trt_int8_enable": str(precision == "int8"),
-        "trt_max_workspace_size": str(WORKSPACE_BYTES),
-        "trt_min_subgraph_size": str(MIN_SUBGRAPH),
-        "trt_profile_min_shapes": _named(options.smallest),
-        "trt_profile_opt_shapes": _named(options.most_common),
-        "trt_profile_max_shapes": _named(options.largest),
-        "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": str(directory),
-        "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": str(options.cache_dir),
-    }
-
-
-def _named(shape: tuple[int, int, int]) -> str:
-    batch, height, width = shape
-    return f"image:{batch}x3x{height}x{width}"
+def session_options(ort: Any, threads: int) -> Any:
+    """The session options of every session; `ort`: the `onnxruntime` module."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    return options
 
 
 def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:
@@ -186,13 +136,3 @@ def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:
         if event.get("cat") == "Node" and name:
             spent["Conv" in name] += event.get("dur", 0)
     return spent[True] / spent.total() if spent.total() else None
-
-
-def describe_delegation(events: list[dict[str, Any]]) -> str:
-    """How much ran in TensorRT, from the events of an ONNX Runtime profile."""
-    nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
-    outside = Counter(node.get("op_name", "?") for node in nodes if node["provider"] != _TENSORRT)
-    parts = len(nodes) - outside.total()
-    listed = ", ".join(f"{name} x{count}" for name, count in outside.most_common())
-    more = f": {listed}" if listed else ""
-    return f"{parts} part{'' if parts == 1 else 's'} in TensorRT, {outside.total()} nodes outside{more}"

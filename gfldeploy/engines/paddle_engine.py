@@ -170,7 +170,7 @@ class PaddleTensorRtEngine(PaddleEngine):
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         tensorrt = TensorRtOptions.of(self.options)
-        directory = tensorrt.directory(self, bundle)
+        self.directory = directory = tensorrt.directory(self, bundle)
         if not (directory / _SHAPES).exists():
             self._collect_shapes(inference, super()._configure(inference, bundle, pir), directory)
         config = super()._configure(inference, bundle, pir)

@@ -14,7 +14,7 @@ import pytest
 
 from gfldeploy.engines import tensorrt
 from gfldeploy.engines.base import EngineOptions, Precision
-from gfldeploy.engines.ort_engine import describe_delegation, tensorrt_options
+from gfldeploy.engines.ort_tensorrt import describe_delegation, tensorrt_options
 from gfldeploy.engines.paddle_engine import use_tensorrt
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
 from gfldeploy.engines.tensorrt import TensorRtOptions, tensorrt_library
@@ -27,7 +27,7 @@ def test_the_shapes_bound_each_dimension() -> None:
     shapes = ((2, 1216, 800), (2, 800, 1216), (1, 1088, 1088))
     found = TensorRtOptions.of(EngineOptions(device="gpu", shapes=shapes, cache_dir=Path("cache")))
     assert found == TensorRtOptions((1, 800, 800), (2, 1216, 800), (2, 1216, 1216), Path("cache"))
-    with pytest.raises(EngineError, match="gfldeploy bench"):
+    with pytest.raises(EngineError, match="open_engine"):
         TensorRtOptions.of(EngineOptions(device="gpu"))
 
 

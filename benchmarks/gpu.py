@@ -396,11 +396,13 @@ def summary(results: BenchResults) -> str:
             parts.extend(filter(None, (f"## {title}", about, body)))
 
     section("What ran, and what did not", "", "\n".join(f"- {told}" for told in ran(every)))
+    about = "The largest differences of each, over all batch sizes; no configuration that differs by more than its "
+    section("Against the CPU", f"{about}precision explains is timed.", parity(measured))
     for title, value in (
         ("Images a second, the network alone", lambda row: row.images_per_s),
         ("Images a second, from file to boxes, one batch after the other", lambda row: row.file_images_per_s),
     ):
-        section(title, "", curve(measured, value))
+        section(title, "", curve([row for row in every if row.result.status != "skipped"], value))
     section("Why a larger batch gains no more", "", "\n".join(f"- {told}" for told in explain(measured)))
     about = "Milliseconds of one image in batches of one orientation, one stage after the other."
     section("Stages from file to boxes", about, markdown(STAGE_COLUMNS, uniform(measured)))
@@ -429,21 +431,44 @@ def ran(every: Sequence[Row]) -> Iterator[str]:
         yield f"{names}: {note}"
 
 
-def curve(measured: Sequence[Row], value: Callable[[Row], float | None]) -> str:
-    """Setups by batch size, of one orientation and of both."""
-    sizes = sorted({row.cell.batch_size for row in measured})
-    lines = [["", "batches of", *(f"batch {size}" for size in sizes)]]
+def parity(measured: Sequence[Row]) -> str:
+    """How far each setup is from the CPU."""
+    lines = [["", "images compared", "with", "scores off by", "boxes off by, px", "detections not found again"]]
     cells = [row.cell for row in measured]
     for setup in dict.fromkeys(map(alone, cells)):
-        mine = [row for row in measured if alone(row.cell) == setup]
-        speeds = {
-            order: {row.cell.batch_size: value(row) for row in line(mine, order)} for order in ("bucketed", "listed")
-        }
-        lines += [
-            [setup.setup(cells), "one orientation", *(text_of(speeds["bucketed"].get(size)) for size in sizes)],
-            ["", "both, padded", *(text_of(speeds["listed"].get(size)) for size in sizes if size > 1 or lines)],
-        ]
+        mine = [row.parity for row in measured if alone(row.cell) == setup and row.parity]
+        if mine:
+            lines.append(
+                [
+                    *(setup.setup(cells), str(sum(one.images for one in mine)), mine[0].reference),
+                    f"{max(one.score_difference_max for one in mine):.2g}",
+                    f"{max(one.box_difference_max_px for one in mine):.2g}",
+                    f"{sum(one.unmatched for one in mine)} of {sum(one.detections for one in mine)}",
+                ]
+            )
+    return table(lines) if len(lines) > 1 else ""
+
+
+def curve(tried: Sequence[Row], value: Callable[[Row], float | None]) -> str:
+    """Setups by batch size, of one orientation and of both."""
+    sizes = sorted({row.cell.batch_size for row in tried})
+    lines = [["", "batches of", *(f"batch {size}" for size in sizes)]]
+    cells = [row.cell for row in tried]
+    for setup in dict.fromkeys(map(alone, cells)):
+        mine = [row for row in tried if alone(row.cell) == setup]
+        of_one, of_both = (
+            {row.cell.batch_size: outcome(row, value) for row in line(mine, order)} for order in ("bucketed", "listed")
+        )
+        lines.append([setup.setup(cells), "one orientation", *(of_one.get(size, "") for size in sizes)])
+        lines.append(["", "both, padded", *(of_both.get(size, "") if size > 1 else "" for size in sizes)])
     return table(lines) if cells else ""
+
+
+def outcome(row: Row, value: Callable[[Row], float | None]) -> str:
+    """The value, or what went wrong in a word."""
+    if row.ok:
+        return text_of(value(row))
+    return "differs" if (row.result.reason or "").startswith("differs from the CPU") else "failed"
 
 
 def uniform(measured: Sequence[Row]) -> list[Row]:

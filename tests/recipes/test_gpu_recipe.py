@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from demo_bundles import ROOT, imported
-from sample_results import OK, sample_results
+from sample_results import OK, altered, sample_results
 
 from gfldeploy.bench.journal import Journal
-from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.bench.results import BenchResults, CellResult, Parity
 from gfldeploy.bench.runner import Data
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Obstacle
@@ -127,13 +127,24 @@ def test_ends_first_then_peaks_then_the_rest(recipe: ModuleType, tmp_path: Path)
 
 
 def test_the_summary_of_results(recipe: ModuleType) -> None:
-    results = sample_results()
-    told = recipe.summary(results)
+    made = sample_results()
+    told = recipe.summary(replace(made, cells=(OK, *made.cells[2:])))
     # 6 and 2 images in 0.05 and 0.03 s, listed.
     assert "| onnxruntime int8 | one orientation |  |\n|  | both, padded | 100.0 |" in told
     assert "- onnxruntime int8: 100 images/s at batch 2, the one batch size measured." in told
     assert "52 of 53 convolutions in less than FP32" in told and "mAP 0.5000" in told
     assert "onnxruntime bf16: skipped: it cannot; Try x" in told
+
+
+def test_what_differs_from_the_cpu_has_no_speed(recipe: ModuleType) -> None:
+    near = Parity("onnxruntime fp32 on the CPU", 3, 40, 1, 1e-4, 2e-3, 0.1, 0.7)
+    runs = tuple(replace(run, parity=near) for run in OK.runs)
+    far = altered(OK, batch_size=8, status="failed", reason="differs from the CPU: scores by up to 0.5", runs=())
+    crashed = altered(far, batch_size=4, reason="it crashed")
+    told = recipe.summary(replace(sample_results(), cells=(replace(OK, runs=runs), far, crashed)))
+    assert "|  | both, padded | 100.0 | failed | differs |" in told
+    assert "| onnxruntime int8 | 3 | onnxruntime fp32 on the CPU | 0.002 | 0.7 | 1 of 40 |" in told
+    assert "batch 8: failed: differs from the CPU: scores by up to 0.5" in told
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.nvidia_libraries import Typing, tensorrt_library, typing_of
 from gfldeploy.engines.onnx_split import split_decode
 from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, Providers, cuda_options, session_options
+from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example
 
 _TENSORRT = "TensorrtExecutionProvider"
@@ -36,7 +37,8 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         start = time.perf_counter()
         set_tf32(options.tf32)  # the provider has no option for it
-        self._typing = typing_of(tensorrt_library())
+        tensorrt = tensorrt_library(ENGINES[self.name])  # the one that it loads: others may be installed
+        self._typing = typing_of(tensorrt)
         self._decode_apart = options.precision == "fp16" and self._typing == "weak"
         super().__init__(bundle, options, graph)
         inputs = example(TensorRtOptions.of(options).most_common)
@@ -45,7 +47,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         # In a session of its own; the engine is in the cache by now.
         apart = ", the decode in CUDA" if self._decode_apart else ""
         self.delegated = f"{describe_delegation(self._profile(inputs, 1))}{apart}"
-        self.version = f"{self.version}, TensorRT {tensorrt_library()}"
+        self.version = f"{self.version}, TensorRT {tensorrt}"
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """None: TensorRT does not report them; see `delegated`."""

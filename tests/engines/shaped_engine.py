@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import Build, CopyTimes, Engine, EngineOptions, EngineSpec, Library, Tensors
-from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.tensorrt import TensorRtOptions, example
 from gfldeploy.errors import EngineError
 
@@ -28,7 +27,8 @@ class ShapedEngine(Engine):
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         super().__init__(bundle, options, graph)
-        ort: Any = require("onnxruntime", "this engine")
+        import onnxruntime as ort
+
         self.version = str(ort.__version__)
         self.profile = TensorRtOptions.of(options)
         self.directory = self.profile.directory(self, bundle)

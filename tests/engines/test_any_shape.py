@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import shaped_engine
+from plug_in import install, run
 from recorded_progress import RecordedProgress
 from sample_deploy import CELL, CHOICE, DEPLOY
-from shaped_engine import ShapedEngine
+from shaped_engine import NAME, ShapedEngine
 
 from gfldeploy import Detector, analyze, evaluate, predict_images
 from gfldeploy.bench.cell import BundleIdentity
@@ -36,7 +37,7 @@ LANDSCAPE, PORTRAIT, WIDE = (1, 64, 96), (1, 96, 64), (1, 32, 96)  # what the ti
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(ENGINES, shaped_engine.NAME, shaped_engine.SPEC)
+    monkeypatch.setitem(ENGINES, NAME, shaped_engine.SPEC)
     before = ShapedEngine.open
     yield
     assert ShapedEngine.open == before, "each was closed"
@@ -50,7 +51,7 @@ def builds(cache: Path) -> list[str]:
 
 def opened(bundle: Path, cache: Path, *shapes: Shape, progress: RecordedProgress | None = None) -> AnyShapeEngine:
     options = EngineOptions(cache_dir=cache, shapes=shapes, progress=progress or RecordedProgress())
-    engine: Engine = open_engine(shaped_engine.NAME, Bundle.open(bundle), options)
+    engine: Engine = open_engine(NAME, Bundle.open(bundle), options)
     assert isinstance(engine, AnyShapeEngine)
     return engine
 
@@ -135,7 +136,7 @@ def write_deploy(folder: Path, bundle: Path, *shapes: Shape, batch_size: int = 1
     cell = replace(
         CELL,
         bundle=BundleIdentity.of(Bundle.open(bundle)),
-        engine=shaped_engine.NAME,
+        engine=NAME,
         precision="fp32",
         batch_size=batch_size,
     )
@@ -147,7 +148,7 @@ def write_deploy(folder: Path, bundle: Path, *shapes: Shape, batch_size: int = 1
 def predicted(source: Path, inputs: Path, output: Path, cache: Path, **given: object) -> bytes:
     """What is found with the engine for shapes."""
     progress = RecordedProgress()
-    settings = {"engine": shaped_engine.NAME, "engine_cache": cache, "progress": progress, "threads": 1, **given}
+    settings = {"engine": NAME, "engine_cache": cache, "progress": progress, "threads": 1, **given}
     predict_images(source, inputs, output=output, **settings)  # type: ignore[arg-type]
     return (output / "detections.jsonl").read_bytes()
 
@@ -159,7 +160,7 @@ def test_predict_builds_for_all_that_the_detector_takes(tiny_bundle: Path, tiny_
     assert predicted(tiny_bundle, images, tmp_path / "again", tmp_path) == found
     predicted(tiny_bundle, images / "4.jpg", tmp_path / "one", tmp_path)
     assert builds(tmp_path) == [ANYTHING], "neither the same inputs nor others are built for again"
-    with Detector(tiny_bundle, engine=shaped_engine.NAME, engine_cache=tmp_path) as detector, warnings.catch_warnings():
+    with Detector(tiny_bundle, engine=NAME, engine_cache=tmp_path) as detector, warnings.catch_warnings():
         warnings.simplefilter("error")
         detector.detect(list(images.iterdir()))
     assert builds(tmp_path) == [ANYTHING]
@@ -241,7 +242,7 @@ def test_a_deploy_file_says_what_to_build_for(tiny_bundle: Path, tiny_coco: Path
 
 
 def test_eval_and_analyze_build_for_the_headers(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"data": tiny_coco, "engine": shaped_engine.NAME, "engine_cache": tmp_path, "threads": 1}
+    given: dict[str, Any] = {"data": tiny_coco, "engine": NAME, "engine_cache": tmp_path, "threads": 1}
     progress = RecordedProgress()
     found = evaluate(tiny_bundle, **given, batch_size=4, progress=progress)
     assert found.accuracy.ap == pytest.approx(1)
@@ -250,3 +251,33 @@ def test_eval_and_analyze_build_for_the_headers(tiny_bundle: Path, tiny_coco: Pa
     assert builds(tmp_path)[1:] == ["1x64x64 to 4x96x96, most of them 1x64x96"]
     analyze(tiny_bundle, **given, batch_sizes=(4,), rounds=1, peak=False)
     assert len(builds(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_from_tuning_to_deployment(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    """As a plug-in, in the processes that measure too: what was tuned runs, and is built once."""
+    source = Path(shaped_engine.__file__).read_text()
+    entry = "shaped = shaped_engine:SPEC"
+    path = install(tmp_path / "site-packages", "shaped_engine", source, "gfldeploy.engines", entry)
+    bundle, data, images = str(tiny_bundle), str(tiny_coco), str(tiny_coco.parent / "images")
+    kept = ["--engine-cache", "cache"]
+    brief = ["--min-seconds", "0.1", "--look-seconds", "0.1", "--rounds", "1", "--limit", "2", "--threads", "1"]
+    run(path, tmp_path, ["tune", bundle, "--data", data, "--engines", NAME, *brief, "--batch-sizes", "1", *kept])
+    deploy = Deploy.read(tmp_path / "deploy.yml")
+    assert deploy.choice.cell.engine == NAME
+    assert deploy.shapes == ((1, 64, 96), (1, 96, 64), (1, 64, 64)), "of all six images, not of the two that were timed"
+    tuned = builds(tmp_path / "cache")
+    every = "1x64x64 to 1x96x96, most of them 1x64x96"
+    assert every in tuned, "which mAP was measured with"
+    shown = run(
+        path,
+        tmp_path,
+        ["predict", "deploy.yml", images, "--output", "found", *kept],
+        ["eval", bundle, "--data", data, "--engine", NAME, *kept],
+    )
+    assert builds(tmp_path / "cache") == tuned and "is built for" not in shown
+    assert "1.0000" in shown
+    shown = run(
+        path, tmp_path, ["analyze", bundle, "--data", data, "--engine", NAME, "--rounds", "2", "--no-peak", *kept]
+    )
+    assert len(builds(tmp_path / "cache")) == len(tuned) + 1 and shown.count("is built for") == 1

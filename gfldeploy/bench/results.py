@@ -39,12 +39,14 @@ class DataDescription:
 class Idle:
     """The machine before a run: what other processes used, and how long the benchmark waited for them.
 
-    `cpu_percent`: of all CPUs that may be used, 0 to 100. `gpu_percent`: None without a GPU in use.
+    `cpu_percent`: of all CPUs that may be used, 0 to 100. `gpu_percent`: None without a GPU in use. `gpu_memory_mb`:
+    of its memory in use, 10^6 bytes; None where that is unknown.
     """
 
     cpu_percent: float
     gpu_percent: float | None
     waited_s: float
+    gpu_memory_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class Monitored:
 
     `cpu_percent`: of each CPU that the process may use, 0 to 100, by all processes. `cpu_mhz`: their mean frequency.
     `rss_mb`: resident memory of the process, 10^6 bytes. Of the GPU: `gpu_percent` (of the time in which any kernel
-    ran), `gpu_memory_mb` (by all processes), `gpu_power_w`, `gpu_clock_mhz` (of its multiprocessors). A tuple is empty
-    where the hardware does not tell. `throttled`: why it ran below full speed at any time, in words; empty if it did
-    not. `overhead_percent`: processor time that the monitor itself took, of one CPU.
+    ran, in the second before the sample), `gpu_memory_mb` (by all processes), `gpu_power_w` (of the board, mean of the
+    second before the sample on most GPUs), `gpu_clock_mhz` (of its multiprocessors). A tuple is empty where the
+    hardware does not tell. `gpu_most_clock_mhz`, `gpu_most_power_w`: the highest clock of its multiprocessors, and the
+    limit of its power; None where unknown. `throttled`: why the hardware ran below full speed at any time, in words;
+    empty if it did not. `overhead_percent`: processor time that the monitor itself took, of one CPU.
     """
 
     t_s: tuple[float, ...] = ()
@@ -66,6 +70,8 @@ class Monitored:
     gpu_memory_mb: tuple[float, ...] = ()
     gpu_power_w: tuple[float, ...] = ()
     gpu_clock_mhz: tuple[float, ...] = ()
+    gpu_most_clock_mhz: float | None = None
+    gpu_most_power_w: float | None = None
     throttled: tuple[str, ...] = ()
     overhead_percent: float = 0.0
 
@@ -151,7 +157,8 @@ class Peak:
     """What an engine reaches here on a graph of nothing but convolutions that suit it: a ceiling, not a promise.
 
     `gmac_per_s`: 10^9 multiply-accumulates a second; `memory_gb_per_s`: 10^9 bytes a second of a large copy, read and
-    written, with as many threads. None where it could not be measured, for the `reason`.
+    written, with as many threads; of a GPU, what its memory can move by its clock and the width of its bus. None where
+    it could not be measured, for the `reason`.
     """
 
     gmac_per_s: float | None

@@ -84,7 +84,7 @@ def benchmark(
         rates: Arrival rates of the server scenario, in images per second.
         policies: What the server does with images that wait: no-batching, fixed-timeout, adaptive.
         latency_bound_ms: Deadline of the server scenario, from arrival to answer.
-        trt: Add both engines of TensorRT, and run on the GPU.
+        trt: Add the engines of TensorRT, and run on the GPU.
         device: "cpu" or "gpu".
         tf32: Let FP32 on the GPU multiply in TF32.
         threads: CPU threads of one inference; by default all.
@@ -229,7 +229,7 @@ def _tell(planned: Plan, settings: Settings, measured_on: Data, progress: Progre
 
 
 def _check_tensorrt() -> None:
-    """Stop before any work where neither way to TensorRT is open."""
+    """Stop before any work where no way to TensorRT is open."""
     closed = [capability(engine, "fp16", "gpu") for engine in TENSORRT_ENGINES]
     if all(not one.works for one in closed):
         reasons = dict.fromkeys(str(one.reason) for one in closed)

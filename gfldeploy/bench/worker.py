@@ -104,7 +104,8 @@ def _time(task: Task) -> Timed:
             if cell.scenario == "server":
                 samples, serving, formed = serve_arrivals(engine, images, preprocess, cell, settings)
             else:
-                samples = measure(engine, [batch.tensor for batch in batches], settings)
+                counter = monitor.gpu_energy_j if monitor else lambda: None
+                samples = measure(engine, [batch.tensor for batch in batches], settings, counter)
                 formed = [batch.formed for batch in batches]
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()

@@ -72,7 +72,9 @@ class EngineSpec:
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
     `quantize` publish must hold in it. `needs_shapes`: it is built for the range of `EngineOptions.shapes` and refuses
     other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `needs_tensorrt`: TensorRT must be
-    installed beside its library.
+    installed beside its library. `brings_tensorrt`: it runs in a TensorRT that its library brings. `beside`: a library
+    that must be installed too, in whatever build. `gpus`: the compute capabilities of the GPUs that it runs on, where
+    the last stands for all newer ones too; () for any GPU.
     """
 
     name: str
@@ -85,6 +87,9 @@ class EngineSpec:
     judges: bool = False
     needs_shapes: bool = False
     needs_tensorrt: bool = False
+    brings_tensorrt: bool = False
+    beside: Library | None = None
+    gpus: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for device, graphs in self.runs.items():
@@ -96,6 +101,10 @@ class EngineSpec:
         """All that it runs, in whatever precision and on whatever device."""
         found = {self.graph(precision, device) for device in DEVICES for precision in PRECISIONS}
         return {one for one in found if not isinstance(one, Obstacle)}
+
+    def runs_on_gpu(self, capability: tuple[int, int]) -> bool:
+        """Whether it runs on GPUs of this compute capability."""
+        return not self.gpus or capability in self.gpus or capability >= self.gpus[-1]
 
     def graph(self, precision: Precision, device: Device) -> GraphName | Obstacle:
         """The graph that it runs in this precision, or why it never does, whatever is installed."""

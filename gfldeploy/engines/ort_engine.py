@@ -97,11 +97,7 @@ class OnnxRuntimeEngine(Engine):
         return events
 
     def _session_options(self) -> Any:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.options.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
-        return options
+        return session_options(self._ort, self.options.threads)
 
     def _open(self, session_options: Any) -> Any:
         with self._explained(f"cannot load {self._model}"):
@@ -118,6 +114,15 @@ class OnnxRuntimeEngine(Engine):
     def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         """The execution providers with their options, the one that must not be missing first."""
         return [(PROVIDERS[self.options.device], {})]
+
+
+def session_options(ort: Any, threads: int) -> Any:
+    """The session options of every session; `ort`: the `onnxruntime` module."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    return options
 
 
 def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Precision, Tensors
-from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine
+from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Precision, Shape, Tensors
+from gfldeploy.engines.hardware import set_tf32
+from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, session_options
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 
 _TENSORRT = "TensorrtExecutionProvider"
+# What ONNX Runtime would do to the graph before TensorRT sees it, by the names of its optimisers: this one turns float
+# biases into int32 behind a DequantizeLinear, which TensorRT's parser refuses.
+_SPOILS_THE_GRAPH = "WeightBiasQuantization"
 
 
 class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
@@ -24,6 +28,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         start = time.perf_counter()
+        set_tf32(options.tf32)  # the provider has no option for it
         super().__init__(bundle, options, graph)
         inputs = example(TensorRtOptions.of(options).most_common)
         self.infer(inputs)
@@ -36,11 +41,21 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         """None: TensorRT does not report them; see `delegated`."""
         return ()
 
+    def _session_options(self) -> Any:
+        return tensorrt_session_options(self._ort, self.options.threads)
+
     def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         tensorrt = TensorRtOptions.of(self.options)
         self.directory = tensorrt.directory(self, bundle)
         options = tensorrt_options(self.options.precision, tensorrt, self.directory)
         return [(_TENSORRT, options), (PROVIDERS["gpu"], {})]
+
+
+def tensorrt_session_options(ort: Any, threads: int) -> Any:
+    """Those with which a graph reaches TensorRT as it is in the file; `ort`: the `onnxruntime` module."""
+    options = session_options(ort, threads)
+    options.add_session_config_entry("optimization.disable_specified_optimizers", _SPOILS_THE_GRAPH)
+    return options
 
 
 def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:
@@ -54,9 +69,9 @@ def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: 
         "trt_int8_enable": str(precision == "int8"),
         "trt_max_workspace_size": str(WORKSPACE_BYTES),
         "trt_min_subgraph_size": str(MIN_SUBGRAPH),
-        "trt_profile_min_shapes": _named(options.smallest),
-        "trt_profile_opt_shapes": _named(options.most_common),
-        "trt_profile_max_shapes": _named(options.largest),
+        "trt_profile_min_shapes": shape_text(options.smallest),
+        "trt_profile_opt_shapes": shape_text(options.most_common),
+        "trt_profile_max_shapes": shape_text(options.largest),
         "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(directory),
         "trt_timing_cache_enable": "True",
@@ -64,7 +79,8 @@ def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: 
     }
 
 
-def _named(shape: tuple[int, int, int]) -> str:
+def shape_text(shape: Shape) -> str:
+    """A shape as the provider options of both TensorRTs take it."""
     batch, height, width = shape
     return f"image:{batch}x3x{height}x{width}"
 
@@ -73,7 +89,11 @@ def describe_delegation(events: list[dict[str, Any]]) -> str:
     """How much ran in TensorRT, from the events of an ONNX Runtime profile."""
     nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
     outside = Counter(node.get("op_name", "?") for node in nodes if node["provider"] != _TENSORRT)
-    parts = len(nodes) - outside.total()
+    return parts_in_words(len(nodes) - outside.total(), outside, "TensorRT")
+
+
+def parts_in_words(parts: int, outside: Counter[str], library: str) -> str:
+    """How many parts of a graph run in TensorRT, and which operators outside."""
     listed = ", ".join(f"{name} x{count}" for name, count in outside.most_common())
     more = f": {listed}" if listed else ""
-    return f"{parts} part{'' if parts == 1 else 's'} in TensorRT, {outside.total()} nodes outside{more}"
+    return f"{parts} part{'' if parts == 1 else 's'} in {library}, {outside.total()} nodes outside{more}"

@@ -26,7 +26,7 @@ from gfldeploy.engines.base import (
     Shape,
     installed_version,
 )
-from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
+from gfldeploy.engines.hardware import compute_capabilities, cpu_flags, nvidia_driver
 from gfldeploy.engines.tensorrt import AnyShapeEngine, tensorrt_library
 from gfldeploy.errors import UnsupportedError
 
@@ -46,6 +46,11 @@ ONNXRUNTIME = Library(
         "cpu": Build("onnxruntime", "pip install onnxruntime"),
         "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
     },
+)
+# A plug-in of ONNX Runtime, which brings TensorRT-RTX and the CUDA runtime that it was built for.
+TENSORRT_RTX = Library(
+    "onnxruntime_ep_nv_tensorrt_rtx",
+    {"gpu": Build("onnxruntime-ep-nv-tensorrt-rtx-cu13", "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13")},
 )
 _NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
 _NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
@@ -122,6 +127,20 @@ _BUILT_IN = (
         needs_tensorrt=True,
     ),
     EngineSpec(
+        name="onnxruntime-tensorrt-rtx",
+        title="ONNX Runtime with TensorRT-RTX",
+        entry="gfldeploy.engines.ort_rtx:OnnxRuntimeRtxEngine",
+        library=TENSORRT_RTX,
+        runs={
+            "cpu": _GPUS_ALONE,
+            "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
+        },
+        needs_shapes=True,
+        brings_tensorrt=True,
+        beside=ONNXRUNTIME,
+        gpus=((8, 6), (8, 9), (12, 0)),  # RTX 30, 40, 50: tensorrt_rtx_provider_options.h in the plug-in's wheel
+    ),
+    EngineSpec(
         name="openvino",
         title="OpenVINO",
         entry="gfldeploy.engines.openvino_engine:OpenVinoEngine",
@@ -163,7 +182,7 @@ def _all_engines() -> dict[str, EngineSpec]:
 ENGINES: Mapping[str, EngineSpec] = _all_engines()
 DEFAULT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.default)
 JUDGES = tuple(name for name, spec in ENGINES.items() if spec.judges)
-TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.needs_tensorrt)
+TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.needs_tensorrt or spec.brings_tensorrt)
 PREFERRED_ENGINES = tuple(
     spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
 )
@@ -217,15 +236,31 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
         return graph
     if device == "gpu" and nvidia_driver() is None:
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
+    if device == "gpu" and spec.gpus and (obstacle := _wrong_gpu(spec)):
+        return obstacle
     if not _is_installed(library.module):
         return Obstacle(f"{library.module} is not installed", library.builds[device].install)
+    if spec.beside and not _is_installed(spec.beside.module):
+        return Obstacle(f"{spec.beside.module} is not installed", spec.beside.builds["cpu"].install)
     if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
-        return Obstacle(f"the CPU build of {library.module} is installed", library.builds["gpu"].install)
+        which = "the CPU build" if "cpu" in library.builds else "another build"
+        return Obstacle(f"{which} of {library.module} is installed", library.builds["gpu"].install)
     if spec.needs_tensorrt and tensorrt_library() is None:
         return Obstacle("TensorRT is not installed", "pip install tensorrt, in the version of your CUDA")
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
+
+
+def _wrong_gpu(spec: EngineSpec) -> Obstacle | None:
+    """Whether none of the GPUs here is one that the engine runs on."""
+    found = compute_capabilities()
+    if not found or any(map(spec.runs_on_gpu, found)):
+        return None
+    *some, last = (f"{major}.{minor}" for major, minor in spec.gpus)
+    here = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(found)))
+    needs = f"{spec.title} needs a GPU of compute capability {', '.join(some)}, or {last} and newer"
+    return Obstacle(f"{needs}, not {here}", "use the engine onnxruntime-tensorrt")
 
 
 def _is_installed(module: str) -> bool:

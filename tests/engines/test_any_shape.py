@@ -277,7 +277,3 @@ def test_from_tuning_to_deployment(tiny_bundle: Path, tiny_coco: Path, tmp_path:
     )
     assert builds(tmp_path / "cache") == tuned and "is built for" not in shown
     assert "1.0000" in shown
-    shown = run(
-        path, tmp_path, ["analyze", bundle, "--data", data, "--engine", NAME, "--rounds", "2", "--no-peak", *kept]
-    )
-    assert len(builds(tmp_path / "cache")) == len(tuned) + 1 and shown.count("is built for") == 1

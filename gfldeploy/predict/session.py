@@ -296,5 +296,6 @@ def _question(request: _Request) -> dict[str, Any]:
         "annotations": hashlib.sha256(repr(ids).encode()).hexdigest() if ids is not None else None,
         "inputs": listed.hexdigest(),
         "processor": machine.cpu,
+        **({"gpus": [*machine.gpus, machine.driver]} if choice.options.device == "gpu" else {}),
         "software": dict(machine.packages),
     }

@@ -17,8 +17,16 @@ from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
+from gfldeploy.progress import Silent
 
 _BATCHES_AHEAD = 4
+
+
+class _Warning(Silent):
+    """Warns before an engine is built, which may take minutes in the middle of a stream."""
+
+    def stage(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
 
 
 class Detector(ClosesOnExit):
@@ -60,6 +68,7 @@ class Detector(ClosesOnExit):
             threads: CPU threads of one inference; by default all.
             batch_size: Images of one inference; by default 1.
             engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
+                By default those that take minutes, as with TensorRT, use that of the commands, and others none.
 
         Raises:
             BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
@@ -67,13 +76,15 @@ class Detector(ClosesOnExit):
             UnsupportedError: Nothing here can run the bundle so.
             MissingDependencyError: The engine is not installed.
             EngineError: The engine failed to load the bundle.
+            OutputError: The engine cannot keep what it compiled.
         """
         cache = None if engine_cache is None else Path(engine_cache)
         self.choice = choose(Path(source), engine, precision, device, threads, batch_size, cache, tf32=tf32)
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)
         self._manifest = self.choice.bundle.manifest
-        self._engine = open_engine(self.choice.engine, self.choice.bundle, self.choice.options)
+        options = replace(self.choice.options, progress=_Warning())
+        self._engine = open_engine(self.choice.engine, self.choice.bundle, options)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -101,7 +101,8 @@ def possible_shapes(manifest: Manifest, batch_size: int = 1) -> tuple[Shape, ...
     else:
         longest = max(preprocess.target_size)
         smallest, largest = preprocess.padded_size(1, 1), preprocess.padded_size(longest, longest)
-    return (fixed or batch_size, *usual), (fixed or 1, *smallest), (fixed or batch_size, *largest)
+    most, fewest = fixed or batch_size, fixed or 1
+    return tuple(dict.fromkeys(((most, *usual), (fewest, *smallest), (most, *largest))))
 
 
 class AnyShapeEngine(Engine):

@@ -110,7 +110,8 @@ class AnyShapeEngine(Engine):
 
     The first profile spans the `shapes` of the options, or all that the detector can be given. Any other is as large as
     all that the detector can be given, so that few are ever built. Which of them runs an input follows from the options
-    and from the input's shape, not from inputs before it. The engines used last stay open, two at most.
+    and from the input's shape, not from inputs before it. The engines used last stay open, two at most; `directory` is
+    that of the last.
     """
 
     def __init__(self, open_one: Callable[[EngineOptions], Engine], bundle: Bundle, options: EngineOptions) -> None:
@@ -122,7 +123,7 @@ class AnyShapeEngine(Engine):
         self._opened: dict[Profile, Engine] = {}
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
-        self.build_s, self.delegated, self.directory = opened.build_s, opened.delegated, opened.directory
+        self.build_s, self.delegated = opened.build_s, opened.delegated
 
     def close(self) -> None:
         while self._opened:
@@ -156,6 +157,7 @@ class AnyShapeEngine(Engine):
             engine = self._open_one(replace(self.options, shapes=profile.shapes))
             _leave_note(engine, self._bundle, profile)
         self._opened[profile] = engine
+        self.directory = engine.directory
         return engine
 
 

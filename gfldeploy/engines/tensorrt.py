@@ -98,7 +98,8 @@ def possible_shapes(manifest: Manifest, batch_size: int = 1) -> tuple[Shape, ...
     else:
         longest = max(preprocess.target_size)
         smallest, largest = preprocess.padded_size(1, 1), preprocess.padded_size(longest, longest)
-    return (fixed or batch_size, *usual), (fixed or 1, *smallest), (fixed or batch_size, *largest)
+    most, fewest = fixed or batch_size, fixed or 1
+    return tuple(dict.fromkeys(((most, *usual), (fewest, *smallest), (most, *largest))))
 
 
 class AnyShapeEngine(Engine):
@@ -106,7 +107,8 @@ class AnyShapeEngine(Engine):
 
     The first profile spans the `shapes` of the options, or all that the detector can be given. Any other is as large as
     all that the detector can be given, so that few are ever built. Which of them runs an input follows from the options
-    and from the input's shape, not from inputs before it. The engines used last stay open, two at most.
+    and from the input's shape, not from inputs before it. The engines used last stay open, two at most; `directory` is
+    that of the last.
     """
 
     def __init__(self, open_one: Callable[[EngineOptions], Engine], bundle: Bundle, options: EngineOptions) -> None:
@@ -118,7 +120,7 @@ class AnyShapeEngine(Engine):
         self._opened: dict[Profile, Engine] = {}
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
-        self.build_s, self.delegated, self.directory = opened.build_s, opened.delegated, opened.directory
+        self.build_s, self.delegated = opened.build_s, opened.delegated
 
     def close(self) -> None:
         while self._opened:
@@ -152,6 +154,7 @@ class AnyShapeEngine(Engine):
             engine = self._open_one(replace(self.options, shapes=profile.shapes))
             _leave_note(engine, self._bundle, profile)
         self._opened[profile] = engine
+        self.directory = engine.directory
         return engine
 
 

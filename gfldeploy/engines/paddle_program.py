@@ -12,6 +12,7 @@ from gfldeploy.engines.base import ExecutedConvolution
 from gfldeploy.engines.onednn import LoggedConvolution
 
 _CONVOLUTIONS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
+_FRAME = {"feed", "fetch"}
 _SHAPE = re.compile(r"mb\d+_(?:g(\d+))?ic(\d+)oc(\d+)_(?:.*?)kh(\d+)sh(\d+).*?kw(\d+)sw(\d+)")
 
 
@@ -66,6 +67,22 @@ def program_convolutions(model: Path) -> tuple[ProgramConvolution, ...]:
             else:
                 found.append(ProgramConvolution(weight, False, kind))
     return tuple(found)
+
+
+def decode_outputs(model: Path) -> tuple[str, ...]:
+    """What the decode of a `.pdmodel` gives: the outputs of all operators on which no convolution depends."""
+    from paddle.base.proto import framework_pb2
+
+    (block, *_) = framework_pb2.ProgramDesc.FromString(model.read_bytes()).blocks
+    decode: list[str] = []
+    needed: set[str] = set()
+    for operator in reversed(block.ops):
+        given = [name for slot in operator.outputs for name in slot.arguments]
+        if operator.type in _CONVOLUTIONS or not needed.isdisjoint(given):
+            needed.update(name for slot in operator.inputs for name in slot.arguments)
+        elif operator.type not in _FRAME:
+            decode += given
+    return tuple(reversed(decode))
 
 
 def explain(ran: Sequence[LoggedConvolution], program: Sequence[ProgramConvolution]) -> tuple[ExecutedConvolution, ...]:

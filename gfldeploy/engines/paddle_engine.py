@@ -17,7 +17,7 @@ from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, 
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
-from gfldeploy.engines.paddle_program import decode_outputs, explain, program_convolutions
+from gfldeploy.engines.paddle_program import decode_outputs, explain, float_operators, program_convolutions
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
@@ -72,6 +72,8 @@ class PaddleEngine(Engine):
         if options.device == "gpu":
             precision = inference.PrecisionType.Half if options.precision == "fp16" else inference.PrecisionType.Float32
             config.enable_use_gpu(_GPU_POOL_MB, 0, precision)
+            if options.precision == "fp16" and pir:
+                config.exp_disable_mixed_precision_ops(set(float_operators(self._model)))
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(options.threads)

@@ -34,6 +34,7 @@ class OnnxRuntimeEngine(Engine):
     libraries = "CUDA and cuDNN"
 
     graph_option: str | None = "enable_cuda_graph"  # of its first provider
+    memory = "cuda"  # of the device that is not the CPU, as `OrtValue` calls it
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
@@ -47,7 +48,7 @@ class OnnxRuntimeEngine(Engine):
             self._session = self._open(self._session_options())
         else:
             uniform = len(set(options.shapes)) == 1 and self.graph_option is not None
-            self._on_gpu = BoundSessions(self._ort, self._open_on_gpu, "cuda", self._outputs, uniform)
+            self._on_gpu = BoundSessions(self._ort, self._open_on_gpu, self.memory, self._outputs, uniform)
             self.cuda_graph = self._on_gpu.graph_note
 
     def close(self) -> None:

@@ -99,7 +99,9 @@ class Spy:
 @pytest.mark.parametrize(("precision", "mode"), [("fp32", "Float32"), ("fp16", "Half"), ("int8", "Int8")])
 def test_paddle(precision: Precision, mode: str) -> None:
     spy = Spy()
-    use_tensorrt(spy, SimpleNamespace(Float32="Float32", Half="Half", Int8="Int8"), precision, OPTIONS, Path("cache/e"))
+    modes = SimpleNamespace(Float32="Float32", Half="Half", Int8="Int8")
+    decode = () if precision == "fp32" else ("boxes", "scores")
+    use_tensorrt(spy, modes, precision, OPTIONS, Path("cache/e"), decode)
     engine = spy.calls["enable_tensorrt_engine"]
     assert engine["precision_mode"] == mode
     assert (engine["workspace_size"], engine["max_batch_size"], engine["min_subgraph_size"]) == (4 * 2**30, 8, 3)
@@ -107,6 +109,7 @@ def test_paddle(precision: Precision, mode: str) -> None:
     assert spy.calls["set_optim_cache_dir"] == {"": ("cache/e",)}
     assert spy.calls["enable_tuned_tensorrt_dynamic_shape"]["shape_range_info_path"] == "cache/e/shapes.pbtxt"
     assert ("enable_tensorrt_explicit_quantization" in spy.calls) == (precision == "int8")
+    assert spy.calls.get("exp_disable_tensorrt_ops", {"": ([],)}) == {"": (list(decode),)}
 
 
 @pytest.mark.slow
@@ -128,14 +131,17 @@ def test_paddle_takes_the_calls(tmp_path: Path) -> None:
         "        return call\n"
         "options = TensorRtOptions(*[(2, 800, 1216)] * 3, Path(sys.argv[1]))\n"
         "for precision in ('fp32', 'fp16', 'int8'):\n"
-        "    use_tensorrt(Tried(), inference.PrecisionType, precision, options, Path(sys.argv[1]))\n"
+        "    decode = () if precision == 'fp32' else ('tmp_1', 'tmp_2')\n"
+        "    use_tensorrt(Tried(), inference.PrecisionType, precision, options, Path(sys.argv[1]), decode)\n"
+        "inference.Config().exp_disable_mixed_precision_ops({'pd_op.add', 'add'})\n"
         "inference.Config().collect_shape_range_info(sys.argv[1] + '/shapes')\n"
         "os._exit(0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     every = ["set_optim_cache_dir", "enable_tensorrt_engine", "enable_tuned_tensorrt_dynamic_shape"]
-    assert done.stdout.split() == [*every * 3, "enable_tensorrt_explicit_quantization"]
+    without = "exp_disable_tensorrt_ops"
+    assert done.stdout.split() == [*every, *every, without, *every, "enable_tensorrt_explicit_quantization", without]
 
 
 def folder(options: TensorRtOptions, engine: str, version: str, precision: Precision, digest: str) -> Path:

@@ -228,7 +228,7 @@ def test_a_graph_of_which_tensorrt_takes_nothing_is_not_timed_on_the_cpu(opened:
 def test_a_compiled_graph_that_is_damaged(opened: Any) -> None:
     directory = opened(Toy()).directory
     (directory / "compiled.onnx").write_bytes(b"\x08")
-    with pytest.raises(EngineError, match="cannot load .*compiled.onnx") as caught:
+    with pytest.raises(EngineError, match=r"cannot load .*compiled\.onnx") as caught:
         opened(Toy())
     assert "Delete that file" in (caught.value.remedy or "")
 

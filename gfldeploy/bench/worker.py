@@ -147,7 +147,7 @@ def _time(task: Task) -> Timed:
             mixed_batches=sum(one.mixed for one in formed),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=() if cell.precision == "fp32" else reasons(convolutions) if convolutions else None,
-            delegated=engine.delegated,
+            delegated="; ".join(filter(None, (engine.delegated, engine.cuda_graph))) or None,
             idle=task.idle,
             monitored=monitor.record() if monitor else None,
             serving=serving,
@@ -169,8 +169,9 @@ def _reference(task: Task) -> CpuOutputs:
 
 
 def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path | None) -> Engine:
-    """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without them."""
-    known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
+    """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without, and for GPUs."""
+    asked = ENGINES[cell.engine].needs_shapes or cell.device == "gpu"
+    known = [shape for shape, _ in Counter(shapes).most_common()] if asked else []
     options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known), cell.tf32)
     return open_engine(cell.engine, bundle, options)
 

@@ -36,6 +36,8 @@ _FIRST_STRONG = 11  # TensorRT 11 has neither the flags that allow precisions no
 
 # The first driver for each CUDA, by NVIDIA's table "CUDA Toolkit Driver Version Ranges" (minor version compatibility).
 _FIRST_DRIVER = {11: 450, 12: 525, 13: 580}
+# The last of a package's versions for an older CUDA, by their files (docs/installing.md).
+_FOR_OLDER_DRIVERS = {"onnxruntime-gpu": (12, "onnxruntime-gpu<1.27")}
 _NVIDIA = re.compile(r"lib(cuda|cu(?:dart|blas|dnn|fft|rand|solver|sparse|pti)|nv|nccl|tensorrt)\w*")
 _DRIVERS = ("libcuda.so.1", "libnvidia-ml.so.1")  # which come with the driver
 # What pip installs a library with, "-cuN" left out; the first that its name starts with.
@@ -148,7 +150,9 @@ def old_driver(spec: EngineSpec) -> Obstacle | None:
     if built is None or first is None or major is None or major >= first:
         return None
     needs = f"{_package(spec)} was built for CUDA {built.cuda}, which needs {first}"
-    return Obstacle(f"the NVIDIA driver is {driver}, {needs}", "update the driver")
+    cuda, older = _FOR_OLDER_DRIVERS.get(spec.library.builds["gpu"].distribution, (0, ""))
+    instead = f', or for CUDA {cuda}: pip install "{older}"' if _FIRST_DRIVER.get(cuda, major + 1) <= major else ""
+    return Obstacle(f"the NVIDIA driver is {driver}, {needs}", f"update the driver{instead}")
 
 
 def obstacle_to_loading(spec: EngineSpec) -> Obstacle | None:

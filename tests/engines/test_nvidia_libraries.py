@@ -81,7 +81,7 @@ def test_what_a_package_was_built_for(site: FakeSite) -> None:
     (site.system / "proc/version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  575.57.08  Tue\n")
     assert nvidia.old_driver(CUDA) == (
         "the NVIDIA driver is 575.57.08, onnxruntime-gpu 1.31.1 was built for CUDA 13, which needs 580",
-        "update the driver",
+        'update the driver, or for CUDA 12: pip install "onnxruntime-gpu<1.27"',
     )
 
 

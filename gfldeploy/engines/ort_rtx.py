@@ -12,7 +12,7 @@ import ctypes
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
-from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text
+from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text, tensorrt_session_options
 from gfldeploy.engines.registry import TENSORRT_RTX
 from gfldeploy.engines.tensorrt import Profile, TensorRtOptions, example
 from gfldeploy.errors import EngineError, summary
@@ -41,11 +41,13 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt-rtx"
+    graph_option = None  # the plug-in has one; without a GPU nobody can tell what it does
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph, compiled if it is not yet. Raises `MissingDependencyError`, `BundleError`, `OutputError` or
         `EngineError`."""
         start = time.perf_counter()
+        set_tf32(options.tf32)  # the provider has no option for it
         self._tensorrt = TensorRtOptions.of(options)
         super().__init__(bundle, options, graph)
         self.infer(example(self._tensorrt.most_common))
@@ -55,16 +57,18 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         """None: TensorRT-RTX does not report them; see `delegated`."""
         return ()
 
+    def _session_options(self) -> Any:
+        return tensorrt_session_options(self._ort, self.options.threads)
+
     def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         plugin = load_plugin(self._ort)
         self._device = plugin.device
         self.version = f"{self.version}, TensorRT-RTX {plugin.version}"
         self.directory = directory = self._tensorrt.directory(self, bundle)
         self._compiled = directory / _COMPILED
-        set_tf32(self.options.tf32)
         return [(plugin.provider, rtx_options(self._tensorrt, directory / _KERNELS))]
 
-    def _open(self, session_options: Any) -> Any:
+    def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:
         (provider, options), *_ = self._providers
         if not self._compiled.exists():
             with self._explained(f"cannot compile {self._model}"):
@@ -74,6 +78,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
             self._compiled.unlink()
             raise EngineError(f"TensorRT-RTX takes no part of {self._model}", "Use the engine onnxruntime.")
         self.delegated = parts_in_words(parts, outside, "TensorRT-RTX")
+        session_options = self._session_options()
         session_options.add_provider_for_devices([self._device], options)
         try:
             session = self._ort.InferenceSession(str(self._compiled), session_options, enable_fallback=0)
@@ -82,7 +87,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
             raise EngineError(f"{self.title} cannot load {self._compiled}: {summary(error)}", remedy) from error
         if (used := session.get_providers()[0]) != provider:
             raise EngineError(f"ONNX Runtime fell back to {used}", "Check the GPU and its driver.")
-        return session
+        return [session]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Precision, Shape, Tensors
 from gfldeploy.engines.hardware import set_tf32
-from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, session_options
+from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, Providers, session_options
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 
 _TENSORRT = "TensorrtExecutionProvider"
@@ -23,7 +23,6 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     """ONNX Runtime with its TensorRT execution provider; what that does not take runs in CUDA."""
 
     name = "onnxruntime-tensorrt"
-    libraries = "CUDA, cuDNN and TensorRT"
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
@@ -44,7 +43,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     def _session_options(self) -> Any:
         return tensorrt_session_options(self._ort, self.options.threads)
 
-    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
+    def _choose_providers(self, bundle: Bundle) -> Providers:
         tensorrt = TensorRtOptions.of(self.options)
         self.directory = tensorrt.directory(self, bundle)
         options = tensorrt_options(self.options.precision, tensorrt, self.directory)

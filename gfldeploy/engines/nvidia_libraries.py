@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -60,16 +61,19 @@ _ALWAYS_SUFFIXED = ("tensorrt", "nvidia-cudnn", "nvidia-nccl")  # the others hav
 _TENSORRT = ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt-cu13", "tensorrt-cu12", "tensorrt")
 _LINKER_FOLDERS = ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib")
 _MOST_LIBRARIES = 200  # that one needs, with what these need
-_TRIAL_S = 1.0
+_time_left = [1.0]  # seconds that a process spends on trials, all together: large libraries take long from a slow disk
+_LDCONFIG_S = 1.0
 # Names each library before it is loaded, so that a crash can be told from what was printed.
 _TRIAL = """
 import ctypes, json, sys
 for name in sys.argv[1:]:
     print(json.dumps([name]), flush=True)
+    error = None
     try:
         ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        print(json.dumps([name, str(error)]), flush=True)
+    except OSError as problem:
+        error = str(problem)
+    print(json.dumps([name, error]), flush=True)
 """
 _TRY = (sys.executable, "-I", "-S", "-c", _TRIAL)
 
@@ -158,7 +162,7 @@ def old_driver(spec: EngineSpec) -> Obstacle | None:
 def obstacle_to_loading(spec: EngineSpec) -> Obstacle | None:
     """What keeps the engine's GPU package from loading NVIDIA's libraries, with the exact remedy; None if nothing does.
 
-    The libraries are loaded in a process of its own, for at most a second, and once.
+    The libraries are loaded in a process of its own, once, and for at most a second for all engines.
     """
     return _overwritten(spec) or _unfit_tensorrt(spec) or _explain(spec, _tried(spec))
 
@@ -202,7 +206,7 @@ def _overwritten(spec: EngineSpec) -> Obstacle | None:
     ours = _recorded(build.distribution)
     version = installed_version(build.distribution)
     again = f"pip install {build.distribution}=={version}"
-    for twin in spec.library.distributions:
+    for twin in spec.library.distributions if ours else ():
         if twin == build.distribution or installed_version(twin) is None:
             continue
         theirs = _recorded(twin)
@@ -277,27 +281,29 @@ def _requirement(soname: str, cuda: int | None) -> str | None:
 
 
 def _tried(spec: EngineSpec) -> tuple[_Need, ...]:
-    """What the engine's package needs, each with why it does not load, tried in a process of its own."""
+    """What the engine's package needs, each with why it does not load, tried in a process of its own.
+
+    What there was no time to try counts as loaded where it was found.
+    """
     needs = _needs(spec)
     errors = _trial(tuple(need.what for need in needs))
-    return tuple(replace(need, error=errors.get(need.what)) for need in needs)
+    return tuple(replace(need, error=errors.get(need.what, None if need.path else "not found")) for need in needs)
 
 
 @cache
-def _trial(names: tuple[str, ...]) -> dict[str, str]:
-    """Which libraries do not load, one after the other, and why; those that it had no time for count as loaded."""
-    if not names:
-        return {}
+def _trial(names: tuple[str, ...]) -> dict[str, str | None]:
+    """Load libraries one after the other, and say why those that do not load do not; those it had time for."""
+    start = time.monotonic()
+    crashed = False
     try:
-        done = subprocess.run(
-            [*_TRY, *names], capture_output=True, timeout=_TRIAL_S, stdin=subprocess.DEVNULL, check=False
-        )
+        done = subprocess.run([*_TRY, *names], stdin=subprocess.DEVNULL, capture_output=True, timeout=_time_left[0])
         printed, crashed = done.stdout, done.returncode < 0
     except subprocess.TimeoutExpired as late:
-        printed, crashed = late.stdout or b"", False
+        printed = late.stdout or b""
+    _time_left[0] = max(_time_left[0] - (time.monotonic() - start), 0)
     lines = [json.loads(line) for line in printed.decode(errors="replace").splitlines() if line.endswith("]")]
-    errors = {line[0]: line[1] for line in lines if len(line) == 2}
-    if crashed and lines:
+    errors: dict[str, str | None] = {line[0]: line[1] for line in lines if len(line) == 2}
+    if crashed and lines and len(lines[-1]) == 1:
         errors[lines[-1][0]] = "it crashes the process that loads it"
     return errors
 
@@ -345,6 +351,7 @@ def _own_libraries(spec: EngineSpec) -> Iterator[tuple[Path, SharedLibrary]]:
             yield path, replace(one, needed=tuple(dict.fromkeys((*one.needed, *sorted(cudnn)))))
 
 
+@cache
 def _recorded(distribution: str) -> dict[str, tuple[Path, int | None]]:
     """The files of an installed distribution, by their names in its record: where they are, and their recorded size."""
     try:
@@ -375,12 +382,21 @@ def _find_by_linker(soname: str) -> Path | None:
 def _find(soname: str, folders: Iterable[Path]) -> Path | None:
     """The first file of this name, or of a longer version (libcudart.so.13.4.36) of a name that has one."""
     for folder in folders:
-        if (folder / soname).is_file():
-            return folder / soname
-        longer = sorted(folder.glob(f"{soname}.*")) if not soname.endswith(".so") else []
-        if longer:
-            return longer[-1]
+        names = _listed(folder)
+        longer = () if soname.endswith(".so") else sorted(name for name in names if name.startswith(f"{soname}."))
+        for name in (soname, *reversed(longer)):
+            if name in names and (folder / name).is_file():
+                return folder / name
     return None
+
+
+@cache
+def _listed(folder: Path) -> frozenset[str]:
+    """The names of the libraries in a folder."""
+    try:
+        return frozenset(path.name for path in folder.iterdir() if path.name.startswith("lib"))
+    except OSError:
+        return frozenset()
 
 
 @cache
@@ -405,7 +421,7 @@ def _cached() -> dict[str, Path]:
     if tool is None:
         return {}
     try:
-        listed = subprocess.run([tool, "-p"], capture_output=True, text=True, timeout=_TRIAL_S, check=False).stdout
+        listed = subprocess.run([tool, "-p"], capture_output=True, text=True, timeout=_LDCONFIG_S, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
     found = re.findall(r"^\s*(\S+) \(.*x86-64.*\) => (.+)$", listed, re.MULTILINE)

@@ -190,10 +190,22 @@ def load_libraries(spec: EngineSpec) -> None:
             loaded.append(replace(need, error=str(error)))
     if obstacle := _explain(spec, tuple(loaded)):
         raise _cannot_load(spec, obstacle)
+    for library in _opened_while_building(loaded):
+        with suppress(OSError):
+            ctypes.CDLL(str(library))
     preload = getattr(sys.modules.get("onnxruntime"), "preload_dlls", None)
     if callable(preload):  # those that others open only when they use them; it prints what it does not find
         with quiet(), suppress(Exception):
             preload()
+
+
+def _opened_while_building(needs: Iterable[_Need]) -> list[Path]:
+    """What TensorRT opens by name when it builds an engine (libnvinfer_builder_resource), where pip has put it."""
+    path = next((need.path for need in needs if need.path and need.soname.startswith("libnvinfer.so.")), None)
+    if path is None or path.parent not in _pip_folders():
+        return []
+    major = path.name.removeprefix("libnvinfer.so.").partition(".")[0]
+    return sorted(path.parent.glob(f"libnvinfer_*.so.{major}*"))
 
 
 def _cannot_load(spec: EngineSpec, obstacle: Obstacle) -> EngineError:

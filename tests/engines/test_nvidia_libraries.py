@@ -214,6 +214,7 @@ def test_what_is_there_is_loaded(site: FakeSite) -> None:
     def load_and_open() -> None:
         nvidia.load_libraries(TENSORRT)
         open_providers()
+        ctypes.CDLL("libnvinfer_builder_resource.so.10.16.1.11")
 
     (site.system / "libcuda.so.1").rename(site.folder / "tensorrt_libs/libcuda.so.1")  # where the linker does not look
     forget()

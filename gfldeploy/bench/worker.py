@@ -129,7 +129,7 @@ def _time(task: Task) -> Timed:
             mixed_batches=sum(one.mixed for one in formed),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=() if cell.precision == "fp32" else reasons(convolutions) if convolutions else None,
-            delegated=engine.delegated,
+            delegated="; ".join(filter(None, (engine.delegated, engine.cuda_graph))) or None,
             idle=task.idle,
             monitored=monitor.record() if monitor else None,
             serving=serving,

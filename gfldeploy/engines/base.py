@@ -201,8 +201,9 @@ class Engine(ClosesOnExit):
     Subclasses set `name`, `version` (of the library) and `title` (in messages), load the graph in `__init__`, and
     implement `infer_timed`. `_model` and `_params` are the graph's files, `_outputs` the names of its outputs.
     `build_s`: seconds to load the graph and to run the most common shape once, where that builds an engine or reads it
-    from a cache. `delegated`: which parts of the graph run in another library, in words. `directory`: where it keeps
-    what it built, None for nowhere.
+    from a cache. `delegated`: which parts of the graph run in another library, in words. `cuda_graph`: whether
+    inferences replay a CUDA graph, or why not, in words; None where there was no reason to try. `directory`: where it
+    keeps what it built, None for nowhere.
     """
 
     name: str
@@ -211,6 +212,7 @@ class Engine(ClosesOnExit):
     options: EngineOptions
     build_s: float | None = None
     delegated: str | None = None
+    cuda_graph: str | None = None
     directory: Path | None = None
     _share_runs = 3  # inferences that `convolution_share` measures
 
@@ -232,6 +234,18 @@ class Engine(ClosesOnExit):
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """As `infer`, with the times of its parts."""
         raise NotImplementedError
+
+    def upload(self, inputs: Tensors) -> Tensors:
+        """Copy inputs to where the engine reads them, if that is elsewhere; what is returned is for one `infer`.
+
+        Another thread may infer meanwhile: the copy of one batch and the inference of another overlap. Raises
+        `EngineError`.
+        """
+        return inputs
+
+    def host_array(self, values: int) -> NDArray[np.float32]:
+        """Memory for so many values of an input, uninitialised, from which the engine copies as fast as it can."""
+        return np.empty(values, np.float32)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """The convolutions of one inference of `inputs`; none where the engine cannot tell. Raises `EngineError`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.ort_binding import BoundSessions
 from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
+Providers = Sequence[tuple[str, dict[str, str]]]
 
 
 class OnnxRuntimeEngine(Engine):
@@ -31,39 +33,47 @@ class OnnxRuntimeEngine(Engine):
     title = "ONNX Runtime"
     libraries = "CUDA and cuDNN"
 
+    graph_option: str | None = "enable_cuda_graph"  # of its first provider
+
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         super().__init__(bundle, options, graph)
         self._ort = require("onnxruntime", "the ONNX Runtime engine")
         self.version: str = self._ort.__version__
         self._providers = self._choose_providers(bundle)
-        self._session: Any = self._open(self._session_options())
+        self._session: Any = None
+        self._on_gpu: BoundSessions | None = None
+        if options.device == "cpu":
+            self._session = self._open(self._session_options())
+        else:
+            uniform = len(set(options.shapes)) == 1 and self.graph_option is not None
+            self._on_gpu = BoundSessions(self._ort, self._open_on_gpu, "cuda", self._outputs, uniform)
+            self.cuda_graph = self._on_gpu.graph_note
 
     def close(self) -> None:
         self._session = None
+        if self._on_gpu is not None:
+            self._on_gpu.close()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """On a GPU through bound inputs and outputs; on a CPU nothing is copied."""
-        start = copied = time.perf_counter()
         with self._explained():
-            if self.options.device == "cpu":
-                arrays = self._session.run(self._outputs, dict(inputs))
-                ran = end = time.perf_counter()
-            else:
-                binding = self._session.io_binding()
-                for name, array in inputs.items():
-                    value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
-                    binding.bind_ortvalue_input(name, value)
-                for name in self._outputs:
-                    binding.bind_output(name, "cuda")
-                binding.synchronize_inputs()
-                copied = time.perf_counter()
-                self._session.run_with_iobinding(binding)
-                binding.synchronize_outputs()
-                ran = time.perf_counter()
-                arrays = binding.copy_outputs_to_cpu()
-                end = time.perf_counter()
-        return dict(zip(self._outputs, arrays, strict=True)), CopyTimes.between(start, copied, ran, end)
+            if self._on_gpu is not None:
+                try:
+                    return self._on_gpu.infer_timed(inputs)
+                finally:
+                    self.cuda_graph = self._on_gpu.graph_note
+            start = time.perf_counter()
+            arrays = self._session.run(self._outputs, dict(inputs))
+            ran = time.perf_counter()
+        return dict(zip(self._outputs, arrays, strict=True)), CopyTimes.between(start, start, ran, ran)
+
+    def upload(self, inputs: Tensors) -> Tensors:
+        with self._explained():
+            return inputs if self._on_gpu is None else self._on_gpu.upload(inputs)
+
+    def host_array(self, values: int) -> NDArray[np.float32]:
+        return super().host_array(values) if self._on_gpu is None else self._on_gpu.host_array(values)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """From the graph that ONNX Runtime optimised; it is the same for all inputs."""
@@ -99,21 +109,52 @@ class OnnxRuntimeEngine(Engine):
     def _session_options(self) -> Any:
         return session_options(self._ort, self.options.threads)
 
-    def _open(self, session_options: Any) -> Any:
+    def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:
+        """The sessions that run one after the other."""
+        return [self._open(self._session_options(), cuda_graph)]
+
+    def _open(
+        self,
+        session_options: Any,
+        cuda_graph: bool = False,
+        model: str | bytes | None = None,
+        providers: Providers | None = None,
+    ) -> Any:
+        """A session; `model`, a path or the content of a file, and `providers` are by default those of the engine."""
+        (first, options), *others = providers or self._providers
+        if cuda_graph:
+            options = options | {str(self.graph_option): "1"}
         with self._explained(f"cannot load {self._model}"):
-            session = self._ort.InferenceSession(str(self._model), session_options, providers=self._providers)
-        used, wanted = session.get_providers()[0], self._providers[0][0]
-        if used != wanted:
+            # Its own fallback would run on the CPU, without an error, what fails on the GPU.
+            session = self._ort.InferenceSession(
+                model or str(self._model), session_options, providers=[(first, options), *others], enable_fallback=0
+            )
+        used = session.get_providers()[0]
+        if used != first:
             # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
             raise EngineError(
-                f"ONNX Runtime fell back to {used} instead of {wanted}",
+                f"ONNX Runtime fell back to {used} instead of {first}",
                 f"Install the {self.libraries} libraries that this onnxruntime-gpu was built for.",
             )
         return session
 
-    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
+    def _choose_providers(self, bundle: Bundle) -> Providers:
         """The execution providers with their options, the one that must not be missing first."""
-        return [(PROVIDERS[self.options.device], {})]
+        return [(PROVIDERS[self.options.device], cuda_options(self.options) if self.options.device == "gpu" else {})]
+
+
+def cuda_options(options: EngineOptions) -> dict[str, str]:
+    """Provider options of ONNX Runtime's CUDAExecutionProvider; what is not here is left as it is.
+
+    `cudnn_conv_algo_search`: its convolutions remember the kernels for the input shape before alone, and choose anew
+    when it changes. EXHAUSTIVE, which is its default, chooses most carefully and slowest: for inputs of one shape only.
+    The memory arena stays at its default, which grows by doubling: by what each shape needs it would be fragmented.
+    """
+    uniform = len(set(options.shapes)) == 1
+    return {
+        "use_tf32": str(int(options.tf32)),
+        "cudnn_conv_algo_search": "EXHAUSTIVE" if uniform else "HEURISTIC",
+    }
 
 
 def session_options(ort: Any, threads: int) -> Any:

@@ -12,7 +12,7 @@ import ctypes
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt-rtx"
+    graph_option = None  # the plug-in has one; without a GPU nobody can tell what it does
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph, compiled if it is not yet. Raises `MissingDependencyError`, `BundleError`, `OutputError` or
@@ -64,7 +65,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         set_tf32(self.options.tf32)
         return [(plugin.provider, rtx_options(self._tensorrt, directory / _KERNELS))]
 
-    def _open(self, session_options: Any) -> Any:
+    def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:
         (provider, options), *_ = self._providers
         if not self._compiled.exists():
             with self._explained(f"cannot compile {self._model}"):
@@ -74,6 +75,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
             self._compiled.unlink()
             raise EngineError(f"TensorRT-RTX takes no part of {self._model}", "Use the engine onnxruntime.")
         self.delegated = parts_in_words(parts, outside, "TensorRT-RTX")
+        session_options = self._session_options()
         session_options.add_provider_for_devices([self._device], options)
         try:
             session = self._ort.InferenceSession(str(self._compiled), session_options, enable_fallback=0)
@@ -82,7 +84,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
             raise EngineError(f"{self.title} cannot load {self._compiled}: {summary(error)}", remedy) from error
         if (used := session.get_providers()[0]) != provider:
             raise EngineError(f"ONNX Runtime fell back to {used}", "Check the GPU and its driver.")
-        return session
+        return [session]
 
 
 @dataclass(frozen=True)

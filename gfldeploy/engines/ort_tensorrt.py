@@ -10,7 +10,7 @@ from typing import Any
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Precision, Shape, Tensors
 from gfldeploy.engines.hardware import set_tf32
-from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, session_options
+from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, Providers, session_options
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 
 _TENSORRT = "TensorrtExecutionProvider"
@@ -44,7 +44,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     def _session_options(self) -> Any:
         return tensorrt_session_options(self._ort, self.options.threads)
 
-    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
+    def _choose_providers(self, bundle: Bundle) -> Providers:
         tensorrt = TensorRtOptions.of(self.options)
         self.directory = tensorrt.directory(self, bundle)
         options = tensorrt_options(self.options.precision, tensorrt, self.directory)

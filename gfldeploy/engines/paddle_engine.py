@@ -15,6 +15,7 @@ from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
 from gfldeploy.engines.paddle_program import explain, program_convolutions
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
@@ -45,6 +46,8 @@ class PaddleEngine(Engine):
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         super().__init__(bundle, options, graph)  # before the import, which takes seconds
+        if options.device == "gpu":
+            set_tf32(options.tf32)  # Paddle 3.2 has no flag for convolutions in inference; NVIDIA's libraries obey this
         self._paddle = require("paddle", "the Paddle Inference engine")
         from paddle import inference
 

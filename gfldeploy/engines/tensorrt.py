@@ -123,13 +123,25 @@ class AnyShapeEngine(Engine):
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
         self.build_s, self.delegated, self.directory = opened.build_s, opened.delegated, opened.directory
+        self._any = opened  # though it may be closed: memory of the host belongs to none of them
 
     def close(self) -> None:
         while self._opened:
             self._opened.popitem()[1].close()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
-        return self._engine_for(inputs).infer_timed(inputs)
+        engine = self._engine_for(inputs)
+        try:
+            return engine.infer_timed(inputs)
+        finally:
+            self.cuda_graph = engine.cuda_graph
+
+    def upload(self, inputs: Tensors) -> Tensors:
+        engine = self._opened.get(self.profile_of(_shape(inputs)))  # the thread that infers opens them
+        return inputs if engine is None else engine.upload(inputs)
+
+    def host_array(self, values: int) -> NDArray[np.float32]:
+        return self._any.host_array(values)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         return self._engine_for(inputs).executed_convolutions(inputs)
@@ -145,8 +157,7 @@ class AnyShapeEngine(Engine):
         return Profile.spanning((*self._first.shapes, *possible_shapes(self._bundle.manifest, batch_size), shape))
 
     def _engine_for(self, inputs: Tensors) -> Engine:
-        batch, _, height, width = inputs["image"].shape
-        return self._engine(self.profile_of((batch, height, width)))
+        return self._engine(self.profile_of(_shape(inputs)))
 
     def _engine(self, profile: Profile) -> Engine:
         engine = self._opened.pop(profile, None)
@@ -196,6 +207,11 @@ def _leave_note(engine: Engine, bundle: Bundle, profile: Profile) -> None:
     about = {"engine": engine.name, "version": engine.version, "precision": engine.options.precision}
     note = {"what": "built by gfldeploy", **about, "bundle": bundle.name, "digest": bundle.digest}
     write_json(engine.directory / NOTE, {**note, "shapes": list(profile.shapes)})
+
+
+def _shape(inputs: Tensors) -> Shape:
+    batch, _, height, width = inputs["image"].shape
+    return batch, height, width
 
 
 def example(shape: Shape) -> Tensors:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
-from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
@@ -57,6 +57,7 @@ class _Batch:
 
     `tensor`: the network's input, None if no image could be read; `rows`: of its first rows, the image's place in
     `group` and its scale. `errors`: of images that could not be read, by place. `memory`: of which `tensor` is a view.
+    `inputs`: `tensor` where the engine reads it.
     """
 
     group: Sequence[tuple[int, Picture]]
@@ -64,6 +65,7 @@ class _Batch:
     rows: Sequence[tuple[int, tuple[float, float]]]
     errors: Mapping[int, DataError]
     memory: NDArray[np.float32]
+    inputs: Tensors | None = None
 
 
 def detect_groups(
@@ -94,8 +96,10 @@ def detect_groups(
     )
     groups = islice(stream_batches(items, batch_size, order, look_ahead), skip, None)
     with _cpu_shared(engine.options) as decoders:
-        batches = _prepared(manifest, groups, reduced, decoders)
-        with closing(ahead(_inferred(engine, ahead(batches)))) as done:
+        batches = _uploaded(engine, ahead(_prepared(manifest, groups, reduced, decoders, _Memory(engine.host_array))))
+        if engine.options.device == "gpu":  # to which one batch is copied while it computes another
+            batches = ahead(batches)
+        with closing(ahead(_inferred(engine, batches))) as done:
             for batch, scores, boxes in done:
                 scales = [scale for _, scale in batch.rows]
                 found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
@@ -183,7 +187,8 @@ def _cpu_shared(options: EngineOptions) -> Iterator[int]:
 class _Memory:
     """Arrays that batches take in turn: one for each batch at work, each as large as its largest batch so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, new: Callable[[int], NDArray[np.float32]]) -> None:
+        self._new = new
         self._free: queue.SimpleQueue[NDArray[np.float32]] = queue.SimpleQueue()
 
     def take(self, values: int) -> NDArray[np.float32]:
@@ -192,19 +197,22 @@ class _Memory:
             memory = self._free.get_nowait()
         except queue.Empty:
             memory = np.empty(0, np.float32)
-        return memory if memory.size >= values else np.empty(values, np.float32)
+        return memory if memory.size >= values else self._new(values)
 
     def give(self, memory: NDArray[np.float32]) -> None:
         self._free.put(memory)
 
 
 def _prepared(
-    manifest: Manifest, groups: Iterable[tuple[Sequence[tuple[int, Picture]], Size]], reduced: bool, decoders: int
+    manifest: Manifest,
+    groups: Iterable[tuple[Sequence[tuple[int, Picture]], Size]],
+    reduced: bool,
+    decoders: int,
+    memory: _Memory,
 ) -> Iterator[tuple[_Batch, _Memory]]:
     """Decode and preprocess, batch by batch, straight into the network's input."""
     preprocess = manifest.preprocess
     fixed = manifest.inputs[0].shape[0]  # a network that takes so many images and no other number
-    memory = _Memory()
 
     def fill(job: tuple[Picture, NDArray[np.float32]]) -> tuple[float, float] | DataError:
         picture, row = job
@@ -236,6 +244,13 @@ def _prepared(
             yield _Batch(group, tensor[: fixed or len(rows)] if rows else None, rows, errors, block), memory
 
 
+def _uploaded(engine: Engine, batches: Generator[tuple[_Batch, _Memory]]) -> Generator[tuple[_Batch, _Memory]]:
+    with closing(batches):
+        for batch, memory in batches:
+            inputs = None if batch.tensor is None else engine.upload({"image": batch.tensor})
+            yield replace(batch, inputs=inputs), memory
+
+
 def _inferred(
     engine: Engine, batches: Generator[tuple[_Batch, _Memory]]
 ) -> Iterator[tuple[_Batch, NDArray[np.float32], NDArray[np.float32]]]:
@@ -244,7 +259,7 @@ def _inferred(
     with closing(batches):
         for batch, memory in batches:
             scores, boxes = nothing, nothing
-            if batch.tensor is not None:
-                scores, boxes = check_outputs(engine, engine.infer({"image": batch.tensor}), len(batch.tensor))
+            if batch.tensor is not None and batch.inputs is not None:
+                scores, boxes = check_outputs(engine, engine.infer(batch.inputs), len(batch.tensor))
             memory.give(batch.memory)
             yield batch, scores[: len(batch.rows)], boxes[: len(batch.rows)]

@@ -129,7 +129,9 @@ def analyze(
         images=len(paths),
         peak=best,
         rounds=tuple(tuple(passes) for passes in measured),
-        batches=tuple(analyze_passes(measured, _macs(opened, dataset), best.gmac_per_s if best else None)),
+        batches=tuple(
+            analyze_passes(measured, _macs(opened, dataset), best.gmac_per_s if best else None, options.device)
+        ),
         invariance=tuple(compared),
     )
     if path is not None:

@@ -97,6 +97,27 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """How far an engine is from the CPU, on a few of the images that it is timed on.
+
+    `reference`: what ran on the CPU, in words; `images` were compared. `score_difference`, `score_difference_max`: mean
+    and largest, absolute, over the candidates that both have. `box_difference_px`, `box_difference_max_px`: median and
+    largest of a corner, over those with a score of 0.4 or more; in FP32 the largest is over all. `detections`: how many
+    score 0.4 or more; `unmatched`: of those, without another of their class, half their score and an IoU of 0.5 on the
+    other side (`quant.agreement`), counted on the side where it is more.
+    """
+
+    reference: str
+    images: int
+    detections: int
+    unmatched: int
+    score_difference: float
+    score_difference_max: float
+    box_difference_px: float
+    box_difference_max_px: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One process that measured one cell.
 
@@ -116,6 +137,9 @@ class Run:
     `not_low_precision`: why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason
     (`engines.base.reasons`); empty where FP32 was asked for, None where it was not recorded or the engine cannot tell.
     `delegated`: how much of the graph runs in TensorRT, in words; None where none is asked for.
+
+    `parity`: what came of comparing the engine with the CPU before it was timed; None where it was judged when the
+    bundle was published, and where it could not be compared, for the reason `not_compared`.
     """
 
     started: str
@@ -136,6 +160,8 @@ class Run:
     delegated: str | None = None
     monitored: Monitored | None = None
     serving: Serving | None = None
+    parity: Parity | None = None
+    not_compared: str | None = None
 
 
 @dataclass(frozen=True)

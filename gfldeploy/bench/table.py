@@ -20,7 +20,7 @@ from gfldeploy.bench.cell import STREAMS, Cell, names
 from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, percentile, supports
 from gfldeploy.bench.monitor import BUSY_PERCENT
-from gfldeploy.bench.results import BenchResults, CellResult, Run
+from gfldeploy.bench.results import BenchResults, CellResult, Parity, Run
 from gfldeploy.files import write_text
 from gfldeploy.text import spreadsheet_cell
 
@@ -138,6 +138,12 @@ class Row:
         return f"{total - convolutions.get('fp32', 0)} of {total}"
 
     @property
+    def parity(self) -> Parity | None:
+        """How far the engine is from the CPU, of the round in which it is farthest; None where it was not compared."""
+        found = [run.parity for run in self.result.runs if run.parity] if self.ok else []
+        return max(found, key=lambda one: (one.score_difference_max, one.box_difference_max_px), default=None)
+
+    @property
     def memory_mb(self) -> float | None:
         """The peak resident memory less the prepared inputs, 10^6 bytes."""
         return max(run.peak_rss_mb - run.inputs_mb for run in self.result.runs) if self.ok else None
@@ -241,7 +247,8 @@ class Row:
 
     @cached_property
     def note(self) -> str | None:
-        """Why it was skipped or failed, why there is no mAP, and what did not run in the low precision asked for."""
+        """Why it was skipped or failed, why there is no mAP, what did not run in the low precision asked for, and
+        why it was not compared with the CPU."""
         result = self.result
         if not self.ok:
             remedy = f"; {result.remedy.rstrip('.')}" if result.remedy else ""
@@ -249,7 +256,9 @@ class Row:
         no_accuracy = f"no mAP: {result.accuracy_reason}" if result.accuracy_reason else None
         if result.accuracy and result.ap is None:
             no_accuracy = "no mAP: it is undefined, as the images have no objects to find"
-        return "; ".join(filter(None, (self._not_lowered(), no_accuracy))) or None
+        lacking = result.runs[-1].not_compared
+        not_compared = f"not compared with the CPU: {lacking}" if lacking else None
+        return "; ".join(filter(None, (self._not_lowered(), no_accuracy, not_compared))) or None
 
     def _percentile(self, latency_ms: Sequence[float], percent: int) -> Estimate | None:
         if not self.ok or not latency_ms or not (percent == 50 or supports(len(latency_ms), percent)):
@@ -355,6 +364,10 @@ def _of_served(value: Callable[[Served], Value]) -> Callable[[Row], Value]:
     return lambda row: value(row.served) if row.served else None
 
 
+def _of_parity(value: Callable[[Parity], Value]) -> Callable[[Row], Value]:
+    return lambda row: value(row.parity) if row.parity else None
+
+
 def _file_ms(row: Row, percent: int) -> Value:
     found = None if row.is_server else row.file_ms(percent)
     return found or (NOT_MEASURED if percent == 50 and row.ok and not row.is_server else None)
@@ -417,6 +430,10 @@ COLUMNS: list[Column[Row]] = [
     Column("percent_of_peak", "% of peak", lambda row: row.percent_of_peak, digits=0, drop=11),
     Column("percent_of_bandwidth", "% of bandwidth", lambda row: row.percent_of_bandwidth, digits=0, drop=15),
     Column("padding", "padding", lambda row: row.padding, digits=2, drop=9),
+    Column(
+        "cpu_score_difference", "score off CPU", _of_parity(lambda one: one.score_difference_max), digits=6, drop=16
+    ),
+    Column("cpu_box_difference_px", "box off CPU", _of_parity(lambda one: one.box_difference_max_px), "px", drop=16),
     Column("flags", "flags", lambda row: " ".join(row.flags) or None, words=True, drop=6, first=True),
 ]
 

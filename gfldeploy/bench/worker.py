@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
+from gfldeploy.bench.cpu_parity import compare_with_cpu, write_reference
 from gfldeploy.bench.inputs import make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
@@ -47,10 +48,12 @@ class Task:
 
     timing: on these `images`; `idle`: how the machine was before. accuracy: COCO's at batch 1, whatever the cell's
     batch size, on the first `accuracy_limit` images (None: all) of the `annotations`. peak: what the engine reaches at
-    best. `engine_cache`: where engines keep what they compiled.
+    best. `engine_cache`: where engines keep what they compiled. reference: writes the outputs of a few of the `images`
+    into the file `reference`, with which timing compares its own, and what wrote them is `reference_by`;
+    `not_compared`: why it does not, though it should.
     """
 
-    kind: Literal["timing", "accuracy", "peak"]
+    kind: Literal["reference", "timing", "accuracy", "peak"]
     cell: Cell
     bundle: Path = Path()
     images: tuple[Path, ...] = ()
@@ -60,6 +63,16 @@ class Task:
     image_dir: Path | None = None
     accuracy_limit: int | None = None
     engine_cache: Path | None = None
+    reference: Path | None = None
+    reference_by: str = ""
+    not_compared: str | None = None
+
+
+@dataclass(frozen=True)
+class CpuOutputs:
+    """What wrote the outputs to compare with, in words."""
+
+    by: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,9 @@ class Timed:
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
     task = build(Task, message, "task")
-    measure: Callable[[Task], object] = {"timing": _time, "accuracy": _accuracy, "peak": _peak}[task.kind]
+    measure: Callable[[Task], object] = {
+        "reference": _reference, "timing": _time, "accuracy": _accuracy, "peak": _peak,
+    }[task.kind]  # fmt: skip
     return {task.kind: plain(measure(task))}
 
 
@@ -98,6 +113,9 @@ def _time(task: Task) -> Timed:
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
         first_ms = (time.perf_counter() - start) * 1e3
+        parity = None
+        if task.reference is not None:
+            parity = compare_with_cpu(engine, batches, task.reference, task.reference_by, bundle)
         monitor = Monitor(settings.monitor_hz, cell.device) if settings.monitor_hz else None
         with monitor or nullcontext():
             serving = None
@@ -133,8 +151,21 @@ def _time(task: Task) -> Timed:
             idle=task.idle,
             monitored=monitor.record() if monitor else None,
             serving=serving,
+            parity=parity,
+            not_compared=task.not_compared,
         )
     return Timed(run, tuple(image.tensor.shape[1:] for image in images))
+
+
+def _reference(task: Task) -> CpuOutputs:
+    cell, bundle = task.cell, Bundle.open(task.bundle)
+    preprocess = bundle.manifest.preprocess
+    batches = make_batches(prepare_images(task.images, preprocess), preprocess, cell.batch_size, cell.order)
+    fixed = bundle.manifest.inputs[0].shape[0] is not None
+    with _open(cell, bundle, (), None) as engine:
+        assert task.reference is not None
+        write_reference(task.reference, engine, batches, fixed)
+        return CpuOutputs(f"{cell.engine} {engine.version} {cell.precision} on the CPU")
 
 
 def _open(cell: Cell, bundle: Bundle, shapes: Iterable[Shape], cache: Path | None) -> Engine:

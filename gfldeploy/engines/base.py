@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -39,6 +39,13 @@ class Obstacle(NamedTuple):
 
     reason: str
     remedy: str
+
+
+def remedy_sentence(remedy: str) -> str:
+    """A remedy as a sentence of its own; a command stays as it is typed, without a full stop."""
+    if remedy.startswith(("pip ", "uv ")):
+        return f"Run: {remedy}"
+    return f"{remedy[0].upper()}{remedy[1:].rstrip('.')}."
 
 
 class Build(NamedTuple):
@@ -71,10 +78,11 @@ class EngineSpec:
     `rank`: place among the engines that run a bundle where none is named, the fastest has 1; None: never unless named.
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
     `quantize` publish must hold in it. `needs_shapes`: it is built for the range of `EngineOptions.shapes` and refuses
-    other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `needs_tensorrt`: TensorRT must be
-    installed beside its library. `brings_tensorrt`: it runs in a TensorRT that its library brings. `beside`: a library
-    that must be installed too, in whatever build. `gpus`: the compute capabilities of the GPUs that it runs on, where
-    the last stands for all newer ones too; () for any GPU.
+    other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `tensorrt`: it runs in TensorRT.
+    `beside`: a library that must be installed too, in whatever build. `gpus`: the compute capabilities of the GPUs that
+    it runs on, where the last stands for all newer ones too; () for any GPU. `gpu_files`: the native libraries of its
+    GPU build which say by their needs what else must be installed. `gpu_opens`: what of TensorRT its library opens by a
+    bare name, where the linker must find it.
     """
 
     name: str
@@ -86,10 +94,11 @@ class EngineSpec:
     default: bool = False
     judges: bool = False
     needs_shapes: bool = False
-    needs_tensorrt: bool = False
-    brings_tensorrt: bool = False
+    tensorrt: bool = False
     beside: Library | None = None
     gpus: tuple[tuple[int, int], ...] = ()
+    gpu_files: tuple[str, ...] = ()
+    gpu_opens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for device, graphs in self.runs.items():
@@ -294,6 +303,15 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported. A plain folder of its name, as a bundle's `onnx/`, is no module."""
+    try:
+        found = util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):  # the package that it would be in; a stand-in without a specification
+        return False
+    return found is not None and found.origin is not None
 
 
 def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
+DRIVER = Path("/proc/driver/nvidia")  # where the NVIDIA driver says what it is
 
 
 def cpu_model() -> str:
@@ -29,7 +30,7 @@ def cpu_flags() -> frozenset[str]:
 
 def gpu_models() -> tuple[str, ...]:
     """Those that the NVIDIA driver lists."""
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    files = sorted(DRIVER.glob("gpus/*/information"))
     return tuple(model for file in files for model in _values(file, "Model"))
 
 
@@ -64,7 +65,7 @@ def set_tf32(allowed: bool) -> None:
 def nvidia_driver() -> str | None:
     """The version of the loaded NVIDIA driver, None without one."""
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."
-    for text in _values("/proc/driver/nvidia/version", "NVRM version"):
+    for text in _values(DRIVER / "version", "NVRM version"):
         return next((word for word in text.split() if word[0].isdigit() and "." in word), "unknown version")
     return None
 

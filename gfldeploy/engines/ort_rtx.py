@@ -23,7 +23,7 @@ from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
-from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text
+from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text, tensorrt_session_options
 from gfldeploy.engines.registry import TENSORRT_RTX
 from gfldeploy.engines.tensorrt import Profile, TensorRtOptions, example
 from gfldeploy.errors import EngineError, summary
@@ -47,6 +47,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         """Load the graph, compiled if it is not yet. Raises `MissingDependencyError`, `BundleError`, `OutputError` or
         `EngineError`."""
         start = time.perf_counter()
+        set_tf32(options.tf32)  # the provider has no option for it
         self._tensorrt = TensorRtOptions.of(options)
         super().__init__(bundle, options, graph)
         self.infer(example(self._tensorrt.most_common))
@@ -56,13 +57,15 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         """None: TensorRT-RTX does not report them; see `delegated`."""
         return ()
 
+    def _session_options(self) -> Any:
+        return tensorrt_session_options(self._ort, self.options.threads)
+
     def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
         plugin = load_plugin(self._ort)
         self._device = plugin.device
         self.version = f"{self.version}, TensorRT-RTX {plugin.version}"
         self.directory = directory = self._tensorrt.directory(self, bundle)
         self._compiled = directory / _COMPILED
-        set_tf32(self.options.tf32)
         return [(plugin.provider, rtx_options(self._tensorrt, directory / _KERNELS))]
 
     def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:

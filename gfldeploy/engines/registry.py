@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import (
@@ -25,9 +25,11 @@ from gfldeploy.engines.base import (
     Precision,
     Shape,
     installed_version,
+    is_installed,
 )
 from gfldeploy.engines.hardware import compute_capabilities, cpu_flags, nvidia_driver
-from gfldeploy.engines.tensorrt import AnyShapeEngine, tensorrt_library
+from gfldeploy.engines.nvidia_libraries import obstacle_to_loading
+from gfldeploy.engines.tensorrt import AnyShapeEngine
 from gfldeploy.errors import UnsupportedError
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
@@ -61,6 +63,8 @@ _FP16_FILE_FOR_GPUS = Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or
 _NO_BF16_ON_GPUS = Obstacle("gfldeploy has no BF16 on GPUs yet", "use fp16")
 _NEEDS_TENSORRT = Obstacle("INT8 on GPUs needs TensorRT", "use an engine with TensorRT, or fp16")
 _PLAIN = Obstacle("it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
+_ORT_CUDA = "libonnxruntime_providers_cuda.so"
+_PADDLE_FILES = ("libpaddle.so",)
 _GPUS_ALONE = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
 
 _BUILT_IN = (
@@ -76,6 +80,7 @@ _BUILT_IN = (
         rank=3,
         default=True,
         judges=True,
+        gpu_files=_PADDLE_FILES,
     ),
     EngineSpec(
         name="paddle-plain",
@@ -99,7 +104,9 @@ _BUILT_IN = (
             },
         },
         needs_shapes=True,
-        needs_tensorrt=True,
+        tensorrt=True,
+        gpu_files=_PADDLE_FILES,
+        gpu_opens=("libnvinfer.so", "libnvinfer_plugin.so"),
     ),
     EngineSpec(
         name="onnxruntime",
@@ -113,6 +120,7 @@ _BUILT_IN = (
         rank=2,
         default=True,
         judges=True,
+        gpu_files=(_ORT_CUDA,),
     ),
     EngineSpec(
         name="onnxruntime-tensorrt",
@@ -124,7 +132,8 @@ _BUILT_IN = (
             "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
         },
         needs_shapes=True,
-        needs_tensorrt=True,
+        tensorrt=True,
+        gpu_files=(_ORT_CUDA, "libonnxruntime_providers_tensorrt.so"),
     ),
     EngineSpec(
         name="onnxruntime-tensorrt-rtx",
@@ -136,8 +145,9 @@ _BUILT_IN = (
             "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
         },
         needs_shapes=True,
-        brings_tensorrt=True,
+        tensorrt=True,
         beside=ONNXRUNTIME,
+        gpu_files=("libonnxruntime_providers_nv_tensorrt_rtx.so",),
         gpus=((8, 6), (8, 9), (12, 0)),  # RTX 30, 40, 50: tensorrt_rtx_provider_options.h in the plug-in's wheel
     ),
     EngineSpec(
@@ -182,7 +192,7 @@ def _all_engines() -> dict[str, EngineSpec]:
 ENGINES: Mapping[str, EngineSpec] = _all_engines()
 DEFAULT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.default)
 JUDGES = tuple(name for name, spec in ENGINES.items() if spec.judges)
-TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.needs_tensorrt or spec.brings_tensorrt)
+TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.tensorrt)
 PREFERRED_ENGINES = tuple(
     spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
 )
@@ -238,15 +248,15 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
     if device == "gpu" and spec.gpus and (obstacle := _wrong_gpu(spec)):
         return obstacle
-    if not _is_installed(library.module):
+    if not is_installed(library.module):
         return Obstacle(f"{library.module} is not installed", library.builds[device].install)
-    if spec.beside and not _is_installed(spec.beside.module):
+    if spec.beside and not is_installed(spec.beside.module):
         return Obstacle(f"{spec.beside.module} is not installed", spec.beside.builds["cpu"].install)
     if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
         which = "the CPU build" if "cpu" in library.builds else "another build"
         return Obstacle(f"{which} of {library.module} is installed", library.builds["gpu"].install)
-    if spec.needs_tensorrt and tensorrt_library() is None:
-        return Obstacle("TensorRT is not installed", "pip install tensorrt, in the version of your CUDA")
+    if device == "gpu" and (obstacle := obstacle_to_loading(spec)):
+        return obstacle
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
@@ -261,13 +271,6 @@ def _wrong_gpu(spec: EngineSpec) -> Obstacle | None:
     here = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(found)))
     needs = f"{spec.title} needs a GPU of compute capability {', '.join(some)}, or {last} and newer"
     return Obstacle(f"{needs}, not {here}", "use the engine onnxruntime-tensorrt")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that the module would be in
-        return False
 
 
 def title_of(engine: str) -> str:

@@ -7,9 +7,7 @@ run inputs of any shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from ctypes.util import find_library
 from dataclasses import dataclass, replace
-from importlib import util
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,10 +22,10 @@ from gfldeploy.engines.base import (
     ExecutedConvolution,
     Shape,
     Tensors,
-    installed_version,
 )
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
+from gfldeploy.engines.nvidia_libraries import tensorrt_library as tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import write_json
 
@@ -38,7 +36,6 @@ WORKSPACE_BYTES = 4096 * 2**20
 MIN_SUBGRAPH = 3
 # In the folder of what was built, once it is whole: what it is, for people who look there.
 NOTE = "built.json"
-_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _PHOTOGRAPH = (3000, 4000)  # (height, width): what most cameras take
 # Engines of a detector that are open at once; each has the weights, and memory for its largest input.
 _OPEN = 2
@@ -218,14 +215,3 @@ def example(shape: Shape) -> Tensors:
     """An input of this shape, to build an engine with."""
     batch, height, width = shape
     return {"image": np.zeros((batch, 3, height, width), np.float32)}
-
-
-def tensorrt_library() -> str | None:
-    """The version of the installed TensorRT, "unknown version" of a bare library, None without one.
-
-    Found without loading it: the `tensorrt` wheels bring the library in `tensorrt_libs`, an installation of NVIDIA's
-    puts it where the linker looks.
-    """
-    if version := next(filter(None, map(installed_version, _DISTRIBUTIONS)), None):
-        return version
-    return "unknown version" if util.find_spec("tensorrt_libs") or find_library("nvinfer") else None

@@ -83,7 +83,7 @@ def test_table(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_extras_in_brackets_survive(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("gfldeploy.engines.registry.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gfldeploy.engines.base.util.find_spec", lambda name: None)
     run("--all")
     shown = " ".join(capfd.readouterr().out.split())  # which is broken into lines
     assert "onnxruntime is not installed; pip install onnxruntime" in shown

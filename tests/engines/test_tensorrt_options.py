@@ -14,10 +14,11 @@ import pytest
 
 from gfldeploy.engines import tensorrt
 from gfldeploy.engines.base import EngineOptions, Precision
+from gfldeploy.engines.nvidia_libraries import tensorrt_library
 from gfldeploy.engines.ort_tensorrt import describe_delegation, tensorrt_options
 from gfldeploy.engines.paddle_engine import use_tensorrt
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
-from gfldeploy.engines.tensorrt import TensorRtOptions, tensorrt_library
+from gfldeploy.engines.tensorrt import TensorRtOptions
 from gfldeploy.errors import EngineError, OutputError
 
 OPTIONS = TensorRtOptions((1, 800, 800), (4, 800, 1216), (8, 1216, 1344), Path("cache"))

@@ -516,6 +516,7 @@ def test_the_batcher_in_a_soak(tiny_bundle: Path, tmp_path: Path) -> None:
         "bench_overhead",
         "batch_padding",
         "end_to_end",
+        "gpu",
         "memory",
         "openvino_against_nncf",
         "planted_causes",

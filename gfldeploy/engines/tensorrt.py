@@ -37,6 +37,7 @@ MIN_SUBGRAPH = 3
 # In the folder of what was built, once it is whole: what it is, for people who look there.
 NOTE = "built.json"
 _PHOTOGRAPH = (3000, 4000)  # (height, width): what most cameras take
+_SMALLEST = 32  # pixels: what the real TensorRT builds for, and the usual stride
 # Engines of a detector that are open at once; each has the weights, and memory for its largest input.
 _OPEN = 2
 
@@ -86,9 +87,10 @@ def _corner(pick: Callable[[Iterable[int]], int], shapes: Sequence[Shape]) -> Sh
 
 
 def possible_shapes(manifest: Manifest, batch_size: int = 1) -> tuple[Shape, ...]:
-    """Shapes that span every input of a detector in batches of up to `batch_size`; the first is of a photograph.
+    """Shapes that span the inputs of a detector in batches of up to `batch_size`; the first is of a photograph.
 
-    They follow from what is done to images: whatever these are, resizing bounds their sides.
+    They follow from what is done to images: whatever these are, resizing bounds their sides. Only where inputs are not
+    padded, elongated images can have a side below the smallest here.
     """
     preprocess = manifest.preprocess
     fixed, _, *sides = manifest.inputs[0].shape
@@ -97,7 +99,7 @@ def possible_shapes(manifest: Manifest, batch_size: int = 1) -> tuple[Shape, ...
         smallest = largest = usual
     else:
         longest = max(preprocess.target_size)
-        smallest, largest = preprocess.padded_size(1, 1), preprocess.padded_size(longest, longest)
+        smallest, largest = preprocess.padded_size(_SMALLEST, _SMALLEST), preprocess.padded_size(longest, longest)
     most, fewest = fixed or batch_size, fixed or 1
     return tuple(dict.fromkeys(((most, *usual), (fewest, *smallest), (most, *largest))))
 

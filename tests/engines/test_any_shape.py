@@ -106,6 +106,17 @@ def test_the_profile_does_not_depend_on_the_inputs_before(tiny_bundle: Path, tmp
     assert scores[0] == scores[1]
 
 
+def test_inputs_are_uploaded_to_engines_that_are_open(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Another thread infers meanwhile: it opens and closes them."""
+    with opened(tiny_bundle, tmp_path, LANDSCAPE) as engine:
+        known, other = example(LANDSCAPE), example(WIDE)
+        assert engine.upload(known)["image"] is not known["image"]
+        assert engine.upload(other) is other and len(builds(tmp_path)) == 1
+        engine.infer(other)
+        assert engine.upload(other)["image"] is not other["image"]
+        assert engine.host_array(5).shape == (5,)
+
+
 def test_few_are_open_and_few_are_built(tiny_bundle: Path, tmp_path: Path) -> None:
     before = ShapedEngine.open
     source = np.random.default_rng(0)

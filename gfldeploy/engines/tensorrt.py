@@ -6,7 +6,11 @@ run inputs of any shape.
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +32,7 @@ from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.engines.nvidia_libraries import tensorrt_library as tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import write_json
+from gfldeploy.progress import Progress
 
 # What TensorRT's tactics may use: more than the convolutions of a GFL need at 800x1344. With too little, TensorRT
 # silently chooses slower ones.
@@ -38,6 +43,8 @@ MIN_SUBGRAPH = 3
 NOTE = "built.json"
 _PHOTOGRAPH = (3000, 4000)  # (height, width): what most cameras take
 _SMALLEST = 32  # pixels: what the real TensorRT builds for, and the usual stride
+# What ends when the engine that is being opened is open, or cannot be.
+_locks: ContextVar[ExitStack | None] = ContextVar("locks", default=None)
 # Engines of a detector that are open at once; each has the weights, and memory for its largest input.
 _OPEN = 2
 
@@ -163,8 +170,13 @@ class AnyShapeEngine(Engine):
         if engine is None:
             while len(self._opened) >= _OPEN:
                 self._opened.pop(next(iter(self._opened))).close()  # the one that was used the longest time ago
-            engine = self._open_one(replace(self.options, shapes=profile.shapes))
-            _leave_note(engine, self._bundle, profile)
+            with ExitStack() as locks:
+                outer = _locks.set(locks)
+                try:
+                    engine = self._open_one(replace(self.options, shapes=profile.shapes))
+                finally:
+                    _locks.reset(outer)
+                _leave_note(engine, self._bundle, profile)
         self._opened[profile] = engine
         return engine
 
@@ -186,17 +198,35 @@ class TensorRtOptions(Profile):
     def directory(self, engine: Engine, bundle: Bundle) -> Path:
         """The folder of what `engine` builds of `bundle` on this machine, created if it is absent; `OutputError`.
 
-        Where nothing was built yet, the `progress` of the engine's options is told that this takes a while.
+        Where nothing was built yet, the `progress` of the engine's options is told that this takes a while; or another
+        process is building just this, and is waited for.
         """
         machine = {"tensorrt": tensorrt_library(), "gpus": gpu_models(), "driver": nvidia_driver()}
         settings = (WORKSPACE_BYTES, MIN_SUBGRAPH)
         directory = engine_directory(
             self.cache_dir, engine, bundle, **machine, shapes=self._corners(), settings=settings
         )
-        if not (directory / NOTE).exists():
+        note = directory / NOTE
+        if not note.exists():
+            _lock(directory, engine.options.progress)
+        if not note.exists():
             kept = f"which may take minutes; it is kept in {self.cache_dir}"
             engine.options.progress.stage(f"{engine.name} is built for inputs of {self}, {kept}")
         return directory
+
+
+def _lock(directory: Path, progress: Progress) -> None:
+    """Keep other processes from building there until the engine is open; wait for one that does."""
+    if (locks := _locks.get()) is None:
+        return
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    locks.callback(os.close, handle)
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.stage("waiting for another process that builds the same engine")
+            fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _leave_note(engine: Engine, bundle: Bundle, profile: Profile) -> None:

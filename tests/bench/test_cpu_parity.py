@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import demo_bundles
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -27,9 +28,10 @@ from gfldeploy.bench.table import COLUMNS, rows
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines import registry
-from gfldeploy.engines.base import EngineOptions, Precision
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.base import Engine, EngineOptions, Precision
+from gfldeploy.engines.registry import load_graph, open_engine
 from gfldeploy.errors import EngineError
+from gfldeploy.quant.measurement import SimulatedTensorRT
 
 # ONNX Runtime with an error of each kind, and one without: a class for each.
 ENGINES = """
@@ -349,3 +351,42 @@ def test_a_detector_that_cannot_be_compared_says_so(
     monkeypatch.setattr(cpu_parity, "REFERENCE_ENGINE", "paddle")
     with Detector(tiny_bundle, engine=planted[0]) as detector, pytest.warns(UserWarning, match="was not compared with"):
         assert len(detector.detect(tiny_coco.parent / "images/1.jpg")) == 1
+
+
+@pytest.mark.slow
+@demo_bundles.needs_export
+@demo_bundles.needs_quant
+def test_a_trained_detector(trained: Path, calibrated: Path, labelled: Path) -> None:
+    """What is sound passes by far; what runs in less than it should does not, nor a decode in FP16."""
+    fp32, int8 = Bundle.open(trained), Bundle.open(calibrated)
+    preprocess, cpu = fp32.manifest.preprocess, EngineOptions("fp32", "cpu", 2)
+    images = prepare_images(sorted((labelled / "val/images").iterdir())[:3], preprocess)
+    tensors = [preprocess.batch([image]) for image in images]
+
+    def run(engine: Engine) -> list[dict[str, NDArray[Any]]]:
+        with engine:
+            return [engine.infer({"image": tensor}) for tensor in tensors]
+
+    def found(ours: list[dict[str, NDArray[Any]]], theirs: list[dict[str, NDArray[Any]]], *how: Any) -> str:
+        bundle = int8 if how[0] == "int8" else fp32
+        measured, problems = measure_parity(ours, theirs, "the CPU", bundle, EngineOptions(how[0], "gpu", tf32=how[-1]))
+        assert measured.detections > 10
+        return "; ".join(problems)
+
+    import onnx
+    import onnxruntime
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    expected = run(open_engine("onnxruntime", fp32, cpu))
+    half = run(load_graph("onnxruntime", fp32, cpu, "onnx_fp16"))
+    assert found(half, expected, "fp16", False) == found(half, expected, "fp32", True) == ""
+    assert "scores by up to" in found(half, expected, "fp32", False), "FP32 that ran in FP16, or in TF32 unasked"
+    model = onnx.load(str(fp32.graph("onnx")[0]))
+    lowered = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True, op_block_list=[])
+    session = onnxruntime.InferenceSession(lowered.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [spec.name for spec in fp32.manifest.outputs]
+    whole = [dict(zip(names, session.run(names, {"image": tensor}), strict=True)) for tensor in tensors]
+    assert "boxes are rounded to FP16" in found(whole, expected, "fp16", False)
+    options = EngineOptions("int8", "cpu", 2)
+    reference = run(open_engine("onnxruntime", int8, options))
+    assert found(run(SimulatedTensorRT(int8, options)), reference, "int8", False) == ""

@@ -28,6 +28,7 @@ from gfldeploy.export import half, parity
 from gfldeploy.files import write_json, writing
 from gfldeploy.quant.agreement import CONFIDENT, Reference, agreement
 from gfldeploy.quant.gate import DEFAULT_MIN_AGREEMENT
+from gfldeploy.quant.measurement import SimulatedTensorRT
 from gfldeploy.serialization import plain
 
 # Scores and boxes [1, K, ...] of one image, as engines give them.
@@ -66,6 +67,20 @@ def reference_engine(bundle: Bundle) -> str:
             return name
         refused.append(f"{name}: {obstacle.reason}")
     raise EngineError(f"no engine that judges bundles can run it on the CPU here ({'; '.join(refused)})", None)
+
+
+def open_reference(name: str, bundle: Bundle, threads: int) -> tuple[Engine, str]:
+    """The bundle in the `reference_engine`, and what that is, in words.
+
+    INT8 is simulated as TensorRT reads it where that can be: without the kernels for INT8, which saturate on CPUs
+    without VNNI. Raises as `open_engine`.
+    """
+    options = EngineOptions(bundle.manifest.precision, "cpu", threads)
+    if options.precision == "int8" and name == REFERENCE_ENGINE and bundle.has_graph("onnx_tensorrt"):
+        simulated = SimulatedTensorRT(bundle, options)
+        return simulated, f"INT8 as TensorRT reads it, simulated by {name} {simulated.version} on the CPU"
+    engine = open_engine(name, bundle, options)
+    return engine, f"{name} {engine.version} {options.precision} on the CPU"
 
 
 def write_reference(path: Path, engine: Engine, batches: Sequence[Batch], fixed: bool) -> None:
@@ -133,15 +148,14 @@ class CpuCheck:
         manifest = self._bundle.manifest
         ours, theirs = [], []
         try:
-            by = reference_engine(self._bundle)
-            with open_engine(by, self._bundle, EngineOptions(manifest.precision, "cpu", options.threads)) as cpu:
+            cpu, by = open_reference(reference_engine(self._bundle), self._bundle, options.threads)
+            with cpu:
                 for row in dict.fromkeys((0, count - 1)):
                     given = tensor if manifest.inputs[0].shape[0] else tensor[row : row + 1]
                     expected = cpu.infer({"image": given})
                     place = row if manifest.inputs[0].shape[0] else 0
                     theirs.append({name: values[place : place + 1] for name, values in expected.items()})
                     ours.append({name: values[row : row + 1] for name, values in outputs.items()})
-                by = f"{by} {cpu.version} {manifest.precision} on the CPU"
         except GfldeployError as error:
             self._note(f"{self._name} was not compared with the CPU: {error.problem}")
             return

@@ -18,7 +18,14 @@ from sample_results import OK, RUN, altered, cell_of, plan_of, sample_results
 
 from gfldeploy import Detector, benchmark, predict_images
 from gfldeploy.bench import cpu_parity
-from gfldeploy.bench.cpu_parity import Outputs, compare_with_cpu, is_compared, measure_parity, write_reference
+from gfldeploy.bench.cpu_parity import (
+    Outputs,
+    compare_with_cpu,
+    is_compared,
+    measure_parity,
+    open_reference,
+    write_reference,
+)
 from gfldeploy.bench.inputs import make_batches, prepare_images
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Plan
@@ -31,7 +38,6 @@ from gfldeploy.engines import registry
 from gfldeploy.engines.base import Engine, EngineOptions, Precision
 from gfldeploy.engines.registry import load_graph, open_engine
 from gfldeploy.errors import EngineError
-from gfldeploy.quant.measurement import SimulatedTensorRT
 
 # ONNX Runtime with an error of each kind, and one without: a class for each.
 ENGINES = """
@@ -387,6 +393,8 @@ def test_a_trained_detector(trained: Path, calibrated: Path, labelled: Path) -> 
     names = [spec.name for spec in fp32.manifest.outputs]
     whole = [dict(zip(names, session.run(names, {"image": tensor}), strict=True)) for tensor in tensors]
     assert "boxes are rounded to FP16" in found(whole, expected, "fp16", False)
-    options = EngineOptions("int8", "cpu", 2)
-    reference = run(open_engine("onnxruntime", int8, options))
-    assert found(run(SimulatedTensorRT(int8, options)), reference, "int8", False) == ""
+    reference, by = open_reference("onnxruntime", int8, 2)
+    assert by.startswith("INT8 as TensorRT reads it, simulated by onnxruntime 1.")
+    expected = run(reference)
+    for engine in ("onnxruntime", "openvino"):
+        assert found(run(open_engine(engine, int8, EngineOptions("int8", "cpu", 2))), expected, "int8", False) == ""

@@ -112,14 +112,14 @@ class FakeSite:
         self.install("nvidia-cudnn-cu13", "9.27.0.42")
         self.install("nvidia-cuda-runtime", "13.0.96")
 
-    def tensorrt(self, version: str, needed: Sequence[str] = ("libcudart.so.13",)) -> None:
+    def tensorrt(self, version: str, needed: Sequence[str] = ("libcudart.so.13",), cuda: int = 13) -> None:
         """As pip installs it: the libraries have no longer names than the linker asks for."""
         major = version.partition(".")[0]
         infer, parser = f"libnvinfer.so.{major}", f"libnvonnxparser.so.{major}"
         resource = f"libnvinfer_builder_resource.so.{version}"  # which TensorRT opens when it builds
-        self.install("tensorrt-cu13", version)
+        self.install(f"tensorrt-cu{cuda}", version)
         self.install(
-            "tensorrt-cu13-libs",
+            f"tensorrt-cu{cuda}-libs",
             version,
             {
                 f"tensorrt_libs/{infer}": shared_library(infer, needed),

@@ -4,6 +4,7 @@ the linker loads."""
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ NO_REAL_CUDA = pytest.mark.skipif(
     any(nvidia_libraries._find_by_linker(name) for name in ("libcublas.so.13", "libcuda.so.1", "libnvinfer.so.10")),
     reason="this machine has NVIDIA's own libraries",
 )
-LINKER = ("/lib64/ld-linux-x86-64.so.2", "--inhibit-cache")  # runs a program without the linker's cache
+# Runs Python without the linker's cache; its own libraries may be found from where it is, not from a link to it.
+HERMETIC_PYTHON = ("/lib64/ld-linux-x86-64.so.2", "--inhibit-cache", str(Path(sys.executable).resolve()))
 
 
 def shared_library(

@@ -185,9 +185,12 @@ def obstacle_to_loading(spec: EngineSpec) -> Obstacle | None:
 
 def why_not_loaded(spec: EngineSpec) -> Obstacle:
     """Why an engine did not get its GPU provider, as far as it can be told afterwards."""
-    known = obstacle_to_loading(spec) or doubt(spec)
-    built = built_for(spec)
-    return known or Obstacle("its libraries are all there", f"check the GPU, and the driver for {built or 'CUDA'}")
+    build = spec.library.builds["gpu"]
+    if installed_version(build.distribution) is None:
+        return Obstacle(f"{build.distribution} is not installed", build.install)
+    if known := obstacle_to_loading(spec) or doubt(spec):
+        return known
+    return Obstacle("its libraries are all there", f"check the GPU, and the driver for {built_for(spec) or 'CUDA'}")
 
 
 def load_libraries(spec: EngineSpec) -> None:

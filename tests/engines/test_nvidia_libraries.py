@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_gpu import CUDA_PROVIDER, LINKER, NO_REAL_CUDA, TENSORRT_PROVIDER, FakeSite, shared_library
+from fake_gpu import CUDA_PROVIDER, HERMETIC_PYTHON, NO_REAL_CUDA, TENSORRT_PROVIDER, FakeSite, shared_library
 
 from gfldeploy.engines import hardware
 from gfldeploy.engines import nvidia_libraries as nvidia
@@ -36,7 +36,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     found = FakeSite(tmp_path)
     found.driver()
     monkeypatch.setattr(hardware, "DRIVER", found.system / "proc")
-    monkeypatch.setattr(nvidia, "_TRY", (*LINKER, *nvidia._TRY))
+    monkeypatch.setattr(nvidia, "_TRY", (*HERMETIC_PYTHON, *nvidia._TRY[1:]))
     monkeypatch.setattr(nvidia, "_LINKER_FOLDERS", ())
     monkeypatch.setattr(nvidia, "_cached", dict)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(found.system))

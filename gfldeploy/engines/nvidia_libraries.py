@@ -289,11 +289,12 @@ def _explain(spec: EngineSpec, needs: Iterable[_Need]) -> Obstacle | None:
     again = "" if absent else " --force-reinstall"
     remedy = f"pip install {install}{again}" if install else f"install {first.soname}, or repair its package"
     if built and any(need.soname.startswith(("libnvinfer", "libnvonnxparser")) for need in absent):
-        if installed := tensorrt_library():
+        installed = tensorrt_library()
+        if installed is None:
+            return Obstacle(f"TensorRT {built.tensorrt} is not installed, {package} needs it", remedy)
+        if _major(installed) != built.tensorrt:
             reason = f"TensorRT {installed} is installed, {package} needs TensorRT {built.tensorrt}"
-        else:
-            reason = f"TensorRT {built.tensorrt} is not installed, {package} needs it"
-        return Obstacle(reason, remedy)
+            return Obstacle(reason, remedy)
     if not absent:
         return Obstacle(f"{first.soname} is installed but cannot be loaded: {_line(first.error)}", remedy)
     others = [need.soname for need in absent[1:]]

@@ -155,6 +155,17 @@ def test_a_library_that_lacks_one(site: FakeSite) -> None:
     )
 
 
+def test_a_part_of_tensorrt(site: FakeSite) -> None:
+    site.onnxruntime_gpu()
+    site.cuda()
+    (site.system / "libnvinfer.so.10.13.3").write_bytes(shared_library("libnvinfer.so.10"))
+    (site.system / "libnvinfer.so.10").symlink_to("libnvinfer.so.10.13.3")
+    assert failures(TENSORRT) == (
+        "libonnxruntime_providers_tensorrt.so needs libnvonnxparser.so.10, which is not found",
+        'pip install "tensorrt-cu13<11"',
+    )
+
+
 def test_a_damaged_library(site: FakeSite) -> None:
     site.onnxruntime_gpu()
     site.cuda()

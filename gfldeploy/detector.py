@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
@@ -89,6 +90,7 @@ class Detector(ClosesOnExit):
         self._manifest = self.choice.bundle.manifest
         options = replace(self.choice.options, progress=_Warning())
         self._engine = open_engine(self.choice.engine, self.choice.bundle, options)
+        self._check = CpuCheck(self.choice.engine, self._engine, self.choice.bundle, warnings.warn)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -123,7 +125,7 @@ class Detector(ClosesOnExit):
             DataError: An image cannot be used; it is the first that cannot.
             ValueError: An array is not uint8 [h, w, 3].
             TypeError: Something is no image.
-            EngineError: The engine failed.
+            EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
         given = [cast(Image, images)] if is_one_image(images) else cast("Iterable[Image]", images)
         detections = []
@@ -161,7 +163,7 @@ class Detector(ClosesOnExit):
         Raises:
             ValueError: An array is not uint8 [h, w, 3].
             TypeError: Something is no image.
-            EngineError: The engine failed.
+            EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
@@ -174,6 +176,7 @@ class Detector(ClosesOnExit):
             order=self.choice.order,
             look_ahead=_BATCHES_AHEAD * batch_size if look_ahead is None else look_ahead,
             reduced=reduced,
+            check=self._check,
         )
         with closing(groups):
             for found in in_order([(found.index, found) for found in group] for group in groups):

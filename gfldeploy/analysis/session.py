@@ -15,6 +15,7 @@ from gfldeploy.analysis.sweep import batch_orders, measure_passes
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision, Shape
@@ -24,6 +25,7 @@ from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
 from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
@@ -81,7 +83,7 @@ def analyze(
         BundleError: The bundle is damaged.
         DataError: Annotations or an image cannot be read.
         UnsupportedError: The bundle has a fixed batch size, or does not run in this engine and precision.
-        EngineError: The engine failed.
+        EngineError: The engine failed, or differs from the CPU (compared for GPUs and engines of other packages).
         OutputError: The output exists already, or cannot be written.
     """
     orders = batch_orders(batch_sizes)
@@ -118,6 +120,9 @@ def analyze(
     with open_engine(name, opened, replace(options, progress=progress), shapes) as running:
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
+        preprocess = opened.manifest.preprocess
+        first = preprocess.batch([preprocess(read_image(paths[0]))])
+        CpuCheck(name, running, opened, progress.note)(first, running.infer({"image": first}), 1)
         measured = measure_passes(running, paths, opened, orders, rounds, progress)
         if invariance:
             progress.stage("comparing detections with those of batch 1")

@@ -116,7 +116,8 @@ class AnyShapeEngine(Engine):
 
     The first profile spans the `shapes` of the options, or all that the detector can be given. Any other is as large as
     all that the detector can be given, so that few are ever built. Which of them runs an input follows from the options
-    and from the input's shape, not from inputs before it. The engines used last stay open, two at most.
+    and from the input's shape, not from inputs before it. The engines used last stay open, two at most; `directory` is
+    that of the last.
     """
 
     def __init__(self, open_one: Callable[[EngineOptions], Engine], bundle: Bundle, options: EngineOptions) -> None:
@@ -128,7 +129,7 @@ class AnyShapeEngine(Engine):
         self._opened: dict[Profile, Engine] = {}
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
-        self.build_s, self.delegated, self.directory = opened.build_s, opened.delegated, opened.directory
+        self.build_s, self.delegated = opened.build_s, opened.delegated
         self._any = opened  # though it may be closed: memory of the host belongs to none of them
 
     def close(self) -> None:
@@ -178,6 +179,7 @@ class AnyShapeEngine(Engine):
                     _locks.reset(outer)
                 _leave_note(engine, self._bundle, profile)
         self._opened[profile] = engine
+        self.directory = engine.directory
         return engine
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gfldeploy.batching.buckets import Order, stream_batches
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import ENGINES, open_engine
@@ -127,7 +128,7 @@ def predict_images(
         DataError: An input is not there, or no image at all can be read.
         OutputError: The output cannot be written, or something is in the way, such as what another call left.
         UnsupportedError: Nothing here can run the bundle so.
-        EngineError: The engine failed.
+        EngineError: The engine failed, or differs from the CPU (compared for GPUs and engines of other packages).
     """
     if decode not in ("exact", "fast"):
         raise ValueError(f"decode must be exact or fast, not {decode!r}")
@@ -235,6 +236,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
             look_ahead=_BATCHES_AHEAD * choice.batch_size,
             skip=working.batches,
             reduced=request.reduced,
+            check=CpuCheck(choice.engine, engine, choice.bundle, progress.note),
         )
         with closing(groups):
             for group in groups:

@@ -50,7 +50,7 @@ class ShapedEngine(Engine):
         if not self.profile.covers((batch, height, width)):
             raise EngineError(f"{inputs['image'].shape} is outside of {self.profile}", None)
         found = dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
-        found["scores"] = found["scores"] - 1e-6 * sum(map(sum, self.profile.shapes))
+        found["scores"] = found["scores"] - 1e-7 * sum(map(sum, self.profile.shapes))
         return found, CopyTimes(0, 1, 0)
 
     def upload(self, inputs: Tensors) -> Tensors:

@@ -34,6 +34,7 @@ class OnnxRuntimeEngine(Engine):
     libraries = "CUDA and cuDNN"
 
     graph_option: str | None = "enable_cuda_graph"  # of its first provider
+    memory = "cuda"  # of the device that is not the CPU, as `OrtValue` calls it
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
@@ -47,7 +48,7 @@ class OnnxRuntimeEngine(Engine):
             self._session = self._open(self._session_options())
         else:
             uniform = len(set(options.shapes)) == 1 and self.graph_option is not None
-            self._on_gpu = BoundSessions(self._ort, self._open_on_gpu, "cuda", self._outputs, uniform)
+            self._on_gpu = BoundSessions(self._ort, self._open_on_gpu, self.memory, self._outputs, uniform)
             self.cuda_graph = self._on_gpu.graph_note
 
     def close(self) -> None:
@@ -102,7 +103,7 @@ class OnnxRuntimeEngine(Engine):
             options.profile_file_prefix = str(directory / "profile")
             session = self._open(options)
             for _ in range(runs):
-                session.run(self._outputs, dict(inputs))
+                session.run(None, dict(inputs))
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return events
 
@@ -123,7 +124,7 @@ class OnnxRuntimeEngine(Engine):
         """A session; `model`, a path or the content of a file, and `providers` are by default those of the engine."""
         (first, options), *others = providers or self._providers
         if cuda_graph:
-            options = options | {str(self.graph_option): "1"}
+            options = options | {str(self.graph_option): "True"}
         with self._explained(f"cannot load {self._model}"):
             # Its own fallback would run on the CPU, without an error, what fails on the GPU.
             session = self._ort.InferenceSession(

@@ -201,7 +201,9 @@ def tune_bundles(
             data=measured_on.description,
             shapes=_input_shapes(CocoDataset.load(data, images), known_bundles[choice.cell.bundle], choice.cell),
         )
-        deploy = replace(deploy, summary=summarize(deploy, *list(search.finished.values())[:2]))
+        best, *second = search.finished.values()
+        summary = summarize(deploy, best, second[0] if second else None, session.failed())
+        deploy = replace(deploy, summary=summary)
         check_file(output, "yml", force=force)  # somebody else may have been faster
         deploy.write(output)
     return deploy
@@ -256,11 +258,17 @@ class _Session:
     accuracies: dict[Model, Accuracy | str] = field(default_factory=dict)
 
     def add(self, cell: Cell, result: CellResult, quick: bool) -> Measured | None:
-        """Keep a result, and return what was measured; None where that failed."""
+        """Keep a result, and return what was measured; None where that failed, for a reason that is told."""
+        if result.status == "failed" and (cell not in self.results or self.results[cell][0].status != "failed"):
+            self.progress.note(f"{cell}: {result.reason}")
         self.results[cell] = result, quick
         if result.ap is not None:
             self.accuracies[model_of(cell)] = _accuracy_of(result)
         return Measured.of(result)
+
+    def failed(self) -> list[CellResult]:
+        """The results of cells that could not be measured."""
+        return [result for result, _ in self.results.values() if result.status == "failed"]
 
     def look_at(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
@@ -373,6 +381,6 @@ class _Session:
                 "Loosen that bound, or give other bundles; what was measured is kept for the next run with this "
                 "--output.",
             )
-        failed = [f"; {one.cell.setup()}: {one.reason}" for one, _ in self.results.values() if one.status == "failed"]
+        failed = [f"; {one.cell.setup()}: {one.reason}" for one in self.failed()]
         why = failed[0] if failed else ": batches took no time at all, so that the clock is of no use"
         return EngineError(f"nothing could be measured{why}")

@@ -134,7 +134,7 @@ class AnyShapeEngine(Engine):
 
     def close(self) -> None:
         while self._opened:
-            self._opened.popitem()[1].close()
+            self._close_one()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         engine = self._engine_for(inputs)
@@ -170,16 +170,30 @@ class AnyShapeEngine(Engine):
         engine = self._opened.pop(profile, None)
         if engine is None:
             while len(self._opened) >= _OPEN:
-                self._opened.pop(next(iter(self._opened))).close()  # the one that was used the longest time ago
-            with ExitStack() as locks:
-                outer = _locks.set(locks)
-                try:
-                    engine = self._open_one(replace(self.options, shapes=profile.shapes))
-                finally:
-                    _locks.reset(outer)
-                _leave_note(engine, self._bundle, profile)
+                self._close_one()
+            try:
+                engine = self._open(profile)
+            except EngineError:
+                if not self._opened:
+                    raise
+                self.close()  # the GPU's memory may be too little for two
+                engine = self._open(profile)
         self._opened[profile] = engine
         self.directory = engine.directory
+        return engine
+
+    def _close_one(self) -> None:
+        """That which was used the longest time ago."""
+        self._opened.pop(next(iter(self._opened))).close()
+
+    def _open(self, profile: Profile) -> Engine:
+        with ExitStack() as locks:
+            outer = _locks.set(locks)
+            try:
+                engine = self._open_one(replace(self.options, shapes=profile.shapes))
+            finally:
+                _locks.reset(outer)
+            _leave_note(engine, self._bundle, profile)
         return engine
 
 

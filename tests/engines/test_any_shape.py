@@ -26,7 +26,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions, Shape
 from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.tensorrt import AnyShapeEngine, Profile, example, possible_shapes
-from gfldeploy.errors import OutputError
+from gfldeploy.errors import EngineError, OutputError
 from gfldeploy.predict import session
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.pipeline import detect_groups
@@ -155,6 +155,17 @@ def test_few_are_open_and_few_are_built(tiny_bundle: Path, tmp_path: Path) -> No
             engine.infer(example((int(batch), 32 * int(height), 32 * int(width))))
             assert ShapedEngine.open - before <= 2
     assert len(builds(tmp_path)) == 4, "of one image, and of up to 2, 4 and 8"
+
+
+def test_where_there_is_memory_for_one_only(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShapedEngine, "memory", ShapedEngine.open + 1)
+    with opened(tiny_bundle, tmp_path, LANDSCAPE) as engine:
+        for shape in (WIDE, LANDSCAPE, WIDE):
+            engine.infer(example(shape))
+        monkeypatch.setattr(ShapedEngine, "memory", 0)
+        with pytest.raises(EngineError, match="out of memory"):
+            engine.infer(example((2, 64, 64)))
+    assert len(builds(tmp_path)) == 2
 
 
 def test_a_failed_build_is_built_again(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class Profile:
 
     def __str__(self) -> str:
         smallest, most_common, largest = ("x".join(map(str, one)) for one in self._corners())
-        return most_common if smallest == largest else f"{smallest} to {largest}, most of them {most_common}"
+        return most_common if smallest == largest else f"{smallest} to {largest}, fastest at {most_common}"
 
     def _corners(self) -> tuple[Shape, Shape, Shape]:
         return self.smallest, self.most_common, self.largest

@@ -19,7 +19,7 @@ from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import plan
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.runner import Data, Runner
-from gfldeploy.bench.session import nothing_to_run, open_bundles
+from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision, Shape

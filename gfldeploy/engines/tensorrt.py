@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
@@ -127,6 +128,7 @@ class AnyShapeEngine(Engine):
         self._bundle = bundle
         self._first = Profile.spanning(options.shapes or possible_shapes(bundle.manifest))
         self._opened: dict[Profile, Engine] = {}
+        self._infers = threading.Lock()  # or one thread would close what another is in
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
         self.build_s, self.delegated = opened.build_s, opened.delegated
@@ -137,11 +139,12 @@ class AnyShapeEngine(Engine):
             self._close_one()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
-        engine = self._engine_for(inputs)
-        try:
-            return engine.infer_timed(inputs)
-        finally:
-            self.cuda_graph = engine.cuda_graph
+        with self._infers:
+            engine = self._engine_for(inputs)
+            try:
+                return engine.infer_timed(inputs)
+            finally:
+                self.cuda_graph = engine.cuda_graph
 
     def upload(self, inputs: Tensors) -> Tensors:
         engine = self._opened.get(self.profile_of(_shape(inputs)))  # the thread that infers opens them

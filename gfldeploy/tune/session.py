@@ -114,7 +114,7 @@ def tune_bundles(
         progress: Told of the configurations, and of each process as it starts.
 
     Returns:
-        The choice with its evidence, and the shapes of its inputs for all of these images, as written to `output`.
+        The choice with its evidence, and the shapes of its inputs for all images used, as written to `output`.
 
     Raises:
         UsageError: The options contradict each other.

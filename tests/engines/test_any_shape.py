@@ -157,6 +157,13 @@ def test_few_are_open_and_few_are_built(tiny_bundle: Path, tmp_path: Path) -> No
     assert len(builds(tmp_path)) == 4, "of one image, and of up to 2, 4 and 8"
 
 
+def test_several_threads_may_infer(tiny_bundle: Path, tmp_path: Path) -> None:
+    shapes = [LANDSCAPE, WIDE, (3, 64, 64), (5, 64, 64)] * 5  # more profiles than are open
+    with opened(tiny_bundle, tmp_path, LANDSCAPE) as engine, ThreadPoolExecutor(4) as pool:
+        for shape, found in zip(shapes, pool.map(lambda shape: engine.infer(example(shape)), shapes), strict=True):
+            assert len(found["scores"]) == shape[0]
+
+
 def test_where_there_is_memory_for_one_only(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShapedEngine, "memory", ShapedEngine.open + 1)
     with opened(tiny_bundle, tmp_path, LANDSCAPE) as engine:

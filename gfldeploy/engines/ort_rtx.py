@@ -31,7 +31,6 @@ from gfldeploy.files import native_writes
 
 _COMPILED = "compiled.onnx"  # the graph with TensorRT-RTX's engine inside
 _KERNELS = "kernels"  # those that TensorRT-RTX compiles for the card when they first run
-_FIRST_ONNXRUNTIME = "1.24"  # by the plug-in's own requirements
 
 
 class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
@@ -111,9 +110,6 @@ def load_plugin(ort: Any) -> Plugin:
 
     Raises `MissingDependencyError`, or `EngineError` where it does not load or runs on no GPU here.
     """
-    if not hasattr(ort, "ModelCompiler") or not hasattr(ort, "register_execution_provider_library"):
-        problem = f"TensorRT-RTX needs onnxruntime {_FIRST_ONNXRUNTIME} or newer, this is {ort.__version__}"
-        raise EngineError(problem, f'Run: pip install --upgrade "onnxruntime>={_FIRST_ONNXRUNTIME}"')
     module = require(TENSORRT_RTX.module, "the TensorRT-RTX engine")
     library = Path(module.get_library_path())
     provider = module.get_ep_name()
@@ -127,8 +123,16 @@ def load_plugin(ort: Any) -> Plugin:
     if device is None:
         problem = "the TensorRT-RTX plug-in finds no GPU that it runs on: an RTX 30, 40, 50 or newer"
         raise EngineError(problem, "Use the engine onnxruntime-tensorrt.")
+    if number := _number(ort, device):  # everything on GPUs here uses the first
+        problem = f"TensorRT-RTX does not run on the first GPU, but on number {number}"
+        raise EngineError(problem, f"Set CUDA_VISIBLE_DEVICES={number}, which makes that the first.")
     version = next((path.name.partition(".so.")[2] for path in library.parent.glob("libtensorrt_rtx.so.*.*")), "?")
     return Plugin(provider, device, version)
+
+
+def _number(ort: Any, device: Any) -> int:
+    """CUDA's number of the card, from 0."""
+    return int(device.memory_info(ort.OrtDeviceMemoryType.DEFAULT).device_id)
 
 
 def rtx_options(profile: Profile, kernels: Path) -> dict[str, str]:

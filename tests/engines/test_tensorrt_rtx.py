@@ -74,11 +74,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     How the libraries of the plug-in are found is in test_nvidia_libraries.py.
     """
     here = SimpleNamespace(gpus=((8, 9),), modules={"onnxruntime", TENSORRT_RTX.module})
+    here.versions = {"onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0", "onnxruntime": "1.27.0"}
     monkeypatch.setattr(registry, "nvidia_driver", lambda: "580.95.05")
     monkeypatch.setattr(registry, "compute_capabilities", lambda: here.gpus)
     monkeypatch.setattr(registry, "obstacle_to_loading", lambda spec: None)
     monkeypatch.setattr(registry, "is_installed", lambda module: module in here.modules)
-    monkeypatch.setattr(registry, "installed_version", lambda name: "0.5.0" if "cu13" in name else None)
+    monkeypatch.setattr(registry, "installed_version", lambda name: here.versions.get(name))
     return here
 
 
@@ -100,6 +101,17 @@ def test_what_is_not_installed(machine: SimpleNamespace, lacking: str, remedy: s
     assert (found.reason, found.remedy) == (f"{lacking} is not installed", remedy)
 
 
+@pytest.mark.parametrize("distribution", ["onnxruntime", "onnxruntime-gpu"])
+def test_an_onnx_runtime_that_is_too_old(machine: SimpleNamespace, distribution: str) -> None:
+    del machine.versions["onnxruntime"]
+    machine.versions[distribution] = "1.26.2"
+    found = capability(NAME, "fp16", "gpu")
+    assert found.reason == f"{distribution} 1.26.2 is installed, ONNX Runtime with TensorRT-RTX needs 1.27 or newer"
+    assert found.remedy == f'pip install --upgrade "{distribution}>=1.27"'
+    machine.versions[distribution] = "1.100.0"
+    assert capability(NAME, "fp16", "gpu").works
+
+
 @pytest.mark.parametrize("gpu", [(7, 5), (8, 0), (8, 7), (9, 0), (10, 0)])
 def test_cards_that_the_plug_in_refuses(machine: SimpleNamespace, gpu: tuple[int, int]) -> None:
     machine.gpus = (gpu,)
@@ -118,16 +130,23 @@ def test_cards_that_it_takes_or_that_nobody_knows(machine: SimpleNamespace, gpus
     assert capability(NAME, "fp32", "gpu").works
 
 
+def card(number: int) -> Any:
+    """An `OrtEpDevice` of the plug-in."""
+    memory = SimpleNamespace(device_id=number)
+    return SimpleNamespace(ep_name=PROVIDER, memory_info=lambda kind: memory)
+
+
 @dataclass
 class Toy:
     """`onnxruntime` with one plug-in, as far as the engine uses it; `compiled` counts, and the file has `operators`."""
 
     __version__ = "1.32.0"
     error: str | None = None
-    devices: list[Any] = field(default_factory=lambda: [SimpleNamespace(ep_name=PROVIDER)])
+    devices: list[Any] = field(default_factory=lambda: [card(0)])
     operators: tuple[str, ...] = ("EPContext",)
     compiled: int = 0
     asked: list[Any] = field(default_factory=list)
+    OrtDeviceMemoryType = SimpleNamespace(DEFAULT=0)
     __hash__ = object.__hash__
 
     def register_execution_provider_library(self, name: str, library: str) -> None:
@@ -178,14 +197,12 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("toy", "said"),
     [
-        (SimpleNamespace, "needs onnxruntime 1.24 or newer, this is 1.20.1"),
         (Toy(error="libcuda.so.1: cannot open shared object file"), "cannot be loaded: libcuda.so.1: cannot open"),
         (Toy(devices=[]), "finds no GPU that it runs on"),
+        (Toy(devices=[card(1)]), "not run on the first GPU, but on number 1"),
     ],
 )
-def test_a_plug_in_that_does_not_load(plugin: Path, toy: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if toy is SimpleNamespace:
-        monkeypatch.setattr(toy := type("Old", (), {}), "__version__", "1.20.1", raising=False)
+def test_a_plug_in_that_does_not_load(plugin: Path, toy: Toy, said: str) -> None:
     with pytest.raises(EngineError) as caught:
         load_plugin(toy)
     assert said in caught.value.problem and "\n" not in str(caught.value) and caught.value.remedy

@@ -37,6 +37,10 @@ class Detector(ClosesOnExit):
         for found in detector.detect(["a.jpg", "b.jpg"]):
             print(found.boxes, found.scores, found.names)
 
+    An engine with TensorRT is built when the first detector is made, for the inputs that `deploy.yml` expects, or for
+    all that the detector can be given; and once more for the latter when an input that was not expected comes. It may
+    take minutes, and is kept for the next detector. A `UserWarning` comes before.
+
     An image is a file's path or its content (`bytes`), an array, uint8 [h, w, 3], or a PIL image. A detector is not for
     several threads at once.
 

@@ -20,7 +20,7 @@ from gfldeploy.bench.runner import run_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
 from gfldeploy.files import StrPath, check_file
@@ -97,6 +97,10 @@ def analyze(
     name, options, _ = select_engine(opened, engine, precision, device, threads, Path(engine_cache), tf32)
     for note in dataset.notes:
         progress.note(note)
+    if ENGINES[name].needs_shapes:
+        progress.note(
+            f"{name} is built once for all batch sizes, and is fastest at the most common input, of one image"
+        )
     best = None
     if peak:
         progress.stage("measuring what the engine reaches at best")

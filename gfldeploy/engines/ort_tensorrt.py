@@ -30,7 +30,6 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt"
-    libraries = "CUDA, cuDNN and TensorRT"
     graph_option = "trt_cuda_graph_enable"
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:

@@ -47,7 +47,9 @@ ONNXRUNTIME = Library(
     "onnxruntime",
     {
         "cpu": Build("onnxruntime", "pip install onnxruntime"),
-        "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
+        "gpu": Build(  # with CUDA and cuDNN; pip only warns if the other is not installed
+            "onnxruntime-gpu", 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
+        ),
     },
 )
 # A plug-in of ONNX Runtime, which brings TensorRT-RTX and the CUDA runtime that it was built for.

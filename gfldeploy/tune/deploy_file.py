@@ -183,7 +183,7 @@ class Deploy(Versioned):
                 f"{bundle.digest[:12]}, not {tuned.digest[:12]}",
                 "Give the bundle that was tuned, or run `gfldeploy tune` on this one.",
             )
-        possible = Profile.spanning(possible_shapes(bundle.manifest, self.choice.cell.batch_size))
+        possible = Profile.spanning([(1, 1, 1), *possible_shapes(bundle.manifest, self.choice.cell.batch_size)])
         if impossible := [shape for shape in self.shapes if not possible.covers(shape)]:
             problem = f"{bundle.directory} makes no input of {'x'.join(map(str, impossible[0]))} of any image"
             raise BundleError(problem, "Run `gfldeploy tune` again.")

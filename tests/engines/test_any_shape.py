@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,43 @@ def test_the_profile_does_not_depend_on_the_inputs_before(tiny_bundle: Path, tmp
         with opened(tiny_bundle, tmp_path, LANDSCAPE, PORTRAIT) as engine:
             scores.append({shape: engine.infer(example(shape))["scores"].tobytes() for shape in order})
     assert scores[0] == scores[1]
+
+
+def test_a_process_waits_for_another_that_builds_the_same(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    first, second = RecordedProgress(), RecordedProgress()
+
+    def stage(text: str) -> None:  # told with the folder locked, before anything is built
+        started.set()
+        assert go_on.wait(60)
+
+    def waiting(text: str) -> None:
+        second.stages.append(text)
+        go_on.set()
+
+    monkeypatch.setattr(first, "stage", stage)
+    monkeypatch.setattr(second, "stage", waiting)
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(opened, tiny_bundle, tmp_path, LANDSCAPE, progress=first)
+        assert started.wait(60)
+        other = pool.submit(opened, tiny_bundle, tmp_path, LANDSCAPE, progress=second)
+        for engine in (one, other):
+            engine.result(60).close()
+    assert second.stages == ["waiting for another process that builds the same engine"]
+    assert len(builds(tmp_path)) == 1
+
+
+def test_inputs_are_uploaded_to_engines_that_are_open(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Another thread infers meanwhile: it opens and closes them."""
+    with opened(tiny_bundle, tmp_path, LANDSCAPE) as engine:
+        known, other = example(LANDSCAPE), example(WIDE)
+        assert engine.upload(known)["image"] is not known["image"]
+        assert engine.upload(other) is other and len(builds(tmp_path)) == 1
+        engine.infer(other)
+        assert engine.upload(other)["image"] is not other["image"]
+        assert engine.host_array(5).shape == (5,)
 
 
 def test_few_are_open_and_few_are_built(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 The plug-in's wheel brings TensorRT-RTX and the CUDA runtime, and needs no GPU build of ONNX Runtime: pip alone installs
 this way to TensorRT. Its networks are strongly typed, so that each bundle's file says what is computed in which
-precision: the FP16 file its FP32 decode, the INT8 file its convolutions. What `compile_model` does has been run, with
-the real plug-in and without a GPU (benchmarks/tensorrt_rtx.py). Inference has not run on a GPU.
+precision: the FP16 file its FP32 decode, the INT8 file its convolutions. Kernels for an input shape are compiled when
+it first comes, in the background: slower ones run until then, unless there is one shape only.
+
+What `compile_model` does has been run, with the real plug-in and without a GPU (benchmarks/tensorrt_rtx.py). Inference
+has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +24,9 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
-from gfldeploy.engines.nvidia_libraries import load_libraries
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text, tensorrt_session_options
-from gfldeploy.engines.registry import ENGINES, TENSORRT_RTX
+from gfldeploy.engines.registry import TENSORRT_RTX
 from gfldeploy.engines.tensorrt import Profile, TensorRtOptions, example
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import native_writes
@@ -40,7 +42,6 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt-rtx"
-    graph_option = None  # the plug-in has one; without a GPU nobody can tell what it does
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph, compiled if it is not yet. Raises `MissingDependencyError`, `BundleError`, `OutputError` or
@@ -72,6 +73,8 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         if not self._compiled.exists():
             with self._explained(f"cannot compile {self._model}"):
                 compile_model(self._ort, self._session_options(), self._model, self._compiled, self._device, options)
+        if cuda_graph:  # which TensorRT-RTX captures and replays itself
+            options = options | {str(self.graph_option): "1"}
         session_options = self._session_options()
         session_options.add_provider_for_devices([self._device], options)
         try:
@@ -106,14 +109,13 @@ class Plugin:
 
 @cache
 def load_plugin(ort: Any) -> Plugin:
-    """Register the plug-in; once in a process, as ONNX Runtime wants it.
+    """Register the plug-in, whose libraries are loaded by now; once in a process, as ONNX Runtime wants it.
 
     Raises `MissingDependencyError`, or `EngineError` where it does not load or runs on no GPU here.
     """
     module = require(TENSORRT_RTX.module, "the TensorRT-RTX engine")
     library = Path(module.get_library_path())
     provider = module.get_ep_name()
-    load_libraries(ENGINES[OnnxRuntimeRtxEngine.name])
     try:
         ort.register_execution_provider_library(provider, str(library))
     except Exception as error:

@@ -18,8 +18,8 @@ import pytest
 from demo_bundles import ROOT
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines import ort_rtx, registry
-from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines import ort_engine, registry
+from gfldeploy.engines.base import EngineOptions, Shape
 from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.engines.ort_rtx import OnnxRuntimeRtxEngine, compile_model, compiled_parts, load_plugin, rtx_options
 from gfldeploy.engines.registry import TENSORRT_ENGINES, TENSORRT_RTX, capability, graph_for
@@ -188,7 +188,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.delitem(sys.modules, TENSORRT_RTX.module, raising=False)
-    monkeypatch.setattr(ort_rtx, "load_libraries", lambda spec: None)  # a real plug-in, where one is installed
+    monkeypatch.setattr(ort_engine, "load_libraries", lambda spec: None)  # a real plug-in, where one is installed
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # which the engine changes
     yield package
     sys.modules.pop(TENSORRT_RTX.module, None)
@@ -212,10 +212,10 @@ def test_a_plug_in_that_does_not_load(plugin: Path, toy: Toy, said: str) -> None
 def opened(plugin: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Opens the engine on a toy."""
     monkeypatch.setattr(OnnxRuntimeRtxEngine, "infer", lambda self, inputs: {})
-    shapes = ((2, 320, 448), (1, 320, 320))
 
-    def open_on(toy: Toy, **options: Any) -> OnnxRuntimeRtxEngine:
+    def open_on(toy: Toy, *shapes: Shape, **options: Any) -> OnnxRuntimeRtxEngine:
         monkeypatch.setitem(sys.modules, "onnxruntime", toy)
+        shapes = shapes or ((2, 320, 448), (1, 320, 320))
         chosen = EngineOptions("fp32", "gpu", shapes=shapes, cache_dir=tmp_path / "engines", **options)
         return OnnxRuntimeRtxEngine(Bundle.open(tiny_bundle), chosen, "onnx")
 
@@ -234,6 +234,14 @@ def test_the_second_start_compiles_nothing(opened: Any) -> None:
     with_tf32 = Toy()
     assert opened(with_tf32, tf32=True).directory != first.directory and with_tf32.compiled == 1
     assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+
+
+def test_one_shape_is_replayed_as_a_cuda_graph(opened: Any) -> None:
+    several, one = Toy(), Toy()
+    opened(several)
+    assert not any("enable_cuda_graph" in options for options in several.asked)
+    assert opened(one, (2, 320, 448)).cuda_graph == "a CUDA graph"
+    assert one.asked[-1]["enable_cuda_graph"] == "1"
 
 
 def test_a_graph_of_which_tensorrt_takes_nothing_is_not_timed_on_the_cpu(opened: Any) -> None:
@@ -267,9 +275,14 @@ def test_a_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
 
 @needs_the_wheel
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is a driver")
-def test_the_real_plug_in_without_a_driver_is_one_line() -> None:
-    code = "import onnxruntime; from gfldeploy.engines.ort_rtx import load_plugin; load_plugin(onnxruntime)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def test_the_real_plug_in_without_a_driver_is_one_line(tiny_bundle: Path) -> None:
+    code = (
+        "import sys; from gfldeploy.bundle import Bundle; from gfldeploy.engines.base import EngineOptions\n"
+        "from gfldeploy.engines.registry import load_graph\n"
+        f"load_graph({NAME!r}, Bundle.open(sys.argv[1]), EngineOptions('fp32', 'gpu'), 'onnx')\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     *_, last = done.stderr.splitlines()
     assert done.returncode == 1, done.stderr
     assert last.startswith("gfldeploy.errors.EngineError: ONNX Runtime with TensorRT-RTX cannot be loaded: ")

@@ -27,6 +27,7 @@ from gfldeploy.engines.base import (
     Shape,
     installed_version,
     is_installed,
+    remedy_sentence,
 )
 from gfldeploy.engines.hardware import compute_capabilities, cpu_flags, nvidia_driver
 from gfldeploy.engines.nvidia_libraries import obstacle_to_loading
@@ -343,7 +344,8 @@ def obstacle_to(engine: str, bundle: Bundle, precision: Precision, device: Devic
 
 
 def _impossible(engine: str, precision: Precision, device: Device, why: Obstacle) -> UnsupportedError:
-    return UnsupportedError(f"{engine} {precision} on {device} is not possible: {why.reason}", f"Remedy: {why.remedy}.")
+    problem = f"{engine} {precision} on {device} is not possible: {why.reason}"
+    return UnsupportedError(problem, remedy_sentence(why.remedy))
 
 
 def open_engine(engine: str, bundle: Bundle, options: EngineOptions, shapes: Iterable[Shape] | None = None) -> Engine:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gpu import LINKER, NO_REAL_CUDA, FakeSite
+from fake_gpu import HERMETIC_PYTHON, NO_REAL_CUDA, FakeSite
 
 import gfldeploy
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from gfldeploy.engines import hardware, nvidia_libraries
 hardware.DRIVER = Path(sys.argv.pop(1))
 nvidia_libraries._LINKER_FOLDERS, nvidia_libraries._cached = (), dict
-nvidia_libraries._TRY = (*json.loads(sys.argv.pop(1)), *nvidia_libraries._TRY)
+nvidia_libraries._TRY = (*json.loads(sys.argv.pop(1)), *nvidia_libraries._TRY[1:])
 from gfldeploy.cli import main
 for command in json.loads(sys.argv.pop(1)):
     try:
@@ -57,7 +57,7 @@ class Machine(FakeSite):
         path = os.pathsep.join(map(str, (self.folder, self.packages, ROOT)))
         environment = {**os.environ, "PYTHONPATH": path, "LD_LIBRARY_PATH": str(self.system)}
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        arguments = (str(self.system / "proc"), json.dumps(LINKER), json.dumps(commands))
+        arguments = (str(self.system / "proc"), json.dumps(HERMETIC_PYTHON), json.dumps(commands))
         done = subprocess.run(
             [sys.executable, "-S", "-P", "-c", SCRIPT, *arguments],
             cwd=self.system, env=environment, capture_output=True, text=True, timeout=60,

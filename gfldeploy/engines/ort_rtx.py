@@ -99,7 +99,7 @@ class Plugin:
     """The plug-in, registered with ONNX Runtime in this process.
 
     `provider`: the name of its execution provider. `device`: the first card that it runs on, an `OrtEpDevice`.
-    `version`: of the TensorRT-RTX that it brings.
+    `version`: of the TensorRT-RTX that it brings, with its own.
     """
 
     provider: str
@@ -129,7 +129,7 @@ def load_plugin(ort: Any) -> Plugin:
         problem = f"TensorRT-RTX does not run on the first GPU, but on number {number}"
         raise EngineError(problem, f"Set CUDA_VISIBLE_DEVICES={number}, which makes that the first.")
     version = next((path.name.partition(".so.")[2] for path in library.parent.glob("libtensorrt_rtx.so.*.*")), "?")
-    return Plugin(provider, device, version)
+    return Plugin(provider, device, f"{version} (plug-in {device.ep_metadata.get('version', '?')})")
 
 
 def _number(ort: Any, device: Any) -> int:

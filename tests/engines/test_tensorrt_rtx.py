@@ -133,7 +133,7 @@ def test_cards_that_it_takes_or_that_nobody_knows(machine: SimpleNamespace, gpus
 def card(number: int) -> Any:
     """An `OrtEpDevice` of the plug-in."""
     memory = SimpleNamespace(device_id=number)
-    return SimpleNamespace(ep_name=PROVIDER, memory_info=lambda kind: memory)
+    return SimpleNamespace(ep_name=PROVIDER, ep_metadata={"version": "0.5.0"}, memory_info=lambda kind: memory)
 
 
 @dataclass
@@ -224,7 +224,7 @@ def opened(plugin: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_the_second_start_compiles_nothing(opened: Any) -> None:
     first = opened(Toy())
-    assert first.version == "1.32.0, TensorRT-RTX 1.7.1" and first.build_s is not None
+    assert first.version == "1.32.0, TensorRT-RTX 1.7.1 (plug-in 0.5.0)" and first.build_s is not None
     assert first.delegated == "1 part in TensorRT-RTX, 0 nodes outside"
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     second = Toy()

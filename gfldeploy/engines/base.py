@@ -288,6 +288,11 @@ class Engine(ClosesOnExit):
         return str(error)
 
 
+def with_tf32(precision: str, tf32: bool) -> str:
+    """The precision in words: "fp32", or "fp32 in TF32"."""
+    return f"{precision} in TF32" if tf32 else precision
+
+
 def check_tf32(precisions: Iterable[Precision], device: Device) -> None:
     """Raise `UnsupportedError` where none of the precisions has TF32 on the device, so that it cannot be chosen."""
     if device != "gpu":

@@ -12,8 +12,8 @@ takes as 320x512 and 512x320, and the model zoo's 800x1333 rule as 800x1344 and 
 Every engine that can run on the GPU is measured in FP32 (in TF32 too), FP16 and INT8: at batch 1 to 32 on images of one
 size, and at three of these batch sizes on images of both orientations, in batches of one size ("bucketed") and as they
 come ("listed", padded to a square). Each is a process of its own, in which the engine is compared with the CPU before
-it is timed. First come batch 1 and the largest, then what the engines reach at best, the sizes between, and mAP.
-Nothing is begun that would likely end after `--minutes`. Stopped or out of time, it has written what it has, and the
+it is timed. First come batch 1 and the largest, what the engines reach at best, then both orientations, the sizes
+between, and mAP; engines that are built come after the others. Nothing is begun that would likely end after `--minutes`. Stopped or out of time, it has written what it has, and the
 same command resumes.
 
 Writes to results/MACHINE beside this script, or to `--output`: MODEL.json (images of one size) and MODEL_mixed.json
@@ -284,15 +284,14 @@ def plan_cells(
     device: Device,
     scenarios: Sequence[Scenario],
 ) -> Plan:
-    """All cells in the order of the batch sizes; FP32 on a GPU in TF32 too."""
+    """All cells in the order of the batch sizes, engines that are built for shapes last; FP32 on a GPU in TF32 too."""
     if engines is None:
         engines = [name for name, spec in ENGINES.items() if not isinstance(spec.graph("fp32", device), Obstacle)]
     found = plan(bundles, engines, PRECISIONS[device], sizes, device, usable_threads(), scenarios)
     cells = list(found.cells)
     if device == "gpu":
         cells += [replace(cell, tf32=True) for cell in cells if cell.precision == "fp32"]
-    places = {name: place for place, name in enumerate(engines)}
-    cells.sort(key=lambda cell: (sizes.index(cell.batch_size), places[cell.engine]))
+    cells.sort(key=lambda cell: (sizes.index(cell.batch_size), ENGINES[cell.engine].needs_shapes, cell.engine))
 
     def tells(cell: Cell) -> bool:
         return cell.batch_size > 1 or cell.scenario == "single-stream"  # batch 1 has no orders to tell apart
@@ -373,13 +372,14 @@ class Session:
             )
             for part, journal in zip((self.uniform, self.mixed), journals, strict=True)
         ]
-        jobs = list(self.jobs(accuracy))
+        jobs, late = list(self.jobs(accuracy)), False
         for number, job in enumerate(jobs):
             cell, start = job.cell, time.monotonic()
             part, runner = (self.mixed, runners[1]) if job.mixed else (self.uniform, runners[0])
             expected = self.seconds.get(cell.engine, STARTUP_S + 4 * part.settings.max_seconds)
-            if start + expected > self.deadline:
-                raise TimeIsUpError
+            if start + expected > self.deadline:  # those that are not built first may still be in time
+                late = True
+                continue
             first = self.uniform.known.get(alone(cell))
             if first and first.status == "failed":
                 part.known.setdefault(cell, CellResult(cell, "skipped", *FAILED_ALONE))
@@ -389,6 +389,8 @@ class Session:
             took = time.monotonic() - start
             self.seconds[cell.engine] = max(took, self.seconds.get(cell.engine, 0.0)) if took > 1 else expected
             self.write()
+        if late:
+            raise TimeIsUpError
 
     def jobs(self, accuracy: bool) -> Iterator[Job]:
         """In the order in which they are done."""
@@ -396,8 +398,8 @@ class Session:
         first = [cell for cell in cells if cell == alone(cell)]
         ends = list(dict.fromkeys(cell.batch_size for cell in cells))[:2]
         yield from (Job(cell) for cell in cells if cell.batch_size in ends)
-        yield from (Job(cell, mixed=True) for cell in both if cell.batch_size in ends)
         yield from (Job(cell, peak=True) for cell in first)
+        yield from (Job(cell, mixed=True) for cell in both if cell.batch_size in ends)
         yield from (Job(cell) for cell in cells if cell.batch_size not in ends)
         yield from (Job(cell, mixed=True) for cell in both if cell.batch_size not in ends)
         if accuracy:

@@ -142,7 +142,7 @@ def test_ends_first_then_peaks_then_the_rest(recipe: ModuleType, tmp_path: Path)
         ("mAP" if job.accuracy else "peak" if job.peak else "mixed" if job.mixed else "", job.cell.batch_size)
         for job in one.jobs(accuracy=True)
     ]
-    ends = [("", 1), ("", 8), ("mixed", 1), ("mixed", 8), ("peak", 1)]
+    ends = [("", 1), ("", 8), ("peak", 1), ("mixed", 1), ("mixed", 8)]
     assert jobs == [*ends, ("", 4), ("", 2), ("mixed", 4), ("mAP", 1)]
 
 

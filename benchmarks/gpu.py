@@ -13,8 +13,8 @@ Every engine that can run on the GPU is measured in FP32 (in TF32 too), FP16 and
 size, and at three of these batch sizes on images of both orientations, in batches of one size ("bucketed") and as they
 come ("listed", padded to a square). Each is a process of its own, in which the engine is compared with the CPU before
 it is timed. First come batch 1 and the largest, what the engines reach at best, then both orientations, the sizes
-between, and mAP; engines that are built come after the others. Nothing is begun that would likely end after `--minutes`. Stopped or out of time, it has written what it has, and the
-same command resumes.
+between, and mAP; engines that are built come after the others. Nothing is begun that would likely end after
+`--minutes`. Stopped or out of time, it has written what it has, and the same command resumes.
 
 Writes to results/MACHINE beside this script, or to `--output`: MODEL.json (images of one size) and MODEL_mixed.json
 (both orientations) with .csv and .html as `gfldeploy bench` has them, MODEL_summary.md (routes, agreement with the CPU,

@@ -532,7 +532,8 @@ def curve(uniform: Sequence[Row], mixed: Sequence[Row], value: Callable[[Row], f
     for setup in dict.fromkeys(map(alone, cells)):
         for number, (what, of, order) in enumerate(ways):
             mine = line([row for row in of if row in tried and alone(row.cell) == setup], order)
-            found = {row.cell.batch_size: outcome(row, value) for row in mine}
+            # Batch 1 has no orders to tell apart.
+            found = {row.cell.batch_size: outcome(row, value) for row in mine if number < 2 or row.cell.batch_size > 1}
             name = "" if number else setup.setup(cells)
             lines += [[name, what, *(found.get(size, "") for size in sizes)]] if found else []
     return table(lines) if cells else ""

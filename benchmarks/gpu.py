@@ -38,11 +38,11 @@ from pathlib import Path
 from textwrap import shorten
 
 from gfldeploy import demo
-from gfldeploy.analysis.limits import alone, explain, explain_padding, line, stage_times
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.cell import STREAMS, Cell, Scenario, names
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.journal import Journal, journal_beside
+from gfldeploy.bench.limits import alone, explain, explain_padding, line, stage_times
 from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bench.report.page import machine_line, write_report
 from gfldeploy.bench.results import BenchResults, CellResult
@@ -448,7 +448,7 @@ def summary(found: Sequence[BenchResults]) -> str:
     possible = [row for row in tried if row.result.status != "skipped" or row.result.reason == OUT_OF_TIME[0]]
     waiting = any(row.result.status == "skipped" for row in possible)
     more = f" ({OUT_OF_TIME[0]}: {OUT_OF_TIME[1]})" if waiting else ""
-    where = ", ".join(results.machine.gpus) or results.machine.cpu
+    where = ", ".join(dict.fromkeys(results.machine.gpus)) or results.machine.cpu
     parts = [
         f"# {' and '.join(sorted({row.cell.bundle.name for row in every}))} on {where}",
         f"{machine_line(results.machine, results.created)}. {sum(row.ok for row in tried)} of {len(possible)} cells "

@@ -94,7 +94,7 @@ def race(
                 took = process(rival)
             else:
                 output = scratch / name
-                command = [sys.executable, "-m", "gfldeploy", "predict", bundle, folder, "--output", output, "--force"]
+                command = [sys.executable, "-P", "-m", "gfldeploy", "predict", bundle, folder, "-o", output, "--force"]
                 took = process([*command, *options], PYTHONPATH=str(checkouts[name].absolute()))
                 bytes_of[name] = {one: (output / one).read_bytes() for one in files_below(output) if one != NOTE}
             if number >= 0:

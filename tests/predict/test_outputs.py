@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_as_the_encoder_writes_it(
 ) -> None:
     lines, results = "", list[str]()
     for place, one in enumerate(images()):
-        line = {"file": one.name}
+        line: dict[str, Any] = {"file": one.name}
         line |= {} if one.frame is None else {"frame": one.frame, "time_s": round(one.time_s or 0, 3)}
         if one.detections is None:
             lines += json.dumps(line | {"error": str(one.error)}) + "\n"
@@ -66,7 +67,7 @@ def test_as_the_encoder_writes_it(
         for each in records:
             category = (categories or [1, 2])[each["class_id"]]
             if category is not None:
-                result = {"image_id": ids[place] if ids else place + 1, "category_id": category}
+                result: dict[str, Any] = {"image_id": ids[place] if ids else place + 1, "category_id": category}
                 results.append(json.dumps({**result, "bbox": each["bbox"], "score": each["score"]}))
     summary = write_outputs(tmp_path, images(), CLASSES, ids, categories, threshold)
     assert (tmp_path / "detections.jsonl").read_text() == lines

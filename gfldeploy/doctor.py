@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib import util
 from itertools import groupby
 from typing import Any
 
-from gfldeploy.engines.base import Device, Obstacle
+from gfldeploy.engines.base import Device, Obstacle, installed_version, is_installed, remedy_sentence
 from gfldeploy.engines.dependencies import TOOL_CHAINS, install_command
+from gfldeploy.engines.hardware import nvidia_driver
+from gfldeploy.engines.nvidia_libraries import old_driver
 from gfldeploy.engines.registry import (
     BROKEN_PLUGINS,
     ENGINES,
@@ -47,16 +48,41 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Say what works on this machine, and what would make it faster or complete; no engine is imported for it.
 
+    Where there is an NVIDIA driver, NVIDIA's libraries are loaded in a process of its own, to see whether they do.
+
     Returns:
         The machine, the packages, and each engine, device and precision with what hinders it.
     """
     packages = installed_packages()
     lacking = {
-        command: tuple(module for module in tools.modules if util.find_spec(module) is None)
+        command: tuple(module for module in tools.modules if not is_installed(module))
         for command, tools in TOOL_CHAINS.items()
     }
     broken = tuple(f"The engine plug-in {name} is left out: {why}." for name, why in BROKEN_PLUGINS.items())
-    return Diagnosis(describe_machine(), packages, tuple(capabilities()), lacking, twin_warnings(packages) + broken)
+    found = tuple(capabilities())
+    gpu = gpu_warnings(found)
+    twins = () if any("overwrites" in one for one in gpu) else twin_warnings(packages)
+    warnings = (*gpu, *twins, *broken)
+    return Diagnosis(describe_machine(), packages, found, lacking, warnings)
+
+
+def gpu_warnings(found: Iterable[Capability]) -> tuple[str, ...]:
+    """Why engines whose packages for GPUs are installed do not work on this machine's, each reason once."""
+    if nvidia_driver() is None:
+        return ()
+    engines: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for one in found:
+        spec = ENGINES[one.engine]
+        never = isinstance(spec.graph(one.precision, one.device), Obstacle) or one.device == "cpu"
+        if never or installed_version(spec.library.builds["gpu"].distribution) is None:
+            continue
+        if one.reason and one.remedy:
+            engines[one.reason, one.remedy][one.engine] = None
+        elif old := old_driver(spec):
+            engines[old][one.engine] = None
+    return tuple(
+        f"{', '.join(names)}: {reason}. {remedy_sentence(remedy)}" for (reason, remedy), names in engines.items()
+    )
 
 
 def twin_warnings(packages: Mapping[str, str | None]) -> tuple[str, ...]:
@@ -83,7 +109,7 @@ def summarize_report(report: Diagnosis) -> list[str]:
             for command, modules in report.lacking.items()
         ),
         ("Engines", _engine_lines(report)),
-        ("Warning", textwrap.wrap(" ".join(report.warnings), _TEXT, max_lines=_MOST_WARNINGS)),
+        ("Warning", _wrap(" ".join(report.warnings), _MOST_WARNINGS)),
     ]
     room = _MOST_LINES - 1 - sum(len(lines) for _, lines in blocks)
     blocks += [("Install", _install_lines(report, room)), ("Details", ["gfldeploy doctor --all"])]
@@ -94,6 +120,11 @@ def summarize_report(report: Diagnosis) -> list[str]:
     ]
 
 
+def _wrap(text: str, most: int | None = None) -> list[str]:
+    """Lines that end between words: the names of packages, which have hyphens, stay whole."""
+    return textwrap.wrap(text, _TEXT, max_lines=most, break_on_hyphens=False)
+
+
 def _engine_lines(report: Diagnosis) -> list[str]:
     """A line for each engine that runs something here, and one for the others."""
     runs: dict[str, str] = {}
@@ -102,7 +133,7 @@ def _engine_lines(report: Diagnosis) -> list[str]:
         precisions = ", ".join(f"{one.precision} (slow)" if one.note else one.precision for one in found)
         runs[name] = f"{runs[name]}; {precisions} on {device}" if name in runs else f"{precisions} on {device}"
     lacking = ", ".join(name for name in ENGINES if name not in runs)
-    not_here = textwrap.wrap(f"not here: {lacking}", _TEXT, max_lines=2, break_on_hyphens=False) if lacking else []
+    not_here = _wrap(f"not here: {lacking}", 2) if lacking else []
     most = _MOST_ENGINES - len(not_here)
     shown = list(runs) if len(runs) <= most else list(runs)[: most - 1]
     lines = [f"{name}: {runs[name]}" for name in shown]
@@ -119,7 +150,7 @@ def _install_lines(report: Diagnosis, room: int) -> list[str]:
     lines: list[str] = []
     for command, names in list(purposes.items())[:_MOST_INSTALLS]:
         line = f"{command}  # {'; '.join(names)}"
-        entry = [line] if len(line) <= _TEXT else [f"# {'; '.join(names)}:", *textwrap.wrap(command, _TEXT)]
+        entry = [line] if len(line) <= _TEXT else [f"# {'; '.join(names)}:", *_wrap(command)]
         lines += entry if len(lines) + len(entry) <= room else []
     return lines
 
@@ -136,6 +167,10 @@ def _improvements(report: Diagnosis) -> Iterator[tuple[str, str]]:
     first = next((name for name in PREFERRED_ENGINES if name in possible), None)
     if first in absent:
         yield f"{title_of(first)}, the first choice on {device}", absent[first]
+    for name in (*PREFERRED_ENGINES, *TENSORRT_ENGINES):
+        build = ENGINES[name].library.builds.get(device)
+        if name in absent and build and report.packages.get(build.distribution):  # nearly there
+            yield title_of(name), absent[name]
     for command, modules in report.lacking.items():
         for module in modules:
             yield command, install_command(module, device)

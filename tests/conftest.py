@@ -26,6 +26,7 @@ from gfldeploy.bench import monitor, runner
 from gfldeploy.bundle import Graph, Manifest, TensorSpec, write_bundle
 from gfldeploy.cli import main
 from gfldeploy.detections import NmsParams
+from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.quant import speed
 
@@ -66,6 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
             if item.get_closest_marker(marker) and not installed(module):
                 item.add_marker(pytest.mark.skip(f"{module} is not installed"))
+        if item.get_closest_marker("gpu") and nvidia_driver() is None:
+            item.add_marker(pytest.mark.skip("no NVIDIA driver is loaded"))
     if share_cpus.WORKER is not None:
         # Files with slow tests first: no worker begins a long one when the others have nothing left.
         slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -10,12 +10,14 @@ from typing import Literal, get_args
 from gfldeploy.analysis.sweep import Pass
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.estimates import median
+from gfldeploy.engines.base import Device
 
 # What a change is split into: padding to the size of other images; convolutions that run at another rate; everything
-# else in the network (normalisation, additions, resizing, box arithmetic), which memory limits; host work.
-Part = Literal["padding", "convolutions", "memory", "network", "host"]
+# else in the network (normalisation, additions, resizing, box arithmetic), which memory limits; host work; copies to
+# and from a GPU, which on a CPU are host work.
+Part = Literal["padding", "convolutions", "memory", "network", "host", "transfers"]
 PARTS: tuple[Part, ...] = get_args(Part)
-Cause = Literal["starved", "padding", "convolutions", "memory", "network", "host", "saturated", "faster"]
+Cause = Literal["starved", "padding", "convolutions", "memory", "network", "host", "transfers", "saturated", "faster"]
 
 # A change of the time per image by less than this share is none: a user would not notice.
 _NOTICEABLE = 0.05
@@ -23,7 +25,7 @@ _NOTICEABLE = 0.05
 _ROUNDS_TO_TRIM = 5
 # An engine is starved if others use this share of its CPUs; on an idle machine it is below 0.02.
 _STARVED = 0.10
-# Host work limits the speed if it takes at least this share of the time.
+# Host work, or copies to and from a GPU, limit the speed if they take at least this share of the time.
 _HOST_LIMITS = 0.5
 
 
@@ -56,8 +58,8 @@ class BatchAnalysis:
     `ms`: from file to detections; `single_ms`: the same at batch 1; `bucketed_ms`: in bucketed batches. `change`: of
     `ms` against `single_ms`; `parts` and `unexplained_ms`, which no stage's timer saw, add up to it. Where the engine
     cannot tell its convolutions from the rest, `network` stands for both. `padding`: pixels of the batches by those of
-    the images. `host_share`: of `ms`. `taken`: see `Pass`. `gmac_per_s`: multiply-accumulates a second of the network
-    in bucketed batches, 10^9; `percent_of_peak`: of the most that the engine reaches here;
+    the images. `host_share`, `transfer_share`: of `ms`. `taken`: see `Pass`. `gmac_per_s`: 10^9 multiply-accumulates a
+    second of the network in bucketed batches; `percent_of_peak`: of the most that the engine reaches here;
     `convolutions_percent_of_peak`: the same while convolutions run. These are None where unknown, and where the engine
     was starved, since it may not have been when the peak was measured. `cause`: the main one.
     """
@@ -71,15 +73,20 @@ class BatchAnalysis:
     unexplained_ms: float
     padding: float
     host_share: float
+    transfer_share: float
     taken: float
     gmac_per_s: float | None
     percent_of_peak: float | None
     convolutions_percent_of_peak: float | None
     cause: Cause
+    device: Device = "cpu"
 
 
 def analyze_passes(
-    rounds: Sequence[Sequence[Pass]], macs: float | None = None, peak_gmac_per_s: float | None = None
+    rounds: Sequence[Sequence[Pass]],
+    macs: float | None = None,
+    peak_gmac_per_s: float | None = None,
+    device: Device = "cpu",
 ) -> list[BatchAnalysis]:
     """Split the change of every batch size above 1, from `measure_passes` with `batch_orders`.
 
@@ -92,15 +99,17 @@ def analyze_passes(
     if any((1, "listed") not in found for found in by_round):
         raise ValueError("batch 1 was not measured")
     sizes = sorted({one.batch_size for one in rounds[0]} - {1})
-    return [_analyze(size, by_round, macs, peak_gmac_per_s) for size in sizes]
+    return [_analyze(size, by_round, macs, peak_gmac_per_s, device) for size in sizes]
 
 
 def sentences(found: BatchAnalysis) -> tuple[str, str]:
     """What happens at this batch size, and what to do about it."""
-    return _what(found), _ADVICE[found.cause].format(
+    advice = _ADVICE_ON_GPUS.get(found.cause) if found.device == "gpu" else None
+    return _what(found), (advice or _ADVICE[found.cause]).format(
         bucketed=f"{found.bucketed_ms:.1f} ms",
         gain=f"{found.ms / found.bucketed_ms:.2f}x",
         host=f"{found.host_share:.0%}",
+        transfers=f"{found.transfer_share:.0%}",
         taken=f"{found.taken:.0%}",
         peak=_of_peak(found),
     )
@@ -117,9 +126,18 @@ _ADVICE: Mapping[Cause, str] = {
     "network": "The network itself is slower in larger batches, without padding too: use the smaller batch.",
     "saturated": "The processor is saturated already{peak}, and a larger batch is only more of the same work: use "
     "INT8, a smaller input, or more cores.",
+    "transfers": "Copies to and from the GPU take {transfers} of the time: copy the next batch while the network runs, "
+    "as `gfldeploy predict` does, or use smaller images.",
     "starved": "The engine lacked {taken} of its CPUs: other processes use them, or there are fewer CPUs than threads; "
     "free them, or lower --threads.",
     "faster": "Batching pays here: use this size if its latency is short enough.",
+}
+
+_ADVICE_ON_GPUS: Mapping[Cause, str] = {
+    "saturated": "The GPU is saturated already{peak}, and a larger batch is only more of the same work: use FP16, INT8 "
+    "or a smaller input.",
+    "starved": "Decoding, preprocessing and NMS take {host} of the time and lacked {taken} of the CPUs: other "
+    "processes use them, or there are fewer CPUs than threads.",
 }
 
 
@@ -146,6 +164,7 @@ PART_NAMES: Mapping[Part, str] = {
     "memory": "the network's other work",
     "network": "the network",
     "host": "host work",
+    "transfers": "copies to and from the GPU",
 }
 
 
@@ -155,7 +174,11 @@ def _of_peak(found: BatchAnalysis) -> str:
 
 
 def _analyze(
-    size: int, by_round: Sequence[Mapping[tuple[int, Order], Pass]], macs: float | None, peak: float | None
+    size: int,
+    by_round: Sequence[Mapping[tuple[int, Order], Pass]],
+    macs: float | None,
+    peak: float | None,
+    device: Device,
 ) -> BatchAnalysis:
     try:
         rows = [(found[1, "listed"], found[size, "listed"], found[size, "bucketed"]) for found in by_round]
@@ -164,7 +187,7 @@ def _analyze(
     changes = [listed.end_to_end_ms - single.end_to_end_ms for single, listed, _ in rows]
     order = sorted(range(len(changes)), key=lambda number: changes[number])
     typical = order[1:-1] if len(order) >= _ROUNDS_TO_TRIM else order
-    change, parts = _change(changes, typical), {name: _change(ms, typical) for name, ms in _parts(rows).items()}
+    change, parts = _change(changes, typical), {name: _change(ms, typical) for name, ms in _parts(rows, device).items()}
 
     def mean(values: Iterable[float]) -> float:
         every = list(values)
@@ -172,7 +195,8 @@ def _analyze(
 
     single, listed, bucketed = zip(*rows, strict=True)
     ms, single_ms = (mean(one.end_to_end_ms for one in passes) for passes in (listed, single))
-    host_share, taken = mean(one.host_ms for one in listed) / ms, mean(one.taken for one in listed)
+    transfer_share = mean(_copied_ms(one, device) for one in listed) / ms
+    host_share, taken = mean(one.host_ms for one in listed) / ms - transfer_share, mean(one.taken for one in listed)
     gmac_per_s = macs / mean(one.inference_ms for one in bucketed) / 1e6 if macs else None
     percent = 100 * gmac_per_s / peak if gmac_per_s and peak and taken < _STARVED else None
     share = bucketed[0].convolution_share
@@ -186,15 +210,21 @@ def _analyze(
         unexplained_ms=change.ms - sum(one.ms for one in parts.values()),
         padding=listed[0].padding,
         host_share=host_share,
+        transfer_share=transfer_share,
         taken=taken,
         gmac_per_s=gmac_per_s,
         percent_of_peak=percent,
         convolutions_percent_of_peak=percent / share if percent and share else None,
-        cause=_cause(ms, single_ms, change, parts, host_share, taken),
+        cause=_cause(ms, single_ms, change, parts, host_share, transfer_share, taken, device),
+        device=device,
     )
 
 
-def _parts(rows: Sequence[tuple[Pass, Pass, Pass]]) -> dict[Part, list[float]]:
+def _copied_ms(one: Pass, device: Device) -> float:
+    return one.copy_ms if device == "gpu" else 0.0
+
+
+def _parts(rows: Sequence[tuple[Pass, Pass, Pass]], device: Device) -> dict[Part, list[float]]:
     """The change of each part in milliseconds, by round: of a single image, a listed and a bucketed batch."""
     network = [bucketed.inference_ms - single.inference_ms for single, _, bucketed in rows]
     parts: dict[Part, list[float]] = {
@@ -206,13 +236,24 @@ def _parts(rows: Sequence[tuple[Pass, Pass, Pass]]) -> dict[Part, list[float]]:
         parts["convolutions"] = [bucketed.convolutions_ms - single.convolutions_ms for single, _, bucketed in rows]
         parts["memory"] = [all_ms - ms for all_ms, ms in zip(network, parts["convolutions"], strict=True)]
     parts["host"] = [listed.host_ms - single.host_ms for single, listed, _ in rows]
+    if device == "gpu":
+        parts["transfers"] = [listed.copy_ms - single.copy_ms for single, listed, _ in rows]
+        parts["host"] = [host - copies for host, copies in zip(parts["host"], parts["transfers"], strict=True)]
     return parts
 
 
 def _cause(
-    ms: float, single_ms: float, change: Change, parts: Mapping[Part, Change], host_share: float, taken: float
+    ms: float,
+    single_ms: float,
+    change: Change,
+    parts: Mapping[Part, Change],
+    host_share: float,
+    transfer_share: float,
+    taken: float,
+    device: Device,
 ) -> Cause:
-    if taken >= _STARVED:
+    # A GPU does not wait for the CPUs that an engine lacks: only host work does.
+    if taken >= _STARVED and (device == "cpu" or host_share >= _HOST_LIMITS):
         return "starved"
     # A change has a cause only if even the low end of its interval would be noticed.
     sign = change.surely(_NOTICEABLE * single_ms)
@@ -224,6 +265,8 @@ def _cause(
         return name
     if sign < 0:
         return "faster"
+    if transfer_share >= _HOST_LIMITS:
+        return "transfers"
     return "host" if host_share >= _HOST_LIMITS else "saturated"
 
 

@@ -37,6 +37,7 @@ class Analysis:
     engine: str
     precision: Precision
     threads: int
+    tf32: bool
     images: int
     peak: Peak | None
     rounds: tuple[tuple[Pass, ...], ...]
@@ -57,7 +58,8 @@ class Analysis:
         """Write `path` (JSON) and the page beside it (.html). Raises `OutputError`."""
         write_json(path, self.to_dict())
         figures = [_stacked(self)]
-        title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {self.precision}"
+        precision = f"{self.precision}{' in TF32' if self.tf32 else ''}"
+        title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {precision}"
         times = (
             "Milliseconds of one image against batch 1: mean over the typical of "
             f"{len(self.rounds)} rounds, and in brackets the interval of the median."

@@ -57,7 +57,7 @@ class Cell:
     `threads`: CPU threads of one inference. `order`: "listed" (batches of the images in their order) or "bucketed"
     (batches of images of one size), which takes all images at once: the offline scenario. `rate`: images arriving a
     second, and `policy`: how they become batches, in the server scenario alone; its `batch_size` is the largest that
-    the policy may form.
+    the policy may form. `tf32`: FP32 on a GPU may multiply in TF32 (`EngineOptions`).
     """
 
     bundle: BundleIdentity
@@ -70,6 +70,7 @@ class Cell:
     scenario: Scenario
     rate: float | None = None
     policy: ServerPolicy | None = None
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -77,6 +78,8 @@ class Cell:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
         if self.batch_size < 1 or self.threads < 1:
             raise ValueError("batch_size and threads must be at least 1")
+        if self.tf32 and (self.precision, self.device) != ("fp32", "gpu"):
+            raise ValueError("only FP32 on a GPU may multiply in TF32")
         if not suits(self.scenario, self.batch_size):
             raise ValueError(f"{self.scenario} does not go with batches of {self.batch_size}")
         if self.order == "bucketed" and self.scenario != "offline":
@@ -96,12 +99,12 @@ class Cell:
         return f"{self.setup(among)}, batch {self.batch_size}{self.load}"
 
     def setup(self, among: Iterable[Cell] = ()) -> str:
-        """Engine and precision, and the device, threads and bundle where the cells `among` differ in them.
+        """Engine and precision, TF32 included; the device, threads and bundle where the cells `among` differ in them.
 
         The bundle is named where an engine runs several in one precision.
         """
         cells = list(among)
-        parts = [f"{self.engine} {self.precision}"]
+        parts = [f"{self.engine} {self.precision}{' in TF32' if self.tf32 else ''}"]
         if len({cell.device for cell in cells}) > 1:
             parts.append(f"on {self.device}")
         if len({cell.threads for cell in cells}) > 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gfldeploy.files import read_json, scratch_directory, unfinished_beside, write_json
 
-_MADE = r"[0-9a-f]{64}\.json"
+_MADE = r"[0-9a-f]{64}\.(json|npz)"
 
 
 class Journal:
@@ -35,6 +35,10 @@ class Journal:
             return None
         answer = entry.get("answer")
         return answer if isinstance(answer, dict) else None
+
+    def file(self, question: Mapping[str, Any]) -> Path:
+        """A file for what the answer to this question has besides: made by whoever answers, good if it is kept."""
+        return self._path(question).with_suffix(".npz").absolute()
 
     def keep(self, question: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Write the answer, in one step. Raises `OutputError`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from gfldeploy.bench.cell import POLICIES, STREAMS, BundleIdentity, Cell, Scenario, ServerPolicy, forms, names, suits
 from gfldeploy.bench.results import CellResult
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision
+from gfldeploy.engines.base import Device, Precision, check_tf32
 from gfldeploy.engines.registry import capability, check_bundle, missing_graph
 
 
@@ -43,13 +43,17 @@ def plan(
     scenarios: Sequence[Scenario] = STREAMS,
     rates: Sequence[float] = (),
     policies: Sequence[ServerPolicy] = POLICIES,
+    tf32: bool = False,
 ) -> Plan:
     """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
     single-stream and with no-batching, others with multi-stream and with the other policies.
 
     When some of the bundles fit a precision, the others are not mentioned: of an FP32 and an INT8 bundle each runs in
-    its own precisions. Raises `UnsupportedError` for an unknown engine.
+    its own precisions. `tf32`: of those in FP32. Raises `UnsupportedError` for an unknown engine, and where nothing has
+    TF32.
     """
+    if tf32:
+        check_tf32(precisions, device)
     cells: list[Cell] = []
     skipped: list[CellResult] = []
     loads: list[tuple[int, Scenario, float | None, ServerPolicy | None]] = []
@@ -82,6 +86,7 @@ def plan(
                     scenario=scenario,
                     rate=rate,
                     policy=policy,
+                    tf32=tf32 and precision == "fp32",
                 )
                 if found := problem or _fixed_batch(bundle, cell):
                     skipped.append(CellResult(cell, "skipped", *found))

@@ -6,7 +6,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,8 @@ _IDLE_WINDOW_S = 0.25
 _FREQUENCY_CPUS = 8
 # A share of the CPU time that a hypervisor may take without changing a figure that anybody would quote.
 _STEAL_PERCENT = 5.0
-# What NVML calls clocks event reasons, by bit (nvml.h, nvmlClocksEventReasons): those that slow a GPU down.
+# What NVML calls clocks event reasons, by bit (nvml.h, nvmlClocksEventReasons): those that slow a GPU down. It being
+# idle, and clocks that somebody set, are none.
 _GPU_REASONS = {
     0x4: "GPU: power cap",
     0x8: "GPU: hardware slowdown",
@@ -48,11 +50,13 @@ class Monitor:
         self._interval_s = 1 / hz
         self._cpus = sorted(os.sched_getaffinity(0))
         self._gpu = _Gpu() if device == "gpu" else None
+        self._gpu_limits: dict[str, Any] = dict(self._gpu.limits()) if self._gpu else {}
         self._process = psutil.Process()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
         self._rows: list[dict[str, Any]] = []
         self._reasons: dict[str, None] = {}
+        self._gpu_reasons: Counter[str] = Counter()
         self._busy_s = self._wall_s = 0.0
 
     def __enter__(self) -> Self:
@@ -68,11 +72,18 @@ class Monitor:
     def record(self) -> Monitored:
         """What was seen, after the block: of what some samples lack, nothing."""
         known = set.intersection(*map(set, self._rows)) if self._rows else set()
+        samples: dict[str, Any] = {name: tuple(row[name] for row in self._rows) for name in known}
+        of_gpu = (f"{what} in {times} of {len(self._rows)} samples" for what, times in self._gpu_reasons.items())
         return Monitored(
-            **{name: tuple(row[name] for row in self._rows) for name in known},
-            throttled=tuple(self._reasons),
+            **samples,
+            **self._gpu_limits,
+            throttled=(*self._reasons, *of_gpu),
             overhead_percent=100 * self._busy_s / self._wall_s if self._wall_s else 0.0,
         )
+
+    def gpu_energy_j(self) -> float | None:
+        """Joules that the GPU's board took since its driver was loaded; None where it does not count them."""
+        return self._gpu.energy_j() if self._gpu else None
 
     def _watch(self) -> None:
         start = time.perf_counter()
@@ -91,8 +102,7 @@ class Monitor:
                     row["cpu_mhz"] = mhz
                 self._rows.append(row)
                 before = now
-            if self._gpu:
-                self._reasons |= dict.fromkeys(self._gpu.throttles())
+                self._gpu_reasons.update(self._gpu.throttles() if self._gpu else ())
         with suppress(psutil.Error, OSError):
             counters = _throttles(self._cpus)
             self._reasons |= dict.fromkeys(what for what in counters if counters[what] > throttles.get(what, math.inf))
@@ -103,7 +113,11 @@ class Monitor:
 
 
 class _Gpu:
-    """The first GPU through NVML; nothing is known of it if the library, the driver or the query is missing."""
+    """The GPU that engines use, through NVML; nothing is known of it if the library, the driver or a query is missing.
+
+    NVML answers with averages over a window before the query: the utilisation over 1/6 s to 1 s, the power over 1 s
+    from the Ampere generation on (nvml.h). Clocks and memory are of the moment.
+    """
 
     def __init__(self) -> None:
         self._nvml: Any = None
@@ -111,32 +125,77 @@ class _Gpu:
             import pynvml
 
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            self._handle = _first_visible(pynvml)
             self._nvml = pynvml
 
     def sample(self) -> dict[str, float]:
-        """The fields of `Monitored` that are of the GPU, or none."""
-        nvml = self._nvml
-        if nvml is None:
-            return {}
-        try:
-            return {
-                "gpu_percent": float(nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu),
-                "gpu_memory_mb": nvml.nvmlDeviceGetMemoryInfo(self._handle).used / 1e6,
-                "gpu_power_w": nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
-                "gpu_clock_mhz": float(nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)),
-            }
-        except nvml.NVMLError:
-            return {}
+        """The fields of `Monitored` that are of the GPU; those are left out that it cannot tell, as a MIG slice its
+        utilisation."""
+        return self._read(
+            gpu_percent=lambda nvml, gpu: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+            gpu_memory_mb=lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used / 1e6,
+            gpu_power_w=lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+            gpu_clock_mhz=lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+        )
+
+    def limits(self) -> dict[str, float]:
+        """The fields of `Monitored` that stay the same."""
+        return self._read(
+            gpu_most_clock_mhz=lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+            gpu_most_power_w=lambda nvml, gpu: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
+        )
+
+    def energy_j(self) -> float | None:
+        """Since the driver was loaded; GPUs count it since the Volta generation."""
+        return self._read(j=lambda nvml, gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3).get("j")
+
+    def bandwidth_gb_per_s(self) -> float | None:
+        """10^9 bytes a second of its memory: two transfers in each cycle, as wide as the bus (in bits)."""
+        found = self._read(
+            mhz=lambda nvml, gpu: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+            bits=lambda nvml, gpu: nvml.nvmlDeviceGetMemoryBusWidth(gpu),
+        )
+        return 2 * found["mhz"] * found["bits"] / 8 / 1e3 if len(found) == 2 else None
 
     def throttles(self) -> list[str]:
-        if self._nvml is None:
-            return []
-        try:
-            bits = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)
-        except self._nvml.NVMLError:
-            return []
-        return [text for bit, text in _GPU_REASONS.items() if bits & bit]
+        """Why it runs slower than it could at this moment."""
+        found = self._read(new=lambda nvml, gpu: nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)) or self._read(
+            old=lambda nvml, gpu: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)  # drivers before 535
+        )
+        return [text for bits in found.values() for bit, text in _GPU_REASONS.items() if int(bits) & bit]
+
+    def _read(self, **queries: Callable[[Any, Any], float]) -> dict[str, float]:
+        """The answers to those queries that NVML answers."""
+        found: dict[str, float] = {}
+        for name, query in queries.items():
+            with suppress(Exception):  # NVMLError of many kinds, AttributeError of an old nvidia-ml-py
+                if self._nvml is not None:
+                    found[name] = float(query(self._nvml, self._handle))
+        return found
+
+
+def _first_visible(nvml: Any) -> Any:
+    """NVML's handle of CUDA's device 0: the first of CUDA_VISIBLE_DEVICES, which names it by number or UUID.
+
+    Numbers are NVML's where all GPUs are alike, or CUDA_DEVICE_ORDER is PCI_BUS_ID.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    if first.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    if first.startswith("GPU-"):  # CUDA takes the beginning of one, too
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            if nvml.nvmlDeviceGetUUID(handle).startswith(first):
+                return handle
+    return nvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
+
+
+def gpu_bandwidth_gb_per_s() -> float | None:
+    """10^9 bytes a second that the memory of the GPU can move by its clock and the width of its bus; None if unknown.
+
+    No measurement: a copy reaches about nine tenths of it.
+    """
+    return _Gpu().bandwidth_gb_per_s()
 
 
 def wait_until_idle(device: Device, busy_percent: float = BUSY_PERCENT, patience_s: float = 5.0) -> Idle:
@@ -153,10 +212,11 @@ def wait_until_idle(device: Device, busy_percent: float = BUSY_PERCENT, patience
         time.sleep(_IDLE_WINDOW_S)
         now = _cpu_times(cpus)
         cpu_percent = sum(_use(before[cpu], now[cpu]) for cpu in cpus) / len(cpus)
-        gpu_percent = gpu.sample().get("gpu_percent") if gpu else None
+        sample = gpu.sample() if gpu else {}
+        gpu_percent = sample.get("gpu_percent")
         idle = max(cpu_percent, gpu_percent or 0.0) <= busy_percent
         if idle or waited_s >= patience_s:
-            return Idle(cpu_percent, gpu_percent, waited_s)
+            return Idle(cpu_percent, gpu_percent, waited_s, sample.get("gpu_memory_mb"))
         waited_s = time.perf_counter() - start
 
 

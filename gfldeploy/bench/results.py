@@ -39,12 +39,14 @@ class DataDescription:
 class Idle:
     """The machine before a run: what other processes used, and how long the benchmark waited for them.
 
-    `cpu_percent`: of all CPUs that may be used, 0 to 100. `gpu_percent`: None without a GPU in use.
+    `cpu_percent`: of all CPUs that may be used, 0 to 100. `gpu_percent`: None without a GPU in use. `gpu_memory_mb`:
+    of its memory in use, 10^6 bytes; None where that is unknown.
     """
 
     cpu_percent: float
     gpu_percent: float | None
     waited_s: float
+    gpu_memory_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class Monitored:
 
     `cpu_percent`: of each CPU that the process may use, 0 to 100, by all processes. `cpu_mhz`: their mean frequency.
     `rss_mb`: resident memory of the process, 10^6 bytes. Of the GPU: `gpu_percent` (of the time in which any kernel
-    ran), `gpu_memory_mb` (by all processes), `gpu_power_w`, `gpu_clock_mhz` (of its multiprocessors). A tuple is empty
-    where the hardware does not tell. `throttled`: why it ran below full speed at any time, in words; empty if it did
-    not. `overhead_percent`: processor time that the monitor itself took, of one CPU.
+    ran, in the second before the sample), `gpu_memory_mb` (by all processes), `gpu_power_w` (of the board, mean of the
+    second before the sample on most GPUs), `gpu_clock_mhz` (of its multiprocessors). A tuple is empty where the
+    hardware does not tell. `gpu_most_clock_mhz`, `gpu_most_power_w`: the highest clock of its multiprocessors, and the
+    limit of its power; None where unknown. `throttled`: why the hardware ran below full speed at any time, in words;
+    empty if it did not. `overhead_percent`: processor time that the monitor itself took, of one CPU.
     """
 
     t_s: tuple[float, ...] = ()
@@ -66,6 +70,8 @@ class Monitored:
     gpu_memory_mb: tuple[float, ...] = ()
     gpu_power_w: tuple[float, ...] = ()
     gpu_clock_mhz: tuple[float, ...] = ()
+    gpu_most_clock_mhz: float | None = None
+    gpu_most_power_w: float | None = None
     throttled: tuple[str, ...] = ()
     overhead_percent: float = 0.0
 
@@ -91,6 +97,27 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """How far an engine is from the CPU, on a few of the images that it is timed on.
+
+    `reference`: what ran on the CPU, in words; `images` were compared. `score_difference`, `score_difference_max`: mean
+    and largest, absolute, over the candidates that both have. `box_difference_px`, `box_difference_max_px`: median and
+    largest of a corner, over those with a score of 0.4 or more; in FP32 the largest is over all. `detections`: how many
+    score 0.4 or more; `unmatched`: of those, without another of their class, half their score and an IoU of 0.5 on the
+    other side (`quant.agreement`), counted on the side where it is more.
+    """
+
+    reference: str
+    images: int
+    detections: int
+    unmatched: int
+    score_difference: float
+    score_difference_max: float
+    box_difference_px: float
+    box_difference_max_px: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One process that measured one cell.
 
@@ -110,6 +137,9 @@ class Run:
     `not_low_precision`: why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason
     (`engines.base.reasons`); empty where FP32 was asked for, None where it was not recorded or the engine cannot tell.
     `delegated`: how much of the graph runs in TensorRT, in words; None where none is asked for.
+
+    `parity`: what came of comparing the engine with the CPU before it was timed; None where it was judged when the
+    bundle was published, and where it could not be compared, for the reason `not_compared`.
     """
 
     started: str
@@ -130,6 +160,8 @@ class Run:
     delegated: str | None = None
     monitored: Monitored | None = None
     serving: Serving | None = None
+    parity: Parity | None = None
+    not_compared: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +183,8 @@ class Peak:
     """What an engine reaches here on a graph of nothing but convolutions that suit it: a ceiling, not a promise.
 
     `gmac_per_s`: 10^9 multiply-accumulates a second; `memory_gb_per_s`: 10^9 bytes a second of a large copy, read and
-    written, with as many threads. None where it could not be measured, for the `reason`.
+    written, with as many threads; of a GPU, what its memory can move by its clock and the width of its bus. None where
+    it could not be measured, for the `reason`.
     """
 
     gmac_per_s: float | None
@@ -288,14 +321,19 @@ def _taken(record: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: record.pop(key) for key in keys}
 
 
-_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4}
+def _from_schema_5(data: dict[str, Any]) -> dict[str, Any]:
+    """It did not say whether FP32 was in TF32, nor compare what ran with the CPU: the defaults."""
+    return data
+
+
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4, 5: _from_schema_5}
 
 
 @dataclass(frozen=True)
 class BenchResults(Versioned):
     """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
 
-    FORMAT = FileFormat("results", "gfldeploy bench", 5, _UPGRADES)
+    FORMAT = FileFormat("results", "gfldeploy bench", 6, _UPGRADES)
 
     created: str
     machine: Machine

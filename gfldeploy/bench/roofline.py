@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import psutil
 from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
+from gfldeploy.bench.monitor import gpu_bandwidth_gb_per_s
 from gfldeploy.bench.results import Peak
 from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Precision, Tensors, reasons
 from gfldeploy.engines.dependencies import require
-from gfldeploy.engines.registry import ENGINES, graph_for, open_engine
+from gfldeploy.engines.registry import graph_for, open_engine
 from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.export.half import write_half_onnx
 from gfldeploy.export.onnx_graph import OPSET
@@ -244,6 +245,8 @@ _STACKS: dict[Device, Stack] = {"cpu": Stack(depth=8, batch=1), "gpu": Stack(dep
 def measure_peak(engine: str, options: EngineOptions, seconds: float = 2.0) -> Peak:
     """Time a stack of convolutions in the engine, then a copy in memory, for about `seconds` each.
 
+    No copy is timed in the memory of a GPU: see `gpu_bandwidth_gb_per_s`.
+
     The stack is a bundle that the engine opens like any other, so that it runs with the same options. Call this in a
     process of its own: the engine's library stays loaded, and Paddle is switched to static graphs for a moment.
     What fails is None in the result, for the reason given there. The MACs are those of direct convolution: an engine
@@ -264,20 +267,18 @@ def measure_peak(engine: str, options: EngineOptions, seconds: float = 2.0) -> P
     memory_gb_per_s = None
     if options.device == "cpu":
         memory_gb_per_s = attempt("memory", lambda: _copy_gb_per_s(_copy_bytes(), options.threads, seconds))
-    else:
-        problems.append("memory: the bandwidth of GPU memory is not measured")
+    elif (memory_gb_per_s := gpu_bandwidth_gb_per_s()) is None:
+        problems.append("memory: the driver does not tell the bandwidth of the GPU's memory")
     return Peak(gmac_per_s, memory_gb_per_s, "; ".join(problems) or None)
 
 
 def _gmac_per_s(engine: str, options: EngineOptions, seconds: float) -> float:
     """10^9 multiply-accumulates a second, by the median of the runs. Raises `GfldeployError`."""
     stack = _STACKS[options.device]
-    if ENGINES[engine].needs_shapes:
-        options = replace(options, shapes=((stack.batch, _SIDE, _SIDE),))
     inputs = {"image": stack.image()}
     with scratch_directory() as folder:
         bundle = stack.write(folder / "peak", graph_for(engine, options.precision, options.device), options.precision)
-        with open_engine(engine, bundle, options) as opened:
+        with open_engine(engine, bundle, options, [(stack.batch, _SIDE, _SIDE)]) as opened:
             _check_precision(opened, inputs, stack.depth)
             for _ in range(_WARMUP):
                 opened.infer(inputs)

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from gfldeploy.accuracy import Accuracy, check_measurable
-from gfldeploy.bench.cell import BundleIdentity, Cell
+from gfldeploy.bench.cell import STREAMS, BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
+from gfldeploy.bench.cpu_parity import is_compared, reference_engine
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.monitor import wait_until_idle
 from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Peak
 from gfldeploy.bench.timing import Settings
-from gfldeploy.bench.worker import Task, Timed
+from gfldeploy.bench.worker import CpuOutputs, Task, Timed
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import DEFAULT_LIMITS, Limits, run_child
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import DataError, EngineError, GfldeployError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset
@@ -29,11 +31,14 @@ from gfldeploy.serialization import build, plain
 
 _WORKER = "gfldeploy.bench.worker"
 _NO_BUNDLE = BundleIdentity("", "", "")
+_UNTIMED = Settings(0, 1, 0)
 
-_Kind = Literal["timing", "accuracy", "peak"]
+_Kind = Literal["reference", "timing", "accuracy", "peak"]
 _KINDS: tuple[_Kind, ...] = get_args(_Kind)
-_Answer = Timed | Accuracy | Peak
-_TYPES: Mapping[_Kind, type[_Answer]] = {"timing": Timed, "accuracy": Accuracy, "peak": Peak}
+_Answer = CpuOutputs | Timed | Accuracy | Peak
+_TYPES: Mapping[_Kind, type[_Answer]] = {
+    "reference": CpuOutputs, "timing": Timed, "accuracy": Accuracy, "peak": Peak,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Data:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one process measures: a `round` of a cell; or the mAP, or the engine's peak, that several cells share."""
+    """What one process does: a `round` of a cell; or what several cells share: the mAP, the engine's peak, or what the
+    CPU gives for a few images, to compare them with."""
 
     kind: _Kind
     cell: Cell
@@ -83,6 +89,8 @@ class _Step:
     def __str__(self) -> str:
         if self.kind == "peak":
             return f"peak of {self.cell.setup()}"
+        if self.kind == "reference":
+            return f"{self.cell}, on the CPU to compare with"
         if self.kind == "accuracy":
             return f"{self.cell.bundle.directory}: {self.cell.setup()}, accuracy"
         return str(self.cell)
@@ -116,9 +124,10 @@ class Runner:
     ) -> tuple[CellResult, ...]:
         """Measure every cell; the results are in the cells' order.
 
-        Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. Then the
-        mAP is measured, once for each bundle, engine and precision of which a cell did not fail, and with `peak` what
-        each engine and precision reaches at best.
+        Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. One that
+        differs from the CPU, where that is compared, has failed before anything is timed. Then the mAP is measured,
+        once for each bundle, engine and precision of which a cell did not fail, and with `peak` what each engine and
+        precision reaches at best.
 
         A process that crashes, exits with an error, answers nonsense, or goes beyond the limits becomes a result with
         its reason, and the others are run. Whatever ends this function, KeyboardInterrupt included, kills the process
@@ -146,7 +155,7 @@ class Runner:
                 each = (time.monotonic() - start) / max(number, 1)
                 left = f" (about {duration(each * (len(pending) - number))} left)" if number else ""
                 progress.stage(f"{number + 1}/{len(pending)} {step}{left}")
-                answer = self._run(step, settings)
+                answer = self._run(step, settings, progress)
                 self.journal.keep(self._question(step, settings), answer)
                 answers[step] = _read(step.kind, answer)
         return tuple(self._result(cell, some, answers) for cell, some in needs.items())
@@ -159,24 +168,68 @@ class Runner:
             "data": [description.timed_sha256, description.annotations_sha256, self.data.accuracy_limit],
         }  # fmt: skip
 
-    def _run(self, step: _Step, settings: Settings) -> dict[str, Any]:
+    def _run(self, step: _Step, settings: Settings, progress: Progress) -> dict[str, Any]:
         """What the step's process answers: its result, or the `reason` of a failure and its `remedy`."""
-        data, bundle = self.data, self.bundles.get(step.cell.bundle, Path())
-        images = tuple(path.absolute() for path in data.images)
-        task = Task(
-            step.kind, step.cell, bundle, images, settings, wait_until_idle(step.cell.device),
-            data.annotations, data.image_dir, data.accuracy_limit, self.engine_cache,
-        )  # fmt: skip
-        answer = _ask(task, self.limits, self.worker)
+        task = self._task(step, settings)
+        if step.kind == "timing" and is_compared(step.cell.engine, step.cell.device):
+            try:
+                file, by = self._reference(step.cell, progress)
+                task = replace(task, reference=file, reference_by=by)
+            except EngineError as error:
+                task = replace(task, not_compared=error.problem)
+        return self._ask(replace(task, idle=wait_until_idle(step.cell.device)))
+
+    def _task(self, step: _Step, settings: Settings) -> Task:
+        data = self.data
+        return Task(
+            step.kind,
+            step.cell,
+            self.bundles.get(step.cell.bundle, Path()),
+            tuple(path.absolute() for path in data.images),
+            settings,
+            annotations=data.annotations,
+            image_dir=data.image_dir,
+            accuracy_limit=data.accuracy_limit,
+            engine_cache=self.engine_cache,
+        )
+
+    def _ask(self, task: Task) -> dict[str, Any]:
+        answer, bundle = _ask(task, self.limits, self.worker), task.bundle
         if "reason" in answer and bundle.name:  # results are published, and where a bundle is on this machine is not
-            answer["reason"] = answer["reason"].replace(str(bundle), step.cell.bundle.directory)
+            answer["reason"] = answer["reason"].replace(str(bundle), task.cell.bundle.directory)
         return answer
+
+    def _reference(self, cell: Cell, progress: Progress) -> tuple[Path, str]:
+        """The file with what the CPU gives for images of the cell, and what wrote it. Raises `EngineError`."""
+        bundle = Bundle.open(self.bundles[cell.bundle])
+        alike = replace(  # of all that gives the same batches
+            cell,
+            engine=reference_engine(bundle),
+            precision=bundle.manifest.precision,
+            device="cpu",
+            threads=usable_threads(),
+            tf32=False,
+        )
+        if cell.scenario == "server":  # which is compared in one of the batches of the other scenarios
+            alike = replace(alike, scenario=STREAMS[cell.batch_size > 1], rate=None, policy=None)
+        step = _Step("reference", alike)
+        question = self._question(step, _UNTIMED)
+        file, answer = self.journal.file(question), self.journal.find(question)
+        if answer is None or ("reason" not in answer and not file.exists()):
+            progress.stage(str(step))
+            answer = self._ask(replace(self._task(step, _UNTIMED), reference=file))
+            self.journal.keep(question, answer)
+        found = _read("reference", answer)
+        if isinstance(found, CpuOutputs):
+            return file, found.by
+        assert isinstance(found, EngineError)
+        raise found
 
     def _result(self, cell: Cell, steps: Sequence[_Step], answers: Mapping[_Step, _Answer | EngineError]) -> CellResult:
         found = [(step.kind, answers[step]) for step in steps if step in answers]
         timed = [answer for _, answer in found if isinstance(answer, Timed)]
         failure = _failure(steps, answers)
-        accuracy, peak = (next((answer for kind, answer in found if kind == one), None) for one in _KINDS[1:])
+        accuracy, peak = (next((answer for kind, answer in found if kind == one), None) for one in _KINDS[2:])
         return CellResult(
             cell,
             status="failed" if failure else "ok",

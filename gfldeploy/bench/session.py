@@ -19,10 +19,17 @@ from gfldeploy.bench.table import write_csv
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import Limits
-from gfldeploy.engines.base import PRECISIONS, Device, Precision
+from gfldeploy.engines.base import PRECISIONS, Device, Precision, installed_version, remedy_sentence
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import DEFAULT_ENGINES, TENSORRT_ENGINES, capability
+from gfldeploy.engines.registry import (
+    DEFAULT_ENGINES,
+    ENGINES,
+    REFERENCE_ENGINE,
+    TENSORRT_ENGINES,
+    Capability,
+    capability,
+)
 from gfldeploy.errors import EngineError, OutputError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath, check_file, is_unfinished
 from gfldeploy.machine import describe_machine
@@ -52,6 +59,7 @@ def benchmark(
     latency_bound_ms: float | None = None,
     trt: bool = False,
     device: Device = "cpu",
+    tf32: bool = False,
     threads: int | None = None,
     rounds: int = 3,
     min_seconds: float = 2.0,
@@ -83,8 +91,9 @@ def benchmark(
         rates: Arrival rates of the server scenario, in images per second.
         policies: What the server does with images that wait: no-batching, fixed-timeout, adaptive.
         latency_bound_ms: Deadline of the server scenario, from arrival to answer.
-        trt: Add both engines of TensorRT, and run on the GPU.
+        trt: Add the engines of TensorRT, and run on the GPU.
         device: "cpu" or "gpu".
+        tf32: Let FP32 on the GPU multiply in TF32.
         threads: CPU threads of one inference; by default all.
         rounds: Every cell runs once in each round.
         min_seconds: Time each cell for at least this long in each round.
@@ -112,7 +121,7 @@ def benchmark(
         UsageError: The options contradict each other.
         BundleError: A bundle is damaged.
         DataError: Annotations or an image cannot be read, or mAP cannot be measured against them.
-        UnsupportedError: There is no such engine.
+        UnsupportedError: There is no such engine, or nothing that TF32 is for.
         EngineError: None of the cells can run here.
         OutputError: The output exists already, or cannot be written.
     """
@@ -147,7 +156,7 @@ def benchmark(
         bundles=opened,
     )
     threads = usable_threads() if threads is None else threads
-    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies)
+    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies, tf32)
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:
         raise nothing_to_run(planned)
@@ -227,12 +236,19 @@ def _tell(planned: Plan, settings: Settings, measured_on: Data, progress: Progre
 
 
 def _check_tensorrt() -> None:
-    """Stop before any work where neither way to TensorRT is open."""
+    """Stop before any work where no way to TensorRT is open, with what the one that is nearest to it lacks."""
     closed = [capability(engine, "fp16", "gpu") for engine in TENSORRT_ENGINES]
-    if all(not one.works for one in closed):
-        reasons = dict.fromkeys(str(one.reason) for one in closed)
-        remedies = dict.fromkeys(one.remedy for one in closed if one.remedy)
-        raise UnsupportedError(f"--trt cannot work here: {'; '.join(reasons)}", _sentence("; ".join(remedies)))
+    if any(one.works for one in closed):
+        return
+
+    def distance(one: Capability) -> tuple[bool, bool]:
+        """Installed ones first, then the library that gfldeploy needs anyway."""
+        library = ENGINES[one.engine].library
+        absent = installed_version(library.builds["gpu"].distribution) is None
+        return absent, library is not ENGINES[REFERENCE_ENGINE].library
+
+    nearest = min(closed, key=distance)
+    raise UnsupportedError(f"--trt cannot work here: {nearest.reason}", _sentence(nearest.remedy))
 
 
 def _check_output(output: Path | None, force: bool, resumed: bool) -> None:
@@ -250,5 +266,4 @@ def _check_output(output: Path | None, force: bool, resumed: bool) -> None:
 
 
 def _sentence(remedy: str | None) -> str | None:
-    """The registry's remedies are clauses; an error's remedy is a sentence."""
-    return f"{remedy[0].upper()}{remedy[1:].rstrip('.')}." if remedy else None
+    return remedy_sentence(remedy) if remedy else None

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from textwrap import shorten
+from typing import Literal
 
 from gfldeploy.bench.cell import STREAMS, Cell, names
 from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, percentile, supports
 from gfldeploy.bench.monitor import BUSY_PERCENT
-from gfldeploy.bench.results import BenchResults, CellResult, Run
+from gfldeploy.bench.results import BenchResults, CellResult, Parity, Run
 from gfldeploy.files import write_text
 from gfldeploy.text import spreadsheet_cell
 
@@ -35,6 +37,9 @@ FLAGS: Mapping[str, str] = {
     "padded": "batches hold images of several sizes, padded to the largest, which changes boxes and scores (group "
     "normalisation takes in the padding); mAP is of batch 1",
 }
+
+# The window over which a GPU averages what it says of itself; its energy counter is coarse below that, too.
+_SETTLED_S = 1.0
 
 # Percentiles that the bound of the server scenario may be judged by, the best first.
 _BOUND_PERCENTS = (99, 95, 90, 50)
@@ -133,9 +138,53 @@ class Row:
         return f"{total - convolutions.get('fp32', 0)} of {total}"
 
     @property
+    def parity(self) -> Parity | None:
+        """How far the engine is from the CPU, of the round in which it is farthest; None where it was not compared."""
+        found = [run.parity for run in self.result.runs if run.parity] if self.ok else []
+        return max(found, key=lambda one: (one.score_difference_max, one.box_difference_max_px), default=None)
+
+    @property
     def memory_mb(self) -> float | None:
         """The peak resident memory less the prepared inputs, 10^6 bytes."""
         return max(run.peak_rss_mb - run.inputs_mb for run in self.result.runs) if self.ok else None
+
+    @property
+    def gpu_memory_mb(self) -> float | None:
+        """Memory of the GPU that was taken since before the run, 10^6 bytes: the library's own, weights, maps."""
+        found = [
+            max(run.monitored.gpu_memory_mb) - run.idle.gpu_memory_mb
+            for run in self.result.runs
+            if run.monitored and run.monitored.gpu_memory_mb and run.idle.gpu_memory_mb is not None
+        ]
+        return max(found) if self.ok and found else None
+
+    @cached_property
+    def gpu_percent(self) -> float | None:
+        """Of the time of the network alone, how much a kernel ran on the GPU at all."""
+        seen = [one for run in self.result.runs for one in _while_timed(run, "gpu_percent")]
+        return fmean(seen) if self.ok and seen else None
+
+    @cached_property
+    def gpu_clock_mhz(self) -> float | None:
+        """The GPU's multiprocessors, during the network alone."""
+        seen = [one for run in self.result.runs for one in _while_timed(run, "gpu_clock_mhz")]
+        return fmean(seen) if self.ok and seen else None
+
+    @cached_property
+    def gpu_power_w(self) -> float | None:
+        """The GPU's board, during the network alone: by its own counter, else the samples of its power."""
+        counted = [run.samples for run in self.result.runs if run.samples.energy_j is not None]
+        seconds = sum(one.wall_s for one in counted)
+        if self.ok and seconds >= _SETTLED_S:
+            return sum(one.energy_j or 0.0 for one in counted) / seconds
+        seen = [one for run in self.result.runs for one in _while_timed(run, "gpu_power_w")]
+        return fmean(seen) if self.ok and seen else None
+
+    @property
+    def joules_per_image(self) -> float | None:
+        """Of the GPU's board for an image through the network alone, the power that it takes idle included."""
+        power, speed = self.gpu_power_w, self.images_per_s
+        return power / speed if power and speed else None
 
     @property
     def gmac_per_s(self) -> float | None:
@@ -198,7 +247,8 @@ class Row:
 
     @cached_property
     def note(self) -> str | None:
-        """Why it was skipped or failed, why there is no mAP, and what did not run in the low precision asked for."""
+        """Why it was skipped or failed, why there is no mAP, what did not run in the low precision asked for, and
+        why it was not compared with the CPU."""
         result = self.result
         if not self.ok:
             remedy = f"; {result.remedy.rstrip('.')}" if result.remedy else ""
@@ -206,7 +256,9 @@ class Row:
         no_accuracy = f"no mAP: {result.accuracy_reason}" if result.accuracy_reason else None
         if result.accuracy and result.ap is None:
             no_accuracy = "no mAP: it is undefined, as the images have no objects to find"
-        return "; ".join(filter(None, (self._not_lowered(), no_accuracy))) or None
+        lacking = result.runs[-1].not_compared
+        not_compared = f"not compared with the CPU: {lacking}" if lacking else None
+        return "; ".join(filter(None, (self._not_lowered(), no_accuracy, not_compared))) or None
 
     def _percentile(self, latency_ms: Sequence[float], percent: int) -> Estimate | None:
         if not self.ok or not latency_ms or not (percent == 50 or supports(len(latency_ms), percent)):
@@ -272,6 +324,18 @@ def _speed(row: Row) -> tuple[float, float]:
     return row.file_images_per_s or 0.0, row.images_per_s or 0.0
 
 
+def _while_timed(run: Run, what: Literal["gpu_percent", "gpu_power_w", "gpu_clock_mhz"]) -> list[float]:
+    """The samples from a second after the start of the timing of the network alone to its end.
+
+    The GPU answers with means of up to the second before.
+    """
+    if run.monitored is None or run.serving:
+        return []
+    start = sum(run.samples.warmup_ms) / 1e3
+    times = zip(run.monitored.t_s, getattr(run.monitored, what), strict=False)
+    return [value for t, value in times if start + _SETTLED_S <= t <= start + run.samples.wall_s]
+
+
 def _percent(reached: float | None, most: float | None) -> float | None:
     return 100 * reached / most if reached and most else None
 
@@ -298,6 +362,10 @@ def _percentiles(
 
 def _of_served(value: Callable[[Served], Value]) -> Callable[[Row], Value]:
     return lambda row: value(row.served) if row.served else None
+
+
+def _of_parity(value: Callable[[Parity], Value]) -> Callable[[Row], Value]:
+    return lambda row: value(row.parity) if row.parity else None
 
 
 def _file_ms(row: Row, percent: int) -> Value:
@@ -332,6 +400,7 @@ def _ap(row: Row) -> Value:
 COLUMNS: list[Column[Row]] = [
     Column("engine", "engine", lambda row: row.cell.engine, words=True, first=True),
     Column("precision", "precision", lambda row: row.cell.precision, words=True, first=True),
+    Column("tf32", "TF32", lambda row: "yes" if row.cell.tf32 else None, words=True, first=True),
     Column("bundle", "bundle", lambda row: row.cell.bundle.directory, words=True, drop=7, constant=True, first=True),
     Column("device", "device", lambda row: row.cell.device, words=True, constant=True, first=True),
     Column("threads", "threads", lambda row: row.cell.threads, constant=True, first=True),
@@ -352,10 +421,19 @@ COLUMNS: list[Column[Row]] = [
     Column("network_images_per_s", "network", _network_images_per_s, "images/s", drop=3, first=True),
     *_percentiles("network", lambda row, percent: None if row.is_server else row.latency_ms(percent), (8, 14, 12)),
     Column("low_precision_convolutions", "low-prec. convs", lambda row: row.low_precision, drop=10),
+    Column("gpu_memory_mb", "GPU memory", lambda row: row.gpu_memory_mb, "MB", digits=0, drop=7),
+    Column("gpu_percent", "GPU busy", lambda row: row.gpu_percent, "%", digits=0, drop=12),
+    Column("gpu_clock_mhz", "GPU clock", lambda row: row.gpu_clock_mhz, "MHz", digits=0, drop=14),
+    Column("gpu_power_w", "GPU power", lambda row: row.gpu_power_w, "W", digits=0, drop=12),
+    Column("joules_per_image", "energy", lambda row: row.joules_per_image, "J/image", drop=8),
     Column("gmac_per_s", "GMAC/s", lambda row: row.gmac_per_s, digits=1, drop=15),
     Column("percent_of_peak", "% of peak", lambda row: row.percent_of_peak, digits=0, drop=11),
     Column("percent_of_bandwidth", "% of bandwidth", lambda row: row.percent_of_bandwidth, digits=0, drop=15),
     Column("padding", "padding", lambda row: row.padding, digits=2, drop=9),
+    Column(
+        "cpu_score_difference", "score off CPU", _of_parity(lambda one: one.score_difference_max), digits=6, drop=16
+    ),
+    Column("cpu_box_difference_px", "box off CPU", _of_parity(lambda one: one.box_difference_max_px), "px", drop=16),
     Column("flags", "flags", lambda row: " ".join(row.flags) or None, words=True, drop=6, first=True),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,8 @@ class Samples:
     for nothing. `batch_size`: images in each inference, at most that many in the server scenario. `images`: completed
     ones. `wall_s`: seconds from the start of the first timed inference (server: of the arrivals) to the end of the
     last. `stable`: whether the run ended because the samples had become stable, rather than because time was up
-    (server: whether it kept up with the arrivals).
+    (server: whether it kept up with the arrivals). `energy_j`: joules that the GPU's board took in `wall_s`, idle power
+    included; None where that is not known.
     """
 
     latency_ms: tuple[float, ...]
@@ -79,6 +80,7 @@ class Samples:
     images: int
     wall_s: float
     stable: bool
+    energy_j: float | None = None
 
     def __post_init__(self) -> None:
         if not self.latency_ms:
@@ -126,8 +128,15 @@ class BatchTimes(NamedTuple):
     end_to_end_ms: float
 
 
-def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], settings: Settings) -> Samples:
+def measure(
+    engine: Engine,
+    batches: Sequence[NDArray[np.float32]],
+    settings: Settings,
+    energy_j: Callable[[], float | None] = lambda: None,
+) -> Samples:
     """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N, one after the other.
+
+    `energy_j`: a counter of the joules that the hardware took, read before and after what is timed.
 
     The warm-up is of every distinct shape, because engines compile or plan for each shape anew. Then the batches are
     run in their order, all of them again and again, until the settings say so: every engine and batch size is timed on
@@ -139,6 +148,7 @@ def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], settings: Se
     (batch_size,) = sizes
     warmup_ms = warm_up(engine, batches, settings.warmup)
     latency_ms: list[float] = []
+    joules = energy_j()
     start = time.perf_counter_ns()
     while True:
         latency_ms += [_inference_ms(engine, batch) for batch in batches]
@@ -148,7 +158,16 @@ def measure(engine: Engine, batches: Sequence[NDArray[np.float32]], settings: Se
         stable = is_stable(latency_ms, len(batches))
         if stable or wall_s >= settings.max_seconds:
             break
-    return Samples(tuple(latency_ms), tuple(warmup_ms), batch_size, len(latency_ms) * batch_size, wall_s, stable)
+    end = energy_j()
+    return Samples(
+        latency_ms=tuple(latency_ms),
+        warmup_ms=tuple(warmup_ms),
+        batch_size=batch_size,
+        images=len(latency_ms) * batch_size,
+        wall_s=wall_s,
+        stable=stable,
+        energy_j=end - joules if end is not None and joules is not None else None,
+    )
 
 
 def warm_up(engine: Engine, batches: Sequence[NDArray[np.float32]], times: int) -> tuple[float, ...]:

@@ -6,8 +6,7 @@ Answers a `Task` of the runner (see `child_process.serve`) with an object that h
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import Accuracy, measure_accuracy
+from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
+from gfldeploy.bench.cpu_parity import compare_with_cpu, write_reference
 from gfldeploy.bench.inputs import make_batches, padding_ratio, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
@@ -32,10 +32,11 @@ from gfldeploy.engines.base import (
     Engine,
     EngineOptions,
     ExecutedConvolution,
+    Shape,
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import ENGINES, open_engine
+from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.serialization import build, plain
@@ -47,10 +48,12 @@ class Task:
 
     timing: on these `images`; `idle`: how the machine was before. accuracy: COCO's at batch 1, whatever the cell's
     batch size, on the first `accuracy_limit` images (None: all) of the `annotations`. peak: what the engine reaches at
-    best. `engine_cache`: where engines keep what they compiled.
+    best. `engine_cache`: where engines keep what they compiled. reference: writes the outputs of a few of the `images`
+    into the file `reference`, with which timing compares its own, and what wrote them is `reference_by`;
+    `not_compared`: why it does not, though it should.
     """
 
-    kind: Literal["timing", "accuracy", "peak"]
+    kind: Literal["reference", "timing", "accuracy", "peak"]
     cell: Cell
     bundle: Path = Path()
     images: tuple[Path, ...] = ()
@@ -60,6 +63,16 @@ class Task:
     image_dir: Path | None = None
     accuracy_limit: int | None = None
     engine_cache: Path | None = None
+    reference: Path | None = None
+    reference_by: str = ""
+    not_compared: str | None = None
+
+
+@dataclass(frozen=True)
+class CpuOutputs:
+    """What wrote the outputs to compare with, in words."""
+
+    by: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,9 @@ class Timed:
 
 def _answer(message: dict[str, Any]) -> dict[str, Any]:
     task = build(Task, message, "task")
-    measure: Callable[[Task], object] = {"timing": _time, "accuracy": _accuracy, "peak": _peak}[task.kind]
+    measure: Callable[[Task], object] = {
+        "reference": _reference, "timing": _time, "accuracy": _accuracy, "peak": _peak,
+    }[task.kind]  # fmt: skip
     return {task.kind: plain(measure(task))}
 
 
@@ -98,13 +113,17 @@ def _time(task: Task) -> Timed:
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
         first_ms = (time.perf_counter() - start) * 1e3
+        parity = None
+        if task.reference is not None:
+            parity = compare_with_cpu(engine, batches, task.reference, task.reference_by, bundle)
         monitor = Monitor(settings.monitor_hz, cell.device) if settings.monitor_hz else None
         with monitor or nullcontext():
             serving = None
             if cell.scenario == "server":
                 samples, serving, formed = serve_arrivals(engine, images, preprocess, cell, settings)
             else:
-                samples = measure(engine, [batch.tensor for batch in batches], settings)
+                counter = monitor.gpu_energy_j if monitor else lambda: None
+                samples = measure(engine, [batch.tensor for batch in batches], settings, counter)
                 formed = [batch.formed for batch in batches]
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
@@ -128,24 +147,36 @@ def _time(task: Task) -> Timed:
             mixed_batches=sum(one.mixed for one in formed),
             convolutions=count_precisions(convolutions) if convolutions else None,
             not_low_precision=() if cell.precision == "fp32" else reasons(convolutions) if convolutions else None,
-            delegated=engine.delegated,
+            delegated="; ".join(filter(None, (engine.delegated, engine.cuda_graph))) or None,
             idle=task.idle,
             monitored=monitor.record() if monitor else None,
             serving=serving,
+            parity=parity,
+            not_compared=task.not_compared,
         )
     return Timed(run, tuple(image.tensor.shape[1:] for image in images))
 
 
-def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path | None) -> Engine:
-    """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without them."""
-    known = [shape for shape, _ in Counter(shapes).most_common()] if ENGINES[cell.engine].needs_shapes else []
-    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known))
-    return open_engine(cell.engine, bundle, options)
+def _reference(task: Task) -> CpuOutputs:
+    cell, bundle = task.cell, Bundle.open(task.bundle)
+    preprocess = bundle.manifest.preprocess
+    batches = make_batches(prepare_images(task.images, preprocess), preprocess, cell.batch_size, cell.order)
+    fixed = bundle.manifest.inputs[0].shape[0] is not None
+    with _open(cell, bundle, (), None) as engine:
+        assert task.reference is not None
+        write_reference(task.reference, engine, batches, fixed)
+        return CpuOutputs(f"{cell.engine} {engine.version} {cell.precision} on the CPU")
+
+
+def _open(cell: Cell, bundle: Bundle, shapes: Iterable[Shape], cache: Path | None) -> Engine:
+    """`shapes`: (batch, height, width) of the inputs to come."""
+    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tf32=cell.tf32)
+    return open_engine(cell.engine, bundle, options, shapes)
 
 
 def _peak(task: Task) -> Peak:
     cell = task.cell
-    return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads))
+    return measure_peak(cell.engine, EngineOptions(cell.precision, cell.device, cell.threads, tf32=cell.tf32))
 
 
 def _accuracy(task: Task) -> Accuracy:
@@ -153,7 +184,7 @@ def _accuracy(task: Task) -> Accuracy:
     bundle = Bundle.open(task.bundle)
     manifest = bundle.manifest
     dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
-    shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
+    shapes = batch_shapes(dataset, manifest.preprocess, 1, "listed")
     with _open(cell, bundle, shapes, task.engine_cache) as engine:
         return measure_accuracy(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT

@@ -41,7 +41,7 @@ from gfldeploy.cli.console import TerminalProgress
     type=options.FiniteFloat(0, min_open=True),
     help="Deadline of the server scenario, from arrival to answer.",
 )
-@click.option("--trt", is_flag=True, help="Add both engines of TensorRT, and run on the GPU.")
+@click.option("--trt", is_flag=True, help="Add the engines of TensorRT, and run on the GPU.")
 @click.option(
     "--max-seconds",
     type=options.FiniteFloat(0),

@@ -21,7 +21,7 @@ import click
 
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
+from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
@@ -254,11 +254,18 @@ THREADS = click.option(
     "--threads", type=WholeNumber(1), show_default="all available", help="Number of CPU threads of one inference."
 )
 
+
+def _tf32(default: bool | None) -> Option:
+    """--tf32; None: not given."""
+    help_text = "Let FP32 on a GPU multiply in TF32, which keeps 10 of 23 bits of the mantissa: faster, less exact."
+    return click.option("--tf32/--no-tf32", default=default, show_default="no-tf32", help=help_text)
+
+
 # The one engine that runs a bundle.
 ENGINE: Group = (
     click.option(
         "--engine",
-        type=click.Choice(ANY_SHAPE_ENGINES),
+        type=click.Choice(tuple(ENGINES)),
         show_default=f"the first of {', '.join(PREFERRED_ENGINES)} that can run the bundle",
         help="Engine that runs the bundle.",
     ),
@@ -269,6 +276,7 @@ ENGINE: Group = (
         help="Precision in which the engine runs the bundle.",
     ),
     click.option("--device", type=click.Choice(DEVICES), show_default="cpu", help="Device that the engine runs on."),
+    _tf32(None),
     THREADS,
 )
 
@@ -308,6 +316,7 @@ MEASUREMENT: Group = (
         help="Precisions to measure, each in every engine that supports it.",
     ),
     click.option("--device", type=click.Choice(DEVICES), default="cpu", help="Device that engines run on."),
+    _tf32(False),
     click.option(
         "--rounds",
         type=WholeNumber(1),

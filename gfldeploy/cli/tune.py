@@ -117,6 +117,7 @@ def _show(deploy: Deploy) -> None:
         Column("name", "", lambda one: one[0], words=True),
         Column("engine", "engine", lambda one: one[1].cell.engine, words=True),
         Column("precision", "precision", lambda one: one[1].cell.precision, words=True),
+        Column("tf32", "TF32", lambda one: "yes" if one[1].cell.tf32 else None, words=True),
         Column("bundle", "bundle", lambda one: one[1].cell.bundle.directory, words=True, drop=8),
         Column("batch_size", "batch", lambda one: one[1].cell.batch_size),
         Column("order", "order", lambda one: one[1].cell.order, words=True, drop=3),

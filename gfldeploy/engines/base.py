@@ -9,8 +9,8 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import metadata
+from dataclasses import dataclass, field, replace
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, UnsupportedError
+from gfldeploy.progress import SILENT, Progress
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Device = Literal["cpu", "gpu"]
@@ -26,6 +27,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 Tensors = Mapping[str, NDArray[np.float32]]
+# (batch, height, width) of the network's input.
+Shape = tuple[int, int, int]
 
 NOT_ASKED = "FP32 was asked for"
 _MOST_THREADS = 1024
@@ -36,6 +39,13 @@ class Obstacle(NamedTuple):
 
     reason: str
     remedy: str
+
+
+def remedy_sentence(remedy: str) -> str:
+    """A remedy as a sentence of its own; a command stays as it is typed, without a full stop."""
+    if remedy.startswith(("pip ", "uv ")):
+        return f"Run: {remedy}"
+    return f"{remedy[0].upper()}{remedy[1:].rstrip('.')}."
 
 
 class Build(NamedTuple):
@@ -67,8 +77,12 @@ class EngineSpec:
     `runs`: the graph of a bundle that it runs, by device and precision, or why it never does.
     `rank`: place among the engines that run a bundle where none is named, the fastest has 1; None: never unless named.
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
-    `quantize` publish must hold in it. `needs_shapes`: it cannot run without `EngineOptions.shapes`, which only `bench`
-    and `tune` know for sure. `needs_tensorrt`: TensorRT must be installed beside its library.
+    `quantize` publish must hold in it. `needs_shapes`: it is built for the range of `EngineOptions.shapes` and refuses
+    other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `tensorrt`: it runs in TensorRT.
+    `beside`: a library that must be installed too, in whatever build. `gpus`: the compute capabilities of the GPUs that
+    it runs on, where the last stands for all newer ones too; () for any GPU. `gpu_files`: the native libraries of its
+    GPU build which say by their needs what else must be installed. `gpu_opens`: what of TensorRT its library opens by a
+    bare name, where the linker must find it.
     """
 
     name: str
@@ -80,7 +94,11 @@ class EngineSpec:
     default: bool = False
     judges: bool = False
     needs_shapes: bool = False
-    needs_tensorrt: bool = False
+    tensorrt: bool = False
+    beside: Library | None = None
+    gpus: tuple[tuple[int, int], ...] = ()
+    gpu_files: tuple[str, ...] = ()
+    gpu_opens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for device, graphs in self.runs.items():
@@ -92,6 +110,10 @@ class EngineSpec:
         """All that it runs, in whatever precision and on whatever device."""
         found = {self.graph(precision, device) for device in DEVICES for precision in PRECISIONS}
         return {one for one in found if not isinstance(one, Obstacle)}
+
+    def runs_on_gpu(self, capability: tuple[int, int]) -> bool:
+        """Whether it runs on GPUs of this compute capability."""
+        return not self.gpus or capability in self.gpus or capability >= self.gpus[-1]
 
     def graph(self, precision: Precision, device: Device) -> GraphName | Obstacle:
         """The graph that it runs in this precision, or why it never does, whatever is installed."""
@@ -105,16 +127,22 @@ class EngineOptions:
     """How an engine runs a bundle.
 
     `threads`: CPU threads of one inference, at least 1; `EngineError` is raised for more than any machine runs, as
-    engines start them all. `cache_dir`: where engines keep what they compiled, None for nowhere. `shapes`: (batch,
-    height, width) of the inputs to come, the most common first, for engines that compile for shapes: which of its
-    compiled models runs an input then depends on these, not on the inputs before it; () where they are not known.
+    engines start them all. `cache_dir`: where engines keep what they compiled; None for nowhere, or for the default
+    place where compiling takes minutes. `shapes`: (batch, height, width) of the inputs to come, the most common first,
+    for engines that compile for shapes: which of its compiled models runs an input then depends on these, not on the
+    inputs before it; () where they are not known.
+    `tf32`: FP32 on a GPU may multiply in TF32, NVIDIA's tensor-core format of 19 bits (8 of exponent, 10 of mantissa),
+    which libraries allow unless told otherwise; `UnsupportedError` is raised for it where there is no such choice.
+    `progress`: told before something takes minutes, as building with TensorRT does.
     """
 
     precision: Precision = "fp32"
     device: Device = "cpu"
     threads: int = 1
     cache_dir: Path | None = None
-    shapes: tuple[tuple[int, int, int], ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    tf32: bool = False
+    progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -125,6 +153,12 @@ class EngineOptions:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.threads > (most := max(_MOST_THREADS, os.cpu_count() or 1)):
             raise EngineError(f"{self.threads:,} threads are more than {most:,}", "Use as many as there are CPU cores.")
+        if self.tf32:
+            check_tf32((self.precision,), self.device)
+
+    def expecting(self, shapes: Iterable[Shape]) -> Self:
+        """These options for inputs of these shapes, one for each inference."""
+        return replace(self, shapes=tuple(shape for shape, _ in Counter(shapes).most_common()))
 
 
 @dataclass(frozen=True)
@@ -177,7 +211,9 @@ class Engine(ClosesOnExit):
     Subclasses set `name`, `version` (of the library) and `title` (in messages), load the graph in `__init__`, and
     implement `infer_timed`. `_model` and `_params` are the graph's files, `_outputs` the names of its outputs.
     `build_s`: seconds to load the graph and to run the most common shape once, where that builds an engine or reads it
-    from a cache. `delegated`: which parts of the graph run in another library, in words.
+    from a cache. `delegated`: which parts of the graph run in another library, in words. `cuda_graph`: whether
+    inferences replay a CUDA graph, or why not, in words; None where there was no reason to try. `directory`: where it
+    keeps what it built, None for nowhere.
     """
 
     name: str
@@ -186,6 +222,8 @@ class Engine(ClosesOnExit):
     options: EngineOptions
     build_s: float | None = None
     delegated: str | None = None
+    cuda_graph: str | None = None
+    directory: Path | None = None
     _share_runs = 3  # inferences that `convolution_share` measures
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
@@ -206,6 +244,18 @@ class Engine(ClosesOnExit):
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """As `infer`, with the times of its parts."""
         raise NotImplementedError
+
+    def upload(self, inputs: Tensors) -> Tensors:
+        """Copy inputs to where the engine reads them, if that is elsewhere; what is returned is for one `infer`.
+
+        Another thread may infer meanwhile: the copy of one batch and the inference of another overlap. Raises
+        `EngineError`.
+        """
+        return inputs
+
+    def host_array(self, values: int) -> NDArray[np.float32]:
+        """Memory for so many values of an input, uninitialised, from which the engine copies as fast as it can."""
+        return np.empty(values, np.float32)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """The convolutions of one inference of `inputs`; none where the engine cannot tell. Raises `EngineError`."""
@@ -237,12 +287,32 @@ class Engine(ClosesOnExit):
         return str(error)
 
 
+def check_tf32(precisions: Iterable[Precision], device: Device) -> None:
+    """Raise `UnsupportedError` where none of the precisions has TF32 on the device, so that it cannot be chosen."""
+    if device != "gpu":
+        raise UnsupportedError(
+            "TF32 is a format of GPUs, and this is the CPU", "Leave --tf32 out, or add --device gpu."
+        )
+    if "fp32" not in (given := tuple(precisions)):
+        what = ", ".join(given)
+        raise UnsupportedError(f"TF32 is a way to compute FP32, and this is {what}", "Leave --tf32 out, or use fp32.")
+
+
 def installed_version(distribution: str) -> str | None:
     """The version of an installed distribution, None if it is not installed. Read from metadata, not imported."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported. A plain folder of its name, as a bundle's `onnx/`, is no module."""
+    try:
+        found = util.find_spec(module)
+    except (ModuleNotFoundError, ValueError):  # the package that it would be in; a stand-in without a specification
+        return False
+    return found is not None and found.origin is not None
 
 
 def count_precisions(convolutions: Iterable[ExecutedConvolution]) -> dict[str, int]:

@@ -27,7 +27,8 @@ def engine_directory(root: Path, engine: Engine, bundle: Bundle, **depends_on: o
     `depends_on`: what else the compiled model depends on. The folder is named after a digest of everything, so that a
     compiled model is never used for another one.
     """
-    parts = {"engine": engine.name, "version": engine.version, "precision": engine.options.precision}
+    options = engine.options
+    parts = {"engine": engine.name, "version": engine.version, "precision": options.precision, "tf32": options.tf32}
     key = json.dumps({**parts, "bundle": bundle.digest, **depends_on}, sort_keys=True)
     directory = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:

@@ -1,4 +1,4 @@
-"""The processor and the GPUs, read from what Linux says in files: nothing heavy is imported."""
+"""The processor and the GPUs, from what Linux says in files and from NVIDIA's driver: nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
+DRIVER = Path("/proc/driver/nvidia")  # where the NVIDIA driver says what it is
 
 
 def cpu_model() -> str:
@@ -29,14 +30,42 @@ def cpu_flags() -> frozenset[str]:
 
 def gpu_models() -> tuple[str, ...]:
     """Those that the NVIDIA driver lists."""
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    files = sorted(DRIVER.glob("gpus/*/information"))
     return tuple(model for file in files for model in _values(file, "Model"))
+
+
+@cache
+def compute_capabilities() -> tuple[tuple[int, int], ...]:
+    """The compute capability of each NVIDIA GPU, (8, 9) for 8.9; nothing where the driver's library does not tell."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return ()
+    return tuple((major, minor) for major, minor in found)
+
+
+def set_tf32(allowed: bool) -> None:
+    """Say in the environment whether NVIDIA's libraries may compute FP32 in TF32, before they are loaded.
+
+    They read it when they are loaded, and TensorRT when it builds and when it runs. It goes for the whole process.
+    """
+    if allowed:
+        os.environ.pop("NVIDIA_TF32_OVERRIDE", None)
+    else:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def nvidia_driver() -> str | None:
     """The version of the loaded NVIDIA driver, None without one."""
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."
-    for text in _values("/proc/driver/nvidia/version", "NVRM version"):
+    for text in _values(DRIVER / "version", "NVRM version"):
         return next((word for word in text.split() if word[0].isdigit() and "." in word), "unknown version")
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
+from gfldeploy.engines.base import (
+    NOT_ASKED,
+    CopyTimes,
+    Engine,
+    EngineOptions,
+    ExecutedConvolution,
+    Tensors,
+    remedy_sentence,
+)
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.nvidia_libraries import load_libraries, why_not_loaded
+from gfldeploy.engines.ort_binding import BoundSessions
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
+from gfldeploy.engines.registry import ENGINES
 from gfldeploy.errors import EngineError
 from gfldeploy.files import scratch_directory
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
-_TENSORRT = "TensorrtExecutionProvider"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
+Providers = Sequence[tuple[str, dict[str, str]]]
 
 
 class OnnxRuntimeEngine(Engine):
@@ -31,41 +41,50 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
     title = "ONNX Runtime"
-    libraries = "CUDA and cuDNN"
+    graph_option: str | None = "enable_cuda_graph"  # of its first provider
+    memory = "cuda"  # of the device that is not the CPU, as `OrtValue` calls it
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         super().__init__(bundle, options, graph)
         self._ort = require("onnxruntime", "the ONNX Runtime engine")
         self.version: str = self._ort.__version__
+        if options.device == "gpu":
+            load_libraries(ENGINES[self.name])
         self._providers = self._choose_providers(bundle)
-        self._session: Any = self._open(self._session_options())
+        self._session: Any = None
+        self._on_gpu: BoundSessions | None = None
+        if options.device == "cpu":
+            self._session = self._open(self._session_options())
+        else:
+            uniform = len(set(options.shapes)) == 1 and self.graph_option is not None
+            self._on_gpu = BoundSessions(self._ort, self._open_on_gpu, self.memory, self._outputs, uniform)
+            self.cuda_graph = self._on_gpu.graph_note
 
     def close(self) -> None:
         self._session = None
+        if self._on_gpu is not None:
+            self._on_gpu.close()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """On a GPU through bound inputs and outputs; on a CPU nothing is copied."""
-        start = copied = time.perf_counter()
         with self._explained():
-            if self.options.device == "cpu":
-                arrays = self._session.run(self._outputs, dict(inputs))
-                ran = end = time.perf_counter()
-            else:
-                binding = self._session.io_binding()
-                for name, array in inputs.items():
-                    value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
-                    binding.bind_ortvalue_input(name, value)
-                for name in self._outputs:
-                    binding.bind_output(name, "cuda")
-                binding.synchronize_inputs()
-                copied = time.perf_counter()
-                self._session.run_with_iobinding(binding)
-                binding.synchronize_outputs()
-                ran = time.perf_counter()
-                arrays = binding.copy_outputs_to_cpu()
-                end = time.perf_counter()
-        return dict(zip(self._outputs, arrays, strict=True)), CopyTimes.between(start, copied, ran, end)
+            if self._on_gpu is not None:
+                try:
+                    return self._on_gpu.infer_timed(inputs)
+                finally:
+                    self.cuda_graph = self._on_gpu.graph_note
+            start = time.perf_counter()
+            arrays = self._session.run(self._outputs, dict(inputs))
+            ran = time.perf_counter()
+        return dict(zip(self._outputs, arrays, strict=True)), CopyTimes.between(start, start, ran, ran)
+
+    def upload(self, inputs: Tensors) -> Tensors:
+        with self._explained():
+            return inputs if self._on_gpu is None else self._on_gpu.upload(inputs)
+
+    def host_array(self, values: int) -> NDArray[np.float32]:
+        return super().host_array(values) if self._on_gpu is None else self._on_gpu.host_array(values)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """From the graph that ONNX Runtime optimised; it is the same for all inputs."""
@@ -94,85 +113,67 @@ class OnnxRuntimeEngine(Engine):
             options.profile_file_prefix = str(directory / "profile")
             session = self._open(options)
             for _ in range(runs):
-                session.run(self._outputs, dict(inputs))
+                session.run(None, dict(inputs))
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return events
 
     def _session_options(self) -> Any:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.options.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
-        return options
+        return session_options(self._ort, self.options.threads)
 
-    def _open(self, session_options: Any) -> Any:
+    def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:
+        """The sessions that run one after the other."""
+        return [self._open(self._session_options(), cuda_graph)]
+
+    def _open(
+        self,
+        session_options: Any,
+        cuda_graph: bool = False,
+        model: str | bytes | None = None,
+        providers: Providers | None = None,
+    ) -> Any:
+        """A session; `model`, a path or the content of a file, and `providers` are by default those of the engine."""
+        (first, options), *others = providers or self._providers
+        if cuda_graph:
+            options = options | {str(self.graph_option): "True"}
         with self._explained(f"cannot load {self._model}"):
-            session = self._ort.InferenceSession(str(self._model), session_options, providers=self._providers)
-        used, wanted = session.get_providers()[0], self._providers[0][0]
-        if used != wanted:
-            # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
-            raise EngineError(
-                f"ONNX Runtime fell back to {used} instead of {wanted}",
-                f"Install the {self.libraries} libraries that this onnxruntime-gpu was built for.",
+            # Its own fallback would run on the CPU, without an error, what fails on the GPU.
+            session = self._ort.InferenceSession(
+                model or str(self._model), session_options, providers=[(first, options), *others], enable_fallback=0
             )
+        used = session.get_providers()[0]
+        if used != first:
+            # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
+            why = why_not_loaded(ENGINES[self.name])
+            problem = f"ONNX Runtime fell back to {used} instead of {first}: {why.reason}"
+            raise EngineError(problem, remedy_sentence(why.remedy))
         return session
 
-    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
+    def _choose_providers(self, bundle: Bundle) -> Providers:
         """The execution providers with their options, the one that must not be missing first."""
-        return [(_PROVIDERS[self.options.device], {})]
+        return [(PROVIDERS[self.options.device], cuda_options(self.options) if self.options.device == "gpu" else {})]
 
 
-class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
-    """ONNX Runtime with its TensorRT execution provider; what that does not take runs in CUDA."""
+def cuda_options(options: EngineOptions) -> dict[str, str]:
+    """Provider options of ONNX Runtime's CUDAExecutionProvider; what is not here is left as it is.
 
-    name = "onnxruntime-tensorrt"
-    libraries = "CUDA, cuDNN and TensorRT"
-
-    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
-        """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
-        start = time.perf_counter()
-        super().__init__(bundle, options, graph)
-        inputs = example(TensorRtOptions.of(options).most_common)
-        self.infer(inputs)
-        self.build_s = time.perf_counter() - start
-        # In a session of its own; the engine is in the cache by now.
-        self.delegated = describe_delegation(self._profile(inputs, 1))
-        self.version = f"{self.version}, TensorRT {tensorrt_library()}"
-
-    def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
-        """None: TensorRT does not report them; see `delegated`."""
-        return ()
-
-    def _choose_providers(self, bundle: Bundle) -> list[tuple[str, dict[str, str]]]:
-        tensorrt = TensorRtOptions.of(self.options)
-        options = tensorrt_options(self.options.precision, tensorrt, tensorrt.directory(self, bundle))
-        return [(_TENSORRT, options), (_PROVIDERS["gpu"], {})]
-
-
-def tensorrt_options(precision: Precision, options: TensorRtOptions, directory: Path) -> dict[str, str]:
-    """Provider options of ONNX Runtime's TensorrtExecutionProvider, by the names in its documentation.
-
-    INT8 is by the graph's own Q/DQ: no calibration table. FP16 is not allowed beside it: TensorRT would take it for the
-    box arithmetic too, which FP16 cannot hold. `directory`: of the engine; the timing cache serves all engines.
+    `cudnn_conv_algo_search`: its convolutions remember the kernels for the input shape before alone, and choose anew
+    when it changes. EXHAUSTIVE, which is its default, chooses most carefully and slowest: for inputs of one shape only.
+    The memory arena stays at its default, which grows by doubling: by what each shape needs it would be fragmented.
     """
+    uniform = len(set(options.shapes)) == 1
     return {
-        "trt_fp16_enable": str(precision == "fp16"),
-        "trt_int8_enable": str(precision == "int8"),
-        "trt_max_workspace_size": str(WORKSPACE_BYTES),
-        "trt_min_subgraph_size": str(MIN_SUBGRAPH),
-        "trt_profile_min_shapes": _named(options.smallest),
-        "trt_profile_opt_shapes": _named(options.most_common),
-        "trt_profile_max_shapes": _named(options.largest),
-        "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": str(directory),
-        "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": str(options.cache_dir),
+        "use_tf32": str(int(options.tf32)),
+        "cudnn_conv_algo_search": "EXHAUSTIVE" if uniform else "HEURISTIC",
     }
 
 
-def _named(shape: tuple[int, int, int]) -> str:
-    batch, height, width = shape
-    return f"image:{batch}x3x{height}x{width}"
+def session_options(ort: Any, threads: int) -> Any:
+    """The session options of every session; `ort`: the `onnxruntime` module."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    return options
 
 
 def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:
@@ -186,13 +187,3 @@ def convolution_share(events: Iterable[Mapping[str, Any]]) -> float | None:
         if event.get("cat") == "Node" and name:
             spent["Conv" in name] += event.get("dur", 0)
     return spent[True] / spent.total() if spent.total() else None
-
-
-def describe_delegation(events: list[dict[str, Any]]) -> str:
-    """How much ran in TensorRT, from the events of an ONNX Runtime profile."""
-    nodes = [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]
-    outside = Counter(node.get("op_name", "?") for node in nodes if node["provider"] != _TENSORRT)
-    parts = len(nodes) - outside.total()
-    listed = ", ".join(f"{name} x{count}" for name, count in outside.most_common())
-    more = f": {listed}" if listed else ""
-    return f"{parts} part{'' if parts == 1 else 's'} in TensorRT, {outside.total()} nodes outside{more}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
-from gfldeploy.engines.paddle_program import explain, program_convolutions
+from gfldeploy.engines.paddle_program import decode_outputs, explain, float_operators, program_convolutions
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
@@ -45,6 +46,8 @@ class PaddleEngine(Engine):
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         super().__init__(bundle, options, graph)  # before the import, which takes seconds
+        if options.device == "gpu":
+            set_tf32(options.tf32)  # Paddle 3.2 has no flag for convolutions in inference; NVIDIA's libraries obey this
         self._paddle = require("paddle", "the Paddle Inference engine")
         from paddle import inference
 
@@ -69,6 +72,8 @@ class PaddleEngine(Engine):
         if options.device == "gpu":
             precision = inference.PrecisionType.Half if options.precision == "fp16" else inference.PrecisionType.Float32
             config.enable_use_gpu(_GPU_POOL_MB, 0, precision)
+            if options.precision == "fp16" and pir:
+                config.exp_disable_mixed_precision_ops(set(float_operators(self._model)))
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(options.threads)
@@ -170,11 +175,12 @@ class PaddleTensorRtEngine(PaddleEngine):
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         tensorrt = TensorRtOptions.of(self.options)
-        directory = tensorrt.directory(self, bundle)
+        self.directory = directory = tensorrt.directory(self, bundle)
         if not (directory / _SHAPES).exists():
             self._collect_shapes(inference, super()._configure(inference, bundle, pir), directory)
         config = super()._configure(inference, bundle, pir)
-        use_tensorrt(config, inference.PrecisionType, self.options.precision, tensorrt, directory)
+        decode = () if self.options.precision == "fp32" else decode_outputs(self._model)
+        use_tensorrt(config, inference.PrecisionType, self.options.precision, tensorrt, directory, decode)
         return config
 
     def _collect_shapes(self, inference: Any, config: Any, directory: Path) -> None:
@@ -193,11 +199,20 @@ class PaddleTensorRtEngine(PaddleEngine):
             raise EngineError(f"Paddle did not collect the shapes that TensorRT needs: {error}", None) from error
 
 
-def use_tensorrt(config: Any, modes: Any, precision: Precision, options: TensorRtOptions, directory: Path) -> None:
+def use_tensorrt(
+    config: Any,
+    modes: Any,
+    precision: Precision,
+    options: TensorRtOptions,
+    directory: Path,
+    decode: Sequence[str] = (),
+) -> None:
     """Have a `paddle.inference.Config` build with TensorRT; `modes`: `paddle.inference.PrecisionType`.
 
     `directory` keeps the serialised engine, and the shapes of the tensors inside the graph, which a run without
     TensorRT collects before the first build. INT8 is by the program's quantize_linear operators, without calibration.
+    `decode`: the tensors that operators give which TensorRT must not have: in FP16, and in INT8 as well, Paddle lets it
+    choose FP16 for whatever it has, and coordinates need FP32. They run in Paddle's own FP32 kernels.
     """
     config.set_optim_cache_dir(str(directory))
     config.enable_tensorrt_engine(
@@ -212,3 +227,5 @@ def use_tensorrt(config: Any, modes: Any, precision: Precision, options: TensorR
     config.enable_tuned_tensorrt_dynamic_shape(shape_range_info_path=shapes, allow_build_at_runtime=True)
     if precision == "int8":
         config.enable_tensorrt_explicit_quantization()
+    if decode:
+        config.exp_disable_tensorrt_ops(list(decode))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,10 @@ from gfldeploy.engines.base import ExecutedConvolution
 from gfldeploy.engines.onednn import LoggedConvolution
 
 _CONVOLUTIONS = {"conv2d", "depthwise_conv2d", "fused_conv2d"}
+_FRAME = {"feed", "fetch"}
+_PADDLE_DIALECT = "1"  # how a PIR file abbreviates "pd_op"
+# Those of the network alone. What sums many values (group_norm) stays in FP32, as in the FP16 ONNX file.
+_HALF = _CONVOLUTIONS | {"conv2d_transpose", "leaky_relu", "nearest_interp", "bilinear_interp", "pool2d", "relu"}
 _SHAPE = re.compile(r"mb\d+_(?:g(\d+))?ic(\d+)oc(\d+)_(?:.*?)kh(\d+)sh(\d+).*?kw(\d+)sw(\d+)")
 
 
@@ -66,6 +71,34 @@ def program_convolutions(model: Path) -> tuple[ProgramConvolution, ...]:
             else:
                 found.append(ProgramConvolution(weight, False, kind))
     return tuple(found)
+
+
+def decode_outputs(model: Path) -> tuple[str, ...]:
+    """What the decode of a `.pdmodel` gives: the outputs of all operators on which no convolution depends."""
+    from paddle.base.proto import framework_pb2
+
+    (block, *_) = framework_pb2.ProgramDesc.FromString(model.read_bytes()).blocks
+    decode: list[str] = []
+    needed: set[str] = set()
+    for operator in reversed(block.ops):
+        given = [name for slot in operator.outputs for name in slot.arguments]
+        if operator.type in _CONVOLUTIONS or not needed.isdisjoint(given):
+            needed.update(name for slot in operator.inputs for name in slot.arguments)
+        elif operator.type not in _FRAME:
+            decode += given
+    return tuple(reversed(decode))
+
+
+def float_operators(model: Path) -> frozenset[str]:
+    """The operators of a PIR graph (`.json`) that must not run in FP16, by Paddle's names and without their dialect.
+
+    It goes by kind of operator. Residual additions, which run in FP32 then, are the same kind as those of the decode.
+    """
+    document = json.loads(model.read_text(encoding="utf-8"))
+    operators = document["program"]["regions"][0]["blocks"][0]["ops"]
+    kinds = (operator["#"].partition(".") for operator in operators)
+    names = {name for dialect, _, name in kinds if dialect == _PADDLE_DIALECT} - _HALF
+    return frozenset(names | {f"pd_op.{name}" for name in names})
 
 
 def explain(ran: Sequence[LoggedConvolution], program: Sequence[ProgramConvolution]) -> tuple[ExecutedConvolution, ...]:

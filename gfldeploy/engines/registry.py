@@ -7,9 +7,9 @@ the processor's flags and the driver: no engine is imported for them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import (
@@ -23,10 +23,13 @@ from gfldeploy.engines.base import (
     Library,
     Obstacle,
     Precision,
+    Shape,
     installed_version,
+    is_installed,
 )
-from gfldeploy.engines.hardware import cpu_flags, nvidia_driver
-from gfldeploy.engines.tensorrt import tensorrt_library
+from gfldeploy.engines.hardware import compute_capabilities, cpu_flags, nvidia_driver
+from gfldeploy.engines.nvidia_libraries import obstacle_to_loading
+from gfldeploy.engines.tensorrt import AnyShapeEngine
 from gfldeploy.errors import UnsupportedError
 
 # The CPU and the GPU wheel of these are one module: the user chooses.
@@ -43,8 +46,15 @@ ONNXRUNTIME = Library(
     "onnxruntime",
     {
         "cpu": Build("onnxruntime", "pip install onnxruntime"),
-        "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
+        "gpu": Build(  # with CUDA and cuDNN; pip only warns if the other is not installed
+            "onnxruntime-gpu", 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
+        ),
     },
+)
+# A plug-in of ONNX Runtime, which brings TensorRT-RTX and the CUDA runtime that it was built for.
+TENSORRT_RTX = Library(
+    "onnxruntime_ep_nv_tensorrt_rtx",
+    {"gpu": Build("onnxruntime-ep-nv-tensorrt-rtx-cu13", "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13")},
 )
 _NO_FP16_IN_ONEDNN = Obstacle("Paddle's oneDNN kernels have no FP16 convolution", "use bf16 or int8 on CPUs")
 _NO_FP16_IN_ORT = Obstacle("ONNX Runtime's CPU kernels have no FP16 convolution", "use int8 on CPUs")
@@ -55,6 +65,8 @@ _FP16_FILE_FOR_GPUS = Obstacle("gfldeploy's FP16 file is for GPUs", "use bf16 or
 _NO_BF16_ON_GPUS = Obstacle("gfldeploy has no BF16 on GPUs yet", "use fp16")
 _NEEDS_TENSORRT = Obstacle("INT8 on GPUs needs TensorRT", "use an engine with TensorRT, or fp16")
 _PLAIN = Obstacle("it is Paddle's FP32 kernels for CPUs", "use the engine paddle")
+_ORT_CUDA = "libonnxruntime_providers_cuda.so"
+_PADDLE_FILES = ("libpaddle.so",)
 _GPUS_ALONE = Obstacle("TensorRT runs on NVIDIA GPUs alone", "add --device gpu")
 
 _BUILT_IN = (
@@ -70,6 +82,7 @@ _BUILT_IN = (
         rank=3,
         default=True,
         judges=True,
+        gpu_files=_PADDLE_FILES,
     ),
     EngineSpec(
         name="paddle-plain",
@@ -93,7 +106,9 @@ _BUILT_IN = (
             },
         },
         needs_shapes=True,
-        needs_tensorrt=True,
+        tensorrt=True,
+        gpu_files=_PADDLE_FILES,
+        gpu_opens=("libnvinfer.so", "libnvinfer_plugin.so"),
     ),
     EngineSpec(
         name="onnxruntime",
@@ -107,18 +122,35 @@ _BUILT_IN = (
         rank=2,
         default=True,
         judges=True,
+        gpu_files=(_ORT_CUDA,),
     ),
     EngineSpec(
         name="onnxruntime-tensorrt",
         title="ONNX Runtime with TensorRT",
-        entry="gfldeploy.engines.ort_engine:OnnxRuntimeTensorRtEngine",
+        entry="gfldeploy.engines.ort_tensorrt:OnnxRuntimeTensorRtEngine",
         library=ONNXRUNTIME,
         runs={
             "cpu": _GPUS_ALONE,
             "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
         },
         needs_shapes=True,
-        needs_tensorrt=True,
+        tensorrt=True,
+        gpu_files=(_ORT_CUDA, "libonnxruntime_providers_tensorrt.so"),
+    ),
+    EngineSpec(
+        name="onnxruntime-tensorrt-rtx",
+        title="ONNX Runtime with TensorRT-RTX",
+        entry="gfldeploy.engines.ort_rtx:OnnxRuntimeRtxEngine",
+        library=TENSORRT_RTX,
+        runs={
+            "cpu": _GPUS_ALONE,
+            "gpu": {"fp32": "onnx", "fp16": "onnx_fp16", "bf16": _NO_BF16_ON_GPUS, "int8": "onnx_tensorrt"},
+        },
+        needs_shapes=True,
+        tensorrt=True,
+        beside=ONNXRUNTIME,
+        gpu_files=("libonnxruntime_providers_nv_tensorrt_rtx.so",),
+        gpus=((8, 6), (8, 9), (12, 0)),  # RTX 30, 40, 50: tensorrt_rtx_provider_options.h in the plug-in's wheel
     ),
     EngineSpec(
         name="openvino",
@@ -162,8 +194,7 @@ def _all_engines() -> dict[str, EngineSpec]:
 ENGINES: Mapping[str, EngineSpec] = _all_engines()
 DEFAULT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.default)
 JUDGES = tuple(name for name, spec in ENGINES.items() if spec.judges)
-TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.needs_tensorrt)
-ANY_SHAPE_ENGINES = tuple(name for name, spec in ENGINES.items() if not spec.needs_shapes)
+TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.tensorrt)
 PREFERRED_ENGINES = tuple(
     spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
 )
@@ -217,22 +248,31 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
         return graph
     if device == "gpu" and nvidia_driver() is None:
         return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
-    if not _is_installed(library.module):
+    if device == "gpu" and spec.gpus and (obstacle := _wrong_gpu(spec)):
+        return obstacle
+    if not is_installed(library.module):
         return Obstacle(f"{library.module} is not installed", library.builds[device].install)
+    if spec.beside and not is_installed(spec.beside.module):
+        return Obstacle(f"{spec.beside.module} is not installed", spec.beside.builds["cpu"].install)
     if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
-        return Obstacle(f"the CPU build of {library.module} is installed", library.builds["gpu"].install)
-    if spec.needs_tensorrt and tensorrt_library() is None:
-        return Obstacle("TensorRT is not installed", "pip install tensorrt, in the version of your CUDA")
+        which = "the CPU build" if "cpu" in library.builds else "another build"
+        return Obstacle(f"{which} of {library.module} is installed", library.builds["gpu"].install)
+    if device == "gpu" and (obstacle := obstacle_to_loading(spec)):
+        return obstacle
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
 
 
-def _is_installed(module: str) -> bool:
-    try:
-        return util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that the module would be in
-        return False
+def _wrong_gpu(spec: EngineSpec) -> Obstacle | None:
+    """Whether none of the GPUs here is one that the engine runs on."""
+    found = compute_capabilities()
+    if not found or any(map(spec.runs_on_gpu, found)):
+        return None
+    *some, last = (f"{major}.{minor}" for major, minor in spec.gpus)
+    here = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(found)))
+    needs = f"{spec.title} needs a GPU of compute capability {', '.join(some)}, or {last} and newer"
+    return Obstacle(f"{needs}, not {here}", "use the engine onnxruntime-tensorrt")
 
 
 def title_of(engine: str) -> str:
@@ -290,9 +330,15 @@ def _impossible(engine: str, precision: Precision, device: Device, why: Obstacle
     return UnsupportedError(f"{engine} {precision} on {device} is not possible: {why.reason}", f"Remedy: {why.remedy}.")
 
 
-def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
-    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
+def open_engine(engine: str, bundle: Bundle, options: EngineOptions, shapes: Iterable[Shape] | None = None) -> Engine:
+    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work.
+
+    `shapes`: of the inputs to come, one for each inference. They become those of the options where the engine is built
+    for them, and on GPUs. On CPUs no engine needs them, and they are not looked at.
+    """
     check_possible(engine, bundle, options)
+    if shapes is not None and (ENGINES[engine].needs_shapes or options.device == "gpu"):
+        options = options.expecting(shapes)
     return load_graph(engine, bundle, options, graph_for(engine, options.precision, options.device))
 
 
@@ -301,6 +347,11 @@ def load_graph(engine: str, bundle: Bundle, options: EngineOptions, graph: Graph
 
     Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
     """
-    module, _, name = _spec(engine).entry.partition(":")
-    loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options, graph)
-    return loaded
+    spec = _spec(engine)
+    module, _, name = spec.entry.partition(":")
+
+    def load(options: EngineOptions) -> Engine:
+        loaded: Engine = getattr(importlib.import_module(module), name)(bundle, options, graph)
+        return loaded
+
+    return AnyShapeEngine(load, bundle, options) if spec.needs_shapes else load(options)

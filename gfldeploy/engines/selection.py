@@ -18,14 +18,18 @@ def select_engine(
     device: Device | None = None,
     threads: int | None = None,
     cache_dir: Path | None = None,
+    tf32: bool | None = None,
 ) -> tuple[str, EngineOptions, str]:
     """The engine, its options, and in words why this engine.
 
     What is None: the engine is the fastest of those that can run the bundle here, the precision is that of the bundle,
-    the device is the CPU, and all threads are used. Raises `UnsupportedError` where nothing here can run it.
+    the device is the CPU, all threads are used, and TF32 is not. Raises `UnsupportedError` where nothing here can run
+    it.
     """
     precision, device = precision or bundle.manifest.precision, device or "cpu"
-    options = EngineOptions(precision, device, usable_threads() if threads is None else threads, cache_dir)
+    options = EngineOptions(
+        precision, device, usable_threads() if threads is None else threads, cache_dir, tf32=bool(tf32)
+    )
     if engine is not None:
         check_possible(engine, bundle, options)
         return engine, options, "as asked for"

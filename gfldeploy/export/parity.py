@@ -175,12 +175,15 @@ def compare(graph: GraphName, engine: Engine, images: NDArray[np.float32], refer
             )
         if not np.isfinite(actual).all():
             raise ParityError(f"{where} gives NaN or infinite {name}", "Please report this with your config.")
-    differences = [_differences(outputs, reference, image, where) for image in range(batch)]
-    return GraphComparison(graph, engine.name, batch, height, width, *(max(column) for column in zip(*differences)))  # noqa: B905
+    found = [differences(outputs, reference, image, where) for image in range(batch)]
+    return GraphComparison(graph, engine.name, batch, height, width, *(max(column) for column in zip(*found)))  # noqa: B905
 
 
-def _differences(outputs: Outputs, reference: Outputs, image: int, where: str) -> tuple[float, float]:
-    """Of scores and boxes of one image of the batch; see `GraphComparison`."""
+def differences(outputs: Outputs, reference: Outputs, image: int, where: str) -> tuple[float, float]:
+    """Of scores and boxes of one image of the batch; see `GraphComparison`.
+
+    Raises `ParityError` where the candidates are not as many as can be in the order of anchors.
+    """
     ours, theirs = anchors_of(outputs, image), anchors_of(reference, image)
     there = ours[ours >= 0]
     if len(there) != min(len(ours), int((theirs >= 0).sum())) or (np.diff(there) <= 0).any():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
+from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.selection import select_engine
+from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy
@@ -21,8 +23,9 @@ _DEPLOY_SUFFIXES = (".yml", ".yaml")
 class Choice:
     """What runs, and how.
 
-    `order`: how batches are formed, see `pipeline.detect_groups`. `why`: why this engine, in words. `notes`: what the
-    user should know, such as that a `deploy.yml` was made on another machine.
+    `options`: for an engine that is built for shapes, and on GPUs, they have those that `deploy.yml` says, or some that
+    span all that the detector can be given. `order`: how batches are formed, see `pipeline.detect_groups`. `why`: why
+    this engine, in words. `notes`: what the user should know, such as that a `deploy.yml` was made on another machine.
     """
 
     bundle: Bundle
@@ -37,7 +40,8 @@ class Choice:
         options, count = self.options, self.options.threads
         listed = ", batches as listed" if self.order == "listed" and self.batch_size > 1 else ""
         return (
-            f"{self.bundle.name} in {self.engine} {options.precision} on {options.device}, batch {self.batch_size}, "
+            f"{self.bundle.name} in {self.engine} {options.precision}{' in TF32' if options.tf32 else ''} on "
+            f"{options.device}, batch {self.batch_size}, "
             f"{count} thread{'' if count == 1 else 's'}{listed} ({self.why})"
         )
 
@@ -51,6 +55,7 @@ def choose(
     batch_size: int | None = None,
     engine_cache: Path | None = None,
     order: Order | None = None,
+    tf32: bool | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; arguments that are given override both.
 
@@ -63,6 +68,7 @@ def choose(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     notes: tuple[str, ...] = ()
+    shapes: tuple[Shape, ...] = ()
     why = ""
     if source.suffix in _DEPLOY_SUFFIXES and not source.is_dir():
         deploy = Deploy.read(source)
@@ -73,14 +79,17 @@ def choose(
             why = f"as {source.name} says"
         engine, precision = engine or cell.engine, precision or cell.precision
         device = device or cell.device
+        if tf32 is None:  # what a deploy.yml says of FP32 on a GPU says nothing of others
+            tf32 = cell.tf32 and (precision, device) == ("fp32", "gpu")
         threads, batch_size = cell.threads if threads is None else threads, batch_size or cell.batch_size
         order = order or (cell.order if cell.batch_size > 1 else None)
+        shapes = deploy.shapes
     elif source.is_dir():
         bundle = Bundle.open(source)
     else:
         problem = f"{source} is neither a bundle nor a deploy file" if source.exists() else f"there is no {source}"
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
-    engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache)
+    engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache, tf32)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
@@ -88,7 +97,16 @@ def choose(
     if order == "listed" and size > 1:
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
     notes = (*notes, *bundle.manifest.notes)
+    if ENGINES[engine].needs_shapes or options.device == "gpu":
+        expected = in_batches(shapes, size, fixed or 1)  # batches need not fill
+        options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
     return Choice(bundle, engine, options, size, order, why or reason, notes)
+
+
+def in_batches(shapes: Sequence[Shape], *counts: int) -> tuple[Shape, ...]:
+    """The sizes of these shapes in batches of these numbers of images, each once."""
+    sizes = ((count, height, width) for count in counts for _, height, width in shapes)
+    return tuple(dict.fromkeys(sizes))
 
 
 def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:

@@ -16,15 +16,16 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
-from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.images.preprocess import Preprocess
@@ -34,6 +35,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
 _MOST_DECODERS = 8
+_PREPARED_FOR_GPU = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def detect_groups(
     look_ahead: int = 0,
     skip: int = 0,
     reduced: bool = False,
+    check: CpuCheck | None = None,
     streams: int = 1,
 ) -> Generator[list[Found]]:
     """What was found, batch by batch.
@@ -70,8 +73,9 @@ def detect_groups(
     `order`: "bucketed" or "listed", see `batching.buckets`. `look_ahead`: how many pictures may come after one before
     its bucketed batch runs though it is not full. `skip`: so many batches are left out, without reading their files.
     `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 if that is no smaller than the network's input; the pixels then differ.
-    `streams`: how many inferences the engine runs at once; each has a thread of its own, since libraries keep threads
-    and buffers for each thread that calls them. Detections of channels without a class are left out.
+    `check`: compares what the engine gives with the CPU. `streams`: how many inferences the engine runs at once; each
+    has a thread of its own, since libraries keep threads and buffers for each thread that calls them. Detections of
+    channels without a class are left out.
 
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
     the iterator ends the threads after their current batch. Raises `EngineError`.
@@ -88,20 +92,29 @@ def detect_groups(
         decoders = stack.enter_context(_cpu_shared(engine.options))
         readers = stack.enter_context(ThreadPoolExecutor(decoders, "gfldeploy-read")) if decoders > 1 else None
         runners = stack.enter_context(ThreadPoolExecutor(streams, "gfldeploy-infer"))
-        memory = threading.local()
+        memory, uploading, checking = threading.local(), threading.Lock(), threading.Lock()
 
-        def infer(tensor: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            return check_outputs(engine, runners.submit(engine.infer, {"image": tensor}).result(), len(tensor))
+        def infer(tensor: NDArray[np.float32], inputs: Tensors, count: int) -> dict[str, NDArray[Any]]:
+            outputs = engine.infer(inputs)
+            check_outputs(engine, outputs, len(tensor))
+            if check is not None:
+                with checking:
+                    check(tensor, outputs, count)
+            return outputs
 
         def detect(job: tuple[Sequence[tuple[int, Picture]], Size]) -> list[Found]:
             group, size = job
-            tensor = _room(memory, (fixed or len(group), 3, *size))
+            tensor = _room(memory, engine.host_array, (fixed or len(group), 3, *size))
             filled = _fill(preprocess, [picture for _, picture in group], tensor, reduced, readers)
             scales = [one for one in filled if not isinstance(one, DataError)]
             found: Iterator[Detections] = iter(())
             if scales:
-                scores, boxes = infer(tensor[: fixed or len(scales)])
-                each = detections_of(scores[: len(scales)], boxes[: len(scales)], scales, nms, chosen)
+                tensor = tensor[: fixed or len(scales)]
+                with uploading:  # beside the inference of another batch
+                    inputs = engine.upload({"image": tensor})
+                outputs = runners.submit(infer, tensor, inputs, len(scales)).result()
+                scores, boxes = outputs["scores"][: len(scales)], outputs["boxes"][: len(scales)]
+                each = detections_of(scores, boxes, scales, nms, chosen)
                 found = (one.named(classes) for one in each)
             return [
                 Found(
@@ -111,7 +124,9 @@ def detect_groups(
                 for (index, picture), one in zip(group, filled, strict=True)
             ]
 
-        yield from stack.enter_context(closing(at_once(detect, groups, streams + 1)))
+        # What a GPU leaves to the CPU may take longer than the network: more batches are prepared meanwhile.
+        others = 1 if engine.options.device == "cpu" else _PREPARED_FOR_GPU
+        yield from stack.enter_context(closing(at_once(detect, groups, streams + others)))
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
@@ -237,10 +252,12 @@ def _fill(
     return filled
 
 
-def _room(memory: threading.local, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _room(
+    memory: threading.local, new: Callable[[int], NDArray[np.float32]], shape: tuple[int, ...]
+) -> NDArray[np.float32]:
     """An array of this shape in the memory of this thread, which is as large as its largest batch so far."""
     values = math.prod(shape)
     block: NDArray[np.float32] | None = getattr(memory, "block", None)
     if block is None or block.size < values:
-        memory.block = block = np.empty(values, np.float32)
+        memory.block = block = new(values)
     return block[:values].reshape(shape)

@@ -14,7 +14,7 @@ from gfldeploy.detections import Detections, NmsParams, pairwise_iou, postproces
 from gfldeploy.errors import ParityError
 
 # PaddleDetection's deploy tools draw detections from 0.5 up; a little lower also counts those that may just miss it.
-_CONFIDENT = 0.4
+CONFIDENT = 0.4
 _SAME_BOX = 0.5
 
 
@@ -50,7 +50,7 @@ class Reference:
     @property
     def confident(self) -> int:
         """How many detections are to be found again: those with a score of 0.4 or more."""
-        return int((self.detections.scores >= _CONFIDENT).sum())
+        return int((self.detections.scores >= CONFIDENT).sum())
 
     @classmethod
     def of(cls, outputs: Mapping[str, NDArray[Any]], nms: NmsParams) -> Self:
@@ -75,7 +75,7 @@ def agreement(
         means.append(float(difference.mean()))
         largest = max(largest, float(difference.max()))
         (actual,) = postprocess(output["scores"], output["boxes"], [(1.0, 1.0)], nms)
-        wanted = reference.detections.scores >= _CONFIDENT
+        wanted = reference.detections.scores >= CONFIDENT
         confident += reference.confident
         for box, score, category in zip(
             reference.detections.boxes[wanted],

@@ -24,6 +24,7 @@ from gfldeploy.quant.calibration import Calibration, ConvUse
 
 _MODEL, _PARAMETERS = "model.pdmodel", "model.pdiparams"
 _CONVOLUTIONS = ("conv2d", "depthwise_conv2d")
+_ADDITION = "elementwise_add"
 # Paddle's oneDNN pass takes these operators out again and keeps their scales by tensor: a convolution whose input has
 # one, whoever it is for, would run in INT8, unless it lacks the mark.
 _QUANTIZE, _DEQUANTIZE = "quantize_linear", "dequantize_linear"
@@ -108,7 +109,13 @@ class _Quantizer:
         self._dequantized: dict[str, str] = {}  # the float form of rounded tensors, by the original
 
     def quantize(self) -> None:
-        """Have every convolution that has ranges and is not kept in float read rounded inputs and weights."""
+        """Have every convolution that has ranges and is not kept in float read rounded inputs and weights.
+
+        An addition that takes in what such a convolution reads as well, which is a residual connection, reads it
+        rounded too: TensorRT then folds the addition into the other branch's convolution, and keeps one copy of the
+        tensor in INT8 (NVIDIA's guide to residual connections; the ONNX file for TensorRT is written likewise). oneDNN
+        gives the same bits either way.
+        """
         counts: dict[str, int] = defaultdict(int)
         operators: list[Any] = []
         for op in self._block.ops:
@@ -123,6 +130,8 @@ class _Quantizer:
                     for slot in ("Input", "Filter"):
                         arguments[slot][0] = self._dequantized[arguments[slot][0]]
                     op.attrs.add(name=_MARK[0], type=_proto().AttrType.STRING, s=_MARK[1])
+            for slot in ("X", "Y") if op.type == _ADDITION else ():
+                arguments[slot][0] = self._dequantized.get(arguments[slot][0], arguments[slot][0])
             operators.append(_proto().OpDesc())
             operators[-1].CopyFrom(op)
         if absent := [use for use in self._calibration.uses if use.use >= counts[use.weight]]:

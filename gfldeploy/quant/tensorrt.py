@@ -1,8 +1,8 @@
-"""The INT8 ONNX file for TensorRT, and the rules that it keeps.
+"""The INT8 ONNX file for TensorRT, and the rules that it keeps, also as ONNX Runtime hands it on.
 
 TensorRT's libraries are not needed to write the file, so its parser's rules are checked here instead. They are NVIDIA's
-guide to explicit quantisation (TensorRT 10 and 11; 11 dropped every other way to INT8) and the support matrix of its
-ONNX parser, `docs/operators.md` of the onnx-tensorrt project.
+guide to explicit quantisation (TensorRT 10 and 11; 11 dropped every other way to INT8), the support matrix of its ONNX
+parser, `docs/operators.md` of the onnx-tensorrt project, and what the parser of TensorRT for RTX 1.7.1 refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.candidates import MOST_CANDIDATES
+from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.ort_tensorrt import tensorrt_session_options
 from gfldeploy.errors import EngineError
-from gfldeploy.files import native_writes
+from gfldeploy.files import native_writes, scratch_directory
 from gfldeploy.quant.calibration import Calibration
 from gfldeploy.quant.qdq import TENSORRT, insert_qdq
 
@@ -51,6 +53,7 @@ _RESIZE = {
 }
 _OPSETS = range(9, 21)  # of TensorRT 10.0; later ones read newer opsets as well
 _FREE_DIMENSIONS = {0, 2, 3}  # of an image [N, 3, H, W]
+_INSERTED = "InsertedPrecisionFreeCast_"  # how ONNX Runtime begins the names of Casts that its CPU kernels need
 
 
 def write_tensorrt_onnx(source: Path, target: Path, calibration: Calibration) -> int:
@@ -70,6 +73,46 @@ def write_tensorrt_onnx(source: Path, target: Path, calibration: Calibration) ->
     with native_writes(target.parent):
         onnx.save(model, str(target))
     return count
+
+
+def handed_on(model: Any, session_options: Any = None) -> Any:
+    """What ONNX Runtime makes of an ONNX model before TensorRT is asked which nodes it takes.
+
+    That is after its optimisations of level 1, which are the same for every provider, and before those of levels 2 and
+    3, which change only what is left over (`InferenceSession::TransformGraph` in its source). So this is a session on
+    the CPU that stops after level 1. `session_options`: those of the TensorRT engine unless given.
+
+    A session on the CPU then puts Casts around operators without FP16 kernels. They are taken out again; as ONNX
+    Runtime drops Casts that undo each other, some of the file's own go with them, so the types of an FP16 graph do not
+    fit afterwards. onnxruntime-gpu, which needs no such Casts, left every node of the demo's FP16 file as it was.
+    Raises `MissingDependencyError`, or what ONNX Runtime raises.
+    """
+    import onnx
+
+    ort = require("onnxruntime", "the graph that TensorRT gets")
+    options = session_options or tensorrt_session_options(ort, 1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with scratch_directory() as directory:
+        path = directory / "handed_on.onnx"
+        options.optimized_model_filepath = str(path)
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found = onnx.load(str(path))
+    inserted = {
+        node.output[0]: node.input[0]
+        for node in found.graph.node
+        if node.op_type == "Cast" and node.name.startswith(_INSERTED)
+    }
+    kept = [node for node in found.graph.node if node.output[0] not in inserted]
+    for node in kept:
+        for index, name in enumerate(node.input):
+            while name in inserted:
+                name = inserted[name]
+            node.input[index] = name
+    result = onnx.ModelProto()
+    result.CopyFrom(found)
+    del result.graph.node[:]
+    result.graph.node.extend(kept)
+    return result
 
 
 def check_tensorrt(model: Any) -> list[str]:
@@ -167,6 +210,8 @@ class _QdqNode:
             yield f"{self.name} has weights that are not constant"
         if quantized and (data is None or data.op_type != "DequantizeLinear"):
             yield f"{self.name} has quantised weights and a float input: it has no kernel for that"
+        if not quantized and data is not None and data.op_type == "DequantizeLinear":
+            yield f"{self.name} has float weights and a quantised input: it would run in float"
         if self._has(2) and self.inputs[2] is None:
             yield f"{self.name} has a bias that is not constant"
 

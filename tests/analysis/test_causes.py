@@ -38,9 +38,11 @@ def one_pass(
     )
 
 
-def analyzed(single: Pass, listed: Pass, bucketed: Pass, **known: float) -> BatchAnalysis:
+def analyzed(
+    single: Pass, listed: Pass, bucketed: Pass, macs: float | None = None, peak: float | None = None
+) -> BatchAnalysis:
     """Three rounds of these, a hundredth apart, whole rounds at a time."""
-    (found,) = analyze_passes([[_slowed(one, by) for one in (single, listed, bucketed)] for by in NOISE], **known)
+    (found,) = analyze_passes([[_slowed(one, by) for one in (single, listed, bucketed)] for by in NOISE], macs, peak)
     return found
 
 
@@ -94,7 +96,7 @@ def test_a_saturated_processor() -> None:
         one_pass(8, "listed", 20.3),
         one_pass(8, "bucketed", 20.2),
         macs=2e9,
-        peak_gmac_per_s=150.0,
+        peak=150.0,
     )
     assert found.cause == "saturated"
     assert found.percent_of_peak == pytest.approx(100 * 2e9 / 20.2e-3 / 150e9)
@@ -167,7 +169,7 @@ def test_the_largest_part_is_not_named_where_a_smaller_one_is_sure() -> None:
 
 def test_what_starved_engines_reach_is_not_told() -> None:
     single, listed = one_pass(1, "listed", 20), one_pass(8, "listed", 30, taken=0.25)
-    found = analyzed(single, listed, one_pass(8, "bucketed", 30), macs=2e9, peak_gmac_per_s=50.0)
+    found = analyzed(single, listed, one_pass(8, "bucketed", 30), macs=2e9, peak=50.0)
     assert found.gmac_per_s and found.percent_of_peak is None and found.convolutions_percent_of_peak is None
 
 
@@ -203,3 +205,35 @@ def test_noise(low: float, high: float, sure: bool) -> None:
 def _slowed(one: Pass, by: float) -> Pass:
     names: Sequence[str] = ("decode_ms", "inference_ms", "end_to_end_ms")
     return replace(one, **{name: getattr(one, name) * by for name in names})
+
+
+def copied(one: Pass, ms: float) -> Pass:
+    """With copies to and from a device on top."""
+    return replace(one, copy_ms=ms, end_to_end_ms=one.end_to_end_ms + ms)
+
+
+def on_gpu(single: Pass, listed: Pass, bucketed: Pass) -> BatchAnalysis:
+    (found,) = analyze_passes([[_slowed(one, by) for one in (single, listed, bucketed)] for by in NOISE], device="gpu")
+    return found
+
+
+def test_copies_to_a_gpu_are_no_host_work() -> None:
+    passes = one_pass(1, "listed", 5), one_pass(8, "listed", 5), one_pass(8, "bucketed", 5)
+    found = on_gpu(*(copied(one, 20.0) for one in passes))
+    assert found.cause == "transfers" and found.transfer_share == pytest.approx(20 / 27)
+    assert found.host_share == pytest.approx(2 / 27)
+    assert "Copies to and from the GPU take 74% of the time" in sentences(found)[1]
+    grown = on_gpu(copied(passes[0], 1.0), copied(passes[1], 9.0), copied(passes[2], 9.0))
+    assert grown.cause == "transfers" and grown.parts["transfers"].ms == pytest.approx(8.0)
+    assert sum(one.ms for one in grown.parts.values()) == pytest.approx(grown.change.ms)
+    # On a CPU they are.
+    (same,) = analyze_passes([[_slowed(copied(one, 20.0), by) for one in passes] for by in NOISE])
+    assert same.cause == "host" and same.transfer_share == 0 and "transfers" not in same.parts
+
+
+def test_a_gpu_does_not_wait_for_cpus() -> None:
+    passes = [one_pass(size, order, 20, taken=0.4) for size, order in batch_orders([8])]
+    saturated = on_gpu(*passes)
+    assert saturated.cause == "saturated" and "cores" not in sentences(saturated)[1]
+    starved = on_gpu(*(replace(one, decode_ms=60.0, end_to_end_ms=80.0) for one in passes))
+    assert starved.cause == "starved" and "75% of the time and lacked 40% of the CPUs" in sentences(starved)[1]

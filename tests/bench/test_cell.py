@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from sample_results import OK, altered, sample_results
 
 from gfldeploy.bench.cell import Cell, names
 from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import best_of_each, rows
+from gfldeploy.bench.table import COLUMNS, best_of_each, rows
 
 
 def cell(**axes: object) -> Cell:
@@ -19,9 +20,10 @@ def test_an_axis_that_a_file_lacks_has_its_default() -> None:
     results = sample_results()
     data = results.to_dict()
     for one in data["cells"]:
-        for axis in ("order", "rate", "policy"):
+        for axis in ("order", "rate", "policy", "tf32"):
             del one["cell"][axis]
     assert BenchResults.from_dict(data) == results
+    assert BenchResults.from_dict({**data, "schema": 5}) == results
 
 
 def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
@@ -30,6 +32,7 @@ def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
     assert one.name([one, cell(engine="paddle")]) == "onnxruntime int8, batch 2"
     assert one.name([one, cell(threads=2)]) == "onnxruntime int8 with 1 thread, batch 2"
     assert one.name([one, cell(device="gpu")]) == "onnxruntime int8 on cpu, batch 2"
+    assert cell(precision="fp32", device="gpu", tf32=True).name() == "onnxruntime fp32 in TF32, batch 2"
     other = cell(bundle=replace(OK.cell.bundle, directory="other"))
     assert one.name([one, other]) == "onnxruntime int8 of tiny_dir, batch 2"
     assert cell(scenario="offline", order="bucketed").name() == "onnxruntime int8, batch 2, offline"
@@ -44,6 +47,21 @@ def test_several_cells_are_named_together() -> None:
     assert names([*cells, every[-1]], every) == "onnxruntime int8", "all that there are of it"
     assert names(every[2:], every) == "onnxruntime int8, batch 4; onnxruntime int8, batch 2, offline; paddle int8"
     assert names(cells, cells, whole=False) == "onnxruntime int8, batch 1, 2, 4"
+
+
+@pytest.mark.parametrize("axes", [{"precision": "fp32"}, {"device": "gpu"}, {"precision": "fp16", "device": "gpu"}])
+def test_fp32_on_a_gpu_alone_has_tf32(axes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="TF32"):
+        cell(**axes, tf32=True)
+
+
+def test_a_table_has_tf32_where_a_row_has_it() -> None:
+    (column,) = (one for one in COLUMNS if one.key == "tf32")
+    results = [altered(OK, precision="fp32", device="gpu", tf32=tf32) for tf32 in (False, True)]
+    shown = rows(replace(sample_results(), cells=tuple(results)))
+    assert [column.text(row) for row in shown] == ["", "yes"]
+    assert column.shown(shown) and not column.shown(shown[:1])
+    assert len(best_of_each(shown)) == 2, "two setups"
 
 
 def test_cells_that_differ_in_another_axis_than_the_load_are_not_compared_for_the_best_batch() -> None:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sample_results import OK, altered, sample_results
+from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.report.page import write_report
+from gfldeploy.bench.results import Idle, Monitored, Run
 from gfldeploy.bench.table import COLUMNS, Row, write_csv
+from gfldeploy.bench.timing import Samples
 from gfldeploy.cli.results import show_results
 
 
@@ -67,3 +69,34 @@ def test_what_is_the_same_in_every_row_is_left_out() -> None:
 )
 def test_as_many_digits_as_the_size_deserves(value: str | float | Estimate | None, text: str) -> None:
     assert text_of(value) == text
+
+
+def watched(**changed: object) -> Run:
+    """Three seconds of the network after one of warm-up, then two of whole batches, on a GPU that has 500 W then."""
+    seconds = tuple(float(second) for second in range(1, 7))
+    monitored = Monitored(
+        t_s=seconds,
+        gpu_percent=(10.0, 90.0, 96.0, 98.0, 30.0, 20.0),
+        gpu_memory_mb=(2500.0, 3000.0, 3000.0, 3000.0, 3100.0, 3000.0),
+        gpu_power_w=(100.0, 490.0, 500.0, 510.0, 200.0, 150.0),
+        gpu_clock_mhz=(1980.0, 1500.0, 1400.0, 1400.0, 1980.0, 1980.0),
+    )
+    samples = Samples(
+        (500.0,) * 6, (600.0, 400.0), batch_size=100, images=600, wall_s=3.0, stable=True, energy_j=1440.0
+    )
+    one = replace(RUN, samples=samples, monitored=monitored, idle=Idle(0.0, 0.0, 0.0, gpu_memory_mb=700.0))
+    return replace(one, **changed)  # type: ignore[arg-type]
+
+
+def test_a_gpu_is_judged_while_the_network_runs_alone() -> None:
+    row = Row(replace(OK, runs=(watched(),)), sample_results())
+    # Means of the second before, so that the first of them is of the warm-up.
+    assert row.gpu_percent == pytest.approx(284 / 3) and row.gpu_clock_mhz == pytest.approx(4300 / 3)
+    assert row.gpu_memory_mb == 2400.0
+    assert row.gpu_power_w == 480.0 and row.joules_per_image == pytest.approx(480 / 200)
+    samples = replace(watched().samples, energy_j=None)
+    sampled = Row(replace(OK, runs=(watched(samples=samples),)), sample_results())
+    assert sampled.gpu_power_w == 500.0
+    brief = Row(replace(OK, runs=(watched(samples=replace(samples, wall_s=0.5, energy_j=900.0)),)), sample_results())
+    assert brief.gpu_power_w is brief.joules_per_image is brief.gpu_percent is None
+    assert Row(OK, sample_results()).gpu_memory_mb is None

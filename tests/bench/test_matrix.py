@@ -114,6 +114,16 @@ def test_a_missing_graph_and_a_fixed_batch_are_reasons(tiny_bundle: Path) -> Non
     assert (wrong_batch.cell.batch_size, wrong_batch.reason) == (1, "the bundle fixed is made for batches of 2")
 
 
+def test_tf32_is_of_fp32_alone(tiny_bundle: Path) -> None:
+    bundle = variant(tiny_bundle, "a")
+    result = plan([bundle], ["onnxruntime"], ["fp32", "fp16"], [1], "gpu", 1, tf32=True)
+    cells = [*result.cells, *(one.cell for one in result.skipped)]
+    assert {cell.precision: cell.tf32 for cell in cells} == {"fp32": True, "fp16": False}
+    for precisions, device in ((["fp32"], "cpu"), (["fp16", "int8"], "gpu")):
+        with pytest.raises(UnsupportedError, match=r"TF32 is .*Leave --tf32 out"):
+            plan([bundle], ["onnxruntime"], precisions, [1], device, 1, tf32=True)  # type: ignore[arg-type]
+
+
 def test_an_unknown_engine(tiny_bundle: Path) -> None:
     with pytest.raises(UnsupportedError, match="no engine 'tensorflow'"):
         plan([variant(tiny_bundle, "a")], ["tensorflow"], ["fp32"], [1], "cpu", 1)

@@ -162,6 +162,7 @@ def test_analyze_keeps_its_numbers_whole(shown: Shown) -> None:
         engine="onnxruntime",
         precision="fp32",
         threads=2,
+        tf32=False,
         images=8,
         peak=None,
         rounds=tuple(map(tuple, passes)),

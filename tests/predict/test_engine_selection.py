@@ -16,6 +16,8 @@ from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
+from gfldeploy.engines import selection
+from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
@@ -30,7 +32,12 @@ EVIDENCE = Evidence(ONE, ONE, None, 1.0, ONE, ONE, False, False, 99, None, None,
 
 
 def write_deploy(
-    folder: Path, bundle: Path, machine: dict[str, Any] | None = None, digest: str = "", order: Order = "bucketed"
+    folder: Path,
+    bundle: Path,
+    machine: dict[str, Any] | None = None,
+    digest: str = "",
+    order: Order = "bucketed",
+    tf32: bool = False,
 ) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")
@@ -38,11 +45,12 @@ def write_deploy(
         bundle=BundleIdentity("tiny", "tiny", digest or Bundle.open(bundle).digest),
         engine="onnxruntime",
         precision="fp32",
-        device="cpu",
+        device="gpu" if tf32 else "cpu",
         threads=3,
         batch_size=2,
         order=order,
         scenario="offline" if order == "bucketed" else "multi-stream",
+        tf32=tf32,
     )
     choice = Configuration("tiny", cell, EVIDENCE)
     deploy = Deploy(
@@ -92,6 +100,21 @@ def test_a_deploy_file_of_another_machine_is_used_with_a_note(tiny_bundle: Path,
 def test_a_deploy_file_of_another_bundle_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not the bundle that was tuned"):
         choose(write_deploy(tmp_path, tiny_bundle, digest="ab" * 32))
+
+
+def test_tf32_is_as_the_deploy_file_says_where_it_can_be(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "check_possible", lambda *_: None)  # as if there were a GPU
+    path = write_deploy(tmp_path, tiny_bundle, tf32=True)
+    choice = choose(path)
+    assert choice.options.tf32 and "fp32 in TF32 on gpu" in str(choice)
+    assert not choose(path, tf32=False).options.tf32
+    assert not choose(path, device="cpu").options.tf32
+    with pytest.raises(UnsupportedError, match=r"TF32 is a format of GPUs.*Leave --tf32 out, or add --device gpu"):
+        choose(path, device="cpu", tf32=True)
+    with pytest.raises(UnsupportedError, match=r"TF32 is a way to compute FP32, and this is fp16"):
+        EngineOptions("fp16", "gpu", tf32=True)
 
 
 def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

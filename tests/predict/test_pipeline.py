@@ -18,7 +18,7 @@ import pytest
 from gfldeploy.batching.buckets import union
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.detections import Detections
-from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.decode import read_image
@@ -246,17 +246,22 @@ def test_listed_batches_are_those_of_the_padded_images(engine: Engine, manifest:
         assert all(same(found[number], one) for number, one in zip(numbers, expected, strict=True))
 
 
-class Watched:
-    """An engine that notes the batches it gets."""
+class Watched(Engine):
+    """An engine that notes the batches it gets, and in which thread they were copied and inferred."""
 
     name = "watched"
     version = ""
 
     def __init__(self, engine: Engine, options: EngineOptions) -> None:
-        self.options, self.taken = options, list[int]()
+        self.options, self.taken, self.workers = options, list[int](), set[tuple[str, int]]()
         self._engine = engine
 
-    def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def upload(self, inputs: Tensors) -> Tensors:
+        self.workers.add(("upload", threading.get_ident()))
+        return {name: array.copy() for name, array in inputs.items()}
+
+    def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
+        self.workers.add(("infer", threading.get_ident()))
         self.taken.append(len(inputs["image"]))
         return self._engine.infer(inputs)
 
@@ -266,7 +271,7 @@ def test_a_network_of_a_fixed_batch_size_gets_it(engine: Engine, manifest: Manif
     fixed = replace(manifest, inputs=(replace(image, shape=(4, *image.shape[1:])),))
     watched = Watched(engine, engine.options)
     paths = sorted(folder.iterdir())
-    found = ordered(run(watched, fixed, paths, batch_size=4, look_ahead=100))  # type: ignore[arg-type]
+    found = ordered(run(watched, fixed, paths, batch_size=4, look_ahead=100))
     assert set(watched.taken) == {4}
     for number, (one, path) in enumerate(zip(found, paths, strict=True)):
         assert number in (5, 12) or same(one.detections, alone(engine, manifest, path))
@@ -275,8 +280,10 @@ def test_a_network_of_a_fixed_batch_size_gets_it(engine: Engine, manifest: Manif
 def test_several_threads_decode_for_a_gpu(engine: Engine, manifest: Manifest, folder: Path) -> None:
     watched = Watched(engine, EngineOptions(device="gpu", threads=4))
     paths = sorted(folder.iterdir())
-    found = ordered(run(watched, manifest, paths, batch_size=4, look_ahead=100))  # type: ignore[arg-type]
+    found = ordered(run(watched, manifest, paths, batch_size=4, look_ahead=100))
     assert max(watched.taken) == 4
+    (inferring,) = (thread for what, thread in watched.workers if what == "infer")
+    assert ("upload", inferring) not in watched.workers, "one batch is copied beside the inference of another"
     for number, (one, path) in enumerate(zip(found, paths, strict=True)):
         assert (number in (5, 12)) == (one.error is not None)
         assert one.error or same(one.detections, alone(engine, manifest, path))
@@ -289,7 +296,7 @@ def test_as_many_inferences_at_once_as_there_are_streams(engine: Engine, manifes
         together = threading.Barrier(3, timeout=10)
         callers: ClassVar[set[int]] = set()
 
-        def infer(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
             self.callers.add(threading.get_ident())
             self.together.wait()
             with lock:
@@ -298,7 +305,7 @@ def test_as_many_inferences_at_once_as_there_are_streams(engine: Engine, manifes
     lock = threading.Lock()
     streamed = Streamed(engine, engine.options)
     paths = [path for path in sorted(folder.iterdir()) if path.name not in ("05.jpg", "12.jpg")]
-    found = ordered(run(streamed, manifest, paths, streams=3))  # type: ignore[arg-type]
+    found = ordered(run(streamed, manifest, paths, streams=3))
     assert len(streamed.callers) == 3, "each stream has a thread of its own"
     assert all(same(one.detections, alone(engine, manifest, path)) for one, path in zip(found, paths, strict=True))
     assert threads() == set()
@@ -330,15 +337,17 @@ def test_arrays_wait_no_longer_than_the_look_ahead(engine: Engine, manifest: Man
 
 
 def test_an_engine_that_fails_ends_it(manifest: Manifest, folder: Path) -> None:
-    class Broken:
+    class Broken(Engine):
         name = "broken"
-        options = EngineOptions()
 
-        def infer(self, inputs: object) -> dict[str, np.ndarray]:
+        def __init__(self) -> None:
+            self.options = EngineOptions()
+
+        def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        run(Broken(), manifest, sorted(folder.iterdir()))  # type: ignore[arg-type]
+        run(Broken(), manifest, sorted(folder.iterdir()))
     assert threads() == set()
 
 

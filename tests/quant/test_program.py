@@ -111,6 +111,20 @@ def test_it_is_what_paddleslim_writes(detector: Detector, tmp_path: Path) -> Non
     assert ran == {"int8": len(detector.calibration.uses)}
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
+    assert rounded_additions(ours) == rounded_additions(theirs) != set()
+
+
+def rounded_additions(folder: Path) -> set[str]:
+    """The outputs of the additions that read a rounded tensor."""
+    from paddle.base.proto import framework_pb2
+
+    (block,) = framework_pb2.ProgramDesc.FromString((folder / FILES[0]).read_bytes()).blocks
+    return {
+        op.outputs[0].arguments[0]
+        for op in block.ops
+        if op.type == "elementwise_add"
+        and any(name.endswith(".dequantized") for slot in op.inputs for name in slot.arguments)
+    }
 
 
 def test_exactly_the_kept_uses_run_in_float(detector: Detector, tmp_path: Path) -> None:

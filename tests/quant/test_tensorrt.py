@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from calibration_file import calibration_from
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.engines.onnx_split import split_decode
+from gfldeploy.engines.ort_engine import session_options
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
 from gfldeploy.quant.qdq import ONNX_RUNTIME, TENSORRT, ActivationScale, insert_qdq
-from gfldeploy.quant.tensorrt import OPERATORS, check_tensorrt, write_tensorrt_onnx
+from gfldeploy.quant.tensorrt import OPERATORS, check_tensorrt, handed_on, write_tensorrt_onnx
 
 ort = pytest.importorskip("onnxruntime")
 
@@ -365,6 +368,45 @@ def test_free_dimensions(image: list[Any], problem: str | None) -> None:
     assert check_tensorrt(model_of([op("Relu", "image", "result")], {}, image)) == ([problem] if problem else [])
 
 
+# --- as ONNX Runtime hands it on --------------------------------------------------------------------------------------
+
+
+def plain_options() -> Any:
+    """Those that the engine had before it kept the biases, and that every other session has."""
+    return session_options(ort, 1)
+
+
+def folded_options() -> Any:
+    options = session_options(ort, 1)
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def kinds(model: Any) -> Counter[str]:
+    """Operators, without Casts, and without the copies of a DequantizeLinear that each reader gets."""
+    found = Counter(node.op_type for node in model.graph.node if node.op_type not in ("Cast", "DequantizeLinear"))
+    found["DequantizeLinear"] = len({node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"})
+    return found
+
+
+def test_onnx_runtime_hands_on_what_keeps_the_rules() -> None:
+    model = quantized(residual())
+    found = handed_on(model)
+    assert check_tensorrt(found) == []
+    assert kinds(found) == kinds(model)
+    biases = {name: constant(residual(), name) for name in ("w1.bias", "w2.bias", "w3.bias", "w4.bias")}
+    assert all(np.array_equal(constant(found, name), value) for name, value in biases.items()), "the same floats"
+
+
+def test_the_options_of_other_sessions_do_not() -> None:
+    model = quantized(residual())
+    refused = check_tensorrt(handed_on(model, plain_options()))
+    assert any("dequantises int32: a bias has to be float" in line for line in refused)
+    # Nor does the other option that keeps biases in float: the weights are then float, too.
+    refused = check_tensorrt(handed_on(model, folded_options()))
+    assert any("has float weights and a quantised input" in line for line in refused)
+
+
 # --- the bundle -------------------------------------------------------------------------------------------------------
 
 
@@ -387,3 +429,31 @@ def test_the_bundles_file_keeps_the_rules_and_agrees_with_float(tmp_path_factory
     (scores, boxes), (int8_scores, int8_boxes) = (run(m, image, "scores", "boxes") for m in (onnx.load(source), model))
     assert 0 < np.abs(scores - int8_scores).mean() < 0.02
     assert 0 < np.abs(boxes - int8_boxes).mean() < 4
+
+
+@pytest.mark.slow
+@demo_bundles.needs_export
+@demo_bundles.needs_quant
+@pytest.mark.parametrize(
+    ("make", "graph", "spoilt"),
+    [
+        (demo_bundles.exported, "onnx", False),
+        (demo_bundles.exported, "onnx_fp16", False),
+        (demo_bundles.quantized, "onnx_tensorrt", True),
+    ],
+)
+def test_every_precision_of_the_demo_as_onnx_runtime_hands_it_on(
+    make: Callable[[pytest.TempPathFactory], Path],
+    graph: GraphName,
+    spoilt: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path, _ = Bundle.open(make(tmp_path_factory)).graph(graph)
+    model = onnx.load(str(path))
+    whole_and_part = (model, split_decode(model)[0]) if graph == "onnx_fp16" else (model,)
+    for one in whole_and_part:
+        found = handed_on(one)
+        assert check_tensorrt(found) == []
+        assert kinds(found) == kinds(one)
+    refused = check_tensorrt(handed_on(model, plain_options()))
+    assert any("dequantises int32" in line for line in refused) == spoilt

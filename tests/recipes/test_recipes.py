@@ -30,6 +30,7 @@ from gfldeploy.images.decode import image_size, read_image
 
 COMPARE = ROOT / "quant" / "compare.py"
 CANDIDATES = ROOT / "export" / "candidates.py"
+HANDED_ON = ROOT / "quant" / "handed_on.py"
 INT8_SPEED = ROOT / "benchmarks" / "int8_speed.py"
 GRAPHS = {
     "paddle_program": {"model": "paddle/model.pdmodel", "params": "paddle/model.pdiparams"},
@@ -94,7 +95,9 @@ def write_manifest(bundle: Path, graphs: Mapping[str, Any], sizes: Mapping[str, 
     (bundle / "manifest.json").write_text(json.dumps({"graphs": graphs, "files": files}))
 
 
-@pytest.mark.parametrize("arguments", [(COMPARE,), (COMPARE, "demo"), (COMPARE, "zoo"), (INT8_SPEED,), (CANDIDATES,)])
+@pytest.mark.parametrize(
+    "arguments", [(COMPARE,), (COMPARE, "demo"), (COMPARE, "zoo"), (HANDED_ON,), (INT8_SPEED,), (CANDIDATES,)]
+)
 def test_help(arguments: tuple[Path, *tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage:" in help_of(*arguments, capsys=capsys)
 
@@ -232,6 +235,19 @@ def test_a_config_of_the_zoo(compare: ModuleType, tmp_path: Path, monkeypatch: p
     assert (row["map"], row["largest_process_mb"], row["command"]) == (None, 2346, "gfldeploy quantize gfl_r50")
     assert row["closeness"]["paddle"]["score_difference"] == 0.01
     assert "paddle scores 0.01 off" in compare.line("gfl_r50", row)
+
+
+def test_what_tensorrt_gets_of_a_graph(tiny_bundle: Path) -> None:
+    import onnx
+
+    with imported(HANDED_ON) as module:
+        model = onnx.load(str(Bundle.open(tiny_bundle).graph("onnx")[0]))
+        row = {"config": "tiny", "precision": "fp32", **module.row(model)}
+        assert (row["nodes"], row["convolutions"], row["file"], row["handed_on"]) == (5, 1, [], [])
+        assert row["other_options"] == {}
+        assert "keeps the rules; with other options: too" in module.line(row)
+        problem = "DequantizeLinear w.DQ dequantises int32: a bias has to be float"
+        assert module.rule(problem) == "DequantizeLinear: dequantises int32: a bias has to be float"
 
 
 def test_a_command_refused_is_told_from_one_that_is_wrong(compare: ModuleType, tmp_path: Path) -> None:
@@ -500,6 +516,7 @@ def test_the_batcher_in_a_soak(tiny_bundle: Path, tmp_path: Path) -> None:
         "bench_overhead",
         "batch_padding",
         "end_to_end",
+        "gpu",
         "memory",
         "openvino_against_nncf",
         "planted_causes",

@@ -135,7 +135,7 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 def _named(row: Row) -> str:
     cell = row.cell
-    model = f"{title_of(cell.engine)} {cell.precision.upper()}"
+    model = f"{title_of(cell.engine)} {cell.precision.upper()}{' in TF32' if cell.tf32 else ''}"
     return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
 
 
@@ -212,6 +212,11 @@ def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:
     )
     bundles = dict.fromkeys((one.cell.bundle.directory, one.cell.bundle.digest) for one in results.cells)
     yield "bundles", "; ".join(f"{directory} (SHA-256 {digest[:16]})" for directory, digest in bundles)
+    compared = [run.parity for cell in results.cells for run in cell.runs if run.parity is not None]
+    if compared:
+        images = max(one.images for one in compared)
+        references = ", ".join(dict.fromkeys(one.reference for one in compared))
+        yield "compared with", f"{references}, on {images} images at most, before anything was timed"
     overheads = [
         run.monitored.overhead_percent for cell in results.cells for run in cell.runs if run.monitored is not None
     ]

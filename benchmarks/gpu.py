@@ -1,0 +1,533 @@
+"""What one NVIDIA GPU does with a detector, in a bounded time: run this where the GPU is, and keep what it writes.
+
+    python benchmarks/gpu.py --dry-run                       # the same on the CPU in a minute: is everything in place?
+    python benchmarks/gpu.py --minutes 30                    # the demo detector
+    python benchmarks/gpu.py --minutes 30 --model gfl_r50    # GFL-R50 (random weights) at 800x1344
+
+Bundles are made by `--prepare` (or by the first run) in the folder `--materials`, which needs PaddleDetection and
+PaddleSlim. A machine with a GPU may have neither: prepare elsewhere, copy the folder, and run there; or give any
+bundles of one detector with `--bundles FP32 INT8`. Images are generated: 384x640 and 640x384 in turn, which the demo
+detector takes as 320x512 and 512x320, and the model zoo's 800x1333 rule as 800x1344 and 1344x800.
+
+Every engine that can run on the GPU is measured in FP32 (in TF32 too), FP16 and INT8 at batch 1 to 32, with batches of
+one orientation ("bucketed") and of both ("listed", padded to a square). Each is a process of its own, in which the
+engine is compared with the CPU before it is timed. First come batch 1 and the largest, then what the engines reach at
+best, the sizes between, and mAP. Nothing is begun that would likely end after `--minutes`. Stopped or out of time, it
+has written what it has, and the same command resumes.
+
+Writes to results/MACHINE beside this script, or to `--output`: MODEL.json, .csv and .html (those of `gfldeploy bench`),
+MODEL_summary.md (routes, agreement with the CPU, throughput, stages, the GPU meanwhile, and why a larger batch gains no
+more), checks/MODEL_doctor.json (`gfldeploy doctor --json`). `--summary-of MODEL.json` writes the summary anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from textwrap import shorten
+
+from gfldeploy import demo
+from gfldeploy.analysis.limits import alone, explain, line, stage_times
+from gfldeploy.bench.cell import Cell, Scenario, names
+from gfldeploy.bench.columns import Column, text_of
+from gfldeploy.bench.journal import Journal, journal_beside
+from gfldeploy.bench.matrix import Plan, plan
+from gfldeploy.bench.report.page import machine_line, write_report
+from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.bench.runner import Data, Runner
+from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
+from gfldeploy.bench.table import COLUMNS, FLAGS, Row, rows, write_csv
+from gfldeploy.bench.timing import Settings
+from gfldeploy.bundle import Bundle
+from gfldeploy.demo.dataset import generate
+from gfldeploy.doctor import diagnose
+from gfldeploy.engines.base import Device, Obstacle, Precision
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
+from gfldeploy.engines.hardware import gpu_models, nvidia_driver, usable_threads
+from gfldeploy.engines.registry import ENGINES, Capability, capabilities
+from gfldeploy.errors import GfldeployError, UsageError
+from gfldeploy.files import write_json, write_text
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.decode import image_size
+from gfldeploy.machine import Machine, describe_machine
+from gfldeploy.progress import Progress, Silent
+from gfldeploy.serialization import plain
+
+HERE = Path(__file__).resolve().parent
+
+PHOTO = 384, 640  # height and width of those in landscape
+COMMAND = "benchmarks/gpu.py --prepare"
+SCORED_IMAGES = 100
+CALIBRATION_IMAGES = 16
+SCENARIOS: tuple[Scenario, ...] = ("single-stream", "offline", "multi-stream")
+PRECISIONS: Mapping[Device, tuple[Precision, ...]] = {"gpu": ("fp32", "fp16", "int8"), "cpu": ("fp32", "int8")}
+# What a measurement takes besides the timing itself: to start, import an engine, decode, compare, build.
+STARTUP_S = 15.0
+OUT_OF_TIME = "the time was up", "run the same command again, which resumes"
+FAILED_ALONE = "one image at a time failed", None
+# Characters of a reason in the summary: libraries tell their whole state. The results have all of it.
+REASON_WIDTH = 240
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of the runner: to time a cell, or for one of its setup, the mAP or the peak of that."""
+
+    cell: Cell
+    accuracy: bool = False
+    peak: bool = False
+
+    def __str__(self) -> str:
+        return ("mAP of " if self.accuracy else "peak of " if self.peak else "") + str(self.cell)
+
+
+class TimeIsUpError(Exception):
+    """Ends the measurements, and keeps the journal for the next run."""
+
+
+class Lines(Silent):
+    """Progress as lines on stderr, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def stage(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        self.stage(f"Note: {text}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", help="folder of results/ (default: the name of the GPU)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="begin nothing that would end later (default: 30)")
+    parser.add_argument("--model", default="demo", help="demo, gfl_r50, or a name for your --bundles (default: demo)")
+    parser.add_argument("--bundles", type=Path, nargs="+", default=[], metavar="DIR", help="of one detector")
+    parser.add_argument("--data", type=Path, metavar="COCO.json", help="images with boxes, for mAP of your --bundles")
+    parser.add_argument("--materials", type=Path, default=Path("gpu-materials"), metavar="DIR", help="of --prepare")
+    parser.add_argument("--prepare", action="store_true", help="make bundles and images, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="everything on the CPU, briefly, to see that it works")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, help="(default: all that the device has)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
+    parser.add_argument("--images", type=int, default=32, metavar="N", help="to time, both orientations (default: 32)")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of timing a cell (default: 3)")
+    parser.add_argument("--engine-cache", type=Path, default=DEFAULT_ENGINE_CACHE, metavar="DIR")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="in place of results/MACHINE beside this script")
+    parser.add_argument("--summary-of", type=Path, metavar="MODEL.json", help="write its summary anew, and stop")
+    args = parser.parse_args()
+    if args.dry_run:
+        args.batch_sizes, args.images, args.seconds = [1, 2], 4, 0.2
+        args.engines = args.engines or ["onnxruntime"]
+        args.output = args.output or args.materials / "dry-run"
+    try:
+        if args.summary_of:
+            write_summary(BenchResults.read(args.summary_of), args.summary_of)
+            return
+        if not (args.prepare or args.dry_run or nvidia_driver()):
+            raise UsageError("no NVIDIA driver is loaded", "Run this where a GPU is, or with --prepare or --dry-run.")
+        bundles, photos, scored = prepare(args, Lines())
+        if args.prepare:
+            print(f"{args.materials} is ready: copy it to the machine with the GPU, and run there:")
+            print(f"    python benchmarks/gpu.py --materials {args.materials.name} --model {args.model} --minutes 30")
+        else:
+            print(measure(args, bundles, photos, scored, Lines()))
+    except GfldeployError as error:
+        raise SystemExit(f"Error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit("Stopped: what was measured is written, and the same command resumes.") from error
+
+
+def prepare(args: argparse.Namespace, progress: Progress) -> tuple[list[Path], Path, Path | None]:
+    """Bundles, and COCO files of the images to time and of those for mAP, made where they are not there yet."""
+    folder = args.materials / args.model
+    bundles: list[Path] = args.bundles
+    if not bundles:
+        bundles = [folder / name for name in ("fp32", "int8")]
+        if not all((one / "manifest.json").is_file() for one in bundles):
+            if args.model not in MAKERS:
+                raise UsageError(f"no bundles of {args.model} are in {folder}", "Give them with --bundles.")
+            progress.stage(f"making the bundles of {args.model}")
+            MAKERS[args.model](folder, progress)
+    val = generate(folder / "data", "val", SCORED_IMAGES)
+    scored = args.data if args.bundles else val if args.model == "demo" else None
+    return bundles, write_photos(val, folder / "photos", args.images), scored
+
+
+def make_demo(folder: Path, progress: Progress) -> None:
+    """The trained demo detector."""
+    from gfldeploy.export.exporter import export_bundle
+    from gfldeploy.quant.quantizer import quantize_bundle
+
+    calib = generate(folder / "data", "calib", CALIBRATION_IMAGES)
+    config, weights, fp32 = demo.config_path(), demo.weights_path(), folder / "fp32"
+    export_bundle(config=config, weights=weights, output=fp32, force=True, command=COMMAND, progress=progress)
+    quantize_bundle(
+        fp32,
+        data=calib,
+        samples=CALIBRATION_IMAGES,
+        output=folder / "int8",
+        force=True,
+        command=COMMAND,
+        progress=progress,
+    )
+
+
+def make_r50(folder: Path, progress: Progress) -> None:
+    """GFL-R50 with random weights, that of the other recipes."""
+    subprocess.run([sys.executable, str(HERE / "materials.py"), "--output", str(folder)], check=True)
+
+
+MAKERS: Mapping[str, Callable[[Path, Progress], None]] = {"demo": make_demo, "gfl_r50": make_r50}
+
+
+def write_photos(annotations: Path, folder: Path, count: int) -> Path:
+    """So many images, landscape and portrait in turn, cut out of others; returns their COCO file, without boxes."""
+    sys.path.insert(0, str(HERE))
+    from batch_padding import photographs
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    made = photographs(
+        [one.path for one in CocoDataset.load(annotations).images], PHOTO, -(-count // 2), folder / "images"
+    )
+    turns = [path for pair in zip(made[: len(made) // 2], made[len(made) // 2 :], strict=True) for path in pair][:count]
+    images = []
+    for number, path in enumerate(turns, start=1):
+        height, width = image_size(path)
+        images.append({"id": number, "file_name": path.name, "height": height, "width": width})
+    categories = [{"id": 1, "name": "any"}]
+    write_json(folder / "annotations.json", {"images": images, "annotations": [], "categories": categories})
+    return folder / "annotations.json"
+
+
+def measure(
+    args: argparse.Namespace, bundles: Sequence[Path], photos: Path, scored: Path | None, progress: Progress
+) -> str:
+    """Everything from the plan to the files; returns the summary."""
+    device: Device = "cpu" if args.dry_run else "gpu"
+    folder = args.output or HERE / "results" / (args.machine or machine_name(gpu_models()))
+    output = folder / f"{args.model}.json"
+    (folder / "checks").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "checks" / f"{args.model}_doctor.json", diagnose().to_dict())
+    for told in routes(capabilities(), device):
+        progress.stage(told)
+    opened = open_bundles(bundles)
+    planned = plan_cells(opened, args.engines, args.batch_sizes, device)
+    if not planned.cells:
+        raise nothing_to_run(planned)
+    session = Session(
+        planned,
+        Settings(min_seconds=args.seconds, min_count=2 if args.dry_run else 30, max_seconds=2 * args.seconds),
+        data_of(photos, scored, opened, 4 if args.dry_run else SCORED_IMAGES),
+        describe_machine(),
+        output,
+        time.monotonic() + 60 * args.minutes,
+        progress,
+    )
+    cells = len(planned.cells)
+    progress.stage(f"{cells} cells to measure, in {args.minutes:g} minutes at most; results go to {folder}")
+    try:
+        with suppress(TimeIsUpError), journal_beside(output, "bench") as journal:
+            session.run(journal, args.engine_cache, accuracy=scored is not None)
+    finally:
+        results = session.write()
+        write_report(results, output.with_suffix(".html"))
+        write_csv(results, output.with_suffix(".csv"))
+    return summary(results)
+
+
+def machine_name(models: Sequence[str]) -> str:
+    """A folder's name for the GPU: "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", models[0].lower()).strip("-") if models else "gpu"
+
+
+def plan_cells(bundles: Sequence[Bundle], engines: Sequence[str] | None, sizes: Sequence[int], device: Device) -> Plan:
+    """All cells, those first that tell most; FP32 on a GPU in TF32 too."""
+    if engines is None:
+        engines = [name for name, spec in ENGINES.items() if not isinstance(spec.graph("fp32", device), Obstacle)]
+    order = breadth_first(sorted(set(sizes)))
+    found = plan(bundles, engines, PRECISIONS[device], order, device, usable_threads(), SCENARIOS)
+    cells, skipped = list(found.cells), list(found.skipped)
+    if device == "gpu":
+        in_tf32 = [replace(cell, tf32=True) for cell in cells if cell.precision == "fp32"]
+        cells += in_tf32
+    # Of batch 1 there are no orders to tell apart.
+    cells = [cell for cell in cells if cell.batch_size > 1 or cell.scenario == "single-stream"]
+    skipped = [one for one in skipped if one.cell.batch_size > 1 or one.cell.scenario == "single-stream"]
+    places = {name: place for place, name in enumerate(engines)}
+    cells.sort(key=lambda cell: (order.index(cell.batch_size), places[cell.engine]))
+    return Plan(tuple(cells), tuple(skipped), found.bundles)
+
+
+def breadth_first(sizes: Sequence[int]) -> list[int]:
+    """The first, the last, then the middle of what is between, and so on: a curve is seen early."""
+    found = [*sizes[:1], *sizes[1:][-1:]]
+    gaps = [list(sizes[1:-1])]
+    while gaps:
+        gap = gaps.pop(0)
+        if gap:
+            middle = len(gap) // 2
+            found.append(gap[middle])
+            gaps += [gap[:middle], gap[middle + 1 :]]
+    return found
+
+
+def data_of(photos: Path, scored: Path | None, bundles: Sequence[Bundle], count: int) -> Data:
+    """The images to time, and `count` of those for mAP."""
+    timed = Data.load(photos, None, None, accuracy=False, accuracy_limit=None, bundles=bundles)
+    if scored is None:
+        return timed
+    both = Data.load(scored, None, 1, accuracy=True, accuracy_limit=count, bundles=bundles)
+    own = timed.description
+    described = replace(both.description, timed_sha256=own.timed_sha256, timed_images=own.timed_images)
+    return replace(both, images=timed.images, description=described)
+
+
+@dataclass
+class Session:
+    """What is measured, until when, and what is known so far; written to `output` after each measurement."""
+
+    planned: Plan
+    settings: Settings
+    data: Data
+    machine: Machine
+    output: Path
+    deadline: float
+    progress: Progress
+    known: dict[Cell, CellResult] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # the longest measurement of an engine
+
+    def run(self, journal: Journal, engine_cache: Path, accuracy: bool) -> None:
+        """Measure everything. Raises `TimeIsUpError`."""
+        about = {"machine": plain(self.machine)}
+        runner = Runner(self.planned.bundles, self.data, journal, limits(600.0), engine_cache, about)
+        jobs = list(self.jobs(accuracy))
+        for number, job in enumerate(jobs):
+            cell, start = job.cell, time.monotonic()
+            expected = self.seconds.get(cell.engine, STARTUP_S + 4 * self.settings.max_seconds)
+            if start + expected > self.deadline:
+                raise TimeIsUpError
+            first = self.known.get(alone(cell))
+            if first and first.status == "failed" and first.cell != cell:
+                self.known[cell] = CellResult(cell, "skipped", *FAILED_ALONE)
+            if first and first.status == "failed":
+                continue
+            self.progress.stage(f"{number + 1}/{len(jobs)} {job}")
+            self.known[cell] = runner.measure([cell], self.settings, accuracy=job.accuracy, peak=job.peak)[0]
+            took = time.monotonic() - start
+            self.seconds[cell.engine] = max(took, self.seconds.get(cell.engine, 0.0)) if took > 1 else expected
+            self.write()
+
+    def jobs(self, accuracy: bool) -> Iterator[Job]:
+        """In the order in which they are done."""
+        cells = self.planned.cells
+        first = list(dict.fromkeys(alone(cell) for cell in cells if alone(cell) in cells))
+        ends = list(dict.fromkeys(cell.batch_size for cell in cells))[:2]
+        yield from (Job(cell) for cell in cells if cell.batch_size in ends)
+        yield from (Job(cell, peak=True) for cell in first)
+        yield from (Job(cell) for cell in cells if cell.batch_size not in ends)
+        if accuracy:
+            yield from (Job(cell, accuracy=True, peak=True) for cell in first)
+
+    def results(self) -> BenchResults:
+        """What is known, and why the rest is not; mAP and peaks are of all batch sizes."""
+        cells = []
+        for cell in self.planned.cells:
+            one, of_setup = self.known.get(cell), self.known.get(alone(cell))
+            if one is None:
+                one = CellResult(cell, "skipped", *OUT_OF_TIME)
+            elif of_setup and one.status == "ok":
+                shared = of_setup.accuracy, of_setup.accuracy_reason, of_setup.peak
+                one = replace(one, accuracy=shared[0], accuracy_reason=shared[1], peak=shared[2])
+            cells.append(one)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        every = (*cells, *self.planned.skipped)
+        return BenchResults(created, self.machine, self.data.description, self.settings, every)
+
+    def write(self) -> BenchResults:
+        """The results and their summary."""
+        results = self.results()
+        results.write(self.output)
+        write_summary(results, self.output)
+        return results
+
+
+def write_summary(results: BenchResults, path: Path) -> None:
+    """Beside the results in `path`."""
+    write_text(path.with_name(f"{path.stem}_summary.md"), summary(results))
+
+
+def routes(found: Iterable[Capability], device: Device) -> list[str]:
+    """For each engine, what it runs on the device here, and why it does not run the rest."""
+    lines = []
+    by_engine: dict[str, list[Capability]] = defaultdict(list)
+    for one in found:
+        if one.device == device and one.precision in PRECISIONS[device]:
+            by_engine[one.engine].append(one)
+    for name, some in by_engine.items():
+        runs = ", ".join(one.precision for one in some if one.works) or "nothing"
+        why: dict[tuple[str | None, str | None], list[str]] = defaultdict(list)
+        for one in some:
+            if not one.works:
+                why[one.reason, one.remedy].append(one.precision)
+        told = "".join(f"; not {', '.join(which)}: {reason} ({remedy})" for (reason, remedy), which in why.items())
+        lines.append(f"{name} runs {runs}{told}")
+    return lines
+
+
+def summary(results: BenchResults) -> str:
+    """The results as a page of Markdown; every figure in it is computed from them."""
+    every = rows(results)
+    measured = [row for row in every if row.ok]
+    skipped = [row for row in every if row.result.status == "skipped"]
+    waiting = sum(row.result.reason == OUT_OF_TIME[0] for row in skipped)
+    possible = len(every) - len(skipped) + waiting
+    where = ", ".join(results.machine.gpus) or results.machine.cpu
+    parts = [
+        f"# {' and '.join(sorted({row.cell.bundle.name for row in every}))} on {where}",
+        f"{machine_line(results.machine, results.created)}. {len(measured)} of {possible} cells measured"
+        f"{f' ({OUT_OF_TIME[0]}: {OUT_OF_TIME[1]})' if waiting else ''}. {results.data.timed_images} images, landscape "
+        f"and portrait in turn; {results.settings.min_seconds:g} s for each timing.",
+    ]
+
+    def section(title: str, about: str, body: str) -> None:
+        if body:
+            parts.extend(filter(None, (f"## {title}", about, body)))
+
+    section("What ran, and what did not", "", "\n".join(f"- {told}" for told in ran(every)))
+    about = "The largest differences of each, over all batch sizes; no configuration that differs by more than its "
+    section("Against the CPU", f"{about}precision explains is timed.", parity(measured))
+    for title, value in (
+        ("Images a second, the network alone", lambda row: row.images_per_s),
+        ("Images a second, from file to boxes, one batch after the other", lambda row: row.file_images_per_s),
+    ):
+        section(title, "", curve([row for row in every if row.result.status != "skipped"], value))
+    section("Why a larger batch gains no more", "", "\n".join(f"- {told}" for told in explain(measured)))
+    about = "Milliseconds of one image in batches of one orientation, one stage after the other."
+    section("Stages from file to boxes", about, markdown(STAGE_COLUMNS, uniform(measured)))
+    about = "While the network runs alone, in batches of one orientation."
+    section("The hardware meanwhile", about, markdown(HARDWARE_COLUMNS, uniform(measured)))
+    flags = dict.fromkeys(flag for row in measured for flag in row.flags)
+    section("Flags", "", "\n".join(f"- {flag}: {FLAGS[flag]}" for flag in flags))
+    return "\n\n".join(parts) + "\n"
+
+
+def ran(every: Sequence[Row]) -> Iterator[str]:
+    """A line for each engine that ran, and for each reason why something did not."""
+    cells = [row.cell for row in every]
+    for setup in dict.fromkeys(alone(row.cell) for row in every if row.ok):
+        (row, *_) = (row for row in every if row.ok and alone(row.cell) == setup)
+        run = row.result.runs[-1]
+        facts = [f"version {run.engine_version}", *filter(None, [run.delegated])]
+        if row.cell.precision != "fp32" and row.low_precision:
+            facts.append(f"{row.low_precision} convolutions in less than FP32")
+        if run.build_s is not None:
+            facts.append(f"built or read from the cache in {run.build_s:.0f} s")
+        if row.ap is not None:
+            facts.append(f"mAP {row.ap:.4f}")
+        yield f"{setup.setup(cells)} ran: {', '.join(facts)}"
+    reasons: dict[str, list[Cell]] = defaultdict(list)
+    for row in every:
+        if row.note:
+            reasons[shorten(row.note, REASON_WIDTH, placeholder=" ...")].append(row.cell)
+    for note, some in reasons.items():
+        yield f"{names(some, cells)}: {note}"
+
+
+def parity(measured: Sequence[Row]) -> str:
+    """How far each setup is from the CPU."""
+    lines = [["", "images compared", "with", "scores off by", "boxes off by, px", "detections not found again"]]
+    cells = [row.cell for row in measured]
+    for setup in dict.fromkeys(map(alone, cells)):
+        mine = [row.parity for row in measured if alone(row.cell) == setup and row.parity]
+        if mine:
+            lines.append(
+                [
+                    *(setup.setup(cells), str(sum(one.images for one in mine)), mine[0].reference),
+                    f"{max(one.score_difference_max for one in mine):.2g}",
+                    f"{max(one.box_difference_max_px for one in mine):.2g}",
+                    f"{sum(one.unmatched for one in mine)} of {sum(one.detections for one in mine)}",
+                ]
+            )
+    return table(lines) if len(lines) > 1 else ""
+
+
+def curve(tried: Sequence[Row], value: Callable[[Row], float | None]) -> str:
+    """Setups by batch size, of one orientation and of both."""
+    sizes = sorted({row.cell.batch_size for row in tried})
+    lines = [["", "batches of", *(f"batch {size}" for size in sizes)]]
+    cells = [row.cell for row in tried]
+    for setup in dict.fromkeys(map(alone, cells)):
+        mine = [row for row in tried if alone(row.cell) == setup]
+        of_one, of_both = (
+            {row.cell.batch_size: outcome(row, value) for row in line(mine, order)} for order in ("bucketed", "listed")
+        )
+        lines.append([setup.setup(cells), "one orientation", *(of_one.get(size, "") for size in sizes)])
+        lines.append(["", "both, padded", *(of_both.get(size, "") if size > 1 else "" for size in sizes)])
+    return table(lines) if cells else ""
+
+
+def outcome(row: Row, value: Callable[[Row], float | None]) -> str:
+    """The value, or what went wrong in a word."""
+    if row.ok:
+        return text_of(value(row))
+    return "differs" if (row.result.reason or "").startswith("differs from the CPU") else "failed"
+
+
+def uniform(measured: Sequence[Row]) -> list[Row]:
+    """Batch 1 and bucketed batches, setup by setup, by batch size."""
+    return [
+        row
+        for setup in dict.fromkeys(alone(row.cell) for row in measured)
+        for row in line([row for row in measured if alone(row.cell) == setup], "bucketed")
+    ]
+
+
+def _stage(name: str) -> Callable[[Row], float | None]:
+    return lambda row: getattr(times, name) if (times := stage_times(row)) else None
+
+
+_NAMES = [column for column in COLUMNS if column.key in ("engine", "precision", "tf32", "batch_size")]
+STAGE_COLUMNS: list[Column[Row]] = [
+    *_NAMES,
+    Column("decode", "decode", _stage("decode_ms")),
+    Column("preprocess", "preprocess", _stage("preprocess_ms")),
+    Column("input", "to the device", _stage("input_copy_ms")),
+    Column("gb", "GB/s", _stage("input_gb_per_s"), digits=1),
+    Column("network", "network", _stage("inference_ms")),
+    Column("output", "from the device", _stage("output_copy_ms")),
+    Column("nms", "NMS", _stage("postprocess_ms")),
+    Column("all", "all", _stage("end_to_end_ms")),
+]
+_HARDWARE = ("gpu_memory_mb", "gpu_percent", "gpu_clock_mhz", "gpu_power_w", "joules_per_image", "gmac_per_s")
+HARDWARE_COLUMNS: list[Column[Row]] = [
+    *_NAMES,
+    *(column for column in COLUMNS if column.key in (*_HARDWARE, "percent_of_peak", "percent_of_bandwidth", "flags")),
+]
+
+
+def markdown(columns: Sequence[Column[Row]], shown: Sequence[Row]) -> str:
+    """Those columns that say something, as a table."""
+    kept = [column for column in columns if column.shown(shown)]
+    if len(kept) <= len(_NAMES) - 1:
+        return ""
+    return table([[column.title for column in kept], *([column.text(row, False) for column in kept] for row in shown)])
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """The first line is the header."""
+    head, *body = (f"| {' | '.join(words)} |" for words in lines)
+    return "\n".join([head, f"|{'---|' * len(lines[0])}", *body])
+
+
+if __name__ == "__main__":
+    main()

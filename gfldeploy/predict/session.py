@@ -34,7 +34,7 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, record_of, write_outputs
+from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
 from gfldeploy.predict.resume import WorkingFile
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes, pictures
@@ -197,8 +197,8 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
                 if path.name != PICTURES:
                     path.unlink()
             ids = [image.id for image in dataset.images] if dataset else None
-            records = in_order(working.groups())
-            summary = write_outputs(results, records, manifest.classes, ids, categories, request.threshold)
+            found = in_order(((one.index, one) for one in group) for group in working.groups())
+            summary = write_outputs(results, found, manifest.classes, ids, categories, request.threshold)
             if summary.failed == summary.images:
                 unfinished.worth_keeping = False
                 raise DataError(f"none of {summary.images} images can be used: {summary.reasons[0]}", None)
@@ -206,8 +206,8 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
                 (results / PICTURES).mkdir(exist_ok=True)
                 for done in draw_all(results / DETECTIONS, results / PICTURES, request.draw):
                     progress.step("drawing", done, summary.images)
-            found = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
-            note = {"what": "results of gfldeploy predict", **question, **found, "files": files_below(results)}
+            counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
+            note = {"what": "results of gfldeploy predict", **question, **counts, "files": files_below(results)}
             write_json(results / NOTE, note)
             check_interrupted()
             with hold_interrupts():
@@ -240,7 +240,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
         )
         with closing(groups):
             for group in groups:
-                working.add([(one.index, record_of(one)) for one in group])
+                working.add(group)
                 unfinished.worth_keeping = True
                 progress.step("detecting", working.images, max(total, working.images))
     working.end()

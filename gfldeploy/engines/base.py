@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from queue import LifoQueue
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import EngineError, UnsupportedError
 from gfldeploy.progress import SILENT, Progress
 
@@ -26,6 +28,7 @@ Device = Literal["cpu", "gpu"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
+T = TypeVar("T")
 Tensors = Mapping[str, NDArray[np.float32]]
 # (batch, height, width) of the network's input.
 Shape = tuple[int, int, int]
@@ -79,6 +82,7 @@ class EngineSpec:
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
     `quantize` publish must hold in it. `needs_shapes`: it is built for the range of `EngineOptions.shapes` and refuses
     other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `tensorrt`: it runs in TensorRT.
+    `streams`: on CPUs, one that is loaded runs several inferences at once (`EngineOptions.streams`).
     `beside`: a library that must be installed too, in whatever build, of `beside_version` or newer. `gpus`: the compute
     capabilities of the GPUs that it runs on, where the last stands for all newer ones too; () for any GPU. `gpu_files`:
     the native libraries of its GPU build which say by their needs what else must be installed. `gpu_opens`: what of
@@ -95,6 +99,7 @@ class EngineSpec:
     judges: bool = False
     needs_shapes: bool = False
     tensorrt: bool = False
+    streams: bool = False
     beside: Library | None = None
     beside_version: tuple[int, int] = (0, 0)
     gpus: tuple[tuple[int, int], ...] = ()
@@ -112,6 +117,12 @@ class EngineSpec:
         found = {self.graph(precision, device) for device in DEVICES for precision in PRECISIONS}
         return {one for one in found if not isinstance(one, Obstacle)}
 
+    def obstacle_to_streams(self, device: Device) -> Obstacle | None:
+        """Why one engine that is loaded runs no more than one inference at once on this device, or None."""
+        if device == "gpu":
+            return Obstacle("gfldeploy runs one inference at once on a GPU", "use larger batches there, and 1 stream")
+        return None if self.streams else Obstacle(f"{self.title} runs one inference at once", "use 1 stream")
+
     def runs_on_gpu(self, capability: tuple[int, int]) -> bool:
         """Whether it runs on GPUs of this compute capability."""
         return not self.gpus or capability in self.gpus or capability >= self.gpus[-1]
@@ -128,10 +139,12 @@ class EngineOptions:
     """How an engine runs a bundle.
 
     `threads`: CPU threads of one inference, at least 1; `EngineError` is raised for more than any machine runs, as
-    engines start them all. `cache_dir`: where engines keep what they compiled; None for nowhere, or for the default
-    place where compiling takes minutes. `shapes`: (batch, height, width) of the inputs to come, the most common first,
-    for engines that compile for shapes: which of its compiled models runs an input then depends on these, not on the
-    inputs before it; () where they are not known.
+    engines start them all. `streams`: inferences at once from one engine, at least 1: so many threads may call `infer`
+    at the same time. `EngineError` is raised for several that together have more threads than there are usable CPUs:
+    they would wait for each other. `cache_dir`: where engines keep what they compiled; None for nowhere, or for the
+    default place where compiling takes minutes. `shapes`: (batch, height, width) of the inputs to come, the most common
+    first, for engines that compile for shapes: which of its compiled models runs an input then depends on these, not on
+    the inputs before it; () where they are not known.
     `tf32`: FP32 on a GPU may multiply in TF32, NVIDIA's tensor-core format of 19 bits (8 of exponent, 10 of mantissa),
     which libraries allow unless told otherwise; `UnsupportedError` is raised for it where there is no such choice.
     `progress`: told before something takes minutes, as building with TensorRT does.
@@ -143,6 +156,7 @@ class EngineOptions:
     cache_dir: Path | None = None
     shapes: tuple[Shape, ...] = ()
     tf32: bool = False
+    streams: int = 1
     progress: Progress = field(default=SILENT, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -154,6 +168,10 @@ class EngineOptions:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         if self.threads > (most := max(_MOST_THREADS, os.cpu_count() or 1)):
             raise EngineError(f"{self.threads:,} threads are more than {most:,}", "Use as many as there are CPU cores.")
+        if self.streams < 1:
+            raise ValueError(f"streams must be at least 1, not {self.streams}")
+        if obstacle := oversubscribed(self.streams, self.threads):
+            raise EngineError(obstacle.reason, remedy_sentence(obstacle.remedy))
         if self.tf32:
             check_tf32((self.precision,), self.device)
 
@@ -206,6 +224,27 @@ class ClosesOnExit:
         """Free what it holds."""
 
 
+class OneForEachThread(Generic[T]):
+    """Up to `count` objects that `make` makes as they are needed, each of which one thread uses at a time."""
+
+    def __init__(self, make: Callable[[], T], count: int) -> None:
+        self._make = make
+        self._free: LifoQueue[T | None] = LifoQueue()
+        for _ in range(count):
+            self._free.put(None)  # one to be made: those that there are come first
+
+    @contextmanager
+    def one(self) -> Iterator[T]:
+        """One that nobody else uses in the block; waits where all are used. Raises what `make` raises."""
+        kept = self._free.get()
+        try:
+            if kept is None:
+                kept = self._make()
+            yield kept
+        finally:
+            self._free.put(kept)
+
+
 class Engine(ClosesOnExit):
     """A loaded model, used as a context manager; leaving the block frees it.
 
@@ -238,7 +277,8 @@ class Engine(ClosesOnExit):
 
         Boxes are x1, y1, x2, y2 in pixels of the network input. Of a bundle that decodes K candidates, A is K, and
         `"anchors"` int32 [N, K] says which they are, -1 for none. The arrays returned are the caller's to keep: a later
-        `infer` never overwrites them. Raises `EngineError` when the engine refuses the input or fails.
+        `infer` never overwrites them. As many threads may call it at once as the options have streams. Raises
+        `EngineError` when the engine refuses the input or fails.
         """
         return self.infer_timed(inputs)[0]
 
@@ -286,6 +326,16 @@ class Engine(ClosesOnExit):
     def _detail(error: Exception) -> str:
         """What of the library's message is worth showing."""
         return str(error)
+
+
+def oversubscribed(streams: int, threads: int) -> Obstacle | None:
+    """Why so many inferences at once, of so many threads each, cannot run here without waiting for each other."""
+    usable = usable_threads()
+    if streams == 1 or streams * threads <= usable:
+        return None
+    each = "1 thread each" if threads == 1 else f"{threads:,} threads each"
+    have = f"{usable} usable CPU{'' if usable == 1 else 's'}"
+    return Obstacle(f"{streams:,} streams of {each} are more than the {have}", "use fewer streams, or fewer threads")
 
 
 def with_tf32(precision: str, tf32: bool) -> str:

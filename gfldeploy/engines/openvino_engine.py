@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import CopyTimes, Engine, EngineOptions, ExecutedConvolution, OneForEachThread, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
@@ -45,7 +47,8 @@ class OpenVinoEngine(Engine):
     The most common input shapes have a compiled model each, the others share one for any shape, which is slower: it
     fuses fewer operators, and is prepared again when the shape changes. A model for every shape would fill the memory,
     and replacing the oldest of a few would compile all the time. In INT8 results of the two kinds differ a little; with
-    `EngineOptions.shapes` it is fixed in advance which one runs an input.
+    `EngineOptions.shapes` it is fixed in advance which one runs an input. Every compiled model has the streams of the
+    options: threads that call at once are each in one stream of one model, so that no more CPUs are taken than allowed.
     """
 
     name = "openvino"
@@ -65,28 +68,27 @@ class OpenVinoEngine(Engine):
         with self._explained(f"cannot read {self._model}"):
             self._network: Any = self._core.read_model(str(self._model))
         self._any_shape = self._network.is_dynamic()
-        self._requests: dict[Shape, Any] = {}
+        self._compiled: dict[Shape, _Compiled] = {}
+        self._choosing = threading.Lock()
         self._settled = frozenset((batch, 3, *size) for batch, *size in options.shapes[:_OWN_MODELS])
         self._asked: Counter[Shape] = Counter()
         self._shared = 0
 
     def close(self) -> None:
-        self._requests.clear()
+        self._compiled.clear()
         self._network = self._core = None
 
     @property
     def models(self) -> Mapping[Shape, bool]:
         """The input shapes with a model of their own, () for the one of all others: whether it was in the cache."""
         return {
-            shape: bool(request.get_compiled_model().get_property("LOADED_FROM_CACHE"))
-            for shape, request in self._requests.items()
+            shape: bool(compiled.model.get_property("LOADED_FROM_CACHE")) for shape, compiled in self._compiled.items()
         }
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
-        with self._explained():
-            request = self._request_for(_shape(arrays))
+        with self._explained(), self._compiled_for(_shape(arrays)).requests.one() as request:
             start = time.perf_counter()
             results = request.infer(arrays, share_inputs=True, share_outputs=True)
             ran = time.perf_counter()
@@ -102,7 +104,7 @@ class OpenVinoEngine(Engine):
     def runtime_model(self, inputs: Tensors) -> Any:
         """OpenVINO's own account of what runs inputs of this shape. Raises `EngineError`."""
         self.infer(inputs)
-        return self._request_for(_shape(inputs)).get_compiled_model().get_runtime_model()
+        return self._compiled_for(_shape(inputs)).model.get_runtime_model()
 
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From OpenVINO's own times, in a model of its own."""
@@ -115,16 +117,19 @@ class OpenVinoEngine(Engine):
                     spent[one.node_type == "Convolution"] += one.real_time.total_seconds()
         return spent[True] / spent.total() if spent.total() else None
 
-    def _request_for(self, shape: Shape) -> Any:
-        """An inference request of the model that serves inputs of this shape."""
-        shape = self._model_shape(shape)
-        if self._any_shape and shape == _DYNAMIC:
-            self._shared += 1
-            if self._shared % _TRIM_EVERY == 0:
-                _give_back_memory()
-        if shape not in self._requests:
-            self._requests[shape] = self._compile(shape).create_infer_request()
-        return self._requests[shape]
+    def _compiled_for(self, shape: Shape) -> _Compiled:
+        """The model that serves inputs of this shape."""
+        with self._choosing:  # or two threads would compile the same
+            shape = self._model_shape(shape)
+            if self._any_shape and shape == _DYNAMIC:
+                self._shared += 1
+                if self._shared % _TRIM_EVERY == 0:
+                    _give_back_memory()
+            if shape not in self._compiled:
+                model = self._compile(shape)
+                requests = OneForEachThread(model.create_infer_request, self.options.streams)
+                self._compiled[shape] = _Compiled(model, requests)
+            return self._compiled[shape]
 
     def _model_shape(self, shape: Shape) -> Shape:
         """The shape itself if it has, or now gets, a model of its own; else that of the model for any shape."""
@@ -133,21 +138,21 @@ class OpenVinoEngine(Engine):
         self._asked[shape] += 1
         if self._asked.total() > _REMEMBERED:
             self._asked = Counter({other: count // 2 for other, count in self._asked.items() if count > 1})
-        own = [other for other in self._requests if other != _DYNAMIC]
+        own = [other for other in self._compiled if other != _DYNAMIC]
         if shape in own or len(own) < _OWN_MODELS:
             return shape
         rarest = min(own, key=self._asked.__getitem__)
         if self._asked[shape] <= 2 * self._asked[rarest] + _LEAD:
             return _DYNAMIC
-        del self._requests[rarest]
+        del self._compiled[rarest]
         return shape
 
     def _compile(self, shape: Shape, **more: object) -> Any:
-        model = self._network.clone()
+        model, streams = self._network.clone(), self.options.streams
         settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": self.options.threads,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams * self.options.threads,
             "INFERENCE_PRECISION_HINT": _PRECISIONS[self.options.precision],
             # Pinned threads would share their processors with the pinned threads of another process.
             "ENABLE_CPU_PINNING": False,
@@ -168,7 +173,9 @@ class OpenVinoEngine(Engine):
         if self.options.cache_dir is None:
             return None
         flags = [flag for flag in CPU_FLAGS if flag in cpu_flags()]
-        machine = {"threads": self.options.threads, "cpu": cpu_model(), "flags": flags}
+        machine = {
+            "threads": self.options.threads, "streams": self.options.streams, "cpu": cpu_model(), "flags": flags
+        }  # fmt: skip
         try:
             return engine_directory(self.options.cache_dir, self, bundle, **machine)
         except OutputError:
@@ -181,6 +188,14 @@ class OpenVinoEngine(Engine):
         """The last line with text: OpenVINO writes where it happened first, then what."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return (lines or [type(error).__name__])[-1]
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A compiled model, and its inference requests, which share its weights."""
+
+    model: Any
+    requests: OneForEachThread[Any]
 
 
 def _give_back_memory() -> None:

@@ -118,7 +118,7 @@ class OnnxRuntimeEngine(Engine):
         return events
 
     def _session_options(self) -> Any:
-        return session_options(self._ort, self.options.threads)
+        return session_options(self._ort, self.options.threads, self.options.streams)
 
     def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:
         """The sessions that run one after the other."""
@@ -171,10 +171,14 @@ def cuda_options(options: EngineOptions) -> dict[str, str]:
     }
 
 
-def session_options(ort: Any, threads: int) -> Any:
-    """The session options of every session; `ort`: the `onnxruntime` module."""
+def session_options(ort: Any, threads: int, streams: int = 1) -> Any:
+    """The session options of every session; `ort`: the `onnxruntime` module.
+
+    A thread that calls `run` works too, and all of them share the threads of the session: with its calling threads it
+    has `threads` for each of the `streams`.
+    """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = streams * (threads - 1) + 1
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     return options

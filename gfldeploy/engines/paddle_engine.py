@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Precision, Tensors
+from gfldeploy.engines.base import (
+    NOT_ASKED,
+    CopyTimes,
+    Engine,
+    EngineOptions,
+    ExecutedConvolution,
+    OneForEachThread,
+    Precision,
+    Tensors,
+)
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
@@ -55,10 +64,13 @@ class PaddleEngine(Engine):
         config = self._configure(inference, bundle, pir=graph == "paddle")
         # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
         with self._explained(f"cannot load {self._model}"), quiet(native_stderr=True):
-            self._predictor: Any = inference.create_predictor(config)
-            given = len(self._predictor.get_output_names())
+            predictor = inference.create_predictor(config)
+            given = len(predictor.get_output_names())
             if given != len(self._outputs):
                 raise ValueError(f"it has {given} outputs and not {len(self._outputs)}")
+            # Each is for one thread at a time; they share the weights.
+            predictors = [*(predictor.clone() for _ in range(options.streams - 1)), predictor]
+        self._predictors = OneForEachThread[Any](predictors.pop, options.streams)
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         """The predictor's settings; `pir`: whether the graph is in the newer format."""
@@ -90,12 +102,11 @@ class PaddleEngine(Engine):
         return config
 
     def close(self) -> None:
-        self._predictor = None
+        self._predictors = OneForEachThread[Any](_none_left, 1)
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
-        predictor = self._predictor
-        start = time.perf_counter()
-        with self._explained():
+        with self._explained(), self._predictors.one() as predictor:
+            start = time.perf_counter()
             for name in predictor.get_input_names():
                 array = np.ascontiguousarray(inputs[name], dtype=np.float32)
                 handle = predictor.get_input_handle(name)
@@ -107,7 +118,7 @@ class PaddleEngine(Engine):
                 self._paddle.device.synchronize()
             ran = time.perf_counter()
             arrays = [predictor.get_output_handle(name).copy_to_cpu() for name in predictor.get_output_names()]
-        times = CopyTimes.between(start, copied, ran, time.perf_counter())
+            times = CopyTimes.between(start, copied, ran, time.perf_counter())
         return dict(zip(self._outputs, arrays, strict=True)), times
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
@@ -189,14 +200,19 @@ class PaddleTensorRtEngine(PaddleEngine):
         config.collect_shape_range_info(str(collected))
         try:
             with quiet(native_stderr=True):
-                self._predictor = inference.create_predictor(config)
+                predictors = [inference.create_predictor(config)]
+            self._predictors = OneForEachThread[Any](predictors.pop, 1)
             shapes = TensorRtOptions.of(self.options)
             for shape in (shapes.smallest, shapes.most_common, shapes.largest):
                 self.infer(example(shape))
-            self._predictor = None  # Paddle writes the file when the predictor goes
+            del self._predictors  # Paddle writes the file when the predictor goes
             collected.rename(directory / _SHAPES)
         except OSError as error:
             raise EngineError(f"Paddle did not collect the shapes that TensorRT needs: {error}", None) from error
+
+
+def _none_left() -> Any:
+    raise EngineError("the engine is closed", None)
 
 
 def use_tensorrt(

@@ -85,6 +85,7 @@ _BUILT_IN = (
         default=True,
         judges=True,
         gpu_files=_PADDLE_FILES,
+        streams=True,
     ),
     EngineSpec(
         name="paddle-plain",
@@ -92,6 +93,7 @@ _BUILT_IN = (
         entry="gfldeploy.engines.paddle_engine:PlainPaddleEngine",
         library=PADDLE,
         runs={"cpu": {"fp32": "paddle", "fp16": _PLAIN, "bf16": _PLAIN, "int8": _PLAIN}, "gpu": _PLAIN},
+        streams=True,
     ),
     EngineSpec(
         name="paddle-tensorrt",
@@ -125,6 +127,7 @@ _BUILT_IN = (
         default=True,
         judges=True,
         gpu_files=(_ORT_CUDA,),
+        streams=True,
     ),
     EngineSpec(
         name="onnxruntime-tensorrt",
@@ -167,6 +170,7 @@ _BUILT_IN = (
         rank=1,  # by the results in benchmarks/
         default=True,
         judges=True,
+        streams=True,
     ),
 )
 
@@ -330,7 +334,10 @@ def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Dev
 
 def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:
     """Raise `UnsupportedError`, with the reason, where `open_engine` would, before anything is loaded."""
-    if obstacle := obstacle_to(engine, bundle, options.precision, options.device):
+    obstacle = obstacle_to(engine, bundle, options.precision, options.device)
+    if obstacle is None and options.streams > 1:
+        obstacle = ENGINES[engine].obstacle_to_streams(options.device)
+    if obstacle:
         raise _impossible(engine, options.precision, options.device, obstacle)
 
 

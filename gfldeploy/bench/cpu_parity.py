@@ -225,7 +225,7 @@ def measure_parity(
         ]
     counted = max(lost.detections, extra.detections)
     if unmatched > (max(_INT8_UNMATCHED * counted, 1) if options.precision == "int8" else _UNMATCHED * counted):
-        problems.append(f"{unmatched} of {counted} detections unmatched")
+        problems.append(f"{unmatched} detections unmatched")
     median = float(np.median(boxes)) if len(boxes) else 0.0
     measured = Parity(by, len(ours), counted, unmatched, lost.score_difference, score_max, median, box_max)
     return measured, [one for one in problems if one]
@@ -246,8 +246,12 @@ def _key(batch: Batch, place: int) -> str:
 
 
 def _in_words(measured: Parity, problems: Sequence[str]) -> str:
-    images = f"{measured.images} image{'' if measured.images == 1 else 's'}"
-    return f"differs from the CPU: {'; '.join(problems)} ({images}, against {measured.reference})"
+    images = f"{measured.images} image{'' if measured.images == 1 else 's'} against {measured.reference}"
+    figures = (
+        f": scores off by {measured.score_difference_max:.2g} and boxes by {measured.box_difference_max_px:.2g} px at "
+        f"most, {measured.unmatched} of {measured.detections} detections unmatched"
+    )
+    return f"differs from the CPU: {'; '.join(problems)} ({images}{figures if measured.detections else ''})"
 
 
 def _unusable(ours: Outputs, theirs: Outputs) -> str | None:

@@ -114,6 +114,7 @@ def test_a_row_that_differs_says_so_instead_of_a_speed(
     assert parity.score_difference_max < 1e-6 and parity.box_difference_max_px < 1e-3
     assert (moved.status, moved.runs) == ("failed", ()) and moved.reason is not None
     assert moved.reason.startswith("differs from the CPU: boxes by up to 3 px (allowed 0.1)")
+    assert "fp32 on the CPU: scores off by " in moved.reason and "boxes by 3 px at most, 0 of " in moved.reason
     assert moved.remedy is not None and "gfldeploy doctor" in moved.remedy
     assert BenchResults.read(tmp_path / "r.json") == results
     assert "differs from the CPU: boxes by up to 3 px" in (tmp_path / "r.html").read_text()

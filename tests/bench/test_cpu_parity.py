@@ -117,6 +117,7 @@ def test_a_row_that_differs_says_so_instead_of_a_speed(
     assert "fp32 on the CPU: scores off by " in moved.reason and "boxes by 3 px at most, 0 of " in moved.reason
     assert moved.remedy is not None and "gfldeploy doctor" in moved.remedy
     assert BenchResults.read(tmp_path / "r.json") == results
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.csv", "r.html", "site-packages"}
     assert "differs from the CPU: boxes by up to 3 px" in (tmp_path / "r.html").read_text()
 
 

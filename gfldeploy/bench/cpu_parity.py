@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +104,18 @@ def compare_with_cpu(engine: Engine, batches: Sequence[Batch], path: Path, by: s
 
     `by`: what ran that. Raises `EngineError` where they differ by more than the precision explains.
     """
-    ran: dict[int, Outputs] = {}
     untimed = _UNTIMED if engine.options.device == "gpu" else 0
     ours, theirs = [], []
     with np.load(path) as kept:
-        for batch, place in _compared(batches):
-            if id(batch) not in ran:
-                for _ in range(untimed):
-                    engine.infer({"image": batch.tensor})
-                ran[id(batch)] = engine.infer({"image": batch.tensor})
-            found = {name: values[place : place + 1] for name, values in ran[id(batch)].items()}
-            ours.append(found)
-            theirs.append({name: kept[f"{_key(batch, place)} {name}"] for name in found})
+        for _, some in groupby(_compared(batches), key=lambda one: id(one[0])):
+            compared = list(some)
+            tensor = compared[0][0].tensor
+            for _ in range(untimed):
+                engine.infer({"image": tensor})
+            outputs = engine.infer({"image": tensor})
+            for batch, place in compared:  # copies, so that the other images' outputs need not stay in memory
+                ours.append({name: values[place : place + 1].copy() for name, values in outputs.items()})
+                theirs.append({name: kept[f"{_key(batch, place)} {name}"] for name in outputs})
     measured, problems = measure_parity(ours, theirs, by, bundle, engine.options)
     if problems:
         raise EngineError(_in_words(measured, problems), _REMEDY)

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from sample_results import OK, RUN, altered, cell_of, plan_of, sample_results
 
-from gfldeploy import Detector, benchmark, predict_images
+from gfldeploy import Detector, benchmark, predict_images, tune_bundles
 from gfldeploy.bench import cpu_parity
 from gfldeploy.bench.cpu_parity import (
     Outputs,
@@ -119,6 +119,18 @@ def test_a_row_that_differs_says_so_instead_of_a_speed(
     assert BenchResults.read(tmp_path / "r.json") == results
     assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.csv", "r.html", "site-packages"}
     assert "differs from the CPU: boxes by up to 3 px" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.slow
+def test_tune_never_chooses_what_differs(
+    planted: list[str], tiny_bundle: Path, tiny_coco: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {**BRIEF, "look_seconds": 0, "threads": [1], "batch_sizes": [1], "orders": ["listed"]}
+    del how["peak"]
+    engines = ["onnxruntime", planted[1]]
+    deploy = tune_bundles(tiny_bundle, data=tiny_coco, engines=engines, output=tmp_path / "deploy.yml", **how)
+    assert deploy.choice.cell.engine == "onnxruntime" and deploy.runner_up is None
+    assert "Left out: planted-moved fp32, batch 1: differs from the CPU: boxes by up to 3 px" in deploy.summary
 
 
 CLASSES, CANDIDATES = 2, 60

@@ -18,7 +18,7 @@ from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, 
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.ort_binding import BoundSessions
 from gfldeploy.engines.ort_graph import convolutions
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
@@ -106,6 +106,11 @@ class OnnxRuntimeEngine(Engine):
                 session.run(self._outputs, dict(inputs))
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return events
+
+    @staticmethod
+    def _detail(error: Exception) -> str:
+        """The line that says what is wrong: cuDNN's messages have pages of JSON behind it."""
+        return summary(error, 400)
 
     def _session_options(self) -> Any:
         return session_options(self._ort, self.options.threads)

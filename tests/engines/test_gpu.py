@@ -265,7 +265,10 @@ def test_what_ran_is_said(setting: Setting, engine: Engine) -> None:
     """In TensorRT: which parts; elsewhere: which convolutions, where the library can tell."""
     assert engine.version
     if setting.engine.startswith("onnxruntime-tensorrt"):
-        assert engine.delegated and "in TensorRT" in engine.delegated
+        assert engine.delegated and engine.delegated.startswith("1 part in TensorRT")
+    if setting.engine == "onnxruntime-tensorrt":
+        assert engine.delegated and ", 0 nodes outside" in engine.delegated
+        assert engine.delegated.endswith(", the decode in CUDA") == (setting.precision == "fp16")
     elif setting.engine in WITH_GRAPH:
         ran = {one.precision for one in engine.executed_convolutions({"image": setting.inputs[0]})}
         assert ran == {setting.precision}

@@ -33,10 +33,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import shorten
 
 from gfldeploy import demo
 from gfldeploy.analysis.limits import alone, explain, line, stage_times
-from gfldeploy.bench.cell import Cell, Scenario
+from gfldeploy.bench.cell import Cell, Scenario, names
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.journal import Journal, journal_beside
 from gfldeploy.bench.matrix import Plan, plan
@@ -44,7 +45,7 @@ from gfldeploy.bench.report.page import machine_line, write_report
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
-from gfldeploy.bench.table import COLUMNS, FLAGS, Row, notes, rows, write_csv
+from gfldeploy.bench.table import COLUMNS, FLAGS, Row, rows, write_csv
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import generate
@@ -72,6 +73,9 @@ PRECISIONS: Mapping[Device, tuple[Precision, ...]] = {"gpu": ("fp32", "fp16", "i
 # What a measurement takes besides the timing itself: to start, import an engine, decode, compare, build.
 STARTUP_S = 15.0
 OUT_OF_TIME = "the time was up", "run the same command again, which resumes"
+FAILED_ALONE = "one image at a time failed", None
+# Characters of a reason in the summary: libraries tell their whole state. The results have all of it.
+REASON_WIDTH = 240
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ def main() -> None:
             print(measure(args, bundles, photos, scored, Lines()))
     except GfldeployError as error:
         raise SystemExit(f"Error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit("Stopped: what was measured is written, and the same command resumes.") from error
 
 
 def prepare(args: argparse.Namespace, progress: Progress) -> tuple[list[Path], Path, Path | None]:
@@ -297,7 +303,6 @@ class Session:
     output: Path
     deadline: float
     progress: Progress
-    done: set[Job] = field(default_factory=set)
     known: dict[Cell, CellResult] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # the longest measurement of an engine
 
@@ -311,7 +316,10 @@ class Session:
             expected = self.seconds.get(cell.engine, STARTUP_S + 4 * self.settings.max_seconds)
             if start + expected > self.deadline:
                 raise TimeIsUpError
-            if (job.accuracy or job.peak) and self.known[cell].status != "ok":
+            first = self.known.get(alone(cell))
+            if first and first.status == "failed" and first.cell != cell:
+                self.known[cell] = CellResult(cell, "skipped", *FAILED_ALONE)
+            if first and first.status == "failed":
                 continue
             self.progress.stage(f"{number + 1}/{len(jobs)} {job}")
             self.known[cell] = runner.measure([cell], self.settings, accuracy=job.accuracy, peak=job.peak)[0]
@@ -427,8 +435,12 @@ def ran(every: Sequence[Row]) -> Iterator[str]:
         if row.ap is not None:
             facts.append(f"mAP {row.ap:.4f}")
         yield f"{setup.setup(cells)} ran: {', '.join(facts)}"
-    for note, names in notes(every):
-        yield f"{names}: {note}"
+    reasons: dict[str, list[Cell]] = defaultdict(list)
+    for row in every:
+        if row.note:
+            reasons[shorten(row.note, REASON_WIDTH, placeholder=" ...")].append(row.cell)
+    for note, some in reasons.items():
+        yield f"{names(some, cells)}: {note}"
 
 
 def parity(measured: Sequence[Row]) -> str:

@@ -6,8 +6,9 @@
 ONNX Runtime, the plug-in, TensorRT-RTX with its parser and its builder, and the functions of the engine
 `onnxruntime-tensorrt-rtx` are the real ones. A GPU and its driver are not needed to build, but the plug-in loads only
 with them: in their place are stubs, compiled with gcc from tensorrt_rtx_stubs.c. For each file and each architecture of
-RTX cards a row says how many parts of the graph TensorRT-RTX takes and which nodes it leaves. The INT8 file for ONNX
-Runtime's own kernels is compiled as well, to show that a file that TensorRT refuses is noticed. The rows go to
+RTX cards a row says how many parts of the graph TensorRT-RTX takes, which nodes it leaves, and how many of gfldeploy's
+rules for TensorRT the graph breaks that the plug-in hands to the parser. The INT8 file for ONNX Runtime's own kernels
+is compiled as well, to show that a file that TensorRT refuses is noticed. The rows go to
 results/MACHINE/checks/NAME_tensorrt_rtx.json beside this script.
 """
 
@@ -21,9 +22,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import chdir
 from dataclasses import asdict, dataclass
 from importlib import util
 from pathlib import Path
+
+import numpy as np
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.hardware import set_tf32
@@ -33,19 +37,20 @@ from gfldeploy.engines.registry import ENGINES, TENSORRT_RTX, check_bundle
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.files import scratch_directory, write_json
 from gfldeploy.machine import describe_machine
+from gfldeploy.quant.tensorrt import check_tensorrt
 
 HERE = Path(__file__).resolve().parent
 STUBS = HERE / "tensorrt_rtx_stubs.c"
 ENGINE = "onnxruntime-tensorrt-rtx"
 TARGETS = ("sm86", "sm89", "sm120")  # RTX 30, 40, 50
-HEADER = "| file | for | parts in TensorRT-RTX | nodes outside | MB | s |\n|---|---|---|---|---|---|"
+HEADER = "| file | for | parts in TensorRT-RTX | nodes outside | rules broken | MB | s |\n|---|---|---|---|---|---|---|"
 _NO_TF32 = "Disabling TF32"  # what the builder says where the environment forbids it
 _MOST_S = 1800
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one file: parts in TensorRT-RTX, operators outside, 10^6 bytes, seconds.
+    """What became of one file: parts in TensorRT-RTX, operators outside, rules broken, 10^6 bytes, seconds.
 
     `tf32`: whether the builder was free to compute FP32 in TF32. `error`: why nothing was compiled.
     """
@@ -55,6 +60,7 @@ class Compiled:
     target: str
     parts: int = 0
     outside: dict[str, int] | None = None
+    broken: tuple[str, ...] = ()
     mb: float = 0
     seconds: float = 0
     tf32: bool = True
@@ -62,10 +68,10 @@ class Compiled:
 
     def row(self) -> str:
         """As a row under `HEADER`."""
-        told = [self.error, "", "", ""]
+        told = [self.error, "", "", "", ""]
         if self.error is None:
             outside = sum((self.outside or {}).values())
-            told = [str(self.parts), str(outside), f"{self.mb:.1f}", f"{self.seconds:.0f}"]
+            told = [str(self.parts), str(outside), str(len(self.broken)), f"{self.mb:.1f}", f"{self.seconds:.0f}"]
         return f"| {self.bundle} {self.graph} | {self.target} | {' | '.join(map(str, told))} |"
 
 
@@ -120,25 +126,43 @@ def compile_one(directory: Path, graph: GraphName, target: str) -> Compiled:
     assert spec is not None and spec.origin is not None
     plugin = Path(spec.origin).parent / "libonnxruntime_providers_nv_tensorrt_rtx.so"
     set_tf32(False)
-    with scratch_directory() as folder:
+    with scratch_directory() as folder, chdir(folder):  # into which the plug-in writes what the parser gets
         around = build_stubs(folder, plugin, (12, 0))
         register = onnxruntime.register_execution_provider_library
         onnxruntime.register_execution_provider_library = lambda name, _: register(name, str(around))
         device = load_plugin(onnxruntime).device
-        options = {**rtx_options(Profile.spanning(possible_shapes(bundle.manifest)), folder / "kernels")}
+        value = onnxruntime.OrtValue.ortvalue_from_shape_and_type((2,), np.float32, "cuda", 0)
+        value.update_inplace(np.float32([1, 2]))  # the CPU build of ONNX Runtime has the plug-in's memory and copies
+        assert value.numpy().tolist() == [1, 2]
+        options = rtx_options(Profile.spanning(possible_shapes(bundle.manifest)), folder / "kernels")
+        options |= {"nv_target_sm": target, "nv_dump_subgraphs": "1"}
         start, compiled = time.perf_counter(), folder / "compiled.onnx"
         model = bundle.graph(graph)[0]
         session_options = tensorrt_session_options(onnxruntime, 1)
         session_options.log_severity_level = 2  # warnings: what is said of TF32 is one
-        compile_model(onnxruntime, session_options, model, compiled, device, {**options, "nv_target_sm": target})
+        compile_model(onnxruntime, session_options, model, compiled, device, options)
         parts, outside = compiled_parts(compiled)
         seconds, mb = time.perf_counter() - start, compiled.stat().st_size / 1e6
-        return Compiled(directory.name, graph, target, parts, dict(outside), mb, seconds)
+        broken = tuple(problem for path in sorted(folder.glob("*_dump_*.onnx")) for problem in broken_rules(path))
+        return Compiled(directory.name, graph, target, parts, dict(outside), broken, mb, seconds)
+
+
+def broken_rules(dumped: Path) -> list[str]:
+    """What TensorRT would refuse in a graph that the plug-in handed to the parser."""
+    import onnx
+
+    model = onnx.load(str(dumped), load_external_data=False)
+    for tensor in model.graph.initializer:  # an empty one is written as if its data were elsewhere
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            assert 0 in tensor.dims, tensor.name
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return check_tensorrt(model)
 
 
 def compile_apart(directory: Path, graph: GraphName, target: str) -> Compiled:
     """Compile one file in a process of its own; what ends that process is the reason in the row."""
-    command = [sys.executable, __file__, "--one", str(directory), graph, target]
+    command = [sys.executable, __file__, "--one", str(directory.resolve()), graph, target]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_S, check=False)
     if done.returncode == 0:
         return Compiled(**{**json.loads(done.stdout.splitlines()[-1]), "tf32": _NO_TF32 not in done.stderr})

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from gfldeploy.batching.buckets import Group, Order, group
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
-from gfldeploy.engines.base import Device, Engine, Precision
+from gfldeploy.engines.base import Device, Engine, Precision, Shape
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.engines.selection import select_engine
@@ -225,6 +227,7 @@ def evaluate(
     batch_size: int = 1,
     order: Order = "listed",
     limit: int | None = None,
+    engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
     progress: Progress = SILENT,
 ) -> EvalResults:
     """Measure the COCO mAP of a bundle in an engine: preprocessing and NMS are the same in all engines.
@@ -241,7 +244,8 @@ def evaluate(
         batch_size: Images of one inference.
         order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded.
         limit: Use only this number of images, the first of the annotations.
-        progress: Told of the images that are done.
+        engine_cache: The folder in which engines that compile keep the result.
+        progress: Told of the images that are done, and of an engine that is built.
 
     Returns:
         The average precisions, and what they were measured with.
@@ -251,6 +255,7 @@ def evaluate(
         DataError: Annotations or an image cannot be read, or leave mAP undefined.
         UnsupportedError: The bundle does not run in this engine, precision or batch size.
         EngineError: The engine failed.
+        OutputError: The engine cannot keep what it compiled.
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
@@ -261,13 +266,14 @@ def evaluate(
         raise UnsupportedError(
             f"{opened.directory} takes batches of {fixed} only, not {count} images in batches of {batch_size}", remedy
         )
-    name, options, _ = select_engine(opened, engine, precision, device, threads, tf32=tf32)
+    name, options, _ = select_engine(opened, engine, precision, device, threads, Path(engine_cache), tf32)
     match = dataset.match(manifest.classes)
     size_note = dataset.size_note()
     notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))
     for note in notes:
         progress.note(note)
-    with open_engine(name, opened, options) as running:
+    shapes = batch_shapes(dataset, manifest.preprocess, batch_size, order)
+    with open_engine(name, opened, replace(options, progress=progress), shapes) as running:
         accuracy = measure_accuracy(
             running,
             dataset,
@@ -313,6 +319,13 @@ def measure_accuracy(
         if done % batch_size == 0 or done == len(sizes):
             progress.step(label, done, len(sizes))
     return coco_accuracy(dataset, results, category_ids)
+
+
+def batch_shapes(dataset: CocoDataset, preprocess: Preprocess, batch_size: int, order: Order) -> Iterator[Shape]:
+    """Of the batches that `measure_accuracy` makes, from the headers of the files. Raises `DataError`."""
+    sizes = [preprocess.input_size(*image.size()) for image in dataset.images]
+    for one in group(sizes, batch_size, order):
+        yield len(one.indices), *one.size
 
 
 def detect_images(

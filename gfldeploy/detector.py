@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
@@ -17,8 +18,16 @@ from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
+from gfldeploy.progress import Silent
 
 _BATCHES_AHEAD = 4
+
+
+class _Warning(Silent):
+    """Warns before an engine is built, which may take minutes in the middle of a stream."""
+
+    def stage(self, text: str) -> None:
+        warnings.warn(text, stacklevel=2)
 
 
 class Detector(ClosesOnExit):
@@ -27,6 +36,10 @@ class Detector(ClosesOnExit):
         detector = Detector("bundle")
         for found in detector.detect(["a.jpg", "b.jpg"]):
             print(found.boxes, found.scores, found.names)
+
+    An engine with TensorRT is built when the first detector is made, for the inputs that `deploy.yml` expects, or for
+    all that the detector can be given; and once more for the latter when an input that was not expected comes. It may
+    take minutes, and is kept for the next detector. A `UserWarning` comes before.
 
     An image is a file's path or its content (`bytes`), an array, uint8 [h, w, 3], or a PIL image. A detector is not for
     several threads at once.
@@ -60,6 +73,7 @@ class Detector(ClosesOnExit):
             threads: CPU threads of one inference; by default all.
             batch_size: Images of one inference; by default 1.
             engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
+                By default those that take minutes, as with TensorRT, use that of the commands, and others none.
 
         Raises:
             BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
@@ -67,13 +81,16 @@ class Detector(ClosesOnExit):
             UnsupportedError: Nothing here can run the bundle so.
             MissingDependencyError: The engine is not installed.
             EngineError: The engine failed to load the bundle.
+            OutputError: The engine cannot keep what it compiled.
         """
         cache = None if engine_cache is None else Path(engine_cache)
         self.choice = choose(Path(source), engine, precision, device, threads, batch_size, cache, tf32=tf32)
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)
         self._manifest = self.choice.bundle.manifest
-        self._engine = open_engine(self.choice.engine, self.choice.bundle, self.choice.options)
+        options = replace(self.choice.options, progress=_Warning())
+        self._engine = open_engine(self.choice.engine, self.choice.bundle, options)
+        self._check = CpuCheck(self.choice.engine, self._engine, self.choice.bundle, warnings.warn)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -108,7 +125,7 @@ class Detector(ClosesOnExit):
             DataError: An image cannot be used; it is the first that cannot.
             ValueError: An array is not uint8 [h, w, 3].
             TypeError: Something is no image.
-            EngineError: The engine failed.
+            EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
         given = [cast(Image, images)] if is_one_image(images) else cast("Iterable[Image]", images)
         detections = []
@@ -146,7 +163,7 @@ class Detector(ClosesOnExit):
         Raises:
             ValueError: An array is not uint8 [h, w, 3].
             TypeError: Something is no image.
-            EngineError: The engine failed.
+            EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
@@ -159,6 +176,7 @@ class Detector(ClosesOnExit):
             order=self.choice.order,
             look_ahead=_BATCHES_AHEAD * batch_size if look_ahead is None else look_ahead,
             reduced=reduced,
+            check=self._check,
         )
         with closing(groups):
             for found in in_order([(found.index, found) for found in group] for group in groups):

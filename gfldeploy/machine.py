@@ -11,6 +11,7 @@ import psutil
 from gfldeploy.engines.base import installed_version
 from gfldeploy.engines.dependencies import TOOL_CHAINS
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model, gpu_models, nvidia_driver, usable_threads
+from gfldeploy.engines.nvidia_libraries import nvidia_packages
 from gfldeploy.engines.registry import ENGINES
 
 # The distributions that timings and exported graphs depend on, each once.
@@ -32,7 +33,8 @@ class Machine:
 
     `threads` is the number of CPUs this process may use, `cores` the physical cores (None where unknown); `flags` are
     those of `CPU_FLAGS` that the processor has; `memory_gb` is in 10^9 bytes; `gpus` are the models that the NVIDIA
-    driver, version `driver`, lists; `packages` are the installed ones of `PACKAGES` with their versions.
+    driver, version `driver`, lists; `packages` are the installed ones of `PACKAGES`, and those of NVIDIA's libraries,
+    with their versions.
     """
 
     cpu: str
@@ -64,8 +66,11 @@ def describe_machine() -> Machine:
 
 
 def installed_packages() -> dict[str, str | None]:
-    """The version of each of `PACKAGES`, None for those that are not installed. Read from metadata, not imported."""
-    return {name: installed_version(name) for name in PACKAGES}
+    """The version of each of `PACKAGES`, None for those that are not installed, and of NVIDIA's that are installed.
+
+    Read from metadata, not imported.
+    """
+    return {name: installed_version(name) for name in PACKAGES} | nvidia_packages()
 
 
 def _os_name() -> str:

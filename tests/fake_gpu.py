@@ -116,6 +116,7 @@ class FakeSite:
         """As pip installs it: the libraries have no longer names than the linker asks for."""
         major = version.partition(".")[0]
         infer, parser = f"libnvinfer.so.{major}", f"libnvonnxparser.so.{major}"
+        resource = f"libnvinfer_builder_resource.so.{version}"  # which TensorRT opens when it builds
         self.install("tensorrt-cu13", version)
         self.install(
             "tensorrt-cu13-libs",
@@ -123,5 +124,6 @@ class FakeSite:
             {
                 f"tensorrt_libs/{infer}": shared_library(infer, needed),
                 f"tensorrt_libs/{parser}": shared_library(parser, [infer]),
+                f"tensorrt_libs/{resource}": shared_library(resource),
             },
         )

@@ -58,4 +58,5 @@ DEPLOY = Deploy(
     search=SearchRecord(55, 12, 2, 61.5, False, True),
     machine=describe_machine(),
     data=DataDescription("cd" * 32, "ef" * 32, 32, 200),
+    shapes=((2, 64, 96), (2, 96, 64)),
 )

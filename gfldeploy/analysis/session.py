@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gfldeploy.accuracy import batch_shapes
 from gfldeploy.analysis.causes import analyze_passes
 from gfldeploy.analysis.invariance import Invariance, measure_invariance
 from gfldeploy.analysis.record import Analysis
 from gfldeploy.analysis.sweep import batch_orders, measure_passes
+from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.base import Device, Precision, Shape
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
+from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
 from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.decode import read_image
+from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import hold_interrupts
@@ -37,6 +44,7 @@ def analyze(
     threads: int | None = None,
     batch_sizes: Sequence[int] = (2, 4, 8),
     limit: int | None = 32,
+    engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
     rounds: int = 5,
     peak: bool = True,
     invariance: bool = True,
@@ -60,6 +68,7 @@ def analyze(
         threads: CPU threads of one inference; by default all.
         batch_sizes: Batch sizes to compare with batch 1.
         limit: Use only this number of images, the first of the annotations; None for all.
+        engine_cache: The folder in which engines that compile keep the result.
         rounds: How often each batch size is run in each order.
         peak: Measure what the engine reaches at best too.
         invariance: Compare the detections of batches with those of batch 1.
@@ -74,7 +83,7 @@ def analyze(
         BundleError: The bundle is damaged.
         DataError: Annotations or an image cannot be read.
         UnsupportedError: The bundle has a fixed batch size, or does not run in this engine and precision.
-        EngineError: The engine failed.
+        EngineError: The engine failed, or differs from the CPU (compared for GPUs and engines of other packages).
         OutputError: The output exists already, or cannot be written.
     """
     orders = batch_orders(batch_sizes)
@@ -85,9 +94,13 @@ def analyze(
         problem = f"{opened.directory} takes batches of {fixed} only"
         raise UnsupportedError(problem, "Export it without a fixed batch size.")
     dataset = CocoDataset.load(data, images, limit)
-    name, options, _ = select_engine(opened, engine, precision, device, threads, tf32=tf32)
+    name, options, _ = select_engine(opened, engine, precision, device, threads, Path(engine_cache), tf32)
     for note in dataset.notes:
         progress.note(note)
+    if ENGINES[name].needs_shapes:
+        progress.note(
+            f"{name} is built once for all batch sizes, and is fastest at the most common input, of one image"
+        )
     best = None
     if peak:
         progress.stage("measuring what the engine reaches at best")
@@ -103,9 +116,13 @@ def analyze(
         )
         best = run_peak(cell)
     compared: list[Invariance] = []
-    with open_engine(name, opened, options) as running:
+    shapes = _shapes(dataset, opened.manifest.preprocess, orders)
+    with open_engine(name, opened, replace(options, progress=progress), shapes) as running:
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
+        preprocess = opened.manifest.preprocess
+        first = preprocess.batch([preprocess(read_image(paths[0]))])
+        CpuCheck(name, running, opened, progress.note)(first, running.infer({"image": first}), 1)
         measured = measure_passes(running, paths, opened, orders, rounds, progress)
         if invariance:
             progress.stage("comparing detections with those of batch 1")
@@ -140,6 +157,14 @@ def _check_output(path: Path | None, force: bool) -> None:
         raise OutputError(f"{path} is where the page would be", "Give the name of a .json file.")
     check_file(path, "json", force=force)
     check_file(path.with_suffix(".html"), "html", force=force)
+
+
+def _shapes(dataset: CocoDataset, preprocess: Preprocess, orders: Sequence[tuple[int, Order]]) -> Iterator[Shape]:
+    """Of all batches, as they are for the comparison of detections, and filled up for the times."""
+    for batch_size, order in orders:
+        for count, height, width in batch_shapes(dataset, preprocess, batch_size, order):
+            yield count, height, width
+            yield batch_size, height, width
 
 
 def _macs(bundle: Bundle, dataset: CocoDataset) -> float | None:

@@ -7,24 +7,27 @@ in a process of its own, so that memory and libraries of the process that is tim
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.inputs import Batch
 from gfldeploy.bench.results import Parity
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import anchors_of, matched
-from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.registry import ENGINES, JUDGES, REFERENCE_ENGINE, obstacle_to
-from gfldeploy.errors import EngineError, ParityError
+from gfldeploy.engines.base import Device, Engine, EngineOptions
+from gfldeploy.engines.cache import engine_directory
+from gfldeploy.engines.hardware import gpu_models, nvidia_driver
+from gfldeploy.engines.registry import ENGINES, JUDGES, REFERENCE_ENGINE, obstacle_to, open_engine
+from gfldeploy.errors import EngineError, GfldeployError, OutputError, ParityError
 from gfldeploy.export import half, parity
-from gfldeploy.files import writing
+from gfldeploy.files import write_json, writing
 from gfldeploy.quant.agreement import CONFIDENT, Reference, agreement
+from gfldeploy.serialization import plain
 
 # Scores and boxes [1, K, ...] of one image, as engines give them.
 Outputs = Mapping[str, NDArray[Any]]
@@ -47,25 +50,20 @@ _UNTIMED = 3
 _REMEDY = "use another engine or precision, or other versions of the driver and the libraries (see `gfldeploy doctor`)"
 
 
-def is_compared(cell: Cell) -> bool:
-    """Whether what the cell runs was not judged when its bundle was published."""
-    return cell.device == "gpu" or not ENGINES[cell.engine].judges
+def is_compared(engine: str, device: Device) -> bool:
+    """Whether the engine did not judge bundles, on this device, when they were published."""
+    return device == "gpu" or not ENGINES[engine].judges
 
 
-def reference_engine(bundle: Bundle, cell: Cell) -> str:
-    """The engine that runs the bundle on the CPU, to compare the cell with.
-
-    Raises `EngineError` where there is none.
-    """
+def reference_engine(bundle: Bundle) -> str:
+    """The engine that runs the bundle on the CPU, to compare others with. Raises `EngineError` where there is none."""
     refused = []
     for name in dict.fromkeys((REFERENCE_ENGINE, *JUDGES)):
-        if (name, "cpu") == (cell.engine, cell.device):
-            continue
         obstacle = obstacle_to(name, bundle, bundle.manifest.precision, "cpu")
         if obstacle is None:
             return name
         refused.append(f"{name}: {obstacle.reason}")
-    raise EngineError(f"no other engine can run it on the CPU here ({'; '.join(refused)})", None)
+    raise EngineError(f"no engine that judges bundles can run it on the CPU here ({'; '.join(refused)})", None)
 
 
 def write_reference(path: Path, engine: Engine, batches: Sequence[Batch], fixed: bool) -> None:
@@ -102,9 +100,65 @@ def compare_with_cpu(engine: Engine, batches: Sequence[Batch], path: Path, by: s
             theirs.append({name: kept[f"{_key(batch, place)} {name}"] for name in found})
     measured, problems = measure_parity(ours, theirs, by, bundle, engine.options)
     if problems:
-        images = f"{measured.images} image{'' if measured.images == 1 else 's'}"
-        raise EngineError(f"differs from the CPU: {'; '.join(problems)} ({images}, against {by})", _REMEDY)
+        raise EngineError(_in_words(measured, problems), _REMEDY)
     return measured
+
+
+class CpuCheck:
+    """Compares the first batch that an engine runs with the CPU, where it is used and not measured.
+
+    An engine that is built for shapes is compared for each that it builds. What passed is noted in the folder of what
+    was built, or in one of its own under the cache of the engine's options, and is not compared again there.
+    """
+
+    def __init__(self, name: str, engine: Engine, bundle: Bundle, note: Callable[[str], None]) -> None:
+        """Of the engine `name` of the table; `note` is told why nothing could be compared."""
+        self._name, self._engine, self._bundle, self._note = name, engine, bundle, note
+        self._done: set[Path | None] = set()
+
+    def __call__(self, tensor: NDArray[np.float32], outputs: Outputs, count: int) -> None:
+        """The batch and what the engine gave for it; its first `count` rows are images.
+
+        Raises `EngineError` where they differ by more than the precision explains.
+        """
+        options = self._engine.options
+        if self._engine.directory in self._done or not is_compared(self._name, options.device):
+            return
+        self._done.add(self._engine.directory)
+        kept = self._kept()
+        if kept is not None and kept.exists():
+            return
+        manifest = self._bundle.manifest
+        ours, theirs = [], []
+        try:
+            by = reference_engine(self._bundle)
+            with open_engine(by, self._bundle, EngineOptions(manifest.precision, "cpu", options.threads)) as cpu:
+                for row in dict.fromkeys((0, count - 1)):
+                    given = tensor if manifest.inputs[0].shape[0] else tensor[row : row + 1]
+                    expected = cpu.infer({"image": given})
+                    place = row if manifest.inputs[0].shape[0] else 0
+                    theirs.append({name: values[place : place + 1] for name, values in expected.items()})
+                    ours.append({name: values[row : row + 1] for name, values in outputs.items()})
+                by = f"{by} {cpu.version} {manifest.precision} on the CPU"
+        except GfldeployError as error:
+            self._note(f"{self._name} was not compared with the CPU: {error.problem}")
+            return
+        measured, problems = measure_parity(ours, theirs, by, self._bundle, options)
+        if problems:
+            problem = f"{self._name} {options.precision} on {options.device} {_in_words(measured, problems)}"
+            raise EngineError(problem, f"{_REMEDY[0].upper()}{_REMEDY[1:]}.")
+        if kept is not None:
+            with suppress(OutputError):
+                write_json(kept, {"what": "compared with the CPU by gfldeploy", **plain(measured)})
+
+    def _kept(self) -> Path | None:
+        """The file that says that it passed."""
+        engine, directory = self._engine, self._engine.directory
+        if directory is None and engine.options.cache_dir is not None:
+            machine = {"gpus": gpu_models(), "driver": nvidia_driver()}
+            with suppress(OutputError):
+                directory = engine_directory(engine.options.cache_dir, engine, self._bundle, **machine, compared=True)
+        return None if directory is None else directory / "parity.json"
 
 
 def measure_parity(
@@ -170,6 +224,11 @@ def _compared(batches: Sequence[Batch]) -> list[tuple[Batch, int]]:
 def _key(batch: Batch, place: int) -> str:
     height, width = batch.formed.shape[2:]
     return f"{batch.places[place]} {height}x{width}"
+
+
+def _in_words(measured: Parity, problems: Sequence[str]) -> str:
+    images = f"{measured.images} image{'' if measured.images == 1 else 's'}"
+    return f"differs from the CPU: {'; '.join(problems)} ({images}, against {measured.reference})"
 
 
 def _unusable(ours: Outputs, theirs: Outputs) -> str | None:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, wri
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Precision, Tensors, reasons
 from gfldeploy.engines.dependencies import require
-from gfldeploy.engines.registry import ENGINES, graph_for, open_engine
+from gfldeploy.engines.registry import graph_for, open_engine
 from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.export.half import write_half_onnx
 from gfldeploy.export.onnx_graph import OPSET
@@ -275,12 +275,10 @@ def measure_peak(engine: str, options: EngineOptions, seconds: float = 2.0) -> P
 def _gmac_per_s(engine: str, options: EngineOptions, seconds: float) -> float:
     """10^9 multiply-accumulates a second, by the median of the runs. Raises `GfldeployError`."""
     stack = _STACKS[options.device]
-    if ENGINES[engine].needs_shapes:
-        options = replace(options, shapes=((stack.batch, _SIDE, _SIDE),))
     inputs = {"image": stack.image()}
     with scratch_directory() as folder:
         bundle = stack.write(folder / "peak", graph_for(engine, options.precision, options.device), options.precision)
-        with open_engine(engine, bundle, options) as opened:
+        with open_engine(engine, bundle, options, [(stack.batch, _SIDE, _SIDE)]) as opened:
             _check_precision(opened, inputs, stack.depth)
             for _ in range(_WARMUP):
                 opened.infer(inputs)

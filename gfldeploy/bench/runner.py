@@ -171,7 +171,7 @@ class Runner:
     def _run(self, step: _Step, settings: Settings, progress: Progress) -> dict[str, Any]:
         """What the step's process answers: its result, or the `reason` of a failure and its `remedy`."""
         task = self._task(step, settings)
-        if step.kind == "timing" and is_compared(step.cell):
+        if step.kind == "timing" and is_compared(step.cell.engine, step.cell.device):
             try:
                 file, by = self._reference(step.cell, progress)
                 task = replace(task, reference=file, reference_by=by)
@@ -204,7 +204,7 @@ class Runner:
         bundle = Bundle.open(self.bundles[cell.bundle])
         alike = replace(  # of all that gives the same batches
             cell,
-            engine=reference_engine(bundle, cell),
+            engine=reference_engine(bundle),
             precision=bundle.manifest.precision,
             device="cpu",
             threads=usable_threads(),

@@ -6,8 +6,7 @@ Answers a `Task` of the runner (see `child_process.serve`) with an object that h
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import Accuracy, measure_accuracy
+from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.cpu_parity import compare_with_cpu, write_reference
@@ -33,10 +32,11 @@ from gfldeploy.engines.base import (
     Engine,
     EngineOptions,
     ExecutedConvolution,
+    Shape,
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import ENGINES, open_engine
+from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.serialization import build, plain
@@ -168,12 +168,10 @@ def _reference(task: Task) -> CpuOutputs:
         return CpuOutputs(f"{cell.engine} {engine.version} {cell.precision} on the CPU")
 
 
-def _open(cell: Cell, bundle: Bundle, shapes: Sequence[tuple[int, int, int]], cache: Path | None) -> Engine:
-    """`shapes`: (batch, height, width) of the inputs to come, for an engine that cannot run without, and for GPUs."""
-    asked = ENGINES[cell.engine].needs_shapes or cell.device == "gpu"
-    known = [shape for shape, _ in Counter(shapes).most_common()] if asked else []
-    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tuple(known), cell.tf32)
-    return open_engine(cell.engine, bundle, options)
+def _open(cell: Cell, bundle: Bundle, shapes: Iterable[Shape], cache: Path | None) -> Engine:
+    """`shapes`: (batch, height, width) of the inputs to come."""
+    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tf32=cell.tf32)
+    return open_engine(cell.engine, bundle, options, shapes)
 
 
 def _peak(task: Task) -> Peak:
@@ -186,7 +184,7 @@ def _accuracy(task: Task) -> Accuracy:
     bundle = Bundle.open(task.bundle)
     manifest = bundle.manifest
     dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
-    shapes = [(1, *manifest.preprocess.input_size(*image.size())) for image in dataset.images]
+    shapes = batch_shapes(dataset, manifest.preprocess, 1, "listed")
     with _open(cell, bundle, shapes, task.engine_cache) as engine:
         return measure_accuracy(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT

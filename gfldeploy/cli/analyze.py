@@ -23,6 +23,7 @@ from gfldeploy.cli.tables import show_table
 @click.option(
     "--invariance/--no-invariance", default=True, help="Compare the detections of batches with those of batch 1."
 )
+@options.ENGINE_CACHE
 @options.output("File to write; a page (.html) is written beside it.", Path("analysis.json"))
 def command(output: Path, **given: Any) -> None:
     """Say why images take longer in larger batches, or no less.

@@ -43,10 +43,11 @@ class TerminalProgress:
         click.echo(f"[{time.monotonic() - self._start:6.1f} s] {printable(text, keep='')}", err=True)
 
     def step(self, label: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar[0] != label:
+        bar = self._bar  # which a stage told by another thread may end meanwhile
+        if bar is None or bar[0] != label:
             self._end_bar()
-            self._bar = label, self._stack.enter_context(_bar(label))
-        self._bar[1](done, total)
+            bar = self._bar = label, self._stack.enter_context(_bar(label))
+        bar[1](done, total)
         if done >= total:
             self._end_bar()
 

@@ -14,6 +14,7 @@ from gfldeploy.cli.tables import show_table
 
 if TYPE_CHECKING:
     from gfldeploy.doctor import Diagnosis
+    from gfldeploy.engines.nvidia_libraries import BuiltFor
     from gfldeploy.engines.registry import Capability
 
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def command(show_all: bool, as_json: bool) -> None:
     """Show what works on this machine, and which installations would make it faster or complete.
 
-    Nothing is imported or run for it: an engine that is listed as working can still fail on a damaged installation.
+    No engine is imported for it: one that is listed as working can still fail on a damaged installation. Where there is
+    an NVIDIA driver, NVIDIA's libraries are loaded once, in a process of its own.
     """
     from gfldeploy.doctor import diagnose, summarize_report
 
@@ -49,10 +51,12 @@ def _show_all(report: Diagnosis) -> None:
         "CPU has": ", ".join(machine.flags) or "none of the flags that matter",
         "CPU lacks": ", ".join(flag for flag in CPU_FLAGS if flag not in machine.flags) or "none of them",
         **report.packages,
+        **{f"{name} is for": str(built) for name, built in _built_for().items()},
     }
     click.echo()
+    width = max(map(len, facts))
     for name, value in facts.items():
-        click.echo(f"{name:24} {value or 'not installed'}")
+        click.echo(f"{name:{width}} {value or 'not installed'}")
     click.echo()
     columns: tuple[Column[Capability], ...] = (
         *(Column(name, name, attrgetter(name), words=True) for name in ("engine", "device", "precision")),
@@ -62,6 +66,16 @@ def _show_all(report: Diagnosis) -> None:
     show_table(columns, report.capabilities)
     for warning in report.warnings:
         click.echo(f"Warning: {warning}")
+
+
+def _built_for() -> dict[str, BuiltFor]:
+    """What the installed packages for GPUs were built for, by their names."""
+    from gfldeploy.engines.nvidia_libraries import built_for
+    from gfldeploy.engines.registry import ENGINES
+
+    specs = [spec for spec in ENGINES.values() if "gpu" in spec.library.builds]
+    built = {spec.library.builds["gpu"].distribution: built_for(spec) for spec in specs}  # the last needs the most
+    return {name: one for name, one in built.items() if one}
 
 
 def _why(one: Capability) -> str | None:

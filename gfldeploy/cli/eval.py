@@ -15,7 +15,7 @@ from gfldeploy.cli.console import TerminalProgress, console
 
 @click.command("eval")
 @options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
-@options.group(options.batching(ORDERS, "listed"), options.limit(), options.JSON)
+@options.group(options.batching(ORDERS, "listed"), options.limit(), options.ENGINE_CACHE, options.JSON)
 def command(as_json: bool, **given: Any) -> None:
     """Measure COCO mAP through an engine: preprocessing and NMS are the same in all of them.
 

@@ -21,7 +21,7 @@ import click
 
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import ANY_SHAPE_ENGINES, DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
+from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
@@ -265,7 +265,7 @@ def _tf32(default: bool | None) -> Option:
 ENGINE: Group = (
     click.option(
         "--engine",
-        type=click.Choice(ANY_SHAPE_ENGINES),
+        type=click.Choice(tuple(ENGINES)),
         show_default=f"the first of {', '.join(PREFERRED_ENGINES)} that can run the bundle",
         help="Engine that runs the bundle.",
     ),

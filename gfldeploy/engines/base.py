@@ -127,9 +127,10 @@ class EngineOptions:
     """How an engine runs a bundle.
 
     `threads`: CPU threads of one inference, at least 1; `EngineError` is raised for more than any machine runs, as
-    engines start them all. `cache_dir`: where engines keep what they compiled, None for nowhere. `shapes`: (batch,
-    height, width) of the inputs to come, the most common first, for engines that compile for shapes: which of its
-    compiled models runs an input then depends on these, not on the inputs before it; () where they are not known.
+    engines start them all. `cache_dir`: where engines keep what they compiled; None for nowhere, or for the default
+    place where compiling takes minutes. `shapes`: (batch, height, width) of the inputs to come, the most common first,
+    for engines that compile for shapes: which of its compiled models runs an input then depends on these, not on the
+    inputs before it; () where they are not known.
     `tf32`: FP32 on a GPU may multiply in TF32, NVIDIA's tensor-core format of 19 bits (8 of exponent, 10 of mantissa),
     which libraries allow unless told otherwise; `UnsupportedError` is raised for it where there is no such choice.
     `progress`: told before something takes minutes, as building with TensorRT does.

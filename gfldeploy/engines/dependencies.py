@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from gfldeploy._quiet import quiet
-from gfldeploy.engines.base import Device, Library
+from gfldeploy.engines.base import Device, Library, is_installed
 from gfldeploy.engines.registry import ENGINES, ONNXRUNTIME, PADDLE
 from gfldeploy.errors import MissingDependencyError
 
@@ -49,16 +49,17 @@ def require(module: str, purpose: str) -> ModuleType:
         return loaded
     package = module.partition(".")[0]
     command = install_command(package)
+    missing = MissingDependencyError(f"{package} is not installed, {purpose} needs it", f"Run: {command}")
+    if not is_installed(package):
+        raise missing
     try:
         with quiet(), _KeepSigterm():
             return importlib.import_module(module)
     except (ImportError, OSError, AttributeError) as error:  # missing shared libraries, versions that clash
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            problem, remedy = f"{package} is not installed, {purpose} needs it", f"Run: {command}"
-        else:
-            problem = f"{package} is installed but cannot be imported, {purpose} needs it: {error}"
-            remedy = f"Repair it with: {command}"
-        raise MissingDependencyError(problem, remedy) from error
+            raise missing from error
+        problem = f"{package} is installed but cannot be imported, {purpose} needs it: {error}"
+        raise MissingDependencyError(problem, f"Repair it with: {command}") from error
 
 
 def install_command(package: str, device: Device | None = None) -> str:

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ _FIRST_STRONG = 11  # TensorRT 11 has neither the flags that allow precisions no
 
 # The first driver for each CUDA, by NVIDIA's table "CUDA Toolkit Driver Version Ranges" (minor version compatibility).
 _FIRST_DRIVER = {11: 450, 12: 525, 13: 580}
+# The last of a package's versions for an older CUDA, by their files (docs/installing.md).
+_FOR_OLDER_DRIVERS = {"onnxruntime-gpu": (12, "onnxruntime-gpu<1.27")}
 _NVIDIA = re.compile(r"lib(cuda|cu(?:dart|blas|dnn|fft|rand|solver|sparse|pti)|nv|nccl|tensorrt)\w*")
 _DRIVERS = ("libcuda.so.1", "libnvidia-ml.so.1")  # which come with the driver
 # What pip installs a library with, "-cuN" left out; the first that its name starts with.
@@ -58,16 +61,19 @@ _ALWAYS_SUFFIXED = ("tensorrt", "nvidia-cudnn", "nvidia-nccl")  # the others hav
 _TENSORRT = ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt-cu13", "tensorrt-cu12", "tensorrt")
 _LINKER_FOLDERS = ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib")
 _MOST_LIBRARIES = 200  # that one needs, with what these need
-_TRIAL_S = 1.0
+_time_left = [1.0]  # seconds that a process spends on trials, all together: large libraries take long from a slow disk
+_LDCONFIG_S = 1.0
 # Names each library before it is loaded, so that a crash can be told from what was printed.
 _TRIAL = """
 import ctypes, json, sys
 for name in sys.argv[1:]:
     print(json.dumps([name]), flush=True)
+    error = None
     try:
         ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        print(json.dumps([name, str(error)]), flush=True)
+    except OSError as problem:
+        error = str(problem)
+    print(json.dumps([name, error]), flush=True)
 """
 _TRY = (sys.executable, "-I", "-S", "-c", _TRIAL)
 
@@ -148,13 +154,15 @@ def old_driver(spec: EngineSpec) -> Obstacle | None:
     if built is None or first is None or major is None or major >= first:
         return None
     needs = f"{_package(spec)} was built for CUDA {built.cuda}, which needs {first}"
-    return Obstacle(f"the NVIDIA driver is {driver}, {needs}", "update the driver")
+    cuda, older = _FOR_OLDER_DRIVERS.get(spec.library.builds["gpu"].distribution, (0, ""))
+    instead = f', or for CUDA {cuda}: pip install "{older}"' if _FIRST_DRIVER.get(cuda, major + 1) <= major else ""
+    return Obstacle(f"the NVIDIA driver is {driver}, {needs}", f"update the driver{instead}")
 
 
 def obstacle_to_loading(spec: EngineSpec) -> Obstacle | None:
     """What keeps the engine's GPU package from loading NVIDIA's libraries, with the exact remedy; None if nothing does.
 
-    The libraries are loaded in a process of its own, for at most a second, and once.
+    The libraries are loaded in a process of its own, once, and for at most a second for all engines.
     """
     return _overwritten(spec) or _unfit_tensorrt(spec) or _explain(spec, _tried(spec))
 
@@ -182,10 +190,22 @@ def load_libraries(spec: EngineSpec) -> None:
             loaded.append(replace(need, error=str(error)))
     if obstacle := _explain(spec, tuple(loaded)):
         raise _cannot_load(spec, obstacle)
+    for library in _opened_while_building(loaded):
+        with suppress(OSError):
+            ctypes.CDLL(str(library))
     preload = getattr(sys.modules.get("onnxruntime"), "preload_dlls", None)
     if callable(preload):  # those that others open only when they use them; it prints what it does not find
         with quiet(), suppress(Exception):
             preload()
+
+
+def _opened_while_building(needs: Iterable[_Need]) -> list[Path]:
+    """What TensorRT opens by name when it builds an engine (libnvinfer_builder_resource), where pip has put it."""
+    path = next((need.path for need in needs if need.path and need.soname.startswith("libnvinfer.so.")), None)
+    if path is None or path.parent not in _pip_folders():
+        return []
+    major = path.name.removeprefix("libnvinfer.so.").partition(".")[0]
+    return sorted(path.parent.glob(f"libnvinfer_*.so.{major}*"))
 
 
 def _cannot_load(spec: EngineSpec, obstacle: Obstacle) -> EngineError:
@@ -198,7 +218,7 @@ def _overwritten(spec: EngineSpec) -> Obstacle | None:
     ours = _recorded(build.distribution)
     version = installed_version(build.distribution)
     again = f"pip install {build.distribution}=={version}"
-    for twin in spec.library.distributions:
+    for twin in spec.library.distributions if ours else ():
         if twin == build.distribution or installed_version(twin) is None:
             continue
         theirs = _recorded(twin)
@@ -273,27 +293,29 @@ def _requirement(soname: str, cuda: int | None) -> str | None:
 
 
 def _tried(spec: EngineSpec) -> tuple[_Need, ...]:
-    """What the engine's package needs, each with why it does not load, tried in a process of its own."""
+    """What the engine's package needs, each with why it does not load, tried in a process of its own.
+
+    What there was no time to try counts as loaded where it was found.
+    """
     needs = _needs(spec)
     errors = _trial(tuple(need.what for need in needs))
-    return tuple(replace(need, error=errors.get(need.what)) for need in needs)
+    return tuple(replace(need, error=errors.get(need.what, None if need.path else "not found")) for need in needs)
 
 
 @cache
-def _trial(names: tuple[str, ...]) -> dict[str, str]:
-    """Which libraries do not load, one after the other, and why; those that it had no time for count as loaded."""
-    if not names:
-        return {}
+def _trial(names: tuple[str, ...]) -> dict[str, str | None]:
+    """Load libraries one after the other, and say why those that do not load do not; those it had time for."""
+    start = time.monotonic()
+    crashed = False
     try:
-        done = subprocess.run(
-            [*_TRY, *names], capture_output=True, timeout=_TRIAL_S, stdin=subprocess.DEVNULL, check=False
-        )
+        done = subprocess.run([*_TRY, *names], stdin=subprocess.DEVNULL, capture_output=True, timeout=_time_left[0])
         printed, crashed = done.stdout, done.returncode < 0
     except subprocess.TimeoutExpired as late:
-        printed, crashed = late.stdout or b"", False
+        printed = late.stdout or b""
+    _time_left[0] = max(_time_left[0] - (time.monotonic() - start), 0)
     lines = [json.loads(line) for line in printed.decode(errors="replace").splitlines() if line.endswith("]")]
-    errors = {line[0]: line[1] for line in lines if len(line) == 2}
-    if crashed and lines:
+    errors: dict[str, str | None] = {line[0]: line[1] for line in lines if len(line) == 2}
+    if crashed and lines and len(lines[-1]) == 1:
         errors[lines[-1][0]] = "it crashes the process that loads it"
     return errors
 
@@ -341,6 +363,7 @@ def _own_libraries(spec: EngineSpec) -> Iterator[tuple[Path, SharedLibrary]]:
             yield path, replace(one, needed=tuple(dict.fromkeys((*one.needed, *sorted(cudnn)))))
 
 
+@cache
 def _recorded(distribution: str) -> dict[str, tuple[Path, int | None]]:
     """The files of an installed distribution, by their names in its record: where they are, and their recorded size."""
     try:
@@ -371,12 +394,21 @@ def _find_by_linker(soname: str) -> Path | None:
 def _find(soname: str, folders: Iterable[Path]) -> Path | None:
     """The first file of this name, or of a longer version (libcudart.so.13.4.36) of a name that has one."""
     for folder in folders:
-        if (folder / soname).is_file():
-            return folder / soname
-        longer = sorted(folder.glob(f"{soname}.*")) if not soname.endswith(".so") else []
-        if longer:
-            return longer[-1]
+        names = _listed(folder)
+        longer = () if soname.endswith(".so") else sorted(name for name in names if name.startswith(f"{soname}."))
+        for name in (soname, *reversed(longer)):
+            if name in names and (folder / name).is_file():
+                return folder / name
     return None
+
+
+@cache
+def _listed(folder: Path) -> frozenset[str]:
+    """The names of the libraries in a folder."""
+    try:
+        return frozenset(path.name for path in folder.iterdir() if path.name.startswith("lib"))
+    except OSError:
+        return frozenset()
 
 
 @cache
@@ -401,7 +433,7 @@ def _cached() -> dict[str, Path]:
     if tool is None:
         return {}
     try:
-        listed = subprocess.run([tool, "-p"], capture_output=True, text=True, timeout=_TRIAL_S, check=False).stdout
+        listed = subprocess.run([tool, "-p"], capture_output=True, text=True, timeout=_LDCONFIG_S, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return {}
     found = re.findall(r"^\s*(\S+) \(.*x86-64.*\) => (.+)$", listed, re.MULTILINE)

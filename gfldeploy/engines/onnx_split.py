@@ -32,7 +32,8 @@ def split_decode(model: Any) -> tuple[Any, Any]:
     read = list(dict.fromkeys(name for node in decode for name in node.input if name in given))
     inputs = [value for value in model.graph.input if any(value.name in node.input for node in decode)]
     types = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    halves = [name for name in read if _kind(types, name) == onnx.TensorProto.FLOAT16]
+    computed = {name for node in decode if node.op_type != "Shape" for name in node.input}
+    halves = [name for name in read if name in computed and _kind(types, name) == onnx.TensorProto.FLOAT16]
     if not from_convolutions or not decode or not read or halves:
         why = f"{halves[0]} is FP16" if halves else "nothing follows its convolutions"
         raise EngineError(f"the FP16 graph cannot be cut where its decode begins: {why}", _REMEDY)

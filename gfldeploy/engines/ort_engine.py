@@ -14,10 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.base import NOT_ASKED, CopyTimes, Engine, EngineOptions, ExecutedConvolution, Tensors
+from gfldeploy.engines.base import (
+    NOT_ASKED,
+    CopyTimes,
+    Engine,
+    EngineOptions,
+    ExecutedConvolution,
+    Tensors,
+    remedy_sentence,
+)
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.nvidia_libraries import load_libraries, why_not_loaded
 from gfldeploy.engines.ort_binding import BoundSessions
 from gfldeploy.engines.ort_graph import convolutions
+from gfldeploy.engines.registry import ENGINES
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
@@ -31,8 +41,6 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
     title = "ONNX Runtime"
-    libraries = "CUDA and cuDNN"
-
     graph_option: str | None = "enable_cuda_graph"  # of its first provider
     memory = "cuda"  # of the device that is not the CPU, as `OrtValue` calls it
 
@@ -41,6 +49,8 @@ class OnnxRuntimeEngine(Engine):
         super().__init__(bundle, options, graph)
         self._ort = require("onnxruntime", "the ONNX Runtime engine")
         self.version: str = self._ort.__version__
+        if options.device == "gpu":
+            load_libraries(ENGINES[self.name])
         self._providers = self._choose_providers(bundle)
         self._session: Any = None
         self._on_gpu: BoundSessions | None = None
@@ -103,7 +113,7 @@ class OnnxRuntimeEngine(Engine):
             options.profile_file_prefix = str(directory / "profile")
             session = self._open(options)
             for _ in range(runs):
-                session.run(self._outputs, dict(inputs))
+                session.run(None, dict(inputs))
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return events
 
@@ -129,7 +139,7 @@ class OnnxRuntimeEngine(Engine):
         """A session; `model`, a path or the content of a file, and `providers` are by default those of the engine."""
         (first, options), *others = providers or self._providers
         if cuda_graph:
-            options = options | {str(self.graph_option): "1"}
+            options = options | {str(self.graph_option): "True"}
         with self._explained(f"cannot load {self._model}"):
             # Its own fallback would run on the CPU, without an error, what fails on the GPU.
             session = self._ort.InferenceSession(
@@ -138,10 +148,9 @@ class OnnxRuntimeEngine(Engine):
         used = session.get_providers()[0]
         if used != first:
             # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
-            raise EngineError(
-                f"ONNX Runtime fell back to {used} instead of {first}",
-                f"Install the {self.libraries} libraries that this onnxruntime-gpu was built for.",
-            )
+            why = why_not_loaded(ENGINES[self.name])
+            problem = f"ONNX Runtime fell back to {used} instead of {first}: {why.reason}"
+            raise EngineError(problem, remedy_sentence(why.remedy))
         return session
 
     def _choose_providers(self, bundle: Bundle) -> Providers:

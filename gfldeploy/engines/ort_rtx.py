@@ -8,7 +8,6 @@ the real plug-in and without a GPU (benchmarks/tensorrt_rtx.py). Inference has n
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections import Counter
@@ -22,9 +21,10 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
+from gfldeploy.engines.nvidia_libraries import load_libraries
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text, tensorrt_session_options
-from gfldeploy.engines.registry import TENSORRT_RTX
+from gfldeploy.engines.registry import ENGINES, TENSORRT_RTX
 from gfldeploy.engines.tensorrt import Profile, TensorRtOptions, example
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import native_writes
@@ -73,15 +73,17 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         if not self._compiled.exists():
             with self._explained(f"cannot compile {self._model}"):
                 compile_model(self._ort, self._session_options(), self._model, self._compiled, self._device, options)
-        parts, outside = compiled_parts(self._compiled)
-        if not parts:
-            self._compiled.unlink()
-            raise EngineError(f"TensorRT-RTX takes no part of {self._model}", "Use the engine onnxruntime.")
-        self.delegated = parts_in_words(parts, outside, "TensorRT-RTX")
         session_options = self._session_options()
         session_options.add_provider_for_devices([self._device], options)
         try:
+            parts, outside = compiled_parts(self._compiled)
+            if not parts:
+                self._compiled.unlink()
+                raise EngineError(f"TensorRT-RTX takes no part of {self._model}", "Use the engine onnxruntime.")
+            self.delegated = parts_in_words(parts, outside, "TensorRT-RTX")
             session = self._ort.InferenceSession(str(self._compiled), session_options, enable_fallback=0)
+        except EngineError:
+            raise
         except Exception as error:
             remedy = "Check the GPU and its driver. Delete that file to have it compiled again."
             raise EngineError(f"{self.title} cannot load {self._compiled}: {summary(error)}", remedy) from error
@@ -115,9 +117,8 @@ def load_plugin(ort: Any) -> Plugin:
     module = require(TENSORRT_RTX.module, "the TensorRT-RTX engine")
     library = Path(module.get_library_path())
     provider = module.get_ep_name()
+    load_libraries(ENGINES[OnnxRuntimeRtxEngine.name])
     try:
-        for runtime in library.parent.glob("libcudart.so.*"):  # the linker does not look there
-            ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
         ort.register_execution_provider_library(provider, str(library))
     except Exception as error:
         remedy = "Check the NVIDIA driver; in a container, start it with access to the GPUs."

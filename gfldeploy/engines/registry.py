@@ -7,7 +7,7 @@ the processor's flags and the driver: no engine is imported for them.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -23,6 +23,7 @@ from gfldeploy.engines.base import (
     Library,
     Obstacle,
     Precision,
+    Shape,
     installed_version,
     is_installed,
 )
@@ -45,7 +46,9 @@ ONNXRUNTIME = Library(
     "onnxruntime",
     {
         "cpu": Build("onnxruntime", "pip install onnxruntime"),
-        "gpu": Build("onnxruntime-gpu", "pip uninstall onnxruntime, then pip install onnxruntime-gpu"),
+        "gpu": Build(  # with CUDA and cuDNN; pip only warns if the other is not installed
+            "onnxruntime-gpu", 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
+        ),
     },
 )
 # A plug-in of ONNX Runtime, which brings TensorRT-RTX and the CUDA runtime that it was built for.
@@ -192,7 +195,6 @@ ENGINES: Mapping[str, EngineSpec] = _all_engines()
 DEFAULT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.default)
 JUDGES = tuple(name for name, spec in ENGINES.items() if spec.judges)
 TENSORRT_ENGINES = tuple(name for name, spec in ENGINES.items() if spec.tensorrt)
-ANY_SHAPE_ENGINES = tuple(name for name, spec in ENGINES.items() if not spec.needs_shapes)
 PREFERRED_ENGINES = tuple(
     spec.name for spec in sorted(ENGINES.values(), key=lambda spec: spec.rank or 0) if spec.rank is not None
 )
@@ -328,9 +330,15 @@ def _impossible(engine: str, precision: Precision, device: Device, why: Obstacle
     return UnsupportedError(f"{engine} {precision} on {device} is not possible: {why.reason}", f"Remedy: {why.remedy}.")
 
 
-def open_engine(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
-    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work."""
+def open_engine(engine: str, bundle: Bundle, options: EngineOptions, shapes: Iterable[Shape] | None = None) -> Engine:
+    """Load `bundle` into an engine. Raises `UnsupportedError` with the reason where that cannot work.
+
+    `shapes`: of the inputs to come, one for each inference. They become those of the options where the engine is built
+    for them, and on GPUs. On CPUs no engine needs them, and they are not looked at.
+    """
     check_possible(engine, bundle, options)
+    if shapes is not None and (ENGINES[engine].needs_shapes or options.device == "gpu"):
+        options = options.expecting(shapes)
     return load_graph(engine, bundle, options, graph_for(engine, options.precision, options.device))
 
 

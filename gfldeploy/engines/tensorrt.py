@@ -6,7 +6,11 @@ run inputs of any shape.
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +32,7 @@ from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.engines.nvidia_libraries import tensorrt_library as tensorrt_library
 from gfldeploy.errors import EngineError
 from gfldeploy.files import write_json
+from gfldeploy.progress import Progress
 
 # What TensorRT's tactics may use: more than the convolutions of a GFL need at 800x1344. With too little, TensorRT
 # silently chooses slower ones.
@@ -37,6 +42,9 @@ MIN_SUBGRAPH = 3
 # In the folder of what was built, once it is whole: what it is, for people who look there.
 NOTE = "built.json"
 _PHOTOGRAPH = (3000, 4000)  # (height, width): what most cameras take
+_SMALLEST = 32  # pixels: what the real TensorRT builds for, and the usual stride
+# What ends when the engine that is being opened is open, or cannot be.
+_locks: ContextVar[ExitStack | None] = ContextVar("locks", default=None)
 # Engines of a detector that are open at once; each has the weights, and memory for its largest input.
 _OPEN = 2
 
@@ -86,9 +94,10 @@ def _corner(pick: Callable[[Iterable[int]], int], shapes: Sequence[Shape]) -> Sh
 
 
 def possible_shapes(manifest: Manifest, batch_size: int = 1) -> tuple[Shape, ...]:
-    """Shapes that span every input of a detector in batches of up to `batch_size`; the first is of a photograph.
+    """Shapes that span the inputs of a detector in batches of up to `batch_size`; the first is of a photograph.
 
-    They follow from what is done to images: whatever these are, resizing bounds their sides.
+    They follow from what is done to images: whatever these are, resizing bounds their sides. Only where inputs are not
+    padded, elongated images can have a side below the smallest here.
     """
     preprocess = manifest.preprocess
     fixed, _, *sides = manifest.inputs[0].shape
@@ -97,8 +106,9 @@ def possible_shapes(manifest: Manifest, batch_size: int = 1) -> tuple[Shape, ...
         smallest = largest = usual
     else:
         longest = max(preprocess.target_size)
-        smallest, largest = preprocess.padded_size(1, 1), preprocess.padded_size(longest, longest)
-    return (fixed or batch_size, *usual), (fixed or 1, *smallest), (fixed or batch_size, *largest)
+        smallest, largest = preprocess.padded_size(_SMALLEST, _SMALLEST), preprocess.padded_size(longest, longest)
+    most, fewest = fixed or batch_size, fixed or 1
+    return tuple(dict.fromkeys(((most, *usual), (fewest, *smallest), (most, *largest))))
 
 
 class AnyShapeEngine(Engine):
@@ -106,7 +116,8 @@ class AnyShapeEngine(Engine):
 
     The first profile spans the `shapes` of the options, or all that the detector can be given. Any other is as large as
     all that the detector can be given, so that few are ever built. Which of them runs an input follows from the options
-    and from the input's shape, not from inputs before it. The engines used last stay open, two at most.
+    and from the input's shape, not from inputs before it. The engines used last stay open, two at most; `directory` is
+    that of the last.
     """
 
     def __init__(self, open_one: Callable[[EngineOptions], Engine], bundle: Bundle, options: EngineOptions) -> None:
@@ -118,14 +129,26 @@ class AnyShapeEngine(Engine):
         self._opened: dict[Profile, Engine] = {}
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
-        self.build_s, self.delegated, self.directory = opened.build_s, opened.delegated, opened.directory
+        self.build_s, self.delegated = opened.build_s, opened.delegated
+        self._any = opened  # though it may be closed: memory of the host belongs to none of them
 
     def close(self) -> None:
         while self._opened:
             self._opened.popitem()[1].close()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
-        return self._engine_for(inputs).infer_timed(inputs)
+        engine = self._engine_for(inputs)
+        try:
+            return engine.infer_timed(inputs)
+        finally:
+            self.cuda_graph = engine.cuda_graph
+
+    def upload(self, inputs: Tensors) -> Tensors:
+        engine = self._opened.get(self.profile_of(_shape(inputs)))  # the thread that infers opens them
+        return inputs if engine is None else engine.upload(inputs)
+
+    def host_array(self, values: int) -> NDArray[np.float32]:
+        return self._any.host_array(values)
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         return self._engine_for(inputs).executed_convolutions(inputs)
@@ -141,17 +164,22 @@ class AnyShapeEngine(Engine):
         return Profile.spanning((*self._first.shapes, *possible_shapes(self._bundle.manifest, batch_size), shape))
 
     def _engine_for(self, inputs: Tensors) -> Engine:
-        batch, _, height, width = inputs["image"].shape
-        return self._engine(self.profile_of((batch, height, width)))
+        return self._engine(self.profile_of(_shape(inputs)))
 
     def _engine(self, profile: Profile) -> Engine:
         engine = self._opened.pop(profile, None)
         if engine is None:
             while len(self._opened) >= _OPEN:
                 self._opened.pop(next(iter(self._opened))).close()  # the one that was used the longest time ago
-            engine = self._open_one(replace(self.options, shapes=profile.shapes))
-            _leave_note(engine, self._bundle, profile)
+            with ExitStack() as locks:
+                outer = _locks.set(locks)
+                try:
+                    engine = self._open_one(replace(self.options, shapes=profile.shapes))
+                finally:
+                    _locks.reset(outer)
+                _leave_note(engine, self._bundle, profile)
         self._opened[profile] = engine
+        self.directory = engine.directory
         return engine
 
 
@@ -172,17 +200,35 @@ class TensorRtOptions(Profile):
     def directory(self, engine: Engine, bundle: Bundle) -> Path:
         """The folder of what `engine` builds of `bundle` on this machine, created if it is absent; `OutputError`.
 
-        Where nothing was built yet, the `progress` of the engine's options is told that this takes a while.
+        Where nothing was built yet, the `progress` of the engine's options is told that this takes a while; or another
+        process is building just this, and is waited for.
         """
         machine = {"tensorrt": tensorrt_library(), "gpus": gpu_models(), "driver": nvidia_driver()}
         settings = (WORKSPACE_BYTES, MIN_SUBGRAPH)
         directory = engine_directory(
             self.cache_dir, engine, bundle, **machine, shapes=self._corners(), settings=settings
         )
-        if not (directory / NOTE).exists():
+        note = directory / NOTE
+        if not note.exists():
+            _lock(directory, engine.options.progress)
+        if not note.exists():
             kept = f"which may take minutes; it is kept in {self.cache_dir}"
             engine.options.progress.stage(f"{engine.name} is built for inputs of {self}, {kept}")
         return directory
+
+
+def _lock(directory: Path, progress: Progress) -> None:
+    """Keep other processes from building there until the engine is open; wait for one that does."""
+    if (locks := _locks.get()) is None:
+        return
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    locks.callback(os.close, handle)
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.stage("waiting for another process that builds the same engine")
+            fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _leave_note(engine: Engine, bundle: Bundle, profile: Profile) -> None:
@@ -192,6 +238,11 @@ def _leave_note(engine: Engine, bundle: Bundle, profile: Profile) -> None:
     about = {"engine": engine.name, "version": engine.version, "precision": engine.options.precision}
     note = {"what": "built by gfldeploy", **about, "bundle": bundle.name, "digest": bundle.digest}
     write_json(engine.directory / NOTE, {**note, "shapes": list(profile.shapes)})
+
+
+def _shape(inputs: Tensors) -> Shape:
+    batch, _, height, width = inputs["image"].shape
+    return batch, height, width
 
 
 def example(shape: Shape) -> Tensors:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
+from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.selection import select_engine
+from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy
@@ -21,8 +23,9 @@ _DEPLOY_SUFFIXES = (".yml", ".yaml")
 class Choice:
     """What runs, and how.
 
-    `order`: how batches are formed, see `pipeline.detect_groups`. `why`: why this engine, in words. `notes`: what the
-    user should know, such as that a `deploy.yml` was made on another machine.
+    `options`: for an engine that is built for shapes, and on GPUs, they have those that `deploy.yml` says, or some that
+    span all that the detector can be given. `order`: how batches are formed, see `pipeline.detect_groups`. `why`: why
+    this engine, in words. `notes`: what the user should know, such as that a `deploy.yml` was made on another machine.
     """
 
     bundle: Bundle
@@ -65,6 +68,7 @@ def choose(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     notes: tuple[str, ...] = ()
+    shapes: tuple[Shape, ...] = ()
     why = ""
     if source.suffix in _DEPLOY_SUFFIXES and not source.is_dir():
         deploy = Deploy.read(source)
@@ -79,6 +83,7 @@ def choose(
             tf32 = cell.tf32 and (precision, device) == ("fp32", "gpu")
         threads, batch_size = cell.threads if threads is None else threads, batch_size or cell.batch_size
         order = order or (cell.order if cell.batch_size > 1 else None)
+        shapes = deploy.shapes
     elif source.is_dir():
         bundle = Bundle.open(source)
     else:
@@ -92,7 +97,16 @@ def choose(
     if order == "listed" and size > 1:
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
     notes = (*notes, *bundle.manifest.notes)
+    if ENGINES[engine].needs_shapes or options.device == "gpu":
+        expected = in_batches(shapes, size, fixed or 1)  # batches need not fill
+        options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
     return Choice(bundle, engine, options, size, order, why or reason, notes)
+
+
+def in_batches(shapes: Sequence[Shape], *counts: int) -> tuple[Shape, ...]:
+    """The sizes of these shapes in batches of these numbers of images, each once."""
+    sizes = ((count, height, width) for count in counts for _, height, width in shapes)
+    return tuple(dict.fromkeys(sizes))
 
 
 def _differences(deploy: Deploy, bundle: Bundle) -> Iterator[str]:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
@@ -78,13 +79,14 @@ def detect_groups(
     look_ahead: int = 0,
     skip: int = 0,
     reduced: bool = False,
+    check: CpuCheck | None = None,
 ) -> Generator[list[Found]]:
     """What was found, batch by batch.
 
     `order`: "bucketed" or "listed", see `batching.buckets`. `look_ahead`: how many pictures may come after one before
     its bucketed batch runs though it is not full. `skip`: so many batches are left out, without reading their files.
     `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 if that is no smaller than the network's input; the pixels then differ.
-    Detections of channels without a class are left out.
+    `check`: compares what the engine gives with the CPU. Detections of channels without a class are left out.
 
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
     the iterator ends the threads after their current batch. Raises `EngineError`.
@@ -99,7 +101,7 @@ def detect_groups(
         batches = _uploaded(engine, ahead(_prepared(manifest, groups, reduced, decoders, _Memory(engine.host_array))))
         if engine.options.device == "gpu":  # to which one batch is copied while it computes another
             batches = ahead(batches)
-        with closing(ahead(_inferred(engine, batches))) as done:
+        with closing(ahead(_inferred(engine, batches, check))) as done:
             for batch, scores, boxes in done:
                 scales = [scale for _, scale in batch.rows]
                 found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
@@ -252,7 +254,7 @@ def _uploaded(engine: Engine, batches: Generator[tuple[_Batch, _Memory]]) -> Gen
 
 
 def _inferred(
-    engine: Engine, batches: Generator[tuple[_Batch, _Memory]]
+    engine: Engine, batches: Generator[tuple[_Batch, _Memory]], check: CpuCheck | None
 ) -> Iterator[tuple[_Batch, NDArray[np.float32], NDArray[np.float32]]]:
     """Run the network; its input's memory is free again afterwards."""
     nothing = np.empty(0, np.float32)
@@ -260,6 +262,9 @@ def _inferred(
         for batch, memory in batches:
             scores, boxes = nothing, nothing
             if batch.tensor is not None and batch.inputs is not None:
-                scores, boxes = check_outputs(engine, engine.infer(batch.inputs), len(batch.tensor))
+                outputs = engine.infer(batch.inputs)
+                scores, boxes = check_outputs(engine, outputs, len(batch.tensor))
+                if check is not None:
+                    check(batch.tensor, outputs, len(batch.rows))
             memory.give(batch.memory)
             yield batch, scores[: len(batch.rows)], boxes[: len(batch.rows)]

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gfldeploy.batching.buckets import Order, stream_batches
-from gfldeploy.engines.base import Device, Precision
+from gfldeploy.bench.cpu_parity import CpuCheck
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import ENGINES, open_engine
+from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import DataError, UsageError
 from gfldeploy.files import (
     StrPath,
@@ -32,7 +33,7 @@ from gfldeploy.files import (
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
-from gfldeploy.predict.engine_selection import Choice, choose
+from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, record_of, write_outputs
 from gfldeploy.predict.pipeline import detect_groups, in_order
 from gfldeploy.predict.resume import WorkingFile
@@ -50,6 +51,8 @@ _MADE = (
 )
 # Images that wait for a batch of their size are not decoded yet, so that many may wait.
 _BATCHES_AHEAD = 32
+# Batches, below which no engine is built for their own shapes alone: they take less time than the build.
+_WORTH_A_BUILD = 1000
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def predict_images(
         DataError: An input is not there, or no image at all can be read.
         OutputError: The output cannot be written, or something is in the way, such as what another call left.
         UnsupportedError: Nothing here can run the bundle so.
-        EngineError: The engine failed.
+        EngineError: The engine failed, or differs from the CPU (compared for GPUs and engines of other packages).
     """
     if decode not in ("exact", "fast"):
         raise ValueError(f"decode must be exact or fast, not {decode!r}")
@@ -221,7 +224,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
     manifest = choice.bundle.manifest
     sizes = list(picture_sizes(request.inputs))
     total = len(sizes)
-    options = replace(choice.options, shapes=_input_shapes(choice, sizes))
+    options = replace(_options(choice, sizes), progress=progress)
     with open_engine(choice.engine, choice.bundle, options) as engine:
         progress.step("detecting", working.images, total)
         groups = detect_groups(
@@ -233,6 +236,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
             look_ahead=_BATCHES_AHEAD * choice.batch_size,
             skip=working.batches,
             reduced=request.reduced,
+            check=CpuCheck(choice.engine, engine, choice.bundle, progress.note),
         )
         with closing(groups):
             for group in groups:
@@ -242,12 +246,27 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
     working.end()
 
 
-def _input_shapes(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> tuple[tuple[int, int, int], ...]:
-    """(batch, height, width) of the network's inputs, the most common first, from sizes of images (h, w) in order."""
-    input_size = choice.bundle.manifest.preprocess.input_size
+def _options(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> EngineOptions:
+    """The engine's, with the shapes of the inputs to come, from sizes of images (h, w) in order.
+
+    An engine that is built for shapes is built for those of the choice, so that other inputs need no other build: in
+    minutes many images run. It is built for the inputs' own where `deploy.yml` has none and they are many, for speed,
+    and where those of `deploy.yml` do not cover them.
+    """
+    manifest, options = choice.bundle.manifest, choice.options
+    input_size, fixed = manifest.preprocess.input_size, manifest.inputs[0].shape[0]
     known = ((None, input_size(*size)) for size in sizes if size is not None)
     batches = stream_batches(known, choice.batch_size, choice.order, _BATCHES_AHEAD * choice.batch_size)
-    return tuple(shape for shape, _ in Counter((len(batch), *size) for batch, size in batches).most_common())
+    shapes: list[Shape] = [(fixed or len(batch), *size) for batch, size in batches]
+    expecting = options.expecting(shapes)
+    if not ENGINES[choice.engine].needs_shapes:
+        return expecting
+    anything = options.shapes == possible_shapes(manifest, choice.batch_size)
+    covered = Profile.spanning(options.shapes).covers(*expecting.shapes)
+    if covered and (not anything or len(shapes) < _WORTH_A_BUILD):
+        return options
+    single = in_batches(expecting.shapes, fixed or 1)  # of a batch, few images may be readable
+    return replace(options, shapes=tuple(dict.fromkeys((*expecting.shapes, *single))))
 
 
 def _question(request: _Request) -> dict[str, Any]:
@@ -272,11 +291,13 @@ def _question(request: _Request) -> dict[str, Any]:
         "threads": choice.options.threads,
         "batch_size": choice.batch_size,
         "order": choice.order,
+        **({"shapes": choice.options.shapes} if choice.options.shapes else {}),
         "threshold": request.threshold,
         "draw_threshold": request.draw,
         "decoding": "reduced" if request.reduced else "exact",
         "annotations": hashlib.sha256(repr(ids).encode()).hexdigest() if ids is not None else None,
         "inputs": listed.hexdigest(),
         "processor": machine.cpu,
+        **({"gpus": [*machine.gpus, machine.driver]} if choice.options.device == "gpu" else {}),
         "software": dict(machine.packages),
     }

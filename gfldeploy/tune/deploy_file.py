@@ -14,12 +14,16 @@ from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Shape
+from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.files import StrPath
 from gfldeploy.machine import Machine, describe_machine
 from gfldeploy.serialization import FileFormat, Upgrade, Versioned, part
 from gfldeploy.tune.knee import Knee
 from gfldeploy.tune.search import Bounds
+
+MOST_SHAPES = 16  # in the file
 
 
 def _configurations(data: dict[str, Any], upgrade: Upgrade) -> dict[str, Any]:
@@ -142,7 +146,9 @@ class Deploy(Versioned):
 
     `created`: UTC, ISO 8601. `summary`: one paragraph in plain words. `bounds`: what was asked for. `knee`: of the
     choice's engine, precision, threads and order; None where a single batch size was measured. `search`: how the
-    choice was found; `machine`, `data`: where and on what.
+    choice was found; `machine`, `data`: where and on what. `shapes`: (batch, height, width) of the network's inputs
+    that the choice makes of all images of the data, the most common first, for engines that are built for shapes; at
+    most 16, the last two of which then bound those that are left out. Empty in files of earlier schemas.
     """
 
     FORMAT = FileFormat("a deploy file", "gfldeploy tune", 4, _UPGRADES, yaml=True)
@@ -156,6 +162,14 @@ class Deploy(Versioned):
     search: SearchRecord
     machine: Machine
     data: DataDescription
+    shapes: tuple[Shape, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.shapes) > MOST_SHAPES:
+            raise ValueError(f"shapes must be at most {MOST_SHAPES}, not {len(self.shapes)}")
+        most = self.choice.cell.batch_size
+        if wrong := [shape for shape in self.shapes if min(shape) < 1 or shape[0] > most]:
+            raise ValueError(f"shapes must be of 1 to {most} images with pixels, not {list(wrong[0])}")
 
     def check(self, bundle: Bundle, machine: Machine) -> tuple[str, ...]:
         """Raise where the choice does not hold: `BundleError` for another bundle, `DataError` for other hardware.
@@ -169,6 +183,10 @@ class Deploy(Versioned):
                 f"{bundle.digest[:12]}, not {tuned.digest[:12]}",
                 "Give the bundle that was tuned, or run `gfldeploy tune` on this one.",
             )
+        possible = Profile.spanning([(1, 1, 1), *possible_shapes(bundle.manifest, self.choice.cell.batch_size)])
+        if impossible := [shape for shape in self.shapes if not possible.covers(shape)]:
+            problem = f"{bundle.directory} makes no input of {'x'.join(map(str, impossible[0]))} of any image"
+            raise BundleError(problem, "Run `gfldeploy tune` again.")
         if differences := list(hardware_differences(self.machine, machine)):
             raise DataError(
                 f"the choice was made on another machine: {'; '.join(map(str, differences))}",

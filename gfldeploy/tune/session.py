@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.batching.buckets import STREAM_ORDERS, Order
+from gfldeploy.batching.buckets import STREAM_ORDERS, Order, group
 from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import median, percentile
 from gfldeploy.bench.journal import journal_beside
@@ -21,10 +23,11 @@ from gfldeploy.bench.runner import Data, Runner
 from gfldeploy.bench.session import limits, nothing_to_run, open_bundles
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import PRECISIONS, Device, Precision
+from gfldeploy.engines.base import PRECISIONS, Device, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, obstacle_to
+from gfldeploy.engines.tensorrt import Profile
 from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
 from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import CocoDataset
@@ -32,7 +35,7 @@ from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
-from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
+from gfldeploy.tune.deploy_file import MOST_SHAPES, Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.knee import Knee, find_knee
 from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured
 from gfldeploy.tune.reuse import reuse
@@ -196,8 +199,11 @@ def tune_bundles(
             ),
             machine=machine,
             data=measured_on.description,
+            shapes=_input_shapes(CocoDataset.load(data, images), known_bundles[choice.cell.bundle], choice.cell),
         )
-        deploy = replace(deploy, summary=summarize(deploy, *list(search.finished.values())[:2]))
+        best, *second = search.finished.values()
+        summary = summarize(deploy, best, second[0] if second else None, session.failed())
+        deploy = replace(deploy, summary=summary)
         check_file(output, "yml", force=force)  # somebody else may have been faster
         deploy.write(output)
     return deploy
@@ -209,6 +215,20 @@ def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]
         return cell.order == "listed"
     alike = len({preprocess.input_size(*size) for size in sizes}) == 1
     return cell.order in ([order for order in orders if order == "listed" or not alike] or ["listed"])
+
+
+def _input_shapes(dataset: CocoDataset, bundle: Bundle, cell: Cell) -> tuple[Shape, ...]:
+    """Of the full batches that the cell makes of all images whose header can be read, as `Deploy` has them."""
+    sizes = []
+    for image in dataset.images:
+        with suppress(DataError):  # more images than were measured: some need not be there
+            sizes.append(bundle.manifest.preprocess.input_size(*image.size()))
+    counts = Counter((cell.batch_size, *one.size) for one in group(sizes, cell.batch_size, cell.order))
+    shapes = tuple(shape for shape, _ in counts.most_common())
+    if len(shapes) > MOST_SHAPES:
+        profile = Profile.spanning(shapes)
+        shapes = (*shapes[: MOST_SHAPES - 2], profile.smallest, profile.largest)
+    return shapes
 
 
 def _accuracy_of(result: CellResult) -> Accuracy | str:
@@ -238,11 +258,17 @@ class _Session:
     accuracies: dict[Model, Accuracy | str] = field(default_factory=dict)
 
     def add(self, cell: Cell, result: CellResult, quick: bool) -> Measured | None:
-        """Keep a result, and return what was measured; None where that failed."""
+        """Keep a result, and return what was measured; None where that failed, for a reason that is told."""
+        if result.status == "failed" and (cell not in self.results or self.results[cell][0].status != "failed"):
+            self.progress.note(f"{cell}: {result.reason}")
         self.results[cell] = result, quick
         if result.ap is not None:
             self.accuracies[model_of(cell)] = _accuracy_of(result)
         return Measured.of(result)
+
+    def failed(self) -> list[CellResult]:
+        """The results of cells that could not be measured."""
+        return [result for result, _ in self.results.values() if result.status == "failed"]
 
     def look_at(self, step: Step) -> dict[Cell, Measured | None]:
         """Measure each cell once, briefly."""
@@ -355,6 +381,6 @@ class _Session:
                 "Loosen that bound, or give other bundles; what was measured is kept for the next run with this "
                 "--output.",
             )
-        failed = [f"; {one.cell.setup()}: {one.reason}" for one, _ in self.results.values() if one.status == "failed"]
+        failed = [f"; {one.cell.setup()}: {one.reason}" for one in self.failed()]
         why = failed[0] if failed else ": batches took no time at all, so that the clock is of no use"
         return EngineError(f"nothing could be measured{why}")

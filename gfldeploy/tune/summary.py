@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from gfldeploy.bench.cell import Cell
+from gfldeploy.bench.cell import Cell, names
 from gfldeploy.bench.estimates import Estimate
+from gfldeploy.bench.results import CellResult
 from gfldeploy.engines.registry import title_of
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
 from gfldeploy.tune.search import Bounds, Miss
 
+# Reasons of failures in a summary; the terminal has all.
+_MOST_REASONS = 5
 
-def summarize(deploy: Deploy, choice: Measured, runner_up: Measured | None = None) -> str:
-    """One paragraph for who decides: what to deploy, how fast, what it costs, what came second and why, the knee."""
-    return " ".join(_sentences(deploy, choice, runner_up))
+
+def summarize(
+    deploy: Deploy, choice: Measured, runner_up: Measured | None = None, failed: Sequence[CellResult] = ()
+) -> str:
+    """One paragraph for who decides: what to deploy, how fast, what it costs, what came second and why, the knee, and
+    what `failed` and may have been faster."""
+    return " ".join((*_sentences(deploy, choice, runner_up), *_failures(failed)))
 
 
 def miss_in_words(miss: Miss) -> str:
@@ -61,6 +68,13 @@ def _sentences(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> 
         if search.complete
         else f"{how}, until the time was up: there may be a faster one."
     )
+
+
+def _failures(failed: Sequence[CellResult]) -> Iterator[str]:
+    cells = [one.cell for one in failed]
+    for reason in list(dict.fromkeys(one.reason for one in failed))[:_MOST_REASONS]:
+        some = [one.cell for one in failed if one.reason == reason]
+        yield f"Left out: {names(some, cells, whole=False)}: {reason}."
 
 
 def _what(cell: Cell) -> str:

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from sample_results import OK, RUN, altered, cell_of, plan_of, sample_results
 
-from gfldeploy import benchmark
+from gfldeploy import Detector, benchmark, predict_images
 from gfldeploy.bench import cpu_parity
 from gfldeploy.bench.cpu_parity import Outputs, compare_with_cpu, is_compared, measure_parity, write_reference
 from gfldeploy.bench.inputs import make_batches, prepare_images
@@ -29,6 +29,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines import registry
 from gfldeploy.engines.base import EngineOptions, Precision
 from gfldeploy.engines.registry import open_engine
+from gfldeploy.errors import EngineError
 
 # ONNX Runtime with an error of each kind, and one without: a class for each.
 ENGINES = """
@@ -246,9 +247,9 @@ def test_each_image_runs_alone_in_the_reference_padded_as_in_its_batch(
         assert compare_with_cpu(engine, served, tmp_path / "listed.npz", "itself", bundle).images == 2
 
 
-def test_gpus_and_engines_that_judge_nothing_are_compared(tiny_bundle: Path) -> None:
-    assert is_compared(cell_of(tiny_bundle, device="gpu")) and is_compared(cell_of(tiny_bundle, engine="paddle-plain"))
-    assert not is_compared(cell_of(tiny_bundle)) and not is_compared(cell_of(tiny_bundle, engine="openvino"))
+def test_gpus_and_engines_that_judge_nothing_are_compared() -> None:
+    assert is_compared("onnxruntime", "gpu") and is_compared("paddle-plain", "cpu")
+    assert not is_compared("onnxruntime", "cpu") and not is_compared("openvino", "cpu")
 
 
 class Worker:
@@ -302,7 +303,11 @@ def test_without_an_engine_on_the_cpu_it_is_said_why_nothing_is_compared(
     worker = Worker(tmp_path)
     worker.measure(plan_of(tiny_bundle, cell_of(tiny_bundle, device="gpu")))
     ((_, compared, _, why),) = worker.tasks()
-    assert not compared and why is not None and why.startswith("no other engine can run it on the CPU here (paddle: ")
+    assert (
+        not compared
+        and why is not None
+        and why.startswith("no engine that judges bundles can run it on the CPU here (paddle: ")
+    )
     (row, *_) = rows(replace(sample_results(), cells=(altered(OK, runs=(replace(RUN, not_compared=why),)),)))
     assert row.note is not None and f"not compared with the CPU: {why}" in row.note
 
@@ -313,3 +318,34 @@ def test_a_table_shows_how_far_it_is_from_the_cpu() -> None:
     shown = rows(replace(sample_results(), cells=(compared, OK)))
     column = next(one for one in COLUMNS if one.key == "cpu_score_difference")
     assert [column.value(row) for row in shown] == [2e-6, None] and column.shown(shown) and not column.shown(shown[1:])
+
+
+def test_what_runs_images_is_compared_once(
+    planted: list[str], tiny_bundle: Path, tiny_coco: Path, tmp_path: Path
+) -> None:
+    right, moved = planted
+    images = sorted((tiny_coco.parent / "images").iterdir())
+    cache = tmp_path / "cache"
+    with pytest.raises(
+        EngineError, match=r"^planted-moved fp32 on cpu differs from the CPU: boxes by up to 3 px .*2 image"
+    ):
+        Detector(tiny_bundle, engine=moved, batch_size=2, engine_cache=cache).detect(images)
+    with pytest.raises(EngineError, match=r"differs from the CPU"):
+        predict_images(tiny_bundle, images, engine=moved, output=tmp_path / "found", engine_cache=cache)
+    assert not (tmp_path / "found").exists() and not list(cache.rglob("parity.json"))
+    for _ in range(2):
+        assert len(Detector(tiny_bundle, engine=right, engine_cache=cache).detect(images)) == 6
+    (passed,) = cache.rglob("parity.json")
+    before = passed.stat().st_mtime_ns
+    predict_images(tiny_bundle, images, engine=right, output=tmp_path / "found", engine_cache=cache)
+    assert passed.stat().st_mtime_ns == before, "not compared again"
+    assert json.loads(passed.read_text())["images"] == 1
+
+
+def test_a_detector_that_cannot_be_compared_says_so(
+    planted: list[str], tiny_bundle: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_parity, "JUDGES", ())
+    monkeypatch.setattr(cpu_parity, "REFERENCE_ENGINE", "paddle")
+    with Detector(tiny_bundle, engine=planted[0]) as detector, pytest.warns(UserWarning, match="was not compared with"):
+        assert len(detector.detect(tiny_coco.parent / "images/1.jpg")) == 1

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from plug_in import install, run
 
 import gfldeploy
 
@@ -20,41 +18,14 @@ MODULE, ENTRY = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 ENTRY_POINT = re.findall(r'```toml\n\[project.entry-points."(.*)"\]\n(.*)\n```', PAGE)
 NAME = "onnx-reference"
 BRIEF = ("--batch-sizes", "1", "--rounds", "1", "--min-seconds", "0.1", "--limit", "2", "--no-peak")
-SCRIPT = """
-import functools, json, sys
-from gfldeploy.bench import runner
-from gfldeploy.cli import main
-runner.wait_until_idle = functools.partial(runner.wait_until_idle, patience_s=0)
-for command in json.loads(sys.argv[1]):
-    try:
-        main(command)
-    except SystemExit as stopped:
-        assert not stopped.code, command
-"""
-
-
-def run(path: Path, folder: Path, *commands: list[str]) -> str:
-    """What the commands print, one after the other in a process in `folder`; its packages come from `path` first."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE.parent)])}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, json.dumps(commands)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
 def test_in_a_package_of_its_own(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    installed = tmp_path / "site-packages"
-    metadata = installed / "reference_engine-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (installed / "reference_engine.py").write_text(f"{MODULE}\n\n{ENTRY}")
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: reference-engine\nVersion: 1.0\n")
     ((group, value),) = ENTRY_POINT
     broken = 'none = "no_such_module:SPEC"\ntaken = "gfldeploy.engines.registry:ENGINES"'
     lines = f"{value}\n{broken}".replace('"', "")
-    (metadata / "entry_points.txt").write_text(f"[{group}]\n{lines}\n")
+    installed = install(tmp_path / "site-packages", "reference_engine", f"{MODULE}\n\n{ENTRY}", group, lines)
     bundle, data = str(tiny_bundle), str(tiny_coco)
     shown = run(
         installed,

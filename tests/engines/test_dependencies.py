@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gfldeploy.engines.base import is_installed
 from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import MissingDependencyError
 
@@ -32,7 +33,7 @@ def test_absent_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> No
     )
     commands = {
         "paddle": ("pip install paddlepaddle==", "paddlepaddle-gpu"),
-        "onnxruntime": ("pip install onnxruntime ", "pip install onnxruntime-gpu"),
+        "onnxruntime": ("pip install onnxruntime ", 'pip install "onnxruntime-gpu'),
         "paddleslim": ("uv sync --no-dev --inexact ", "--extra quant (in a checkout of gfldeploy)"),
     }
     for module, expected in commands.items():
@@ -62,3 +63,13 @@ def test_broken_packages_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "broken_package is installed but cannot be imported" in str(caught.value)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["onnx_of_a_bundle", "paddle_of_a_bundle"])
+def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """As `python -m gfldeploy` in a bundle would find `onnx/` and `paddle/`."""
+    (tmp_path / module).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed(module)
+    with pytest.raises(MissingDependencyError, match=f"{module} is not installed, this engine needs it"):
+        require(module, "this engine")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ CUDA, TENSORRT, PADDLE = alone("onnxruntime"), alone("onnxruntime-tensorrt"), al
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSite:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     """A machine with a driver and no package, as this process sees it."""
     found = FakeSite(tmp_path)
     found.driver()
@@ -41,9 +41,16 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSite:
     monkeypatch.setattr(nvidia, "_cached", dict)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(found.system))
     monkeypatch.setattr(sys, "path", [str(found.folder)])
-    nvidia._pip_folders.cache_clear()
-    nvidia._read.cache_clear()
-    return found
+    monkeypatch.setattr(nvidia, "_time_left", [30.0])
+    forget()
+    yield found
+    forget()
+
+
+def forget() -> None:
+    """What was read: the machine has changed."""
+    for kept in (nvidia._pip_folders, nvidia._listed, nvidia._read, nvidia._recorded, nvidia._trial):
+        kept.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -75,13 +82,14 @@ def test_how_networks_are_typed(version: str | None, typing: str) -> None:
 def test_what_a_package_was_built_for(site: FakeSite) -> None:
     assert nvidia.built_for(CUDA) is None and nvidia.tensorrt_library() is None
     site.onnxruntime_gpu()
+    forget()
     assert str(nvidia.built_for(CUDA)) == "CUDA 13, cuDNN 9", "which only the other provider names"
     assert str(nvidia.built_for(TENSORRT)) == "CUDA 13, cuDNN 9, TensorRT 10"
     assert nvidia.old_driver(CUDA) is None
     (site.system / "proc/version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  575.57.08  Tue\n")
     assert nvidia.old_driver(CUDA) == (
         "the NVIDIA driver is 575.57.08, onnxruntime-gpu 1.31.1 was built for CUDA 13, which needs 580",
-        "update the driver",
+        'update the driver, or for CUDA 12: pip install "onnxruntime-gpu<1.27"',
     )
 
 
@@ -92,6 +100,7 @@ def test_the_version_of_tensorrt_that_would_be_loaded(site: FakeSite) -> None:
     library = site.system / "libnvinfer.so.10.13.3"  # as NVIDIA's packages for systems name it
     library.write_bytes(shared_library("libnvinfer.so.10"))
     (site.system / "libnvinfer.so.10").symlink_to(library)
+    forget()
     assert nvidia.tensorrt_library(TENSORRT) == "10.13.3"
 
 
@@ -151,6 +160,19 @@ def test_a_library_that_crashes(site: FakeSite) -> None:
     assert found.reason == "libcudnn.so.9 is installed but cannot be loaded: it crashes the process that loads it"
 
 
+def test_a_disk_that_is_too_slow(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is no time to load counts as good, what is not there as missing."""
+    monkeypatch.setattr(nvidia, "_TRY", (sys.executable, "-c", "import time; time.sleep(9)"))
+    monkeypatch.setattr(nvidia, "_time_left", [0.1])
+    site.onnxruntime_gpu()
+    site.cuda()
+    assert nvidia.obstacle_to_loading(CUDA) is None and nvidia._time_left == [0]
+    assert nvidia.obstacle_to_loading(TENSORRT) == (
+        "TensorRT 10 is not installed, onnxruntime-gpu 1.31.1 needs it",
+        'pip install "tensorrt-cu13<11"',
+    )
+
+
 def test_a_driver_without_its_libraries(site: FakeSite) -> None:
     site.onnxruntime_gpu()
     site.cuda()
@@ -192,9 +214,10 @@ def test_what_is_there_is_loaded(site: FakeSite) -> None:
     def load_and_open() -> None:
         nvidia.load_libraries(TENSORRT)
         open_providers()
+        ctypes.CDLL("libnvinfer_builder_resource.so.10.16.1.11")
 
     (site.system / "libcuda.so.1").rename(site.folder / "tensorrt_libs/libcuda.so.1")  # where the linker does not look
-    nvidia._read.cache_clear()
+    forget()
     assert "libcublasLt.so.13: cannot open shared object file" in elsewhere(open_providers)
     assert elsewhere(load_and_open) == "nothing"
 
@@ -206,6 +229,7 @@ def test_paddle_opens_tensorrt_by_its_bare_name(site: FakeSite) -> None:
         remedy,
     )
     site.tensorrt("11.4.0.106")
+    forget()
     assert nvidia.obstacle_to_loading(PADDLE) == (
         "TensorRT 11.4.0.106 is installed, Paddle Inference with TensorRT needs TensorRT 10: 11 is strongly typed only",
         remedy,
@@ -213,6 +237,7 @@ def test_paddle_opens_tensorrt_by_its_bare_name(site: FakeSite) -> None:
     for name in ("libnvinfer", "libnvinfer_plugin"):
         (site.system / f"{name}.so.10.13.3").write_bytes(shared_library(f"{name}.so.10"))
         (site.system / f"{name}.so").symlink_to(f"{name}.so.10.13.3")
+    forget()
     assert nvidia.obstacle_to_loading(PADDLE) is None, "the linker's, whatever pip has"
 
 

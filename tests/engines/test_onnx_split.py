@@ -21,10 +21,11 @@ ort = pytest.importorskip("onnxruntime")
 node = helper.make_node
 
 
-def detector(quality: bool = False) -> Any:
+def detector(quality: bool = False, shape_of: str = "logits") -> Any:
     """A head of two convolutions, an integral of a distribution, and boxes in pixels, from a convolution in FP16.
 
-    `quality`: the scores are multiplied by what a convolution makes of that distribution, as in GFLv2.
+    `quality`: the scores are multiplied by what a convolution makes of that distribution, as in GFLv2. `shape_of`: the
+    tensor whose shape says where the boxes are.
     """
     random = np.random.default_rng(0)
     constants: dict[str, NDArray[Any]] = {
@@ -52,7 +53,7 @@ def detector(quality: bool = False) -> Any:
         node("Transpose", ["s.flat"], ["scores"], perm=[0, 2, 1]),
         node("Mul", ["p", "bins"], ["weighted"]),
         node("ReduceSum", ["weighted", "axis"], ["integral"]),
-        node("Shape", ["logits"], ["shape"]),
+        node("Shape", [shape_of], ["shape"]),
         node("Gather", ["shape", "width"], ["columns"]),
         node("Range", ["zero", "columns", "one"], ["x"]),
         node("Cast", ["x"], ["x.float"], to=TensorProto.FLOAT),
@@ -99,7 +100,9 @@ def check_parts(model: Any, image: NDArray[Any]) -> tuple[Any, Any]:
     of = [{name for one in part.graph.node for name in one.output} for part in (network, decode)]
     assert of[0] | of[1] == {name for one in model.graph.node for name in one.output} and not of[0] & of[1]
     assert {value.name for value in decode.graph.input} <= {value.name for value in network.graph.output} | {"image"}
-    assert {value.type.tensor_type.elem_type for value in network.graph.output} == {TensorProto.FLOAT}
+    computed = {name for one in decode.graph.node if one.op_type != "Shape" for name in one.input}
+    between = {value.name: value.type.tensor_type.elem_type for value in network.graph.output}
+    assert {kind for name, kind in between.items() if name in computed} == {TensorProto.FLOAT}
     assert not any(one.op_type == "Conv" for one in decode.graph.node)
     assert not any(tensor.data_type == TensorProto.FLOAT16 for tensor in decode.graph.initializer)
     return network, decode
@@ -122,6 +125,11 @@ def test_a_convolution_of_the_distribution_belongs_to_the_network() -> None:
     network, decode = check_parts(detector(quality=True), IMAGE)
     assert kinds(network) == {"Cast", "Conv", "Relu", "Softmax"}
     assert kinds(decode) >= {"Sub", "ReduceSum", "Sigmoid"}
+
+
+def test_the_shape_of_a_tensor_that_stays_fp16() -> None:
+    network, _ = check_parts(detector(shape_of="b"), IMAGE)
+    assert {value.name for value in network.graph.output} == {"logits", "distribution", "b.fp16"}
 
 
 def test_a_graph_that_cannot_be_cut() -> None:

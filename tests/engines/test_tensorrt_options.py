@@ -15,12 +15,36 @@ import pytest
 from gfldeploy.engines import tensorrt
 from gfldeploy.engines.base import EngineOptions, Precision
 from gfldeploy.engines.nvidia_libraries import tensorrt_library
-from gfldeploy.engines.ort_tensorrt import describe_delegation, tensorrt_options
+from gfldeploy.engines.ort_engine import OnnxRuntimeEngine, cuda_options
+from gfldeploy.engines.ort_tensorrt import OnnxRuntimeTensorRtEngine, describe_delegation, tensorrt_options
 from gfldeploy.engines.paddle_engine import use_tensorrt
 from gfldeploy.engines.registry import TENSORRT_ENGINES, capability, graph_for
 from gfldeploy.engines.tensorrt import TensorRtOptions
 from gfldeploy.errors import EngineError, OutputError
 
+# The options that the libraries of onnxruntime-gpu 1.31.1 name. It refuses others, "1" for a TensorRT option that is to
+# be "True", and takes those that are given here: seen with these libraries on stand-ins for CUDA's and TensorRT's.
+TENSORRT_OPTIONS = {
+    "device_id", "has_user_compute_stream", "trt_auxiliary_streams", "trt_bf16_enable", "trt_build_heuristics_enable",
+    "trt_builder_optimization_level", "trt_context_memory_sharing_enable", "trt_cuda_graph_enable",
+    "trt_detailed_build_log", "trt_dla_core", "trt_dla_enable", "trt_dump_ep_context_model", "trt_dump_subgraphs",
+    "trt_engine_cache_enable", "trt_engine_cache_path", "trt_engine_cache_prefix", "trt_engine_decryption_enable",
+    "trt_engine_decryption_lib_path", "trt_engine_hw_compatible", "trt_ep_context_embed_mode",
+    "trt_ep_context_file_path", "trt_external_data_bytestream", "trt_external_data_bytestream_size",
+    "trt_extra_plugin_lib_paths", "trt_force_sequential_engine_build", "trt_force_timing_cache", "trt_fp16_enable",
+    "trt_int8_calibration_table_name", "trt_int8_enable", "trt_int8_use_native_calibration_table",
+    "trt_layer_norm_fp32_fallback", "trt_load_user_initializer", "trt_max_partition_iterations",
+    "trt_max_workspace_size", "trt_min_subgraph_size", "trt_onnx_bytestream", "trt_onnx_bytestream_size",
+    "trt_onnx_model_folder_path", "trt_op_types_to_exclude", "trt_preview_features", "trt_profile_max_shapes",
+    "trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_sparsity_enable", "trt_tactic_sources",
+    "trt_timing_cache_enable", "trt_timing_cache_path", "trt_weight_stripped_engine_enable",
+}  # fmt: skip
+CUDA_OPTIONS = {
+    "arena_extend_strategy", "cudnn_conv1d_pad_to_nc1d", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace",
+    "device_id", "do_copy_in_default_stream", "enable_cuda_graph", "enable_skip_layer_norm_strict_mode",
+    "fuse_conv_bias", "gpu_mem_limit", "has_user_compute_stream", "prefer_nhwc", "sdpa_kernel", "tunable_op_enable",
+    "tunable_op_max_tuning_duration_ms", "tunable_op_tuning_enable", "use_ep_level_unified_stream", "use_tf32",
+}  # fmt: skip
 OPTIONS = TensorRtOptions((1, 800, 800), (4, 800, 1216), (8, 1216, 1344), Path("cache"))
 
 
@@ -46,13 +70,20 @@ def test_tensorrt_options(precision: Precision, fp16: str, int8: str) -> None:
     assert (found["trt_timing_cache_enable"], found["trt_timing_cache_path"]) == ("True", "cache")
     # Explicit Q/DQ: a calibration table would be in its way.
     assert not any("calibration" in name for name in found)
-    # Those of the provider's documentation ("Execution Provider Options" of the TensorRT execution provider).
-    known = {
-        "trt_fp16_enable", "trt_int8_enable", "trt_max_workspace_size", "trt_min_subgraph_size",
-        "trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes", "trt_engine_cache_enable",
-        "trt_engine_cache_path", "trt_timing_cache_enable", "trt_timing_cache_path",
-    }  # fmt: skip
-    assert set(found) == known and all(isinstance(value, str) for value in found.values())
+    assert set(found) < TENSORRT_OPTIONS and all(isinstance(value, str) for value in found.values())
+    # A strongly typed network has no flags that allow precisions.
+    strong = tensorrt_options(precision, OPTIONS, Path("cache/engine"), "strong")
+    assert set(found) - set(strong) == {"trt_fp16_enable", "trt_int8_enable"} and strong.items() < found.items()
+
+
+def test_options_that_providers_have() -> None:
+    assert OnnxRuntimeTensorRtEngine.graph_option in TENSORRT_OPTIONS
+    assert OnnxRuntimeEngine.graph_option in CUDA_OPTIONS
+    assert set(cuda_options(EngineOptions(device="gpu"))) < CUDA_OPTIONS
+    assert cuda_options(EngineOptions(device="gpu"))["use_tf32"] == "0"
+    assert cuda_options(EngineOptions(device="gpu", tf32=True))["use_tf32"] == "1"
+    # TF32 in TensorRT is up to the environment alone.
+    assert not any("tf32" in name for name in TENSORRT_OPTIONS)
 
 
 class Spy:

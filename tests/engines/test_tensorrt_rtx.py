@@ -18,7 +18,7 @@ import pytest
 from demo_bundles import ROOT
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines import registry
+from gfldeploy.engines import ort_rtx, registry
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.engines.ort_rtx import OnnxRuntimeRtxEngine, compile_model, compiled_parts, load_plugin, rtx_options
@@ -69,11 +69,15 @@ def test_it_runs_the_files_that_say_each_precision() -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A machine with an RTX card, its driver, ONNX Runtime's CPU build and the plug-in; tests take away from it."""
+    """A machine with an RTX card, its driver, ONNX Runtime's CPU build and the plug-in; tests take away from it.
+
+    How the libraries of the plug-in are found is in test_nvidia_libraries.py.
+    """
     here = SimpleNamespace(gpus=((8, 9),), modules={"onnxruntime", TENSORRT_RTX.module})
     monkeypatch.setattr(registry, "nvidia_driver", lambda: "580.95.05")
     monkeypatch.setattr(registry, "compute_capabilities", lambda: here.gpus)
-    monkeypatch.setattr(registry, "_is_installed", lambda module: module in here.modules)
+    monkeypatch.setattr(registry, "obstacle_to_loading", lambda spec: None)
+    monkeypatch.setattr(registry, "is_installed", lambda module: module in here.modules)
     monkeypatch.setattr(registry, "installed_version", lambda name: "0.5.0" if "cu13" in name else None)
     return here
 
@@ -165,7 +169,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.delitem(sys.modules, TENSORRT_RTX.module, raising=False)
-    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    monkeypatch.setattr(ort_rtx, "load_libraries", lambda spec: None)  # a real plug-in, where one is installed
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # which the engine changes
     yield package
     sys.modules.pop(TENSORRT_RTX.module, None)
 
@@ -220,6 +225,14 @@ def test_a_graph_of_which_tensorrt_takes_nothing_is_not_timed_on_the_cpu(opened:
             opened(Toy(operators=("Conv", "Relu")))
 
 
+def test_a_compiled_graph_that_is_damaged(opened: Any) -> None:
+    directory = opened(Toy()).directory
+    (directory / "compiled.onnx").write_bytes(b"\x08")
+    with pytest.raises(EngineError, match=r"cannot load .*compiled\.onnx") as caught:
+        opened(Toy())
+    assert "Delete that file" in (caught.value.remedy or "")
+
+
 def test_what_runs_where(tmp_path: Path) -> None:
     toy = Toy(operators=("EPContext", "Cast", "Cast"))
     compile_model(toy, toy.SessionOptions(), Path("model.onnx"), tmp_path / "compiled.onnx", None, {})
@@ -242,8 +255,8 @@ def test_the_real_plug_in_without_a_driver_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     *_, last = done.stderr.splitlines()
     assert done.returncode == 1, done.stderr
-    assert last.startswith("gfldeploy.errors.EngineError: the TensorRT-RTX plug-in cannot be loaded: ")
-    assert "libcuda.so.1" in last
+    assert last.startswith("gfldeploy.errors.EngineError: ONNX Runtime with TensorRT-RTX cannot be loaded: ")
+    assert "libcuda.so.1 of the NVIDIA driver" in last
 
 
 @pytest.mark.slow
@@ -255,4 +268,4 @@ def test_the_real_plug_in_compiles_without_a_gpu(tiny_bundle: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = [row.split(" | ") for row in done.stdout.splitlines()[2:]]
-    assert rows and all(row[1:4] == ["sm89", "1", "0"] for row in rows), done.stdout
+    assert rows and all(row[1:5] == ["sm89", "1", "0", "0"] for row in rows), done.stdout

@@ -16,7 +16,7 @@ from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines import registry
+from gfldeploy.engines import selection
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
@@ -105,8 +105,7 @@ def test_a_deploy_file_of_another_bundle_is_refused(tiny_bundle: Path, tmp_path:
 def test_tf32_is_as_the_deploy_file_says_where_it_can_be(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "nvidia_driver", lambda: "600.1")
-    monkeypatch.setattr(registry, "installed_version", lambda name: "1.0")
+    monkeypatch.setattr(selection, "check_possible", lambda *_: None)  # as if there were a GPU
     path = write_deploy(tmp_path, tiny_bundle, tf32=True)
     choice = choose(path)
     assert choice.options.tf32 and "fp32 in TF32 on gpu" in str(choice)

@@ -126,6 +126,18 @@ def test_ends_first_then_peaks_then_the_rest(recipe: ModuleType, tmp_path: Path)
     assert jobs == [(1, False, False), (8, False, False), (1, False, True), (4, False, False), (1, True, True)]
 
 
+def test_what_fails_alone_is_not_tried_in_batches(recipe: ModuleType, tmp_path: Path) -> None:
+    single = replace(OK.cell, batch_size=1, scenario="single-stream")
+    one = session(recipe, tmp_path, time.monotonic() + 1e6, replace(OK, cell=single), OK)
+    failed = CellResult(single, "failed", f"no kernel{' for' * 200}")
+    one.known[single] = failed
+    one.run(Journal(tmp_path), tmp_path, accuracy=True)
+    assert one.results().cells == (failed, CellResult(OK.cell, "skipped", "one image at a time failed"))
+    told = recipe.summary(one.results())
+    assert "0 of 1 cells measured" in told and "one image at a time failed" in told
+    assert max(map(len, told.splitlines())) < 400
+
+
 def test_the_summary_of_results(recipe: ModuleType) -> None:
     made = sample_results()
     told = recipe.summary(replace(made, cells=(OK, *made.cells[2:])))

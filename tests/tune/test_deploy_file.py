@@ -26,7 +26,19 @@ def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
     deploy.write(path)
     assert Deploy.read(path) == deploy
     assert list(yaml.safe_load(path.read_text())) == [
-        *("schema", "created", "summary", "choice", "runner_up", "bounds", "knee", "search", "machine", "data"),
+        *(
+            "schema",
+            "created",
+            "summary",
+            "choice",
+            "runner_up",
+            "bounds",
+            "knee",
+            "search",
+            "machine",
+            "data",
+            "shapes",
+        ),
     ]
     assert deploy.bundle_path(path) == tmp_path / "new" / "models" / "int8"
 
@@ -108,6 +120,11 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         (broken(lambda data: data["choice"].update(path="/home/me/int8")), "path must be relative"),
         (broken(lambda data: data["choice"]["evidence"].update(ap=float("nan"))), "must be a finite number"),
         (broken(lambda data: data["bounds"].update(max_drop=2.0)), "max_drop must be from 0 to 1"),
+        (broken(lambda data: data.update(shapes=[[1, 64, 96]] * 17)), "shapes must be at most 16, not 17"),
+        (broken(lambda data: data.update(shapes=[[3, 64, 96]])), r"shapes must be of 1 to 2 images.*\[3, 64, 96\]"),
+        (broken(lambda data: data.update(shapes=[[1, 0, 96]])), "shapes must be of 1 to 2 images"),
+        (broken(lambda data: data.update(shapes=[[1, 64]])), r"shapes\[0\] must be a list of 3"),
+        (broken(lambda data: data.update(shapes=[[1, 64, "96"]])), r"shapes\[0\]\[2\] must be of type int"),
     ],
 )
 def test_a_bad_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -129,6 +146,10 @@ def test_it_holds_for_its_bundle_and_its_machine_alone(tiny_bundle: Path) -> Non
     assert deploy.check(bundle, machine) == ()
     with pytest.raises(BundleError, match=r"is not the bundle that was tuned, int8: .*abababababab\. Give the bundle"):
         DEPLOY.check(bundle, machine)
+    shaped = replace(deploy, shapes=((2, 64, 96), (1, 96, 32)))
+    assert shaped.check(bundle, machine) == ()
+    with pytest.raises(BundleError, match=r"makes no input of 1x65536x96 of any image\. Run `gfldeploy tune` again"):
+        replace(shaped, shapes=((2, 64, 96), (1, 65536, 96))).check(bundle, machine)
     with pytest.raises(DataError, match=r"made on another machine: CPU model \(.*, Abacus\)\. Run `gfldeploy tune`"):
         deploy.check(bundle, replace(machine, cpu="Abacus"))
     updated = replace(machine, python="9.9", packages={**machine.packages, "onnxruntime": "9.0"})

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sample_results import OK, altered, sample_results
+from recorded_progress import RecordedProgress
+from sample_results import FAILED, OK, altered, sample_results
 
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.bench.cell import BundleIdentity
@@ -38,3 +39,15 @@ def test_an_undefined_map_is_never_compared(tiny_bundle: Path, tmp_path: Path) -
     session.accuracies[fp32] = undefined
     with pytest.raises(EngineError, match="could not be measured: it is undefined"):
         session.drop(int8)
+
+
+def test_what_fails_is_told_once(tiny_bundle: Path, tmp_path: Path) -> None:
+    results, told = sample_results(), RecordedProgress()
+    runner = Runner({}, Data((), results.data, Path("data.json")), Journal(tmp_path))
+    search, settings = Search((OK.cell,), Bounds()), results.settings
+    session = _Session(search, {}, (), runner, settings, settings, True, told)
+    failed = altered(FAILED, runs=(), reason="differs from the CPU: boxes by up to 3 px")
+    for _ in range(2):
+        assert session.add(failed.cell, failed, True) is None
+    assert told.notes == ["tiny_dir: onnxruntime int8, batch 2: differs from the CPU: boxes by up to 3 px"]
+    assert session.failed() == [failed]

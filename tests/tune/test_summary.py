@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from sample_deploy import CHOICE, DEPLOY, EVIDENCE
+from sample_results import FAILED, altered
 
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.tune.deploy_file import Evidence
@@ -77,3 +78,11 @@ def test_why_the_second_is_second(passes: tuple[float, ...], median_ms: float, s
     assert text.endswith(
         "12 of 55 configurations were measured on 2026-01-01; the figures hold for this machine and bundle only."
     )
+
+
+def test_what_failed_is_named_with_the_reason() -> None:
+    reason = "differs from the CPU: boxes by up to 3 px (allowed 0.1)"
+    failed = [altered(FAILED, batch_size=size, runs=(), reason=reason) for size in (1, 2)]
+    assert "Left out" not in summarize(DEPLOY, FOUND, FOUND)
+    text = summarize(DEPLOY, FOUND, FOUND, [*failed, altered(FAILED, engine="paddle", runs=())])
+    assert f"Left out: onnxruntime int8, batch 1, 2: {reason}. Left out: paddle int8, batch 2: it crashed." in text

@@ -38,6 +38,10 @@ KEPT_SHAPES = 4
 _SPARES = 2  # for each: `upload` is one batch ahead
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
 _GRAPH_ID = ("gpu_graph_id", "1")
+# Held by who captures a graph, and by who copies to the device or takes memory of CUDA's: CUDA ends the capture of one
+# thread when another does that.
+_CAPTURING = threading.RLock()
+_MISTAKES = (AttributeError, NameError, TypeError)  # in this code: no reason to run without a graph
 
 Key = tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -89,22 +93,23 @@ class BoundSessions:
         cuda_graph: bool = False,
     ) -> None:
         self._ort = ort
-        self._open = open_sessions
+        self._opener = open_sessions
         self._device = device
         self._outputs = outputs
         self._bound: OrderedDict[Key, _Bound] = OrderedDict()
         self._memory = threading.Lock()  # held to look at or change `_bound` and its spares
-        self._capturing = threading.Lock()  # CUDA ends a capture in which another thread copies
         self._graph_thread: ThreadPoolExecutor | None = None
         self._sessions: Sequence[Any] = ()
         self.no_graph: str | None = None
         if cuda_graph:
             try:
-                self._sessions = open_sessions(True)
+                self._sessions = self._open(True)
                 self._graph_thread = ThreadPoolExecutor(1, "gfldeploy-cuda-graph")
-            except Exception as error:  # noqa: BLE001 - any other mistake shows again without a graph
+            except _MISTAKES:
+                raise
+            except Exception as error:  # noqa: BLE001 - what else is wrong shows again without a graph
                 self.no_graph = summary(error)
-        self._sessions = self._sessions or open_sessions(False)
+        self._sessions = self._sessions or self._open(False)
 
     @property
     def shapes(self) -> int:
@@ -140,6 +145,8 @@ class BoundSessions:
             return self._infer(key, inputs)
         try:
             return self._graph_thread.submit(self._infer, key, inputs).result()
+        except _MISTAKES:
+            raise
         except Exception as error:  # noqa: BLE001 - raised below, unless it was the graph that failed
             self._give_up_graph(summary(error))
             return self._infer(key, inputs)
@@ -151,17 +158,14 @@ class BoundSessions:
         with self._memory:
             bound = self._bound.get(_key(inputs))
             values = bound.spares.pop() if bound and bound.spares else None
-        with self._capturing:
+        with _CAPTURING:
             values = values or self._allocate(inputs)
             _copy(inputs, values)
         return Uploaded(inputs, values)
 
-    def host_array(self, values: int) -> NDArray[np.float32]:
-        """Memory for inputs: pinned on a GPU, which then reads it directly, if there is enough; else plain."""
-        if self._device == "cpu":
-            return np.empty(values, np.float32)
-        with self._capturing:
-            return pinned_array(values)
+    def _open(self, cuda_graph: bool) -> Sequence[Any]:
+        with _CAPTURING:
+            return self._opener(cuda_graph)
 
     def _give_up_graph(self, why: str) -> None:
         """Open the sessions anew: some versions replay a captured graph whatever the inputs are."""
@@ -178,7 +182,7 @@ class BoundSessions:
         start = time.perf_counter()
         bound = self._bound.get(key)
         try:
-            with nullcontext() if bound or not self.uses_graph else self._capturing:
+            with nullcontext() if bound or not self.uses_graph else _CAPTURING:
                 bound = bound or self._bind(inputs)
                 self._fill(bound, inputs)
                 copied = time.perf_counter()
@@ -265,8 +269,11 @@ def pinned_array(values: int) -> NDArray[np.float32]:
     address = ctypes.c_void_p()
     runtime = _cuda_runtime()
     size = values * np.dtype(np.float32).itemsize
-    if runtime is None or not size or runtime.cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(size), 0):
+    if runtime is None or not size:
         return np.empty(values, np.float32)
+    with _CAPTURING:
+        if runtime.cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(size), 0):
+            return np.empty(values, np.float32)
     memory = (ctypes.c_float * values).from_address(address.value or 0)
     weakref.finalize(memory, runtime.cudaFreeHost, address).atexit = False  # CUDA frees it all then
     return np.frombuffer(memoryview(memory), np.float32)

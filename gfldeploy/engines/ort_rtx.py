@@ -41,7 +41,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt-rtx"
-    graph_option = None  # the plug-in has one; without a GPU nobody can tell what it does
+    graph_options: Mapping[str, str] = {}  # the plug-in has one; without a GPU nobody can tell what it does
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph, compiled if it is not yet. Raises `MissingDependencyError`, `BundleError`, `OutputError` or

@@ -50,9 +50,6 @@ class SimulatedGpu(OnnxRuntimeEngine):
     def _choose_providers(self, bundle: Bundle) -> Providers:
         return [(PROVIDERS["cpu"], {})]
 
-    def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:
-        return super()._open_on_gpu(False)
-
 
 def settings() -> Iterator[Any]:
     """Every engine and precision for GPUs, and what runs without one."""
@@ -253,12 +250,52 @@ def test_a_cuda_graph_gives_the_same(setting: Setting) -> None:
             assert setting.right([engine.infer({"image": one})], [expected]) == []
         if setting.device == "gpu" and setting.engine in WITH_GRAPH:
             assert engine.cuda_graph == "a CUDA graph"
+        graph = engine.cuda_graph
         if setting.engine in ENGINES and ENGINES[setting.engine].needs_shapes:
             return  # another shape means another engine
         found = engine.infer({"image": setting.inputs[other]})
         assert setting.right([found], [setting.expected[other]]) == []
         assert setting.right([engine.infer({"image": same[0][0]})], [same[0][1]]) == []
-        assert engine.cuda_graph != "a CUDA graph"
+        assert engine.cuda_graph == graph, "the other shape has sessions without one"
+
+
+def test_two_shapes_have_a_session_each(setting: Setting) -> None:
+    if setting.engine not in WITH_GRAPH or setting.device == "cpu":
+        pytest.skip("the engine has no CUDA graphs")
+    pairs = list(zip(setting.inputs, setting.expected, strict=True))
+    two = list(dict.fromkeys(one.shape for one in setting.inputs))[:2]
+    with setting.open(*((1, *shape[2:]) for shape in two)) as engine:
+        for one, expected in [pair for pair in pairs * 2 if pair[0].shape in two]:
+            assert setting.right([engine.infer(engine.upload({"image": one}))], [expected]) == []
+        assert engine.cuda_graph == "2 x a CUDA graph"
+
+
+def test_without_room_for_several_sessions_there_is_one(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
+    with OnnxRuntimeEngine(Bundle.open(tiny_bundle), EngineOptions(), "onnx") as reference:
+        expected = reference.infer({"image": image})
+    options = EngineOptions(device="gpu", shapes=((1, 64, 96), (1, 96, 64)))
+    with SimulatedGpu(Bundle.open(tiny_bundle), options, "onnx") as engine:
+        of_its_own = engine._on_gpu[1, 64, 96]
+
+        def no_room(*_: object) -> None:
+            raise RuntimeError("CUDA error: out of memory")
+
+        monkeypatch.setattr(of_its_own, "infer_timed", no_room)
+        for _ in range(2):
+            found = engine.infer({"image": image})
+            assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert engine.cuda_graph == "no CUDA graph: CUDA error: out of memory"
+        assert list(engine._on_gpu) == [None]
+
+
+def test_an_input_that_is_wrong_costs_no_graph(tiny_bundle: Path) -> None:
+    options = EngineOptions(device="gpu", shapes=((1, 64, 96),))
+    with SimulatedGpu(Bundle.open(tiny_bundle), options, "onnx") as engine:
+        engine.infer({"image": np.zeros((1, 3, 64, 96), np.float32)})
+        with pytest.raises(EngineError):
+            engine.infer({"image": np.zeros((1, 4, 64, 96), np.float32)})
+        assert engine.cuda_graph == "a CUDA graph"
 
 
 def test_what_ran_is_said(setting: Setting, engine: Engine) -> None:

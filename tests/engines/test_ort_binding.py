@@ -12,9 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.engines import ort_binding
-from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.ort_binding import KEPT_SHAPES, BoundSessions, pinned_array
-from gfldeploy.engines.ort_engine import cuda_options
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -266,11 +264,3 @@ def test_without_cuda_host_memory_is_plain() -> None:
     array[:] = 3
     assert array.dtype == np.float32 and array.shape == (12,) and array.sum() == 36
     assert pinned_array(0).size == 0
-
-
-def test_cuda_options() -> None:
-    uniform, several = ((1, 64, 96), (1, 64, 96)), ((1, 64, 96), (1, 96, 64))
-    assert cuda_options(EngineOptions(device="gpu")) == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    assert cuda_options(EngineOptions(device="gpu", tf32=True))["use_tf32"] == "1"
-    assert cuda_options(EngineOptions(device="gpu", shapes=uniform))["cudnn_conv_algo_search"] == "EXHAUSTIVE"
-    assert cuda_options(EngineOptions(device="gpu", shapes=several))["cudnn_conv_algo_search"] == "HEURISTIC"

@@ -20,6 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.bench.cpu_parity import measure_parity
+from gfldeploy.bench.inputs import Batch, Formed, placed
+from gfldeploy.bench.timing import HostMemory, time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines import ort_binding, ort_engine
 from gfldeploy.engines.base import PRECISIONS, Device, Engine, EngineOptions, Obstacle, Precision, Shape
@@ -196,6 +198,17 @@ def test_host_memory_is_pinned(setting: Setting, engine: Engine) -> None:
     if setting.on_gpu and setting.engine.startswith("onnxruntime") and runtime is not None:
         flags = ctypes.c_uint()
         assert runtime.cudaHostGetFlags(ctypes.byref(flags), ctypes.c_void_p(memory.ctypes.data)) == 0
+
+
+def test_the_memory_of_a_benchmark_is_used_again_on_a_gpu(setting: Setting, engine: Engine) -> None:
+    memory = HostMemory(engine)
+    tensor, _ = setting.bundle.manifest.preprocess.batch_of([read_image(setting.images[0])], memory)
+    assert np.array_equal(tensor, setting.inputs[0])
+    assert np.shares_memory(memory(tensor.size), tensor) == (setting.device == "gpu")
+    time_batch(engine, setting.images[:2], setting.bundle, memory)
+    batch = Batch(setting.inputs[0], (0,), Formed(setting.inputs[0].shape, 0, False))
+    there = placed(batch, engine).tensor
+    assert np.array_equal(there, batch.tensor) and (there is batch.tensor) == (setting.device == "cpu")
 
 
 def used_mb(on_gpu: bool) -> float:

@@ -148,6 +148,19 @@ def test_sessions_one_after_the_other(model: Path, tmp_path: Path) -> None:
         assert equal(found, run(model, inputs))
 
 
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this package has CUDA's memory")
+def test_without_memory_of_the_device_onnx_runtime_copies_by_itself(model: Path, tmp_path: Path) -> None:
+    for models in ([model], cut(model, tmp_path)):
+        sessions = BoundSessions(ort, lambda graph, models=models: opened(*models), "cuda", OUTPUTS, cuda_graph=True)  # type: ignore[misc]
+        for number, shape in enumerate(SHAPES[:2]):
+            inputs = image(shape, number)
+            found, times = sessions.infer_timed(sessions.upload(inputs))
+            assert equal(found, run(model, inputs)) and times.inference_ms > 0
+        assert (sessions.graph_note or "").startswith(
+            "nothing bound on the GPU: Can't allocate memory on the CUDA device"
+        )
+
+
 # --- CUDA graphs, as far as a CPU can tell ----------------------------------------------------------------------------
 
 

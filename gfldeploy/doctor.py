@@ -12,7 +12,7 @@ from typing import Any
 from gfldeploy.engines.base import Device, Obstacle, installed_version, is_installed, remedy_sentence
 from gfldeploy.engines.dependencies import TOOL_CHAINS, install_command
 from gfldeploy.engines.hardware import nvidia_driver
-from gfldeploy.engines.nvidia_libraries import old_driver
+from gfldeploy.engines.nvidia_libraries import doubt
 from gfldeploy.engines.registry import (
     BROKEN_PLUGINS,
     ENGINES,
@@ -67,7 +67,7 @@ def diagnose() -> Diagnosis:
 
 
 def gpu_warnings(found: Iterable[Capability]) -> tuple[str, ...]:
-    """Why engines whose packages for GPUs are installed do not work on this machine's, each reason once."""
+    """Why engines whose packages for GPUs are installed do not work here, or may not, each reason once."""
     if nvidia_driver() is None:
         return ()
     engines: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
@@ -78,8 +78,8 @@ def gpu_warnings(found: Iterable[Capability]) -> tuple[str, ...]:
             continue
         if one.reason and one.remedy:
             engines[one.reason, one.remedy][one.engine] = None
-        elif old := old_driver(spec):
-            engines[old][one.engine] = None
+        elif doubtful := doubt(spec):
+            engines[doubtful][one.engine] = None
     return tuple(
         f"{', '.join(names)}: {reason}. {remedy_sentence(remedy)}" for (reason, remedy), names in engines.items()
     )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
-from gfldeploy.bench.cpu_parity import compare_with_cpu, write_reference
+from gfldeploy.bench.cpu_parity import compare_with_cpu, open_reference, write_reference
 from gfldeploy.bench.inputs import make_batches, padding_ratio, placed, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
@@ -163,10 +163,11 @@ def _reference(task: Task) -> CpuOutputs:
     preprocess = bundle.manifest.preprocess
     batches = make_batches(prepare_images(task.images, preprocess), preprocess, cell.batch_size, cell.order)
     fixed = bundle.manifest.inputs[0].shape[0] is not None
-    with _open(cell, bundle, (), None) as engine:
+    engine, by = open_reference(cell.engine, bundle, cell.threads)
+    with engine:
         assert task.reference is not None
         write_reference(task.reference, engine, batches, fixed)
-        return CpuOutputs(f"{cell.engine} {engine.version} {cell.precision} on the CPU")
+    return CpuOutputs(by)
 
 
 def _open(cell: Cell, bundle: Bundle, shapes: Iterable[Shape], cache: Path | None) -> Engine:

@@ -185,6 +185,8 @@ class OnnxRuntimeEngine(Engine):
         (first, options), *others = providers or self._providers
         if cuda_graph:
             options = {**options, **self.graph_options}
+        if first not in self._ort.get_available_providers():
+            raise self._without(first, "has no")
         with self._explained(f"cannot load {self._model}"):
             # Its own fallback would run on the CPU, without an error, what fails on the GPU.
             session = self._ort.InferenceSession(
@@ -193,10 +195,12 @@ class OnnxRuntimeEngine(Engine):
         used = session.get_providers()[0]
         if used != first:
             # Without this, a machine whose CUDA libraries are missing silently measures its CPU.
-            why = why_not_loaded(ENGINES[self.name])
-            problem = f"ONNX Runtime fell back to {used} instead of {first}: {why.reason}"
-            raise EngineError(problem, remedy_sentence(why.remedy))
+            raise self._without(first, f"fell back to {used} instead of")
         return session
+
+    def _without(self, provider: str, what: str) -> EngineError:
+        why = why_not_loaded(ENGINES[self.name])
+        return EngineError(f"ONNX Runtime {what} {provider}: {why.reason}", remedy_sentence(why.remedy))
 
     def _choose_providers(self, bundle: Bundle) -> Providers:
         """The execution providers with their options, the one that must not be missing first."""

@@ -14,6 +14,7 @@ from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.report.plots import Plot, plots
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
+from gfldeploy.engines.base import with_tf32
 from gfldeploy.engines.registry import title_of
 from gfldeploy.files import StrPath, check_file, write_text
 from gfldeploy.machine import Machine
@@ -135,13 +136,15 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 def _named(row: Row) -> str:
     cell = row.cell
-    model = f"{title_of(cell.engine)} {cell.precision.upper()}{' in TF32' if cell.tf32 else ''}"
+    model = f"{title_of(cell.engine)} {with_tf32(cell.precision.upper(), cell.tf32)}"
     return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
 
 
 def _speed(row: Row) -> str:
     speed = row.images_per_s if row.file_images_per_s is None else row.file_images_per_s
-    return f"{title_of(row.cell.engine)} {row.cell.precision.upper()} {text_of(speed)} images/s"
+    return (
+        f"{title_of(row.cell.engine)} {with_tf32(row.cell.precision.upper(), row.cell.tf32)} {text_of(speed)} images/s"
+    )
 
 
 def _figures(row: Row) -> str:

@@ -12,6 +12,7 @@ has not run on a GPU.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,11 @@ _COMPILED = "compiled.onnx"  # the graph with TensorRT-RTX's engine inside
 _KERNELS = "kernels"  # those that TensorRT-RTX compiles for the card when they first run
 
 
+def _told(error: Exception) -> str:
+    """What the plug-in says, without the places and codes that ONNX Runtime puts before it."""
+    return summary(RuntimeError(re.sub(r".*\] : \d+ : [A-Z_]+ : ", "", str(error), flags=re.DOTALL).rstrip("; ")))
+
+
 class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     """ONNX Runtime with the TensorRT-RTX plug-in; what that does not take runs on the CPU.
 
@@ -44,6 +50,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     name = "onnxruntime-tensorrt-rtx"
     graph_options: Mapping[str, str] = {"enable_cuda_graph": "1"}
     own_sessions = 1
+    _detail = staticmethod(_told)
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph, compiled if it is not yet. Raises `MissingDependencyError`, `BundleError`, `OutputError` or
@@ -90,7 +97,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
             raise
         except Exception as error:
             remedy = "Check the GPU and its driver. Delete that file to have it compiled again."
-            raise EngineError(f"{self.title} cannot load {self._compiled}: {summary(error)}", remedy) from error
+            raise EngineError(f"{self.title} cannot load {self._compiled}: {_told(error)}", remedy) from error
         if (used := session.get_providers()[0]) != provider:
             raise EngineError(f"ONNX Runtime fell back to {used}", "Check the GPU and its driver.")
         return [session]
@@ -122,7 +129,7 @@ def load_plugin(ort: Any) -> Plugin:
         ort.register_execution_provider_library(provider, str(library))
     except Exception as error:
         remedy = "Check the NVIDIA driver; in a container, start it with access to the GPUs."
-        raise EngineError(f"the TensorRT-RTX plug-in cannot be loaded: {summary(error)}", remedy) from error
+        raise EngineError(f"the TensorRT-RTX plug-in cannot be loaded: {_told(error)}", remedy) from error
     device = next((one for one in ort.get_ep_devices() if one.ep_name == provider), None)
     if device is None:
         problem = "the TensorRT-RTX plug-in finds no GPU that it runs on: an RTX 30, 40, 50 or newer"

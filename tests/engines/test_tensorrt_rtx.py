@@ -200,7 +200,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("toy", "said"),
     [
-        (Toy(error="libcuda.so.1: cannot open shared object file"), "cannot be loaded: libcuda.so.1: cannot open"),
+        (
+            Toy(error="/src/ep.cc:393 Create() [ONNXRuntimeError] : 1 : FAIL : CUDA failure 100: no device"),
+            "cannot be loaded: CUDA failure 100: no device",
+        ),
         (Toy(devices=[]), "finds no GPU that it runs on"),
         (Toy(devices=[card(1)]), "not run on the first GPU, but on number 1"),
     ],

@@ -11,6 +11,7 @@ from string import Template
 from gfldeploy.bench.cell import several_bundles
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
+from gfldeploy.bench.limits import network_limits
 from gfldeploy.bench.report.plots import Plot, plots
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
@@ -109,6 +110,8 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
         yield f"Highest throughput: {_named(fastest)}: {_figures(fastest)}."
     else:
         yield f"Highest throughput from file to boxes: {_named(fastest)}: {_figures(fastest)}."
+    if fastest.cell.device == "gpu" and (reasons := network_limits(fastest)):
+        yield f"What limits its network: {'; '.join(reasons)}."
     engines: dict[str, Row] = {}
     for row in best:
         engines.setdefault(row.cell.engine, row)

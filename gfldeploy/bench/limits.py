@@ -114,6 +114,16 @@ def explain(rows: Sequence[Row]) -> list[str]:
     return told
 
 
+def explain_padding(rows: Sequence[Row]) -> list[str]:
+    """For each engine and precision, what padding to a common size costs, where both orders were measured."""
+    cells = [row.cell for row in rows]
+    told = []
+    for setup in dict.fromkeys(map(alone, cells)):
+        mine = [row for row in rows if row.ok and not row.is_server and row.images_per_s and alone(row.cell) == setup]
+        told += [f"{setup.setup(cells)}: {one}" for one in _padding(line(mine, "bucketed"), line(mine, "listed"))]
+    return told
+
+
 def alone(cell: Cell) -> Cell:
     """The cell of one image at a time with the same engine, precision, device, threads and bundle."""
     return replace(cell, batch_size=1, order="listed", scenario="single-stream", rate=None, policy=None)

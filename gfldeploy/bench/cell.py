@@ -57,7 +57,8 @@ class Cell:
     `threads`: CPU threads of one inference. `order`: "listed" (batches of the images in their order) or "bucketed"
     (batches of images of one size), which takes all images at once: the offline scenario. `rate`: images arriving a
     second, and `policy`: how they become batches, in the server scenario alone; its `batch_size` is the largest that
-    the policy may form. `tf32`: FP32 on a GPU may multiply in TF32 (`EngineOptions`).
+    the policy may form. `tf32`: FP32 on a GPU may multiply in TF32 (`EngineOptions`). `streams`: inferences at once
+    from one engine; the offline scenario alone has several, since in the others each waits for the one before.
     """
 
     bundle: BundleIdentity
@@ -71,13 +72,16 @@ class Cell:
     rate: float | None = None
     policy: ServerPolicy | None = None
     tf32: bool = False
+    streams: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
-        if self.batch_size < 1 or self.threads < 1:
-            raise ValueError("batch_size and threads must be at least 1")
+        if self.batch_size < 1 or self.threads < 1 or self.streams < 1:
+            raise ValueError("batch_size, threads and streams must be at least 1")
+        if self.streams > 1 and self.scenario != "offline":
+            raise ValueError("only the offline scenario has several inferences at once")
         if self.tf32 and (self.precision, self.device) != ("fp32", "gpu"):
             raise ValueError("only FP32 on a GPU may multiply in TF32")
         if not suits(self.scenario, self.batch_size):
@@ -99,7 +103,8 @@ class Cell:
         return f"{self.setup(among)}, batch {self.batch_size}{self.load}"
 
     def setup(self, among: Iterable[Cell] = ()) -> str:
-        """Engine and precision, TF32 included; the device, threads and bundle where the cells `among` differ in them.
+        """Engine and precision, TF32 included, and several streams; the device, threads and bundle where the cells
+        `among` differ in them.
 
         The bundle is named where an engine runs several in one precision.
         """
@@ -109,6 +114,8 @@ class Cell:
             parts.append(f"on {self.device}")
         if len({cell.threads for cell in cells}) > 1:
             parts.append(f"with {self.threads} thread{'s' if self.threads > 1 else ''}")
+        if self.streams > 1:
+            parts.append(f"in {self.streams} streams")
         if several_bundles(cells):
             parts.append(f"of {self.bundle.directory}")
         return " ".join(parts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import fmean
 
 from gfldeploy.batching.buckets import Order
-from gfldeploy.bench.cell import Cell
+from gfldeploy.bench.cell import Cell, Scenario
 from gfldeploy.bench.table import Row
 from gfldeploy.bench.timing import Stages
 
@@ -126,8 +126,9 @@ def explain_padding(rows: Sequence[Row]) -> list[str]:
 
 
 def alone(cell: Cell) -> Cell:
-    """The cell of one image at a time with the same engine, precision, device, threads and bundle."""
-    return replace(cell, batch_size=1, order="listed", scenario="single-stream", rate=None, policy=None)
+    """The cell of batches of 1 with the same engine, precision, device, threads, streams and bundle."""
+    scenario: Scenario = "single-stream" if cell.streams == 1 else "offline"
+    return replace(cell, batch_size=1, order="listed", scenario=scenario, rate=None, policy=None)
 
 
 def line(rows: Sequence[Row], order: Order) -> list[Row]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from gfldeploy.bench.cell import POLICIES, STREAMS, BundleIdentity, Cell, Scenario, ServerPolicy, forms, names, suits
 from gfldeploy.bench.results import CellResult
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, Precision, check_tf32
-from gfldeploy.engines.registry import capability, check_bundle, missing_graph
+from gfldeploy.engines.base import Device, Obstacle, Precision, check_tf32, oversubscribed
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import ENGINES, capability, check_bundle, missing_graph
 
 
 @dataclass(frozen=True)
@@ -39,29 +40,33 @@ def plan(
     precisions: Sequence[Precision],
     batch_sizes: Sequence[int],
     device: Device,
-    threads: int,
+    threads: int | None,
     scenarios: Sequence[Scenario] = STREAMS,
     rates: Sequence[float] = (),
     policies: Sequence[ServerPolicy] = POLICIES,
     tf32: bool = False,
+    streams: Sequence[int] = (1,),
 ) -> Plan:
     """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
     single-stream and with no-batching, others with multi-stream and with the other policies.
 
     When some of the bundles fit a precision, the others are not mentioned: of an FP32 and an INT8 bundle each runs in
-    its own precisions. `tf32`: of those in FP32. Raises `UnsupportedError` for an unknown engine, and where nothing has
-    TF32.
+    its own precisions. `tf32`: of those in FP32. `streams`: of the offline scenario; the others have one. `threads`: of
+    one inference; None: the usable CPUs, shared by the streams. Raises `UnsupportedError` for an unknown engine, and
+    where nothing has TF32.
     """
     if tf32:
         check_tf32(precisions, device)
     cells: list[Cell] = []
     skipped: list[CellResult] = []
-    loads: list[tuple[int, Scenario, float | None, ServerPolicy | None]] = []
+    loads: list[tuple[int, Scenario, float | None, ServerPolicy | None, int]] = []
     for size, scenario in product(batch_sizes, scenarios):
         if scenario == "server":
-            loads += [(size, scenario, rate, one) for rate, one in product(rates, policies) if forms(one, size)]
+            loads += [(size, scenario, rate, one, 1) for rate, one in product(rates, policies) if forms(one, size)]
+        elif scenario == "offline":
+            loads += [(size, scenario, None, None, count) for count in streams]
         elif suits(scenario, size):
-            loads.append((size, scenario, None, None))
+            loads.append((size, scenario, None, None, 1))
     identities = {BundleIdentity.of(bundle): bundle for bundle in bundles}
     for engine, precision in product(engines, precisions):
         able = capability(engine, precision, device)
@@ -74,25 +79,33 @@ def plan(
                 problem = f"no {'INT8' if precision == 'int8' else 'FP32'} bundle was given", misfit[1]
             else:
                 problem = missing_graph(bundle, engine, precision, device)
-            for batch_size, scenario, rate, policy in loads:
+            for batch_size, scenario, rate, policy, count in loads:
                 cell = Cell(
                     bundle=identity,
                     engine=engine,
                     precision=precision,
                     device=device,
-                    threads=threads,
+                    threads=max(usable_threads() // count, 1) if threads is None else threads,
                     batch_size=batch_size,
                     order="bucketed" if scenario == "offline" else "listed",
                     scenario=scenario,
                     rate=rate,
                     policy=policy,
                     tf32=tf32 and precision == "fp32",
+                    streams=count,
                 )
-                if found := problem or _fixed_batch(bundle, cell):
+                if found := problem or _fixed_batch(bundle, cell) or _several_streams(cell):
                     skipped.append(CellResult(cell, "skipped", *found))
                 else:
                     cells.append(cell)
     return Plan(tuple(cells), tuple(skipped), {one: bundle.directory for one, bundle in identities.items()})
+
+
+def _several_streams(cell: Cell) -> Obstacle | None:
+    """Why the engine does not run so many inferences at once here."""
+    if cell.streams == 1:
+        return None
+    return ENGINES[cell.engine].obstacle_to_streams(cell.device) or oversubscribed(cell.streams, cell.threads)
 
 
 def _fixed_batch(bundle: Bundle, cell: Cell) -> tuple[str, str] | None:

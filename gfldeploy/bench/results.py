@@ -200,8 +200,8 @@ class CellResult:
     `status` ok: it was measured, once in each round (`runs`); failed: the process of a round failed for the `reason`,
     `runs` are the earlier rounds; skipped: it cannot run here. `accuracy`, of the cell's bundle, engine, precision and
     device, is None where it was not measured; had it been asked for, `accuracy_reason` says why. `cost` is None where
-    it could not be counted. `peak`: of the cell's engine, precision, device and threads; None where it was not asked
-    for.
+    it could not be counted. `peak`: of the cell's engine, precision and device, with all its threads in one inference;
+    None where it was not asked for.
     """
 
     cell: Cell

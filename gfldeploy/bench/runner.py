@@ -209,6 +209,7 @@ class Runner:
             device="cpu",
             threads=usable_threads(),
             tf32=False,
+            streams=1,
         )
         if cell.scenario == "server":  # which is compared in one of the batches of the other scenarios
             alike = replace(alike, scenario=STREAMS[cell.batch_size > 1], rate=None, policy=None)
@@ -260,8 +261,19 @@ def duration(seconds: float) -> str:
 
 
 def _needs(cell: Cell, rounds: int, accuracy: bool, peak: bool) -> list[_Step]:
-    """The steps of a cell. Neither mAP nor a peak depends on the load, nor a peak on the bundle."""
-    alone = replace(cell, batch_size=1, order="listed", scenario="single-stream", rate=None, policy=None)
+    """The steps of a cell. Neither mAP nor a peak depends on the load, nor a peak on the bundle: they are of all the
+    threads that it has, in one inference."""
+    threads = cell.threads * cell.streams
+    alone = replace(
+        cell,
+        batch_size=1,
+        order="listed",
+        scenario="single-stream",
+        rate=None,
+        policy=None,
+        threads=threads,
+        streams=1,
+    )
     steps = [_Step("timing", cell, number) for number in range(rounds)]
     steps += [_Step("accuracy", alone)] if accuracy else []
     return steps + ([_Step("peak", replace(alone, bundle=_NO_BUNDLE))] if peak else [])

@@ -21,7 +21,6 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import Limits
 from gfldeploy.engines.base import PRECISIONS, Device, Precision, installed_version, remedy_sentence
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import (
     DEFAULT_ENGINES,
     ENGINES,
@@ -61,6 +60,7 @@ def benchmark(
     device: Device = "cpu",
     tf32: bool = False,
     threads: int | None = None,
+    streams: Sequence[int] = (1,),
     rounds: int = 3,
     min_seconds: float = 2.0,
     min_count: int = 10,
@@ -94,7 +94,8 @@ def benchmark(
         trt: Add the engines of TensorRT, and run on the GPU.
         device: "cpu" or "gpu".
         tf32: Let FP32 on the GPU multiply in TF32.
-        threads: CPU threads of one inference; by default all.
+        threads: CPU threads of one inference; by default all, shared by the streams.
+        streams: The numbers of inferences at once to measure in the offline scenario, from one engine.
         rounds: Every cell runs once in each round.
         min_seconds: Time each cell for at least this long in each round.
         min_count: Time at least this number of inferences in each round.
@@ -130,6 +131,8 @@ def benchmark(
         engines, device = tuple(dict.fromkeys((*engines, *TENSORRT_ENGINES))), "gpu"
     if ("server" in scenarios) != bool(rates):
         raise UsageError("the server scenario needs --rates, and --rates needs the server scenario")
+    if max(streams, default=1) > 1 and "offline" not in scenarios:
+        raise UsageError("several --streams are of the offline scenario", "Add offline to --scenarios.")
     if rates and latency_bound_ms is None:
         raise UsageError("the server scenario needs --latency-bound-ms")
     if max_seconds is not None and max_seconds < min_seconds:
@@ -155,8 +158,7 @@ def benchmark(
         accuracy_limit=accuracy_limit,
         bundles=opened,
     )
-    threads = usable_threads() if threads is None else threads
-    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies, tf32)
+    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies, tf32, streams)
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:
         raise nothing_to_run(planned)

@@ -109,8 +109,8 @@ class Row:
 
     @cached_property
     def file_images_per_s(self) -> float | None:
-        """Images a second from file to boxes."""
-        seconds = sum(self.result.file_ms) / 1e3 if self.ok else 0
+        """Images a second from file to boxes, while all streams are at work."""
+        seconds = sum(self.result.file_ms) / 1e3 / self.cell.streams if self.ok else 0
         return len(self.result.file_ms) * self.cell.batch_size / seconds if seconds > 0 else None
 
     def latency_ms(self, percent: int = 50) -> Estimate | None:
@@ -295,7 +295,9 @@ def rows(results: BenchResults) -> list[Row]:
 
 
 def best_of_each(shown: Sequence[Row]) -> list[Row]:
-    """The best of the cells that differ in batch size, order and scenario alone; the fastest first.
+    """The best of the cells that differ in batch size, order, streams and scenario alone; the fastest first.
+
+    Those of several streams are compared with others that have as many threads in all.
 
     The best is that with most images a second from file to boxes; of the network alone where none of the rows has that.
     Servers are left out: they are compared by what they answer in time.
@@ -304,7 +306,8 @@ def best_of_each(shown: Sequence[Row]) -> list[Row]:
     for row in shown:
         if not row.ok or row.is_server:
             continue
-        key = replace(row.cell, batch_size=1, order="listed", scenario="single-stream")
+        threads = row.cell.threads * row.cell.streams
+        key = replace(row.cell, batch_size=1, order="listed", scenario="single-stream", threads=threads, streams=1)
         if key not in best or _speed(row) > _speed(best[key]):
             best[key] = row
     return sorted(best.values(), key=_speed, reverse=True)
@@ -404,6 +407,7 @@ COLUMNS: list[Column[Row]] = [
     Column("bundle", "bundle", lambda row: row.cell.bundle.directory, words=True, drop=7, constant=True, first=True),
     Column("device", "device", lambda row: row.cell.device, words=True, constant=True, first=True),
     Column("threads", "threads", lambda row: row.cell.threads, constant=True, first=True),
+    Column("streams", "streams", lambda row: row.cell.streams, constant=True, first=True),
     Column("scenario", "scenario", _scenario, words=True, constant=True, first=True),
     Column("rate_per_s", "arriving/s", _rate, constant=True),
     Column("policy", "policy", lambda row: row.cell.policy, words=True),

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import postprocess
-from gfldeploy.engines.base import Engine
+from gfldeploy.engines.base import ClosesOnExit, Engine
 from gfldeploy.images.decode import read_image
 
+T = TypeVar("T")
 # How many windows the samples are cut into, the latest of which must agree.
 _WINDOWS = 5
 
@@ -65,13 +69,14 @@ class Settings:
 class Samples:
     """One timed run, raw.
 
-    `latency_ms`: in the order of completion. Of each query, a batch of `batch_size` images; in the server scenario of
-    each image served, from its arrival to the end of its batch. `warmup_ms`: of the inferences before them, which count
-    for nothing. `batch_size`: images in each inference, at most that many in the server scenario. `images`: completed
-    ones. `wall_s`: seconds from the start of the first timed inference (server: of the arrivals) to the end of the
-    last. `stable`: whether the run ended because the samples had become stable, rather than because time was up
-    (server: whether it kept up with the arrivals). `energy_j`: joules that the GPU's board took in `wall_s`, idle power
-    included; None where that is not known.
+    `latency_ms`: in the order of completion, those of several streams together. Of each query, a batch of `batch_size`
+    images; in the server scenario of each image served, from its arrival to the end of its batch. `warmup_ms`: of the
+    inferences before them, which count for nothing. `batch_size`: images in each inference, at most that many in the
+    server scenario. `images`: completed ones. `wall_s`: seconds from the start of the first timed inference (server: of
+    the arrivals) to the end of the last; of several streams, the mean of theirs. `stable`: whether the run ended
+    because the samples had become stable, rather than because time was up (server: whether it kept up with the
+    arrivals). `energy_j`: joules that the GPU's board took in `wall_s`, idle power included; None where that is not
+    known.
     """
 
     latency_ms: tuple[float, ...]
@@ -96,7 +101,8 @@ class Stages:
     """Milliseconds of whole batches, from file to boxes, batch after batch: the k-th of each is the k-th batch.
 
     They are the batches of the network alone, in whole passes; nothing overlaps, so that they say how long a batch
-    takes, and images a second one batch after the other: `predict`, which decodes the next meanwhile, may do more.
+    takes, and images a second one batch after the other: `predict`, which decodes the next meanwhile, may do more. Each
+    of several streams does one batch after the other.
 
     `decode_ms` (from the file), `preprocess_ms` (resize, normalise, pad, collate), `input_copy_ms` (host to device),
     `inference_ms`, `output_copy_ms` (device to host), `postprocess_ms` (NMS), and `end_to_end_ms` around all of them.
@@ -134,7 +140,7 @@ def measure(
     settings: Settings,
     energy_j: Callable[[], float | None] = lambda: None,
 ) -> Samples:
-    """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N, one after the other.
+    """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N, one after the other in each stream.
 
     `energy_j`: a counter of the joules that the hardware took, read before and after what is timed.
 
@@ -146,18 +152,16 @@ def measure(
     if len(sizes) != 1:
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
     (batch_size,) = sizes
-    warmup_ms = warm_up(engine, batches, settings.warmup)
-    latency_ms: list[float] = []
-    joules = energy_j()
-    start = time.perf_counter_ns()
-    while True:
-        latency_ms += [_inference_ms(engine, batch) for batch in batches]
-        wall_s = (time.perf_counter_ns() - start) / 1e9
-        if wall_s < settings.min_seconds or len(latency_ms) < settings.min_count:
-            continue
-        stable = is_stable(latency_ms, len(batches))
-        if stable or wall_s >= settings.max_seconds:
-            break
+    with _Streams(engine.options.streams) as streams:
+        warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, settings.warmup)) for ms in some]
+
+        def is_over(latency_ms: Sequence[float], seconds: float) -> bool:
+            if seconds < settings.min_seconds or len(latency_ms) < settings.min_count:
+                return False
+            return seconds >= settings.max_seconds or is_stable(latency_ms, len(batches))
+
+        joules = energy_j()
+        latency_ms, wall_s = streams.passes(lambda place: _inference_ms(engine, batches[place]), len(batches), is_over)
     end = energy_j()
     return Samples(
         latency_ms=tuple(latency_ms),
@@ -165,7 +169,7 @@ def measure(
         batch_size=batch_size,
         images=len(latency_ms) * batch_size,
         wall_s=wall_s,
-        stable=stable,
+        stable=is_stable(latency_ms, len(batches)),
         energy_j=end - joules if end is not None and joules is not None else None,
     )
 
@@ -201,17 +205,20 @@ def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundl
     """Time the stages of these batches of image files, in whole passes, so that every cell is timed on the same images.
 
     Passes are timed until `min_seconds` have passed, and then until `tail_count` batches are timed or `max_seconds`
-    have passed. Nothing overlaps: the stages of a batch follow each other, and the batches too. The engine must be warm
-    for their shapes. Raises `DataError` and `EngineError`.
+    have passed. Nothing overlaps: the stages of a batch follow each other, and the batches of a stream too. The engine
+    must be warm for their shapes. Raises `DataError` and `EngineError`.
     """
-    rows: list[BatchTimes] = []
-    memory = HostMemory(engine)
-    began = time.perf_counter()
-    while True:
-        rows += [time_batch(engine, paths, bundle, memory) for paths in batches]
-        seconds = time.perf_counter() - began
-        if seconds >= settings.min_seconds and (len(rows) >= settings.tail_count or seconds >= settings.max_seconds):
-            return Stages(*zip(*rows, strict=True))
+
+    def is_over(rows: Sequence[BatchTimes], seconds: float) -> bool:
+        return seconds >= settings.min_seconds and (len(rows) >= settings.tail_count or seconds >= settings.max_seconds)
+
+    # Memory that is used again is for one thread, and for GPUs.
+    memory = HostMemory(engine) if engine.options.streams == 1 else None
+    with _Streams(engine.options.streams) as streams:
+        rows, _ = streams.passes(
+            lambda place: time_batch(engine, batches[place], bundle, memory), len(batches), is_over
+        )
+    return Stages(*zip(*rows, strict=True))
 
 
 class HostMemory:
@@ -226,6 +233,79 @@ class HostMemory:
         if self._engine.options.device == "cpu" or self._memory.size < values:
             self._memory = self._engine.host_array(values)
         return self._memory[:values]
+
+
+class _Streams(ClosesOnExit):
+    """So many threads that work at once, the same all the time; a single one is the thread that calls.
+
+    Libraries keep buffers for each thread that calls them: those that were warmed up must be those that are timed.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pool = ThreadPoolExecutor(count, "gfldeploy-stream") if count > 1 else None
+        self._together = threading.Barrier(count)  # each thread takes its part, and all begin at once
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns in every one of them."""
+        if self._pool is None:
+            return [work()]
+
+        def begin() -> T:
+            self._together.wait()
+            return work()
+
+        return [one.result() for one in [self._pool.submit(begin) for _ in range(self._count)]]
+
+    def passes(
+        self, work: Callable[[int], T], period: int, is_over: Callable[[Sequence[T], float], bool]
+    ) -> tuple[list[T], float]:
+        """`work(0)` to `work(period - 1)`, again and again, until after a whole pass it is over.
+
+        `is_over` is asked with the results so far and the seconds since the start. Returns the results in the order in
+        which they came, and the seconds from the start to the end of a stream's last one: the mean of the streams. One
+        that finds no more to do goes on, uncounted, until the others end: all that counts ran beside as many others.
+        """
+        results: list[T] = []
+        lock = threading.Lock()
+        taken, busy, over = 0, self._count, False
+        start = time.perf_counter()
+
+        def take(seconds: float) -> int | None:
+            nonlocal taken, over
+            with lock:
+                if taken >= period and taken % period == 0:
+                    over = over or is_over(results, seconds)
+                if over:
+                    return None
+                taken += 1
+                return (taken - 1) % period
+
+        def run() -> float:
+            nonlocal over, busy
+            seconds = 0.0
+            try:
+                while (place := take(seconds)) is not None:
+                    result = work(place)
+                    seconds = time.perf_counter() - start
+                    with lock:
+                        results.append(result)
+            except BaseException:
+                over = True
+                raise
+            finally:
+                with lock:
+                    busy -= 1
+            while busy:
+                work(0)
+            return seconds
+
+        walls = self.each(run)
+        return results, fmean(seconds for seconds in walls if seconds)
 
 
 def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle, memory: HostMemory | None = None) -> BatchTimes:

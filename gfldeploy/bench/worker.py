@@ -172,7 +172,7 @@ def _reference(task: Task) -> CpuOutputs:
 
 def _open(cell: Cell, bundle: Bundle, shapes: Iterable[Shape], cache: Path | None) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come."""
-    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tf32=cell.tf32)
+    options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tf32=cell.tf32, streams=cell.streams)
     return open_engine(cell.engine, bundle, options, shapes)
 
 

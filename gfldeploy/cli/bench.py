@@ -24,6 +24,12 @@ from gfldeploy.cli.console import TerminalProgress
     "multi-stream); all images at once, bucketed by size (offline); random arrivals (server).",
 )
 @click.option(
+    "--streams",
+    type=options.WHOLE_NUMBERS,
+    default="1",
+    help="Numbers of inferences at once from one engine, in the offline scenario. They share the CPU threads.",
+)
+@click.option(
     "--rates",
     type=options.POSITIVE_NUMBERS,
     default=(),

@@ -37,9 +37,9 @@ def _show_table(results: BenchResults, some: Sequence[Row]) -> None:
 def _title(results: BenchResults, measured: Sequence[Row]) -> str:
     """The machine, and what all cells have in common."""
     parts = [results.machine.cpu]
-    if len(threads := {row.cell.threads for row in measured}) == 1:
-        (count,) = threads
-        parts.append(f"{count} thread{'s' if count > 1 else ''}")
+    if len(threads := {(row.cell.streams, row.cell.threads) for row in measured}) == 1:
+        ((streams, count),) = threads
+        parts.append(f"{f'{streams} streams of ' if streams > 1 else ''}{count} thread{'s' if count > 1 else ''}")
     if len(devices := {row.cell.device for row in measured}) == 1:
         parts += [*devices]
     if len(scenarios := {row.cell.scenario for row in measured}) == 1:

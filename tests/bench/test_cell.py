@@ -20,7 +20,7 @@ def test_an_axis_that_a_file_lacks_has_its_default() -> None:
     results = sample_results()
     data = results.to_dict()
     for one in data["cells"]:
-        for axis in ("order", "rate", "policy", "tf32"):
+        for axis in ("order", "rate", "policy", "tf32", "streams"):
             del one["cell"][axis]
     assert BenchResults.from_dict(data) == results
     assert BenchResults.from_dict({**data, "schema": 5}) == results
@@ -33,6 +33,9 @@ def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
     assert one.name([one, cell(threads=2)]) == "onnxruntime int8 with 1 thread, batch 2"
     assert one.name([one, cell(device="gpu")]) == "onnxruntime int8 on cpu, batch 2"
     assert cell(precision="fp32", device="gpu", tf32=True).name() == "onnxruntime fp32 in TF32, batch 2"
+    streams = cell(scenario="offline", order="bucketed", streams=2)
+    assert streams.name() == "onnxruntime int8 in 2 streams, batch 2, offline"
+    assert streams.setup([one, cell(threads=2)]) == "onnxruntime int8 with 1 thread in 2 streams"
     other = cell(bundle=replace(OK.cell.bundle, directory="other"))
     assert one.name([one, other]) == "onnxruntime int8 of tiny_dir, batch 2"
     assert cell(scenario="offline", order="bucketed").name() == "onnxruntime int8, batch 2, offline"
@@ -47,6 +50,22 @@ def test_several_cells_are_named_together() -> None:
     assert names([*cells, every[-1]], every) == "onnxruntime int8", "all that there are of it"
     assert names(every[2:], every) == "onnxruntime int8, batch 4; onnxruntime int8, batch 2, offline; paddle int8"
     assert names(cells, cells, whole=False) == "onnxruntime int8, batch 1, 2, 4"
+
+
+@pytest.mark.parametrize("axes", [{"streams": 0}, {"streams": 2}, {"streams": 2, "scenario": "single-stream"}])
+def test_the_offline_scenario_alone_has_several_streams(axes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"streams must be at least 1|only the offline scenario|does not go"):
+        cell(**axes)
+
+
+def test_streams_are_compared_with_as_many_threads_in_one() -> None:
+    """Two inferences at once take two seconds of two threads each, in which one stream does half of that."""
+    one = altered(OK, scenario="offline", order="bucketed", threads=2)
+    two = altered(one, threads=1, streams=2)
+    four = altered(one, threads=2, streams=2)
+    shown = rows(replace(sample_results(), cells=(one, two, four)))
+    assert shown[1].file_images_per_s == pytest.approx(2 * (shown[0].file_images_per_s or 0))
+    assert [row.cell for row in best_of_each(shown)] == [two.cell, four.cell]
 
 
 @pytest.mark.parametrize("axes", [{"precision": "fp32"}, {"device": "gpu"}, {"precision": "fp16", "device": "gpu"}])

@@ -12,9 +12,10 @@ import pytest
 from sample_results import OK
 
 from gfldeploy.bench import matrix
+from gfldeploy.bench.cell import Scenario
 from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bundle import MANIFEST, Bundle, Graph, GraphName, TensorSpec
-from gfldeploy.engines import registry
+from gfldeploy.engines import base, registry
 from gfldeploy.engines.base import Device, Obstacle, Precision
 from gfldeploy.engines.registry import Capability
 from gfldeploy.errors import UnsupportedError
@@ -184,3 +185,23 @@ def test_a_fixed_batch_cannot_serve_what_comes(tiny_bundle: Path) -> None:
     assert result.cells == ()
     skipped, *_ = result.skipped
     assert "made for batches of 4" in (skipped.reason or "") and skipped.remedy
+
+
+def test_streams_are_of_the_offline_scenario_and_share_the_cpus(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "usable_threads", lambda: 6)
+    monkeypatch.setattr(base, "usable_threads", lambda: 6)
+    bundle = variant(tiny_bundle, "plain")
+    scenarios: tuple[Scenario, ...] = ("single-stream", "offline")
+    planned = plan([bundle], ["onnxruntime"], ["fp32"], [1], "cpu", None, scenarios, streams=[1, 2, 4, 8])
+    assert [(cell.scenario, cell.streams, cell.threads) for cell in planned.cells] == [
+        ("single-stream", 1, 6), ("offline", 1, 6), ("offline", 2, 3), ("offline", 4, 1),
+    ]  # fmt: skip
+    (skipped,) = planned.skipped
+    assert skipped.reason == "8 streams of 1 thread each are more than the 6 usable CPUs"
+    planned = plan([bundle], ["onnxruntime"], ["fp32"], [1], "cpu", 4, scenarios, streams=[2])
+    assert [(cell.scenario, cell.streams) for cell in planned.cells] == [("single-stream", 1)]
+    assert [one.reason for one in planned.skipped] == ["2 streams of 4 threads each are more than the 6 usable CPUs"]
+    planned = plan([bundle], ["onnxruntime"], ["fp32"], [1], "gpu", None, ("offline",), streams=[2])
+    assert [one.reason for one in planned.skipped] == ["gfldeploy runs one inference at once on a GPU"]

@@ -10,6 +10,7 @@ from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.bench.inputs import make_batches, prepare_images
 from gfldeploy.bench.timing import Settings, time_stages
 from gfldeploy.bundle import Bundle
+from gfldeploy.engines import base
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.coco import CocoDataset
@@ -28,6 +29,15 @@ def test_whole_passes_until_the_time_and_the_count_are_reached(
         found = time_stages(engine, [paths[:2], paths[2:4], paths[4:]], bundle, rule)
     assert len(found.end_to_end_ms) == len(found.decode_ms) == batches
     assert all(whole > decode > 0 for whole, decode in zip(found.end_to_end_ms, found.decode_ms, strict=True))
+
+
+def test_streams_take_batches_by_turns(tiny_bundle: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "usable_threads", lambda: 2)
+    bundle, paths = Bundle.open(tiny_bundle), [image.path for image in CocoDataset.load(tiny_coco).images]
+    with open_engine("onnxruntime", bundle, EngineOptions(streams=2)) as engine:
+        found = time_stages(engine, [[path] for path in paths], bundle, Settings(0, 1, 60, tail_count=7))
+    assert len(found.end_to_end_ms) >= 11  # a second pass; one batch may be under way
+    assert min(found.decode_ms) > 0
 
 
 def test_batches_know_their_images_and_whether_sizes_are_mixed(tiny_bundle: Path, tiny_coco: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gfldeploy.bench.timing import Samples, Settings, is_stable, measure
+from gfldeploy.engines import base
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.errors import EngineError
 
@@ -122,3 +125,41 @@ def test_limits_must_make_sense(arguments: tuple[int, int, int]) -> None:
 def test_impossible_samples(values: tuple[tuple[float, ...], tuple[float, ...], int, int, float, bool]) -> None:
     with pytest.raises(ValueError):
         Samples(*values)
+
+
+class Crowd(Recorder):
+    """An engine of several streams that notes which threads are in it, and how many at most at once."""
+
+    def __init__(self, streams: int, fail_at: int | None = None) -> None:
+        super().__init__(fail_at)
+        self.options = replace(Recorder.options, streams=streams)
+        self.inside, self.most, self.threads = 0, 0, set[str]()
+
+    def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
+        self.threads.add(threading.current_thread().name)
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.002)
+        self.inside -= 1
+        return super().infer(inputs)
+
+
+@pytest.fixture
+def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "usable_threads", lambda: 8)
+
+
+def test_streams_infer_at_once_and_whole_passes_count(cpus: None) -> None:
+    """Every image counts as often as every other. A stream that has nothing left goes on until the others end."""
+    engine = Crowd(3)
+    samples = measure(engine, [batch(mark, 8) for mark in range(1, 6)], Settings(0, 7, 0, warmup=2))
+    assert len(samples.warmup_ms) == 3 * 2 and len(engine.threads) == engine.most == 3
+    assert samples.images == 2 * len(samples.latency_ms) and len(samples.latency_ms) % 5 == 0
+    assert len(samples.latency_ms) >= 10
+    # Of each stream it holds the latencies and what lies between them.
+    assert samples.wall_s >= 0.9 * sum(samples.latency_ms) / 1e3 / 3
+
+
+def test_a_failure_of_one_stream_ends_all(cpus: None) -> None:
+    with pytest.raises(EngineError, match="no more"):
+        measure(Crowd(3, fail_at=20), [batch(1, 8)], Settings(0, 100, 0, warmup=1))

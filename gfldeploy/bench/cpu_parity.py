@@ -1,8 +1,8 @@
 """Whether an engine gives what the CPU gives, on real images, before it is timed.
 
 What `export` and `quantize` publish is compared in the engines that judge it, on the CPU. Whatever else runs a graph
-(GPUs, an engine built of it on the user's machine, an engine of another package) is compared here. The reference runs
-in a process of its own, so that memory and libraries of the process that is timed are its own.
+(GPUs, an engine built of it on the user's machine, an engine of another package) is compared here, in `bench` with
+the reference in a process of its own, so that memory and libraries of the process that is timed are its own.
 """
 
 from __future__ import annotations

@@ -453,6 +453,7 @@ def summary(found: Sequence[BenchResults]) -> str:
         f"# {' and '.join(sorted({row.cell.bundle.name for row in every}))} on {where}",
         f"{machine_line(results.machine, results.created)}. {sum(row.ok for row in tried)} of {len(possible)} cells "
         f"measured{more}, {results.settings.min_seconds:g} s for each timing.",
+        *([f"These figures were {FLAGS['quick']}."] if results.settings.quick else []),
     ]
 
     def section(title: str, about: str, body: str) -> None:

@@ -4,7 +4,8 @@ A wheel for GPUs (onnxruntime-gpu) does not say which TensorRT, CUDA and cuDNN i
 offers others. Its native libraries do say: their ELF files name what must be loaded with them, with the major version
 (`libnvinfer.so.10`). They are read here, without importing the package. What they need is then looked for in the
 folders where pip puts it (`nvidia/*/lib`, `tensorrt_libs`), which the linker does not know, and where the linker looks.
-What is in pip's folders works once it has been loaded by its path, which `load_libraries` does.
+What is in pip's folders works once it has been loaded by its path, which `load_libraries` does: seen with pip's CUDA
+and cuDNN and ONNX Runtime's CUDA provider. It has not run on a GPU, nor with NVIDIA's own TensorRT libraries.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from gfldeploy.bench.runner import Data
 from gfldeploy.bench.table import rows
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Obstacle
-from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT
 
@@ -224,8 +223,6 @@ def test_everything_on_the_cpu(
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_everything_on_a_gpu(tiny_bundle: Path, tmp_path: Path) -> None:
-    if nvidia_driver() is None:
-        pytest.skip("no NVIDIA driver is loaded")
     given = ["--bundles", tiny_bundle, "--materials", tmp_path, "--model", "tiny", "--output", tmp_path / "out"]
     quick = [
         "--batch-sizes",

@@ -58,6 +58,7 @@ class Detector(ClosesOnExit):
         device: Device | None = None,
         tf32: bool | None = None,
         threads: int | None = None,
+        streams: int | None = None,
         batch_size: int | None = None,
         engine_cache: StrPath | None = None,
     ) -> None:
@@ -70,7 +71,9 @@ class Detector(ClosesOnExit):
             precision: By default that of the bundle.
             device: By default the CPU.
             tf32: Let FP32 on a GPU multiply in TF32; by default not.
-            threads: CPU threads of one inference; by default all.
+            threads: CPU threads of one inference; by default all, shared by the streams.
+            streams: Inferences at once from one engine, for many images in `stream` or `detect`; on CPUs alone. By
+                default 1: then a single image takes the least time. `predict` has as many as there are CPUs.
             batch_size: Images of one inference; by default 1.
             engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
                 By default those that take minutes, as with TensorRT, use that of the commands, and others none.
@@ -84,7 +87,9 @@ class Detector(ClosesOnExit):
             OutputError: The engine cannot keep what it compiled.
         """
         cache = None if engine_cache is None else Path(engine_cache)
-        self.choice = choose(Path(source), engine, precision, device, threads, batch_size, cache, tf32=tf32)
+        self.choice = choose(
+            Path(source), engine, precision, device, threads, batch_size, cache, tf32=tf32, streams=streams
+        )
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)
         self._manifest = self.choice.bundle.manifest
@@ -176,6 +181,7 @@ class Detector(ClosesOnExit):
             order=self.choice.order,
             look_ahead=_BATCHES_AHEAD * batch_size if look_ahead is None else look_ahead,
             reduced=reduced,
+            streams=self.choice.options.streams,
             check=self._check,
         )
         with closing(groups):

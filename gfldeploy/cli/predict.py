@@ -52,6 +52,13 @@ if TYPE_CHECKING:
     "scores and boxes then differ a little.",
 )
 @options.group(*options.ENGINE)
+@click.option(
+    "--streams",
+    type=options.WholeNumber(1),
+    show_default="as many as usable CPUs, with --threads 1",
+    help="Number of inferences at once from one engine, on CPUs. The default never has more than 16 images at once: "
+    "on more CPUs a stream has several threads. With --threads alone it is 1.",
+)
 @options.group(options.batching(STREAM_ORDERS), options.ENGINE_CACHE)
 def command(output: Path, threshold: float, **given: Any) -> int:
     """Detect in images, folders of them, and videos.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, with_tf32
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, oversubscribed, with_tf32
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES
-from gfldeploy.engines.selection import select_engine
+from gfldeploy.engines.selection import select_engine, throughput_options
 from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
@@ -37,12 +38,13 @@ class Choice:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        options, count = self.options, self.options.threads
+        options, count, streams = self.options, self.options.threads, self.options.streams
         listed = ", batches as listed" if self.order == "listed" and self.batch_size > 1 else ""
         return (
             f"{self.bundle.name} in {self.engine} {with_tf32(options.precision, options.tf32)} on "
             f"{options.device}, batch {self.batch_size}, "
-            f"{count} thread{'' if count == 1 else 's'}{listed} ({self.why})"
+            f"{f'{streams} streams of ' if streams > 1 else ''}{count} thread{'' if count == 1 else 's'}"
+            f"{listed} ({self.why})"
         )
 
 
@@ -56,11 +58,15 @@ def choose(
     engine_cache: Path | None = None,
     order: Order | None = None,
     tf32: bool | None = None,
+    streams: int | None = None,
+    throughput: bool = False,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; arguments that are given override both.
 
-    A bundle runs in its own precision on the CPU, with all threads, one image at a time; batches are bucketed. A
-    network of a fixed batch size has that one. `engine_cache`: where engines keep what they compiled, None for nowhere.
+    A bundle runs in its own precision on the CPU, one image at a time; batches are bucketed. A network of a fixed batch
+    size has that one. All threads are used, by one inference, which is the fastest for a single image; with
+    `throughput` by the streams of `throughput_options`. `engine_cache`: where engines keep what they compiled, None for
+    nowhere.
 
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
     `UnsupportedError` where nothing here can run it.
@@ -81,7 +87,12 @@ def choose(
         device = device or cell.device
         if tf32 is None:  # what a deploy.yml says of FP32 on a GPU says nothing of others
             tf32 = cell.tf32 and (precision, device) == ("fp32", "gpu")
-        threads, batch_size = cell.threads if threads is None else threads, batch_size or cell.batch_size
+        batch_size = batch_size or cell.batch_size
+        if (threads, streams) == (None, None) and (cell.streams == 1 or (engine, device) == (cell.engine, cell.device)):
+            threads, streams = cell.threads, cell.streams
+            if obstacle := oversubscribed(streams, threads):
+                streams = max(usable_threads() // threads, 1)
+                notes = (*notes, f"{obstacle.reason}: {source.name} runs with {streams} here")
         order = order or (cell.order if cell.batch_size > 1 else None)
         shapes = deploy.shapes
     elif source.is_dir():
@@ -89,11 +100,13 @@ def choose(
     else:
         problem = f"{source} is neither a bundle nor a deploy file" if source.exists() else f"there is no {source}"
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
-    engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache, tf32)
+    engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache, tf32, streams)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
     size, order = fixed or batch_size or 1, order or "bucketed"
+    if throughput and (threads, streams) == (None, None):
+        options = throughput_options(engine, options, size)
     if order == "listed" and size > 1:
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
     notes = (*notes, *bundle.manifest.notes)

@@ -88,6 +88,7 @@ def predict_images(
     device: Device | None = None,
     tf32: bool | None = None,
     threads: int | None = None,
+    streams: int | None = None,
     batch_size: int | None = None,
     order: Order | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
@@ -97,7 +98,8 @@ def predict_images(
     """Detect in images, folders of them, and videos, and write a folder of results in one step.
 
     After an interruption the same call resumes where it stopped and writes the same files: finished batches are kept in
-    a folder beside the output. An argument that is None is as in `deploy.yml`, or as `Detector` chooses for a bundle.
+    a folder beside the output. An argument that is None is as in `deploy.yml`, or as `Detector` chooses for a bundle,
+    but `streams`.
 
     Args:
         source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote.
@@ -113,6 +115,9 @@ def predict_images(
         device: The device that it runs on.
         tf32: Let FP32 on a GPU multiply in TF32.
         threads: CPU threads of one inference.
+        streams: Inferences at once from one engine. Of a bundle by default as many as there are usable CPUs, of one
+            thread each, and no more than 16 images at once: with more CPUs they have several threads. One stream if
+            `threads` is given.
         batch_size: Images of one inference.
         order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
         engine_cache: The folder in which engines that compile keep the result.
@@ -136,7 +141,9 @@ def predict_images(
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     given = [Path(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     folder = Path(output)
-    choice = choose(Path(source), engine, precision, device, threads, batch_size, Path(engine_cache), order, tf32)
+    choice = choose(
+        Path(source), engine, precision, device, threads, batch_size, Path(engine_cache), order, tf32, streams, True
+    )
     annotations = None if data is None else Path(data)
     read = [Path(source), *given] if annotations is None else [Path(source), annotations, *given]
     check_apart(folder, read, choice.bundle.directory)
@@ -236,6 +243,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
             look_ahead=_BATCHES_AHEAD * choice.batch_size,
             skip=working.batches,
             reduced=request.reduced,
+            streams=options.streams,
             check=CpuCheck(choice.engine, engine, choice.bundle, progress.note),
         )
         with closing(groups):
@@ -289,6 +297,7 @@ def _question(request: _Request) -> dict[str, Any]:
         "device": choice.options.device,
         "tf32": choice.options.tf32,
         "threads": choice.options.threads,
+        "streams": choice.options.streams,
         "batch_size": choice.batch_size,
         "order": choice.order,
         **({"shapes": choice.options.shapes} if choice.options.shapes else {}),

@@ -16,11 +16,12 @@ from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines import selection
+from gfldeploy.engines import base, selection
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.errors import BundleError, DataError, UnsupportedError
+from gfldeploy.errors import BundleError, DataError, EngineError, UnsupportedError
 from gfldeploy.machine import describe_machine
+from gfldeploy.predict import engine_selection
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
 from gfldeploy.tune.search import Bounds
@@ -38,6 +39,7 @@ def write_deploy(
     digest: str = "",
     order: Order = "bucketed",
     tf32: bool = False,
+    streams: int = 1,
 ) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")
@@ -51,6 +53,7 @@ def write_deploy(
         order=order,
         scenario="offline" if order == "bucketed" else "multi-stream",
         tf32=tf32,
+        streams=streams,
     )
     choice = Configuration("tiny", cell, EVIDENCE)
     deploy = Deploy(
@@ -83,6 +86,42 @@ def test_a_deploy_file(tiny_bundle: Path, tmp_path: Path) -> None:
     assert choice.bundle.directory == tmp_path / "tiny"
     other = choose(path, batch_size=1, threads=1)
     assert (other.options.threads, other.batch_size) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "batch_size", "expected"),
+    [(1, 1, (1, 1)), (2, 1, (2, 1)), (2, 16, (1, 2)), (16, 1, (16, 1)), (24, 1, (12, 2)), (64, 1, (16, 4)),
+     (64, 4, (4, 16)), (64, 32, (1, 64))],
+)  # fmt: skip
+def test_for_throughput_streams_share_the_cpus(
+    cpus: int, batch_size: int, expected: tuple[int, int], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than 16 images are in the network at once."""
+    for module in (base, selection):
+        monkeypatch.setattr(module, "usable_threads", lambda: cpus)
+    options = choose(tiny_bundle, batch_size=batch_size, throughput=True).options
+    assert (options.streams, options.threads) == expected
+    assert choose(tiny_bundle, batch_size=batch_size).options.streams == 1
+    assert choose(tiny_bundle, threads=1, throughput=True).options.streams == 1, "as before"
+    assert choose(tiny_bundle, streams=1, throughput=True).options.threads == cpus
+    with pytest.raises(EngineError, match=rf"^{cpus + 1} streams of 1 thread each are more than the {cpus} usable"):
+        choose(tiny_bundle, streams=cpus + 1)
+
+
+def test_streams_of_a_deploy_file(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_deploy(tmp_path, tiny_bundle, streams=2)
+    for module in (base, engine_selection):
+        monkeypatch.setattr(module, "usable_threads", lambda: 7)
+    for throughput in (False, True):
+        choice = choose(path, throughput=throughput)
+        assert (choice.options.streams, choice.options.threads, choice.notes) == (2, 3, ())
+    assert "2 streams of 3 threads (as deploy.yml says)" in str(choice)
+    assert choose(path, threads=2).options.streams == 1
+    for module in (base, engine_selection):
+        monkeypatch.setattr(module, "usable_threads", lambda: 5)
+    choice = choose(path)
+    assert (choice.options.streams, choice.options.threads) == (1, 3)
+    assert choice.notes == ("2 streams of 3 threads each are more than the 5 usable CPUs: deploy.yml runs with 1 here",)
 
 
 def test_a_deploy_file_of_another_machine_is_used_with_a_note(tiny_bundle: Path, tmp_path: Path) -> None:

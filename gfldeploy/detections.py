@@ -125,7 +125,8 @@ class Detections:
 
         GFLv2 has one channel more than there are classes, and what it finds there is no object.
         """
-        return replace(self.select(self.classes < len(class_names)), class_names=tuple(class_names))
+        named = self.classes < len(class_names)
+        return replace(self if named.all() else self.select(named), class_names=tuple(class_names))
 
     def records(self) -> list[dict[str, Any]]:
         """As JSON-ready data, as in `detections.jsonl`: class, class_id, score, and bbox (x, y, width, height)."""

@@ -222,7 +222,8 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
     """Detect in the images that are not in the working file yet."""
     choice = request.choice
     manifest = choice.bundle.manifest
-    sizes = list(picture_sizes(request.inputs))
+    known: dict[Path, tuple[int, int] | None] = {}
+    sizes = list(picture_sizes(request.inputs, known))
     total = len(sizes)
     options = replace(_options(choice, sizes), progress=progress)
     with open_engine(choice.engine, choice.bundle, options) as engine:
@@ -230,7 +231,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
         groups = detect_groups(
             engine,
             manifest,
-            pictures(request.inputs),
+            pictures(request.inputs, known),
             batch_size=choice.batch_size,
             order=choice.order,
             look_ahead=_BATCHES_AHEAD * choice.batch_size,

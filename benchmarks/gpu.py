@@ -6,18 +6,20 @@
 
 Bundles are made by `--prepare` (or by the first run) in the folder `--materials`, which needs PaddleDetection and
 PaddleSlim. A machine with a GPU may have neither: prepare elsewhere, copy the folder, and run there; or give any
-bundles of one detector with `--bundles FP32 INT8`. Images are generated: 384x640 and 640x384 in turn, which the demo
-detector takes as 320x512 and 512x320, and the model zoo's 800x1333 rule as 800x1344 and 1344x800.
+bundles of one detector with `--bundles FP32 INT8`. Images are generated: 384x640 and 640x384, which the demo detector
+takes as 320x512 and 512x320, and the model zoo's 800x1333 rule as 800x1344 and 1344x800.
 
-Every engine that can run on the GPU is measured in FP32 (in TF32 too), FP16 and INT8 at batch 1 to 32, with batches of
-one orientation ("bucketed") and of both ("listed", padded to a square). Each is a process of its own, in which the
-engine is compared with the CPU before it is timed. First come batch 1 and the largest, then what the engines reach at
-best, the sizes between, and mAP. Nothing is begun that would likely end after `--minutes`. Stopped or out of time, it
-has written what it has, and the same command resumes.
+Every engine that can run on the GPU is measured in FP32 (in TF32 too), FP16 and INT8: at batch 1 to 32 on images of one
+size, and at three of these batch sizes on images of both orientations, in batches of one size ("bucketed") and as they
+come ("listed", padded to a square). Each is a process of its own, in which the engine is compared with the CPU before
+it is timed. First come batch 1 and the largest, what the engines reach at best, then both orientations, the sizes
+between, and mAP; engines that are built come after the others. Nothing is begun that would likely end after
+`--minutes`. Stopped or out of time, it has written what it has, and the same command resumes.
 
-Writes to results/MACHINE beside this script, or to `--output`: MODEL.json, .csv and .html (those of `gfldeploy bench`),
-MODEL_summary.md (routes, agreement with the CPU, throughput, stages, the GPU meanwhile, and why a larger batch gains no
-more), checks/MODEL_doctor.json (`gfldeploy doctor --json`). `--summary-of MODEL.json` writes the summary anew.
+Writes to results/MACHINE beside this script, or to `--output`: MODEL.json (images of one size) and MODEL_mixed.json
+(both orientations) with .csv and .html as `gfldeploy bench` has them, MODEL_summary.md (routes, agreement with the CPU,
+throughput, stages, the GPU meanwhile, and why a larger batch gains no more), checks/MODEL_doctor.json (`gfldeploy
+doctor --json`). `--summary-of MODEL.json` writes the summary anew.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ from pathlib import Path
 from textwrap import shorten
 
 from gfldeploy import demo
-from gfldeploy.analysis.limits import alone, explain, line, stage_times
-from gfldeploy.bench.cell import Cell, Scenario, names
+from gfldeploy.batching.buckets import Order
+from gfldeploy.bench.cell import STREAMS, Cell, Scenario, names
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.journal import Journal, journal_beside
+from gfldeploy.bench.limits import alone, explain, explain_padding, line, stage_times
 from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bench.report.page import machine_line, write_report
 from gfldeploy.bench.results import BenchResults, CellResult
@@ -68,7 +71,10 @@ PHOTO = 384, 640  # height and width of those in landscape
 COMMAND = "benchmarks/gpu.py --prepare"
 SCORED_IMAGES = 100
 CALIBRATION_IMAGES = 16
-SCENARIOS: tuple[Scenario, ...] = ("single-stream", "offline", "multi-stream")
+# Batches of images of one size, and of both orientations: bucketed (offline) and listed.
+UNIFORM: tuple[Scenario, ...] = STREAMS
+MIXED: tuple[Scenario, ...] = (*STREAMS, "offline")
+MIXED_SIZES = 3
 PRECISIONS: Mapping[Device, tuple[Precision, ...]] = {"gpu": ("fp32", "fp16", "int8"), "cpu": ("fp32", "int8")}
 # What a measurement takes besides the timing itself: to start, import an engine, decode, compare, build.
 STARTUP_S = 15.0
@@ -83,11 +89,13 @@ class Job:
     """One call of the runner: to time a cell, or for one of its setup, the mAP or the peak of that."""
 
     cell: Cell
+    mixed: bool = False
     accuracy: bool = False
     peak: bool = False
 
     def __str__(self) -> str:
-        return ("mAP of " if self.accuracy else "peak of " if self.peak else "") + str(self.cell)
+        what = "mAP of " if self.accuracy else "peak of " if self.peak else ""
+        return f"{what}{self.cell}{', both orientations' if self.mixed else ''}"
 
 
 class TimeIsUpError(Exception):
@@ -131,7 +139,9 @@ def main() -> None:
         args.output = args.output or args.materials / "dry-run"
     try:
         if args.summary_of:
-            write_summary(BenchResults.read(args.summary_of), args.summary_of)
+            write_summary(
+                args.summary_of, [BenchResults.read(one) for one in (args.summary_of, mixed_file(args.summary_of))]
+            )
             return
         if not (args.prepare or args.dry_run or nvidia_driver()):
             raise UsageError("no NVIDIA driver is loaded", "Run this where a GPU is, or with --prepare or --dry-run.")
@@ -147,8 +157,11 @@ def main() -> None:
         raise SystemExit("Stopped: what was measured is written, and the same command resumes.") from error
 
 
-def prepare(args: argparse.Namespace, progress: Progress) -> tuple[list[Path], Path, Path | None]:
-    """Bundles, and COCO files of the images to time and of those for mAP, made where they are not there yet."""
+def prepare(args: argparse.Namespace, progress: Progress) -> tuple[list[Path], list[Path], Path | None]:
+    """Bundles, and COCO files of the images to time, of one size and of both orientations, and of those for mAP.
+
+    What is not there yet is made.
+    """
     folder = args.materials / args.model
     bundles: list[Path] = args.bundles
     if not bundles:
@@ -190,27 +203,31 @@ def make_r50(folder: Path, progress: Progress) -> None:
 MAKERS: Mapping[str, Callable[[Path, Progress], None]] = {"demo": make_demo, "gfl_r50": make_r50}
 
 
-def write_photos(annotations: Path, folder: Path, count: int) -> Path:
-    """So many images, landscape and portrait in turn, cut out of others; returns their COCO file, without boxes."""
+def write_photos(annotations: Path, folder: Path, count: int) -> list[Path]:
+    """Images cut out of others, half landscape and half portrait; COCO files of the first, and of both in turn."""
     sys.path.insert(0, str(HERE))
     from batch_padding import photographs
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    made = photographs(
-        [one.path for one in CocoDataset.load(annotations).images], PHOTO, -(-count // 2), folder / "images"
-    )
-    turns = [path for pair in zip(made[: len(made) // 2], made[len(made) // 2 :], strict=True) for path in pair][:count]
-    images = []
-    for number, path in enumerate(turns, start=1):
-        height, width = image_size(path)
-        images.append({"id": number, "file_name": path.name, "height": height, "width": width})
-    categories = [{"id": 1, "name": "any"}]
-    write_json(folder / "annotations.json", {"images": images, "annotations": [], "categories": categories})
-    return folder / "annotations.json"
+    sources = [one.path for one in CocoDataset.load(annotations).images]
+    made = photographs(sources, PHOTO, -(-count // 2), folder / "images")
+    landscape, portrait = made[: len(made) // 2], made[len(made) // 2 :]
+    turns = [path for pair in zip(landscape, portrait, strict=True) for path in pair][:count]
+    files = []
+    for name, paths in (("one_size", landscape), ("mixed", turns)):
+        sizes = [image_size(path) for path in paths]
+        images = [
+            {"id": number, "file_name": path.name, "height": height, "width": width}
+            for number, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True), start=1)
+        ]
+        categories = [{"id": 1, "name": "any"}]
+        write_json(folder / f"{name}.json", {"images": images, "annotations": [], "categories": categories})
+        files.append(folder / f"{name}.json")
+    return files
 
 
 def measure(
-    args: argparse.Namespace, bundles: Sequence[Path], photos: Path, scored: Path | None, progress: Progress
+    args: argparse.Namespace, bundles: Sequence[Path], photos: Sequence[Path], scored: Path | None, progress: Progress
 ) -> str:
     """Everything from the plan to the files; returns the summary."""
     device: Device = "cpu" if args.dry_run else "gpu"
@@ -220,29 +237,39 @@ def measure(
     write_json(folder / "checks" / f"{args.model}_doctor.json", diagnose().to_dict())
     for told in routes(capabilities(), device):
         progress.stage(told)
-    opened = open_bundles(bundles)
-    planned = plan_cells(opened, args.engines, args.batch_sizes, device)
-    if not planned.cells:
-        raise nothing_to_run(planned)
-    session = Session(
-        planned,
-        Settings(min_seconds=args.seconds, min_count=2 if args.dry_run else 30, max_seconds=2 * args.seconds),
-        data_of(photos, scored, opened, 4 if args.dry_run else SCORED_IMAGES),
-        describe_machine(),
-        output,
-        time.monotonic() + 60 * args.minutes,
-        progress,
-    )
-    cells = len(planned.cells)
-    progress.stage(f"{cells} cells to measure, in {args.minutes:g} minutes at most; results go to {folder}")
+    opened, sizes = open_bundles(bundles), breadth_first(sorted(set(args.batch_sizes)))
+    settings = Settings(min_seconds=args.seconds, min_count=2 if args.dry_run else 30, max_seconds=2 * args.seconds)
+    machine = describe_machine()
+
+    def part(file: Path, photos: Path, sizes: Sequence[int], scenarios: Sequence[Scenario]) -> Part:
+        planned = plan_cells(opened, args.engines, sizes, device, scenarios)
+        data = data_of(photos, scored, opened, 4 if args.dry_run else SCORED_IMAGES)
+        return Part(planned, data, settings, machine, file)
+
+    uniform = part(output, photos[0], sizes, UNIFORM)
+    mixed = part(mixed_file(output), photos[1], sizes[:MIXED_SIZES], MIXED)
+    if not uniform.planned.cells:
+        raise nothing_to_run(uniform.planned)
+    session = Session(uniform, mixed, time.monotonic() + 60 * args.minutes, progress)
+    count = len(uniform.planned.cells) + len(mixed.planned.cells)
+    progress.stage(f"{count} cells to measure, in {args.minutes:g} minutes at most; results go to {folder}")
     try:
-        with suppress(TimeIsUpError), journal_beside(output, "bench") as journal:
-            session.run(journal, args.engine_cache, accuracy=scored is not None)
+        with (
+            suppress(TimeIsUpError),
+            journal_beside(uniform.output, "bench") as one,
+            journal_beside(mixed.output, "bench") as other,
+        ):
+            session.run((one, other), args.engine_cache, accuracy=scored is not None)
     finally:
-        results = session.write()
-        write_report(results, output.with_suffix(".html"))
-        write_csv(results, output.with_suffix(".csv"))
-    return summary(results)
+        for results, path in zip(session.write(), (uniform.output, mixed.output), strict=True):
+            write_report(results, path.with_suffix(".html"))
+            write_csv(results, path.with_suffix(".csv"))
+    return summary(session.results())
+
+
+def mixed_file(output: Path) -> Path:
+    """Beside the results of images of one size, those of both orientations."""
+    return output.with_name(f"{output.stem}_mixed.json")
 
 
 def machine_name(models: Sequence[str]) -> str:
@@ -250,22 +277,27 @@ def machine_name(models: Sequence[str]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", models[0].lower()).strip("-") if models else "gpu"
 
 
-def plan_cells(bundles: Sequence[Bundle], engines: Sequence[str] | None, sizes: Sequence[int], device: Device) -> Plan:
-    """All cells, those first that tell most; FP32 on a GPU in TF32 too."""
+def plan_cells(
+    bundles: Sequence[Bundle],
+    engines: Sequence[str] | None,
+    sizes: Sequence[int],
+    device: Device,
+    scenarios: Sequence[Scenario],
+) -> Plan:
+    """All cells in the order of the batch sizes, engines that are built for shapes last; FP32 on a GPU in TF32 too."""
     if engines is None:
         engines = [name for name, spec in ENGINES.items() if not isinstance(spec.graph("fp32", device), Obstacle)]
-    order = breadth_first(sorted(set(sizes)))
-    found = plan(bundles, engines, PRECISIONS[device], order, device, usable_threads(), SCENARIOS)
-    cells, skipped = list(found.cells), list(found.skipped)
+    found = plan(bundles, engines, PRECISIONS[device], sizes, device, usable_threads(), scenarios)
+    cells = list(found.cells)
     if device == "gpu":
-        in_tf32 = [replace(cell, tf32=True) for cell in cells if cell.precision == "fp32"]
-        cells += in_tf32
-    # Of batch 1 there are no orders to tell apart.
-    cells = [cell for cell in cells if cell.batch_size > 1 or cell.scenario == "single-stream"]
-    skipped = [one for one in skipped if one.cell.batch_size > 1 or one.cell.scenario == "single-stream"]
-    places = {name: place for place, name in enumerate(engines)}
-    cells.sort(key=lambda cell: (order.index(cell.batch_size), places[cell.engine]))
-    return Plan(tuple(cells), tuple(skipped), found.bundles)
+        cells += [replace(cell, tf32=True) for cell in cells if cell.precision == "fp32"]
+    cells.sort(key=lambda cell: (sizes.index(cell.batch_size), ENGINES[cell.engine].needs_shapes, cell.engine))
+
+    def tells(cell: Cell) -> bool:
+        return cell.batch_size > 1 or cell.scenario == "single-stream"  # batch 1 has no orders to tell apart
+
+    skipped = tuple(one for one in found.skipped if tells(one.cell))
+    return Plan(tuple(filter(tells, cells)), skipped, found.bundles)
 
 
 def breadth_first(sizes: Sequence[int]) -> list[int]:
@@ -293,77 +325,102 @@ def data_of(photos: Path, scored: Path | None, bundles: Sequence[Bundle], count:
 
 
 @dataclass
-class Session:
-    """What is measured, until when, and what is known so far; written to `output` after each measurement."""
+class Part:
+    """What is planned on one set of images, and what is known so far."""
 
     planned: Plan
-    settings: Settings
     data: Data
+    settings: Settings
     machine: Machine
     output: Path
-    deadline: float
-    progress: Progress
     known: dict[Cell, CellResult] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)  # the longest measurement of an engine
 
-    def run(self, journal: Journal, engine_cache: Path, accuracy: bool) -> None:
-        """Measure everything. Raises `TimeIsUpError`."""
-        about = {"machine": plain(self.machine)}
-        runner = Runner(self.planned.bundles, self.data, journal, limits(600.0), engine_cache, about)
-        jobs = list(self.jobs(accuracy))
-        for number, job in enumerate(jobs):
-            cell, start = job.cell, time.monotonic()
-            expected = self.seconds.get(cell.engine, STARTUP_S + 4 * self.settings.max_seconds)
-            if start + expected > self.deadline:
-                raise TimeIsUpError
-            first = self.known.get(alone(cell))
-            if first and first.status == "failed" and first.cell != cell:
-                self.known[cell] = CellResult(cell, "skipped", *FAILED_ALONE)
-            if first and first.status == "failed":
-                continue
-            self.progress.stage(f"{number + 1}/{len(jobs)} {job}")
-            self.known[cell] = runner.measure([cell], self.settings, accuracy=job.accuracy, peak=job.peak)[0]
-            took = time.monotonic() - start
-            self.seconds[cell.engine] = max(took, self.seconds.get(cell.engine, 0.0)) if took > 1 else expected
-            self.write()
-
-    def jobs(self, accuracy: bool) -> Iterator[Job]:
-        """In the order in which they are done."""
-        cells = self.planned.cells
-        first = list(dict.fromkeys(alone(cell) for cell in cells if alone(cell) in cells))
-        ends = list(dict.fromkeys(cell.batch_size for cell in cells))[:2]
-        yield from (Job(cell) for cell in cells if cell.batch_size in ends)
-        yield from (Job(cell, peak=True) for cell in first)
-        yield from (Job(cell) for cell in cells if cell.batch_size not in ends)
-        if accuracy:
-            yield from (Job(cell, accuracy=True, peak=True) for cell in first)
-
-    def results(self) -> BenchResults:
-        """What is known, and why the rest is not; mAP and peaks are of all batch sizes."""
+    def results(self, alone_known: Mapping[Cell, CellResult]) -> BenchResults:
+        """What is known, and why the rest is not; mAP and peak of a setup are those of its cell in `alone_known`."""
         cells = []
         for cell in self.planned.cells:
-            one, of_setup = self.known.get(cell), self.known.get(alone(cell))
+            one, single = self.known.get(cell), alone_known.get(alone(cell))
             if one is None:
                 one = CellResult(cell, "skipped", *OUT_OF_TIME)
-            elif of_setup and one.status == "ok":
-                shared = of_setup.accuracy, of_setup.accuracy_reason, of_setup.peak
+            elif single and one.status == "ok":
+                shared = single.accuracy, single.accuracy_reason, single.peak
                 one = replace(one, accuracy=shared[0], accuracy_reason=shared[1], peak=shared[2])
             cells.append(one)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         every = (*cells, *self.planned.skipped)
         return BenchResults(created, self.machine, self.data.description, self.settings, every)
 
-    def write(self) -> BenchResults:
+
+@dataclass
+class Session:
+    """What is measured, until when; what is known is written after each measurement.
+
+    `seconds`: the longest measurement of an engine.
+    """
+
+    uniform: Part
+    mixed: Part
+    deadline: float
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, journals: Sequence[Journal], engine_cache: Path, accuracy: bool) -> None:
+        """Measure everything. Raises `TimeIsUpError`."""
+        runners = [
+            Runner(
+                part.planned.bundles, part.data, journal, limits(600.0), engine_cache, {"machine": plain(part.machine)}
+            )
+            for part, journal in zip((self.uniform, self.mixed), journals, strict=True)
+        ]
+        jobs, late = list(self.jobs(accuracy)), False
+        for number, job in enumerate(jobs):
+            cell, start = job.cell, time.monotonic()
+            part, runner = (self.mixed, runners[1]) if job.mixed else (self.uniform, runners[0])
+            expected = self.seconds.get(cell.engine, STARTUP_S + 4 * part.settings.max_seconds)
+            if start + expected > self.deadline:  # those that are not built first may still be in time
+                late = True
+                continue
+            first = self.uniform.known.get(alone(cell))
+            if first and first.status == "failed":
+                part.known.setdefault(cell, CellResult(cell, "skipped", *FAILED_ALONE))
+                continue
+            self.progress.stage(f"{number + 1}/{len(jobs)} {job}")
+            part.known[cell] = runner.measure([cell], part.settings, accuracy=job.accuracy, peak=job.peak)[0]
+            took = time.monotonic() - start
+            self.seconds[cell.engine] = max(took, self.seconds.get(cell.engine, 0.0)) if took > 1 else expected
+            self.write()
+        if late:
+            raise TimeIsUpError
+
+    def jobs(self, accuracy: bool) -> Iterator[Job]:
+        """In the order in which they are done."""
+        cells, both = self.uniform.planned.cells, self.mixed.planned.cells
+        first = [cell for cell in cells if cell == alone(cell)]
+        ends = list(dict.fromkeys(cell.batch_size for cell in cells))[:2]
+        yield from (Job(cell) for cell in cells if cell.batch_size in ends)
+        yield from (Job(cell, peak=True) for cell in first)
+        yield from (Job(cell, mixed=True) for cell in both if cell.batch_size in ends)
+        yield from (Job(cell) for cell in cells if cell.batch_size not in ends)
+        yield from (Job(cell, mixed=True) for cell in both if cell.batch_size not in ends)
+        if accuracy:
+            yield from (Job(cell, accuracy=True, peak=True) for cell in first)
+
+    def results(self) -> list[BenchResults]:
+        """Of images of one size, and of both orientations."""
+        return [part.results(self.uniform.known) for part in (self.uniform, self.mixed)]
+
+    def write(self) -> list[BenchResults]:
         """The results and their summary."""
-        results = self.results()
-        results.write(self.output)
-        write_summary(results, self.output)
-        return results
+        found = self.results()
+        found[0].write(self.uniform.output)
+        found[1].write(self.mixed.output)
+        write_summary(self.uniform.output, found)
+        return found
 
 
-def write_summary(results: BenchResults, path: Path) -> None:
+def write_summary(path: Path, found: Sequence[BenchResults]) -> None:
     """Beside the results in `path`."""
-    write_text(path.with_name(f"{path.stem}_summary.md"), summary(results))
+    write_text(path.with_name(f"{path.stem}_summary.md"), summary(found))
 
 
 def routes(found: Iterable[Capability], device: Device) -> list[str]:
@@ -384,39 +441,40 @@ def routes(found: Iterable[Capability], device: Device) -> list[str]:
     return lines
 
 
-def summary(results: BenchResults) -> str:
-    """The results as a page of Markdown; every figure in it is computed from them."""
-    every = rows(results)
-    measured = [row for row in every if row.ok]
-    skipped = [row for row in every if row.result.status == "skipped"]
-    waiting = sum(row.result.reason == OUT_OF_TIME[0] for row in skipped)
-    possible = len(every) - len(skipped) + waiting
-    where = ", ".join(results.machine.gpus) or results.machine.cpu
+def summary(found: Sequence[BenchResults]) -> str:
+    """The results of images of one size, and of both orientations, as a page of Markdown; all of it is computed."""
+    (every, both), results = ([rows(one) for one in found], found[0])
+    measured, tried = [row for row in every if row.ok], [*every, *both]
+    possible = [row for row in tried if row.result.status != "skipped" or row.result.reason == OUT_OF_TIME[0]]
+    waiting = any(row.result.status == "skipped" for row in possible)
+    more = f" ({OUT_OF_TIME[0]}: {OUT_OF_TIME[1]})" if waiting else ""
+    where = ", ".join(dict.fromkeys(results.machine.gpus)) or results.machine.cpu
     parts = [
         f"# {' and '.join(sorted({row.cell.bundle.name for row in every}))} on {where}",
-        f"{machine_line(results.machine, results.created)}. {len(measured)} of {possible} cells measured"
-        f"{f' ({OUT_OF_TIME[0]}: {OUT_OF_TIME[1]})' if waiting else ''}. {results.data.timed_images} images, landscape "
-        f"and portrait in turn; {results.settings.min_seconds:g} s for each timing.",
+        f"{machine_line(results.machine, results.created)}. {sum(row.ok for row in tried)} of {len(possible)} cells "
+        f"measured{more}, {results.settings.min_seconds:g} s for each timing.",
+        *([f"These figures were {FLAGS['quick']}."] if results.settings.quick else []),
     ]
 
     def section(title: str, about: str, body: str) -> None:
         if body:
             parts.extend(filter(None, (f"## {title}", about, body)))
 
-    section("What ran, and what did not", "", "\n".join(f"- {told}" for told in ran(every)))
+    section("What ran, and what did not", "", "\n".join(f"- {told}" for told in ran(tried)))
     about = "The largest differences of each, over all batch sizes; no configuration that differs by more than its "
-    section("Against the CPU", f"{about}precision explains is timed.", parity(measured))
+    section("Against the CPU", f"{about}precision explains is timed.", parity([row for row in tried if row.ok]))
     for title, value in (
         ("Images a second, the network alone", lambda row: row.images_per_s),
         ("Images a second, from file to boxes, one batch after the other", lambda row: row.file_images_per_s),
     ):
-        section(title, "", curve([row for row in every if row.result.status != "skipped"], value))
+        section(title, "", curve(every, both, value))
     section("Why a larger batch gains no more", "", "\n".join(f"- {told}" for told in explain(measured)))
-    about = "Milliseconds of one image in batches of one orientation, one stage after the other."
-    section("Stages from file to boxes", about, markdown(STAGE_COLUMNS, uniform(measured)))
-    about = "While the network runs alone, in batches of one orientation."
-    section("The hardware meanwhile", about, markdown(HARDWARE_COLUMNS, uniform(measured)))
-    flags = dict.fromkeys(flag for row in measured for flag in row.flags)
+    section("What mixed orientations cost", "", "\n".join(f"- {told}" for told in explain_padding(both)))
+    about = "Milliseconds of one image in batches of one size, one stage after the other."
+    section("Stages from file to boxes", about, markdown(STAGE_COLUMNS, by_setup(measured)))
+    about = "While the network runs alone, on images of one size."
+    section("The hardware meanwhile", about, markdown(HARDWARE_COLUMNS, by_setup(measured)))
+    flags = dict.fromkeys(flag for row in tried for flag in row.flags)
     section("Flags", "", "\n".join(f"- {flag}: {FLAGS[flag]}" for flag in flags))
     return "\n\n".join(parts) + "\n"
 
@@ -461,18 +519,24 @@ def parity(measured: Sequence[Row]) -> str:
     return table(lines) if len(lines) > 1 else ""
 
 
-def curve(tried: Sequence[Row], value: Callable[[Row], float | None]) -> str:
-    """Setups by batch size, of one orientation and of both."""
+def curve(uniform: Sequence[Row], mixed: Sequence[Row], value: Callable[[Row], float | None]) -> str:
+    """Setups by batch size, on images of one size and of both orientations."""
+    tried = [row for row in (*uniform, *mixed) if row.result.status != "skipped"]
     sizes = sorted({row.cell.batch_size for row in tried})
-    lines = [["", "batches of", *(f"batch {size}" for size in sizes)]]
+    lines = [["", "images", *(f"batch {size}" for size in sizes)]]
     cells = [row.cell for row in tried]
+    ways: list[tuple[str, Sequence[Row], Order]] = [
+        ("one size", uniform, "listed"),
+        ("both orientations, bucketed", mixed, "bucketed"),
+        ("both orientations, padded", mixed, "listed"),
+    ]
     for setup in dict.fromkeys(map(alone, cells)):
-        mine = [row for row in tried if alone(row.cell) == setup]
-        of_one, of_both = (
-            {row.cell.batch_size: outcome(row, value) for row in line(mine, order)} for order in ("bucketed", "listed")
-        )
-        lines.append([setup.setup(cells), "one orientation", *(of_one.get(size, "") for size in sizes)])
-        lines.append(["", "both, padded", *(of_both.get(size, "") if size > 1 else "" for size in sizes)])
+        for number, (what, of, order) in enumerate(ways):
+            mine = line([row for row in of if row in tried and alone(row.cell) == setup], order)
+            # Batch 1 has no orders to tell apart.
+            found = {row.cell.batch_size: outcome(row, value) for row in mine if number < 2 or row.cell.batch_size > 1}
+            name = "" if number else setup.setup(cells)
+            lines += [[name, what, *(found.get(size, "") for size in sizes)]] if found else []
     return table(lines) if cells else ""
 
 
@@ -483,13 +547,10 @@ def outcome(row: Row, value: Callable[[Row], float | None]) -> str:
     return "differs" if (row.result.reason or "").startswith("differs from the CPU") else "failed"
 
 
-def uniform(measured: Sequence[Row]) -> list[Row]:
-    """Batch 1 and bucketed batches, setup by setup, by batch size."""
-    return [
-        row
-        for setup in dict.fromkeys(alone(row.cell) for row in measured)
-        for row in line([row for row in measured if alone(row.cell) == setup], "bucketed")
-    ]
+def by_setup(measured: Sequence[Row]) -> list[Row]:
+    """Setup by setup, by batch size."""
+    setups = list(dict.fromkeys(alone(row.cell) for row in measured))
+    return sorted(measured, key=lambda row: (setups.index(alone(row.cell)), row.cell.batch_size))
 
 
 def _stage(name: str) -> Callable[[Row], float | None]:

@@ -25,7 +25,7 @@ from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.scenarios import measure_points
 from gfldeploy.bench.table import Row, rows
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.base import DEVICES, EngineOptions
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.coco import CocoDataset
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="COCO annotations (.json), images/ beside them")
     parser.add_argument("--engine", default="onnxruntime")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", default="cpu", choices=DEVICES)
     parser.add_argument("--name", required=True, help="of the results file")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
     parser.add_argument("--most", type=int, default=8, metavar="N", help="images in a batch (default: 8)")
@@ -53,7 +54,8 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [
         *(sys.executable, "-m", "gfldeploy", "bench", str(args.bundle), "--data", str(args.data)),
-        *("--engines", args.engine, "--precisions", args.precision, "--batch-sizes", f"1,{args.most}"),
+        *("--engines", args.engine, "--precisions", args.precision, "--device", args.device),
+        *("--batch-sizes", f"1,{args.most}"),
         *("--scenarios", "server", "--rates", f"{rate:.3g}", "--latency-bound-ms", f"{bound_ms:.0f}"),
         *("--rounds", str(args.rounds), "--min-seconds", str(args.seconds), "--limit", str(args.limit)),
         *("--no-accuracy", "--no-peak", "--output", str(output), "--force"),
@@ -69,7 +71,7 @@ def load(args: argparse.Namespace) -> tuple[float, float]:
     bundle = Bundle.open(args.bundle)
     preprocess = bundle.manifest.preprocess
     images = prepare_images([one.path for one in CocoDataset.load(args.data, None, args.limit).images], preprocess)
-    with open_engine(args.engine, bundle, EngineOptions(args.precision, "cpu", usable_threads())) as engine:
+    with open_engine(args.engine, bundle, EngineOptions(args.precision, args.device, usable_threads())) as engine:
         points, _ = measure_points(engine, images, preprocess, args.most)
     model = LatencyModel.fit(points)
     sizes = [preprocess.padded_size(*one.tensor.shape[1:]) for one in images]

@@ -31,6 +31,7 @@ import numpy as np
 
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.hardware import set_tf32
+from gfldeploy.engines.nvidia_libraries import load_libraries
 from gfldeploy.engines.ort_rtx import compile_model, compiled_parts, load_plugin, rtx_options
 from gfldeploy.engines.ort_tensorrt import tensorrt_session_options
 from gfldeploy.engines.registry import ENGINES, TENSORRT_RTX, check_bundle
@@ -130,6 +131,7 @@ def compile_one(directory: Path, graph: GraphName, target: str) -> Compiled:
         around = build_stubs(folder, plugin, (12, 0))
         register = onnxruntime.register_execution_provider_library
         onnxruntime.register_execution_provider_library = lambda name, _: register(name, str(around))
+        load_libraries(ENGINES[ENGINE])
         device = load_plugin(onnxruntime).device
         value = onnxruntime.OrtValue.ortvalue_from_shape_and_type((2,), np.float32, "cuda", 0)
         value.update_inplace(np.float32([1, 2]))  # the CPU build of ONNX Runtime has the plug-in's memory and copies

@@ -212,6 +212,7 @@ class EvalResults:
     classes: int
     matched: int
     notes: tuple[str, ...]
+    tf32: bool = False
 
 
 def evaluate(
@@ -285,7 +286,7 @@ def evaluate(
             progress,
         )
     matched = sum(one is not None for one in match.category_ids)
-    return EvalResults(accuracy, name, options.precision, len(manifest.classes), matched, notes)
+    return EvalResults(accuracy, name, options.precision, len(manifest.classes), matched, notes, options.tf32)
 
 
 def measure_accuracy(

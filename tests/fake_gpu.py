@@ -4,6 +4,7 @@ the linker loads."""
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ NO_REAL_CUDA = pytest.mark.skipif(
     any(nvidia_libraries._find_by_linker(name) for name in ("libcublas.so.13", "libcuda.so.1", "libnvinfer.so.10")),
     reason="this machine has NVIDIA's own libraries",
 )
-LINKER = ("/lib64/ld-linux-x86-64.so.2", "--inhibit-cache")  # runs a program without the linker's cache
+# Runs Python without the linker's cache; its own libraries may be found from where it is, not from a link to it.
+HERMETIC_PYTHON = ("/lib64/ld-linux-x86-64.so.2", "--inhibit-cache", str(Path(sys.executable).resolve()))
 
 
 def shared_library(
@@ -112,14 +114,14 @@ class FakeSite:
         self.install("nvidia-cudnn-cu13", "9.27.0.42")
         self.install("nvidia-cuda-runtime", "13.0.96")
 
-    def tensorrt(self, version: str, needed: Sequence[str] = ("libcudart.so.13",)) -> None:
+    def tensorrt(self, version: str, needed: Sequence[str] = ("libcudart.so.13",), cuda: int = 13) -> None:
         """As pip installs it: the libraries have no longer names than the linker asks for."""
         major = version.partition(".")[0]
         infer, parser = f"libnvinfer.so.{major}", f"libnvonnxparser.so.{major}"
         resource = f"libnvinfer_builder_resource.so.{version}"  # which TensorRT opens when it builds
-        self.install("tensorrt-cu13", version)
+        self.install(f"tensorrt-cu{cuda}", version)
         self.install(
-            "tensorrt-cu13-libs",
+            f"tensorrt-cu{cuda}-libs",
             version,
             {
                 f"tensorrt_libs/{infer}": shared_library(infer, needed),

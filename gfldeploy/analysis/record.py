@@ -18,7 +18,7 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.report.page import machine_line, sections, write_page
 from gfldeploy.bench.report.plots import COLOURS, GREY, Plot
 from gfldeploy.bench.results import Peak, defined_ap
-from gfldeploy.engines.base import Precision
+from gfldeploy.engines.base import Precision, with_tf32
 from gfldeploy.files import write_json
 from gfldeploy.machine import Machine
 from gfldeploy.serialization import plain
@@ -58,8 +58,7 @@ class Analysis:
         """Write `path` (JSON) and the page beside it (.html). Raises `OutputError`."""
         write_json(path, self.to_dict())
         figures = [_stacked(self)]
-        precision = f"{self.precision}{' in TF32' if self.tf32 else ''}"
-        title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {precision}"
+        title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {with_tf32(self.precision, self.tf32)}"
         times = (
             "Milliseconds of one image against batch 1: mean over the typical of "
             f"{len(self.rounds)} rounds, and in brackets the interval of the median."

@@ -9,7 +9,7 @@ from typing import Literal, Self, get_args
 
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision
+from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision, with_tf32
 
 # After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
 # images after the other; offline: all images at once, in the order and batches that are fastest; server: images arrive
@@ -104,7 +104,7 @@ class Cell:
         The bundle is named where an engine runs several in one precision.
         """
         cells = list(among)
-        parts = [f"{self.engine} {self.precision}{' in TF32' if self.tf32 else ''}"]
+        parts = [f"{self.engine} {with_tf32(self.precision, self.tf32)}"]
         if len({cell.device for cell in cells}) > 1:
             parts.append(f"on {self.device}")
         if len({cell.threads for cell in cells}) > 1:

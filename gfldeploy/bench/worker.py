@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
-from gfldeploy.bench.cpu_parity import compare_with_cpu, write_reference
-from gfldeploy.bench.inputs import make_batches, padding_ratio, prepare_images, shape_counts
+from gfldeploy.bench.cpu_parity import compare_with_cpu, open_reference, write_reference
+from gfldeploy.bench.inputs import make_batches, padding_ratio, placed, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
 from gfldeploy.bench.roofline import measure_peak
@@ -113,6 +113,7 @@ def _time(task: Task) -> Timed:
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
         first_ms = (time.perf_counter() - start) * 1e3
+        batches = [placed(batch, engine) for batch in batches]
         parity = None
         if task.reference is not None:
             parity = compare_with_cpu(engine, batches, task.reference, task.reference_by, bundle)
@@ -162,10 +163,11 @@ def _reference(task: Task) -> CpuOutputs:
     preprocess = bundle.manifest.preprocess
     batches = make_batches(prepare_images(task.images, preprocess), preprocess, cell.batch_size, cell.order)
     fixed = bundle.manifest.inputs[0].shape[0] is not None
-    with _open(cell, bundle, (), None) as engine:
+    engine, by = open_reference(cell.engine, bundle, cell.threads)
+    with engine:
         assert task.reference is not None
         write_reference(task.reference, engine, batches, fixed)
-        return CpuOutputs(f"{cell.engine} {engine.version} {cell.precision} on the CPU")
+    return CpuOutputs(by)
 
 
 def _open(cell: Cell, bundle: Bundle, shapes: Iterable[Shape], cache: Path | None) -> Engine:

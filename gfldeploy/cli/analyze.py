@@ -12,6 +12,7 @@ from gfldeploy.analysis.session import analyze
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.tables import show_table
+from gfldeploy.engines.base import with_tf32
 
 
 @click.command("analyze")
@@ -41,7 +42,8 @@ def command(output: Path, **given: Any) -> None:
 
 def _show(found: Analysis) -> None:
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
-    title = f"{found.engine} {found.precision}, {threads}: ms of an image from file to boxes, and the changes"
+    how = f"{found.engine} {with_tf32(found.precision, found.tf32)}, {threads}"
+    title = f"{how}: ms of an image from file to boxes, and the changes"
     show_table(columns(found), found.batches, title, "The page has every column.")
     for sentence in found.answer:
         click.echo(sentence)

@@ -11,6 +11,7 @@ from gfldeploy.accuracy import evaluate
 from gfldeploy.batching.buckets import ORDERS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, console
+from gfldeploy.engines.base import with_tf32
 
 
 @click.command("eval")
@@ -35,5 +36,5 @@ def command(as_json: bool, **given: Any) -> None:
     }  # fmt: skip
     shown = "  ".join(f"{name} {'undefined' if value == -1 else f'{value:.4f}'}" for name, value in named.items())
     over = f", {found.matched} of {found.classes} classes" if found.matched < found.classes else ""
-    how = f"{found.engine} {found.precision}, batch {given['batch_size']} {given['order']}"
+    how = f"{found.engine} {with_tf32(found.precision, found.tf32)}, batch {given['batch_size']} {given['order']}"
     console().print(f"{shown}  ({one.images} images{over}, {how})")

@@ -79,10 +79,10 @@ class EngineSpec:
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
     `quantize` publish must hold in it. `needs_shapes`: it is built for the range of `EngineOptions.shapes` and refuses
     other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `tensorrt`: it runs in TensorRT.
-    `beside`: a library that must be installed too, in whatever build. `gpus`: the compute capabilities of the GPUs that
-    it runs on, where the last stands for all newer ones too; () for any GPU. `gpu_files`: the native libraries of its
-    GPU build which say by their needs what else must be installed. `gpu_opens`: what of TensorRT its library opens by a
-    bare name, where the linker must find it.
+    `beside`: a library that must be installed too, in whatever build, of `beside_version` or newer. `gpus`: the compute
+    capabilities of the GPUs that it runs on, where the last stands for all newer ones too; () for any GPU. `gpu_files`:
+    the native libraries of its GPU build which say by their needs what else must be installed. `gpu_opens`: what of
+    TensorRT its library opens by a bare name, where the linker must find it.
     """
 
     name: str
@@ -96,6 +96,7 @@ class EngineSpec:
     needs_shapes: bool = False
     tensorrt: bool = False
     beside: Library | None = None
+    beside_version: tuple[int, int] = (0, 0)
     gpus: tuple[tuple[int, int], ...] = ()
     gpu_files: tuple[str, ...] = ()
     gpu_opens: tuple[str, ...] = ()
@@ -285,6 +286,11 @@ class Engine(ClosesOnExit):
     def _detail(error: Exception) -> str:
         """What of the library's message is worth showing."""
         return str(error)
+
+
+def with_tf32(precision: str, tf32: bool) -> str:
+    """The precision in words: "fp32", or "fp32 in TF32"."""
+    return f"{precision} in TF32" if tf32 else precision
 
 
 def check_tf32(precisions: Iterable[Precision], device: Device) -> None:

@@ -4,7 +4,8 @@ A wheel for GPUs (onnxruntime-gpu) does not say which TensorRT, CUDA and cuDNN i
 offers others. Its native libraries do say: their ELF files name what must be loaded with them, with the major version
 (`libnvinfer.so.10`). They are read here, without importing the package. What they need is then looked for in the
 folders where pip puts it (`nvidia/*/lib`, `tensorrt_libs`), which the linker does not know, and where the linker looks.
-What is in pip's folders works once it has been loaded by its path, which `load_libraries` does.
+What is in pip's folders works once it has been loaded by its path, which `load_libraries` does: seen with pip's CUDA
+and cuDNN and ONNX Runtime's CUDA provider. It has not run on a GPU, nor with NVIDIA's own TensorRT libraries.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ _DISTRIBUTIONS = {
     "libnvJitLink": "nvidia-nvjitlink",
     "libnccl": "nvidia-nccl",
 }
+_NUMBERED_BY_CUDA = (
+    "nvidia-cuda-runtime",
+    "nvidia-cublas",
+    "nvidia-cuda-nvrtc",
+    "nvidia-nvjitlink",
+    "nvidia-cuda-cupti",
+)
 _ALWAYS_SUFFIXED = ("tensorrt", "nvidia-cudnn", "nvidia-nccl")  # the others have had no "-cuN" since CUDA 13
 _TENSORRT = ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt-cu13", "tensorrt-cu12", "tensorrt")
 _LINKER_FOLDERS = ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib")
@@ -144,19 +152,28 @@ def built_for(spec: EngineSpec) -> BuiltFor | None:
     return BuiltFor(cuda, _numbered(sonames, "libcudnn"), _numbered(sonames, "libnvinfer"))
 
 
-def old_driver(spec: EngineSpec) -> Obstacle | None:
-    """Whether the NVIDIA driver is older than the first for the CUDA that the engine's package was built for.
+def doubt(spec: EngineSpec) -> Obstacle | None:
+    """What may keep the engine from running though everything loads: a driver, or a TensorRT, for an older CUDA.
 
-    NVIDIA's compatibility packages can still make it work on data centre GPUs.
+    The former works with NVIDIA's compatibility packages for data centre GPUs; the latter nobody promises.
     """
-    built, driver = built_for(spec), nvidia_driver()
-    first, major = _FIRST_DRIVER.get(built.cuda or 0) if built else None, _major(driver)
-    if built is None or first is None or major is None or major >= first:
+    built = built_for(spec)
+    if built is None or built.cuda is None:
         return None
-    needs = f"{_package(spec)} was built for CUDA {built.cuda}, which needs {first}"
-    cuda, older = _FOR_OLDER_DRIVERS.get(spec.library.builds["gpu"].distribution, (0, ""))
-    instead = f', or for CUDA {cuda}: pip install "{older}"' if _FIRST_DRIVER.get(cuda, major + 1) <= major else ""
-    return Obstacle(f"the NVIDIA driver is {driver}, {needs}", f"update the driver{instead}")
+    driver, first = nvidia_driver(), _FIRST_DRIVER.get(built.cuda)
+    major = _major(driver)
+    if first and major and major < first:
+        needs = f"{_package(spec)} was built for CUDA {built.cuda}, which needs {first}"
+        cuda, older = _FOR_OLDER_DRIVERS.get(spec.library.builds["gpu"].distribution, (0, ""))
+        instead = f', or for CUDA {cuda}: pip install "{older}"' if _FIRST_DRIVER.get(cuda, major + 1) <= major else ""
+        return Obstacle(f"the NVIDIA driver is {driver}, {needs}", f"update the driver{instead}")
+    names = {cuda: f"tensorrt-cu{cuda}" for cuda in _FIRST_DRIVER if installed_version(f"tensorrt-cu{cuda}-libs")}
+    if built.tensorrt and names and built.cuda not in names:
+        other = next(iter(names.values()))
+        reason = f"{other} is installed, {_package(spec)} was built for CUDA {built.cuda}"
+        wanted = f'pip install "tensorrt-cu{built.cuda}<{built.tensorrt + 1}"'
+        return Obstacle(reason, f"pip uninstall -y {other} {other}-libs {other}-bindings && {wanted}")
+    return None
 
 
 def obstacle_to_loading(spec: EngineSpec) -> Obstacle | None:
@@ -169,9 +186,12 @@ def obstacle_to_loading(spec: EngineSpec) -> Obstacle | None:
 
 def why_not_loaded(spec: EngineSpec) -> Obstacle:
     """Why an engine did not get its GPU provider, as far as it can be told afterwards."""
-    known = obstacle_to_loading(spec) or old_driver(spec)
-    built = built_for(spec)
-    return known or Obstacle("its libraries are all there", f"check the GPU, and the driver for {built or 'CUDA'}")
+    build = spec.library.builds["gpu"]
+    if installed_version(build.distribution) is None:
+        return Obstacle(f"{build.distribution} is not installed", build.install)
+    if known := obstacle_to_loading(spec) or doubt(spec):
+        return known
+    return Obstacle("its libraries are all there", f"check the GPU, and the driver for {built_for(spec) or 'CUDA'}")
 
 
 def load_libraries(spec: EngineSpec) -> None:
@@ -270,11 +290,12 @@ def _explain(spec: EngineSpec, needs: Iterable[_Need]) -> Obstacle | None:
     again = "" if absent else " --force-reinstall"
     remedy = f"pip install {install}{again}" if install else f"install {first.soname}, or repair its package"
     if built and any(need.soname.startswith(("libnvinfer", "libnvonnxparser")) for need in absent):
-        if installed := tensorrt_library():
+        installed = tensorrt_library()
+        if installed is None:
+            return Obstacle(f"TensorRT {built.tensorrt} is not installed, {package} needs it", remedy)
+        if _major(installed) != built.tensorrt:
             reason = f"TensorRT {installed} is installed, {package} needs TensorRT {built.tensorrt}"
-        else:
-            reason = f"TensorRT {built.tensorrt} is not installed, {package} needs it"
-        return Obstacle(reason, remedy)
+            return Obstacle(reason, remedy)
     if not absent:
         return Obstacle(f"{first.soname} is installed but cannot be loaded: {_line(first.error)}", remedy)
     others = [need.soname for need in absent[1:]]
@@ -288,6 +309,7 @@ def _requirement(soname: str, cuda: int | None) -> str | None:
     major = _numbered([soname], soname.partition(".so")[0])
     if name is None or major is None:
         return None
+    cuda = major if name in _NUMBERED_BY_CUDA else cuda
     suffix = f"-cu{cuda}" if cuda and (cuda <= 12 or name in _ALWAYS_SUFFIXED) else ""
     return f"{name}{suffix}<{major + 1}" if name == "tensorrt" else f"{name}{suffix}=={major}.*"
 

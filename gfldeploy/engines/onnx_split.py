@@ -18,8 +18,9 @@ def split_decode(model: Any) -> tuple[Any, Any]:
     """The network and the decode, as ONNX models; run one after the other they are `model`, which is left alone.
 
     The network is whatever a convolution depends on, and the Casts that take the results of the last convolutions from
-    FP16 to FP32. These are its outputs, and the inputs of the decode, which is all the rest. Raises `EngineError` where
-    the graph has no such place.
+    FP16 to FP32. These are its outputs, and the inputs of the decode, which is all the rest: the choice of candidates,
+    the DFL integral and the boxes. GFLv2's statistics of the distribution are in the network, since convolutions read
+    them, in FP16 in the file, too. Raises `EngineError` where the graph has no such place.
     """
     import onnx
 

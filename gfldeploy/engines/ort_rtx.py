@@ -2,13 +2,17 @@
 
 The plug-in's wheel brings TensorRT-RTX and the CUDA runtime, and needs no GPU build of ONNX Runtime: pip alone installs
 this way to TensorRT. Its networks are strongly typed, so that each bundle's file says what is computed in which
-precision: the FP16 file its FP32 decode, the INT8 file its convolutions. What `compile_model` does has been run, with
-the real plug-in and without a GPU (benchmarks/tensorrt_rtx.py). Inference has not run on a GPU.
+precision: the FP16 file its FP32 decode, the INT8 file its convolutions. Kernels for an input shape are compiled when
+it first comes, in the background: slower ones run until then, unless there is one shape only.
+
+What `compile_model` does has been run, with the real plug-in and without a GPU (benchmarks/tensorrt_rtx.py). Inference
+has not run on a GPU.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,17 +25,20 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import EngineOptions, ExecutedConvolution, Tensors
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
-from gfldeploy.engines.nvidia_libraries import load_libraries
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.ort_tensorrt import parts_in_words, shape_text, tensorrt_session_options
-from gfldeploy.engines.registry import ENGINES, TENSORRT_RTX
+from gfldeploy.engines.registry import TENSORRT_RTX
 from gfldeploy.engines.tensorrt import Profile, TensorRtOptions, example
 from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import native_writes
 
 _COMPILED = "compiled.onnx"  # the graph with TensorRT-RTX's engine inside
 _KERNELS = "kernels"  # those that TensorRT-RTX compiles for the card when they first run
-_FIRST_ONNXRUNTIME = "1.24"  # by the plug-in's own requirements
+
+
+def _told(error: Exception) -> str:
+    """What the plug-in says, without the places and codes that ONNX Runtime puts before it."""
+    return summary(RuntimeError(re.sub(r".*\] : \d+ : [A-Z_]+ : ", "", str(error), flags=re.DOTALL).rstrip("; ")))
 
 
 class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
@@ -41,7 +48,9 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt-rtx"
-    graph_option = None  # the plug-in has one; without a GPU nobody can tell what it does
+    graph_options: Mapping[str, str] = {"enable_cuda_graph": "1"}
+    own_sessions = 1
+    _detail = staticmethod(_told)
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph, compiled if it is not yet. Raises `MissingDependencyError`, `BundleError`, `OutputError` or
@@ -73,6 +82,8 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
         if not self._compiled.exists():
             with self._explained(f"cannot compile {self._model}"):
                 compile_model(self._ort, self._session_options(), self._model, self._compiled, self._device, options)
+        if cuda_graph:  # which TensorRT-RTX captures and replays itself
+            options = {**options, **self.graph_options}
         session_options = self._session_options()
         session_options.add_provider_for_devices([self._device], options)
         try:
@@ -86,7 +97,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
             raise
         except Exception as error:
             remedy = "Check the GPU and its driver. Delete that file to have it compiled again."
-            raise EngineError(f"{self.title} cannot load {self._compiled}: {summary(error)}", remedy) from error
+            raise EngineError(f"{self.title} cannot load {self._compiled}: {_told(error)}", remedy) from error
         if (used := session.get_providers()[0]) != provider:
             raise EngineError(f"ONNX Runtime fell back to {used}", "Check the GPU and its driver.")
         return [session]
@@ -97,7 +108,7 @@ class Plugin:
     """The plug-in, registered with ONNX Runtime in this process.
 
     `provider`: the name of its execution provider. `device`: the first card that it runs on, an `OrtEpDevice`.
-    `version`: of the TensorRT-RTX that it brings.
+    `version`: of the TensorRT-RTX that it brings, with its own.
     """
 
     provider: str
@@ -107,28 +118,32 @@ class Plugin:
 
 @cache
 def load_plugin(ort: Any) -> Plugin:
-    """Register the plug-in; once in a process, as ONNX Runtime wants it.
+    """Register the plug-in, whose libraries are loaded by now; once in a process, as ONNX Runtime wants it.
 
     Raises `MissingDependencyError`, or `EngineError` where it does not load or runs on no GPU here.
     """
-    if not hasattr(ort, "ModelCompiler") or not hasattr(ort, "register_execution_provider_library"):
-        problem = f"TensorRT-RTX needs onnxruntime {_FIRST_ONNXRUNTIME} or newer, this is {ort.__version__}"
-        raise EngineError(problem, f'Run: pip install --upgrade "onnxruntime>={_FIRST_ONNXRUNTIME}"')
     module = require(TENSORRT_RTX.module, "the TensorRT-RTX engine")
     library = Path(module.get_library_path())
     provider = module.get_ep_name()
-    load_libraries(ENGINES[OnnxRuntimeRtxEngine.name])
     try:
         ort.register_execution_provider_library(provider, str(library))
     except Exception as error:
         remedy = "Check the NVIDIA driver; in a container, start it with access to the GPUs."
-        raise EngineError(f"the TensorRT-RTX plug-in cannot be loaded: {summary(error)}", remedy) from error
+        raise EngineError(f"the TensorRT-RTX plug-in cannot be loaded: {_told(error)}", remedy) from error
     device = next((one for one in ort.get_ep_devices() if one.ep_name == provider), None)
     if device is None:
         problem = "the TensorRT-RTX plug-in finds no GPU that it runs on: an RTX 30, 40, 50 or newer"
         raise EngineError(problem, "Use the engine onnxruntime-tensorrt.")
+    if number := _number(ort, device):  # everything on GPUs here uses the first
+        problem = f"TensorRT-RTX does not run on the first GPU, but on number {number}"
+        raise EngineError(problem, f"Set CUDA_VISIBLE_DEVICES={number}, which makes that the first.")
     version = next((path.name.partition(".so.")[2] for path in library.parent.glob("libtensorrt_rtx.so.*.*")), "?")
-    return Plugin(provider, device, version)
+    return Plugin(provider, device, f"{version} (plug-in {device.ep_metadata.get('version', '?')})")
+
+
+def _number(ort: Any, device: Any) -> int:
+    """CUDA's number of the card, from 0."""
+    return int(device.memory_info(ort.OrtDeviceMemoryType.DEFAULT).device_id)
 
 
 def rtx_options(profile: Profile, kernels: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ the processor's flags and the driver: no engine is imported for them.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,6 +27,7 @@ from gfldeploy.engines.base import (
     Shape,
     installed_version,
     is_installed,
+    remedy_sentence,
 )
 from gfldeploy.engines.hardware import compute_capabilities, cpu_flags, nvidia_driver
 from gfldeploy.engines.nvidia_libraries import obstacle_to_loading
@@ -149,6 +151,7 @@ _BUILT_IN = (
         needs_shapes=True,
         tensorrt=True,
         beside=ONNXRUNTIME,
+        beside_version=(1, 27),  # the first in which all of benchmarks/tensorrt_rtx.py works
         gpu_files=("libonnxruntime_providers_nv_tensorrt_rtx.so",),
         gpus=((8, 6), (8, 9), (12, 0)),  # RTX 30, 40, 50: tensorrt_rtx_provider_options.h in the plug-in's wheel
     ),
@@ -252,8 +255,8 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
         return obstacle
     if not is_installed(library.module):
         return Obstacle(f"{library.module} is not installed", library.builds[device].install)
-    if spec.beside and not is_installed(spec.beside.module):
-        return Obstacle(f"{spec.beside.module} is not installed", spec.beside.builds["cpu"].install)
+    if spec.beside and (obstacle := _lacks_beside(spec, spec.beside)):
+        return obstacle
     if device == "gpu" and installed_version(library.builds["gpu"].distribution) is None:
         which = "the CPU build" if "cpu" in library.builds else "another build"
         return Obstacle(f"{which} of {library.module} is installed", library.builds["gpu"].install)
@@ -262,6 +265,20 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
     if device == "cpu" and precision == "bf16" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         return Obstacle("this CPU has neither AVX512-BF16 nor AMX", "use fp32 or int8 on this CPU")
     return None
+
+
+def _lacks_beside(spec: EngineSpec, beside: Library) -> Obstacle | None:
+    """Whether the library that the engine needs beside its own is missing or too old."""
+    if not is_installed(beside.module):
+        return Obstacle(f"{beside.module} is not installed", beside.builds["cpu"].install)
+    installed = ((name, version) for name in beside.distributions if (version := installed_version(name)))
+    name, version = next(installed, (beside.module, ""))
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) >= spec.beside_version:
+        return None
+    first = ".".join(map(str, spec.beside_version))
+    needs = f"{name} {version} is installed, {spec.title} needs {first} or newer"
+    return Obstacle(needs, f'pip install --upgrade "{name}>={first}"')
 
 
 def _wrong_gpu(spec: EngineSpec) -> Obstacle | None:
@@ -327,7 +344,8 @@ def obstacle_to(engine: str, bundle: Bundle, precision: Precision, device: Devic
 
 
 def _impossible(engine: str, precision: Precision, device: Device, why: Obstacle) -> UnsupportedError:
-    return UnsupportedError(f"{engine} {precision} on {device} is not possible: {why.reason}", f"Remedy: {why.remedy}.")
+    problem = f"{engine} {precision} on {device} is not possible: {why.reason}"
+    return UnsupportedError(problem, remedy_sentence(why.remedy))
 
 
 def open_engine(engine: str, bundle: Bundle, options: EngineOptions, shapes: Iterable[Shape] | None = None) -> Engine:

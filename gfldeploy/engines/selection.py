@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, EngineOptions, Obstacle, Precision
+from gfldeploy.engines.base import Device, EngineOptions, Obstacle, Precision, remedy_sentence
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import PREFERRED_ENGINES, check_bundle, check_possible, obstacle_to
+from gfldeploy.engines.registry import ENGINES, PREFERRED_ENGINES, check_bundle, check_possible, obstacle_to
 from gfldeploy.errors import UnsupportedError
 
 
@@ -34,7 +34,7 @@ def select_engine(
         check_possible(engine, bundle, options)
         return engine, options, "as asked for"
     if problem := check_bundle(bundle, precision):
-        raise UnsupportedError(f"{precision} is not possible: {problem.reason}", f"Remedy: {problem.remedy}.")
+        raise UnsupportedError(f"{precision} is not possible: {problem.reason}", remedy_sentence(problem.remedy))
     refused: dict[str, Obstacle] = {}
     for name in PREFERRED_ENGINES:
         if obstacle := obstacle_to(name, bundle, precision, device):
@@ -44,5 +44,6 @@ def select_engine(
         reason = f"first of {', '.join(PREFERRED_ENGINES)} that runs {precision} on {device} here{others}"
         return name, options, reason
     reasons = "; ".join(f"{name}: {why.reason}" for name, why in refused.items())
-    remedy = refused[PREFERRED_ENGINES[0]].remedy
-    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", f"Remedy: {remedy}.")
+    able = (name for name in refused if not isinstance(ENGINES[name].graph(precision, device), Obstacle))
+    remedy = refused[next(able, PREFERRED_ENGINES[0])].remedy
+    raise UnsupportedError(f"no engine runs {precision} on {device}: {reasons}", remedy_sentence(remedy))

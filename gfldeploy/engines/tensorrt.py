@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
@@ -82,7 +83,7 @@ class Profile:
 
     def __str__(self) -> str:
         smallest, most_common, largest = ("x".join(map(str, one)) for one in self._corners())
-        return most_common if smallest == largest else f"{smallest} to {largest}, most of them {most_common}"
+        return most_common if smallest == largest else f"{smallest} to {largest}, fastest at {most_common}"
 
     def _corners(self) -> tuple[Shape, Shape, Shape]:
         return self.smallest, self.most_common, self.largest
@@ -127,6 +128,7 @@ class AnyShapeEngine(Engine):
         self._bundle = bundle
         self._first = Profile.spanning(options.shapes or possible_shapes(bundle.manifest))
         self._opened: dict[Profile, Engine] = {}
+        self._infers, self._closes = threading.Lock(), threading.Lock()  # or one would close what another is in
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
         self.build_s, self.delegated = opened.build_s, opened.delegated
@@ -134,18 +136,20 @@ class AnyShapeEngine(Engine):
 
     def close(self) -> None:
         while self._opened:
-            self._opened.popitem()[1].close()
+            self._close_one()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
-        engine = self._engine_for(inputs)
-        try:
-            return engine.infer_timed(inputs)
-        finally:
-            self.cuda_graph = engine.cuda_graph
+        with self._infers:
+            engine = self._engine_for(inputs)
+            try:
+                return engine.infer_timed(inputs)
+            finally:
+                self.cuda_graph = engine.cuda_graph
 
     def upload(self, inputs: Tensors) -> Tensors:
-        engine = self._opened.get(self.profile_of(_shape(inputs)))  # the thread that infers opens them
-        return inputs if engine is None else engine.upload(inputs)
+        with self._closes:
+            engine = self._opened.get(self.profile_of(_shape(inputs)))  # the thread that infers opens them
+            return inputs if engine is None else engine.upload(inputs)
 
     def host_array(self, values: int) -> NDArray[np.float32]:
         return self._any.host_array(values)
@@ -170,16 +174,31 @@ class AnyShapeEngine(Engine):
         engine = self._opened.pop(profile, None)
         if engine is None:
             while len(self._opened) >= _OPEN:
-                self._opened.pop(next(iter(self._opened))).close()  # the one that was used the longest time ago
-            with ExitStack() as locks:
-                outer = _locks.set(locks)
-                try:
-                    engine = self._open_one(replace(self.options, shapes=profile.shapes))
-                finally:
-                    _locks.reset(outer)
-                _leave_note(engine, self._bundle, profile)
+                self._close_one()
+            try:
+                engine = self._open(profile)
+            except EngineError:
+                if not self._opened:
+                    raise
+                self.close()  # the GPU's memory may be too little for two
+                engine = self._open(profile)
         self._opened[profile] = engine
         self.directory = engine.directory
+        return engine
+
+    def _close_one(self) -> None:
+        """That which was used the longest time ago."""
+        with self._closes:
+            self._opened.pop(next(iter(self._opened))).close()
+
+    def _open(self, profile: Profile) -> Engine:
+        with ExitStack() as locks:
+            outer = _locks.set(locks)
+            try:
+                engine = self._open_one(replace(self.options, shapes=profile.shapes))
+            finally:
+                _locks.reset(outer)
+            _leave_note(engine, self._bundle, profile)
         return engine
 
 

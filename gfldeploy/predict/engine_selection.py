@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, with_tf32
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.selection import select_engine
 from gfldeploy.engines.tensorrt import possible_shapes
@@ -40,7 +40,7 @@ class Choice:
         options, count = self.options, self.options.threads
         listed = ", batches as listed" if self.order == "listed" and self.batch_size > 1 else ""
         return (
-            f"{self.bundle.name} in {self.engine} {options.precision}{' in TF32' if options.tf32 else ''} on "
+            f"{self.bundle.name} in {self.engine} {with_tf32(options.precision, options.tf32)} on "
             f"{options.device}, batch {self.batch_size}, "
             f"{count} thread{'' if count == 1 else 's'}{listed} ({self.why})"
         )
@@ -98,7 +98,8 @@ def choose(
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
     notes = (*notes, *bundle.manifest.notes)
     if ENGINES[engine].needs_shapes or options.device == "gpu":
-        expected = in_batches(shapes, size, fixed or 1)  # batches need not fill
+        # Batches need not fill; but an engine that runs any shape is to know the most common alone.
+        expected = in_batches(shapes, *((size, fixed or 1) if ENGINES[engine].needs_shapes else (size,)))
         options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
     return Choice(bundle, engine, options, size, order, why or reason, notes)
 

@@ -147,7 +147,7 @@ class Deploy(Versioned):
     `created`: UTC, ISO 8601. `summary`: one paragraph in plain words. `bounds`: what was asked for. `knee`: of the
     choice's engine, precision, threads and order; None where a single batch size was measured. `search`: how the
     choice was found; `machine`, `data`: where and on what. `shapes`: (batch, height, width) of the network's inputs
-    that the choice makes of all images of the data, the most common first, for engines that are built for shapes; at
+    that the choice makes of all images that were used, the most common first, for engines that are built for shapes; at
     most 16, the last two of which then bound those that are left out. Empty in files of earlier schemas.
     """
 

@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,7 +114,7 @@ def tune_bundles(
         progress: Told of the configurations, and of each process as it starts.
 
     Returns:
-        The choice with its evidence, as written to `output`.
+        The choice with its evidence, and the shapes of its inputs for all images used, as written to `output`.
 
     Raises:
         UsageError: The options contradict each other.
@@ -144,7 +143,9 @@ def tune_bundles(
     if not planned.cells:
         raise nothing_to_run(planned)
     known_bundles = {BundleIdentity.of(bundle): bundle for bundle in opened}
-    sizes = [image.size() for image in CocoDataset.load(data, images, limit).images]
+    counts = [limit, accuracy_limit] if accuracy else [limit]
+    dataset = CocoDataset.load(data, images, None if None in counts else max(filter(None, counts)))
+    sizes = [image.size() for image in dataset.images[:limit]]
     different = (
         cell for cell in planned.cells if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
     )
@@ -199,7 +200,7 @@ def tune_bundles(
             ),
             machine=machine,
             data=measured_on.description,
-            shapes=_input_shapes(CocoDataset.load(data, images), known_bundles[choice.cell.bundle], choice.cell),
+            shapes=_input_shapes(dataset, known_bundles[choice.cell.bundle], choice.cell),
         )
         best, *second = search.finished.values()
         summary = summarize(deploy, best, second[0] if second else None, session.failed())
@@ -218,11 +219,8 @@ def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]
 
 
 def _input_shapes(dataset: CocoDataset, bundle: Bundle, cell: Cell) -> tuple[Shape, ...]:
-    """Of the full batches that the cell makes of all images whose header can be read, as `Deploy` has them."""
-    sizes = []
-    for image in dataset.images:
-        with suppress(DataError):  # more images than were measured: some need not be there
-            sizes.append(bundle.manifest.preprocess.input_size(*image.size()))
+    """Of the full batches that the cell makes of all images, as `Deploy` has them."""
+    sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
     counts = Counter((cell.batch_size, *one.size) for one in group(sizes, cell.batch_size, cell.order))
     shapes = tuple(shape for shape, _ in counts.most_common())
     if len(shapes) > MOST_SHAPES:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from gfldeploy.bench.cell import Cell, names
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import CellResult
+from gfldeploy.engines.base import with_tf32
 from gfldeploy.engines.registry import title_of
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
@@ -82,7 +83,7 @@ def _what(cell: Cell) -> str:
     how = "of one size" if cell.order == "bucketed" else "as listed"
     shape = f"batches of {cell.batch_size} images {how}" if cell.batch_size > 1 else "one image at a time"
     threads = "" if cell.device == "gpu" else f" with {_count(cell.threads, 'thread')}"
-    precision = f"{cell.precision.upper()}{' in TF32' if cell.tf32 else ''}"
+    precision = with_tf32(cell.precision.upper(), cell.tf32)
     return f"{cell.bundle.directory} in {title_of(cell.engine)} ({precision}), {shape}{threads}"
 
 

@@ -10,14 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import demo_bundles
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sample_results import OK, RUN, altered, cell_of, plan_of, sample_results
 
-from gfldeploy import Detector, benchmark, predict_images
+from gfldeploy import Detector, benchmark, predict_images, tune_bundles
 from gfldeploy.bench import cpu_parity
-from gfldeploy.bench.cpu_parity import Outputs, compare_with_cpu, is_compared, measure_parity, write_reference
+from gfldeploy.bench.cpu_parity import (
+    Outputs,
+    compare_with_cpu,
+    is_compared,
+    measure_parity,
+    open_reference,
+    write_reference,
+)
 from gfldeploy.bench.inputs import make_batches, prepare_images
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.matrix import Plan
@@ -27,8 +35,8 @@ from gfldeploy.bench.table import COLUMNS, rows
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines import registry
-from gfldeploy.engines.base import EngineOptions, Precision
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.base import Engine, EngineOptions, Precision
+from gfldeploy.engines.registry import load_graph, open_engine
 from gfldeploy.errors import EngineError
 
 # ONNX Runtime with an error of each kind, and one without: a class for each.
@@ -106,9 +114,23 @@ def test_a_row_that_differs_says_so_instead_of_a_speed(
     assert parity.score_difference_max < 1e-6 and parity.box_difference_max_px < 1e-3
     assert (moved.status, moved.runs) == ("failed", ()) and moved.reason is not None
     assert moved.reason.startswith("differs from the CPU: boxes by up to 3 px (allowed 0.1)")
+    assert "fp32 on the CPU: scores off by " in moved.reason and "boxes by 3 px at most, 0 of " in moved.reason
     assert moved.remedy is not None and "gfldeploy doctor" in moved.remedy
     assert BenchResults.read(tmp_path / "r.json") == results
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.csv", "r.html", "site-packages"}
     assert "differs from the CPU: boxes by up to 3 px" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.slow
+def test_tune_never_chooses_what_differs(
+    planted: list[str], tiny_bundle: Path, tiny_coco: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {**BRIEF, "look_seconds": 0, "threads": [1], "batch_sizes": [1], "orders": ["listed"]}
+    del how["peak"]
+    engines = ["onnxruntime", planted[1]]
+    deploy = tune_bundles(tiny_bundle, data=tiny_coco, engines=engines, output=tmp_path / "deploy.yml", **how)
+    assert deploy.choice.cell.engine == "onnxruntime" and deploy.runner_up is None
+    assert "Left out: planted-moved fp32, batch 1: differs from the CPU: boxes by up to 3 px" in deploy.summary
 
 
 CLASSES, CANDIDATES = 2, 60
@@ -178,7 +200,7 @@ def problems(bundle: Path, precision: Precision, change: Change, tf32: bool = Fa
     [
         ("fp32", nothing, None),
         ("fp32", noise(9e-5, 0.001), None),
-        ("fp32", noise(1e-3, 0), "scores by up to 0.0.* (allowed 0.0001)"),
+        ("fp32", noise(1e-3, 0), "scores by up to 0.0.* (allowed 0.0001); as of FP16 or TF32, which was not asked for"),
         ("fp32", noise(0, 0.01), "boxes by up to 0.7.* px (allowed 0.1)"),
         ("fp32", lowered, "boxes are rounded to FP16, so that their decode"),
         ("fp32", one_swapped, "scores by up to"),
@@ -349,3 +371,44 @@ def test_a_detector_that_cannot_be_compared_says_so(
     monkeypatch.setattr(cpu_parity, "REFERENCE_ENGINE", "paddle")
     with Detector(tiny_bundle, engine=planted[0]) as detector, pytest.warns(UserWarning, match="was not compared with"):
         assert len(detector.detect(tiny_coco.parent / "images/1.jpg")) == 1
+
+
+@pytest.mark.slow
+@demo_bundles.needs_export
+@demo_bundles.needs_quant
+def test_a_trained_detector(trained: Path, calibrated: Path, labelled: Path) -> None:
+    """What is sound passes by far; what runs in less than it should does not, nor a decode in FP16."""
+    fp32, int8 = Bundle.open(trained), Bundle.open(calibrated)
+    preprocess, cpu = fp32.manifest.preprocess, EngineOptions("fp32", "cpu", 2)
+    images = prepare_images(sorted((labelled / "val/images").iterdir())[:3], preprocess)
+    tensors = [preprocess.batch([image]) for image in images]
+
+    def run(engine: Engine) -> list[dict[str, NDArray[Any]]]:
+        with engine:
+            return [engine.infer({"image": tensor}) for tensor in tensors]
+
+    def found(ours: list[dict[str, NDArray[Any]]], theirs: list[dict[str, NDArray[Any]]], *how: Any) -> str:
+        bundle = int8 if how[0] == "int8" else fp32
+        measured, problems = measure_parity(ours, theirs, "the CPU", bundle, EngineOptions(how[0], "gpu", tf32=how[-1]))
+        assert measured.detections > 10
+        return "; ".join(problems)
+
+    import onnx
+    import onnxruntime
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    expected = run(open_engine("onnxruntime", fp32, cpu))
+    half = run(load_graph("onnxruntime", fp32, cpu, "onnx_fp16"))
+    assert found(half, expected, "fp16", False) == found(half, expected, "fp32", True) == ""
+    assert "as of FP16 or TF32, which was not asked for" in found(half, expected, "fp32", False)
+    model = onnx.load(str(fp32.graph("onnx")[0]))
+    lowered = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True, op_block_list=[])
+    session = onnxruntime.InferenceSession(lowered.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [spec.name for spec in fp32.manifest.outputs]
+    whole = [dict(zip(names, session.run(names, {"image": tensor}), strict=True)) for tensor in tensors]
+    assert "boxes are rounded to FP16" in found(whole, expected, "fp16", False)
+    reference, by = open_reference("onnxruntime", int8, 2)
+    assert by.startswith("INT8 as TensorRT reads it, simulated by onnxruntime 1.")
+    expected = run(reference)
+    for engine in ("onnxruntime", "openvino"):
+        assert found(run(open_engine(engine, int8, EngineOptions("int8", "cpu", 2))), expected, "int8", False) == ""

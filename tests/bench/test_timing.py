@@ -44,6 +44,14 @@ def test_warms_up_every_shape_then_goes_round_in_order_and_ends_with_a_round() -
     assert samples.wall_s >= sum(samples.latency_ms) / 1e3
 
 
+def test_energy_is_that_of_what_is_timed() -> None:
+    """A counter that rises by 3 J with every inference, the warm-up included."""
+    engine = Recorder()
+    samples = measure(engine, [batch(1, 8)], Settings(0, 5, 0, warmup=4), lambda: 100 + 3.0 * len(engine.seen))
+    assert samples.energy_j == 3.0 * len(samples.latency_ms) == 15
+    assert measure(Recorder(), [batch(1, 8)], Settings(0, 5, 0), lambda: None).energy_j is None
+
+
 def test_both_minima_are_met() -> None:
     by_time = measure(Recorder(), [batch(1, 8)], Settings(0.05, 1, 0.05))
     assert by_time.wall_s >= 0.05

@@ -348,8 +348,8 @@ def test_precisions_of_the_other_bundle(
 ) -> None:
     int8 = edit(tiny_bundle, tmp_path / "int8", lambda manifest: manifest.update(precision="int8"))
     data = ("--data", tiny_coco)
-    assert "make an INT8 bundle with `gfldeploy quantize`" in refused("eval", tiny_bundle, *data, "--precision", "int8")
-    assert "use the bundle that `gfldeploy export` wrote" in refused("eval", int8, *data, "--precision", "fp32")
+    assert "Make an INT8 bundle with `gfldeploy quantize`" in refused("eval", tiny_bundle, *data, "--precision", "int8")
+    assert "Use the bundle that `gfldeploy export` wrote" in refused("eval", int8, *data, "--precision", "fp32")
     shown = refused("quantize", int8, *data, "--samples", 1, "-o", tmp_path / "out")
     assert "is INT8 already" in shown
 
@@ -374,7 +374,7 @@ def test_batches_that_a_fixed_bundle_does_not_take(
     ("options", "message"),
     [
         (("--engine", "paddle", "--precision", "fp16"), "kernels have no FP16 convolution"),
-        (("--engine", "onnxruntime", "--precision", "fp16"), "use int8 on CPUs"),
+        (("--engine", "onnxruntime", "--precision", "fp16"), "Use int8 on CPUs."),
         (("--engine", "onnxruntime", "--precision", "bf16"), "openvino for bf16"),
         (("--engine", "tensorflow"), "'tensorflow' is not one of"),
         (("--precision", "int4"), "'int4' is not one of"),

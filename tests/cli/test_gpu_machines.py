@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gpu import LINKER, NO_REAL_CUDA, FakeSite
+from fake_gpu import HERMETIC_PYTHON, NO_REAL_CUDA, FakeSite, shared_library
 
 import gfldeploy
+from gfldeploy.engines.registry import TENSORRT_RTX
 
 ROOT = Path(gfldeploy.__file__).parents[1]
 HIDDEN = re.compile(r"(onnxruntime|paddle|openvino|nvidia|tensorrt|torch|ppdet|__editable__).*", re.IGNORECASE)
@@ -25,7 +26,7 @@ from pathlib import Path
 from gfldeploy.engines import hardware, nvidia_libraries
 hardware.DRIVER = Path(sys.argv.pop(1))
 nvidia_libraries._LINKER_FOLDERS, nvidia_libraries._cached = (), dict
-nvidia_libraries._TRY = (*json.loads(sys.argv.pop(1)), *nvidia_libraries._TRY)
+nvidia_libraries._TRY = (*json.loads(sys.argv.pop(1)), *nvidia_libraries._TRY[1:])
 from gfldeploy.cli import main
 for command in json.loads(sys.argv.pop(1)):
     try:
@@ -57,7 +58,7 @@ class Machine(FakeSite):
         path = os.pathsep.join(map(str, (self.folder, self.packages, ROOT)))
         environment = {**os.environ, "PYTHONPATH": path, "LD_LIBRARY_PATH": str(self.system)}
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        arguments = (str(self.system / "proc"), json.dumps(LINKER), json.dumps(commands))
+        arguments = (str(self.system / "proc"), json.dumps(HERMETIC_PYTHON), json.dumps(commands))
         done = subprocess.run(
             [sys.executable, "-S", "-P", "-c", SCRIPT, *arguments],
             cwd=self.system, env=environment, capture_output=True, text=True, timeout=60,
@@ -157,3 +158,25 @@ def test_what_is_wrong(machine: Machine, install: Callable[[Machine], None], rea
     answer, bench = machine.answers()
     assert (answer["reason"], answer["remedy"]) == (reason, remedy)
     assert bench == f"Error: --trt cannot work here: {reason}. Run: {remedy}"
+
+
+def test_an_rtx_card_with_the_cpu_build_of_onnx_runtime_and_the_plug_in(machine: Machine) -> None:
+    folder = TENSORRT_RTX.module
+    needed = ["libcudart.so.13", "libcuda.so.1", "libnvidia-ml.so.1", "libtensorrt_rtx.so.1"]
+    files = {
+        f"{folder}/__init__.py": b"",
+        f"{folder}/libonnxruntime_providers_nv_tensorrt_rtx.so": shared_library(None, needed),
+        f"{folder}/libcudart.so.13.4.36": shared_library("libcudart.so.13"),
+        f"{folder}/libtensorrt_rtx.so.1.7.1": shared_library("libtensorrt_rtx.so.1"),
+    }
+    machine.install(TENSORRT_RTX.builds["gpu"].distribution, "0.5.0", files)
+    machine.onnxruntime("1.32.0")
+    (machine.system / "libnvidia-ml.so.1").write_bytes(shared_library("libnvidia-ml.so.1"))
+    (machine.system / "val.json").write_text("none")
+    bench = ["bench", "bundle", "--data", "val.json", "--trt", "-o", "results.json"]
+    (in_json, summary), error = machine.run(["doctor", "--json"], ["doctor"], bench)
+    on_gpu = [one for one in json.loads(in_json)["capabilities"] if one["device"] == "gpu" and one["works"]]
+    found = [(one["engine"], one["precision"]) for one in on_gpu]
+    assert found == [("onnxruntime-tensorrt-rtx", one) for one in ("fp32", "fp16", "int8")]
+    assert "onnxruntime-tensorrt-rtx: fp32, fp16, int8 on gpu" in summary
+    assert "--trt cannot work" not in error

@@ -24,9 +24,12 @@ class ShapedEngine(Engine):
     name = NAME
     title = "an engine for shapes"
     open = 0
+    memory = 99  # for so many of them
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         super().__init__(bundle, options, graph)
+        if ShapedEngine.open >= self.memory:
+            raise EngineError("out of memory", None)
         import onnxruntime as ort
 
         self.version = str(ort.__version__)

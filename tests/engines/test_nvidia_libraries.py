@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_gpu import CUDA_PROVIDER, LINKER, NO_REAL_CUDA, TENSORRT_PROVIDER, FakeSite, shared_library
+from fake_gpu import CUDA_PROVIDER, HERMETIC_PYTHON, NO_REAL_CUDA, TENSORRT_PROVIDER, FakeSite, shared_library
 
 from gfldeploy.engines import hardware
 from gfldeploy.engines import nvidia_libraries as nvidia
@@ -36,7 +36,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     found = FakeSite(tmp_path)
     found.driver()
     monkeypatch.setattr(hardware, "DRIVER", found.system / "proc")
-    monkeypatch.setattr(nvidia, "_TRY", (*LINKER, *nvidia._TRY))
+    monkeypatch.setattr(nvidia, "_TRY", (*HERMETIC_PYTHON, *nvidia._TRY[1:]))
     monkeypatch.setattr(nvidia, "_LINKER_FOLDERS", ())
     monkeypatch.setattr(nvidia, "_cached", dict)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(found.system))
@@ -61,6 +61,7 @@ def forget() -> None:
         ("libnvinfer_plugin.so.8", None, "tensorrt<9"),
         ("libcudart.so.12", 12, "nvidia-cuda-runtime-cu12==12.*"),
         ("libcudart.so.13", 13, "nvidia-cuda-runtime==13.*"),
+        ("libcudart.so.12", 13, "nvidia-cuda-runtime-cu12==12.*"),
         ("libcublasLt.so.13", 13, "nvidia-cublas==13.*"),
         ("libcudnn_adv.so.9", 12, "nvidia-cudnn-cu12==9.*"),
         ("libcudnn.so.9", 13, "nvidia-cudnn-cu13==9.*"),
@@ -85,12 +86,24 @@ def test_what_a_package_was_built_for(site: FakeSite) -> None:
     forget()
     assert str(nvidia.built_for(CUDA)) == "CUDA 13, cuDNN 9", "which only the other provider names"
     assert str(nvidia.built_for(TENSORRT)) == "CUDA 13, cuDNN 9, TensorRT 10"
-    assert nvidia.old_driver(CUDA) is None
+    assert nvidia.doubt(CUDA) is None
     (site.system / "proc/version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  575.57.08  Tue\n")
-    assert nvidia.old_driver(CUDA) == (
+    assert nvidia.doubt(CUDA) == (
         "the NVIDIA driver is 575.57.08, onnxruntime-gpu 1.31.1 was built for CUDA 13, which needs 580",
         'update the driver, or for CUDA 12: pip install "onnxruntime-gpu<1.27"',
     )
+
+
+def test_tensorrt_for_another_cuda(site: FakeSite) -> None:
+    site.onnxruntime_gpu()
+    site.tensorrt("10.16.1.11", cuda=12)
+    assert nvidia.doubt(CUDA) is None
+    assert nvidia.doubt(TENSORRT) == (
+        "tensorrt-cu12 is installed, onnxruntime-gpu 1.31.1 was built for CUDA 13",
+        'pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings && pip install "tensorrt-cu13<11"',
+    )
+    site.tensorrt("10.16.1.11")
+    assert nvidia.doubt(TENSORRT) is None
 
 
 def test_the_version_of_tensorrt_that_would_be_loaded(site: FakeSite) -> None:
@@ -139,6 +152,17 @@ def test_a_library_that_lacks_one(site: FakeSite) -> None:
     assert failures(TENSORRT) == (
         "libnvinfer.so.10 needs libnvrtc.so.13, which is not found",
         'pip install "nvidia-cuda-nvrtc==13.*"',
+    )
+
+
+def test_a_part_of_tensorrt(site: FakeSite) -> None:
+    site.onnxruntime_gpu()
+    site.cuda()
+    (site.system / "libnvinfer.so.10.13.3").write_bytes(shared_library("libnvinfer.so.10"))
+    (site.system / "libnvinfer.so.10").symlink_to("libnvinfer.so.10.13.3")
+    assert failures(TENSORRT) == (
+        "libonnxruntime_providers_tensorrt.so needs libnvonnxparser.so.10, which is not found",
+        'pip install "tensorrt-cu13<11"',
     )
 
 

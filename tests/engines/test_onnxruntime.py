@@ -10,7 +10,7 @@ import pytest
 from qdq_model import IMAGE, USES, QdqModel
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import NOT_ASKED, EngineOptions, ExecutedConvolution
+from gfldeploy.engines.base import NOT_ASKED, EngineOptions, ExecutedConvolution, installed_version
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.errors import EngineError
@@ -91,3 +91,13 @@ def test_a_bias_in_float_is_a_reason_only_if_the_engine_leaves_it_so() -> None:
 def test_fp32(tiny_bundle: Path) -> None:
     with OnnxRuntimeEngine(Bundle.open(tiny_bundle), EngineOptions(), "onnx") as engine:
         assert engine.executed_convolutions(IMAGE) == (ExecutedConvolution("fp32", "weights", NOT_ASKED),)
+
+
+@pytest.mark.skipif(installed_version("onnxruntime-gpu") is not None, reason="onnxruntime-gpu is installed")
+def test_the_cpu_is_not_measured_in_the_place_of_the_gpu(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineError) as raised:
+        OnnxRuntimeEngine(Bundle.open(tiny_bundle), EngineOptions("fp32", "gpu"), "onnx")
+    assert str(raised.value) == (
+        "ONNX Runtime has no CUDAExecutionProvider: onnxruntime-gpu is not installed. "
+        'Run: pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
+    )

@@ -12,9 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.engines import ort_binding
-from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.ort_binding import KEPT_SHAPES, BoundSessions, pinned_array
-from gfldeploy.engines.ort_engine import cuda_options
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -150,6 +148,19 @@ def test_sessions_one_after_the_other(model: Path, tmp_path: Path) -> None:
         assert equal(found, run(model, inputs))
 
 
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this package has CUDA's memory")
+def test_without_memory_of_the_device_onnx_runtime_copies_by_itself(model: Path, tmp_path: Path) -> None:
+    for models in ([model], cut(model, tmp_path)):
+        sessions = BoundSessions(ort, lambda graph, models=models: opened(*models), "cuda", OUTPUTS, cuda_graph=True)  # type: ignore[misc]
+        for number, shape in enumerate(SHAPES[:2]):
+            inputs = image(shape, number)
+            found, times = sessions.infer_timed(sessions.upload(inputs))
+            assert equal(found, run(model, inputs)) and times.inference_ms > 0
+        assert (sessions.graph_note or "").startswith(
+            "nothing bound on the GPU: Can't allocate memory on the CUDA device"
+        )
+
+
 # --- CUDA graphs, as far as a CPU can tell ----------------------------------------------------------------------------
 
 
@@ -266,11 +277,3 @@ def test_without_cuda_host_memory_is_plain() -> None:
     array[:] = 3
     assert array.dtype == np.float32 and array.shape == (12,) and array.sum() == 36
     assert pinned_array(0).size == 0
-
-
-def test_cuda_options() -> None:
-    uniform, several = ((1, 64, 96), (1, 64, 96)), ((1, 64, 96), (1, 96, 64))
-    assert cuda_options(EngineOptions(device="gpu")) == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    assert cuda_options(EngineOptions(device="gpu", tf32=True))["use_tf32"] == "1"
-    assert cuda_options(EngineOptions(device="gpu", shapes=uniform))["cudnn_conv_algo_search"] == "EXHAUSTIVE"
-    assert cuda_options(EngineOptions(device="gpu", shapes=several))["cudnn_conv_algo_search"] == "HEURISTIC"

@@ -18,8 +18,8 @@ import pytest
 from demo_bundles import ROOT
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines import ort_rtx, registry
-from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines import ort_engine, registry
+from gfldeploy.engines.base import EngineOptions, Shape
 from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.engines.ort_rtx import OnnxRuntimeRtxEngine, compile_model, compiled_parts, load_plugin, rtx_options
 from gfldeploy.engines.registry import TENSORRT_ENGINES, TENSORRT_RTX, capability, graph_for
@@ -74,11 +74,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     How the libraries of the plug-in are found is in test_nvidia_libraries.py.
     """
     here = SimpleNamespace(gpus=((8, 9),), modules={"onnxruntime", TENSORRT_RTX.module})
+    here.versions = {"onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0", "onnxruntime": "1.27.0"}
     monkeypatch.setattr(registry, "nvidia_driver", lambda: "580.95.05")
     monkeypatch.setattr(registry, "compute_capabilities", lambda: here.gpus)
     monkeypatch.setattr(registry, "obstacle_to_loading", lambda spec: None)
     monkeypatch.setattr(registry, "is_installed", lambda module: module in here.modules)
-    monkeypatch.setattr(registry, "installed_version", lambda name: "0.5.0" if "cu13" in name else None)
+    monkeypatch.setattr(registry, "installed_version", lambda name: here.versions.get(name))
     return here
 
 
@@ -100,6 +101,17 @@ def test_what_is_not_installed(machine: SimpleNamespace, lacking: str, remedy: s
     assert (found.reason, found.remedy) == (f"{lacking} is not installed", remedy)
 
 
+@pytest.mark.parametrize("distribution", ["onnxruntime", "onnxruntime-gpu"])
+def test_an_onnx_runtime_that_is_too_old(machine: SimpleNamespace, distribution: str) -> None:
+    del machine.versions["onnxruntime"]
+    machine.versions[distribution] = "1.26.2"
+    found = capability(NAME, "fp16", "gpu")
+    assert found.reason == f"{distribution} 1.26.2 is installed, ONNX Runtime with TensorRT-RTX needs 1.27 or newer"
+    assert found.remedy == f'pip install --upgrade "{distribution}>=1.27"'
+    machine.versions[distribution] = "1.100.0"
+    assert capability(NAME, "fp16", "gpu").works
+
+
 @pytest.mark.parametrize("gpu", [(7, 5), (8, 0), (8, 7), (9, 0), (10, 0)])
 def test_cards_that_the_plug_in_refuses(machine: SimpleNamespace, gpu: tuple[int, int]) -> None:
     machine.gpus = (gpu,)
@@ -118,17 +130,27 @@ def test_cards_that_it_takes_or_that_nobody_knows(machine: SimpleNamespace, gpus
     assert capability(NAME, "fp32", "gpu").works
 
 
+def card(number: int) -> Any:
+    """An `OrtEpDevice` of the plug-in."""
+    memory = SimpleNamespace(device_id=number)
+    return SimpleNamespace(ep_name=PROVIDER, ep_metadata={"version": "0.5.0"}, memory_info=lambda kind: memory)
+
+
 @dataclass
 class Toy:
     """`onnxruntime` with one plug-in, as far as the engine uses it; `compiled` counts, and the file has `operators`."""
 
     __version__ = "1.32.0"
     error: str | None = None
-    devices: list[Any] = field(default_factory=lambda: [SimpleNamespace(ep_name=PROVIDER)])
+    devices: list[Any] = field(default_factory=lambda: [card(0)])
     operators: tuple[str, ...] = ("EPContext",)
     compiled: int = 0
     asked: list[Any] = field(default_factory=list)
+    OrtDeviceMemoryType = SimpleNamespace(DEFAULT=0)
     __hash__ = object.__hash__
+    OrtValue = SimpleNamespace(
+        ortvalue_from_shape_and_type=lambda *_: SimpleNamespace(update_inplace=lambda _: None)  # memory of the card
+    )
 
     def register_execution_provider_library(self, name: str, library: str) -> None:
         if self.error:
@@ -169,7 +191,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.delitem(sys.modules, TENSORRT_RTX.module, raising=False)
-    monkeypatch.setattr(ort_rtx, "load_libraries", lambda spec: None)  # a real plug-in, where one is installed
+    monkeypatch.setattr(ort_engine, "load_libraries", lambda spec: None)  # a real plug-in, where one is installed
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")  # which the engine changes
     yield package
     sys.modules.pop(TENSORRT_RTX.module, None)
@@ -178,14 +200,15 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("toy", "said"),
     [
-        (SimpleNamespace, "needs onnxruntime 1.24 or newer, this is 1.20.1"),
-        (Toy(error="libcuda.so.1: cannot open shared object file"), "cannot be loaded: libcuda.so.1: cannot open"),
+        (
+            Toy(error="/src/ep.cc:393 Create() [ONNXRuntimeError] : 1 : FAIL : CUDA failure 100: no device"),
+            "cannot be loaded: CUDA failure 100: no device",
+        ),
         (Toy(devices=[]), "finds no GPU that it runs on"),
+        (Toy(devices=[card(1)]), "not run on the first GPU, but on number 1"),
     ],
 )
-def test_a_plug_in_that_does_not_load(plugin: Path, toy: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if toy is SimpleNamespace:
-        monkeypatch.setattr(toy := type("Old", (), {}), "__version__", "1.20.1", raising=False)
+def test_a_plug_in_that_does_not_load(plugin: Path, toy: Toy, said: str) -> None:
     with pytest.raises(EngineError) as caught:
         load_plugin(toy)
     assert said in caught.value.problem and "\n" not in str(caught.value) and caught.value.remedy
@@ -195,10 +218,10 @@ def test_a_plug_in_that_does_not_load(plugin: Path, toy: Any, said: str, monkeyp
 def opened(plugin: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Opens the engine on a toy."""
     monkeypatch.setattr(OnnxRuntimeRtxEngine, "infer", lambda self, inputs: {})
-    shapes = ((2, 320, 448), (1, 320, 320))
 
-    def open_on(toy: Toy, **options: Any) -> OnnxRuntimeRtxEngine:
+    def open_on(toy: Toy, *shapes: Shape, **options: Any) -> OnnxRuntimeRtxEngine:
         monkeypatch.setitem(sys.modules, "onnxruntime", toy)
+        shapes = shapes or ((2, 320, 448), (1, 320, 320))
         chosen = EngineOptions("fp32", "gpu", shapes=shapes, cache_dir=tmp_path / "engines", **options)
         return OnnxRuntimeRtxEngine(Bundle.open(tiny_bundle), chosen, "onnx")
 
@@ -207,7 +230,7 @@ def opened(plugin: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_the_second_start_compiles_nothing(opened: Any) -> None:
     first = opened(Toy())
-    assert first.version == "1.32.0, TensorRT-RTX 1.7.1" and first.build_s is not None
+    assert first.version == "1.32.0, TensorRT-RTX 1.7.1 (plug-in 0.5.0)" and first.build_s is not None
     assert first.delegated == "1 part in TensorRT-RTX, 0 nodes outside"
     assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     second = Toy()
@@ -217,6 +240,14 @@ def test_the_second_start_compiles_nothing(opened: Any) -> None:
     with_tf32 = Toy()
     assert opened(with_tf32, tf32=True).directory != first.directory and with_tf32.compiled == 1
     assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+
+
+def test_one_shape_is_replayed_as_a_cuda_graph(opened: Any) -> None:
+    several, one = Toy(), Toy()
+    opened(several)
+    assert not any("enable_cuda_graph" in options for options in several.asked)
+    assert opened(one, (2, 320, 448)).cuda_graph == "a CUDA graph"
+    assert one.asked[-1]["enable_cuda_graph"] == "1"
 
 
 def test_a_graph_of_which_tensorrt_takes_nothing_is_not_timed_on_the_cpu(opened: Any) -> None:
@@ -250,9 +281,14 @@ def test_a_failed_compilation_leaves_nothing(tmp_path: Path) -> None:
 
 @needs_the_wheel
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is a driver")
-def test_the_real_plug_in_without_a_driver_is_one_line() -> None:
-    code = "import onnxruntime; from gfldeploy.engines.ort_rtx import load_plugin; load_plugin(onnxruntime)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def test_the_real_plug_in_without_a_driver_is_one_line(tiny_bundle: Path) -> None:
+    code = (
+        "import sys; from gfldeploy.bundle import Bundle; from gfldeploy.engines.base import EngineOptions\n"
+        "from gfldeploy.engines.registry import load_graph\n"
+        f"load_graph({NAME!r}, Bundle.open(sys.argv[1]), EngineOptions('fp32', 'gpu'), 'onnx')\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     *_, last = done.stderr.splitlines()
     assert done.returncode == 1, done.stderr
     assert last.startswith("gfldeploy.errors.EngineError: ONNX Runtime with TensorRT-RTX cannot be loaded: ")

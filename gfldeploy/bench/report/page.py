@@ -11,9 +11,11 @@ from string import Template
 from gfldeploy.bench.cell import several_bundles
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
+from gfldeploy.bench.limits import network_limits
 from gfldeploy.bench.report.plots import Plot, plots
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, FLAGS, UNKNOWN, Row, best_of_each, notes, rows
+from gfldeploy.engines.base import with_tf32
 from gfldeploy.engines.registry import title_of
 from gfldeploy.files import StrPath, check_file, write_text
 from gfldeploy.machine import Machine
@@ -108,6 +110,8 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
         yield f"Highest throughput: {_named(fastest)}: {_figures(fastest)}."
     else:
         yield f"Highest throughput from file to boxes: {_named(fastest)}: {_figures(fastest)}."
+    if fastest.cell.device == "gpu" and (reasons := network_limits(fastest)):
+        yield f"What limits its network: {'; '.join(reasons)}."
     engines: dict[str, Row] = {}
     for row in best:
         engines.setdefault(row.cell.engine, row)
@@ -135,13 +139,15 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 def _named(row: Row) -> str:
     cell = row.cell
-    model = f"{title_of(cell.engine)} {cell.precision.upper()}{' in TF32' if cell.tf32 else ''}"
+    model = f"{title_of(cell.engine)} {with_tf32(cell.precision.upper(), cell.tf32)}"
     return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
 
 
 def _speed(row: Row) -> str:
     speed = row.images_per_s if row.file_images_per_s is None else row.file_images_per_s
-    return f"{title_of(row.cell.engine)} {row.cell.precision.upper()} {text_of(speed)} images/s"
+    return (
+        f"{title_of(row.cell.engine)} {with_tf32(row.cell.precision.upper(), row.cell.tf32)} {text_of(speed)} images/s"
+    )
 
 
 def _figures(row: Row) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from sample_results import OK, RUN, altered, sample_results
 
-from gfldeploy.analysis.limits import explain, knee, network_limits, stage_times
+from gfldeploy.bench.limits import explain, knee, network_limits, stage_times
+from gfldeploy.bench.report.page import short_answer
 from gfldeploy.bench.results import CellResult, Cost, Monitored, Peak, Run
 from gfldeploy.bench.table import Row
 from gfldeploy.bench.timing import Samples, Stages
@@ -60,7 +61,7 @@ def row(one: CellResult) -> Row:
 @pytest.mark.parametrize(
     ("more", "limits"),
     [
-        ({}, ["it reaches 25% of the arithmetic and 10% of the memory's bandwidth"]),
+        ({}, ["it reaches 25% of what the engine does on convolutions alone and 10% of the memory's bandwidth"]),
         ({"peak": Peak(110.0, None, None)}, ["the arithmetic is saturated: 91% of what"]),
         ({"peak": Peak(400.0, 12.5, None)}, ["the memory is saturated: 80% of its bandwidth"]),
         ({"stages": {"input_copy_ms": 12.0}}, ["transfers take 24% of its time, 4.3 GB/s to the device"]),
@@ -112,3 +113,11 @@ def test_a_curve_that_still_rises_says_so() -> None:
     (host,) = explain([row(cell(50.0, 1, stages={"decode_ms": 60.0}))])
     assert "the one batch size measured" in host and "no larger batch shortens" in host
     assert explain([row(replace(OK, status="failed", reason="x"))]) == []
+
+
+def test_the_report_says_what_limits_the_fastest_on_a_gpu() -> None:
+    fast = cell(peak=Peak(110.0, None, None))
+    found = short_answer(replace(sample_results(), cells=(fast, cell(50.0, 1))))
+    (told,) = [line for line in found if line.startswith("What limits")]
+    assert told.startswith("What limits its network: the arithmetic is saturated: 91% of what the engine reaches")
+    assert not any("limits" in line for line in short_answer(sample_results()))

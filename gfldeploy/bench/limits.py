@@ -92,10 +92,11 @@ def network_limits(row: Row) -> list[str]:
     if idle >= _IDLE:
         found.append(f"no kernel runs for {idle:.0f}% of the time: the host does not launch them fast enough")
     if not found and arithmetic:
-        more = f" and {memory:.0f}% of the memory's bandwidth" if memory else ""
+        more = f" and {memory:.0f}% of the memory's bandwidth, so that neither is the limit" if memory else ""
+        kernels = "small kernels and " if row.cell.device == "gpu" else ""
         found.append(
-            f"it reaches {arithmetic:.0f}% of the arithmetic{more} that there is, so that neither is the limit: small "
-            "kernels and the operators between the convolutions remain"
+            f"it reaches {arithmetic:.0f}% of what the engine does on convolutions alone{more}: {kernels}the operators "
+            "between the convolutions remain"
         )
     return found
 
@@ -111,6 +112,16 @@ def explain(rows: Sequence[Row]) -> list[str]:
         own = max(lines.values(), key=lambda some: (len(some), some is lines["bucketed"]))
         sentences = [*_rise(own), *_padding(lines["bucketed"], lines["listed"]), *_host(own)]
         told.append(f"{setup.setup(cells)}: {' '.join(sentences)}")
+    return told
+
+
+def explain_padding(rows: Sequence[Row]) -> list[str]:
+    """For each engine and precision, what padding to a common size costs, where both orders were measured."""
+    cells = [row.cell for row in rows]
+    told = []
+    for setup in dict.fromkeys(map(alone, cells)):
+        mine = [row for row in rows if row.ok and not row.is_server and row.images_per_s and alone(row.cell) == setup]
+        told += [f"{setup.setup(cells)}: {one}" for one in _padding(line(mine, "bucketed"), line(mine, "listed"))]
     return told
 
 

@@ -1,8 +1,8 @@
 """Whether an engine gives what the CPU gives, on real images, before it is timed.
 
 What `export` and `quantize` publish is compared in the engines that judge it, on the CPU. Whatever else runs a graph
-(GPUs, an engine built of it on the user's machine, an engine of another package) is compared here. The reference runs
-in a process of its own, so that memory and libraries of the process that is timed are its own.
+(GPUs, an engine built of it on the user's machine, an engine of another package) is compared here, in `bench` with
+the reference in a process of its own, so that memory and libraries of the process that is timed are its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.engines.base import Device, Engine, EngineOptions
 from gfldeploy.engines.cache import engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
+from gfldeploy.engines.nvidia_libraries import nvidia_packages
 from gfldeploy.engines.registry import ENGINES, JUDGES, REFERENCE_ENGINE, obstacle_to, open_engine
 from gfldeploy.errors import EngineError, GfldeployError, OutputError, ParityError
 from gfldeploy.export import half, parity
@@ -132,20 +133,26 @@ class CpuCheck:
     def __init__(self, name: str, engine: Engine, bundle: Bundle, note: Callable[[str], None]) -> None:
         """Of the engine `name` of the table; `note` is told why nothing could be compared."""
         self._name, self._engine, self._bundle, self._note = name, engine, bundle, note
-        self._done: set[Path | None] = set()
+        self._done: dict[Path | None, EngineError | None] = {}  # by what was built: why it is not to be used
 
     def __call__(self, tensor: NDArray[np.float32], outputs: Outputs, count: int) -> None:
         """The batch and what the engine gave for it; its first `count` rows are images.
 
         Raises `EngineError` where they differ by more than the precision explains.
         """
+        directory = self._engine.directory
+        if directory not in self._done:
+            self._done[directory] = self._compare(tensor, outputs, count)
+        if (error := self._done[directory]) is not None:
+            raise error
+
+    def _compare(self, tensor: NDArray[np.float32], outputs: Outputs, count: int) -> EngineError | None:
         options = self._engine.options
-        if self._engine.directory in self._done or not is_compared(self._name, options.device):
-            return
-        self._done.add(self._engine.directory)
+        if not is_compared(self._name, options.device):
+            return None
         kept = self._kept()
         if kept is not None and kept.exists():
-            return
+            return None
         manifest = self._bundle.manifest
         ours, theirs = [], []
         try:
@@ -159,20 +166,21 @@ class CpuCheck:
                     ours.append({name: values[row : row + 1] for name, values in outputs.items()})
         except GfldeployError as error:
             self._note(f"{self._name} was not compared with the CPU: {error.problem}")
-            return
+            return None
         measured, problems = measure_parity(ours, theirs, by, self._bundle, options)
         if problems:
             problem = f"{self._name} {options.precision} on {options.device} {_in_words(measured, problems)}"
-            raise EngineError(problem, f"{_REMEDY[0].upper()}{_REMEDY[1:]}.")
+            return EngineError(problem, f"{_REMEDY[0].upper()}{_REMEDY[1:]}.")
         if kept is not None:
             with suppress(OutputError):
                 write_json(kept, {"what": "compared with the CPU by gfldeploy", **plain(measured)})
+        return None
 
     def _kept(self) -> Path | None:
         """The file that says that it passed."""
         engine, directory = self._engine, self._engine.directory
         if directory is None and engine.options.cache_dir is not None:
-            machine = {"gpus": gpu_models(), "driver": nvidia_driver()}
+            machine = {"gpus": gpu_models(), "driver": nvidia_driver(), "libraries": nvidia_packages()}
             with suppress(OutputError):
                 directory = engine_directory(engine.options.cache_dir, engine, self._bundle, **machine, compared=True)
         return None if directory is None else directory / "parity.json"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from gfldeploy._quiet import quiet
-from gfldeploy.engines.base import EngineSpec, Obstacle, installed_version, remedy_sentence
+from gfldeploy.engines.base import EngineSpec, Obstacle, installed_version, is_installed, remedy_sentence
 from gfldeploy.engines.elf import SharedLibrary, read_shared_library
 from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.errors import EngineError
@@ -488,6 +488,8 @@ def _major(version: str | None) -> int | None:
 
 def _origin(module: str) -> Path | None:
     """The folder of a module that would be imported."""
+    if not is_installed(module):
+        return None
     spec = util.find_spec(module)
     return Path(spec.origin).parent if spec and spec.origin else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import Counter
@@ -36,6 +37,9 @@ from gfldeploy.files import scratch_directory
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
 _CHANNELS = 3
+_FAILED_NODE = re.compile(
+    r"(?:Error in execution: )?Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: "
+)
 Providers = Sequence[tuple[str, dict[str, str]]]
 
 
@@ -164,8 +168,8 @@ class OnnxRuntimeEngine(Engine):
 
     @staticmethod
     def _detail(error: Exception) -> str:
-        """The line that says what is wrong: cuDNN's messages have pages of JSON behind it."""
-        return summary(error, 400)
+        """The line that says what is wrong, and in which node; cuDNN's messages have pages of JSON behind it."""
+        return _FAILED_NODE.sub(r"\1 \2: ", summary(error, 400)).removesuffix(" with the cudnn frontend json:")
 
     def _session_options(self) -> Any:
         return session_options(self._ort, self.options.threads)

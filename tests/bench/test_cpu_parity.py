@@ -348,10 +348,12 @@ def test_what_runs_images_is_compared_once(
     right, moved = planted
     images = sorted((tiny_coco.parent / "images").iterdir())
     cache = tmp_path / "cache"
-    with pytest.raises(
-        EngineError, match=r"^planted-moved fp32 on cpu differs from the CPU: boxes by up to 3 px .*2 image"
-    ):
-        Detector(tiny_bundle, engine=moved, batch_size=2, engine_cache=cache).detect(images)
+    with Detector(tiny_bundle, engine=moved, batch_size=2, engine_cache=cache) as detector:
+        for _ in range(2):
+            with pytest.raises(
+                EngineError, match=r"^planted-moved fp32 on cpu differs from the CPU: boxes by .*2 image"
+            ):
+                detector.detect(images)
     with pytest.raises(EngineError, match=r"differs from the CPU"):
         predict_images(tiny_bundle, images, engine=moved, output=tmp_path / "found", engine_cache=cache)
     assert not (tmp_path / "found").exists() and not list(cache.rglob("parity.json"))

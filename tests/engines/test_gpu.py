@@ -182,7 +182,10 @@ def test_another_thread_uploads_what_comes_next(setting: Setting, engine: Engine
     assert setting.right([first, engine.infer(uploaded[0])]) == []
     manifest = setting.bundle.manifest
     pictures = map(picture_of, setting.images)
-    for found in (one for group in detect_groups(engine, manifest, pictures, batch_size=2) for one in group):
+    groups = list(
+        detect_groups(engine, manifest, pictures, batch_size=2)
+    )  # to its end: the engine is its own meanwhile
+    for found in (one for group in groups for one in group):
         picture = read_image(setting.images[found.index])
         tensor, scales = manifest.preprocess.batch_of([picture])
         (alone,) = detect_batch(engine, tensor, scales, manifest.nms)

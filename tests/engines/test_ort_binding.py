@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,3 +280,30 @@ def test_without_cuda_host_memory_is_plain() -> None:
     array[:] = 3
     assert array.dtype == np.float32 and array.shape == (12,) and array.sum() == 36
     assert pinned_array(0).size == 0
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_pinned_memory_is_freed_with_the_last_array_that_uses_it(tmp_path: Path) -> None:
+    """By stubs of CUDA's library, in a process of its own."""
+    code = """
+import ctypes, gc, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from cuda_without_gpu import stub
+from gfldeploy.engines.ort_binding import pinned_array
+runtime = stub("libcudart.so.99", set(), Path(sys.argv[2]))
+pinned = lambda: ctypes.c_long.in_dll(runtime, "stub_pinned").value
+array = pinned_array(12)
+array[:] = 3
+view = array[:4].reshape(2, 2)
+del array
+gc.collect()
+assert pinned() == 1 and view.sum() == 12
+del view
+gc.collect()
+assert pinned() == 0
+"""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    command = [sys.executable, "-c", code, str(benchmarks), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -125,7 +125,8 @@ class Detections:
 
         GFLv2 has one channel more than there are classes, and what it finds there is no object.
         """
-        return replace(self.select(self.classes < len(class_names)), class_names=tuple(class_names))
+        named = self.classes < len(class_names)
+        return replace(self if named.all() else self.select(named), class_names=tuple(class_names))
 
     def records(self) -> list[dict[str, Any]]:
         """As JSON-ready data, as in `detections.jsonl`: class, class_id, score, and bbox (x, y, width, height)."""
@@ -192,18 +193,17 @@ def _image_nms(
     """NMS over one image: `scores` [A, C], `boxes` [A, 4]."""
     scale_y, scale_x = scale
     factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
-    above = scores > np.float32(params.score_threshold)
-    count = int(np.count_nonzero(above))
+    above = np.flatnonzero(scores > np.float32(params.score_threshold))
+    above_scores = scores.reshape(-1)[above]
     first = _FIRST
     while True:
-        limited = params.keep_top_k != -1 and count > first
+        flat, pair_scores = above, above_scores
+        limited = params.keep_top_k != -1 and len(above) > first
         if limited:
             # And all that score as much as the last of them: among equals, the order of classes decides.
-            flat = np.flatnonzero(scores >= np.partition(scores[above], count - first)[count - first])
-        else:
-            flat = np.flatnonzero(above)
+            best = above_scores >= np.partition(above_scores, len(above) - first)[len(above) - first]
+            flat, pair_scores = above[best], above_scores[best]
         anchors, classes = np.divmod(flat, max(scores.shape[1], 1))
-        pair_scores = scores.reshape(-1)[flat]
         # By falling score, then by class; the sort is stable, so that equals stay in the candidates' order.
         order = np.lexsort((classes, -pair_scores))
         if 0 <= params.nms_top_k < len(scores):

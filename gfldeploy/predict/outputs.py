@@ -12,6 +12,8 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 
 from gfldeploy.detections import Detections
+from gfldeploy.engines.base import ClosesOnExit
+from gfldeploy.files import writing
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 
@@ -53,8 +55,9 @@ def write_outputs(
     image_ids: Sequence[CocoId] | None = None,
     category_ids: Sequence[CocoId | None] | None = None,
     threshold: float = DEFAULT_THRESHOLD,
+    target: Path | None = None,
 ) -> PredictResults:
-    """Write the files, one image at a time: memory does not grow with their number.
+    """Write the files, each image as it is found: memory does not grow with their number.
 
     `detections.jsonl` has a line for each image: `bbox` is x, y, width, height in original pixels. Nothing is rounded:
     even a thousandth of a pixel turns some IoU, and the mAP of the results would not be that of `gfldeploy eval`.
@@ -63,7 +66,8 @@ def write_outputs(
     `coco.json` is a list of results as COCO's tools read it, with all scores, which mAP needs. `threshold`: the
     smallest score in `detections.jsonl`. `image_ids` and `category_ids`: those of annotations, by image and by class;
     `coco.json` leaves out a class whose category is None. Without them images and classes are numbered from 1 in their
-    order, and `images.json` lists them in the format of annotations. Raises `OSError`, also if one of the files exists.
+    order, and `images.json` lists them in the format of annotations. Raises `OutputError` about `target`, by default
+    the directory, also if one of the files exists.
     """
     heads = [f'{{"class": {json.dumps(name)}, "class_id": {number}, ' for number, name in enumerate(classes)]
     categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
@@ -72,13 +76,13 @@ def write_outputs(
     lack_below = 0.0
     reasons: list[str] = []
     with ExitStack() as stack:
-        lines = stack.enter_context((directory / DETECTIONS).open("x", encoding="utf-8"))
-        results = stack.enter_context(_JsonList(directory / COCO, "[", "]"))
+        lines = stack.enter_context(_TextFile(directory / DETECTIONS, target or directory))
+        results = stack.enter_context(_JsonList(directory / COCO, target or directory, "[", "]"))
         listed = None
         if image_ids is None:
             named = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
             tail = f'], "categories": {json.dumps(named)}, "annotations": []}}'
-            listed = stack.enter_context(_JsonList(directory / IMAGES, '{"images": [', tail))
+            listed = stack.enter_context(_JsonList(directory / IMAGES, target or directory, '{"images": [', tail))
         for index, one in enumerate(found):
             line: Record = {"file": one.name}
             if one.frame is not None and one.time_s is not None:
@@ -126,25 +130,41 @@ def read_records(path: Path) -> Iterator[Record]:
             yield json.loads(line)
 
 
-class _JsonList:
-    """A JSON list in a file, written entry by entry between two texts; a context manager."""
+class _TextFile(ClosesOnExit):
+    """A new file; a context manager. What the file system refuses is an `OutputError` about `target`."""
 
-    def __init__(self, path: Path, before: str, after: str) -> None:
-        self._file: IO[str] = path.open("x", encoding="utf-8")
+    def __init__(self, path: Path, target: Path) -> None:
+        self._target = target
+        with writing(target):
+            self._file: IO[str] = path.open("x", encoding="utf-8")
+
+    def write(self, text: str) -> None:
+        with writing(self._target):
+            self._file.write(text)
+
+    def close(self) -> None:
+        with writing(self._target):
+            self._file.close()
+
+
+class _JsonList(_TextFile):
+    """A JSON list in a file, written entry by entry between two texts."""
+
+    def __init__(self, path: Path, target: Path, before: str, after: str) -> None:
+        super().__init__(path, target)
         self._after, self._empty = after, True
-        self._file.write(before)
+        self.write(before)
 
-    def __enter__(self) -> _JsonList:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.write(f"{'' if self._empty else chr(10)}{self._after}\n")
-        self._file.close()
+    def close(self) -> None:
+        try:
+            self.write(f"{'' if self._empty else chr(10)}{self._after}\n")
+        finally:
+            super().close()
 
     def add(self, entries: Sequence[str]) -> None:
         """Entries as JSON."""
         if entries:
-            self._file.write(f"{'' if self._empty else ','}\n" + ",\n".join(entries))
+            self.write(f"{'' if self._empty else ','}\n" + ",\n".join(entries))
             self._empty = False
 
 

@@ -22,6 +22,7 @@ from gfldeploy import Detector
 from gfldeploy.accuracy import coco_accuracy, coco_results
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli import main
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.files import unfinished_beside
 from gfldeploy.images.coco import CocoDataset
 
@@ -324,6 +325,23 @@ def test_a_run_that_was_cut_anywhere_ends_with_the_same_bytes(
         assert run(*command, "-o", output) == 1
         assert demo_bundles.snapshot(output) == whole
         assert kept.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_streams_give_the_same_bytes(engine: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Of images of several sizes; only what the note says of how they were made differs."""
+    pytest.importorskip(engine)
+    folder = write_images(tmp_path / "many", 24)  # of which one cannot be read
+    if usable_threads() < 2:
+        pytest.skip("there is one CPU")
+    found = []
+    for streams, threads in ((1, 2), (2, 1)):
+        output = tmp_path / str(streams)
+        options = ("--engine", engine, "--streams", streams, "--threads", threads)
+        assert run(tiny_bundle, folder, *options, "-o", output) == 1
+        assert json.loads((output / "predict.json").read_text())["streams"] == streams
+        found.append({name: (output / name).read_bytes() for name in ("detections.jsonl", "coco.json", "images.json")})
+    assert found[0] == found[1]
 
 
 def test_an_unfinished_run_of_other_options(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @click.option(
     "--threads",
     type=options.WHOLE_NUMBERS,
-    show_default="1,2,4,... up to all available",
-    help="Numbers of CPU threads of one inference to choose from.",
+    show_default="1,2,4,... up to all available, in as many streams as there are CPUs for",
+    help="Numbers of CPU threads of one inference to choose from, one inference at once.",
 )
 @click.option(
     "--orders",
@@ -122,6 +122,7 @@ def _show(deploy: Deploy) -> None:
         Column("batch_size", "batch", lambda one: one[1].cell.batch_size),
         Column("order", "order", lambda one: one[1].cell.order, words=True, drop=3),
         Column("threads", "threads", lambda one: one[1].cell.threads, drop=2),
+        Column("streams", "streams", lambda one: one[1].cell.streams if one[1].cell.streams > 1 else None, drop=2),
         Column("images_per_s", "images/s", lambda one: one[1].evidence.images_per_s),
         Column("latency_p50", "median", lambda one: one[1].evidence.latency_p50_ms, "ms", drop=1),
         Column("latency_p99", "p99", lambda one: one[1].evidence.latency_p99_ms, "ms", drop=4),

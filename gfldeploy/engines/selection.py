@@ -13,7 +13,7 @@ from gfldeploy.engines.registry import ENGINES, PREFERRED_ENGINES, check_bundle,
 from gfldeploy.errors import UnsupportedError
 
 # Images that are in the network at once by default: each takes memory for its activations.
-_MOST_AT_ONCE = 16
+MOST_AT_ONCE = 16
 
 
 def throughput_options(engine: str, options: EngineOptions, batch_size: int) -> EngineOptions:
@@ -26,7 +26,7 @@ def throughput_options(engine: str, options: EngineOptions, batch_size: int) -> 
     if ENGINES[engine].obstacle_to_streams(options.device):
         return options
     usable = usable_threads()
-    threads = math.ceil(usable / max(_MOST_AT_ONCE // batch_size, 1))
+    threads = math.ceil(usable / max(MOST_AT_ONCE // batch_size, 1))
     return replace(options, threads=threads, streams=usable // threads)
 
 

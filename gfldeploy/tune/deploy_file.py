@@ -85,15 +85,15 @@ _UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3}
 class Evidence:
     """What was measured of a configuration, with 95% intervals; their bounds are null where the samples support none.
 
-    From file to boxes (decode, preprocess, network, NMS), one batch after the other, nothing overlapping:
-    `images_per_s`, the median over whole passes through the timed images, `n` of them; of a batch `latency_p50_ms`, the
-    median, `latency_p99_ms`, null where its samples are too few to know it (`measured.TAIL_COUNT`), and
-    `latency_max_ms`, the largest of them. All null in files of schema 1. `network_images_per_s`, `network_p50_ms`: of
-    the network alone on prepared batches. `quick`: measured too briefly for figures to be quoted. `padded`: whether
-    batches held images of several sizes, which changes boxes and scores; null where that is not known. `memory_mb`:
-    peak resident memory less the prepared inputs, 10^6 bytes. `ap`: COCO mAP, 0 to 1, of `ap_images` images; `ap_drop`:
-    the FP32 bundle's less that; null where it was not measured. `runs`: processes that measured it, the first `started`
-    then (UTC, ISO 8601).
+    From file to boxes (decode, preprocess, network, NMS), one batch after the other in each stream, nothing
+    overlapping: `images_per_s`, the median over whole passes through the timed images, `n` of them; of a batch
+    `latency_p50_ms`, the median, `latency_p99_ms`, null where its samples are too few to know it
+    (`measured.TAIL_COUNT`), and `latency_max_ms`, the largest of them. All null in files of schema 1.
+    `network_images_per_s`, `network_p50_ms`: of the network alone on prepared batches. `quick`: measured too briefly
+    for figures to be quoted. `padded`: whether batches held images of several sizes, which changes boxes and scores;
+    null where that is not known. `memory_mb`: peak resident memory less the prepared inputs, 10^6 bytes. `ap`: COCO
+    mAP, 0 to 1, of `ap_images` images; `ap_drop`: the FP32 bundle's less that; null where it was not measured. `runs`:
+    processes that measured it, the first `started` then (UTC, ISO 8601).
     """
 
     images_per_s: Estimate | None

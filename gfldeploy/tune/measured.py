@@ -46,7 +46,7 @@ class Tail:
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell, from file to boxes: the batches one after the other, nothing overlapping.
+    """One cell, from file to boxes: the batches of a stream one after the other, nothing overlapping.
 
     `passes`: images a second of every whole pass through the timed images, a tuple for each run. `median_ms`: of the
     latency of a batch; `tail`: of its 99th percentile. `memory_mb`: peak resident memory less the prepared inputs,
@@ -69,7 +69,7 @@ class Measured:
         if result.status != "ok" or min(result.file_ms, default=0.0) <= 0:
             return None
         return cls(
-            passes=tuple(_passes(run, result.cell.batch_size) for run in result.runs),
+            passes=tuple(_passes(run, result.cell.streams * result.cell.batch_size) for run in result.runs),
             median_ms=statistics.median(result.file_ms),
             tail=Tail.of(result.file_ms),
             memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in result.runs),
@@ -88,9 +88,12 @@ def speed_ratio(base: Measured, other: Measured) -> Estimate:
     return Estimate(ratio.value, low, high, ratio.n)
 
 
-def _passes(run: Run, batch_size: int) -> tuple[float, ...]:
-    """Batches are timed in whole passes; a pass that was cut short counts with the batches that it has."""
+def _passes(run: Run, at_once: int) -> tuple[float, ...]:
+    """Batches are timed in whole passes; a pass that was cut short counts with the batches that it has.
+
+    `at_once`: images that are under way at any time, in all streams.
+    """
     count = max(sum(run.shapes.values()), 1)
     latency_ms = run.stages.end_to_end_ms if run.stages else ()
     cuts = [latency_ms[start : start + count] for start in range(0, len(latency_ms), count)]
-    return tuple(1e3 * len(cut) * batch_size / sum(cut) for cut in cuts)
+    return tuple(1e3 * len(cut) * at_once / sum(cut) for cut in cuts)

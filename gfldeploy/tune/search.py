@@ -5,8 +5,8 @@ Assumed of throughput and latency, and wrong where a machine behaves otherwise:
 - Batching multiplies the throughput of a bundle in an engine by `BATCH_GAIN` at most, and each doubling gains no more
   than the one before, beyond the noise.
 - A larger batch takes longer and more memory: what exceeds a bound there exceeds it for all larger ones.
-- Another number of threads, or another order, multiplies it by `TURN_GAIN` at most, and the best of them for one batch
-  size of an engine is the best of its neighbours, or next to it, for others.
+- Another number of threads, in as many streams as there are CPUs for, or another order, multiplies it by `TURN_GAIN` at
+  most, and the best of them for one batch size of an engine is the best of its neighbours, or next to it, for others.
 - Two short runs of one cell differ by `measured.NOISE` at most.
 """
 
@@ -142,7 +142,7 @@ class Search:
         return found
 
     def start(self, model: Model) -> Cell:
-        """The cell of its first look: the smallest batch with all threads."""
+        """The cell of its first look: the smallest batch with the usual threads."""
         return self.line(model)[0]
 
     def refused(self, model: Model) -> bool:
@@ -150,12 +150,16 @@ class Search:
         return self.bounds.max_drop is not None and self.drops.get(model, 0.0) > self.bounds.max_drop
 
     def line(self, model: Model, threads: int | None = None, order: Order | None = None) -> list[Cell]:
-        """The batch sizes of a model, the smallest first, with one number of threads (None: the most) and one order.
+        """The batch sizes of a model, the smallest first, with one number of threads (None: the usual) and one order.
+
+        Usual is what throughput is most likely highest with: all CPUs, in as many streams as there are. With a bound on
+        latency, all in one inference, which may keep the bound where streams do not.
 
         None is bucketed where there are such batches, since it pads less. Batches of one image belong to either.
         """
         cells = self.by_model[model]
-        threads = threads or max(cell.threads for cell in cells)
+        if threads is None:
+            threads = max(cells, key=self._likely).threads
         order = order or ("bucketed" if any(cell.order == "bucketed" for cell in cells) else "listed")
         chosen = [cell for cell in cells if cell.threads == threads and (cell.order == order or cell.batch_size == 1)]
         return sorted(chosen, key=lambda cell: cell.batch_size)
@@ -279,8 +283,13 @@ class Search:
         )
         return sorted(kept, key=lambda cell: -self._speed(cell))
 
+    def _likely(self, cell: Cell) -> tuple[int, int]:
+        if self.bounds.max_latency_ms is None:
+            return cell.threads * cell.streams, cell.streams
+        return cell.threads, 0
+
     def _larger_batch(self, model: Model, best: float) -> Cell | None:
-        """The next larger batch with all threads, None where it cannot reach `best` images a second."""
+        """The next larger batch with the usual threads, None where it cannot reach `best` images a second."""
         cells = self.line(model)
         if self._speed(cells[0]) * (1 + NOISE) * BATCH_GAIN[cells[0].device] < best:
             return None

@@ -25,7 +25,8 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import PRECISIONS, Device, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import DEFAULT_ENGINES, obstacle_to
+from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, obstacle_to
+from gfldeploy.engines.selection import MOST_AT_ONCE
 from gfldeploy.engines.tensorrt import Profile
 from gfldeploy.errors import BoundsError, DataError, EngineError, UsageError
 from gfldeploy.files import StrPath, check_file
@@ -92,7 +93,8 @@ def tune_bundles(
         engines: The engines to choose from.
         precisions: The precisions to choose from.
         batch_sizes: The batch sizes to choose from.
-        threads: The numbers of CPU threads of one inference to choose from; by default 1, doubled up to all.
+        threads: The numbers of CPU threads of one inference to choose from, one inference at once. By default 1,
+            doubled up to all, in as many streams as there are CPUs for, 16 at most.
         orders: How batches may be formed: of images as they are listed, or of images of one size ("bucketed").
         device: "cpu" or "gpu".
         tf32: Let FP32 on the GPU multiply in TF32.
@@ -132,6 +134,7 @@ def tune_bundles(
     check_file(output, "yml", force=force)
     start = time.monotonic()
     most = usable_threads()
+    streams = most if threads is None else 1
     threads = tuple(dict.fromkeys(threads or [*(1 << power for power in range(most.bit_length())), most]))
     settings = Settings(min_seconds=min_seconds, min_count=min_count, max_seconds=5 * min_seconds, rounds=rounds)
     opened = open_bundles(bundles)
@@ -150,8 +153,8 @@ def tune_bundles(
         cell for cell in planned.cells if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
     )
     planned = replace(planned, cells=tuple(different))
-    cells = (replace(cell, threads=count) for cell in planned.cells for count in threads)
-    search = Search(tuple(cells), Bounds(max_latency_ms, max_memory_mb, max_drop))
+    cells = tuple(_shared(cell, count, streams) for cell in planned.cells for count in threads)
+    search = Search(cells, Bounds(max_latency_ms, max_memory_mb, max_drop))
     machine = describe_machine()
     now = BenchResults("", machine, measured_on.description, settings, ())
     with journal_beside(output, "tune") as journal:
@@ -216,6 +219,14 @@ def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]
         return cell.order == "listed"
     alike = len({preprocess.input_size(*size) for size in sizes}) == 1
     return cell.order in ([order for order in orders if order == "listed" or not alike] or ["listed"])
+
+
+def _shared(cell: Cell, threads: int, cpus: int) -> Cell:
+    """The cell with so many threads, in as many streams as there are CPUs for where its engine has streams."""
+    streams = min(max(cpus // threads, 1), MOST_AT_ONCE)
+    if streams == 1 or ENGINES[cell.engine].obstacle_to_streams(cell.device):
+        return replace(cell, threads=threads)
+    return replace(cell, threads=threads, streams=streams, scenario="offline")
 
 
 def _input_shapes(dataset: CocoDataset, bundle: Bundle, cell: Cell) -> tuple[Shape, ...]:
@@ -330,6 +341,7 @@ class _Session:
             self.search.cells[0],
             **model._asdict(),
             threads=max(cell.threads for cell in self.search.cells),
+            streams=1,
             batch_size=size,
             order="listed",
             scenario="single-stream" if size == 1 else "multi-stream",
@@ -342,7 +354,7 @@ class _Session:
         reference = self._reference(cell.engine)
         accuracy, of_reference = (self.accuracies.get(one) if one else None for one in (model_of(cell), reference))
         ap, base = (one.ap if isinstance(one, Accuracy) else None for one in (accuracy, of_reference))
-        network = [1e3 * cell.batch_size / ms for ms in result.latency_ms if ms > 0]
+        network = [1e3 * cell.streams * cell.batch_size / ms for ms in result.latency_ms if ms > 0]
         mixed = [run.mixed_batches for run in result.runs]
         evidence = Evidence(
             images_per_s=median([value for run in measured.passes for value in run]),

@@ -83,6 +83,8 @@ def _what(cell: Cell) -> str:
     how = "of one size" if cell.order == "bucketed" else "as listed"
     shape = f"batches of {cell.batch_size} images {how}" if cell.batch_size > 1 else "one image at a time"
     threads = "" if cell.device == "gpu" else f" with {_count(cell.threads, 'thread')}"
+    if cell.streams > 1:
+        threads = f" in {cell.streams} streams of {_count(cell.threads, 'thread')}"
     precision = with_tf32(cell.precision.upper(), cell.tf32)
     return f"{cell.bundle.directory} in {title_of(cell.engine)} ({precision}), {shape}{threads}"
 
@@ -96,7 +98,7 @@ def _speed(deploy: Deploy) -> Iterator[str]:
     noun = "batch" if deploy.choice.cell.batch_size > 1 else "image"
     yield (
         f"Throughput from file to boxes is {_number(found.images_per_s.value)} images/s{_interval(found.images_per_s)},"
-        f" one {noun} after the other; {network}."
+        f" one {noun} after the other{' in each stream' if deploy.choice.cell.streams > 1 else ''}; {network}."
     )
     latency = (
         f"Latency of {'a' if noun == 'batch' else 'an'} {noun} has a median of {_number(found.latency_p50_ms.value)} ms"

@@ -115,7 +115,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         ),
         (
             broken(lambda data: data["choice"]["cell"].update(batch_size=0)),
-            "choice.cell: batch_size and threads must",
+            "choice.cell: batch_size, threads and streams must",
         ),
         (broken(lambda data: data["choice"].update(path="/home/me/int8")), "path must be relative"),
         (broken(lambda data: data["choice"]["evidence"].update(ap=float("nan"))), "must be a finite number"),

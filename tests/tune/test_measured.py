@@ -34,6 +34,13 @@ def test_speed_and_latency_are_from_file_to_boxes() -> None:
     assert (found.median_ms, found.tail.ms) == (25, 60)
 
 
+def test_streams_have_as_many_batches_under_way() -> None:
+    """Each batch takes as long for its image; the images a second are those of all streams."""
+    streams = altered(cell(10, 20, 30, 20, 40, 60), scenario="offline", order="bucketed", streams=3)
+    found = Measured.of(streams)
+    assert found is not None and found.passes[0] == pytest.approx((300, 150)) and found.median_ms == 25
+
+
 @pytest.mark.parametrize("runs", [(replace(RUN, stages=None),), (RUN, replace(RUN, stages=None))])
 def test_what_was_not_measured_from_file_to_boxes_is_not_believed(runs: tuple[Any, ...]) -> None:
     assert Measured.of(altered(OK, runs=runs)) is None and Measured.of(OK) is not None

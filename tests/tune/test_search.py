@@ -305,3 +305,20 @@ def test_a_line_is_bucketed_where_there_are_buckets() -> None:
 def test_bounds_that_make_no_sense(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Bounds(**bad)
+
+
+def test_streams_are_looked_at_first_unless_latency_is_bounded() -> None:
+    """A first look with all CPUs in streams, from which one inference with all threads is one step; or the reverse."""
+    two = cell(MODELS[0], 1, threads=4)
+    four = replace(two, threads=2, streams=2, scenario="offline")
+    idle = replace(two, threads=1, streams=3, scenario="offline")
+    for bounds, first, second in ((Bounds(), four, two), (Bounds(max_latency_ms=100), two, four)):
+        where = Search((two, four, idle), bounds)
+        step = where.next_step()
+        assert step is not None and step.cells == (first,)
+        where.known[first] = found(50)
+        steps: list[Cell] = []
+        while (step := where.next_step()) is not None:
+            steps += step.cells
+            where.known |= {one: found(40) for one in step.cells}
+        assert second in steps

@@ -22,7 +22,7 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT
 from gfldeploy.tune import session as tuning
 from gfldeploy.tune.search import Bounds, Model, Search, model_of
-from gfldeploy.tune.session import _accuracy_of, _input_shapes, _Session, tune_bundles
+from gfldeploy.tune.session import _accuracy_of, _input_shapes, _Session, _shared, tune_bundles
 
 
 def test_a_drop_cannot_be_bounded_without_measuring_it() -> None:
@@ -84,3 +84,14 @@ def test_the_first_cell_of_another_precision_has_tf32_where_it_can(tiny_bundle: 
     for engine, precision, tf32 in (("paddle", "fp32", True), ("onnxruntime", "fp16", False)):
         cell = session._first(Model(fast.bundle, engine, precision))  # type: ignore[arg-type]
         assert (cell.engine, cell.precision, cell.tf32) == (engine, precision, tf32)
+
+
+def test_threads_come_with_as_many_streams_as_there_are_cpus_for() -> None:
+    one, several = OK.cell, altered(OK, scenario="offline", order="bucketed").cell
+    assert _shared(one, 2, 1) == replace(one, threads=2), "as asked for"
+    shared = _shared(one, 2, 8)
+    assert (shared.threads, shared.streams, shared.scenario, shared.order) == (2, 4, "offline", "listed")
+    assert _shared(several, 8, 8) == replace(several, threads=8)
+    assert _shared(one, 1, 64).streams == 16
+    gpu = altered(OK, precision="fp16", device="gpu").cell
+    assert _shared(gpu, 1, 8) == replace(gpu, threads=1)

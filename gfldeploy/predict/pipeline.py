@@ -16,19 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
-from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import Picture
+
+if TYPE_CHECKING:  # `gfldeploy predict --help` need not wait for it
+    from gfldeploy.bench.cpu_parity import CpuCheck
 
 T = TypeVar("T")
 _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read

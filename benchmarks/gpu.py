@@ -126,8 +126,10 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="make bundles and images, and stop")
     parser.add_argument("--dry-run", action="store_true", help="everything on the CPU, briefly, to see that it works")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help="(default: all that the device has)")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
-    parser.add_argument("--images", type=int, default=32, metavar="N", help="to time, both orientations (default: 32)")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
+    parser.add_argument(
+        "--images", type=positive, default=32, metavar="N", help="to time, both orientations (default: 32)"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of timing a cell (default: 3)")
     parser.add_argument("--engine-cache", type=Path, default=DEFAULT_ENGINE_CACHE, metavar="DIR")
     parser.add_argument("--output", type=Path, metavar="DIR", help="in place of results/MACHINE beside this script")
@@ -155,6 +157,13 @@ def main() -> None:
         raise SystemExit(f"Error: {error}") from error
     except KeyboardInterrupt as error:
         raise SystemExit("Stopped: what was measured is written, and the same command resumes.") from error
+
+
+def positive(text: str) -> int:
+    """A whole number from 1. Raises `ValueError`."""
+    if (number := int(text)) < 1:
+        raise ValueError(f"{text} is less than 1")
+    return number
 
 
 def prepare(args: argparse.Namespace, progress: Progress) -> tuple[list[Path], list[Path], Path | None]:
@@ -453,6 +462,7 @@ def summary(found: Sequence[BenchResults]) -> str:
         f"# {' and '.join(sorted({row.cell.bundle.name for row in every}))} on {where}",
         f"{machine_line(results.machine, results.created)}. {sum(row.ok for row in tried)} of {len(possible)} cells "
         f"measured{more}, {results.settings.min_seconds:g} s for each timing.",
+        *([f"{FLAGS['quick'].capitalize()}."] if results.settings.quick else []),
     ]
 
     def section(title: str, about: str, body: str) -> None:

@@ -24,7 +24,7 @@ from gfldeploy.engines.registry import (
 )
 from gfldeploy.machine import Machine, describe_machine, installed_packages
 
-_MOST_LINES, _MOST_ENGINES, _MOST_WARNINGS, _MOST_INSTALLS = 15, 6, 3, 3
+_MOST_LINES, _MOST_ENGINES, _MOST_WARNINGS, _MOST_INSTALLS = 15, 8, 3, 3
 _LABEL, _TEXT = 10, 70  # columns
 
 
@@ -101,15 +101,20 @@ def summarize_report(report: Diagnosis) -> list[str]:
     machine = report.machine
     gpus = ", ".join(machine.gpus) or "unknown model"
     more = f"{machine.threads} usable CPUs, {machine.memory_gb} GB memory, Python {machine.python}"
+    commands = {
+        command.capitalize(): [f"not installed: {', '.join(modules)}" if modules else "works"]
+        for command, modules in report.lacking.items()
+    }
+    if not any(report.lacking.values()):
+        commands = {"Works": [", ".join(report.lacking)]}
+    warnings = _wrap(" ".join(report.warnings), _MOST_WARNINGS)
+    taken = 4 + len(commands) + len(warnings)  # with the last line
     blocks = [
         ("Machine", [machine.cpu, more]),
         ("GPU", [f"{gpus}, driver {machine.driver}" if machine.driver else "no NVIDIA driver is loaded"]),
-        *(
-            (command.capitalize(), [f"not installed: {', '.join(modules)}" if modules else "works"])
-            for command, modules in report.lacking.items()
-        ),
-        ("Engines", _engine_lines(report)),
-        ("Warning", _wrap(" ".join(report.warnings), _MOST_WARNINGS)),
+        *commands.items(),
+        ("Engines", _engine_lines(report, min(_MOST_LINES - taken, _MOST_ENGINES))),
+        ("Warning", warnings),
     ]
     room = _MOST_LINES - 1 - sum(len(lines) for _, lines in blocks)
     blocks += [("Install", _install_lines(report, room)), ("Details", ["gfldeploy doctor --all"])]
@@ -125,7 +130,7 @@ def _wrap(text: str, most: int | None = None) -> list[str]:
     return textwrap.wrap(text, _TEXT, max_lines=most, break_on_hyphens=False)
 
 
-def _engine_lines(report: Diagnosis) -> list[str]:
+def _engine_lines(report: Diagnosis, most: int) -> list[str]:
     """A line for each engine that runs something here, and one for the others."""
     runs: dict[str, str] = {}
     works = [one for one in report.capabilities if one.works]
@@ -134,7 +139,7 @@ def _engine_lines(report: Diagnosis) -> list[str]:
         runs[name] = f"{runs[name]}; {precisions} on {device}" if name in runs else f"{precisions} on {device}"
     lacking = ", ".join(name for name in ENGINES if name not in runs)
     not_here = _wrap(f"not here: {lacking}", 2) if lacking else []
-    most = _MOST_ENGINES - len(not_here)
+    most -= len(not_here)
     shown = list(runs) if len(runs) <= most else list(runs)[: most - 1]
     lines = [f"{name}: {runs[name]}" for name in shown]
     if more := [name for name in runs if name not in shown]:

@@ -1,14 +1,15 @@
 """Whether an engine gives what the CPU gives, on real images, before it is timed.
 
 What `export` and `quantize` publish is compared in the engines that judge it, on the CPU. Whatever else runs a graph
-(GPUs, an engine built of it on the user's machine, an engine of another package) is compared here. The reference runs
-in a process of its own, so that memory and libraries of the process that is timed are its own.
+(GPUs, an engine built of it on the user's machine, an engine of another package) is compared here, in `bench` with
+the reference in a process of its own, so that memory and libraries of the process that is timed are its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gfldeploy.candidates import anchors_of, matched
 from gfldeploy.engines.base import Device, Engine, EngineOptions
 from gfldeploy.engines.cache import engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
+from gfldeploy.engines.nvidia_libraries import nvidia_packages
 from gfldeploy.engines.registry import ENGINES, JUDGES, REFERENCE_ENGINE, obstacle_to, open_engine
 from gfldeploy.errors import EngineError, GfldeployError, OutputError, ParityError
 from gfldeploy.export import half, parity
@@ -103,18 +105,18 @@ def compare_with_cpu(engine: Engine, batches: Sequence[Batch], path: Path, by: s
 
     `by`: what ran that. Raises `EngineError` where they differ by more than the precision explains.
     """
-    ran: dict[int, Outputs] = {}
     untimed = _UNTIMED if engine.options.device == "gpu" else 0
     ours, theirs = [], []
     with np.load(path) as kept:
-        for batch, place in _compared(batches):
-            if id(batch) not in ran:
-                for _ in range(untimed):
-                    engine.infer({"image": batch.tensor})
-                ran[id(batch)] = engine.infer({"image": batch.tensor})
-            found = {name: values[place : place + 1] for name, values in ran[id(batch)].items()}
-            ours.append(found)
-            theirs.append({name: kept[f"{_key(batch, place)} {name}"] for name in found})
+        for _, some in groupby(_compared(batches), key=lambda one: id(one[0])):
+            compared = list(some)
+            tensor = compared[0][0].tensor
+            for _ in range(untimed):
+                engine.infer({"image": tensor})
+            outputs = engine.infer({"image": tensor})
+            for batch, place in compared:  # copies, so that the other images' outputs need not stay in memory
+                ours.append({name: values[place : place + 1].copy() for name, values in outputs.items()})
+                theirs.append({name: kept[f"{_key(batch, place)} {name}"] for name in outputs})
     measured, problems = measure_parity(ours, theirs, by, bundle, engine.options)
     if problems:
         raise EngineError(_in_words(measured, problems), _REMEDY)
@@ -131,20 +133,26 @@ class CpuCheck:
     def __init__(self, name: str, engine: Engine, bundle: Bundle, note: Callable[[str], None]) -> None:
         """Of the engine `name` of the table; `note` is told why nothing could be compared."""
         self._name, self._engine, self._bundle, self._note = name, engine, bundle, note
-        self._done: set[Path | None] = set()
+        self._done: dict[Path | None, EngineError | None] = {}  # by what was built: why it is not to be used
 
     def __call__(self, tensor: NDArray[np.float32], outputs: Outputs, count: int) -> None:
         """The batch and what the engine gave for it; its first `count` rows are images.
 
         Raises `EngineError` where they differ by more than the precision explains.
         """
+        directory = self._engine.directory
+        if directory not in self._done:
+            self._done[directory] = self._compare(tensor, outputs, count)
+        if (error := self._done[directory]) is not None:
+            raise error
+
+    def _compare(self, tensor: NDArray[np.float32], outputs: Outputs, count: int) -> EngineError | None:
         options = self._engine.options
-        if self._engine.directory in self._done or not is_compared(self._name, options.device):
-            return
-        self._done.add(self._engine.directory)
+        if not is_compared(self._name, options.device):
+            return None
         kept = self._kept()
         if kept is not None and kept.exists():
-            return
+            return None
         manifest = self._bundle.manifest
         ours, theirs = [], []
         try:
@@ -158,20 +166,21 @@ class CpuCheck:
                     ours.append({name: values[row : row + 1] for name, values in outputs.items()})
         except GfldeployError as error:
             self._note(f"{self._name} was not compared with the CPU: {error.problem}")
-            return
+            return None
         measured, problems = measure_parity(ours, theirs, by, self._bundle, options)
         if problems:
             problem = f"{self._name} {options.precision} on {options.device} {_in_words(measured, problems)}"
-            raise EngineError(problem, f"{_REMEDY[0].upper()}{_REMEDY[1:]}.")
+            return EngineError(problem, f"{_REMEDY[0].upper()}{_REMEDY[1:]}.")
         if kept is not None:
             with suppress(OutputError):
                 write_json(kept, {"what": "compared with the CPU by gfldeploy", **plain(measured)})
+        return None
 
     def _kept(self) -> Path | None:
         """The file that says that it passed."""
         engine, directory = self._engine, self._engine.directory
         if directory is None and engine.options.cache_dir is not None:
-            machine = {"gpus": gpu_models(), "driver": nvidia_driver()}
+            machine = {"gpus": gpu_models(), "driver": nvidia_driver(), "libraries": nvidia_packages()}
             with suppress(OutputError):
                 directory = engine_directory(engine.options.cache_dir, engine, self._bundle, **machine, compared=True)
         return None if directory is None else directory / "parity.json"
@@ -225,7 +234,7 @@ def measure_parity(
         ]
     counted = max(lost.detections, extra.detections)
     if unmatched > (max(_INT8_UNMATCHED * counted, 1) if options.precision == "int8" else _UNMATCHED * counted):
-        problems.append(f"{unmatched} of {counted} detections unmatched")
+        problems.append(f"{unmatched} detections unmatched")
     median = float(np.median(boxes)) if len(boxes) else 0.0
     measured = Parity(by, len(ours), counted, unmatched, lost.score_difference, score_max, median, box_max)
     return measured, [one for one in problems if one]
@@ -246,8 +255,12 @@ def _key(batch: Batch, place: int) -> str:
 
 
 def _in_words(measured: Parity, problems: Sequence[str]) -> str:
-    images = f"{measured.images} image{'' if measured.images == 1 else 's'}"
-    return f"differs from the CPU: {'; '.join(problems)} ({images}, against {measured.reference})"
+    images = f"{measured.images} image{'' if measured.images == 1 else 's'} against {measured.reference}"
+    figures = (
+        f": scores off by {measured.score_difference_max:.2g} and boxes by {measured.box_difference_max_px:.2g} px at "
+        f"most, {measured.unmatched} of {measured.detections} detections unmatched"
+    )
+    return f"differs from the CPU: {'; '.join(problems)} ({images}{figures if measured.detections else ''})"
 
 
 def _unusable(ours: Outputs, theirs: Outputs) -> str | None:

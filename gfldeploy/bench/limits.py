@@ -92,10 +92,11 @@ def network_limits(row: Row) -> list[str]:
     if idle >= _IDLE:
         found.append(f"no kernel runs for {idle:.0f}% of the time: the host does not launch them fast enough")
     if not found and arithmetic:
-        more = f" and {memory:.0f}% of the memory's bandwidth" if memory else ""
+        more = f" and {memory:.0f}% of the memory's bandwidth, so that neither is the limit" if memory else ""
+        kernels = "small kernels and " if row.cell.device == "gpu" else ""
         found.append(
-            f"it reaches {arithmetic:.0f}% of the arithmetic{more} that there is, so that neither is the limit: small "
-            "kernels and the operators between the convolutions remain"
+            f"it reaches {arithmetic:.0f}% of what the engine does on convolutions alone{more}: {kernels}the operators "
+            "between the convolutions remain"
         )
     return found
 

@@ -136,7 +136,8 @@ class Run:
     `convolutions`: those of one inference, by the precision that they ran in; None where the engine cannot tell.
     `not_low_precision`: why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason
     (`engines.base.reasons`); empty where FP32 was asked for, None where it was not recorded or the engine cannot tell.
-    `delegated`: how much of the graph runs in TensorRT, in words; None where none is asked for.
+    `delegated`: how much of the graph runs in TensorRT, and whether inferences replay CUDA graphs, in words; None where
+    neither is asked for.
 
     `parity`: what came of comparing the engine with the CPU before it was timed; None where it was judged when the
     bundle was published, and where it could not be compared, for the reason `not_compared`.

@@ -20,7 +20,7 @@ from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.cpu_parity import compare_with_cpu, open_reference, write_reference
-from gfldeploy.bench.inputs import make_batches, padding_ratio, prepare_images, shape_counts
+from gfldeploy.bench.inputs import make_batches, padding_ratio, placed, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
 from gfldeploy.bench.roofline import measure_peak
@@ -113,6 +113,7 @@ def _time(task: Task) -> Timed:
         start = time.perf_counter()
         engine.infer({"image": batches[0].tensor})
         first_ms = (time.perf_counter() - start) * 1e3
+        batches = [placed(batch, engine) for batch in batches]
         parity = None
         if task.reference is not None:
             parity = compare_with_cpu(engine, batches, task.reference, task.reference_by, bundle)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
 DRIVER = Path("/proc/driver/nvidia")  # where the NVIDIA driver says what it is
+# There where Windows lends its GPUs to a Linux of its own (WSL 2), whose kernel has no NVIDIA driver.
+WINDOWS = Path("/dev/dxg")
+_T = TypeVar("_T")
 
 
 def cpu_model() -> str:
@@ -31,24 +36,13 @@ def cpu_flags() -> frozenset[str]:
 def gpu_models() -> tuple[str, ...]:
     """Those that the NVIDIA driver lists."""
     files = sorted(DRIVER.glob("gpus/*/information"))
-    return tuple(model for file in files for model in _values(file, "Model"))
+    return tuple(model for file in files for model in _values(file, "Model")) or _lent_by_windows()[1]
 
 
 @cache
 def compute_capabilities() -> tuple[tuple[int, int], ...]:
     """The compute capability of each NVIDIA GPU, (8, 9) for 8.9; nothing where the driver's library does not tell."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-            found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return ()
-    return tuple((major, minor) for major, minor in found)
+    return _ask_nvml(lambda nvml, gpus: tuple(map(nvml.nvmlDeviceGetCudaComputeCapability, gpus))) or ()
 
 
 def set_tf32(allowed: bool) -> None:
@@ -67,7 +61,31 @@ def nvidia_driver() -> str | None:
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."
     for text in _values(DRIVER / "version", "NVRM version"):
         return next((word for word in text.split() if word[0].isdigit() and "." in word), "unknown version")
-    return None
+    return _lent_by_windows()[0]
+
+
+@cache
+def _lent_by_windows() -> tuple[str | None, tuple[str, ...]]:
+    """The NVIDIA driver of Windows and its GPUs; this has not run there."""
+    if not WINDOWS.exists():
+        return None, ()
+    return _ask_nvml(
+        lambda nvml, gpus: (str(nvml.nvmlSystemGetDriverVersion()), tuple(map(nvml.nvmlDeviceGetName, gpus)))
+    ) or (None, ())
+
+
+def _ask_nvml(ask: Callable[[Any, list[Any]], _T]) -> _T | None:
+    """What `ask` gets of NVML, which it is given with the handles of all GPUs; None where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            return ask(pynvml, [pynvml.nvmlDeviceGetHandleByIndex(one) for one in range(pynvml.nvmlDeviceGetCount())])
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
 
 
 def _values(file: str | Path, key: str) -> list[str]:

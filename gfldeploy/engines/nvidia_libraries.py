@@ -4,7 +4,8 @@ A wheel for GPUs (onnxruntime-gpu) does not say which TensorRT, CUDA and cuDNN i
 offers others. Its native libraries do say: their ELF files name what must be loaded with them, with the major version
 (`libnvinfer.so.10`). They are read here, without importing the package. What they need is then looked for in the
 folders where pip puts it (`nvidia/*/lib`, `tensorrt_libs`), which the linker does not know, and where the linker looks.
-What is in pip's folders works once it has been loaded by its path, which `load_libraries` does.
+What is in pip's folders works once it has been loaded by its path, which `load_libraries` does: seen with pip's CUDA
+and cuDNN and ONNX Runtime's CUDA provider. It has not run on a GPU, nor with NVIDIA's own TensorRT libraries.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from gfldeploy._quiet import quiet
-from gfldeploy.engines.base import EngineSpec, Obstacle, installed_version, remedy_sentence
+from gfldeploy.engines.base import EngineSpec, Obstacle, installed_version, is_installed, remedy_sentence
 from gfldeploy.engines.elf import SharedLibrary, read_shared_library
 from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.errors import EngineError
@@ -487,6 +488,8 @@ def _major(version: str | None) -> int | None:
 
 def _origin(module: str) -> Path | None:
     """The folder of a module that would be imported."""
+    if not is_installed(module):
+        return None
     spec = util.find_spec(module)
     return Path(spec.origin).parent if spec and spec.origin else None
 

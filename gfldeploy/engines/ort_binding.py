@@ -5,7 +5,8 @@ What ONNX Runtime's Python API (1.20 to 1.32) can do on a GPU, and what it canno
 - `OrtValue.update_inplace` copies into memory that stays where it is, and returns when the copy is done. It may run
   beside an inference of another thread, whose kernels are in a stream of their own: so copies and computing overlap
   here. To start a copy without waiting for it needs a stream object, which only newer versions give out.
-- It allocates on the device, but no pinned host memory: that comes from the CUDA library that it has loaded.
+- It allocates on the device, but no pinned host memory: that comes from the CUDA library that it has loaded. Of its
+  packages for CPUs, only some give the device memory of a plug-in: without, nothing is bound, and results say so.
 - A CUDA graph replays one input shape, in the memory and the thread that it was captured in. Before 1.31 a session with
   several of them, or with other inputs between its replays, computes nonsense (pull request 32121 of onnxruntime). So
   sessions with a graph see one shape and one thread only.
@@ -38,6 +39,10 @@ KEPT_SHAPES = 4
 _SPARES = 2  # for each: `upload` is one batch ahead
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
 _GRAPH_ID = ("gpu_graph_id", "1")
+# Held by who captures a graph, and by who copies to the device or takes memory of CUDA's: CUDA ends the capture of one
+# thread when another does that.
+_CAPTURING = threading.RLock()
+_MISTAKES = (AttributeError, NameError, TypeError)  # in this code: no reason to run without a graph
 
 Key = tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -89,22 +94,24 @@ class BoundSessions:
         cuda_graph: bool = False,
     ) -> None:
         self._ort = ort
-        self._open = open_sessions
+        self._opener = open_sessions
         self._device = device
         self._outputs = outputs
         self._bound: OrderedDict[Key, _Bound] = OrderedDict()
         self._memory = threading.Lock()  # held to look at or change `_bound` and its spares
-        self._capturing = threading.Lock()  # CUDA ends a capture in which another thread copies
         self._graph_thread: ThreadPoolExecutor | None = None
         self._sessions: Sequence[Any] = ()
         self.no_graph: str | None = None
-        if cuda_graph:
+        self.unbound = _why_unbound(ort, device)
+        if cuda_graph and self.unbound is None:
             try:
-                self._sessions = open_sessions(True)
+                self._sessions = self._open(True)
                 self._graph_thread = ThreadPoolExecutor(1, "gfldeploy-cuda-graph")
-            except Exception as error:  # noqa: BLE001 - any other mistake shows again without a graph
+            except _MISTAKES:
+                raise
+            except Exception as error:  # noqa: BLE001 - what else is wrong shows again without a graph
                 self.no_graph = summary(error)
-        self._sessions = self._sessions or open_sessions(False)
+        self._sessions = self._sessions or self._open(False)
 
     @property
     def shapes(self) -> int:
@@ -117,7 +124,9 @@ class BoundSessions:
 
     @property
     def graph_note(self) -> str | None:
-        """In words, whether inferences replay a CUDA graph; None where none was asked for."""
+        """In words, whether inferences replay a CUDA graph; None where none was asked for and all else is as usual."""
+        if self.unbound is not None:
+            return f"nothing bound on the GPU: {self.unbound}"
         return "a CUDA graph" if self.uses_graph else self.no_graph and f"no CUDA graph: {self.no_graph}"
 
     def close(self) -> None:
@@ -133,6 +142,8 @@ class BoundSessions:
         The input copy of what `upload` gave is hardly any. Raises what ONNX Runtime raises; the inference after that
         begins with new memory.
         """
+        if self.unbound is not None:
+            return self._infer_unbound(inputs)
         key = _key(inputs)
         if self._graph_thread is not None and self._bound and key not in self._bound:
             self._give_up_graph("inputs of several shapes came")
@@ -140,28 +151,29 @@ class BoundSessions:
             return self._infer(key, inputs)
         try:
             return self._graph_thread.submit(self._infer, key, inputs).result()
+        except _MISTAKES:
+            raise
         except Exception as error:  # noqa: BLE001 - raised below, unless it was the graph that failed
             self._give_up_graph(summary(error))
             return self._infer(key, inputs)
 
     def upload(self, inputs: Tensors) -> Tensors:
         """Copy inputs to the device, while another thread may infer; what comes back is for one `infer_timed`."""
+        if self.unbound is not None:
+            return inputs
         if self.uses_graph and not _copies_between_values(self._ort):
             return inputs  # the graph reads its own memory, which is in use
         with self._memory:
             bound = self._bound.get(_key(inputs))
             values = bound.spares.pop() if bound and bound.spares else None
-        with self._capturing:
+        with _CAPTURING:
             values = values or self._allocate(inputs)
             _copy(inputs, values)
         return Uploaded(inputs, values)
 
-    def host_array(self, values: int) -> NDArray[np.float32]:
-        """Memory for inputs: pinned on a GPU, which then reads it directly, if there is enough; else plain."""
-        if self._device == "cpu":
-            return np.empty(values, np.float32)
-        with self._capturing:
-            return pinned_array(values)
+    def _open(self, cuda_graph: bool) -> Sequence[Any]:
+        with _CAPTURING:
+            return self._opener(cuda_graph)
 
     def _give_up_graph(self, why: str) -> None:
         """Open the sessions anew: some versions replay a captured graph whatever the inputs are."""
@@ -178,7 +190,7 @@ class BoundSessions:
         start = time.perf_counter()
         bound = self._bound.get(key)
         try:
-            with nullcontext() if bound or not self.uses_graph else self._capturing:
+            with nullcontext() if bound or not self.uses_graph else _CAPTURING:
                 bound = bound or self._bind(inputs)
                 self._fill(bound, inputs)
                 copied = time.perf_counter()
@@ -196,6 +208,17 @@ class BoundSessions:
                 self._bound.popitem(last=False)
         times = CopyTimes.between(start, copied, ran, time.perf_counter())
         return dict(zip(self._outputs, arrays, strict=True)), times
+
+    def _infer_unbound(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
+        """ONNX Runtime copies by itself, which counts as part of the inference."""
+        start = time.perf_counter()
+        arrays: dict[str, NDArray[Any]] = dict(inputs)
+        for session in self._sessions:
+            names = self._outputs if session is self._sessions[-1] else _names(session.get_outputs())
+            read = {name: arrays[name] for name in _names(session.get_inputs())}
+            arrays |= dict(zip(names, session.run(names, read), strict=True))
+        ran = time.perf_counter()
+        return {name: arrays[name] for name in self._outputs}, CopyTimes.between(start, start, ran, ran)
 
     def _bind(self, inputs: Tensors) -> _Bound:
         """Memory for inputs of this shape, and for all outputs where a graph needs them beforehand."""
@@ -265,8 +288,11 @@ def pinned_array(values: int) -> NDArray[np.float32]:
     address = ctypes.c_void_p()
     runtime = _cuda_runtime()
     size = values * np.dtype(np.float32).itemsize
-    if runtime is None or not size or runtime.cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(size), 0):
+    if runtime is None or not size:
         return np.empty(values, np.float32)
+    with _CAPTURING:
+        if runtime.cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(size), 0):
+            return np.empty(values, np.float32)
     memory = (ctypes.c_float * values).from_address(address.value or 0)
     weakref.finalize(memory, runtime.cudaFreeHost, address).atexit = False  # CUDA frees it all then
     return np.frombuffer(memoryview(memory), np.float32)
@@ -279,6 +305,18 @@ def _cuda_runtime() -> ctypes.CDLL | None:
         return ctypes.CDLL(next(word for word in loaded if Path(word).name.startswith("libcudart.so")))
     except (OSError, StopIteration):
         return None
+
+
+def _why_unbound(ort: Any, device: str) -> str | None:
+    """Why no memory of the device can be had; None if it can.
+
+    A package for CPUs has none of its own: it depends on what its version does with the memory of a plug-in.
+    """
+    try:
+        ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, device, 0).update_inplace(np.zeros(1, np.float32))
+    except Exception as error:  # noqa: BLE001 - it is one reason or another
+        return summary(error)
+    return None
 
 
 def _run(ort: Any, bound: _Bound, graph: tuple[str, str] | None) -> None:

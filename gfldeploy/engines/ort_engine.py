@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,19 +22,24 @@ from gfldeploy.engines.base import (
     Engine,
     EngineOptions,
     ExecutedConvolution,
+    Shape,
     Tensors,
     remedy_sentence,
 )
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.nvidia_libraries import load_libraries, why_not_loaded
-from gfldeploy.engines.ort_binding import BoundSessions
+from gfldeploy.engines.ort_binding import BoundSessions, pinned_array
 from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.engines.registry import ENGINES
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
+_CHANNELS = 3
+_FAILED_NODE = re.compile(
+    r"(?:Error in execution: )?Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: "
+)
 Providers = Sequence[tuple[str, dict[str, str]]]
 
 
@@ -41,7 +48,9 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
     title = "ONNX Runtime"
-    graph_option: str | None = "enable_cuda_graph"  # of its first provider
+    # Of its first provider, to replay inputs of one shape as a CUDA graph; none: it is not tried.
+    graph_options: Mapping[str, str] = {"enable_cuda_graph": "True", "cudnn_conv_algo_search": "EXHAUSTIVE"}
+    own_sessions = 2  # for so many known shapes, one each: two orientations; each has the weights once more
     memory = "cuda"  # of the device that is not the CPU, as `OrtValue` calls it
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
@@ -53,38 +62,78 @@ class OnnxRuntimeEngine(Engine):
             load_libraries(ENGINES[self.name])
         self._providers = self._choose_providers(bundle)
         self._session: Any = None
-        self._on_gpu: BoundSessions | None = None
+        self._on_gpu: dict[Shape | None, BoundSessions] = {}  # None: for every shape that has none of its own
+        self._opening = threading.Lock()
         if options.device == "cpu":
             self._session = self._open(self._session_options())
-        else:
-            uniform = len(set(options.shapes)) == 1 and self.graph_option is not None
-            self._on_gpu = BoundSessions(self._ort, self._open_on_gpu, self.memory, self._outputs, uniform)
-            self.cuda_graph = self._on_gpu.graph_note
+            return
+        known = set(options.shapes)
+        own = known if self.graph_options and len(known) <= self.own_sessions else set()
+        self._on_gpu = {shape: self._bound(cuda_graph=True) for shape in own} or {None: self._bound(cuda_graph=False)}
+        self._note_graphs()
 
     def close(self) -> None:
         self._session = None
-        if self._on_gpu is not None:
-            self._on_gpu.close()
+        while self._on_gpu:
+            self._on_gpu.popitem()[1].close()
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """On a GPU through bound inputs and outputs; on a CPU nothing is copied."""
         with self._explained():
-            if self._on_gpu is not None:
-                try:
-                    return self._on_gpu.infer_timed(inputs)
-                finally:
-                    self.cuda_graph = self._on_gpu.graph_note
+            if self.options.device == "gpu":
+                return self._infer_on_gpu(inputs)
             start = time.perf_counter()
             arrays = self._session.run(self._outputs, dict(inputs))
             ran = time.perf_counter()
         return dict(zip(self._outputs, arrays, strict=True)), CopyTimes.between(start, start, ran, ran)
 
     def upload(self, inputs: Tensors) -> Tensors:
+        if self.options.device == "cpu":
+            return inputs
         with self._explained():
-            return inputs if self._on_gpu is None else self._on_gpu.upload(inputs)
+            return self._sessions_for(inputs).upload(inputs)
 
     def host_array(self, values: int) -> NDArray[np.float32]:
-        return super().host_array(values) if self._on_gpu is None else self._on_gpu.host_array(values)
+        on_gpu = self.options.device == "gpu" and self.memory != "cpu"
+        return pinned_array(values) if on_gpu else super().host_array(values)
+
+    def _infer_on_gpu(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
+        try:
+            return self._sessions_for(inputs).infer_timed(inputs)
+        except Exception as error:
+            if len(self._on_gpu) == 1 or not self._is_own(inputs):
+                raise
+            why = summary(error)
+        finally:
+            self._note_graphs()
+        # The memory that the sessions of other shapes hold may be what is missing.
+        with self._opening:
+            self.close()
+        self.cuda_graph = f"no CUDA graph: {why}"
+        return self._sessions_for(inputs).infer_timed(inputs)
+
+    def _is_own(self, inputs: Tensors) -> bool:
+        """Whether inputs of this shape have sessions of their own."""
+        batch, channels, height, width = inputs["image"].shape
+        return channels == _CHANNELS and (batch, height, width) in self._on_gpu
+
+    def _sessions_for(self, inputs: Tensors) -> BoundSessions:
+        """Those of the shape of the inputs, or those for any, which are opened when they are needed."""
+        with self._opening:
+            batch, _, height, width = inputs["image"].shape
+            if self._is_own(inputs):
+                return self._on_gpu[batch, height, width]
+            if None not in self._on_gpu:
+                self._on_gpu[None] = self._bound(cuda_graph=False)
+            return self._on_gpu[None]
+
+    def _bound(self, cuda_graph: bool) -> BoundSessions:
+        return BoundSessions(self._ort, self._open_on_gpu, self.memory, self._outputs, cuda_graph)
+
+    def _note_graphs(self) -> None:
+        """Say what the sessions do that have one shape each."""
+        if notes := Counter(note for one in self._on_gpu.values() if (note := one.graph_note)):
+            self.cuda_graph = "; ".join(f"{count} x {note}" if count > 1 else note for note, count in notes.items())
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """From the graph that ONNX Runtime optimised; it is the same for all inputs."""
@@ -117,6 +166,11 @@ class OnnxRuntimeEngine(Engine):
             events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         return events
 
+    @staticmethod
+    def _detail(error: Exception) -> str:
+        """The line that says what is wrong, and in which node; cuDNN's messages have pages of JSON behind it."""
+        return _FAILED_NODE.sub(r"\1 \2: ", summary(error, 400)).removesuffix(" with the cudnn frontend json:")
+
     def _session_options(self) -> Any:
         return session_options(self._ort, self.options.threads)
 
@@ -134,7 +188,7 @@ class OnnxRuntimeEngine(Engine):
         """A session; `model`, a path or the content of a file, and `providers` are by default those of the engine."""
         (first, options), *others = providers or self._providers
         if cuda_graph:
-            options = options | {str(self.graph_option): "True"}
+            options = {**options, **self.graph_options}
         if first not in self._ort.get_available_providers():
             raise self._without(first, "has no")
         with self._explained(f"cannot load {self._model}"):
@@ -161,14 +215,10 @@ def cuda_options(options: EngineOptions) -> dict[str, str]:
     """Provider options of ONNX Runtime's CUDAExecutionProvider; what is not here is left as it is.
 
     `cudnn_conv_algo_search`: its convolutions remember the kernels for the input shape before alone, and choose anew
-    when it changes. EXHAUSTIVE, which is its default, chooses most carefully and slowest: for inputs of one shape only.
+    when it changes. Its default, EXHAUSTIVE, chooses most carefully and slowest: that is for sessions of one shape.
     The memory arena stays at its default, which grows by doubling: by what each shape needs it would be fragmented.
     """
-    uniform = len(set(options.shapes)) == 1
-    return {
-        "use_tf32": str(int(options.tf32)),
-        "cudnn_conv_algo_search": "EXHAUSTIVE" if uniform else "HEURISTIC",
-    }
+    return {"use_tf32": str(int(options.tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
 
 
 def session_options(ort: Any, threads: int) -> Any:

@@ -48,6 +48,8 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt-rtx"
+    graph_options: Mapping[str, str] = {"enable_cuda_graph": "1"}
+    own_sessions = 1
     _detail = staticmethod(_told)
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
@@ -81,7 +83,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
             with self._explained(f"cannot compile {self._model}"):
                 compile_model(self._ort, self._session_options(), self._model, self._compiled, self._device, options)
         if cuda_graph:  # which TensorRT-RTX captures and replays itself
-            options = options | {str(self.graph_option): "1"}
+            options = {**options, **self.graph_options}
         session_options = self._session_options()
         session_options.add_provider_for_devices([self._device], options)
         try:

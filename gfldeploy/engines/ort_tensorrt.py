@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     """
 
     name = "onnxruntime-tensorrt"
-    graph_option = "trt_cuda_graph_enable"
+    graph_options: Mapping[str, str] = {"trt_cuda_graph_enable": "True"}
+    own_sessions = 1
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""

@@ -47,7 +47,7 @@ class PaddleEngine(Engine):
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
         super().__init__(bundle, options, graph)  # before the import, which takes seconds
         if options.device == "gpu":
-            set_tf32(options.tf32)  # Paddle 3.2 has no flag for convolutions in inference; NVIDIA's libraries obey this
+            set_tf32(options.tf32)  # NVIDIA's libraries obey; Paddle's Config has no such option
         self._paddle = require("paddle", "the Paddle Inference engine")
         from paddle import inference
 
@@ -70,10 +70,11 @@ class PaddleEngine(Engine):
         config.enable_new_executor(pir)
         config.enable_memory_optim()
         if options.device == "gpu":
-            precision = inference.PrecisionType.Half if options.precision == "fp16" else inference.PrecisionType.Float32
-            config.enable_use_gpu(_GPU_POOL_MB, 0, precision)
             if options.precision == "fp16" and pir:
+                config.enable_use_gpu(_GPU_POOL_MB, 0, inference.PrecisionType.Half)
                 config.exp_disable_mixed_precision_ops(set(float_operators(self._model)))
+            else:  # what TensorRT does not run is FP32 in any case
+                config.enable_use_gpu(_GPU_POOL_MB, 0, inference.PrecisionType.Float32)
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(options.threads)
@@ -172,6 +173,8 @@ class PaddleTensorRtEngine(PaddleEngine):
         self.infer(example(TensorRtOptions.of(options).most_common))
         self.build_s = time.perf_counter() - start
         self.version = f"{self.version}, TensorRT {tensorrt_library()}"
+        if options.precision != "fp32":
+            self.delegated = "in TensorRT what Paddle gives it of the network, in CUDA the decode"
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         tensorrt = TensorRtOptions.of(self.options)

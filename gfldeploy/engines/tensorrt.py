@@ -128,7 +128,7 @@ class AnyShapeEngine(Engine):
         self._bundle = bundle
         self._first = Profile.spanning(options.shapes or possible_shapes(bundle.manifest))
         self._opened: dict[Profile, Engine] = {}
-        self._infers = threading.Lock()  # or one thread would close what another is in
+        self._infers, self._closes = threading.Lock(), threading.Lock()  # or one would close what another is in
         opened = self._engine(self._first)
         self.name, self.title, self.version = opened.name, opened.title, opened.version
         self.build_s, self.delegated = opened.build_s, opened.delegated
@@ -147,8 +147,9 @@ class AnyShapeEngine(Engine):
                 self.cuda_graph = engine.cuda_graph
 
     def upload(self, inputs: Tensors) -> Tensors:
-        engine = self._opened.get(self.profile_of(_shape(inputs)))  # the thread that infers opens them
-        return inputs if engine is None else engine.upload(inputs)
+        with self._closes:
+            engine = self._opened.get(self.profile_of(_shape(inputs)))  # the thread that infers opens them
+            return inputs if engine is None else engine.upload(inputs)
 
     def host_array(self, values: int) -> NDArray[np.float32]:
         return self._any.host_array(values)
@@ -187,7 +188,8 @@ class AnyShapeEngine(Engine):
 
     def _close_one(self) -> None:
         """That which was used the longest time ago."""
-        self._opened.pop(next(iter(self._opened))).close()
+        with self._closes:
+            self._opened.pop(next(iter(self._opened))).close()
 
     def _open(self, profile: Profile) -> Engine:
         with ExitStack() as locks:

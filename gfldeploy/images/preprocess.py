@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ _OPERATORS: Mapping[str, frozenset[str]] = {
     "PadStride": frozenset({"stride"}),
 }
 _ORDER = tuple(_OPERATORS)
+
+
+def _new_memory(values: int) -> NDArray[np.float32]:
+    return np.empty(values, np.float32)
 
 
 @dataclass(frozen=True)
@@ -204,13 +208,19 @@ class Preprocess:
         out[:, :height, width:] = 0
         return scale_y, scale_x
 
-    def batch_of(self, images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
+    def batch_of(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        memory: Callable[[int], NDArray[np.float32]] = _new_memory,
+    ) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
         """Prepare RGB images, uint8 [h, w, 3], as the network's input, float32 [N, 3, H, W]; return their scales too.
 
-        The same as `__call__` and `batch`, without copies in between. Raises `DataError` as `__call__`.
+        The same as `__call__` and `batch`, without copies in between. `memory`: gives memory for so many values. Raises
+        `DataError` as `__call__`.
         """
         heights, widths = zip(*(self.resized_size(*image.shape[:2]) for image in images), strict=True)
-        batch = np.empty((len(images), 3, *self.padded_size(max(heights), max(widths))), dtype=np.float32)
+        shape = (len(images), 3, *self.padded_size(max(heights), max(widths)))
+        batch = memory(math.prod(shape)).reshape(shape)
         return batch, [self.into(image, row) for image, row in zip(images, batch, strict=True)]
 
     def reduction(self, height: int, width: int) -> int:

@@ -98,7 +98,8 @@ def choose(
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
     notes = (*notes, *bundle.manifest.notes)
     if ENGINES[engine].needs_shapes or options.device == "gpu":
-        expected = in_batches(shapes, size, fixed or 1)  # batches need not fill
+        # Batches need not fill; but an engine that runs any shape is to know the most common alone.
+        expected = in_batches(shapes, *((size, fixed or 1) if ENGINES[engine].needs_shapes else (size,)))
         options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
     return Choice(bundle, engine, options, size, order, why or reason, notes)
 

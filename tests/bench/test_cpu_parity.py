@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from sample_results import OK, RUN, altered, cell_of, plan_of, sample_results
 
-from gfldeploy import Detector, benchmark, predict_images
+from gfldeploy import Detector, benchmark, predict_images, tune_bundles
 from gfldeploy.bench import cpu_parity
 from gfldeploy.bench.cpu_parity import (
     Outputs,
@@ -114,9 +114,23 @@ def test_a_row_that_differs_says_so_instead_of_a_speed(
     assert parity.score_difference_max < 1e-6 and parity.box_difference_max_px < 1e-3
     assert (moved.status, moved.runs) == ("failed", ()) and moved.reason is not None
     assert moved.reason.startswith("differs from the CPU: boxes by up to 3 px (allowed 0.1)")
+    assert "fp32 on the CPU: scores off by " in moved.reason and "boxes by 3 px at most, 0 of " in moved.reason
     assert moved.remedy is not None and "gfldeploy doctor" in moved.remedy
     assert BenchResults.read(tmp_path / "r.json") == results
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.csv", "r.html", "site-packages"}
     assert "differs from the CPU: boxes by up to 3 px" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.slow
+def test_tune_never_chooses_what_differs(
+    planted: list[str], tiny_bundle: Path, tiny_coco: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {**BRIEF, "look_seconds": 0, "threads": [1], "batch_sizes": [1], "orders": ["listed"]}
+    del how["peak"]
+    engines = ["onnxruntime", planted[1]]
+    deploy = tune_bundles(tiny_bundle, data=tiny_coco, engines=engines, output=tmp_path / "deploy.yml", **how)
+    assert deploy.choice.cell.engine == "onnxruntime" and deploy.runner_up is None
+    assert "Left out: planted-moved fp32, batch 1: differs from the CPU: boxes by up to 3 px" in deploy.summary
 
 
 CLASSES, CANDIDATES = 2, 60
@@ -334,10 +348,12 @@ def test_what_runs_images_is_compared_once(
     right, moved = planted
     images = sorted((tiny_coco.parent / "images").iterdir())
     cache = tmp_path / "cache"
-    with pytest.raises(
-        EngineError, match=r"^planted-moved fp32 on cpu differs from the CPU: boxes by up to 3 px .*2 image"
-    ):
-        Detector(tiny_bundle, engine=moved, batch_size=2, engine_cache=cache).detect(images)
+    with Detector(tiny_bundle, engine=moved, batch_size=2, engine_cache=cache) as detector:
+        for _ in range(2):
+            with pytest.raises(
+                EngineError, match=r"^planted-moved fp32 on cpu differs from the CPU: boxes by .*2 image"
+            ):
+                detector.detect(images)
     with pytest.raises(EngineError, match=r"differs from the CPU"):
         predict_images(tiny_bundle, images, engine=moved, output=tmp_path / "found", engine_cache=cache)
     assert not (tmp_path / "found").exists() and not list(cache.rglob("parity.json"))

@@ -61,7 +61,7 @@ def row(one: CellResult) -> Row:
 @pytest.mark.parametrize(
     ("more", "limits"),
     [
-        ({}, ["it reaches 25% of the arithmetic and 10% of the memory's bandwidth"]),
+        ({}, ["it reaches 25% of what the engine does on convolutions alone and 10% of the memory's bandwidth"]),
         ({"peak": Peak(110.0, None, None)}, ["the arithmetic is saturated: 91% of what"]),
         ({"peak": Peak(400.0, 12.5, None)}, ["the memory is saturated: 80% of its bandwidth"]),
         ({"stages": {"input_copy_ms": 12.0}}, ["transfers take 24% of its time, 4.3 GB/s to the device"]),

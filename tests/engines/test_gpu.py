@@ -20,6 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.bench.cpu_parity import measure_parity
+from gfldeploy.bench.inputs import Batch, Formed, placed
+from gfldeploy.bench.timing import HostMemory, time_batch
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines import ort_binding, ort_engine
 from gfldeploy.engines.base import PRECISIONS, Device, Engine, EngineOptions, Obstacle, Precision, Shape
@@ -49,9 +51,6 @@ class SimulatedGpu(OnnxRuntimeEngine):
 
     def _choose_providers(self, bundle: Bundle) -> Providers:
         return [(PROVIDERS["cpu"], {})]
-
-    def _open_on_gpu(self, cuda_graph: bool) -> Sequence[Any]:
-        return super()._open_on_gpu(False)
 
 
 def settings() -> Iterator[Any]:
@@ -183,7 +182,10 @@ def test_another_thread_uploads_what_comes_next(setting: Setting, engine: Engine
     assert setting.right([first, engine.infer(uploaded[0])]) == []
     manifest = setting.bundle.manifest
     pictures = map(picture_of, setting.images)
-    for found in (one for group in detect_groups(engine, manifest, pictures, batch_size=2) for one in group):
+    groups = list(
+        detect_groups(engine, manifest, pictures, batch_size=2)
+    )  # to its end: the engine is its own meanwhile
+    for found in (one for group in groups for one in group):
         picture = read_image(setting.images[found.index])
         tensor, scales = manifest.preprocess.batch_of([picture])
         (alone,) = detect_batch(engine, tensor, scales, manifest.nms)
@@ -199,6 +201,17 @@ def test_host_memory_is_pinned(setting: Setting, engine: Engine) -> None:
     if setting.on_gpu and setting.engine.startswith("onnxruntime") and runtime is not None:
         flags = ctypes.c_uint()
         assert runtime.cudaHostGetFlags(ctypes.byref(flags), ctypes.c_void_p(memory.ctypes.data)) == 0
+
+
+def test_the_memory_of_a_benchmark_is_used_again_on_a_gpu(setting: Setting, engine: Engine) -> None:
+    memory = HostMemory(engine)
+    tensor, _ = setting.bundle.manifest.preprocess.batch_of([read_image(setting.images[0])], memory)
+    assert np.array_equal(tensor, setting.inputs[0])
+    assert np.shares_memory(memory(tensor.size), tensor) == (setting.device == "gpu")
+    time_batch(engine, setting.images[:2], setting.bundle, memory)
+    batch = Batch(setting.inputs[0], (0,), Formed(setting.inputs[0].shape, 0, False))
+    there = placed(batch, engine).tensor
+    assert np.array_equal(there, batch.tensor) and (there is batch.tensor) == (setting.device == "cpu")
 
 
 def used_mb(on_gpu: bool) -> float:
@@ -253,19 +266,62 @@ def test_a_cuda_graph_gives_the_same(setting: Setting) -> None:
             assert setting.right([engine.infer({"image": one})], [expected]) == []
         if setting.device == "gpu" and setting.engine in WITH_GRAPH:
             assert engine.cuda_graph == "a CUDA graph"
+        graph = engine.cuda_graph
         found = engine.infer({"image": setting.inputs[other]})
         assert setting.right([found], [setting.expected[other]]) == []
         assert setting.right([engine.infer({"image": same[0][0]})], [same[0][1]]) == []
         if setting.engine in ENGINES and ENGINES[setting.engine].needs_shapes:
             return  # another engine was built for the other shape
-        assert engine.cuda_graph != "a CUDA graph"
+        assert engine.cuda_graph == graph, "the other shape has sessions without one"
+
+
+def test_two_shapes_have_a_session_each(setting: Setting) -> None:
+    if setting.engine not in WITH_GRAPH or setting.device == "cpu":
+        pytest.skip("the engine has no CUDA graphs")
+    pairs = list(zip(setting.inputs, setting.expected, strict=True))
+    two = list(dict.fromkeys(one.shape for one in setting.inputs))[:2]
+    with setting.open(*((1, *shape[2:]) for shape in two)) as engine:
+        for one, expected in [pair for pair in pairs * 2 if pair[0].shape in two]:
+            assert setting.right([engine.infer(engine.upload({"image": one}))], [expected]) == []
+        assert engine.cuda_graph == "2 x a CUDA graph"
+
+
+def test_without_room_for_several_sessions_there_is_one(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
+    with OnnxRuntimeEngine(Bundle.open(tiny_bundle), EngineOptions(), "onnx") as reference:
+        expected = reference.infer({"image": image})
+    options = EngineOptions(device="gpu", shapes=((1, 64, 96), (1, 96, 64)))
+    with SimulatedGpu(Bundle.open(tiny_bundle), options, "onnx") as engine:
+        of_its_own = engine._on_gpu[1, 64, 96]
+
+        def no_room(*_: object) -> None:
+            raise RuntimeError("CUDA error: out of memory")
+
+        monkeypatch.setattr(of_its_own, "infer_timed", no_room)
+        for _ in range(2):
+            found = engine.infer({"image": image})
+            assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert engine.cuda_graph == "no CUDA graph: CUDA error: out of memory"
+        assert list(engine._on_gpu) == [None]
+
+
+def test_an_input_that_is_wrong_costs_no_graph(tiny_bundle: Path) -> None:
+    options = EngineOptions(device="gpu", shapes=((1, 64, 96),))
+    with SimulatedGpu(Bundle.open(tiny_bundle), options, "onnx") as engine:
+        engine.infer({"image": np.zeros((1, 3, 64, 96), np.float32)})
+        with pytest.raises(EngineError):
+            engine.infer({"image": np.zeros((1, 4, 64, 96), np.float32)})
+        assert engine.cuda_graph == "a CUDA graph"
 
 
 def test_what_ran_is_said(setting: Setting, engine: Engine) -> None:
     """In TensorRT: which parts; elsewhere: which convolutions, where the library can tell."""
     assert engine.version
     if setting.engine.startswith("onnxruntime-tensorrt"):
-        assert engine.delegated and "in TensorRT" in engine.delegated
+        assert engine.delegated and engine.delegated.startswith("1 part in TensorRT")
+    if setting.engine == "onnxruntime-tensorrt":
+        assert engine.delegated and ", 0 nodes outside" in engine.delegated
+        assert engine.delegated.endswith(", the decode in CUDA") == (setting.precision == "fp16")
     elif setting.engine in WITH_GRAPH:
         ran = {one.precision for one in engine.executed_convolutions({"image": setting.inputs[0]})}
         assert ran == {setting.precision}

@@ -206,6 +206,23 @@ def test_a_driver_without_its_libraries(site: FakeSite) -> None:
     assert "container" in remedy
 
 
+def test_a_cpu_package_that_comes_first(site: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another folder, as a user's own packages beside those of an environment."""
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)  # whose place would be taken for that of the package
+    other = FakeSite(tmp_path / "other")
+    other.onnxruntime()
+    site.onnxruntime_gpu()
+    site.cuda()
+    spec = ENGINES["onnxruntime"]
+    monkeypatch.setattr(sys, "path", [str(site.folder), str(other.folder)])
+    assert nvidia.obstacle_to_loading(spec) is None
+    monkeypatch.setattr(sys, "path", [str(other.folder), str(site.folder)])
+    forget()
+    found = nvidia.obstacle_to_loading(spec)
+    assert found is not None
+    assert found.reason == "the CPU package onnxruntime overwrites the onnxruntime module of onnxruntime-gpu"
+
+
 def test_a_package_with_a_file_too_few(site: FakeSite) -> None:
     site.onnxruntime_gpu()
     (site.folder / TENSORRT_PROVIDER).unlink()

@@ -101,3 +101,12 @@ def test_the_cpu_is_not_measured_in_the_place_of_the_gpu(tiny_bundle: Path) -> N
         "ONNX Runtime has no CUDAExecutionProvider: onnxruntime-gpu is not installed. "
         'Run: pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]"'
     )
+
+
+def test_of_a_failure_the_node_and_the_reason_are_told() -> None:
+    """As cuDNN's is: a line, then pages of JSON."""
+    said = "Failed to initialize CUDNN Frontend: CUDNN_STATUS_NOT_SUPPORTED"
+    where = "Error in execution: Non-zero status code returned while running Conv node. Name:'Conv.0' Status Message: "
+    error = RuntimeError(f"{where}{said} with the cudnn frontend json:\n{{'nodes': [{'0, ' * 900}]}}")
+    assert OnnxRuntimeEngine._detail(error) == f"Conv Conv.0: {said}"
+    assert OnnxRuntimeEngine._detail(ValueError("no such input")) == "no such input"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.engines import ort_binding
-from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.ort_binding import KEPT_SHAPES, BoundSessions, pinned_array
-from gfldeploy.engines.ort_engine import cuda_options
 
 ort = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -150,6 +151,19 @@ def test_sessions_one_after_the_other(model: Path, tmp_path: Path) -> None:
         assert equal(found, run(model, inputs))
 
 
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this package has CUDA's memory")
+def test_without_memory_of_the_device_onnx_runtime_copies_by_itself(model: Path, tmp_path: Path) -> None:
+    for models in ([model], cut(model, tmp_path)):
+        sessions = BoundSessions(ort, lambda graph, models=models: opened(*models), "cuda", OUTPUTS, cuda_graph=True)  # type: ignore[misc]
+        for number, shape in enumerate(SHAPES[:2]):
+            inputs = image(shape, number)
+            found, times = sessions.infer_timed(sessions.upload(inputs))
+            assert equal(found, run(model, inputs)) and times.inference_ms > 0
+        assert (sessions.graph_note or "").startswith(
+            "nothing bound on the GPU: Can't allocate memory on the CUDA device"
+        )
+
+
 # --- CUDA graphs, as far as a CPU can tell ----------------------------------------------------------------------------
 
 
@@ -268,9 +282,28 @@ def test_without_cuda_host_memory_is_plain() -> None:
     assert pinned_array(0).size == 0
 
 
-def test_cuda_options() -> None:
-    uniform, several = ((1, 64, 96), (1, 64, 96)), ((1, 64, 96), (1, 96, 64))
-    assert cuda_options(EngineOptions(device="gpu")) == {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    assert cuda_options(EngineOptions(device="gpu", tf32=True))["use_tf32"] == "1"
-    assert cuda_options(EngineOptions(device="gpu", shapes=uniform))["cudnn_conv_algo_search"] == "EXHAUSTIVE"
-    assert cuda_options(EngineOptions(device="gpu", shapes=several))["cudnn_conv_algo_search"] == "HEURISTIC"
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_pinned_memory_is_freed_with_the_last_array_that_uses_it(tmp_path: Path) -> None:
+    """By stubs of CUDA's library, in a process of its own."""
+    code = """
+import ctypes, gc, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from cuda_without_gpu import stub
+from gfldeploy.engines.ort_binding import pinned_array
+runtime = stub("libcudart.so.99", set(), Path(sys.argv[2]))
+pinned = lambda: ctypes.c_long.in_dll(runtime, "stub_pinned").value
+array = pinned_array(12)
+array[:] = 3
+view = array[:4].reshape(2, 2)
+del array
+gc.collect()
+assert pinned() == 1 and view.sum() == 12
+del view
+gc.collect()
+assert pinned() == 0
+"""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    command = [sys.executable, "-c", code, str(benchmarks), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -97,4 +97,4 @@ def test_only_the_network_has_a_cuda_graph(bundle: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(ort_engine.OnnxRuntimeEngine, "_open", noted)
     engine._open_on_gpu(True)
     assert asked == [(True, 2), (False, 1)]
-    assert engine.graph_option == "trt_cuda_graph_enable"
+    assert set(engine.graph_options) == {"trt_cuda_graph_enable"}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import demo_bundles
 import pytest
 
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.engines.base import EngineOptions, Precision
+from gfldeploy.engines.paddle_engine import PaddleEngine
 from gfldeploy.engines.paddle_program import decode_outputs, float_operators
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
@@ -49,3 +52,34 @@ def test_boxes_are_not_computed_in_fp16(exported: Path) -> None:
     assert {"add", "multiply", "softmax", "sigmoid", "group_norm"} <= found
     assert not {"conv2d", "relu", "nearest_interp"} & found
     assert found == {*found, *(f"pd_op.{name}" for name in found if not name.startswith("pd_op."))}
+
+
+@pytest.mark.parametrize(
+    ("precision", "graph", "half"),
+    [("fp32", "paddle", False), ("fp16", "paddle", True), ("fp16", "paddle_program", False)],
+)
+def test_what_runs_outside_of_tensorrt(precision: Precision, graph: GraphName, half: bool, exported: Path) -> None:
+    """The real Config takes the calls; without CUDA it says so and goes on."""
+    from paddle import inference
+
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    class Noting:
+        def __init__(self, *files: str) -> None:
+            self._config = inference.Config(*files)
+
+        def __getattr__(self, method: str) -> Any:
+            def call(*values: Any) -> None:
+                calls[method] = values
+                getattr(self._config, method)(*values)
+
+            return call
+
+    engine = PaddleEngine.__new__(PaddleEngine)
+    engine.options = EngineOptions(precision, "gpu")
+    bundle = Bundle.open(exported)
+    engine._model, engine._params = bundle.graph(graph)
+    engine._configure(SimpleNamespace(Config=Noting, PrecisionType=inference.PrecisionType), bundle, graph == "paddle")
+    modes = inference.PrecisionType
+    assert calls["enable_use_gpu"][2] == (modes.Half if half else modes.Float32)
+    assert ("exp_disable_mixed_precision_ops" in calls) == half

@@ -148,6 +148,9 @@ class Toy:
     asked: list[Any] = field(default_factory=list)
     OrtDeviceMemoryType = SimpleNamespace(DEFAULT=0)
     __hash__ = object.__hash__
+    OrtValue = SimpleNamespace(
+        ortvalue_from_shape_and_type=lambda *_: SimpleNamespace(update_inplace=lambda _: None)  # memory of the card
+    )
 
     def register_execution_provider_library(self, name: str, library: str) -> None:
         if self.error:

@@ -18,7 +18,7 @@ import pytest
 from gfldeploy.batching.buckets import union
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.detections import Detections
-from gfldeploy.engines.base import Engine, EngineOptions, Tensors
+from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.decode import read_image
@@ -263,12 +263,19 @@ def test_arrays_wait_no_longer_than_the_look_ahead(engine: Engine, manifest: Man
     assert threads() == set()
 
 
-def test_an_engine_that_fails_ends_it(manifest: Manifest, folder: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("step", ["upload", "infer"])
+def test_an_engine_that_fails_ends_it(manifest: Manifest, folder: Path, device: Device, step: str) -> None:
     class Broken(Engine):
         name = "broken"
 
         def __init__(self) -> None:
-            self.options = EngineOptions()
+            self.options = EngineOptions(device=device)
+
+        def upload(self, inputs: Tensors) -> Tensors:
+            if step == "upload":
+                raise MemoryError("no room")
+            return inputs
 
         def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
             raise MemoryError("no room")

@@ -18,6 +18,7 @@ from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.results import BenchResults, CellResult, Parity
 from gfldeploy.bench.runner import Data
+from gfldeploy.bench.table import rows
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Obstacle
 from gfldeploy.images.coco import CocoDataset
@@ -217,3 +218,30 @@ def test_everything_on_the_cpu(
         *(f"tiny{kind}.{suffix}" for kind in ("", "_mixed") for suffix in ("json", "csv", "html")),
     }
     assert (output.parent / "tiny_summary.md").read_text() in shown
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_everything_on_a_gpu(tiny_bundle: Path, tmp_path: Path) -> None:
+    given = ["--bundles", tiny_bundle, "--materials", tmp_path, "--model", "tiny", "--output", tmp_path / "out"]
+    quick = [
+        "--batch-sizes",
+        1,
+        2,
+        "--images",
+        4,
+        "--seconds",
+        1.5,
+        "--minutes",
+        8,
+        "--engine-cache",
+        tmp_path / "built",
+    ]
+    with imported(RECIPE, *given, *quick) as module:
+        module.main()
+    measured = [row for row in rows(BenchResults.read(tmp_path / "out" / "tiny.json")) if row.ok]
+    assert measured, (tmp_path / "out" / "tiny_summary.md").read_text()
+    for row in measured:
+        assert row.parity and row.gpu_memory_mb and row.gpu_memory_mb > 0, row.cell
+        assert row.gpu_power_w and row.gpu_clock_mhz and row.joules_per_image, row.cell
+        assert row.result.peak and row.result.peak.memory_gb_per_s, row.cell

@@ -72,3 +72,15 @@ def test_the_shapes_that_a_deploy_file_expects(
     assert _input_shapes(dataset, bundle, two) == ((2, 64, 96), (2, 64, 64), (2, 32, 96), (2, 96, 32))
     monkeypatch.setattr(tuning, "MOST_SHAPES", 3)
     assert _input_shapes(dataset, bundle, one) == ((1, 64, 96), (1, 32, 32), (1, 96, 96)), "and what bounds the rest"
+
+
+def test_the_first_cell_of_another_precision_has_tf32_where_it_can(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    fast = altered(OK, precision="fp32", device="gpu", tf32=True, bundle=BundleIdentity.of(bundle)).cell
+    results = sample_results()
+    runner = Runner({fast.bundle: tiny_bundle}, Data((), results.data, Path("data.json")), Journal(tmp_path))
+    search, settings = Search((fast,), Bounds()), results.settings
+    session = _Session(search, {fast.bundle: bundle}, (), runner, settings, settings, True, SILENT)
+    for engine, precision, tf32 in (("paddle", "fp32", True), ("onnxruntime", "fp16", False)):
+        cell = session._first(Model(fast.bundle, engine, precision))  # type: ignore[arg-type]
+        assert (cell.engine, cell.precision, cell.tf32) == (engine, precision, tf32)

@@ -1,0 +1,54 @@
+"""The GPUs: what the driver says in files, and what NVIDIA's library says where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_gpu import FakeSite
+
+from gfldeploy.engines import hardware
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """NVML with two GPUs."""
+    pynvml = pytest.importorskip("pynvml")
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetCudaComputeCapability": lambda handle: ((8, 9), (12, 0))[handle],
+        "nvmlDeviceGetName": lambda handle: f"NVIDIA GeForce RTX {4090 + 1000 * handle}",
+        "nvmlSystemGetDriverVersion": lambda: "581.42",
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    forget()
+    yield monkeypatch
+    forget()
+
+
+def forget() -> None:
+    hardware.compute_capabilities.cache_clear()
+    hardware._lent_by_windows.cache_clear()
+
+
+def test_gpus_of_windows(nvml: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvml.setattr(hardware, "DRIVER", tmp_path / "nothing")
+    nvml.setattr(hardware, "WINDOWS", tmp_path / "dxg")
+    assert (hardware.nvidia_driver(), hardware.gpu_models()) == (None, ())
+    forget()
+    (tmp_path / "dxg").touch()
+    assert hardware.nvidia_driver() == "581.42"
+    assert hardware.gpu_models() == ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 5090")
+    assert hardware.compute_capabilities() == ((8, 9), (12, 0))
+
+
+def test_gpus_of_linux(nvml: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = FakeSite(tmp_path)
+    nvml.setattr(hardware, "DRIVER", machine.system / "proc")
+    machine.driver("580.95.05")
+    assert (hardware.nvidia_driver(), hardware.gpu_models()) == ("580.95.05", ("NVIDIA H100",))

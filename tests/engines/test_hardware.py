@@ -33,12 +33,12 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def forget() -> None:
     hardware.compute_capabilities.cache_clear()
-    hardware._lent_by_windows.cache_clear()
+    hardware._told_by_nvml.cache_clear()
 
 
-def test_gpus_of_windows(nvml: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_that_no_files_tell_of(nvml: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvml.setattr(hardware, "DRIVER", tmp_path / "nothing")
-    nvml.setattr(hardware, "WINDOWS", tmp_path / "dxg")
+    nvml.setattr(hardware, "DEVICES", (tmp_path / "none", tmp_path / "dxg"))
     assert (hardware.nvidia_driver(), hardware.gpu_models()) == (None, ())
     forget()
     (tmp_path / "dxg").touch()

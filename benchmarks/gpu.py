@@ -55,7 +55,13 @@ from gfldeploy.demo.dataset import generate
 from gfldeploy.doctor import diagnose
 from gfldeploy.engines.base import Device, Obstacle, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.hardware import gpu_models, nvidia_driver, usable_threads
+from gfldeploy.engines.hardware import (
+    FIRST_WITH_TF32,
+    compute_capabilities,
+    gpu_models,
+    nvidia_driver,
+    usable_threads,
+)
 from gfldeploy.engines.registry import ENGINES, Capability, capabilities
 from gfldeploy.errors import GfldeployError, MissingDependencyError, UsageError
 from gfldeploy.files import write_json, write_text
@@ -299,12 +305,13 @@ def plan_cells(
     device: Device,
     scenarios: Sequence[Scenario],
 ) -> Plan:
-    """All cells in the order of the batch sizes, engines that are built for shapes last; FP32 on a GPU in TF32 too."""
+    """All cells in the order of the batch sizes, engines that are built for shapes last; FP32 in TF32 too
+    on a GPU that has it."""
     if engines is None:
         engines = [name for name, spec in ENGINES.items() if not isinstance(spec.graph("fp32", device), Obstacle)]
     found = plan(bundles, engines, PRECISIONS[device], sizes, device, usable_threads(), scenarios)
     cells = list(found.cells)
-    if device == "gpu":
+    if device == "gpu" and max(compute_capabilities(), default=FIRST_WITH_TF32) >= FIRST_WITH_TF32:
         cells += [replace(cell, tf32=True) for cell in cells if cell.precision == "fp32"]
     cells.sort(key=lambda cell: (sizes.index(cell.batch_size), ENGINES[cell.engine].needs_shapes, cell.engine))
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
+FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 DRIVER = Path("/proc/driver/nvidia")  # where the NVIDIA driver says what it is
 # One is there where DRIVER may not be though a GPU is: Windows lends its GPUs to a Linux of its own (WSL 2), whose
 # kernel has no NVIDIA driver; some containers hide /proc/driver.

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from gfldeploy._quiet import quiet
 from gfldeploy.engines.base import EngineSpec, Obstacle, installed_version, is_installed, remedy_sentence
 from gfldeploy.engines.elf import SharedLibrary, read_shared_library
-from gfldeploy.engines.hardware import nvidia_driver
+from gfldeploy.engines.hardware import compute_capabilities, nvidia_driver
 from gfldeploy.errors import EngineError
 
 # weak: TensorRT chooses the precision of each layer among those that are allowed. strong: the network's types decide.
@@ -38,8 +38,10 @@ _FIRST_STRONG = 11  # TensorRT 11 has neither the flags that allow precisions no
 
 # The first driver for each CUDA, by NVIDIA's table "CUDA Toolkit Driver Version Ranges" (minor version compatibility).
 _FIRST_DRIVER = {11: 450, 12: 525, 13: 580}
+# The first GPUs for it, by compute capability: CUDA 13 has no kernels for Volta and older.
+_FIRST_GPU = {13: (7, 5)}
 # The last of a package's versions for an older CUDA, by their files (docs/installing.md).
-_FOR_OLDER_DRIVERS = {"onnxruntime-gpu": (12, "onnxruntime-gpu<1.27")}
+_FOR_OLDER_CUDA = {"onnxruntime-gpu": (12, "onnxruntime-gpu<1.27")}
 _NVIDIA = re.compile(r"lib(cuda|cu(?:dart|blas|dnn|fft|rand|solver|sparse|pti)|nv|nccl|tensorrt)\w*")
 _DRIVERS = ("libcuda.so.1", "libnvidia-ml.so.1")  # which come with the driver
 # What pip installs a library with, "-cuN" left out; the first that its name starts with.
@@ -153,9 +155,10 @@ def built_for(spec: EngineSpec) -> BuiltFor | None:
 
 
 def doubt(spec: EngineSpec) -> Obstacle | None:
-    """What may keep the engine from running though everything loads: a driver, or a TensorRT, for an older CUDA.
+    """What may keep the engine from running though everything loads: a driver or GPU that is too old for its CUDA, or
+    a TensorRT or cuDNN for another CUDA.
 
-    The former works with NVIDIA's compatibility packages for data centre GPUs; the latter nobody promises.
+    An older driver works with NVIDIA's compatibility packages for data centre GPUs; the others nobody promises.
     """
     built = built_for(spec)
     if built is None or built.cuda is None:
@@ -164,9 +167,15 @@ def doubt(spec: EngineSpec) -> Obstacle | None:
     major = _major(driver)
     if first and major and major < first:
         needs = f"{_package(spec)} was built for CUDA {built.cuda}, which needs {first}"
-        cuda, older = _FOR_OLDER_DRIVERS.get(spec.library.builds["gpu"].distribution, (0, ""))
+        cuda, older = _FOR_OLDER_CUDA.get(spec.library.builds["gpu"].distribution, (0, ""))
         instead = f', or for CUDA {cuda}: pip install "{older}"' if _FIRST_DRIVER.get(cuda, major + 1) <= major else ""
         return Obstacle(f"the NVIDIA driver is {driver}, {needs}", f"update the driver{instead}")
+    newest, needed = max(compute_capabilities(), default=None), _FIRST_GPU.get(built.cuda)
+    if newest and needed and newest < needed:
+        have, need = (".".join(map(str, one)) for one in (newest, needed))
+        reason = f"the GPU has compute capability {have}, {_package(spec)} was built for CUDA {built.cuda}, which needs"
+        _, older = _FOR_OLDER_CUDA.get(spec.library.builds["gpu"].distribution, (0, ""))
+        return Obstacle(f"{reason} {need}", f'pip install "{older}"' if older else "use another GPU")
     if built.tensorrt and (other := _of_another_cuda("tensorrt-cu{}-libs", built.cuda)):
         other = other.removesuffix("-libs")
         reason = f"{other} is installed, {_package(spec)} was built for CUDA {built.cuda}"

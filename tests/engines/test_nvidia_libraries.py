@@ -111,6 +111,17 @@ def test_tensorrt_for_another_cuda(site: FakeSite) -> None:
     assert nvidia.doubt(TENSORRT) is not None, "whichever was installed last is there"
 
 
+def test_a_gpu_that_is_too_old_for_cuda(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.onnxruntime_gpu()
+    monkeypatch.setattr(nvidia, "compute_capabilities", lambda: ((7, 0), (7, 5)))
+    assert nvidia.doubt(CUDA) is None, "the second will do"
+    monkeypatch.setattr(nvidia, "compute_capabilities", lambda: ((7, 0),))
+    assert nvidia.doubt(CUDA) == (
+        "the GPU has compute capability 7.0, onnxruntime-gpu 1.31.1 was built for CUDA 13, which needs 7.5",
+        'pip install "onnxruntime-gpu<1.27"',
+    )
+
+
 def test_cudnn_for_another_cuda_as_pytorch_brings_it(site: FakeSite) -> None:
     site.onnxruntime_gpu()
     site.cuda()

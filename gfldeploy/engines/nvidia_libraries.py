@@ -134,7 +134,12 @@ def tensorrt_library(spec: EngineSpec | None = None) -> str | None:
     if version := next(filter(None, map(installed_version, _TENSORRT)), None):
         return version
     folders = (*_pip_folders(), *_linker_folders())
-    files = [path for folder in folders for path in sorted(folder.glob("libnvinfer.so.*"), reverse=True)]
+    files = [
+        folder / name
+        for folder in folders
+        for name in sorted(_listed(folder), reverse=True)
+        if name.startswith("libnvinfer.so.")
+    ]
     files += [path for name, path in _cached().items() if name.startswith("libnvinfer.so")]
     return _version_of(files[0]) if files else None
 

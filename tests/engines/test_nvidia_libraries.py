@@ -39,6 +39,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     monkeypatch.setattr(nvidia, "_TRY", (*HERMETIC_PYTHON, *nvidia._TRY[1:]))
     monkeypatch.setattr(nvidia, "_LINKER_FOLDERS", ())
     monkeypatch.setattr(nvidia, "_cached", dict)
+    monkeypatch.setattr(nvidia, "compute_capabilities", tuple)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(found.system))
     monkeypatch.setattr(sys, "path", [str(found.folder)])
     monkeypatch.setattr(nvidia, "_time_left", [30.0])

@@ -55,9 +55,15 @@ from gfldeploy.demo.dataset import generate
 from gfldeploy.doctor import diagnose
 from gfldeploy.engines.base import Device, Obstacle, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.hardware import gpu_models, nvidia_driver, usable_threads
+from gfldeploy.engines.hardware import (
+    FIRST_WITH_TF32,
+    compute_capabilities,
+    gpu_models,
+    nvidia_driver,
+    usable_threads,
+)
 from gfldeploy.engines.registry import ENGINES, Capability, capabilities
-from gfldeploy.errors import GfldeployError, UsageError
+from gfldeploy.errors import GfldeployError, MissingDependencyError, UsageError
 from gfldeploy.files import write_json, write_text
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import image_size
@@ -155,6 +161,8 @@ def main() -> None:
             print(measure(args, bundles, photos, scored, Lines()))
     except GfldeployError as error:
         raise SystemExit(f"Error: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"Error: {error.filename}: {error.strerror}") from error
     except KeyboardInterrupt as error:
         raise SystemExit("Stopped: what was measured is written, and the same command resumes.") from error
 
@@ -179,7 +187,11 @@ def prepare(args: argparse.Namespace, progress: Progress) -> tuple[list[Path], l
             if args.model not in MAKERS:
                 raise UsageError(f"no bundles of {args.model} are in {folder}", "Give them with --bundles.")
             progress.stage(f"making the bundles of {args.model}")
-            MAKERS[args.model](folder, progress)
+            try:
+                MAKERS[args.model](folder, progress)
+            except MissingDependencyError as error:
+                elsewhere = "run this with --prepare where PaddleDetection is and copy the folder, or give --bundles"
+                raise MissingDependencyError(error.problem, f"{error.remedy}. Or {elsewhere}.") from error
     val = generate(folder / "data", "val", SCORED_IMAGES)
     scored = args.data if args.bundles else val if args.model == "demo" else None
     return bundles, write_photos(val, folder / "photos", args.images), scored
@@ -293,12 +305,13 @@ def plan_cells(
     device: Device,
     scenarios: Sequence[Scenario],
 ) -> Plan:
-    """All cells in the order of the batch sizes, engines that are built for shapes last; FP32 on a GPU in TF32 too."""
+    """All cells in the order of the batch sizes, engines that are built for shapes last; FP32 in TF32 too
+    on a GPU that has it."""
     if engines is None:
         engines = [name for name, spec in ENGINES.items() if not isinstance(spec.graph("fp32", device), Obstacle)]
     found = plan(bundles, engines, PRECISIONS[device], sizes, device, usable_threads(), scenarios)
     cells = list(found.cells)
-    if device == "gpu":
+    if device == "gpu" and max(compute_capabilities(), default=FIRST_WITH_TF32) >= FIRST_WITH_TF32:
         cells += [replace(cell, tf32=True) for cell in cells if cell.precision == "fp32"]
     cells.sort(key=lambda cell: (sizes.index(cell.batch_size), ENGINES[cell.engine].needs_shapes, cell.engine))
 

@@ -107,12 +107,16 @@ class FakeSite:
 
     def cuda(self) -> None:
         """CUDA 13 and cuDNN 9, from pip."""
-        folders = {"libcudnn.so.9": "cudnn"}
         for name, *needed in (("libcublasLt.so.13",), ("libcublas.so.13", "libcublasLt.so.13"), ("libcurand.so.10",),
-                              ("libcudart.so.13",), ("libcudnn.so.9", "libcudart.so.13")):  # fmt: skip
-            self.write(f"nvidia/{folders.get(name, 'cu13')}/lib/{name}", shared_library(name, needed))
-        self.install("nvidia-cudnn-cu13", "9.27.0.42")
+                              ("libcudart.so.13",)):  # fmt: skip
+            self.write(f"nvidia/cu13/lib/{name}", shared_library(name, needed))
+        self.cudnn("9.27.0.42")
         self.install("nvidia-cuda-runtime", "13.0.96")
+
+    def cudnn(self, version: str, cuda: int = 13) -> None:
+        """The packages for all CUDAs have the same files."""
+        library = shared_library("libcudnn.so.9", [f"libcudart.so.{cuda}"]) + bytes(cuda)
+        self.install(f"nvidia-cudnn-cu{cuda}", version, {"nvidia/cudnn/lib/libcudnn.so.9": library})
 
     def tensorrt(self, version: str, needed: Sequence[str] = ("libcudart.so.13",), cuda: int = 13) -> None:
         """As pip installs it: the libraries have no longer names than the linker asks for."""

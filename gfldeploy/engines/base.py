@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
-from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.hardware import FIRST_WITH_TF32, compute_capabilities, usable_threads
 from gfldeploy.errors import EngineError, UnsupportedError
 from gfldeploy.progress import SILENT, Progress
 
@@ -344,7 +344,7 @@ def with_tf32(precision: str, tf32: bool) -> str:
 
 
 def check_tf32(precisions: Iterable[Precision], device: Device) -> None:
-    """Raise `UnsupportedError` where none of the precisions has TF32 on the device, so that it cannot be chosen."""
+    """Raise `UnsupportedError` where none of the precisions has TF32 on this device, so that it cannot be chosen."""
     if device != "gpu":
         raise UnsupportedError(
             "TF32 is a format of GPUs, and this is the CPU", "Leave --tf32 out, or add --device gpu."
@@ -352,6 +352,11 @@ def check_tf32(precisions: Iterable[Precision], device: Device) -> None:
     if "fp32" not in (given := tuple(precisions)):
         what = ", ".join(given)
         raise UnsupportedError(f"TF32 is a way to compute FP32, and this is {what}", "Leave --tf32 out, or use fp32.")
+    if (found := compute_capabilities()) and max(found) < FIRST_WITH_TF32:
+        here = ".".join(map(str, max(found)))
+        raise UnsupportedError(
+            f"GPUs have TF32 from compute capability 8.0 on, and here is {here}", "Leave --tf32 out."
+        )
 
 
 def installed_version(distribution: str) -> str | None:

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
+FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 DRIVER = Path("/proc/driver/nvidia")  # where the NVIDIA driver says what it is
-# There where Windows lends its GPUs to a Linux of its own (WSL 2), whose kernel has no NVIDIA driver.
-WINDOWS = Path("/dev/dxg")
+# One is there where DRIVER may not be though a GPU is: Windows lends its GPUs to a Linux of its own (WSL 2), whose
+# kernel has no NVIDIA driver; some containers hide /proc/driver.
+DEVICES = (Path("/dev/dxg"), Path("/dev/nvidiactl"))
 _T = TypeVar("_T")
 
 
@@ -36,7 +38,7 @@ def cpu_flags() -> frozenset[str]:
 def gpu_models() -> tuple[str, ...]:
     """Those that the NVIDIA driver lists."""
     files = sorted(DRIVER.glob("gpus/*/information"))
-    return tuple(model for file in files for model in _values(file, "Model")) or _lent_by_windows()[1]
+    return tuple(model for file in files for model in _values(file, "Model")) or _told_by_nvml()[1]
 
 
 @cache
@@ -61,13 +63,13 @@ def nvidia_driver() -> str | None:
     # "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ..."
     for text in _values(DRIVER / "version", "NVRM version"):
         return next((word for word in text.split() if word[0].isdigit() and "." in word), "unknown version")
-    return _lent_by_windows()[0]
+    return _told_by_nvml()[0]
 
 
 @cache
-def _lent_by_windows() -> tuple[str | None, tuple[str, ...]]:
-    """The NVIDIA driver of Windows and its GPUs; this has not run there."""
-    if not WINDOWS.exists():
+def _told_by_nvml() -> tuple[str | None, tuple[str, ...]]:
+    """The NVIDIA driver and its GPUs where no files say what they are; this has not run there."""
+    if not any(device.exists() for device in DEVICES):
         return None, ()
     return _ask_nvml(
         lambda nvml, gpus: (str(nvml.nvmlSystemGetDriverVersion()), tuple(map(nvml.nvmlDeviceGetName, gpus)))

@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gfldeploy._quiet import quiet
 from gfldeploy.engines.base import EngineSpec, Obstacle, installed_version, is_installed, remedy_sentence
 from gfldeploy.engines.elf import SharedLibrary, read_shared_library
-from gfldeploy.engines.hardware import nvidia_driver
+from gfldeploy.engines.hardware import compute_capabilities, nvidia_driver
 from gfldeploy.errors import EngineError
 
 # weak: TensorRT chooses the precision of each layer among those that are allowed. strong: the network's types decide.
@@ -38,8 +38,10 @@ _FIRST_STRONG = 11  # TensorRT 11 has neither the flags that allow precisions no
 
 # The first driver for each CUDA, by NVIDIA's table "CUDA Toolkit Driver Version Ranges" (minor version compatibility).
 _FIRST_DRIVER = {11: 450, 12: 525, 13: 580}
+# The first GPUs for it, by compute capability: CUDA 13 has no kernels for Volta and older.
+_FIRST_GPU = {13: (7, 5)}
 # The last of a package's versions for an older CUDA, by their files (docs/installing.md).
-_FOR_OLDER_DRIVERS = {"onnxruntime-gpu": (12, "onnxruntime-gpu<1.27")}
+_FOR_OLDER_CUDA = {"onnxruntime-gpu": (12, "onnxruntime-gpu<1.27")}
 _NVIDIA = re.compile(r"lib(cuda|cu(?:dart|blas|dnn|fft|rand|solver|sparse|pti)|nv|nccl|tensorrt)\w*")
 _DRIVERS = ("libcuda.so.1", "libnvidia-ml.so.1")  # which come with the driver
 # What pip installs a library with, "-cuN" left out; the first that its name starts with.
@@ -78,7 +80,7 @@ for name in sys.argv[1:]:
     print(json.dumps([name]), flush=True)
     error = None
     try:
-        ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(name)
     except OSError as problem:
         error = str(problem)
     print(json.dumps([name, error]), flush=True)
@@ -132,7 +134,12 @@ def tensorrt_library(spec: EngineSpec | None = None) -> str | None:
     if version := next(filter(None, map(installed_version, _TENSORRT)), None):
         return version
     folders = (*_pip_folders(), *_linker_folders())
-    files = [path for folder in folders for path in sorted(folder.glob("libnvinfer.so.*"), reverse=True)]
+    files = [
+        folder / name
+        for folder in folders
+        for name in sorted(_listed(folder), reverse=True)
+        if name.startswith("libnvinfer.so.")
+    ]
     files += [path for name, path in _cached().items() if name.startswith("libnvinfer.so")]
     return _version_of(files[0]) if files else None
 
@@ -153,9 +160,10 @@ def built_for(spec: EngineSpec) -> BuiltFor | None:
 
 
 def doubt(spec: EngineSpec) -> Obstacle | None:
-    """What may keep the engine from running though everything loads: a driver, or a TensorRT, for an older CUDA.
+    """What may keep the engine from running though everything loads: a driver or GPU that is too old for its CUDA, or
+    a TensorRT or cuDNN for another CUDA.
 
-    The former works with NVIDIA's compatibility packages for data centre GPUs; the latter nobody promises.
+    An older driver works with NVIDIA's compatibility packages for data centre GPUs; the others nobody promises.
     """
     built = built_for(spec)
     if built is None or built.cuda is None:
@@ -164,16 +172,34 @@ def doubt(spec: EngineSpec) -> Obstacle | None:
     major = _major(driver)
     if first and major and major < first:
         needs = f"{_package(spec)} was built for CUDA {built.cuda}, which needs {first}"
-        cuda, older = _FOR_OLDER_DRIVERS.get(spec.library.builds["gpu"].distribution, (0, ""))
+        cuda, older = _FOR_OLDER_CUDA.get(spec.library.builds["gpu"].distribution, (0, ""))
         instead = f', or for CUDA {cuda}: pip install "{older}"' if _FIRST_DRIVER.get(cuda, major + 1) <= major else ""
         return Obstacle(f"the NVIDIA driver is {driver}, {needs}", f"update the driver{instead}")
-    names = {cuda: f"tensorrt-cu{cuda}" for cuda in _FIRST_DRIVER if installed_version(f"tensorrt-cu{cuda}-libs")}
-    if built.tensorrt and names and built.cuda not in names:
-        other = next(iter(names.values()))
+    newest, needed = max(compute_capabilities(), default=None), _FIRST_GPU.get(built.cuda)
+    if newest and needed and newest < needed:
+        have, need = (".".join(map(str, one)) for one in (newest, needed))
+        reason = f"the GPU has compute capability {have}, {_package(spec)} was built for CUDA {built.cuda}, which needs"
+        _, older = _FOR_OLDER_CUDA.get(spec.library.builds["gpu"].distribution, (0, ""))
+        return Obstacle(f"{reason} {need}", f'pip install "{older}"' if older else "use another GPU")
+    if built.tensorrt and (other := _of_another_cuda("tensorrt-cu{}-libs", built.cuda)):
+        other = other.removesuffix("-libs")
         reason = f"{other} is installed, {_package(spec)} was built for CUDA {built.cuda}"
-        wanted = f'pip install "tensorrt-cu{built.cuda}<{built.tensorrt + 1}"'
+        wanted = f'pip install --force-reinstall "tensorrt-cu{built.cuda}<{built.tensorrt + 1}"'
         return Obstacle(reason, f"pip uninstall -y {other} {other}-libs {other}-bindings && {wanted}")
+    if built.cudnn and (other := _of_another_cuda("nvidia-cudnn-cu{}", built.cuda)):  # which may be that of PyTorch
+        reason = f"the cuDNN here is that of {other}, {_package(spec)} was built for CUDA {built.cuda}"
+        package = spec.library.builds["gpu"].distribution
+        return Obstacle(reason, f"install {package} in an environment of its own, without {other}")
     return None
+
+
+def _of_another_cuda(name: str, cuda: int) -> str | None:
+    """The package whose files lie where those of package `name` for this CUDA would: they go to the same folder."""
+    ours = _recorded(name.format(cuda)).values()
+    if any(path.name.startswith("lib") for path, _ in ours) and all(_size(path) == size for path, size in ours if size):
+        return None
+    others = (name.format(other) for other in _FIRST_DRIVER if other != cuda)
+    return next((other for other in others if installed_version(other)), None)
 
 
 def obstacle_to_loading(spec: EngineSpec) -> Obstacle | None:
@@ -197,14 +223,15 @@ def why_not_loaded(spec: EngineSpec) -> Obstacle:
 def load_libraries(spec: EngineSpec) -> None:
     """Load what the engine's GPU package needs of NVIDIA's, before its session is opened; what is loaded stays.
 
-    Those in pip's folders are not found otherwise. Raises `EngineError` with the exact remedy if one does not load.
+    Those in pip's folders are not found otherwise. Their symbols are not made global: another library of the process,
+    as PyTorch, may have been built for other versions. Raises `EngineError` with the exact remedy if one does not load.
     """
     if obstacle := _overwritten(spec) or _unfit_tensorrt(spec):
         raise _cannot_load(spec, obstacle)
     loaded = []
     for need in _needs(spec):
         try:
-            ctypes.CDLL(need.what, ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(need.what)
             loaded.append(need)
         except OSError as error:
             loaded.append(replace(need, error=str(error)))
@@ -248,8 +275,9 @@ def _overwritten(spec: EngineSpec) -> Obstacle | None:
             reason = f"the CPU package {twin} overwrites the {module} module of {build.distribution}"
             return Obstacle(reason, f"pip uninstall -y {twin} {build.distribution} && {again}")
     for name, (path, _) in ours.items():
-        if Path(name).name in spec.gpu_files and not path.is_file():
-            return Obstacle(f"{Path(name).name} of {_package(spec)} is missing", f"{again} --force-reinstall")
+        if Path(name).name in spec.gpu_files and _read(path) is None:
+            what = "missing" if _size(path) is None else "damaged"
+            return Obstacle(f"{Path(name).name} of {_package(spec)} is {what}", f"{again} --force-reinstall")
     return None
 
 
@@ -334,8 +362,14 @@ def _trial(names: tuple[str, ...]) -> dict[str, str | None]:
         printed, crashed = done.stdout, done.returncode < 0
     except subprocess.TimeoutExpired as late:
         printed = late.stdout or b""
+    except OSError:  # Python is inside of another program, which cannot be run so
+        printed = b""
     _time_left[0] = max(_time_left[0] - (time.monotonic() - start), 0)
-    lines = [json.loads(line) for line in printed.decode(errors="replace").splitlines() if line.endswith("]")]
+    lines: list[list[Any]] = []
+    for line in printed.decode(errors="replace").splitlines():
+        with suppress(ValueError):  # cut off by the timeout, or what a library prints
+            if isinstance(told := json.loads(line), list) and told and told[0] in names:
+                lines.append(told)
     errors: dict[str, str | None] = {line[0]: line[1] for line in lines if len(line) == 2}
     if crashed and lines and len(lines[-1]) == 1:
         errors[lines[-1][0]] = "it crashes the process that loads it"
@@ -419,7 +453,7 @@ def _find(soname: str, folders: Iterable[Path]) -> Path | None:
         names = _listed(folder)
         longer = () if soname.endswith(".so") else sorted(name for name in names if name.startswith(f"{soname}."))
         for name in (soname, *reversed(longer)):
-            if name in names and (folder / name).is_file():
+            if name in names and _size(folder / name) is not None:
                 return folder / name
     return None
 
@@ -437,10 +471,15 @@ def _listed(folder: Path) -> frozenset[str]:
 def _pip_folders() -> tuple[Path, ...]:
     """Where pip puts NVIDIA's libraries; not in the current folder, which may be anybody's."""
     found: list[Path] = []
+    here: Path | None = None
+    with suppress(FileNotFoundError):  # it was deleted
+        here = Path.cwd()
     for entry in map(Path, sys.path):
-        if entry.is_absolute() and entry != Path.cwd():
-            found += [*sorted(entry.glob("nvidia/*/lib")), entry / "tensorrt_libs"]
-    return tuple(dict.fromkeys(folder for folder in found if folder.is_dir()))
+        if entry.is_absolute() and entry != here:
+            with suppress(OSError):  # a folder that this user may not read
+                found += sorted(entry.glob("nvidia/*/lib"))
+            found.append(entry / "tensorrt_libs")
+    return tuple(dict.fromkeys(found))
 
 
 def _linker_folders() -> tuple[Path, ...]:

@@ -142,6 +142,8 @@ class BoundSessions:
         The input copy of what `upload` gave is hardly any. Raises what ONNX Runtime raises; the inference after that
         begins with new memory.
         """
+        if not self._sessions:  # they could not be opened anew when the graph had failed: that again, or its reason
+            self._sessions = self._open(False)
         if self.unbound is not None:
             return self._infer_unbound(inputs)
         key = _key(inputs)

@@ -27,6 +27,7 @@ from gfldeploy.engines.base import (
     remedy_sentence,
 )
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.nvidia_libraries import load_libraries, why_not_loaded
 from gfldeploy.engines.ort_binding import BoundSessions, pinned_array
 from gfldeploy.engines.ort_graph import convolutions
@@ -59,6 +60,8 @@ class OnnxRuntimeEngine(Engine):
         self._ort = require("onnxruntime", "the ONNX Runtime engine")
         self.version: str = self._ort.__version__
         if options.device == "gpu":
+            if options.tf32:
+                set_tf32(True)  # the environment may forbid what the provider's option allows
             load_libraries(ENGINES[self.name])
         self._providers = self._choose_providers(bundle)
         self._session: Any = None

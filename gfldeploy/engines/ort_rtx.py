@@ -118,18 +118,11 @@ class Plugin:
 
 @cache
 def load_plugin(ort: Any) -> Plugin:
-    """Register the plug-in, whose libraries are loaded by now; once in a process, as ONNX Runtime wants it.
+    """Register the plug-in, whose libraries are loaded by now.
 
     Raises `MissingDependencyError`, or `EngineError` where it does not load or runs on no GPU here.
     """
-    module = require(TENSORRT_RTX.module, "the TensorRT-RTX engine")
-    library = Path(module.get_library_path())
-    provider = module.get_ep_name()
-    try:
-        ort.register_execution_provider_library(provider, str(library))
-    except Exception as error:
-        remedy = "Check the NVIDIA driver; in a container, start it with access to the GPUs."
-        raise EngineError(f"the TensorRT-RTX plug-in cannot be loaded: {_told(error)}", remedy) from error
+    provider, library = _register(ort)
     device = next((one for one in ort.get_ep_devices() if one.ep_name == provider), None)
     if device is None:
         problem = "the TensorRT-RTX plug-in finds no GPU that it runs on: an RTX 30, 40, 50 or newer"
@@ -139,6 +132,20 @@ def load_plugin(ort: Any) -> Plugin:
         raise EngineError(problem, f"Set CUDA_VISIBLE_DEVICES={number}, which makes that the first.")
     version = next((path.name.partition(".so.")[2] for path in library.parent.glob("libtensorrt_rtx.so.*.*")), "?")
     return Plugin(provider, device, f"{version} (plug-in {device.ep_metadata.get('version', '?')})")
+
+
+@cache
+def _register(ort: Any) -> tuple[str, Path]:
+    """Once in a process, as ONNX Runtime wants it. Returns the provider's name and the plug-in's file."""
+    module = require(TENSORRT_RTX.module, "the TensorRT-RTX engine")
+    library = Path(module.get_library_path())
+    provider: str = module.get_ep_name()
+    try:
+        ort.register_execution_provider_library(provider, str(library))
+    except Exception as error:
+        remedy = "Check the NVIDIA driver; in a container, start it with access to the GPUs."
+        raise EngineError(f"the TensorRT-RTX plug-in cannot be loaded: {_told(error)}", remedy) from error
+    return provider, library
 
 
 def _number(ort: Any, device: Any) -> int:

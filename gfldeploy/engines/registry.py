@@ -254,7 +254,8 @@ def _unavailable(spec: EngineSpec, precision: Precision, device: Device) -> Obst
     if isinstance(graph, Obstacle):
         return graph
     if device == "gpu" and nvidia_driver() is None:
-        return Obstacle("no NVIDIA driver is loaded", "run on a machine with an NVIDIA GPU")
+        remedy = "run on a machine with an NVIDIA GPU; start a container with access to it"
+        return Obstacle("no NVIDIA driver is loaded", remedy)
     if device == "gpu" and spec.gpus and (obstacle := _wrong_gpu(spec)):
         return obstacle
     if not is_installed(library.module):

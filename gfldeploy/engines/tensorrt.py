@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -31,7 +32,7 @@ from gfldeploy.engines.base import (
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.engines.nvidia_libraries import tensorrt_library as tensorrt_library
-from gfldeploy.errors import EngineError
+from gfldeploy.errors import EngineError, OutputError
 from gfldeploy.files import write_json
 from gfldeploy.progress import Progress
 
@@ -220,7 +221,8 @@ class TensorRtOptions(Profile):
         """The folder of what `engine` builds of `bundle` on this machine, created if it is absent; `OutputError`.
 
         Where nothing was built yet, the `progress` of the engine's options is told that this takes a while; or another
-        process is building just this, and is waited for.
+        process is building just this, and is waited for. What a build left that did not end, such as half a file, which
+        TensorRT would refuse at every start, is deleted.
         """
         machine = {"tensorrt": tensorrt_library(), "gpus": gpu_models(), "driver": nvidia_driver()}
         settings = (WORKSPACE_BYTES, MIN_SUBGRAPH)
@@ -228,19 +230,28 @@ class TensorRtOptions(Profile):
             self.cache_dir, engine, bundle, **machine, shapes=self._corners(), settings=settings
         )
         note = directory / NOTE
-        if not note.exists():
-            _lock(directory, engine.options.progress)
-        if not note.exists():
+        try:
+            alone = not note.exists() and _lock(directory, engine.options.progress)
+            if not (built := note.exists()) and alone:
+                _clear(directory)
+        except OSError as error:
+            problem = f"cannot use {directory}: {error.strerror or error}"
+            raise OutputError(problem, "Choose another --engine-cache.") from error
+        if not built:
             kept = f"which may take minutes; it is kept in {self.cache_dir}"
             engine.options.progress.stage(f"{engine.name} is built for inputs of {self}, {kept}")
         return directory
 
 
-def _lock(directory: Path, progress: Progress) -> None:
-    """Keep other processes from building there until the engine is open; wait for one that does."""
+def _lock(directory: Path, progress: Progress) -> bool:
+    """Keep other processes from building there until the engine is open; wait for one that does.
+
+    Returns whether that could be done.
+    """
     if (locks := _locks.get()) is None:
-        return
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        return False
+    # Not through a link, which who can write to a shared cache might have put there: the folder may be emptied.
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     locks.callback(os.close, handle)
     with suppress(OSError):  # a file system without locks
         try:
@@ -248,6 +259,16 @@ def _lock(directory: Path, progress: Progress) -> None:
         except BlockingIOError:
             progress.stage("waiting for another process that builds the same engine")
             fcntl.flock(handle, fcntl.LOCK_EX)
+        return True
+    return False
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _leave_note(engine: Engine, bundle: Bundle, profile: Profile) -> None:

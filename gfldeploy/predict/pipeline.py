@@ -16,13 +16,12 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
-from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
@@ -30,6 +29,9 @@ from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.predict.sources import Picture
+
+if TYPE_CHECKING:  # `gfldeploy predict --help` need not wait for it
+    from gfldeploy.bench.cpu_parity import CpuCheck
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -301,12 +301,12 @@ def _question(request: _Request) -> dict[str, Any]:
             about = (str(path), 0, 0)
         listed.update(repr(about).encode())
     ids = [image.id for image in request.dataset.images] if request.dataset else None
+    on_gpu = {"tf32": choice.options.tf32, "gpus": [*machine.gpus, machine.driver]}
     return {
         "bundle": choice.bundle.digest,
         "engine": choice.engine,
         "precision": choice.options.precision,
         "device": choice.options.device,
-        "tf32": choice.options.tf32,
         "threads": choice.options.threads,
         "streams": choice.options.streams,
         "batch_size": choice.batch_size,
@@ -318,6 +318,6 @@ def _question(request: _Request) -> dict[str, Any]:
         "annotations": hashlib.sha256(repr(ids).encode()).hexdigest() if ids is not None else None,
         "inputs": listed.hexdigest(),
         "processor": machine.cpu,
-        **({"gpus": [*machine.gpus, machine.driver]} if choice.options.device == "gpu" else {}),
+        **(on_gpu if choice.options.device == "gpu" else {}),
         "software": dict(machine.packages),
     }

@@ -180,9 +180,26 @@ def test_a_failed_build_is_built_again(tiny_bundle: Path, tmp_path: Path, monkey
         patch.setattr(ShapedEngine, "infer_timed", lambda self, inputs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             opened(tiny_bundle, tmp_path)
+    (half,) = tmp_path.rglob("model.onnx")
+    half.write_bytes(b"half of it")
+    (half.parent / "more").mkdir()
     progress = RecordedProgress()
     opened(tiny_bundle, tmp_path, progress=progress).close()
     assert len(progress.stages) == 1
+    assert len(builds(tmp_path)) == 2, "what was there is not used"
+    assert sorted(path.name for path in half.parent.iterdir()) == ["built.json", "model.onnx"]
+
+
+def test_nothing_is_deleted_through_a_link(tiny_bundle: Path, tmp_path: Path) -> None:
+    cache, mine = tmp_path / "cache", tmp_path / "mine"
+    opened(tiny_bundle, cache).close()
+    (note,) = cache.rglob("built.json")
+    note.parent.rename(mine)
+    (mine / "built.json").rename(mine / "precious")
+    note.parent.symlink_to(mine)
+    with pytest.raises(OutputError, match="cannot use"):
+        opened(tiny_bundle, cache)
+    assert (mine / "precious").exists()
 
 
 ANYTHING = "1x32x32 to 1x96x96, fastest at 1x64x96"

@@ -9,6 +9,8 @@ import pytest
 from fake_gpu import FakeSite
 
 from gfldeploy.engines import hardware
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.errors import UnsupportedError
 
 
 @pytest.fixture
@@ -33,18 +35,26 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def forget() -> None:
     hardware.compute_capabilities.cache_clear()
-    hardware._lent_by_windows.cache_clear()
+    hardware._told_by_nvml.cache_clear()
 
 
-def test_gpus_of_windows(nvml: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_that_no_files_tell_of(nvml: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvml.setattr(hardware, "DRIVER", tmp_path / "nothing")
-    nvml.setattr(hardware, "WINDOWS", tmp_path / "dxg")
+    nvml.setattr(hardware, "DEVICES", (tmp_path / "none", tmp_path / "dxg"))
     assert (hardware.nvidia_driver(), hardware.gpu_models()) == (None, ())
     forget()
     (tmp_path / "dxg").touch()
     assert hardware.nvidia_driver() == "581.42"
     assert hardware.gpu_models() == ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 5090")
     assert hardware.compute_capabilities() == ((8, 9), (12, 0))
+
+
+def test_tf32_needs_a_gpu_that_has_it(nvml: pytest.MonkeyPatch) -> None:
+    assert EngineOptions(device="gpu", tf32=True).tf32
+    forget()
+    nvml.setattr("pynvml.nvmlDeviceGetCudaComputeCapability", lambda handle: (7, 5))  # a T4
+    with pytest.raises(UnsupportedError, match="from compute capability 8"):
+        EngineOptions(device="gpu", tf32=True)
 
 
 def test_gpus_of_linux(nvml: pytest.MonkeyPatch, tmp_path: Path) -> None:

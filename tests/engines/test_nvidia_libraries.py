@@ -39,6 +39,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     monkeypatch.setattr(nvidia, "_TRY", (*HERMETIC_PYTHON, *nvidia._TRY[1:]))
     monkeypatch.setattr(nvidia, "_LINKER_FOLDERS", ())
     monkeypatch.setattr(nvidia, "_cached", dict)
+    monkeypatch.setattr(nvidia, "compute_capabilities", tuple)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(found.system))
     monkeypatch.setattr(sys, "path", [str(found.folder)])
     monkeypatch.setattr(nvidia, "_time_left", [30.0])
@@ -100,10 +101,41 @@ def test_tensorrt_for_another_cuda(site: FakeSite) -> None:
     assert nvidia.doubt(CUDA) is None
     assert nvidia.doubt(TENSORRT) == (
         "tensorrt-cu12 is installed, onnxruntime-gpu 1.31.1 was built for CUDA 13",
-        'pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings && pip install "tensorrt-cu13<11"',
+        "pip uninstall -y tensorrt-cu12 tensorrt-cu12-libs tensorrt-cu12-bindings && "
+        'pip install --force-reinstall "tensorrt-cu13<11"',
     )
     site.tensorrt("10.16.1.11")
+    forget()
     assert nvidia.doubt(TENSORRT) is None
+    site.tensorrt("10.16.1.11", ["libcudart.so.12", "libc.so.6"], cuda=12)
+    forget()
+    assert nvidia.doubt(TENSORRT) is not None, "whichever was installed last is there"
+
+
+def test_a_gpu_that_is_too_old_for_cuda(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.onnxruntime_gpu()
+    monkeypatch.setattr(nvidia, "compute_capabilities", lambda: ((7, 0), (7, 5)))
+    assert nvidia.doubt(CUDA) is None, "the second will do"
+    monkeypatch.setattr(nvidia, "compute_capabilities", lambda: ((7, 0),))
+    assert nvidia.doubt(CUDA) == (
+        "the GPU has compute capability 7.0, onnxruntime-gpu 1.31.1 was built for CUDA 13, which needs 7.5",
+        'pip install "onnxruntime-gpu<1.27"',
+    )
+
+
+def test_cudnn_for_another_cuda_as_pytorch_brings_it(site: FakeSite) -> None:
+    site.onnxruntime_gpu()
+    site.cuda()
+    assert nvidia.doubt(CUDA) is None
+    site.cudnn("9.10.2.21", cuda=12)
+    forget()
+    assert nvidia.doubt(CUDA) == (
+        "the cuDNN here is that of nvidia-cudnn-cu12, onnxruntime-gpu 1.31.1 was built for CUDA 13",
+        "install onnxruntime-gpu in an environment of its own, without nvidia-cudnn-cu12",
+    )
+    site.cudnn("9.27.0.42")
+    forget()
+    assert nvidia.doubt(CUDA) is None
 
 
 def test_the_version_of_tensorrt_that_would_be_loaded(site: FakeSite) -> None:
@@ -230,6 +262,20 @@ def test_a_package_with_a_file_too_few(site: FakeSite) -> None:
         "libonnxruntime_providers_tensorrt.so of onnxruntime-gpu 1.31.1 is missing",
         "pip install onnxruntime-gpu==1.31.1 --force-reinstall",
     )
+    site.write(TENSORRT_PROVIDER, b"damaged")
+    forget()
+    assert failures(TENSORRT)[0] == "libonnxruntime_providers_tensorrt.so of onnxruntime-gpu 1.31.1 is damaged"
+
+
+def test_a_library_that_prints_and_a_python_that_cannot_be_run(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.onnxruntime_gpu()
+    site.cuda()
+    prints = "print('[a library] says [this]', flush=True)\n" + nvidia._TRIAL
+    monkeypatch.setattr(nvidia, "_TRY", (*nvidia._TRY[:-1], prints))
+    assert nvidia.obstacle_to_loading(CUDA) is None
+    forget()
+    monkeypatch.setattr(nvidia, "_TRY", ("", *nvidia._TRY[1:]))
+    assert nvidia.obstacle_to_loading(CUDA) is None
 
 
 @pytest.mark.parametrize("needed", [("libcublas.so.13",), ("liblib.so",) * 900])

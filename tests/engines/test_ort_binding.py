@@ -265,6 +265,20 @@ def test_where_a_graph_is_not_possible_it_runs_without_and_says_why(
     assert opening.graphs == [True, False] and sessions.graph_note == f"no CUDA graph: {why}"
 
 
+def test_where_cuda_breaks_half_way_every_inference_says_why(model: Path, tmp_path: Path) -> None:
+    opening = Opening(fixed(model, tmp_path / "fixed.onnx"))
+    sessions = BoundSessions(ort, opening, "cpu", OUTPUTS, cuda_graph=True)
+    inputs = image(SHAPES[0])
+    sessions.infer_timed(inputs)
+    sessions._sessions[0].run_with_iobinding = opening._capture
+    works, opening.models = opening.models, (tmp_path / "the device is gone",)
+    for _ in range(3):
+        with pytest.raises(Exception, match="the device is gone"):
+            sessions.infer_timed(inputs)
+    opening.models = works
+    assert equal(sessions.infer_timed(inputs)[0], run(model, inputs))
+
+
 def test_a_version_that_cannot_copy_on_the_device_infers_with_a_graph_all_the_same(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,8 @@ class Cell:
         """The scenario where the batch size does not say it: ", offline" or ", server at 5 images/s, adaptive"."""
         if self.scenario in STREAMS:
             return ""
+        if self.scenario == "offline" and self.order == "listed" and self.batch_size > 1:
+            return ", offline as listed"
         return f", {self.scenario}" + (f" at {self.rate:g} images/s, {self.policy}" if self.rate else "")
 
 

@@ -35,6 +35,7 @@ def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
     assert cell(precision="fp32", device="gpu", tf32=True).name() == "onnxruntime fp32 in TF32, batch 2"
     streams = cell(scenario="offline", order="bucketed", streams=2)
     assert streams.name() == "onnxruntime int8 in 2 streams, batch 2, offline"
+    assert replace(streams, order="listed").name() == "onnxruntime int8 in 2 streams, batch 2, offline as listed"
     assert streams.setup([one, cell(threads=2)]) == "onnxruntime int8 with 1 thread in 2 streams"
     other = cell(bundle=replace(OK.cell.bundle, directory="other"))
     assert one.name([one, other]) == "onnxruntime int8 of tiny_dir, batch 2"

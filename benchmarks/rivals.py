@@ -1,12 +1,14 @@
-"""Plain uses of ONNX Runtime, and of OpenVINO with NNCF, as their users write them, for `end_to_end.py`.
+"""Plain uses of ONNX Runtime, and of OpenVINO with and without NNCF, as their users write them.
 
-Both take GFL-R50 as paddle2onnx exports it (every candidate leaves the graph), one image after the other, at one fixed
-input size: the image in a corner of a square that holds both orientations ("letterbox"), or stretched to 800x1344
-("stretch"). Boxes go through OpenCV's NMS.
+For `end_to_end.py`, two ways to run GFL-R50 as paddle2onnx exports it (every candidate leaves the graph), one image
+after the other, at one fixed input size: the image in a corner of a square that holds both orientations ("letterbox"),
+or stretched to 800x1344 ("stretch"). For `files_to_boxes.py`, which runs this file as a script, the queue of
+asynchronous requests that OpenVINO recommends for throughput. Boxes go through OpenCV's NMS.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,3 +91,36 @@ def openvino_int8(model: Path, calibration: Sequence[Path], way: str, threads: i
         return request.get_tensor("scores").data, request.get_tensor("boxes").data
 
     return infer
+
+
+def openvino_throughput(model: Path, paths: Sequence[Path], size: tuple[int, int]) -> int:
+    """How many detections there are in these images, stretched to `size` (h, w), by as many requests as suit OpenVINO.
+
+    The model is a bundle's ONNX file, which OpenVINO reads as it is.
+    """
+    import openvino
+
+    core = openvino.Core()
+    network: Any = core.read_model(str(model))
+    network.reshape([1, 3, *size])
+    compiled = core.compile_model(network, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
+    queue = openvino.AsyncInferQueue(compiled)
+    found: dict[Path, NDArray[np.float32]] = {}
+
+    def keep(request: Any, asked: tuple[Path, tuple[float, float]]) -> None:
+        path, scales = asked
+        found[path] = detections(request.get_tensor("scores").data, request.get_tensor("boxes").data, scales)
+
+    queue.set_callback(keep)
+    for path in paths:
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        resized = cv2.resize(image, size[::-1]).astype(np.float32)
+        tensor = ((resized / 255.0 - MEAN) / STD).transpose(2, 0, 1)[np.newaxis]
+        queue.start_async({"image": tensor}, (path, (size[0] / image.shape[0], size[1] / image.shape[1])))
+    queue.wait_all()
+    return sum(map(len, found.values()))
+
+
+if __name__ == "__main__":
+    _, model_file, folder, height, width = sys.argv
+    print(openvino_throughput(Path(model_file), sorted(Path(folder).iterdir()), (int(height), int(width))))

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from gfldeploy.errors import ConfigError, EngineError
 
 # So many best pairs of a candidate and a class enter NMS first. They mostly suffice, since an image keeps few and no
-# pair can drop a better one; if they leave too few detections, all pairs enter.
-_FIRST = 2048
+# pair can drop a better one; if they leave too few detections, more enter.
+_FIRST, _MORE = 512, 4  # times as many
 _MOST_KEPT = 2**31 - 1  # PaddleDetection's are 32-bit
-_BLOCK = 128  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
+_BLOCK = 192  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Detections:
 
         GFLv2 has one channel more than there are classes, and what it finds there is no object.
         """
-        return replace(self.select(self.classes < len(class_names)), class_names=tuple(class_names))
+        named = self.classes < len(class_names)
+        return replace(self if named.all() else self.select(named), class_names=tuple(class_names))
 
     def records(self) -> list[dict[str, Any]]:
         """As JSON-ready data, as in `detections.jsonl`: class, class_id, score, and bbox (x, y, width, height)."""
@@ -192,16 +193,17 @@ def _image_nms(
     """NMS over one image: `scores` [A, C], `boxes` [A, 4]."""
     scale_y, scale_x = scale
     factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
-    above = scores > np.float32(params.score_threshold)
-    count = int(np.count_nonzero(above))
-    limited = params.keep_top_k != -1 and count > _FIRST
-    if limited:
-        # And all that score as much as the last of them: among equals, the order of classes decides.
-        first = scores >= np.partition(scores[above], count - _FIRST)[count - _FIRST]
+    above = np.flatnonzero(scores > np.float32(params.score_threshold))
+    above_scores = scores.reshape(-1)[above]
+    first = _FIRST
     while True:
-        flat = np.flatnonzero(first if limited else above)
+        flat, pair_scores = above, above_scores
+        limited = params.keep_top_k != -1 and len(above) > first
+        if limited:
+            # And all that score as much as the last of them: among equals, the order of classes decides.
+            best = above_scores >= np.partition(above_scores, len(above) - first)[len(above) - first]
+            flat, pair_scores = above[best], above_scores[best]
         anchors, classes = np.divmod(flat, max(scores.shape[1], 1))
-        pair_scores = scores.reshape(-1)[flat]
         # By falling score, then by class; the sort is stable, so that equals stay in the candidates' order.
         order = np.lexsort((classes, -pair_scores))
         if 0 <= params.nms_top_k < len(scores):
@@ -211,7 +213,7 @@ def _image_nms(
         kept = _greedy(pair_boxes, classes, params)
         if not limited or len(kept) >= params.keep_top_k:
             break
-        limited = False
+        first *= _MORE
     if params.keep_top_k != -1:
         kept = kept[: params.keep_top_k]
     return Detections(pair_boxes[kept], pair_scores[kept], classes[kept].astype(np.int64))
@@ -240,34 +242,47 @@ def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsPa
         if len(kept) >= most:
             break
         pool = np.concatenate([kept, np.arange(start, min(start + _BLOCK, len(boxes)))])
-        earlier, later = _pairs_of_a_class(classes[pool], len(kept))
-        here = columns.take(pool, axis=1)
-        near = ~_apart(here.take(earlier, axis=1), here.take(later, axis=1))
-        earlier, later = earlier[near], later[near]
+        order = np.argsort(classes.take(pool), kind="stable")
+        here = columns.take(pool.take(order), axis=1)
+        earlier, later = _near(here, *_pairs_of_a_class(classes.take(pool.take(order)), order, len(kept)))
         iou = _iou(here.take(earlier, axis=1), here.take(later, axis=1), params.normalized)
+        earlier, later = order.take(earlier), order.take(later)
         if params.nms_eta < 1:
             survives = _falling_threshold(classes[pool], len(kept), earlier, later, iou, params, limits)
         else:
             # Not `iou > threshold`: a NaN, the IoU of two equal boxes without area, drops the box, as in Paddle.
-            drops = ~(iou <= np.float32(params.nms_threshold))
-            survives = _survivors(len(pool), earlier[drops], later[drops])
+            drops = np.flatnonzero(~(iou <= np.float32(params.nms_threshold)))
+            survives = _survivors(len(pool), earlier.take(drops), later.take(drops))
         kept = pool[survives]
     return kept
 
 
-def _pairs_of_a_class(classes: NDArray[np.intp], settled: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Positions (earlier, later) of all pairs of one class, except where the later one is among the first `settled`.
+def _pairs_of_a_class(
+    ordered: NDArray[np.intp], order: NDArray[np.intp], settled: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """All pairs of one class, except where the later one is, by `order`, among the first `settled`.
 
-    Pairs are in rising order of the earlier one for each later one.
+    `ordered`: rising classes. Pairs are positions in it, in rising order of the earlier one for each later one.
     """
-    order = np.argsort(classes, kind="stable")
-    ordered = classes[order]
-    firsts = np.searchsorted(ordered, ordered)  # of each one's class, in `order`
-    before = np.where(order < settled, 0, np.arange(len(order)) - firsts)
+    numbers = np.arange(len(ordered))
+    firsts = np.searchsorted(ordered, ordered)  # of each one's class
+    before = np.where(order < settled, 0, numbers - firsts)
     ends = np.cumsum(before)
-    later = np.repeat(np.arange(len(order)), before)
+    later = np.repeat(numbers, before)
     earlier = np.arange(len(later)) - np.repeat(ends - before - firsts, before)
-    return order[earlier], order[later]
+    return earlier, later
+
+
+def _near(
+    columns: NDArray[np.float32], earlier: NDArray[np.intp], later: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The pairs that are not `_apart`: first by x, then, of those that are left, by y."""
+    for low, high in ((columns[0], columns[2]), (columns[1], columns[3])):
+        apart = low.take(earlier) > high.take(later)
+        apart |= high.take(earlier) < low.take(later)
+        near = np.flatnonzero(~apart)
+        earlier, later = earlier.take(near), later.take(near)
+    return earlier, later
 
 
 def _survivors(count: int, earlier: NDArray[np.intp], later: NDArray[np.intp]) -> NDArray[np.bool_]:
@@ -277,10 +292,11 @@ def _survivors(count: int, earlier: NDArray[np.intp], later: NDArray[np.intp]) -
     longest chain of boxes of which each would drop the next, mostly two or three.
     """
     survives = np.ones(count, dtype=np.bool_)
+    survives[later] = False
     while True:
         again = np.ones(count, dtype=np.bool_)
         again[later[survives[earlier]]] = False
-        if np.array_equal(again, survives):
+        if again.tobytes() == survives.tobytes():
             return survives
         survives = again
 

@@ -147,7 +147,7 @@ class Detector(ClosesOnExit):
     ) -> Generator[Found]:
         """Detect in any number of images, which are taken as they are needed.
 
-        Decoding, the network and NMS work at the same time.
+        Decoding, the network and NMS work at the same time, in threads that take the next images in turn.
 
         Args:
             images: The images.

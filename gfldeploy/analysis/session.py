@@ -15,7 +15,7 @@ from gfldeploy.analysis.sweep import batch_orders, measure_passes
 from gfldeploy.batching.buckets import Order
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
-from gfldeploy.bench.cpu_parity import CpuCheck
+from gfldeploy.bench.cpu_parity import CpuCheck, is_compared
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision, Shape
@@ -116,13 +116,14 @@ def analyze(
         )
         best = run_peak(cell)
     compared: list[Invariance] = []
-    shapes = _shapes(dataset, opened.manifest.preprocess, orders)
+    preprocess = opened.manifest.preprocess
+    shapes = _shapes(dataset, preprocess, orders)
     with open_engine(name, opened, replace(options, progress=progress), shapes) as running:
         progress.stage("running the same images in batches of every size, interleaved")
         paths = [image.path for image in dataset.images]
-        preprocess = opened.manifest.preprocess
-        first = preprocess.batch([preprocess(read_image(paths[0]))])
-        CpuCheck(name, running, opened, progress.note)(first, running.infer({"image": first}), 1)
+        if is_compared(name, options.device):
+            first = preprocess.batch([preprocess(read_image(paths[0]))])
+            CpuCheck(name, running, opened, progress.note)(first, running.infer({"image": first}), 1)
         measured = measure_passes(running, paths, opened, orders, rounds, progress)
         if invariance:
             progress.stage("comparing detections with those of batch 1")

@@ -62,7 +62,10 @@ class TerminalProgress:
 
 @contextmanager
 def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of what is done and the total, behind a progress bar with rate and time left."""
+    """A function of what is done and the total: on a terminal, a progress bar with rate and time left."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -80,9 +83,7 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=escaping_console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
+    with Progress(*columns, console=escaping_console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None, rate="")
         first: list[tuple[float, int]] = []  # when, and what a run before this one had done by then
 

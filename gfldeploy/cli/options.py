@@ -266,8 +266,9 @@ ENGINE: Group = (
     click.option(
         "--engine",
         type=click.Choice(tuple(ENGINES)),
+        metavar="ENGINE",
         show_default=f"the first of {', '.join(PREFERRED_ENGINES)} that can run the bundle",
-        help="Engine that runs the bundle.",
+        help=f"Engine that runs the bundle, one of {', '.join(ENGINES)}.",
     ),
     click.option(
         "--precision",

@@ -28,7 +28,8 @@ def engine_directory(root: Path, engine: Engine, bundle: Bundle, **depends_on: o
     compiled model is never used for another one.
     """
     options = engine.options
-    parts = {"engine": engine.name, "version": engine.version, "precision": options.precision, "tf32": options.tf32}
+    tf32 = {"tf32": options.tf32} if options.device == "gpu" else {}  # CPUs have none, and keep what they compiled
+    parts = {"engine": engine.name, "version": engine.version, "precision": options.precision, **tf32}
     key = json.dumps({**parts, "bundle": bundle.digest, **depends_on}, sort_keys=True)
     directory = root / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:

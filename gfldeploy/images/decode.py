@@ -61,9 +61,11 @@ def decode_image(data: bytes, what: object = "the image", reduction: int = 1) ->
     if not header.complete:
         raise DataError(f"the image file {what} is truncated", _FETCH)
     cv2 = load_cv2()
-    reduced = f"REDUCED_COLOR_{reduction}" if reduction > 1 and header.kind == "JPEG" else "COLOR"
+    way = "COLOR"
+    if header.kind == "JPEG":  # whose decoder can give RGB itself, if it gives all of it
+        way = f"REDUCED_COLOR_{reduction}" if reduction > 1 else "COLOR_RGB"
     try:
-        image, said = heard(lambda: cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, f"IMREAD_{reduced}")))
+        image, said = heard(lambda: cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, f"IMREAD_{way}")))
     except cv2.error as error:
         raise DataError(f"OpenCV cannot decode {what}: {getattr(error, 'err', error)}", _CONVERT) from error
     if image is None:
@@ -72,7 +74,7 @@ def decode_image(data: bytes, what: object = "the image", reduction: int = 1) ->
         spare = _SPARE_BYTES.search(damage[0])
         if spare is None or int(spare[1]) > _MOST_SPARE * len(data):
             raise DataError(f"the image file {what} is damaged ({damage[0].decode('ascii', 'replace')})", _FETCH)
-    return _to_rgb(image)
+    return np.asarray(image, np.uint8) if way == "COLOR_RGB" else _to_rgb(image)
 
 
 def _to_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,7 @@ class Preprocess:
             resized = cv2.resize(image, None, None, fx=scale_x, fy=scale_y, interpolation=self.interp)
         else:
             resized = cv2.resize(image, (width, height), interpolation=self.interp)
-        table = self._table()
+        table = self._table
         for channel, plane in enumerate(cv2.split(resized)):
             cv2.LUT(plane, table[channel], dst=out[channel, :height, :width])
         out[:, height:] = 0
@@ -269,6 +270,7 @@ class Preprocess:
             row[:, :height, :width] = one.tensor
         return batch
 
+    @cached_property
     def _table(self) -> NDArray[np.float32]:
         """What each of the 256 pixel values becomes in each channel, float32 [3, 256].
 

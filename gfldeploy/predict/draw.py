@@ -20,8 +20,7 @@ from gfldeploy.files import writing
 from gfldeploy.images.decode import load_cv2, read_image
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.predict.fonts import missing_glyphs, runs
-from gfldeploy.predict.outputs import read_records
-from gfldeploy.predict.resume import Record
+from gfldeploy.predict.outputs import Record, read_records
 from gfldeploy.predict.sources import video_frames, video_rate
 from gfldeploy.text import first_of
 

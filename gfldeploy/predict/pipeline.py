@@ -1,38 +1,43 @@
-"""From pictures to detections, with all stages at work at once: decoding and preprocessing, the network, NMS.
+"""From pictures to detections, in several threads at once: each takes the next batch, decodes it, has it inferred, and
+does its NMS.
 
-Each stage but the last has a thread of its own and works one batch ahead of the next, so that memory is bounded and the
-network waits for the others only if they are slower. Batches depend on the sizes alone: the same images always make the
-same batches. In the bucketed order they hold images of one input size, and an image has the detections that it has by
-itself.
+There is one such thread more than inferences that run at once, so that the network waits for the rest only if that is
+slower; few batches are under way, so that memory is bounded. Batches depend on the sizes alone: the same images always
+make the same batches. In the bucketed order they hold images of one input size, and an image has the detections that it
+has by itself.
 """
 
 from __future__ import annotations
 
 import math
-import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
-from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
+from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.predict.sources import Picture
 
+if TYPE_CHECKING:  # `gfldeploy predict --help` need not wait for it
+    from gfldeploy.bench.cpu_parity import CpuCheck
+
 T = TypeVar("T")
+R = TypeVar("R")
 _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
 _MOST_DECODERS = 8
+_PREPARED_FOR_GPU = 3
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,6 @@ class Found:
     time_s: float | None = None
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """A batch on its way to the network.
-
-    `tensor`: the network's input, None if no image could be read; `rows`: of its first rows, the image's place in
-    `group` and its scale. `errors`: of images that could not be read, by place. `memory`: of which `tensor` is a view.
-    `inputs`: `tensor` where the engine reads it.
-    """
-
-    group: Sequence[tuple[int, Picture]]
-    tensor: NDArray[np.float32] | None
-    rows: Sequence[tuple[int, tuple[float, float]]]
-    errors: Mapping[int, DataError]
-    memory: NDArray[np.float32]
-    inputs: Tensors | None = None
-
-
 def detect_groups(
     engine: Engine,
     manifest: Manifest,
@@ -80,39 +68,67 @@ def detect_groups(
     skip: int = 0,
     reduced: bool = False,
     check: CpuCheck | None = None,
+    streams: int = 1,
 ) -> Generator[list[Found]]:
     """What was found, batch by batch.
 
     `order`: "bucketed" or "listed", see `batching.buckets`. `look_ahead`: how many pictures may come after one before
     its bucketed batch runs though it is not full. `skip`: so many batches are left out, without reading their files.
     `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 if that is no smaller than the network's input; the pixels then differ.
-    `check`: compares what the engine gives with the CPU. Detections of channels without a class are left out.
+    `check`: compares what the engine gives with the CPU. `streams`: how many inferences the engine runs at once; each
+    has a thread of its own, since libraries keep threads and buffers for each thread that calls them. Detections of
+    channels without a class are left out.
 
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
     the iterator ends the threads after their current batch. Raises `EngineError`.
     """
     preprocess, chosen = manifest.preprocess, manifest.candidates is not None
+    classes, nms = manifest.classes, manifest.nms
+    fixed = manifest.inputs[0].shape[0]  # a network that takes so many images and no other number
     items = (
         ((index, picture), preprocess.input_size(*picture.size) if picture.size else _NOWHERE)
         for index, picture in enumerate(pictures)
     )
     groups = islice(stream_batches(items, batch_size, order, look_ahead), skip, None)
-    with _cpu_shared(engine.options) as decoders:
-        batches = _uploaded(engine, ahead(_prepared(manifest, groups, reduced, decoders, _Memory(engine.host_array))))
-        if engine.options.device == "gpu":  # to which one batch is copied while it computes another
-            batches = ahead(batches)
-        with closing(ahead(_inferred(engine, batches, check))) as done:
-            for batch, scores, boxes in done:
-                scales = [scale for _, scale in batch.rows]
-                found = detections_of(scores, boxes, scales, manifest.nms, chosen) if scales else []
-                detections = {row[0]: one.named(manifest.classes) for row, one in zip(batch.rows, found, strict=True)}
-                yield [
-                    Found(
-                        *(index, picture.name, picture.size, detections.get(place), batch.errors.get(place)),
-                        *(picture.frame, picture.time_s),
-                    )
-                    for place, (index, picture) in enumerate(batch.group)
-                ]
+    with ExitStack() as stack:
+        decoders = stack.enter_context(_cpu_shared(engine.options))
+        readers = stack.enter_context(ThreadPoolExecutor(decoders, "gfldeploy-read")) if decoders > 1 else None
+        runners = stack.enter_context(ThreadPoolExecutor(streams, "gfldeploy-infer"))
+        memory, uploading, checking = threading.local(), threading.Lock(), threading.Lock()
+
+        def infer(tensor: NDArray[np.float32], inputs: Tensors, count: int) -> dict[str, NDArray[Any]]:
+            outputs = engine.infer(inputs)
+            check_outputs(engine, outputs, len(tensor))
+            if check is not None:
+                with checking:
+                    check(tensor, outputs, count)
+            return outputs
+
+        def detect(job: tuple[Sequence[tuple[int, Picture]], Size]) -> list[Found]:
+            group, size = job
+            tensor = _room(memory, engine.host_array, (fixed or len(group), 3, *size))
+            filled = _fill(preprocess, [picture for _, picture in group], tensor, reduced, readers)
+            scales = [one for one in filled if not isinstance(one, DataError)]
+            found: Iterator[Detections] = iter(())
+            if scales:
+                tensor = tensor[: fixed or len(scales)]
+                with uploading:  # beside the inference of another batch
+                    inputs = engine.upload({"image": tensor})
+                outputs = runners.submit(infer, tensor, inputs, len(scales)).result()
+                scores, boxes = outputs["scores"][: len(scales)], outputs["boxes"][: len(scales)]
+                each = detections_of(scores, boxes, scales, nms, chosen)
+                found = (one.named(classes) for one in each)
+            return [
+                Found(
+                    *(index, picture.name, picture.size, None if isinstance(one, DataError) else next(found)),
+                    *(one if isinstance(one, DataError) else None, picture.frame, picture.time_s),
+                )
+                for (index, picture), one in zip(group, filled, strict=True)
+            ]
+
+        # What a GPU leaves to the CPU may take longer than the network: more batches are prepared meanwhile.
+        others = 1 if engine.options.device == "cpu" else _PREPARED_FOR_GPU
+        yield from stack.enter_context(closing(at_once(detect, groups, streams + others)))
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
@@ -126,48 +142,70 @@ def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
             following += 1
 
 
-def ahead(items: Iterable[T], most: int = 1) -> Generator[T]:
-    """The same items, none of them None, made in a thread of its own, up to `most` before they are needed.
+def at_once(work: Callable[[T], R], jobs: Iterable[T], threads: int) -> Generator[R]:
+    """`work(job)` of every job, in order, in so many threads at once, each of which takes its jobs itself.
 
-    Errors of that thread are raised here. Closing the iterator ends the thread after its current item.
+    At most `threads` + 1 jobs have been taken whose results were not. Errors of a job, and of taking it, are raised in
+    its place. Closing the iterator ends the threads after their current job.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(most)  # neither: the end
-    stopped = threading.Event()
+    source, taking, changed = iter(jobs), threading.Lock(), threading.Condition()
+    done: dict[int, Future[R] | None] = {}  # by the number of the job; None: there are no more
+    taken = given = 0
+    stopped = False
 
-    def put(item: T | None = None, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            with suppress(queue.Full):
-                ready.put((item, error), timeout=0.1)  # then look whether anybody is still there
-                return
+    def may_take() -> bool:
+        return stopped or taken - given <= threads
 
-    def work() -> None:
-        iterator = iter(items)
-        try:
-            for item in iterator:
-                put(item)
-                if stopped.is_set():
-                    return
-            put()
-        except BaseException as error:  # noqa: BLE001 - raised in the other thread
-            put(error=error)
-        finally:
-            if isinstance(iterator, Generator):
-                iterator.close()
+    def is_ready() -> bool:
+        return given in done
 
-    thread = threading.Thread(target=work, name="gfldeploy-ahead", daemon=True)
-    thread.start()
+    def run() -> None:
+        nonlocal taken
+        job: list[T] | None = None
+        while job is None or job:
+            result: Future[R] = Future()
+            job = []
+            with taking:
+                with changed:
+                    changed.wait_for(may_take)
+                    if stopped:
+                        return
+                    number, taken = taken, taken + 1
+                try:
+                    job = list(islice(source, 1))
+                except BaseException as error:  # noqa: BLE001 - raised in the other thread
+                    result.set_exception(error)
+            if job:
+                try:
+                    result.set_result(work(job[0]))
+                except BaseException as error:  # noqa: BLE001 - raised in the other thread
+                    result.set_exception(error)
+            with changed:
+                done[number] = result if result.done() else None
+                changed.notify_all()
+
+    workers = [threading.Thread(target=run, name="gfldeploy-batch", daemon=True) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
     try:
         while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
+            with changed:
+                changed.wait_for(is_ready)
+                following = done.pop(given)
+                given += 1
+                changed.notify_all()
+            if following is None:
                 return
-            yield item
+            yield following.result()
     finally:
-        stopped.set()
-        if thread is not threading.current_thread():  # which it is if the garbage collector closes this
-            thread.join()
+        with changed:
+            stopped = True
+            changed.notify_all()
+        for worker in workers:
+            if worker is not threading.current_thread():  # which it is if the garbage collector closes this
+                worker.join()
+        if isinstance(source, Generator):
+            source.close()
 
 
 @contextmanager
@@ -186,38 +224,19 @@ def _cpu_shared(options: EngineOptions) -> Iterator[int]:
         cv2.setNumThreads(before)
 
 
-class _Memory:
-    """Arrays that batches take in turn: one for each batch at work, each as large as its largest batch so far."""
-
-    def __init__(self, new: Callable[[int], NDArray[np.float32]]) -> None:
-        self._new = new
-        self._free: queue.SimpleQueue[NDArray[np.float32]] = queue.SimpleQueue()
-
-    def take(self, values: int) -> NDArray[np.float32]:
-        """At least so many values."""
-        try:
-            memory = self._free.get_nowait()
-        except queue.Empty:
-            memory = np.empty(0, np.float32)
-        return memory if memory.size >= values else self._new(values)
-
-    def give(self, memory: NDArray[np.float32]) -> None:
-        self._free.put(memory)
-
-
-def _prepared(
-    manifest: Manifest,
-    groups: Iterable[tuple[Sequence[tuple[int, Picture]], Size]],
+def _fill(
+    preprocess: Preprocess,
+    pictures: Sequence[Picture],
+    tensor: NDArray[np.float32],
     reduced: bool,
-    decoders: int,
-    memory: _Memory,
-) -> Iterator[tuple[_Batch, _Memory]]:
-    """Decode and preprocess, batch by batch, straight into the network's input."""
-    preprocess = manifest.preprocess
-    fixed = manifest.inputs[0].shape[0]  # a network that takes so many images and no other number
+    readers: Executor | None,
+) -> list[tuple[float, float] | DataError]:
+    """Decode and preprocess the pictures of a batch straight into the network's input, whose other rows become zero.
 
-    def fill(job: tuple[Picture, NDArray[np.float32]]) -> tuple[float, float] | DataError:
-        picture, row = job
+    Of each picture its scale, or why it has none; those that have one are in the first rows, in order.
+    """
+
+    def fill(picture: Picture, row: NDArray[np.float32]) -> tuple[float, float] | DataError:
         if picture.size is None:
             return picture.error or DataError(f"{picture.name} has no size")
         try:
@@ -226,45 +245,21 @@ def _prepared(
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(decoders) as pool:
-        for group, size in groups:
-            if size == _NOWHERE:
-                errors = {place: picture.error for place, (_, picture) in enumerate(group) if picture.error}
-                yield _Batch(group, None, (), errors, memory.take(0)), memory
-                continue
-            shape = (fixed or len(group), 3, *size)
-            block = memory.take(math.prod(shape))
-            tensor = block[: math.prod(shape)].reshape(shape)
-            jobs = [(picture, tensor[place]) for place, (_, picture) in enumerate(group)]
-            filled = list(map(fill, jobs) if decoders == 1 else pool.map(fill, jobs))
-            rows = [(place, one) for place, one in enumerate(filled) if not isinstance(one, DataError)]
-            errors = {place: one for place, one in enumerate(filled) if isinstance(one, DataError)}
-            for row, (place, _) in enumerate(rows):
-                if row != place:  # close the gap of an image that could not be read
-                    tensor[row] = tensor[place]
-            tensor[len(rows) :] = 0
-            yield _Batch(group, tensor[: fixed or len(rows)] if rows else None, rows, errors, block), memory
+    filled = list((readers.map if readers else map)(fill, pictures, tensor))
+    kept = [place for place, one in enumerate(filled) if not isinstance(one, DataError)]
+    for row, place in enumerate(kept):
+        if row != place:  # close the gap of an image that could not be read
+            tensor[row] = tensor[place]
+    tensor[len(kept) :] = 0
+    return filled
 
 
-def _uploaded(engine: Engine, batches: Generator[tuple[_Batch, _Memory]]) -> Generator[tuple[_Batch, _Memory]]:
-    with closing(batches):
-        for batch, memory in batches:
-            inputs = None if batch.tensor is None else engine.upload({"image": batch.tensor})
-            yield replace(batch, inputs=inputs), memory
-
-
-def _inferred(
-    engine: Engine, batches: Generator[tuple[_Batch, _Memory]], check: CpuCheck | None
-) -> Iterator[tuple[_Batch, NDArray[np.float32], NDArray[np.float32]]]:
-    """Run the network; its input's memory is free again afterwards."""
-    nothing = np.empty(0, np.float32)
-    with closing(batches):
-        for batch, memory in batches:
-            scores, boxes = nothing, nothing
-            if batch.tensor is not None and batch.inputs is not None:
-                outputs = engine.infer(batch.inputs)
-                scores, boxes = check_outputs(engine, outputs, len(batch.tensor))
-                if check is not None:
-                    check(batch.tensor, outputs, len(batch.rows))
-            memory.give(batch.memory)
-            yield batch, scores[: len(batch.rows)], boxes[: len(batch.rows)]
+def _room(
+    memory: threading.local, new: Callable[[int], NDArray[np.float32]], shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """An array of this shape in the memory of this thread, which is as large as its largest batch so far."""
+    values = math.prod(shape)
+    block: NDArray[np.float32] | None = getattr(memory, "block", None)
+    if block is None or block.size < values:
+        memory.block = block = new(values)
+    return block[:values].reshape(shape)

@@ -7,20 +7,25 @@ makes the missing batches and no others.
 
 from __future__ import annotations
 
+import binascii
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
+
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit
-from gfldeploy.errors import OutputError
+from gfldeploy.errors import DataError, OutputError
 from gfldeploy.files import open_own, writing
+from gfldeploy.predict.pipeline import Found
 
-# One image's line in the result, ready for JSON.
-Record: TypeAlias = dict[str, Any]
 _END = {"end": True}
 _SIDES = range(1, 1 << 31)  # of an image
+_FRAMES = range(1 << 62)
+_BYTES = 24  # of a detection: a box and a score of 32-bit floats, and a class
 _MOST = 1e12  # no score and no side is as large, and NaN is not below it either
 
 
@@ -53,9 +58,9 @@ class WorkingFile(ClosesOnExit):
         with writing(self.path):  # once more what could not be written before
             self._file.close()
 
-    def add(self, batch: Sequence[tuple[int, Record]]) -> None:
-        """Append a batch: each image's number among all, from 0, and its record. Raises `OutputError`."""
-        self._append({"batch": self.batches, "images": batch})
+    def add(self, batch: Sequence[Found]) -> None:
+        """Append a batch. Raises `OutputError`."""
+        self._append({"batch": self.batches, "images": list(map(_entry, batch))})
         self.batches += 1
         self.images += len(batch)
 
@@ -64,14 +69,14 @@ class WorkingFile(ClosesOnExit):
         self._append(_END)
         self.complete = True
 
-    def groups(self) -> Iterator[Iterable[tuple[int, Record]]]:
-        """The batches."""
+    def groups(self) -> Iterator[list[Found]]:
+        """The batches; their detections have no names of classes."""
         with self.path.open("rb") as file:
             next(file)
-            for line in file:
+            for number, line in enumerate(file):
                 entry = json.loads(line)
                 if entry != _END:
-                    yield [(index, record) for index, record in entry["images"]]
+                    yield _batch(entry, number) or []
 
     def _read(self, question: Mapping[str, Any], anew: bool) -> int:
         """How many bytes of the file can be used."""
@@ -87,13 +92,16 @@ class WorkingFile(ClosesOnExit):
                 )
             if number > 0 and entry == _END:
                 self.complete = True
-            elif number > 0 and entry is not None and _is_batch(entry, self.batches, *self._numbers):
+            elif number > 0 and entry and (found := _batch(entry, self.batches)) and self._possible(found):
                 self.batches += 1
-                self.images += len(entry["images"])
+                self.images += len(found)
             elif number > 0 or entry is None:
                 break
             position += len(line)
         return position
+
+    def _possible(self, batch: Sequence[Found]) -> bool:
+        return all(_is_possible(one, *self._numbers) for one in batch)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with writing(self.path):
@@ -110,40 +118,74 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _is_batch(entry: Mapping[str, Any], number: int, images: range, classes: range) -> bool:
-    """Whether it is the batch of this number; if not, the batch is done again."""
+def _entry(found: Found) -> dict[str, Any]:
+    """Of an image, as a line has it.
+
+    The numbers of its detections are in one text, as they are in memory: as JSON they would take most of the time.
+    """
+    entry: dict[str, Any] = {"index": found.index, "file": found.name}
+    if found.frame is not None and found.time_s is not None:
+        entry |= {"frame": found.frame, "time_s": found.time_s}
+    if found.detections is None or found.size is None:
+        error = found.error or DataError(f"{found.name} cannot be used")
+        return entry | {"error": error.problem, "remedy": error.remedy}
+    one = found.detections
+    parts = one.boxes.astype("<f4"), one.scores.astype("<f4"), one.classes.astype("<i4")
+    numbers = binascii.b2a_base64(b"".join(part.tobytes() for part in parts), newline=False).decode()
+    return entry | {"size": found.size, "detections": numbers, "may_lack_below": one.may_lack_below}
+
+
+def _batch(entry: Mapping[str, Any], number: int) -> list[Found] | None:
+    """The batch of this number; None if it is anything else."""
     match entry:
-        case {"batch": batch, "images": [*found]} if batch == number:
-            return all(
-                isinstance(one, list) and len(one) == 2 and _is_in(one[0], images) and _is_record(one[1], classes)
-                for one in found
-            )
-    return False
+        case {"batch": batch, "images": [*entries]} if batch == number:
+            found = [one for entry in entries if (one := _found(entry))]
+            return found if len(found) == len(entries) else None
+    return None
 
 
-def _is_record(one: Any, classes: range) -> bool:
-    match one:
-        case {"file": str(), "error": str()}:
-            return True
-        case {"file": str(), "width": width, "height": height, "detections": [*found]}:
-            numbers = _is_in(width, _SIDES) and _is_in(height, _SIDES) and _is_number(one.get("may_lack_below", 0.0))
-            return numbers and all(_is_detection(each, classes) for each in found)
-    return False
+def _found(entry: Any) -> Found | None:
+    match entry:
+        case {"index": int(index), "file": str(name), **rest}:
+            frame, time_s = rest.get("frame"), rest.get("time_s")
+            if not isinstance(frame, int | None) or not isinstance(time_s, int | float | None):
+                return None
+            match entry:
+                case {"error": str(problem), "remedy": str() | None as remedy}:
+                    return Found(index, name, None, None, DataError(problem, remedy), frame, time_s)
+                case {"size": [int(h), int(w)], "detections": str(text), "may_lack_below": int() | float() as lacks}:
+                    if (detections := _detections(text, lacks)) is not None:
+                        return Found(index, name, (h, w), detections, None, frame, time_s)
+    return None
 
 
-def _is_detection(one: Any, classes: range) -> bool:
-    match one:
-        case {"class": str(), "class_id": category, "score": score, "bbox": [x, y, width, height], **rest}:
-            return not rest and _is_in(category, classes) and all(map(_is_number, (score, x, y, width, height)))
-    return False
+def _detections(text: str, may_lack_below: float) -> Detections | None:
+    try:
+        data = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        return None
+    count, rest = divmod(len(data), _BYTES)
+    if rest:
+        return None
+    boxes = np.frombuffer(data, "<f4", 4 * count).reshape(count, 4)
+    scores = np.frombuffer(data, "<f4", count, 16 * count)
+    classes = np.frombuffer(data, "<i4", count, 20 * count)
+    return Detections(boxes, scores, classes.astype(np.int64), may_lack_below)
 
 
-def _is_in(value: Any, numbers: range) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value in numbers
+def _is_possible(found: Found, images: range, classes: range) -> bool:
+    """Whether its numbers can be; those of a damaged line are anything, and its batch is done again."""
+    frame, one = (found.frame, found.time_s), found.detections
+    numbers = [found.index in images, frame == (None, None) or (found.frame in _FRAMES and _is_number(found.time_s))]
+    if one is not None and found.size is not None:
+        numbers += [side in _SIDES for side in found.size]
+        numbers += [np.abs(values).max(initial=0) < _MOST for values in (one.boxes, one.scores)]
+        numbers += [_is_number(one.may_lack_below), *(label in classes for label in np.unique(one.classes).tolist())]
+    return all(numbers)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
+def _is_number(value: float | None) -> bool:
+    return value is not None and abs(value) < _MOST
 
 
 def _differences(before: Mapping[str, Any], question: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +34,8 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, record_of, write_outputs
-from gfldeploy.predict.pipeline import detect_groups, in_order
+from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, write_outputs
+from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.resume import WorkingFile
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes, pictures
 from gfldeploy.progress import SILENT, Progress
@@ -185,20 +185,24 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
         results = unfinished.directory / _RESULTS
         most = len(dataset.images) if dataset else sys.maxsize  # the number of frames of a video is not known yet
         classes = len(manifest.classes)
+        ids = [image.id for image in dataset.images] if dataset else None
         with WorkingFile(unfinished.directory / _WORKING, question, most, classes, anew=request.force) as working:
             kept = working.images
             unfinished.worth_keeping = bool(kept)
-            if not working.complete:
-                shutil.rmtree(results, ignore_errors=True)  # of a run that this one replaces
-                _detect(request, unfinished, working, progress)
+            with writing(request.output):
+                if not working.complete:
+                    shutil.rmtree(results, ignore_errors=True)  # of a run that this one replaces
+                results.mkdir(exist_ok=True)
+                for path in results.iterdir():
+                    if path.name != PICTURES:
+                        path.unlink()
+            # Written while the others are detected: formatting takes no time of its own at the end.
+            with closing(_detected(request, unfinished, working, progress)) as groups:
+                found = in_order(((one.index, one) for one in group) for group in groups)
+                summary = write_outputs(
+                    results, found, manifest.classes, ids, categories, request.threshold, request.output
+                )
         with writing(request.output):
-            results.mkdir(exist_ok=True)
-            for path in results.iterdir():
-                if path.name != PICTURES:
-                    path.unlink()
-            ids = [image.id for image in dataset.images] if dataset else None
-            records = in_order(working.groups())
-            summary = write_outputs(results, records, manifest.classes, ids, categories, request.threshold)
             if summary.failed == summary.images:
                 unfinished.worth_keeping = False
                 raise DataError(f"none of {summary.images} images can be used: {summary.reasons[0]}", None)
@@ -206,8 +210,8 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
                 (results / PICTURES).mkdir(exist_ok=True)
                 for done in draw_all(results / DETECTIONS, results / PICTURES, request.draw):
                     progress.step("drawing", done, summary.images)
-            found = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
-            note = {"what": "results of gfldeploy predict", **question, **found, "files": files_below(results)}
+            counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
+            note = {"what": "results of gfldeploy predict", **question, **counts, "files": files_below(results)}
             write_json(results / NOTE, note)
             check_interrupted()
             with hold_interrupts():
@@ -218,11 +222,17 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
     return replace(summary, kept=kept)
 
 
-def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> None:
-    """Detect in the images that are not in the working file yet."""
+def _detected(
+    request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress
+) -> Generator[list[Found]]:
+    """The batches of the working file, then those that are not in it yet and are added to it."""
+    yield from working.groups()
+    if working.complete:
+        return
     choice = request.choice
     manifest = choice.bundle.manifest
-    sizes = list(picture_sizes(request.inputs))
+    known: dict[Path, tuple[int, int] | None] = {}
+    sizes = list(picture_sizes(request.inputs, known))
     total = len(sizes)
     options = replace(_options(choice, sizes), progress=progress)
     with open_engine(choice.engine, choice.bundle, options) as engine:
@@ -230,7 +240,7 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
         groups = detect_groups(
             engine,
             manifest,
-            pictures(request.inputs),
+            pictures(request.inputs, known),
             batch_size=choice.batch_size,
             order=choice.order,
             look_ahead=_BATCHES_AHEAD * choice.batch_size,
@@ -240,9 +250,10 @@ def _detect(request: _Request, unfinished: Unfinished, working: WorkingFile, pro
         )
         with closing(groups):
             for group in groups:
-                working.add([(one.index, record_of(one)) for one in group])
+                working.add(group)
                 unfinished.worth_keeping = True
                 progress.step("detecting", working.images, max(total, working.images))
+                yield group
     working.end()
 
 
@@ -282,12 +293,12 @@ def _question(request: _Request) -> dict[str, Any]:
             about = (str(path), 0, 0)
         listed.update(repr(about).encode())
     ids = [image.id for image in request.dataset.images] if request.dataset else None
+    on_gpu = {"tf32": choice.options.tf32, "gpus": [*machine.gpus, machine.driver]}
     return {
         "bundle": choice.bundle.digest,
         "engine": choice.engine,
         "precision": choice.options.precision,
         "device": choice.options.device,
-        "tf32": choice.options.tf32,
         "threads": choice.options.threads,
         "batch_size": choice.batch_size,
         "order": choice.order,
@@ -298,6 +309,6 @@ def _question(request: _Request) -> dict[str, Any]:
         "annotations": hashlib.sha256(repr(ids).encode()).hexdigest() if ids is not None else None,
         "inputs": listed.hexdigest(),
         "processor": machine.cpu,
-        **({"gpus": [*machine.gpus, machine.driver]} if choice.options.device == "gpu" else {}),
+        **(on_gpu if choice.options.device == "gpu" else {}),
         "software": dict(machine.packages),
     }

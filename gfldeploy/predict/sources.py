@@ -8,10 +8,11 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -134,10 +135,14 @@ def is_one_image(images: object) -> bool:
     return images.ndim == 3 if isinstance(images, np.ndarray) else hasattr(images, "convert")
 
 
-def pictures(inputs: Iterable[Path]) -> Iterator[Picture]:
-    """Every image of these files, in order; of a video, its frames."""
+def pictures(
+    inputs: Iterable[Path], sizes: Mapping[Path, tuple[int, int] | None] = MappingProxyType({})
+) -> Iterator[Picture]:
+    """Every image of these files, in order; of a video, its frames. `sizes`: of image files whose headers were read."""
     for path in inputs:
-        if is_video(path):
+        if size := sizes.get(path):
+            yield Picture(str(path), path, size)
+        elif is_video(path):
             yield from video_frames(path)
         else:
             yield picture_of(path)
@@ -246,14 +251,20 @@ class _Walk:
         self._unread.append(f"{error.filename}: {error.strerror}")
 
 
-def picture_sizes(inputs: Sequence[Path]) -> Iterator[tuple[int, int] | None]:
+def picture_sizes(
+    inputs: Sequence[Path], images: dict[Path, tuple[int, int] | None] | None = None
+) -> Iterator[tuple[int, int] | None]:
     """(h, w) in pixels of every image of these files, None if it cannot be read.
 
-    Of a video, as many as its header says that it has frames, which may be wrong: at least one.
+    Of a video, as many as its header says that it has frames, which may be wrong: at least one. `images` receives those
+    of the image files.
     """
     for path in inputs:
         if not is_video(path):
-            yield picture_of(path).size
+            size = picture_of(path).size
+            if images is not None:
+                images[path] = size
+            yield size
             continue
         with _opened(path) as video:
             size = video.size if video and min(video.size) > 0 else None

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -219,8 +220,11 @@ def _differs(cell: Cell, preprocess: Preprocess, sizes: Iterable[tuple[int, int]
 
 
 def _input_shapes(dataset: CocoDataset, bundle: Bundle, cell: Cell) -> tuple[Shape, ...]:
-    """Of the full batches that the cell makes of all images, as `Deploy` has them."""
-    sizes = [bundle.manifest.preprocess.input_size(*image.size()) for image in dataset.images]
+    """Of the full batches that the cell makes of all images that can be read, as `Deploy` has them."""
+    sizes = []
+    for image in dataset.images:
+        with suppress(DataError):  # mAP, which needs them all, says so; the choice holds without
+            sizes.append(bundle.manifest.preprocess.input_size(*image.size()))
     counts = Counter((cell.batch_size, *one.size) for one in group(sizes, cell.batch_size, cell.order))
     shapes = tuple(shape for shape, _ in counts.most_common())
     if len(shapes) > MOST_SHAPES:

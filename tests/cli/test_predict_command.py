@@ -308,8 +308,9 @@ def test_a_run_that_was_cut_anywhere_ends_with_the_same_bytes(
     write = outputs.write_outputs
 
     def and_keep(directory: Path, *arguments: Any) -> Any:
+        written = write(directory, *arguments)
         shutil.copyfile(directory.parent / "working.jsonl", kept)
-        return write(directory, *arguments)
+        return written
 
     monkeypatch.setattr(session, "write_outputs", and_keep)
     command = (tiny_bundle, images, "--batch-size", 4, "--threads", 1)

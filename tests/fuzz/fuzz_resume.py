@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,16 +16,17 @@ from gfldeploy.predict.pipeline import in_order
 from gfldeploy.predict.resume import WorkingFile
 
 _QUESTION = {"schema": 1, "bundle": "ab" * 32, "images": ["a.jpg", "b.jpg", "c.jpg"]}
-_BOX = {"class": "ball", "class_id": 1, "score": 0.75, "bbox": [1.5, 2.0, 30.0, 40.25]}
+# A box, its score, its class.
+_BOX = base64.b64encode(struct.pack("<5fi", 1.5, 2.0, 31.5, 42.25, 0.75, 1)).decode()
 
 
 def seeds() -> Iterable[bytes]:
     """Working files: the question, batches, the end."""
-    found = {"file": "a.jpg", "width": 64, "height": 48, "detections": [_BOX]}
-    frame = {"file": "b.mp4", "frame": 0, "time_s": 0.0, "width": 64, "height": 48, "detections": []}
+    found = {"index": 0, "file": "a.jpg", "size": [48, 64], "detections": _BOX, "may_lack_below": 0.0}
+    frame = {"index": 1, "file": "b.mp4", "frame": 0, "time_s": 0.0, "size": [48, 64], "detections": ""}
     batches = [
-        {"batch": 0, "images": [[0, found], [2, {"file": "c.jpg", "error": "it is empty"}]]},
-        {"batch": 1, "images": [[1, {**frame, "may_lack_below": 0.5}]]},
+        {"batch": 0, "images": [found, {"index": 2, "file": "c.jpg", "error": "it is empty", "remedy": "Fetch it."}]},
+        {"batch": 1, "images": [{**frame, "may_lack_below": 0.5}]},
     ]
     lines = [json.dumps(entry) for entry in (_QUESTION, *batches, {"end": True})]
     yield "".join(f"{line}\n" for line in lines).encode()
@@ -42,5 +45,5 @@ def one(data: bytes, folder: Path) -> None:
     path = folder / "working.jsonl"
     path.write_bytes(data)
     with WorkingFile(path, _QUESTION, 3, 2) as working:
-        records = list(in_order(working.groups()))
-    write_outputs(folder, records, ("box", "ball"))
+        found = list(in_order([(image.index, image) for image in group] for group in working.groups()))
+    write_outputs(folder, found, ("box", "ball"))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.decode import read_image
-from gfldeploy.predict.pipeline import Found, ahead, detect_groups, in_order
+from gfldeploy.predict.pipeline import Found, at_once, detect_groups, in_order
 from gfldeploy.predict.sources import picture_of
 
 pytest.importorskip("onnxruntime")
@@ -34,43 +34,93 @@ def threads() -> set[str]:
     return {thread.name for thread in threading.enumerate() if thread.name.startswith("gfldeploy")}
 
 
-# --- ahead ------------------------------------------------------------------------------------------------------------
+# --- at once ----------------------------------------------------------------------------------------------------------
 
 
-def test_ahead_gives_the_same_items() -> None:
-    assert list(ahead(range(100))) == list(range(100))
-    assert list(ahead(iter(()))) == []
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_at_once_gives_the_results_in_order(count: int) -> None:
+    random = np.random.default_rng(count)
+    pauses = random.random(100) * 2e-3
+
+    def work(number: int) -> tuple[int, str]:
+        time.sleep(pauses[number])
+        return number, threading.current_thread().name
+
+    assert [number for number, _ in at_once(work, range(100), count)] == list(range(100))
+    assert list(at_once(work, iter(()), count)) == []
     assert threads() == set()
 
 
-def test_ahead_works_so_far_ahead_and_no_further() -> None:
-    begun: list[int] = []
+def test_as_many_as_asked_for_work_at_once() -> None:
+    together = threading.Barrier(3, timeout=10)  # which breaks unless three come
+    assert len(list(at_once(lambda _: together.wait(), range(9), 3))) == 9
 
-    def work() -> Iterator[int]:
+
+def test_at_once_takes_so_many_jobs_and_no_more() -> None:
+    taken: list[int] = []
+
+    def jobs() -> Iterator[int]:
         for number in range(100):
-            begun.append(number)
+            taken.append(number)
             yield number
 
-    with closing(ahead(work(), 2)) as items:
+    with closing(at_once(lambda number: number, jobs(), 2)) as items:
         assert next(items) == 0
-        # One with the reader, two that are ready, one that waits for a place.
-        while len(begun) < 4:
+        # One with the reader, and three that wait for it.
+        while len(taken) < 4:
             time.sleep(0.01)
         time.sleep(0.2)
-        assert len(begun) == 4
+        assert len(taken) == 4
         assert next(items) == 1
-    assert len(begun) <= 5
+    assert len(taken) <= 5
     assert threads() == set()
 
 
-def test_an_error_comes_after_the_items_before_it() -> None:
-    def work() -> Iterator[int]:
-        yield 1
-        raise KeyError("two")
+def test_results_do_not_wait_for_jobs_that_are_still_to_come() -> None:
+    more = threading.Event()
 
-    items = ahead(work())
+    def jobs() -> Iterator[int]:
+        yield 1
+        assert more.wait(10)
+        yield 2
+
+    items = at_once(lambda number: number, jobs(), 2)
     assert next(items) == 1
-    with pytest.raises(KeyError, match="two"):
+    more.set()
+    assert list(items) == [2]
+
+
+@pytest.mark.parametrize("error", [KeyError("two"), StopIteration("two"), KeyboardInterrupt("two")])
+@pytest.mark.parametrize("where", ["job", "work"])
+def test_an_error_comes_in_its_place(error: BaseException, where: str) -> None:
+    class Jobs:
+        """Not a generator: those must not raise StopIteration."""
+
+        def __init__(self) -> None:
+            self.number = 0
+
+        def __iter__(self) -> Jobs:
+            return self
+
+        def __next__(self) -> int:
+            self.number += 1
+            if self.number == 2 and where == "job":
+                raise error
+            return self.number
+
+    def work(number: int) -> int:
+        if number == 2 and where == "work":
+            raise error
+        time.sleep(0.05 if number == 1 else 0)
+        return number
+
+    if where == "job" and isinstance(error, StopIteration):
+        assert list(at_once(work, Jobs(), 2)) == [1]  # which is how it ends
+        return
+    items = at_once(work, Jobs(), 2)
+    assert next(items) == 1
+    # Generators make a RuntimeError of a StopIteration.
+    with pytest.raises((type(error), RuntimeError)):
         next(items)
     assert threads() == set()
 
@@ -84,7 +134,7 @@ def test_closing_ends_what_is_behind_too() -> None:
         finally:
             closed.append(threading.current_thread().name)
 
-    with closing(ahead(ahead(work()))) as items:
+    with closing(at_once(lambda number: number, work(), 2)) as items:
         next(items)
     assert threads() == set()
     assert len(closed) == 1
@@ -232,10 +282,33 @@ def test_several_threads_decode_for_a_gpu(engine: Engine, manifest: Manifest, fo
     paths = sorted(folder.iterdir())
     found = ordered(run(watched, manifest, paths, batch_size=4, look_ahead=100))
     assert max(watched.taken) == 4
-    assert len({thread for _, thread in watched.workers}) == 2, "one batch is copied beside the inference of another"
+    (inferring,) = (thread for what, thread in watched.workers if what == "infer")
+    assert ("upload", inferring) not in watched.workers, "one batch is copied beside the inference of another"
     for number, (one, path) in enumerate(zip(found, paths, strict=True)):
         assert (number in (5, 12)) == (one.error is not None)
         assert one.error or same(one.detections, alone(engine, manifest, path))
+
+
+def test_as_many_inferences_at_once_as_there_are_streams(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    class Streamed(Watched):
+        """An engine that answers when three have asked."""
+
+        together = threading.Barrier(3, timeout=10)
+        callers: ClassVar[set[int]] = set()
+
+        def infer(self, inputs: Tensors) -> dict[str, np.ndarray]:
+            self.callers.add(threading.get_ident())
+            self.together.wait()
+            with lock:
+                return super().infer(inputs)
+
+    lock = threading.Lock()
+    streamed = Streamed(engine, engine.options)
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in ("05.jpg", "12.jpg")]
+    found = ordered(run(streamed, manifest, paths, streams=3))
+    assert len(streamed.callers) == 3, "each stream has a thread of its own"
+    assert all(same(one.detections, alone(engine, manifest, path)) for one, path in zip(found, paths, strict=True))
+    assert threads() == set()
 
 
 def test_classes_without_a_name_are_left_out(engine: Engine, manifest: Manifest, folder: Path) -> None:

@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import resource
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from gfldeploy.errors import OutputError
+from gfldeploy.detections import Detections
+from gfldeploy.errors import DataError, OutputError
+from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.resume import WorkingFile
 
+ARRAYS = ("boxes", "scores", "classes")
+
 QUESTION = {"bundle": "ab", "batch_size": 2, "software": {"numpy": "2"}}
-SIZED: dict[str, Any] = {"width": 4, "height": 3, "detections": []}
-BATCHES: list[list[tuple[int, dict[str, Any]]]] = [
-    [(0, {"file": "a", **SIZED}), (2, {"file": "c", **SIZED})],
-    [(1, {"file": "b", "error": "zwölf"})],
-    [(3, {"file": "d", **SIZED})],
+NOTHING = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+BOXES = np.array([[1.5, -2.25, 1e-30, 4e5], [0.1, 0.2, 0.3, -0.0]], np.float32)
+BATCHES = [
+    [Found(0, "a", (3, 4), Detections(BOXES, BOXES[:, 0], np.array([1, 0]), 0.1)), Found(2, "c", (3, 4), NOTHING)],
+    [Found(1, "b\udcff", None, None, DataError("zwölf", "Twelve."))],
+    [Found(3, "d", (3, 4), NOTHING, None, 7, 0.28)],
 ]
 
 
-def detected(**changed: Any) -> bytes:
-    """A line of the working file for a batch of one image, whose detection is odd."""
-    one = {"class": "ball", "class_id": 1, "score": 0.5, "bbox": [0, 0, 1.5, 1]} | changed
-    record = {"file": "b", "width": 4, "height": 3, "detections": [one]}
-    return json.dumps({"batch": 1, "images": [[1, record]]}).encode() + b"\n"
+def detected(box: Sequence[float] = (0, 0, 1.5, 1), score: float = 0.5, label: int = 1, **changed: Any) -> bytes:
+    """A line of the working file for a batch of one image, which is odd."""
+    data = np.array([*box, score], "<f4").tobytes() + np.array([label], "<i4").tobytes()
+    numbers = {"detections": base64.b64encode(data).decode(), "may_lack_below": 0.0}
+    entry = {"index": 1, "file": "b", "size": [3, 4]} | numbers | changed
+    return json.dumps({"batch": 1, "images": [entry]}).encode() + b"\n"
+
+
+def plain(batches: Iterable[Sequence[Found]]) -> list[Any]:
+    """All that is in them, to compare."""
+    return [
+        [
+            (one.index, one.name, one.size, str(one.error), one.frame, one.time_s)
+            + (
+                (*(getattr(one.detections, name).tobytes() for name in ARRAYS), one.detections.may_lack_below)
+                if one.detections
+                else ()
+            )
+            for one in batch
+        ]
+        for batch in batches
+    ]
 
 
 def write(path: Path) -> bytes:
@@ -40,7 +66,7 @@ def test_what_is_added_is_read_back(tmp_path: Path) -> None:
     write(tmp_path / "w")
     with WorkingFile(tmp_path / "w", QUESTION, 9, 2) as working:
         assert (working.batches, working.images, working.complete) == (3, 4, True)
-        assert list(working.groups()) == BATCHES
+        assert plain(working.groups()) == plain(BATCHES)
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
@@ -79,12 +105,21 @@ def test_cut_anywhere_it_resumes(tmp_path: Path) -> None:
     [
         b"\0\0\0\n",
         b'{"batch": 1}\n',
-        b'{"batch": 1, "images": [[1, {}]]}\n',
-        b'{"batch": 1, "images": [[9, {"file": "b", "error": "there is no tenth image"}]]}\n',
-        detected(class_id=2),
-        detected(score="0.5"),
-        detected(bbox=[0, 0, 1]),
-        detected(more=1),
+        b'{"batch": 1, "images": [{}]}\n',
+        b'{"batch": 1, "images": [[1, {"file": "b", "error": "as an earlier version wrote it"}]]}\n',
+        detected(index=9),
+        detected(label=2),
+        detected(label=-1),
+        detected(score=math.nan),
+        detected(box=(0, 0, math.inf, 1)),
+        detected(box=(0, 0, 1)),
+        detected(detections="AAAA"),
+        detected(detections="no base64"),
+        detected(detections=[]),
+        detected(size=[0, 4]),
+        detected(may_lack_below="0.5"),
+        detected(frame=-1, time_s=0.0),
+        detected(frame=1),
         b"[" * 100_000 + b"\n",
         b'{"batch": 9, "images": []}\n',
         b"[1]\n",

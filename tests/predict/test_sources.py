@@ -51,6 +51,21 @@ def test_sizes_are_known_before_anything_is_read(tiny_coco: Path, tmp_path: Path
     assert sizes[len(images) :] == [None, *[(48, 80)] * FRAMES, None]
 
 
+def test_headers_that_were_read_are_not_read_again(tiny_coco: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(next((tiny_coco.parent / "images").iterdir()).read_bytes())
+    late = tmp_path / "late.jpg"
+    known: dict[Path, tuple[int, int] | None] = {}
+    sizes = list(picture_sizes([path, late], known))
+    late.write_bytes(path.read_bytes())
+    path.write_bytes(cv2.imencode(".jpg", np.zeros((5, 7, 3), np.uint8))[1].tobytes())
+    found, came = pictures([path, late], known)
+    assert found.size == sizes[0] != (5, 7)
+    with pytest.raises(DataError, match="has changed while it was read"):
+        found.read()
+    assert sizes[1] is None and came.size == sizes[0], "what could not be read is tried again"
+
+
 def test_a_damaged_video_is_one_picture_with_an_error(tmp_path: Path) -> None:
     path = tmp_path / "cut.mp4"
     path.write_bytes(write_video(tmp_path / "whole.mp4", "mp4v").read_bytes()[:600])

@@ -45,6 +45,17 @@ def test_what_the_pipeline_costs(tiny_bundle: Path, tiny_coco: Path, tmp_path: P
     )
 
 
+def test_predict_beside_a_plain_script(tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "rivals.py").write_text((BENCHMARKS / "rivals.py").read_text())
+    options = ("--images", 4, "--rounds", 2, "--size", 64, 96, "--before", BENCHMARKS.parent, "--", "--batch-size", 2)
+    shown, record = run("files_to_boxes.py", tmp_path, "--bundle", tiny_bundle, *options)
+    assert "| plain script | " in shown and "| network alone | " in shown
+    assert {name: len(rounds) for name, rounds in record["rounds"].items()} == dict.fromkeys(
+        ("plain script", "predict", "predict before", "network alone"), 2
+    )
+
+
 def test_what_fast_decoding_changes(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     options = ("--data", tiny_coco, "--factors", 1, 4, "--timed", 2, "--rounds", 2)
     shown, record = run("fast_decode.py", tmp_path, "--source", tiny_bundle, *options)

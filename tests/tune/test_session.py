@@ -70,6 +70,9 @@ def test_the_shapes_that_a_deploy_file_expects(
     one, two = (replace(OK.cell, batch_size=size, scenario="offline", order="bucketed") for size in (1, 2))
     assert _input_shapes(dataset, bundle, one) == ((1, 64, 96), (1, 64, 64), (1, 32, 96), (1, 96, 32))
     assert _input_shapes(dataset, bundle, two) == ((2, 64, 96), (2, 64, 64), (2, 32, 96), (2, 96, 32))
+    (tmp_path / "6.png").write_bytes(b"no image")
+    assert _input_shapes(dataset, bundle, one) == ((1, 64, 96), (1, 64, 64), (1, 32, 96)), "mAP needs it, they do not"
+    assert cv2.imwrite(str(tmp_path / "6.png"), np.zeros((90, 20, 3), np.uint8))
     monkeypatch.setattr(tuning, "MOST_SHAPES", 3)
     assert _input_shapes(dataset, bundle, one) == ((1, 64, 96), (1, 32, 32), (1, 96, 96)), "and what bounds the rest"
 

@@ -260,7 +260,7 @@ def test_an_interrupted_predict_resumes_to_the_same_bytes(
     images = tiny_coco.parent / "images"
     other = predicted(tiny_bundle, images, tmp_path / "other", tmp_path / "cache")
     monkeypatch.setattr(session, "_WORTH_A_BUILD", 1)
-    monkeypatch.setattr(session, "picture_sizes", lambda inputs: [(48, 80)] * len(inputs))
+    monkeypatch.setattr(session, "picture_sizes", lambda inputs, _: [(48, 80)] * len(inputs))
     whole = predicted(tiny_bundle, images, tmp_path / "whole", tmp_path / "cache")
     assert builds(tmp_path / "cache") == [ANYTHING, "1x64x96"]
     assert other != whole, "it shows in the results which profile ran"

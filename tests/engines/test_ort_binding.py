@@ -52,7 +52,7 @@ def equal(one: Arrays, other: Arrays) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("uploaded", [False, True, None], ids=["copied", "uploaded", "by turns"])
+@pytest.mark.parametrize("uploaded", [False, True, None], ids=["copied", "uploaded", "alternating"])
 def test_the_results_of_a_plain_run_whatever_the_shapes(model: Path, uploaded: bool | None) -> None:
     sessions = bound(model)
     kept = []

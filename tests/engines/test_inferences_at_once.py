@@ -61,6 +61,7 @@ def test_as_one_after_the_other(name: str, threads: int, tiny_bundle: Path) -> N
         check_as_one_after_the_other(engine, alone, images(60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "paddle", "paddle-plain"])
 def test_of_a_real_detector(name: str, exported: Path) -> None:
     pytest.importorskip(name.removesuffix("-plain"))
@@ -72,6 +73,7 @@ def test_of_a_real_detector(name: str, exported: Path) -> None:
         check_as_one_after_the_other(engine, alone, images(12, SIZES[:2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "paddle"])
 def test_an_error_is_of_its_own_inference(name: str, exported: Path) -> None:
     pytest.importorskip(name)
@@ -91,6 +93,7 @@ def test_an_error_is_of_its_own_inference(name: str, exported: Path) -> None:
                 np.testing.assert_array_equal(found["boxes"], expected["boxes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "paddle"])
 def test_closed_while_it_runs(name: str, exported: Path) -> None:
     """What runs ends well, and what comes later fails in one line."""

@@ -251,9 +251,10 @@ class Engine(ClosesOnExit):
     Subclasses set `name`, `version` (of the library) and `title` (in messages), load the graph in `__init__`, and
     implement `infer_timed`. `_model` and `_params` are the graph's files, `_outputs` the names of its outputs.
     `build_s`: seconds to load the graph and to run the most common shape once, where that builds an engine or reads it
-    from a cache. `delegated`: which parts of the graph run in another library, in words. `cuda_graph`: whether
-    inferences replay a CUDA graph, or why not, in words; None where there was no reason to try. `directory`: where it
-    keeps what it built, None for nowhere.
+    from a cache. `queued`: inferences beyond the streams that should wait in the engine: where threads of its own run
+    them, a stream then never waits for the next. `delegated`: which parts of the graph run in another library, in
+    words. `cuda_graph`: whether inferences replay a CUDA graph, or why not, in words; None where there was no reason to
+    try. `directory`: where it keeps what it built, None for nowhere.
     """
 
     name: str
@@ -261,6 +262,7 @@ class Engine(ClosesOnExit):
     version: str
     options: EngineOptions
     build_s: float | None = None
+    queued: int = 0
     delegated: str | None = None
     cuda_graph: str | None = None
     directory: Path | None = None
@@ -277,8 +279,8 @@ class Engine(ClosesOnExit):
 
         Boxes are x1, y1, x2, y2 in pixels of the network input. Of a bundle that decodes K candidates, A is K, and
         `"anchors"` int32 [N, K] says which they are, -1 for none. The arrays returned are the caller's to keep: a later
-        `infer` never overwrites them. As many threads may call it at once as the options have streams. Raises
-        `EngineError` when the engine refuses the input or fails.
+        `infer` never overwrites them. As many threads may call it at once as the options have streams, and `queued`
+        more. Raises `EngineError` when the engine refuses the input or fails.
         """
         return self.infer_timed(inputs)[0]
 

@@ -60,6 +60,7 @@ class OpenVinoEngine(Engine):
         Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
         """
         super().__init__(bundle, options, graph)
+        self.queued = int(options.streams > 1)
         self._openvino = require("openvino", "the OpenVINO engine")
         self.version: str = self._openvino.__version__.partition("-")[0]
         self._cache = self._cache_directory(bundle)
@@ -127,7 +128,7 @@ class OpenVinoEngine(Engine):
                     _give_back_memory()
             if shape not in self._compiled:
                 model = self._compile(shape)
-                requests = OneForEachThread(model.create_infer_request, self.options.streams)
+                requests = OneForEachThread(model.create_infer_request, self.options.streams + self.queued)
                 self._compiled[shape] = _Compiled(model, requests)
             return self._compiled[shape]
 

@@ -75,9 +75,9 @@ def detect_groups(
     `order`: "bucketed" or "listed", see `batching.buckets`. `look_ahead`: how many pictures may come after one before
     its bucketed batch runs though it is not full. `skip`: so many batches are left out, without reading their files.
     `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 if that is no smaller than the network's input; the pixels then differ.
-    `check`: compares what the engine gives with the CPU. `streams`: how many inferences the engine runs at once; each
-    has a thread of its own, since libraries keep threads and buffers for each thread that calls them. Detections of
-    channels without a class are left out.
+    `check`: compares what the engine gives with the CPU. `streams`: how many inferences the engine runs at once; each,
+    and what is queued in the engine, has a thread of its own, since libraries keep threads and buffers for each thread
+    that calls them. Detections of channels without a class are left out.
 
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
     the iterator ends the threads after their current batch. Raises `EngineError`.
@@ -93,7 +93,8 @@ def detect_groups(
     with ExitStack() as stack:
         decoders = stack.enter_context(_cpu_shared(engine.options))
         readers = stack.enter_context(ThreadPoolExecutor(decoders, "gfldeploy-read")) if decoders > 1 else None
-        runners = stack.enter_context(ThreadPoolExecutor(streams, "gfldeploy-infer"))
+        inferring = streams + engine.queued
+        runners = stack.enter_context(ThreadPoolExecutor(inferring, "gfldeploy-infer"))
         memory, uploading, checking = threading.local(), threading.Lock(), threading.Lock()
 
         def infer(tensor: NDArray[np.float32], inputs: Tensors, count: int) -> dict[str, NDArray[Any]]:
@@ -128,7 +129,7 @@ def detect_groups(
 
         # What a GPU leaves to the CPU may take longer than the network: more batches are prepared meanwhile.
         others = 1 if engine.options.device == "cpu" else _PREPARED_FOR_GPU
-        yield from stack.enter_context(closing(at_once(detect, groups, streams + others)))
+        yield from stack.enter_context(closing(at_once(detect, groups, inferring + others)))
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:

@@ -12,17 +12,18 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES, PREFERRED_ENGINES, check_bundle, check_possible, obstacle_to
 from gfldeploy.errors import UnsupportedError
 
-# Images that are in the network at once by default. Each takes memory for its activations: GFL-R50 INT8 at 800x1216
-# some 90 MB in OpenVINO, 260 in ONNX Runtime, 380 in Paddle.
+# Images that are in the network at once by default. Each takes memory for its activations: GFL-R50 INT8 at 800x1088
+# 0.2 GB (benchmarks/README.md, "Streams").
 MOST_AT_ONCE = 16
 
 
 def throughput_options(engine: str, options: EngineOptions, batch_size: int) -> EngineOptions:
     """These options with the streams and threads that suit throughput on the usable CPUs.
 
-    Streams of one thread each lose least to waiting: a small network gains a fifth to a third over one stream of all
-    threads, a large one nothing (benchmarks/README.md). No more than 16 images are in the network at once, for their
-    memory; with more CPUs a stream has several threads. One stream where the engine has no more.
+    Streams of one thread each lose least to waiting: on two CPUs a small network gains a quarter or more over one
+    stream of all threads, a large one little (benchmarks/README.md, "Streams"). No more than 16 images are in the
+    network at once, for their memory; with more CPUs a stream has several threads. One stream where the engine has no
+    more.
     """
     if ENGINES[engine].obstacle_to_streams(options.device):
         return options

@@ -48,7 +48,7 @@ def plan(
     policies: Sequence[ServerPolicy] = POLICIES,
     tf32: bool = False,
     streams: Sequence[int] = (1,),
-    input_sizes: Sequence[Size] = (),
+    input_sizes: Sequence[Size | None] = (),
 ) -> Plan:
     """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
     single-stream and with no-batching, others with multi-stream and with the other policies.
@@ -108,7 +108,9 @@ def plan(
     return Plan(tuple(cells), tuple(skipped), {one: bundle.directory for one, bundle in identities.items()})
 
 
-def _sizes(bundle: Bundle, input_sizes: Sequence[Size]) -> list[tuple[Size | None, tuple[str, str | None] | None]]:
+def _sizes(
+    bundle: Bundle, input_sizes: Sequence[Size | None]
+) -> list[tuple[Size | None, tuple[str, str | None] | None]]:
     """These sizes, None for the bundle's own, each with why the bundle cannot take it."""
     found: dict[Size | None, tuple[str, str | None] | None] = {} if input_sizes else {None: None}
     for size in input_sizes:

@@ -48,7 +48,7 @@ def plan(
     policies: Sequence[ServerPolicy] = POLICIES,
     tf32: bool = False,
     streams: Sequence[int] = (1,),
-    input_sizes: Sequence[Size | None] = (),
+    input_sizes: Sequence[Size | None] = (None,),
 ) -> Plan:
     """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
     single-stream and with no-batching, others with multi-stream and with the other policies.
@@ -56,7 +56,7 @@ def plan(
     When some of the bundles fit a precision, the others are not mentioned: of an FP32 and an INT8 bundle each runs in
     its own precisions. `tf32`: of those in FP32. `streams`: of the offline scenario; the others have one. `threads`: of
     one inference; None: the usable CPUs, shared by the streams. `input_sizes`: (height, width) in pixels, see
-    `Bundle.at_size`; none: each bundle's own. Raises `UnsupportedError` for an unknown engine, and where nothing has
+    `Bundle.at_size`; None: each bundle's own. Raises `UnsupportedError` for an unknown engine, and where nothing has
     TF32.
     """
     if tf32:
@@ -112,7 +112,7 @@ def _sizes(
     bundle: Bundle, input_sizes: Sequence[Size | None]
 ) -> list[tuple[Size | None, tuple[str, str | None] | None]]:
     """These sizes, None for the bundle's own, each with why the bundle cannot take it."""
-    found: dict[Size | None, tuple[str, str | None] | None] = {} if input_sizes else {None: None}
+    found: dict[Size | None, tuple[str, str | None] | None] = {}
     for size in input_sizes:
         try:
             found[None if bundle.at_size(size) is bundle else size] = None

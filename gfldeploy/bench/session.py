@@ -174,7 +174,7 @@ def benchmark(
         policies,
         tf32,
         streams,
-        input_sizes,
+        input_sizes or (None,),
     )
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:

@@ -248,14 +248,14 @@ def annotations_of(images: str = "the images", prefix: str = "--", required: boo
     )
 
 
-def input_sizes(purpose: str) -> Option:
-    """--input-sizes: a list, for the `purpose`."""
+def input_sizes(purpose: str, default: str = "the bundle's own") -> Option:
+    """--input-sizes: a list, for the `purpose`; `default`: what there is without, in words."""
     return click.option(
         "--input-sizes",
         type=INPUT_SIZES,
         default=(),
         metavar="HEIGHTxWIDTH,...",
-        show_default="the bundle's own",
+        show_default=default,
         help=f"Input sizes to {purpose}, in pixels, as the target_size of PaddleDetection's Resize.",
     )
 

@@ -159,7 +159,7 @@ def tune_bundles(
         max(threads),
         _SCENARIOS,
         tf32=tf32,
-        input_sizes=(None, *input_sizes) if input_sizes else (),
+        input_sizes=(None, *input_sizes),
     )
     if not planned.cells:
         raise nothing_to_run(planned)

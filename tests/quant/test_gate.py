@@ -354,9 +354,7 @@ def test_other_input_sizes_are_judged_as_the_own_one(
     monkeypatch.setattr(Fp32Reference, "measure", measure)
     progress = RecordedProgress()
     sizes = ((64, 128), (64, 96), (64, 112), (64, 160), (32, 64), (64, 128))
-    made = quantize_bundle(
-        **{**tiny, "algo": "hist"}, eval_data=tiny_coco, input_sizes=sizes, progress=progress
-    )
+    made = quantize_bundle(**{**tiny, "algo": "hist"}, eval_data=tiny_coco, input_sizes=sizes, progress=progress)
     assert made.manifest.preprocess.target_size == (64, 96)
     parity = made.record("parity.json")
     assert parity is not None

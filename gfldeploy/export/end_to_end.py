@@ -291,4 +291,3 @@ def _needed(nodes: list[Any]) -> list[Any]:
             wanted.update(node.input)
             needed.append(node)
     return needed[::-1]
-

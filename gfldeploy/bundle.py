@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -26,7 +26,7 @@ from typing import Any, Literal, Self
 
 from gfldeploy.bundle_records import RECORDS
 from gfldeploy.detections import NmsParams
-from gfldeploy.errors import BundleError, DataError, reading
+from gfldeploy.errors import BundleError, ConfigError, DataError, reading
 from gfldeploy.files import StrPath, atomic_directory, read_json, sha256
 from gfldeploy.graph_guard import check_graph
 from gfldeploy.images.preprocess import Preprocess
@@ -154,6 +154,15 @@ class Manifest(Versioned):
                 raise BundleError(f"it names files outside the bundle: {file!r:.60}", _DISTRUST)
 
 
+def needed_multiple(strides: Sequence[int]) -> int:
+    """What the sides of a network's input must be multiples of, in pixels, for pyramid levels of these strides.
+
+    FPN adds each level, doubled, to the next finer one: they only fit if the levels of the backbone, the coarsest of
+    which has a stride of 32, halve exactly. What else a model needs is seen when it is exported (`export.levels`).
+    """
+    return max((stride for stride in strides if stride <= 32), default=32)
+
+
 def _need(right: bool, key: str, value: object) -> None:
     if not right:
         raise BundleError(f"{key} is {value!r:.60}", _AGAIN)
@@ -225,6 +234,40 @@ class Bundle:
     def digest(self) -> str:
         """SHA-256 of the manifest, which itself holds the digest of every file: the bundle's identity."""
         return sha256(self.directory / MANIFEST)
+
+    def at_size(self, size: tuple[int, int] | None) -> Self:
+        """The same bundle, with the same files and digest, whose images are resized to another `target_size`.
+
+        `size`: (height, width) in pixels as in `Preprocess`; None, or what resizes images as it does now, gives the
+        bundle itself. Raises `BundleError` where the graphs do not take the inputs of this size.
+        """
+        preprocess = self.manifest.preprocess
+        if size is None or size == preprocess.target_size:
+            return self
+        if preprocess.keep_ratio and not preprocess.fixed and size == preprocess.target_size[::-1]:
+            return self  # only the shorter and the longer of the two count
+        asked, own = ("x".join(map(str, sides)) for sides in (size, preprocess.target_size))
+        if preprocess.fixed or self.manifest.inputs[0].shape[2:] != (None, None):
+            raise BundleError(
+                f"{self.directory} takes inputs of {own} alone, not of {asked}",
+                "Export it without --input-shape for all sizes, or with another for just that.",
+            )
+        try:
+            resized = replace(preprocess, target_size=size)
+        except ConfigError as error:
+            raise BundleError(f"{self.directory} at {asked}: {error.problem}", error.remedy) from error
+        step, pad = needed_multiple(self.manifest.strides), preprocess.pad_stride
+        # With keep_ratio a side may be of any number of pixels, and is padded to any multiple of the stride.
+        sides = (max(pad, 1),) if preprocess.keep_ratio else resized.padded_size(*size)
+        if any(side % step for side in sides):
+            nearest = "x".join(str(max(round(side / step), 1) * step) for side in size)
+            padded = f"images are padded to multiples of {pad}" if pad else "images are not padded"
+            other = f"Use --input-size {nearest}, or export" if not preprocess.keep_ratio else "Export"
+            raise BundleError(
+                f"{self.directory} does not run at {asked}: its network takes multiples of {step} px, and {padded}",
+                f"{other} it with pad_to_stride {step} in TestReader's PadBatch.",
+            )
+        return replace(self, manifest=replace(self.manifest, preprocess=resized))
 
     def has_graph(self, name: GraphName) -> bool:
         return name in self.manifest.graphs

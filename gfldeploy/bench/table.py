@@ -16,7 +16,7 @@ from statistics import fmean
 from textwrap import shorten
 from typing import Literal
 
-from gfldeploy.bench.cell import STREAMS, Cell, names
+from gfldeploy.bench.cell import STREAMS, Cell, names, size_in_words
 from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, percentile, supports
 from gfldeploy.bench.monitor import BUSY_PERCENT
@@ -273,7 +273,8 @@ class Row:
         alone = [
             one.padding_ratio
             for other in self.results.cells
-            if other.cell.bundle == self.cell.bundle and other.cell.batch_size == 1
+            if (other.cell.bundle, other.cell.input_size) == (self.cell.bundle, self.cell.input_size)
+            and other.cell.batch_size == 1
             for one in other.runs
         ]
         return bool(alone) and run.padding_ratio > min(alone) * (1 + 1e-9)
@@ -390,6 +391,11 @@ def _scenario(row: Row) -> Value:
     return None if row.cell.scenario in STREAMS else row.cell.scenario
 
 
+def _input_size(row: Row) -> Value:
+    """None for the bundle's own."""
+    return None if row.cell.input_size is None else size_in_words(row.cell.input_size)
+
+
 def _rate(row: Row) -> Value:
     rate = row.cell.rate
     return int(rate) if rate and rate.is_integer() else rate
@@ -408,6 +414,7 @@ COLUMNS: list[Column[Row]] = [
     Column("device", "device", lambda row: row.cell.device, words=True, constant=True, first=True),
     Column("threads", "threads", lambda row: row.cell.threads, constant=True, first=True),
     Column("streams", "streams", lambda row: row.cell.streams, constant=True, first=True),
+    Column("input_size", "input size", _input_size, words=True, first=True),
     Column("scenario", "scenario", _scenario, words=True, constant=True, first=True),
     Column("rate_per_s", "arriving/s", _rate, constant=True),
     Column("policy", "policy", lambda row: row.cell.policy, words=True),

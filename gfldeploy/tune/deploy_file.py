@@ -78,7 +78,12 @@ def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3}
+def _from_schema_4(data: dict[str, Any]) -> dict[str, Any]:
+    """Its cells are all of the bundles' own input sizes: the default."""
+    return data
+
+
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4}
 
 
 @dataclass(frozen=True)
@@ -145,13 +150,14 @@ class Deploy(Versioned):
     """The content of `deploy.yml`: the `choice` and the `runner_up`, None where nothing else kept the bounds.
 
     `created`: UTC, ISO 8601. `summary`: one paragraph in plain words. `bounds`: what was asked for. `knee`: of the
-    choice's engine, precision, threads and order; None where a single batch size was measured. `search`: how the
-    choice was found; `machine`, `data`: where and on what. `shapes`: (batch, height, width) of the network's inputs
-    that the choice makes of all images that were used, the most common first, for engines that are built for shapes; at
-    most 16, the last two of which then bound those that are left out. Empty in files of earlier schemas.
+    choice's engine, precision, input size, threads and order; None where a single batch size was measured. `search`:
+    how the choice was found; `machine`, `data`: where and on what. `shapes`: (batch, height, width) of the network's
+    inputs that the choice makes of all images that were used, at its input size, the most common first, for engines
+    that are built for shapes; at most 16, the last two of which then bound those that are left out. Empty in files of
+    earlier schemas.
     """
 
-    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 4, _UPGRADES, yaml=True)
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 5, _UPGRADES, yaml=True)
 
     created: str
     summary: str
@@ -183,7 +189,8 @@ class Deploy(Versioned):
                 f"{bundle.digest[:12]}, not {tuned.digest[:12]}",
                 "Give the bundle that was tuned, or run `gfldeploy tune` on this one.",
             )
-        possible = Profile.spanning([(1, 1, 1), *possible_shapes(bundle.manifest, self.choice.cell.batch_size)])
+        sized = bundle.at_size(self.choice.cell.input_size)
+        possible = Profile.spanning([(1, 1, 1), *possible_shapes(sized.manifest, self.choice.cell.batch_size)])
         if impossible := [shape for shape in self.shapes if not possible.covers(shape)]:
             problem = f"{bundle.directory} makes no input of {'x'.join(map(str, impossible[0]))} of any image"
             raise BundleError(problem, "Run `gfldeploy tune` again.")

@@ -83,7 +83,9 @@ class Surface:
         speed: float
         model, steps = model_of(one), math.log2(one.batch_size)
         speed = self.base[model] * self.gain[model] ** (1 - 0.5**steps) * self.fall[model] ** max(steps - 2, 0)
-        speed *= (one.threads / 2) ** self.thread * math.exp(random.Random(f"{self.seed} {one!r}").gauss(0, self.rough))
+        speed *= (one.threads / 2) ** self.thread * math.exp(
+            random.Random(f"{self.seed} {one.threads} {one.name()}").gauss(0, self.rough)
+        )
         return speed / self.padding ** (1 - 0.5**steps) if one.order == "listed" else speed
 
     def measured(self, one: Cell, noise: float, runs: int, generator: random.Random) -> Measured:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from gfldeploy.bench.cell import several_bundles
+from gfldeploy.bench.cell import Cell, several_bundles, size_in_words
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.limits import network_limits
@@ -139,15 +139,18 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
 
 def _named(row: Row) -> str:
     cell = row.cell
-    model = f"{title_of(cell.engine)} {with_tf32(cell.precision.upper(), cell.tf32)}"
-    return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
+    return f"{_model(cell)}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
 
 
 def _speed(row: Row) -> str:
     speed = row.images_per_s if row.file_images_per_s is None else row.file_images_per_s
-    return (
-        f"{title_of(row.cell.engine)} {with_tf32(row.cell.precision.upper(), row.cell.tf32)} {text_of(speed)} images/s"
-    )
+    return f"{_model(row.cell)} {text_of(speed)} images/s"
+
+
+def _model(cell: Cell) -> str:
+    """Engine and precision, and the input size if it is not the bundle's own."""
+    at = f" at {size_in_words(cell.input_size)}" if cell.input_size else ""
+    return f"{title_of(cell.engine)} {with_tf32(cell.precision.upper(), cell.tf32)}{at}"
 
 
 def _figures(row: Row) -> str:

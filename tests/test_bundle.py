@@ -431,6 +431,12 @@ RECORDS: dict[str, tuple[str, str, str]] = {
         '{"engines":{"e":{"score_difference":"1"}}}',
         "score_difference must be a finite number, not '1'",
     ),
+    "size": (
+        "parity.json",
+        '{"sizes":[{"size":[256],"problem":null}]}',
+        "sizes[0].size must be a list of 2, not [256]",
+    ),
+    "verdict": ("parity.json", '{"sizes":[{"size":[256,384]}]}', "sizes[0] must be an object with problem, not {'si"),
     "boolean": ("parity.json", '{"tolerance":{"score":true}}', "tolerance.score must be a finite number, not True"),
     "list": ("parity.json", "[]", "it must be an object, not []"),
     "groups": ("sensitivity.json", '{"groups":[{"name":1}]}', "groups[0].name must be of type str, not 1"),

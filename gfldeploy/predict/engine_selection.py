@@ -74,13 +74,15 @@ def choose(
     None for nowhere.
 
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
-    `UnsupportedError` where nothing here can run it.
+    `UnsupportedError` where nothing here can run it, or it is INT8 at an input size at which `quantize` has not found
+    it to hold, and `deploy.yml` knows no mAP.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     notes: tuple[str, ...] = ()
     shapes: tuple[Shape, ...] = ()
     why = ""
+    deploy: Deploy | None = None
     if source.suffix in _DEPLOY_SUFFIXES and not source.is_dir():
         deploy = Deploy.read(source)
         bundle = Bundle.open(deploy.bundle_path(source))
@@ -109,6 +111,9 @@ def choose(
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
     own, bundle = bundle, bundle.at_size(input_size)
     engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache, tf32, streams)
+    measured = deploy is not None and _ap_known(deploy, own, bundle, engine, options)
+    if bundle is not own and options.precision == "int8" and not measured:
+        _check_int8(own, bundle)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
@@ -123,6 +128,30 @@ def choose(
         expected = in_batches(shapes, *((size, fixed or 1) if ENGINES[engine].needs_shapes else (size,)))
         options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
     return Choice(bundle, engine, options, size, order, why or reason, notes, None if bundle is own else input_size)
+
+
+def _ap_known(deploy: Deploy, own: Bundle, resized: Bundle, engine: str, options: EngineOptions) -> bool:
+    """Whether the mAP was measured of just this: the file's choice, neither engine nor input size overridden."""
+    cell, asked = deploy.choice.cell, (engine, options.precision, options.device)
+    same = asked == (cell.engine, cell.precision, cell.device) and resized == own.at_size(cell.input_size)
+    return same and deploy.choice.evidence.ap_drop is not None
+
+
+def _check_int8(own: Bundle, resized: Bundle) -> None:
+    """Raise `UnsupportedError` unless `quantize` found the INT8 bundle to hold at this input size."""
+    size = size_in_words(resized.manifest.preprocess.target_size)
+    judged = (own.record("parity.json") or {}).get("sizes", ())
+    found = [one["problem"] for one in judged if resized.at_size(tuple(one["size"])) is resized]
+    if not found:
+        raise UnsupportedError(
+            f"{own.directory} is INT8, which was not judged at {size}",
+            f"Judge it there: `gfldeploy quantize --input-sizes {size}`; or use the FP32 bundle.",
+        )
+    if found[0] is not None:
+        raise UnsupportedError(
+            f"{own.directory} is INT8, which does not hold at {size}: {found[0]}",
+            "Use another --input-size, or the FP32 bundle.",
+        )
 
 
 def in_batches(shapes: Sequence[Shape], *counts: int) -> tuple[Shape, ...]:

@@ -18,6 +18,7 @@ from gfldeploy.child_process import NO_LIMITS, PARENT, run_child, serve
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.method import MethodOptions, Thresholds
 from gfldeploy.quant.program import old_program_environment
+from gfldeploy.quant.samples import network_inputs
 
 # PaddleSlim's names for its algorithms that run here: the default, then the quick ones first.
 ALGORITHMS = ("hist", "avg", "abs_max", "ptf", "mse", "emd", "KL")
@@ -48,7 +49,12 @@ def calibrate(source: Bundle, images: Sequence[Path], algorithm: str, options: M
 
     Raises `EngineError` with the last line of PaddleSlim's traceback if it fails.
     """
-    request = {"bundle": str(source.directory), "images": [str(path) for path in images], "algorithm": algorithm}
+    request = {
+        "bundle": str(source.directory),
+        "images": [str(path) for path in images],
+        "sizes": options.sizes,
+        "algorithm": algorithm,
+    }
 
     def run(onednn: bool) -> Thresholds:
         environment = {**old_program_environment(options.threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": str(int(onednn))}
@@ -76,22 +82,20 @@ def _calibrate(request: dict[str, Any]) -> dict[str, Any]:
     """The child: the thresholds by weight name."""
     import paddle
 
-    from gfldeploy.images.decode import read_image
-
-    preprocess = Bundle.open(request["bundle"]).manifest.preprocess
-    images = [Path(name) for name in request["images"]]
-    passes = 2 if request["algorithm"] in _TWO_PASSES else 1
+    bundle = Bundle.open(request["bundle"])
+    images, sizes = [Path(name) for name in request["images"]], [size and tuple(size) for size in request["sizes"]]
+    count = len(images) * len(sizes)
+    total = count * (2 if request["algorithm"] in _TWO_PASSES else 1)
     seen = 0
 
     def batches() -> Iterator[dict[str, Any]]:
         nonlocal seen
-        for path in images:
+        for batch in network_inputs(bundle, images, sizes):
             seen += 1
-            total = passes * len(images)
             PARENT.step(f"PaddleSlim {request['algorithm']}", min(seen, total), total)
-            yield {"image": preprocess.batch([preprocess(read_image(path))])}
+            yield {"image": batch}
 
-    program = _quantization(Path(request["bundle"]), batches, len(images), request["algorithm"]).quantize()
+    program = _quantization(bundle.directory, batches, count, request["algorithm"]).quantize()
     return {"thresholds": _read_thresholds(program, paddle.static.global_scope())}
 
 

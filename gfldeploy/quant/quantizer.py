@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
 from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
@@ -30,8 +31,15 @@ from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.method import DEFAULT_STEPS, MethodOptions, QuantMethod, Refined
 from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.observer import observe_outputs, weight_ranges
-from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
-from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
+from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record, size_line, size_record
+from gfldeploy.quant.samples import (
+    calibration_images,
+    digests,
+    evaluation_record,
+    network_inputs,
+    refuse_overlap,
+    spread,
+)
 from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
@@ -49,6 +57,7 @@ def quantize_bundle(
     method: str = "ptq",
     distill_steps: int | None = None,
     samples: int | None = None,
+    input_sizes: Sequence[Size] = (),
     eval_data: StrPath | None = None,
     eval_images: StrPath | None = None,
     eval_limit: int | None = None,
@@ -76,6 +85,9 @@ def quantize_bundle(
             publishes whichever of the two is measured to be better.
         distill_steps: Steps of fine-tuning, 200 by default.
         samples: How many images to calibrate on, evenly spread; by default up to 64.
+        input_sizes: Input sizes (height, width) in pixels, as in `Bundle.at_size`, at which INT8 is judged besides the
+            bundle's own. What was found is in the bundle's `parity.json`: where INT8 does not hold, `Detector` and
+            `predict_images` refuse it. The own size alone decides about publishing.
         eval_data: COCO annotations of other images, to measure mAP on.
         eval_images: The folder of their images, by default `images` beside them.
         eval_limit: Measure mAP on the first images only.
@@ -95,7 +107,7 @@ def quantize_bundle(
 
     Raises:
         UsageError: Options contradict each other.
-        BundleError: The bundle cannot be used.
+        BundleError: The bundle cannot be used, or not at one of the `input_sizes`.
         DataError: Images or annotations cannot be used.
         UnsupportedError: This bundle, method or algorithm does not quantise.
         EngineError: Calibration or an engine failed, or too little ran in INT8.
@@ -126,6 +138,7 @@ def quantize_bundle(
         if note:
             progress.note(note)
     asked = _asked(source, keep_float)
+    others = tuple(size for size in dict.fromkeys(input_sizes) if source.at_size(size) is not source)
     progress.stage(f"checking {len(paths)} calibration images")
     for path in paths:
         read_image(path)
@@ -150,13 +163,18 @@ def quantize_bundle(
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
         evaluator = Evaluator(fp32_reference, limits, directory / "work", progress)
-        run = _Attempts(chosen_method, paths, calibrated_on, evaluator, asked, distill_steps or DEFAULT_STEPS)
+        options = MethodOptions(threads, distill_steps or DEFAULT_STEPS, (None, *others), progress)
+        run = _Attempts(chosen_method, paths, calibrated_on, evaluator, asked, options)
         run.calibrate(source, algorithms)
         refined = run.refine() if chosen_method.refine else None
         chosen = run.best()
         result = evaluator.settle(run.evaluated[chosen.algorithm], fallback, sensitivity)
         record: dict[str, Any] = {"method": method}
         record |= parity_record(result, fp32_reference, limits, evaluator.speeds(result.evaluated))
+        if others:
+            record["sizes"] = [size_record(evaluator.at_size(result.evaluated, size, compared)) for size in others]
+        for one in record.get("sizes", ()):
+            (progress.stage if one["problem"] is None else progress.note)(size_line(one))
         if evaluation is not None:
             record["evaluation"] = evaluation_record(Path(eval_data) if eval_data else None, evaluated_on)
         if len(run.candidates) > 1:
@@ -231,13 +249,9 @@ class _Attempts:
     calibrated_on: Mapping[str, str]
     evaluator: Evaluator
     asked: frozenset[ConvUse]
-    steps: int
+    options: MethodOptions
     evaluated: dict[str, EvaluatedBundle] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
-
-    @property
-    def threads(self) -> int:
-        return self.evaluator.fp32_reference.threads
 
     def best(self) -> Candidate:
         """Raises the first error if nothing could be measured."""
@@ -248,20 +262,20 @@ class _Attempts:
         """Calibrate the FP32 bundle `weights` with each algorithm, and measure the result."""
         progress = self.evaluator.progress
         progress.stage("observing the convolutions' outputs")
-        onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
+        onnx_file, sizes = weights.graph("onnx")[0], self.options.sizes
 
         def batches() -> Iterator[NDArray[np.float32]]:
-            for done, path in enumerate(self.images):
-                progress.step("observing", done, len(self.images))
-                yield preprocess.batch([preprocess(read_image(path))])
+            for done, batch in enumerate(network_inputs(weights, self.images, sizes)):
+                progress.step("observing", done, len(self.images) * len(sizes))
+                yield batch
 
-        outputs = observe_outputs(onnx_file, batches(), self.threads)
+        outputs = observe_outputs(onnx_file, batches(), self.options.threads)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options)
+                thresholds = self.method.calibrate(weights, self.images, algorithm, self.options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -283,12 +297,8 @@ class _Attempts:
         assert self.method.refine is not None
         chosen = self.best().algorithm
         start = self.evaluated[chosen].quantized
-        self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
+        self.evaluator.progress.stage(f"{self.method.name}: {self.options.steps} steps from {chosen}")
         output = self.evaluator.scratch / self.method.name
-        refined = self.method.refine(start.source, self.images, start.calibration, output, self._options)
+        refined = self.method.refine(start.source, self.images, start.calibration, output, self.options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
-
-    @property
-    def _options(self) -> MethodOptions:
-        return MethodOptions(self.threads, self.steps, self.evaluator.progress)

@@ -65,7 +65,8 @@ pad (float[N,3,H,W] image) => (float[N,3,P,Q] result)
 }
 """
 _IN_ORIGINAL = """
-in_original (float[N,A,C] scores, float[N,A,4] boxes, float[N,2] scale_factor) => (float[N,C,A] by_class, float[N,A,4] original)
+in_original (float[N,A,C] scores, float[N,A,4] boxes, float[N,2] scale_factor)
+    => (float[N,C,A] by_class, float[N,A,4] original)
 <int64[4] xyxy = {1, 0, 1, 0}, int64[1] one = {1}>
 {
     by_class = Transpose <perm = [0, 2, 1]> (scores)
@@ -74,22 +75,46 @@ in_original (float[N,A,C] scores, float[N,A,4] boxes, float[N,2] scale_factor) =
     original = Div (boxes, factor)
 }
 """
-# The best of each class, in their places, and 0 for the others. Scores of 0 are added, as there may be fewer.
-_BEST_OF_CLASSES = """
-best_of_classes (float[N,C,A] scores) => (float[N,C,A] result)
-<int64[1] count = {COUNT}, int64[1] zero = {0}, int64[1] two = {2}, int64[1] three = {3}>
+# Zeros behind the scores of each row, so that there are as many as are chosen next.
+_FILL = """
+fill (float[N,P] scores) => (float[N,Q] result) <int64[1] count = {COUNT}, int64[1] zero = {0}, int64[1] last = {-1}>
 {
     shape = Shape (scores)
-    rows = Slice (shape, zero, two)
-    anchors = Slice (shape, two, three)
+    rows = Slice (shape, zero, last)
     more_shape = Concat <axis = 0> (rows, count)
     more = ConstantOfShape (more_shape)
-    enough = Concat <axis = 2> (scores, more)
-    best, places = TopK <axis = 2> (enough, count)
-    enough_shape = Shape (enough)
-    nothing = ConstantOfShape (enough_shape)
-    chosen = ScatterElements <axis = 2> (nothing, places, best)
-    result = Slice (chosen, zero, anchors, two)
+    result = Concat <axis = -1> (scores, more)
+}
+"""
+# Which scores of each row are the best, and of equal ones the first. ONNX defines TopK so, but OpenVINO's takes any of
+# equal ones: what it gives is read for the lowest score that is chosen alone.
+_CHOOSE = """
+choose (float[N,P] scores) => (bool[N,P] result)
+<int64[1] count = {COUNT}, int64 axis = {-1}, int64[1] last = {-1}, int64[1] end = {2147483647},
+ float count_32 = {COUNT}>
+{
+    best, any_places = TopK (scores, count)
+    lowest = Slice (best, last, end, last)
+    above = Greater (scores, lowest)
+    above_32 = Cast <to = 1> (above)
+    above_count = ReduceSum (above_32, last)
+    room = Sub (count_32, above_count)
+    equal = Equal (scores, lowest)
+    equal_32 = Cast <to = 1> (equal)
+    number = CumSum (equal_32, axis)
+    has_room = LessOrEqual (number, room)
+    also = And (equal, has_room)
+    result = Or (above, also)
+}
+"""
+_ALONE = """
+alone (float[N,C,A] scores, bool[N,C,B] chosen, float[N,C,B] filled) => (float[N,C,A] result)
+<float blank = {0}, int64[1] zero = {0}, int64[1] two = {2}, int64[1] three = {3}>
+{
+    shape = Shape (scores)
+    anchors = Slice (shape, two, three)
+    best = Where (chosen, filled, blank)
+    result = Slice (best, zero, anchors, two)
 }
 """
 # NMS says which pairs of a class and an anchor it keeps of all images; the score of each goes where its pair is among
@@ -106,40 +131,57 @@ nms (float[N,C,A] scores, float[N,A,4] boxes) => (float[N,P] result)
     result = Flatten (kept)
 }
 """
-_FILL = """
-fill (float[N,P] scores) => (float[N,Q] result)
-<int64[1] count = {COUNT}, int64[1] zero = {0}, int64[1] one = {1}>
+# The chosen ones of each image, in their order.
+_TAKE = """
+take (float[N,P] scores, bool[N,P] chosen) => (float[N,K] values, int64[N,K] places)
+<int64[1] count = {COUNT}, int64 zero = {0}, int64 one = {1}, float never = {1e9}>
 {
     shape = Shape (scores)
-    images = Slice (shape, zero, one)
-    more_shape = Concat <axis = 0> (images, count)
-    more = ConstantOfShape (more_shape)
-    result = Concat <axis = 1> (scores, more)
-}
-"""
-_BEST = """
-best (float[N,P] scores) => (float[N,K] best, int64[N,K] places) <int64[1] count = {COUNT}>
-{
-    best, places = TopK (scores, count)
+    end = Gather (shape, one)
+    numbers = Range (zero, end, one)
+    numbers_32 = Cast <to = 1> (numbers)
+    keys = Where (chosen, numbers_32, never)
+    first, places = TopK <largest = 0> (keys, count)
+    values = GatherElements <axis = 1> (scores, places)
 }
 """
 # Without those of channels that are no class.
 _NAMED = """
-named (float[N,K] best, int64[N,K] places, float[N,A,4] boxes) => (float[N,K] named, int64[N,K] named_places)
-<int64 classes = {CLASSES}, int64 one = {1}, float blank = {0}, int64[1] count = {COUNT}>
+named (float[N,K] values, int64[N,K] places, float[N,A,4] boxes) => (float[N,K] result)
+<int64 classes = {CLASSES}, int64 one = {1}, float blank = {0}>
 {
     shape = Shape (boxes)
     anchors = Gather (shape, one)
     end = Mul (anchors, classes)
     is_named = Less (places, end)
-    scores = Where (is_named, best, blank)
-    named, order = TopK (scores, count)
-    named_places = GatherElements <axis = 1> (places, order)
+    result = Where (is_named, values, blank)
+}
+"""
+# By falling score, equal ones in the order they have: each goes behind all that come before it.
+_SORT = """
+sort (float[N,K] values, int64[N,K] places) => (float[N,K] best, int64[N,K] best_places)
+<int64[1] count = {COUNT}, int64 zero = {0}, int64 one = {1}, int64 end = {COUNT}, int64[1] axis_1 = {1},
+ int64[1] axis_2 = {2}>
+{
+    each = Unsqueeze (values, axis_2)
+    other = Unsqueeze (values, axis_1)
+    better = Greater (other, each)
+    equal = Equal (other, each)
+    numbers = Range (zero, end, one)
+    number = Unsqueeze (numbers, axis_1)
+    earlier = Less (numbers, number)
+    as_good = And (equal, earlier)
+    ahead = Or (better, as_good)
+    ahead_32 = Cast <to = 1> (ahead)
+    count_ahead = ReduceSum <keepdims = 0> (ahead_32, axis_2)
+    rank = Cast <to = 7> (count_ahead)
+    best = ScatterElements <axis = 1> (values, rank, values)
+    best_places = ScatterElements <axis = 1> (places, rank, places)
 }
 """
 _GIVE = """
 give (float[N,K] best, int64[N,K] places, float[N,A,4] original)
-    => (float[N,K,4] boxes, float[N,K] scores, int32[N,K] classes, int32[N] count)
+    => (float[N,K,4] boxes, int32[N,K] classes, int32[N] count)
 <int64 zero = {0}, int64 one = {1}, int64[1] axis_1 = {1}, int64[1] axis_2 = {2}, int32 no_class = {-1},
  float blank = {0}>
 {
@@ -156,7 +198,6 @@ give (float[N,K] best, int64[N,K] places, float[N,A,4] original)
     chosen = GatherND <batch_dims = 1> (original, index)
     there_too = Unsqueeze (there, axis_2)
     boxes = Where (there_too, chosen, blank)
-    scores = Identity (best)
     ones = Cast <to = 6> (there)
     count = ReduceSum <keepdims = 0> (ones, axis_1)
 }
@@ -196,7 +237,8 @@ def wrap(model: Any, manifest: Manifest) -> None:
     y2 in pixels of the original; `scores` float32 [N, K]; `classes` int32 [N, K]; `count` int32 [N], how many there
     are. Behind these, boxes and scores are 0 and classes -1.
 
-    The arithmetic is that of `Preprocess` and `postprocess`, operation by operation. `obstacle` must be None.
+    The arithmetic is that of `Preprocess` and `postprocess`, operation by operation, but for boxes without any area:
+    Paddle's NMS drops all but the first of equal ones, ONNX's none. `obstacle` must be None.
     """
     from onnx import helper, numpy_helper
 
@@ -213,20 +255,24 @@ def wrap(model: Any, manifest: Manifest) -> None:
     _rename(network, {"image": image, **given})
     parts.nodes += network
     scores, boxes = parts.add(_AFTER, _IN_ORIGINAL, given["scores"], given["boxes"], "scale_factor")
-    anchors = manifest.candidates
+    anchors, kept = manifest.candidates, nms.keep_top_k
     if nms.nms_top_k != -1 and (anchors is None or nms.nms_top_k < anchors):
-        (scores,) = parts.add(_AFTER, _BEST_OF_CLASSES, scores, COUNT=nms.nms_top_k)
-    limits = {"MOST": nms.keep_top_k, "IOU": nms.nms_threshold, "THRESHOLD": nms.score_threshold}
+        (filled,) = parts.add(f"{_AFTER}classes.", _FILL, scores, COUNT=nms.nms_top_k)
+        (chosen,) = parts.add(f"{_AFTER}classes.", _CHOOSE, filled, COUNT=nms.nms_top_k)
+        (scores,) = parts.add(_AFTER, _ALONE, scores, chosen, filled)
+    limits = {"MOST": kept, "IOU": nms.nms_threshold, "THRESHOLD": nms.score_threshold}
     (pairs,) = parts.add(_AFTER, _NMS, scores, boxes, **limits)
-    if anchors is None or anchors * manifest.score_channels < nms.keep_top_k:
-        (pairs,) = parts.add(_AFTER, _FILL, pairs, COUNT=nms.keep_top_k)
-    best, places = parts.add(_AFTER, _BEST, pairs, COUNT=nms.keep_top_k)
+    if anchors is None or anchors * manifest.score_channels < kept:
+        (pairs,) = parts.add(_AFTER, _FILL, pairs, COUNT=kept)
+    (chosen,) = parts.add(_AFTER, _CHOOSE, pairs, COUNT=kept)
+    best, places = parts.add(_AFTER, _TAKE, pairs, chosen, COUNT=kept)
     if (classes := len(manifest.classes)) < manifest.score_channels:
-        best, places = parts.add(_AFTER, _NAMED, best, places, boxes, CLASSES=classes, COUNT=nms.keep_top_k)
-    results = parts.add(_AFTER, _GIVE, best, places, boxes)
-    _rename(parts.nodes, dict(zip(results, _RESULTS, strict=True)))
+        (best,) = parts.add(_AFTER, _NAMED, best, places, boxes, CLASSES=classes)
+    best, places = parts.add(_AFTER, _SORT, best, places, COUNT=kept)
+    original, classes_of, count = parts.add(_AFTER, _GIVE, best, places, boxes)
+    _rename(parts.nodes, {original: "boxes", best: "scores", classes_of: "classes", count: "count"})
 
-    images, kept = batch or "N", nms.keep_top_k
+    images = batch or "N"
     constants = [*map(copied, graph.initializer), table, *parts.constants]
     del graph.node[:], graph.initializer[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(_needed(parts.nodes))
@@ -291,4 +337,3 @@ def _needed(nodes: list[Any]) -> list[Any]:
             wanted.update(node.input)
             needed.append(node)
     return needed[::-1]
-

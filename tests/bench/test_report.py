@@ -13,8 +13,9 @@ from sample_results import FAILED, OK, RUN, SKIPPED, STAGES, altered, sample_res
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
-from gfldeploy.bench.report.plots import pareto_front, plots
+from gfldeploy.bench.report.plots import plots
 from gfldeploy.bench.results import BenchResults, Serving
+from gfldeploy.bench.table import pareto_front
 from gfldeploy.bench.timing import Samples, Stages
 from gfldeploy.cli import main
 
@@ -215,6 +216,12 @@ def test_the_short_answer() -> None:
     quick = replace(results, settings=replace(results.settings, rounds=1))
     assert short_answer(quick)[0].startswith("A first look: each cell was measured too briefly")
     assert short_answer(replace(results, cells=(FAILED,))) == ["Nothing could be measured; the reasons are below."]
+
+
+def test_the_short_answer_names_the_input_size() -> None:
+    faster = altered(OK, input_size=(256, 384), batch_size=1)
+    (answer, *_) = (line for line in short_answer(replace(sample_results(), cells=(faster,))) if "Highest" in line)
+    assert f"ONNX Runtime {faster.cell.precision.upper()} at 256x384, batch 1" in answer
 
 
 def test_what_pads_says_that_it_changes_boxes() -> None:

@@ -88,7 +88,7 @@ class OpenVinoEngine(Engine):
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
-        arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
+        arrays = {name: np.ascontiguousarray(array, None if array.dtype.kind in "iu" else np.float32) for name, array in inputs.items()}
         with self._explained(), self._compiled_for(_shape(arrays)).requests.one() as request:
             start = time.perf_counter()
             results = request.infer(arrays, share_inputs=True, share_outputs=True)
@@ -159,7 +159,8 @@ class OpenVinoEngine(Engine):
             "ENABLE_CPU_PINNING": False,
         }
         if shape != _DYNAMIC:
-            model.reshape({"image": list(shape)})
+            batch = shape[0]  # of what the graph that deploys by itself takes besides, too
+            model.reshape({one.any_name: [batch, *list(one.partial_shape)[1:]] for one in model.inputs} | {"image": list(shape)})
         elif self._any_shape:
             settings["CPU_RUNTIME_CACHE_CAPACITY"] = _KEPT_KERNELS
         rewrite(model, self.options.precision)

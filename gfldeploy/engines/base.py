@@ -271,6 +271,7 @@ class Engine(ClosesOnExit):
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Find the graph's files. Raises `BundleError`."""
         self.options = options
+        self._graph = graph
         self._model, self._params = bundle.graph(graph)
         self._outputs = list(bundle.outputs(graph))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
@@ -131,6 +132,23 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class SizeChoice:
+    """What the choice's input size costs and gains, where there were several.
+
+    `own_size`: of the choice's bundle, (height, width) in pixels. `speed`: images a second from file to boxes of the
+    choice by those at the own size, in the same engine and precision, both measured at length; `ap_less`: mAP, 0 to 1,
+    that the choice has less than there. Both null where the choice has the own size, or where that was not measured.
+    `drops`: input sizes, the largest first, with the mAP that they lose in the choice's precision against the FP32
+    bundle at its own size: those at which it was measured, in whichever engine.
+    """
+
+    own_size: Size
+    speed: Estimate | None
+    ap_less: float | None
+    drops: tuple[tuple[Size, float], ...]
+
+
+@dataclass(frozen=True)
 class SearchRecord:
     """How the choice was found: of `cells` possible ones `measured` were, in `seconds` of the run that wrote the file.
 
@@ -154,7 +172,7 @@ class Deploy(Versioned):
     how the choice was found; `machine`, `data`: where and on what. `shapes`: (batch, height, width) of the network's
     inputs that the choice makes of all images that were used, at its input size, the most common first, for engines
     that are built for shapes; at most 16, the last two of which then bound those that are left out. Empty in files of
-    earlier schemas.
+    earlier schemas. `sizes`: what the choice's input size costs and gains; None where there was one input size alone.
     """
 
     FORMAT = FileFormat("a deploy file", "gfldeploy tune", 5, _UPGRADES, yaml=True)
@@ -169,6 +187,7 @@ class Deploy(Versioned):
     machine: Machine
     data: DataDescription
     shapes: tuple[Shape, ...] = ()
+    sizes: SizeChoice | None = None
 
     def __post_init__(self) -> None:
         if len(self.shapes) > MOST_SHAPES:

@@ -13,8 +13,9 @@ from sample_results import FAILED, OK, RUN, SKIPPED, STAGES, altered, sample_res
 
 from gfldeploy.batching.latency import Point
 from gfldeploy.bench.report.page import short_answer, write_report
-from gfldeploy.bench.report.plots import pareto_front, plots
+from gfldeploy.bench.report.plots import plots
 from gfldeploy.bench.results import BenchResults, Serving
+from gfldeploy.bench.table import pareto_front
 from gfldeploy.bench.timing import Samples, Stages
 from gfldeploy.cli import main
 

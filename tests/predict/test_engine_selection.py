@@ -18,13 +18,13 @@ from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines import base, selection
-from gfldeploy.engines.base import EngineOptions, Precision
+from gfldeploy.engines.base import EngineOptions, Precision, Shape
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import BundleError, DataError, EngineError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict import engine_selection
 from gfldeploy.predict.engine_selection import choose
-from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
+from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord, check_deploy
 from gfldeploy.tune.search import Bounds
 
 pytest.importorskip("onnxruntime")
@@ -44,6 +44,7 @@ def write_deploy(
     precision: Precision = "fp32",
     input_size: Size | None = None,
     ap_drop: float | None = None,
+    shapes: tuple[Shape, ...] = (),
 ) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")
@@ -63,7 +64,7 @@ def write_deploy(
     choice = Configuration("tiny", cell, replace(EVIDENCE, ap_drop=ap_drop))
     deploy = Deploy(
         "2026-01-01T00:00:00+00:00", "Deploy it.", choice, None, Bounds(), None, SearchRecord(1, 1, 0, 1, True, True),
-        replace(describe_machine(), **machine or {}), DataDescription("ab" * 32, "cd" * 32, 1, None),
+        replace(describe_machine(), **machine or {}), DataDescription("ab" * 32, "cd" * 32, 1, None), shapes,
     )  # fmt: skip
     deploy.write(folder / "deploy.yml")
     return folder / "deploy.yml"
@@ -127,6 +128,20 @@ def test_streams_of_a_deploy_file(tiny_bundle: Path, tmp_path: Path, monkeypatch
     choice = choose(path)
     assert (choice.options.streams, choice.options.threads) == (1, 3)
     assert choice.notes == ("2 streams of 3 threads each are more than the 5 usable CPUs: deploy.yml runs with 1 here",)
+
+
+def test_a_deploy_file_is_of_its_input_size(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = write_deploy(tmp_path, tiny_bundle, input_size=(32, 48), shapes=((2, 32, 64),))
+    choice = choose(path)
+    assert (choice.input_size, choice.bundle.manifest.preprocess.target_size) == ((32, 48), (32, 48))
+    assert "tiny in onnxruntime fp32 at 32x48 on cpu, batch 2" in str(choice)
+    own = choose(path, input_size=(64, 96))
+    assert (own.input_size, own.bundle.manifest.preprocess.target_size) == (None, (64, 96)) and " at " not in str(own)
+    assert check_deploy(path) == ()
+    # The network's input has up to 64 px there, and at the bundle's own size up to 96.
+    other = write_deploy(tmp_path / "b", tiny_bundle, input_size=(32, 48), shapes=((2, 96, 96),))
+    with pytest.raises(BundleError, match="makes no input of 2x96x96 of any image"):
+        choose(other)
 
 
 def test_a_deploy_file_of_another_machine_is_used_with_a_note(tiny_bundle: Path, tmp_path: Path) -> None:

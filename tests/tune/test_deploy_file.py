@@ -38,6 +38,7 @@ def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
             "machine",
             "data",
             "shapes",
+            "sizes",
         ),
     ]
     assert deploy.bundle_path(path) == tmp_path / "new" / "models" / "int8"

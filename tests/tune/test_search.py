@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from gfldeploy.batching.buckets import Order
+from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.engines.base import Precision
 from gfldeploy.tune.measured import Measured, Tail
@@ -83,9 +83,9 @@ class Surface:
         speed: float
         model, steps = model_of(one), math.log2(one.batch_size)
         speed = self.base[model] * self.gain[model] ** (1 - 0.5**steps) * self.fall[model] ** max(steps - 2, 0)
-        speed *= (one.threads / 2) ** self.thread * math.exp(
-            random.Random(f"{self.seed} {one.threads} {one.name()}").gauss(0, self.rough)
-        )
+        seed = f"{self.seed} {model} {one.threads} {one.batch_size} {one.order}"
+        speed *= (one.threads / 2) ** self.thread * math.exp(random.Random(seed).gauss(0, self.rough))
+        speed *= pixels(OWN) / pixels(one.input_size)
         return speed / self.padding ** (1 - 0.5**steps) if one.order == "listed" else speed
 
     def measured(self, one: Cell, noise: float, runs: int, generator: random.Random) -> Measured:
@@ -324,3 +324,69 @@ def test_streams_are_looked_at_first_unless_latency_is_bounded() -> None:
             steps += step.cells
             where.known |= {one: found(40) for one in step.cells}
         assert second in steps
+
+
+OWN: Size = (320, 512)
+INPUT_SIZES: tuple[Size | None, ...] = ((192, 320), (224, 320), (256, 384), (320, 448), None)
+
+
+def pixels(size: Size | None) -> int:
+    return math.prod(size or OWN)
+
+
+def sized_search(bounds: Bounds, known: Mapping[Cell, Measured | None] | None = None) -> Search:
+    """The cells of `search` at each of the input sizes."""
+    one = search(bounds)
+    cells = tuple(replace(cell, input_size=size) for cell in one.cells for size in INPUT_SIZES)
+    sizes = {(cell.bundle, cell.input_size): float(pixels(cell.input_size)) for cell in cells}
+    return Search(cells, bounds, dict(known or {}), pixels=sizes)
+
+
+def sized_surface(seed: int) -> Surface:
+    """Throughput goes with a power of the pixels, and each size costs about the same mAP in every engine."""
+    surface, generator = random_surface(seed), random.Random(seed)
+    power = generator.uniform(0.6, 1)
+    costs: dict[Size | None, float] = {None: 0.0}
+    cost = 0.0
+    for size in INPUT_SIZES[-2::-1]:
+        cost += generator.choice((0.001, 0.005, 0.02))
+        costs[size] = cost
+    models = sized_search(Bounds()).by_model
+
+    def scaled(values: Mapping[Model, float], model: Model) -> float:
+        part: float = (pixels(model.input_size) / pixels(OWN)) ** (1 - power)
+        return values[model.own] * part
+
+    return replace(
+        surface,
+        base={model: scaled(surface.base, model) for model in models},
+        gain={model: surface.gain[model.own] for model in models},
+        fall={model: surface.fall[model.own] for model in models},
+        drops={
+            model: 0.0
+            if model.own == model and model.precision == "fp32"
+            else (surface.drops[model.own] if model.precision != "fp32" else 0.0)
+            + costs[model.input_size]
+            + generator.uniform(-0.001, 0.001)
+            for model in models
+        },
+    )
+
+
+def test_input_sizes_are_searched_in_little_more_time_and_few_are_asked_for_their_accuracy() -> None:
+    short, counts, asks, surfaces = 0, [], [], 25
+    for seed in range(surfaces):
+        surface, where = sized_surface(seed), sized_search(Bounds(max_drop=0.02))
+        choice, measured, asked = run_race(surface, where, seed)
+        assert choice is not None and surface.drops[model_of(choice)] <= 0.02
+        short += surface.images_per_s(choice) < 0.95 * true_best(surface, where)
+        counts.append(len(set(measured)))
+        asks.append(len(asked))
+        assert all(one.input_size is None or model_of(one) in where.drops for one in where.finished)
+        if choice.input_size:
+            assert where.own_size is not None and where.own_size[0].input_size is None
+    plain = [
+        len(set(run_race(sized_surface(seed), search(Bounds(max_drop=0.02)), seed)[1])) for seed in range(surfaces)
+    ]
+    assert short <= 1
+    print(sum(counts) / surfaces, sum(plain) / surfaces, sum(asks) / surfaces, max(asks), max(counts), short)

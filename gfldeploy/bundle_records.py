@@ -21,23 +21,28 @@ _COMPARISONS = [
 ]
 _TOLERANCE = {"score?": float, "box_px?": float}
 _AP = {"ap": float, "images?": int}
+_AGREEMENTS = {
+    str: {
+        "score_difference": float,
+        "score_difference_max": float,
+        "detections": int,
+        "detections_found": float,
+        "convolutions?": {str: int},
+        "not_int8?": [str],
+    }
+}
+_ACCURACIES = {"fp32": {"ap": float, "images": int}, "engines": {str: _AP}}
 _PARITY = {
     "reference?": str,
     "tolerance?": _TOLERANCE,
     "comparisons?": _COMPARISONS,
     "fp16?": {"tolerance?": _TOLERANCE, "comparisons?": _COMPARISONS, "left_out?": str},
     "images?": [str],
-    "engines?": {
-        str: {
-            "score_difference": float,
-            "score_difference_max": float,
-            "detections": int,
-            "detections_found": float,
-            "convolutions?": {str: int},
-            "not_int8?": [str],
-        }
-    },
-    "accuracy?": {"fp32": {"ap": float, "images": int}, "engines": {str: _AP}},
+    "engines?": _AGREEMENTS,
+    "accuracy?": _ACCURACIES,
+    "sizes?": [
+        {"size": tuple[int, int], "problem": str | None, "engines?": _AGREEMENTS, "accuracy?": _ACCURACIES},
+    ],
     "kept_float?": [{"name": str, "convolutions?": int, "why": str}],
     "speed?": {str: {"fp32_ms": float, "int8_ms": float, "ratio": float}},
     "evaluation?": {"images": int},

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import Precision
 
+# Rows of up to so many floats are gathered by a kernel that crashes for some numbers of them (2026.4: six).
+_SHORT_ROW = 16
 # OpenVINO fuses these into the weights of the convolution before them.
 _FACTORS = {"Multiply", "Divide", "Negative"}
 
@@ -48,6 +50,7 @@ def _deformable_convolution(node: Any) -> list[Any]:
 
 def rewrite(model: Any, precision: Precision) -> None:
     """Change a model that will run in `precision`, in place; its input shape must have been set."""
+    _take_rows(model)
     if precision == "bf16":
         _spell_out_products(model)
     if precision == "int8":
@@ -55,6 +58,30 @@ def rewrite(model: Any, precision: Precision) -> None:
         # Its dozen small operators cost more than they save where each is prepared anew for every other shape.
         if not model.is_dynamic():
             _normalize_by_channel(model)
+
+
+def _take_rows(model: Any) -> None:
+    """Take the side distributions of the chosen anchors as rows, the channels of an anchor side by side.
+
+    As written, each channel is a plane of all anchors, from which its values are picked one by one, and what was picked
+    is turned into rows. Convolutions give the channels of a cell side by side: a row is one copy. Only places change,
+    so that the values have the same bits.
+    """
+    from openvino import opset13 as ops
+
+    for node in model.get_ordered_ops():
+        if (found := _Taken.at(node)) is None:
+            continue
+        rows = []
+        for level in found.levels:
+            maps, to_rows = level, [0, 2, 1]
+            if _kind(level.get_node()) == "Reshape" and level.get_node().input_value(0).get_partial_shape().rank == 4:
+                maps, to_rows = level.get_node().input_value(0), [0, 2, 3, 1]
+            turned = ops.transpose(maps, np.array(to_rows))
+            rows.append(ops.reshape(turned, np.array([0, -1, found.channels]), special_zero=True))
+        taken = ops.gather(ops.concat(rows, 1), found.anchors, np.int64(1), batch_dims=1)
+        for target in node.output(0).get_target_inputs():
+            target.replace_source_output(taken.output(0))
 
 
 def _spell_out_products(model: Any) -> None:
@@ -141,6 +168,43 @@ class _Pair:
             return None
         quantize = stored.input_value(0).get_node()
         return cls(quantize, node) if _kind(quantize) == "FakeQuantize" else None
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Values of the same anchors of every channel, as paddle2onnx writes it, turned into rows [N, K, channels].
+
+    Concat of `levels` [N, channels, anchors], GatherElements by `anchors` [N, K] repeated for each channel, Transpose.
+    """
+
+    levels: list[Any]
+    anchors: Any
+    channels: int
+
+    @classmethod
+    def at(cls, node: Any) -> _Taken | None:
+        """The one that ends with the Transpose `node`, or None if it is something else."""
+        if _kind(node) != "Transpose" or node.input_value(1).get_partial_shape() != [3]:
+            return None
+        order, gather = _constant(node.input_value(1).get_node()), node.input_value(0).get_node()
+        if order is None or order.tolist() != [0, 2, 1] or _kind(gather) != "GatherElements":
+            return None
+        planes, repeated = (value.get_node() for value in gather.input_values())
+        if gather.get_attributes()["axis"] != 2 or _kind(planes) != "Concat" or planes.get_attributes()["axis"] != 2:
+            return None
+        # What else reads the planes would have them made all the same.
+        if len(_readers(gather)) != 1 or len(_readers(planes)) != 1 or _kind(repeated) != "Tile":
+            return None
+        single, times = (value.get_node() for value in repeated.input_values())
+        if _kind(single) != "Unsqueeze" or not _is_all(single.input_value(1).get_node(), 1):
+            return None
+        repeats = _constant(times.input_value(0).get_node() if _kind(times) == "Convert" else times)
+        if repeats is None or repeats.shape != (3,) or repeats[[0, 2]].tolist() != [1, 1]:
+            return None
+        anchors, channels = single.input_value(0), int(repeats[1])
+        if anchors.get_partial_shape().rank != 2 or planes.output(0).get_partial_shape()[1] != channels:
+            return None
+        return cls(planes.input_values(), anchors, channels) if channels > _SHORT_ROW else None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
-from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
+from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, needed_multiple, write_bundle
 from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import EngineOptions
@@ -347,9 +347,7 @@ def _preprocess(config: DetectorConfig, shape: InputShape) -> Preprocess:
         preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
     except ConfigError as error:
         raise ConfigError(f"{config.path}: {error.problem}", error.remedy) from error
-    # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
-    # What else a model needs is seen when it runs: `check_levels`.
-    needed = max((stride for stride in config.strides if stride <= 32), default=32)
+    needed = needed_multiple(config.strides)
     _, height, width = shape
     if height is None or width is None:
         pad = preprocess.pad_stride

@@ -130,6 +130,67 @@ def test_of_any_shape_normalisation_stays_openvinos() -> None:
     assert any(key.startswith("MVN") for key in ran)
 
 
+CELLS = np.array([[59, 0, 7, 50, 7], [1, 2, 3, 48, 47]], np.int64)  # of 48 fine and 12 coarse ones
+
+
+def taken(channels: int, repeats: Sequence[int], shape: Sequence[int | None], *more: str) -> Any:
+    """A model that takes `CELLS` of two convolutions' maps, as paddle2onnx writes it, as rows."""
+    random = np.random.default_rng(3)
+    weights = random.normal(0, 1, (channels, 3, 1, 1)).astype(np.float32)
+    constants = {
+        "fine weights": weights,
+        "coarse weights": -weights,
+        "cells": CELLS,
+        "one": np.array([1], np.int64),
+        "repeats": np.array(repeats, np.int64),
+        "flat": np.array([0, 0, -1], np.int64),
+    }
+    nodes = [node("AveragePool", ["image"], ["smaller"], kernel_shape=[2, 2], strides=[2, 2])]
+    for level, source in (("fine", "image"), ("coarse", "smaller")):
+        nodes += [
+            node("Conv", [source, f"{level} weights"], [level]),
+            node("Reshape", [level, "flat"], [f"{level} plane"]),
+        ]
+    nodes += [
+        node("Concat", ["fine plane", "coarse plane"], ["planes"], axis=2),
+        node("Unsqueeze", ["cells", "one"], ["single"]),
+        node("Tile", ["single", "repeats"], ["everywhere"]),
+        node("GatherElements", ["planes", "everywhere"], ["picked"], axis=2),
+        node("Transpose", ["picked"], ["rows"], perm=[0, 2, 1]),
+    ]
+    return read(nodes, constants, shape, "rows", *more)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (None, 3, None, None)])
+def test_values_of_chosen_cells_are_taken_as_rows_with_the_same_bits(shape: tuple[int | None, ...]) -> None:
+    image = np.random.default_rng(4).standard_normal((2, 3, 6, 8), np.float32)
+    (before,), ran_before = run(taken(68, (1, 68, 1), shape), image)
+    (after,), ran_after = run(taken(68, (1, 68, 1), shape), image, "fp32")
+    np.testing.assert_array_equal(after, before)
+    assert after.shape == (2, 5, 68)
+    assert any(key.startswith("GatherElements") for key in ran_before)
+    assert not any(key.startswith("GatherElements") for key in ran_after)
+
+
+@pytest.mark.parametrize(
+    ("channels", "repeats", "more"),
+    [
+        (16, (1, 16, 1), ()),  # rows so short that OpenVINO crashed
+        (68, (1, 68, 2), ()),  # cells that are taken twice
+        (68, (1, 68, 1), ("planes",)),
+    ],
+)
+def test_cells_are_picked_one_by_one_where_rows_would_not_do(
+    channels: int, repeats: tuple[int, ...], more: tuple[str, ...]
+) -> None:
+    image = np.random.default_rng(4).standard_normal((2, 3, 6, 8), np.float32)
+    before, _ = run(taken(channels, repeats, image.shape, *more), image)
+    after, ran = run(taken(channels, repeats, image.shape, *more), image, "fp32")
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert any(key.startswith("GatherElements") for key in ran)
+
+
 class Head:
     """image -> Q/DQ -> Conv, normalised in groups -> ReLU -> Q/DQ -> twice Conv s -> Q/DQ -> ... -> left, right.
 

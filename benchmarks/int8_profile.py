@@ -80,6 +80,8 @@ class Operator:
     @property
     def group(self) -> str:
         """One of `GROUPS`, or "other"."""
+        if self.kind.endswith(" by channel"):
+            return "normalisation"
         return next((group for group, kinds in GROUPS.items() if self.kind in kinds), "other")
 
 
@@ -100,6 +102,7 @@ def onnxruntime_operators(engine: Engine, inputs: Tensors, runs: int) -> list[Op
     import onnx
 
     from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
+    from gfldeploy.engines.ort_rewrite import BY_CHANNEL
 
     assert isinstance(engine, OnnxRuntimeEngine)
     with scratch_directory() as directory:
@@ -119,9 +122,12 @@ def onnxruntime_operators(engine: Engine, inputs: Tensors, runs: int) -> list[Op
     spent: dict[tuple[str, str, tuple[int, ...]], float] = defaultdict(float)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= second:
+            if event["args"]["op_name"] == "Scan":
+                continue  # its time is that of the nodes inside, which have events of their own
             (output, *_) = event["args"].get("output_type_shape") or [{"": []}]
             name = event["name"].removesuffix("_kernel_time")
-            spent[event["args"]["op_name"], name, tuple(*output.values())] += event["dur"] / 1e3 / runs
+            kind = event["args"]["op_name"] + (" by channel" if name.startswith(BY_CHANNEL) else "")
+            spent[kind, name, tuple(*output.values())] += event["dur"] / 1e3 / runs
     return [
         Operator(kind, name, ms, output, math.prod(output) * math.prod(kernels[name][1:]) if name in kernels else None)
         for (kind, name, output), ms in spent.items()

@@ -198,8 +198,9 @@ give (float[N,K] best, int64[N,K] places, float[N,A,4] original)
     chosen = GatherND <batch_dims = 1> (original, index)
     there_too = Unsqueeze (there, axis_2)
     boxes = Where (there_too, chosen, blank)
-    ones = Cast <to = 6> (there)
-    count = ReduceSum <keepdims = 0> (ones, axis_1)
+    ones = Cast <to = 1> (there)
+    sum = ReduceSum <keepdims = 0> (ones, axis_1)
+    count = Cast <to = 6> (sum)
 }
 """
 

@@ -11,7 +11,6 @@ from gfldeploy import __version__
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bundle import Bundle, Manifest
-from gfldeploy.quant.artefacts import GRAPHS
 from gfldeploy.quant.evaluation import Evaluation, SizeEvaluation
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement
 from gfldeploy.quant.groups import groups
@@ -24,14 +23,17 @@ _NOTES = {
 }
 
 
-def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> Manifest:
-    """The manifest of an INT8 bundle made of `source` with `images` calibration images; its files are not in it yet."""
+def int8_manifest(source: Bundle, graphs: Manifest, algorithm: str, images: int, command: str) -> Manifest:
+    """The manifest of an INT8 bundle made of `source` with `images` calibration images; its files are not in it yet.
+
+    `graphs`: one that has its graphs, and says why it lacks some.
+    """
     return replace(
         source.manifest,
         name=f"{source.name}_int8",
         precision="int8",
-        graphs=GRAPHS,
-        left_out={},
+        graphs=graphs.graphs,
+        left_out=graphs.left_out,
         provenance={
             **source.manifest.provenance,
             "quantized": {

@@ -1,6 +1,6 @@
 """Where INT8 holds that was calibrated at one input size: mAP of the demo detector at others, larger and smaller.
 
-    python quant/input_sizes.py --output DIR [--sizes HxW ...] [--calibrate-at HxW ...] [--engines NAME ...]
+    python quant/other_sizes.py --output DIR [--sizes HxW ...] [--calibrate-at HxW ...] [--engines NAME ...]
                                 [--val-images N] [--results FILE]
 
 FP32 and INT8 run the same images at each of SIZES. INT8 is calibrated at the detector's own size, with nothing put back
@@ -8,7 +8,7 @@ to float, and, to see what that costs elsewhere, once more at each of the sizes 
 alone: no calibration that must also serve other sizes can be expected to do better there. Differences of mAP have 95%
 intervals, by resampling the images.
 
-DIR receives images, graphs and detections; what is there already is used again. FILE is results/input_sizes.json beside
+DIR receives images, graphs and detections; what is there already is used again. FILE is results/other_sizes.json beside
 this script unless given.
 """
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=JUDGES, default=JUDGES, help=f"default: {' '.join(JUDGES)}")
     parser.add_argument("--val-images", type=int, default=500, metavar="N", help="images for mAP (default: 500)")
     parser.add_argument(
-        "--results", type=Path, default=HERE / "results" / "input_sizes.json", help="JSON file to write"
+        "--results", type=Path, default=HERE / "results" / "other_sizes.json", help="JSON file to write"
     )
     args = parser.parse_args()
     generate(args.output / "data", "calib", CALIB_IMAGES)

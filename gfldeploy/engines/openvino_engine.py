@@ -88,12 +88,15 @@ class OpenVinoEngine(Engine):
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
-        arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
+        arrays = {name: np.require(array, np.float32, ("C", "W")) for name, array in inputs.items()}
         with self._explained(), self._compiled_for(_shape(arrays)).requests.one() as request:
             start = time.perf_counter()
-            results = request.infer(arrays, share_inputs=True, share_outputs=True)
+            # Tensors that are set and got, since handing `infer` a dictionary costs a small network a twentieth.
+            for name, array in arrays.items():
+                request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
+            request.infer(share_outputs=True)
             ran = time.perf_counter()
-            outputs = {name: np.array(results[name]) for name in self._outputs}
+            outputs = {name: np.array(request.get_tensor(name).data) for name in self._outputs}
         return outputs, CopyTimes.between(start, start, ran, time.perf_counter())
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:

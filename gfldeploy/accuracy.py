@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Group, Order, Size, group
+from gfldeploy.batching.buckets import Group, Order, Size, group, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, Precision, Shape
@@ -283,7 +283,7 @@ def evaluate(
     for size, sized in at_sizes.items():
         preprocess = sized.manifest.preprocess
         shapes = batch_shapes(dataset, preprocess, batch_size, order)
-        label = "evaluating" if size is None else f"evaluating at {size[0]}x{size[1]}"
+        label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
         with open_engine(name, sized, replace(options, progress=progress), shapes) as running:
             found[size] = measure_accuracy(
                 running, dataset, preprocess, manifest.nms, manifest.classes, batch_size, order, progress, label

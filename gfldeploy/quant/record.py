@@ -90,7 +90,7 @@ def size_line(record: Mapping[str, Any]) -> str:
         engines = record.get("engines", {})
         found = [f"{name} {one['detections_found']:.1%}" for name, one in engines.items()]
         count = max((one["detections"] for one in engines.values()), default=0)
-        figures = f"of {count} FP32 detections found again: {', '.join(found)}" if count else "FP32 had no detections"
+        figures = f"of {count} FP32 detections found again: {', '.join(found)}"
     return f"at {size} INT8 holds: {figures}"
 
 

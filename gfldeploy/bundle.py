@@ -6,7 +6,8 @@
       parity.json       how far each graph is from the eager model, as measured when it was made
       layers.json       path of the layer in the eager model by conv weight name, in graph order
       paddle/           model.json (PIR) and model.pdmodel (program), sharing model.pdiparams
-      onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too
+      onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too; and for each of them the
+                        end_to_end.onnx, ... that deploys by itself
       calibration.json  INT8 only: scales by conv weight name
       paddledetection/  only with --with-nms: PaddleDetection's own graph, NMS included
 
@@ -49,7 +50,24 @@ _MOST_REG_MAX = 10_000
 _MOST_PARAMETERS = 10**13
 _MOST_CANDIDATES = 10**7
 _LARGEST_SIDE = 8192
-GraphName = Literal["paddle", "paddle_program", "onnx", "onnx_fp16", "onnx_tensorrt", "paddledetection"]
+GraphName = Literal[
+    "paddle",
+    "paddle_program",
+    "onnx",
+    "onnx_fp16",
+    "onnx_tensorrt",
+    "paddledetection",
+    "end_to_end",
+    "end_to_end_fp16",
+    "end_to_end_tensorrt",
+]
+# What deploys by itself, by the graph that it is made around (`export.end_to_end`), and what it gives.
+END_TO_END: Mapping[GraphName, GraphName] = {
+    "onnx": "end_to_end",
+    "onnx_fp16": "end_to_end_fp16",
+    "onnx_tensorrt": "end_to_end_tensorrt",
+}
+END_TO_END_OUTPUTS = ("boxes", "scores", "classes", "count")
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,8 @@ class Manifest(Versioned):
     ONNX Runtime's and OpenVINO's Q/DQ in INT8 bundles), and graphs that no engine here runs:
     `onnx_fp16` (FP32 bundles: FP16 convolutions for GPUs, the decode and all inputs and outputs FP32; absent where FP16
     differs too much), `onnx_tensorrt` (INT8 bundles: symmetric Q/DQ as TensorRT wants them, from the same calibration),
-    `paddledetection` (with NMS, for PaddleDetection's deploy tools).
+    `paddledetection` (with NMS, for PaddleDetection's deploy tools), and, around each ONNX graph, `end_to_end`,
+    `end_to_end_fp16` or `end_to_end_tensorrt`: pixels in, detections out.
     `left_out`: why the bundle lacks a graph that a detector usually has, by the graph's name.
     `notes`: what users of the detector should know, one sentence each, such as that its class names are made up.
     `candidates`: how many anchors of an image the graphs decode, those with the highest scores; None for all.
@@ -281,6 +300,11 @@ class Bundle:
                 raise BundleError(f"{problem}: {self.manifest.left_out[name]}", "Use another engine.")
             raise BundleError(f"{problem} (it has: {', '.join(self.manifest.graphs)})", _AGAIN)
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
+
+    def outputs(self, name: GraphName) -> tuple[str, ...]:
+        """The names of what a graph gives."""
+        of_network = tuple(spec.name for spec in self.manifest.outputs)
+        return END_TO_END_OUTPUTS if name in END_TO_END.values() else of_network
 
     def layers(self) -> dict[str, str]:
         """Layer path (`backbone.stem.conv`) by convolution weight name, in graph order. Raises `BundleError`."""

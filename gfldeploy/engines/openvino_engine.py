@@ -89,13 +89,17 @@ class OpenVinoEngine(Engine):
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
-        image = np.ascontiguousarray(inputs["image"], np.float32)
+        arrays = {
+            name: np.ascontiguousarray(array, None if array.dtype.kind in "iu" else np.float32)
+            for name, array in inputs.items()
+        }
         with self._explained():
-            loaded = self._loaded_for(image.shape)
+            loaded = self._loaded_for(_shape(arrays))
             with loaded.requests.one() as request:
                 start = time.perf_counter()
                 # Not `request.infer`, whose conversions take as long as a hundredth of a small detector's inference.
-                request.set_input_tensor(self._openvino.Tensor(image, shared_memory=True))
+                for name, array in arrays.items():
+                    request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
                 request.start_async()
                 request.wait()
                 ran = time.perf_counter()
@@ -185,7 +189,9 @@ class OpenVinoEngine(Engine):
         with self._choosing:
             model = self._network.clone()
         if shape != _DYNAMIC:
-            model.reshape({"image": list(shape)})
+            batch = shape[0]  # of what the graph that deploys by itself takes beside the image, too
+            others = {one.any_name: [batch, *list(one.partial_shape)[1:]] for one in model.inputs}
+            model.reshape({**others, "image": list(shape)})
         rewrite(model, self.options.precision)
         compiled = self._core.compile_model(model, "CPU", self._settings(shape) | more)
         if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
@@ -213,7 +219,7 @@ class OpenVinoEngine(Engine):
         }  # fmt: skip
         code = [sha256(Path(one)) for one in (__file__, openvino_rewrite.__file__)]  # which says what is compiled
         try:
-            return engine_directory(self.options.cache_dir, self, bundle, **machine, code=code)
+            return engine_directory(self.options.cache_dir, self, bundle, **machine, code=code, graph=self._graph)
         except OutputError:
             if self._cache_wanted:
                 raise

@@ -97,7 +97,13 @@ def parity_shapes(preprocess: Preprocess, fixed: tuple[int | None, int | None, i
 
 
 def parity_images(shape: Shape, preprocess: Preprocess, seed: int) -> NDArray[np.float32]:
-    """Pictures [N, 3, H, W], normalised as the reader would: noise at several scales with sharp-edged shapes."""
+    """`parity_pictures` [N, 3, H, W], normalised as the reader would."""
+    as_is = replace(preprocess, target_size=shape[1:], keep_ratio=False)  # which makes Resize do nothing
+    return np.stack([as_is(picture).tensor for picture in parity_pictures(shape, seed)])
+
+
+def parity_pictures(shape: Shape, seed: int) -> NDArray[np.uint8]:
+    """Pictures [N, H, W, 3]: noise at several scales with sharp-edged shapes."""
     import cv2
 
     batch, height, width = shape
@@ -119,8 +125,7 @@ def parity_images(shape: Shape, preprocess: Preprocess, seed: int) -> NDArray[np
                 corner = (centre[0] + size, centre[1] + size)
                 cv2.rectangle(image, centre, corner, colour, -1)
         picture[:] = image
-    as_is = replace(preprocess, target_size=(height, width), keep_ratio=False)  # which makes Resize do nothing
-    return np.stack([as_is(picture).tensor for picture in pictures])
+    return pictures
 
 
 def eager_outputs(detector: Any, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, write_bundle
 from gfldeploy.child_process import NO_LIMITS, PARENT, run_child, serve
 from gfldeploy.errors import EngineError
@@ -55,7 +54,6 @@ def refine(source: Bundle, images: Sequence[Path], start: Calibration, output: P
     request = {
         "bundle": str(source.directory),
         "images": [str(path) for path in images],
-        "sizes": options.sizes,
         "thresholds": {name: entry.inputs for name, entry in start.convolutions.items()},
         "steps": options.steps,
         "output": str(work),
@@ -115,8 +113,7 @@ def _distill(request: dict[str, Any]) -> dict[str, list[float]]:
         outputs = _every_cell(teacher.global_block(), bundle)
     student = _Student(_load(bundle, executor), bundle, request["thresholds"], executor, steps)
     losses = []
-    sizes = [size and tuple(size) for size in request["sizes"]]
-    for batch in _batches(bundle, [Path(name) for name in request["images"]], sizes, steps):
+    for batch in _batches(bundle, [Path(name) for name in request["images"]], steps):
         targets = executor.run(teacher, {"image": batch}, fetch_list=list(outputs), scope=teacher_scope)
         losses.append(student.step(batch, *targets))
         if not np.isfinite(losses[-1]):
@@ -142,15 +139,13 @@ def _load(bundle: Bundle, executor: Any) -> Any:
     return program
 
 
-def _batches(
-    bundle: Bundle, images: Sequence[Path], sizes: Sequence[Size | None], count: int
-) -> Iterator[NDArray[np.float32]]:
+def _batches(bundle: Bundle, images: Sequence[Path], count: int) -> Iterator[NDArray[np.float32]]:
     """`count` batches [N, 3, H, W] of images that need no padding to go together, half of them mirrored. Seeded."""
     from gfldeploy.images.decode import read_image
 
-    preprocess, *others = (bundle.at_size(size).manifest.preprocess for size in sizes)
+    preprocess = bundle.manifest.preprocess
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    prepared = [resized(image) for image in map(read_image, images) for resized in (preprocess, *others)]
+    prepared = [preprocess(read_image(path)) for path in images]
     for index, one in enumerate(prepared):
         by_shape[one.tensor.shape].append(index)
     random = np.random.default_rng(0)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import UnsupportedError
 from gfldeploy.progress import SILENT, Progress
@@ -23,13 +22,11 @@ Thresholds = Mapping[str, Sequence[float]]
 class MethodOptions:
     """What the user asked for besides images: CPU `threads`, and the steps of a method that trains.
 
-    `sizes`: the input sizes (height, width) that every image is used at; None is the bundle's own.
     `progress`: told how much is done.
     """
 
     threads: int = 1
     steps: int = DEFAULT_STEPS
-    sizes: tuple[Size | None, ...] = (None,)
     progress: Progress = field(default=SILENT, compare=False)
 
 

@@ -18,7 +18,6 @@ from gfldeploy.child_process import NO_LIMITS, PARENT, run_child, serve
 from gfldeploy.errors import EngineError
 from gfldeploy.quant.method import MethodOptions, Thresholds
 from gfldeploy.quant.program import old_program_environment
-from gfldeploy.quant.samples import network_inputs
 
 # PaddleSlim's names for its algorithms that run here: the default, then the quick ones first.
 ALGORITHMS = ("hist", "avg", "abs_max", "ptf", "mse", "emd", "KL")
@@ -49,12 +48,7 @@ def calibrate(source: Bundle, images: Sequence[Path], algorithm: str, options: M
 
     Raises `EngineError` with the last line of PaddleSlim's traceback if it fails.
     """
-    request = {
-        "bundle": str(source.directory),
-        "images": [str(path) for path in images],
-        "sizes": options.sizes,
-        "algorithm": algorithm,
-    }
+    request = {"bundle": str(source.directory), "images": [str(path) for path in images], "algorithm": algorithm}
 
     def run(onednn: bool) -> Thresholds:
         environment = {**old_program_environment(options.threads), **_KEEP_PAGES, "FLAGS_use_mkldnn": str(int(onednn))}
@@ -82,20 +76,22 @@ def _calibrate(request: dict[str, Any]) -> dict[str, Any]:
     """The child: the thresholds by weight name."""
     import paddle
 
-    bundle = Bundle.open(request["bundle"])
-    images, sizes = [Path(name) for name in request["images"]], [size and tuple(size) for size in request["sizes"]]
-    count = len(images) * len(sizes)
-    total = count * (2 if request["algorithm"] in _TWO_PASSES else 1)
+    from gfldeploy.images.decode import read_image
+
+    preprocess = Bundle.open(request["bundle"]).manifest.preprocess
+    images = [Path(name) for name in request["images"]]
+    passes = 2 if request["algorithm"] in _TWO_PASSES else 1
     seen = 0
 
     def batches() -> Iterator[dict[str, Any]]:
         nonlocal seen
-        for batch in network_inputs(bundle, images, sizes):
+        for path in images:
             seen += 1
+            total = passes * len(images)
             PARENT.step(f"PaddleSlim {request['algorithm']}", min(seen, total), total)
-            yield {"image": batch}
+            yield {"image": preprocess.batch([preprocess(read_image(path))])}
 
-    program = _quantization(bundle.directory, batches, count, request["algorithm"]).quantize()
+    program = _quantization(Path(request["bundle"]), batches, len(images), request["algorithm"]).quantize()
     return {"thresholds": _read_thresholds(program, paddle.static.global_scope())}
 
 

@@ -32,14 +32,7 @@ from gfldeploy.quant.method import DEFAULT_STEPS, MethodOptions, QuantMethod, Re
 from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.observer import observe_outputs, weight_ranges
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record, size_line, size_record
-from gfldeploy.quant.samples import (
-    calibration_images,
-    digests,
-    evaluation_record,
-    network_inputs,
-    refuse_overlap,
-    spread,
-)
+from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
@@ -138,7 +131,7 @@ def quantize_bundle(
         if note:
             progress.note(note)
     asked = _asked(source, keep_float)
-    others = tuple(size for size in dict.fromkeys(input_sizes) if source.at_size(size) is not source)
+    others = [size for size in dict.fromkeys(input_sizes) if source.at_size(size) is not source]
     progress.stage(f"checking {len(paths)} calibration images")
     for path in paths:
         read_image(path)
@@ -163,8 +156,7 @@ def quantize_bundle(
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
         evaluator = Evaluator(fp32_reference, limits, directory / "work", progress)
-        options = MethodOptions(threads, distill_steps or DEFAULT_STEPS, (None, *others), progress)
-        run = _Attempts(chosen_method, paths, calibrated_on, evaluator, asked, options)
+        run = _Attempts(chosen_method, paths, calibrated_on, evaluator, asked, distill_steps or DEFAULT_STEPS)
         run.calibrate(source, algorithms)
         refined = run.refine() if chosen_method.refine else None
         chosen = run.best()
@@ -172,9 +164,10 @@ def quantize_bundle(
         record: dict[str, Any] = {"method": method}
         record |= parity_record(result, fp32_reference, limits, evaluator.speeds(result.evaluated))
         if others:
-            record["sizes"] = [size_record(evaluator.at_size(result.evaluated, size, compared)) for size in others]
-        for one in record.get("sizes", ()):
-            (progress.stage if one["problem"] is None else progress.note)(size_line(one))
+            judged = [size_record(evaluator.at_size(result.evaluated, size, compared)) for size in others]
+            for one in judged:
+                (progress.stage if one["problem"] is None else progress.note)(size_line(one))
+            record["sizes"] = judged
         if evaluation is not None:
             record["evaluation"] = evaluation_record(Path(eval_data) if eval_data else None, evaluated_on)
         if len(run.candidates) > 1:
@@ -249,9 +242,13 @@ class _Attempts:
     calibrated_on: Mapping[str, str]
     evaluator: Evaluator
     asked: frozenset[ConvUse]
-    options: MethodOptions
+    steps: int
     evaluated: dict[str, EvaluatedBundle] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
+
+    @property
+    def threads(self) -> int:
+        return self.evaluator.fp32_reference.threads
 
     def best(self) -> Candidate:
         """Raises the first error if nothing could be measured."""
@@ -262,20 +259,20 @@ class _Attempts:
         """Calibrate the FP32 bundle `weights` with each algorithm, and measure the result."""
         progress = self.evaluator.progress
         progress.stage("observing the convolutions' outputs")
-        onnx_file, sizes = weights.graph("onnx")[0], self.options.sizes
+        onnx_file, preprocess = weights.graph("onnx")[0], weights.manifest.preprocess
 
         def batches() -> Iterator[NDArray[np.float32]]:
-            for done, batch in enumerate(network_inputs(weights, self.images, sizes)):
-                progress.step("observing", done, len(self.images) * len(sizes))
-                yield batch
+            for done, path in enumerate(self.images):
+                progress.step("observing", done, len(self.images))
+                yield preprocess.batch([preprocess(read_image(path))])
 
-        outputs = observe_outputs(onnx_file, batches(), self.options.threads)
+        outputs = observe_outputs(onnx_file, batches(), self.threads)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix
             try:
                 progress.stage(f"calibrating ({label})")
-                thresholds = self.method.calibrate(weights, self.images, algorithm, self.options)
+                thresholds = self.method.calibrate(weights, self.images, algorithm, self._options)
                 if unknown := sorted(set(thresholds) - set(outputs)):
                     raise EngineError(
                         f"{onnx_file} has no convolution {unknown[0]}, the Paddle program does",
@@ -297,8 +294,12 @@ class _Attempts:
         assert self.method.refine is not None
         chosen = self.best().algorithm
         start = self.evaluated[chosen].quantized
-        self.evaluator.progress.stage(f"{self.method.name}: {self.options.steps} steps from {chosen}")
+        self.evaluator.progress.stage(f"{self.method.name}: {self.steps} steps from {chosen}")
         output = self.evaluator.scratch / self.method.name
-        refined = self.method.refine(start.source, self.images, start.calibration, output, self.options)
+        refined = self.method.refine(start.source, self.images, start.calibration, output, self._options)
         self.calibrate(refined.bundle, [start.calibration.algorithm], f", {refined.label}")
         return refined
+
+    @property
+    def _options(self) -> MethodOptions:
+        return MethodOptions(self.threads, self.steps, self.evaluator.progress)

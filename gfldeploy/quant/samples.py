@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gfldeploy.batching.buckets import Size
-from gfldeploy.bundle import Bundle
 from gfldeploy.errors import DataError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset, list_images
-from gfldeploy.images.decode import read_image
 
 DEFAULT_SAMPLES = 64
 
@@ -41,17 +35,6 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
     """`count` of the paths at even distances, or all if there are fewer."""
     count = min(count, len(paths))
     return [paths[index * len(paths) // count] for index in range(count)]
-
-
-def network_inputs(
-    bundle: Bundle, images: Sequence[Path], sizes: Sequence[Size | None]
-) -> Iterator[NDArray[np.float32]]:
-    """Each of the images as the network's input [1, 3, H, W], at each of the sizes. Raises `DataError`."""
-    preprocesses = [bundle.at_size(size).manifest.preprocess for size in sizes]
-    for path in images:
-        image = read_image(path)
-        for preprocess in preprocesses:
-            yield preprocess.batch([preprocess(image)])
 
 
 def digests(paths: Sequence[Path]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from gfldeploy.quant.agreement import Agreement
 from gfldeploy.quant.artefacts import GRAPHS, Quantized
 from gfldeploy.quant.calibration import ConvUse, OutputRange
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement, best, failure, unjudgeable
-from gfldeploy.quant.measurement import Fp32Reference
+from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.quantizer import quantize_bundle
 from gfldeploy.quant.samples import digests, evaluation_record, refuse_overlap, spread
@@ -569,6 +569,13 @@ def test_a_good_calibration_passes_and_is_shown(calibrated: Path, run_here: RunH
     sheet = run_here("inspect", calibrated).stdout
     assert " convolutions in int8, " in sheet
     assert f"mAP {parity['accuracy']['engines']['paddle']['ap']:.4f}" in sheet
+    (small,) = parity["sizes"]
+    assert (small["size"], small["problem"]) == ([256, 384], None)
+    assert small["engines"].keys() == parity["engines"].keys() == small["accuracy"]["engines"].keys()
+    for name in int8_engines():
+        assert small["engines"][name]["convolutions"] == parity["engines"][name]["convolutions"]
+    assert 0 < small["accuracy"]["fp32"]["ap"] != parity["accuracy"]["fp32"]["ap"]
+    assert "at 256x384 INT8 holds: mAP " in sheet
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.bench.cell import BundleIdentity, Cell, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.report.page import write_report
 from gfldeploy.bench.results import BenchResults, CellResult

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import re
 import statistics
 import time
 from collections import defaultdict
@@ -32,6 +33,7 @@ from gfldeploy.bench.roofline import measure_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.onednn import LoggedPrimitive
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import scratch_directory, write_json
 from gfldeploy.machine import describe_machine
@@ -42,9 +44,9 @@ HERE = Path(__file__).resolve().parent
 CONVOLUTIONS = "convolutions"
 # What an operator is there for, by the engine's own name for it; the others are "other".
 GROUPS: Mapping[str, frozenset[str]] = {
-    CONVOLUTIONS: frozenset({"QLinearConv", "ConvInteger", "Conv", "FusedConv", "NhwcFusedConv"}),
-    "layout conversions": frozenset({"Transpose", "ReorderInput", "ReorderOutput"}),
-    "type conversions": frozenset({"QuantizeLinear", "DequantizeLinear", "Cast"}),
+    CONVOLUTIONS: frozenset({"QLinearConv", "ConvInteger", "Conv", "FusedConv", "NhwcFusedConv", "convolution"}),
+    "layout conversions": frozenset({"Transpose", "ReorderInput", "ReorderOutput", "reorder of layout"}),
+    "type conversions": frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "reorder of type"}),
     "normalisation": frozenset(
         {
             "InstanceNormalization",
@@ -56,10 +58,16 @@ GROUPS: Mapping[str, frozenset[str]] = {
             "Div",
             "Sqrt",
             "Scan",
+            # Of Paddle's program as oneDNN runs it: next to nothing else there is of these kinds.
+            "binary",
+            "reduction",
+            "pooling",
         }
     ),
     "additions": frozenset({"Add", "QLinearAdd"}),
-    "pooling and resizing": frozenset({"MaxPool", "NhwcMaxPool", "QLinearAveragePool", "AveragePool", "Resize"}),
+    "pooling and resizing": frozenset(
+        {"MaxPool", "NhwcMaxPool", "QLinearAveragePool", "AveragePool", "Resize", "resampling"}
+    ),
 }
 
 
@@ -80,6 +88,8 @@ class Operator:
     @property
     def group(self) -> str:
         """One of `GROUPS`, or "other"."""
+        if self.kind.endswith(" by channel"):
+            return "normalisation"
         return next((group for group, kinds in GROUPS.items() if self.kind in kinds), "other")
 
 
@@ -100,6 +110,7 @@ def onnxruntime_operators(engine: Engine, inputs: Tensors, runs: int) -> list[Op
     import onnx
 
     from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
+    from gfldeploy.engines.ort_rewrite import BY_CHANNEL
 
     assert isinstance(engine, OnnxRuntimeEngine)
     with scratch_directory() as directory:
@@ -119,16 +130,49 @@ def onnxruntime_operators(engine: Engine, inputs: Tensors, runs: int) -> list[Op
     spent: dict[tuple[str, str, tuple[int, ...]], float] = defaultdict(float)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= second:
+            if event["args"]["op_name"] == "Scan":
+                continue  # its time is that of the nodes inside, which have events of their own
             (output, *_) = event["args"].get("output_type_shape") or [{"": []}]
             name = event["name"].removesuffix("_kernel_time")
-            spent[event["args"]["op_name"], name, tuple(*output.values())] += event["dur"] / 1e3 / runs
+            kind = event["args"]["op_name"] + (" by channel" if name.startswith(BY_CHANNEL) else "")
+            spent[kind, name, tuple(*output.values())] += event["dur"] / 1e3 / runs
     return [
         Operator(kind, name, ms, output, math.prod(output) * math.prod(kernels[name][1:]) if name in kernels else None)
         for (kind, name, output), ms in spent.items()
     ]
 
 
-PROFILERS: Mapping[str, Callable[[Engine, Tensors, int], list[Operator]]] = {"onnxruntime": onnxruntime_operators}
+def paddle_operators(engine: Engine, inputs: Tensors, runs: int) -> list[Operator]:
+    """From oneDNN's log of its primitives, and what Paddle's own kernels take besides, group normalisation included."""
+    from gfldeploy.engines.paddle_engine import PaddleEngine
+
+    assert isinstance(engine, PaddleEngine)
+    logged = [engine.profile(inputs) for _ in range(runs + 1)][1:]
+    operators = []
+    for same in zip(*(primitives for primitives, _ in logged), strict=True):
+        ms = statistics.fmean(one.ms for one in same)
+        operators.append(_primitive(same[0], ms))
+    outside = statistics.fmean(took for _, took in logged) - sum(one.ms for one in operators)
+    return [*operators, Operator("outside of oneDNN", "", outside, (), None)]
+
+
+def _primitive(one: LoggedPrimitive, ms: float) -> Operator:
+    if one.kind == "reorder":
+        types = re.findall(r"(?:src|dst):(\w+)", one.tensors)
+        kind = f"reorder of {'layout' if len(set(types)) == 1 else 'type'}"
+        return Operator(kind, one.tensors, ms, (), None)
+    sizes = {name: int(value) for name, value in re.findall(r"(mb|g|ic|oc|oh|ow|kh|kw)(\d+)", one.shape)}
+    if one.kind != "convolution" or not {"mb", "oc", "oh", "ow"} <= sizes.keys():
+        return Operator(one.kind, one.shape, ms, (), None)
+    output = (sizes["mb"], sizes["oc"], sizes["oh"], sizes["ow"])
+    macs = math.prod(output) * sizes["ic"] // sizes.get("g", 1) * sizes["kh"] * sizes["kw"]
+    return Operator(one.kind, f"{one.implementation} {one.shape}", ms, output, macs)
+
+
+PROFILERS: Mapping[str, Callable[[Engine, Tensors, int], list[Operator]]] = {
+    "onnxruntime": onnxruntime_operators,
+    "paddle": paddle_operators,
+}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.at_once import at_once
-from gfldeploy.batching.buckets import Group, Order, Size, group
+from gfldeploy.batching.buckets import Group, Order, Size, group, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, Precision, Shape, Tensors
@@ -289,7 +289,7 @@ def evaluate(
         preprocess = sized.manifest.preprocess
         # Known beforehand, they settle what runs an input, which streams would leave to chance.
         expected = replace(options, progress=progress).expecting(batch_shapes(dataset, preprocess, batch_size, order))
-        label = "evaluating" if size is None else f"evaluating at {size[0]}x{size[1]}"
+        label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
         with open_engine(name, sized, expected) as running:
             found[size] = measure_accuracy(
                 running, dataset, preprocess, manifest.nms, manifest.classes, batch_size, order, progress, label

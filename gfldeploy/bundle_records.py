@@ -37,6 +37,20 @@ _PARITY = {
     "tolerance?": _TOLERANCE,
     "comparisons?": _COMPARISONS,
     "fp16?": {"tolerance?": _TOLERANCE, "comparisons?": _COMPARISONS, "left_out?": str},
+    "end_to_end?": [
+        {
+            "graph": str,
+            "engine": str,
+            "reference": str,
+            "batch": int,
+            "height": int,
+            "width": int,
+            "detections": int,
+            "missing": int,
+            "max_score_difference": float,
+            "max_box_difference_px": float,
+        }
+    ],
     "images?": [str],
     "engines?": _AGREEMENTS,
     "accuracy?": _ACCURACIES,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
-from gfldeploy.batching.buckets import Order, Size
+from gfldeploy.batching.buckets import Order, Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision, with_tf32
 
@@ -152,11 +152,6 @@ def names(some: Sequence[Cell], every: Sequence[Cell], whole: bool = True) -> st
             sizes = ", ".join(str(cell.batch_size) for cell in mine if cell.load == load)
             parts.append(f"{setup}, batch {sizes}{load}")
     return "; ".join(parts)
-
-
-def size_in_words(size: Size) -> str:
-    """Height and width, such as "800x1344"."""
-    return f"{size[0]}x{size[1]}"
 
 
 def several_bundles(cells: Collection[Cell]) -> bool:

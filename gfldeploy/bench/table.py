@@ -16,7 +16,8 @@ from statistics import fmean
 from textwrap import shorten
 from typing import Literal
 
-from gfldeploy.bench.cell import STREAMS, Cell, names, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import STREAMS, Cell, names
 from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, percentile, supports
 from gfldeploy.bench.monitor import BUSY_PERCENT

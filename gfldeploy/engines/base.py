@@ -29,7 +29,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 T = TypeVar("T")
-Tensors = Mapping[str, NDArray[np.float32]]
+Tensors = Mapping[str, NDArray[Any]]
 # (batch, height, width) of the network's input.
 Shape = tuple[int, int, int]
 

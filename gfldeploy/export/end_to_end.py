@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.bundle import Manifest
-from gfldeploy.detections import NmsParams
+from gfldeploy.bundle import END_TO_END_OUTPUTS, Manifest
 from gfldeploy.export.half import copied
 from gfldeploy.files import native_writes
 from gfldeploy.serialization import plain
@@ -20,7 +19,8 @@ from gfldeploy.serialization import plain
 METADATA = "gfldeploy"  # the key under which the file says what the detector is, as JSON
 # What begins the names of values: of the network those that it reads and gives alone.
 _BEFORE, _NETWORK, _AFTER = "before.", "network.", "after."
-_RESULTS = ("boxes", "scores", "classes", "count")
+# Numbers of pairs of a class and an anchor that float32 holds; a level of a pyramid has mostly far fewer anchors.
+_MOST_PAIRS, _ANCHORS = 1 << 24, 1 << 16
 
 # The parts in ONNX's own text. Normalisation is a table of 3 x 256 numbers: subtraction and division are rounded from
 # 64 bits, and in 32 bits give others. TensorRT has uint8 as inputs alone: the first operator is the Cast.
@@ -198,20 +198,24 @@ give (float[N,K] best, int64[N,K] places, float[N,A,4] original)
     chosen = GatherND <batch_dims = 1> (original, index)
     there_too = Unsqueeze (there, axis_2)
     boxes = Where (there_too, chosen, blank)
-    ones = Cast <to = 6> (there)
-    count = ReduceSum <keepdims = 0> (ones, axis_1)
+    ones = Cast <to = 1> (there)
+    sum = ReduceSum <keepdims = 0> (ones, axis_1)
+    count = Cast <to = 6> (sum)
 }
 """
 
 
-def obstacle(nms: NmsParams) -> str | None:
-    """Why standard ONNX has no form of this NMS, or None."""
+def obstacle(manifest: Manifest) -> str | None:
+    """Why standard ONNX has no form of this detector's NMS, or None."""
+    nms = manifest.nms
     if not nms.normalized:
         return "its NMS counts a box's last pixel (normalized: false), ONNX's does not"
     if nms.nms_eta != 1:
         return f"its NMS lowers the threshold as it goes (nms_eta {nms.nms_eta:g}), ONNX's does not"
     if nms.keep_top_k == -1:
         return "its NMS keeps every detection (keep_top_k -1), and the file needs a number of rows"
+    if (manifest.candidates or _ANCHORS) * manifest.score_channels > _MOST_PAIRS:
+        return "it has too many classes for its candidates to be numbered in float32"
     return None
 
 
@@ -331,7 +335,7 @@ def _rename(nodes: Iterable[Any], names: dict[str, str]) -> None:
 
 def _needed(nodes: list[Any]) -> list[Any]:
     """Those that the results come from, in their order: nothing reads the network's anchors."""
-    wanted, needed = set(_RESULTS), []
+    wanted, needed = set(END_TO_END_OUTPUTS), []
     for node in reversed(nodes):
         if wanted.intersection(node.output):
             wanted.update(node.input)

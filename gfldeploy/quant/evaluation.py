@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.batching.buckets import Size
+from gfldeploy.batching.buckets import Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import EngineError, GfldeployError, ParityError
 from gfldeploy.progress import Progress
@@ -107,7 +107,7 @@ class Evaluator:
         """
         reference, accuracy = self.fp32_reference, None
         engines: Mapping[str, Int8Measurement] = {}
-        label = f"{size[0]}x{size[1]}"
+        label = size_in_words(size)
         self.progress.stage(f"judging INT8 at {label}")
         try:
             source = reference.source.at_size(size)

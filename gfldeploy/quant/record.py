@@ -9,8 +9,8 @@ from typing import Any
 
 from gfldeploy import __version__
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bundle import Bundle, Manifest
-from gfldeploy.quant.artefacts import GRAPHS
 from gfldeploy.quant.evaluation import Evaluation, SizeEvaluation
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement
 from gfldeploy.quant.groups import groups
@@ -23,14 +23,17 @@ _NOTES = {
 }
 
 
-def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> Manifest:
-    """The manifest of an INT8 bundle made of `source` with `images` calibration images; its files are not in it yet."""
+def int8_manifest(source: Bundle, graphs: Manifest, algorithm: str, images: int, command: str) -> Manifest:
+    """The manifest of an INT8 bundle made of `source` with `images` calibration images; its files are not in it yet.
+
+    `graphs`: one that has its graphs, and says why it lacks some.
+    """
     return replace(
         source.manifest,
         name=f"{source.name}_int8",
         precision="int8",
-        graphs=GRAPHS,
-        left_out={},
+        graphs=graphs.graphs,
+        left_out=graphs.left_out,
         provenance={
             **source.manifest.provenance,
             "quantized": {
@@ -76,9 +79,9 @@ def size_record(evaluation: SizeEvaluation) -> dict[str, Any]:
 
 def size_line(record: Mapping[str, Any]) -> str:
     """What such an entry says: whether INT8 holds at the size, by which figures, or why it does not."""
-    height, width = record["size"]
+    size = size_in_words(record["size"])
     if record["problem"] is not None:
-        return f"at {height}x{width} INT8 does not hold: {record['problem']}"
+        return f"at {size} INT8 does not hold: {record['problem']}"
     if accuracy := record.get("accuracy"):
         fp32 = accuracy["fp32"]
         found = [f"{name} {one['ap']:.4f}" for name, one in accuracy["engines"].items()]
@@ -88,7 +91,7 @@ def size_line(record: Mapping[str, Any]) -> str:
         found = [f"{name} {one['detections_found']:.1%}" for name, one in engines.items()]
         count = max((one["detections"] for one in engines.values()), default=0)
         figures = f"of {count} FP32 detections found again: {', '.join(found)}" if count else "FP32 had no detections"
-    return f"at {height}x{width} INT8 holds: {figures}"
+    return f"at {size} INT8 holds: {figures}"
 
 
 def algorithms_record(candidates: Sequence[Candidate], chosen: Candidate) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.batching.buckets import STREAM_ORDERS, Order, Size, group
-from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario, size_in_words
+from gfldeploy.batching.buckets import STREAM_ORDERS, Order, Size, group, size_in_words
+from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import median, percentile
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import plan

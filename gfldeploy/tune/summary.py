@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gfldeploy.bench.cell import Cell, names, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import Cell, names
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import CellResult
 from gfldeploy.engines.base import with_tf32

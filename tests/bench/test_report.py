@@ -218,6 +218,12 @@ def test_the_short_answer() -> None:
     assert short_answer(replace(results, cells=(FAILED,))) == ["Nothing could be measured; the reasons are below."]
 
 
+def test_the_short_answer_names_the_input_size() -> None:
+    faster = altered(OK, input_size=(256, 384), batch_size=1)
+    (answer, *_) = (line for line in short_answer(replace(sample_results(), cells=(faster,))) if "Highest" in line)
+    assert f"ONNX Runtime {faster.cell.precision.upper()} at 256x384, batch 1" in answer
+
+
 def test_what_pads_says_that_it_changes_boxes() -> None:
     stages = Stages(**dict.fromkeys(STAGES, (1.0,) * 4) | {"end_to_end_ms": (4.0,) * 4})
     one, padded = many().cells[4:6]

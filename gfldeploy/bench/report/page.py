@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from gfldeploy.bench.cell import Cell, several_bundles, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import Cell, several_bundles
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.limits import network_limits

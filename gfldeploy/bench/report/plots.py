@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gfldeploy.bench.cell import STREAMS, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import STREAMS
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import Row, best_of_each, rows

@@ -21,7 +21,7 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 CONVOLUTIONS = "convolutions"
+_SLOWEST = 10  # convolutions that the results name
 # What an operator is there for, by the engine's own name for it; the others are "other".
 GROUPS: Mapping[str, frozenset[str]] = {
     CONVOLUTIONS: frozenset({"QLinearConv", "ConvInteger", "Conv", "FusedConv", "NhwcFusedConv", "convolution"}),
@@ -91,6 +92,16 @@ class Operator:
         if self.kind.endswith(" by channel"):
             return "normalisation"
         return next((group for group, kinds in GROUPS.items() if self.kind in kinds), "other")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The `count` operators of one kind together: `ms` of one inference."""
+
+    group: str
+    name: str
+    count: int
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,7 @@ def main() -> None:
         rounds = [measure(engine, args.engine, options, {"image": image}, args.runs) for _ in range(args.rounds)]
         operators = PROFILERS[args.engine](engine, {"image": image}, args.runs)
         version = engine.version
+    slowest = sorted((one for one in operators if one.macs), key=lambda one: -one.ms)
     show(rounds, operators, macs)
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_{args.engine}_int8_profile.json"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -208,9 +220,19 @@ def main() -> None:
         "input": list(image.shape),
         "macs": macs,
         "rounds": plain(rounds),
-        "operators": plain(sorted(operators, key=lambda one: -one.ms)),
+        "kinds": plain([kind for kind in kinds(operators) if kind.ms >= 0.1]),
+        "slowest_convolutions": plain(slowest[:_SLOWEST]),
     }
     write_json(output, record)
+
+
+def kinds(operators: Iterable[Operator]) -> list[Kind]:
+    """Operators summed by kind, the longest first."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for one in operators:
+        found[one.group, one.kind].append(one.ms)
+    summed = (Kind(group, name, len(each), sum(each)) for (group, name), each in found.items())
+    return sorted(summed, key=lambda kind: -kind.ms)
 
 
 def measure(engine: Engine, name: str, options: EngineOptions, inputs: Tensors, runs: int) -> Round:
@@ -237,22 +259,20 @@ def show(rounds: Sequence[Round], operators: Sequence[Operator], macs: int) -> N
         f"{macs / 1e9:.1f} GMAC in {took:.1f} ms: {statistics.median(percents):.0f}% "
         f"({min(percents):.0f} to {max(percents):.0f}) of the peak of {peak:.0f} GMAC/s"
     )
-    total = sum(one.ms for one in operators)
     # In a profile each operator also takes the time of its event, and the machine may have another clock.
-    scale = took / total
+    scale = took / sum(one.ms for one in operators)
     print(f"\n| of {took:.1f} ms | ms | share | operators |\n|---|---|---|---|")
     print(f"| convolutions at the peak | {macs / peak / 1e6:.1f} | {100 * macs / peak / 1e6 / took:.1f}% | |")
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for one in operators:
-        groups[one.group][one.kind].append(one.ms * scale)
-    spent = {group: sum(map(sum, kinds.values())) for group, kinds in groups.items()}
-    for group in sorted(groups, key=lambda one: (one != CONVOLUTIONS, -spent[one])):
-        ms, name = spent[group], group
+    spent: dict[str, list[Kind]] = defaultdict(list)
+    for kind in kinds(operators):
+        spent[kind.group].append(kind)
+    totals = {group: scale * sum(kind.ms for kind in each) for group, each in spent.items()}
+    for group in sorted(spent, key=lambda one: (one != CONVOLUTIONS, -totals[one])):
+        ms, name = totals[group], group
         if group == CONVOLUTIONS:
             ms, name = ms - macs / peak / 1e6, "convolutions, beyond that"
-        kinds = sorted(groups[group].items(), key=lambda item: -sum(item[1]))
-        what = ", ".join(f"{len(each)} {kind} {sum(each):.1f}" for kind, each in kinds if sum(each) >= took / 1000)
-        print(f"| {name} | {ms:.1f} | {100 * ms / took:.1f}% | {what} |")
+        parts = (f"{kind.count} {kind.name} {kind.ms * scale:.1f}" for kind in spent[group] if kind.ms >= took / 1000)
+        print(f"| {name} | {ms:.1f} | {100 * ms / took:.1f}% | {', '.join(parts)} |")
     print("\n| convolution | gives | ms | of the peak | ms lost |\n|---|---|---|---|---|")
     convolutions = [(one.ms * scale, one.macs / peak / 1e6, one) for one in operators if one.macs]
     for ms, least, one in sorted(convolutions, key=lambda item: item[1] - item[0])[:10]:

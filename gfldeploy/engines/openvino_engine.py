@@ -60,6 +60,7 @@ class OpenVinoEngine(Engine):
 
     name = "openvino"
     title = "OpenVINO"
+    rewrites = True  # the graph before it is compiled, see `openvino_rewrite`
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Read the graph, which is compiled when the first input of a shape comes.
@@ -94,7 +95,8 @@ class OpenVinoEngine(Engine):
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
         arrays = {
-            name: np.ascontiguousarray(array, None if array.dtype.kind in "iu" else np.float32)
+            # Writable, which OpenVINO wants of memory that it reads where it lies.
+            name: np.require(array, None if array.dtype.kind in "iu" else np.float32, ("C", "W"))
             for name, array in inputs.items()
         }
         with self._explained():
@@ -203,7 +205,8 @@ class OpenVinoEngine(Engine):
             batch = shape[0]  # of what the graph that deploys by itself takes beside the image, too
             others = {one.any_name: [batch, *list(one.partial_shape)[1:]] for one in model.inputs}
             model.reshape({**others, "image": list(shape)})
-        rewrite(model, self.options.precision)
+        if self.rewrites:
+            rewrite(model, self.options.precision)
         compiled = self._core.compile_model(model, "CPU", self._settings(shape) | more)
         if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
             raise EngineError(f"OpenVINO runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")

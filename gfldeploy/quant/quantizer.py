@@ -36,7 +36,6 @@ from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_reco
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
-from gfldeploy.serialization import plain
 
 _AGREEMENT_IMAGES = 8
 _COPIED = ("infer_cfg.yml", LAYERS)
@@ -164,9 +163,9 @@ def quantize_bundle(
         chosen = run.best()
         result = evaluator.settle(run.evaluated[chosen.algorithm], fallback, sensitivity)
         record: dict[str, Any] = {"method": method}
-        record |= parity_record(result, fp32_reference, limits, evaluator.speeds(result.evaluated))
-        end_to_end, compared_end_to_end = add_end_to_end(result.evaluated.bundle, threads, progress)
-        record["end_to_end"] = plain(compared_end_to_end)
+        speeds = evaluator.speeds(result.evaluated)
+        end_to_end = add_end_to_end(result, evaluator)
+        record |= parity_record(result, fp32_reference, limits, speeds, end_to_end)
         if others:
             judged = [size_record(evaluator.at_size(result.evaluated, size, compared)) for size in others]
             for one in judged:
@@ -187,7 +186,7 @@ def quantize_bundle(
         for name in _COPIED:
             shutil.copyfile(source.directory / name, directory / name)
         progress.stage(f"publishing {output} ({chosen.algorithm})")
-        manifests.append(int8_manifest(source, end_to_end.manifest, chosen.algorithm, len(paths), command))
+        manifests.append(int8_manifest(source, end_to_end.bundle.manifest, chosen.algorithm, len(paths), command))
     return Bundle.open(output)
 
 

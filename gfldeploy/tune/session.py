@@ -437,12 +437,9 @@ class _Session:
             here, there = self.accuracies.get(model), self._accuracy(model.own)
             if isinstance(here, Accuracy) and isinstance(there, Accuracy):
                 ap_less = there.ap - here.ap
-        drops = {
-            one.input_size or own_size: lost
-            for one, lost in search.drops.items()
-            if (one.bundle, one.precision) == (choice.bundle, choice.precision)
-        }
-        drops[choice.input_size or own_size] = search.drops[model]
+        alike = [one for one in search.drops if (one.bundle, one.precision) == (choice.bundle, choice.precision)]
+        alike.sort(key=lambda one: one.engine == choice.engine)  # its own engine overrides what others lose
+        drops = {one.input_size or own_size: search.drops[one] for one in alike}
         return SizeChoice(own_size, speed, ap_less, tuple(sorted(drops.items(), reverse=True)))
 
     def no_choice(self) -> Exception:

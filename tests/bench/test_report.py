@@ -248,7 +248,8 @@ def at_sizes() -> BenchResults:
         cells.append(altered(cell, accuracy=replace(OK.accuracy, ap=0.5 - drop)))
         for size, factor, lost in (((32, 48), 0.5, 0.2), ((48, 64), 1.5, 0.1)):
             if size == (32, 48) or drop:
-                stages = replace(RUN.stages, end_to_end_ms=tuple(factor * ms for ms in cell.file_ms))
+                file_ms = tuple(factor * ms for ms in cell.file_ms)
+                stages = Stages(**dict.fromkeys(STAGES, file_ms))
                 runs = tuple(replace(run, stages=stages) for run in cell.runs)
                 accuracy = replace(OK.accuracy, ap=0.5 - drop - lost)
                 cells.append(altered(cell, input_size=size, runs=runs, accuracy=accuracy))
@@ -265,7 +266,7 @@ def test_accuracy_against_speed_by_input_size(tmp_path: Path) -> None:
     }
     assert len({line["marker"]["symbol"] for line in lines}) == 2, "the precision, for who sees no colours"
     # INT8 leads at 32x48 and at its own size, FP32 in ONNX Runtime is the most accurate, and faster than in Paddle.
-    assert front["y"] == pytest.approx([0.5, 0.496, 0.3]) or front["y"] == pytest.approx([0.5, 0.496, 0.296])
+    assert front["y"] == pytest.approx([0.5, 0.496, 0.296])
     assert "onnxruntime int8 at 32x48 (277.8 images/s, mAP 0.2960)" in figure.about
     write_report(at_sizes(), tmp_path / "report.html")
     marked = [one for one in table((tmp_path / "report.html").read_text(), "cells") if one["front"]]

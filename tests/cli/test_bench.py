@@ -93,7 +93,7 @@ def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capf
         (("--engines", "onnxrutime"), "(did you mean onnxruntime?)"),
         (("--precisions", "in8"), "(did you mean int8?)"),
         (("--scenarios", "server"), "the server scenario needs --rates"),
-        (("--streams", "1,2"), "several --streams are of the offline scenario. Add offline to --scenarios"),
+        (("--streams", "1,2"), "several --streams are of the offline and server scenarios. Add offline to --scenarios"),
         (("--scenarios", "server", "--rates", "5"), "--latency-bound-ms. See `gfldeploy bench --help`."),
         (("--policies", "adaptve"), "(did you mean adaptive?)"),
         (("--rates", "5"), "--rates needs the server scenario"),

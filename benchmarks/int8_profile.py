@@ -4,8 +4,10 @@
         --machine epyc-2core
 
 In each round the engine's peak is measured (a stack of plain convolutions, as `gfldeploy bench` does), then inferences
-of one input. Then the engine's own profiler times every operator of a few more. Prints how near the network comes to
-the peak, what the rest of the time is spent on, and the convolutions that lose most; writes it all to
+of one input; in ONNX Runtime the same also of the bundle's graph as it is written, which the engine rewrites otherwise.
+With `--data annotations.json` (COCO, images/ beside it), the mAP of both is measured, and the difference. Then the
+engine's own profiler times every operator of a few more. Prints how near the network comes to the peak, what the rest
+of the time is spent on, and the convolutions that lose most; writes it all to
 results/MACHINE/checks/NAME_ENGINE_int8_profile.json beside this script.
 
 An engine is a function in `PROFILERS` that times its operators, and the group that each of its names belongs to in
@@ -29,13 +31,16 @@ from typing import Any
 
 import numpy as np
 
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
+from gfldeploy.batching.buckets import Group
 from gfldeploy.bench.roofline import measure_peak
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.onednn import LoggedPrimitive
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import scratch_directory, write_json
+from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.macs import count_work
 from gfldeploy.serialization import plain
@@ -106,14 +111,31 @@ class Kind:
 
 @dataclass(frozen=True)
 class Round:
-    """`peak_gmac_per_s`: of the engine on plain convolutions; `inference_ms`: of the network right after."""
+    """`peak_gmac_per_s`: of the engine on plain convolutions; `inference_ms`: of the network right after.
+
+    `as_written_ms`: of the graph as the bundle has it; none where the engine runs no other.
+    """
 
     peak_gmac_per_s: float
     inference_ms: tuple[float, ...]
+    as_written_ms: tuple[float, ...] = ()
 
     def percent(self, macs: int) -> float:
         """What the network reaches of the peak, whose inference takes `macs` multiply-accumulates."""
         return 100 * macs / statistics.median(self.inference_ms) / 1e6 / self.peak_gmac_per_s
+
+
+def as_written(name: str, bundle: Bundle, options: EngineOptions) -> Engine | None:
+    """An engine that runs the bundle's graph as it is; None where the recipe knows none."""
+    if name != "onnxruntime":
+        return None
+    from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
+
+    class AsWritten(OnnxRuntimeEngine):
+        def _source(self) -> str:
+            return str(self._model)
+
+    return AsWritten(bundle, options, "onnx")
 
 
 def onnxruntime_operators(engine: Engine, inputs: Tensors, runs: int) -> list[Operator]:
@@ -194,6 +216,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
     parser.add_argument("--name", required=True, help="of the results file")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="COCO annotations, to compare mAP")
     parser.add_argument("--rounds", type=int, default=3, metavar="R")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="inferences in each round, and in the profile")
     args = parser.parse_args()
@@ -204,9 +227,13 @@ def main() -> None:
     graph, _ = bundle.graph("onnx")
     one_image = count_work(graph, [(height, width)], bundle.manifest.strides)[height, width].macs
     macs = one_image * args.batch_size
+    accuracy: dict[str, Any] = {}
     with open_engine(args.engine, bundle, options, options.shapes) as engine:
+        plainly = as_written(args.engine, bundle, options)
         engine.infer({"image": image})
-        rounds = [measure(engine, args.engine, options, {"image": image}, args.runs) for _ in range(args.rounds)]
+        rounds = [measure(engine, plainly, options, {"image": image}, args.runs) for _ in range(args.rounds)]
+        if args.data and plainly is not None:
+            accuracy = compare(engine, plainly, CocoDataset.load(args.data, None, None), bundle.manifest)
         operators = PROFILERS[args.engine](engine, {"image": image}, args.runs)
         version = engine.version
     slowest = sorted((one for one in operators if one.macs), key=lambda one: -one.ms)
@@ -220,6 +247,7 @@ def main() -> None:
         "input": list(image.shape),
         "macs": macs,
         "rounds": plain(rounds),
+        "accuracy": accuracy,
         "kinds": plain([kind for kind in kinds(operators) if kind.ms >= 0.1]),
         "slowest_convolutions": plain(slowest[:_SLOWEST]),
     }
@@ -235,19 +263,42 @@ def kinds(operators: Iterable[Operator]) -> list[Kind]:
     return sorted(summed, key=lambda kind: -kind.ms)
 
 
-def measure(engine: Engine, name: str, options: EngineOptions, inputs: Tensors, runs: int) -> Round:
+def measure(engine: Engine, plainly: Engine | None, options: EngineOptions, inputs: Tensors, runs: int) -> Round:
     """The peak in a process of its own, then so many inferences here."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        peak = pool.submit(measure_peak, name, options, 2.0).result()
+        peak = pool.submit(measure_peak, engine.name, options, 2.0).result()
     if peak.gmac_per_s is None:
         raise SystemExit(peak.reason)
-    times = []
+    return Round(peak.gmac_per_s, times(engine, inputs, runs), times(plainly, inputs, runs) if plainly else ())
+
+
+def times(engine: Engine, inputs: Tensors, runs: int) -> tuple[float, ...]:
+    """Milliseconds of each of so many inferences, after one more."""
+    found = []
     engine.infer(inputs)
     for _ in range(runs):
         start = time.perf_counter()
         engine.infer(inputs)
-        times.append((time.perf_counter() - start) * 1e3)
-    return Round(peak.gmac_per_s, tuple(times))
+        found.append((time.perf_counter() - start) * 1e3)
+    return tuple(found)
+
+
+def compare(engine: Engine, plainly: Engine, dataset: CocoDataset, manifest: Manifest) -> dict[str, Any]:
+    """mAP of both, and by how much the first's is higher, with its 95% interval over images."""
+    category_ids = dataset.class_to_category(manifest.classes)
+    batches = [Group((index,), (0, 0)) for index in range(len(dataset.images))]
+    ours, written = (
+        [
+            row
+            for index, one in detect_images(each, dataset, manifest.preprocess, manifest.nms, batches)
+            for row in coco_results(dataset.images[index].id, one, category_ids)
+        ]
+        for each in (engine, plainly)
+    )
+    ap = {name: coco_accuracy(dataset, found).ap for name, found in {"ours": ours, "as_written": written}.items()}
+    difference = ap_difference(dataset, ours, written)
+    print(f"mAP on {len(dataset.images)} images: {ap}, difference {difference}")
+    return {"images": len(dataset.images), "ap": ap, "ap_difference": difference}
 
 
 def show(rounds: Sequence[Round], operators: Sequence[Operator], macs: int) -> None:
@@ -259,6 +310,10 @@ def show(rounds: Sequence[Round], operators: Sequence[Operator], macs: int) -> N
         f"{macs / 1e9:.1f} GMAC in {took:.1f} ms: {statistics.median(percents):.0f}% "
         f"({min(percents):.0f} to {max(percents):.0f}) of the peak of {peak:.0f} GMAC/s"
     )
+    if all(one.as_written_ms for one in rounds):
+        ratios = [statistics.median(one.as_written_ms) / statistics.median(one.inference_ms) for one in rounds]
+        low, high = min(ratios), max(ratios)
+        print(f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) times as fast as the graph as it is written")
     # In a profile each operator also takes the time of its event, and the machine may have another clock.
     scale = took / sum(one.ms for one in operators)
     print(f"\n| of {took:.1f} ms | ms | share | operators |\n|---|---|---|---|")

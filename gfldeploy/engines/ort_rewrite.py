@@ -37,7 +37,7 @@ def rewritten(path: Path, strides: Sequence[int], pixels: int, even: bool) -> by
     import onnx
 
     model = onnx.load(str(path))
-    graph = _Graph(model)
+    graph = _QdqGraph(model)
     changed = [
         _pool_integers(graph),
         _add_enlarged(graph),
@@ -52,7 +52,7 @@ def rewritten(path: Path, strides: Sequence[int], pixels: int, even: bool) -> by
     return content
 
 
-class _Graph:
+class _QdqGraph:
     """A graph with what refers to what; `finish` writes the changes back."""
 
     def __init__(self, model: Any) -> None:
@@ -114,7 +114,7 @@ class _Graph:
         self.graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in read)
 
 
-def _pool_integers(graph: _Graph) -> int:
+def _pool_integers(graph: _QdqGraph) -> int:
     """Have maxima be taken of integers, which have the scale of the result already before; returns how often.
 
     That is one rounding less.
@@ -122,8 +122,9 @@ def _pool_integers(graph: _Graph) -> int:
     count = 0
     for node in graph.graph.node:
         restore = graph.maker(node.input[0], "DequantizeLinear") if node.op_type == "MaxPool" else None
-        after = graph.reader(node, "QuantizeLinear") if restore is not None else None
-        before = graph.maker(restore.input[0], "QuantizeLinear") if restore is not None else None
+        if restore is None:
+            continue
+        before, after = graph.maker(restore.input[0], "QuantizeLinear"), graph.reader(node, "QuantizeLinear")
         if after is None or before is None or graph.scale(restore) is None or graph.scale(after) is None:
             continue
         if graph.reader(restore, "MaxPool") is None or graph.reader(before, "DequantizeLinear") is None:
@@ -136,7 +137,7 @@ def _pool_integers(graph: _Graph) -> int:
     return count
 
 
-def _add_enlarged(graph: _Graph) -> int:
+def _add_enlarged(graph: _QdqGraph) -> int:
     """Add a map that is enlarged to twice its sides without enlarging it; returns how often.
 
     Each pixel of the smaller map is broadcast to its four of the larger one, in integers.
@@ -174,7 +175,7 @@ def _add_enlarged(graph: _Graph) -> int:
     return count
 
 
-def _doubles(graph: _Graph, resize: Any) -> bool:
+def _doubles(graph: _QdqGraph, resize: Any) -> bool:
     """Whether a Resize repeats each pixel twice in both directions, as paddle2onnx writes it."""
     scales = graph.value(resize.input[2]) if len(resize.input) == 3 else None
     if scales is None or scales.tolist() != [1, 1, 2, 2]:
@@ -183,7 +184,7 @@ def _doubles(graph: _Graph, resize: Any) -> bool:
     return all(_attribute(resize, name, None) == value for name, value in wanted.items())
 
 
-def _normalize_integers(graph: _Graph, strides: Sequence[int], pixels: int) -> int:
+def _normalize_integers(graph: _QdqGraph, strides: Sequence[int], pixels: int) -> int:
     """Write large group normalisations as convolutions of a channel by itself; returns how many.
 
     Each gets its weight and bias from sums over the integers that the convolution before it gives: what is normalised
@@ -237,7 +238,7 @@ class _Normalization:
     beta: NDArray[np.float64]
 
     @classmethod
-    def at(cls, graph: _Graph, node: Any) -> _Normalization | None:
+    def at(cls, graph: _QdqGraph, node: Any) -> _Normalization | None:
         """The one around the InstanceNormalization `node`, or None if it is something else."""
         if node.op_type != "InstanceNormalization":
             return None
@@ -354,7 +355,7 @@ class _Body(_Nodes):
         return name
 
 
-def _split_stem(graph: _Graph) -> bool:
+def _split_stem(graph: _QdqGraph) -> bool:
     """Write a large first convolution of stride 2 as one of stride 1 over squares of 2x2 pixels; whether there is one.
 
     To gather its input, ONNX Runtime copies a row of the kernel at a time: 7 copies of 21 bytes become 4 of 48. The

@@ -1,36 +1,54 @@
-"""From a folder of files to boxes with a small detector: `gfldeploy predict` against a plain script for OpenVINO.
+"""gfldeploy beside what its users would run instead, from files to boxes and in the network alone.
 
-    python benchmarks/files_to_boxes.py --bundle demo/int8 --machine epyc-2core [--before CHECKOUT] [-- OPTIONS]
+    python benchmarks/files_to_boxes.py --bundle demo/int8 --machine epyc-2core --name demo_int8 [--before CHECKOUT] \\
+        [-- OPTIONS]
 
-Every leg is a process of its own, from its start to its end, on the same `--images` images of the built-in detector's
-data; interleaved, `--rounds` times. "plain script" is `rivals.openvino_throughput` on the bundle's ONNX file at
-`--size`, with OpenVINO's throughput hint; it keeps the boxes and writes nothing. "predict" also takes what follows
-`--`, such as `--engine onnxruntime`. `--before` adds `predict` of another checkout, whose files must have the same
-bytes. "network alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie
-ready: its CPU time is of these inferences alone, so that the difference is what everything else takes.
+Every leg is a process of its own; all are interleaved, `--rounds` times.
+
+From files to boxes, from the start of a process to its end, on the same `--images` images of the built-in detector's
+data, or those in `--folder`: "plain script" is `rivals.openvino_throughput` on the bundle's ONNX file at `--size`, with
+OpenVINO's throughput hint; it keeps the boxes and writes nothing. "predict" also takes what follows `--`, such as
+`--engine onnxruntime`. `--before` adds `predict` of another checkout, whose files must have the same bytes. "network
+alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie ready: its CPU time
+is of these inferences alone, so that the difference is what everything else takes.
+
+In the network alone, for `--seconds` on random inputs of `--size`: OpenVINO's own benchmark_app with its hints on the
+bundle's ONNX file, a loop around one session of ONNX Runtime, and what `bench` times in its offline scenario, by
+engine, streams and `--batch-sizes`. Left to itself OpenVINO computes in BF16 what is not INT8, where the processor has
+BF16: the legs with "f32" must not. `--no-files` and `--no-network` leave out one half.
 
 Prints images a second, milliseconds of CPU an image, how many processors were busy, and images a second by the plain
-script's, each the median over the rounds with the least and the most; writes all rounds to
-results/MACHINE/checks/NAME_files_to_boxes.json beside this script.
+script's or by benchmark_app's with the throughput hint, each the median over the rounds with the least and the most;
+writes all rounds to results/MACHINE/checks/NAME_files_to_boxes.json beside this script.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 import gfldeploy
 from gfldeploy.batching.buckets import stream_batches
+from gfldeploy.bench.timing import Settings, measure
 from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import generate
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.base import EngineOptions, Precision, Shape
+from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import capability, open_engine
 from gfldeploy.files import files_below, write_json
 from gfldeploy.images.decode import image_size, read_image
 from gfldeploy.machine import describe_machine
@@ -40,6 +58,7 @@ from gfldeploy.serialization import plain
 HERE = Path(__file__).resolve().parent
 PLAIN = "plain script"
 PREDICT, BEFORE, NETWORK = "predict", "predict before", "network alone"
+APP = "benchmark_app, throughput hint"
 NOTE = "predict.json"  # which names the time and the version
 READY = 64  # inputs that lie ready at once
 
@@ -52,23 +71,49 @@ def main() -> None:
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another version of this project")
     parser.add_argument("--name", default="demo", help="of the results file")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
-    parser.add_argument("--images", type=int, default=1000, metavar="I")
-    parser.add_argument("--size", type=int, nargs=2, default=(320, 448), metavar=("H", "W"), help="of the plain script")
+    parser.add_argument("--images", type=int, default=1000, metavar="I", help="generated ones (default: 1000)")
+    parser.add_argument("--folder", type=Path, help="of images, in place of generated ones")
+    parser.add_argument("--size", type=int, nargs=2, default=(320, 448), metavar=("H", "W"), help="of the network")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 2), metavar="B", help="of the network alone")
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="of the network alone, each round")
     parser.add_argument("--rounds", type=int, default=3, metavar="R")
+    parser.add_argument("--no-files", action="store_true")
+    parser.add_argument("--no-network", action="store_true")
     parser.add_argument("options", nargs="*", metavar="OPTION", help="of `gfldeploy predict`, after --")
     args = parser.parse_args()
+    files: dict[str, list[Round]] = {}
+    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = generate(Path(scratch), "val", args.images).parent / "images"
+        folder = args.folder or generate(Path(scratch), "val", args.images).parent / "images"
+        images = len(list(folder.iterdir()))
         checkouts = {PREDICT: Path(gfldeploy.__file__).parents[1]} | ({BEFORE: args.before} if args.before else {})
-        found = race(args.bundle, folder, Path(scratch), checkouts, args.size, args.rounds, args.options)
+        legs = network_legs(args.bundle, args.size, args.batch_sizes, args.seconds)
+        for number in range(-1, args.rounds):  # the first fills caches, and does not count
+            if not args.no_files:
+                took = race(args.bundle, folder, Path(scratch), checkouts, args.size, number, args.options)
+                if number >= 0:
+                    files = {name: [*files.get(name, ()), one] for name, one in took.items()}
+            if number >= 0 and not args.no_network:
+                for name in turned(legs, number):
+                    rates.setdefault(name, []).append(legs[name]())
     record = {
-        "machine": plain(describe_machine()), "images": args.images, "size": list(args.size),
-        "options": args.options, "rounds": {name: [list(one) for one in rounds] for name, rounds in found.items()},
+        "machine": plain(describe_machine()), "images": images, "size": list(args.size), "options": args.options,
+        "rounds": {name: [list(one) for one in rounds] for name, rounds in files.items()},
+        "network_images_per_s": {name: rates[name] for name in legs if name in rates},
     }  # fmt: skip
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_files_to_boxes.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, record)
-    print(table(found, args.images))
+    if files:
+        print(table({name: files[name] for name in (PLAIN, *checkouts, NETWORK)}, images))
+    if rates:
+        print(network_table({name: rates[name] for name in legs}))
+
+
+def turned(names: Iterable[str], number: int) -> list[str]:
+    """The names, from another one on in each round."""
+    all_of_them = list(names)
+    return all_of_them[number % len(all_of_them) :] + all_of_them[: number % len(all_of_them)]
 
 
 def race(
@@ -77,45 +122,110 @@ def race(
     scratch: Path,
     checkouts: Mapping[str, Path],
     size: Sequence[int],
-    rounds: int,
+    number: int,
     options: Sequence[str],
-) -> dict[str, list[Round]]:
-    """What each round of each leg took."""
+) -> dict[str, Round]:
+    """What each leg from files to boxes took in this round."""
     model, _ = Bundle.open(bundle).graph("onnx")
     rival: list[object] = [sys.executable, HERE / "rivals.py", model, folder, *size]
-    found: dict[str, list[Round]] = {name: [] for name in (PLAIN, *checkouts, NETWORK)}
-    names = list(found)
-    for number in range(-1, rounds):  # the first fills caches, and does not count
-        bytes_of = {}
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            if name == NETWORK:
-                took = network_alone(bundle, folder, options)
-            elif name == PLAIN:
-                took = process(rival)
-            else:
-                output = scratch / name
-                command = [sys.executable, "-P", "-m", "gfldeploy", "predict", bundle, folder, "-o", output, "--force"]
-                took = process([*command, *options], PYTHONPATH=str(checkouts[name].absolute()))
-                bytes_of[name] = {one: (output / one).read_bytes() for one in files_below(output) if one != NOTE}
-            if number >= 0:
-                found[name].append(took)
-        if any(one != bytes_of[PREDICT] for one in bytes_of.values()):
-            raise SystemExit(f"{BEFORE} wrote other bytes")
+    found: dict[str, Round] = {}
+    bytes_of = {}
+    for name in turned((PLAIN, *checkouts, NETWORK), number):
+        if name == NETWORK:
+            found[name] = network_alone(bundle, folder, options)
+        elif name == PLAIN:
+            found[name] = process(rival)[0]
+        else:
+            output = scratch / name
+            command = [sys.executable, "-P", "-m", "gfldeploy", "predict", bundle, folder, "-o", output, "--force"]
+            found[name], _ = process([*command, *options], PYTHONPATH=str(checkouts[name].absolute()))
+            bytes_of[name] = {one: (output / one).read_bytes() for one in files_below(output) if one != NOTE}
+    if any(one != bytes_of[PREDICT] for one in bytes_of.values()):
+        raise SystemExit(f"{BEFORE} wrote other bytes")
     return found
 
 
-def process(command: Sequence[object], **environment: str) -> Round:
-    """A process from its start to its end. Ends the script if it fails."""
+def network_legs(
+    bundle: Path, size: Sequence[int], batch_sizes: Sequence[int], seconds: float
+) -> dict[str, Callable[[], float]]:
+    """What measures images a second of the network alone, by name; benchmark_app's throughput hint comes first."""
+    opened = Bundle.open(bundle)
+    model, cpus = opened.graph("onnx")[0], usable_threads()
+    precision = choose(bundle, "openvino").options.precision
+    legs: dict[str, Callable[[], float]] = {
+        APP: partial(benchmark_app, model, size, seconds, "throughput"),
+        "benchmark_app, latency hint": partial(benchmark_app, model, size, seconds, "latency"),
+        f"{APP}, f32": partial(benchmark_app, model, size, seconds, "throughput", "-infer_precision", "f32"),
+        "onnxruntime, one session": partial(apart, onnxruntime_rate, model, size, seconds),
+    }
+    cells: list[tuple[str, Precision]] = [("openvino", precision), ("onnxruntime", precision)]
+    bf16 = capability("openvino", "bf16", "cpu")
+    if precision == "fp32" and bf16.works and bf16.note is None:
+        cells.insert(0, ("openvino", "bf16"))
+    for engine, computed in cells:
+        for streams in sorted({1, cpus}):
+            options = EngineOptions(computed, threads=cpus // streams, streams=streams)
+            for batch in batch_sizes:
+                name = f"gfldeploy, {engine} {computed}, {streams} stream{'s' * (streams > 1)}, batch {batch}"
+                legs[name] = partial(apart, network_rate, bundle, engine, options, (batch, *size), seconds)
+    return legs
+
+
+def benchmark_app(model: Path, size: Sequence[int], seconds: float, hint: str, *more: str) -> float:
+    """Images a second, as OpenVINO's own tool tells them of one image an inference."""
+    run = "from openvino.tools.benchmark.main import main; main()"
+    shape = f"image[1,3,{size[0]},{size[1]}]"
+    options = ["-m", model, "-shape", shape, "-hint", hint, "-t", max(1, round(seconds)), *more]
+    _, said = process([sys.executable, "-c", run, *options])
+    told = re.search(r"Throughput:\s+([0-9.]+) FPS", said)
+    if told is None:
+        raise SystemExit(f"benchmark_app told no throughput: {said[-1000:]}")
+    return float(told[1])
+
+
+def apart(measure_rate: Callable[..., float], *arguments: object) -> float:
+    """What it measures in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_rate, *arguments).result()
+
+
+def onnxruntime_rate(model: Path, size: Sequence[int], seconds: float) -> float:
+    """Images a second of one session, one image after the other."""
+    import rivals
+
+    infer, image = rivals.onnxruntime_fp32(model, usable_threads()), random_images(1, *size)
+    infer(image)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        infer(image)
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def network_rate(bundle: Path, engine: str, options: EngineOptions, shape: Shape, seconds: float) -> float:
+    """Images a second as `bench` times them in its offline scenario."""
+    with open_engine(engine, Bundle.open(bundle), options, [shape]) as opened:
+        samples = measure(opened, [random_images(*shape)], Settings(seconds, 1, seconds))
+    return samples.images / samples.wall_s
+
+
+def random_images(count: int, height: int, width: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((count, 3, height, width), np.float32)
+
+
+def process(command: Sequence[object], **environment: str) -> tuple[Round, str]:
+    """What a process takes from its start to its end, and what it says. Ends the script if it fails."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(list(map(str, command)), env=os.environ | environment, stdout=said, stderr=said)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
+        said.seek(0)
+        text = said.read().decode(errors="replace")
         if child.returncode:
-            said.seek(0)
-            raise SystemExit(said.read().decode())
-    return seconds, usage.ru_utime + usage.ru_stime
+            raise SystemExit(text)
+    return (seconds, usage.ru_utime + usage.ru_stime), text
 
 
 def network_alone(bundle: Path, folder: Path, options: Sequence[str]) -> Round:
@@ -153,6 +263,15 @@ def table(found: Mapping[str, Sequence[Round]], images: int) -> str:
         busy = [cpu / seconds for seconds, cpu in rounds]
         used = [cpu / images * 1e3 for _, cpu in rounds]
         lines.append(f"| {name} | {' | '.join(map(spread, (rates, used, busy, ratios)))} |")
+    return "\n".join(lines)
+
+
+def network_table(rates: Mapping[str, Sequence[float]]) -> str:
+    """A row for each leg of the network alone."""
+    lines = ["| network alone | images/s | times benchmark_app |", "|---|---|---|"]
+    for name, each in rates.items():
+        ratios = [one / app for one, app in zip(each, rates[APP], strict=True)]
+        lines.append(f"| {name} | {spread(each)} | {spread(ratios)} |")
     return "\n".join(lines)
 
 

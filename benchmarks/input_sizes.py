@@ -21,7 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.bench.cell import BundleIdentity, Cell, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.report.page import write_report
 from gfldeploy.bench.results import BenchResults, CellResult
@@ -63,10 +64,10 @@ def main() -> None:
     parser.add_argument("--sizes", default="320x512,320x448,256x384,224x320,192x320", help="HEIGHTxWIDTH,...")
     parser.add_argument("--max-drop", type=float, nargs="+", default=[0.02, 0.1], metavar="D", help="mAP that may go")
     parser.add_argument("--engines", default="onnxruntime,openvino")
-    parser.add_argument("--batch-sizes", default="1,4")
+    parser.add_argument("--batch-sizes", default="1")
     parser.add_argument("--limit", type=int, default=32, metavar="L", help="images that are timed")
     parser.add_argument("--rounds", type=int, default=2, metavar="R", help="of every cell")
-    parser.add_argument("--min-seconds", type=float, default=2.0, metavar="S", help="of a cell in each round")
+    parser.add_argument("--min-seconds", type=float, default=1.5, metavar="S", help="of a cell in each round")
     parser.add_argument("--name", default="demo", help="of the detector, in the name of the file")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

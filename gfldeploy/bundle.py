@@ -260,9 +260,12 @@ class Bundle:
         """The same bundle, with the same files and digest, whose images are resized to another `target_size`.
 
         `size`: (height, width) in pixels as in `Preprocess`; None, or what resizes images as it does now, gives the
-        bundle itself. Raises `BundleError` where the graphs do not take the inputs of this size.
+        bundle itself. Raises `BundleError` where the graphs do not take inputs of this size, and `ValueError` for what
+        is no size.
         """
         preprocess = self.manifest.preprocess
+        if size is not None and not (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1):
+            raise ValueError(f"size must be (height, width) in pixels, not {size!r}")
         if size is None or size == preprocess.target_size:
             return self
         if preprocess.keep_ratio and not preprocess.fixed and size == preprocess.target_size[::-1]:

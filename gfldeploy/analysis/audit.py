@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gfldeploy.batching.audit import Audit, audit_sizes, survey
-from gfldeploy.batching.buckets import Size
+from gfldeploy.batching.buckets import Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath
@@ -139,7 +139,6 @@ def _counts(bundle: Bundle) -> tuple[_Count, _Count]:
 def _cost(own: Audit, other: Audit) -> str:
     """What an image costs at another input size, in a sentence."""
     assert other.input_size is not None
-    height, width = other.input_size
     work = f" ({gmac(other.macs)} GMAC instead of {gmac(own.macs)})" if other.macs and own.macs else ""
     rows = {(row.order, row.batch_size): row for row in other.rows}
     spoken = max((row.batch_size for row in other.rows if row.batch_size <= _SPOKEN_BATCH), default=1)
@@ -147,7 +146,8 @@ def _cost(own: Audit, other: Audit) -> str:
     batch = f"; at batch {spoken}, listed, {listed.padding:.2f}x that" if listed and spoken > 1 else ""
     lost = len(other.left_out)
     without = f" ({lost} more images cannot be used: a side vanishes)" if lost else ""
-    return f"At {height}x{width} an image has {other.pixels / own.pixels:.2f}x the pixels{work}{batch}{without}."
+    pixels = f"{other.pixels / own.pixels:.2f}x the pixels"
+    return f"At {size_in_words(other.input_size)} an image has {pixels}{work}{batch}{without}."
 
 
 def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, sentences
 from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.sweep import Pass
-from gfldeploy.batching.buckets import STREAM_ORDERS, Size
-from gfldeploy.bench.cell import BundleIdentity, size_in_words
+from gfldeploy.batching.buckets import STREAM_ORDERS, Size, size_in_words
+from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.columns import Column
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.report.page import machine_line, sections, write_page

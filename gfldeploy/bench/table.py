@@ -16,7 +16,8 @@ from statistics import fmean
 from textwrap import shorten
 from typing import Literal
 
-from gfldeploy.bench.cell import STREAMS, Cell, names, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import STREAMS, Cell, names
 from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, percentile, supports
 from gfldeploy.bench.monitor import BUSY_PERCENT
@@ -415,8 +416,10 @@ def _scenario(row: Row) -> Value:
 
 
 def _input_size(row: Row) -> Value:
-    """None for the bundle's own."""
-    return None if row.cell.input_size is None else size_in_words(row.cell.input_size)
+    """None where all cells of the results have the bundle's own."""
+    if row.cell.input_size is not None:
+        return size_in_words(row.cell.input_size)
+    return "own" if any(one.cell.input_size for one in row.results.cells) else None
 
 
 def _rate(row: Row) -> Value:

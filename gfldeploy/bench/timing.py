@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -32,6 +33,9 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 @dataclass(frozen=True)
 class Settings:
     """How it was measured: every cell in each of `rounds` rounds, after `warmup` inferences of each shape.
+
+    Several streams share them, or a warm-up would take them longer than one inference with all CPUs; each does one of
+    each shape at least.
 
     A round is not over before `min_seconds` have passed and `min_count` inferences are done; then it is as soon as the
     samples are stable (`is_stable`), and in any case once `max_seconds` have passed.
@@ -152,8 +156,9 @@ def measure(
     if len(sizes) != 1:
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
     (batch_size,) = sizes
-    with _Streams(engine.options.streams) as streams:
-        warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, settings.warmup)) for ms in some]
+    with StreamThreads(engine.options.streams) as streams:
+        share = math.ceil(settings.warmup / engine.options.streams)
+        warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, share)) for ms in some]
 
         def is_over(latency_ms: Sequence[float], seconds: float) -> bool:
             if seconds < settings.min_seconds or len(latency_ms) < settings.min_count:
@@ -214,7 +219,7 @@ def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundl
 
     # Memory that is used again is for one thread, and for GPUs.
     memory = HostMemory(engine) if engine.options.streams == 1 else None
-    with _Streams(engine.options.streams) as streams:
+    with StreamThreads(engine.options.streams) as streams:
         rows, _ = streams.passes(
             lambda place: time_batch(engine, batches[place], bundle, memory), len(batches), is_over
         )
@@ -235,20 +240,25 @@ class HostMemory:
         return self._memory[:values]
 
 
-class _Streams(ClosesOnExit):
+class StreamThreads(ClosesOnExit):
     """So many threads that work at once, the same all the time; a single one is the thread that calls.
 
     Libraries keep buffers for each thread that calls them: those that were warmed up must be those that are timed.
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._pool = ThreadPoolExecutor(count, "gfldeploy-stream") if count > 1 else None
         self._together = threading.Barrier(count)  # each thread takes its part, and all begin at once
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+
+    @property
+    def submit(self) -> Callable[[Callable[[], None]], object] | None:
+        """Has one of them work, while the caller goes on; None where the caller is the only one."""
+        return self._pool.submit if self._pool else None
 
     def each(self, work: Callable[[], T]) -> list[T]:
         """What `work` returns in every one of them."""
@@ -259,7 +269,7 @@ class _Streams(ClosesOnExit):
             self._together.wait()
             return work()
 
-        return [one.result() for one in [self._pool.submit(begin) for _ in range(self._count)]]
+        return [one.result() for one in [self._pool.submit(begin) for _ in range(self.count)]]
 
     def passes(
         self, work: Callable[[int], T], period: int, is_over: Callable[[Sequence[T], float], bool]
@@ -272,7 +282,7 @@ class _Streams(ClosesOnExit):
         """
         results: list[T] = []
         lock = threading.Lock()
-        taken, busy, over = 0, self._count, False
+        taken, busy, over = 0, self.count, False
         start = time.perf_counter()
 
         def take(seconds: float) -> int | None:

@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from gfldeploy.accuracy import Accuracy, evaluate
-from gfldeploy.batching.buckets import ORDERS
-from gfldeploy.bench.cell import size_in_words
+from gfldeploy.batching.buckets import ORDERS, size_in_words
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, console
 from gfldeploy.engines.base import with_tf32

@@ -112,7 +112,7 @@ def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: P
 
 
 def _size(cell: Cell) -> str | None:
-    from gfldeploy.bench.cell import size_in_words
+    from gfldeploy.batching.buckets import size_in_words
 
     return None if cell.input_size is None else size_in_words(cell.input_size)
 

@@ -144,7 +144,8 @@ class EngineOptions:
     they would wait for each other. `cache_dir`: where engines keep what they compiled; None for nowhere, or for the
     default place where compiling takes minutes. `shapes`: (batch, height, width) of the inputs to come, the most common
     first, for engines that compile for shapes: which of its compiled models runs an input then depends on these, not on
-    the inputs before it; () where they are not known.
+    the inputs before it; () where they are not known. `counts`: how many inputs of each of them will come; () where
+    they may be any number.
     `tf32`: FP32 on a GPU may multiply in TF32, NVIDIA's tensor-core format of 19 bits (8 of exponent, 10 of mantissa),
     which libraries allow unless told otherwise; `UnsupportedError` is raised for it where there is no such choice.
     `progress`: told before something takes minutes, as building with TensorRT does.
@@ -155,6 +156,7 @@ class EngineOptions:
     threads: int = 1
     cache_dir: Path | None = None
     shapes: tuple[Shape, ...] = ()
+    counts: tuple[int, ...] = ()
     tf32: bool = False
     streams: int = 1
     progress: Progress = field(default=SILENT, repr=False, compare=False)
@@ -177,7 +179,8 @@ class EngineOptions:
 
     def expecting(self, shapes: Iterable[Shape]) -> Self:
         """These options for inputs of these shapes, one for each inference."""
-        return replace(self, shapes=tuple(shape for shape, _ in Counter(shapes).most_common()))
+        found = Counter(shapes).most_common()
+        return replace(self, shapes=tuple(shape for shape, _ in found), counts=tuple(count for _, count in found))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from gfldeploy.engines.base import (
 )
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
-from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
+from gfldeploy.engines.onednn import LoggedPrimitive, read_convolutions, read_primitives, verbose_log
 from gfldeploy.engines.paddle_program import decode_outputs, explain, float_operators, program_convolutions
 from gfldeploy.engines.paddle_rewrite import rewrite_for_onednn
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
@@ -150,7 +150,7 @@ class PaddleEngine(Engine):
         if self.options.device == "gpu" or not self.onednn:
             return ()
         self.infer(inputs)
-        ran = self._logged(lambda: self.infer(inputs))
+        ran = read_convolutions(self._logged(lambda: self.infer(inputs)))
         asked = self.options.precision
         if asked == "int8":
             return explain(ran, program_convolutions(self._model))
@@ -167,18 +167,22 @@ class PaddleEngine(Engine):
         if self.options.device == "gpu" or not self.onednn:
             return None
         self.infer(inputs)
-        times: list[float] = []
-
-        def run() -> None:
-            times.append(self.infer_timed(inputs)[1].inference_ms)
-
-        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(self._share_runs)]
+        shares = []
+        for _ in range(self._share_runs):
+            primitives, took = self.profile(inputs)
+            shares.append(sum(one.ms for one in primitives if one.kind == "convolution") / took)
         return statistics.median(shares)
 
-    def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
+    def profile(self, inputs: Tensors) -> tuple[tuple[LoggedPrimitive, ...], float]:
+        """What oneDNN executed in one inference, with the times of its own log, and how long the inference took, ms."""
+        times: list[float] = []
+        log = self._logged(lambda: times.append(self.infer_timed(inputs)[1].inference_ms))
+        return read_primitives(log), times[-1]
+
+    def _logged(self, run: Callable[[], object]) -> str:
         libraries = list((Path(self._paddle.__file__ or "").parent / "libs").glob("libdnnl*"))
         with scratch_directory() as directory:
-            return log_convolutions(libraries, run, directory / "onednn.log")
+            return verbose_log(libraries, run, directory / "onednn.log")
 
 
 class PlainPaddleEngine(PaddleEngine):

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gfldeploy.batching.buckets import Order, Size
-from gfldeploy.bench.cell import size_in_words
+from gfldeploy.batching.buckets import Order, Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, oversubscribed, with_tf32
 from gfldeploy.engines.hardware import usable_threads

@@ -9,6 +9,7 @@ from typing import Any
 
 from gfldeploy import __version__
 from gfldeploy.accuracy import Accuracy
+from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.quant.end_to_end import EndToEndFiles
 from gfldeploy.quant.evaluation import Evaluation, SizeEvaluation
@@ -85,9 +86,9 @@ def size_record(evaluation: SizeEvaluation) -> dict[str, Any]:
 
 def size_line(record: Mapping[str, Any]) -> str:
     """What such an entry says: whether INT8 holds at the size, by which figures, or why it does not."""
-    height, width = record["size"]
+    size = size_in_words(record["size"])
     if record["problem"] is not None:
-        return f"at {height}x{width} INT8 does not hold: {record['problem']}"
+        return f"at {size} INT8 does not hold: {record['problem']}"
     if accuracy := record.get("accuracy"):
         fp32 = accuracy["fp32"]
         found = [f"{name} {one['ap']:.4f}" for name, one in accuracy["engines"].items()]
@@ -96,8 +97,8 @@ def size_line(record: Mapping[str, Any]) -> str:
         engines = record.get("engines", {})
         found = [f"{name} {one['detections_found']:.1%}" for name, one in engines.items()]
         count = max((one["detections"] for one in engines.values()), default=0)
-        figures = f"of {count} FP32 detections found again: {', '.join(found)}" if count else "FP32 had no detections"
-    return f"at {height}x{width} INT8 holds: {figures}"
+        figures = f"of {count} FP32 detections found again: {', '.join(found)}"
+    return f"at {size} INT8 holds: {figures}"
 
 
 def algorithms_record(candidates: Sequence[Candidate], chosen: Candidate) -> dict[str, Any]:

@@ -147,6 +147,10 @@ class SizeChoice:
     ap_less: float | None
     drops: tuple[tuple[Size, float], ...]
 
+    def __post_init__(self) -> None:
+        if any(min(size) < 1 for size in (self.own_size, *(size for size, _ in self.drops))):
+            raise ValueError("input sizes must be of at least one pixel")
+
 
 @dataclass(frozen=True)
 class SearchRecord:

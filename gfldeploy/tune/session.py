@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.batching.buckets import STREAM_ORDERS, Order, Size, group
-from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario, size_in_words
+from gfldeploy.batching.buckets import STREAM_ORDERS, Order, Size, group, size_in_words
+from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import median, percentile
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import plan
@@ -437,12 +437,9 @@ class _Session:
             here, there = self.accuracies.get(model), self._accuracy(model.own)
             if isinstance(here, Accuracy) and isinstance(there, Accuracy):
                 ap_less = there.ap - here.ap
-        drops = {
-            one.input_size or own_size: lost
-            for one, lost in search.drops.items()
-            if (one.bundle, one.precision) == (choice.bundle, choice.precision)
-        }
-        drops[choice.input_size or own_size] = search.drops[model]
+        alike = [one for one in search.drops if (one.bundle, one.precision) == (choice.bundle, choice.precision)]
+        alike.sort(key=lambda one: one.engine == choice.engine)  # its own engine overrides what others lose
+        drops = {one.input_size or own_size: search.drops[one] for one in alike}
         return SizeChoice(own_size, speed, ap_less, tuple(sorted(drops.items(), reverse=True)))
 
     def no_choice(self) -> Exception:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from gfldeploy.bench.cell import Cell, names, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import Cell, names
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import CellResult
 from gfldeploy.engines.base import with_tf32
@@ -137,7 +138,9 @@ def _input_size(deploy: Deploy) -> Iterator[str]:
         return
     if chosen:
         parts = [] if found.ap_less is None else [_less(found.ap_less)]
-        parts += [] if found.speed is None else [f"{found.speed.value:.2f} times the images/s{_interval(found.speed)}"]
+        parts += (
+            [] if found.speed is None else [f"{found.speed.value:.2f} times the images/s{_interval(found.speed, 2)}"]
+        )
         cost = ", ".join(parts) or "neither mAP nor throughput could be measured there"
         yield f"At {size_in_words(chosen)} in place of {size_in_words(found.own_size)}: {cost}."
     size = chosen or found.own_size
@@ -173,7 +176,8 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: Estimate, digits: int | None = None) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
-    return f" (95% interval {_number(estimate.low)} to {_number(estimate.high)})"
+    low, high = (_number(one) if digits is None else f"{one:.{digits}f}" for one in (estimate.low, estimate.high))
+    return f" (95% interval {low} to {high})"

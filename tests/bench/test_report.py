@@ -218,6 +218,12 @@ def test_the_short_answer() -> None:
     assert short_answer(replace(results, cells=(FAILED,))) == ["Nothing could be measured; the reasons are below."]
 
 
+def test_the_short_answer_names_the_input_size() -> None:
+    faster = altered(OK, input_size=(256, 384), batch_size=1)
+    (answer, *_) = (line for line in short_answer(replace(sample_results(), cells=(faster,))) if "Highest" in line)
+    assert f"ONNX Runtime {faster.cell.precision.upper()} at 256x384, batch 1" in answer
+
+
 def test_what_pads_says_that_it_changes_boxes() -> None:
     stages = Stages(**dict.fromkeys(STAGES, (1.0,) * 4) | {"end_to_end_ms": (4.0,) * 4})
     one, padded = many().cells[4:6]
@@ -242,7 +248,8 @@ def at_sizes() -> BenchResults:
         cells.append(altered(cell, accuracy=replace(OK.accuracy, ap=0.5 - drop)))
         for size, factor, lost in (((32, 48), 0.5, 0.2), ((48, 64), 1.5, 0.1)):
             if size == (32, 48) or drop:
-                stages = replace(RUN.stages, end_to_end_ms=tuple(factor * ms for ms in cell.file_ms))
+                file_ms = tuple(factor * ms for ms in cell.file_ms)
+                stages = Stages(**dict.fromkeys(STAGES, file_ms))
                 runs = tuple(replace(run, stages=stages) for run in cell.runs)
                 accuracy = replace(OK.accuracy, ap=0.5 - drop - lost)
                 cells.append(altered(cell, input_size=size, runs=runs, accuracy=accuracy))
@@ -259,7 +266,7 @@ def test_accuracy_against_speed_by_input_size(tmp_path: Path) -> None:
     }
     assert len({line["marker"]["symbol"] for line in lines}) == 2, "the precision, for who sees no colours"
     # INT8 leads at 32x48 and at its own size, FP32 in ONNX Runtime is the most accurate, and faster than in Paddle.
-    assert front["y"] == pytest.approx([0.5, 0.496, 0.3]) or front["y"] == pytest.approx([0.5, 0.496, 0.296])
+    assert front["y"] == pytest.approx([0.5, 0.496, 0.296])
     assert "onnxruntime int8 at 32x48 (277.8 images/s, mAP 0.2960)" in figure.about
     write_report(at_sizes(), tmp_path / "report.html")
     marked = [one for one in table((tmp_path / "report.html").read_text(), "cells") if one["front"]]

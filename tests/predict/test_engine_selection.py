@@ -43,8 +43,8 @@ def write_deploy(
     streams: int = 1,
     precision: Precision = "fp32",
     input_size: Size | None = None,
-    shapes: tuple[Shape, ...] = (),
     ap_drop: float | None = None,
+    shapes: tuple[Shape, ...] = (),
 ) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")

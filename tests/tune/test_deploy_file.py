@@ -13,14 +13,20 @@ import yaml
 from sample_deploy import CELL, CHOICE, DEPLOY, EVIDENCE, SECOND, UNMEASURED
 
 from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.machine import describe_machine
-from gfldeploy.tune.deploy_file import Deploy
+from gfldeploy.serialization import plain
+from gfldeploy.tune.deploy_file import Deploy, SizeChoice
 from gfldeploy.tune.search import Bounds
 
+SIZES = SizeChoice((64, 96), Estimate(1.5, 1.4, 1.6, 12), 0.01, (((64, 96), 0.004), ((32, 48), 0.2)))
 
-@pytest.mark.parametrize("deploy", [DEPLOY, replace(DEPLOY, runner_up=None, knee=None, bounds=Bounds())])
+
+@pytest.mark.parametrize(
+    "deploy", [DEPLOY, replace(DEPLOY, sizes=SIZES), replace(DEPLOY, runner_up=None, knee=None, bounds=Bounds())]
+)
 def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
     path = tmp_path / "new" / "deploy.yml"
     deploy.write(path)
@@ -125,6 +131,14 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         (broken(lambda data: data.update(shapes=[[1, 64, 96]] * 17)), "shapes must be at most 16, not 17"),
         (broken(lambda data: data.update(shapes=[[3, 64, 96]])), r"shapes must be of 1 to 2 images.*\[3, 64, 96\]"),
         (broken(lambda data: data.update(shapes=[[1, 0, 96]])), "shapes must be of 1 to 2 images"),
+        (
+            broken(lambda data: data.update(sizes={**plain(SIZES), "own_size": [64, 0]})),
+            "sizes: input sizes must be of at",
+        ),
+        (
+            broken(lambda data: data.update(sizes={**plain(SIZES), "drops": [[[64], 0.1]]})),
+            r"sizes.drops\[0\]\[0\] must be",
+        ),
         (broken(lambda data: data.update(shapes=[[1, 64]])), r"shapes\[0\] must be a list of 3"),
         (broken(lambda data: data.update(shapes=[[1, 64, "96"]])), r"shapes\[0\]\[2\] must be of type int"),
     ],

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from gfldeploy.bench.cell import Cell, several_bundles, size_in_words
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import Cell, several_bundles
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.limits import network_limits
@@ -147,7 +148,7 @@ def _by_size(measured: Sequence[Row], own: Sequence[Row]) -> Iterator[str]:
     safe = [row for row in best_of_each(measured) if row.ap is not None and reference]
     if safe := [row for row in safe if (row.ap or 0.0) >= max(reference) - _SAME_ACCURACY]:
         yield f"Fastest within {_SAME_ACCURACY} mAP of that at any input size: {_named(safe[0])}: {_figures(safe[0])}."
-    front = sorted((row for row in measured if row.on_front), key=lambda row: -(row.ap or 0.0))
+    front = sorted((row for row in best_of_each(measured) if row.on_front), key=lambda row: -(row.ap or 0.0))
     listed = [f"{_model(row.cell)}, batch {row.cell.batch_size} ({_speed_and_ap(row)})" for row in front]
     if listed:
         yield f"Nothing is faster and as accurate, from the most accurate: {'; '.join(listed)}."

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.batching.buckets import Group, Order, group
+from gfldeploy.batching.buckets import Group, Order, Size, group, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, Precision, Shape
@@ -203,7 +203,8 @@ class EvalResults:
     """What `evaluate` measured, and in which engine and precision.
 
     `matched`: how many of the detector's `classes` are categories of the annotations. `notes`: what the user should
-    know of the detector and the data.
+    know of the detector and the data. `at_sizes`: by input size, (height, width) in pixels, in the order in which they
+    were asked for, empty if none was; `accuracy` is then that of the first.
     """
 
     accuracy: Accuracy
@@ -213,6 +214,7 @@ class EvalResults:
     matched: int
     notes: tuple[str, ...]
     tf32: bool = False
+    at_sizes: Mapping[Size, Accuracy] = field(default_factory=dict)
 
 
 def evaluate(
@@ -225,6 +227,7 @@ def evaluate(
     device: Device | None = None,
     tf32: bool | None = None,
     threads: int | None = None,
+    input_sizes: Sequence[Size] = (),
     batch_size: int = 1,
     order: Order = "listed",
     limit: int | None = None,
@@ -242,6 +245,8 @@ def evaluate(
         device: By default the CPU.
         tf32: Let FP32 on a GPU multiply in TF32; by default not.
         threads: CPU threads of one inference; by default all.
+        input_sizes: The sizes, (height, width) in pixels, to which images are resized, as `target_size` in
+            PaddleDetection, one after the other; by default that of the bundle.
         batch_size: Images of one inference.
         order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded.
         limit: Use only this number of images, the first of the annotations.
@@ -252,7 +257,7 @@ def evaluate(
         The average precisions, and what they were measured with.
 
     Raises:
-        BundleError: The bundle is damaged.
+        BundleError: The bundle is damaged, or does not take an input size.
         DataError: Annotations or an image cannot be read, or leave mAP undefined.
         UnsupportedError: The bundle does not run in this engine, precision or batch size.
         EngineError: The engine failed.
@@ -260,6 +265,7 @@ def evaluate(
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
+    at_sizes = {size: opened.at_size(size) for size in input_sizes or (None,)}
     dataset = CocoDataset.load(data, images, limit)
     count, fixed = len(dataset.images), manifest.inputs[0].shape[0]
     if fixed is not None and (fixed != batch_size or count % fixed):
@@ -273,20 +279,26 @@ def evaluate(
     notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))
     for note in notes:
         progress.note(note)
-    shapes = batch_shapes(dataset, manifest.preprocess, batch_size, order)
-    with open_engine(name, opened, replace(options, progress=progress), shapes) as running:
-        accuracy = measure_accuracy(
-            running,
-            dataset,
-            manifest.preprocess,
-            manifest.nms,
-            manifest.classes,
-            batch_size,
-            order,
-            progress,
-        )
+    found: dict[Size | None, Accuracy] = {}
+    for size, sized in at_sizes.items():
+        preprocess = sized.manifest.preprocess
+        shapes = batch_shapes(dataset, preprocess, batch_size, order)
+        label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
+        with open_engine(name, sized, replace(options, progress=progress), shapes) as running:
+            found[size] = measure_accuracy(
+                running, dataset, preprocess, manifest.nms, manifest.classes, batch_size, order, progress, label
+            )
     matched = sum(one is not None for one in match.category_ids)
-    return EvalResults(accuracy, name, options.precision, len(manifest.classes), matched, notes, options.tf32)
+    return EvalResults(
+        next(iter(found.values())),
+        name,
+        options.precision,
+        len(manifest.classes),
+        matched,
+        notes,
+        options.tf32,
+        {size: one for size, one in found.items() if size is not None},
+    )
 
 
 def measure_accuracy(

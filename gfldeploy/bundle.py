@@ -6,7 +6,8 @@
       parity.json       how far each graph is from the eager model, as measured when it was made
       layers.json       path of the layer in the eager model by conv weight name, in graph order
       paddle/           model.json (PIR) and model.pdmodel (program), sharing model.pdiparams
-      onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too
+      onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too; and for each of them the
+                        end_to_end.onnx, ... that deploys by itself
       calibration.json  INT8 only: scales by conv weight name
       paddledetection/  only with --with-nms: PaddleDetection's own graph, NMS included
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from typing import Any, Literal, Self
 
 from gfldeploy.bundle_records import RECORDS
 from gfldeploy.detections import NmsParams
-from gfldeploy.errors import BundleError, DataError, reading
+from gfldeploy.errors import BundleError, ConfigError, DataError, reading
 from gfldeploy.files import StrPath, atomic_directory, read_json, sha256
 from gfldeploy.graph_guard import check_graph
 from gfldeploy.images.preprocess import Preprocess
@@ -49,7 +50,24 @@ _MOST_REG_MAX = 10_000
 _MOST_PARAMETERS = 10**13
 _MOST_CANDIDATES = 10**7
 _LARGEST_SIDE = 8192
-GraphName = Literal["paddle", "paddle_program", "onnx", "onnx_fp16", "onnx_tensorrt", "paddledetection"]
+GraphName = Literal[
+    "paddle",
+    "paddle_program",
+    "onnx",
+    "onnx_fp16",
+    "onnx_tensorrt",
+    "paddledetection",
+    "end_to_end",
+    "end_to_end_fp16",
+    "end_to_end_tensorrt",
+]
+# What deploys by itself, by the graph that it is made around (`export.end_to_end`), and what it gives.
+END_TO_END: Mapping[GraphName, GraphName] = {
+    "onnx": "end_to_end",
+    "onnx_fp16": "end_to_end_fp16",
+    "onnx_tensorrt": "end_to_end_tensorrt",
+}
+END_TO_END_OUTPUTS = ("boxes", "scores", "classes", "count")
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,8 @@ class Manifest(Versioned):
     ONNX Runtime's and OpenVINO's Q/DQ in INT8 bundles), and graphs that no engine here runs:
     `onnx_fp16` (FP32 bundles: FP16 convolutions for GPUs, the decode and all inputs and outputs FP32; absent where FP16
     differs too much), `onnx_tensorrt` (INT8 bundles: symmetric Q/DQ as TensorRT wants them, from the same calibration),
-    `paddledetection` (with NMS, for PaddleDetection's deploy tools).
+    `paddledetection` (with NMS, for PaddleDetection's deploy tools), and, around each ONNX graph, `end_to_end`,
+    `end_to_end_fp16` or `end_to_end_tensorrt`: pixels in, detections out.
     `left_out`: why the bundle lacks a graph that a detector usually has, by the graph's name.
     `notes`: what users of the detector should know, one sentence each, such as that its class names are made up.
     `candidates`: how many anchors of an image the graphs decode, those with the highest scores; None for all.
@@ -152,6 +171,15 @@ class Manifest(Versioned):
             path = PurePosixPath(file)
             if not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != file or "\0" in file:
                 raise BundleError(f"it names files outside the bundle: {file!r:.60}", _DISTRUST)
+
+
+def needed_multiple(strides: Sequence[int]) -> int:
+    """What the sides of a network's input must be multiples of, in pixels, for pyramid levels of these strides.
+
+    FPN adds each level, doubled, to the next finer one: they only fit if the levels of the backbone, the coarsest of
+    which has a stride of 32, halve exactly. What else a model needs is seen when it is exported (`export.levels`).
+    """
+    return max((stride for stride in strides if stride <= 32), default=32)
 
 
 def _need(right: bool, key: str, value: object) -> None:
@@ -226,6 +254,40 @@ class Bundle:
         """SHA-256 of the manifest, which itself holds the digest of every file: the bundle's identity."""
         return sha256(self.directory / MANIFEST)
 
+    def at_size(self, size: tuple[int, int] | None) -> Self:
+        """The same bundle, with the same files and digest, whose images are resized to another `target_size`.
+
+        `size`: (height, width) in pixels as in `Preprocess`; None, or what resizes images as it does now, gives the
+        bundle itself. Raises `BundleError` where the graphs do not take the inputs of this size.
+        """
+        preprocess = self.manifest.preprocess
+        if size is None or size == preprocess.target_size:
+            return self
+        if preprocess.keep_ratio and not preprocess.fixed and size == preprocess.target_size[::-1]:
+            return self  # only the shorter and the longer of the two count
+        asked, own = ("x".join(map(str, sides)) for sides in (size, preprocess.target_size))
+        if preprocess.fixed or self.manifest.inputs[0].shape[2:] != (None, None):
+            raise BundleError(
+                f"{self.directory} takes inputs of {own} alone, not of {asked}",
+                "Export it without --input-shape for all sizes, or with another for just that.",
+            )
+        try:
+            resized = replace(preprocess, target_size=size)
+        except ConfigError as error:
+            raise BundleError(f"{self.directory} at {asked}: {error.problem}", error.remedy) from error
+        step, pad = needed_multiple(self.manifest.strides), preprocess.pad_stride
+        # With keep_ratio a side may be of any number of pixels, and is padded to any multiple of the stride.
+        sides = (max(pad, 1),) if preprocess.keep_ratio else resized.padded_size(*size)
+        if any(side % step for side in sides):
+            nearest = "x".join(str(max(round(side / step), 1) * step) for side in size)
+            padded = f"images are padded to multiples of {pad}" if pad else "images are not padded"
+            other = f"Use --input-size {nearest}, or export" if not preprocess.keep_ratio else "Export"
+            raise BundleError(
+                f"{self.directory} does not run at {asked}: its network takes multiples of {step} px, and {padded}",
+                f"{other} it with pad_to_stride {step} in TestReader's PadBatch.",
+            )
+        return replace(self, manifest=replace(self.manifest, preprocess=resized))
+
     def has_graph(self, name: GraphName) -> bool:
         return name in self.manifest.graphs
 
@@ -238,6 +300,11 @@ class Bundle:
                 raise BundleError(f"{problem}: {self.manifest.left_out[name]}", "Use another engine.")
             raise BundleError(f"{problem} (it has: {', '.join(self.manifest.graphs)})", _AGAIN)
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
+
+    def outputs(self, name: GraphName) -> tuple[str, ...]:
+        """The names of what a graph gives."""
+        of_network = tuple(spec.name for spec in self.manifest.outputs)
+        return END_TO_END_OUTPUTS if name in END_TO_END.values() else of_network
 
     def layers(self) -> dict[str, str]:
         """Layer path (`backbone.stem.conv`) by convolution weight name, in graph order. Raises `BundleError`."""

@@ -21,23 +21,42 @@ _COMPARISONS = [
 ]
 _TOLERANCE = {"score?": float, "box_px?": float}
 _AP = {"ap": float, "images?": int}
+_AGREEMENTS = {
+    str: {
+        "score_difference": float,
+        "score_difference_max": float,
+        "detections": int,
+        "detections_found": float,
+        "convolutions?": {str: int},
+        "not_int8?": [str],
+    }
+}
+_ACCURACIES = {"fp32": {"ap": float, "images": int}, "engines": {str: _AP}}
 _PARITY = {
     "reference?": str,
     "tolerance?": _TOLERANCE,
     "comparisons?": _COMPARISONS,
     "fp16?": {"tolerance?": _TOLERANCE, "comparisons?": _COMPARISONS, "left_out?": str},
-    "images?": [str],
-    "engines?": {
-        str: {
-            "score_difference": float,
-            "score_difference_max": float,
+    "end_to_end?": [
+        {
+            "graph": str,
+            "engine": str,
+            "reference": str,
+            "batch": int,
+            "height": int,
+            "width": int,
             "detections": int,
-            "detections_found": float,
-            "convolutions?": {str: int},
-            "not_int8?": [str],
+            "missing": int,
+            "max_score_difference": float,
+            "max_box_difference_px": float,
         }
-    },
-    "accuracy?": {"fp32": {"ap": float, "images": int}, "engines": {str: _AP}},
+    ],
+    "images?": [str],
+    "engines?": _AGREEMENTS,
+    "accuracy?": _ACCURACIES,
+    "sizes?": [
+        {"size": tuple[int, int], "problem": str | None, "engines?": _AGREEMENTS, "accuracy?": _ACCURACIES},
+    ],
     "kept_float?": [{"name": str, "convolutions?": int, "why": str}],
     "speed?": {str: {"fp32_ms": float, "int8_ms": float, "ratio": float}},
     "evaluation?": {"images": int},

@@ -59,6 +59,7 @@ class Detector(ClosesOnExit):
         tf32: bool | None = None,
         threads: int | None = None,
         streams: int | None = None,
+        input_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         engine_cache: StrPath | None = None,
     ) -> None:
@@ -74,6 +75,8 @@ class Detector(ClosesOnExit):
             threads: CPU threads of one inference; by default all, shared by the streams.
             streams: Inferences at once from one engine, for many images in `stream` or `detect`; on CPUs alone. By
                 default 1: then a single image takes the least time. `predict` has as many as there are CPUs.
+            input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
+                PaddleDetection; by default that of the bundle.
             batch_size: Images of one inference; by default 1.
             engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
                 By default those that take minutes, as with TensorRT, use that of the commands, and others none.
@@ -88,7 +91,16 @@ class Detector(ClosesOnExit):
         """
         cache = None if engine_cache is None else Path(engine_cache)
         self.choice = choose(
-            Path(source), engine, precision, device, threads, batch_size, cache, tf32=tf32, streams=streams
+            Path(source),
+            engine,
+            precision,
+            device,
+            threads,
+            batch_size,
+            cache,
+            tf32=tf32,
+            streams=streams,
+            input_size=input_size,
         )
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)

@@ -21,6 +21,7 @@ from gfldeploy.files import StrPath
 from gfldeploy.macs import count_work
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
+from gfldeploy.quant.record import size_line
 from gfldeploy.serialization import plain
 
 # INT8 engines round differently; a damaged graph finds next to nothing of what the other engine's does.
@@ -79,7 +80,7 @@ def inspect(bundle: StrPath, *, size: tuple[int, int] | None = None) -> dict[str
 def int8_lines(parity: Mapping[str, Any]) -> list[str]:
     """What `parity.json` of an INT8 bundle says of each engine, one or more lines each; none for an FP32 bundle.
 
-    The convolutions that an engine ran, accuracy, speed and what was kept in float may be absent.
+    The convolutions that an engine ran, accuracy, speed, what was kept in float and other input sizes may be absent.
     """
     lines = []
     accuracy, speeds = parity.get("accuracy"), parity.get("speed", {})
@@ -101,7 +102,7 @@ def int8_lines(parity: Mapping[str, Any]) -> list[str]:
     for one in parity.get("kept_float", ()):
         count = f" ({one['convolutions']} convolutions)" if one.get("convolutions", 1) > 1 else ""
         lines.append(f"kept in float: {one['name']}{count}, {one['why']}")
-    return lines
+    return lines + [size_line(one) for one in parity.get("sizes", ())]
 
 
 def verify(bundle: StrPath, *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:

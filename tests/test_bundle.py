@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,67 @@ def test_a_graph_that_is_not_there(tiny_bundle: Path) -> None:
         Bundle.open(tiny_bundle).graph("paddle")
 
 
+def variant(bundle: Path, height: int | None = None, width: int | None = None, **preprocess: Any) -> Bundle:
+    """The bundle with other preprocessing, or with a fixed height and width."""
+    opened = Bundle.open(bundle)
+    image = replace(opened.manifest.inputs[0], shape=(None, 3, height, width))
+    changed = replace(opened.manifest.preprocess, **preprocess)
+    return replace(opened, manifest=replace(opened.manifest, inputs=(image,), preprocess=changed))
+
+
+def test_at_another_size_only_the_images_are_resized_otherwise(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    smaller = bundle.at_size((48, 64))
+    assert (smaller.digest, smaller.directory) == (bundle.digest, bundle.directory)
+    assert smaller.manifest.preprocess == replace(bundle.manifest.preprocess, target_size=(48, 64))
+    assert replace(smaller.manifest, preprocess=bundle.manifest.preprocess) == bundle.manifest
+    # 40 x 80 px: the longer side becomes 64, the shorter 32.
+    assert smaller.manifest.preprocess.input_size(40, 80) == (32, 64)
+    smaller.verify_files()
+
+
+def test_at_its_own_size_a_bundle_is_itself(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    assert bundle.at_size(None) is bundle is bundle.at_size((64, 96))
+    assert bundle.at_size((96, 64)) is bundle, "only the shorter and the longer side count"
+    for stretching in (variant(tiny_bundle, keep_ratio=False), variant(tiny_bundle, 64, 96, fixed=True)):
+        assert stretching.at_size((64, 96)) is stretching
+    assert variant(tiny_bundle, keep_ratio=False).at_size((96, 64)).manifest.preprocess.target_size == (96, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        (
+            {"height": 64, "width": 96, "fixed": True},
+            (32, 48),
+            "takes inputs of 64x96 alone, not of 32x48.*--input-shape",
+        ),
+        ({"height": 64, "width": 96, "fixed": True}, (96, 64), "takes inputs of 64x96 alone"),
+        ({"height": 64, "width": 96}, (32, 48), "takes inputs of 64x96 alone"),
+        ({}, (64, 8193), "at 64x8193: target_size is .64, 8193.*No side may be longer than 8192 px"),
+        (
+            {"pad_stride": 0, "keep_ratio": False},
+            (60, 100),
+            "does not run at 60x100: its network takes multiples of 8 px, and images are not padded. "
+            "Use --input-size 64x96, or export it with pad_to_stride 8",
+        ),
+        ({"pad_stride": 0}, (48, 64), "multiples of 8 px, and images are not padded. Export it with pad_to_stride 8"),
+        ({"pad_stride": 4}, (48, 64), "images are padded to multiples of 4. Export it with pad_to_stride 8"),
+    ],
+)
+def test_a_size_that_the_graphs_cannot_take(
+    changes: dict[str, Any], size: tuple[int, int], message: str, tiny_bundle: Path
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        variant(tiny_bundle, **changes).at_size(size)
+
+
+def test_images_that_are_stretched_fit_without_padding_at_multiples_of_the_stride(tiny_bundle: Path) -> None:
+    stretching = variant(tiny_bundle, pad_stride=0, keep_ratio=False).at_size((40, 56))
+    assert stretching.manifest.preprocess.input_size(1000, 10) == (40, 56)
+
+
 def test_layers(tiny_bundle: Path, tmp_path: Path) -> None:
     layers = {"conv2d_1.w_0": "backbone.stem.conv", "conv2d_0.w_0": "head.gfl_head_cls"}
     with write_bundle(tmp_path / "layered") as (directory, manifests):
@@ -369,6 +431,12 @@ RECORDS: dict[str, tuple[str, str, str]] = {
         '{"engines":{"e":{"score_difference":"1"}}}',
         "score_difference must be a finite number, not '1'",
     ),
+    "size": (
+        "parity.json",
+        '{"sizes":[{"size":[256],"problem":null}]}',
+        "sizes[0].size must be a list of 2, not [256]",
+    ),
+    "verdict": ("parity.json", '{"sizes":[{"size":[256,384]}]}', "sizes[0] must be an object with problem, not {'si"),
     "boolean": ("parity.json", '{"tolerance":{"score":true}}', "tolerance.score must be a finite number, not True"),
     "list": ("parity.json", "[]", "it must be an object, not []"),
     "groups": ("sensitivity.json", '{"groups":[{"name":1}]}', "groups[0].name must be of type str, not 1"),

@@ -56,6 +56,16 @@ def test_one_image_makes_a_list_of_one(detector: Detector, paths: list[Path]) ->
         detector.detect(pixels, color="bgra")  # type: ignore[arg-type]
 
 
+def test_another_input_size(tiny_bundle: Path, paths: list[Path], detector: Detector) -> None:
+    with Detector(tiny_bundle, engine="onnxruntime", threads=1, input_size=(32, 48)) as half:
+        assert half.choice.input_size == (32, 48) and detector.choice.input_size is None
+        for one, other in zip(detector.detect(paths), half.detect(paths), strict=True):
+            # The network finds a box of 48 px of its input: of an image at half the size, twice as many of its pixels.
+            np.testing.assert_allclose(other.boxes[0, 2:], 2 * one.boxes[0, 2:], rtol=1e-5)
+    with pytest.raises(BundleError, match="No side may be longer than 8192 px"):
+        Detector(tiny_bundle, input_size=(9000, 32))
+
+
 def test_a_batch_gives_what_single_images_give(tiny_bundle: Path, paths: list[Path], detector: Detector) -> None:
     with Detector(str(tiny_bundle), threads=1, batch_size=4) as batched:
         assert batched.choice.batch_size == 4

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gfldeploy.batching.audit import Audit, audit_sizes, survey
-from gfldeploy.batching.buckets import Size
+from gfldeploy.batching.buckets import Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath
@@ -30,6 +30,7 @@ def audit(
     config_or_bundle: StrPath,
     images: StrPath | None = None,
     batch_sizes: Sequence[int] | None = None,
+    input_sizes: Sequence[Size] = (),
     buckets: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -43,6 +44,8 @@ def audit(
         config_or_bundle: A PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.
         images: The folder in which the annotations' file names start; by default `images/` beside them.
         batch_sizes: By default 1, 2, 4, 8 and 16, or the only one that the bundle takes.
+        input_sizes: Other sizes, (height, width) in pixels, to which images are resized, as `target_size` in
+            PaddleDetection; what they cost is in `at_sizes`.
         buckets: The largest number of sizes that bucketed batches may have; None for no limit.
         seed: Seed of the shuffled order.
         progress: Told of the headers that are read.
@@ -53,11 +56,13 @@ def audit(
     Raises:
         UsageError: `images` was given with a folder.
         DataError: Annotations cannot be read, or no image can be used.
-        BundleError: `config_or_bundle` is neither a bundle nor a config, or a damaged one.
+        BundleError: `config_or_bundle` is neither a bundle nor a config, or a damaged one, or does not take an input
+            size.
         ConfigError: The config cannot be used.
         UnsupportedError: The bundle does not take these batch sizes.
     """
     preprocess, bundle = _open(Path(config_or_bundle))
+    others = {size: _resized(preprocess, bundle, size) for size in input_sizes}
     sizes = _batch_sizes(bundle, batch_sizes)
     paths, annotated = _images(Path(data), None if images is None else Path(images))
     found = survey(paths, preprocess, progress)
@@ -68,7 +73,14 @@ def audit(
         progress.note(f"{problem}; the sizes of the files count")
     counts = _counts(bundle) if bundle and bundle.has_graph("onnx") else ()
     result = audit_sizes(found, sizes, buckets, seed, *counts)
-    return replace(result, answer=tuple(_sentences(result, buckets, preprocess.fixed)), left_out=found.left_out)
+    known = dict(zip(found.paths, found.original, strict=True))
+    at_sizes = []
+    for size, resized in others.items():
+        again = survey(found.paths, resized, progress, known)
+        one = replace(audit_sizes(again, sizes, buckets, seed, *counts), left_out=again.left_out, input_size=size)
+        at_sizes.append(replace(one, answer=tuple(_sentences(one, buckets, resized.fixed))))
+    answer = (*_sentences(result, buckets, preprocess.fixed), *(_cost(result, one) for one in at_sizes))
+    return replace(result, answer=answer, left_out=found.left_out, at_sizes=tuple(at_sizes))
 
 
 def gmac(macs: float) -> str:
@@ -88,6 +100,11 @@ def _open(source: Path) -> tuple[Preprocess, Bundle | None]:
         raise BundleError(problem, "Give the directory that `gfldeploy export` wrote, or a PaddleDetection .yml file.")
     bundle = Bundle.open(source)
     return bundle.manifest.preprocess, bundle
+
+
+def _resized(preprocess: Preprocess, bundle: Bundle | None, size: Size) -> Preprocess:
+    """How images are prepared at another input size."""
+    return replace(preprocess, target_size=size) if bundle is None else bundle.at_size(size).manifest.preprocess
 
 
 def _batch_sizes(bundle: Bundle | None, given: Sequence[int] | None) -> Sequence[int]:
@@ -117,6 +134,20 @@ def _counts(bundle: Bundle) -> tuple[_Count, _Count]:
         lambda sizes: {size: one.macs for size, one in count_work(onnx_file, sizes, strides).items()},
         lambda sizes: peak_activations(onnx_file, sizes, strides),
     )
+
+
+def _cost(own: Audit, other: Audit) -> str:
+    """What an image costs at another input size, in a sentence."""
+    assert other.input_size is not None
+    work = f" ({gmac(other.macs)} GMAC instead of {gmac(own.macs)})" if other.macs and own.macs else ""
+    rows = {(row.order, row.batch_size): row for row in other.rows}
+    spoken = max((row.batch_size for row in other.rows if row.batch_size <= _SPOKEN_BATCH), default=1)
+    listed = rows.get(("listed", spoken))
+    batch = f"; at batch {spoken}, listed, {listed.padding:.2f}x that" if listed and spoken > 1 else ""
+    lost = len(other.left_out)
+    without = f" ({lost} more images cannot be used: a side vanishes)" if lost else ""
+    pixels = f"{other.pixels / own.pixels:.2f}x the pixels"
+    return f"At {size_in_words(other.input_size)} an image has {pixels}{work}{batch}{without}."
 
 
 def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]:

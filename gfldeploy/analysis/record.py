@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from gfldeploy.analysis.causes import PART_NAMES, PARTS, BatchAnalysis, Part, sentences
 from gfldeploy.analysis.invariance import Invariance
 from gfldeploy.analysis.sweep import Pass
-from gfldeploy.batching.buckets import STREAM_ORDERS
+from gfldeploy.batching.buckets import STREAM_ORDERS, Size, size_in_words
 from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.columns import Column
 from gfldeploy.bench.estimates import Estimate
@@ -29,7 +29,11 @@ Line = TypeVar("Line")
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that `gfldeploy analyze` found. `rounds`: the passes of each; `created`: UTC, ISO 8601."""
+    """Everything that `gfldeploy analyze` found.
+
+    `rounds`: the passes of each; `created`: UTC, ISO 8601; `input_size`: (height, width) in pixels, None for the
+    bundle's own.
+    """
 
     created: str
     machine: Machine
@@ -38,6 +42,7 @@ class Analysis:
     precision: Precision
     threads: int
     tf32: bool
+    input_size: Size | None
     images: int
     peak: Peak | None
     rounds: tuple[tuple[Pass, ...], ...]
@@ -58,7 +63,9 @@ class Analysis:
         """Write `path` (JSON) and the page beside it (.html). Raises `OutputError`."""
         write_json(path, self.to_dict())
         figures = [_stacked(self)]
-        title = f"Batch size and speed: {self.bundle.directory}, {self.engine} {with_tf32(self.precision, self.tf32)}"
+        at = f" at {size_in_words(self.input_size)}" if self.input_size else ""
+        model = f"{self.engine} {with_tf32(self.precision, self.tf32)}{at}"
+        title = f"Batch size and speed: {self.bundle.directory}, {model}"
         times = (
             "Milliseconds of one image against batch 1: mean over the typical of "
             f"{len(self.rounds)} rounds, and in brackets the interval of the median."

@@ -12,7 +12,7 @@ from gfldeploy.analysis.causes import analyze_passes
 from gfldeploy.analysis.invariance import Invariance, measure_invariance
 from gfldeploy.analysis.record import Analysis
 from gfldeploy.analysis.sweep import batch_orders, measure_passes
-from gfldeploy.batching.buckets import Order
+from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
 from gfldeploy.bench.cpu_parity import CpuCheck, is_compared
@@ -42,6 +42,7 @@ def analyze(
     device: Device | None = None,
     tf32: bool | None = None,
     threads: int | None = None,
+    input_size: Size | None = None,
     batch_sizes: Sequence[int] = (2, 4, 8),
     limit: int | None = 32,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
@@ -66,6 +67,8 @@ def analyze(
         device: By default the CPU.
         tf32: Let FP32 on a GPU multiply in TF32; by default not.
         threads: CPU threads of one inference; by default all.
+        input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
+            PaddleDetection; by default that of the bundle.
         batch_sizes: Batch sizes to compare with batch 1.
         limit: Use only this number of images, the first of the annotations; None for all.
         engine_cache: The folder in which engines that compile keep the result.
@@ -80,7 +83,7 @@ def analyze(
         The measurements, the causes that follow from them, and the answer in sentences.
 
     Raises:
-        BundleError: The bundle is damaged.
+        BundleError: The bundle is damaged, or does not take the input size.
         DataError: Annotations or an image cannot be read.
         UnsupportedError: The bundle has a fixed batch size, or does not run in this engine and precision.
         EngineError: The engine failed, or differs from the CPU (compared for GPUs and engines of other packages).
@@ -89,7 +92,8 @@ def analyze(
     orders = batch_orders(batch_sizes)
     path = None if output is None else Path(output)
     _check_output(path, force)
-    opened = Bundle.open(bundle)
+    own = Bundle.open(bundle)
+    opened = own.at_size(input_size)
     if (fixed := opened.manifest.inputs[0].shape[0]) is not None:
         problem = f"{opened.directory} takes batches of {fixed} only"
         raise UnsupportedError(problem, "Export it without a fixed batch size.")
@@ -136,6 +140,7 @@ def analyze(
         precision=options.precision,
         threads=options.threads,
         tf32=options.tf32,
+        input_size=None if opened is own else input_size,
         images=len(paths),
         peak=best,
         rounds=tuple(tuple(passes) for passes in measured),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from gfldeploy.batching.buckets import ORDERS, Group, Order, Size, area, choose_buckets, group, is_mixed, padding
 from gfldeploy.errors import DataError
@@ -70,29 +71,42 @@ class AuditRow:
 class Audit:
     """What batches of some images would cost.
 
-    `sizes`: how many distinct sizes the network's inputs have at batch 1. `rounding`: their pixels by those of the
-    resized images, which is the cost of rounding up to the stride, or of the bars around an image in a fixed input.
-    `macs`: the mean of an image at batch 1. `limited`: padding of bucketed batches by number of buckets.
-    `answer`: what the rows say, in sentences. `left_out`: images that cannot be used.
+    `input_size`: (height, width) in pixels to which images are resized, None for the size of the bundle or config.
+    `sizes`: how many distinct sizes the network's inputs have at batch 1; `pixels`: the mean of theirs. `rounding`:
+    their pixels by those of the resized images, which is the cost of rounding up to the stride, or of the bars around
+    an image in a fixed input. `macs`: the mean of an image at batch 1. `limited`: padding of bucketed batches by number
+    of buckets. `answer`: what the rows say, in sentences. `left_out`: images that cannot be used. `at_sizes`: the same
+    images at other input sizes that were asked for.
     """
 
     images: int
     sizes: int
+    pixels: float
     rounding: float
     macs: float | None
     limited: Mapping[int, float]
     rows: tuple[AuditRow, ...]
     answer: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    input_size: Size | None = None
+    at_sizes: tuple[Audit, ...] = ()
 
 
-def survey(paths: Sequence[Path], preprocess: Preprocess, progress: Progress = SILENT) -> Survey:
-    """Read the headers of the files. Those that cannot be used are left out; raises `DataError` if all are."""
+def survey(
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    progress: Progress = SILENT,
+    known: Mapping[Path, Size] = MappingProxyType({}),
+) -> Survey:
+    """Read the headers of the files, but those whose size (height, width) in pixels is `known`.
+
+    Those that cannot be used are left out; raises `DataError` if all are.
+    """
     kept: list[tuple[Path, Size, Size, Size]] = []
     left_out = []
     for done, path in enumerate(paths, start=1):
         try:
-            size = image_size(path)
+            size = known.get(path) or image_size(path)
             kept.append((path, size, preprocess.resized_size(*size), preprocess.input_size(*size)))
         except DataError as error:
             problem = error.problem if str(path) in error.problem else f"{path}: {error.problem}"
@@ -150,6 +164,7 @@ def audit_sizes(
     return Audit(
         images=len(sizes),
         sizes=distinct,
+        pixels=sum(map(area, sizes)) / len(sizes),
         rounding=sum(map(area, sizes)) / sum(map(area, found.resized)),
         macs=sum(macs_of[size] for size in sizes) / len(sizes) if macs_of else None,
         limited={

@@ -16,7 +16,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 
 Item = TypeVar("Item")
-# (height, width) in pixels of the network's input for one image, rounded up to the network's stride.
+# (height, width) in pixels: of the network's input for one image, rounded up to its stride; or an input size, which is
+# what images are resized to before.
 Size = tuple[int, int]
 # listed: as the images come; shuffled: at random; sorted: by size; bucketed: images of one input size in each batch, or
 # of one bucket of sizes.
@@ -38,6 +39,11 @@ class Group:
 def area(size: Size) -> int:
     """In pixels."""
     return size[0] * size[1]
+
+
+def size_in_words(size: Size) -> str:
+    """Height and width, such as "800x1344"."""
+    return f"{size[0]}x{size[1]}"
 
 
 def union(sizes: Iterable[Size]) -> Size:

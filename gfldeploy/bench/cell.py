@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
-from gfldeploy.batching.buckets import Order
+from gfldeploy.batching.buckets import Order, Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision, with_tf32
 
@@ -57,7 +57,8 @@ class Cell:
     `threads`: CPU threads of one inference. `order`: "listed" (batches of the images in their order) or "bucketed"
     (batches of images of one size), which takes all images at once: the offline scenario. `rate`: images arriving a
     second, and `policy`: how they become batches, in the server scenario alone; its `batch_size` is the largest that
-    the policy may form. `tf32`: FP32 on a GPU may multiply in TF32 (`EngineOptions`). `streams`: inferences at once
+    the policy may form. `input_size`: (height, width) in pixels that images are resized to (`Bundle.at_size`), None for
+    the bundle's own. `tf32`: FP32 on a GPU may multiply in TF32 (`EngineOptions`). `streams`: inferences at once
     from one engine; the offline scenario alone has several, since in the others each waits for the one before.
     """
 
@@ -73,6 +74,7 @@ class Cell:
     policy: ServerPolicy | None = None
     tf32: bool = False
     streams: int = 1
+    input_size: Size | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -80,6 +82,8 @@ class Cell:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
         if self.batch_size < 1 or self.threads < 1 or self.streams < 1:
             raise ValueError("batch_size, threads and streams must be at least 1")
+        if self.input_size is not None and min(self.input_size) < 1:
+            raise ValueError(f"input_size must be of at least one pixel, not {size_in_words(self.input_size)}")
         if self.streams > 1 and self.scenario != "offline":
             raise ValueError("only the offline scenario has several inferences at once")
         if self.tf32 and (self.precision, self.device) != ("fp32", "gpu"):
@@ -103,13 +107,15 @@ class Cell:
         return f"{self.setup(among)}, batch {self.batch_size}{self.load}"
 
     def setup(self, among: Iterable[Cell] = ()) -> str:
-        """Engine and precision, TF32 included, and several streams; the device, threads and bundle where the cells
-        `among` differ in them.
+        """Engine and precision, TF32 included, several streams, and an input size that is not the bundle's own; the
+        device, threads and bundle where the cells `among` differ in them.
 
         The bundle is named where an engine runs several in one precision.
         """
         cells = list(among)
         parts = [f"{self.engine} {with_tf32(self.precision, self.tf32)}"]
+        if self.input_size is not None:
+            parts.append(f"at {size_in_words(self.input_size)}")
         if len({cell.device for cell in cells}) > 1:
             parts.append(f"on {self.device}")
         if len({cell.threads for cell in cells}) > 1:

@@ -131,7 +131,8 @@ def compare(
     if not pairs:
         raise DataError(
             f"no cell is measured in both files: {_extent(a_cells)} in the first, {_extent(b_cells)} in the second",
-            "Measure the same engines, precisions, batch sizes, threads and scenarios of bundles of the same name.",
+            "Measure the same engines, precisions, input sizes, batch sizes, threads and scenarios of bundles of the "
+            "same name.",
         )
     return Comparison(
         identical=a == b,

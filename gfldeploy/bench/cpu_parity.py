@@ -181,8 +181,9 @@ class CpuCheck:
         engine, directory = self._engine, self._engine.directory
         if directory is None and engine.options.cache_dir is not None:
             machine = {"gpus": gpu_models(), "driver": nvidia_driver(), "libraries": nvidia_packages()}
+            about = {**machine, "compared": self._bundle.manifest.preprocess.target_size}
             with suppress(OutputError):
-                directory = engine_directory(engine.options.cache_dir, engine, self._bundle, **machine, compared=True)
+                directory = engine_directory(engine.options.cache_dir, engine, self._bundle, **about)
         return None if directory is None else directory / "parity.json"
 
 

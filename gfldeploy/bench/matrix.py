@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bench.cell import POLICIES, STREAMS, BundleIdentity, Cell, Scenario, ServerPolicy, forms, names, suits
 from gfldeploy.bench.results import CellResult
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Obstacle, Precision, check_tf32, oversubscribed
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES, capability, check_bundle, missing_graph
+from gfldeploy.errors import BundleError
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,16 @@ def plan(
     policies: Sequence[ServerPolicy] = POLICIES,
     tf32: bool = False,
     streams: Sequence[int] = (1,),
+    input_sizes: Sequence[Size | None] = (None,),
 ) -> Plan:
     """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
     single-stream and with no-batching, others with multi-stream and with the other policies.
 
     When some of the bundles fit a precision, the others are not mentioned: of an FP32 and an INT8 bundle each runs in
     its own precisions. `tf32`: of those in FP32. `streams`: of the offline scenario; the others have one. `threads`: of
-    one inference; None: the usable CPUs, shared by the streams. Raises `UnsupportedError` for an unknown engine, and
-    where nothing has TF32.
+    one inference; None: the usable CPUs, shared by the streams. `input_sizes`: (height, width) in pixels, see
+    `Bundle.at_size`; None: each bundle's own. Raises `UnsupportedError` for an unknown engine, and where nothing has
+    TF32.
     """
     if tf32:
         check_tf32(precisions, device)
@@ -79,7 +83,9 @@ def plan(
                 problem = f"no {'INT8' if precision == 'int8' else 'FP32'} bundle was given", misfit[1]
             else:
                 problem = missing_graph(bundle, engine, precision, device)
-            for batch_size, scenario, rate, policy, count in loads:
+            for (input_size, unfit), (batch_size, scenario, rate, policy, count) in product(
+                _sizes(bundle, input_sizes), loads
+            ):
                 cell = Cell(
                     bundle=identity,
                     engine=engine,
@@ -93,12 +99,26 @@ def plan(
                     policy=policy,
                     tf32=tf32 and precision == "fp32",
                     streams=count,
+                    input_size=input_size,
                 )
-                if found := problem or _fixed_batch(bundle, cell) or _several_streams(cell):
+                if found := problem or unfit or _fixed_batch(bundle, cell) or _several_streams(cell):
                     skipped.append(CellResult(cell, "skipped", *found))
                 else:
                     cells.append(cell)
     return Plan(tuple(cells), tuple(skipped), {one: bundle.directory for one, bundle in identities.items()})
+
+
+def _sizes(
+    bundle: Bundle, input_sizes: Sequence[Size | None]
+) -> list[tuple[Size | None, tuple[str, str | None] | None]]:
+    """These sizes, None for the bundle's own, each with why the bundle cannot take it."""
+    found: dict[Size | None, tuple[str, str | None] | None] = {}
+    for size in input_sizes:
+        try:
+            found[None if bundle.at_size(size) is bundle else size] = None
+        except BundleError as error:
+            found[size] = error.problem, error.remedy and error.remedy.rstrip(".")
+    return list(found.items())
 
 
 def _several_streams(cell: Cell) -> Obstacle | None:

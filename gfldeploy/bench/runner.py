@@ -261,8 +261,8 @@ def duration(seconds: float) -> str:
 
 
 def _needs(cell: Cell, rounds: int, accuracy: bool, peak: bool) -> list[_Step]:
-    """The steps of a cell. Neither mAP nor a peak depends on the load, nor a peak on the bundle: they are of all the
-    threads that it has, in one inference."""
+    """The steps of a cell. Neither mAP nor a peak depends on the load, nor a peak on the bundle and the input size:
+    they are of all the threads that it has, in one inference."""
     threads = cell.threads * cell.streams
     alone = replace(
         cell,
@@ -276,7 +276,7 @@ def _needs(cell: Cell, rounds: int, accuracy: bool, peak: bool) -> list[_Step]:
     )
     steps = [_Step("timing", cell, number) for number in range(rounds)]
     steps += [_Step("accuracy", alone)] if accuracy else []
-    return steps + ([_Step("peak", replace(alone, bundle=_NO_BUNDLE))] if peak else [])
+    return steps + ([_Step("peak", replace(alone, bundle=_NO_BUNDLE, input_size=None))] if peak else [])
 
 
 def _failure(steps: Sequence[_Step], answers: Mapping[_Step, _Answer | EngineError]) -> EngineError | None:
@@ -309,7 +309,7 @@ def _cost(directory: Path, cell: Cell, timed: Timed) -> Cost | None:
     shapes = {tuple(map(int, text.split("x"))): count for text, count in timed.run.shapes.items()}
     batches = {(batch, height, width): count for (batch, _, height, width), count in shapes.items()}
     with suppress(GfldeployError):  # a graph that cannot be counted is no reason to lose its timing
-        return count_cost(Bundle.open(directory), cell.precision, timed.image_sizes, batches)
+        return count_cost(Bundle.open(directory).at_size(cell.input_size), cell.precision, timed.image_sizes, batches)
     return None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bench.cell import POLICIES, STREAMS, Scenario, ServerPolicy
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import Plan, plan
@@ -52,6 +53,7 @@ def benchmark(
     engines: Sequence[str] = DEFAULT_ENGINES,
     precisions: Sequence[Precision] = PRECISIONS,
     batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    input_sizes: Sequence[Size] = (),
     scenarios: Sequence[Scenario] = STREAMS,
     rates: Sequence[float] = (),
     policies: Sequence[ServerPolicy] = POLICIES,
@@ -87,6 +89,8 @@ def benchmark(
         engines: The engines to measure.
         precisions: The precisions to measure.
         batch_sizes: The batch sizes to measure.
+        input_sizes: The sizes, (height, width) in pixels, to which images are resized, as `target_size` in
+            PaddleDetection; by default that of each bundle.
         scenarios: After MLPerf Inference: single-stream, multi-stream, offline, server.
         rates: Arrival rates of the server scenario, in images per second.
         policies: What the server does with images that wait: no-batching, fixed-timeout, adaptive.
@@ -158,7 +162,20 @@ def benchmark(
         accuracy_limit=accuracy_limit,
         bundles=opened,
     )
-    planned = plan(opened, engines, precisions, batch_sizes, device, threads, scenarios, rates, policies, tf32, streams)
+    planned = plan(
+        opened,
+        engines,
+        precisions,
+        batch_sizes,
+        device,
+        threads,
+        scenarios,
+        rates,
+        policies,
+        tf32,
+        streams,
+        input_sizes or (None,),
+    )
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:
         raise nothing_to_run(planned)

@@ -16,6 +16,7 @@ from statistics import fmean
 from textwrap import shorten
 from typing import Literal
 
+from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bench.cell import STREAMS, Cell, names
 from gfldeploy.bench.columns import Column, Value
 from gfldeploy.bench.estimates import Estimate, percentile, supports
@@ -82,11 +83,13 @@ class Row:
     Those whose name begins with `file` are of whole batches from file to boxes (decode, preprocess, network, NMS), one
     after the other, nothing overlapping. The other latencies and speeds are of the network alone on prepared batches,
     by wall time; of servers, from the arrival of an image that was not rejected to the end of its batch. All rounds
-    count together. Percentiles are only there where the samples support them (`estimates.supports`).
+    count together. Percentiles are only there where the samples support them (`estimates.supports`). `on_front`:
+    whether no other row is as fast and as accurate, and better in one of them (`rows`).
     """
 
     result: CellResult
     results: BenchResults
+    on_front: bool = False
 
     @property
     def cell(self) -> Cell:
@@ -122,6 +125,14 @@ class Row:
         """Images a second through the network alone."""
         runs = self.result.runs
         return sum(run.samples.images for run in runs) / sum(run.samples.wall_s for run in runs) if self.ok else None
+
+    @property
+    def deciding_images_per_s(self) -> float | None:
+        """From file to boxes; where none of the results has that, of the network alone. None of servers."""
+        if self.is_server:
+            return None
+        whole = any(one.status == "ok" and one.file_ms for one in self.results.cells)
+        return self.file_images_per_s if whole else self.images_per_s
 
     @property
     def ap(self) -> float | None:
@@ -273,7 +284,8 @@ class Row:
         alone = [
             one.padding_ratio
             for other in self.results.cells
-            if other.cell.bundle == self.cell.bundle and other.cell.batch_size == 1
+            if (other.cell.bundle, other.cell.input_size) == (self.cell.bundle, self.cell.input_size)
+            and other.cell.batch_size == 1
             for one in other.runs
         ]
         return bool(alone) and run.padding_ratio > min(alone) * (1 + 1e-9)
@@ -291,7 +303,20 @@ class Row:
 
 def rows(results: BenchResults) -> list[Row]:
     """One row for each cell, in the results' order."""
-    return [Row(result, results) for result in results.cells]
+    found = [Row(result, results) for result in results.cells]
+    speeds = {row: row.deciding_images_per_s for row in found if row.ap is not None}
+    points = {row: (speed, row.ap) for row, speed in speeds.items() if speed is not None and row.ap is not None}
+    front = set(pareto_front(list(points.values())))
+    return [replace(row, on_front=points.get(row) in front) for row in found]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points (x, y) that no other is as good as in both and better than in one, by rising x; more is better."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), key=lambda point: (-point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front[::-1]
 
 
 def best_of_each(shown: Sequence[Row]) -> list[Row]:
@@ -390,6 +415,11 @@ def _scenario(row: Row) -> Value:
     return None if row.cell.scenario in STREAMS else row.cell.scenario
 
 
+def _input_size(row: Row) -> Value:
+    """None for the bundle's own."""
+    return None if row.cell.input_size is None else size_in_words(row.cell.input_size)
+
+
 def _rate(row: Row) -> Value:
     rate = row.cell.rate
     return int(rate) if rate and rate.is_integer() else rate
@@ -408,6 +438,7 @@ COLUMNS: list[Column[Row]] = [
     Column("device", "device", lambda row: row.cell.device, words=True, constant=True, first=True),
     Column("threads", "threads", lambda row: row.cell.threads, constant=True, first=True),
     Column("streams", "streams", lambda row: row.cell.streams, constant=True, first=True),
+    Column("input_size", "input size", _input_size, words=True, first=True),
     Column("scenario", "scenario", _scenario, words=True, constant=True, first=True),
     Column("rate_per_s", "arriving/s", _rate, constant=True),
     Column("policy", "policy", lambda row: row.cell.policy, words=True),
@@ -415,6 +446,7 @@ COLUMNS: list[Column[Row]] = [
     Column("file_to_boxes_images_per_s", "file to boxes", _file_images_per_s, "images/s", first=True),
     Column("in_time_per_s", "in time", _of_served(lambda served: served.in_time_per_s), "images/s"),
     Column("ap", "mAP", _ap, digits=4, first=True),
+    Column("pareto_front", "front", lambda row: "yes" if row.on_front else None, words=True, drop=1, first=True),
     *_percentiles("file_to_boxes", _file_ms, (4, 13, 11), first=True),
     Column("percent_of_possible", "% of possible", _of_served(lambda one: one.percent_of_possible), digits=0, drop=2),
     Column("rejected_percent", "rejected", _of_served(lambda served: 100 * served.rejected), "%", digits=0, drop=3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -32,6 +33,9 @@ _QUOTABLE_SECONDS, _QUOTABLE_COUNT = 3.0, 30
 @dataclass(frozen=True)
 class Settings:
     """How it was measured: every cell in each of `rounds` rounds, after `warmup` inferences of each shape.
+
+    Several streams share them, or a warm-up would take them longer than one inference with all CPUs; each does one of
+    each shape at least.
 
     A round is not over before `min_seconds` have passed and `min_count` inferences are done; then it is as soon as the
     samples are stable (`is_stable`), and in any case once `max_seconds` have passed.
@@ -153,7 +157,8 @@ def measure(
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
     (batch_size,) = sizes
     with _Streams(engine.options.streams) as streams:
-        warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, settings.warmup)) for ms in some]
+        share = math.ceil(settings.warmup / engine.options.streams)
+        warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, share)) for ms in some]
 
         def is_over(latency_ms: Sequence[float], seconds: float) -> bool:
             if seconds < settings.min_seconds or len(latency_ms) < settings.min_count:

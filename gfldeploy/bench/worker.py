@@ -96,7 +96,7 @@ def _time(task: Task) -> Timed:
 
     cell, settings = task.cell, task.settings
     cv2.setNumThreads(cell.threads)
-    bundle = Bundle.open(task.bundle)
+    bundle = Bundle.open(task.bundle).at_size(cell.input_size)
     preprocess = bundle.manifest.preprocess
     images = prepare_images(task.images, preprocess)
     # A server forms its batches as images arrive.
@@ -159,7 +159,8 @@ def _time(task: Task) -> Timed:
 
 
 def _reference(task: Task) -> CpuOutputs:
-    cell, bundle = task.cell, Bundle.open(task.bundle)
+    cell = task.cell
+    bundle = Bundle.open(task.bundle).at_size(cell.input_size)
     preprocess = bundle.manifest.preprocess
     batches = make_batches(prepare_images(task.images, preprocess), preprocess, cell.batch_size, cell.order)
     fixed = bundle.manifest.inputs[0].shape[0] is not None
@@ -183,7 +184,7 @@ def _peak(task: Task) -> Peak:
 
 def _accuracy(task: Task) -> Accuracy:
     cell = task.cell
-    bundle = Bundle.open(task.bundle)
+    bundle = Bundle.open(task.bundle).at_size(cell.input_size)
     manifest = bundle.manifest
     dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
     shapes = batch_shapes(dataset, manifest.preprocess, 1, "listed")

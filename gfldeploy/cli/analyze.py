@@ -16,7 +16,7 @@ from gfldeploy.engines.base import with_tf32
 
 
 @click.command("analyze")
-@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
+@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE, options.INPUT_SIZE)
 @options.batch_sizes("compare with batch 1", "2,4,8")
 @options.limit(32)
 @click.option("--rounds", type=options.WholeNumber(2), default=5, help="Number of interleaved rounds of all batches.")

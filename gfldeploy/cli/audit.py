@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from gfldeploy.bench.columns import Column
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 from gfldeploy.cli.tables import show_table
+from gfldeploy.serialization import plain
 
 if TYPE_CHECKING:
     from gfldeploy.batching.audit import Audit, AuditRow
@@ -30,6 +31,7 @@ _NAMED = 3  # images left out that are named
     help="PaddleDetection config (.yml), or a bundle, which gives MACs and memory too.",
 )
 @options.batch_sizes("compare", show_default="1,2,4,8,16, or the only one that the bundle takes")
+@options.input_sizes("compare with that of the bundle or config", "none")
 @click.option(
     "--buckets",
     type=options.WholeNumber(1),
@@ -54,8 +56,7 @@ def command(as_json: bool, **given: Any) -> None:
     found = audit(**given, progress=TerminalProgress())
     _report_left_out(found)
     if as_json:
-        left_out = [{"path": str(one.path), "reason": one.reason} for one in found.left_out]
-        click.echo(json.dumps({**asdict(found), "left_out": left_out}, indent=2))
+        click.echo(json.dumps(plain(found), indent=2))
         return
     _show(found)
     for sentence in found.answer:

@@ -16,6 +16,7 @@ from gfldeploy.cli.console import TerminalProgress
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=options.PATH)
 @options.group(*options.ANNOTATIONS, *options.MEASUREMENT, options.THREADS)
 @options.batch_sizes("measure", "1,2,4,8")
+@options.input_sizes("measure, speed and mAP")
 @click.option(
     "--scenarios",
     type=options.names(SCENARIOS),

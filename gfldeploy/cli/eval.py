@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from gfldeploy.accuracy import evaluate
-from gfldeploy.batching.buckets import ORDERS
+from gfldeploy.accuracy import Accuracy, evaluate
+from gfldeploy.batching.buckets import ORDERS, size_in_words
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, console
 from gfldeploy.engines.base import with_tf32
@@ -16,6 +16,7 @@ from gfldeploy.engines.base import with_tf32
 
 @click.command("eval")
 @options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
+@options.input_sizes("measure, one after the other")
 @options.group(options.batching(ORDERS, "listed"), options.limit(), options.ENGINE_CACHE, options.JSON)
 def command(as_json: bool, **given: Any) -> None:
     """Measure COCO mAP through an engine: preprocessing and NMS are the same in all of them.
@@ -25,16 +26,27 @@ def command(as_json: bool, **given: Any) -> None:
     """
     found = evaluate(**given, progress=TerminalProgress())
     if as_json:
-        # What is undefined, -1 in pycocotools, is null.
-        values = {name: None if value == -1 else value for name, value in found.accuracy.to_dict().items()}
-        click.echo(json.dumps({**values, "notes": found.notes}, indent=2))
+        values = {**_defined(found.accuracy), "notes": found.notes}
+        if found.at_sizes:
+            values["input_sizes"] = {size_in_words(size): _defined(one) for size, one in found.at_sizes.items()}
+        click.echo(json.dumps(values, indent=2))
         return
-    one = found.accuracy
+    over = f", {found.matched} of {found.classes} classes" if found.matched < found.classes else ""
+    how = f"{found.engine} {with_tf32(found.precision, found.tf32)}, batch {given['batch_size']} {given['order']}"
+    if not found.at_sizes:
+        console().print(f"{_in_words(found.accuracy)}  ({found.accuracy.images} images{over}, {how})")
+    for size, one in found.at_sizes.items():
+        console().print(f"{size_in_words(size)}: {_in_words(one)}  ({one.images} images{over}, {how})")
+
+
+def _defined(found: Accuracy) -> dict[str, Any]:
+    """What is undefined, -1 in pycocotools, is null."""
+    return {name: None if value == -1 else value for name, value in found.to_dict().items()}
+
+
+def _in_words(one: Accuracy) -> str:
     named = {
         "mAP": one.ap, "AP50": one.ap50, "AP75": one.ap75,
         "small": one.ap_small, "medium": one.ap_medium, "large": one.ap_large,
     }  # fmt: skip
-    shown = "  ".join(f"{name} {'undefined' if value == -1 else f'{value:.4f}'}" for name, value in named.items())
-    over = f", {found.matched} of {found.classes} classes" if found.matched < found.classes else ""
-    how = f"{found.engine} {with_tf32(found.precision, found.tf32)}, batch {given['batch_size']} {given['order']}"
-    console().print(f"{shown}  ({one.images} images{over}, {how})")
+    return "  ".join(f"{name} {'undefined' if value == -1 else f'{value:.4f}'}" for name, value in named.items())

@@ -48,6 +48,12 @@ def _candidates(word: str) -> int | str:
     "images would lose detections; with one class at least nms_top_k.",
 )
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph with NMS, for its deploy tools.")
+@click.option(
+    "--end-to-end/--no-end-to-end",
+    default=True,
+    show_default=True,
+    help="Add the ONNX files that deploy by themselves: pixels in, detections out.",
+)
 @options.THREADS
 def command(**given: Any) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.

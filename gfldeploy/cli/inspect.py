@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bench.columns import Column
 from gfldeploy.cli import options
 from gfldeploy.cli.console import console
@@ -96,8 +97,7 @@ def _rows(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _preprocess(data: Mapping[str, Any]) -> str:
-    height, width = data["target_size"]
-    steps = [f"resize to {height}x{width}"]
+    steps = [f"resize to {size_in_words(data['target_size'])}"]
     if data["fixed"]:
         steps[0] += " and no other"
     if data["keep_ratio"]:

@@ -101,6 +101,14 @@ def input_shape(word: str) -> tuple[int | None, int, int]:
     return int(match[1]) if match[1] else None, int(match[2]), int(match[3])
 
 
+def input_size(word: str) -> tuple[int, int]:
+    """Height and width in pixels."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", word)
+    if match is None or 0 in (size := (int(match[1]), int(match[2]))):
+        raise ValueError(f"{word!r} is not a height and width in pixels such as 800x1344")
+    return size
+
+
 def _whole_number(word: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word):
         raise ValueError(f"{word!r} is not a whole number from 1; write them as 1,2,4")
@@ -128,6 +136,7 @@ def names(choices: Sequence[str]) -> Parsed:
 
 
 WHOLE_NUMBERS = Parsed("LIST", _whole_number, listed=True)
+INPUT_SIZES = Parsed("LIST", input_size, listed=True)
 POSITIVE_NUMBERS = Parsed("LIST", _positive_number, listed=True)
 
 
@@ -238,6 +247,25 @@ def annotations_of(images: str = "the images", prefix: str = "--", required: boo
         ),
     )
 
+
+def input_sizes(purpose: str, default: str = "the bundle's own") -> Option:
+    """--input-sizes: a list, for the `purpose`; `default`: what there is without, in words."""
+    return click.option(
+        "--input-sizes",
+        type=INPUT_SIZES,
+        default=(),
+        metavar="HEIGHTxWIDTH,...",
+        show_default=default,
+        help=f"Input sizes to {purpose}, in pixels, as the target_size of PaddleDetection's Resize.",
+    )
+
+
+INPUT_SIZE = click.option(
+    "--input-size",
+    type=Parsed("HEIGHTxWIDTH", input_size),
+    show_default="the bundle's own",
+    help="Size that images are resized to, in pixels, as the target_size of PaddleDetection's Resize.",
+)
 
 BUNDLE = click.argument("bundle", type=PATH)
 

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     help="How JPEGs are decoded. fast: at 1/2, 1/4 or 1/8 where they are that much larger than the network's input; "
     "scores and boxes then differ a little.",
 )
-@options.group(*options.ENGINE)
+@options.group(*options.ENGINE, options.INPUT_SIZE)
 @click.option(
     "--streams",
     type=options.WholeNumber(1),

@@ -46,6 +46,7 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     show_default=f"{DEFAULT_SAMPLES}, or all if there are fewer",
     help="Number of images to calibrate on, spread evenly over all.",
 )
+@options.input_sizes("judge INT8 at besides the bundle's own, which alone decides about publishing")
 @options.group(*options.annotations_of("other images, to measure mAP on", "--eval-", required=False))
 @options.limit(purpose=" for mAP", name="--eval-limit")
 @click.option(
@@ -88,6 +89,9 @@ def command(**given: Any) -> None:
     published: 90% of the convolutions must run in INT8, and mAP on --eval-data, or without it the detections on
     calibration images, must stay close to FP32 in every engine and in a simulation of TensorRT on the CPU. Groups of
     convolutions that lose too much go back to float, and the bundle's parity.json says what that costs in speed.
+
+    With --input-sizes the same is measured at other input sizes, and the bundle records where INT8 holds: predict runs
+    it at no others.
 
     \b
     Example: gfldeploy quantize gfl_r50 --data calib_images/ --output gfl_r50_int8

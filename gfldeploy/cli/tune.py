@@ -12,6 +12,7 @@ from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
 
 if TYPE_CHECKING:
+    from gfldeploy.bench.cell import Cell
     from gfldeploy.tune.deploy_file import Configuration, Deploy
 
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     default=",".join(STREAM_ORDERS),
     help="How batches may be formed: of images as they are listed, padded to a common size, or of images of one size.",
 )
+@options.input_sizes("choose from besides each bundle's own, with --max-drop")
 @click.option(
     "--max-latency-ms",
     type=options.FiniteFloat(0, min_open=True),
@@ -76,12 +78,13 @@ if TYPE_CHECKING:
 )
 @options.output("File to write the choice and its evidence to.", Path("deploy.yml"))
 def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: Path | None, **given: Any) -> None:
-    """Find the fastest engine, precision, batch size, threads and batching that keep the bounds.
+    """Find the fastest engine, precision, batch size, threads, batching and input size that keep the bounds.
 
     The fastest configuration has the highest throughput from file to boxes, one batch after the other. Every engine
     and precision that the BUNDLEs support is measured briefly, and those that cannot win are dropped. Larger batches of
     the others are tried until throughput no longer rises. The best are measured longer, interleaved. mAP is measured
-    only of the configuration that is about to be chosen. Give the FP32 and the INT8 bundle together.
+    only of the configuration that is about to be chosen, and of some of the --input-sizes, to find the smallest that
+    keeps --max-drop. Give the FP32 and the INT8 bundle together.
 
     An interrupted or killed command resumes where it stopped when it is run again.
 
@@ -108,6 +111,12 @@ def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: P
     click.echo(f"Wrote {output}")
 
 
+def _size(cell: Cell) -> str | None:
+    from gfldeploy.batching.buckets import size_in_words
+
+    return None if cell.input_size is None else size_in_words(cell.input_size)
+
+
 def _show(deploy: Deploy) -> None:
     """The choice and the runner-up, from file to boxes."""
     from gfldeploy.bench.columns import Column
@@ -119,6 +128,7 @@ def _show(deploy: Deploy) -> None:
         Column("precision", "precision", lambda one: one[1].cell.precision, words=True),
         Column("tf32", "TF32", lambda one: "yes" if one[1].cell.tf32 else None, words=True),
         Column("bundle", "bundle", lambda one: one[1].cell.bundle.directory, words=True, drop=8),
+        Column("input_size", "at", lambda one: _size(one[1].cell), words=True, drop=1),
         Column("batch_size", "batch", lambda one: one[1].cell.batch_size),
         Column("order", "order", lambda one: one[1].cell.order, words=True, drop=3),
         Column("threads", "threads", lambda one: one[1].cell.threads, drop=2),

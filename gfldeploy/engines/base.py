@@ -29,7 +29,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICES: tuple[Device, ...] = get_args(Device)
 
 T = TypeVar("T")
-Tensors = Mapping[str, NDArray[np.float32]]
+Tensors = Mapping[str, NDArray[Any]]
 # (batch, height, width) of the network's input.
 Shape = tuple[int, int, int]
 
@@ -271,8 +271,9 @@ class Engine(ClosesOnExit):
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Find the graph's files. Raises `BundleError`."""
         self.options = options
+        self._graph = graph
         self._model, self._params = bundle.graph(graph)
-        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+        self._outputs = list(bundle.outputs(graph))
 
     def infer(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Takes `{"image": float32 [N, 3, H, W]}`, returns `{"scores": float32 [N, A, C], "boxes": float32 [N, A, 4]}`.

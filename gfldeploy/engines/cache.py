@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 from gfldeploy.bundle import Bundle
@@ -18,6 +19,7 @@ def _home() -> Path:
         return Path("/nonexistent")
 
 
+_DIGEST = hashlib.sha256().digest_size
 DEFAULT_ENGINE_CACHE = _home() / ".cache" / "gfldeploy" / "engines"
 
 
@@ -38,3 +40,29 @@ def engine_directory(root: Path, engine: Engine, bundle: Bundle, **depends_on: o
         problem = f"cannot write {directory}: {error.strerror or error}"
         raise OutputError(problem, "Choose another --engine-cache.") from error
     return directory
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write what was compiled, with its digest, in one step. Raises `OutputError`."""
+    part = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            part = Path(file.name)
+            file.write(hashlib.sha256(content).digest() + content)
+        part.replace(path)
+    except OSError as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}", "Choose another --engine-cache."
+        ) from error
+
+
+def kept(path: Path) -> bytes | None:
+    """What `keep` wrote; None if it is not there or damaged: a damaged model may run, and compute anything."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, content = data[:_DIGEST], data[_DIGEST:]
+    return content if hashlib.sha256(content).digest() == digest else None

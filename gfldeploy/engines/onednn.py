@@ -29,8 +29,23 @@ class LoggedConvolution:
     ms: float = field(default=0.0, compare=False)
 
 
-def log_convolutions(libraries: Sequence[Path], run: Callable[[], object], log: Path) -> tuple[LoggedConvolution, ...]:
-    """Call `run` with oneDNN's verbose mode on; returns the convolutions that it executed, in order.
+@dataclass(frozen=True)
+class LoggedPrimitive:
+    """One executed primitive, such as a reorder.
+
+    `tensors`: their types and layouts, as "src:f32::blocked:acdb::f0 dst:u8::blocked:acdb::f0". `shape`: in oneDNN's
+    notation for the kind of primitive. `ms`: how long it took.
+    """
+
+    kind: str
+    implementation: str
+    tensors: str
+    shape: str
+    ms: float = field(default=0.0, compare=False)
+
+
+def verbose_log(libraries: Sequence[Path], run: Callable[[], object], log: Path) -> str:
+    """Call `run` with oneDNN's verbose mode on; returns what it said.
 
     `libraries`: the libdnnl file that the engine has loaded. Its log goes to this process's stdout, which is redirected
     to the file `log` meanwhile. Raises `EngineError` if the library has no verbose mode to switch.
@@ -54,7 +69,18 @@ def log_convolutions(libraries: Sequence[Path], run: Callable[[], object], log: 
         libc.fflush(None)
         os.dup2(saved, 1)
         os.close(saved)
-    return read_convolutions(log.read_text(errors="replace"))
+    return log.read_text(errors="replace")
+
+
+def read_primitives(log: str) -> tuple[LoggedPrimitive, ...]:
+    """All that a oneDNN verbose log says was executed, in order; `read_convolutions` shows what a line looks like."""
+    found = []
+    for line in log.splitlines():
+        fields = line.split(",")
+        if "exec" in fields and len(after := fields[fields.index("exec") + 2 :]) > 6:
+            kind, implementation, _, tensors = after[:4]
+            found.append(LoggedPrimitive(kind, implementation, tensors, after[-2], _milliseconds(after[-1])))
+    return tuple(found)
 
 
 def read_convolutions(log: str) -> tuple[LoggedConvolution, ...]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.engines import openvino_rewrite
 from gfldeploy.engines.base import CopyTimes, Engine, EngineOptions, ExecutedConvolution, OneForEachThread, Tensors
-from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory
+from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory, keep, kept
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
 from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
 from gfldeploy.engines.openvino_rewrite import add_operators, rewrite
 from gfldeploy.errors import EngineError, OutputError
+from gfldeploy.files import sha256
 
 Shape = tuple[int, ...]
 
@@ -82,21 +85,25 @@ class OpenVinoEngine(Engine):
     @property
     def models(self) -> Mapping[Shape, bool]:
         """The input shapes with a model of their own, () for the one of all others: whether it was in the cache."""
-        return {
-            shape: bool(compiled.model.get_property("LOADED_FROM_CACHE")) for shape, compiled in self._compiled.items()
-        }
+        return {shape: one.loaded.was_cached for shape, one in self._compiled.items() if one.loaded is not None}
 
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
-        arrays = {name: np.require(array, np.float32, ("C", "W")) for name, array in inputs.items()}
-        with self._explained(), self._compiled_for(_shape(arrays)).requests.one() as request:
-            start = time.perf_counter()
-            # Tensors that are set and got, since handing `infer` a dictionary costs a small network a twentieth.
-            for name, array in arrays.items():
-                request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
-            request.infer(share_outputs=True)
-            ran = time.perf_counter()
-            outputs = {name: np.array(request.get_tensor(name).data) for name in self._outputs}
+        arrays = {  # as tensors take them: others are copied, as those that cannot be written
+            name: np.require(array, None if array.dtype.kind in "iu" else np.float32, ("C", "W"))
+            for name, array in inputs.items()
+        }
+        with self._explained():
+            loaded = self._loaded_for(_shape(arrays))
+            with loaded.requests.one() as request:
+                start = time.perf_counter()
+                # Not `request.infer`, whose conversions take as long as a hundredth of a small detector's inference.
+                for name, array in arrays.items():
+                    request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
+                request.start_async()
+                request.wait()
+                ran = time.perf_counter()
+                outputs = {name: np.array(request.get_output_tensor(place).data) for name, place in loaded.places}
         return outputs, CopyTimes.between(start, start, ran, time.perf_counter())
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
@@ -108,7 +115,7 @@ class OpenVinoEngine(Engine):
     def runtime_model(self, inputs: Tensors) -> Any:
         """OpenVINO's own account of what runs inputs of this shape. Raises `EngineError`."""
         self.infer(inputs)
-        return self._compiled_for(_shape(inputs)).model.get_runtime_model()
+        return self._loaded_for(_shape(inputs)).model.get_runtime_model()
 
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From OpenVINO's own times, in a model of its own."""
@@ -121,19 +128,46 @@ class OpenVinoEngine(Engine):
                     spent[one.node_type == "Convolution"] += one.real_time.total_seconds()
         return spent[True] / spent.total() if spent.total() else None
 
-    def _compiled_for(self, shape: Shape) -> _Compiled:
+    def _loaded_for(self, shape: Shape) -> _Loaded:
         """The model that serves inputs of this shape."""
-        with self._choosing:  # or two threads would compile the same
+        with self._choosing:
             shape = self._model_shape(shape)
             if self._any_shape and shape == _DYNAMIC:
                 self._shared += 1
                 if self._shared % _TRIM_EVERY == 0:
                     _give_back_memory()
-            if shape not in self._compiled:
-                model = self._compile(shape)
-                requests = OneForEachThread(model.create_infer_request, self.options.streams + self.queued)
-                self._compiled[shape] = _Compiled(model, requests)
-            return self._compiled[shape]
+            one = self._compiled.setdefault(shape, _Compiled())
+        with one.loading:  # or two threads would load the same; others go on meanwhile
+            if one.loaded is None:
+                one.loaded = self._load(shape)
+            return one.loaded
+
+    def _load(self, shape: Shape) -> _Loaded:
+        """The model from the cache; compiled, and put there, if it is not in it or of no use."""
+        place = None if self._cache is None else self._cache / f"{'x'.join(map(str, shape)) or 'any'}.model"
+        model, content = None, kept(place) if place else None
+        if content is not None:
+            # Not OpenVINO's own cache, which wants to be given the very model, set to the shape and rewritten.
+            with suppress(RuntimeError):
+                model = self._core.import_model(content, "CPU", self._settings(shape))
+        was_cached = model is not None
+        if model is None:
+            model = self._compile(shape)
+            if place is not None:
+                exported = io.BytesIO()
+                model.export_model(exported)
+                try:
+                    keep(place, exported.getvalue())
+                except OutputError:
+                    if self._cache_wanted:
+                        raise
+        names = [output.get_any_name() for output in model.outputs]
+        return _Loaded(
+            model,
+            OneForEachThread(model.create_infer_request, self.options.streams + self.queued),
+            tuple((name, names.index(name)) for name in self._outputs),
+            was_cached,
+        )
 
     def _model_shape(self, shape: Shape) -> Shape:
         """The shape itself if it has, or now gets, a model of its own; else that of the model for any shape."""
@@ -152,26 +186,29 @@ class OpenVinoEngine(Engine):
         return shape
 
     def _compile(self, shape: Shape, **more: object) -> Any:
-        model, streams = self._network.clone(), self.options.streams
-        settings: dict[str, Any] = {
+        with self._choosing:
+            model = self._network.clone()
+        if shape != _DYNAMIC:
+            batch = shape[0]  # of what the graph that deploys by itself takes beside the image, too
+            others = {one.any_name: [batch, *list(one.partial_shape)[1:]] for one in model.inputs}
+            model.reshape({**others, "image": list(shape)})
+        rewrite(model, self.options.precision)
+        compiled = self._core.compile_model(model, "CPU", self._settings(shape) | more)
+        if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
+            raise EngineError(f"OpenVINO runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")
+        return compiled
+
+    def _settings(self, shape: Shape) -> dict[str, object]:
+        streams = self.options.streams
+        return {
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": streams * self.options.threads,
             "INFERENCE_PRECISION_HINT": _PRECISIONS[self.options.precision],
             # Pinned threads would share their processors with the pinned threads of another process.
             "ENABLE_CPU_PINNING": False,
+            **({"CPU_RUNTIME_CACHE_CAPACITY": _KEPT_KERNELS} if self._any_shape and shape == _DYNAMIC else {}),
         }
-        if shape != _DYNAMIC:
-            model.reshape({"image": list(shape)})
-        elif self._any_shape:
-            settings["CPU_RUNTIME_CACHE_CAPACITY"] = _KEPT_KERNELS
-        rewrite(model, self.options.precision)
-        if self._cache is not None:
-            settings["CACHE_DIR"] = str(self._cache)
-        compiled = self._core.compile_model(model, "CPU", settings | more)
-        if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
-            raise EngineError(f"OpenVINO runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")
-        return compiled
 
     def _cache_directory(self, bundle: Bundle) -> Path | None:
         if self.options.cache_dir is None:
@@ -180,12 +217,18 @@ class OpenVinoEngine(Engine):
         machine = {
             "threads": self.options.threads, "streams": self.options.streams, "cpu": cpu_model(), "flags": flags
         }  # fmt: skip
+        code = [sha256(Path(one)) for one in (__file__, openvino_rewrite.__file__)]  # which says what is compiled
         try:
-            return engine_directory(self.options.cache_dir, self, bundle, **machine)
+            return engine_directory(self.options.cache_dir, self, bundle, **machine, code=code, graph=self._graph)
         except OutputError:
-            if self.options.cache_dir == DEFAULT_ENGINE_CACHE:
-                return None  # nobody asked for it, and this home cannot be written
-            raise
+            if self._cache_wanted:
+                raise
+            return None
+
+    @property
+    def _cache_wanted(self) -> bool:
+        """Whether somebody asked for this cache: another that cannot be written is left out."""
+        return self.options.cache_dir != DEFAULT_ENGINE_CACHE
 
     @staticmethod
     def _detail(error: Exception) -> str:
@@ -194,12 +237,21 @@ class OpenVinoEngine(Engine):
         return (lines or [type(error).__name__])[-1]
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """A compiled model, and its inference requests, which share its weights."""
+class _Loaded(NamedTuple):
+    """A compiled model, its inference requests, which share its weights, and the outputs with their places in it."""
 
     model: Any
     requests: OneForEachThread[Any]
+    places: tuple[tuple[str, int], ...]
+    was_cached: bool
+
+
+@dataclass
+class _Compiled:
+    """A model to be loaded by the first thread that needs it."""
+
+    loaded: _Loaded | None = None
+    loading: threading.Lock = field(default_factory=threading.Lock)
 
 
 def _give_back_memory() -> None:

@@ -46,7 +46,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
         self.build_s = time.perf_counter() - start
         # In a session of its own; the engine is in the cache by now.
         apart = ", the decode in CUDA" if self._decode_apart else ""
-        self.delegated = f"{describe_delegation(self._profile(inputs, 1))}{apart}"
+        self.delegated = f"{describe_delegation(self.profile(inputs, 1))}{apart}"
         self.version = f"{self.version}, TensorRT {tensorrt}"
 
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:

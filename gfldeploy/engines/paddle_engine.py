@@ -25,11 +25,12 @@ from gfldeploy.engines.base import (
 )
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
-from gfldeploy.engines.onednn import LoggedConvolution, log_convolutions
+from gfldeploy.engines.onednn import LoggedPrimitive, read_convolutions, read_primitives, verbose_log
 from gfldeploy.engines.paddle_program import decode_outputs, explain, float_operators, program_convolutions
+from gfldeploy.engines.paddle_rewrite import rewrite_for_onednn
 from gfldeploy.engines.tensorrt import MIN_SUBGRAPH, WORKSPACE_BYTES, TensorRtOptions, example, tensorrt_library
 from gfldeploy.errors import EngineError, summary
-from gfldeploy.files import scratch_directory
+from gfldeploy.files import native_writes, scratch_directory
 
 # Only convolutions leave FP32. Left to itself Paddle also lowers the DFL integral and the box arithmetic: in INT8 the
 # detections are garbage, in BF16 a coordinate of 1000 px is off by up to 4 px (8 bits of mantissa).
@@ -39,6 +40,11 @@ _TENSORRT_MODES = {"fp32": "Float32", "fp16": "Half", "int8": "Int8"}
 _SHAPES = "shapes.pbtxt"  # those of the tensors inside the graph
 # Merges a reshape into what comes before it, even where something else reads that too: then the graph does not load.
 _BROKEN_PASS = "operator_reshape_onednn_fuse_pass"
+# Has convolutions in INT8 take in additions whose result would be wrong, or that keep the convolution from INT8:
+# `paddle_rewrite` does that.
+_HEEDLESS_PASS = "conv_elementwise_add_onednn_fuse_pass"
+# Fuses ReLUs with the additions before them, once Paddle has seen from the ReLUs what has no sign.
+_LAST_PASS = "elementwise_act_onednn_fuse_pass"
 
 
 class PaddleEngine(Engine):
@@ -61,16 +67,31 @@ class PaddleEngine(Engine):
         from paddle import inference
 
         self.version: str = self._paddle.__version__
-        config = self._configure(inference, bundle, pir=graph == "paddle")
-        # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
-        with self._explained(f"cannot load {self._model}"), quiet(native_stderr=True):
-            predictor = inference.create_predictor(config)
-            given = len(predictor.get_output_names())
-            if given != len(self._outputs):
-                raise ValueError(f"it has {given} outputs and not {len(self._outputs)}")
-            # Each is for one thread at a time; they share the weights.
-            predictors = [*(predictor.clone() for _ in range(options.streams - 1)), predictor]
+        with scratch_directory() as scratch:
+            config = self._configure(inference, bundle, pir=graph == "paddle")
+            with self._explained(f"cannot load {self._model}"):
+                if options.device == "cpu" and self.onednn and graph == "paddle_program":
+                    height, width = bundle.manifest.preprocess.target_size
+                    config.set_model(str(self._for_onednn(scratch, height * width)), str(self._params))
+                # Paddle's INT8 passes report to stderr whatever the log level; what goes wrong comes as an exception.
+                with quiet(native_stderr=True):
+                    predictor = inference.create_predictor(config)
+                    given = len(predictor.get_output_names())
+                    if given != len(self._outputs):
+                        raise ValueError(f"it has {given} outputs and not {len(self._outputs)}")
+                    # Each is for one thread at a time; they share the weights.
+                    predictors = [*(predictor.clone() for _ in range(options.streams - 1)), predictor]
         self._predictors = OneForEachThread[Any](predictors.pop, options.streams)
+
+    def _for_onednn(self, directory: Path, pixels: int) -> Path:
+        """The program in the form that oneDNN runs fastest on images of so many pixels, as a file in `directory`."""
+        from paddle.base.proto import framework_pb2
+
+        description = framework_pb2.ProgramDesc.FromString(self._model.read_bytes())
+        rewrite_for_onednn(description, pixels)
+        with native_writes(directory):
+            (directory / self._model.name).write_bytes(description.SerializeToString())
+        return directory / self._model.name
 
     def _configure(self, inference: Any, bundle: Bundle, pir: bool) -> Any:
         """The predictor's settings; `pir`: whether the graph is in the newer format."""
@@ -100,6 +121,8 @@ class PaddleEngine(Engine):
                 config.set_bfloat16_op(_LOW_PRECISION_OPS)
             elif options.precision == "int8":
                 config.enable_mkldnn_int8(_LOW_PRECISION_OPS)
+                config.delete_pass(_HEEDLESS_PASS)
+                config.pass_builder().append_pass(_LAST_PASS)
         return config
 
     def close(self) -> None:
@@ -127,7 +150,7 @@ class PaddleEngine(Engine):
         if self.options.device == "gpu" or not self.onednn:
             return ()
         self.infer(inputs)
-        ran = self._logged(lambda: self.infer(inputs))
+        ran = read_convolutions(self._logged(lambda: self.infer(inputs)))
         asked = self.options.precision
         if asked == "int8":
             return explain(ran, program_convolutions(self._model))
@@ -144,18 +167,22 @@ class PaddleEngine(Engine):
         if self.options.device == "gpu" or not self.onednn:
             return None
         self.infer(inputs)
-        times: list[float] = []
-
-        def run() -> None:
-            times.append(self.infer_timed(inputs)[1].inference_ms)
-
-        shares = [sum(one.ms for one in self._logged(run)) / times[-1] for _ in range(self._share_runs)]
+        shares = []
+        for _ in range(self._share_runs):
+            primitives, took = self.profile(inputs)
+            shares.append(sum(one.ms for one in primitives if one.kind == "convolution") / took)
         return statistics.median(shares)
 
-    def _logged(self, run: Callable[[], object]) -> tuple[LoggedConvolution, ...]:
+    def profile(self, inputs: Tensors) -> tuple[tuple[LoggedPrimitive, ...], float]:
+        """What oneDNN executed in one inference, with the times of its own log, and how long the inference took, ms."""
+        times: list[float] = []
+        log = self._logged(lambda: times.append(self.infer_timed(inputs)[1].inference_ms))
+        return read_primitives(log), times[-1]
+
+    def _logged(self, run: Callable[[], object]) -> str:
         libraries = list((Path(self._paddle.__file__ or "").parent / "libs").glob("libdnnl*"))
         with scratch_directory() as directory:
-            return log_convolutions(libraries, run, directory / "onednn.log")
+            return verbose_log(libraries, run, directory / "onednn.log")
 
 
 class PlainPaddleEngine(PaddleEngine):

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy._quiet import quiet
-from gfldeploy.bundle import LAYERS, Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
+from gfldeploy.bundle import (
+    END_TO_END,
+    LAYERS,
+    Bundle,
+    Graph,
+    GraphName,
+    Manifest,
+    TensorSpec,
+    needed_multiple,
+    write_bundle,
+)
 from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import EngineOptions
@@ -24,6 +35,8 @@ from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityErr
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import load_checkpoint, locate_checkpoint
 from gfldeploy.export.config import DetectorConfig, load_detector_config
+from gfldeploy.export.end_to_end import obstacle, write_end_to_end
+from gfldeploy.export.end_to_end_parity import EndToEndComparison, compare_end_to_end, compare_with_eager
 from gfldeploy.export.heads import HEADS, HeadSpec
 from gfldeploy.export.levels import check_levels
 from gfldeploy.export.model_builder import build_model
@@ -37,7 +50,7 @@ from gfldeploy.serialization import plain
 InputShape = tuple[int | None, int | None, int | None]
 
 # Three graphs' worth of parameters, the temporary program among them, and the ONNX files.
-_SPACE_FACTOR = 6
+_SPACE_FACTOR = 8
 
 
 def export_bundle(
@@ -49,6 +62,7 @@ def export_bundle(
     input_shape: InputShape | None = None,
     candidates: int | Literal["auto", "all"] = "auto",
     with_nms: bool = False,
+    end_to_end: bool = True,
     threads: int | None = None,
     force: bool = False,
     command: str = "",
@@ -68,6 +82,7 @@ def export_bundle(
         candidates: How many anchors of an image the graphs decode, those with the highest scores. "auto" is a number
             that loses nothing of test pictures, or all.
         with_nms: Add PaddleDetection's own graph with NMS, for its deploy tools. Needs a free input size.
+        end_to_end: Add, around each ONNX graph, the file that takes pixels and gives detections.
         threads: CPU threads; all available by default.
         force: Replace an existing bundle at `output`.
         command: The command line that the bundle records.
@@ -148,6 +163,7 @@ def export_bundle(
                 progress.stage("comparing PaddleDetection's graph with its own forward pass")
                 parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
             export.add_half()
+            export.add_end_to_end(end_to_end)
             write_json(directory / "parity.json", export.parity_record())
             _write_infer_cfg(directory / "infer_cfg.yml", export.manifest)
             if with_nms:
@@ -175,6 +191,7 @@ class _Export:
     tolerance: parity.Tolerance = parity.TOLERANCE
     compared: list[parity.GraphComparison] = field(default_factory=list)
     compared_half: list[parity.GraphComparison] = field(default_factory=list)
+    compared_end_to_end: list[EndToEndComparison] = field(default_factory=list)
 
     def write_graphs(self, head: HeadSpec, with_nms: bool) -> None:
         """Write the graphs, and leave out those that cannot be written. Raises `EngineError` without the PIR graph."""
@@ -238,8 +255,7 @@ class _Export:
     def add_half(self) -> None:
         """Write the FP16 file from the ONNX graph and compare it, or leave it out."""
         if "onnx" in self.manifest.left_out:
-            left_out = {**self.manifest.left_out, "onnx_fp16": "it is made of the ONNX graph"}
-            self.manifest = replace(self.manifest, left_out=left_out)
+            self._leave_out_unwritten("onnx_fp16", "it is made of the ONNX graph")
             return
         self.progress.stage("writing the FP16 ONNX graph and comparing it with the eager model")
         self._add("onnx_fp16", Graph("onnx/model_fp16.onnx"))
@@ -251,6 +267,37 @@ class _Export:
         except (EngineError, ParityError) as error:
             self._leave_out("onnx_fp16", error)
 
+    def add_end_to_end(self, wanted: bool) -> None:
+        """Write what deploys by itself around each ONNX graph and compare it, or leave it out."""
+        why = obstacle(self.manifest) if wanted else "it was not asked for (--no-end-to-end)"
+        for around, graph in END_TO_END.items():
+            if around in self.manifest.left_out:
+                self._leave_out_unwritten(graph, f"it is made of the {around} graph")
+            elif around in self.manifest.graphs and why:
+                self._leave_out_unwritten(graph, why)
+            elif around in self.manifest.graphs:
+                self.progress.stage(f"writing the {graph} graph and comparing its detections")
+                self._add(graph, Graph(f"onnx/{graph}.onnx"))
+                try:
+                    self._write_end_to_end(around, graph)
+                except (EngineError, ParityError) as error:
+                    self._leave_out(graph, error)
+
+    def _write_end_to_end(self, around: GraphName, graph: GraphName) -> None:
+        bundle, options = Bundle(self.directory, self.manifest), EngineOptions("fp32", "cpu", self.threads)
+        write_end_to_end(bundle.graph(around)[0], bundle.graph(graph)[0], self.manifest)
+        allowed = half.TOLERANCE if around == "onnx_fp16" else self.tolerance
+        batch, _, height, width = self.images[0].shape
+        eager = partial(parity.eager_detections, self.detector, self.references[0])
+        found = []
+        for name in self._judges(around):
+            with load_graph(name, bundle, options, around) as alone, load_graph(name, bundle, options, graph) as whole:
+                found += compare_end_to_end(graph, alone, whole, self.manifest, allowed)
+                if around == "onnx":
+                    args = (graph, whole, (batch, height, width), eager, self.manifest, allowed)
+                    found.append(compare_with_eager(*args))
+        self.compared_end_to_end += found
+
     def parity_record(self) -> dict[str, Any]:
         """`parity.json`."""
         left_out = self.manifest.left_out.get("onnx_fp16")
@@ -260,23 +307,14 @@ class _Export:
             "tolerance": plain(self.tolerance),
             "comparisons": plain(self.compared),
             "fp16": {"tolerance": plain(half.TOLERANCE), **outcome},
+            "end_to_end": plain(self.compared_end_to_end),
         }
 
     def _compare(self, graph: GraphName) -> list[parity.GraphComparison]:
-        """A graph in every judge that is installed and runs it in FP32 on CPUs.
-
-        A graph that none runs so (INT8 is made of the program, GPUs run FP16) runs in the first judge that knows it.
-        Raises `EngineError` or `ParityError`.
-        """
-        names = [
-            name
-            for name in JUDGES
-            if ENGINES[name].graph("fp32", "cpu") == graph and capability(name, "fp32", "cpu").works
-        ]
-        names = names or [next(name for name in JUDGES if graph in ENGINES[name].graphs)]
+        """A graph in its judges. Raises `EngineError` or `ParityError`."""
         bundle, options = Bundle(self.directory, self.manifest), EngineOptions("fp32", "cpu", self.threads)
         found = []
-        for opened in [load_graph(name, bundle, options, graph) for name in names]:
+        for opened in [load_graph(name, bundle, options, graph) for name in self._judges(graph)]:
             with opened as engine:
                 found += [
                     parity.compare(graph, engine, batch, reference)
@@ -284,16 +322,32 @@ class _Export:
                 ]
         return found
 
+    def _judges(self, graph: GraphName) -> list[str]:
+        """Every judge that is installed and runs the graph in FP32 on CPUs.
+
+        Of a graph that none runs so (INT8 is made of the program, GPUs run FP16), the first judge that knows it.
+        """
+        names = [
+            name
+            for name in JUDGES
+            if ENGINES[name].graph("fp32", "cpu") == graph and capability(name, "fp32", "cpu").works
+        ]
+        return names or [next(name for name in JUDGES if graph in ENGINES[name].graphs)]
+
     def _add(self, graph: GraphName, files: Graph) -> None:
         self.manifest = replace(self.manifest, graphs={**self.manifest.graphs, graph: files})
 
     def _leave_out(self, graph: GraphName, error: GfldeployError) -> None:
         """Take a graph that the error tells against out of the manifest, and its model out of the directory."""
         problem = error.problem.replace(f"{self.directory}/", "")  # engines name the file that they cannot load
-        self.progress.stage(f"leaving out the {graph} graph: {problem}")
         (self.directory / self.manifest.graphs[graph].model).unlink(missing_ok=True)
         graphs = {name: files for name, files in self.manifest.graphs.items() if name != graph}
-        self.manifest = replace(self.manifest, graphs=graphs, left_out={**self.manifest.left_out, graph: problem})
+        self.manifest = replace(self.manifest, graphs=graphs)
+        self._leave_out_unwritten(graph, problem)
+
+    def _leave_out_unwritten(self, graph: GraphName, why: str) -> None:
+        self.progress.stage(f"leaving out the {graph} graph: {why}")
+        self.manifest = replace(self.manifest, left_out={**self.manifest.left_out, graph: why})
 
     def _suggesting_fixed_size(self, error: GfldeployError) -> GfldeployError:
         """The same error, with a fixed input size as the remedy where the size was free: some models need one."""
@@ -347,9 +401,7 @@ def _preprocess(config: DetectorConfig, shape: InputShape) -> Preprocess:
         preprocess = Preprocess.from_reader(config.reader["sample_transforms"], config.reader.get("batch_transforms"))
     except ConfigError as error:
         raise ConfigError(f"{config.path}: {error.problem}", error.remedy) from error
-    # FPN adds each level, doubled, to the next finer one: they only fit if the three backbone levels halve exactly.
-    # What else a model needs is seen when it runs: `check_levels`.
-    needed = max((stride for stride in config.strides if stride <= 32), default=32)
+    needed = needed_multiple(config.strides)
     _, height, width = shape
     if height is None or width is None:
         pad = preprocess.pad_stride

@@ -126,12 +126,12 @@ class _Writer:
         for value in self.graph.output:
             if value.name in self.only_half:
                 self._in_float(value.name)
-        nodes = [_copy(node) for node in self.nodes]
+        nodes = [copied(node) for node in self.nodes]
         del self.graph.node[:]
         self.graph.node.extend(nodes)
         used = {name for node in nodes for name in node.input}
         tensors = [*self.constants.values(), *self.half_constants.values()]
-        kept = [_copy(tensor) for tensor in tensors if tensor.name in used]
+        kept = [copied(tensor) for tensor in tensors if tensor.name in used]
         del self.graph.initializer[:]
         self.graph.initializer.extend(kept)
 
@@ -171,7 +171,7 @@ class _Writer:
         self.half_constants[name] = numpy_helper.from_array(value.astype(np.float16), name + _SUFFIX)
 
 
-def _copy(message: Any) -> Any:
+def copied(message: Any) -> Any:
     """A copy that does not belong to the graph, whose own lists are about to be emptied."""
     copy = type(message)()
     copy.CopyFrom(message)

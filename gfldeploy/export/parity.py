@@ -7,7 +7,7 @@ engine that users deploy, oneDNN and graph fusions included.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gfldeploy._quiet import quiet
 from gfldeploy.bundle import GraphName
 from gfldeploy.candidates import anchors_of, matched
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import ParityError
 from gfldeploy.images.preprocess import Preprocess
@@ -97,7 +98,13 @@ def parity_shapes(preprocess: Preprocess, fixed: tuple[int | None, int | None, i
 
 
 def parity_images(shape: Shape, preprocess: Preprocess, seed: int) -> NDArray[np.float32]:
-    """Pictures [N, 3, H, W], normalised as the reader would: noise at several scales with sharp-edged shapes."""
+    """`parity_pictures` [N, 3, H, W], normalised as the reader would."""
+    as_is = replace(preprocess, target_size=shape[1:], keep_ratio=False)  # which makes Resize do nothing
+    return np.stack([as_is(picture).tensor for picture in parity_pictures(shape, seed)])
+
+
+def parity_pictures(shape: Shape, seed: int) -> NDArray[np.uint8]:
+    """Pictures [N, H, W, 3]: noise at several scales with sharp-edged shapes."""
     import cv2
 
     batch, height, width = shape
@@ -119,8 +126,7 @@ def parity_images(shape: Shape, preprocess: Preprocess, seed: int) -> NDArray[np
                 corner = (centre[0] + size, centre[1] + size)
                 cv2.rectangle(image, centre, corner, colour, -1)
         picture[:] = image
-    as_is = replace(preprocess, target_size=(height, width), keep_ratio=False)  # which makes Resize do nothing
-    return np.stack([as_is(picture).tensor for picture in pictures])
+    return pictures
 
 
 def eager_outputs(detector: Any, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -130,6 +136,19 @@ def eager_outputs(detector: Any, images: NDArray[np.float32]) -> dict[str, NDArr
     with paddle.no_grad(), quiet():
         scores, boxes = detector.head(detector.neck(detector.backbone({"image": paddle.to_tensor(images)})))
         return {"scores": paddle.concat(scores, 1).numpy(), "boxes": paddle.concat(boxes, 1).numpy()}
+
+
+def eager_detections(detector: Any, outputs: Outputs, scale: tuple[float, float]) -> Iterator[Detections]:
+    """What ppdet's own NMS makes of the outputs, of each image; `scale` (y, x), by which all were resized."""
+    import paddle
+
+    boxes = outputs["boxes"] / np.array([*scale[::-1], *scale[::-1]], np.float32)
+    scores = np.ascontiguousarray(outputs["scores"].transpose(0, 2, 1))
+    rows, counts, _ = detector.head.nms(paddle.to_tensor(boxes), paddle.to_tensor(scores))
+    ends = np.cumsum(counts.numpy())
+    for count, end in zip(counts.numpy(), ends, strict=True):
+        found = rows.numpy()[end - count : end]
+        yield Detections(found[:, 2:], found[:, 1], found[:, 0].astype(np.int64))
 
 
 def tolerance(detector: Any, images: Sequence[NDArray[np.float32]]) -> Tolerance:

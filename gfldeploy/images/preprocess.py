@@ -202,7 +202,7 @@ class Preprocess:
             resized = cv2.resize(image, None, None, fx=scale_x, fy=scale_y, interpolation=self.interp)
         else:
             resized = cv2.resize(image, (width, height), interpolation=self.interp)
-        table = self._table
+        table = self.table
         for channel, plane in enumerate(cv2.split(resized)):
             cv2.LUT(plane, table[channel], dst=out[channel, :height, :width])
         out[:, height:] = 0
@@ -271,7 +271,7 @@ class Preprocess:
         return batch
 
     @cached_property
-    def _table(self) -> NDArray[np.float32]:
+    def table(self) -> NDArray[np.float32]:
         """What each of the 256 pixel values becomes in each channel, float32 [3, 256].
 
         The operations and their precisions are PaddleDetection's: multiply in float32, subtract and divide in float64

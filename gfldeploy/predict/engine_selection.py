@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gfldeploy.batching.buckets import Order
+from gfldeploy.batching.buckets import Order, Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, oversubscribed, with_tf32
 from gfldeploy.engines.hardware import usable_threads
@@ -24,9 +24,10 @@ _DEPLOY_SUFFIXES = (".yml", ".yaml")
 class Choice:
     """What runs, and how.
 
-    `options`: for an engine that is built for shapes, and on GPUs, they have those that `deploy.yml` says, or some that
-    span all that the detector can be given. `order`: how batches are formed, see `pipeline.detect_groups`. `why`: why
-    this engine, in words. `notes`: what the user should know, such as that a `deploy.yml` was made on another machine.
+    `bundle`: at the `input_size`, None for its own. `options`: for an engine that is built for shapes, and on GPUs,
+    they have those that `deploy.yml` says, or some that span all that the detector can be given. `order`: how batches
+    are formed, see `pipeline.detect_groups`. `why`: why this engine, in words. `notes`: what the user should know, such
+    as that a `deploy.yml` was made on another machine.
     """
 
     bundle: Bundle
@@ -36,12 +37,14 @@ class Choice:
     order: Order
     why: str
     notes: tuple[str, ...] = ()
+    input_size: Size | None = None
 
     def __str__(self) -> str:
         options, count, streams = self.options, self.options.threads, self.options.streams
         listed = ", batches as listed" if self.order == "listed" and self.batch_size > 1 else ""
         return (
-            f"{self.bundle.name} in {self.engine} {with_tf32(options.precision, options.tf32)} on "
+            f"{self.bundle.name} in {self.engine} {with_tf32(options.precision, options.tf32)}"
+            f"{f' at {size_in_words(self.input_size)}' if self.input_size else ''} on "
             f"{options.device}, batch {self.batch_size}, "
             f"{f'{streams} streams of ' if streams > 1 else ''}{count} thread{'' if count == 1 else 's'}"
             f"{listed} ({self.why})"
@@ -60,27 +63,31 @@ def choose(
     tf32: bool | None = None,
     streams: int | None = None,
     throughput: bool = False,
+    input_size: Size | None = None,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; arguments that are given override both.
 
-    A bundle runs in its own precision on the CPU, one image at a time; batches are bucketed. A network of a fixed batch
-    size has that one. All threads are used, by one inference, which is the fastest for a single image; with
-    `throughput` by the streams of `throughput_options`. `engine_cache`: where engines keep what they compiled, None for
-    nowhere.
+    A bundle runs in its own precision and input size on the CPU, one image at a time; batches are bucketed. A network
+    of a fixed batch size has that one. All threads are used, by one inference, which is the fastest for a single image;
+    with `throughput` by the streams of `throughput_options`. `engine_cache`: where engines keep what they compiled,
+    None for nowhere.
 
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
-    `UnsupportedError` where nothing here can run it.
+    `UnsupportedError` where nothing here can run it, or it is INT8 at an input size at which `quantize` has not found
+    it to hold, and `deploy.yml` knows no mAP.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     notes: tuple[str, ...] = ()
     shapes: tuple[Shape, ...] = ()
     why = ""
+    deploy: Deploy | None = None
     if source.suffix in _DEPLOY_SUFFIXES and not source.is_dir():
         deploy = Deploy.read(source)
         bundle = Bundle.open(deploy.bundle_path(source))
         notes = tuple(_differences(deploy, bundle))
         cell = deploy.choice.cell
+        input_size = input_size or cell.input_size
         if (engine, precision, device) == (None, None, None):
             why = f"as {source.name} says"
         engine, precision = engine or cell.engine, precision or cell.precision
@@ -94,13 +101,18 @@ def choose(
                 streams = max(usable_threads() // threads, 1)
                 notes = (*notes, f"{obstacle.reason}: {source.name} runs with {streams} here")
         order = order or (cell.order if cell.batch_size > 1 else None)
-        shapes = deploy.shapes
+        if bundle.at_size(input_size) == bundle.at_size(cell.input_size):
+            shapes = deploy.shapes
     elif source.is_dir():
         bundle = Bundle.open(source)
     else:
         problem = f"{source} is neither a bundle nor a deploy file" if source.exists() else f"there is no {source}"
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
+    own, bundle = bundle, bundle.at_size(input_size)
     engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache, tf32, streams)
+    measured = deploy is not None and _ap_known(deploy, own, bundle, engine, options)
+    if bundle is not own and options.precision == "int8" and not measured:
+        _check_int8(own, bundle)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
@@ -114,7 +126,31 @@ def choose(
         # Batches need not fill; but an engine that runs any shape is to know the most common alone.
         expected = in_batches(shapes, *((size, fixed or 1) if ENGINES[engine].needs_shapes else (size,)))
         options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
-    return Choice(bundle, engine, options, size, order, why or reason, notes)
+    return Choice(bundle, engine, options, size, order, why or reason, notes, None if bundle is own else input_size)
+
+
+def _ap_known(deploy: Deploy, own: Bundle, resized: Bundle, engine: str, options: EngineOptions) -> bool:
+    """Whether the mAP was measured of just this: the file's choice, neither engine nor input size overridden."""
+    cell, asked = deploy.choice.cell, (engine, options.precision, options.device)
+    same = asked == (cell.engine, cell.precision, cell.device) and resized == own.at_size(cell.input_size)
+    return same and deploy.choice.evidence.ap_drop is not None
+
+
+def _check_int8(own: Bundle, resized: Bundle) -> None:
+    """Raise `UnsupportedError` unless `quantize` found the INT8 bundle to hold at this input size."""
+    size = size_in_words(resized.manifest.preprocess.target_size)
+    judged = (own.record("parity.json") or {}).get("sizes", ())
+    found = [one["problem"] for one in judged if resized.at_size(tuple(one["size"])) is resized]
+    if not found:
+        raise UnsupportedError(
+            f"{own.directory} is INT8, which was not judged at {size}",
+            f"Judge it there: `gfldeploy quantize --input-sizes {size}`; or use the FP32 bundle.",
+        )
+    if found[0] is not None:
+        raise UnsupportedError(
+            f"{own.directory} is INT8, which does not hold at {size}: {found[0]}",
+            "Use another --input-size, or the FP32 bundle.",
+        )
 
 
 def in_batches(shapes: Sequence[Shape], *counts: int) -> tuple[Shape, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gfldeploy.batching.buckets import Order, stream_batches
+from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
@@ -89,6 +89,7 @@ def predict_images(
     tf32: bool | None = None,
     threads: int | None = None,
     streams: int | None = None,
+    input_size: Size | None = None,
     batch_size: int | None = None,
     order: Order | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
@@ -118,6 +119,8 @@ def predict_images(
         streams: Inferences at once from one engine. Of a bundle by default as many as there are usable CPUs, of one
             thread each, and no more than 16 images at once: with more CPUs they have several threads. One stream if
             `threads` is given.
+        input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
+            PaddleDetection.
         batch_size: Images of one inference.
         order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
         engine_cache: The folder in which engines that compile keep the result.
@@ -142,7 +145,18 @@ def predict_images(
     given = [Path(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     folder = Path(output)
     choice = choose(
-        Path(source), engine, precision, device, threads, batch_size, Path(engine_cache), order, tf32, streams, True
+        Path(source),
+        engine,
+        precision,
+        device,
+        threads,
+        batch_size,
+        Path(engine_cache),
+        order,
+        tf32,
+        streams,
+        throughput=True,
+        input_size=input_size,
     )
     annotations = None if data is None else Path(data)
     read = [Path(source), *given] if annotations is None else [Path(source), annotations, *given]
@@ -311,6 +325,7 @@ def _question(request: _Request) -> dict[str, Any]:
         "streams": choice.options.streams,
         "batch_size": choice.batch_size,
         "order": choice.order,
+        **({"input_size": choice.input_size} if choice.input_size else {}),
         **({"shapes": choice.options.shapes} if choice.options.shapes else {}),
         "threshold": request.threshold,
         "draw_threshold": request.draw,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
+from gfldeploy.accuracy import Accuracy
+from gfldeploy.batching.buckets import Size, size_in_words
 from gfldeploy.bundle import Bundle
-from gfldeploy.errors import GfldeployError, ParityError
+from gfldeploy.errors import EngineError, GfldeployError, ParityError
 from gfldeploy.progress import Progress
 from gfldeploy.quant.artefacts import Quantized, write_artefacts
 from gfldeploy.quant.calibration import ConvUse
 from gfldeploy.quant.fallback import FallbackStep, affordable, fall_back, not_held
-from gfldeploy.quant.gate import GateLimits, Int8Measurement, failure
+from gfldeploy.quant.gate import GateLimits, Int8Measurement, failure, unjudgeable
 from gfldeploy.quant.groups import groups
 from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.sensitivity import Sensitivity, macs_shares, measure_sensitivity, rows
@@ -45,6 +47,20 @@ class Evaluation:
     ranked: tuple[Sensitivity, ...] = ()
     groups: tuple[Sensitivity, ...] = ()
     steps: tuple[FallbackStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class SizeEvaluation:
+    """What an INT8 bundle gave at another input size than its own, `size` (height, width) in pixels.
+
+    `accuracy`: of FP32 at the same size, None without labels. `engines`: what was measured, empty if nothing could be.
+    `problem`: why INT8 does not hold there, None if it does.
+    """
+
+    size: Size
+    accuracy: Accuracy | None
+    engines: Mapping[str, Int8Measurement]
+    problem: GfldeployError | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,27 @@ class Evaluator:
         if not mend:
             raise problem
         return self._mended(evaluated, problem, ranked)
+
+    def at_size(self, evaluated: EvaluatedBundle, size: Size, images: Sequence[Path]) -> SizeEvaluation:
+        """Judge the bundle, as it is, at another input size by the same gate, against FP32 at that size.
+
+        `images`: those whose detections are compared.
+        """
+        reference, accuracy = self.fp32_reference, None
+        engines: Mapping[str, Int8Measurement] = {}
+        label = size_in_words(size)
+        self.progress.stage(f"judging INT8 at {label}")
+        try:
+            source = reference.source.at_size(size)
+            reference = Fp32Reference.of(source, images, reference.dataset, reference.threads, self.progress)
+            accuracy = reference.accuracy
+            problem = unjudgeable(reference.detections, accuracy, self.limits)
+            if problem is None:
+                engines = reference.measure(evaluated.bundle.at_size(size), f"INT8 at {label}", self.progress)
+                problem = failure(engines, accuracy, self.limits, len(evaluated.kept))
+        except (EngineError, ParityError) as error:
+            problem = error
+        return SizeEvaluation(size, accuracy, engines, problem)
 
     def speeds(self, evaluated: EvaluatedBundle) -> list[Speed]:
         """FP32, the bundle and, if that keeps something in float, all in INT8, timed in each engine."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.accuracy import Accuracy, measure_accuracy
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import Engine, EngineOptions, count_precisions, reasons
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.registry import JUDGES, REFERENCE_ENGINE, capability, open_engine
@@ -104,9 +104,9 @@ class SimulatedTensorRT(OnnxRuntimeEngine):
 
     name = SIMULATED_TENSORRT
 
-    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName = "onnx_tensorrt") -> None:
         """Load the graph. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""
-        super().__init__(bundle, options, "onnx_tensorrt")
+        super().__init__(bundle, options, graph)
 
     def _session_options(self) -> Any:
         options = super()._session_options()

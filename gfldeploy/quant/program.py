@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle
+from gfldeploy.engines.paddle_rewrite import OUTPUT_RANGE
 from gfldeploy.errors import EngineError
 from gfldeploy.files import native_writes
 from gfldeploy.quant.calibration import Calibration, ConvUse
@@ -130,6 +131,9 @@ class _Quantizer:
                     for slot in ("Input", "Filter"):
                         arguments[slot][0] = self._dequantized[arguments[slot][0]]
                     op.attrs.add(name=_MARK[0], type=_proto().AttrType.STRING, s=_MARK[1])
+                    if use.use < len(ranges.outputs):
+                        floats = (ranges.outputs[use.use].low, ranges.outputs[use.use].high)
+                        op.attrs.add(name=OUTPUT_RANGE, type=_proto().AttrType.FLOATS, floats=floats)
             for slot in ("X", "Y") if op.type == _ADDITION else ():
                 arguments[slot][0] = self._dequantized.get(arguments[slot][0], arguments[slot][0])
             operators.append(_proto().OpDesc())

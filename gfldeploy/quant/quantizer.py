@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import LAYERS, Bundle, write_bundle
 from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
@@ -23,6 +24,7 @@ from gfldeploy.images.decode import read_image
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.artefacts import Quantized
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse
+from gfldeploy.quant.end_to_end import add_end_to_end
 from gfldeploy.quant.evaluation import EvaluatedBundle, Evaluator
 from gfldeploy.quant.gate import DEFAULT_MAX_DROP, DEFAULT_MIN_AGREEMENT, Candidate, GateLimits, best, unjudgeable
 from gfldeploy.quant.groups import match
@@ -30,10 +32,11 @@ from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.method import DEFAULT_STEPS, MethodOptions, QuantMethod, Refined
 from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.observer import observe_outputs, weight_ranges
-from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record
+from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record, size_line, size_record
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
+from gfldeploy.serialization import plain
 
 _AGREEMENT_IMAGES = 8
 _COPIED = ("infer_cfg.yml", LAYERS)
@@ -49,6 +52,7 @@ def quantize_bundle(
     method: str = "ptq",
     distill_steps: int | None = None,
     samples: int | None = None,
+    input_sizes: Sequence[Size] = (),
     eval_data: StrPath | None = None,
     eval_images: StrPath | None = None,
     eval_limit: int | None = None,
@@ -76,6 +80,9 @@ def quantize_bundle(
             publishes whichever of the two is measured to be better.
         distill_steps: Steps of fine-tuning, 200 by default.
         samples: How many images to calibrate on, evenly spread; by default up to 64.
+        input_sizes: Input sizes (height, width) in pixels, as in `Bundle.at_size`, at which INT8 is judged besides the
+            bundle's own. What was found is in the bundle's `parity.json`: where INT8 does not hold, `Detector` and
+            `predict_images` refuse it. The own size alone decides about publishing.
         eval_data: COCO annotations of other images, to measure mAP on.
         eval_images: The folder of their images, by default `images` beside them.
         eval_limit: Measure mAP on the first images only.
@@ -95,7 +102,7 @@ def quantize_bundle(
 
     Raises:
         UsageError: Options contradict each other.
-        BundleError: The bundle cannot be used.
+        BundleError: The bundle cannot be used, or not at one of the `input_sizes`.
         DataError: Images or annotations cannot be used.
         UnsupportedError: This bundle, method or algorithm does not quantise.
         EngineError: Calibration or an engine failed, or too little ran in INT8.
@@ -126,6 +133,7 @@ def quantize_bundle(
         if note:
             progress.note(note)
     asked = _asked(source, keep_float)
+    others = [size for size in dict.fromkeys(input_sizes) if source.at_size(size) is not source]
     progress.stage(f"checking {len(paths)} calibration images")
     for path in paths:
         read_image(path)
@@ -157,6 +165,13 @@ def quantize_bundle(
         result = evaluator.settle(run.evaluated[chosen.algorithm], fallback, sensitivity)
         record: dict[str, Any] = {"method": method}
         record |= parity_record(result, fp32_reference, limits, evaluator.speeds(result.evaluated))
+        end_to_end, compared_end_to_end = add_end_to_end(result.evaluated.bundle, threads, progress)
+        record["end_to_end"] = plain(compared_end_to_end)
+        if others:
+            judged = [size_record(evaluator.at_size(result.evaluated, size, compared)) for size in others]
+            for one in judged:
+                (progress.stage if one["problem"] is None else progress.note)(size_line(one))
+            record["sizes"] = judged
         if evaluation is not None:
             record["evaluation"] = evaluation_record(Path(eval_data) if eval_data else None, evaluated_on)
         if len(run.candidates) > 1:
@@ -172,7 +187,7 @@ def quantize_bundle(
         for name in _COPIED:
             shutil.copyfile(source.directory / name, directory / name)
         progress.stage(f"publishing {output} ({chosen.algorithm})")
-        manifests.append(int8_manifest(source, chosen.algorithm, len(paths), command))
+        manifests.append(int8_manifest(source, end_to_end.manifest, chosen.algorithm, len(paths), command))
     return Bundle.open(output)
 
 

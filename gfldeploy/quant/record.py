@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from gfldeploy import __version__
+from gfldeploy.accuracy import Accuracy
+from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bundle import Bundle, Manifest
-from gfldeploy.quant.artefacts import GRAPHS
-from gfldeploy.quant.evaluation import Evaluation
-from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits
+from gfldeploy.quant.evaluation import Evaluation, SizeEvaluation
+from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement
 from gfldeploy.quant.groups import groups
 from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.speed import Speed
@@ -22,14 +23,17 @@ _NOTES = {
 }
 
 
-def int8_manifest(source: Bundle, algorithm: str, images: int, command: str) -> Manifest:
-    """The manifest of an INT8 bundle made of `source` with `images` calibration images; its files are not in it yet."""
+def int8_manifest(source: Bundle, graphs: Manifest, algorithm: str, images: int, command: str) -> Manifest:
+    """The manifest of an INT8 bundle made of `source` with `images` calibration images; its files are not in it yet.
+
+    `graphs`: one that has its graphs, and says why it lacks some.
+    """
     return replace(
         source.manifest,
         name=f"{source.name}_int8",
         precision="int8",
-        graphs=GRAPHS,
-        left_out={},
+        graphs=graphs.graphs,
+        left_out=graphs.left_out,
         provenance={
             **source.manifest.provenance,
             "quantized": {
@@ -53,16 +57,8 @@ def parity_record(
         "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
         "images": list(fp32_reference.images),
         "limits": plain(limits),
-        "engines": {
-            name: plain(one.agreement) | ({"note": _NOTES[name]} if name in _NOTES else {})
-            for name, one in evaluated.engines.items()
-        },
+        **_measured(evaluated.engines, fp32),
     }
-    if fp32 is not None:
-        data["accuracy"] = {
-            "fp32": fp32.to_dict(),
-            "engines": {name: one.accuracy.to_dict() for name, one in evaluated.engines.items() if one.accuracy},
-        }
     if evaluated.kept:
         data["kept_float"] = _kept_float(evaluation)
     if evaluation.steps:
@@ -71,9 +67,48 @@ def parity_record(
     return data
 
 
+def size_record(evaluation: SizeEvaluation) -> dict[str, Any]:
+    """An entry of `sizes` in `parity.json`: the input size, why INT8 does not hold there, if so, and the figures."""
+    problem = evaluation.problem
+    return {
+        "size": list(evaluation.size),
+        "problem": problem.problem if problem else None,
+        **_measured(evaluation.engines, evaluation.accuracy),
+    }
+
+
+def size_line(record: Mapping[str, Any]) -> str:
+    """What such an entry says: whether INT8 holds at the size, by which figures, or why it does not."""
+    size = size_in_words(record["size"])
+    if record["problem"] is not None:
+        return f"at {size} INT8 does not hold: {record['problem']}"
+    if accuracy := record.get("accuracy"):
+        fp32 = accuracy["fp32"]
+        found = [f"{name} {one['ap']:.4f}" for name, one in accuracy["engines"].items()]
+        figures = f"mAP {', '.join(found)} (FP32 {fp32['ap']:.4f}) on {fp32['images']} images"
+    else:
+        engines = record.get("engines", {})
+        found = [f"{name} {one['detections_found']:.1%}" for name, one in engines.items()]
+        count = max((one["detections"] for one in engines.values()), default=0)
+        figures = f"of {count} FP32 detections found again: {', '.join(found)}" if count else "FP32 had no detections"
+    return f"at {size} INT8 holds: {figures}"
+
+
 def algorithms_record(candidates: Sequence[Candidate], chosen: Candidate) -> dict[str, Any]:
     """The table of the algorithms that were tried, before any fallback."""
     return {"chosen": chosen.algorithm, "tried": [one.to_dict() for one in candidates]}
+
+
+def _measured(engines: Mapping[str, Int8Measurement], fp32: Accuracy | None) -> dict[str, Any]:
+    """What was measured of each engine, and, with labels, the accuracies."""
+    notes = {name: {"note": _NOTES[name]} if name in _NOTES else {} for name in engines}
+    data: dict[str, Any] = {"engines": {name: plain(one.agreement) | notes[name] for name, one in engines.items()}}
+    if fp32 is not None:
+        data["accuracy"] = {
+            "fp32": fp32.to_dict(),
+            "engines": {name: one.accuracy.to_dict() for name, one in engines.items() if one.accuracy},
+        }
+    return data
 
 
 def _kept_float(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -24,20 +24,21 @@ from gfldeploy.quant.qdq import TENSORRT, insert_qdq
 
 # Standard operators that the matrix marks as supported both for TensorRT 8.4 and for 10.15, hence in between; 11 refers
 # to the same matrix. Left out although supported: control flow, random numbers, and operators whose output shape
-# depends on values (NonZero, NonMaxSuppression). No detector here needs them, and each has restrictions of its own.
+# depends on values, but for NonMaxSuppression: no detector here needs them, and each has restrictions of its own.
 _NAMES = """
     Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast Ceil Celu Clip Concat
     Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout Einsum Elu
     Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool
     Greater GreaterOrEqual HardSigmoid Identity InstanceNormalization IsNaN LRN LeakyRelu Less LessOrEqual Log
-    LogSoftmax LpNormalization LpPool MatMul Max MaxPool Mean Min Mul Neg Not Or PRelu Pad Pow QuantizeLinear Range
-    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
-    Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax Softplus
-    Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Where Xor
+    LogSoftmax LpNormalization LpPool MatMul Max MaxPool Mean Min Mul Neg NonMaxSuppression Not Or PRelu Pad Pow
+    QuantizeLinear Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
+    ReduceSum ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size
+    Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose
+    Unsqueeze Where Xor
 """
 OPERATORS = frozenset(_NAMES.split())
 _CONTROL_FLOW = {"If", "Loop", "Scan"}
-_VALUE_DEPENDENT = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}
+_VALUE_DEPENDENT = {"Compress", "NonZero", "Unique"}
 _INTEGER_KERNELS = {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
 # What the matrix says of Resize.
 _RESIZE = {
@@ -53,6 +54,9 @@ _RESIZE = {
 }
 _OPSETS = range(9, 21)  # of TensorRT 10.0; later ones read newer opsets as well
 _FREE_DIMENSIONS = {0, 2, 3}  # of an image [N, 3, H, W]
+_FREE_OF_PIXELS = {0, 1, 2}  # of [N, H, W, 3], uint8
+_NUMBERS = ("im_shape", "scale_factor")  # of each image, beside its pixels
+_UINT8 = 2  # of onnx.TensorProto
 _INSERTED = "InsertedPrecisionFreeCast_"  # how ONNX Runtime begins the names of Casts that its CPU kernels need
 
 
@@ -138,10 +142,15 @@ def _model_problems(model: Any, constants: Mapping[str, Any]) -> Iterator[str]:
         if value.name in constants:
             continue
         sizes = value.type.tensor_type.shape.dim
-        if len(sizes) != 4:
+        pixels = value.type.tensor_type.elem_type == _UINT8
+        free = _FREE_OF_PIXELS if pixels else _FREE_DIMENSIONS
+        if len(sizes) != 4 and value.name not in _NUMBERS:
             yield f"input {value.name} has {len(sizes)} dimensions, an image has 4"
+        readers = {node.op_type for node in model.graph.node if value.name in node.input}
+        if pixels and not readers <= {"Cast", "Shape"}:
+            yield f"input {value.name} is uint8, which is for inputs alone: a Cast must come next"
         for index, size in enumerate(sizes):
-            if size.dim_value <= 0 and index not in _FREE_DIMENSIONS:
+            if size.dim_value <= 0 and index not in free:
                 yield f"dimension {index} of input {value.name} is free: only batch, height and width may be"
 
 
@@ -174,6 +183,8 @@ class _QdqNode:
             yield from self._resize()
         elif kind == "TopK":
             yield from self._topk()
+        elif kind == "NonMaxSuppression" and any(value is None for value in self.inputs[2 : len(self.node.input)]):
+            yield f"{self.name} has a number or a threshold that is not constant"
         elif kind in ("Squeeze", "Unsqueeze") and len(self.node.input) > 1 and self.inputs[1] is None:
             yield f"{self.name} needs constant axes"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
@@ -78,7 +79,12 @@ def _from_schema_3(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3}
+def _from_schema_4(data: dict[str, Any]) -> dict[str, Any]:
+    """Its cells are all of the bundles' own input sizes: the default."""
+    return data
+
+
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4}
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,27 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class SizeChoice:
+    """What the choice's input size costs and gains, where there were several.
+
+    `own_size`: of the choice's bundle, (height, width) in pixels. `speed`: images a second from file to boxes of the
+    choice by those at the own size, in the same engine and precision, both measured at length; `ap_less`: mAP, 0 to 1,
+    that the choice has less than there. Both null where the choice has the own size, or where that was not measured.
+    `drops`: input sizes, the largest first, with the mAP that they lose in the choice's precision against the FP32
+    bundle at its own size: those at which it was measured, in whichever engine.
+    """
+
+    own_size: Size
+    speed: Estimate | None
+    ap_less: float | None
+    drops: tuple[tuple[Size, float], ...]
+
+    def __post_init__(self) -> None:
+        if any(min(size) < 1 for size in (self.own_size, *(size for size, _ in self.drops))):
+            raise ValueError("input sizes must be of at least one pixel")
+
+
+@dataclass(frozen=True)
 class SearchRecord:
     """How the choice was found: of `cells` possible ones `measured` were, in `seconds` of the run that wrote the file.
 
@@ -145,13 +172,14 @@ class Deploy(Versioned):
     """The content of `deploy.yml`: the `choice` and the `runner_up`, None where nothing else kept the bounds.
 
     `created`: UTC, ISO 8601. `summary`: one paragraph in plain words. `bounds`: what was asked for. `knee`: of the
-    choice's engine, precision, threads and order; None where a single batch size was measured. `search`: how the
-    choice was found; `machine`, `data`: where and on what. `shapes`: (batch, height, width) of the network's inputs
-    that the choice makes of all images that were used, the most common first, for engines that are built for shapes; at
-    most 16, the last two of which then bound those that are left out. Empty in files of earlier schemas.
+    choice's engine, precision, input size, threads and order; None where a single batch size was measured. `search`:
+    how the choice was found; `machine`, `data`: where and on what. `shapes`: (batch, height, width) of the network's
+    inputs that the choice makes of all images that were used, at its input size, the most common first, for engines
+    that are built for shapes; at most 16, the last two of which then bound those that are left out. Empty in files of
+    earlier schemas. `sizes`: what the choice's input size costs and gains; None where there was one input size alone.
     """
 
-    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 4, _UPGRADES, yaml=True)
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 5, _UPGRADES, yaml=True)
 
     created: str
     summary: str
@@ -163,6 +191,7 @@ class Deploy(Versioned):
     machine: Machine
     data: DataDescription
     shapes: tuple[Shape, ...] = ()
+    sizes: SizeChoice | None = None
 
     def __post_init__(self) -> None:
         if len(self.shapes) > MOST_SHAPES:
@@ -183,7 +212,8 @@ class Deploy(Versioned):
                 f"{bundle.digest[:12]}, not {tuned.digest[:12]}",
                 "Give the bundle that was tuned, or run `gfldeploy tune` on this one.",
             )
-        possible = Profile.spanning([(1, 1, 1), *possible_shapes(bundle.manifest, self.choice.cell.batch_size)])
+        sized = bundle.at_size(self.choice.cell.input_size)
+        possible = Profile.spanning([(1, 1, 1), *possible_shapes(sized.manifest, self.choice.cell.batch_size)])
         if impossible := [shape for shape in self.shapes if not possible.covers(shape)]:
             problem = f"{bundle.directory} makes no input of {'x'.join(map(str, impossible[0]))} of any image"
             raise BundleError(problem, "Run `gfldeploy tune` again.")

@@ -8,16 +8,19 @@ Assumed of throughput and latency, and wrong where a machine behaves otherwise:
 - Another number of threads, in as many streams as there are CPUs for, or another order, multiplies it by `TURN_GAIN` at
   most, and the best of them for one batch size of an engine is the best of its neighbours, or next to it, for others.
 - Two short runs of one cell differ by `measured.NOISE` at most.
+- With fewer pixels throughput is no lower, and higher by the ratio of the pixels at most; mAP is no higher. An input
+  size costs as much mAP in every engine and precision, up to `SIZE_SPREAD`: so one of them is asked for most of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Literal, NamedTuple
 
-from gfldeploy.batching.buckets import Order
+from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.tune.measured import NOISE, Measured
@@ -26,22 +29,30 @@ BATCH_GAIN: Mapping[Device, float] = {"cpu": 2.0, "gpu": 16.0}
 TURN_GAIN = 1.25
 # Throughputs within this much of the best count as equal; then the lowest latency decides.
 TIE = 0.02
+# Of mAP: what an input size costs in one engine and precision may differ by this much from what it costs in another.
+SIZE_SPREAD = 0.01
 # Cells that are measured at length: those that may be the best, but no more than this many.
 _FINALISTS = 3
 _MOST_FINALISTS = 6
 
 
 class Model(NamedTuple):
-    """What has one accuracy: its batch sizes are searched on their own."""
+    """What has one accuracy: its batch sizes are searched on their own. `input_size`: None for the bundle's own."""
 
     bundle: BundleIdentity
     engine: str
     precision: Precision
+    input_size: Size | None = None
+
+    @property
+    def own(self) -> Model:
+        """The same at the bundle's own input size."""
+        return self._replace(input_size=None)
 
 
 def model_of(cell: Cell) -> Model:
     """The model that the cell runs."""
-    return Model(cell.bundle, cell.engine, cell.precision)
+    return Model(cell.bundle, cell.engine, cell.precision, cell.input_size)
 
 
 @dataclass(frozen=True)
@@ -91,10 +102,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Step:
-    """Cells to measure, and what for, in words."""
+    """Cells to measure, and what for, in words; then the mAP of `model`, if there is one."""
 
     cells: tuple[Cell, ...]
     why: str
+    model: Model | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,11 @@ class Search:
     `known`: the latest measurement of each cell, None where it failed. `drops`: mAP that models were found to lose.
     Decisions depend on nothing else, so that an interrupted search resumes where it was, and one with results of
     earlier benchmarks starts from them. `finished`: in the end, the cells measured at length that keep all bounds, the
-    choice first. A batch of one image has the order "listed".
+    choice first. A batch of one image has the order "listed". Where a bundle has several input sizes its own is among
+    them, and `pixels` has the mean pixels of an input of the bundle at each.
+
+    `own_size`: in the end, where the choice has another input size than its bundle's own, the fastest cell of the same
+    bundle, engine and precision at the bundle's own that was measured at length.
     """
 
     cells: tuple[Cell, ...]
@@ -132,6 +148,9 @@ class Search:
     known: dict[Cell, Measured | None] = field(default_factory=dict)
     drops: dict[Model, float] = field(default_factory=dict)
     finished: dict[Cell, Measured] = field(default_factory=dict)
+    pixels: Mapping[tuple[BundleIdentity, Size | None], float] = field(default_factory=dict)
+    own_size: tuple[Cell, Measured] | None = None
+    _presumes: bool = True
 
     @cached_property
     def by_model(self) -> Mapping[Model, Sequence[Cell]]:
@@ -141,13 +160,25 @@ class Search:
             found.setdefault(model_of(cell), []).append(cell)
         return found
 
+    @cached_property
+    def families(self) -> Mapping[Model, Sequence[Model]]:
+        """The models that differ in input size alone, that with the fewest pixels first, under that of the own size."""
+        found: dict[Model, list[Model]] = {}
+        for model in self.by_model:
+            found.setdefault(model.own, []).append(model)
+        return {own: sorted(models, key=self._pixels) if len(models) > 1 else models for own, models in found.items()}
+
     def start(self, model: Model) -> Cell:
         """The cell of its first look: the smallest batch with the usual threads."""
         return self.line(model)[0]
 
     def refused(self, model: Model) -> bool:
-        """Whether the model is known to lose too much mAP."""
-        return self.bounds.max_drop is not None and self.drops.get(model, 0.0) > self.bounds.max_drop
+        """Whether the model loses too much mAP: it was measured, or follows from other input sizes that were."""
+        if self.bounds.max_drop is None:
+            return False
+        if model in self.drops or not self._presumes:
+            return self.drops.get(model, 0.0) > self.bounds.max_drop
+        return self._least_drop(model) > self.bounds.max_drop
 
     def line(self, model: Model, threads: int | None = None, order: Order | None = None) -> list[Cell]:
         """The batch sizes of a model, the smallest first, with one number of threads (None: the usual) and one order.
@@ -175,13 +206,15 @@ class Search:
         """Find the fastest cell that keeps the bounds, the first of `finished`; returns False if it was cut short.
 
         `look` measures briefly, `finish` at length and interleaved. `drop`: the mAP that a model loses, None where it
-        is not measured; asked of one model after the other, for the one that leads at the finish, so that a loser's
-        accuracy is never measured. Once a model is refused, the cells that were given up because of it are searched
-        again. `out_of_time`: asked before each step; the finish is run in any case. `exhaustive`: every cell is
-        measured at length instead.
+        is neither measured nor bounded; asked of one model after the other, for the one that leads at the finish, so
+        that a loser's accuracy is never measured. Where there are several input sizes, it is asked before that of some
+        of them in the fastest bundle, engine and precision, to find the smallest that keeps the bound: smaller ones are
+        not searched then, and larger ones cannot be faster. Once a model is refused, the cells that were given up
+        because of it are searched again. `out_of_time`: asked before each step; the finish is run in any case.
+        `exhaustive`: every cell is measured at length instead, and no mAP is presumed.
         """
         done: dict[Cell, Measured | None] = {}
-        complete = True
+        complete, self._presumes = True, not exhaustive
         if exhaustive:
             done |= {cell: self.known[cell] for cell in self.cells if cell in self.known}
             done |= finish([cell for cell in self.cells if cell not in done])
@@ -191,7 +224,10 @@ class Search:
             if step and out_of_time() and any(self.known.values()):
                 complete, step = False, None
             if step:
-                self.known |= look(step)
+                if step.cells:
+                    self.known |= look(step)
+                if step.model:
+                    self._ask(step.model, drop)
                 continue
             wanted = self.finalists(done)
             if any(cell not in done for cell in wanted):
@@ -205,22 +241,57 @@ class Search:
             }
             ranking = choose(kept)
             if ranking:
-                model = model_of(ranking[0])
-                if model not in self.drops and (lost := drop(model)) is not None:
-                    self.drops[model] = lost
-                if self.refused(model):
+                self._ask(model_of(ranking[0]), drop)
+                if self.refused(model_of(ranking[0])):
                     continue
-            self.finished = {cell: kept[cell] for cell in ranking}
+                if missing := self._at_own_size(ranking[0], done):
+                    done |= finish(missing)
+                    self.known |= done
+                    continue
+                self.own_size = self._fastest_at_own_size(ranking[0], done)
+            # A smaller input size is offered, as a runner-up too, only where it is known what it costs.
+            self.finished = {
+                cell: kept[cell] for cell in ranking if cell.input_size is None or model_of(cell) in self.drops
+            }
             return complete
+
+    def _ask(self, model: Model, drop: Callable[[Model], float | None]) -> None:
+        if model not in self.drops and (lost := drop(model)) is not None:
+            self.drops[model] = lost
+        if model not in self.drops and self.bounds.max_drop is not None:
+            raise ValueError("what is bounded must be measured")
+
+    def _at_own_size(self, cell: Cell, done: Collection[Cell]) -> tuple[Cell, ...]:
+        """What to measure at length so that what the cell's input size gains is known: at most one, like the cell."""
+        own = model_of(cell).own
+        if own == model_of(cell) or own in map(model_of, done):
+            return ()
+        alike = replace(cell, input_size=None)
+        return (alike if alike in self.by_model[own] else self.start(own),)
+
+    def _fastest_at_own_size(self, choice: Cell, done: Mapping[Cell, Measured | None]) -> tuple[Cell, Measured] | None:
+        own = model_of(choice).own
+        alike = [(cell, found) for cell, found in done.items() if found and model_of(cell) == own != model_of(choice)]
+        return max(alike, key=lambda one: one[1].images_per_s, default=None)
 
     def next_step(self) -> Step | None:
         """What to measure next, None when nothing is left that could be the best."""
-        models = [model for model in self.by_model if not self.refused(model)]
-        if starts := tuple(start for model in models if (start := self.start(model)) not in self.known):
+        own = [one for one in self.families if one in self.by_model and not self.refused(one)]
+        if starts := tuple(start for start in map(self.start, own) if start not in self.known):
             return Step(starts, "a first look at each engine and precision")
+        if (asked := self._open_question()) is not None:
+            start = self.start(asked)
+            return Step(() if start in self.known else (start,), "the mAP of an input size", asked)
         ranked = self._ranked()
         best = self._speed(ranked[0]) * (1 - NOISE) if ranked else 0.0
+        competing = [one for one in map(self._competing, self.families) if one is not None]
+        unknown = [one for one in competing if self.start(one) not in self.known]
+        if unknown and self._hope(hopeful := max(unknown, key=self._hope)) >= best:
+            return Step((self.start(hopeful),), "a look at an input size")
+        models = [one for one in competing if one not in unknown]
         models.sort(key=lambda model: -max(map(self._speed, self.by_model[model])))
+        if models and models[0].input_size and models[0] not in self.drops and self.bounds.max_drop is not None:
+            return Step((), "the mAP of an input size", models[0])  # before its batches are searched
         for model in models:
             if (cell := self._larger_batch(model, best)) is not None:
                 return Step((cell,), "a larger batch")
@@ -232,7 +303,8 @@ class Search:
     def finalists(self, done: Collection[Cell]) -> tuple[Cell, ...]:
         """The cells to measure at length, interleaved: those that may be the best, at least two where there are two.
 
-        One of another model is among them, within `TURN_GAIN` of the best, for the runner-up to be an alternative.
+        One of another model is among them, within `TURN_GAIN` of the best, for the runner-up to be an alternative; and
+        one at the bundle's own input size where the best is not, for what the size gains.
         `done`: those that were measured at length before; of what keeps the bounds no more than six are.
         """
         ranked = [
@@ -249,7 +321,7 @@ class Search:
         if len({model_of(cell) for cell in chosen}) == 1:
             others = [cell for cell in ranked if model_of(cell) != model_of(ranked[0])]
             chosen += [cell for cell in others[:1] if self._speed(cell) * TURN_GAIN >= best]
-        return tuple(chosen)
+        return (*chosen, *self._at_own_size(chosen[0], {*chosen, *done}))
 
     def nearest(self) -> Miss | None:
         """Of the cells that exceed a bound the one that does so by the smallest ratio; None without any."""
@@ -287,6 +359,69 @@ class Search:
         if self.bounds.max_latency_ms is None:
             return cell.threads * cell.streams, cell.streams
         return cell.threads, 0
+
+    def _pixels(self, model: Model) -> float:
+        return self.pixels[model.bundle, model.input_size]
+
+    def _least_drop(self, model: Model) -> float:
+        """What the model loses in mAP at least, by what larger input sizes of its bundle in the same engine and
+        precision lose, and by what such sizes cost in others."""
+        if len(self.families[model.own]) == 1:
+            return 0.0
+        asked = [one for one in self.families[model.own] if one in self.drops]
+        larger = (self.drops[one] for one in asked if self._pixels(one) >= self._pixels(model))
+        if model.own in self.drops:
+            base = self.drops[model.own]
+        else:
+            base = max((self.drops[one] - self._cost(one) for one in asked), default=0.0)
+        return max(0.0, *larger, max(base, 0.0) + self._cost(model) - SIZE_SPREAD)
+
+    def _cost(self, model: Model) -> float:
+        """What other engines and precisions lose in mAP at the model's input size, of what they have at their own.
+
+        They count where the own size was measured too: an engine that is wrong at any size says nothing of sizes.
+        """
+        return max(
+            (
+                self.drops[one] - self.drops[own]
+                for own, models in self.families.items()
+                if own in self.drops and own != model.own
+                for one in models
+                if one in self.drops and self._pixels(one) >= self._pixels(model)
+            ),
+            default=0.0,
+        )
+
+    def _competing(self, family: Model) -> Model | None:
+        """The smallest of its input sizes that is not refused and has not failed: it is the fastest."""
+        left = [model for model in self.families[family] if not self.refused(model)]
+        working = (model for model in left if self.known.get(start := self.start(model)) or start not in self.known)
+        return next(working, left[0] if left else None)
+
+    def _open_question(self) -> Model | None:
+        """Of the fastest bundle, engine and precision the input size whose mAP is to be measured next: its own first,
+        then the middle of those that are not refused and smaller than what keeps the bound."""
+        if self.bounds.max_drop is None or not self._presumes:
+            return None
+        several = [one for one, models in self.families.items() if len(models) > 1 and self._competing(one)]
+        family = max(several, key=lambda one: self._speed(self.start(one)), default=None)
+        if family is None or not self._speed(self.start(family)):
+            return None
+        if family not in self.drops:
+            return family
+        left = [model for model in self.families[family] if not self.refused(model)]
+        kept = [self._pixels(model) for model in left if model in self.drops]
+        still = [model for model in left if model not in self.drops and self._pixels(model) < min(kept, default=inf)]
+        return still[len(still) // 2] if still else None
+
+    def _hope(self, model: Model) -> float:
+        """Images a second that the model, which was not looked at, may reach at most by other input sizes."""
+        starts = {one: self.start(one) for one in self.families[model.own]}
+        known = [one for one, start in starts.items() if self._speed(start)]
+        if not known:
+            return inf
+        ratios = (self._speed(starts[one]) * max(self._pixels(one) / self._pixels(model), 1.0) for one in known)
+        return min(ratios) * (1 + NOISE) * BATCH_GAIN[starts[model].device]
 
     def _larger_batch(self, model: Model, best: float) -> Cell | None:
         """The next larger batch with the usual threads, None where it cannot reach `best` images a second."""
@@ -337,11 +472,15 @@ class Search:
 
 
 def choose(finished: Mapping[Cell, Measured]) -> tuple[Cell, ...]:
-    """The cells measured at length, the choice first: of those within `TIE` of the fastest that of lowest latency."""
+    """The cells measured at length, the choice first: of those within `TIE` of the fastest that of lowest latency.
+
+    One that is as fast at the bundle's own input size is not chosen at another.
+    """
     ranked = sorted(finished, key=lambda cell: -finished[cell].images_per_s)
     if not ranked:
         return ()
     tied = [cell for cell in ranked if finished[cell].images_per_s >= finished[ranked[0]].images_per_s * (1 - TIE)]
+    tied = [cell for cell in tied if cell.input_size is None or replace(cell, input_size=None) not in tied]
     choice = min(tied, key=lambda cell: (finished[cell].median_ms, cell.threads))
     return (choice, *(cell for cell in ranked if cell != choice))
 

@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 
 from gfldeploy.accuracy import Accuracy
-from gfldeploy.batching.buckets import STREAM_ORDERS, Order, group
+from gfldeploy.batching.buckets import STREAM_ORDERS, Order, Size, group, size_in_words
 from gfldeploy.bench.cell import BundleIdentity, Cell, Scenario
 from gfldeploy.bench.estimates import median, percentile
 from gfldeploy.bench.journal import journal_beside
@@ -36,9 +37,9 @@ from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
-from gfldeploy.tune.deploy_file import MOST_SHAPES, Configuration, Deploy, Evidence, SearchRecord
+from gfldeploy.tune.deploy_file import MOST_SHAPES, Configuration, Deploy, Evidence, SearchRecord, SizeChoice
 from gfldeploy.tune.knee import Knee, find_knee
-from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured
+from gfldeploy.tune.measured import BOUND_PERCENT, TAIL_COUNT, Measured, speed_ratio
 from gfldeploy.tune.reuse import reuse
 from gfldeploy.tune.search import Bounds, Model, Search, Step, model_of
 from gfldeploy.tune.summary import miss_in_words, summarize
@@ -60,6 +61,7 @@ def tune_bundles(
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
     threads: Sequence[int] | None = None,
     orders: Sequence[Order] = STREAM_ORDERS,
+    input_sizes: Sequence[Size] = (),
     device: Device = "cpu",
     tf32: bool = False,
     results: Sequence[StrPath] = (),
@@ -78,7 +80,7 @@ def tune_bundles(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Deploy:
-    """Find the fastest engine, precision, batch size, threads and order of images that keep the bounds.
+    """Find the fastest engine, precision, batch size, threads, order of images and input size that keep the bounds.
 
     The fastest has the highest throughput from file to boxes, one batch after the other. Interrupted or killed, the
     same call resumes where it stopped.
@@ -97,6 +99,8 @@ def tune_bundles(
         threads: The numbers of CPU threads of one inference to choose from, one inference at once. By default 1,
             doubled up to all, in as many streams as there are CPUs for, 16 at most.
         orders: How batches may be formed: of images as they are listed, or of images of one size ("bucketed").
+        input_sizes: (height, width) in pixels that images may be resized to, besides each bundle's own size, which is
+            always among them. They need `max_drop`: a smaller size is faster, and costs mAP.
         device: "cpu" or "gpu".
         tf32: Let FP32 on the GPU multiply in TF32.
         results: Files of `gfldeploy bench` of this machine and data: their cells are not measured again briefly.
@@ -131,6 +135,9 @@ def tune_bundles(
         raise ValueError(f"orders must be of {', '.join(STREAM_ORDERS)}, not {orders!r}")
     if max_drop is not None and not accuracy:
         raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
+    if input_sizes and max_drop is None:
+        problem = "--input-sizes needs --max-drop: without it the smallest would be chosen, whatever mAP it costs"
+        raise UsageError(problem, "Add --max-drop, such as --max-drop 0.01, or leave --input-sizes out.")
     data, images, output = Path(data), None if images is None else Path(images), Path(output)
     check_file(output, "yml", force=force)
     start = time.monotonic()
@@ -143,19 +150,37 @@ def tune_bundles(
         problem = "there is no FP32 bundle to measure the mAP drop against"
         raise DataError(problem, "Give it too, or leave --max-drop out.")
     measured_on = Data.load(data, images, limit, accuracy=accuracy, accuracy_limit=accuracy_limit, bundles=opened)
-    planned = plan(opened, engines, precisions, batch_sizes, device, max(threads), _SCENARIOS, tf32=tf32)
+    planned = plan(
+        opened,
+        engines,
+        precisions,
+        batch_sizes,
+        device,
+        max(threads),
+        _SCENARIOS,
+        tf32=tf32,
+        input_sizes=(None, *input_sizes),
+    )
     if not planned.cells:
         raise nothing_to_run(planned)
     known_bundles = {BundleIdentity.of(bundle): bundle for bundle in opened}
     counts = [limit, accuracy_limit] if accuracy else [limit]
     dataset = CocoDataset.load(data, images, None if None in counts else max(filter(None, counts)))
     sizes = [image.size() for image in dataset.images[:limit]]
+    resizing = {
+        (cell.bundle, cell.input_size): known_bundles[cell.bundle].at_size(cell.input_size).manifest.preprocess
+        for cell in planned.cells
+    }
     different = (
-        cell for cell in planned.cells if _differs(cell, known_bundles[cell.bundle].manifest.preprocess, sizes, orders)
+        cell for cell in planned.cells if _differs(cell, resizing[cell.bundle, cell.input_size], sizes, orders)
     )
     planned = replace(planned, cells=tuple(different))
     cells = tuple(_shared(cell, count, streams) for cell in planned.cells for count in threads)
-    search = Search(cells, Bounds(max_latency_ms, max_memory_mb, max_drop))
+    search = Search(
+        cells,
+        Bounds(max_latency_ms, max_memory_mb, max_drop),
+        pixels={one: _mean_pixels(preprocess, sizes) for one, preprocess in resizing.items()},
+    )
     machine = describe_machine()
     now = BenchResults("", machine, measured_on.description, settings, ())
     with journal_beside(output, "tune") as journal:
@@ -171,8 +196,11 @@ def tune_bundles(
             progress.note(note)
         known = f", {reused} of them known from --results" if reused else ""
         progress.stage(f"{len(search.cells)} configurations of {len(search.by_model)} models{known}")
-        for line in planned.lines():
+        own = [cell for cell in planned.cells if cell.input_size is None]
+        for line in replace(planned, cells=tuple(own)).lines():
             progress.stage(line)
+        if resized := dict.fromkeys(cell.input_size for cell in planned.cells if cell.input_size):
+            progress.stage(f"  each at its bundle's own input size and at {', '.join(map(size_in_words, resized))}")
         complete = search.run(
             session.look_at,
             session.finish,
@@ -204,7 +232,10 @@ def tune_bundles(
             ),
             machine=machine,
             data=measured_on.description,
-            shapes=_input_shapes(dataset, known_bundles[choice.cell.bundle], choice.cell),
+            shapes=_input_shapes(
+                dataset, known_bundles[choice.cell.bundle].at_size(choice.cell.input_size), choice.cell
+            ),
+            sizes=session.sizes(choice.cell),
         )
         best, *second = search.finished.values()
         summary = summarize(deploy, best, second[0] if second else None, session.failed())
@@ -228,6 +259,11 @@ def _shared(cell: Cell, threads: int, cpus: int) -> Cell:
     if streams == 1 or ENGINES[cell.engine].obstacle_to_streams(cell.device):
         return replace(cell, threads=threads)
     return replace(cell, threads=threads, streams=streams, scenario="offline")
+
+
+def _mean_pixels(preprocess: Preprocess, sizes: Sequence[tuple[int, int]]) -> float:
+    """Of the network's input for one of the images of these sizes."""
+    return fmean(math.prod(preprocess.input_size(*size)) for size in sizes)
 
 
 def _input_shapes(dataset: CocoDataset, bundle: Bundle, cell: Cell) -> tuple[Shape, ...]:
@@ -310,6 +346,9 @@ class _Session:
             return None
         reference = self._reference(model.engine)
         if reference is None:
+            if self.search.bounds.max_drop is not None:
+                problem = "none of the engines runs an FP32 bundle to measure the mAP drop against"
+                raise EngineError(problem, "Add an engine that does to --engines, or leave --max-drop out.")
             self._accuracy(model)
             return None
         base = self._accuracy(reference)
@@ -381,10 +420,27 @@ class _Session:
         return Configuration(path, cell, evidence)
 
     def knee(self, choice: Cell) -> Knee | None:
-        """Of the choice's model, threads and order; None where a single batch size was measured."""
+        """Of the choice's model, which has an input size, threads and order; None for a single measured batch size."""
         line = self.search.line(model_of(choice), choice.threads, None if choice.batch_size == 1 else choice.order)
         measured = {cell.batch_size: found for cell in line if (found := self.search.known.get(cell)) is not None}
         return find_knee(measured) if len(measured) > 1 else None
+
+    def sizes(self, choice: Cell) -> SizeChoice | None:
+        """What the choice's input size costs and gains; None where its bundle had no other."""
+        model, search = model_of(choice), self.search
+        if len(search.families[model.own]) == 1:
+            return None
+        own_size = self.bundles[choice.bundle].manifest.preprocess.target_size
+        speed, ap_less = None, None
+        if choice.input_size and search.own_size:
+            speed = speed_ratio(search.own_size[1], search.finished[choice])
+            here, there = self.accuracies.get(model), self._accuracy(model.own)
+            if isinstance(here, Accuracy) and isinstance(there, Accuracy):
+                ap_less = there.ap - here.ap
+        alike = [one for one in search.drops if (one.bundle, one.precision) == (choice.bundle, choice.precision)]
+        alike.sort(key=lambda one: one.engine == choice.engine)  # its own engine overrides what others lose
+        drops = {one.input_size or own_size: search.drops[one] for one in alike}
+        return SizeChoice(own_size, speed, ap_less, tuple(sorted(drops.items(), reverse=True)))
 
     def no_choice(self) -> Exception:
         """Why there is nothing to deploy."""

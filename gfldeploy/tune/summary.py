@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bench.cell import Cell, names
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import CellResult
@@ -51,6 +52,7 @@ def _sentences(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> 
             "one image at a time."
         )
     yield _cost(deploy)
+    yield from _input_size(deploy)
     if deploy.runner_up is not None and runner_up is not None:
         yield f"Second is {_what(deploy.runner_up.cell)}: {_compared(choice, runner_up)}."
     elif deploy.bounds != Bounds():
@@ -86,7 +88,8 @@ def _what(cell: Cell) -> str:
     if cell.streams > 1:
         threads = f" in {cell.streams} streams of {_count(cell.threads, 'thread')}"
     precision = with_tf32(cell.precision.upper(), cell.tf32)
-    return f"{cell.bundle.directory} in {title_of(cell.engine)} ({precision}), {shape}{threads}"
+    size = f" at {size_in_words(cell.input_size)}" if cell.input_size else ""
+    return f"{cell.bundle.directory} in {title_of(cell.engine)} ({precision}){size}, {shape}{threads}"
 
 
 def _speed(deploy: Deploy) -> Iterator[str]:
@@ -128,6 +131,34 @@ def _cost(deploy: Deploy) -> str:
     return f"{memory}; {accuracy}, {drop} FP32{limit}."
 
 
+def _input_size(deploy: Deploy) -> Iterator[str]:
+    """What the choice's input size costs and gains, and why it is no smaller one."""
+    found, chosen = deploy.sizes, deploy.choice.cell.input_size
+    if found is None:
+        return
+    if chosen:
+        parts = [] if found.ap_less is None else [_less(found.ap_less)]
+        parts += (
+            [] if found.speed is None else [f"{found.speed.value:.2f} times the images/s{_interval(found.speed, 2)}"]
+        )
+        cost = ", ".join(parts) or "neither mAP nor throughput could be measured there"
+        yield f"At {size_in_words(chosen)} in place of {size_in_words(found.own_size)}: {cost}."
+    size = chosen or found.own_size
+    pixels = size[0] * size[1]
+    refused = [
+        (one, lost)
+        for one, lost in found.drops
+        if one[0] * one[1] < pixels and deploy.bounds.max_drop is not None and lost > deploy.bounds.max_drop
+    ]
+    if refused:
+        one, lost = max(refused, key=lambda item: item[0][0] * item[0][1])
+        yield f"{size_in_words(one)} would lose {lost:.4f} mAP against FP32."
+
+
+def _less(ap_less: float) -> str:
+    return f"{abs(ap_less):.4f} mAP {'less' if ap_less > 0 else 'more'}"
+
+
 def _compared(choice: Measured, second: Measured) -> str:
     ratio = speed_ratio(choice, second)
     speed = f"{_number(second.images_per_s)} images/s from file to boxes"
@@ -145,7 +176,8 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: Estimate, digits: int | None = None) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
-    return f" (95% interval {_number(estimate.low)} to {_number(estimate.high)})"
+    low, high = (_number(one) if digits is None else f"{one:.{digits}f}" for one in (estimate.low, estimate.high))
+    return f" (95% interval {low} to {high})"

@@ -20,10 +20,10 @@ def test_an_axis_that_a_file_lacks_has_its_default() -> None:
     results = sample_results()
     data = results.to_dict()
     for one in data["cells"]:
-        for axis in ("order", "rate", "policy", "tf32", "streams"):
+        for axis in ("order", "rate", "policy", "tf32", "streams", "input_size"):
             del one["cell"][axis]
-    assert BenchResults.from_dict(data) == results
-    assert BenchResults.from_dict({**data, "schema": 5}) == results
+    for schema in (5, 6, 7):
+        assert BenchResults.from_dict({**data, "schema": schema}) == results
 
 
 def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
@@ -31,6 +31,8 @@ def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
     assert one.name() == "onnxruntime int8, batch 2" and str(one) == "tiny_dir: onnxruntime int8, batch 2"
     assert one.name([one, cell(engine="paddle")]) == "onnxruntime int8, batch 2"
     assert one.name([one, cell(threads=2)]) == "onnxruntime int8 with 1 thread, batch 2"
+    smaller = cell(input_size=(256, 384))
+    assert smaller.name() == "onnxruntime int8 at 256x384, batch 2" and one.name([one, smaller]) == one.name()
     assert one.name([one, cell(device="gpu")]) == "onnxruntime int8 on cpu, batch 2"
     assert cell(precision="fp32", device="gpu", tf32=True).name() == "onnxruntime fp32 in TF32, batch 2"
     streams = cell(scenario="offline", order="bucketed", streams=2)

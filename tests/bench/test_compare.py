@@ -45,6 +45,14 @@ def test_verdicts(factor: float, verdict: str) -> None:
     assert (found.a_flags, found.b_flags) == ((), ())
 
 
+def test_a_cell_is_compared_with_that_of_its_input_size() -> None:
+    own, small = timed(STEADY), timed(STEADY, 0.5, input_size=(256, 384))
+    found = compare(results(own, small), results(timed(STEADY, 0.5, input_size=(256, 384)), own))
+    assert [(pair.cell.input_size, pair.ratio.value) for pair in found.pairs] == [(None, 1), ((256, 384), 1)]
+    with pytest.raises(DataError, match=r"no cell is measured in both files.*input sizes"):
+        compare(results(own), results(small))
+
+
 def test_few_samples_allow_no_verdict() -> None:
     (found,) = compare(results(OK), results(OK)).pairs
     assert found.verdict == "too few samples"

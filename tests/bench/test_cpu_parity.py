@@ -308,13 +308,13 @@ json.dump(answer, open(sys.argv[1] + "/answer.json", "w"))
 def test_the_reference_is_run_once_for_what_has_the_same_batches(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     server = {"scenario": "server", "batch_size": 4, "rate": 5.0, "policy": "adaptive"}
-    axes: tuple[dict[str, Any], ...] = ({}, {"threads": 2}, {"batch_size": 4}, server)
+    axes: tuple[dict[str, Any], ...] = ({}, {"threads": 2}, {"batch_size": 4}, server, {"input_size": (32, 48)})
     cells = [cell_of(tiny_bundle, device="gpu", **one) for one in axes]
     worker = Worker(tmp_path)
     worker.measure(plan_of(tiny_bundle, *cells))
     worker.measure(plan_of(tiny_bundle, cells[0]), count=2)
     reference, timing = ("reference", True, "", None), ("timing", True, "the CPU", None)
-    assert worker.tasks() == [reference, timing, timing, reference, timing, timing, timing]
+    assert worker.tasks() == [reference, timing, timing, reference, timing, timing, reference, timing, timing]
 
 
 def test_without_an_engine_on_the_cpu_it_is_said_why_nothing_is_compared(
@@ -364,6 +364,8 @@ def test_what_runs_images_is_compared_once(
     predict_images(tiny_bundle, images, engine=right, output=tmp_path / "found", engine_cache=cache)
     assert passed.stat().st_mtime_ns == before, "not compared again"
     assert json.loads(passed.read_text())["images"] == 1
+    Detector(tiny_bundle, engine=right, engine_cache=cache, input_size=(32, 48)).detect(images)
+    assert len(list(cache.rglob("parity.json"))) == 2, "another input size is compared by itself"
 
 
 def test_a_detector_that_cannot_be_compared_says_so(

@@ -115,6 +115,24 @@ def test_a_missing_graph_and_a_fixed_batch_are_reasons(tiny_bundle: Path) -> Non
     assert (wrong_batch.cell.batch_size, wrong_batch.reason) == (1, "the bundle fixed is made for batches of 2")
 
 
+def test_a_size_is_of_the_bundles_that_take_it(tiny_bundle: Path) -> None:
+    own, other = variant(tiny_bundle, "own"), variant(tiny_bundle, "other")
+    smaller = replace(other.manifest.preprocess, target_size=(32, 48))
+    fixed = TensorSpec("image", "float32", (None, 3, 32, 48))
+    other = replace(other, manifest=replace(other.manifest, preprocess=smaller, inputs=(fixed,)))
+    result = plan([own, other], ["onnxruntime"], ["fp32"], [1, 2], "cpu", 1, input_sizes=[(64, 96), (32, 48), None])
+    sizes = {
+        directory: [cell.input_size for cell in result.cells if cell.bundle.directory == directory]
+        for directory in ("own", "other")
+    }
+    assert sizes == {"own": [None, None, (32, 48), (32, 48)], "other": [None, None]}
+    assert {(one.cell.bundle.directory, one.cell.input_size) for one in result.skipped} == {("other", (64, 96))}
+    assert all("takes inputs of 32x48 alone" in (one.reason or "") for one in result.skipped)
+    lines = list(result.lines())
+    assert "  run   onnxruntime fp32 at 32x48 of own, batch 1, 2" in lines
+    assert any(line.startswith("  skip  onnxruntime fp32 at 64x96 of other: ") for line in lines)
+
+
 def test_tf32_is_of_fp32_alone(tiny_bundle: Path) -> None:
     bundle = variant(tiny_bundle, "a")
     result = plan([bundle], ["onnxruntime"], ["fp32", "fp16"], [1], "gpu", 1, tf32=True)

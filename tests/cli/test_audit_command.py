@@ -112,6 +112,25 @@ def test_the_example_of_both_orientations(
     assert "Bucketed with at most this number of sizes: 1: 1.52x, 2: 1.00x." in out
 
 
+def test_other_input_sizes(
+    tiny_bundle: Path, tmp_path: Path, audit: Callable[..., tuple[str, str]], rows: Callable[..., Any]
+) -> None:
+    picture(tmp_path / "data", "a.jpg", 800, 1216)
+    picture(tmp_path / "data", "b.jpg", 1216, 800)
+    bundle = bundle_with(tiny_bundle, tmp_path / "bundle", Preprocess(target_size=(800, 1216), pad_stride=32))
+    arguments = ("--data", tmp_path / "data", "--config-or-bundle", bundle, "--batch-sizes", "2")
+    result, _ = rows(*arguments, "--input-sizes", "400x608,800x1216")
+    half, same = result["at_sizes"]
+    # 400 x 608 px, whose shorter side is padded to 416.
+    assert (half["input_size"], half["pixels"], half["macs"]) == ([400, 608], 416 * 608, CONVOLUTION * 52 * 76)
+    assert [row["padding"] for row in half["rows"] if row["order"] == "listed"] == [608 / 416]
+    assert {**same, "input_size": None} == {**result, "at_sizes": [], "answer": same["answer"]}
+    out, _ = audit(*arguments, "--input-sizes", "400x608")
+    assert (
+        "At 400x608 an image has 0.26x the pixels (0.00064 GMAC instead of 0.00246); at batch 2, listed, 1.46x" in out
+    )
+
+
 def test_annotations(
     tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, audit: Callable[..., tuple[str, str]], rows: Callable[..., Any]
 ) -> None:

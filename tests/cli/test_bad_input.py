@@ -367,6 +367,33 @@ def test_batches_that_a_fixed_bundle_does_not_take(
     assert "fixed batch of 4" in refused("quantize", fixed, *data, "--samples", 1, "-o", tmp_path / "out")
 
 
+def test_sizes_that_a_bundle_of_fixed_sides_does_not_take(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    def fix(manifest: dict[str, Any]) -> None:
+        manifest["inputs"][0]["shape"][2:] = manifest["preprocess"]["target_size"]
+        manifest["preprocess"]["fixed"] = True
+
+    fixed = edit(tiny_bundle, tmp_path / "fixed", fix)
+    data, output = ("--data", tiny_coco), ("-o", tmp_path / "out")
+    for arguments in (
+        ("eval", fixed, *data, "--input-sizes", "64x96,32x48"),
+        ("audit", "--config-or-bundle", fixed, *data, "--input-sizes", "32x48"),
+        ("bench", fixed, *data, "--engines", "onnxruntime", "--precisions", "fp32", "--input-sizes", "32x48"),
+        ("analyze", fixed, *data, "--input-size", "32x48", *output),
+        ("predict", fixed, tiny_coco.parent, "--input-size", "32x48", *output),
+    ):
+        message = refused(*arguments)
+        assert (
+            "fixed takes inputs of 64x96 alone, not of 32x48" in message
+            and "Export it without --input-shape" in message
+        )
+    for wrong in ("32", "32x48x3", "0x48", "32x-48", "32 x 48"):
+        assert "is not a height and width in pixels such as 800x1344" in refused(
+            "eval", fixed, *data, "--input-sizes", wrong
+        )
+
+
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,25 @@ def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: p
     assert str(tiny_bundle.parent) not in output.read_text()
 
 
+@pytest.mark.slow
+def test_each_input_size_has_its_speed_cost_and_accuracy(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    quick = ("--min-seconds", 0, "--min-count", 3, "--threads", 1, "--rounds", 1, "--no-peak", "--precisions", "fp32")
+    sizes = ("--input-sizes", "64x96,32x48", "--batch-sizes", 1, "--engines", "onnxruntime")
+    assert run(tiny_bundle, "--data", tiny_coco, "-o", output, *quick, *sizes) == 0
+    own, half = BenchResults.read(output).cells
+    assert (own.cell.input_size, half.cell.input_size) == (None, (32, 48))
+    # As long as the detector's box is 48 px, at half the size it is twice as large as what is to be found.
+    assert own.ap == pytest.approx(1) and half.ap is not None and half.ap < 0.1
+    assert {"1x3x64x96", "1x3x96x64"} < set(own.runs[0].shapes) and {"1x3x32x64", "1x3x64x32"} <= set(
+        half.runs[0].shapes
+    )
+    assert own.cost is not None and half.cost is not None and half.cost.macs < own.cost.macs
+    assert own.runs[0].stages is not None and half.runs[0].stages is not None
+    header, *table = [line.split(",") for line in output.with_suffix(".csv").read_text().splitlines()]
+    assert [line[header.index("input_size")] for line in table] == ["", "32x48"]
+
+
 def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "results.json"
     output.write_text("mine")

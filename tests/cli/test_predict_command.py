@@ -366,6 +366,31 @@ def test_an_unfinished_run_of_other_options(
     assert names == ["coco.json", "detections.jsonl", "images.json", "predict.json"]
 
 
+def test_an_unfinished_run_of_another_input_size(
+    tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = (tiny_bundle, images, "--threads", 1, "-o")
+    small, output = tmp_path / "small", tmp_path / "out"
+    assert run(*command, small, "--input-size", "32x48") == 1
+    note = json.loads((small / "predict.json").read_text())
+    question = {
+        key: value for key, value in note.items() if key not in ("what", "images", "failed", "detections", "files")
+    }
+    assert question["input_size"] == [32, 48]
+    working = output.with_name("out.unfinished")
+    working.mkdir()
+    mark(working)
+    (working / "working.jsonl").write_text(f"{json.dumps(question)}\n")
+    for other in ((), ("--input-size", "48x64")):
+        capfd.readouterr()
+        assert run(*command, output, *other) == 2
+        assert "is of an unfinished run with other input size" in capfd.readouterr().err
+    assert run(*command, output, "--input-size", "32x48") == 1, "resumed"
+    assert (output / "coco.json").read_bytes() == (small / "coco.json").read_bytes()
+    assert run(*command, tmp_path / "own", "--input-size", "64x96") == 1
+    assert "input_size" not in json.loads((tmp_path / "own" / "predict.json").read_text()), "the bundle's own"
+
+
 def test_two_at_once_are_refused(
     tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

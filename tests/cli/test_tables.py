@@ -163,6 +163,7 @@ def test_analyze_keeps_its_numbers_whole(shown: Shown) -> None:
         precision="fp32",
         threads=2,
         tf32=False,
+        input_size=None,
         images=8,
         peak=None,
         rounds=tuple(map(tuple, passes)),

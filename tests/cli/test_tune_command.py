@@ -39,15 +39,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_choice_with_its_evidence(
     tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    bounds = ("--max-latency-ms", 5000, "--max-drop", 0.01)
+    # At 32x48 the detector's boxes are twice as large as they should be; at 60x90 padding takes what it would gain.
+    bounds = ("--max-latency-ms", 5000, "--max-drop", 0.01, "--input-sizes", "60x90,32x48")
     assert run("tune", tiny_bundle, "--data", tiny_coco, *QUICK, *bounds) == 0
     shown, progress = capfd.readouterr()
     path = tmp_path / "deploy.yml"
     deploy = Deploy.read(path)
     assert shown.startswith("Deploy tiny in ONNX Runtime (FP32), ") and deploy.summary in shown
-    assert "3 configurations of 1 models" in progress and "next: a first look at each" in progress
-    choice = deploy.choice
+    assert "9 configurations of 3 models" in progress and "next: a first look at each" in progress
+    choice, sizes = deploy.choice, deploy.sizes
+    assert sizes is not None and (sizes.own_size, sizes.speed, sizes.ap_less) == ((64, 96), None, None)
+    (own, nothing), (small, lost) = sizes.drops
+    assert (own, nothing, small) == ((64, 96), 0, (32, 48)) and lost > 0.5
+    assert f"32x48 would lose {lost:.4f} mAP against FP32." in deploy.summary
     assert (choice.cell.engine, choice.cell.precision, choice.cell.threads) == ("onnxruntime", "fp32", 1)
+    assert choice.cell.input_size is None
     assert choice.cell.bundle.digest == Bundle.open(tiny_bundle).digest
     assert deploy.bundle_path(path).resolve() == tiny_bundle
     assert (choice.evidence.ap_drop, choice.evidence.ap_images) == (0, 6) and choice.evidence.ap == pytest.approx(1)
@@ -120,6 +126,7 @@ def test_results_of_bench_are_reused(
         (("--data", "DATA"), "Missing argument 'BUNDLE...'"),
         (("BUNDLE", "--data", "DATA", "--max-drop", "0.01", "--no-accuracy"), "--max-drop needs mAP"),
         (("BUNDLE", "--data", "DATA", "--max-drop", "1.5"), "1.5 is not in the range"),
+        (("BUNDLE", "--data", "DATA", "--input-sizes", "32x48"), "--input-sizes needs --max-drop: without it the "),
         (("BUNDLE", "--data", "DATA", "--orders", "random"), "'random' is not one of listed, bucketed"),
         (("BUNDLE", "--data", "DATA", "-o", "."), "is a directory"),
         (("BUNDLE", "--data", "DATA", "--precisions", "int8"), "nothing to run: paddle int8 on cpu: "),

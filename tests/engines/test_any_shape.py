@@ -328,6 +328,16 @@ def test_eval_and_analyze_build_for_the_headers(tiny_bundle: Path, tiny_coco: Pa
     assert len(builds(tmp_path)) == 2
 
 
+def test_eval_builds_for_each_input_size(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    sizes = ((32, 48), (64, 96))
+    given: dict[str, Any] = {"data": tiny_coco, "engine": NAME, "engine_cache": tmp_path, "threads": 1}
+    found = evaluate(tiny_bundle, **given, batch_size=4, input_sizes=sizes)
+    assert tuple(found.at_sizes) == sizes and found.accuracy == found.at_sizes[32, 48]
+    # The detector's boxes of 48 px are those of the images at the bundle's own size alone.
+    assert found.at_sizes[64, 96].ap == pytest.approx(1) and found.accuracy.ap < 0.1
+    assert [build.split(",")[0] for build in builds(tmp_path)] == ["2x64x64 to 4x64x64", "2x96x96 to 4x96x96"]
+
+
 @pytest.mark.slow
 def test_from_tuning_to_deployment(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     """As a plug-in, in the processes that measure too: what was tuned runs, and is built once."""

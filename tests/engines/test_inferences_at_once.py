@@ -124,9 +124,9 @@ def test_openvino_has_as_many_streams_in_one_model(tiny_bundle: Path) -> None:
     with OpenVinoEngine(Bundle.open(tiny_bundle), options, "onnx") as engine:
         at_once(lambda image: engine.infer({"image": image}), images(30, [(64, 96)]))
         assert list(engine.models) == [(1, 3, 64, 96)]
-        (compiled,) = engine._compiled.values()
+        loaded = engine._loaded_for((1, 3, 64, 96))
         # No more than there are CPUs, really.
-        assert compiled.model.get_property("NUM_STREAMS") == min(STREAMS, usable_threads())
+        assert loaded.model.get_property("NUM_STREAMS") == min(STREAMS, usable_threads())
 
 
 def test_no_more_threads_than_cpus() -> None:

@@ -10,7 +10,7 @@ import pytest
 from gfldeploy.bundle import Bundle, Graph, Manifest, TensorSpec
 from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import NOT_ASKED, EngineOptions, ExecutedConvolution, count_precisions, reasons
-from gfldeploy.engines.onednn import LoggedConvolution, read_convolutions
+from gfldeploy.engines.onednn import LoggedConvolution, LoggedPrimitive, read_convolutions, read_primitives
 from gfldeploy.engines.paddle_program import Kind, ProgramConvolution, explain, program_convolutions
 from gfldeploy.engines.registry import capability, open_engine
 from gfldeploy.images.preprocess import Preprocess
@@ -33,6 +33,10 @@ def test_reading_the_log_in_both_spellings() -> None:
         LoggedConvolution("bf16", "brgconv_1x1:avx512_core_bf16", HEAD),
         LoggedConvolution("fp32", "jit:avx2", DEPTHWISE),
     )
+    reorder, *convolutions = read_primitives(LOG)
+    layouts = "src:f32::blocked:acdb::f0 dst:s8::blocked:acdb::f0"
+    assert (reorder, reorder.ms) == (LoggedPrimitive("reorder", "jit:uni", layouts, "1x3"), 0.01)
+    assert [(one.kind, one.shape) for one in convolutions] == [("convolution", at) for at in (STEM, HEAD, DEPTHWISE)]
     assert Kind.of(STEM) == Kind(1, 3, 24, (3, 3), (2, 2))
     assert Kind.of(DEPTHWISE) == Kind(64, 64, 64, (3, 3), (1, 1))
     assert Kind.of("4x4:4x4") is None

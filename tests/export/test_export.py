@@ -22,7 +22,13 @@ from onnx import numpy_helper
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
 from gfldeploy.demo.dataset import CLASSES
+from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import require
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.export import parity
+from gfldeploy.export.config import load_detector_config
+from gfldeploy.export.model_builder import build_model
+from gfldeploy.export.weights import set_random_weights
 
 pytestmark = [pytest.mark.slow, demo_bundles.needs_export]
 
@@ -143,6 +149,26 @@ def test_paddledetections_graph_runs_as_its_deploy_tools_run_it(bundle: Path, tm
     assert set(detections[:, 0]) <= set(range(len(CLASSES)))
     assert (detections[:, 1] > nms.score_threshold).all() and (detections[:, 1] <= 1).all()
     np.testing.assert_allclose(detections[: counts[0]], detections[counts[0] :], atol=1e-3)
+
+
+def test_another_input_size_gives_what_paddledetection_gives(bundle: Path) -> None:
+    """Down to a size with fewer anchors than the graph chooses."""
+    from paddle.utils import unique_name
+
+    with unique_name.guard():
+        config = load_detector_config(demo.config_path())
+        detector = build_model(config)
+        set_random_weights(detector, 0)
+    own = Bundle.open(bundle)
+    picture = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    with open_engine("onnxruntime", own, EngineOptions(threads=1)) as engine:
+        for size, shape in (((256, 384), (256, 352)), ((96, 128), (96, 128))):
+            preprocess = own.at_size(size).manifest.preprocess
+            images, _ = preprocess.batch_of([picture])
+            assert images.shape[2:] == shape
+            reference = parity.eager_outputs(detector, images)
+            parity.check([parity.compare("onnx", engine, images, reference)], parity.tolerance(detector, [images]))
+    assert own.manifest.candidates is not None and reference["scores"].shape[1] < own.manifest.candidates
 
 
 # --- sabotage ---------------------------------------------------------------------------------------------------------

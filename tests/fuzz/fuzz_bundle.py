@@ -23,6 +23,7 @@ _BUNDLE = write_tiny_bundle(Path(_HOME.name) / "tiny")
 
 _ONE = {"batch": 1, "height": 320, "width": 256, "max_score_difference": 1e-6, "max_box_difference_px": 1e-4}
 _ENGINE = {"score_difference": 1e-3, "score_difference_max": 0.05, "detections": 89, "detections_found": 0.99}
+_ACCURACY = {"fp32": {"ap": 0.5, "images": 6}, "engines": {"onnxruntime": {"ap": 0.49}}}
 _RECORDS = {
     "parity.json": {
         "reference": "eager",
@@ -30,7 +31,11 @@ _RECORDS = {
         "comparisons": [{"graph": "onnx", "engine": "onnxruntime", **_ONE}],
         "fp16": {"left_out": "it is too far off"},
         "engines": {"onnxruntime": {**_ENGINE, "convolutions": {"int8": 50, "fp32": 7}, "not_int8": ["head (7)"]}},
-        "accuracy": {"fp32": {"ap": 0.5, "images": 6}, "engines": {"onnxruntime": {"ap": 0.49}}},
+        "accuracy": _ACCURACY,
+        "sizes": [
+            {"size": [32, 64], "problem": "too small", "engines": {}},
+            {"size": [64, 64], "problem": None, "accuracy": _ACCURACY, "engines": {"onnxruntime": _ENGINE}},
+        ],
         "kept_float": [{"name": "head", "convolutions": 2, "why": "asked for"}],
         "speed": {"onnxruntime": {"fp32_ms": 30.0, "int8_ms": 10.0, "ratio": 3.0}},
         "evaluation": {"images": 6},

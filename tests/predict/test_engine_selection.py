@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,19 @@ from typing import Any
 import pytest
 
 from gfldeploy import Detector
-from gfldeploy.batching.buckets import Order
+from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines import base, selection
-from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.base import EngineOptions, Precision, Shape
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import BundleError, DataError, EngineError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict import engine_selection
 from gfldeploy.predict.engine_selection import choose
-from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord
+from gfldeploy.tune.deploy_file import Configuration, Deploy, Evidence, SearchRecord, check_deploy
 from gfldeploy.tune.search import Bounds
 
 pytest.importorskip("onnxruntime")
@@ -40,13 +41,17 @@ def write_deploy(
     order: Order = "bucketed",
     tf32: bool = False,
     streams: int = 1,
+    precision: Precision = "fp32",
+    input_size: Size | None = None,
+    ap_drop: float | None = None,
+    shapes: tuple[Shape, ...] = (),
 ) -> Path:
     """A deploy.yml beside a copy of the bundle: onnxruntime, 3 threads, batches of 2."""
     shutil.copytree(bundle, folder / "tiny")
     cell = Cell(
         bundle=BundleIdentity("tiny", "tiny", digest or Bundle.open(bundle).digest),
         engine="onnxruntime",
-        precision="fp32",
+        precision=precision,
         device="gpu" if tf32 else "cpu",
         threads=3,
         batch_size=2,
@@ -54,11 +59,12 @@ def write_deploy(
         scenario="offline" if order == "bucketed" else "multi-stream",
         tf32=tf32,
         streams=streams,
+        input_size=input_size,
     )
-    choice = Configuration("tiny", cell, EVIDENCE)
+    choice = Configuration("tiny", cell, replace(EVIDENCE, ap_drop=ap_drop))
     deploy = Deploy(
         "2026-01-01T00:00:00+00:00", "Deploy it.", choice, None, Bounds(), None, SearchRecord(1, 1, 0, 1, True, True),
-        replace(describe_machine(), **machine or {}), DataDescription("ab" * 32, "cd" * 32, 1, None),
+        replace(describe_machine(), **machine or {}), DataDescription("ab" * 32, "cd" * 32, 1, None), shapes,
     )  # fmt: skip
     deploy.write(folder / "deploy.yml")
     return folder / "deploy.yml"
@@ -124,6 +130,20 @@ def test_streams_of_a_deploy_file(tiny_bundle: Path, tmp_path: Path, monkeypatch
     assert choice.notes == ("2 streams of 3 threads each are more than the 5 usable CPUs: deploy.yml runs with 1 here",)
 
 
+def test_a_deploy_file_is_of_its_input_size(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = write_deploy(tmp_path, tiny_bundle, input_size=(32, 48), shapes=((2, 32, 64),))
+    choice = choose(path)
+    assert (choice.input_size, choice.bundle.manifest.preprocess.target_size) == ((32, 48), (32, 48))
+    assert "tiny in onnxruntime fp32 at 32x48 on cpu, batch 2" in str(choice)
+    own = choose(path, input_size=(64, 96))
+    assert (own.input_size, own.bundle.manifest.preprocess.target_size) == (None, (64, 96)) and " at " not in str(own)
+    assert check_deploy(path) == ()
+    # The network's input has up to 64 px there, and at the bundle's own size up to 96.
+    other = write_deploy(tmp_path / "b", tiny_bundle, input_size=(32, 48), shapes=((2, 96, 96),))
+    with pytest.raises(BundleError, match="makes no input of 2x96x96 of any image"):
+        choose(other)
+
+
 def test_a_deploy_file_of_another_machine_is_used_with_a_note(tiny_bundle: Path, tmp_path: Path) -> None:
     (hardware,) = choose(write_deploy(tmp_path / "a", tiny_bundle, {"cpu": "Abacus"})).notes
     assert "made on another machine" in hardware and "gfldeploy tune" in hardware
@@ -154,6 +174,38 @@ def test_tf32_is_as_the_deploy_file_says_where_it_can_be(
         choose(path, device="cpu", tf32=True)
     with pytest.raises(UnsupportedError, match=r"TF32 is a way to compute FP32, and this is fp16"):
         EngineOptions("fp16", "gpu", tf32=True)
+
+
+def test_int8_runs_at_the_sizes_at_which_it_was_found_to_hold(tiny_bundle: Path, tmp_path: Path) -> None:
+    int8 = Path(shutil.copytree(tiny_bundle, tmp_path / "int8"))
+    judged = [{"size": [32, 64], "problem": None}, {"size": [48, 64], "problem": "INT8 in paddle loses 0.0060 mAP"}]
+    text = json.dumps({"sizes": judged})
+    (int8 / "parity.json").write_text(text)
+    manifest = json.loads((int8 / "manifest.json").read_text()) | {"precision": "int8"}
+    manifest["files"]["parity.json"] = {"sha256": "0" * 64, "bytes": len(text)}
+    (int8 / "manifest.json").write_text(json.dumps(manifest))
+    for size in (None, (64, 96), (96, 64), (32, 64), (64, 32)):  # images of either orientation are resized alike
+        assert choose(int8, input_size=size).options.precision == "int8"
+    unjudged, failed = (128, 160), (48, 64)
+    with pytest.raises(UnsupportedError, match=r"not judged at 128x160\. Judge it .* --input-sizes 128x160`; or use"):
+        choose(int8, input_size=unjudged)
+    with pytest.raises(
+        UnsupportedError, match=r"does not hold at 48x64: INT8 in paddle loses 0\.0060 mAP\. Use another"
+    ):
+        Detector(int8, input_size=failed)
+    assert choose(tiny_bundle, input_size=unjudged).input_size == unjudged, "FP32"
+
+    path = write_deploy(tmp_path / "known", int8, precision="int8", input_size=failed, ap_drop=0.006)
+    assert choose(path).input_size == failed
+    with pytest.raises(UnsupportedError, match="not judged at 128x160"):
+        choose(path, input_size=unjudged)
+    if importlib.util.find_spec("openvino"):
+        with pytest.raises(UnsupportedError, match="does not hold at 48x64"):
+            choose(path, engine="openvino")
+    with pytest.raises(UnsupportedError, match="does not hold at 48x64"):
+        choose(write_deploy(tmp_path / "unknown", int8, precision="int8", input_size=failed))
+    with pytest.raises(UnsupportedError, match="not judged at 128x160"):
+        choose(write_deploy(tmp_path / "own", int8, precision="int8", ap_drop=0.001), input_size=unjudged)
 
 
 def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from gfldeploy.quant.agreement import Agreement
 from gfldeploy.quant.artefacts import GRAPHS, Quantized
 from gfldeploy.quant.calibration import ConvUse, OutputRange
 from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement, best, failure, unjudgeable
-from gfldeploy.quant.measurement import Fp32Reference
+from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.methods import METHODS
 from gfldeploy.quant.quantizer import quantize_bundle
 from gfldeploy.quant.samples import digests, evaluation_record, refuse_overlap, spread
@@ -339,6 +339,38 @@ def test_auto_publishes_the_best_and_the_table(
     assert int8_lines({"comparisons": []}) == []
 
 
+def test_other_input_sizes_are_judged_as_the_own_one(
+    tiny: Arguments, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(self: Fp32Reference, bundle: Bundle, label: str, progress: Any) -> dict[str, Int8Measurement]:
+        size = bundle.manifest.preprocess.target_size
+        assert self.source.manifest.preprocess.target_size == size
+        assert self.batches[0].shape[2] == size[0] and self.accuracy is not None
+        if size == (64, 160):
+            raise EngineError("out of luck")
+        lost = {(64, 96): 0.0, (64, 128): 0.004, (64, 112): 0.006}[size]
+        return both(measured(self.accuracy.ap), measured(self.accuracy.ap - lost))
+
+    monkeypatch.setattr(Fp32Reference, "measure", measure)
+    progress = RecordedProgress()
+    sizes = ((64, 128), (64, 96), (64, 112), (64, 160), (32, 64), (64, 128))
+    made = quantize_bundle(**{**tiny, "algo": "hist"}, eval_data=tiny_coco, input_sizes=sizes, progress=progress)
+    assert made.manifest.preprocess.target_size == (64, 96)
+    parity = made.record("parity.json")
+    assert parity is not None
+    wide, narrow, wider, small = parity["sizes"]
+    assert [one["size"] for one in parity["sizes"]] == [[64, 128], [64, 112], [64, 160], [32, 64]]
+    assert wide["problem"] is None
+    assert wide["accuracy"]["fp32"]["ap"] - wide["accuracy"]["engines"]["paddle"]["ap"] == pytest.approx(0.004)
+    assert "INT8 in paddle loses 0.0060 mAP" in narrow["problem"]
+    assert (wider["problem"], wider["engines"]) == ("out of luck", {})
+    assert "FP32 itself reaches mAP 0.0000" in small["problem"]
+    told = int8_lines(parity)[-4:]
+    assert told[0].startswith("at 64x128 INT8 holds: mAP onnxruntime ") and "on 6 images" in told[0]
+    assert told[1] == f"at 64x112 INT8 does not hold: {narrow['problem']}"
+    assert told[0] in progress.stages and progress.notes == told[1:]
+
+
 # --- the fallback -----------------------------------------------------------------------------------------------------
 
 USES = {name: ConvUse(name, 0) for name in ("stem", "res", "neck", "head")}
@@ -537,6 +569,13 @@ def test_a_good_calibration_passes_and_is_shown(calibrated: Path, run_here: RunH
     sheet = run_here("inspect", calibrated).stdout
     assert " convolutions in int8, " in sheet
     assert f"mAP {parity['accuracy']['engines']['paddle']['ap']:.4f}" in sheet
+    (small,) = parity["sizes"]
+    assert (small["size"], small["problem"]) == ([256, 384], None)
+    assert small["engines"].keys() == parity["engines"].keys() == small["accuracy"]["engines"].keys()
+    for name in int8_engines():
+        assert small["engines"][name]["convolutions"] == parity["engines"][name]["convolutions"]
+    assert 0 < small["accuracy"]["fp32"]["ap"] != parity["accuracy"]["fp32"]["ap"]
+    assert "at 256x384 INT8 holds: mAP " in sheet
 
 
 @pytest.mark.slow

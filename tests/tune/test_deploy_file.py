@@ -13,14 +13,20 @@ import yaml
 from sample_deploy import CELL, CHOICE, DEPLOY, EVIDENCE, SECOND, UNMEASURED
 
 from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.machine import describe_machine
-from gfldeploy.tune.deploy_file import Deploy
+from gfldeploy.serialization import plain
+from gfldeploy.tune.deploy_file import Deploy, SizeChoice
 from gfldeploy.tune.search import Bounds
 
+SIZES = SizeChoice((64, 96), Estimate(1.5, 1.4, 1.6, 12), 0.01, (((64, 96), 0.004), ((32, 48), 0.2)))
 
-@pytest.mark.parametrize("deploy", [DEPLOY, replace(DEPLOY, runner_up=None, knee=None, bounds=Bounds())])
+
+@pytest.mark.parametrize(
+    "deploy", [DEPLOY, replace(DEPLOY, sizes=SIZES), replace(DEPLOY, runner_up=None, knee=None, bounds=Bounds())]
+)
 def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
     path = tmp_path / "new" / "deploy.yml"
     deploy.write(path)
@@ -38,6 +44,7 @@ def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
             "machine",
             "data",
             "shapes",
+            "sizes",
         ),
     ]
     assert deploy.bundle_path(path) == tmp_path / "new" / "models" / "int8"
@@ -62,18 +69,19 @@ def test_files_of_older_schemas_are_upgraded(schema: int, tmp_path: Path) -> Non
         assert [getattr(read.choice.evidence, name) for name in unknown] == [None] * 5 and read.knee is None
         assert read.choice.evidence.network_p50_ms.value == 25.0
     read.write(path)
-    assert Deploy.read(path) == read and yaml.safe_load(path.read_text())["schema"] == 4
+    assert Deploy.read(path) == read and yaml.safe_load(path.read_text())["schema"] == 5
     for wrong in (3, {"evidence": 3}):
         path.write_text(yaml.safe_dump({**yaml.safe_load(text), "choice": wrong}))
         with pytest.raises(DataError, match=rf"deploy\.yml: a deploy file of schema {schema} cannot be read: "):
             Deploy.read(path)
 
 
-def test_schema_3_knew_no_tf32() -> None:
+@pytest.mark.parametrize(("schema", "unknown"), [(3, "tf32"), (4, "input_size")])
+def test_what_cells_of_older_schemas_did_not_say_has_its_default(schema: int, unknown: str) -> None:
     data = DEPLOY.to_dict()
     for one in ("choice", "runner_up"):
-        del data[one]["cell"]["tf32"]
-    assert Deploy.from_dict({**data, "schema": 3}) == DEPLOY
+        del data[one]["cell"][unknown]
+    assert Deploy.from_dict({**data, "schema": schema}) == DEPLOY
 
 
 @pytest.mark.parametrize("name", ["search", "exhaustive"])
@@ -103,7 +111,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         ("x: " + "9" * 5000, "a number of 5000 characters"),
         (
             broken(lambda data: data.update(schema=99)),
-            "a newer gfldeploy: schema 99, this one reads schema 1 to 4.*Update",
+            "a newer gfldeploy: schema 99, this one reads schema 1 to 5.*Update",
         ),
         (broken(lambda data: data.update(schema=0)), "an older gfldeploy.*Make it again with `gfldeploy tune`"),
         (broken(lambda data: data.update(more=1)), "it has unknown fields: more"),
@@ -123,6 +131,14 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         (broken(lambda data: data.update(shapes=[[1, 64, 96]] * 17)), "shapes must be at most 16, not 17"),
         (broken(lambda data: data.update(shapes=[[3, 64, 96]])), r"shapes must be of 1 to 2 images.*\[3, 64, 96\]"),
         (broken(lambda data: data.update(shapes=[[1, 0, 96]])), "shapes must be of 1 to 2 images"),
+        (
+            broken(lambda data: data.update(sizes={**plain(SIZES), "own_size": [64, 0]})),
+            "sizes: input sizes must be of at",
+        ),
+        (
+            broken(lambda data: data.update(sizes={**plain(SIZES), "drops": [[[64], 0.1]]})),
+            r"sizes.drops\[0\]\[0\] must be",
+        ),
         (broken(lambda data: data.update(shapes=[[1, 64]])), r"shapes\[0\] must be a list of 3"),
         (broken(lambda data: data.update(shapes=[[1, 64, "96"]])), r"shapes\[0\]\[2\] must be of type int"),
     ],

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from gfldeploy.batching.buckets import Order
+from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.engines.base import Precision
 from gfldeploy.tune.measured import Measured, Tail
@@ -83,7 +83,9 @@ class Surface:
         speed: float
         model, steps = model_of(one), math.log2(one.batch_size)
         speed = self.base[model] * self.gain[model] ** (1 - 0.5**steps) * self.fall[model] ** max(steps - 2, 0)
-        speed *= (one.threads / 2) ** self.thread * math.exp(random.Random(f"{self.seed} {one!r}").gauss(0, self.rough))
+        seed = f"{self.seed} {model} {one.threads} {one.batch_size} {one.order}"
+        speed *= (one.threads / 2) ** self.thread * math.exp(random.Random(seed).gauss(0, self.rough))
+        speed *= pixels(OWN) / pixels(one.input_size)
         return speed / self.padding ** (1 - 0.5**steps) if one.order == "listed" else speed
 
     def measured(self, one: Cell, noise: float, runs: int, generator: random.Random) -> Measured:
@@ -322,3 +324,121 @@ def test_streams_are_looked_at_first_unless_latency_is_bounded() -> None:
             steps += step.cells
             where.known |= {one: found(40) for one in step.cells}
         assert second in steps
+
+
+OWN: Size = (320, 512)
+INPUT_SIZES: tuple[Size | None, ...] = ((192, 320), (224, 320), (256, 384), (320, 448), None)
+
+
+def pixels(size: Size | None) -> int:
+    return math.prod(size or OWN)
+
+
+def sized_search(bounds: Bounds, known: Mapping[Cell, Measured | None] | None = None) -> Search:
+    """The cells of `search` at each of the input sizes."""
+    one = search(bounds)
+    cells = tuple(replace(cell, input_size=size) for cell in one.cells for size in INPUT_SIZES)
+    sizes = {(cell.bundle, cell.input_size): float(pixels(cell.input_size)) for cell in cells}
+    return Search(cells, bounds, dict(known or {}), pixels=sizes)
+
+
+def sized_surface(seed: int) -> Surface:
+    """Throughput goes with a power of the pixels, and each size costs about the same mAP in every engine."""
+    surface, generator = random_surface(seed), random.Random(seed)
+    power = generator.uniform(0.6, 1)
+    costs: dict[Size | None, float] = {None: 0.0}
+    cost = 0.0
+    for size in INPUT_SIZES[-2::-1]:
+        cost += generator.choice((0.001, 0.005, 0.02))
+        costs[size] = cost
+    models = sized_search(Bounds()).by_model
+
+    def scaled(values: Mapping[Model, float], model: Model) -> float:
+        part: float = (pixels(model.input_size) / pixels(OWN)) ** (1 - power)
+        return values[model.own] * part
+
+    return replace(
+        surface,
+        base={model: scaled(surface.base, model) for model in models},
+        gain={model: surface.gain[model.own] for model in models},
+        fall={model: surface.fall[model.own] for model in models},
+        drops={
+            model: 0.0
+            if model.own == model and model.precision == "fp32"
+            else (surface.drops[model.own] if model.precision != "fp32" else 0.0)
+            + costs[model.input_size]
+            + generator.uniform(-0.001, 0.001)
+            for model in models
+        },
+    )
+
+
+def test_input_sizes_are_searched_in_little_more_time_and_few_are_asked_for_their_accuracy() -> None:
+    short, counts, plain, asks, surfaces = 0, [], [], [], 20
+    bounds = Bounds(max_drop=0.02)
+    for seed in range(surfaces):
+        surface, where = sized_surface(seed), sized_search(bounds)
+        choice, measured, asked = run_race(surface, where, seed)
+        assert choice is not None and surface.drops[model_of(choice)] <= 0.02
+        short += surface.images_per_s(choice) < 0.95 * true_best(surface, where)
+        assert len(asked) == len(set(asked))
+        assert all(one.input_size is None or model_of(one) in where.drops for one in where.finished)
+        if choice.input_size:
+            assert where.own_size is not None and where.own_size[0].input_size is None
+        counts.append(len(set(measured)))
+        plain.append(len(set(run_race(surface, search(bounds), seed)[1])))
+        asks.append(len(asked))
+    assert short <= 1
+    assert sum(counts) < 2 * sum(plain), "for five sizes"
+    assert sum(asks) / surfaces < 6, "of 25 models"
+
+
+def sized(model: tuple[str, str, Precision], size: Size | None) -> Model:
+    return model_of(replace(cell(model, 1), input_size=size))
+
+
+def test_which_input_size_is_asked_for_its_accuracy_next() -> None:
+    """Of the fastest its own size, then the middle; smaller than what was refused none; none twice."""
+    fast, slow = MODELS[4], MODELS[3]
+    cells = [replace(cell(model, 1), input_size=size) for model in (fast, slow) for size in INPUT_SIZES]
+    sizes = {(one.bundle, one.input_size): float(pixels(one.input_size)) for one in cells}
+    where = Search(tuple(cells), Bounds(max_drop=0.02), pixels=sizes)
+    first = where.next_step()
+    assert first is not None and [one.input_size for one in first.cells] == [None, None] and first.model is None
+    where.known = {cell(fast, 1): found(100), cell(slow, 1): found(40)}
+    asked: list[Size | None] = []
+    lost = {None: 0.002, (320, 448): 0.004, (256, 384): 0.012, (224, 320): 0.06}
+    while (step := where.next_step()) is not None and step.model is not None:
+        where.known |= {one: found(200) for one in step.cells}
+        asked.append(step.model.input_size)
+        where.drops[step.model] = lost[step.model.input_size]
+    assert asked == [None, (256, 384), (224, 320)], "192x320 loses no less than 224x320, 320x448 is no faster"
+    assert where.refused(sized(fast, (192, 320))) and not where.refused(sized(fast, (320, 448)))
+    # In FP32 a size costs about what it costs in INT8.
+    assert where.refused(sized(slow, (224, 320))) and not where.refused(sized(slow, (256, 384)))
+    assert step is None, "twice the pixels of the fastest, and at most 1.7 times as fast at 256x384"
+    where.drops[sized(fast, None)] = 0.5
+    assert where.refused(sized(fast, (256, 384)).own) and not where.refused(sized(slow, (224, 320)))
+
+
+def test_a_size_that_gains_nothing_is_not_chosen() -> None:
+    own = cell(MODELS[0], 1)
+    small = replace(own, input_size=(192, 320))
+    assert choose({own: found(99), small: found(100)}) == (own, small)
+    assert choose({own: found(90), small: found(100)}) == (small, own)
+
+
+def test_a_size_is_measured_beside_the_own_one_before_it_is_chosen() -> None:
+    own = cell(MODELS[0], 1)
+    small = replace(own, input_size=(192, 320))
+    sizes = {(one.bundle, one.input_size): float(pixels(one.input_size)) for one in (own, small)}
+    speeds = {own: found(50), small: found(100)}
+    where, together = Search((own, small), Bounds(max_drop=0.1), pixels=sizes), []
+
+    def finish(cells: Sequence[Cell]) -> dict[Cell, Measured | None]:
+        together.append(set(cells))
+        return {one: speeds[one] for one in cells}
+
+    assert where.run(lambda step: {one: speeds[one] for one in step.cells}, finish, lambda model: 0.0)
+    assert list(where.finished) == [small, own] and together == [{small, own}]
+    assert where.own_size == (own, speeds[own])

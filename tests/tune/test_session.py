@@ -21,6 +21,8 @@ from gfldeploy.errors import EngineError, UsageError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT
 from gfldeploy.tune import session as tuning
+from gfldeploy.tune.deploy_file import SizeChoice
+from gfldeploy.tune.measured import Measured, Tail
 from gfldeploy.tune.search import Bounds, Model, Search, model_of
 from gfldeploy.tune.session import _accuracy_of, _input_shapes, _Session, _shared, tune_bundles
 
@@ -44,6 +46,27 @@ def test_an_undefined_map_is_never_compared(tiny_bundle: Path, tmp_path: Path) -
     session.accuracies[fp32] = undefined
     with pytest.raises(EngineError, match="could not be measured: it is undefined"):
         session.drop(int8)
+
+
+def test_what_an_input_size_costs_in_the_same_engine_and_precision(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle, results = Bundle.open(tiny_bundle), sample_results()
+    identity = BundleIdentity.of(bundle)
+    own = replace(OK.cell, bundle=identity)
+    small, other = replace(own, input_size=(32, 48)), replace(own, input_size=(32, 48), engine="openvino")
+    fast, slow = (Measured(((speed,) * 6,) * 3, 20.0, Tail(30, 30, 400, True), 100) for speed in (80.0, 40.0))
+    search = Search((own, small, other), Bounds(max_drop=0.3), finished={small: fast}, own_size=(own, slow))
+    search.drops = {model_of(own): 0.01, model_of(small): 0.21, model_of(other): 0.25}
+    runner = Runner({identity: tiny_bundle}, Data((), results.data, Path("data.json")), Journal(tmp_path))
+    settings = results.settings
+    session = _Session(search, {identity: bundle}, ("onnxruntime",), runner, settings, settings, True, SILENT)
+    search.pixels = {(identity, None): 64.0 * 96, (identity, (32, 48)): 32.0 * 64}
+    accuracy = Accuracy(0.5, 0.7, 0.6, -1.0, 0.4, 0.5, 6, 9)
+    session.accuracies |= {model_of(own): accuracy, model_of(small): replace(accuracy, ap=0.3)}
+    found = session.sizes(small)
+    assert found is not None and found.speed is not None and found.ap_less is not None
+    assert (found.own_size, found.speed.value) == ((64, 96), 2.0) and found.ap_less == pytest.approx(0.2)
+    assert found.drops == (((64, 96), 0.01), ((32, 48), 0.21)), "of the choice's own engine where there are two"
+    assert session.sizes(own) == SizeChoice((64, 96), None, None, found.drops)
 
 
 def test_what_fails_is_told_once(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sample_deploy import CHOICE, DEPLOY, EVIDENCE
 from sample_results import FAILED, altered
 
 from gfldeploy.bench.estimates import Estimate
-from gfldeploy.tune.deploy_file import Evidence
+from gfldeploy.tune.deploy_file import Evidence, SizeChoice
 from gfldeploy.tune.measured import Measured, Tail
 from gfldeploy.tune.summary import summarize
 
@@ -78,6 +78,23 @@ def test_why_the_second_is_second(passes: tuple[float, ...], median_ms: float, s
     assert text.endswith(
         "12 of 55 configurations were measured on 2026-01-01; the figures hold for this machine and bundle only."
     )
+
+
+def test_what_the_input_size_costs_and_gains() -> None:
+    drops = (((320, 512), 0.001), ((256, 384), 0.008), ((192, 320), 0.0512))
+    sizes = SizeChoice((320, 512), Estimate(1.523, 1.49, 1.56, 12), 0.0071, drops)
+    at = replace(CHOICE, cell=replace(CHOICE.cell, input_size=(256, 384)))
+    text = summarize(replace(DEPLOY, choice=at, sizes=sizes), FOUND)
+    assert text.startswith("Deploy int8 in ONNX Runtime (INT8) at 256x384, batches of 2 images")
+    cost = "At 256x384 in place of 320x512: 0.0071 mAP less, 1.52 times the images/s (95% interval 1.49 to 1.56)."
+    assert f"{cost} 192x320 would lose 0.0512 mAP against FP32." in text
+    unknown = replace(sizes, speed=None, ap_less=None)
+    assert "in place of 320x512: neither mAP nor throughput could be measured there." in summarize(
+        replace(DEPLOY, choice=at, sizes=unknown), FOUND
+    )
+    own = replace(unknown, drops=(drops[0], drops[2]))
+    assert " 192x320 would lose 0.0512 mAP" in summarize(replace(DEPLOY, sizes=own), FOUND)
+    assert "in place of" not in summarize(replace(DEPLOY, sizes=own), FOUND)
 
 
 def test_what_failed_is_named_with_the_reason() -> None:

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from gfldeploy.bench.cell import several_bundles
+from gfldeploy.batching.buckets import size_in_words
+from gfldeploy.bench.cell import Cell, several_bundles
 from gfldeploy.bench.columns import Column, text_of
 from gfldeploy.bench.estimates import Estimate, median
 from gfldeploy.bench.limits import network_limits
@@ -84,9 +85,13 @@ def short_answer(results: BenchResults) -> list[str]:
     if not measured:
         return ["Nothing could be measured; the reasons are below."]
     sentences = [_FIRST_LOOK] if results.settings.quick else []
-    best = best_of_each(measured)
+    # A smaller input size is faster and costs mAP: sizes have sentences of their own, which weigh both.
+    own = [row for row in measured if row.cell.input_size is None] or measured
+    best = best_of_each(own)
     if best:
-        sentences += _fastest(measured, best)
+        sentences += _fastest(own, best)
+    if len({row.cell.input_size for row in measured}) > 1:
+        sentences += _by_size(measured, best)
     servers = [(row, row.served) for row in measured if row.served]
     if servers:
         row, served = max(servers, key=lambda one: one[1].in_time_per_s)
@@ -137,17 +142,36 @@ def _fastest(measured: Sequence[Row], best: Sequence[Row]) -> Iterator[str]:
         yield "Their accuracy is not known: mAP of FP32 was not measured."
 
 
+def _by_size(measured: Sequence[Row], own: Sequence[Row]) -> Iterator[str]:
+    """What other input sizes gain at the same accuracy. `own`: the best at the bundles' own."""
+    reference = [row.ap for row in own if row.cell.precision == "fp32" and row.ap is not None]
+    safe = [row for row in best_of_each(measured) if row.ap is not None and reference]
+    if safe := [row for row in safe if (row.ap or 0.0) >= max(reference) - _SAME_ACCURACY]:
+        yield f"Fastest within {_SAME_ACCURACY} mAP of that at any input size: {_named(safe[0])}: {_figures(safe[0])}."
+    front = sorted((row for row in best_of_each(measured) if row.on_front), key=lambda row: -(row.ap or 0.0))
+    listed = [f"{_model(row.cell)}, batch {row.cell.batch_size} ({_speed_and_ap(row)})" for row in front]
+    if listed:
+        yield f"Nothing is faster and as accurate, from the most accurate: {'; '.join(listed)}."
+
+
+def _speed_and_ap(row: Row) -> str:
+    return f"mAP {row.ap:.4f}, {text_of(row.deciding_images_per_s)} images/s"
+
+
 def _named(row: Row) -> str:
     cell = row.cell
-    model = f"{title_of(cell.engine)} {with_tf32(cell.precision.upper(), cell.tf32)}"
-    return f"{model}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
+    return f"{_model(cell)}, batch {cell.batch_size}{cell.load}, bundle {cell.bundle.directory}"
 
 
 def _speed(row: Row) -> str:
     speed = row.images_per_s if row.file_images_per_s is None else row.file_images_per_s
-    return (
-        f"{title_of(row.cell.engine)} {with_tf32(row.cell.precision.upper(), row.cell.tf32)} {text_of(speed)} images/s"
-    )
+    return f"{_model(row.cell)} {text_of(speed)} images/s"
+
+
+def _model(cell: Cell) -> str:
+    """Engine and precision, and the input size if it is not the bundle's own."""
+    at = f" at {size_in_words(cell.input_size)}" if cell.input_size else ""
+    return f"{title_of(cell.engine)} {with_tf32(cell.precision.upper(), cell.tf32)}{at}"
 
 
 def _figures(row: Row) -> str:

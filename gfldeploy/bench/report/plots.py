@@ -5,15 +5,17 @@ from __future__ import annotations
 import colorsys
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bench.cell import STREAMS
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import Row, rows
+from gfldeploy.bench.table import Row, best_of_each, rows
+from gfldeploy.engines.base import PRECISIONS
 
 # Okabe and Ito's palette for colour-blind readers, without its black and its yellow, which vanish on one background,
 # and two more. Grey is for what is no series.
@@ -120,15 +122,6 @@ def plots(results: BenchResults) -> list[Plot]:
     return [figure for figure in figures if figure is not None]
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those points (x, y) that no other is as good as in both and better than in one, by rising x; more is better."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(set(points), key=lambda point: (-point[0], -point[1])):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    return front[::-1]
-
-
 def _points(results: BenchResults) -> list[_Point]:
     shown = [row for row in rows(results) if row.ok]
     cells = [row.cell for row in shown]
@@ -225,37 +218,58 @@ def _stages(points: list[_Point]) -> Plot | None:
 
 
 def _accuracy(points: list[_Point]) -> Plot | None:
-    accurate = [(one, one.row.ap) for one in points if one.row.ap is not None]
-    whole = any(one.row.file_images_per_s is not None for one, _ in accurate)
-    series: dict[str, list[tuple[_Point, float, float]]] = {}
-    for one, ap in accurate:
-        if speed := one.row.file_images_per_s if whole else one.row.images_per_s:
-            series.setdefault(one.series, []).append((one, speed, ap))
+    """A line for each engine and precision, from input size to input size: the fastest of the others at each."""
+    best = best_of_each([one.row for one in points if one.row.ap is not None and one.row.deciding_images_per_s])
+    cells = {row: replace(row.cell, input_size=None, streams=1, scenario="offline") for row in best}
+    series: dict[str, list[Row]] = {}
+    for row, cell in cells.items():
+        series.setdefault(cell.setup(cells.values()), []).append(row)
     if not series:
         return None
-    data = [
-        _line(
+    several = len({row.cell.input_size for row in best}) > 1
+    data = []
+    for number, (name, some) in enumerate(series.items()):
+        style = Style(number)
+        symbol = _SYMBOLS[PRECISIONS.index(some[0].cell.precision) % len(_SYMBOLS)]
+        trace = _line(
             name,
-            [speed for _, speed, _ in some],
-            [ap for _, _, ap in some],
-            mode="markers",
-            marker=some[0][0].style.marker | {"size": 9},
-            text=[f"batch {one.size}" for one, _, _ in some],
-            hovertemplate="%{text}: %{x:.1f} images/s, mAP %{y:.4f}",
+            [_speed_and_ap(row)[0] for row in some],
+            [_speed_and_ap(row)[1] for row in some],
+            style,
+            mode="lines+markers+text" if several else "markers",
+            text=[_size(row) if several else "" for row in some],
+            textposition="bottom left",
+            customdata=[f"{_size(row)}, batch {row.cell.batch_size}{row.cell.load}" for row in some],
+            hovertemplate="%{customdata}: %{x:.1f} images/s, mAP %{y:.4f}",
         )
-        for name, some in series.items()
-    ]
-    front = pareto_front([(speed, ap) for some in series.values() for _, speed, ap in some])
+        data.append(trace | {"marker": {"color": style.colour, "symbol": symbol, "size": 9}})
+    front = sorted((row for row in best if row.on_front), key=lambda row: row.deciding_images_per_s or 0.0)
+    x, y = zip(*map(_speed_and_ap, front), strict=True)
     dotted = {"dash": "dot", "color": GREY, "shape": "vh"}
-    data.append(
-        _line("Pareto front", [x for x, _ in front], [y for _, y in front], mode="lines", line=dotted, hoverinfo="skip")
-    )
+    ring = {"symbol": "circle-open", "size": 18, "color": GREY, "line": {"width": 2}}
+    data.append(_line("Pareto front", x, y, mode="lines+markers", line=dotted, marker=ring, hoverinfo="skip"))
+    whole = any(one.row.file_images_per_s is not None for one in points)
     layout = {
         "xaxis": _axis(f"images/s {'from file to boxes' if whole else 'of the network alone'}"),
         "yaxis": _axis("mAP") | {"rangemode": "normal"},
     }
-    about = "Right is faster, up is more accurate: nothing beats what lies on the dotted line in both."
-    return Plot("Accuracy against speed", about, data, layout)
+    about = (
+        "Right is faster, up is more accurate, each at its best batch size. Nothing beats in both what is ringed, on "
+        f"the dotted line: {'; '.join(map(_named, front))}."
+    )
+    return Plot("Accuracy against speed", about, data, layout, 560 if several else 420)
+
+
+def _size(row: Row) -> str:
+    return size_in_words(row.cell.input_size) if row.cell.input_size else "own size"
+
+
+def _named(row: Row) -> str:
+    return f"{row.cell.setup()} ({row.deciding_images_per_s or 0:.1f} images/s, mAP {row.ap:.4f})"
+
+
+def _speed_and_ap(row: Row) -> tuple[float, float]:
+    return row.deciding_images_per_s or 0.0, row.ap or 0.0
 
 
 def _servers(points: Sequence[_Point]) -> Iterator[tuple[str, Style, list[_Point]]]:

@@ -46,7 +46,7 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     show_default=f"{DEFAULT_SAMPLES}, or all if there are fewer",
     help="Number of images to calibrate on, spread evenly over all.",
 )
-@options.input_sizes("judge INT8 at besides the bundle's own, which alone decides about publishing")
+@options.input_sizes("judge INT8 at besides the bundle's own, which alone decides about publishing", "none")
 @options.group(*options.annotations_of("other images, to measure mAP on", "--eval-", required=False))
 @options.limit(purpose=" for mAP", name="--eval-limit")
 @click.option(

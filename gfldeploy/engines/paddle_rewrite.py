@@ -33,7 +33,7 @@ def rewrite_for_onednn(description: Any, pixels: int) -> None:
 
 
 @dataclass
-class _Convolution:
+class _Fusion:
     """A convolution in INT8 and what it can take in.
 
     `gone`: the operators that it replaces, the last of them where it must stand. `residual`: what is added to it.
@@ -53,21 +53,22 @@ class _Rewriting:
     def __init__(self, description: Any, pixels: int) -> None:
         self._pixels = pixels
         self._block = description.blocks[0]
+        self._ops = list(self._block.ops)  # kept: protobuf makes new objects of them, with other ids, otherwise
         self._variables = {variable.name: variable for variable in self._block.vars}
         self._makers: dict[str, Any] = {}
         self._readers: dict[str, list[Any]] = defaultdict(list)
-        for op in self._block.ops:
+        for op in self._ops:
             for slot in op.outputs:
                 self._makers.update(dict.fromkeys(slot.arguments, op))
             for slot in op.inputs:
                 for name in slot.arguments:
                     self._readers[name].append(op)
-        self._order = {id(op): place for place, op in enumerate(self._block.ops)}
-        self._scaled = {_argument(op.inputs, "X") for op in self._block.ops if op.type == "quantize_linear"}
-        self._fused: dict[str, _Convolution] = {}  # by the sum with their bias
+        self._order = {id(op): place for place, op in enumerate(self._ops)}
+        self._scaled = {_argument(op.inputs, "X") for op in self._ops if op.type == "quantize_linear"}
+        self._fused: dict[str, _Fusion] = {}  # by the sum with their bias
 
     def rewrite(self) -> None:
-        for op in self._block.ops:
+        for op in self._ops:
             if op.type in _CONVOLUTIONS:
                 self._take_in_bias(op)
         for found in self._fused.values():
@@ -83,9 +84,9 @@ class _Rewriting:
         in_int8 = any(attribute.name == _MARK for attribute in op.attrs)
         if in_int8 and addition is not None and bias is not None:
             result = _argument(addition.outputs, "Out")
-            self._fused[result] = _Convolution(op, bias, result, [op, addition])
+            self._fused[result] = _Fusion(op, bias, result, [op, addition])
         elif in_int8:
-            self._fused[output] = _Convolution(op, None, output, [op])
+            self._fused[output] = _Fusion(op, None, output, [op])
         elif addition is not None and bias is not None:  # Paddle's pass fuses it in this form
             _slot(addition.inputs, "Y").arguments[0] = bias
             _set(addition, "axis", 1)
@@ -103,7 +104,7 @@ class _Rewriting:
         variable = self._variables[name]
         return name if variable.persistable and len(self._sizes(name)) == 1 else None
 
-    def _take_in_addition(self, found: _Convolution) -> None:
+    def _take_in_addition(self, found: _Fusion) -> None:
         addition = self._only_reader(found.result, _ADDITION)
         if addition is None:
             return
@@ -134,7 +135,7 @@ class _Rewriting:
         found.gone.append(addition)
         found.result = total
 
-    def _take_in_relu(self, found: _Convolution) -> None:
+    def _take_in_relu(self, found: _Fusion) -> None:
         relu = self._only_reader(found.result, _RELU)
         if relu is not None and not found.relu:
             found.relu = True
@@ -146,7 +147,7 @@ class _Rewriting:
         reductions = self._reductions()
         gone = {id(op) for found in self._fused.values() for op in found.gone}
         written: list[Any] = []
-        for op in self._block.ops:
+        for op in self._ops:
             if id(op) in last:
                 written += self._convolution(last[id(op)])
             elif op.type == "group_norm" and self._pays(op, reductions):
@@ -158,7 +159,7 @@ class _Rewriting:
         del self._block.ops[:]
         self._block.ops.extend(kept)
 
-    def _convolution(self, found: _Convolution) -> list[Any]:
+    def _convolution(self, found: _Fusion) -> list[Any]:
         """The operators in its place."""
         steps = _Steps(self._block, self._variables, found.result)
         op = _copy(found.op)
@@ -238,7 +239,7 @@ class _Rewriting:
     def _reductions(self) -> dict[str, float]:
         """How many pixels of the image there are for each of a map, by the name of what convolutions give."""
         found: dict[str, float] = {}
-        for op in self._block.ops:
+        for op in self._ops:
             read = [name for slot in op.inputs for name in slot.arguments]
             before = 1.0 if op.type == "feed" else next((found[name] for name in read if name in found), None)
             if before is None:

@@ -11,7 +11,7 @@ from tempfile import mkdtemp
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.buckets import Size, size_in_words
 from gfldeploy.bundle import Bundle
-from gfldeploy.errors import EngineError, GfldeployError, ParityError
+from gfldeploy.errors import DataError, EngineError, GfldeployError, ParityError
 from gfldeploy.progress import Progress
 from gfldeploy.quant.artefacts import Quantized, write_artefacts
 from gfldeploy.quant.calibration import ConvUse
@@ -117,7 +117,7 @@ class Evaluator:
             if problem is None:
                 engines = reference.measure(evaluated.bundle.at_size(size), f"INT8 at {label}", self.progress)
                 problem = failure(engines, accuracy, self.limits, len(evaluated.kept))
-        except (EngineError, ParityError) as error:
+        except (DataError, EngineError, ParityError) as error:  # an image too elongated for a small size, for one
             problem = error
         return SizeEvaluation(size, accuracy, engines, problem)
 

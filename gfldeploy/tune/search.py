@@ -30,7 +30,7 @@ TURN_GAIN = 1.25
 # Throughputs within this much of the best count as equal; then the lowest latency decides.
 TIE = 0.02
 # Of mAP: what an input size costs in one engine and precision may differ by this much from what it costs in another.
-SIZE_SPREAD = 0.01
+SIZE_SPREAD = 0.005
 # Cells that are measured at length: those that may be the best, but no more than this many.
 _FINALISTS = 3
 _MOST_FINALISTS = 6

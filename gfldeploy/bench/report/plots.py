@@ -106,14 +106,16 @@ def plots(results: BenchResults) -> list[Plot]:
         ("Throughput of the network alone", _PREPARED, "images/s", lambda row: row.images_per_s),
         ("Latency of the network alone", f"{_LATENCY} {_PREPARED}", "ms for a batch", lambda row: row.latency_ms()),
     ]
+    accuracy, several = _accuracy(batches), len({one.row.cell.input_size for one in points}) > 1
     figures = [
+        accuracy if several else None,
         *(
             _by_batch_size(title, about, unit, [(one, value(one.row)) for one in batches])
             for title, about, unit, value in by_batch_size
         ),
         _distributions(streams),
         _stages([one for one in batches if one.row.result.file_ms][::-1]),
-        _accuracy(batches),
+        None if several else accuracy,
         _in_time([one for one in servers if one.row.served], bound_ms),
         _answers(servers, bound_ms),
         _arithmetic(points),

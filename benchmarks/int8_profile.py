@@ -4,8 +4,10 @@
         --machine epyc-2core
 
 In each round the engine's peak is measured (a stack of plain convolutions, as `gfldeploy bench` does), then inferences
-of one input. Then the engine's own profiler times every operator of a few more. Prints how near the network comes to
-the peak, what the rest of the time is spent on, and the convolutions that lose most; writes it all to
+of one input; in ONNX Runtime the same also of the bundle's graph as it is written, which the engine rewrites otherwise.
+With `--data annotations.json` (COCO, images/ beside it), the mAP of both is measured, and the difference. Then the
+engine's own profiler times every operator of a few more. Prints how near the network comes to the peak, what the rest
+of the time is spent on, and the convolutions that lose most; writes it all to
 results/MACHINE/checks/NAME_ENGINE_int8_profile.json beside this script.
 
 An engine is a function in `PROFILERS` that times its operators, and the group that each of its names belongs to in
@@ -21,7 +23,7 @@ import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +31,23 @@ from typing import Any
 
 import numpy as np
 
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
+from gfldeploy.batching.buckets import Group
 from gfldeploy.bench.roofline import measure_peak
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.onednn import LoggedPrimitive
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import scratch_directory, write_json
+from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
 from gfldeploy.macs import count_work
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 CONVOLUTIONS = "convolutions"
+_SLOWEST = 10  # convolutions that the results name
 # What an operator is there for, by the engine's own name for it; the others are "other".
 GROUPS: Mapping[str, frozenset[str]] = {
     CONVOLUTIONS: frozenset({"QLinearConv", "ConvInteger", "Conv", "FusedConv", "NhwcFusedConv", "convolution"}),
@@ -94,15 +100,42 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """The `count` operators of one kind together: `ms` of one inference."""
+
+    group: str
+    name: str
+    count: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class Round:
-    """`peak_gmac_per_s`: of the engine on plain convolutions; `inference_ms`: of the network right after."""
+    """`peak_gmac_per_s`: of the engine on plain convolutions; `inference_ms`: of the network right after.
+
+    `as_written_ms`: of the graph as the bundle has it; none where the engine runs no other.
+    """
 
     peak_gmac_per_s: float
     inference_ms: tuple[float, ...]
+    as_written_ms: tuple[float, ...] = ()
 
     def percent(self, macs: int) -> float:
         """What the network reaches of the peak, whose inference takes `macs` multiply-accumulates."""
         return 100 * macs / statistics.median(self.inference_ms) / 1e6 / self.peak_gmac_per_s
+
+
+def as_written(name: str, bundle: Bundle, options: EngineOptions) -> Engine | None:
+    """An engine that runs the bundle's graph as it is; None where the recipe knows none."""
+    if name != "onnxruntime":
+        return None
+    from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
+
+    class AsWritten(OnnxRuntimeEngine):
+        def _source(self) -> str:
+            return str(self._model)
+
+    return AsWritten(bundle, options, "onnx")
 
 
 def onnxruntime_operators(engine: Engine, inputs: Tensors, runs: int) -> list[Operator]:
@@ -183,6 +216,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
     parser.add_argument("--name", required=True, help="of the results file")
     parser.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="COCO annotations, to compare mAP")
     parser.add_argument("--rounds", type=int, default=3, metavar="R")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="inferences in each round, and in the profile")
     args = parser.parse_args()
@@ -193,11 +227,16 @@ def main() -> None:
     graph, _ = bundle.graph("onnx")
     one_image = count_work(graph, [(height, width)], bundle.manifest.strides)[height, width].macs
     macs = one_image * args.batch_size
+    accuracy: dict[str, Any] = {}
     with open_engine(args.engine, bundle, options, options.shapes) as engine:
+        plainly = as_written(args.engine, bundle, options)
         engine.infer({"image": image})
-        rounds = [measure(engine, args.engine, options, {"image": image}, args.runs) for _ in range(args.rounds)]
+        rounds = [measure(engine, plainly, options, {"image": image}, args.runs) for _ in range(args.rounds)]
+        if args.data and plainly is not None:
+            accuracy = compare(engine, plainly, CocoDataset.load(args.data, None, None), bundle.manifest)
         operators = PROFILERS[args.engine](engine, {"image": image}, args.runs)
         version = engine.version
+    slowest = sorted((one for one in operators if one.macs), key=lambda one: -one.ms)
     show(rounds, operators, macs)
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_{args.engine}_int8_profile.json"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -208,24 +247,58 @@ def main() -> None:
         "input": list(image.shape),
         "macs": macs,
         "rounds": plain(rounds),
-        "operators": plain(sorted(operators, key=lambda one: -one.ms)),
+        "accuracy": accuracy,
+        "kinds": plain([kind for kind in kinds(operators) if kind.ms >= 0.1]),
+        "slowest_convolutions": plain(slowest[:_SLOWEST]),
     }
     write_json(output, record)
 
 
-def measure(engine: Engine, name: str, options: EngineOptions, inputs: Tensors, runs: int) -> Round:
+def kinds(operators: Iterable[Operator]) -> list[Kind]:
+    """Operators summed by kind, the longest first."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for one in operators:
+        found[one.group, one.kind].append(one.ms)
+    summed = (Kind(group, name, len(each), sum(each)) for (group, name), each in found.items())
+    return sorted(summed, key=lambda kind: -kind.ms)
+
+
+def measure(engine: Engine, plainly: Engine | None, options: EngineOptions, inputs: Tensors, runs: int) -> Round:
     """The peak in a process of its own, then so many inferences here."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        peak = pool.submit(measure_peak, name, options, 2.0).result()
+        peak = pool.submit(measure_peak, engine.name, options, 2.0).result()
     if peak.gmac_per_s is None:
         raise SystemExit(peak.reason)
-    times = []
+    return Round(peak.gmac_per_s, times(engine, inputs, runs), times(plainly, inputs, runs) if plainly else ())
+
+
+def times(engine: Engine, inputs: Tensors, runs: int) -> tuple[float, ...]:
+    """Milliseconds of each of so many inferences, after one more."""
+    found = []
     engine.infer(inputs)
     for _ in range(runs):
         start = time.perf_counter()
         engine.infer(inputs)
-        times.append((time.perf_counter() - start) * 1e3)
-    return Round(peak.gmac_per_s, tuple(times))
+        found.append((time.perf_counter() - start) * 1e3)
+    return tuple(found)
+
+
+def compare(engine: Engine, plainly: Engine, dataset: CocoDataset, manifest: Manifest) -> dict[str, Any]:
+    """mAP of both, and by how much the first's is higher, with its 95% interval over images."""
+    category_ids = dataset.class_to_category(manifest.classes)
+    batches = [Group((index,), (0, 0)) for index in range(len(dataset.images))]
+    ours, written = (
+        [
+            row
+            for index, one in detect_images(each, dataset, manifest.preprocess, manifest.nms, batches)
+            for row in coco_results(dataset.images[index].id, one, category_ids)
+        ]
+        for each in (engine, plainly)
+    )
+    ap = {name: coco_accuracy(dataset, found).ap for name, found in {"ours": ours, "as_written": written}.items()}
+    difference = ap_difference(dataset, ours, written)
+    print(f"mAP on {len(dataset.images)} images: {ap}, difference {difference}")
+    return {"images": len(dataset.images), "ap": ap, "ap_difference": difference}
 
 
 def show(rounds: Sequence[Round], operators: Sequence[Operator], macs: int) -> None:
@@ -237,22 +310,24 @@ def show(rounds: Sequence[Round], operators: Sequence[Operator], macs: int) -> N
         f"{macs / 1e9:.1f} GMAC in {took:.1f} ms: {statistics.median(percents):.0f}% "
         f"({min(percents):.0f} to {max(percents):.0f}) of the peak of {peak:.0f} GMAC/s"
     )
-    total = sum(one.ms for one in operators)
+    if all(one.as_written_ms for one in rounds):
+        ratios = [statistics.median(one.as_written_ms) / statistics.median(one.inference_ms) for one in rounds]
+        low, high = min(ratios), max(ratios)
+        print(f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) times as fast as the graph as it is written")
     # In a profile each operator also takes the time of its event, and the machine may have another clock.
-    scale = took / total
+    scale = took / sum(one.ms for one in operators)
     print(f"\n| of {took:.1f} ms | ms | share | operators |\n|---|---|---|---|")
     print(f"| convolutions at the peak | {macs / peak / 1e6:.1f} | {100 * macs / peak / 1e6 / took:.1f}% | |")
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for one in operators:
-        groups[one.group][one.kind].append(one.ms * scale)
-    spent = {group: sum(map(sum, kinds.values())) for group, kinds in groups.items()}
-    for group in sorted(groups, key=lambda one: (one != CONVOLUTIONS, -spent[one])):
-        ms, name = spent[group], group
+    spent: dict[str, list[Kind]] = defaultdict(list)
+    for kind in kinds(operators):
+        spent[kind.group].append(kind)
+    totals = {group: scale * sum(kind.ms for kind in each) for group, each in spent.items()}
+    for group in sorted(spent, key=lambda one: (one != CONVOLUTIONS, -totals[one])):
+        ms, name = totals[group], group
         if group == CONVOLUTIONS:
             ms, name = ms - macs / peak / 1e6, "convolutions, beyond that"
-        kinds = sorted(groups[group].items(), key=lambda item: -sum(item[1]))
-        what = ", ".join(f"{len(each)} {kind} {sum(each):.1f}" for kind, each in kinds if sum(each) >= took / 1000)
-        print(f"| {name} | {ms:.1f} | {100 * ms / took:.1f}% | {what} |")
+        parts = (f"{kind.count} {kind.name} {kind.ms * scale:.1f}" for kind in spent[group] if kind.ms >= took / 1000)
+        print(f"| {name} | {ms:.1f} | {100 * ms / took:.1f}% | {', '.join(parts)} |")
     print("\n| convolution | gives | ms | of the peak | ms lost |\n|---|---|---|---|---|")
     convolutions = [(one.ms * scale, one.macs / peak / 1e6, one) for one in operators if one.macs]
     for ms, least, one in sorted(convolutions, key=lambda item: item[1] - item[0])[:10]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import Group, Order, Size, group, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
-from gfldeploy.engines.base import Device, Engine, Precision, Shape
+from gfldeploy.engines.base import Device, Engine, Precision, Shape, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.detect import detect_batch
+from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.engines.selection import select_engine
+from gfldeploy.engines.selection import select_engine, throughput_options
 from gfldeploy.errors import DataError, UnsupportedError
 from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, CocoId
@@ -274,6 +277,8 @@ def evaluate(
             f"{opened.directory} takes batches of {fixed} only, not {count} images in batches of {batch_size}", remedy
         )
     name, options, _ = select_engine(opened, engine, precision, device, threads, Path(engine_cache), tf32)
+    if threads is None:
+        options = throughput_options(name, options, batch_size)
     match = dataset.match(manifest.classes)
     size_note = dataset.size_note()
     notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))
@@ -282,9 +287,10 @@ def evaluate(
     found: dict[Size | None, Accuracy] = {}
     for size, sized in at_sizes.items():
         preprocess = sized.manifest.preprocess
-        shapes = batch_shapes(dataset, preprocess, batch_size, order)
+        # Known beforehand, they settle what runs an input, which streams would leave to chance.
+        expected = replace(options, progress=progress).expecting(batch_shapes(dataset, preprocess, batch_size, order))
         label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
-        with open_engine(name, sized, replace(options, progress=progress), shapes) as running:
+        with open_engine(name, sized, expected) as running:
             found[size] = measure_accuracy(
                 running, dataset, preprocess, manifest.nms, manifest.classes, batch_size, order, progress, label
             )
@@ -344,14 +350,30 @@ def batch_shapes(dataset: CocoDataset, preprocess: Preprocess, batch_size: int, 
 def detect_images(
     engine: Engine, dataset: CocoDataset, preprocess: Preprocess, nms: NmsParams, groups: Iterable[Group]
 ) -> Iterator[tuple[int, Detections]]:
-    """The place of each image of these batches in the dataset, and what was found in it.
+    """The place of each image of these batches in the dataset, and what was found in it, in the order of the batches.
 
-    Raises `DataError` for an image that cannot be read, and `EngineError`.
+    Several at once where the engine has streams. Raises `DataError` for an image that cannot be read, and
+    `EngineError`.
     """
-    for one in groups:
-        images = [read_image(dataset.images[index].path) for index in one.indices]
-        tensor, scales = preprocess.batch_of(images)
-        yield from zip(one.indices, detect_batch(engine, tensor, scales, nms), strict=True)
+    with ExitStack() as stack:
+        infer: Callable[[Tensors], dict[str, NDArray[Any]]] = engine.infer
+        if (streams := engine.options.streams) > 1:
+            runners = stack.enter_context(ThreadPoolExecutor(streams + engine.queued, "gfldeploy-infer"))
+            infer = lambda inputs: runners.submit(engine.infer, inputs).result()  # noqa: E731
+
+        def detect(one: Group) -> list[tuple[int, Detections]]:
+            images = [read_image(dataset.images[index].path) for index in one.indices]
+            tensor, scales = preprocess.batch_of(images)
+            outputs = infer({"image": tensor})
+            scores, boxes = check_outputs(engine, outputs, len(tensor))
+            found = detections_of(scores, boxes, scales, nms, chosen="anchors" in outputs)
+            return list(zip(one.indices, found, strict=True))
+
+        every: Iterable[list[tuple[int, Detections]]] = map(detect, groups)
+        if streams > 1:
+            every = stack.enter_context(closing(at_once(detect, groups, streams + engine.queued + 1)))
+        for batch in every:
+            yield from batch
 
 
 def _coco(images: Iterable[int], categories: Iterable[int], annotations: list[dict[str, Any]]) -> Any:

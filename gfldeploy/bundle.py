@@ -8,6 +8,7 @@
       paddle/           model.json (PIR) and model.pdmodel (program), sharing model.pdiparams
       onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too; and for each of them the
                         end_to_end.onnx, ... that deploys by itself
+      golden/           picture.png and, in golden.json, the tensor and the detections that it becomes
       calibration.json  INT8 only: scales by conv weight name
       paddledetection/  only with --with-nms: PaddleDetection's own graph, NMS included
 
@@ -36,6 +37,7 @@ from gfldeploy.text import first_of
 
 MANIFEST = "manifest.json"
 LAYERS = "layers.json"
+GOLDEN = "golden/golden.json"
 _AGAIN = "Export the bundle again."
 _DISTRUST = "Do not use this bundle."
 # What no detector reaches.
@@ -258,9 +260,12 @@ class Bundle:
         """The same bundle, with the same files and digest, whose images are resized to another `target_size`.
 
         `size`: (height, width) in pixels as in `Preprocess`; None, or what resizes images as it does now, gives the
-        bundle itself. Raises `BundleError` where the graphs do not take the inputs of this size.
+        bundle itself. Raises `BundleError` where the graphs do not take inputs of this size, and `ValueError` for what
+        is no size.
         """
         preprocess = self.manifest.preprocess
+        if size is not None and not (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1):
+            raise ValueError(f"size must be (height, width) in pixels, not {size!r}")
         if size is None or size == preprocess.target_size:
             return self
         if preprocess.keep_ratio and not preprocess.fixed and size == preprocess.target_size[::-1]:

@@ -164,10 +164,10 @@ class Detector(ClosesOnExit):
     ) -> Generator[Found]:
         """Detect in any number of images, which are taken as they are needed.
 
-        Decoding, the network and NMS work at the same time, in threads that take the next images in turn.
+        Decoding, the network and NMS work at the same time, in threads of their own.
 
         Args:
-            images: The images.
+            images: The images. One thread takes them, which is not the caller's.
             threshold: As for `detect`.
             color: As for `detect`.
             look_ahead: How many images may follow an image before it runs in a batch that is not full; by default four

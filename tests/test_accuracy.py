@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from recorded_progress import RecordedProgress
 
 from gfldeploy.accuracy import Accuracy, ap_difference, coco_accuracy, coco_results, measure_accuracy
 from gfldeploy.detections import Detections, NmsParams
+from gfldeploy.engines import base
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.errors import DataError, EngineError
 from gfldeploy.images.coco import CocoDataset
@@ -240,6 +242,24 @@ def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
     assert progress.steps == [("evaluating", min(done, 3), 3) for done in steps]
     assert all(shape[2] % 32 == 0 and shape[3] % 32 == 0 for shape in engine.shapes)
     assert sum(shape[0] for shape in engine.shapes) == 3
+
+
+def test_an_engine_with_streams_is_given_several_batches_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "usable_threads", lambda: 2)
+
+    class Streamed(ColourEngine):
+        options = EngineOptions(streams=2)
+        together = threading.Barrier(2, timeout=10)  # which breaks unless two come
+
+        def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            self.together.wait()
+            return super().infer(inputs)
+
+    dataset = CocoDataset.load(make_data(tmp_path, 4))
+    arguments = dataset, PREPROCESS, NMS, ["blue", "red"]
+    assert measure_accuracy(Streamed(), *arguments) == measure_accuracy(ColourEngine(), *arguments)
 
 
 def test_classes_that_cannot_be_matched_stop_the_evaluation(tmp_path: Path) -> None:

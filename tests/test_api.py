@@ -128,6 +128,10 @@ def test_values_that_no_option_takes_are_refused(tiny_bundle: Path, tiny_coco: P
         lambda: gfldeploy.predict_images(tiny_bundle, tiny_coco.parent, output="no", batch_size=0),
         lambda: gfldeploy.predict_images(tiny_bundle, tiny_coco.parent, output="no", decode=wrong),
         lambda: gfldeploy.analyze(tiny_bundle, data=tiny_coco, batch_sizes=[0]),
+        lambda: gfldeploy.benchmark(tiny_bundle, data=tiny_coco, input_sizes=[(0, 320)]),
+        lambda: gfldeploy.evaluate(tiny_bundle, data=tiny_coco, input_sizes=[(320, 0)]),
+        lambda: gfldeploy.predict_images(tiny_bundle, tiny_coco.parent, output="no", input_size=(0, 320)),
+        lambda: gfldeploy.Detector(tiny_bundle, input_size=wrong),
     ):
         with pytest.raises(ValueError, match=r"must be"):
             call()

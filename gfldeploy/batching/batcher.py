@@ -103,24 +103,30 @@ class _Decision(Generic[In, Out]):
 
 
 class DynamicBatcher(Generic[In, Out]):
-    """Collects requests and runs them in batches, in a thread of its own, as a `Policy` decides.
+    """Collects requests and runs them in batches, in threads of its own, as a `Policy` decides.
 
-    A context manager; leaving the block answers what waits, then ends the thread. Thread-safe. When a batch fails as a
+    A context manager; leaving the block answers what waits, then ends the threads. Thread-safe. When a batch fails as a
     whole, its images run one by one, so that the one at fault fails alone. Whatever `run` raises, the batch is answered
-    and the thread continues; SystemExit, KeyboardInterrupt and the like become the cause of an `EngineError`. If the
-    policy raises, the thread ends and all that waits gets that error.
+    and its thread continues; SystemExit, KeyboardInterrupt and the like become the cause of an `EngineError`. If the
+    policy raises, the threads end and all that waits gets that error. The policy is asked and told by one thread at a
+    time.
 
-    Callbacks of futures run in the batcher's thread, or in that of `close`, without a lock: they may submit and close,
+    Callbacks of futures run in the batcher's threads, or in that of `close`, without a lock: they may submit and close,
     but must not wait for other answers.
     """
 
     def __init__(
-        self, run: RunBatch[In, Out], policy: Policy, buckets: Sequence[Size] | None = None, most_waiting: int = 256
+        self,
+        run: RunBatch[In, Out],
+        policy: Policy,
+        buckets: Sequence[Size] | None = None,
+        most_waiting: int = 256,
+        streams: int = 1,
     ) -> None:
         """`buckets`: sizes that batches are padded to; None is each image's own. `most_waiting`: requests in the queue,
-        beyond which new ones are rejected."""
-        if most_waiting < 1:
-            raise ValueError("most_waiting must be at least 1")
+        beyond which new ones are rejected. `streams`: batches that run at once, each in a thread of its own."""
+        if most_waiting < 1 or streams < 1:
+            raise ValueError("most_waiting and streams must be at least 1")
         self._run, self._policy, self._buckets, self._most = run, policy, tuple(buckets or ()), most_waiting
         self._ids = itertools.count()
         self._waiting: dict[int, _Item[In, Out]] = {}
@@ -129,8 +135,11 @@ class DynamicBatcher(Generic[In, Out]):
         self._why_closed = "the batcher is closed"
         self._counts = Counts()
         self._pixels = [0, 0]  # of the batches, of their images
-        self._thread = threading.Thread(target=self._work, name="gfldeploy-batcher", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name="gfldeploy-batcher", daemon=True) for _ in range(streams)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -162,9 +171,9 @@ class DynamicBatcher(Generic[In, Out]):
         return future
 
     def close(self, drain: bool = True) -> None:
-        """End the thread. `drain`: answer what waits first, else reject it. What runs is always finished.
+        """End the threads. `drain`: answer what waits first, else reject it. What runs is always finished.
 
-        Waits for the end, but not in the batcher's own thread, as in a callback. May be called again, also by another
+        Waits for the end, but not in a thread of the batcher, as in a callback. May be called again, also by another
         thread at the same time: `drain=False` then rejects what still waits.
         """
         rejected: Sequence[_Item[In, Out]] = ()
@@ -174,8 +183,9 @@ class DynamicBatcher(Generic[In, Out]):
                 rejected = self._take(list(self._waiting))
             self._changed.notify_all()
         self._reject(rejected, "closed")
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        if threading.current_thread() not in self._threads:
+            for thread in self._threads:
+                thread.join()
 
     @property
     def counts(self) -> Counts:
@@ -199,6 +209,7 @@ class DynamicBatcher(Generic[In, Out]):
                 self._why_closed = f"the batcher has stopped, {type(error).__name__}: {error}"
                 left += self._take(list(self._waiting))
                 self._counts.failed += len(left)
+                self._changed.notify_all()
             for item in left:  # nobody must wait for an answer that never comes
                 item.settle(error if isinstance(error, Exception) else _stopped(error))
             raise
@@ -206,6 +217,8 @@ class DynamicBatcher(Generic[In, Out]):
     def _next(self) -> _Decision[In, Out] | None:
         """The next step, as soon as the policy has one; None at the end."""
         with self._changed:
+            if self._closed:
+                self._changed.notify_all()  # of what this thread took since, another may wait for no more
             while True:
                 self._drop_cancelled()
                 if not self._waiting:
@@ -246,7 +259,8 @@ class DynamicBatcher(Generic[In, Out]):
             item.settle(answer)
         del answer, answers  # as `_Item.settle` says: this frame is one of those
         if at_once:
-            self._policy.observe(len(items), size, (done - start) * 1e3)
+            with self._changed:
+                self._policy.observe(len(items), size, (done - start) * 1e3)
 
     def _outcomes(self, items: Sequence[_Item[In, Out]], size: Size) -> tuple[Sequence[Out | Exception], bool]:
         """An answer or an error for each, whatever `run` raises; and whether they ran as one batch."""
@@ -303,8 +317,9 @@ def _stopped(cause: BaseException) -> EngineError:
 class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
     """A `DynamicBatcher` over a detector: images in, detections in original pixels out.
 
-    Images are preprocessed in the caller's thread; the network and NMS run in the batcher's. Detections of channels
-    without a class are left out. Nothing else may use the engine meanwhile.
+    Images are preprocessed in the caller's thread; the network and NMS run in the batcher's, as many batches at once as
+    the engine has streams. Detections of channels without a class are left out. Nothing else may use the engine
+    meanwhile.
     """
 
     def __init__(
@@ -317,7 +332,7 @@ class DetectorBatcher(DynamicBatcher[Prepared, Detections]):
     ) -> None:
         self._manifest = bundle.manifest
         self._engine = engine
-        super().__init__(self._detect, policy, buckets, most_waiting)
+        super().__init__(self._detect, policy, buckets, most_waiting, engine.options.streams)
 
     def detect(self, image: NDArray[np.uint8], timeout_ms: float) -> Future[Detections]:
         """Submit an RGB image, uint8 [h, w, 3]. Raises as `submit`, and `DataError` for an image of no use."""

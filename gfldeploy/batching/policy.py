@@ -1,7 +1,7 @@
 """What a server does next: which of the waiting images run now, in one batch, and which are rejected.
 
 Policies are pure: they look at the time and at what waits. The simulator, the replay on a real engine and the batcher
-call them in the same way, whenever the engine is free and something waits.
+call them in the same way, whenever the engine, or a stream of it, is free and something waits.
 """
 
 from __future__ import annotations
@@ -71,10 +71,14 @@ class Adaptive(Policy):
     the most urgent image of every other bucket can still be served in time after it, else the bucket of the most urgent
     image runs. Hence no image waits for ever behind another bucket. Waiting for more images is not worth it: under load
     they gather while the engine is at work, and without load nobody gains.
+
+    `streams`: batches that run at once; `model` tells how long one takes beside the others. What is due before an image
+    runs in all of them.
     """
 
     model: LatencyModel
     most: int = 8
+    streams: int = 1
 
     def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
         kept, rejected = self._admit(now, sorted(waiting, key=lambda one: (one.deadline, one.id)))
@@ -127,7 +131,9 @@ class Adaptive(Policy):
             left = (one.deadline - now) / max(one.deadline - one.arrived, 1e-9)
             room_s = (self.model.predict(full, size) - self.model.predict(1, size)) / 1e3 * max(left, 0.0)
             alone = now + self.model.margin(1, size) / 1e3
-            if max(alone, now + busy_s + room_s) > one.deadline:
+            last_s = rest_ms / 1e3 if rest else self.model.predict(full, size) / 1e3  # of its own batch
+            others_s = (busy_s - last_s + room_s) * (1 - 1 / self.streams)  # in other streams
+            if max(alone, now + busy_s + room_s - others_s) > one.deadline:
                 rejected.append(one.id)
             else:
                 kept.append(one)
@@ -163,12 +169,13 @@ class Adaptive(Policy):
 
     def _leaves_time(self, now: float, size: Size, count: int, buckets: Mapping[Size, Sequence[Request]]) -> bool:
         """Whether after this batch the most urgent of every bucket is served in time, with all it can take along."""
-        clock = now + self.model.margin(count, size) / 1e3
+        clock = now + self.model.margin(count, size) / 1e3 / self.streams
         left = [images[count:] if other == size else images for other, images in buckets.items()]
         for images in sorted((images for images in left if images), key=lambda images: images[0].deadline):
-            clock += self.model.margin(min(len(images), self.most), images[0].size) / 1e3
-            if clock > images[0].deadline:
+            takes_s = self.model.margin(min(len(images), self.most), images[0].size) / 1e3
+            if clock + takes_s > images[0].deadline:
                 return False
+            clock += takes_s / self.streams
         return True
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import heapq
+import math
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,29 +25,69 @@ Times = NDArray[np.float64]
 
 
 class VirtualClock:
-    """Seconds from the start of a trace, which pass only in `sleep_until`."""
+    """Seconds from the start of a trace, which pass only in `wait`."""
 
     def __init__(self) -> None:
         self._now = 0.0
+        self._running: list[tuple[float, int]] = []  # when each batch ends, and its number
 
     def now(self) -> float:
         return self._now
 
-    def sleep_until(self, at: float) -> None:
-        self._now = max(self._now, at)
+    def start(self, number: int, run: Callable[[], float | None]) -> None:
+        """Begin a batch."""
+        heapq.heappush(self._running, (self._now + (run() or 0.0) / 1e3, number))
+
+    def ended(self) -> Iterator[tuple[int, float]]:
+        """The batches that have ended since this was asked before, and when."""
+        while self._running and self._running[0][0] <= self._now:
+            at, number = heapq.heappop(self._running)
+            yield number, at
+
+    def wait(self, until: float) -> None:
+        """Until then, or until a batch ends."""
+        self._now = max(self._now, min([until, *(at for at, _ in self._running[:1])]))
 
 
 class RealClock:
-    """Seconds since it was made."""
+    """Seconds since it was made. Batches run in the threads of `submit`; None: in the thread that starts them."""
 
-    def __init__(self) -> None:
+    def __init__(self, submit: Callable[[Callable[[], None]], object] | None = None) -> None:
+        self._submit = submit
+        self._ended: SimpleQueue[tuple[int, float, BaseException | None]] = SimpleQueue()
+        self._seen: list[tuple[int, float, BaseException | None]] = []
         self._start = time.perf_counter()
 
     def now(self) -> float:
         return time.perf_counter() - self._start
 
-    def sleep_until(self, at: float) -> None:
-        time.sleep(max(at - self.now(), 0.0))
+    def start(self, number: int, run: Callable[[], float | None]) -> None:
+        """Begin a batch."""
+
+        def work() -> None:
+            error = None
+            try:
+                run()
+            except BaseException as raised:  # noqa: BLE001 - raised by `ended`
+                error = raised
+            self._ended.put((number, self.now(), error))
+
+        self._submit(work) if self._submit else work()
+
+    def ended(self) -> Iterator[tuple[int, float]]:
+        """The batches that have ended since this was asked before, and when. Raises what a batch raised."""
+        while self._seen or not self._ended.empty():
+            number, at, error = self._seen.pop() if self._seen else self._ended.get()
+            if error is not None:
+                raise error
+            yield number, at
+
+    def wait(self, until: float) -> None:
+        """Until then, or until a batch ends."""
+        with suppress(Empty):
+            if not self._seen:
+                timeout = None if math.isinf(until) else max(until - self.now(), 0.0)
+                self._seen.append(self._ended.get(timeout=timeout))
 
 
 @dataclass(frozen=True)
@@ -78,43 +123,48 @@ class Played:
         return sum(one.kept for one in self.outcomes)
 
 
-def play(trace: Sequence[Request], policy: Policy, run: Run, clock: VirtualClock | RealClock) -> Played:
+def play(
+    trace: Sequence[Request], policy: Policy, run: Run, clock: VirtualClock | RealClock, streams: int = 1
+) -> Played:
     """Let requests arrive as the trace says, one engine serving them as the policy decides, until none is left.
 
-    Raises `RuntimeError` if the policy breaks its contract: it runs or rejects what does not wait, or does nothing.
+    `streams`: so many batches run at once. Raises `RuntimeError` if the policy breaks its contract: it runs or rejects
+    what does not wait, or does nothing.
     """
     waiting: dict[int, Request] = {}
+    running: dict[int, tuple[list[Request], Size, float]] = {}
     outcomes: list[RequestOutcome] = []
-    arrived, paid, own = 0, 0, 0
+    arrived, begun, paid, own = 0, 0, 0, 0
     while len(outcomes) < len(trace):
+        for number, done in clock.ended():
+            batch, size, start = running.pop(number)
+            policy.observe(len(batch), size, (done - start) * 1e3)
+            outcomes += [RequestOutcome(one, True, done, len(batch)) for one in batch]
         now = clock.now()
         while arrived < len(trace) and trace[arrived].arrived <= now:
             waiting[trace[arrived].id] = trace[arrived]
             arrived += 1
-        if not waiting:
-            clock.sleep_until(trace[arrived].arrived)
+        next_arrival = trace[arrived].arrived if arrived < len(trace) else math.inf
+        if not waiting or len(running) == streams:
+            if running or next_arrival < math.inf:
+                clock.wait(next_arrival if len(running) < streams else math.inf)
             continue
         decision = decide(policy, now, waiting)
         for number in decision.reject:
             outcomes.append(RequestOutcome(waiting.pop(number), False, now, 0))
-        if not decision.run:
-            if not decision.reject:
-                times = [decision.wake] if decision.wake is not None else []
-                times += [trace[arrived].arrived] if arrived < len(trace) else []
-                if not times or min(times) <= now:
-                    raise RuntimeError("the policy neither runs nor rejects, and names no time to wake")
-                clock.sleep_until(min(times))
-            continue
-        batch = [waiting.pop(number) for number in decision.run]
-        assert decision.size is not None
-        taken_ms = run(batch, decision.size)
-        if taken_ms is not None:
-            clock.sleep_until(now + taken_ms / 1e3)
-        done = clock.now()
-        policy.observe(len(batch), decision.size, (done - now) * 1e3)
-        outcomes += [RequestOutcome(one, True, done, len(batch)) for one in batch]
-        paid += len(batch) * area(decision.size)
-        own += sum(area(one.size) for one in batch)
+        if decision.run:
+            batch = [waiting.pop(number) for number in decision.run]
+            assert decision.size is not None
+            running[begun] = batch, decision.size, now
+            clock.start(begun, functools.partial(run, batch, decision.size))
+            begun += 1
+            paid += len(batch) * area(decision.size)
+            own += sum(area(one.size) for one in batch)
+        elif not decision.reject:
+            until = min(next_arrival, math.inf if decision.wake is None else decision.wake)
+            if until <= now or (until == math.inf and not running):
+                raise RuntimeError("the policy neither runs nor rejects, and names no time to wake")
+            clock.wait(until)
     return Played(tuple(outcomes), paid / own if own else 1.0)
 
 

@@ -59,7 +59,7 @@ class Cell:
     second, and `policy`: how they become batches, in the server scenario alone; its `batch_size` is the largest that
     the policy may form. `input_size`: (height, width) in pixels that images are resized to (`Bundle.at_size`), None for
     the bundle's own. `tf32`: FP32 on a GPU may multiply in TF32 (`EngineOptions`). `streams`: inferences at once
-    from one engine; the offline scenario alone has several, since in the others each waits for the one before.
+    from one engine; single-stream and multi-stream have one, since each query waits for the one before.
     """
 
     bundle: BundleIdentity
@@ -84,8 +84,8 @@ class Cell:
             raise ValueError("batch_size, threads and streams must be at least 1")
         if self.input_size is not None and min(self.input_size) < 1:
             raise ValueError(f"input_size must be of at least one pixel, not {size_in_words(self.input_size)}")
-        if self.streams > 1 and self.scenario != "offline":
-            raise ValueError("only the offline scenario has several inferences at once")
+        if self.streams > 1 and self.scenario in STREAMS:
+            raise ValueError(f"{self.scenario} has one inference at once")
         if self.tf32 and (self.precision, self.device) != ("fp32", "gpu"):
             raise ValueError("only FP32 on a GPU may multiply in TF32")
         if not suits(self.scenario, self.batch_size):

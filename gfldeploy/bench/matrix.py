@@ -54,10 +54,10 @@ def plan(
     single-stream and with no-batching, others with multi-stream and with the other policies.
 
     When some of the bundles fit a precision, the others are not mentioned: of an FP32 and an INT8 bundle each runs in
-    its own precisions. `tf32`: of those in FP32. `streams`: of the offline scenario; the others have one. `threads`: of
-    one inference; None: the usable CPUs, shared by the streams. `input_sizes`: (height, width) in pixels, see
-    `Bundle.at_size`; None: each bundle's own. Raises `UnsupportedError` for an unknown engine, and where nothing has
-    TF32.
+    its own precisions. `tf32`: of those in FP32. `streams`: of the offline and server scenarios; the others have one.
+    `threads`: of one inference; None: the usable CPUs, shared by the streams. `input_sizes`: (height, width) in pixels,
+    see `Bundle.at_size`; None: each bundle's own. Raises `UnsupportedError` for an unknown engine, and where nothing
+    has TF32.
     """
     if tf32:
         check_tf32(precisions, device)
@@ -66,7 +66,8 @@ def plan(
     loads: list[tuple[int, Scenario, float | None, ServerPolicy | None, int]] = []
     for size, scenario in product(batch_sizes, scenarios):
         if scenario == "server":
-            loads += [(size, scenario, rate, one, 1) for rate, one in product(rates, policies) if forms(one, size)]
+            every = product(rates, policies, streams)
+            loads += [(size, scenario, rate, one, count) for rate, one, count in every if forms(one, size)]
         elif scenario == "offline":
             loads += [(size, scenario, None, None, count) for count in streams]
         elif suits(scenario, size):

@@ -5,6 +5,7 @@ The other scenarios are `timing.measure` over batches in one order or another.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from gfldeploy.batching.simulator import RealClock, VirtualClock, most_kept, pla
 from gfldeploy.bench.cell import Cell, ServerPolicy
 from gfldeploy.bench.inputs import Formed
 from gfldeploy.bench.results import Serving
-from gfldeploy.bench.timing import Samples, Settings, warm_up
+from gfldeploy.bench.timing import Samples, Settings, StreamThreads, warm_up
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -42,8 +43,8 @@ def serve(
 ) -> tuple[Samples, Serving, list[Formed]]:
     """Serve images as they arrive, in real time; they are taken in their order, over and over. Returns the batches too.
 
-    Whenever the engine is free and something waits, the cell's policy decides what runs, in a batch of the cell's size
-    at most, and what is rejected; everything is due `latency_bound_ms` after its arrival. Padding to a common size
+    Whenever a stream is free and something waits, the cell's policy decides what runs, in a batch of the cell's size at
+    most, and what is rejected; everything is due `latency_bound_ms` after its arrival. Padding to a common size
     counts, decoding and preprocessing do not. Batches of every number of images are run and timed before the first
     arrival, for every policy alike, then once all shapes that the policy would form by these times: engines prepare for
     each shape. `Samples.latency_ms` is of each image that was served, from arrival to the end of its batch;
@@ -56,14 +57,12 @@ def serve(
     arrivals = arrival_times(
         cell.rate, max(settings.min_count, math.ceil(cell.rate * settings.min_seconds)), settings.seed
     )
-    points, warmup_ms = measure_points(engine, images, preprocess, batch_size, settings.warmup)
-    make = _POLICIES[cell.policy]
+    make = functools.partial(_POLICIES[cell.policy], most=batch_size, bound_s=bound_s, streams=cell.streams)
     sizes = [preprocess.padded_size(*one.tensor.shape[1:]) for one in images]
     trace = [
         Request(number, sizes[number % len(sizes)], float(at), float(at) + bound_s)
         for number, at in enumerate(arrivals)
     ]
-    warmup_ms += _rehearse(engine, images, preprocess, trace, make(points, batch_size, bound_s), points)
     batches: list[Formed] = []
 
     def run(batch: Sequence[Request], size: Size) -> None:
@@ -72,7 +71,10 @@ def serve(
         engine.infer({"image": tensor})
         batches.append(Formed.of(taken, tensor.shape, preprocess))
 
-    played = play(trace, make(points, batch_size, bound_s), run, RealClock())
+    with StreamThreads(cell.streams) as streams:
+        points, warmup_ms = measure_points(engine, images, preprocess, batch_size, settings.warmup, streams)
+        warmup_ms += _rehearse(engine, images, preprocess, trace, make(points), points, streams)
+        played = play(trace, make(points), run, RealClock(streams.submit), cell.streams)
     if not played.latency_ms:
         raise EngineError(
             f"none of the {len(trace)} images that arrived could be answered within {settings.latency_bound_ms:g} ms",
@@ -82,17 +84,24 @@ def serve(
     served = len(played.latency_ms)
     kept_up = served / wall_s >= _KEEPS_UP * len(trace) / float(arrivals[-1])
     samples = Samples(tuple(played.latency_ms), warmup_ms, batch_size, served, wall_s, kept_up)
-    possible = most_kept(trace, fastest(points).predict, batch_size)
+    model = fastest(points)
+    # No streams do more than one that is as many times as fast.
+    possible = most_kept(trace, lambda count, size: model.predict(count, size) / cell.streams, batch_size)
     return samples, Serving(len(trace), len(trace) - served, tuple(points), possible), batches
 
 
 def measure_points(
-    engine: Engine, images: Sequence[Prepared], preprocess: Preprocess, most: int, warmup: int = 2
+    engine: Engine,
+    images: Sequence[Prepared],
+    preprocess: Preprocess,
+    most: int,
+    warmup: int = 2,
+    streams: StreamThreads | None = None,
 ) -> tuple[list[Point], tuple[float, ...]]:
     """What batches of 1 to `most` images take, padding included, each timed several times; and the warm-up's times.
 
-    At two input sizes: the most common of the images, and the one whose area differs most from it. Raises
-    `EngineError`.
+    At two input sizes: the most common of the images, and the one whose area differs most from it. In several `streams`
+    each beside the others. Raises `EngineError`.
     """
     by_size: dict[Size, list[Prepared]] = {}
     for image in images:
@@ -107,15 +116,19 @@ def measure_points(
         engine.infer({"image": preprocess.batch(batch)})
         return (time.perf_counter() - start) * 1e3
 
+    def timed(batch: Sequence[Prepared]) -> tuple[list[float], list[float]]:
+        warm = [once(batch) for _ in range(warmup)]
+        until, times = time.perf_counter() + _POINT_S, list[float]()
+        while len(times) < _POINT_TIMES and (not times or time.perf_counter() <= until):
+            times.append(once(batch))
+        return warm, times
+
     for size in dict.fromkeys((common, other)):
         for count in range(1, most + 1):
             batch = [by_size[size][number % len(by_size[size])] for number in range(count)]
-            warmup_ms += [once(batch) for _ in range(warmup)]
-            until = time.perf_counter() + _POINT_S
-            for _ in range(_POINT_TIMES):
-                points.append(Point(count, size, once(batch)))
-                if time.perf_counter() > until:
-                    break
+            for warm, times in (streams or StreamThreads(1)).each(functools.partial(timed, batch)):
+                warmup_ms += warm
+                points += [Point(count, size, ms) for ms in times]
     return points, tuple(warmup_ms)
 
 
@@ -126,6 +139,7 @@ def _rehearse(
     trace: Sequence[Request],
     policy: Policy,
     points: Sequence[Point],
+    streams: StreamThreads,
 ) -> tuple[float, ...]:
     """Run every shape once that the policy forms in virtual time and that is not among the points; milliseconds."""
     model = LatencyModel.fit(points)
@@ -135,12 +149,14 @@ def _rehearse(
         formed.setdefault((len(batch), size), batch)
         return model.predict(len(batch), size)
 
-    play(trace, policy, run, VirtualClock())
+    play(trace, policy, run, VirtualClock(), streams.count)
     for known in {(one.images, one.size) for one in points}:
         formed.pop(known, None)
     times: list[float] = []
     for (_, size), batch in formed.items():  # one at a time: together they may not fit into memory
-        times += warm_up(engine, [preprocess.batch([images[one.id % len(images)] for one in batch], size)], 1)
+        tensor = preprocess.batch([images[one.id % len(images)] for one in batch], size)
+        for warm in streams.each(functools.partial(warm_up, engine, [tensor], 1)):
+            times += warm
     return tuple(times)
 
 
@@ -151,8 +167,8 @@ def fastest(points: Sequence[Point]) -> LatencyModel:
     return LatencyModel(*(value * smallest for value in model.coefficients))
 
 
-_POLICIES: Mapping[ServerPolicy, Callable[[Sequence[Point], int, float], Policy]] = {
-    "no-batching": lambda points, most, bound_s: NoBatching(),
-    "fixed-timeout": lambda points, most, bound_s: FixedWithTimeout(most, _FIXED_DELAY * bound_s),
-    "adaptive": lambda points, most, bound_s: Adaptive(LatencyModel.fit(points), most),
+_POLICIES: Mapping[ServerPolicy, Callable[..., Policy]] = {
+    "no-batching": lambda points, most, bound_s, streams: NoBatching(),
+    "fixed-timeout": lambda points, most, bound_s, streams: FixedWithTimeout(most, _FIXED_DELAY * bound_s),
+    "adaptive": lambda points, most, bound_s, streams: Adaptive(LatencyModel.fit(points), most, streams),
 }

@@ -99,7 +99,7 @@ def benchmark(
         device: "cpu" or "gpu".
         tf32: Let FP32 on the GPU multiply in TF32.
         threads: CPU threads of one inference; by default all, shared by the streams.
-        streams: The numbers of inferences at once to measure in the offline scenario, from one engine.
+        streams: The numbers of inferences at once to measure, from one engine, in the offline and server scenarios.
         rounds: Every cell runs once in each round.
         min_seconds: Time each cell for at least this long in each round.
         min_count: Time at least this number of inferences in each round.
@@ -135,8 +135,8 @@ def benchmark(
         engines, device = tuple(dict.fromkeys((*engines, *TENSORRT_ENGINES))), "gpu"
     if ("server" in scenarios) != bool(rates):
         raise UsageError("the server scenario needs --rates, and --rates needs the server scenario")
-    if max(streams, default=1) > 1 and "offline" not in scenarios:
-        raise UsageError("several --streams are of the offline scenario", "Add offline to --scenarios.")
+    if max(streams, default=1) > 1 and not {"offline", "server"} & set(scenarios):
+        raise UsageError("several --streams are of the offline and server scenarios", "Add offline to --scenarios.")
     if rates and latency_bound_ms is None:
         raise UsageError("the server scenario needs --latency-bound-ms")
     if max_seconds is not None and max_seconds < min_seconds:

@@ -416,8 +416,10 @@ def _scenario(row: Row) -> Value:
 
 
 def _input_size(row: Row) -> Value:
-    """None for the bundle's own."""
-    return None if row.cell.input_size is None else size_in_words(row.cell.input_size)
+    """None where all cells of the results have the bundle's own."""
+    if row.cell.input_size is not None:
+        return size_in_words(row.cell.input_size)
+    return "own" if any(one.cell.input_size for one in row.results.cells) else None
 
 
 def _rate(row: Row) -> Value:

@@ -156,7 +156,7 @@ def measure(
     if len(sizes) != 1:
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
     (batch_size,) = sizes
-    with _Streams(engine.options.streams) as streams:
+    with StreamThreads(engine.options.streams) as streams:
         share = math.ceil(settings.warmup / engine.options.streams)
         warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, share)) for ms in some]
 
@@ -219,7 +219,7 @@ def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundl
 
     # Memory that is used again is for one thread, and for GPUs.
     memory = HostMemory(engine) if engine.options.streams == 1 else None
-    with _Streams(engine.options.streams) as streams:
+    with StreamThreads(engine.options.streams) as streams:
         rows, _ = streams.passes(
             lambda place: time_batch(engine, batches[place], bundle, memory), len(batches), is_over
         )
@@ -240,20 +240,25 @@ class HostMemory:
         return self._memory[:values]
 
 
-class _Streams(ClosesOnExit):
+class StreamThreads(ClosesOnExit):
     """So many threads that work at once, the same all the time; a single one is the thread that calls.
 
     Libraries keep buffers for each thread that calls them: those that were warmed up must be those that are timed.
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._pool = ThreadPoolExecutor(count, "gfldeploy-stream") if count > 1 else None
         self._together = threading.Barrier(count)  # each thread takes its part, and all begin at once
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+
+    @property
+    def submit(self) -> Callable[[Callable[[], None]], object] | None:
+        """Has one of them work, while the caller goes on; None where the caller is the only one."""
+        return self._pool.submit if self._pool else None
 
     def each(self, work: Callable[[], T]) -> list[T]:
         """What `work` returns in every one of them."""
@@ -264,7 +269,7 @@ class _Streams(ClosesOnExit):
             self._together.wait()
             return work()
 
-        return [one.result() for one in [self._pool.submit(begin) for _ in range(self._count)]]
+        return [one.result() for one in [self._pool.submit(begin) for _ in range(self.count)]]
 
     def passes(
         self, work: Callable[[int], T], period: int, is_over: Callable[[Sequence[T], float], bool]
@@ -277,7 +282,7 @@ class _Streams(ClosesOnExit):
         """
         results: list[T] = []
         lock = threading.Lock()
-        taken, busy, over = 0, self._count, False
+        taken, busy, over = 0, self.count, False
         start = time.perf_counter()
 
         def take(seconds: float) -> int | None:

@@ -37,6 +37,7 @@ from gfldeploy.engines.base import (
     reasons,
 )
 from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.selection import throughput_options
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.serialization import build, plain
@@ -188,7 +189,11 @@ def _accuracy(task: Task) -> Accuracy:
     manifest = bundle.manifest
     dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
     shapes = batch_shapes(dataset, manifest.preprocess, 1, "listed")
-    with _open(cell, bundle, shapes, task.engine_cache) as engine:
+    threads = cell.threads * cell.streams
+    options = EngineOptions(cell.precision, cell.device, threads, task.engine_cache, tf32=cell.tf32)
+    # Nothing is timed. Known beforehand, the shapes settle what runs an input, which streams would leave to chance.
+    options = throughput_options(cell.engine, options, 1).expecting(shapes)
+    with open_engine(cell.engine, bundle, options) as engine:
         return measure_accuracy(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT
         )

@@ -28,7 +28,8 @@ from gfldeploy.cli.console import TerminalProgress
     "--streams",
     type=options.WHOLE_NUMBERS,
     default="1",
-    help="Numbers of inferences at once from one engine, in the offline scenario. They share the CPU threads.",
+    help="Numbers of inferences at once from one engine, in the offline and server scenarios. They share the CPU "
+    "threads.",
 )
 @click.option(
     "--rates",

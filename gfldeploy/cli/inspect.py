@@ -135,6 +135,8 @@ def _show_parity(data: Mapping[str, Any]) -> None:
             _show_comparisons(fp16)
         else:
             click.echo(f"\nThere is no FP16 ONNX file: {fp16.get('left_out', 'no reason was recorded')}")
+    if data.get("end_to_end"):
+        _show_end_to_end(data["end_to_end"])
     if "engines" in data:
         keys = ("score_difference", "score_difference_max")
         engines = [(name, *_exponents(one, *keys)) for name, one in data["engines"].items()]
@@ -161,6 +163,25 @@ def _show_comparisons(data: Mapping[str, Any]) -> None:
     _show_table(("graph", "engine"), ("shape", "score", "box, px"), lines)
     allowed = data.get("tolerance", {})
     click.echo(f"Allowed: score {allowed.get('score', 0):.0e}, box {allowed.get('box_px', 0):g} px.")
+
+
+def _show_end_to_end(data: Sequence[Mapping[str, Any]]) -> None:
+    click.echo(
+        "\nDetections of the files that deploy by themselves, and of the same with NMS outside or of PaddleDetection:"
+    )
+    lines = [
+        (
+            one["graph"],
+            one["engine"],
+            one["reference"],
+            f"{one['batch']}x{one['height']}x{one['width']}x3",
+            str(one["detections"]),
+            str(one["missing"]),
+            *_exponents(one, "max_score_difference", "max_box_difference_px"),
+        )
+        for one in data
+    ]
+    _show_table(("graph", "engine", "reference"), ("shape", "detections", "missing", "score", "box, px"), lines)
 
 
 def _show_sensitivity(data: Mapping[str, Any]) -> None:

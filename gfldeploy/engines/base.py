@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.bundle import END_TO_END, Bundle, GraphName
 from gfldeploy.engines.hardware import FIRST_WITH_TF32, compute_capabilities, usable_threads
 from gfldeploy.errors import EngineError, UnsupportedError
 from gfldeploy.progress import SILENT, Progress
@@ -144,7 +144,8 @@ class EngineOptions:
     they would wait for each other. `cache_dir`: where engines keep what they compiled; None for nowhere, or for the
     default place where compiling takes minutes. `shapes`: (batch, height, width) of the inputs to come, the most common
     first, for engines that compile for shapes: which of its compiled models runs an input then depends on these, not on
-    the inputs before it; () where they are not known.
+    the inputs before it; () where they are not known. `counts`: how many inputs of each of them will come; () where
+    they may be any number.
     `tf32`: FP32 on a GPU may multiply in TF32, NVIDIA's tensor-core format of 19 bits (8 of exponent, 10 of mantissa),
     which libraries allow unless told otherwise; `UnsupportedError` is raised for it where there is no such choice.
     `progress`: told before something takes minutes, as building with TensorRT does.
@@ -155,6 +156,7 @@ class EngineOptions:
     threads: int = 1
     cache_dir: Path | None = None
     shapes: tuple[Shape, ...] = ()
+    counts: tuple[int, ...] = ()
     tf32: bool = False
     streams: int = 1
     progress: Progress = field(default=SILENT, repr=False, compare=False)
@@ -177,7 +179,8 @@ class EngineOptions:
 
     def expecting(self, shapes: Iterable[Shape]) -> Self:
         """These options for inputs of these shapes, one for each inference."""
-        return replace(self, shapes=tuple(shape for shape, _ in Counter(shapes).most_common()))
+        found = Counter(shapes).most_common()
+        return replace(self, shapes=tuple(shape for shape, _ in found), counts=tuple(count for _, count in found))
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,8 @@ class Engine(ClosesOnExit):
     from a cache. `queued`: inferences beyond the streams that should wait in the engine: where threads of its own run
     them, a stream then never waits for the next. `delegated`: which parts of the graph run in another library, in
     words. `cuda_graph`: whether inferences replay a CUDA graph, or why not, in words; None where there was no reason to
-    try. `directory`: where it keeps what it built, None for nowhere.
+    try. `directory`: where it keeps what it built, None for nowhere. `by_itself`: the graph takes what
+    `Preprocess.pixels_of` gives, and gives detections.
     """
 
     name: str
@@ -272,6 +276,7 @@ class Engine(ClosesOnExit):
         """Find the graph's files. Raises `BundleError`."""
         self.options = options
         self._graph = graph
+        self.by_itself = graph in END_TO_END.values()
         self._model, self._params = bundle.graph(graph)
         self._outputs = list(bundle.outputs(graph))
 

@@ -33,6 +33,9 @@ Shape = tuple[int, ...]
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 # Input shapes with a compiled model of their own. Each holds a copy of the weights, in its own layout.
 _OWN_MODELS = 4
+# Of fewer images to come, none pays. Compiling takes as long as 2 inferences of GFL-R50 or 100 of a small detector, and
+# gains a tenth to four tenths of each: it pays after 30 to 300 of them, or 10 to 80 where the model is in the cache.
+_FEWEST = 10
 # A shape replaces another when it came more than twice as often, and this many times more: compiling takes as long as a
 # few inferences.
 _LEAD = 16
@@ -49,13 +52,15 @@ class OpenVinoEngine(Engine):
 
     The most common input shapes have a compiled model each, the others share one for any shape, which is slower: it
     fuses fewer operators, and is prepared again when the shape changes. A model for every shape would fill the memory,
-    and replacing the oldest of a few would compile all the time. In INT8 results of the two kinds differ a little; with
-    `EngineOptions.shapes` it is fixed in advance which one runs an input. Every compiled model has the streams of the
+    replacing the oldest of a few would compile all the time, and one for a few images would take longer than it saves.
+    In INT8 results of the two kinds differ a little; with `EngineOptions.shapes` it is fixed in advance which one runs
+    an input. Every compiled model has the streams of the
     options: threads that call at once are each in one stream of one model, so that no more CPUs are taken than allowed.
     """
 
     name = "openvino"
     title = "OpenVINO"
+    rewrites = True  # the graph before it is compiled, see `openvino_rewrite`
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Read the graph, which is compiled when the first input of a shape comes.
@@ -74,7 +79,7 @@ class OpenVinoEngine(Engine):
         self._any_shape = self._network.is_dynamic()
         self._compiled: dict[Shape, _Compiled] = {}
         self._choosing = threading.Lock()
-        self._settled = frozenset((batch, 3, *size) for batch, *size in options.shapes[:_OWN_MODELS])
+        self._settled = self._worth_a_model() if options.shapes else None
         self._asked: Counter[Shape] = Counter()
         self._shared = 0
 
@@ -90,7 +95,8 @@ class OpenVinoEngine(Engine):
     def infer_timed(self, inputs: Tensors) -> tuple[dict[str, NDArray[Any]], CopyTimes]:
         """The input is read where it lies; outputs are copied out."""
         arrays = {
-            name: np.ascontiguousarray(array, None if array.dtype.kind in "iu" else np.float32)
+            # Writable, which OpenVINO wants of memory that it reads where it lies.
+            name: np.require(array, None if array.dtype.kind in "iu" else np.float32, ("C", "W"))
             for name, array in inputs.items()
         }
         with self._explained():
@@ -169,9 +175,16 @@ class OpenVinoEngine(Engine):
             was_cached,
         )
 
+    def _worth_a_model(self) -> frozenset[Shape]:
+        """The input shapes with a model of their own, where those to come are known: by their number alone."""
+        common = self.options.shapes[:_OWN_MODELS]
+        counts = self.options.counts or [_FEWEST] * len(common)
+        pairs = zip(common, counts, strict=False)
+        return frozenset((batch, 3, *size) for (batch, *size), count in pairs if count * batch >= _FEWEST)
+
     def _model_shape(self, shape: Shape) -> Shape:
         """The shape itself if it has, or now gets, a model of its own; else that of the model for any shape."""
-        if not self._any_shape or (self._settled and shape not in self._settled):
+        if not self._any_shape or (self._settled is not None and shape not in self._settled):
             return _DYNAMIC
         self._asked[shape] += 1
         if self._asked.total() > _REMEMBERED:
@@ -192,7 +205,8 @@ class OpenVinoEngine(Engine):
             batch = shape[0]  # of what the graph that deploys by itself takes beside the image, too
             others = {one.any_name: [batch, *list(one.partial_shape)[1:]] for one in model.inputs}
             model.reshape({**others, "image": list(shape)})
-        rewrite(model, self.options.precision)
+        if self.rewrites:
+            rewrite(model, self.options.precision)
         compiled = self._core.compile_model(model, "CPU", self._settings(shape) | more)
         if self.options.precision == "bf16" and (low := in_low_precision(compiled.get_runtime_model())):
             raise EngineError(f"OpenVINO runs the decode in BF16 ({', '.join(low)}), which puts boxes off by pixels")

@@ -56,7 +56,7 @@ def rewrite(model: Any, precision: Precision) -> None:
     if precision == "int8":
         _keep_last_outputs_float(model)
         # Its dozen small operators cost more than they save where each is prepared anew for every other shape.
-        if not model.is_dynamic():
+        if not any(value.get_partial_shape().is_dynamic for value in model.inputs):
             _normalize_by_channel(model)
 
 

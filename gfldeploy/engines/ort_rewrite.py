@@ -21,9 +21,11 @@ _LEAST_VALUES = 100_000
 _LARGEST = 127  # int8 weight
 # Of a bias to the factor before it: the product with 127 and with a deviation in integers, up to 128, fits int32.
 _MOST_OFFSET = 2.0**15
-_SMALLEST_STEM = 5
+_SMALLEST_STEM = 5  # the side of its kernel, in pixels
+_CHANNELS_LAST, _CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 _MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
-BY_CHANNEL = "by_channel."  # begins the name of each node inside a normalisation
+_OWN = "gfldeploy."  # begins names that are new in the graph
+BY_CHANNEL = f"{_OWN}by_channel."  # begins the name of each node inside a normalisation
 
 
 def rewritten(path: Path, strides: Sequence[int], pixels: int, even: bool) -> bytes | None:
@@ -35,8 +37,13 @@ def rewritten(path: Path, strides: Sequence[int], pixels: int, even: bool) -> by
     import onnx
 
     model = onnx.load(str(path))
-    graph = _Graph(model)
-    changed = [_pool_integers(graph), _normalize_integers(graph, strides, pixels), even and _split_stem(graph)]
+    graph = _QdqGraph(model)
+    changed = [
+        _pool_integers(graph),
+        _add_enlarged(graph),
+        _normalize_integers(graph, strides, pixels),
+        even and _split_stem(graph),
+    ]
     if not any(changed):
         return None
     graph.finish()
@@ -45,7 +52,7 @@ def rewritten(path: Path, strides: Sequence[int], pixels: int, even: bool) -> by
     return content
 
 
-class _Graph:
+class _QdqGraph:
     """A graph with what refers to what; `finish` writes the changes back."""
 
     def __init__(self, model: Any) -> None:
@@ -107,46 +114,77 @@ class _Graph:
         self.graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in read)
 
 
-def _pool_integers(graph: _Graph) -> int:
-    """Have pooling and enlarging pick among integers; returns how often.
+def _pool_integers(graph: _QdqGraph) -> int:
+    """Have maxima be taken of integers, which have the scale of the result already before; returns how often.
 
-    A maximum is quantised with the scale of what it gives already before it: one rounding less. The nearest pixel is
-    quantised as it was, which changes nothing.
+    That is one rounding less.
+    """
+    count = 0
+    for node in graph.graph.node:
+        restore = graph.maker(node.input[0], "DequantizeLinear") if node.op_type == "MaxPool" else None
+        if restore is None:
+            continue
+        before, after = graph.maker(restore.input[0], "QuantizeLinear"), graph.reader(node, "QuantizeLinear")
+        if after is None or before is None or graph.scale(restore) is None or graph.scale(after) is None:
+            continue
+        if graph.reader(restore, "MaxPool") is None or graph.reader(before, "DequantizeLinear") is None:
+            continue
+        if np.any(graph.value(after.input[2]) != graph.value(restore.input[2])):
+            continue  # integers that end elsewhere would clip elsewhere
+        for pair in (before, restore):
+            pair.input[1:] = after.input[1:]
+        count += 1
+    return count
+
+
+def _add_enlarged(graph: _QdqGraph) -> int:
+    """Add a map that is enlarged to twice its sides without enlarging it; returns how often.
+
+    Each pixel of the smaller map is broadcast to its four of the larger one, in integers.
     """
     from onnx import helper
 
     count = 0
     for node in list(graph.graph.node):
-        restore = graph.maker(node.input[0], "DequantizeLinear") if node.input else None
-        if restore is None or graph.scale(restore) is None:
+        if node.op_type != "Add" or (quantize := graph.reader(node, "QuantizeLinear")) is None:
             continue
-        if node.op_type == "MaxPool":
-            after = graph.reader(node, "QuantizeLinear")
-            before = graph.maker(restore.input[0], "QuantizeLinear")
-            if after is None or graph.scale(after) is None or before is None:
-                continue
-            if np.any(graph.value(after.input[2]) != graph.value(restore.input[2])):
-                continue  # integers that end elsewhere would clip elsewhere
-            if graph.reader(restore, "MaxPool") is None or graph.reader(before, "DequantizeLinear") is None:
-                continue
-            for pair in (before, restore):
-                pair.input[1:] = after.input[1:]
-            count += 1
-        elif node.op_type == "Resize" and _attribute(node, "mode", b"nearest") == b"nearest":
-            enlarged = node.output[0]
-            float_, integers, scale = f"{enlarged}.float", f"{enlarged}.q", list(restore.input[1:])
-            resize = helper.make_node("Resize", list(node.input), [float_], name=node.name)
-            resize.attribute.extend(node.attribute)
-            pair = [
-                helper.make_node("QuantizeLinear", [float_, *scale], [integers], name=f"{enlarged}.Q"),
-                helper.make_node("DequantizeLinear", [integers, *scale], [enlarged], name=f"{enlarged}.DQ"),
-            ]
-            graph.replace(node, [resize, *pair])
-            count += 1
+        pairs = [(graph.maker(name, "Resize"), other) for name, other in (node.input, reversed(node.input))]
+        resize, name = next((pair for pair in pairs if pair[0] is not None), (None, ""))
+        small = graph.maker(resize.input[0], "DequantizeLinear") if resize is not None else None
+        large = graph.maker(name, "DequantizeLinear")
+        if small is None or large is None or not _doubles(graph, resize) or graph.reader(resize, "Add") is None:
+            continue
+        if any(graph.scale(one) is None for one in (small, large, quantize)):
+            continue
+        result = quantize.output[0]
+        nodes = _Nodes(f"{_OWN}{result}.")
+        few, many = (nodes.add("Transpose", pair.input[0], perm=_CHANNELS_LAST) for pair in (small, large))
+        sides = [nodes.add("Shape", few, start=start, end=end) for start, end in ((0, 2), (2, 3), (3, 4))]
+        two = graph.add_constant(f"{_OWN}twice", np.array([2], np.int64))
+        squares = nodes.add("Concat", sides[0], two, sides[1], two, sides[2], axis=0)
+        of_square = graph.add_constant(f"{_OWN}square", np.array([2, 4], np.int64))
+        inputs = (
+            *(nodes.add("Unsqueeze", few, of_square), *small.input[1:]),
+            *(nodes.add("Reshape", many, squares), *large.input[1:]),
+            *quantize.input[1:],
+        )
+        added = nodes.add("QLinearAdd", *inputs, domain=_MICROSOFT)
+        flat = nodes.add("Reshape", added, nodes.add("Shape", many))
+        graph.replace(quantize, [*nodes.made, helper.make_node("Transpose", [flat], [result], perm=_CHANNELS_FIRST)])
+        count += 1
     return count
 
 
-def _normalize_integers(graph: _Graph, strides: Sequence[int], pixels: int) -> int:
+def _doubles(graph: _QdqGraph, resize: Any) -> bool:
+    """Whether a Resize repeats each pixel twice in both directions, as paddle2onnx writes it."""
+    scales = graph.value(resize.input[2]) if len(resize.input) == 3 else None
+    if scales is None or scales.tolist() != [1, 1, 2, 2]:
+        return False
+    wanted = {"mode": b"nearest", "nearest_mode": b"floor", "coordinate_transformation_mode": b"asymmetric"}
+    return all(_attribute(resize, name, None) == value for name, value in wanted.items())
+
+
+def _normalize_integers(graph: _QdqGraph, strides: Sequence[int], pixels: int) -> int:
     """Write large group normalisations as convolutions of a channel by itself; returns how many.
 
     Each gets its weight and bias from sums over the integers that the convolution before it gives: what is normalised
@@ -167,24 +205,17 @@ def _normalize_integers(graph: _Graph, strides: Sequence[int], pixels: int) -> i
         if uses[one.factors] != len(strides) or channels * pixels / strides[level] ** 2 < _LEAST_VALUES:
             continue
         source, result = one.source.input[0], one.quantize.output[0]
-        nodes = []
+        nodes = _Nodes(f"{_OWN}{result}.")
         if level not in pixel_counts:
-            pixel_counts[level] = part = f"level{level}.pixels"
-            nodes += [
-                helper.make_node("Shape", [source], [f"{part}.sides"], start=2),
-                helper.make_node("ReduceProd", [f"{part}.sides"], [f"{part}.integer"], keepdims=0),
-                helper.make_node("Cast", [f"{part}.integer"], [part], to=TensorProto.FLOAT),
-            ]
+            sides = nodes.add("Shape", source, start=2)
+            pixel_counts[level] = nodes.add("Cast", nodes.add("ReduceProd", sides, keepdims=0), to=TensorProto.FLOAT)
         body = _Body(f"{BY_CHANNEL}{result}.", one, pixel_counts[level]).graph()
-        axis = graph.add_constant("one_image", np.array([1], np.int64))
-        nodes += [
-            helper.make_node("Transpose", [source], [f"{result}.last"], perm=[0, 2, 3, 1]),
-            helper.make_node("Unsqueeze", [f"{result}.last", axis], [f"{result}.each"]),
-            helper.make_node("Scan", [f"{result}.each"], [f"{result}.normal"], body=body, num_scan_inputs=1),
-            helper.make_node("Squeeze", [f"{result}.normal", axis], [f"{result}.all"]),
-            helper.make_node("Transpose", [f"{result}.all"], [result], perm=[0, 3, 1, 2]),
-        ]
-        graph.replace(one.quantize, nodes)
+        axis = graph.add_constant(f"{_OWN}image", np.array([1], np.int64))
+        each = nodes.add("Unsqueeze", nodes.add("Transpose", source, perm=_CHANNELS_LAST), axis)
+        normal = nodes.add("Squeeze", nodes.add("Scan", each, body=body, num_scan_inputs=1), axis)
+        graph.replace(
+            one.quantize, [*nodes.made, helper.make_node("Transpose", [normal], [result], perm=_CHANNELS_FIRST)]
+        )
         count += 1
     return count
 
@@ -207,7 +238,7 @@ class _Normalization:
     beta: NDArray[np.float64]
 
     @classmethod
-    def at(cls, graph: _Graph, node: Any) -> _Normalization | None:
+    def at(cls, graph: _QdqGraph, node: Any) -> _Normalization | None:
         """The one around the InstanceNormalization `node`, or None if it is something else."""
         if node.op_type != "InstanceNormalization":
             return None
@@ -240,7 +271,23 @@ class _Normalization:
         return cls(source, quantize, ones.size, epsilon, step, multiply.input[1], *flat)
 
 
-class _Body:
+class _Nodes:
+    """Makes nodes, each named after its only output, which begins with `prefix`."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.made: list[Any] = []
+
+    def add(self, kind: str, *inputs: str, domain: str = "", **attributes: object) -> str:
+        """The name of what the new node gives."""
+        from onnx import helper
+
+        output = f"{self.prefix}{len(self.made)}.{kind}"
+        self.made.append(helper.make_node(kind, inputs, [output], name=output, domain=domain, **attributes))
+        return output
+
+
+class _Body(_Nodes):
     """Normalises one image: uint8 [1, H, W, channels] to the same.
 
     With the integers q, of which a group has mean m and deviation d, the result is gamma * (q - m) / d + beta. As a
@@ -249,8 +296,8 @@ class _Body:
     """
 
     def __init__(self, prefix: str, norm: _Normalization, pixels: str) -> None:
-        self._prefix, self._norm, self._pixels = prefix, norm, pixels
-        self._nodes: list[Any] = []
+        super().__init__(prefix)
+        self._norm, self._pixels = norm, pixels
         self._constants: list[Any] = []
 
     def graph(self) -> Any:
@@ -264,58 +311,51 @@ class _Body:
         size = np.maximum(np.abs(norm.gamma), np.maximum(np.abs(norm.beta) / _MOST_OFFSET, np.finfo(np.float32).tiny))
         weight = np.rint(_LARGEST * norm.gamma / size).astype(np.int8)
 
-        image = f"{self._prefix}image"
-        first = self._node("Transpose", image, perm=[0, 3, 1, 2])
-        floats = self._node("Cast", first, to=TensorProto.FLOAT)
+        image = f"{self.prefix}image"
+        first = self.add("Transpose", image, perm=_CHANNELS_FIRST)
+        floats = self.add("Cast", first, to=TensorProto.FLOAT)
         mean = self._mean(self._shaped(floats, groups, -1))
         rows = self._shaped(floats, channels, 1, -1)
-        squares = self._node("FusedMatMul", rows, rows, domain=_MICROSOFT, transB=1)
-        square = self._node("Div", self._mean(self._shaped(squares, *by_group)), self._pixels)
-        variance = self._node("Sub", square, self._node("Mul", mean, mean))
+        squares = self.add("FusedMatMul", rows, rows, domain=_MICROSOFT, transB=1)
+        square = self.add("Div", self._mean(self._shaped(squares, *by_group)), self._pixels)
+        variance = self.add("Sub", square, self.add("Mul", mean, mean))
         # Rounding must not make it negative where the map is flat.
         epsilon = self._constant("epsilon", np.float32(norm.epsilon / norm.step**2))
-        deviation = self._node("Sqrt", self._node("Max", self._node("Add", variance, epsilon), epsilon))
+        deviation = self.add("Sqrt", self.add("Max", self.add("Add", variance, epsilon), epsilon))
 
         unit = self._constant("unit", (size / (_LARGEST * norm.step)).astype(np.float32).reshape(by_group))
-        scales = self._shaped(self._node("Div", unit, deviation), -1)
+        scales = self._shaped(self.add("Div", unit, deviation), -1)
         offset = self._constant("offset", (_LARGEST * norm.beta / size).astype(np.float32).reshape(by_group))
         sign = self._constant("sign", weight.astype(np.float32).reshape(by_group))
-        moved = self._node("Sub", self._node("Mul", offset, deviation), self._node("Mul", sign, mean))
-        bias = self._shaped(self._node("Cast", self._node("Round", moved), to=TensorProto.INT32), -1)
+        moved = self.add("Sub", self.add("Mul", offset, deviation), self.add("Mul", sign, mean))
+        bias = self._shaped(self.add("Cast", self.add("Round", moved), to=TensorProto.INT32), -1)
         kernel = self._constant("kernel", weight.reshape(-1, 1, 1, 1))
         zeros = [self._constant(f"zero.{kind.__name__}", np.asarray(0, kind)) for kind in (np.uint8, np.int8)]
         source, after = norm.source.input[1], norm.quantize.input[1:]
         inputs = (image, source, zeros[0], kernel, scales, zeros[1], *after, bias)
-        result = self._node(
+        result = self.add(
             "QLinearConv", *inputs, domain=_MICROSOFT, channels_last=1, group=channels, kernel_shape=[1, 1]
         )
         shape = [1, None, None, channels]
         given, made = (helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name in (image, result))
-        return helper.make_graph(self._nodes, f"{self._prefix}body", [given], [made], self._constants)
+        return helper.make_graph(self.made, f"{self.prefix}body", [given], [made], self._constants)
 
     def _mean(self, name: str) -> str:
         """Over the last axis, which stays."""
-        return self._node("ReduceMean", name, axes=[-1], keepdims=1)
+        return self.add("ReduceMean", name, axes=[-1], keepdims=1)
 
     def _shaped(self, name: str, *shape: int) -> str:
         text = "x".join(map(str, shape))
-        return self._node("Reshape", name, self._constant(f"shape.{text}", np.array(shape, np.int64)))
-
-    def _node(self, kind: str, *inputs: str, domain: str = "", **attributes: object) -> str:
-        from onnx import helper
-
-        output = f"{self._prefix}{len(self._nodes)}.{kind}"
-        self._nodes.append(helper.make_node(kind, inputs, [output], name=output, domain=domain, **attributes))
-        return output
+        return self.add("Reshape", name, self._constant(f"shape.{text}", np.array(shape, np.int64)))
 
     def _constant(self, name: str, value: Any) -> str:
-        name = self._prefix + name
+        name = self.prefix + name
         if all(tensor.name != name for tensor in self._constants):
             self._constants.append(_tensor(name, np.asarray(value)))
         return name
 
 
-def _split_stem(graph: _Graph) -> bool:
+def _split_stem(graph: _QdqGraph) -> bool:
     """Write a large first convolution of stride 2 as one of stride 1 over squares of 2x2 pixels; whether there is one.
 
     To gather its input, ONNX Runtime copies a row of the kernel at a time: 7 copies of 21 bytes become 4 of 48. The
@@ -354,7 +394,7 @@ def _split_stem(graph: _Graph) -> bool:
     split = wide.reshape(outputs, channels, half, 2, half, 2).transpose(0, 3, 5, 1, 2, 4)
     graph.add_constant(weights.input[0], split.reshape(outputs, 4 * channels, half, half))
     start = (pad + before) // 2
-    squares = f"{quantize.output[0]}.squares"
+    squares = f"{_OWN}squares"
     convolution = helper.make_node(
         "Conv",
         list(node.input),

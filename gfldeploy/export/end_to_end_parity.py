@@ -113,6 +113,22 @@ def _network_input(pictures: NDArray[np.uint8], sizes: NDArray[np.int32], manife
     return batch
 
 
+def missing_in(found: Detections, expected: Detections, allowed: Tolerance) -> tuple[int, float, float]:
+    """How many of `expected` have no one in `found` within the tolerance; the largest differences of the others."""
+    missing, score, box = 0, 0.0, 0.0
+    for place in range(len(expected)):
+        same = np.flatnonzero(found.classes == expected.classes[place])
+        scores = np.abs(found.scores[same] - expected.scores[place])
+        boxes = np.abs(found.boxes[same] - expected.boxes[place]).max(axis=1, initial=0)
+        near = np.flatnonzero((scores <= allowed.score) & (boxes <= allowed.box_px))
+        if not len(near):
+            missing += 1
+            continue
+        nearest = near[boxes[near].argmin()]
+        score, box = max(score, float(scores[nearest])), max(box, float(boxes[nearest]))
+    return missing, score, box
+
+
 def _compared(
     empty: EndToEndComparison,
     reference: Iterable[Detections],
@@ -131,16 +147,9 @@ def _compared(
         expected = unnamed.named(manifest.classes)
         count += len(expected)
         for one, other in ((expected, found), (found, expected)):
-            for place in range(len(one)):
-                same = np.flatnonzero(other.classes == one.classes[place])
-                scores = np.abs(other.scores[same] - one.scores[place])
-                boxes = np.abs(other.boxes[same] - one.boxes[place]).max(axis=1, initial=0)
-                near = np.flatnonzero((scores <= allowed.score) & (boxes <= allowed.box_px))
-                if not len(near):
-                    missing += 1
-                    continue
-                nearest = near[boxes[near].argmin()]
-                score, box = max(score, float(scores[nearest])), max(box, float(boxes[nearest]))
+            lacking, score_difference, box_difference = missing_in(other, one, allowed)
+            missing += lacking
+            score, box = max(score, score_difference), max(box, box_difference)
     if missing > may_miss * count:
         raise ParityError(
             f"the {empty.graph} graph in {empty.engine} at {empty.batch}x{empty.height}x{empty.width}x3 gives other "

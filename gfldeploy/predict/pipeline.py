@@ -1,7 +1,6 @@
-"""From pictures to detections, in several threads at once: each takes the next batch, decodes it, has it inferred, and
-does its NMS.
+"""From pictures to detections, in several threads at once: each decodes a batch, has it inferred, and does its NMS.
 
-There is one such thread more than inferences that run at once, so that the network waits for the rest only if that is
+There are two such threads more than inferences that run at once, so that the network waits for the rest only if that is
 slower; few batches are under way, so that memory is bounded. Batches depend on the sizes alone: the same images always
 make the same batches. In the bucketed order they hold images of one input size, and an image has the detections that it
 has by itself.
@@ -11,8 +10,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections
-from gfldeploy.engines.base import Engine, EngineOptions, Tensors
+from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.images.preprocess import Preprocess
@@ -34,10 +34,11 @@ if TYPE_CHECKING:  # `gfldeploy predict --help` need not wait for it
     from gfldeploy.bench.cpu_parity import CpuCheck
 
 T = TypeVar("T")
-R = TypeVar("R")
 _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
 _MOST_DECODERS = 8
-_PREPARED_FOR_GPU = 3
+# Batches that are prepared, or in NMS, beside those in the network. On a CPU one would do if the threads never waited
+# for each other, as for Python's lock; what a GPU leaves to the CPU may take longer than the network.
+_PREPARED: Mapping[Device, int] = {"cpu": 2, "gpu": 3}
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,7 @@ def detect_groups(
                 for (index, picture), one in zip(group, filled, strict=True)
             ]
 
-        # What a GPU leaves to the CPU may take longer than the network: more batches are prepared meanwhile.
-        others = 1 if engine.options.device == "cpu" else _PREPARED_FOR_GPU
-        yield from stack.enter_context(closing(at_once(detect, groups, inferring + others)))
+        yield from stack.enter_context(closing(at_once(detect, groups, inferring + _PREPARED[engine.options.device])))
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
@@ -141,72 +140,6 @@ def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
         while following in waiting:
             yield waiting.pop(following)
             following += 1
-
-
-def at_once(work: Callable[[T], R], jobs: Iterable[T], threads: int) -> Generator[R]:
-    """`work(job)` of every job, in order, in so many threads at once, each of which takes its jobs itself.
-
-    At most `threads` + 1 jobs have been taken whose results were not. Errors of a job, and of taking it, are raised in
-    its place. Closing the iterator ends the threads after their current job.
-    """
-    source, taking, changed = iter(jobs), threading.Lock(), threading.Condition()
-    done: dict[int, Future[R] | None] = {}  # by the number of the job; None: there are no more
-    taken = given = 0
-    stopped = False
-
-    def may_take() -> bool:
-        return stopped or taken - given <= threads
-
-    def is_ready() -> bool:
-        return given in done
-
-    def run() -> None:
-        nonlocal taken
-        job: list[T] | None = None
-        while job is None or job:
-            result: Future[R] = Future()
-            job = []
-            with taking:
-                with changed:
-                    changed.wait_for(may_take)
-                    if stopped:
-                        return
-                    number, taken = taken, taken + 1
-                try:
-                    job = list(islice(source, 1))
-                except BaseException as error:  # noqa: BLE001 - raised in the other thread
-                    result.set_exception(error)
-            if job:
-                try:
-                    result.set_result(work(job[0]))
-                except BaseException as error:  # noqa: BLE001 - raised in the other thread
-                    result.set_exception(error)
-            with changed:
-                done[number] = result if result.done() else None
-                changed.notify_all()
-
-    workers = [threading.Thread(target=run, name="gfldeploy-batch", daemon=True) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    try:
-        while True:
-            with changed:
-                changed.wait_for(is_ready)
-                following = done.pop(given)
-                given += 1
-                changed.notify_all()
-            if following is None:
-                return
-            yield following.result()
-    finally:
-        with changed:
-            stopped = True
-            changed.notify_all()
-        for worker in workers:
-            if worker is not threading.current_thread():  # which it is if the garbage collector closes this
-                worker.join()
-        if isinstance(source, Generator):
-            source.close()
 
 
 @contextmanager

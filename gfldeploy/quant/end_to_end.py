@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gfldeploy.bundle import END_TO_END, Bundle, Graph, GraphName
 from gfldeploy.engines.base import Engine, EngineOptions
@@ -12,44 +12,61 @@ from gfldeploy.errors import EngineError, ParityError
 from gfldeploy.export import half
 from gfldeploy.export.end_to_end import obstacle, write_end_to_end
 from gfldeploy.export.end_to_end_parity import EndToEndComparison, compare_end_to_end
-from gfldeploy.progress import Progress
-from gfldeploy.quant.measurement import SimulatedTensorRT, int8_engines
+from gfldeploy.quant.evaluation import Evaluation, Evaluator
+from gfldeploy.quant.gate import Int8Measurement, failure
+from gfldeploy.quant.measurement import PlainOpenVino, SimulatedTensorRT, int8_engines
 from gfldeploy.quant.tensorrt import check_tensorrt
 
 # An engine may round a number between two INT8 convolutions the other way in another graph: a step of 1/127.
 _TOLERANCE = half.TOLERANCE
 
 
-def add_end_to_end(bundle: Bundle, threads: int, progress: Progress) -> tuple[Bundle, list[EndToEndComparison]]:
-    """Write them into the bundle's directory; return the bundle with those that hold, and how they compare.
+@dataclass(frozen=True)
+class EndToEndFiles:
+    """The `bundle` with the files that hold. `compared`: each with its graph. `judged`: what the gate asked besides."""
 
-    `bundle`: with the graphs of INT8, and the rest of the FP32 bundle's manifest, whose reason to have none holds here
-    too. In each engine a file must give the detections of the graph that it is made around, which passed the gate;
-    TensorRT's must keep its rules as well. What does not is left out with the reason. Raises `OutputError`.
+    bundle: Bundle
+    compared: tuple[EndToEndComparison, ...]
+    judged: dict[str, Int8Measurement]
+
+
+def add_end_to_end(evaluation: Evaluation, evaluator: Evaluator) -> EndToEndFiles:
+    """Write them into the directory of the INT8 bundle that passed the gate.
+
+    In each engine a file must give the detections of the graph that it is made around, and TensorRT's must keep its
+    rules. OpenVINO without gfldeploy runs the graph otherwise, and has to pass the gate on its own. What does not hold
+    is left out with the reason; where FP32 has no such file, INT8 has none either. Raises `OutputError`.
     """
-    manifest = bundle.manifest
+    bundle = evaluation.evaluated.bundle
+    manifest, kept = bundle.manifest, len(evaluation.evaluated.kept)
     why = manifest.left_out.get("end_to_end") or obstacle(manifest)
     left_out: dict[GraphName, str] = {}
-    compared = []
+    judged: dict[str, Int8Measurement] = {}
+    compared: list[EndToEndComparison] = []
     for around in [graph for graph in END_TO_END if graph in manifest.graphs]:
-        graph, file = END_TO_END[around], Graph(f"onnx/{END_TO_END[around]}.onnx")
+        graph = END_TO_END[around]
+        file = Graph(f"onnx/{graph}.onnx")
         if why is None:
-            progress.stage(f"writing the {graph} graph and comparing its detections")
-            written = replace(bundle, manifest=replace(manifest, graphs={**bundle.manifest.graphs, graph: file}))
+            evaluator.progress.stage(f"writing the {graph} graph and comparing its detections")
+            with_file = replace(bundle, manifest=replace(manifest, graphs={**bundle.manifest.graphs, graph: file}))
             try:
-                compared += _written(written, around, threads)
-                bundle = written
-                continue
+                found = _written(with_file, around, evaluator)
+                if around == "onnx":
+                    judged = _judged(with_file, evaluator, kept)
             except (EngineError, ParityError) as error:
                 (bundle.directory / file.model).unlink(missing_ok=True)
                 left_out[graph] = error.problem.replace(f"{bundle.directory}/", "")
+            else:
+                compared += found
+                bundle = with_file
+                continue
         else:
             left_out[graph] = why
-        progress.stage(f"leaving out the {graph} graph: {left_out[graph]}")
-    return replace(bundle, manifest=replace(bundle.manifest, left_out=left_out)), compared
+        evaluator.progress.stage(f"leaving out the {graph} graph: {left_out[graph]}")
+    return EndToEndFiles(replace(bundle, manifest=replace(bundle.manifest, left_out=left_out)), tuple(compared), judged)
 
 
-def _written(bundle: Bundle, around: GraphName, threads: int) -> list[EndToEndComparison]:
+def _written(bundle: Bundle, around: GraphName, evaluator: Evaluator) -> list[EndToEndComparison]:
     """Write the file around a graph and compare it. Raises `EngineError` or `ParityError` where it does not hold."""
     import onnx
 
@@ -59,7 +76,7 @@ def _written(bundle: Bundle, around: GraphName, threads: int) -> list[EndToEndCo
     if around == "onnx_tensorrt" and (problems := check_tensorrt(onnx.load(str(path)))):
         raise EngineError(f"TensorRT would refuse it: {problems[0]}", "Use the graph without NMS.")
     found = []
-    for alone, whole in _engines(bundle, around, graph, EngineOptions("int8", "cpu", threads)):
+    for alone, whole in _engines(bundle, around, graph, _options(evaluator)):
         with alone, whole:
             found += compare_end_to_end(graph, alone, whole, bundle.manifest, _TOLERANCE)
     return found
@@ -73,5 +90,23 @@ def _engines(
         yield SimulatedTensorRT(bundle, options, around), SimulatedTensorRT(bundle, options, graph)
         return
     for name in int8_engines():
-        if graph_for(name, "int8", "cpu") == around:
+        if name == "openvino":
+            yield PlainOpenVino(bundle, options, around), PlainOpenVino(bundle, options, graph)
+        elif graph_for(name, "int8", "cpu") == around:
             yield load_graph(name, bundle, options, around), load_graph(name, bundle, options, graph)
+
+
+def _judged(bundle: Bundle, evaluator: Evaluator, kept: int) -> dict[str, Int8Measurement]:
+    """What OpenVINO makes of the graph as it is. Raises `ParityError` where the gate does not hold."""
+    found: dict[str, Int8Measurement] = {}
+    fp32 = evaluator.fp32_reference
+    if "openvino" in int8_engines():
+        with PlainOpenVino(bundle, _options(evaluator), "onnx") as engine:
+            found[engine.name] = fp32.measured(engine, engine.name, "INT8", evaluator.progress)
+    if problem := failure(found, fp32.accuracy, evaluator.limits, kept) if found else None:
+        raise problem
+    return found
+
+
+def _options(evaluator: Evaluator) -> EngineOptions:
+    return EngineOptions("int8", "cpu", evaluator.fp32_reference.threads)

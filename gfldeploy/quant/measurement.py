@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import Accuracy, measure_accuracy
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.engines.base import Engine, EngineOptions, count_precisions, reasons
+from gfldeploy.engines.openvino_engine import OpenVinoEngine
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 from gfldeploy.engines.registry import JUDGES, REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
-from gfldeploy.quant.gate import SIMULATED_TENSORRT, Int8Measurement
+from gfldeploy.quant.gate import PLAIN_OPENVINO, SIMULATED_TENSORRT, Int8Measurement
 
 
 def int8_engines() -> tuple[str, ...]:
@@ -79,15 +80,16 @@ class Fp32Reference:
         found = {}
         for name in int8_engines():
             with open_engine(name, bundle, options) as engine:
-                found[name] = self._measured(engine, name, label, progress)
+                found[name] = self.measured(engine, name, label, progress)
                 ran = engine.executed_convolutions({"image": self.batches[0]})
                 told = replace(found[name].agreement, convolutions=count_precisions(ran), not_int8=reasons(ran))
                 found[name] = replace(found[name], agreement=told)
         with SimulatedTensorRT(bundle, options) as engine:
-            found[SIMULATED_TENSORRT] = self._measured(engine, SIMULATED_TENSORRT, label, progress)
+            found[SIMULATED_TENSORRT] = self.measured(engine, SIMULATED_TENSORRT, label, progress)
         return found
 
-    def _measured(self, engine: Engine, name: str, label: str, progress: Progress) -> Int8Measurement:
+    def measured(self, engine: Engine, name: str, label: str, progress: Progress = SILENT) -> Int8Measurement:
+        """Run an engine of an INT8 bundle. Raises as `measure`."""
         outputs = (engine.infer({"image": batch}) for batch in self.batches)
         agreed = agreement(self.references, outputs, self.source.manifest.nms)
         accuracy = None
@@ -113,6 +115,13 @@ class SimulatedTensorRT(OnnxRuntimeEngine):
         # It would fuse some convolutions into its own INT8 kernels, and round their biases for that.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
+
+
+class PlainOpenVino(OpenVinoEngine):
+    """A file in OpenVINO as it is, for those who deploy it without gfldeploy."""
+
+    name = PLAIN_OPENVINO
+    rewrites = False
 
 
 def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, progress: Progress) -> Accuracy:

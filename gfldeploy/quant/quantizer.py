@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.batching.buckets import Size
-from gfldeploy.bundle import LAYERS, Bundle, write_bundle
+from gfldeploy.bundle import GOLDEN, LAYERS, Bundle, write_bundle
+from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import capability
+from gfldeploy.engines.registry import REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
+from gfldeploy.export import half
+from gfldeploy.export.golden import golden_picture, read_golden, write_golden
 from gfldeploy.files import StrPath, check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
@@ -36,7 +39,6 @@ from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_reco
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
-from gfldeploy.serialization import plain
 
 _AGREEMENT_IMAGES = 8
 _COPIED = ("infer_cfg.yml", LAYERS)
@@ -164,9 +166,9 @@ def quantize_bundle(
         chosen = run.best()
         result = evaluator.settle(run.evaluated[chosen.algorithm], fallback, sensitivity)
         record: dict[str, Any] = {"method": method}
-        record |= parity_record(result, fp32_reference, limits, evaluator.speeds(result.evaluated))
-        end_to_end, compared_end_to_end = add_end_to_end(result.evaluated.bundle, threads, progress)
-        record["end_to_end"] = plain(compared_end_to_end)
+        speeds = evaluator.speeds(result.evaluated)
+        end_to_end = add_end_to_end(result, evaluator)
+        record |= parity_record(result, fp32_reference, limits, speeds, end_to_end)
         if others:
             judged = [size_record(evaluator.at_size(result.evaluated, size, compared)) for size in others]
             for one in judged:
@@ -184,11 +186,19 @@ def quantize_bundle(
             path.rename(directory / path.name)
         shutil.rmtree(evaluator.scratch)
         write_json(directory / "parity.json", record)
+        made = Bundle(directory, end_to_end.bundle.manifest)
+        with open_engine(REFERENCE_ENGINE, made, EngineOptions("int8", "cpu", threads)) as engine:
+            write_golden(made, _golden_picture(source), engine, half.TOLERANCE)
         for name in _COPIED:
             shutil.copyfile(source.directory / name, directory / name)
         progress.stage(f"publishing {output} ({chosen.algorithm})")
-        manifests.append(int8_manifest(source, end_to_end.manifest, chosen.algorithm, len(paths), command))
+        manifests.append(int8_manifest(source, end_to_end.bundle.manifest, chosen.algorithm, len(paths), command))
     return Bundle.open(output)
+
+
+def _golden_picture(source: Bundle) -> NDArray[np.uint8]:
+    """That of the FP32 bundle; older ones have none."""
+    return golden_picture(read_golden(source)[0] if GOLDEN in source.manifest.files else None)
 
 
 def _method(name: str, distill_steps: int | None) -> QuantMethod:

@@ -11,15 +11,17 @@ from gfldeploy import __version__
 from gfldeploy.accuracy import Accuracy
 from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bundle import Bundle, Manifest
+from gfldeploy.quant.end_to_end import EndToEndFiles
 from gfldeploy.quant.evaluation import Evaluation, SizeEvaluation
-from gfldeploy.quant.gate import SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement
+from gfldeploy.quant.gate import PLAIN_OPENVINO, SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement
 from gfldeploy.quant.groups import groups
 from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.speed import Speed
 from gfldeploy.serialization import plain
 
 _NOTES = {
-    SIMULATED_TENSORRT: "onnx/model_tensorrt.onnx in ONNX Runtime on the CPU, float between Q and DQ: no TensorRT ran"
+    SIMULATED_TENSORRT: "onnx/model_tensorrt.onnx in ONNX Runtime on the CPU, float between Q and DQ: no TensorRT ran",
+    PLAIN_OPENVINO: "the graph as onnx/end_to_end.onnx has it, in OpenVINO without gfldeploy",
 }
 
 
@@ -49,7 +51,11 @@ def int8_manifest(source: Bundle, graphs: Manifest, algorithm: str, images: int,
 
 
 def parity_record(
-    evaluation: Evaluation, fp32_reference: Fp32Reference, limits: GateLimits, speeds: Sequence[Speed]
+    evaluation: Evaluation,
+    fp32_reference: Fp32Reference,
+    limits: GateLimits,
+    speeds: Sequence[Speed],
+    end_to_end: EndToEndFiles,
 ) -> dict[str, Any]:
     """`parity.json` of an INT8 bundle: the measurements, the layers in float with the reason, and the speed."""
     evaluated, fp32 = evaluation.evaluated, fp32_reference.accuracy
@@ -57,7 +63,8 @@ def parity_record(
         "reference": "the FP32 ONNX graph in ONNX Runtime, on calibration images",
         "images": list(fp32_reference.images),
         "limits": plain(limits),
-        **_measured(evaluated.engines, fp32),
+        **_measured({**evaluated.engines, **end_to_end.judged}, fp32),
+        "end_to_end": plain(end_to_end.compared),
     }
     if evaluated.kept:
         data["kept_float"] = _kept_float(evaluation)

@@ -78,6 +78,56 @@ def test_what_waits_is_batched_and_no_more_than_allowed() -> None:
     assert batcher.counts.queue_ms > 0
 
 
+def test_as_many_batches_at_once_as_there_are_streams() -> None:
+    together = threading.Barrier(3, timeout=60)  # which breaks unless three come
+
+    def run(numbers: Sequence[int], size: Size) -> list[int]:
+        together.wait()
+        return list(numbers)
+
+    with DynamicBatcher(run, NoBatching(), streams=3) as batcher:
+        futures = [batcher.submit(number, SMALL, LONG_MS) for number in range(9)]
+        assert [future.result(60) for future in futures] == list(range(9))
+        threads = batcher._threads
+    assert not any(thread.is_alive() for thread in threads)
+    with pytest.raises(ValueError, match="streams"):
+        DynamicBatcher(run, NoBatching(), streams=0)
+
+
+def test_streams_end_though_another_ran_what_they_waited_for() -> None:
+    run = Squares(open_gate=False)
+    # Both streams wait for the batch of two to fill; one runs it at the end of the block, the other must not wait on.
+    with DynamicBatcher(run, FixedWithTimeout(2, 0.2), streams=2) as batcher:
+        future = batcher.submit(3, SMALL, LONG_MS)
+        run.gate.set()
+    assert future.result(0) == 9
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit("no")])
+def test_a_policy_that_breaks_ends_all_streams(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(NoBatching):
+        def observe(self, images: int, size: Size, ms: float) -> None:
+            raise error
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    batcher = DynamicBatcher(Squares(), Breaks(), streams=3)
+    assert batcher.submit(3, SMALL, LONG_MS).result(60) == 9
+    for thread in batcher._threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    with pytest.raises(RejectedError, match="the batcher has stopped"):
+        batcher.submit(4, SMALL, LONG_MS)
+    batcher.close()
+
+
+def test_more_streams_admit_more() -> None:
+    model = LatencyModel(0.0, 10.0, 0.0)  # 10 ms an image
+    waiting = [Request(number, SMALL, 0.0, 0.035) for number in range(12)]
+    admitted = [12 - len(Adaptive(model, 1, streams).decide(0.0, waiting).reject) for streams in (1, 2, 3)]
+    # What is due before an image is shared by the streams: number n ends after 10 + 10 (n - 1) / streams ms.
+    assert admitted == [3, 6, 8]
+
+
 def test_images_are_padded_to_their_bucket() -> None:
     run = Squares()
     with DynamicBatcher(run, adaptive(), buckets=[LARGE]) as batcher:

@@ -121,6 +121,23 @@ def test_where_batching_pays_more_is_served_in_time_than_by_the_rivals() -> None
     assert kept["adaptive"] > 1.2 * kept["single"]
 
 
+@pytest.mark.parametrize("streams", [2, 4])
+def test_streams_serve_as_many_times_as_much(streams: int) -> None:
+    truth = LatencyModel(0.0, 10.0, 0.0)
+    trace = make_trace("poisson", 80.0 * streams, 300 * streams, {(800, 800): 1.0, (800, 1216): 1.0}, 0.2, seed=0)
+    run: Run = lambda batch, size: 10.0 * len(batch)  # noqa: E731
+    played = play(trace, Adaptive(LatencyModel(0.0, 10.0, 0.0), MOST, streams), run, VirtualClock(), streams)
+    assert sorted(one.request.id for one in played.outcomes) == [one.id for one in trace]
+    assert played.kept >= 0.98 * len(trace)
+    assert played.kept <= most_kept(trace, lambda count, size: truth.predict(count, size) / streams, MOST)
+    # Batches overlap, but no more of them than there are streams.
+    batches = {(one.at - 0.01 * one.batch, one.at) for one in played.outcomes if one.served}
+    middles = [(begin + end) / 2 for begin, end in batches]
+    assert max(sum(begin < at < end for begin, end in batches) for at in middles) == streams
+    one = play(trace, Adaptive(truth, MOST), run, VirtualClock())
+    assert one.kept < 0.8 * played.kept, "which one stream does not"
+
+
 def test_where_batching_does_not_pay_images_run_alone() -> None:
     truth = LatencyModel(0.0, 10.0, 0.0)
     trace = make_trace("poisson", 80.0, 300, {(800, 800): 1.0}, 1.0, seed=0)

@@ -56,8 +56,8 @@ def test_several_cells_are_named_together() -> None:
 
 
 @pytest.mark.parametrize("axes", [{"streams": 0}, {"streams": 2}, {"streams": 2, "scenario": "single-stream"}])
-def test_the_offline_scenario_alone_has_several_streams(axes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"streams must be at least 1|only the offline scenario|does not go"):
+def test_what_waits_for_each_answer_has_one_stream(axes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"streams must be at least 1|has one inference at once|does not go"):
         cell(**axes)
 
 

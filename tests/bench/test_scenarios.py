@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sample_results import OK
 
@@ -15,7 +18,8 @@ from gfldeploy.bench.inputs import padding_ratio, prepare_images
 from gfldeploy.bench.scenarios import fastest, measure_points, serve
 from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
-from gfldeploy.engines.base import Engine, EngineOptions
+from gfldeploy.engines import base
+from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -60,6 +64,64 @@ def test_every_image_is_answered_or_rejected(
         assert any(one.mixed for one in batches)
     else:
         assert sizes <= SIZES and not any(one.mixed for one in batches)
+
+
+@pytest.mark.parametrize(("policy", "most"), [("no-batching", 1), ("adaptive", 2)])
+def test_streams_run_batches_at_once(
+    policy: ServerPolicy,
+    most: int,
+    tiny_bundle: Path,
+    images: list[Prepared],
+    preprocess: Preprocess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "usable_threads", lambda: 2)
+    pytest.importorskip("onnxruntime")
+    with open_engine("onnxruntime", Bundle.open(tiny_bundle), EngineOptions(streams=2)) as engine:
+        together: list[int] = []
+        at_once, most_at_once, lock = 0, 0, threading.Lock()
+        infer = engine.infer
+
+        def watched(inputs: Tensors) -> dict[str, np.ndarray]:
+            nonlocal at_once, most_at_once
+            together.append(threading.get_ident())
+            with lock:
+                at_once += 1
+                most_at_once = max(most_at_once, at_once)
+            try:
+                time.sleep(2e-3)  # the network is so small that nobody else would come meanwhile
+                return infer(inputs)
+            finally:
+                with lock:
+                    at_once -= 1
+
+        monkeypatch.setattr(engine, "infer", watched)
+        cell = replace(server(policy, most, 2000.0), streams=2)
+        samples, serving, batches = serve(engine, images, preprocess, cell, Settings(0, 60, 0, latency_bound_ms=5e3))
+    assert serving.requests == 60 == samples.images + serving.rejected
+    assert len(samples.latency_ms) == samples.images == sum(one.shape[0] for one in batches)
+    assert len(set(together)) == 2 == most_at_once, "two threads, neither of them that which decides"
+
+
+def test_an_engine_that_fails_in_a_stream_ends_the_server(
+    tiny_bundle: Path, images: list[Prepared], preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "usable_threads", lambda: 2)
+    pytest.importorskip("onnxruntime")
+    with open_engine("onnxruntime", Bundle.open(tiny_bundle), EngineOptions(streams=2)) as engine:
+        cell = replace(server("no-batching", 1), streams=2)
+        left, infer = 120, engine.infer
+
+        def fails(inputs: Tensors) -> dict[str, np.ndarray]:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise EngineError("it has had enough", None)
+            return infer(inputs)
+
+        monkeypatch.setattr(engine, "infer", fails)
+        with pytest.raises(EngineError, match="had enough"):
+            serve(engine, images, preprocess, cell, Settings(0, 200, 0, latency_bound_ms=5e3))
 
 
 def test_batches_of_every_number_of_images_are_timed_at_two_sizes(

@@ -71,7 +71,7 @@ def test_each_input_size_has_its_speed_cost_and_accuracy(tiny_bundle: Path, tiny
     assert own.cost is not None and half.cost is not None and half.cost.macs < own.cost.macs
     assert own.runs[0].stages is not None and half.runs[0].stages is not None
     header, *table = [line.split(",") for line in output.with_suffix(".csv").read_text().splitlines()]
-    assert [line[header.index("input_size")] for line in table] == ["", "32x48"]
+    assert [line[header.index("input_size")] for line in table] == ["own", "32x48"]
 
 
 def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_an_existing_output_is_refused_before_anything_else(tmp_path: Path, capf
         (("--engines", "onnxrutime"), "(did you mean onnxruntime?)"),
         (("--precisions", "in8"), "(did you mean int8?)"),
         (("--scenarios", "server"), "the server scenario needs --rates"),
-        (("--streams", "1,2"), "several --streams are of the offline scenario. Add offline to --scenarios"),
+        (("--streams", "1,2"), "several --streams are of the offline and server scenarios. Add offline to --scenarios"),
         (("--scenarios", "server", "--rates", "5"), "--latency-bound-ms. See `gfldeploy bench --help`."),
         (("--policies", "adaptve"), "(did you mean adaptive?)"),
         (("--rates", "5"), "--rates needs the server scenario"),

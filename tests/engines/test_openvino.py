@@ -40,7 +40,9 @@ def test_fp32_is_fp32_and_what_is_returned_is_kept(tiny_bundle: Path) -> None:
         opened(tiny_bundle) as engine,
         open_engine("onnxruntime", Bundle.open(tiny_bundle), EngineOptions()) as reference,
     ):
-        first = engine.infer(image(64, 96))
+        given = image(64, 96)
+        given["image"].flags.writeable = False  # as what is mapped from a file is
+        first = engine.infer(given)
         kept = {name: array.copy() for name, array in first.items()}
         engine.infer(image(64, 96, seed=1))
         for name, array in reference.infer(image(64, 96)).items():
@@ -161,6 +163,16 @@ def test_shapes_that_are_known_beforehand_settle_what_runs_an_input(
         assert set(engine.models) == {(), *((1, 3, 32, 32 * k) for k in range(1, 5))}
 
 
+def test_a_shape_of_a_few_images_has_no_model_of_its_own(tiny_bundle: Path) -> None:
+    to_come = [(1, 32, 96), *[(1, 32, 32)] * 9, *[(2, 32, 64)] * 5]
+    options = EngineOptions().expecting(to_come)
+    assert (options.shapes, options.counts) == (((1, 32, 32), (2, 32, 64), (1, 32, 96)), (9, 5, 1))
+    with OpenVinoEngine(Bundle.open(tiny_bundle), options, "onnx") as engine:
+        for batch, height, width in set(to_come):
+            engine.infer({"image": np.zeros((batch, 3, height, width), np.float32)})
+        assert set(engine.models) == {(2, 3, 32, 64), ()}
+
+
 def test_a_second_start_compiles_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     def start(**options: Any) -> tuple[dict[tuple[int, ...], bool], Any]:
         with opened(tiny_bundle, cache_dir=tmp_path / "cache", **options) as engine:
@@ -173,6 +185,14 @@ def test_a_second_start_compiles_nothing(tiny_bundle: Path, tmp_path: Path) -> N
     assert second == {(1, 3, 64, 96): True}
     np.testing.assert_array_equal(outputs["scores"], expected["scores"])
     assert start(threads=2)[0] == first
+    for kept in (tmp_path / "cache").rglob("*.model"):  # the disk has other bits than were written
+        content = bytearray(kept.read_bytes())
+        content[len(content) // 2] ^= 1
+        kept.write_bytes(content)
+    third, outputs = start()
+    assert third == first
+    np.testing.assert_array_equal(outputs["scores"], expected["scores"])
+    assert start()[0] == second
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="--engine-cache"):
         opened(tiny_bundle, cache_dir=tmp_path / "file")

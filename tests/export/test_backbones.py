@@ -68,7 +68,8 @@ def test_attention_and_deformable_convolutions_in_every_engine(tmp_path: Path, r
     config = settings("VisionTransformer", VIT, "BiFPN", {"out_channel": 32, "num_extra_levels": 0, "norm_type": "bn"})
     config["GFLHead"]["conv_feat"] = {**FEAT, "norm_type": "gn", "use_dcn": True}
     bundle = export(run_here, tmp_path, write(tmp_path, config), "--input-shape", "128x160")
-    assert set(bundle.manifest.graphs) == {"paddle", "paddle_program", "onnx", "onnx_fp16"}
+    graphs = {"paddle", "paddle_program", "onnx", "onnx_fp16", "end_to_end", "end_to_end_fp16"}
+    assert set(bundle.manifest.graphs) == graphs
     parity = json.loads((bundle.directory / "parity.json").read_text())
     compared = {(one["graph"], one["engine"]) for one in parity["comparisons"]}
     engines = {("paddle", "paddle"), ("paddle_program", "paddle"), ("onnx", "onnxruntime"), ("onnx", "openvino")}
@@ -91,7 +92,8 @@ def test_a_bundle_without_the_graphs_that_cannot_be_had(
     bundle = export(run_here, tmp_path, demo.config_path(), "--input-shape", "64x64")
     left_out = bundle.manifest.left_out
     assert not [name for name in bundle.manifest.files if name.startswith("onnx/")]
-    assert set(bundle.manifest.graphs) == {"paddle"} and set(left_out) == {"paddle_program", "onnx", "onnx_fp16"}
+    assert set(bundle.manifest.graphs) == {"paddle"}
+    assert set(left_out) == {"paddle_program", "onnx", "onnx_fp16", "end_to_end", "end_to_end_fp16"}
     assert left_out["onnx"] == "there is no Somersault in ONNX"
     assert left_out["paddle_program"].startswith("Paddle cannot trace the model: ")
     sheet = run_here("inspect", bundle.directory).stdout

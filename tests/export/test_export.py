@@ -53,7 +53,15 @@ def test_the_bundle_is_described_and_verified(bundle: Path, run_here: RunHere) -
     facts = json.loads(described.stdout)
     assert facts["classes"] == list(CLASSES)
     assert facts["inputs"] == ["image float32 [?, 3, ?, ?]"]
-    assert set(facts["size_on_disk_mb"]) == {"paddle", "paddle_program", "onnx", "onnx_fp16", "paddledetection"}
+    onnx_files = {"onnx", "onnx_fp16", "end_to_end", "end_to_end_fp16"}
+    assert set(facts["size_on_disk_mb"]) == {"paddle", "paddle_program", "paddledetection"} | onnx_files
+    by_itself = {(one["graph"], one["engine"], one["reference"], one["batch"]) for one in facts["parity"]["end_to_end"]}
+    eager = {one for one in by_itself if one[2].startswith("PaddleDetection")}
+    assert {one[:2] for one in eager} == {("end_to_end", "onnxruntime"), ("end_to_end", "openvino")}
+    assert {(one[0], one[3]) for one in by_itself - eager} == {
+        (graph, batch) for graph in ("end_to_end", "end_to_end_fp16") for batch in (1, 3)
+    }
+    assert all(one["missing"] == 0 for one in facts["parity"]["end_to_end"])
     assert facts["parameters"] < 1_900_000  # as gfl_demo.yml promises
     assert facts["macs"]["at"] == "64x128"
     compared = {(one["graph"], one["batch"], one["width"]) for one in facts["parity"]["comparisons"]}

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import union
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.detections import Detections
@@ -22,7 +23,7 @@ from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.images.decode import read_image
-from gfldeploy.predict.pipeline import Found, at_once, detect_groups, in_order
+from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.sources import picture_of
 
 pytest.importorskip("onnxruntime")
@@ -59,9 +60,12 @@ def test_as_many_as_asked_for_work_at_once() -> None:
 def test_at_once_takes_so_many_jobs_and_no_more() -> None:
     taken: list[int] = []
 
+    takers: set[int] = set()
+
     def jobs() -> Iterator[int]:
         for number in range(100):
             taken.append(number)
+            takers.add(threading.get_ident())
             yield number
 
     with closing(at_once(lambda number: number, jobs(), 2)) as items:
@@ -73,6 +77,7 @@ def test_at_once_takes_so_many_jobs_and_no_more() -> None:
         assert len(taken) == 4
         assert next(items) == 1
     assert len(taken) <= 5
+    assert len(takers) == 1, "what jobs come from need not be made for several threads"
     assert threads() == set()
 
 
@@ -122,6 +127,16 @@ def test_an_error_comes_in_its_place(error: BaseException, where: str) -> None:
     # Generators make a RuntimeError of a StopIteration.
     with pytest.raises((type(error), RuntimeError)):
         next(items)
+    assert threads() == set()
+
+
+def test_what_gives_no_jobs_is_an_error_of_the_first() -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[int]:
+            raise OSError("no jobs today")
+
+    with pytest.raises(OSError, match="no jobs today"):
+        next(at_once(lambda number: number, Broken(), 2))
     assert threads() == set()
 
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import GOLDEN, Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
-from gfldeploy.engines.detect import detect_batch
+from gfldeploy.engines.detect import detect_batch, given_detections
 from gfldeploy.errors import OutputError, ParityError
-from gfldeploy.export.end_to_end_parity import detections, missing_in
+from gfldeploy.export.end_to_end_parity import missing_in
 from gfldeploy.export.parity import Tolerance, parity_pictures
 from gfldeploy.files import native_writes, write_json
 from gfldeploy.images.decode import read_image
@@ -125,7 +125,7 @@ def detect(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine) -> list[D
     manifest = bundle.manifest
     images = [picture] * (manifest.inputs[0].shape[0] or 1)
     if engine.by_itself:
-        return list(detections(engine.infer(manifest.preprocess.pixels_of(images))))
+        return list(given_detections(engine.infer(manifest.preprocess.pixels_of(images))))
     tensor, scales = manifest.preprocess.batch_of(images)
     return detect_batch(engine, tensor, scales, manifest.nms)
 

@@ -9,8 +9,8 @@ From files to boxes, from the start of a process to its end, on the same `--imag
 data, or those in `--folder`: "plain script" is `rivals.openvino_throughput` on the bundle's ONNX file at `--size`, with
 OpenVINO's throughput hint; it keeps the boxes and writes nothing. "predict" also takes what follows `--`, such as
 `--engine onnxruntime`. `--before` adds `predict` of another checkout, and says whether its files have the same bytes.
-"network alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie ready: its CPU time
-is of these inferences alone, so that the difference is what everything else takes.
+"network alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie ready: its
+CPU time is of these inferences alone, so that the difference is what everything else takes.
 
 In the network alone, for `--seconds` on random inputs of `--size`: OpenVINO's own benchmark_app with its hints on the
 bundle's ONNX file, a loop around one session of ONNX Runtime, and what `bench` times in its offline scenario, by

@@ -8,8 +8,8 @@ Every leg is a process of its own; all are interleaved, `--rounds` times.
 From files to boxes, from the start of a process to its end, on the same `--images` images of the built-in detector's
 data, or those in `--folder`: "plain script" is `rivals.openvino_throughput` on the bundle's ONNX file at `--size`, with
 OpenVINO's throughput hint; it keeps the boxes and writes nothing. "predict" also takes what follows `--`, such as
-`--engine onnxruntime`. `--before` adds `predict` of another checkout; whether its files have the same bytes is written. "network
-alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie ready: its CPU time
+`--engine onnxruntime`. `--before` adds `predict` of another checkout, and says whether its files have the same bytes.
+"network alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie ready: its CPU time
 is of these inferences alone, so that the difference is what everything else takes.
 
 In the network alone, for `--seconds` on random inputs of `--size`: OpenVINO's own benchmark_app with its hints on the

@@ -25,6 +25,7 @@ from typing import Any
 
 from gfldeploy.errors import BundleError, reading
 
+METADATA = "gfldeploy"  # the key under which an ONNX file may say what the detector is, as JSON
 _REMEDY = "Do not use this bundle, or export it again from its checkpoint."
 _MOST_GRAPH_BYTES = 64 << 20  # of a graph without its weights; GFL-R50's are below 1 MB
 _MOST_NODES = 100_000
@@ -323,7 +324,10 @@ _ONNX_CODES = {1: "f", 6: "i", 7: "q", 11: "d"}
 
 
 def _read_onnx(data: memoryview) -> tuple[_Graph, None]:
-    model = _Message(data, {1, 2, 3, 4, 5, 6, 7, 8, 14}, "model")  # 14: what it says about itself, which nothing runs
+    model = _Message(data, {1, 2, 3, 4, 5, 6, 7, 8, 14}, "model")
+    for entry in model.messages(14, {1, 2}, "metadata"):
+        if (key := entry.text(1)) != METADATA:  # ONNX Runtime takes options of a session from one of another key
+            raise _refused(f"it has the metadata {key!r:.60}")
     for opset in model.messages(8, {1, 2}, "opset"):
         if (domain := opset.text(1)) not in ("", "ai.onnx"):
             raise _refused(f"it uses operators of the domain {domain!r:.60}")

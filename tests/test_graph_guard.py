@@ -84,7 +84,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
     "files": (node("ImageDecoder"), "operator 'ImageDecoder'"),
     "unheard of": (node("ReadFile"), "operator 'ReadFile'"),
     "function": (lambda model: model.functions.add(name="f"), "model has the field 25"),
-    "metadata": (lambda model: model.metadata_props.add(key="ort_config", value="{}"), "model has the field 14"),
+    "metadata": (lambda model: model.metadata_props.add(key="ort_config", value="{}"), "has the metadata 'ort_config'"),
     "training": (lambda model: model.training_info.add(), "model has the field 20"),
     "external data": (external, "tensor has the field 13"),
     "sparse": (lambda model: model.graph.sparse_initializer.add(), "graph has the field 15"),

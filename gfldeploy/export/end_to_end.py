@@ -14,9 +14,9 @@ from typing import Any
 from gfldeploy.bundle import END_TO_END_OUTPUTS, Manifest
 from gfldeploy.export.half import copied
 from gfldeploy.files import native_writes
+from gfldeploy.graph_guard import METADATA
 from gfldeploy.serialization import plain
 
-METADATA = "gfldeploy"  # the key under which the file says what the detector is, as JSON
 # What begins the names of values: of the network those that it reads and gives alone.
 _BEFORE, _NETWORK, _AFTER = "before.", "network.", "after."
 # Numbers of pairs of a class and an anchor that float32 holds; a level of a pyramid has mostly far fewer anchors.

@@ -22,7 +22,7 @@ from gfldeploy.export.parity import Shape, Tolerance, parity_pictures, parity_sh
 # What pictures are valid of, and by what they are taken to have been resized (y, x): a factor in the wrong place shows.
 _VALID = ((1.0, 1.0), (0.7, 1.0), (1.0, 0.55))
 _SCALE = (1.5, 1.25)
-_OUTSIDE, _EAGER = "its network with NMS outside", "PaddleDetection's own forward pass and NMS"
+_OUTSIDE, _EAGER = "its network, NMS outside", "PaddleDetection, eager"
 # Shares of detections: rounding in another order, as an engine does in another graph, can turn a decision of NMS. The
 # eager model rounds otherwise from the first layer on, and random weights make boxes that overlap and score alike: a
 # third of them were others, of a trained detector none. What goes wrong before NMS makes all of them others.

@@ -16,7 +16,8 @@ from onnx import numpy_helper, parser
 
 from gfldeploy.bundle import Graph, Manifest, TensorSpec
 from gfldeploy.detections import Detections, NmsParams, postprocess
-from gfldeploy.export.end_to_end import METADATA, obstacle, wrap
+from gfldeploy.export.end_to_end import obstacle, wrap
+from gfldeploy.graph_guard import METADATA
 from gfldeploy.images.preprocess import Preprocess
 
 ort = pytest.importorskip("onnxruntime")

@@ -266,10 +266,8 @@ class Bundle:
         preprocess = self.manifest.preprocess
         if size is not None and not (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1):
             raise ValueError(f"size must be (height, width) in pixels, not {size!r}")
-        if size is None or size == preprocess.target_size:
+        if size is None or preprocess.same_size(size):
             return self
-        if preprocess.keep_ratio and not preprocess.fixed and size == preprocess.target_size[::-1]:
-            return self  # only the shorter and the longer of the two count
         asked, own = ("x".join(map(str, sides)) for sides in (size, preprocess.target_size))
         if preprocess.fixed or self.manifest.inputs[0].shape[2:] != (None, None):
             raise BundleError(

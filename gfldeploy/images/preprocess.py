@@ -156,6 +156,11 @@ class Preprocess:
             *([{"type": "PadStride", "stride": self.pad_stride}] if self.pad_stride else []),
         ]
 
+    def same_size(self, size: tuple[int, int]) -> bool:
+        """Whether images would be resized as they are now if this, (h, w) in pixels, was the `target_size`."""
+        either = self.keep_ratio and not self.fixed  # only the shorter and the longer of the two count
+        return size == self.target_size or (either and size == self.target_size[::-1])
+
     def scales(self, height: int, width: int) -> tuple[float, float]:
         """The factors (y, x) by which an image of this size, in pixels, is resized."""
         target_h, target_w = self.target_size

@@ -138,9 +138,10 @@ def _ap_known(deploy: Deploy, own: Bundle, resized: Bundle, engine: str, options
 
 def _check_int8(own: Bundle, resized: Bundle) -> None:
     """Raise `UnsupportedError` unless `quantize` found the INT8 bundle to hold at this input size."""
-    size = size_in_words(resized.manifest.preprocess.target_size)
+    preprocess = resized.manifest.preprocess
+    size = size_in_words(preprocess.target_size)
     judged = (own.record("parity.json") or {}).get("sizes", ())
-    found = [one["problem"] for one in judged if resized.at_size(tuple(one["size"])) is resized]
+    found = [one["problem"] for one in judged if preprocess.same_size(tuple(one["size"]))]
     if not found:
         raise UnsupportedError(
             f"{own.directory} is INT8, which was not judged at {size}",

@@ -179,7 +179,8 @@ def test_tf32_is_as_the_deploy_file_says_where_it_can_be(
 def test_int8_runs_at_the_sizes_at_which_it_was_found_to_hold(tiny_bundle: Path, tmp_path: Path) -> None:
     int8 = Path(shutil.copytree(tiny_bundle, tmp_path / "int8"))
     judged = [{"size": [32, 64], "problem": None}, {"size": [48, 64], "problem": "INT8 in paddle loses 0.0060 mAP"}]
-    text = json.dumps({"sizes": judged})
+    impossible = [{"size": size, "problem": None} for size in ([0, 0], [99_999, 99_999])]  # by a bundle from elsewhere
+    text = json.dumps({"sizes": [*impossible, *judged]})
     (int8 / "parity.json").write_text(text)
     manifest = json.loads((int8 / "manifest.json").read_text()) | {"precision": "int8"}
     manifest["files"]["parity.json"] = {"sha256": "0" * 64, "bytes": len(text)}

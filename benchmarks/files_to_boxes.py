@@ -237,9 +237,11 @@ def network_alone(bundle: Path, folder: Path, options: Sequence[str]) -> Round:
     choice = choose(bundle, known.engine, threads=1, batch_size=known.batch_size)
     preprocess, paths = choice.bundle.manifest.preprocess, sorted(folder.iterdir())
     sized = [(path, preprocess.input_size(*image_size(path))) for path in paths]
-    batches = [batch for batch, _ in stream_batches(sized, choice.batch_size, choice.order)]
+    formed = list(stream_batches(sized, choice.batch_size, choice.order))
+    batches = [batch for batch, _ in formed]
+    options = choice.options.expecting((len(batch), *size) for batch, size in formed)
     seconds = cpu = 0.0
-    with open_engine(choice.engine, choice.bundle, choice.options) as engine:
+    with open_engine(choice.engine, choice.bundle, options) as engine:
         warmed = set()
         for place in range(0, len(batches), READY):
             ready = [preprocess.batch_of(list(map(read_image, one)))[0] for one in batches[place : place + READY]]

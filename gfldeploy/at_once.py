@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
@@ -25,8 +25,9 @@ def at_once(work: Callable[[T], R], jobs: Iterable[T], threads: int) -> Generato
     stopped = False
 
     def take() -> None:
-        source = iter(jobs)
+        source: Iterator[T] | None = None
         try:
+            source = iter(jobs)
             while room.acquire() and not stopped:
                 job = next(source)
                 result: Future[R] = Future()

@@ -8,6 +8,7 @@
       paddle/           model.json (PIR) and model.pdmodel (program), sharing model.pdiparams
       onnx/             model.onnx; FP32: model_fp16.onnx too; INT8: model_tensorrt.onnx too; and for each of them the
                         end_to_end.onnx, ... that deploys by itself
+      golden/           picture.png and, in golden.json, the tensor and the detections that it becomes
       calibration.json  INT8 only: scales by conv weight name
       paddledetection/  only with --with-nms: PaddleDetection's own graph, NMS included
 
@@ -36,6 +37,7 @@ from gfldeploy.text import first_of
 
 MANIFEST = "manifest.json"
 LAYERS = "layers.json"
+GOLDEN = "golden/golden.json"
 _AGAIN = "Export the bundle again."
 _DISTRUST = "Do not use this bundle."
 # What no detector reaches.

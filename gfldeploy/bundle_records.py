@@ -89,7 +89,19 @@ _SENSITIVITY = {
 }
 _RANGES = {"inputs": [float], "outputs": [{"low": float, "high": float}], "weights": [float]}
 _CALIBRATION = {"algorithm": str, "images": {str: str}, "convolutions": {str: _RANGES}, "kept_float": [tuple[str, int]]}
+_ARRAY = {"shape": [int], "dtype": str, "sha256": str}
+_GOLDEN = {
+    "picture": _ARRAY,
+    "resized": _ARRAY,
+    "im_shape": tuple[int, int],
+    "scale_factor": tuple[float, float],
+    "input": {**_ARRAY, "row": int, "values": [[float]]},
+    "detections": [{"class_id": int, "class": str, "score": float, "box": tuple[float, float, float, float]}],
+    "engine": str,
+    "tolerance": {"score": float, "box_px": float},
+}
 RECORDS: Mapping[str, Any] = {
+    "golden/golden.json": _GOLDEN,
     "parity.json": _PARITY,
     "sensitivity.json": _SENSITIVITY,
     "layers.json": {str: str},

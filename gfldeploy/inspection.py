@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import Bundle, GraphName, TensorSpec
+from gfldeploy.bundle import END_TO_END, GOLDEN, Bundle, GraphName, TensorSpec
 from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.detect import check_outputs
@@ -17,6 +17,7 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import DEFAULT_ENGINES, graph_for, load_graph, obstacle_to, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
+from gfldeploy.export.golden import compare_golden, read_golden
 from gfldeploy.files import StrPath
 from gfldeploy.macs import count_work
 from gfldeploy.progress import SILENT, Progress
@@ -134,6 +135,10 @@ def verify(bundle: StrPath, *, threads: int | None = None, progress: Progress = 
     engines = [name for name, obstacle in obstacles.items() if obstacle is None][:2]
     options = EngineOptions(manifest.precision, "cpu", usable_threads() if threads is None else threads)
     with ExitStack() as stack:
+        picture = None
+        if GOLDEN in manifest.files:
+            picture, line = read_golden(bundle)
+            lines.append(line)
         if engines:
             progress.stage(f"{'comparing' if len(engines) > 1 else 'running'} the graphs in {' and '.join(engines)}")
         graphs = [graph_for(name, manifest.precision, "cpu") for name in engines]
@@ -148,7 +153,21 @@ def verify(bundle: StrPath, *, threads: int | None = None, progress: Progress = 
             lines += [_ran(bundle, opened[0]), "its outputs were not compared: no second engine can run it here"]
         else:
             lines.append("no graph was run: no engine can run one here")
+        if picture is not None:
+            lines += [compare_golden(bundle, picture, engine) for engine in opened]
+            lines += [f"{graph}: {line}" for graph, line in _by_itself(bundle, picture, engines, options)]
     return lines + [f"not run in {name}: {obstacle.reason}" for name, obstacle in obstacles.items() if obstacle]
+
+
+def _by_itself(
+    bundle: Bundle, picture: NDArray[np.uint8], engines: Sequence[str], options: EngineOptions
+) -> Iterator[tuple[GraphName, str]]:
+    """The files that deploy by themselves, in the engines that run what is inside them."""
+    for name in engines:
+        graph = END_TO_END.get(graph_for(name, bundle.manifest.precision, "cpu"))
+        if graph is not None and bundle.has_graph(graph):
+            with load_graph(name, bundle, options, graph) as engine:
+                yield graph, compare_golden(bundle, picture, engine)
 
 
 def _compared(bundle: Bundle, first: Engine, second: Engine, graph: GraphName | None = None) -> list[str]:

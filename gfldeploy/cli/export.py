@@ -54,6 +54,13 @@ def _candidates(word: str) -> int | str:
     show_default=True,
     help="Add the ONNX files that deploy by themselves: pixels in, detections out.",
 )
+@click.option(
+    "--golden",
+    type=options.FILE,
+    metavar="IMAGE",
+    show_default="a drawn picture",
+    help="An image, reduced to 512 px, that the bundle holds with the detections in it, for checking ports of it.",
+)
 @options.THREADS
 def command(**given: Any) -> None:
     """Turn a trained GFL into a bundle: Paddle and ONNX graphs without NMS, BatchNorm folded.

@@ -111,10 +111,12 @@ def command(bundles: tuple[Path, ...], data: Path | None, output: Path, check: P
     click.echo(f"Wrote {output}")
 
 
-def _size(cell: Cell) -> str | None:
+def _size(deploy: Deploy, cell: Cell) -> str | None:
+    """Where there were several input sizes."""
     from gfldeploy.batching.buckets import size_in_words
 
-    return None if cell.input_size is None else size_in_words(cell.input_size)
+    own = None if deploy.sizes is None else "own"
+    return own if cell.input_size is None else size_in_words(cell.input_size)
 
 
 def _show(deploy: Deploy) -> None:
@@ -128,7 +130,7 @@ def _show(deploy: Deploy) -> None:
         Column("precision", "precision", lambda one: one[1].cell.precision, words=True),
         Column("tf32", "TF32", lambda one: "yes" if one[1].cell.tf32 else None, words=True),
         Column("bundle", "bundle", lambda one: one[1].cell.bundle.directory, words=True, drop=8),
-        Column("input_size", "at", lambda one: _size(one[1].cell), words=True, drop=1),
+        Column("input_size", "input size", lambda one: _size(deploy, one[1].cell), words=True, drop=1),
         Column("batch_size", "batch", lambda one: one[1].cell.batch_size),
         Column("order", "order", lambda one: one[1].cell.order, words=True, drop=3),
         Column("threads", "threads", lambda one: one[1].cell.threads, drop=2),

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.bundle import END_TO_END, Bundle, GraphName
 from gfldeploy.engines.hardware import FIRST_WITH_TF32, compute_capabilities, usable_threads
 from gfldeploy.errors import EngineError, UnsupportedError
 from gfldeploy.progress import SILENT, Progress
@@ -257,7 +257,8 @@ class Engine(ClosesOnExit):
     from a cache. `queued`: inferences beyond the streams that should wait in the engine: where threads of its own run
     them, a stream then never waits for the next. `delegated`: which parts of the graph run in another library, in
     words. `cuda_graph`: whether inferences replay a CUDA graph, or why not, in words; None where there was no reason to
-    try. `directory`: where it keeps what it built, None for nowhere.
+    try. `directory`: where it keeps what it built, None for nowhere. `by_itself`: the graph takes what
+    `Preprocess.pixels_of` gives, and gives detections.
     """
 
     name: str
@@ -275,6 +276,7 @@ class Engine(ClosesOnExit):
         """Find the graph's files. Raises `BundleError`."""
         self.options = options
         self._graph = graph
+        self.by_itself = graph in END_TO_END.values()
         self._model, self._params = bundle.graph(graph)
         self._outputs = list(bundle.outputs(graph))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,13 @@ def detections_of(
     return [
         replace(one, may_lack_below=may_lack_below(each, one, nms)) for each, one in zip(scores, found, strict=True)
     ]
+
+
+def given_detections(outputs: Mapping[str, NDArray[Any]]) -> Iterator[Detections]:
+    """Those of each image that a file that deploys by itself gives, by the names of its outputs."""
+    for image, count in enumerate(outputs["count"].tolist()):
+        boxes, scores, classes = (outputs[name][image, :count] for name in ("boxes", "scores", "classes"))
+        yield Detections(boxes, scores, classes.astype(np.int64))
 
 
 def check_outputs(

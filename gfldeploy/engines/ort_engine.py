@@ -51,6 +51,7 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
     title = "ONNX Runtime"
+    rewrites = True  # an INT8 graph before it is loaded for a CPU, see `ort_rewrite`
     # Of its first provider, to replay inputs of one shape as a CUDA graph; none: it is not tried.
     graph_options: Mapping[str, str] = {"enable_cuda_graph": "True", "cudnn_conv_algo_search": "EXHAUSTIVE"}
     own_sessions = 2  # for so many known shapes, one each: two orientations; each has the weights once more
@@ -216,7 +217,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _source(self) -> str | bytes:
         """What a session loads: the file, or its content with changes that make INT8 faster on CPUs."""
-        if (self.options.precision, self.options.device) != ("int8", "cpu"):
+        if not self.rewrites or (self.options.precision, self.options.device) != ("int8", "cpu"):
             return str(self._model)
         preprocess, strides = self._manifest.preprocess, self._manifest.strides
         even = (preprocess.pad_stride or math.gcd(*preprocess.target_size)) % 2 == 0

@@ -363,7 +363,7 @@ def _split_stem(graph: _QdqGraph) -> bool:
     """
     from onnx import helper
 
-    (image,) = (value.name for value in graph.graph.input)
+    image = graph.graph.input[0].name
     quantize = graph.readers[image][0] if len(graph.readers[image]) == 1 else None
     if quantize is None or quantize.op_type != "QuantizeLinear":
         return False

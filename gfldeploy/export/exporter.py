@@ -30,18 +30,20 @@ from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph
+from gfldeploy.engines.registry import ENGINES, JUDGES, capability, load_graph, open_engine
 from gfldeploy.errors import ConfigError, EngineError, GfldeployError, ParityError, UsageError
 from gfldeploy.export import half, parity
 from gfldeploy.export.checkpoint import load_checkpoint, locate_checkpoint
 from gfldeploy.export.config import DetectorConfig, load_detector_config
 from gfldeploy.export.end_to_end import obstacle, write_end_to_end
 from gfldeploy.export.end_to_end_parity import EndToEndComparison, compare_end_to_end, compare_with_eager
+from gfldeploy.export.golden import golden_picture, write_golden
 from gfldeploy.export.heads import HEADS, HeadSpec
 from gfldeploy.export.levels import check_levels
 from gfldeploy.export.model_builder import build_model
 from gfldeploy.export.weights import fit_weights, set_random_weights
 from gfldeploy.files import StrPath, check_target, sha256, write_json, write_text
+from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
 from gfldeploy.progress import SILENT, Progress
@@ -63,6 +65,7 @@ def export_bundle(
     candidates: int | Literal["auto", "all"] = "auto",
     with_nms: bool = False,
     end_to_end: bool = True,
+    golden: StrPath | None = None,
     threads: int | None = None,
     force: bool = False,
     command: str = "",
@@ -82,6 +85,8 @@ def export_bundle(
         candidates: How many anchors of an image the graphs decode, those with the highest scores. "auto" is a number
             that loses nothing of test pictures, or all.
         with_nms: Add PaddleDetection's own graph with NMS, for its deploy tools. Needs a free input size.
+        golden: An image for the bundle to hold, with what it finds in it, for checking ports: reduced to 512 px, as
+            PNG. By default a drawn one.
         end_to_end: Add, around each ONNX graph, the file that takes pixels and gives detections.
         threads: CPU threads; all available by default.
         force: Replace an existing bundle at `output`.
@@ -112,6 +117,7 @@ def export_bundle(
     if isinstance(candidates, int) and not 1 <= candidates <= MOST_CANDIDATES:
         raise UsageError(f"{candidates} candidates cannot be chosen in the graph", f"Give 1 to {MOST_CANDIDATES}.")
     check_target(output, force=force)
+    picture = golden_picture(None if golden is None else read_image(Path(golden)))
     arrays = load_checkpoint(checkpoint) if checkpoint is not None else None
     progress.stage("loading Paddle and building the eager model")
     loaded = load_detector_config(config)
@@ -164,6 +170,7 @@ def export_bundle(
                 parity.check_paddledetection(detector, directory / "paddledetection", images[0], references[0])
             export.add_half()
             export.add_end_to_end(end_to_end)
+            export.add_golden(picture)
             write_json(directory / "parity.json", export.parity_record())
             _write_infer_cfg(directory / "infer_cfg.yml", export.manifest)
             if with_nms:
@@ -297,6 +304,13 @@ class _Export:
                     args = (graph, whole, (batch, height, width), eager, self.manifest, allowed)
                     found.append(compare_with_eager(*args))
         self.compared_end_to_end += found
+
+    def add_golden(self, picture: NDArray[np.uint8]) -> None:
+        """Write the picture and what the detector finds in it. Raises `EngineError` and `OutputError`."""
+        bundle, options = Bundle(self.directory, self.manifest), EngineOptions("fp32", "cpu", self.threads)
+        name: str = "onnxruntime" if bundle.has_graph("onnx") else "paddle"
+        with open_engine(name, bundle, options) as engine:
+            write_golden(bundle, picture, engine, self.tolerance.times(2.0))
 
     def parity_record(self) -> dict[str, Any]:
         """`parity.json`."""

@@ -191,23 +191,50 @@ class Preprocess:
 
         _check_image(image)
         size = original or (image.shape[0], image.shape[1])
-        scale_y, scale_x = self.scales(*size)
         height, width = self.resized_size(*size)
         if out.dtype != np.float32 or out.ndim != 3 or out.shape[0] != 3 or out.strides[2] != out.itemsize:
             raise ValueError(f"out must be float32 [3, H, W], not {out.dtype} {list(out.shape)}")
         if out.shape[1] < height or out.shape[2] < width:
             raise ValueError(f"out {list(out.shape)} does not hold an image of {height} x {width}")
-        if image.shape[:2] == size:
-            # By factors, not by size: OpenCV samples at fx and fy themselves, and so does PaddleDetection.
-            resized = cv2.resize(image, None, None, fx=scale_x, fy=scale_y, interpolation=self.interp)
-        else:
-            resized = cv2.resize(image, (width, height), interpolation=self.interp)
+        resized = self._resized(image, size)
         table = self.table
         for channel, plane in enumerate(cv2.split(resized)):
             cv2.LUT(plane, table[channel], dst=out[channel, :height, :width])
         out[:, height:] = 0
         out[:, :height, width:] = 0
-        return scale_y, scale_x
+        return self.scales(*size)
+
+    def _resized(self, image: NDArray[np.uint8], original: tuple[int, int]) -> NDArray[np.uint8]:
+        """The image, uint8 [h, w, 3], in the size that one of the size `original` gets."""
+        import cv2
+
+        if image.shape[:2] == original:
+            # By factors, not by size: OpenCV samples at fx and fy themselves, and so does PaddleDetection.
+            y, x = self.scales(*original)
+            return cv2.resize(image, None, None, fx=x, fy=y, interpolation=self.interp)  # type: ignore[no-any-return]
+        size = self.resized_size(*original)[::-1]
+        return cv2.resize(image, size, interpolation=self.interp)  # type: ignore[no-any-return]
+
+    def pixels_of(self, images: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[Any]]:
+        """RGB images, uint8 [h, w, 3], as the file that deploys by itself takes them (`export.end_to_end`): resized.
+
+        Beside and below the smaller ones are zeros, which the file does not look at. Raises `DataError` as `__call__`.
+        """
+        for image in images:
+            _check_image(image)
+        sizes = [self.resized_size(*image.shape[:2]) for image in images]
+        height, width = (max(sides) for sides in zip(*sizes, strict=True))
+        if self.fixed:
+            height, width = self.padded_size(height, width)
+        pixels = np.zeros((len(images), height, width, 3), np.uint8)
+        for row, image, (height, width) in zip(pixels, images, sizes, strict=True):
+            row[:height, :width] = self._resized(image, (image.shape[0], image.shape[1]))
+        scales = [self.scales(*image.shape[:2]) for image in images]
+        return {
+            "image": pixels,
+            "im_shape": np.array(sizes, np.int32),
+            "scale_factor": np.array(scales, np.float32),
+        }
 
     def batch_of(
         self,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from gfldeploy.bundle import END_TO_END, Bundle, Graph, GraphName
 from gfldeploy.engines.base import Engine, EngineOptions
-from gfldeploy.engines.registry import graph_for, load_graph
 from gfldeploy.errors import EngineError, ParityError
 from gfldeploy.export import half
 from gfldeploy.export.end_to_end import obstacle, write_end_to_end
 from gfldeploy.export.end_to_end_parity import EndToEndComparison, compare_end_to_end
 from gfldeploy.quant.evaluation import Evaluation, Evaluator
 from gfldeploy.quant.gate import Int8Measurement, failure
-from gfldeploy.quant.measurement import PlainOpenVino, SimulatedTensorRT, int8_engines
+from gfldeploy.quant.measurement import PlainOnnxRuntime, PlainOpenVino, SimulatedTensorRT, int8_engines
 from gfldeploy.quant.tensorrt import check_tensorrt
 
 # An engine may round a number between two INT8 convolutions the other way in another graph: a step of 1/127.
@@ -34,8 +33,8 @@ def add_end_to_end(evaluation: Evaluation, evaluator: Evaluator) -> EndToEndFile
     """Write them into the directory of the INT8 bundle that passed the gate.
 
     In each engine a file must give the detections of the graph that it is made around, and TensorRT's must keep its
-    rules. OpenVINO without gfldeploy runs the graph otherwise, and has to pass the gate on its own. What does not hold
-    is left out with the reason; where FP32 has no such file, INT8 has none either. Raises `OutputError`.
+    rules. Without gfldeploy engines run the graph otherwise, and have to pass the gate once more. What does not hold is
+    left out with the reason; where FP32 has no such file, INT8 has none either. Raises `OutputError`.
     """
     bundle = evaluation.evaluated.bundle
     manifest, kept = bundle.manifest, len(evaluation.evaluated.kept)
@@ -86,22 +85,26 @@ def _engines(
     bundle: Bundle, around: GraphName, graph: GraphName, options: EngineOptions
 ) -> Iterator[tuple[Engine, Engine]]:
     """Each that runs the graph in INT8 here, with the graph and with the file."""
-    if around == "onnx_tensorrt":
-        yield SimulatedTensorRT(bundle, options, around), SimulatedTensorRT(bundle, options, graph)
-        return
-    for name in int8_engines():
-        if name == "openvino":
-            yield PlainOpenVino(bundle, options, around), PlainOpenVino(bundle, options, graph)
-        elif graph_for(name, "int8", "cpu") == around:
-            yield load_graph(name, bundle, options, around), load_graph(name, bundle, options, graph)
+    classes = _plain() if around == "onnx" else [SimulatedTensorRT]
+    for engine in classes:
+        yield engine(bundle, options, around), engine(bundle, options, graph)
+
+
+def _plain() -> list[Callable[[Bundle, EngineOptions, GraphName], Engine]]:
+    """Those that are installed and run the file in INT8, without what gfldeploy changes before they load it."""
+    classes: dict[str, Callable[[Bundle, EngineOptions, GraphName], Engine]] = {
+        "onnxruntime": PlainOnnxRuntime,
+        "openvino": PlainOpenVino,
+    }
+    return [engine for name, engine in classes.items() if name in int8_engines()]
 
 
 def _judged(bundle: Bundle, evaluator: Evaluator, kept: int) -> dict[str, Int8Measurement]:
-    """What OpenVINO makes of the graph as it is. Raises `ParityError` where the gate does not hold."""
+    """What engines make of the graph as it is. Raises `ParityError` where the gate does not hold."""
     found: dict[str, Int8Measurement] = {}
     fp32 = evaluator.fp32_reference
-    if "openvino" in int8_engines():
-        with PlainOpenVino(bundle, _options(evaluator), "onnx") as engine:
+    for opened in _plain():
+        with opened(bundle, _options(evaluator), "onnx") as engine:
             found[engine.name] = fp32.measured(engine, engine.name, "INT8", evaluator.progress)
     if problem := failure(found, fp32.accuracy, evaluator.limits, kept) if found else None:
         raise problem

@@ -20,8 +20,8 @@ DEFAULT_MIN_AGREEMENT = 0.9
 MIN_INT8_SHARE = 0.9
 # No engine: how the TensorRT file is measured, and what that is called everywhere.
 SIMULATED_TENSORRT = "tensorrt, simulated"
-# What OpenVINO makes of the file without gfldeploy, which changes the graph before it is compiled.
-PLAIN_OPENVINO = "openvino, plain"
+# What engines make of the file without gfldeploy, which changes the graph before they load it.
+PLAIN_ONNX_RUNTIME, PLAIN_OPENVINO = "onnxruntime, plain", "openvino, plain"
 
 _REMEDY = "Try another --algo (auto tries several), more --samples, or calibration images like those you deploy on."
 

@@ -20,7 +20,7 @@ from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
-from gfldeploy.quant.gate import PLAIN_OPENVINO, SIMULATED_TENSORRT, Int8Measurement
+from gfldeploy.quant.gate import PLAIN_ONNX_RUNTIME, PLAIN_OPENVINO, SIMULATED_TENSORRT, Int8Measurement
 
 
 def int8_engines() -> tuple[str, ...]:
@@ -115,6 +115,13 @@ class SimulatedTensorRT(OnnxRuntimeEngine):
         # It would fuse some convolutions into its own INT8 kernels, and round their biases for that.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
+
+
+class PlainOnnxRuntime(OnnxRuntimeEngine):
+    """A file in ONNX Runtime as it is, for those who deploy it without gfldeploy."""
+
+    name = PLAIN_ONNX_RUNTIME
+    rewrites = False
 
 
 class PlainOpenVino(OpenVinoEngine):

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.batching.buckets import Size
-from gfldeploy.bundle import LAYERS, Bundle, write_bundle
+from gfldeploy.bundle import GOLDEN, LAYERS, Bundle, write_bundle
+from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import capability
+from gfldeploy.engines.registry import REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
+from gfldeploy.export import half
+from gfldeploy.export.golden import golden_picture, read_golden, write_golden
 from gfldeploy.files import StrPath, check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
@@ -183,11 +186,19 @@ def quantize_bundle(
             path.rename(directory / path.name)
         shutil.rmtree(evaluator.scratch)
         write_json(directory / "parity.json", record)
+        made = Bundle(directory, end_to_end.bundle.manifest)
+        with open_engine(REFERENCE_ENGINE, made, EngineOptions("int8", "cpu", threads)) as engine:
+            write_golden(made, _golden_picture(source), engine, half.TOLERANCE)
         for name in _COPIED:
             shutil.copyfile(source.directory / name, directory / name)
         progress.stage(f"publishing {output} ({chosen.algorithm})")
         manifests.append(int8_manifest(source, end_to_end.bundle.manifest, chosen.algorithm, len(paths), command))
     return Bundle.open(output)
+
+
+def _golden_picture(source: Bundle) -> NDArray[np.uint8]:
+    """That of the FP32 bundle; older ones have none."""
+    return golden_picture(read_golden(source)[0] if GOLDEN in source.manifest.files else None)
 
 
 def _method(name: str, distill_steps: int | None) -> QuantMethod:

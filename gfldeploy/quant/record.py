@@ -13,7 +13,14 @@ from gfldeploy.batching.buckets import size_in_words
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.quant.end_to_end import EndToEndFiles
 from gfldeploy.quant.evaluation import Evaluation, SizeEvaluation
-from gfldeploy.quant.gate import PLAIN_OPENVINO, SIMULATED_TENSORRT, Candidate, GateLimits, Int8Measurement
+from gfldeploy.quant.gate import (
+    PLAIN_ONNX_RUNTIME,
+    PLAIN_OPENVINO,
+    SIMULATED_TENSORRT,
+    Candidate,
+    GateLimits,
+    Int8Measurement,
+)
 from gfldeploy.quant.groups import groups
 from gfldeploy.quant.measurement import Fp32Reference
 from gfldeploy.quant.speed import Speed
@@ -21,6 +28,7 @@ from gfldeploy.serialization import plain
 
 _NOTES = {
     SIMULATED_TENSORRT: "onnx/model_tensorrt.onnx in ONNX Runtime on the CPU, float between Q and DQ: no TensorRT ran",
+    PLAIN_ONNX_RUNTIME: "the graph as onnx/end_to_end.onnx has it, in ONNX Runtime without gfldeploy",
     PLAIN_OPENVINO: "the graph as onnx/end_to_end.onnx has it, in OpenVINO without gfldeploy",
 }
 

@@ -130,6 +130,16 @@ def test_an_error_comes_in_its_place(error: BaseException, where: str) -> None:
     assert threads() == set()
 
 
+def test_what_gives_no_jobs_is_an_error_of_the_first() -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[int]:
+            raise OSError("no jobs today")
+
+    with pytest.raises(OSError, match="no jobs today"):
+        next(at_once(lambda number: number, Broken(), 2))
+    assert threads() == set()
+
+
 def test_closing_ends_what_is_behind_too() -> None:
     closed = []
 

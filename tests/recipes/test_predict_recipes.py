@@ -48,12 +48,26 @@ def test_what_the_pipeline_costs(tiny_bundle: Path, tiny_coco: Path, tmp_path: P
 def test_predict_beside_a_plain_script(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (tmp_path / "rivals.py").write_text((BENCHMARKS / "rivals.py").read_text())
-    options = ("--images", 4, "--rounds", 2, "--size", 64, 96, "--before", BENCHMARKS.parent, "--", "--batch-size", 2)
-    shown, record = run("files_to_boxes.py", tmp_path, "--bundle", tiny_bundle, *options)
+    options = ("--images", 4, "--rounds", 2, "--size", 64, 96, "--before", BENCHMARKS.parent, "--no-network")
+    shown, record = run("files_to_boxes.py", tmp_path, "--bundle", tiny_bundle, *options, "--", "--batch-size", 2)
     assert "| plain script | " in shown and "| network alone | " in shown
     assert {name: len(rounds) for name, rounds in record["rounds"].items()} == dict.fromkeys(
         ("plain script", "predict", "predict before", "network alone"), 2
     )
+
+
+def test_the_network_beside_benchmark_app(tiny_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "rivals.py").write_text((BENCHMARKS / "rivals.py").read_text())
+    options = ("--no-files", "--rounds", 1, "--size", 64, 96, "--seconds", 0.2, "--batch-sizes", 2)
+    shown, record = run("files_to_boxes.py", tmp_path, "--bundle", tiny_bundle, *options)
+    rates = record["network_images_per_s"]
+    assert next(iter(rates)) == "benchmark_app, throughput hint" and "onnxruntime, one session" in rates
+    assert {"gfldeploy, openvino fp32, 1 stream, batch 2", "gfldeploy, onnxruntime fp32, 1 stream, batch 2"} <= set(
+        rates
+    )
+    assert all(len(each) == 1 and each[0] > 0 for each in rates.values())
+    assert all(f"| {name} | " in shown for name in rates)
 
 
 def test_what_fast_decoding_changes(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:

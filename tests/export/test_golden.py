@@ -1,0 +1,119 @@
+"""A bundle says what one picture has to become: verify, other engines and programs without gfldeploy are held to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import demo_bundles
+import numpy as np
+import pytest
+
+from gfldeploy.bundle import GOLDEN, Bundle, Graph, write_bundle
+from gfldeploy.detections import pairwise_iou
+from gfldeploy.engines.base import EngineOptions
+from gfldeploy.engines.registry import load_graph, open_engine
+from gfldeploy.errors import ParityError
+from gfldeploy.export.end_to_end import write_end_to_end
+from gfldeploy.export.golden import PICTURE, compare_golden, golden_picture, read_golden, write_golden
+from gfldeploy.export.parity import TOLERANCE
+from gfldeploy.inspection import verify
+
+pytest.importorskip("onnxruntime")
+
+EXAMPLE = demo_bundles.ROOT / "examples/python/detect.py"
+# What a machine without gfldeploy and its packages lacks.
+ALONE = """
+import runpy, sys
+for name in ("gfldeploy", "cv2", "onnx", "paddle", "openvino"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with the file that deploys by itself and a golden picture. Read it, do not change it."""
+    source, target = Bundle.open(tiny_bundle), tmp_path_factory.mktemp("golden") / "tiny"
+    with write_bundle(target) as (directory, manifests):
+        shutil.copytree(tiny_bundle / "onnx", directory / "onnx")
+        graphs = {**source.manifest.graphs, "end_to_end": Graph("onnx/end_to_end.onnx")}
+        made = Bundle(directory, replace(source.manifest, graphs=graphs, files={}))
+        write_end_to_end(made.graph("onnx")[0], made.graph("end_to_end")[0], made.manifest)
+        with open_engine("onnxruntime", made, EngineOptions()) as engine:
+            write_golden(made, golden_picture(None), engine, TOLERANCE)
+        manifests.append(made.manifest)
+    return target
+
+
+def printed_by_the_example(bundle: Path, least_score: float) -> list[tuple[str, float, list[float]]]:
+    """Class, score and box of each line."""
+    arguments = [EXAMPLE, bundle / "onnx/end_to_end.onnx", bundle / PICTURE, least_score]
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = [line.split() for line in ended.stdout.splitlines()]
+    return [(name, float(score), [float(one) for one in box]) for name, score, *box in rows]
+
+
+def check_example(bundle: Path, least_score: float) -> None:
+    """It prints the golden detections; its interpolation rounds a pixel here and there the other way."""
+    golden = json.loads((bundle / GOLDEN).read_text())["detections"]
+    expected = [one for one in golden if one["score"] >= least_score + 0.01]
+    found = printed_by_the_example(bundle, least_score)
+    assert expected
+    for one in expected:
+        same = [row for row in found if row[0] == one["class"] and abs(row[1] - one["score"]) < 0.01]
+        boxes = np.array([row[2] for row in same], np.float32).reshape(-1, 4)
+        assert pairwise_iou(np.array([one["box"]], np.float32), boxes).max(initial=0) > 0.98
+
+
+def test_verify_compares_the_file_and_the_engines_with_what_was_expected(whole: Path) -> None:
+    pytest.importorskip("openvino")
+    lines = verify(whole, threads=1)
+    assert f"{PICTURE} becomes the tensor that it became where the bundle was made" in lines
+    for line in ("onnxruntime finds", "openvino finds", "end_to_end: onnxruntime finds", "end_to_end: openvino finds"):
+        (found,) = (one for one in lines if one.startswith(line))
+        assert "1 of 1 expected detections" in found
+
+
+def test_the_example_needs_nothing_of_gfldeploy(whole: Path) -> None:
+    check_example(whole, 0.5)
+
+
+def test_another_detection_than_expected(whole: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(whole, tmp_path / "spoilt"))
+    record = json.loads((bundle.directory / GOLDEN).read_text())
+    record["detections"][0]["box"][2] += 5
+    (bundle.directory / GOLDEN).write_text(json.dumps(record))
+    picture, _ = read_golden(bundle)
+    with (
+        load_graph("onnxruntime", bundle, EngineOptions(), "end_to_end") as engine,
+        pytest.raises(ParityError, match="does not give 1 of the 1 detections that onnxruntime gave"),
+    ):
+        compare_golden(bundle, picture, engine)
+
+
+def test_numbers_that_another_version_would_give(whole: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(whole, tmp_path / "spoilt"))
+    record = json.loads((bundle.directory / GOLDEN).read_text())
+    record["resized"]["sha256"] = "0" * 64
+    (bundle.directory / GOLDEN).write_text(json.dumps(record))
+    assert "is resized otherwise" in read_golden(bundle)[1]
+
+
+def test_a_picture_of_the_users_is_made_small() -> None:
+    given = np.random.default_rng(0).integers(0, 256, (600, 1024, 3)).astype(np.uint8)
+    assert golden_picture(given).shape == (300, 512, 3)
+    assert golden_picture(given[:300, :400]) is not None and golden_picture(given[:300, :400]).shape == (300, 400, 3)
+
+
+@pytest.mark.slow
+def test_the_example_prints_the_golden_detections_of_the_demo(trained: Path) -> None:
+    check_example(trained, 0.1)

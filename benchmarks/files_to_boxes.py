@@ -8,9 +8,9 @@ Every leg is a process of its own; all are interleaved, `--rounds` times.
 From files to boxes, from the start of a process to its end, on the same `--images` images of the built-in detector's
 data, or those in `--folder`: "plain script" is `rivals.openvino_throughput` on the bundle's ONNX file at `--size`, with
 OpenVINO's throughput hint; it keeps the boxes and writes nothing. "predict" also takes what follows `--`, such as
-`--engine onnxruntime`. `--before` adds `predict` of another checkout, whose files must have the same bytes. "network
-alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie ready: its CPU time
-is of these inferences alone, so that the difference is what everything else takes.
+`--engine onnxruntime`. `--before` adds `predict` of another checkout, and says whether its files have the same bytes.
+"network alone" is the inferences that `predict` makes, one after the other in one thread, on inputs that lie ready: its
+CPU time is of these inferences alone, so that the difference is what everything else takes.
 
 In the network alone, for `--seconds` on random inputs of `--size`: OpenVINO's own benchmark_app with its hints on the
 bundle's ONNX file, a loop around one session of ONNX Runtime, and what `bench` times in its offline scenario, by
@@ -83,6 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     files: dict[str, list[Round]] = {}
     rates: dict[str, list[float]] = {}
+    same_bytes = True
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or generate(Path(scratch), "val", args.images).parent / "images"
         images = len(list(folder.iterdir()))
@@ -90,7 +91,8 @@ def main() -> None:
         legs = network_legs(args.bundle, args.size, args.batch_sizes, args.seconds)
         for number in range(-1, args.rounds):  # the first fills caches, and does not count
             if not args.no_files:
-                took = race(args.bundle, folder, Path(scratch), checkouts, args.size, number, args.options)
+                took, same = race(args.bundle, folder, Path(scratch), checkouts, args.size, number, args.options)
+                same_bytes &= same
                 if number >= 0:
                     files = {name: [*files.get(name, ()), one] for name, one in took.items()}
             if number >= 0 and not args.no_network:
@@ -100,10 +102,13 @@ def main() -> None:
         "machine": plain(describe_machine()), "images": images, "size": list(args.size), "options": args.options,
         "rounds": {name: [list(one) for one in rounds] for name, rounds in files.items()},
         "network_images_per_s": {name: rates[name] for name in legs if name in rates},
+        **({"same_bytes": same_bytes} if args.before else {}),
     }  # fmt: skip
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_files_to_boxes.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, record)
+    if not same_bytes:
+        print(f"{BEFORE} wrote other bytes")
     if files:
         print(table({name: files[name] for name in (PLAIN, *checkouts, NETWORK)}, images))
     if rates:
@@ -124,8 +129,8 @@ def race(
     size: Sequence[int],
     number: int,
     options: Sequence[str],
-) -> dict[str, Round]:
-    """What each leg from files to boxes took in this round."""
+) -> tuple[dict[str, Round], bool]:
+    """What each leg from files to boxes took in this round, and whether all checkouts wrote the same bytes."""
     model, _ = Bundle.open(bundle).graph("onnx")
     rival: list[object] = [sys.executable, HERE / "rivals.py", model, folder, *size]
     found: dict[str, Round] = {}
@@ -140,9 +145,7 @@ def race(
             command = [sys.executable, "-P", "-m", "gfldeploy", "predict", bundle, folder, "-o", output, "--force"]
             found[name], _ = process([*command, *options], PYTHONPATH=str(checkouts[name].absolute()))
             bytes_of[name] = {one: (output / one).read_bytes() for one in files_below(output) if one != NOTE}
-    if any(one != bytes_of[PREDICT] for one in bytes_of.values()):
-        raise SystemExit(f"{BEFORE} wrote other bytes")
-    return found
+    return found, all(one == bytes_of[PREDICT] for one in bytes_of.values())
 
 
 def network_legs(

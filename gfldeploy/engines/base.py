@@ -270,6 +270,7 @@ class Engine(ClosesOnExit):
     delegated: str | None = None
     cuda_graph: str | None = None
     directory: Path | None = None
+    by_itself: bool = False
     _share_runs = 3  # inferences that `convolution_share` measures
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:

@@ -310,9 +310,11 @@ def test_auto_publishes_the_best_and_the_table(
     made = quantize_bundle(**tiny, eval_data=tiny_coco)
     assert made.manifest.provenance["quantized"]["algorithm"] == "avg"
     assert made.manifest.graphs["onnx"] == Graph("onnx/model.onnx")
+    assert made.manifest.graphs["end_to_end"] == Graph("onnx/end_to_end.onnx") and not made.manifest.left_out
     assert algorithm_of(made) == "avg"
     assert {path.name for path in made.directory.iterdir()} == {
         "calibration.json",
+        "golden",
         "infer_cfg.yml",
         "layers.json",
         "manifest.json",

@@ -1,6 +1,5 @@
 // detect_onnxruntime BUNDLE/onnx/end_to_end.onnx PICTURE [LEAST_SCORE]: what the file finds there, in ONNX Runtime.
 #include "detector.hpp"
-
 #include <onnxruntime_cxx_api.h>
 
 template <typename T>
@@ -16,7 +15,7 @@ int main(int argc, char** argv) try {
     Ort::Session session(environment, argv[1], Ort::SessionOptions());
     Ort::AllocatorWithDefaultOptions allocator;
     const auto text = session.GetModelMetadata().LookupCustomMetadataMapAllocated("gfldeploy", allocator);
-    if (!text) throw std::runtime_error("the file has no metadata of gfldeploy: give end_to_end.onnx of a bundle");
+    if (!text) throw std::runtime_error("give end_to_end.onnx of a bundle");
     const auto about = nlohmann::json::parse(text.get());
     const auto shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
     auto [images, height, width, image, im_shape, scale_factor] = inputs_of(read_picture(argv[2]), about, shape);

@@ -1,12 +1,12 @@
 // detect_openvino BUNDLE/onnx/end_to_end.onnx PICTURE [LEAST_SCORE]: what the file finds there, in OpenVINO.
 #include "detector.hpp"
-
 #include <openvino/openvino.hpp>
 
 int main(int argc, char** argv) try {
     if (argc < 3) throw std::runtime_error("give the file and a picture, and the least score if it is not 0.4");
     ov::Core core;
     const auto model = core.read_model(argv[1]);
+    if (!model->has_rt_info("framework", "gfldeploy")) throw std::runtime_error("give end_to_end.onnx of a bundle");
     const auto about = nlohmann::json::parse(model->get_rt_info<std::string>("framework", "gfldeploy"));
     std::vector<std::int64_t> shape;
     for (const auto& side : model->input("image").get_partial_shape()) shape.push_back(side.get_max_length());

@@ -65,7 +65,7 @@ inline std::vector<Place> places(int resized, int original, double factor) {
     return result;
 }
 
-// Linear interpolation in the whole numbers of OpenCV's INTER_LINEAR, with which detectors are trained: the same pixels.
+// Linear interpolation in the integers of OpenCV's INTER_LINEAR, with which detectors are trained: the same pixels.
 inline Picture resize(const Picture& picture, double factor_y, double factor_x) {
     Picture resized(int(std::lrint(picture.height * factor_y)), int(std::lrint(picture.width * factor_x)));
     const auto columns = places(resized.width, picture.width, factor_x);

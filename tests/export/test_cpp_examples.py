@@ -124,4 +124,7 @@ def test_what_cannot_be_read_is_said(built: Path, name: str, trained: Path, tmp_
         ended = run(program(built, name), model, picture)
         assert (ended.returncode, ended.stdout) == (1, "")
         assert ended.stderr.startswith("Error: ")
-    assert run(program(built, name)).returncode == 1
+    for arguments in ((), (trained / "onnx/model.onnx", trained / PICTURE)):
+        ended = run(program(built, name), *arguments)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr.startswith("Error: give ")

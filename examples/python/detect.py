@@ -1,7 +1,4 @@
-"""Detect objects with the file of a bundle that deploys by itself. Needs onnxruntime, numpy and Pillow.
-
-python detect.py bundle/onnx/end_to_end.onnx picture.png [LEAST_SCORE]
-"""
+"""What the file finds in a picture: python detect.py BUNDLE/onnx/end_to_end.onnx PICTURE [LEAST_SCORE]"""
 
 import json
 import sys
@@ -13,24 +10,28 @@ from PIL import Image
 
 def factors(height, width, rule):
     """By which an image is resized, as PaddleDetection does it: (y, x)."""
-    target_height, target_width = rule["target_size"]
-    if not rule["keep_ratio"]:
-        return target_height / height, target_width / width
-    if rule["fixed"]:
-        factor = min(target_height / height, target_width / width)
-    else:
-        shorter, longer = sorted(rule["target_size"])
-        factor = min(shorter / min(height, width), longer / max(height, width))
-    return factor, factor
+    target, (shorter, longer) = rule["target_size"], sorted(rule["target_size"])
+    y, x = target[0] / height, target[1] / width
+    if rule["keep_ratio"]:
+        y = x = min(y, x) if rule["fixed"] else min(shorter / min(height, width), longer / max(height, width))
+    return y, x
 
 
-def resize(image, factor, axis):
-    """Along one axis, as OpenCV's linear interpolation does it: without Pillow's smoothing, which gives other boxes."""
-    size = image.shape[axis]
-    places = np.clip((np.arange(round(size * factor)) + 0.5) / factor - 0.5, 0, size - 1)
-    low = places.astype(int)
-    share = (places - low).reshape([-1 if one == axis else 1 for one in range(3)])
-    return image.take(low, axis) * (1 - share) + image.take(np.minimum(low + 1, size - 1), axis) * share
+def places(size, factor):
+    """Of each pixel of a resized side: the two that it lies between, and their weights in 2048ths."""
+    at = ((np.arange(round(size * factor)) + 0.5) * (1 / factor) - 0.5).astype(np.float32)
+    low = np.floor(at)
+    weights = np.rint(np.stack([low + 1 - at, at - low]) * 2048).astype(np.int32)
+    return *np.clip([low, low + 1], 0, size - 1).astype(int), *weights
+
+
+def resize(image, y, x):
+    """Linear, in the integers of OpenCV's INTER_LINEAR: the pixels are the same. Pillow's gives other boxes."""
+    left, right, first, second = places(image.shape[1], x)
+    rows = image[:, left] * first[:, None] + image[:, right] * second[:, None] >> 4
+    above, below, first, second = places(image.shape[0], y)
+    rows = (rows[above] * first[:, None, None] >> 16) + (rows[below] * second[:, None, None] >> 16)
+    return (rows + 2 >> 2).astype(np.uint8)
 
 
 def main(model, picture, least_score=0.4):
@@ -40,15 +41,12 @@ def main(model, picture, least_score=0.4):
         sys.exit("this detector was trained with another interpolation than the linear one: change `resize`")
     image = np.asarray(Image.open(picture).convert("RGB"))
     y, x = factors(*image.shape[:2], about["preprocess"])
-    resized = np.rint(resize(resize(image, y, 0), x, 1)).astype(np.uint8)
+    resized = resize(image, y, x)
     fixed = [size if isinstance(size, int) else 0 for size in session.get_inputs()[0].shape]
     pixels = np.zeros((max(fixed[0], 1), *np.maximum(fixed[1:3], resized.shape[:2]), 3), np.uint8)
     pixels[:, : resized.shape[0], : resized.shape[1]] = resized
-    inputs = {
-        "image": pixels,
-        "im_shape": np.array([resized.shape[:2]] * len(pixels), np.int32),
-        "scale_factor": np.array([(y, x)] * len(pixels), np.float32),
-    }
+    im_shape = np.array([resized.shape[:2]] * len(pixels), np.int32)
+    inputs = {"image": pixels, "im_shape": im_shape, "scale_factor": np.array([(y, x)] * len(pixels), np.float32)}
     boxes, scores, classes, count = session.run(["boxes", "scores", "classes", "count"], inputs)
     for box, score, category in zip(boxes[0, : count[0]], scores[0], classes[0]):
         if score >= float(least_score):

@@ -63,15 +63,15 @@ def printed_by_the_example(bundle: Path, least_score: float) -> list[tuple[str, 
 
 
 def check_example(bundle: Path, least_score: float) -> None:
-    """It prints the golden detections; its interpolation rounds a pixel here and there the other way."""
+    """It prints the golden detections, with 4 and 2 digits."""
     golden = json.loads((bundle / GOLDEN).read_text())["detections"]
     expected = [one for one in golden if one["score"] >= least_score + 0.01]
     found = printed_by_the_example(bundle, least_score)
     assert expected
     for one in expected:
-        same = [row for row in found if row[0] == one["class"] and abs(row[1] - one["score"]) < 0.01]
+        same = [row for row in found if row[0] == one["class"] and abs(row[1] - one["score"]) < 1e-3]
         boxes = np.array([row[2] for row in same], np.float32).reshape(-1, 4)
-        assert pairwise_iou(np.array([one["box"]], np.float32), boxes).max(initial=0) > 0.98
+        assert pairwise_iou(np.array([one["box"]], np.float32), boxes).max(initial=0) > 0.995
 
 
 def test_verify_compares_the_file_and_the_engines_with_what_was_expected(whole: Path) -> None:

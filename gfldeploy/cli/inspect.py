@@ -135,12 +135,11 @@ def _show_parity(data: Mapping[str, Any]) -> None:
             _show_comparisons(fp16)
         else:
             click.echo(f"\nThere is no FP16 ONNX file: {fp16.get('left_out', 'no reason was recorded')}")
-    if data.get("end_to_end"):
-        _show_end_to_end(data["end_to_end"])
     if "engines" in data:
         keys = ("score_difference", "score_difference_max")
         engines = [(name, *_exponents(one, *keys)) for name, one in data["engines"].items()]
         _show_table(("engine",), ("score, mean", "score, largest"), engines)
+    _show_end_to_end(data.get("end_to_end") or ())
     if "algorithms" in data:
         click.echo(f"\nAlgorithms tried, of which {data['algorithms']['chosen']} was chosen:")
         lines = []
@@ -166,22 +165,20 @@ def _show_comparisons(data: Mapping[str, Any]) -> None:
 
 
 def _show_end_to_end(data: Sequence[Mapping[str, Any]]) -> None:
-    click.echo(
-        "\nDetections of the files that deploy by themselves, and of the same with NMS outside or of PaddleDetection:"
-    )
-    lines = [
-        (
-            one["graph"],
-            one["engine"],
-            one["reference"],
-            f"{one['batch']}x{one['height']}x{one['width']}x3",
-            str(one["detections"]),
-            str(one["missing"]),
-            *_exponents(one, "max_score_difference", "max_box_difference_px"),
-        )
-        for one in data
-    ]
-    _show_table(("graph", "engine", "reference"), ("shape", "detections", "missing", "score", "box, px"), lines)
+    for reference in dict.fromkeys(one["reference"] for one in data):
+        click.echo(f"\nDetections of the files that deploy by themselves, against {reference}:")
+        lines = [
+            (
+                one["graph"],
+                one["engine"],
+                f"{one['batch']}x{one['height']}x{one['width']}x3",
+                f"{one['missing']} of {one['detections']}",
+                *_exponents(one, "max_score_difference", "max_box_difference_px"),
+            )
+            for one in data
+            if one["reference"] == reference
+        ]
+        _show_table(("graph", "engine"), ("shape", "missing", "score", "box, px"), lines, drop="shape")
 
 
 def _show_sensitivity(data: Mapping[str, Any]) -> None:
@@ -199,9 +196,12 @@ def _exponents(record: Mapping[str, float], *keys: str) -> list[str]:
     return [f"{record[key]:.1e}" for key in keys]
 
 
-def _show_table(texts: Sequence[str], numbers: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+def _show_table(
+    texts: Sequence[str], numbers: Sequence[str], lines: Sequence[Sequence[str]], drop: str | None = None
+) -> None:
+    """`drop`: the column that a narrow terminal may go without."""
     columns: list[Column[Sequence[str]]] = [
-        Column(header, header, itemgetter(place), words=header in texts, wrap=header in texts)
+        Column(header, header, itemgetter(place), words=header in texts, wrap=header in texts, drop=int(header == drop))
         for place, header in enumerate([*texts, *numbers])
     ]
     show_table(columns, lines)

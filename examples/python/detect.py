@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def factors(height, width, rule):
@@ -39,7 +39,7 @@ def main(model, picture, least_score=0.4):
     about = json.loads(session.get_modelmeta().custom_metadata_map["gfldeploy"])
     if about["preprocess"]["interp"] != 1:
         sys.exit("this detector was trained with another interpolation than the linear one: change `resize`")
-    image = np.asarray(Image.open(picture).convert("RGB"))
+    image = np.asarray(ImageOps.exif_transpose(Image.open(picture)).convert("RGB"))
     y, x = factors(*image.shape[:2], about["preprocess"])
     resized = resize(image, y, x)
     fixed = [size if isinstance(size, int) else 0 for size in session.get_inputs()[0].shape]

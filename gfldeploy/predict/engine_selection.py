@@ -145,7 +145,7 @@ def _check_int8(own: Bundle, resized: Bundle) -> None:
     if not found:
         raise UnsupportedError(
             f"{own.directory} is INT8, which was not judged at {size}",
-            f"Judge it there: `gfldeploy quantize --input-sizes {size}`; or use the FP32 bundle.",
+            f"Quantise its FP32 bundle with `--input-sizes {size}`, which judges INT8 there, or use the FP32 one.",
         )
     if found[0] is not None:
         raise UnsupportedError(

@@ -188,7 +188,7 @@ def test_int8_runs_at_the_sizes_at_which_it_was_found_to_hold(tiny_bundle: Path,
     for size in (None, (64, 96), (96, 64), (32, 64), (64, 32)):  # images of either orientation are resized alike
         assert choose(int8, input_size=size).options.precision == "int8"
     unjudged, failed = (128, 160), (48, 64)
-    with pytest.raises(UnsupportedError, match=r"not judged at 128x160\. Judge it .* --input-sizes 128x160`; or use"):
+    with pytest.raises(UnsupportedError, match=r"not judged at 128x160\. Quantise .* `--input-sizes 128x160`, which"):
         choose(int8, input_size=unjudged)
     with pytest.raises(
         UnsupportedError, match=r"does not hold at 48x64: INT8 in paddle loses 0\.0060 mAP\. Use another"

@@ -107,7 +107,7 @@ def int8_lines(parity: Mapping[str, Any]) -> list[str]:
 
 
 def verify(bundle: StrPath, *, threads: int | None = None, progress: Progress = SILENT) -> list[str]:
-    """Hash every file of a bundle again, and compare its graphs with each other.
+    """Hash every file of a bundle again, and compare its graphs with each other and with its golden picture.
 
     The graphs run in the first two engines that `bench` measures by default and that can run here. In FP32 their
     outputs are compared at the shapes of the export, in INT8 their detections. With one engine its graph is only run

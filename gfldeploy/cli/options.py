@@ -263,6 +263,7 @@ def input_sizes(purpose: str, default: str = "the bundle's own") -> Option:
 INPUT_SIZE = click.option(
     "--input-size",
     type=Parsed("HEIGHTxWIDTH", input_size),
+    metavar="HEIGHTxWIDTH",
     show_default="the bundle's own",
     help="Size that images are resized to, in pixels, as the target_size of PaddleDetection's Resize.",
 )

@@ -14,7 +14,7 @@ from gfldeploy.inspection import verify
 @click.command("verify")
 @options.group(options.BUNDLE, options.THREADS)
 def command(**given: Any) -> None:
-    """Hash a bundle's files again and compare its graphs with each other.
+    """Hash a bundle's files again, compare its graphs with each other, and check its golden picture.
 
     \b
     Example: gfldeploy verify gfl_r50_int8

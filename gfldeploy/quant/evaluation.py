@@ -113,13 +113,27 @@ class Evaluator:
             source = reference.source.at_size(size)
             reference = Fp32Reference.of(source, images, reference.dataset, reference.threads, self.progress)
             accuracy = reference.accuracy
-            problem = unjudgeable(reference.detections, accuracy, self.limits)
+            problem = unjudgeable(reference.detections, accuracy, self.limits) or self._too_few(reference)
             if problem is None:
                 engines = reference.measure(evaluated.bundle.at_size(size), f"INT8 at {label}", self.progress)
                 problem = failure(engines, accuracy, self.limits, len(evaluated.kept))
         except (DataError, EngineError, ParityError) as error:  # an image too elongated for a small size, for one
             problem = error
         return SizeEvaluation(size, accuracy, engines, problem)
+
+    def _too_few(self, reference: Fp32Reference) -> DataError | None:
+        """Why FP32's detections at another size say nothing there, or None.
+
+        If all n of them are found again, the share that is lost is below 3/n with 95% confidence (the rule of three):
+        of 30 detections a tenth.
+        """
+        lost = 1 - self.limits.min_agreement
+        if reference.accuracy is not None or lost == 1 or reference.detections >= round(3 / max(lost, 0.1)):
+            return None
+        return DataError(
+            f"FP32 itself has {reference.detections} detections on the calibration images there, too few to judge INT8",
+            "Give labels with --eval-data, or more calibration images.",
+        )
 
     def speeds(self, evaluated: EvaluatedBundle) -> list[Speed]:
         """FP32, the bundle and, if that keeps something in float, all in INT8, timed in each engine."""

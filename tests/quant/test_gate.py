@@ -373,6 +373,21 @@ def test_other_input_sizes_are_judged_as_the_own_one(
     assert told[0] in progress.stages and progress.notes == told[1:]
 
 
+def test_a_size_at_which_fp32_sees_next_to_nothing_judges_no_int8(
+    tiny: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def detections(count: int) -> Any:
+        monkeypatch.setattr(Fp32Reference, "detections", count)
+        made = quantize_bundle(**{**tiny, "algo": "hist"}, min_agreement=0.8, input_sizes=((64, 128),), force=True)
+        parity = made.record("parity.json")
+        assert parity is not None
+        return parity["sizes"][0]["problem"]
+
+    monkeypatch.setattr(Fp32Reference, "measure", lambda *given: both(measured(None), measured(None)))
+    assert "FP32 itself has 14 detections on the calibration images there, too few to judge INT8" in detections(14)
+    assert detections(15) is None
+
+
 # --- the fallback -----------------------------------------------------------------------------------------------------
 
 USES = {name: ConvUse(name, 0) for name in ("stem", "res", "neck", "head")}

@@ -265,7 +265,7 @@ class Bundle:
         """
         preprocess = self.manifest.preprocess
         if size is not None and not (isinstance(size, tuple) and len(size) == 2 and min(size) >= 1):
-            raise ValueError(f"an input size is a tuple of height and width in pixels, not {size!r}")
+            raise ValueError(f"an input size must be a tuple of height and width in pixels, not {size!r}")
         if size is None or preprocess.same_size(size):
             return self
         asked, own = ("x".join(map(str, sides)) for sides in (size, preprocess.target_size))

@@ -67,7 +67,7 @@ def test_verify_inspect_and_eval(int8: Path, tiny_coco: Path, tmp_path: Path, ru
     assert "paddle and onnxruntime in INT8" in done.stdout
     sheet = run_here("inspect", int8).stdout
     for line in int8_lines(json.loads((int8 / "parity.json").read_text())):
-        assert " convolutions in int8, " in line or line.startswith("tensorrt, simulated: ")
+        assert " convolutions in int8, " in line or line.startswith("tensorrt, simulated: ") or ", plain: " in line
         assert line in " ".join(sheet.split())  # the table wraps it
     assert "quantized: from" in sheet
     data = json.loads(tiny_coco.read_text())
@@ -125,7 +125,8 @@ def test_what_breaks_in_int8_goes_back_to_float(
     assert parity["fallback"]["before"]["worst_ap"] < parity["accuracy"]["fp32"]["ap"] - 0.1
     for one in parity["accuracy"]["engines"].values():
         assert one["ap"] >= parity["accuracy"]["fp32"]["ap"] - 0.03
-    assert set(parity["accuracy"]["engines"]) == {*int8_engines(), "tensorrt, simulated"}
+    plain = {f"{name}, plain" for name in int8_engines() if name != "paddle"}
+    assert set(parity["accuracy"]["engines"]) == {*int8_engines(), *plain, "tensorrt, simulated"}
     assert parity["kept_float"] == [{"name": "backbone.stage4", "convolutions": 5, "why": "to hold the gate"}]
     for name in int8_engines():
         ran = parity["engines"][name]["convolutions"]

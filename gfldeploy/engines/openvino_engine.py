@@ -167,11 +167,11 @@ class OpenVinoEngine(Engine):
                 except OutputError:
                     if self._cache_wanted:
                         raise
-        names = [output.get_any_name() for output in model.outputs]
+        names = [output.get_names() for output in model.outputs]  # an output can have several
         return _Loaded(
             model,
             OneForEachThread(model.create_infer_request, self.options.streams + self.queued),
-            tuple((name, names.index(name)) for name in self._outputs),
+            tuple((name, place) for name in self._outputs for place, one in enumerate(names) if name in one),
             was_cached,
         )
 

@@ -351,7 +351,7 @@ def test_what_runs_images_is_compared_once(
     with Detector(tiny_bundle, engine=moved, batch_size=2, engine_cache=cache) as detector:
         for _ in range(2):
             with pytest.raises(
-                EngineError, match=r"^planted-moved fp32 on cpu differs from the CPU: boxes by .*2 image"
+                EngineError, match=r"^planted-moved fp32 on cpu differs from the CPU: boxes by .*[12] image"
             ):
                 detector.detect(images)
     with pytest.raises(EngineError, match=r"differs from the CPU"):

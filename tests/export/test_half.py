@@ -247,7 +247,7 @@ def test_a_detector_that_fp16_does_not_suit_is_exported_without(
     assert done.returncode == 0, done.stderr
     assert "leaving out the onnx_fp16 graph: the onnx_fp16 graph in onnxruntime differs" in done.stderr
     bundle = Bundle.open(tmp_path / "fp32")
-    assert set(bundle.manifest.graphs) == {"paddle", "paddle_program", "onnx"}
+    assert set(bundle.manifest.graphs) == {"paddle", "paddle_program", "onnx", "end_to_end"}
     record = json.loads((bundle.directory / "parity.json").read_text())["fp16"]
     assert "scores by" in record["left_out"]
     assert "comparisons" not in record

@@ -2,10 +2,10 @@
 
     python benchmarks/by_itself.py --bundle demo/fp32 --data val.json --images 200 --machine epyc-2core --name demo_fp32
 
-Both run in the same engine and process, by turns, image by image, from decoded and resized pixels to boxes in pixels of
-the original: one looks pixels up, pads, infers and goes through NMS in NumPy, the other infers once. The file also runs
-as it is read without gfldeploy, which changes INT8 graphs before engines load them ("plain"). Medians and the ratio of
-medians of each of five parts of the images; every detection of 0.1 or more is compared. The rows go to
+Both run in the same engine and process, interleaved image by image, from decoded and resized pixels to boxes in pixels
+of the original: one looks pixels up, pads, infers and goes through NMS in NumPy, the other infers once. The file also
+runs as it is read without gfldeploy, which changes INT8 graphs before engines load them ("plain"). Medians and the
+ratio of medians of each of five parts of the images; every detection of 0.1 or more is compared. The rows go to
 results/MACHINE/checks/NAME_by_itself.json beside this script.
 """
 
@@ -65,7 +65,7 @@ class Row:
 
 
 def compare(name: str, alone: Engine, whole: Engine, bundle: Bundle, images: Sequence[Path]) -> Row:
-    """Run both on each image, by turns."""
+    """Run both on each image, interleaved."""
     manifest, ours_ms, file_ms = bundle.manifest, [], []
     count = missing = 0
     score = box = 0.0

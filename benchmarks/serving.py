@@ -1,8 +1,9 @@
-"""What `gfldeploy serve` costs, how it compares, and whether it holds: one script, three measurements, on loopback.
+"""What `gfldeploy serve` costs, how it compares, and whether it holds: one script, four measurements, on loopback.
 
     python benchmarks/serving.py clients --bundle demo/int8 --images val/images --machine epyc-2core --name demo_int8
     python benchmarks/serving.py overload --bundle ... [--factors 0.5 0.8 1.5 10 --seconds 60]
     python benchmarks/serving.py soak --bundle ... [--minutes 10]
+    python benchmarks/serving.py generator --images val/images --machine epyc-2core
 
 clients: the server beside `Detector` in this process with the same engine options, interleaved, `--rounds` times for
 `--seconds` each: one client against one image after the other (one stream of all threads on both sides), and
@@ -18,6 +19,9 @@ soak: for `--minutes` clients of every kind at random: good ones, whose detectio
 `Detector`; corrupt files; slow ones; ones that go away before the answer; and what is no HTTP. Then SIGTERM, with 32
 requests under way: each must be answered or refused.
 
+generator: processor time that a request takes of `gfldeploy load` itself, and of aiohttp, where it is installed, which
+send the images to a server in another process that looks at nothing; interleaved, `--rounds` times for `--seconds`.
+
 Writes results/MACHINE/checks/NAME_serving_COMMAND.json beside this script, and prints the figures. Exits with 1 where
 the server answered wrongly, lost a request, grew or did not end.
 """
@@ -28,8 +32,10 @@ import argparse
 import asyncio
 import base64
 import json
+import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -43,6 +49,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +81,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--bundle", type=Path, required=True)
     shared.add_argument("--images", type=Path, required=True, metavar="FOLDER")
     shared.add_argument("--machine", required=True, help="folder of results/ for this machine, such as epyc-2core")
     shared.add_argument("--name", default="demo", help="of the results file")
     shared.add_argument("--limit", type=int, default=64, help="images, the first of the folder (default: 64)")
-    shared.add_argument("--engine", help="of the server and `Detector`")
     shared.add_argument("--clients", type=int, default=16)
     shared.add_argument("--bound-ms", type=float, default=500.0, help="deadline of every request (default: 500)")
-    one = commands.add_parser("clients", parents=[shared])
+    serving = argparse.ArgumentParser(add_help=False, parents=[shared])
+    serving.add_argument("--bundle", type=Path, required=True)
+    serving.add_argument("--engine", help="of the server and `Detector`")
+    one = commands.add_parser("clients", parents=[serving])
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--seconds", type=float, default=4.0)
     one.add_argument("--rivals", nargs="*", default=["paddlex", "litserve", "fastapi"])
     one.add_argument("--rival-python", default=sys.executable, help="that has fastapi and litserve")
-    two = commands.add_parser("overload", parents=[shared])
+    two = commands.add_parser("overload", parents=[serving])
     two.add_argument("--factors", type=float, nargs="+", default=[0.5, 0.8, 1.5, 10.0])
     two.add_argument("--seconds", type=float, default=60.0)
-    three = commands.add_parser("soak", parents=[shared])
+    three = commands.add_parser("soak", parents=[serving])
     three.add_argument("--minutes", type=float, default=10.0)
     three.add_argument("--most-growth", type=float, default=1.05, metavar="RATIO", help="of memory")
+    four = commands.add_parser("generator", parents=[shared])
+    four.add_argument("--rounds", type=int, default=3)
+    four.add_argument("--seconds", type=float, default=3.0)
     args = parser.parse_args()
     bodies = [path.read_bytes() for path in list_images(args.images)[: args.limit]]
-    found, shown, wrong = {"clients": clients, "overload": overload, "soak": soak}[args.command](args, bodies)
+    run = {"clients": clients, "overload": overload, "soak": soak, "generator": generator}[args.command]
+    found, shown, wrong = run(args, bodies)
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_serving_{args.command}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float | list)}
@@ -656,6 +668,74 @@ async def terminated(server: Server, args: argparse.Namespace, bodies: Sequence[
     async with asyncio.timeout(END_S):
         found = await asyncio.gather(*answers)
     return Counter(str(one.status) if isinstance(one, Reply) else type(one).__name__ for one in found)
+
+
+# ---- generator
+
+
+def generator(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, Any], str, list[str]]:
+    port = free_port()
+    stub = multiprocessing.get_context("spawn").Process(target=answer_all, args=(port,), daemon=True)
+    stub.start()
+    target = Target("127.0.0.1", port, False, "")
+    while asyncio.run(status_of(target, "/")) != 200:
+        time.sleep(0.05)
+    legs = {"gfldeploy load": ours_cpu_ms, **({"aiohttp": aiohttp_cpu_ms} if find_spec("aiohttp") else {})}
+    cpu_ms: dict[str, list[float]] = {name: [] for name in legs}
+    try:
+        for _ in range(args.rounds):
+            for name, leg in legs.items():
+                cpu_ms[name].append(leg(target, bodies, args.clients, args.seconds))
+    finally:
+        stub.terminate()
+    shown = "; ".join(f"{name}: {spread(each)} ms of a CPU for a request" for name, each in cpu_ms.items())
+    return {"cpu_ms_per_request": cpu_ms}, shown, []
+
+
+def answer_all(port: int) -> None:
+    """200 for whatever comes, in a process of its own."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while header := await reader.readuntil(b"\r\n\r\n"):
+                length = re.search(rb"(?i)content-length: (\d+)", header)
+                await reader.readexactly(int(length[1]) if length else 0)
+                writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 13\r\n\r\n{"images":[]}')
+        writer.close()
+
+    async def run() -> None:
+        async with await asyncio.start_server(talk, "127.0.0.1", port) as server:
+            await server.serve_forever()
+
+    asyncio.run(run())
+
+
+def ours_cpu_ms(target: Target, bodies: Sequence[bytes], count: int, seconds: float) -> float:
+    seen = send(target, "/v1/detect", bodies, Load(None, count, seconds, connections=count))
+    return seen.traffic.client_cpu_percent / 100 * seconds * 1e3 / seen.requests
+
+
+def aiohttp_cpu_ms(target: Target, bodies: Sequence[bytes], count: int, seconds: float) -> float:
+    import aiohttp
+
+    async def run() -> float:
+        sent, draw, end = 0, random.Random(0), time.monotonic() + seconds
+        headers = {"Content-Type": ANY}
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=count)) as session:
+
+            async def client() -> None:
+                nonlocal sent
+                while time.monotonic() < end:
+                    url = f"http://{target.authority}/v1/detect"
+                    async with session.post(url, data=draw.choice(bodies), headers=headers) as reply:
+                        await reply.read()
+                    sent += 1
+
+            begin = time.process_time()
+            await asyncio.gather(*(client() for _ in range(count)))
+            return (time.process_time() - begin) * 1e3 / sent
+
+    return asyncio.run(run())
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def load_server(
     ]
     if not loads:
         raise UsageError("there is nothing to send: neither --rates nor --clients are given")
+    if latency_bound_ms > timeout_s * 1e3:
+        raise UsageError("--timeout-s is less than --latency-bound-ms: answers in time would be given up")
     path = None if output is None else Path(output)
     if path is not None:
         if path.suffix != ".json" and not path.is_dir():

@@ -299,6 +299,8 @@ def test_options_that_cannot_be(images: Path, tmp_path: Path) -> None:
         load_server(url, images=images, rates=[1e6])
     with pytest.raises(UsageError, match=r"9 clients need as many connections\. Raise --connections from 8"):
         load_server(url, images=images, clients=[9], connections=8)
+    with pytest.raises(UsageError, match="answers in time would be given up"):
+        load_server(url, images=images, rates=[1.0], latency_bound_ms=2e4)
     with pytest.raises(DataError, match="there are no images"):
         load_server(url, images=tmp_path, rates=[1.0])
     (tmp_path / "load.json").write_text("{}")

@@ -24,8 +24,9 @@ def run(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> Any:
     def recipe(command: str, *arguments: object) -> tuple[str, dict[str, Any]]:
         script = tmp_path / RECIPE.name
         script.write_text(RECIPE.read_text())  # it writes beside itself
-        shared = ("--bundle", tiny_bundle, "--images", tiny_coco.parent / "images", "--machine", "here")
-        words = [sys.executable, script, command, *shared, "--engine", "onnxruntime", "--clients", 3, *arguments]
+        shared = ["--images", tiny_coco.parent / "images", "--machine", "here", "--clients", 3]
+        shared += ["--bundle", tiny_bundle, "--engine", "onnxruntime"] if command != "generator" else []
+        words = [sys.executable, script, command, *shared, *arguments]
         done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         record = json.loads((tmp_path / f"results/here/checks/demo_serving_{command}.json").read_text())
@@ -41,6 +42,11 @@ def test_clients_beside_the_detector(run: Any) -> None:
     assert all(one["per_s"][0] > 0 and one["failed"] == 0 for one in record["legs"].values())
     assert set(record["ratios"]) == {"one client's time by Detector's", "goodput by Detector.stream"}
     assert "| serve, 3 clients | " in shown
+
+
+def test_what_the_generator_takes(run: Any) -> None:
+    shown, record = run("generator", "--rounds", 1, "--seconds", 0.2)
+    assert "gfldeploy load: " in shown and record["cpu_ms_per_request"]["gfldeploy load"][0] > 0
 
 
 def test_more_than_the_server_can(run: Any) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from gfldeploy.serve.loaded import Answer
-
 from gfldeploy.detections import Detections
+from gfldeploy.serve.loaded import Answer
 from gfldeploy.serve.requests import DetectRequest, class_ids
 
 

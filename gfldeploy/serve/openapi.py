@@ -126,7 +126,7 @@ def _detect(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any]
         ("threshold", {**_SCORE, "default": DEFAULT_THRESHOLD}, "The lowest score of a detection."),
         (
             "timeout_ms",
-            {"type": "number", "minimum": 1, "maximum": LONGEST_TIMEOUT_MS, "default": limits.timeout_ms},
+            {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_TIMEOUT_MS, "default": limits.timeout_ms},
             "The answer is wanted within so many milliseconds from the end of the body; what would be late is refused.",
         ),
         (
@@ -194,8 +194,11 @@ def _paddlex(class_names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}, **more}
+def _object(
+    required: Mapping[str, Any], optional: Mapping[str, Any] | None = None, closed: bool = False
+) -> dict[str, Any]:
+    schema = {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}}
+    return {**schema, "additionalProperties": False} if closed else schema
 
 
 def _schemas(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any]:
@@ -203,7 +206,6 @@ def _schemas(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any
     name = {"type": "string", "enum": sorted(set(class_names))} if class_names else text
     class_id = {**whole, "maximum": max(len(class_names) - 1, 0)}
     ms = {"type": "number", "minimum": 0}
-    closed = {"additionalProperties": False}
     logged = {"logId": text, "errorCode": {"const": 0}, "errorMsg": {"const": "Success"}}
     lowest = {
         "description": "The lowest score: one for all classes, or one for each class id.",
@@ -219,8 +221,10 @@ def _schemas(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any
         "description": "The content of an image file in base64. PaddleX takes addresses too; here they are refused.",
     }
     return {
-        "Problem": _object({"error": _object({"code": text, "message": text, "remedy": text}, **closed)}, **closed),
-        "Detection": _object({"class": name, "class_id": class_id, "score": _SCORE, "box": _BOX}, **closed),
+        "Problem": _object(
+            {"error": _object({"code": text, "message": text, "remedy": text}, closed=True)}, closed=True
+        ),
+        "Detection": _object({"class": name, "class_id": class_id, "score": _SCORE, "box": _BOX}, closed=True),
         "Image": _object(
             {
                 "height": whole,
@@ -241,7 +245,7 @@ def _schemas(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any
                     "description": "Detections that score less may be missing: the graph decodes only so many anchors.",
                 }
             },
-            **closed,
+            closed=True,
         ),
         "Detected": _object(
             {
@@ -253,7 +257,7 @@ def _schemas(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any
                 },
                 "times_ms": {**_object({"total": ms}), "description": "Milliseconds of the request."},
             },
-            **closed,
+            closed=True,
         ),
         "Status": _object({"status": text}),
         "Model": {

@@ -69,7 +69,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
     return Response(text, status, headers, "application/json")
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: BaseException) -> Problem:
     """What a client is told of an error. Of what nobody foresaw, no more than that the server failed."""
     match error:
         case Problem():

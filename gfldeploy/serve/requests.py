@@ -36,6 +36,7 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]{1,20}:")
 JSON_TYPE = "application/json"
 FORM_TYPE = "multipart/form-data"
 BYTES_TYPE = "application/octet-stream"
+_CURL_TYPE = "application/x-www-form-urlencoded"  # what `curl --data-binary @street.jpg` says of it
 _SEND = (
     f"Send an image as it is with Content-Type image/* or {BYTES_TYPE}, several as {FORM_TYPE}, or in base64 as "
     f'{JSON_TYPE}: {{"images": ["..."]}}.'
@@ -77,8 +78,10 @@ async def read_request(request: Request, limits: RequestLimits, class_names: Seq
     Raises `Problem`: 400, 408, 413 or 415, and 503 from `BodyGuard`.
     """
     query = _parameters(request, {"threshold", "timeout_ms", "classes"})
-    threshold = _number(query, "threshold", 0, 1, DEFAULT_THRESHOLD)
-    timeout_ms = _number(query, "timeout_ms", 1, LONGEST_TIMEOUT_MS, limits.timeout_ms)
+    threshold = _number(query, "threshold", 1, DEFAULT_THRESHOLD)
+    timeout_ms = _number(query, "timeout_ms", LONGEST_TIMEOUT_MS, limits.timeout_ms)
+    if timeout_ms == 0:
+        raise Problem(400, "bad_parameter", "timeout_ms is 0", f"Give a number above 0, up to {LONGEST_TIMEOUT_MS:g}.")
     classes = tuple(query["classes"]) if "classes" in query else None
     class_ids(classes, class_names)
     kind = content_type(request)
@@ -86,12 +89,10 @@ async def read_request(request: Request, limits: RequestLimits, class_names: Seq
         images = await _from_json(await read_json(request, limits), limits)
     elif kind == FORM_TYPE:
         images = _from_form(_boundary(request.headers["content-type"]), await read_body(request, limits), limits)
-    elif kind in ("", BYTES_TYPE) or kind.startswith("image/"):
+    elif kind in ("", BYTES_TYPE, _CURL_TYPE) or kind.startswith("image/"):
         images = [await read_body(request, limits)]
     else:
         raise Problem(415, "unsupported_type", f"a body of type {kind[:_LONGEST_WORD]} is not read here", _SEND)
-    if not all(images):
-        raise Problem(400, "empty", "the body is empty" if len(images) == 1 else "an image is empty", _SEND)
     return DetectRequest(tuple(images), threshold, timeout_ms, classes)
 
 
@@ -110,13 +111,13 @@ def _parameters(request: Request, known: set[str]) -> dict[str, list[str]]:
     return query
 
 
-def _number(query: Mapping[str, Sequence[str]], name: str, least: float, most: float, default: float) -> float:
+def _number(query: Mapping[str, Sequence[str]], name: str, most: float, default: float) -> float:
     values = query.get(name)
     if values is None:
         return default
-    if len(values) > 1 or not _NUMBER.fullmatch(values[0]) or not least <= float(values[0]) <= most:
+    if len(values) > 1 or not _NUMBER.fullmatch(values[0]) or not 0 <= float(values[0]) <= most:
         given = ", ".join(values)[:_LONGEST_WORD]
-        raise Problem(400, "bad_parameter", f"{name} is {given!r}", f"Give one number from {least:g} to {most:g}.")
+        raise Problem(400, "bad_parameter", f"{name} is {given!r}", f"Give one number from 0 to {most:g}.")
     return float(values[0])
 
 

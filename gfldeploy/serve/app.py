@@ -69,18 +69,19 @@ def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
         return json_response(plain(service.description))
 
     async def described(request: Request) -> Response:
-        return json_response(openapi(limits, service.description.classes))
+        return json_response(openapi(limits, service.description.classes, {route.path for route in routes}))
 
+    routes = [
+        Route("/v1/detect", detect, methods=["POST"]),
+        Route(PADDLEX_PATH, object_detection, methods=["POST"]),
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/v1/model", model),
+        Route("/openapi.json", described),
+        *page_routes(),
+    ]
     return Starlette(
-        routes=[
-            Route("/v1/detect", detect, methods=["POST"]),
-            Route(PADDLEX_PATH, object_detection, methods=["POST"]),
-            Route("/health/live", live),
-            Route("/health/ready", ready),
-            Route("/v1/model", model),
-            Route("/openapi.json", described),
-            *page_routes(),
-        ],
+        routes=routes,
         middleware=[Middleware(BodyGuard, limits=limits)],
         exception_handlers=HANDLERS,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gfldeploy import __version__
@@ -13,8 +13,8 @@ from gfldeploy.serve.requests import BYTES_TYPE, FORM_TYPE, JSON_TYPE, LONGEST_T
 _PROBLEMS: Mapping[int, str] = {
     400: "Malformed: a parameter, a class name, the body.",
     401: "There is no valid key in the request.",
-    404: "There is no such thing here.",
     408: "The body did not come in time.",
+    409: "It is under way already.",
     413: "The body is too large, or has too many images.",
     415: "A type of body that is not read.",
     422: "The body is read, and something in it cannot be used, such as the image.",
@@ -36,27 +36,21 @@ _BASE64 = {"type": "string", "contentEncoding": "base64", "minLength": 1}
 
 
 def openapi(
-    limits: RequestLimits, class_names: Sequence[str], keys: bool = False, reload: bool = False
+    limits: RequestLimits, class_names: Sequence[str], served: Collection[str], keys: bool = False
 ) -> dict[str, Any]:
-    """The description. `keys`: whether requests need one; `reload`: whether `/v1/reload` is there."""
-    paths: dict[str, Any] = {
+    """The description of the paths that are `served`. `keys`: whether requests need one."""
+    known: dict[str, dict[str, Any]] = {
         "/v1/detect": {"post": _detect(limits, class_names)},
         PADDLEX_PATH: {"post": _paddlex(class_names)},
         "/v1/model": {"get": _get("model", "What is served, and how it runs.", _ref("Model"), (503,))},
+        "/v1/reload": {"post": _get("reload", "Load the bundle anew, compare, switch.", {}, (409, 500, 503))},
         "/health/live": {"get": _get("live", "The process is there.", _ref("Status"), ())},
         "/health/ready": {"get": _get("ready", "It is warm and answers.", _ref("Status"), (503,))},
         "/metrics": {"get": _text("metrics", "Counters for Prometheus.", "text/plain")},
         "/openapi.json": {"get": _get("openapi", "This description.", {"type": "object"}, ())},
         "/": {"get": _text("page", "A page to try it.", "text/html")},
     }
-    if reload:
-        paths["/v1/reload"] = {
-            "post": {
-                **_get(
-                    "reload", "Load the bundle again beside the one that runs, compare, and switch.", {}, (500, 503)
-                ),
-            }
-        }
+    paths = {path: methods for path, methods in known.items() if path in served}
     if keys:
         for path, methods in paths.items():
             if path.startswith("/v1/") or path in (PADDLEX_PATH, "/metrics"):
@@ -136,7 +130,12 @@ def _detect(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any]
         ),
     ]
     files = {"type": "array", "items": _BINARY, "minItems": 1, "maxItems": limits.images}
-    texts = {"type": "array", "items": _BASE64, "minItems": 1, "maxItems": limits.images}
+    texts = {
+        "type": "array",
+        "items": {"type": "string", "contentEncoding": "base64"},
+        "minItems": 1,
+        "maxItems": limits.images,
+    }
     return {
         "operationId": "detect",
         "summary": "Detect objects in one image or in several.",

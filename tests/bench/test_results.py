@@ -58,7 +58,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", BenchResults.FORMAT.schema + 1), "newer gfldeploy: schema 8"),
+        (change("schema", BenchResults.FORMAT.schema + 1), "newer gfldeploy: schema 9"),
         (change("schema", 0), "older gfldeploy: schema 0"),
         (change("schema", None), "no schema number"),
         (change("surprise", 1), "has unknown fields: surprise"),
@@ -243,7 +243,7 @@ def test_the_best_batch_of_each(results: BenchResults) -> None:
 
 
 def test_flags(results: BenchResults) -> None:
-    assert RUN.monitored is not None
+    assert RUN.monitored is not None and RUN.idle is not None
     careful = replace(
         RUN,
         samples=replace(RUN.samples, stable=False),

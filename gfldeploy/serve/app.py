@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -15,14 +15,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gfldeploy.serialization import plain
+from gfldeploy.serve.access_log import AccessLog, Exchanges
 from gfldeploy.serve.answers import image_record
+from gfldeploy.serve.keys import KeyGuard, Keys
 from gfldeploy.serve.loaded import Answer
+from gfldeploy.serve.metrics import Metrics, metrics_route
 from gfldeploy.serve.openapi import openapi
 from gfldeploy.serve.paddlex import paddlex_answer, read_paddlex_request
 from gfldeploy.serve.problems import HANDLERS, PADDLEX_PATH, Problem, json_response, problem_of
+from gfldeploy.serve.reload import Current, Reloader, reload_route
 from gfldeploy.serve.requests import BodyGuard, DetectRequest, RequestLimits, read_request
 from gfldeploy.serve.service import DetectionService
-from gfldeploy.serve.web_page import page_routes
+from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,37 @@ class ServeOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
-def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
-    """The application over a service, which somebody else starts and closes."""
+# What tells nothing of the detector, and what a browser needs before somebody can enter a key.
+OPEN_PATHS = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
+
+
+def create_app(
+    service: DetectionService,
+    options: ServeOptions,
+    *,
+    metrics: Metrics | None = None,
+    load: Callable[[], DetectionService] | None = None,
+    keys: Keys | None = None,
+    access_log: AccessLog | None = None,
+) -> Starlette:
+    """The application over a service, which somebody else closes: the one that `state.current` has at the end.
+
+    `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
+    them a request is refused.
+    """
     limits = options.limits
     drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
+    metrics = metrics or Metrics()
+    current = Current(service)
+    metrics.ask(lambda: current.service)
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
-        service.check_room()  # before the body: what will be refused costs next to nothing
-        asked = await read_request(request, limits, service.description.classes)
-        found = await _unless_gone(request, asked, service)
+        current.service.check_room()  # before the body: what will be refused costs next to nothing
+        asked = await read_request(request, limits, current.service.choice.bundle.manifest.classes)
+        request.state.images = len(asked.images)
+        with current.use() as service:
+            found = await _unless_gone(request, asked, service)
         if len(found) == 1 and isinstance(found[0], BaseException):
             raise found[0]
         images = [
@@ -50,9 +75,11 @@ def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
         return json_response({"images": images, "times_ms": {"total": _ms(time.perf_counter() - start)}})
 
     async def object_detection(request: Request) -> Response:
-        service.check_room()
+        current.service.check_room()
         asked = await read_paddlex_request(request, limits)
-        (found,) = await _unless_gone(request, DetectRequest((asked.image,), 0.0, limits.timeout_ms), service)
+        request.state.images = 1
+        with current.use() as service:
+            (found,) = await _unless_gone(request, DetectRequest((asked.image,), 0.0, limits.timeout_ms), service)
         if isinstance(found, BaseException):
             raise found
         return json_response(await paddlex_answer(found.detections, asked, drawing))
@@ -61,15 +88,16 @@ def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
         return json_response({"status": "live"})
 
     async def ready(request: Request) -> Response:
-        if (why := service.ready()) is not None:
+        if (why := current.service.ready()) is not None:
             raise Problem(503, "not_ready", why, "Try again later.", retry_after=1)
         return json_response({"status": "ready"})
 
     async def model(request: Request) -> Response:
-        return json_response(plain(service.description))
+        return json_response(plain(current.service.description))
 
     async def described(request: Request) -> Response:
-        return json_response(openapi(limits, service.description.classes, {route.path for route in routes}))
+        classes = current.service.choice.bundle.manifest.classes
+        return json_response(openapi(limits, classes, {route.path for route in routes}, keys is not None))
 
     routes = [
         Route("/v1/detect", detect, methods=["POST"]),
@@ -77,14 +105,24 @@ def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
         Route("/health/live", live),
         Route("/health/ready", ready),
         Route("/v1/model", model),
+        Route("/metrics", metrics_route),
         Route("/openapi.json", described),
+        *([Route("/v1/reload", reload_route, methods=["POST"])] if load else []),
         *page_routes(),
     ]
-    return Starlette(
+    told = [metrics.end] if access_log is None else [metrics.end, access_log.write]
+    app = Starlette(
         routes=routes,
-        middleware=[Middleware(BodyGuard, limits=limits)],
+        middleware=[
+            Middleware(BodyGuard, limits),
+            Middleware(Exchanges, metrics.begin, told),
+            *([Middleware(KeyGuard, keys, OPEN_PATHS)] if keys else []),
+        ],
         exception_handlers=HANDLERS,
     )
+    app.state.current, app.state.metrics = current, metrics
+    app.state.reloader = None if load is None else Reloader(current, load, metrics, keys)
+    return app
 
 
 async def _unless_gone(

@@ -114,7 +114,7 @@ def test_of_several_images_each_has_its_own_answer_or_error(
 )
 def test_threshold_and_classes_filter(threshold: float, classes: tuple[str, ...] | None, places: list[int]) -> None:
     found = Detections(
-        np.arange(16, dtype=np.float32).reshape(4, 4) / 3,
+        np.linspace(0, 9, 16, dtype=np.float32).reshape(4, 4),
         np.array([0.9, 0.7, 0.5, 0.2], np.float32),
         np.array([0, 1, 0, 2]),
         may_lack_below=0.25,

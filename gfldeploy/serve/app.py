@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.access_log import AccessLog, Exchanges
 from gfldeploy.serve.keys import KeyGuard, Keys
@@ -47,11 +48,12 @@ def create_app(
     load: Callable[[], DetectionService] | None = None,
     keys: Keys | None = None,
     access_log: AccessLog | None = None,
+    progress: Progress = SILENT,
 ) -> Starlette:
     """The application over a service, which somebody else closes: the one that `state.current` has at the end.
 
     `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
-    them a request is refused.
+    them a request is refused. `progress` is told of reloads.
     """
     metrics = metrics or Metrics()
     current = Current(service)
@@ -107,7 +109,7 @@ def create_app(
         exception_handlers={Problem: failed, HTTPException: failed, Exception: failed},
     )
     app.state.current, app.state.metrics = current, metrics
-    app.state.reloader = None if load is None else Reloader(current, load, metrics, keys)
+    app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
     return app
 
 

@@ -45,7 +45,7 @@ class Listen:
     drain_s: float = 30.0
 
 
-class _Server(uvicorn.Server):
+class _Uvicorn(uvicorn.Server):
     """Without signal handlers of its own."""
 
     @contextlib.contextmanager
@@ -121,7 +121,7 @@ async def _serve(
         h11_max_incomplete_event_size=MOST_HEADER_BYTES,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # or every malformed request is a line
-    server = _Server(config)
+    server = _Uvicorn(config)
     signals: list[int] = []
 
     def stop(number: int) -> None:

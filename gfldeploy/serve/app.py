@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
+from gfldeploy.serve.access_log import AccessLog, Exchanges
+from gfldeploy.serve.keys import KeyGuard, Keys
 from gfldeploy.serve.loaded import Answer
+from gfldeploy.serve.metrics import Metrics, metrics_route
 from gfldeploy.serve.problems import Problem, problem_of, problem_response
+from gfldeploy.serve.reload import Current, Reloader, reload_route
 from gfldeploy.serve.requests import DetectRequest, RequestLimits, read_request
 from gfldeploy.serve.service import DetectionService
 
@@ -30,15 +36,37 @@ class ServeOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
-def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
-    """The application over a service, which somebody else starts and closes."""
+# What tells nothing of the detector, and what a browser needs before somebody can enter a key.
+OPEN_PATHS = ("/health/live", "/health/ready", "/", "/page.js", "/page.css", "/openapi.json")
+
+
+def create_app(
+    service: DetectionService,
+    options: ServeOptions,
+    *,
+    metrics: Metrics | None = None,
+    load: Callable[[], DetectionService] | None = None,
+    keys: Keys | None = None,
+    access_log: AccessLog | None = None,
+    progress: Progress = SILENT,
+) -> Starlette:
+    """The application over a service, which somebody else closes: the one that `state.current` has at the end.
+
+    `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
+    them a request is refused. `progress` is told of reloads.
+    """
+    metrics = metrics or Metrics()
+    current = Current(service)
+    metrics.ask(lambda: current.service)
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
-        service.check_room()  # before the body: what will be refused costs next to nothing
+        current.service.check_room()  # before the body: what will be refused costs next to nothing
         asked = await read_request(request, options.limits)
+        request.state.images = len(asked.images)
         try:
-            found = await _unless_gone(request, asked, service)
+            with current.use() as service:
+                found = await _unless_gone(request, asked, service)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)  # which nobody reads
         if len(found) == 1 and isinstance(found[0], BaseException):
@@ -50,27 +78,39 @@ def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
         return JSONResponse({"status": "live"})
 
     async def ready(request: Request) -> Response:
-        if (why := service.ready()) is not None:
+        if (why := current.service.ready()) is not None:
             raise Problem(503, "not_ready", why, "Try again later.", retry_after=1)
         return JSONResponse({"status": "ready"})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(plain(service.description))
+        return JSONResponse(plain(current.service.description))
 
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             error = Problem(error.status_code, "http", error.detail)
-        return problem_response(problem_of(error))
+        problem = problem_of(error)
+        request.state.code = problem.code
+        return problem_response(problem)
 
-    return Starlette(
+    told = [metrics.end] if access_log is None else [metrics.end, access_log.write]
+    app = Starlette(
         routes=[
             Route("/v1/detect", detect, methods=["POST"]),
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/v1/model", model),
+            Route("/metrics", metrics_route),
+            *([Route("/v1/reload", reload_route, methods=["POST"])] if load else []),
+        ],
+        middleware=[
+            Middleware(Exchanges, metrics.begin, told),
+            *([Middleware(KeyGuard, keys, OPEN_PATHS)] if keys else []),
         ],
         exception_handlers={Problem: failed, HTTPException: failed, Exception: failed},
     )
+    app.state.current, app.state.metrics = current, metrics
+    app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
+    return app
 
 
 async def _unless_gone(

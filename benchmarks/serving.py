@@ -302,6 +302,8 @@ def clients(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, An
     }
     names = [*timed]
     for place in range(5, len(names)):
+        if not all(one.per_s for one in timed[names[place]]):
+            continue  # nothing in time, which is no speed
         ratios[f"goodput by {names[place]}"] = by_rounds(timed, 4, place, lambda one: one.per_s)
     found["ratios"] = ratios
     failed = {name: sum(one.failed for one in each) for name, each in timed.items()}

@@ -27,6 +27,7 @@ _LONGEST_TEXT = 200  # characters of a path, or of anything else that a client c
 _MOST_LINES = 10_000  # that wait to be written; they take a few MB
 _AT_ONCE = 256
 _CLOSING_S = 5.0
+_STANDARD_OUTPUT = Path("-")
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class AccessLog:
     logrotate). Lines that cannot be written, or come while too many others wait, are dropped and counted.
     """
 
-    def __init__(self, path: Path | None, dropped: Callable[[int], None]) -> None:
-        """`path`: None for standard output. `dropped` is told how many lines were, in any thread.
+    def __init__(self, path: Path, dropped: Callable[[int], None]) -> None:
+        """`path`: "-" for standard output. `dropped` is told how many lines were, in any thread.
 
         Raises `OutputError` where the file cannot be opened.
         """
@@ -159,9 +160,9 @@ class AccessLog:
         self._failing = self._cut_short = False
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._file = os.dup(1) if path is None else os.open(path, flags, 0o640)
+            self._file = os.dup(1) if path == _STANDARD_OUTPUT else os.open(path, flags, 0o640)
         except OSError as error:
-            what = "standard output" if path is None else str(path)
+            what = "standard output" if path == _STANDARD_OUTPUT else str(path)
             raise OutputError(
                 f"the access log cannot be written to {what}: {error.strerror or error}",
                 "Give --access-log a file in a folder that this user may write, or - for standard output.",

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.access_log import AccessLog, Exchanges
 from gfldeploy.serve.answers import image_record
@@ -48,11 +49,12 @@ def create_app(
     load: Callable[[], DetectionService] | None = None,
     keys: Keys | None = None,
     access_log: AccessLog | None = None,
+    progress: Progress = SILENT,
 ) -> Starlette:
     """The application over a service, which somebody else closes: the one that `state.current` has at the end.
 
     `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
-    them a request is refused.
+    them a request is refused. `progress` is told of reloads.
     """
     limits = options.limits
     drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
@@ -121,7 +123,7 @@ def create_app(
         exception_handlers=HANDLERS,
     )
     app.state.current, app.state.metrics = current, metrics
-    app.state.reloader = None if load is None else Reloader(current, load, metrics, keys)
+    app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
     return app
 
 

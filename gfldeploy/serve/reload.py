@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,8 +16,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gfldeploy.bundle import GOLDEN
-from gfldeploy.errors import GfldeployError
+from gfldeploy.errors import GfldeployError, RejectedError
 from gfldeploy.export.golden import PICTURE, agreement
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
@@ -40,17 +40,18 @@ class _Held:
         self.unused = asyncio.Event()
         self.unused.set()
 
-    async def left(self) -> DetectionService:
-        """The service, once nobody uses it; for one that nobody can begin to use."""
-        await self.unused.wait()
-        return self.service
-
 
 class Current:
     """The service that answers. Of the event loop's thread alone."""
 
     def __init__(self, service: DetectionService) -> None:
         self._held = _Held(service)
+        self._replaced: set[_Held] = set()
+
+    @property
+    def in_use(self) -> tuple[DetectionService, ...]:
+        """The service, and those that were replaced and have requests to answer."""
+        return (self.service, *(held.service for held in self._replaced))
 
     @property
     def service(self) -> DetectionService:
@@ -71,9 +72,15 @@ class Current:
                 held.unused.set()
 
     def replace(self, service: DetectionService) -> Awaitable[DetectionService]:
-        """Let `service` answer what comes from now on; the old one is returned when no request uses it any more."""
+        """Let `service` answer what comes from now on; returns the old one when no request uses it any more."""
         replaced, self._held = self._held, _Held(service)
-        return replaced.left()
+        return self._left(replaced)
+
+    async def _left(self, held: _Held) -> DetectionService:
+        self._replaced.add(held)
+        await held.unused.wait()
+        self._replaced.discard(held)
+        return held.service
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,11 @@ class Reloader:
         load: Callable[[], DetectionService],
         metrics: Metrics,
         keys: Keys | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         """`load` makes a service that is ready, in whatever thread. `keys`: those that are valid."""
         self._current, self._load, self._metrics, self._keys = current, load, metrics, keys
+        self._progress, self._stopped = progress, False
         self._task: asyncio.Task[Reloaded] | None = None
         self._retired: set[asyncio.Task[None]] = set()
 
@@ -115,39 +124,41 @@ class Reloader:
         """Whether a reload is under way, or the service that the last one replaced is still in use."""
         return bool(self._retired) or (self._task is not None and not self._task.done())
 
-    def listen(self) -> None:
-        """Reload at every SIGHUP from now on, in the running event loop, which is that of the main thread."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
+    def hung_up(self) -> None:
+        """Begin a reload, if none is under way: for SIGHUP, in the event loop."""
+        try:
+            self.start()
+        except Problem as problem:
+            self._progress.note(f"SIGHUP: {problem}")
 
     def start(self) -> asyncio.Task[Reloaded]:
         """Begin a reload. Cancelling whoever waits for it should not cancel the task: `asyncio.shield` it.
 
-        Raises `Problem` (409) if another is under way. The task raises what `load` raises, and `ParityError` where the
-        golden picture comes out otherwise than expected.
+        Raises `Problem` (409) if another is under way, and `RejectedError` after a stop. The task raises what `load`
+        raises, and `ParityError` where the golden picture comes out otherwise than expected.
         """
+        if self._stopped:
+            raise RejectedError("the server is stopping", "Start another one.", "closed")
         if self.busy:
-            raise Problem(
-                409, "reload_in_progress", "a reload is under way already", "Wait for its end, then ask again."
-            )
+            raise Problem(409, "reload_in_progress", "a reload is under way already", "Wait for its end.")
         self._task = asyncio.create_task(self._reload())
         self._task.add_done_callback(_retrieve)
         return self._task
 
-    async def close(self) -> None:
-        """Give up a reload that is under way; wait until a service that was replaced is closed."""
+    def stop(self) -> None:
+        """Give up a reload that is under way, and begin no other."""
+        self._stopped = True
         if self._task is not None:
             self._task.cancel()
-        await asyncio.gather(*self._retired)
 
-    def _hung_up(self) -> None:
-        try:
-            self.start()
-        except Problem as problem:
-            _log.warning("SIGHUP: %s", problem)
+    async def close(self) -> None:
+        """Stop, and wait until a service that was replaced is closed."""
+        self.stop()
+        await asyncio.gather(*self._retired)
 
     async def _reload(self) -> Reloaded:
         began = time.monotonic()
-        _log.info("reload: loading beside the service that answers")
+        self._progress.stage("reload: loading beside what answers")
         try:
             keys = self._keys.read_again() if self._keys is not None else None
             service = await _in_thread(self._loaded, lambda late: late.close(drain=False))
@@ -158,9 +169,9 @@ class Reloader:
                 raise
         except Exception as error:
             self._metrics.reloaded("failed")
-            _log.error(
-                "reload failed, the old service answers on: %s", error, exc_info=not isinstance(error, GfldeployError)
-            )
+            self._progress.note(f"reload failed, the old service answers on: {error}")
+            if not isinstance(error, GfldeployError):
+                _log.exception("an error that nobody foresaw")
             raise
         if self._keys is not None and keys is not None:
             self._keys.replace(keys)
@@ -171,13 +182,7 @@ class Reloader:
         self._metrics.reloaded("switched")
         identity = service.description.bundle
         done = Reloaded(identity.name, identity.digest, golden, time.monotonic() - began)
-        _log.info(
-            "reload: %s (%.12s) answers since %.1f s after it was asked for; %s",
-            done.bundle,
-            done.digest,
-            done.seconds,
-            done.golden,
-        )
+        self._progress.stage(f"reload: {done.bundle} ({done.digest[:12]}) answers; {golden}")
         return done
 
     def _loaded(self) -> DetectionService:

@@ -43,7 +43,7 @@ _SEND = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RequestLimits:
     """What a request may be.
 

@@ -5,28 +5,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
+import anyio
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.access_log import AccessLog, Exchanges
+from gfldeploy.serve.answers import image_record
 from gfldeploy.serve.keys import KeyGuard, Keys
 from gfldeploy.serve.loaded import Answer
 from gfldeploy.serve.metrics import Metrics, metrics_route
-from gfldeploy.serve.problems import Problem, problem_of, problem_response
+from gfldeploy.serve.openapi import openapi
+from gfldeploy.serve.paddlex import paddlex_answer, read_paddlex_request
+from gfldeploy.serve.problems import HANDLERS, PADDLEX_PATH, Problem, json_response, problem_of
 from gfldeploy.serve.reload import Current, Reloader, reload_route
-from gfldeploy.serve.requests import DetectRequest, RequestLimits, read_request
+from gfldeploy.serve.requests import BodyGuard, DetectRequest, RequestLimits, read_request
 from gfldeploy.serve.service import DetectionService
-
-_CLIENT_GONE = 499  # nginx's number
+from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class ServeOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
-# What tells nothing of the detector, and what a browser needs before somebody can enter a key.
-OPEN_PATHS = ("/health/live", "/health/ready", "/", "/page.js", "/page.css", "/openapi.json")
+# What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
+_OPEN = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
 
 
 def create_app(
@@ -55,58 +56,71 @@ def create_app(
     `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
     them a request is refused. `progress` is told of reloads.
     """
+    limits = options.limits
     metrics = metrics or Metrics()
     current = Current(service)
     metrics.ask(lambda: current.service)
+    drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
         current.service.check_room()  # before the body: what will be refused costs next to nothing
-        asked = await read_request(request, options.limits)
+        asked = await read_request(request, limits, current.service.description.classes)
         request.state.images = len(asked.images)
-        try:
-            with current.use() as service:
-                found = await _unless_gone(request, asked, service)
-        except ClientDisconnect:
-            return Response(status_code=_CLIENT_GONE)  # which nobody reads
+        with current.use() as service:
+            found = await _unless_gone(request, asked, service)
         if len(found) == 1 and isinstance(found[0], BaseException):
             raise found[0]
-        images = [_image(one, asked) for one in found]
-        return JSONResponse({"images": images, "times_ms": {"total": _ms(time.perf_counter() - start)}})
+        images = [
+            problem_of(one).body() if isinstance(one, BaseException) else image_record(one, asked) for one in found
+        ]
+        return json_response({"images": images, "times_ms": {"total": _ms(time.perf_counter() - start)}})
+
+    async def object_detection(request: Request) -> Response:
+        current.service.check_room()
+        asked = await read_paddlex_request(request, limits)
+        request.state.images = 1
+        with current.use() as service:
+            (found,) = await _unless_gone(request, DetectRequest((asked.image,), 0.0, limits.timeout_ms), service)
+        if isinstance(found, BaseException):
+            raise found
+        return json_response(await paddlex_answer(found.detections, asked, drawing))
 
     async def live(request: Request) -> Response:
-        return JSONResponse({"status": "live"})
+        return json_response({"status": "live"})
 
     async def ready(request: Request) -> Response:
         if (why := current.service.ready()) is not None:
             raise Problem(503, "not_ready", why, "Try again later.", retry_after=1)
-        return JSONResponse({"status": "ready"})
+        return json_response({"status": "ready"})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(plain(current.service.description))
+        return json_response(plain(current.service.description))
 
-    async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            error = Problem(error.status_code, "http", error.detail)
-        problem = problem_of(error)
-        request.state.code = problem.code
-        return problem_response(problem)
+    async def described(request: Request) -> Response:
+        paths = {route.path for route in routes}
+        return json_response(openapi(limits, current.service.description.classes, paths, keys is not None))
 
+    routes = [
+        Route("/v1/detect", detect, methods=["POST"]),
+        Route(PADDLEX_PATH, object_detection, methods=["POST"]),
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/v1/model", model),
+        Route("/openapi.json", described),
+        Route("/metrics", metrics_route),
+        *([Route("/v1/reload", reload_route, methods=["POST"])] if load else []),
+        *page_routes(),
+    ]
     told = [metrics.end] if access_log is None else [metrics.end, access_log.write]
     app = Starlette(
-        routes=[
-            Route("/v1/detect", detect, methods=["POST"]),
-            Route("/health/live", live),
-            Route("/health/ready", ready),
-            Route("/v1/model", model),
-            Route("/metrics", metrics_route),
-            *([Route("/v1/reload", reload_route, methods=["POST"])] if load else []),
-        ],
+        routes=routes,
         middleware=[
             Middleware(Exchanges, metrics.begin, told),
-            *([Middleware(KeyGuard, keys, OPEN_PATHS)] if keys else []),
+            Middleware(BodyGuard, limits=limits),
+            *([Middleware(KeyGuard, keys, _OPEN)] if keys else []),
         ],
-        exception_handlers={Problem: failed, HTTPException: failed, Exception: failed},
+        exception_handlers=HANDLERS,
     )
     app.state.current, app.state.metrics = current, metrics
     app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
@@ -146,27 +160,6 @@ async def _unless_gone(
         raise ClientDisconnect from None
     finally:
         watching.cancel()
-
-
-def _image(found: Answer | BaseException, asked: DetectRequest) -> dict[str, Any]:
-    """The JSON of one image."""
-    if isinstance(found, BaseException):
-        return problem_of(found).body()
-    kept = found.detections.at_least(asked.threshold)
-    if asked.classes:
-        try:
-            kept = kept.of_classes(*asked.classes)
-        except ValueError as error:
-            raise Problem(400, "request", str(error), "See /v1/model for the classes.") from error
-    rows = zip(kept.names, kept.classes.tolist(), kept.scores.tolist(), kept.boxes.tolist(), strict=True)
-    return {
-        "height": found.size[0],
-        "width": found.size[1],
-        "detections": [
-            {"class": name, "class_id": category, "score": score, "box": box} for name, category, score, box in rows
-        ],
-        "times_ms": {name: round(value, 3) for name, value in asdict(found.times).items()},
-    }
 
 
 def _ms(seconds: float) -> float:

@@ -17,6 +17,8 @@ from gfldeploy.serve.process import Listen, run_server
 from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService, ServiceSettings, Watch
 
+_BODIES = 8  # of the largest size are in memory at most
+
 
 def serve_detector(
     source: StrPath,
@@ -67,7 +69,9 @@ def serve_detector(
             progress.note(note)
         return DetectionService(choice, settings, watch, progress)
 
-    limits = RequestLimits(int(max_body_mb * 1e6), body_timeout_s, max_images, timeout_ms)
+    limits = RequestLimits(
+        int(max_body_mb * 1e6), int(_BODIES * max_body_mb * 1e6), body_timeout_s, max_images, timeout_ms
+    )
     run_server(
         load,
         ServeOptions(limits),

@@ -41,6 +41,7 @@ _COMMANDS = {
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
     "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
     "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, and videos."),
+    "triton": ("gfldeploy.cli.triton", "Write a model repository for Triton Inference Server."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "report": ("gfldeploy.cli.report", "Turn a results file into one HTML page."),
     "doctor": ("gfldeploy.cli.doctor", "Show what works on this machine, and why the rest does not."),

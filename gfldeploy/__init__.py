@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from gfldeploy.errors import OutputError as OutputError
     from gfldeploy.errors import ParityError as ParityError
     from gfldeploy.errors import RejectedError as RejectedError
+    from gfldeploy.errors import ServerError as ServerError
     from gfldeploy.errors import UnsupportedError as UnsupportedError
     from gfldeploy.errors import UsageError as UsageError
     from gfldeploy.export.exporter import export_bundle as export_bundle
     from gfldeploy.inspection import inspect as inspect
     from gfldeploy.inspection import verify as verify
+    from gfldeploy.load.session import load_server as load_server
     from gfldeploy.predict.outputs import PredictResults as PredictResults
     from gfldeploy.predict.session import predict_images as predict_images
     from gfldeploy.progress import SILENT as SILENT
@@ -76,11 +78,13 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "OutputError",
         "ParityError",
         "RejectedError",
+        "ServerError",
         "UnsupportedError",
         "UsageError",
     ),
     "gfldeploy.export.exporter": ("export_bundle",),
     "gfldeploy.inspection": ("inspect", "verify"),
+    "gfldeploy.load.session": ("load_server",),
     "gfldeploy.predict.outputs": ("PredictResults",),
     "gfldeploy.predict.session": ("predict_images",),
     "gfldeploy.progress": ("SILENT", "Progress"),

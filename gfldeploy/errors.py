@@ -62,6 +62,10 @@ class EngineError(GfldeployError):
     """An engine failed to load or run a model."""
 
 
+class ServerError(GfldeployError):
+    """A server cannot be reached, or does not answer as `gfldeploy serve` does."""
+
+
 class UnsupportedError(EngineError):
     """This engine x precision x device combination does not work here."""
 

@@ -13,9 +13,11 @@ from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision, with_
 
 # After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
 # images after the other; offline: all images at once, in the order and batches that are fastest; server: images arrive
-# at random times, whether or not the earlier ones are done.
-Scenario = Literal["single-stream", "multi-stream", "offline", "server"]
-SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+# at random times, whether or not the earlier ones are done. http: files of images are sent to a running server, at
+# random times or by clients that wait for their answers (`gfldeploy load`).
+Scenario = Literal["single-stream", "multi-stream", "offline", "server", "http"]
+# Those that `bench` measures.
+SCENARIOS: tuple[Scenario, ...] = ("single-stream", "multi-stream", "offline", "server")
 # The two scenarios that the batch size tells apart.
 STREAMS: tuple[Scenario, ...] = ("single-stream", "multi-stream")
 # What a server does with the images that wait. no-batching: one after the other as they arrive; fixed-timeout: a batch
@@ -28,7 +30,7 @@ _ALLOWED = {
     "precision": PRECISIONS,
     "device": DEVICES,
     "order": ("listed", "bucketed"),
-    "scenario": SCENARIOS,
+    "scenario": get_args(Scenario),
     "policy": (None, *POLICIES),
 }
 
@@ -57,9 +59,11 @@ class Cell:
     `threads`: CPU threads of one inference. `order`: "listed" (batches of the images in their order) or "bucketed"
     (batches of images of one size), which takes all images at once: the offline scenario. `rate`: images arriving a
     second, and `policy`: how they become batches, in the server scenario alone; its `batch_size` is the largest that
-    the policy may form. `input_size`: (height, width) in pixels that images are resized to (`Bundle.at_size`), None for
-    the bundle's own. `tf32`: FP32 on a GPU may multiply in TF32 (`EngineOptions`). `streams`: inferences at once
-    from one engine; single-stream and multi-stream have one, since each query waits for the one before.
+    the policy may form. The http scenario has either a `rate` or a number of `clients`, each of which sends an image
+    when its last one is answered; its `batch_size` is the largest that the server forms. `input_size`: (height, width)
+    in pixels that images are resized to (`Bundle.at_size`), None for the bundle's own. `tf32`: FP32 on a GPU may
+    multiply in TF32 (`EngineOptions`). `streams`: inferences at once from one engine; single-stream and multi-stream
+    have one, since each query waits for the one before.
     """
 
     bundle: BundleIdentity
@@ -75,6 +79,7 @@ class Cell:
     tf32: bool = False
     streams: int = 1
     input_size: Size | None = None
+    clients: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -92,8 +97,14 @@ class Cell:
             raise ValueError(f"{self.scenario} does not go with batches of {self.batch_size}")
         if self.order == "bucketed" and self.scenario != "offline":
             raise ValueError("only the offline scenario has all images at once, to put those of one size into a batch")
-        if len({self.scenario == "server", self.rate is not None, self.policy is not None}) > 1:
+        if (self.scenario == "server") != (self.policy is not None) or (
+            (self.scenario == "server") != (self.rate is not None) and self.scenario != "http"
+        ):
             raise ValueError("the server scenario has a rate and a policy, and no other has")
+        if (self.clients is not None) != (self.scenario == "http" and self.rate is None):
+            raise ValueError("the http scenario has either a rate or clients, and no other has clients")
+        if self.clients is not None and self.clients < 1:
+            raise ValueError("clients must be at least 1")
         if self.rate is not None and self.rate <= 0:
             raise ValueError("rate must be positive")
         if self.policy is not None and not forms(self.policy, self.batch_size):
@@ -128,12 +139,19 @@ class Cell:
 
     @property
     def load(self) -> str:
-        """The scenario where the batch size does not say it: ", offline" or ", server at 5 images/s, adaptive"."""
+        """The scenario where the batch size does not say it: ", offline", ", server at 5 images/s, adaptive" or
+        ", http from 16 clients"."""
         if self.scenario in STREAMS:
             return ""
         if self.scenario == "offline" and self.order == "listed" and self.batch_size > 1:
             return ", offline as listed"
-        return f", {self.scenario}" + (f" at {self.rate:g} images/s, {self.policy}" if self.rate else "")
+        at = f" at {self.rate:g} images/s" if self.rate else f" from {self.clients} clients" if self.clients else ""
+        return f", {self.scenario}{at}{f', {self.policy}' if self.policy else ''}"
+
+    @property
+    def is_server(self) -> bool:
+        """Whether its latencies are of single images that came to a server, from their arrival to their answer."""
+        return self.scenario in ("server", "http")
 
 
 def names(some: Sequence[Cell], every: Sequence[Cell], whole: bool = True) -> str:

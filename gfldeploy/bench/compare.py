@@ -226,9 +226,10 @@ def timing_differences(a: BenchResults, b: BenchResults) -> Iterator[Difference]
     yield from _differences(
         ("timed images", images[0], images[1]),
         ("warm-up inferences", one.warmup, two.warmup),
+        ("seconds of warm-up", one.warmup_s, two.warmup_s),
         ("hardware samples a second", one.monitor_hz, two.monitor_hz),
     )
-    if all(any(one.cell.scenario == "server" for one in results.cells) for results in (a, b)):
+    if all(any(one.cell.is_server for one in results.cells) for results in (a, b)):
         yield from _differences(
             ("seed of the arrivals", one.seed, two.seed),
             ("latency bound in ms", one.latency_bound_ms, two.latency_bound_ms),

@@ -77,22 +77,48 @@ class Monitored:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What the client of a server saw (`gfldeploy load`).
+
+    `endings`: how many requests ended how: "200", "429 queue_full" (the status, and the code in the answer's JSON),
+    "timed out", "refused" (no connection could be made), "closed" (before there was an answer), "malformed" (what came
+    was no HTTP), "no connection" (as many as allowed were in use, so nothing was sent). `late_ms`: of each request, how
+    long after its planned time it was sent: the delays of the client itself, which its latency includes.
+    `most_connections`: open at once. `resent`: requests that a server did not answer on a connection that it closed
+    just then, and that were sent again on another. `unasked`: connections on which something came that was no answer to
+    a request, such as a second one. `client_cpu_percent`: processor time of the client, of one CPU.
+    `loopback`: whether the server was on the client's machine, which is the one that the results describe.
+    """
+
+    endings: Mapping[str, int]
+    late_ms: tuple[float, ...]
+    most_connections: int
+    resent: int
+    unasked: int
+    client_cpu_percent: float
+    loopback: bool
+
+
+@dataclass(frozen=True)
 class Serving:
     """What became of the images that arrived at a server, besides the latencies of those that were answered.
 
-    `requests`: images that arrived; `rejected`: of those, how many were not accepted. `points`: latencies of batches
-    before the first arrival, to which the adaptive policy's latency model is fitted. `most_kept`: an upper bound of the
-    answers in time that any policy could give, with batches of the cell's size at most (`simulator.most_kept`), if no
-    batch is faster than the fastest of the `points`.
+    `requests`: images that arrived; `rejected`: of those, how many were not accepted; `failed`: how many of the others
+    had no answer, or an error. `points`: latencies of batches before the first arrival, to which the adaptive policy's
+    latency model is fitted. `most_kept`: an upper bound of the answers in time that any policy could give, with batches
+    of the cell's size at most (`simulator.most_kept`), if no batch is faster than the fastest of the `points`; None
+    over HTTP, where these are not known. `traffic`: over HTTP alone.
     """
 
     requests: int
     rejected: int
     points: tuple[Point, ...]
-    most_kept: int
+    most_kept: int | None
+    failed: int = 0
+    traffic: Traffic | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rejected < self.requests or not 0 <= self.most_kept <= self.requests:
+        if not 0 <= self.rejected + self.failed < self.requests or not 0 <= (self.most_kept or 0) <= self.requests:
             raise ValueError("a server answers at least one request, and no more than there are")
 
 
@@ -131,7 +157,7 @@ class Run:
     such as "1x3x800x1216". `padding_ratio`: pixels of the batches by pixels of the images in them, 1.0 without padding.
     `mixed_batches`: how many of the batches held images of several input sizes; None where that was not recorded. In
     the server scenario all three are of the batches that were formed, and `serving` says the rest; it is None in the
-    others.
+    others but http, where of the engine only what the server tells is known: the rest is None, and `shapes` empty.
 
     `convolutions`: those of one inference, by the precision that they ran in; None where the engine cannot tell.
     `not_low_precision`: why some did not run in the INT8, BF16 or FP16 asked for, a line for each reason
@@ -146,13 +172,13 @@ class Run:
     started: str
     samples: Samples
     engine_version: str
-    load_s: float
-    first_inference_ms: float
-    peak_rss_mb: float
+    load_s: float | None
+    first_inference_ms: float | None
+    peak_rss_mb: float | None
     inputs_mb: float
     shapes: Mapping[str, int]
-    padding_ratio: float
-    idle: Idle
+    padding_ratio: float | None
+    idle: Idle | None
     stages: Stages | None = None
     build_s: float | None = None
     mixed_batches: int | None = None
@@ -221,8 +247,11 @@ class CellResult:
             raise ValueError("a cell with the status ok needs runs")
         if self.status == "skipped" and self.runs:
             raise ValueError("a skipped cell has no runs")
-        if any((run.serving is None) == (self.cell.scenario == "server") for run in self.runs):
-            raise ValueError("runs of the server scenario say what became of the requests, and no others do")
+        if any((run.serving is None) == self.cell.is_server for run in self.runs):
+            raise ValueError("runs of servers say what became of the requests, and no others do")
+        over_http = [run.serving.traffic is not None for run in self.runs if run.serving]
+        if any(one == (self.cell.scenario == "server") for one in over_http):
+            raise ValueError("runs over HTTP say what their client saw, and no others do")
 
     @property
     def latency_ms(self) -> tuple[float, ...]:
@@ -332,8 +361,14 @@ def _from_schema_6(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _from_schema_7(data: dict[str, Any]) -> dict[str, Any]:
+    """It had nothing of servers over HTTP: the defaults."""
+    return data
+
+
 _UPGRADES = {
     1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4, 5: _from_schema_5, 6: _from_schema_6,
+    7: _from_schema_7,
 }  # fmt: skip
 
 
@@ -341,7 +376,7 @@ _UPGRADES = {
 class BenchResults(Versioned):
     """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
 
-    FORMAT = FileFormat("results", "gfldeploy bench", 7, _UPGRADES)
+    FORMAT = FileFormat("results", "gfldeploy bench", 8, _UPGRADES)
 
     created: str
     machine: Machine

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ FLAGS: Mapping[str, str] = {
     "quick": "measured too briefly for figures to be quoted: a first look",
     "unstable": "the latencies had not settled when the time was up",
     "overloaded": "the server fell behind the arrivals, or rejected many of them",
+    "late": "the load generator itself sent requests late, by more than a tenth of the latency bound, and these "
+    "latencies have its own delays in them",
     "busy": "other processes used more than 20 % of the CPUs or of the GPU before a run",
     "throttled": "the hardware ran below full speed",
     "padded": "batches hold images of several sizes, padded to the largest, which changes boxes and scores (group "
@@ -41,6 +44,9 @@ FLAGS: Mapping[str, str] = {
 
 # The window over which a GPU averages what it says of itself; its energy counter is coarse below that, too.
 _SETTLED_S = 1.0
+
+# Of the latency bound: what a load generator may be late itself.
+_LATE = 0.1
 
 # Percentiles that the bound of the server scenario may be judged by, the best first.
 _BOUND_PERCENTS = (99, 95, 90, 50)
@@ -55,18 +61,22 @@ _SHAPES = re.compile(r"\bmb\d+_(?:g\d+)?(ic\d+oc\d+)_\w+")
 class Served:
     """What became of the images that arrived at a server, in all rounds.
 
-    `in_time_per_s`: answered within the bound, a second. `rejected`: the share that was, 0 to 1. `mean_batch`: images
-    in a batch. `percent_of_possible`: answered within the bound, of what no policy could do better than with batches up
-    to this size (`Serving.most_kept`); None if that is nothing. `kept`: answered within the bound, of all that arrived,
-    0 to 1. `percent`: the highest percentile up to 99 that so many images support, None for too few to judge by.
+    `in_time_per_s`: answered within the bound, a second. `rejected`: the share that was, 0 to 1, and `failed` that had
+    no answer, or an error. `mean_batch`: images in a batch, None where that is not known. `percent_of_possible`:
+    answered within the bound, of what no policy could do better than with batches up to this size
+    (`Serving.most_kept`); None if that is nothing. `kept`: answered within the bound, of all that arrived, 0 to 1.
+    `percent`: the highest percentile up to 99 that so many images support, None for too few to judge by. `late_ms`:
+    over HTTP, the 99th percentile of how late the client sent (the largest of fewer), else None.
     """
 
     in_time_per_s: float
     rejected: float
-    mean_batch: float
+    failed: float
+    mean_batch: float | None
     percent_of_possible: float | None
     kept: float
     percent: int | None
+    late_ms: float | None
 
     @property
     def bound_held(self) -> str | None:
@@ -82,7 +92,8 @@ class Row:
 
     Those whose name begins with `file` are of whole batches from file to boxes (decode, preprocess, network, NMS), one
     after the other, nothing overlapping. The other latencies and speeds are of the network alone on prepared batches,
-    by wall time; of servers, from the arrival of an image that was not rejected to the end of its batch. All rounds
+    by wall time; of servers, from the arrival of an image that was not rejected to the end of its batch, over HTTP to
+    its answer. All rounds
     count together. Percentiles are only there where the samples support them (`estimates.supports`). `on_front`:
     whether no other row is as fast and as accurate, and better in one of them (`rows`).
     """
@@ -104,7 +115,7 @@ class Row:
     @property
     def is_server(self) -> bool:
         """Whether its latencies are those of a server."""
-        return self.cell.scenario == "server"
+        return self.cell.is_server
 
     def file_ms(self, percent: int = 50) -> Estimate | None:
         """A percentile of the latency of a batch from file to boxes; the median even of few."""
@@ -157,7 +168,8 @@ class Row:
     @property
     def memory_mb(self) -> float | None:
         """The peak resident memory less the prepared inputs, 10^6 bytes."""
-        return max(run.peak_rss_mb - run.inputs_mb for run in self.result.runs) if self.ok else None
+        found = [run.peak_rss_mb - run.inputs_mb for run in self.result.runs if run.peak_rss_mb is not None]
+        return max(found) if self.ok and found else None
 
     @property
     def gpu_memory_mb(self) -> float | None:
@@ -165,7 +177,7 @@ class Row:
         found = [
             max(run.monitored.gpu_memory_mb) - run.idle.gpu_memory_mb
             for run in self.result.runs
-            if run.monitored and run.monitored.gpu_memory_mb and run.idle.gpu_memory_mb is not None
+            if run.monitored and run.monitored.gpu_memory_mb and run.idle and run.idle.gpu_memory_mb is not None
         ]
         return max(found) if self.ok and found else None
 
@@ -219,7 +231,8 @@ class Row:
     @property
     def padding(self) -> float | None:
         """Pixels of the batches by those of the images."""
-        return max(run.padding_ratio for run in self.result.runs) if self.ok else None
+        found = [run.padding_ratio for run in self.result.runs if run.padding_ratio is not None]
+        return max(found) if self.ok and found else None
 
     @cached_property
     def served(self) -> Served | None:
@@ -230,15 +243,19 @@ class Row:
             return None
         requests = sum(serving.requests for _, serving in runs)
         kept = sum(value <= bound_ms for value in self.result.latency_ms)
-        possible = sum(serving.most_kept for _, serving in runs)
+        possible = sum(serving.most_kept or 0 for _, serving in runs)
+        batches = sum(sum(run.shapes.values()) for run, _ in runs)
+        late_ms = [late for _, serving in runs if serving.traffic for late in serving.traffic.late_ms]
         percent = next((percent for percent in _BOUND_PERCENTS if supports(requests, percent)), None)
         return Served(
             in_time_per_s=kept / sum(run.samples.wall_s for run, _ in runs),
             rejected=sum(serving.rejected for _, serving in runs) / requests,
-            mean_batch=sum(run.samples.images for run, _ in runs) / sum(sum(run.shapes.values()) for run, _ in runs),
+            failed=sum(serving.failed for _, serving in runs) / requests,
+            mean_batch=sum(run.samples.images for run, _ in runs) / batches if batches else None,
             percent_of_possible=100 * kept / possible if possible else None,
             kept=kept / requests,
             percent=percent,
+            late_ms=percentile(late_ms, 99).value if supports(len(late_ms), 99) else max(late_ms, default=None),
         )
 
     @cached_property
@@ -246,11 +263,15 @@ class Row:
         """Those of `FLAGS` that hold."""
         runs = self.result.runs if self.ok else ()
         unstable = not all(run.samples.stable for run in runs)
+        bound_ms = self.results.settings.latency_bound_ms
         holds = {
             "quick": self.ok and self.results.settings.quick,
             "unstable": unstable and not self.is_server,
             "overloaded": unstable and self.is_server,
-            "busy": any(max(run.idle.cpu_percent, run.idle.gpu_percent or 0) > BUSY_PERCENT for run in runs),
+            "late": self.served is not None and (self.served.late_ms or 0) > _LATE * (bound_ms or math.inf),
+            "busy": any(
+                max(run.idle.cpu_percent, run.idle.gpu_percent or 0) > BUSY_PERCENT for run in runs if run.idle
+            ),
             "throttled": any(run.monitored and run.monitored.throttled for run in runs),
             "padded": any(self._is_mixed(run) for run in runs),
         }
@@ -287,8 +308,9 @@ class Row:
             if (other.cell.bundle, other.cell.input_size) == (self.cell.bundle, self.cell.input_size)
             and other.cell.batch_size == 1
             for one in other.runs
+            if one.padding_ratio is not None
         ]
-        return bool(alone) and run.padding_ratio > min(alone) * (1 + 1e-9)
+        return bool(alone) and run.padding_ratio is not None and run.padding_ratio > min(alone) * (1 + 1e-9)
 
     def _not_lowered(self) -> str | None:
         run = self.result.runs[-1]
@@ -428,7 +450,9 @@ def _rate(row: Row) -> Value:
 
 
 def _ap(row: Row) -> Value:
-    return (UNKNOWN if row.ap is None else row.ap) if row.ok else None
+    if not row.ok or (row.ap is None and row.cell.scenario == "http"):
+        return None
+    return UNKNOWN if row.ap is None else row.ap
 
 
 # In the order in which they are shown. A new column is one entry here.
@@ -443,6 +467,7 @@ COLUMNS: list[Column[Row]] = [
     Column("input_size", "input size", _input_size, words=True, first=True),
     Column("scenario", "scenario", _scenario, words=True, constant=True, first=True),
     Column("rate_per_s", "arriving/s", _rate, constant=True),
+    Column("clients", "clients", lambda row: row.cell.clients, constant=True),
     Column("policy", "policy", lambda row: row.cell.policy, words=True),
     Column("batch_size", "batch", lambda row: row.cell.batch_size, first=True),
     Column("file_to_boxes_images_per_s", "file to boxes", _file_images_per_s, "images/s", first=True),
@@ -452,8 +477,10 @@ COLUMNS: list[Column[Row]] = [
     *_percentiles("file_to_boxes", _file_ms, (4, 13, 11), first=True),
     Column("percent_of_possible", "% of possible", _of_served(lambda one: one.percent_of_possible), digits=0, drop=2),
     Column("rejected_percent", "rejected", _of_served(lambda served: 100 * served.rejected), "%", digits=0, drop=3),
+    Column("failed_percent", "failed", _of_served(lambda one: 100 * one.failed or None), "%", digits=1, drop=3),
     *_percentiles("answer", lambda row, percent: row.latency_ms(percent) if row.is_server else None, (4, 13, 6)),
     Column("bound_held", "bound held", _of_served(lambda served: served.bound_held), words=True, drop=6),
+    Column("client_late_ms", "sent late", _of_served(lambda served: served.late_ms), "ms", drop=8),
     Column("mean_batch", "mean batch", _of_served(lambda served: served.mean_batch), digits=1, drop=9),
     Column("memory_mb", "memory", lambda row: row.memory_mb, "MB", digits=0, drop=5, first=True),
     Column("network_images_per_s", "network", _network_images_per_s, "images/s", drop=3, first=True),

@@ -42,7 +42,8 @@ class Settings:
 
     `seed`: of the arrival times. `latency_bound_ms`: from arrival to answer, in the server scenario; None without it.
     `monitor_hz`: hardware samples per second, 0 for none.
-    `tail_count`: batches from file to boxes that are timed in each round unless `max_seconds` pass before.
+    `tail_count`: batches from file to boxes that are timed in each round unless `max_seconds` pass before. `warmup_s`:
+    seconds of the same load before what counts, over HTTP, in the place of `warmup`.
     """
 
     min_seconds: float
@@ -54,6 +55,7 @@ class Settings:
     latency_bound_ms: float | None = None
     monitor_hz: float = 5.0
     tail_count: int = 0
+    warmup_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.rounds < 1 or self.monitor_hz < 0 or self.tail_count < 0:
@@ -74,10 +76,12 @@ class Samples:
     """One timed run, raw.
 
     `latency_ms`: in the order of completion, those of several streams together. Of each query, a batch of `batch_size`
-    images; in the server scenario of each image served, from its arrival to the end of its batch. `warmup_ms`: of the
-    inferences before them, which count for nothing. `batch_size`: images in each inference, at most that many in the
-    server scenario. `images`: completed ones. `wall_s`: seconds from the start of the first timed inference (server: of
-    the arrivals) to the end of the last; of several streams, the mean of theirs. `stable`: whether the run ended
+    images; in the server scenario of each image served, from its arrival to the end of its batch; over HTTP of each
+    image answered with 200, from the time it was planned for to the end of the answer. `warmup_ms`: of the
+    inferences before them, which count for nothing. `batch_size`: images in each inference, at most that many of
+    servers. `images`: completed ones. `wall_s`: seconds from the start of the first timed inference (server: of
+    the arrivals) to the end of the last; of several streams, the mean of theirs; over HTTP at a rate, the seconds in
+    which the requests were planned. `stable`: whether the run ended
     because the samples had become stable, rather than because time was up (server: whether it kept up with the
     arrivals). `energy_j`: joules that the GPU's board took in `wall_s`, idle power included; None where that is not
     known.

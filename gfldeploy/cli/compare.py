@@ -88,7 +88,7 @@ def _show_pairs(pairs: Sequence[Pair]) -> None:
         Column("bundle", "bundle", lambda pair: _bundle(pair) if changed else None, words=True, drop=2),
         Column("flags", "flags", _flags, words=True, wrap=True, drop=3),
     )
-    servers = {pair.cell.scenario == "server" for pair in pairs}
+    servers = {pair.cell.is_server for pair in pairs}
     what = ["The network alone, median of a batch"] if False in servers else []
     what += ["Servers from arrival to answer, median of an image"] if True in servers else []
     show_table(columns, pairs, "; ".join(what), "--json has everything.")

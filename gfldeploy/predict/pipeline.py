@@ -38,7 +38,7 @@ _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
 _MOST_DECODERS = 8
 # Batches that are prepared, or in NMS, beside those in the network. On a CPU one would do if the threads never waited
 # for each other, as for Python's lock; what a GPU leaves to the CPU may take longer than the network.
-_PREPARED: Mapping[Device, int] = {"cpu": 2, "gpu": 3}
+PREPARED: Mapping[Device, int] = {"cpu": 2, "gpu": 3}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def detect_groups(
 
         def detect(job: tuple[Sequence[tuple[int, Picture]], Size]) -> list[Found]:
             group, size = job
-            tensor = _room(memory, engine.host_array, (fixed or len(group), 3, *size))
+            tensor = room(memory, engine.host_array, (fixed or len(group), 3, *size))
             filled = _fill(preprocess, [picture for _, picture in group], tensor, reduced, readers)
             scales = [one for one in filled if not isinstance(one, DataError)]
             found: Iterator[Detections] = iter(())
@@ -128,7 +128,7 @@ def detect_groups(
                 for (index, picture), one in zip(group, filled, strict=True)
             ]
 
-        yield from stack.enter_context(closing(at_once(detect, groups, inferring + _PREPARED[engine.options.device])))
+        yield from stack.enter_context(closing(at_once(detect, groups, inferring + PREPARED[engine.options.device])))
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
@@ -188,7 +188,7 @@ def _fill(
     return filled
 
 
-def _room(
+def room(
     memory: threading.local, new: Callable[[int], NDArray[np.float32]], shape: tuple[int, ...]
 ) -> NDArray[np.float32]:
     """An array of this shape in the memory of this thread, which is as large as its largest batch so far."""

@@ -72,7 +72,7 @@ class Measured:
             passes=tuple(_passes(run, result.cell.streams * result.cell.batch_size) for run in result.runs),
             median_ms=statistics.median(result.file_ms),
             tail=Tail.of(result.file_ms),
-            memory_mb=max(run.peak_rss_mb - run.inputs_mb for run in result.runs),
+            memory_mb=max((run.peak_rss_mb or 0.0) - run.inputs_mb for run in result.runs),
         )
 
 

@@ -20,9 +20,9 @@ def test_an_axis_that_a_file_lacks_has_its_default() -> None:
     results = sample_results()
     data = results.to_dict()
     for one in data["cells"]:
-        for axis in ("order", "rate", "policy", "tf32", "streams", "input_size"):
+        for axis in ("order", "rate", "policy", "tf32", "streams", "input_size", "clients"):
             del one["cell"][axis]
-    for schema in (5, 6, 7):
+    for schema in (5, 6, 7, 8):
         assert BenchResults.from_dict({**data, "schema": schema}) == results
 
 
@@ -44,6 +44,9 @@ def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
     assert cell(scenario="offline", order="bucketed").name() == "onnxruntime int8, batch 2, offline"
     server = replace(one, scenario="server", rate=5.0, policy="adaptive")
     assert server.name() == "onnxruntime int8, batch 2, server at 5 images/s, adaptive"
+    http = replace(one, scenario="http", rate=5.0)
+    assert http.name() == "onnxruntime int8, batch 2, http at 5 images/s"
+    assert replace(http, rate=None, clients=16).name() == "onnxruntime int8, batch 2, http from 16 clients"
 
 
 def test_several_cells_are_named_together() -> None:

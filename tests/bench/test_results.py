@@ -58,7 +58,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", BenchResults.FORMAT.schema + 1), "newer gfldeploy: schema 8"),
+        (change("schema", BenchResults.FORMAT.schema + 1), "newer gfldeploy: schema 9"),
         (change("schema", 0), "older gfldeploy: schema 0"),
         (change("schema", None), "no schema number"),
         (change("surprise", 1), "has unknown fields: surprise"),
@@ -167,7 +167,7 @@ def schema_4(results: BenchResults) -> dict[str, Any]:
     peaks: list[dict[str, Any]] = []
     for one in data["cells"]:
         axes, peak = one.pop("cell"), one.pop("peak")
-        del axes["order"], axes["tf32"], axes["streams"], axes["input_size"]
+        del axes["order"], axes["tf32"], axes["streams"], axes["input_size"], axes["clients"]
         if peak is not None and not peaks:
             peaks.append({**{key: axes[key] for key in ("engine", "precision", "device", "threads")}, **peak})
         if one["status"] == "skipped":
@@ -243,7 +243,7 @@ def test_the_best_batch_of_each(results: BenchResults) -> None:
 
 
 def test_flags(results: BenchResults) -> None:
-    assert RUN.monitored is not None
+    assert RUN.monitored is not None and RUN.idle is not None
     careful = replace(
         RUN,
         samples=replace(RUN.samples, stable=False),

@@ -29,6 +29,10 @@ _PADDED = (
     "Its batches hold images of several sizes, padded to the largest, which changes boxes and scores (group "
     "normalisation takes in the padding); mAP is of batch 1."
 )
+_SERVERS = {
+    "server": "of the arrival, without decoding",
+    "http": "over HTTP, from the time that a request was planned for",
+}
 _TEMPLATE = Path(__file__).with_name("page.html")
 _BODY = Path(__file__).with_name("bench.html")
 
@@ -92,15 +96,13 @@ def short_answer(results: BenchResults) -> list[str]:
         sentences += _fastest(own, best)
     if len({row.cell.input_size for row in measured}) > 1:
         sentences += _by_size(measured, best)
-    servers = [(row, row.served) for row in measured if row.served]
-    if servers:
-        row, served = max(servers, key=lambda one: one[1].in_time_per_s)
-        share = f", {served.percent_of_possible:.0f}% of what is possible" if served.percent_of_possible else ""
-        bound_ms = results.settings.latency_bound_ms or 0.0
-        sentences.append(
-            f"Most answers within {bound_ms:g} ms of the arrival, without decoding: {_named(row)}: "
-            f"{served.in_time_per_s:.1f} images/s{share}."
-        )
+    for scenario, what in _SERVERS.items():
+        servers = [(row, row.served) for row in measured if row.served and row.cell.scenario == scenario]
+        if servers:
+            row, served = max(servers, key=lambda one: one[1].in_time_per_s)
+            share = f", {served.percent_of_possible:.0f}% of what is possible" if served.percent_of_possible else ""
+            bound = f"{results.settings.latency_bound_ms or 0.0:g} ms {what}"
+            sentences.append(f"Most answers within {bound}: {_named(row)}: {served.in_time_per_s:.1f} images/s{share}.")
     flags = dict.fromkeys(flag for row in measured for flag in row.flags if flag not in ("quick", "padded"))
     if flags:
         sentences.append(f"Read with care: {'; '.join(f'{flag} ({FLAGS[flag]})' for flag in flags)}.")
@@ -234,12 +236,19 @@ def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:
     yield "system", f"{machine.os}; Python {machine.python}"
     yield "packages", ", ".join(f"{name} {version}" for name, version in machine.packages.items())
     accuracy = "not measured" if data.accuracy_images is None else f"{data.accuracy_images} images"
-    yield "images", f"{data.timed_images} timed; mAP: {accuracy}; annotations SHA-256 {data.annotations_sha256[:16]}"
-    yield (
-        "timing",
-        f"{settings.rounds} rounds, each cell {settings.min_seconds:g} to {settings.max_seconds:g} s and "
-        f"{settings.min_count} inferences at least in each, after {settings.warmup} of every shape",
-    )
+    annotations = f"; annotations SHA-256 {data.annotations_sha256[:16]}" if data.annotations_sha256 else ""
+    yield "images", f"{data.timed_images} timed; mAP: {accuracy}{annotations}"
+    yield from _endings(results)
+    if all(one.cell.scenario == "http" for one in results.cells):
+        yield "timing", f"each load for {settings.min_seconds:g} s, after {settings.warmup_s:g} s that do not count"
+    else:
+        yield (
+            "timing",
+            (
+                f"{settings.rounds} rounds, each cell {settings.min_seconds:g} to {settings.max_seconds:g} s and "
+                f"{settings.min_count} inferences at least in each, after {settings.warmup} of every shape"
+            ),
+        )
     bundles = dict.fromkeys((one.cell.bundle.directory, one.cell.bundle.digest) for one in results.cells)
     yield "bundles", "; ".join(f"{directory} (SHA-256 {digest[:16]})" for directory, digest in bundles)
     compared = [run.parity for cell in results.cells for run in cell.runs if run.parity is not None]
@@ -252,6 +261,20 @@ def _facts(results: BenchResults) -> Iterator[tuple[str, str]]:
     ]
     if overheads:
         yield "hardware monitor", f"took {max(overheads):.2f}% of one CPU at most"
+
+
+def _endings(results: BenchResults) -> Iterator[tuple[str, str]]:
+    """How the requests over HTTP ended, and where they came from."""
+    for cell in results.cells:
+        for traffic in (run.serving.traffic for run in cell.runs if run.serving):
+            if traffic is not None:
+                ended = ", ".join(f"{count} {ending}" for ending, count in traffic.endings.items())
+                where = "on the same machine" if traffic.loopback else "on this machine, the server on another"
+                yield (
+                    f"requests{cell.cell.load.removeprefix(', http')}",
+                    f"{ended}; the client, {where}, took {traffic.client_cpu_percent:.0f}% of one CPU and "
+                    f"{traffic.most_connections} connections",
+                )
 
 
 def write_page(

@@ -98,7 +98,7 @@ def plots(results: BenchResults) -> list[Plot]:
     points = _points(results)
     batches = [one for one in points if not one.row.is_server]
     streams = [one for one in points if one.row.cell.scenario in STREAMS]
-    servers = [one for one in points if one.row.is_server]
+    servers = [one for one in points if one.row.cell.rate is not None]
     bound_ms = results.settings.latency_bound_ms
     by_batch_size: list[tuple[str, str, str, Callable[[Row], float | Estimate | None]]] = [
         ("Throughput from file to boxes", _THROUGHPUT, "images/s", lambda row: row.file_images_per_s),
@@ -292,7 +292,7 @@ def _in_time(points: list[_Point], bound_ms: float | None) -> Plot | None:
         x = [one.row.cell.rate for one in some]
         data.append(_line(name, x, [one.in_time_per_s for one in served], style, hovertext=rejected))
     layout = {"xaxis": _axis("images arriving a second"), "yaxis": _axis("images a second answered in time")}
-    about = f"Answers within {bound_ms:g} ms of the arrival, by what the server does with the images that wait."
+    about = f"Answers within {bound_ms:g} ms of the arrival, or of the planned time over HTTP."
     return Plot("Server: answers in time", about, data, layout)
 
 
@@ -308,7 +308,7 @@ def _answers(points: list[_Point], bound_ms: float | None) -> Plot | None:
         "xaxis": _axis("images arriving a second"),
         "yaxis": _axis("ms from arrival to result") | {"type": "log"},
     }
-    about = "Images arrive at random; where the lines turn up, the engine no longer keeps up with them."
+    about = "Images arrive at random; where the lines turn up, the server no longer keeps up with them."
     if bound_ms:
         bound = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": bound_ms, "y1": bound_ms}
         layout["shapes"] = [bound | {"line": {"color": GREY, "dash": "dot"}}]

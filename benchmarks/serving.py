@@ -32,6 +32,7 @@ import argparse
 import asyncio
 import base64
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -47,7 +48,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +74,9 @@ from gfldeploy.serialization import plain
 HERE = Path(__file__).resolve().parent
 ANY = "application/octet-stream"
 START_S, END_S = 120.0, 60.0  # that a server may take to start, and to end
-SAME_SCORE, SAME_BOX = 1e-3, 0.1  # JSON's rounding, and in batches that of an engine
+# What two runs of an engine may differ by, pixels and score: OpenVINO's INT8 rounds elsewhere where it has over four
+# shapes. Detections so near the threshold may be on one side alone.
+SAME_BOX, SAME_SCORE, THRESHOLD = 2.0, 0.01, 0.4
 IN_FLIGHT = 32
 
 
@@ -111,7 +114,7 @@ def main() -> None:
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_serving_{args.command}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float | list)}
-    write_json(output, {"machine": plain(describe_machine()), "settings": settings, **found})
+    write_json(output, plain({"machine": describe_machine(), "settings": settings, **found}))
     print(shown)
     if wrong:
         sys.exit("; ".join(wrong))
@@ -220,28 +223,48 @@ def send(target: Target, path: str, bodies: Sequence[bytes], load: Load, content
     return asyncio.run(run())
 
 
-def differs(body: bytes, expected: Detections) -> str | None:
-    """How an answer of the server differs from what `Detector` finds; None if it does not."""
-    (image,) = json.loads(body)["images"]
-    found = image["detections"]
-    if len(found) != len(expected):
-        return f"{len(found)} detections, not {len(expected)}"
-    for one, name, score, box in zip(found, expected.names, expected.scores, expected.boxes, strict=True):
-        if one["class"] != name or abs(one["score"] - score) > SAME_SCORE:
-            return f"{one['class']} {one['score']}, not {name} {score}"
-        if max(abs(a - b) for a, b in zip(one["box"], box.tolist(), strict=True)) > SAME_BOX:
-            return f"a box at {one['box']}, not {box.tolist()}"
-    return None
+@dataclass
+class Differences:
+    """Between the server's answers and what `Detector` finds: how many are the same to the bit, the largest of a score
+    and of a corner, and what is beyond the limits."""
+
+    images: int = 0
+    same: int = 0
+    score: float = 0.0
+    box_px: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, number: int, body: bytes, expected: Detections) -> None:
+        """An answer with 200 to this image."""
+        (image,) = json.loads(body)["images"]
+        found = [(one["class"], one["score"], one["box"]) for one in image["detections"]]
+        known = list(zip(expected.names, expected.scores.tolist(), expected.boxes.tolist(), strict=True))
+        self.images += 1
+        self.same += found == known
+        for some, others in ((known, found), (found, known)):
+            for name, score, box in some:
+                near = [
+                    (max(abs(a - b) for a, b in zip(box, other[2], strict=True)), abs(score - other[1]))
+                    for other in others
+                    if other[0] == name
+                ]
+                box_px, off = min(near, default=(math.inf, math.inf))
+                if box_px <= SAME_BOX and off <= SAME_SCORE:
+                    self.box_px, self.score = max(self.box_px, box_px), max(self.score, off)
+                elif score > THRESHOLD + SAME_SCORE:
+                    self.wrong.append(f"image {number}: {name} {score:.4f} at {box} is on one side alone")
 
 
-def compared(target: Target, bodies: Sequence[bytes], expected: Sequence[Detections]) -> list[str]:
-    """What of the server's answers is not what `Detector` finds."""
-    wrong = []
+def compared(target: Target, bodies: Sequence[bytes], expected: Sequence[Detections]) -> Differences:
+    """The server's answers, one image after the other, and what `Detector` finds."""
+    found = Differences()
     for number, body in enumerate(bodies):
-        reply = asyncio.run(ask(target, "POST", "/v1/detect?threshold=0.4&timeout_ms=60000", body))
-        problem = differs(reply.body, expected[number]) if reply.status == 200 else f"status {reply.status}"
-        wrong += [f"image {number}: {problem}"] if problem else []
-    return wrong
+        reply = asyncio.run(ask(target, "POST", f"/v1/detect?threshold={THRESHOLD}&timeout_ms=60000", body))
+        if reply.status == 200:
+            found.add(number, reply.body, expected[number])
+        else:
+            found.wrong.append(f"image {number}: status {reply.status}")
+    return found
 
 
 # ---- clients
@@ -265,8 +288,14 @@ def clients(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, An
         served(args, "--streams", cpus) as server,
         each_of([rival(args, name) for name in args.rivals]) as others,
     ):
-        expected = single.detect(bodies, threshold=0.4)
-        wrong = [*compared(quick.target, bodies, expected), *compared(server.target, bodies, expected)]
+        for detector in (single, several):  # engines prepare for each shape
+            detector.detect([*bodies, *bodies])
+        expected = single.detect(bodies, threshold=THRESHOLD)
+        differences = {
+            "serve, one stream": compared(quick.target, bodies, expected),
+            "serve": compared(server.target, bodies, expected),
+        }
+        wrong = [f"{name}: {one}" for name, found in differences.items() for one in found.wrong]
         path = f"/v1/detect?timeout_ms={args.bound_ms:g}"
         legs: dict[str, Callable[[], Timed]] = {
             "Detector, one image after the other": partial(one_by_one, single, bodies, args.seconds),
@@ -294,7 +323,7 @@ def clients(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, An
             "orientations": orientations(args),
             "legs": {name: leg_record(each) for name, each in timed.items()},
             "rss_mb": memory,
-            "same_detections": not wrong,
+            "by_detector": {name: replace(one, wrong=one.wrong[:10]) for name, one in differences.items()},
         }
     ratios = {
         "one client's time by Detector's": by_rounds(timed, 1, 0, lambda one: statistics.median(one.ms)),
@@ -492,7 +521,8 @@ class Soak:
         self, target: Target, bodies: Sequence[bytes], expected: Sequence[Detections], bound_ms: float
     ) -> None:
         self.target, self.bodies, self.expected = target, bodies, expected
-        self.path = f"/v1/detect?threshold=0.4&timeout_ms={bound_ms:g}"
+        self.path = f"/v1/detect?threshold={THRESHOLD}&timeout_ms={bound_ms:g}"
+        self.differences = Differences()
         self.endings: Counter[str] = Counter()
         self.wrong: list[str] = []
 
@@ -517,8 +547,8 @@ class Soak:
     async def good(self, draw: random.Random) -> str:
         number = draw.randrange(len(self.bodies))
         reply = await ask(self.target, "POST", self.path, self.bodies[number])
-        if reply.status == 200 and (problem := differs(reply.body, self.expected[number])):
-            self.wrong.append(f"image {number}: {problem}")
+        if reply.status == 200:
+            self.differences.add(number, reply.body, self.expected[number])
         return self._allowed("good", reply, 200, 429, 503)
 
     async def corrupt(self, draw: random.Random) -> str:
@@ -595,14 +625,15 @@ class Held:
 
 def soak(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, Any], str, list[str]]:
     with Detector(args.bundle, engine=args.engine) as detector:
-        expected = detector.detect(bodies, threshold=0.4)
+        expected = detector.detect(bodies, threshold=THRESHOLD)
     with served(args) as server:
         clients_of = Soak(server.target, bodies, expected, args.bound_ms)
         curve = asyncio.run(soaked(args, server, clients_of))
         still = asyncio.run(status_of(server.target, "/health/ready"))
         ended = asyncio.run(terminated(server, args, bodies))
         code = server.process.wait(END_S)
-    wrong = clients_of.wrong[:10]
+    differences = clients_of.differences
+    wrong = [*clients_of.wrong[:10], *differences.wrong[:10]]
     last = curve[-1].seconds
     early = [one for one in curve if last / 10 <= one.seconds < 2 * last / 10] or curve[:1]
     late = [one for one in curve if one.seconds >= 9 * last / 10]
@@ -618,7 +649,8 @@ def soak(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, Any],
     found = {
         "minutes": args.minutes,
         "endings": dict(sorted(clients_of.endings.items())),
-        "wrong": len(clients_of.wrong),
+        "wrong": len(clients_of.wrong) + len(differences.wrong),
+        "by_detector": replace(differences, wrong=differences.wrong[:10]),
         "growth": growth,
         "first": plain(early[0]),
         "last": plain(late[-1]),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Size, area, bucket_of
-from gfldeploy.batching.policy import Policy, Request, decide
+from gfldeploy.batching.policy import Policy, Request, Running, decide
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
@@ -79,8 +79,10 @@ class _Item(Generic[In, Out]):
         An error's traceback leads to the frames that hold the item. If the item still held the future, which holds the
         error, all of it would stay until the garbage collector runs, the image included.
         """
-        future = self.future
-        del self.payload, self.future
+        future: Future[Out] | None = vars(self).pop("future", None)
+        vars(self).pop("payload", None)
+        if future is None:  # another thread was first
+            return
         try:
             if isinstance(answer, Exception):
                 future.set_exception(answer)
@@ -134,6 +136,7 @@ class DynamicBatcher(Generic[In, Out]):
         self._closed = False
         self._why_closed = "the batcher is closed"
         self._counts = Counts()
+        self._running: dict[int, tuple[Running, Sequence[_Item[In, Out]]]] = {}  # by thread
         self._pixels = [0, 0]  # of the batches, of their images
         self._threads = [
             threading.Thread(target=self._work, name="gfldeploy-batcher", daemon=True) for _ in range(streams)
@@ -152,7 +155,8 @@ class DynamicBatcher(Generic[In, Out]):
 
         The future holds the answer; or `RejectedError` if it could not come in time or the batcher was closed; or the
         error of this image. `Future.cancel` withdraws it while it waits. Raises `RejectedError` with its `reason` at
-        once when the queue is full and after `close`, and `ValueError` for a time that is not above 0.
+        once when the queue is full, when the policy does not admit it and after `close`, and `ValueError` for a time
+        that is not above 0.
         """
         if not 0 < timeout_ms < math.inf:
             raise ValueError(f"timeout_ms must be positive and finite, not {timeout_ms}")
@@ -166,6 +170,9 @@ class DynamicBatcher(Generic[In, Out]):
             if len(self._waiting) >= self._most:
                 raise self._rejection("queue full")
             request = Request(next(self._ids), bucket_of(size, self._buckets), now, now + timeout_ms / 1e3)
+            waiting = (item.request for item in self._waiting.values())
+            if not self._policy.admits(now, request, waiting, (batch for batch, _ in self._running.values())):
+                raise self._rejection("deadline")
             self._waiting[request.id] = _Item(payload, size, request, future)
             self._changed.notify_all()
         return future
@@ -186,6 +193,32 @@ class DynamicBatcher(Generic[In, Out]):
         if threading.current_thread() not in self._threads:
             for thread in self._threads:
                 thread.join()
+
+    def abandon(self, error: Exception) -> None:
+        """Answer all that waits and all that runs with this error, and leave the threads to themselves.
+
+        For a `run` that may never return. Threads that do come back end.
+        """
+        with self._changed:
+            self._closed = True
+            self._why_closed = str(error)
+            left = self._take(list(self._waiting))
+            left += [item for _, items in self._running.values() for item in items]
+            self._counts.failed += len(left)
+            self._changed.notify_all()
+        for item in left:
+            item.settle(error)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their batch to begin."""
+        return len(self._waiting)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the batch began that has run for longest; 0 if none runs."""
+        with self._changed:
+            return max((time.monotonic() - batch.since for batch, _ in self._running.values()), default=0.0)
 
     @property
     def counts(self) -> Counts:
@@ -248,16 +281,20 @@ class DynamicBatcher(Generic[In, Out]):
 
     def _answer(self, items: Sequence[_Item[In, Out]], size: Size) -> None:
         start = time.monotonic()
+        with self._changed:
+            self._running[threading.get_ident()] = Running(len(items), size, start), items
         answers, at_once = self._outcomes(items, size)
         done = time.monotonic()
-        failed = sum(isinstance(answer, Exception) for answer in answers)
         with self._changed:
+            del self._running[threading.get_ident()]
+            left = [answer for item, answer in zip(items, answers, strict=True) if not item.settled]  # not abandoned
+            failed = sum(isinstance(answer, Exception) for answer in left)
             self._counts.failed += failed
-            self._counts.answered += len(items) - failed
+            self._counts.answered += len(left) - failed
             self._counts.late += sum(done > item.request.deadline for item in items)
         for item, answer in zip(items, answers, strict=True):
             item.settle(answer)
-        del answer, answers  # as `_Item.settle` says: this frame is one of those
+        del answer, answers, left  # as `_Item.settle` says: this frame is one of those
         if at_once:
             with self._changed:
                 self._policy.observe(len(items), size, (done - start) * 1e3)

@@ -7,7 +7,8 @@ call them in the same way, whenever the engine, or a stream of it, is free and s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,8 +40,21 @@ class Decision:
     wake: float | None = None
 
 
+@dataclass(frozen=True)
+class Running:
+    """A batch in the engine since a time in seconds on the clock of its requests: so many images, padded to `size`."""
+
+    images: int
+    size: Size
+    since: float
+
+
 class Policy(Protocol):
     """Decides when the engine is free."""
+
+    def admits(self, now: float, new: Request, waiting: Iterable[Request], running: Iterable[Running]) -> bool:
+        """Whether a request that has just arrived may wait: not if it will surely miss its deadline. Takes no time."""
+        return True
 
     def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
         """If anything waits, given in the order of arrival, run some, reject some or name a time to `wake`."""
@@ -80,6 +94,22 @@ class Adaptive(Policy):
     most: int = 8
     streams: int = 1
 
+    def admits(self, now: float, new: Request, waiting: Iterable[Request], running: Iterable[Running]) -> bool:
+        """Unless it would be late if all that is due before it ran at the best rate, in all streams at once.
+
+        If nothing else is there and it is refused all the same, a little of what was learnt is forgotten.
+        """
+        waiting, running = tuple(waiting), tuple(running)
+        ahead = Counter(one.size for one in waiting if one.deadline <= new.deadline)
+        busy_ms = sum(
+            max(self.model.predict(one.images, one.size) - (now - one.since) * 1e3, 0.0) for one in running
+        ) + sum(count * self._best_ms(size) for size, count in ahead.items())
+        own_ms = self.model.margin(1, new.size)
+        admitted = now + (busy_ms / self.streams + own_ms) / 1e3 <= new.deadline
+        if not (admitted or waiting or running):
+            self.model.fade()
+        return admitted
+
     def decide(self, now: float, waiting: Sequence[Request]) -> Decision:
         kept, rejected = self._admit(now, sorted(waiting, key=lambda one: (one.deadline, one.id)))
         buckets: dict[Size, list[Request]] = {}
@@ -92,8 +122,7 @@ class Adaptive(Policy):
 
         def efficiency(size: Size) -> float:
             """Images a second of this bucket's batch, by those of its best batch size."""
-            best_ms = min(self.model.predict(count, size) / count for count in (1, self.most))
-            return best_ms * counts[size] / self.model.predict(counts[size], size)
+            return self._best_ms(size) * counts[size] / self.model.predict(counts[size], size)
 
         safe = [size for size in buckets if len(buckets) == 1 or self._leaves_time(now, size, counts[size], buckets)]
         # If none is safe, the bucket of the most urgent image, which is the first.
@@ -106,6 +135,10 @@ class Adaptive(Policy):
 
     def observe(self, images: int, size: Size, ms: float) -> None:
         self.model.observe(images, size, ms)
+
+    def _best_ms(self, size: Size) -> float:
+        """Milliseconds of an image at the best rate."""
+        return min(self.model.predict(count, size) / count for count in (1, self.most))
 
     def _admit(self, now: float, urgent: Sequence[Request]) -> tuple[list[Request], tuple[int, ...]]:
         """Those whose deadlines can be kept, by deadline, and the others.

@@ -310,6 +310,14 @@ ENGINE: Group = (
     THREADS,
 )
 
+DECODE = click.option(
+    "--decode",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    help="How JPEGs are decoded. fast: at 1/2, 1/4 or 1/8 where they are that much larger than the network's input; "
+    "scores and boxes then differ a little.",
+)
+
 ENGINE_CACHE = click.option(
     "--engine-cache",
     type=PATH,

@@ -76,7 +76,7 @@ class Seen:
 
 
 @dataclass(eq=False)
-class _Request:
+class _Sent:
     """One that has not ended; `planned`, `sent`: by the loop's clock."""
 
     body: int
@@ -113,7 +113,7 @@ class LoadGenerator:
         self._headers = [target.header("POST", path, len(body), content_type) for body in bodies]
         self._order = _shuffled(len(bodies), load.seed)
         self._idle: list[tuple[Connection, float]] = []
-        self._under_way: set[_Request] = set()
+        self._under_way: set[_Sent] = set()
         self._open = self._most_open = 0
         self._begin = self._end = 0.0
         self._record = _Record()
@@ -154,12 +154,12 @@ class LoadGenerator:
             self._due(planned)
 
     def _due(self, planned: float) -> None:
-        request = _Request(next(self._order), planned, self._loop.time())
+        request = _Sent(next(self._order), planned, self._loop.time())
         request.timer = self._loop.call_at(planned + self._load.timeout_s, self._time_out, request)
         self._under_way.add(request)
         self._send(request, self._reused())
 
-    def _send(self, request: _Request, connection: Connection | None) -> None:
+    def _send(self, request: _Sent, connection: Connection | None) -> None:
         if connection is not None:
             self._post(request, connection)
         elif self._open >= self._load.connections:
@@ -180,7 +180,7 @@ class LoadGenerator:
             self._drop(connection)
         return None
 
-    def _opened(self, request: _Request, connection: Connection, task: asyncio.Task[None]) -> None:
+    def _opened(self, request: _Sent, connection: Connection, task: asyncio.Task[None]) -> None:
         request.opening = None
         if task.cancelled():  # by whoever gave the request up
             self._drop(connection)
@@ -190,12 +190,12 @@ class LoadGenerator:
         else:
             self._post(request, connection)
 
-    def _post(self, request: _Request, connection: Connection) -> None:
+    def _post(self, request: _Sent, connection: Connection) -> None:
         request.connection = connection
         done = functools.partial(self._answered, request, connection)
         connection.send(self._headers[request.body], self._bodies[request.body], done)
 
-    def _answered(self, request: _Request, connection: Connection, answer: Reply | Exception) -> None:
+    def _answered(self, request: _Sent, connection: Connection, answer: Reply | Exception) -> None:
         if isinstance(answer, Reply) and not answer.closes:
             self._idle.append((connection, self._loop.time()))
         else:
@@ -210,11 +210,11 @@ class LoadGenerator:
         else:
             self._ended(request, "closed" if isinstance(answer, ConnectionError) else "malformed")
 
-    def _time_out(self, request: _Request) -> None:
+    def _time_out(self, request: _Sent) -> None:
         self._give_up(request)
         self._ended(request, "timed out")
 
-    def _give_up(self, request: _Request) -> None:
+    def _give_up(self, request: _Sent) -> None:
         if request.opening is not None:
             request.opening.cancel()
         elif request.connection is not None:
@@ -227,7 +227,7 @@ class LoadGenerator:
         self._open -= 1
         self._record.unasked += connection.unasked
 
-    def _ended(self, request: _Request, ending: str, status: int | None = None) -> None:
+    def _ended(self, request: _Sent, ending: str, status: int | None = None) -> None:
         now, record = self._loop.time(), self._record
         self._under_way.discard(request)
         if request.timer is not None:

@@ -173,9 +173,11 @@ async def _look(target: Target, detect: str, body: bytes) -> tuple[Target, _Serv
     target = await target.resolved()
     shown = f"{target.authority}{target.path}"
     reply = await _ask(target, target.header("GET", _MODEL), b"", f"{shown}{_MODEL}")
-    remedy = "Give the URL of a running `gfldeploy serve`."
-    with reading(f"what {shown}{_MODEL} answers", ServerError, remedy):
-        server = _Server.of(json.loads(reply.body))
+    try:
+        with reading("it", DataError, _REMEDY):
+            server = _Server.of(json.loads(reply.body))
+    except DataError as error:
+        raise ServerError(f"what {shown}{_MODEL} answers is not as expected: {error.problem}", _REMEDY) from error
     await _ask(target, target.header("POST", detect, len(body), _ANY), body, f"{shown}{_DETECT}")
     return target, server
 

@@ -27,7 +27,8 @@ class Choice:
     `bundle`: at the `input_size`, None for its own. `options`: for an engine that is built for shapes, and on GPUs,
     they have those that `deploy.yml` says, or some that span all that the detector can be given. `order`: how batches
     are formed, see `pipeline.detect_groups`. `why`: why this engine, in words. `notes`: what the user should know, such
-    as that a `deploy.yml` was made on another machine.
+    as that a `deploy.yml` was made on another machine. `expected`: the shapes of inputs that a `deploy.yml` says, the
+    most common first, whatever the engine; () without one.
     """
 
     bundle: Bundle
@@ -38,6 +39,7 @@ class Choice:
     why: str
     notes: tuple[str, ...] = ()
     input_size: Size | None = None
+    expected: tuple[Shape, ...] = ()
 
     def __str__(self) -> str:
         options, count, streams = self.options, self.options.threads, self.options.streams
@@ -126,7 +128,8 @@ def choose(
         # Batches need not fill; but an engine that runs any shape is to know the most common alone.
         expected = in_batches(shapes, *((size, fixed or 1) if ENGINES[engine].needs_shapes else (size,)))
         options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
-    return Choice(bundle, engine, options, size, order, why or reason, notes, None if bundle is own else input_size)
+    given_size = None if bundle is own else input_size
+    return Choice(bundle, engine, options, size, order, why or reason, notes, given_size, shapes)
 
 
 def _ap_known(deploy: Deploy, own: Bundle, resized: Bundle, engine: str, options: EngineOptions) -> bool:

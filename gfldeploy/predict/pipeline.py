@@ -108,7 +108,7 @@ def detect_groups(
 
         def detect(job: tuple[Sequence[tuple[int, Picture]], Size]) -> list[Found]:
             group, size = job
-            tensor = _room(memory, engine.host_array, (fixed or len(group), 3, *size))
+            tensor = room(memory, engine.host_array, (fixed or len(group), 3, *size))
             filled = _fill(preprocess, [picture for _, picture in group], tensor, reduced, readers)
             scales = [one for one in filled if not isinstance(one, DataError)]
             found: Iterator[Detections] = iter(())
@@ -188,7 +188,7 @@ def _fill(
     return filled
 
 
-def _room(
+def room(
     memory: threading.local, new: Callable[[int], NDArray[np.float32]], shape: tuple[int, ...]
 ) -> NDArray[np.float32]:
     """An array of this shape in the memory of this thread, which is as large as its largest batch so far."""

@@ -278,7 +278,7 @@ def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None
         assert result.accuracy is not None and result.accuracy.images == 3
         assert run.samples.batch_size == result.cell.batch_size
         assert run.samples.images == len(run.samples.latency_ms) * run.samples.batch_size
-        assert run.peak_rss_mb > run.inputs_mb > 0
+        assert run.peak_rss_mb is not None and run.peak_rss_mb > run.inputs_mb > 0
         stages = run.stages
         assert stages is not None
         for total, *parts in zip(

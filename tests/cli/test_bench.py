@@ -47,7 +47,7 @@ def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: p
     assert len(run_one.samples.latency_ms) >= 3
     assert run_one.convolutions == {"fp32": 1} and run_one.not_low_precision == ()
     # Prepared: 58x96, 96x58, 64x64 and 64x96, padded to multiples of 32; in twos, landscape meets portrait.
-    assert 1 < run_one.padding_ratio < run_two.padding_ratio
+    assert 1 < (run_one.padding_ratio or 0) < (run_two.padding_ratio or 0)
     assert len(run_one.samples.warmup_ms) == 2 * 3  # three distinct shapes
     assert run_one.stages is not None and len(run_one.stages.decode_ms) >= 2
     assert output.with_suffix(".csv").read_text().count("\n") == 1 + len(results.cells)

@@ -105,7 +105,7 @@ class ScriptedServer:
                 if (sent := await self._script(asked)) is None:
                     break
                 writer.write(sent)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
             writer.close()

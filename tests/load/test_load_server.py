@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import shutil
 import ssl
@@ -22,7 +23,7 @@ from gfldeploy.bench.scenarios import arrival_times
 from gfldeploy.bench.table import COLUMNS, rows
 from gfldeploy.load import connection as connections
 
-BRIEF = {"duration": 0.5, "warm_up": 0.0}
+brief = functools.partial(load_server, duration=0.4, warm_up=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_requests_are_sent_at_their_times_though_nothing_is_answered(images: Pat
         return reply()
 
     with ScriptedServer(stall) as server:
-        found = load_server(server.url, images=images, rates=[100.0], seed=1, **BRIEF)
+        found = brief(server.url, images=images, rates=[100.0], seed=1, duration=0.6)
     times = arrival_times(100.0, 100, 1) * 1e3
     serving, traffic = served(found)
     assert traffic.endings == {"200": serving.requests} and serving.requests > 30
@@ -107,7 +108,7 @@ def test_what_became_of_requests_is_told_apart(images: Path, tmp_path: Path) -> 
         return answers.get(asked.number % 8, reply())
 
     with ScriptedServer(script) as server:
-        found = load_server(server.url, images=images, rates=[200.0], **BRIEF)
+        found = brief(server.url, images=images, rates=[200.0])
     serving, traffic = served(found)
     endings = dict(traffic.endings)
     assert sum(endings.values()) == serving.requests
@@ -128,7 +129,7 @@ def test_a_request_without_an_answer_is_given_up(images: Path) -> None:
         return reply()
 
     with ScriptedServer(never) as server:
-        found = load_server(server.url, images=images, rates=[60.0], timeout_s=0.2, **BRIEF)
+        found = brief(server.url, images=images, rates=[60.0], latency_bound_ms=100, timeout_s=0.2)
     serving, traffic = served(found)
     assert set(traffic.endings) == {"200", "timed out"} and serving.failed == traffic.endings["timed out"]
 
@@ -140,7 +141,7 @@ def test_connections_are_bounded(images: Path) -> None:
         return reply()
 
     with ScriptedServer(never) as server:
-        found = load_server(server.url, images=images, rates=[80.0], timeout_s=1.0, connections=3, **BRIEF)
+        found = brief(server.url, images=images, rates=[80.0], timeout_s=1.0, connections=3)
     serving, traffic = served(found)
     assert traffic.most_connections == 3
     assert traffic.endings == {"200": 1, "timed out": 3, "no connection": serving.requests - 4}
@@ -153,14 +154,14 @@ def test_a_request_on_a_connection_that_the_server_closed_just_then_is_sent_agai
         return None if asked.use == 3 else reply()
 
     with ScriptedServer(close) as server:
-        serving, traffic = served(load_server(server.url, images=images, clients=[1], **BRIEF))
+        serving, traffic = served(brief(server.url, images=images, clients=[1]))
     assert traffic.endings == {"200": serving.requests} and traffic.resent >= 1
 
     async def twice(asked: Asked) -> bytes | None:
         return reply() + (reply() if asked.number == 5 else b"")
 
     with ScriptedServer(twice) as server:
-        serving, traffic = served(load_server(server.url, images=images, clients=[1], **BRIEF))
+        serving, traffic = served(brief(server.url, images=images, clients=[1]))
     assert traffic.unasked + traffic.endings.get("malformed", 0) == 1
 
 
@@ -177,7 +178,7 @@ def test_clients_have_one_request_each(images: Path) -> None:
         return reply()
 
     with ScriptedServer(count) as server:
-        found = load_server(server.url, images=images, clients=[4], **BRIEF)
+        found = brief(server.url, images=images, clients=[4])
     serving, traffic = served(found)
     assert max(at_once) == 4 and traffic.most_connections == 4 and traffic.late_ms == ()
     assert found.cells[0].cell.clients == 4 and found.cells[0].cell.rate is None
@@ -237,7 +238,7 @@ def test_nothing_is_answered(images: Path, tmp_path: Path, run_here: RunHere) ->
         (answer, reply(302, None, "location: http://192.0.2.1/"), "answered 302. Give the URL that it redirects to"),
         (answer, reply(404), r"answered 404\. Give the URL of a running `gfldeploy serve`"),
         (answer, b"220 mail ready\r\n\r\n", r"answers no HTTP/1\.1. Check the URL"),
-        (answer, reply(200, {"name": "another"}), "cannot be read|must be an object with bundle"),
+        (answer, reply(200, {"name": "another"}), "must be an object with bundle"),
         (answer, reply(200, {**MODEL, "batch_size": 0}), "batch_size, threads and streams must be at least 1"),
         (answer, reply(200, {**MODEL, "precision": "x"}), "precision must be one of"),
         (answer, reply(200, [1] * 9), "must be an object"),
@@ -266,7 +267,7 @@ def test_the_key_is_sent_and_not_written(images: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("s3cret\nother\n")
     output = tmp_path / "load.json"
     with ScriptedServer() as server:
-        load_server(server.url, images=images, rates=[40.0], api_key_file=tmp_path / "keys", output=output, **BRIEF)
+        brief(server.url, images=images, rates=[40.0], api_key_file=tmp_path / "keys", output=output)
     assert {one.headers["authorization"] for one in server.asked} == {"Bearer s3cret"}
     assert "s3cret" not in output.read_text() and str(images) not in output.read_text()
     (tmp_path / "keys").write_text("")
@@ -286,7 +287,7 @@ class Interrupting(RecordedProgress):
 def test_an_interruption_leaves_the_loads_that_were_done(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "load.json"
     with ScriptedServer() as server, pytest.raises(KeyboardInterrupt) as stopped:
-        load_server(server.url, images=images, rates=[40.0, 60.0], output=output, progress=Interrupting(), **BRIEF)
+        brief(server.url, images=images, rates=[40.0, 60.0], output=output, progress=Interrupting())
     assert stopped.value.__notes__ == [f"{output} has the 1 of 2 loads that were done"]
     assert [one.cell.rate for one in BenchResults.read(output).cells] == [40.0]
 
@@ -328,5 +329,5 @@ def test_https_with_a_certificate_that_is_checked(
         with pytest.raises(ServerError, match=r"cannot be reached: .*certificate verify failed"):
             load_server(server.url, images=images, rates=[40.0])
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        serving, traffic = served(load_server(server.url, images=images, rates=[40.0], **BRIEF))
+        serving, traffic = served(brief(server.url, images=images, rates=[40.0]))
     assert traffic.endings == {"200": serving.requests}

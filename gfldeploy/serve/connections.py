@@ -1,0 +1,91 @@
+"""uvicorn's connections, with limits that it does not have: on the time and size of headers, and on their number."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+HEADER_S = 10.0
+"""Seconds from the first byte of a connection, or of its next request, to the end of the header."""
+KEEP_ALIVE_S = 75
+"""Seconds that a connection may be idle: longer than reverse proxies keep theirs, so that these never send into one
+that is being closed (nginx: 60)."""
+MOST_HEADER_BYTES = 1 << 16
+_MOST_CONNECTIONS, _OTHER_FILES = 4096, 128
+_SENDING_S = 30.0
+
+
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of two classes, whichever is installed
+    """A connection that is closed if its next header is not there in time, or too large.
+
+    Where there are `most` connections, one that is idle makes room for a new one; else the new one is closed.
+    """
+
+    most = 1000
+
+    _timer: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a header."""
+        super().connection_made(transport)
+        self._await_header()
+        if len(self.connections) > self.most:
+            idle = (one for one in self.connections if one is not self and isinstance(one, Connection) and one.idle)
+            next(idle, self).transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._forget_header()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Begin to wait for a header with its first byte."""
+        if self.idle:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if not self.idle:
+            self._forget_header()
+        elif self._header_bytes > MOST_HEADER_BYTES and not (self.cycle and self.cycle.more_body):
+            self.transport.close()  # and it is no rest of a body that was answered before its end
+        elif self._timer is None:
+            self._await_header()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_header(self) -> None:
+        self._timer = self.loop.call_later(HEADER_S, self._late)
+
+    def _forget_header(self) -> None:
+        self._header_bytes = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self.idle:
+            self.transport.close()
+
+
+def share_files() -> int:
+    """Raise the limit on open files as far as this user may, and return how many connections that leaves room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_CONNECTIONS + _OTHER_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return max(min(_MOST_CONNECTIONS, soft - _OTHER_FILES), 16)
+
+
+def give_up_on_the_slow(sock: socket.socket) -> None:
+    """End connections of this listening socket whose clients do not take what is sent to them."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_SENDING_S * 1e3))

@@ -1,0 +1,151 @@
+"""The process of `gfldeploy serve`: uvicorn around the application, and signals that drain it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import uvicorn
+
+from gfldeploy.errors import OutputError
+from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.connections import KEEP_ALIVE_S, MOST_HEADER_BYTES, Connection, give_up_on_the_slow, share_files
+from gfldeploy.serve.service import DetectionService
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOOK_S = 0.05
+# How long the event loop may wait for a thread that computes in Python; by default 5 ms.
+_SWITCH_S = 0.0005
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where to listen, and how many seconds a server that was told to stop may take to answer what it has."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_s: float = 30.0
+
+
+class _Uvicorn(uvicorn.Server):
+    """Without signal handlers of its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run_server(
+    load: Callable[[], DetectionService], options: ServeOptions, listen: Listen, progress: Progress = SILENT
+) -> None:
+    """Load a service, serve until a signal comes, then drain.
+
+    Raises what `load` raises, `OutputError` if it cannot listen, and `EngineError` if the engine fails again and again.
+    A second signal stops at once and raises KeyboardInterrupt.
+    """
+    with _bound(listen) as sock:
+        service = load()
+        Connection.most = share_files()
+        sys.setswitchinterval(_SWITCH_S)
+        gc.freeze()  # what was loaded stays: it need not be looked at again and again
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        try:
+            cut_short = asyncio.run(_serve(service, options, listen, sock, progress))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if service.gave_up is not None:
+        raise service.gave_up
+    if cut_short:
+        raise KeyboardInterrupt
+
+
+async def _serve(
+    service: DetectionService, options: ServeOptions, listen: Listen, sock: socket.socket, progress: Progress
+) -> bool:
+    """Whether something that was admitted was not answered."""
+    app = create_app(service, options)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        h11_max_incomplete_event_size=MOST_HEADER_BYTES,
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # or every malformed request is a line
+    server = _Uvicorn(config)
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        service.drain()
+        server.force_exit = len(signals) > 1
+
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    serving = asyncio.create_task(server.serve([sock]))
+    host, port = sock.getsockname()[:2]
+    while not server.started and not serving.done():
+        await asyncio.sleep(0)
+    _tell_systemd("READY=1")
+    progress.stage(f"ready on http://{f'[{host}]' if ':' in host else host}:{port}")
+    while not signals and service.gave_up is None and not serving.done():
+        await asyncio.sleep(_LOOK_S)
+    _tell_systemd("STOPPING=1")
+    progress.stage(f"stopping: {service.in_flight} images are to be answered")
+    deadline = loop.time() + listen.drain_s
+    while service.in_flight and loop.time() < deadline and len(signals) < 2:
+        await asyncio.sleep(_LOOK_S)
+    cut_short = service.in_flight > 0
+    if cut_short:
+        service.abandon()
+    else:
+        await asyncio.to_thread(service.close, False)
+    # What is left are requests whose bodies are arriving, to be refused.
+    config.timeout_graceful_shutdown = max(math.ceil(deadline - loop.time()), 1)
+    server.should_exit = True
+    await serving
+    return cut_short
+
+
+def _bound(listen: Listen) -> socket.socket:
+    """A socket that has the port, so that two servers cannot load for minutes to find out; nobody can connect yet."""
+    try:
+        sock = socket.socket(socket.AF_INET6 if ":" in listen.host else socket.AF_INET)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((listen.host, listen.port))
+            give_up_on_the_slow(sock)
+        except BaseException:
+            sock.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"cannot listen on {listen.host}:{listen.port}: {reason}", "Choose another --port or --host."
+        ) from error
+    return sock
+
+
+def _tell_systemd(state: str) -> None:
+    """As sd_notify(3): for a service of the type "notify". Nothing happens where nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] in ("/", "@"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)

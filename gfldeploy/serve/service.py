@@ -1,0 +1,313 @@
+"""What serves detections, without HTTP: admission, readiness, draining, and a new engine for one that failed."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.bundle import Bundle
+from gfldeploy.engines.base import Device, Precision
+from gfldeploy.errors import BundleError, DataError, EngineError, GfldeployError, RejectedError, Rejection
+from gfldeploy.images.decode import size_of
+from gfldeploy.images.formats import JPEG_START, read_header
+from gfldeploy.predict.engine_selection import Choice
+from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serve.loaded import Answer, LoadedDetector, StageTimes
+
+_log = logging.getLogger(__name__)
+# Of a JPEG so much is looked at in the event loop, for its size: a hostile one holds it up for a few milliseconds.
+_HEADER_BYTES = 1 << 14
+_READERS = 2
+_LOOK_S = 1.0
+_DRAINING = "the server is stopping"
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How a service serves.
+
+    `most_waiting`: images that wait for their batch, beyond which others are refused. `warm_up`: a folder of images
+    such as those to come. `reduced`: JPEGs may be decoded at a fraction of their size. An engine that fails, or that
+    has not ended a batch after `hang_s` seconds, is replaced by a new one; when that has been necessary more than
+    `restarts` times within `restarts_s` seconds, the service gives up.
+    """
+
+    most_waiting: int = 64
+    warm_up: Path | None = None
+    reduced: bool = False
+    hang_s: float = 60.0
+    restarts: int = 3
+    restarts_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What serves, in the words of a benchmark's cell. `batch_size`: images of a batch at most. `load_s`: seconds until
+    the engine was open. `sizes`: (height, width) of the network's inputs that were run before the start."""
+
+    bundle: BundleIdentity
+    engine: str
+    engine_version: str
+    precision: Precision
+    device: Device
+    tf32: bool
+    threads: int
+    streams: int
+    input_size: tuple[int, int] | None
+    batch_size: int
+    load_s: float
+    classes: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    choice: str
+
+
+class Watch:
+    """Is told what happens in services; a base for whatever counts it. No method may raise or wait."""
+
+    def batch(self, images: int, pixels: int, own_pixels: int) -> None:
+        """A batch ran: so many images and pixels, and pixels without padding to a common size. In any thread."""
+
+    def answered(self, times: StageTimes) -> None:
+        """An image was answered."""
+
+    def rejected(self, reason: Rejection) -> None:
+        """An image was refused."""
+
+    def failed(self, kind: Literal["image", "engine"]) -> None:
+        """An image was of no use, or the engine failed."""
+
+    def restarted(self) -> None:
+        """A new engine replaced one that had failed. In any thread."""
+
+
+class DetectionService:
+    """One detector that answers. `detect` and `drain` are for the event loop, the rest for any thread.
+
+    Attributes:
+        choice: What runs and how.
+        in_flight: Images that were taken and are not answered.
+        gave_up: Why the service will never be ready again; None while it may.
+    """
+
+    def __init__(
+        self, choice: Choice, settings: ServiceSettings, watch: Watch | None = None, progress: Progress = SILENT
+    ) -> None:
+        """Load the detector, run the shapes to come, and measure what batches take. Raises as `LoadedDetector`."""
+        self.choice = choice
+        self.in_flight = 0
+        self.gave_up: EngineError | None = None
+        self._settings, self._watch = settings, watch or Watch()
+        self._why: str | None = None
+        self._detector = self._load(progress)
+        self._readers = ThreadPoolExecutor(_READERS, "gfldeploy-header")
+        self._failures: deque[float] = deque()
+        self._closed = False
+        self._look = threading.Event()
+        self._suspected, self._learnt = False, 0.0
+        threading.Thread(target=self._look_after, name="gfldeploy-watch", daemon=True).start()
+
+    def ready(self) -> str | None:
+        """None if requests are served; else why not, in one line."""
+        return self._why
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait for their batch to begin."""
+        return self._detector.batcher.waiting
+
+    @property
+    def description(self) -> Description:
+        """What serves."""
+        choice, detector = self.choice, self._detector
+        options = choice.options
+        return Description(
+            BundleIdentity.of(choice.bundle),
+            choice.engine,
+            detector.engine_version,
+            options.precision,
+            options.device,
+            options.tf32,
+            options.threads,
+            options.streams,
+            choice.input_size,
+            detector.most,
+            detector.load_s,
+            choice.bundle.manifest.classes,
+            detector.sizes,
+            str(choice),
+        )
+
+    async def detect(self, content: bytes, timeout_ms: float) -> Answer:
+        """What is in the image file with this content, within so many milliseconds from now.
+
+        Cancelling withdraws it unless its batch has begun. Raises `DataError` for the image, `RejectedError`, and
+        `EngineError`.
+        """
+        self.in_flight += 1
+        try:
+            answer = await self._detect(content, timeout_ms)
+        except RejectedError as error:
+            self._watch.rejected(error.reason)
+            raise
+        except DataError:
+            self._watch.failed("image")
+            raise
+        except EngineError:
+            self._watch.failed("engine")
+            raise
+        finally:
+            self.in_flight -= 1
+        self._watch.answered(answer.times)
+        return answer
+
+    def check_room(self) -> None:
+        """Raise the `RejectedError` that any image would get now: it is cheaper before its bytes are read."""
+        try:
+            self._check_ready()
+            if self.waiting >= self._settings.most_waiting:
+                raise RejectedError(
+                    f"{self.waiting} images wait already", "Try again later, or send less.", "queue full"
+                )
+        except RejectedError as error:
+            self._watch.rejected(error.reason)
+            raise
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those that were admitted are answered."""
+        self._why = _DRAINING
+
+    def close(self, drain: bool = True) -> None:
+        """Free the detector. `drain`: answer what waits first, else reject it."""
+        self.drain()
+        self._closed = True
+        self._look.set()
+        self._detector.close(drain)
+        self._readers.shutdown(wait=False)
+
+    def abandon(self) -> None:
+        """Answer all that is in flight with an error, and free nothing: for the end of a process that cannot wait."""
+        self.drain()
+        self._closed = True
+        self._detector.abandon(RejectedError("the server has stopped", "Try again later.", "closed"))
+
+    async def _detect(self, content: bytes, timeout_ms: float) -> Answer:
+        self._check_ready()
+        size = _quick_size(content)
+        if size is None:
+            size = await asyncio.get_running_loop().run_in_executor(self._readers, _slow_size, content)
+            self._check_ready()
+        try:
+            return await asyncio.wrap_future(self._detector.submit(content, size, timeout_ms))
+        except EngineError:
+            self._suspect()
+            raise
+        except RejectedError as error:
+            # A model that was settled on a busy machine would refuse all for ever, and then learn nothing.
+            learns_nothing = error.reason == "deadline" and self.in_flight == 1 and self._is_time_to_learn()
+            if error.reason == "closed" or learns_nothing:
+                self._suspect()
+            raise
+
+    def _suspect(self) -> None:
+        """Have the engine run an image that it is known to run."""
+        self._suspected = True
+        self._look.set()
+
+    def _is_time_to_learn(self) -> bool:
+        now = time.monotonic()
+        if now - self._learnt < _LOOK_S:
+            return False
+        self._learnt = now
+        return True
+
+    def _check_ready(self) -> None:
+        if self._why is not None:
+            raise RejectedError(self._why, "Try again later.", "closed")
+
+    def _load(self, progress: Progress) -> LoadedDetector:
+        settings = self._settings
+        return LoadedDetector(
+            self.choice, settings.most_waiting, settings.warm_up, settings.reduced, self._watch.batch, progress
+        )
+
+    def _look_after(self) -> None:
+        """Replace an engine that fails or hangs, until the service is closed or gives up."""
+        while not self._closed and self.gave_up is None:
+            self._look.wait(_LOOK_S)
+            self._look.clear()
+            suspected, self._suspected = self._suspected, False
+            problem = self._detector.stuck(self._settings.hang_s)
+            if problem is None and suspected and not self._closed:
+                problem = self._detector.probe(self._settings.hang_s)
+            if problem is not None and not self._closed:
+                self._replace(problem)
+
+    def _replace(self, problem: str) -> None:
+        """Open a new engine in place of one with this problem."""
+        settings = self._settings
+        while True:
+            error = EngineError(f"the engine failed: {problem}", "It is being restarted: try again later.")
+            _log.error("%s", error.problem)
+            self._detector.abandon(error)
+            now = time.monotonic()
+            self._failures.append(now)
+            while now - self._failures[0] > settings.restarts_s:
+                self._failures.popleft()
+            if len(self._failures) > settings.restarts:
+                times = f"{len(self._failures)} times within {settings.restarts_s:g} s"
+                self.gave_up = EngineError(
+                    f"the engine failed {times}, the last time: {problem}", "Restart the server."
+                )
+                self._stop_serving(self.gave_up.problem)
+                return
+            self._stop_serving(f"the engine is being restarted: {problem}")
+            try:
+                self._check_unchanged()
+                detector = self._load(SILENT)
+            except GfldeployError as failed:
+                problem = failed.problem
+                time.sleep(_LOOK_S)
+                continue
+            break
+        self._detector = detector
+        if self._closed:
+            detector.close(False)
+        elif self._why != _DRAINING:
+            self._why = None
+        self._watch.restarted()
+
+    def _check_unchanged(self) -> None:
+        """Raise unless the bundle on the disk is still the one that was loaded."""
+        bundle = self.choice.bundle
+        if Bundle.open(bundle.directory).digest != bundle.digest:
+            raise BundleError(f"{bundle.directory} holds another bundle now", "Restart the server, or reload it.")
+
+    def _stop_serving(self, why: str) -> None:
+        if self._why != _DRAINING:
+            self._why = why
+
+
+def _quick_size(content: bytes) -> tuple[int, int] | None:
+    """(h, w) of a JPEG, if the first bytes tell; else None."""
+    if not content.startswith(JPEG_START):
+        return None
+    try:
+        header = read_header(io.BytesIO(content[:_HEADER_BYTES]), "the image", whole=False)
+    except DataError:
+        return None  # whatever it is, it is said of all of it
+    if header.turned is None or not header.complete:
+        return None
+    return (header.width, header.height) if header.turned else (header.height, header.width)
+
+
+def _slow_size(content: bytes) -> tuple[int, int]:
+    return size_of(io.BytesIO(content))

@@ -1,0 +1,136 @@
+"""The application: its routes and its answers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from served import Gate, contents, serving, talk, until
+
+from gfldeploy.detector import Detector
+from gfldeploy.serve.app import ServeOptions, create_app
+
+
+def test_detect(tiny_bundle: Path, tiny_coco: Path) -> None:
+    images = contents(tiny_coco)
+    with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
+        alone = detector.detect(images)
+
+    async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/detect", content=image) for image in images))
+
+    with serving(tiny_bundle) as service:
+        answers = talk(create_app(service, ServeOptions()), ask)
+    for expected, response in zip(alone, answers, strict=True):
+        assert response.status_code == 200
+        (image,) = response.json()["images"]
+        assert [one["class"] for one in image["detections"]] == expected.names
+        assert [one["class_id"] for one in image["detections"]] == expected.classes.tolist()
+        assert [one["score"] for one in image["detections"]] == expected.scores.tolist()
+        assert [one["box"] for one in image["detections"]] == expected.boxes.tolist()
+        assert set(image["times_ms"]) == {"decode", "preprocess", "queue", "infer"}
+
+
+def test_what_is_found_is_filtered(tiny_bundle: Path, tiny_coco: Path) -> None:
+    image, *_ = contents(tiny_coco)
+
+    async def ask(client: httpx.AsyncClient) -> list[list[str]]:
+        queries = ["", "?threshold=0", "?threshold=0.95", "?threshold=0&classes=ball", "?classes=box,ball"]
+        responses = [await client.post(f"/v1/detect{query}", content=image) for query in queries]
+        return [[one["class"] for one in response.json()["images"][0]["detections"]] for response in responses]
+
+    with serving(tiny_bundle) as service:
+        found = talk(create_app(service, ServeOptions()), ask)
+    usual, everything, nothing, balls, both = found
+    assert set(usual) == {"box"} and usual == both and nothing == []
+    assert set(everything) == {"box"} and balls == []  # the tiny detector sees no ball above its own threshold
+
+
+@pytest.mark.parametrize(
+    "path, content, status, code",
+    [
+        ("/v1/detect", b"", 422, "image"),
+        ("/v1/detect", b"no image", 422, "image"),
+        ("/v1/detect?timeout_ms=0.001", None, 503, "deadline"),
+    ],
+)
+def test_errors(tiny_bundle: Path, tiny_coco: Path, path: str, content: bytes | None, status: int, code: str) -> None:
+    image = contents(tiny_coco)[0] if content is None else content
+
+    async def ask(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post(path, content=image)
+
+    with serving(tiny_bundle) as service:
+        response = talk(create_app(service, ServeOptions()), ask)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.json()["error"]["message"]
+    assert ("retry-after" in response.headers) == (status == 503)
+
+
+def test_health_and_model(tiny_bundle: Path) -> None:
+    async def ask(client: httpx.AsyncClient) -> list[tuple[int, object]]:
+        before = [await client.get(path) for path in ("/health/live", "/health/ready", "/v1/model")]
+        service.drain()
+        after = [await client.get("/health/ready"), await client.post("/v1/detect", content=b"never read")]
+        assert "stopping" in after[0].json()["error"]["message"]
+        assert all(response.headers["retry-after"] for response in after)
+        return [(response.status_code, response.json()) for response in (*before, *after)]
+
+    with serving(tiny_bundle) as service:
+        live, ready, model, *refused = talk(create_app(service, ServeOptions()), ask)
+        digest = service.choice.bundle.digest
+    assert live[0] == ready[0] == model[0] == 200
+    assert [status for status, _ in refused] == [503, 503]
+    described = model[1]
+    assert isinstance(described, dict)
+    assert described["bundle"]["digest"] == digest
+    assert (described["engine"], described["precision"], described["streams"]) == ("onnxruntime", "fp32", 1)
+
+
+def test_a_client_that_leaves_takes_its_work_along(tiny_bundle: Path, tiny_coco: Path) -> None:
+    image, *_ = contents(tiny_coco)
+
+    async def run() -> None:
+        app, gate = create_app(service, ServeOptions()), Gate(service)
+        left = asyncio.Event()
+        sent: list[int] = []
+
+        async def request(leaves: bool) -> None:
+            messages = [{"type": "http.request", "body": image, "more_body": False}]
+
+            async def receive() -> dict[str, object]:
+                if messages:
+                    return messages.pop()
+                await (left if leaves else asyncio.Event()).wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: dict[str, object]) -> None:
+                if message["type"] == "http.response.start":
+                    sent.append(int(str(message["status"])))
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/detect",
+                "query_string": b"timeout_ms=60000",
+                "headers": [],
+            }
+            await app(scope, receive, send)  # type: ignore[arg-type]
+
+        running = [asyncio.create_task(request(False)) for _ in range(2)]
+        await until(lambda: service.waiting == 0 and gate.entered.is_set() and service.in_flight == 2)
+        gone = [asyncio.create_task(request(True)) for _ in range(3)]
+        await until(lambda: service.waiting == 3)
+        left.set()
+        await asyncio.gather(*gone)
+        assert service.in_flight == 2
+        gate.open.set()
+        await asyncio.gather(*running)
+        assert sorted(sent) == [200, 200, 499, 499, 499]
+
+    with serving(tiny_bundle) as service:
+        asyncio.run(run())
+        counts = service._detector.batcher.counts
+    assert (counts.answered, counts.cancelled) == (2, 3)

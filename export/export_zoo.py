@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs" / "gfl"
@@ -37,7 +38,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['config']:32} {row['seconds']:6.1f} s  {row['parameters'] / 1e6:5.1f} M  "
-            f"score {row['max_score_difference']:.2g}  box {row['max_box_difference_px']:.2g} px"
+            f"score {row['max_score_difference']:.2g}  box {row['max_box_difference_px']:.2g} px  "
+            f"{'; '.join(map(by_itself, row['end_to_end']))}"
         )
     results = args.results or (HERE / "results" / "zoo.json" if set(args.configs) == set(ZOO) else None)
     if results:
@@ -45,7 +47,7 @@ def main() -> None:
         results.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
-def export(name: str, output: Path) -> dict[str, object]:
+def export(name: str, output: Path) -> dict[str, Any]:
     """Export one config; its seconds, and the largest differences over all graphs, engines and shapes."""
     command = [sys.executable, "-m", "gfldeploy", "export", "--config", str(CONFIGS / f"{name}.yml")]
     started = time.perf_counter()
@@ -60,7 +62,15 @@ def export(name: str, output: Path) -> dict[str, object]:
         "max_score_difference": max(found["max_score_difference"] for found in parity["comparisons"]),
         "max_box_difference_px": max(found["max_box_difference_px"] for found in parity["comparisons"]),
         "comparisons": parity["comparisons"],
+        "end_to_end": parity["end_to_end"],
+        "left_out": manifest["left_out"],
     }
+
+
+def by_itself(found: dict[str, Any]) -> str:
+    """How the detections of a file that deploys by itself compare with others, for people."""
+    share = f"{found['detections'] - found['missing']} of {found['detections']}"
+    return f"{found['graph']} in {found['engine']}, batch {found['batch']}, {found['reference']}: {share}"
 
 
 if __name__ == "__main__":

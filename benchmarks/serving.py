@@ -64,7 +64,7 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import list_images
 from gfldeploy.images.decode import image_size
-from gfldeploy.load.connection import Connection, Reply, Target
+from gfldeploy.load.connection import HttpConnection, Reply, Target
 from gfldeploy.load.generator import Load, LoadGenerator, Seen
 from gfldeploy.load.session import load_server
 from gfldeploy.machine import describe_machine
@@ -190,7 +190,7 @@ def free_port() -> int:
 
 async def ask(target: Target, method: str, path: str, body: bytes = b"", content_type: str = ANY) -> Reply:
     """One request on a connection of its own. Raises `OSError`, also where there is no answer."""
-    connection = Connection()
+    connection = HttpConnection()
     answer: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
     try:
         async with asyncio.timeout(START_S):
@@ -302,6 +302,8 @@ def clients(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, An
     }
     names = [*timed]
     for place in range(5, len(names)):
+        if not all(one.per_s for one in timed[names[place]]):
+            continue  # nothing in time, which is no speed
         ratios[f"goodput by {names[place]}"] = by_rounds(timed, 4, place, lambda one: one.per_s)
     found["ratios"] = ratios
     failed = {name: sum(one.failed for one in each) for name, each in timed.items()}
@@ -554,7 +556,7 @@ class Soak:
     async def gone(self, draw: random.Random) -> str:
         """Sends a whole request and goes away, at once or after a moment."""
         body = draw.choice(self.bodies)
-        connection = Connection()
+        connection = HttpConnection()
         await self.target.connect(connection)
         connection.send(self.target.header("POST", self.path, len(body), ANY), body, lambda answer: None)
         await asyncio.sleep(draw.choice((0.0, 0.002, 0.02)))
@@ -654,7 +656,7 @@ async def soaked(args: argparse.Namespace, server: Server, soak: Soak) -> list[H
 
 async def terminated(server: Server, args: argparse.Namespace, bodies: Sequence[bytes]) -> Counter[str]:
     """How requests end that are under way when the server gets SIGTERM."""
-    opened = [Connection() for _ in range(IN_FLIGHT)]
+    opened = [HttpConnection() for _ in range(IN_FLIGHT)]
     for one in opened:
         await server.target.connect(one)
     loop = asyncio.get_running_loop()

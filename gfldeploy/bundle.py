@@ -208,6 +208,7 @@ class Bundle:
 
     directory: Path
     manifest: Manifest
+    _opened_digest: str | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, directory: StrPath, *, detector: bool = True) -> Self:
@@ -223,14 +224,16 @@ class Bundle:
         with reading(directory, BundleError, remedy):  # a name that no directory can have
             if not directory.is_dir():
                 raise BundleError(f"{directory} is not a directory", remedy)
-            found = path.exists()
-        if not found:
+            found = path.stat() if path.exists() else None
+        if found is None:
             raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}", "Make one with `gfldeploy export`.")
         present = set(_files_below(directory)) - {MANIFEST}
-        manifest = Manifest.read(path)
+        manifest, digest = Manifest.read(path), sha256(path)
+        if not os.path.samestat(found, path.stat()):
+            raise BundleError(f"{directory} was replaced while it was read", "Try again.")
         if detector and (problem := _wrong_output(manifest)):
             raise BundleError(f"{path}: {problem}", _AGAIN)
-        bundle = cls(directory, manifest)
+        bundle = cls(directory, manifest, digest)
         bundle._check_files(present)
         for name in manifest.files:
             if name in RECORDS:
@@ -253,8 +256,11 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which itself holds the digest of every file: the bundle's identity."""
-        return sha256(self.directory / MANIFEST)
+        """SHA-256 of the manifest, which itself holds the digest of every file: the bundle's identity.
+
+        It stays that of the bundle that was opened, whatever has taken its place in the directory since.
+        """
+        return self._opened_digest or sha256(self.directory / MANIFEST)
 
     def at_size(self, size: tuple[int, int] | None) -> Self:
         """The same bundle, with the same files and digest, whose images are resized to another `target_size`.

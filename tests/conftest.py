@@ -7,6 +7,7 @@ from __future__ import annotations
 import share_cpus
 
 # isort: split
+import faulthandler
 import functools
 import importlib.util
 import json
@@ -54,6 +55,7 @@ LONGEST = (  # files
     "test_export",
     "test_config",
 )
+STDERR = pytest.StashKey[int]()
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 
 os.environ.pop("COLUMNS", None)  # pytest gives its workers one: tables would be cut to it
@@ -63,6 +65,17 @@ os.environ.pop("COLUMNS", None)  # pytest gives its workers one: tables would be
 def pytest_xdist_auto_num_workers() -> int:
     """How many processes `-n auto` means: one for each CPU that we may use, and for which there is memory."""
     return max(min(share_cpus.CPUS, psutil.virtual_memory().available // (WORKER_GB * 10**9)), 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)  # before it is captured
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Paddle takes crashes over when it is imported, and tells of them where pytest captures it: nobody would know why.
+    faulthandler.disable()
+    faulthandler.enable(item.config.stash[STDERR])
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

@@ -57,6 +57,16 @@ def rehash(directory: Path) -> None:
     rewrite(directory, change)
 
 
+def test_an_opened_bundle_stays_what_it_was(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    digest = opened.digest
+    rewrite(bundle, lambda manifest: manifest["provenance"].update(made="again"))
+    assert opened.digest == opened.at_size((128, 192)).digest == digest
+    assert Bundle.open(bundle).digest != digest
+    shutil.rmtree(bundle)
+    assert opened.digest == digest
+
+
 def test_what_is_written_is_read_back(tiny_bundle: Path, tmp_path: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest

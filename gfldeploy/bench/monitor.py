@@ -49,7 +49,7 @@ class Monitor:
             raise ValueError(f"hz must be positive, not {hz}")
         self._interval_s = 1 / hz
         self._cpus = sorted(os.sched_getaffinity(0))
-        self._gpu = _Gpu() if device == "gpu" else None
+        self._gpu = Gpu() if device == "gpu" else None
         self._gpu_limits: dict[str, Any] = dict(self._gpu.limits()) if self._gpu else {}
         self._process = psutil.Process()
         self._stop = threading.Event()
@@ -112,7 +112,7 @@ class Monitor:
         self._busy_s, self._wall_s = time.thread_time(), time.perf_counter() - start
 
 
-class _Gpu:
+class Gpu:
     """The GPU that engines use, through NVML; nothing is known of it if the library, the driver or a query is missing.
 
     NVML answers with averages over a window before the query: the utilisation over 1/6 s to 1 s, the power over 1 s
@@ -195,7 +195,7 @@ def gpu_bandwidth_gb_per_s() -> float | None:
 
     No measurement: a copy reaches about nine tenths of it.
     """
-    return _Gpu().bandwidth_gb_per_s()
+    return Gpu().bandwidth_gb_per_s()
 
 
 def wait_until_idle(device: Device, busy_percent: float = BUSY_PERCENT, patience_s: float = 5.0) -> Idle:
@@ -204,7 +204,7 @@ def wait_until_idle(device: Device, busy_percent: float = BUSY_PERCENT, patience
     Returns the last measurement and the time waited, 0 if the machine was idle at once.
     """
     cpus = sorted(os.sched_getaffinity(0))
-    gpu = _Gpu() if device == "gpu" else None
+    gpu = Gpu() if device == "gpu" else None
     start = time.perf_counter()
     waited_s = 0.0
     while True:

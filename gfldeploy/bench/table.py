@@ -450,7 +450,9 @@ def _rate(row: Row) -> Value:
 
 
 def _ap(row: Row) -> Value:
-    return (UNKNOWN if row.ap is None else row.ap) if row.ok else None
+    if not row.ok or (row.ap is None and row.cell.scenario == "http"):
+        return None
+    return UNKNOWN if row.ap is None else row.ap
 
 
 # In the order in which they are shown. A new column is one entry here.

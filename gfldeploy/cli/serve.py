@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,6 +45,19 @@ from gfldeploy.cli.console import TerminalProgress
     default=30.0,
     help="Seconds that a server that is told to stop may take to answer what it has admitted.",
 )
+@click.option(
+    "--api-key-file",
+    type=options.FILE,
+    show_default="none is needed",
+    help="File of one API key per line, which nobody else may read: requests without one of them are refused.",
+)
+@click.option(
+    "--access-log",
+    type=options.PathType(path_type=Path, dir_okay=False, allow_dash=True),
+    metavar="FILE",
+    show_default="none",
+    help="File to append a line of JSON to for each request; - for standard output.",
+)
 @options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE)
 @click.option(
     "--streams",
@@ -60,6 +74,8 @@ def command(**given: Any) -> None:
 
     Images wait in a queue and run in batches of one input size. What would be answered after its deadline is refused at
     once. SIGTERM and Ctrl-C drain: what was admitted is answered, new requests are refused; a second one stops.
+    SIGHUP, or POST /v1/reload with a key, reads the same path again and puts what is there in place of what answers,
+    between two requests.
 
     \b
     Example: gfldeploy serve gfl_r50_int8 --port 8000

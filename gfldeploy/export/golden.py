@@ -95,7 +95,16 @@ def read_golden(bundle: Bundle) -> tuple[NDArray[np.uint8], str]:
 def compare_golden(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine) -> str:
     """Run the picture and say how far the detections are from those expected.
 
-    Raises `EngineError`, and `ParityError` where too many are missing: in INT8 engines round differently.
+    Raises `EngineError`, and `ParityError` as `agreement`.
+    """
+    (found,) = detect(bundle, picture, engine)[:1]
+    return agreement(bundle, found, engine.name)
+
+
+def agreement(bundle: Bundle, found: Detections, engine: str) -> str:
+    """How far all that NMS leaves of the picture, in the bundle's own precision, is from what is expected, in words.
+
+    Raises `ParityError` where too many are missing: in INT8 engines round differently.
     """
     record = bundle.record(GOLDEN)
     assert record is not None
@@ -107,16 +116,15 @@ def compare_golden(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine) -
     )
     recorded = Tolerance(record["tolerance"]["score"], record["tolerance"]["box_px"])
     allowed, may_miss = _allowed(bundle.manifest.precision, recorded)
-    (found,) = detect(bundle, picture, engine)[:1]
     missing, score, box = missing_in(found, expected, allowed)
     if missing > may_miss * len(expected):
         raise ParityError(
-            f"{engine.name} does not give {missing} of the {len(expected)} detections that {record['engine']} gave of "
+            f"{engine} does not give {missing} of the {len(expected)} detections that {record['engine']} gave of "
             f"{PICTURE} where the bundle was made",
             "Do not deploy it in this engine here.",
         )
     same = f"{len(expected) - missing} of {len(expected)} expected detections"
-    return f"{engine.name} finds {same} in {PICTURE}: scores differ by at most {score:.2g}, boxes by {box:.2g} px"
+    return f"{engine} finds {same} in {PICTURE}: scores differ by at most {score:.2g}, boxes by {box:.2g} px"
 
 
 def detect(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine) -> list[Detections]:

@@ -56,10 +56,10 @@ def decode_image(data: bytes, what: object = "the image", reduction: int = 1) ->
     Raises `DataError` when it is empty, truncated, damaged, too large or not an image.
     """
     if not data:
-        raise DataError(f"the image file {what} is empty", _FETCH)
+        raise DataError(f"{what} is empty", _FETCH)
     header = read_header(io.BytesIO(data), what)
     if not header.complete:
-        raise DataError(f"the image file {what} is truncated", _FETCH)
+        raise DataError(f"{what} is truncated", _FETCH)
     cv2 = load_cv2()
     way = "COLOR"
     if header.kind == "JPEG":  # whose decoder can give RGB itself, if it gives all of it
@@ -73,7 +73,7 @@ def decode_image(data: bytes, what: object = "the image", reduction: int = 1) ->
     if header.kind == "JPEG" and (damage := _DAMAGED_JPEG.search(said)):
         spare = _SPARE_BYTES.search(damage[0])
         if spare is None or int(spare[1]) > _MOST_SPARE * len(data):
-            raise DataError(f"the image file {what} is damaged ({damage[0].decode('ascii', 'replace')})", _FETCH)
+            raise DataError(f"{what} is damaged ({damage[0].decode('ascii', 'replace')})", _FETCH)
     return np.asarray(image, np.uint8) if way == "COLOR_RGB" else _to_rgb(image)
 
 

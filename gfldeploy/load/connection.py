@@ -96,7 +96,7 @@ class Target:
             lines.append(f"Authorization: Bearer {self.key}")
         return "\r\n".join([*lines, "", ""]).encode("ascii")
 
-    async def connect(self, connection: Connection) -> None:
+    async def connect(self, connection: HttpConnection) -> None:
         """Open it. Raises `OSError`."""
         secure: dict[str, Any] = {"ssl": _trusted(), "server_hostname": self.host} if self.tls else {}
         address = self.address or self.host
@@ -108,7 +108,7 @@ def _trusted() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-class Connection(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """One connection, which carries one request at a time."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from gfldeploy.bench.results import Traffic
 from gfldeploy.bench.scenarios import arrival_times
-from gfldeploy.load.connection import Connection, Reply, Target
+from gfldeploy.load.connection import HttpConnection, Reply, Target
 
 # What a server answers that does not take a request now, rather than that it cannot.
 _REJECTED = (429, 503)
@@ -83,7 +83,7 @@ class _Sent:
     planned: float
     sent: float
     timer: asyncio.TimerHandle | None = None
-    connection: Connection | None = None
+    connection: HttpConnection | None = None
     opening: asyncio.Task[None] | None = None
     resent: bool = False
 
@@ -112,7 +112,7 @@ class LoadGenerator:
         self._target, self._bodies, self._load = target, bodies, load
         self._headers = [target.header("POST", path, len(body), content_type) for body in bodies]
         self._order = _shuffled(len(bodies), load.seed)
-        self._idle: list[tuple[Connection, float]] = []
+        self._idle: list[tuple[HttpConnection, float]] = []
         self._under_way: set[_Sent] = set()
         self._open = self._most_open = 0
         self._begin = self._end = 0.0
@@ -159,7 +159,7 @@ class LoadGenerator:
         self._under_way.add(request)
         self._send(request, self._reused())
 
-    def _send(self, request: _Sent, connection: Connection | None) -> None:
+    def _send(self, request: _Sent, connection: HttpConnection | None) -> None:
         if connection is not None:
             self._post(request, connection)
         elif self._open >= self._load.connections:
@@ -167,11 +167,11 @@ class LoadGenerator:
         else:
             self._open += 1
             self._most_open = max(self._most_open, self._open)
-            connection = Connection()
+            connection = HttpConnection()
             request.opening = self._loop.create_task(self._target.connect(connection))
             request.opening.add_done_callback(functools.partial(self._opened, request, connection))
 
-    def _reused(self) -> Connection | None:
+    def _reused(self) -> HttpConnection | None:
         """The connection that was idle for the shortest time."""
         while self._idle:
             connection, since = self._idle.pop()
@@ -180,7 +180,7 @@ class LoadGenerator:
             self._drop(connection)
         return None
 
-    def _opened(self, request: _Sent, connection: Connection, task: asyncio.Task[None]) -> None:
+    def _opened(self, request: _Sent, connection: HttpConnection, task: asyncio.Task[None]) -> None:
         request.opening = None
         if task.cancelled():  # by whoever gave the request up
             self._drop(connection)
@@ -190,12 +190,12 @@ class LoadGenerator:
         else:
             self._post(request, connection)
 
-    def _post(self, request: _Sent, connection: Connection) -> None:
+    def _post(self, request: _Sent, connection: HttpConnection) -> None:
         request.connection = connection
         done = functools.partial(self._answered, request, connection)
         connection.send(self._headers[request.body], self._bodies[request.body], done)
 
-    def _answered(self, request: _Sent, connection: Connection, answer: Reply | Exception) -> None:
+    def _answered(self, request: _Sent, connection: HttpConnection, answer: Reply | Exception) -> None:
         if isinstance(answer, Reply) and not answer.closes:
             self._idle.append((connection, self._loop.time()))
         else:
@@ -222,7 +222,7 @@ class LoadGenerator:
         if request.timer is not None:
             request.timer.cancel()
 
-    def _drop(self, connection: Connection) -> None:
+    def _drop(self, connection: HttpConnection) -> None:
         connection.close()
         self._open -= 1
         self._record.unasked += connection.unasked

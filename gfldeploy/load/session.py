@@ -18,7 +18,7 @@ from gfldeploy.errors import DataError, OutputError, ServerError, UsageError, re
 from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import list_images
 from gfldeploy.images.decode import open_file
-from gfldeploy.load.connection import Connection, MalformedAnswerError, Reply, Target
+from gfldeploy.load.connection import HttpConnection, MalformedAnswerError, Reply, Target
 from gfldeploy.load.generator import Load, LoadGenerator, Seen
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
@@ -144,7 +144,7 @@ def load_server(
 
 
 @dataclass(frozen=True)
-class _Server:
+class _Described:
     """What a server says of itself."""
 
     axes: dict[str, Any]
@@ -152,7 +152,7 @@ class _Server:
     load_s: float | None
 
     @classmethod
-    def of(cls, data: Any) -> _Server:
+    def of(cls, data: Any) -> _Described:
         """From the answer to /v1/model. Raises `DataError`."""
         text = {"name": str, "directory": str, "digest": str}
         check({"bundle": text, "engine": str, "engine_version": str, "load_s?": float | None}, data)
@@ -168,14 +168,14 @@ class _Server:
         return build(Cell, {**self.axes, "rate": load.rate, "clients": load.clients})
 
 
-async def _look(target: Target, detect: str, body: bytes) -> tuple[Target, _Server]:
+async def _look(target: Target, detect: str, body: bytes) -> tuple[Target, _Described]:
     """The server's address and what it says of itself; it must answer an image. Raises `ServerError`."""
     target = await target.resolved()
     shown = f"{target.authority}{target.path}"
     reply = await _ask(target, target.header("GET", _MODEL), b"", f"{shown}{_MODEL}")
     try:
         with reading("it", DataError, _REMEDY):
-            server = _Server.of(json.loads(reply.body))
+            server = _Described.of(json.loads(reply.body))
     except DataError as error:
         raise ServerError(f"what {shown}{_MODEL} answers is not as expected: {error.problem}", _REMEDY) from error
     await _ask(target, target.header("POST", detect, len(body), _ANY), body, f"{shown}{_DETECT}")
@@ -184,7 +184,7 @@ async def _look(target: Target, detect: str, body: bytes) -> tuple[Target, _Serv
 
 async def _ask(target: Target, header: bytes, body: bytes, shown: str) -> Reply:
     """What the server answers, which must be a 200. Raises `ServerError`."""
-    connection = Connection()
+    connection = HttpConnection()
     answer: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
     try:
         async with asyncio.timeout(_FIRST_S):
@@ -229,7 +229,7 @@ async def _send(target: Target, detect: str, bodies: Sequence[bytes], load: Load
     return await LoadGenerator(target, detect, bodies, _ANY, load).run()
 
 
-def _result(cell: Cell, server: _Server, seen: Seen, started: str) -> CellResult:
+def _result(cell: Cell, server: _Described, seen: Seen, started: str) -> CellResult:
     if not seen.latency_ms:
         endings = ", ".join(f"{count} x {ending}" for ending, count in seen.traffic.endings.items())
         reason = f"none of {seen.requests} requests was answered: {endings}"

@@ -38,7 +38,7 @@ _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
 _MOST_DECODERS = 8
 # Batches that are prepared, or in NMS, beside those in the network. On a CPU one would do if the threads never waited
 # for each other, as for Python's lock; what a GPU leaves to the CPU may take longer than the network.
-_PREPARED: Mapping[Device, int] = {"cpu": 2, "gpu": 3}
+PREPARED: Mapping[Device, int] = {"cpu": 2, "gpu": 3}
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def detect_groups(
                 for (index, picture), one in zip(group, filled, strict=True)
             ]
 
-        yield from stack.enter_context(closing(at_once(detect, groups, inferring + _PREPARED[engine.options.device])))
+        yield from stack.enter_context(closing(at_once(detect, groups, inferring + PREPARED[engine.options.device])))
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import anyio
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
+from gfldeploy.serve.access_log import AccessLog, Exchanges
+from gfldeploy.serve.answers import image_record
+from gfldeploy.serve.keys import KeyGuard, Keys
 from gfldeploy.serve.loaded import Answer
-from gfldeploy.serve.problems import Problem, problem_of, problem_response
-from gfldeploy.serve.requests import DetectRequest, RequestLimits, read_request
+from gfldeploy.serve.metrics import Metrics, metrics_route
+from gfldeploy.serve.openapi import openapi
+from gfldeploy.serve.paddlex import paddlex_answer, read_paddlex_request
+from gfldeploy.serve.problems import HANDLERS, PADDLEX_PATH, Problem, json_response, problem_of
+from gfldeploy.serve.reload import Current, Reloader, reload_route
+from gfldeploy.serve.requests import BodyGuard, DetectRequest, RequestLimits, read_request
 from gfldeploy.serve.service import DetectionService
-
-_CLIENT_GONE = 499  # nginx's number
+from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
 
 @dataclass(frozen=True)
@@ -30,47 +37,94 @@ class ServeOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
-def create_app(service: DetectionService, options: ServeOptions) -> Starlette:
-    """The application over a service, which somebody else starts and closes."""
+# What tells nothing of the detector, and what a browser needs before somebody can enter a key.
+OPEN_PATHS = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
+
+
+def create_app(
+    service: DetectionService,
+    options: ServeOptions,
+    *,
+    metrics: Metrics | None = None,
+    load: Callable[[], DetectionService] | None = None,
+    keys: Keys | None = None,
+    access_log: AccessLog | None = None,
+    progress: Progress = SILENT,
+) -> Starlette:
+    """The application over a service, which somebody else closes: the one that `state.current` has at the end.
+
+    `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
+    them a request is refused. `progress` is told of reloads.
+    """
+    limits = options.limits
+    drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
+    metrics = metrics or Metrics()
+    current = Current(service)
+    metrics.ask(lambda: current.service)
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
-        service.check_room()  # before the body: what will be refused costs next to nothing
-        asked = await read_request(request, options.limits)
-        try:
+        current.service.check_room()  # before the body: what will be refused costs next to nothing
+        asked = await read_request(request, limits, current.service.choice.bundle.manifest.classes)
+        request.state.images = len(asked.images)
+        with current.use() as service:
             found = await _unless_gone(request, asked, service)
-        except ClientDisconnect:
-            return Response(status_code=_CLIENT_GONE)  # which nobody reads
         if len(found) == 1 and isinstance(found[0], BaseException):
             raise found[0]
-        images = [_image(one, asked) for one in found]
-        return JSONResponse({"images": images, "times_ms": {"total": _ms(time.perf_counter() - start)}})
+        images = [
+            problem_of(one).body() if isinstance(one, BaseException) else image_record(one, asked) for one in found
+        ]
+        return json_response({"images": images, "times_ms": {"total": _ms(time.perf_counter() - start)}})
+
+    async def object_detection(request: Request) -> Response:
+        current.service.check_room()
+        asked = await read_paddlex_request(request, limits)
+        request.state.images = 1
+        with current.use() as service:
+            (found,) = await _unless_gone(request, DetectRequest((asked.image,), 0.0, limits.timeout_ms), service)
+        if isinstance(found, BaseException):
+            raise found
+        return json_response(await paddlex_answer(found.detections, asked, drawing))
 
     async def live(request: Request) -> Response:
-        return JSONResponse({"status": "live"})
+        return json_response({"status": "live"})
 
     async def ready(request: Request) -> Response:
-        if (why := service.ready()) is not None:
+        if (why := current.service.ready()) is not None:
             raise Problem(503, "not_ready", why, "Try again later.", retry_after=1)
-        return JSONResponse({"status": "ready"})
+        return json_response({"status": "ready"})
 
     async def model(request: Request) -> Response:
-        return JSONResponse(plain(service.description))
+        return json_response(plain(current.service.description))
 
-    async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            error = Problem(error.status_code, "http", error.detail)
-        return problem_response(problem_of(error))
+    async def described(request: Request) -> Response:
+        classes = current.service.choice.bundle.manifest.classes
+        return json_response(openapi(limits, classes, {route.path for route in routes}, keys is not None))
 
-    return Starlette(
-        routes=[
-            Route("/v1/detect", detect, methods=["POST"]),
-            Route("/health/live", live),
-            Route("/health/ready", ready),
-            Route("/v1/model", model),
+    routes = [
+        Route("/v1/detect", detect, methods=["POST"]),
+        Route(PADDLEX_PATH, object_detection, methods=["POST"]),
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/v1/model", model),
+        Route("/metrics", metrics_route),
+        Route("/openapi.json", described),
+        *([Route("/v1/reload", reload_route, methods=["POST"])] if load else []),
+        *page_routes(),
+    ]
+    told = [metrics.end] if access_log is None else [metrics.end, access_log.write]
+    app = Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(BodyGuard, limits),
+            Middleware(Exchanges, metrics.begin, told),
+            *([Middleware(KeyGuard, keys, OPEN_PATHS)] if keys else []),
         ],
-        exception_handlers={Problem: failed, HTTPException: failed, Exception: failed},
+        exception_handlers=HANDLERS,
     )
+    app.state.current, app.state.metrics = current, metrics
+    app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
+    return app
 
 
 async def _unless_gone(
@@ -106,27 +160,6 @@ async def _unless_gone(
         raise ClientDisconnect from None
     finally:
         watching.cancel()
-
-
-def _image(found: Answer | BaseException, asked: DetectRequest) -> dict[str, Any]:
-    """The JSON of one image."""
-    if isinstance(found, BaseException):
-        return problem_of(found).body()
-    kept = found.detections.at_least(asked.threshold)
-    if asked.classes:
-        try:
-            kept = kept.of_classes(*asked.classes)
-        except ValueError as error:
-            raise Problem(400, "request", str(error), "See /v1/model for the classes.") from error
-    rows = zip(kept.names, kept.classes.tolist(), kept.scores.tolist(), kept.boxes.tolist(), strict=True)
-    return {
-        "height": found.size[0],
-        "width": found.size[1],
-        "detections": [
-            {"class": name, "class_id": category, "score": score, "box": box} for name, category, score, box in rows
-        ],
-        "times_ms": {name: round(value, 3) for name, value in asdict(found.times).items()},
-    }
 
 
 def _ms(seconds: float) -> float:

@@ -29,14 +29,14 @@ from gfldeploy.batching.policy import Adaptive
 from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bench.timing import StreamThreads
 from gfldeploy.detections import Detections
-from gfldeploy.engines.base import ClosesOnExit, Device
+from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import DataError, EngineError, RejectedError
 from gfldeploy.images.decode import decode_image, load_cv2, read_image, size_of
 from gfldeploy.predict.engine_selection import Choice
-from gfldeploy.predict.pipeline import room
+from gfldeploy.predict.pipeline import PREPARED, room
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
 from gfldeploy.progress import SILENT, Progress
 
@@ -45,7 +45,6 @@ _FORMATS = (4 / 3, 3 / 2, 16 / 9, 1.0)
 _LONGER_SIDE = 4000  # pixels, of such a photograph
 # Of the folder of --warm-up: files whose headers are read, and input sizes that are made warm.
 _MOST_FILES, _MOST_SIZES = 1000, 32
-_PREPARED: Mapping[Device, int] = {"cpu": 1, "gpu": 3}  # batches beside the one in the network
 _MOST_DECODERS = 8
 # Times that a batch is timed, unless these take so many seconds together.
 _POINT_TIMES, _POINT_S = 5, 1.0
@@ -138,9 +137,7 @@ class LoadedDetector(ClosesOnExit):
             self._check = CpuCheck(choice.engine, self._engine, choice.bundle, progress.note)
             self._checking, self._uploading = threading.Lock(), threading.Lock()
             self._inferring = threading.Semaphore(options.streams + self._engine.queued)
-            # Streams of one thread each keep all CPUs busy, with what their batches need beside the network, too.
-            # Elsewhere that is done for the next batch while the network has this one.
-            at_once = options.streams + (_PREPARED[options.device] if options.streams == 1 else 0)
+            at_once = options.streams + PREPARED[options.device]
             self._decoders = (
                 ThreadPoolExecutor(min(options.threads, _MOST_DECODERS), "gfldeploy-decode")
                 if options.device == "gpu" and self.most > 1

@@ -11,16 +11,24 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from gfldeploy.errors import OutputError
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serve.access_log import AccessLog
 from gfldeploy.serve.app import ServeOptions, create_app
 from gfldeploy.serve.connections import KEEP_ALIVE_S, MOST_HEADER_BYTES, Connection, give_up_on_the_slow, share_files
-from gfldeploy.serve.service import DetectionService
+from gfldeploy.serve.keys import Keys
+from gfldeploy.serve.metrics import Metrics
+from gfldeploy.serve.reload import Current, Reloader
+from gfldeploy.serve.service import DetectionService, Watch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_S = 0.05
@@ -46,35 +54,60 @@ class _Uvicorn(uvicorn.Server):
 
 
 def run_server(
-    load: Callable[[], DetectionService], options: ServeOptions, listen: Listen, progress: Progress = SILENT
+    load: Callable[[Watch], DetectionService],
+    options: ServeOptions,
+    listen: Listen,
+    *,
+    keys: Keys | None = None,
+    access_log: Path | None = None,
+    progress: Progress = SILENT,
 ) -> None:
-    """Load a service, serve until a signal comes, then drain.
+    """Load a service, serve until a signal comes, then drain. SIGHUP: load another beside it, and replace it.
+
+    `load` makes a service that tells the `Watch`. `keys`: without one of them a request is refused. `access_log`:
+    the file to append it to, "-" for standard output.
 
     Raises what `load` raises, `OutputError` if it cannot listen, and `EngineError` if the engine fails again and again.
     A second signal stops at once and raises KeyboardInterrupt.
     """
-    with _bound(listen) as sock:
-        service = load()
-        Connection.most = share_files()
-        sys.setswitchinterval(_SWITCH_S)
-        gc.freeze()  # what was loaded stays: it need not be looked at again and again
-        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    metrics = Metrics()
+    numbers = (*_SIGNALS, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    hung_up: list[int] = []  # of SIGHUP before there is anything to reload
+    with ExitStack() as stack:
+        sock = stack.enter_context(_bound(listen))
+        log = AccessLog(access_log, metrics.dropped_lines) if access_log is not None else None
+        if log is not None:
+            stack.callback(log.close)
         try:
-            cut_short = asyncio.run(_serve(service, options, listen, sock, progress))
+            signal.signal(signal.SIGHUP, lambda number, frame: hung_up.append(number))
+            service = load(metrics)
+            Connection.most = share_files()
+            sys.setswitchinterval(_SWITCH_S)
+            gc.freeze()  # what was loaded stays: it need not be looked at again and again
+            app = create_app(
+                service,
+                options,
+                metrics=metrics,
+                load=partial(load, metrics),
+                keys=keys,
+                access_log=log,
+                progress=progress,
+            )
+            cut_short = asyncio.run(_serve(app, listen, sock, hung_up, progress))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    if service.gave_up is not None:
-        raise service.gave_up
     if cut_short:
         raise KeyboardInterrupt
 
 
 async def _serve(
-    service: DetectionService, options: ServeOptions, listen: Listen, sock: socket.socket, progress: Progress
+    app: Starlette, listen: Listen, sock: socket.socket, hung_up: Sequence[int], progress: Progress
 ) -> bool:
-    """Whether something that was admitted was not answered."""
-    app = create_app(service, options)
+    """Whether something that was admitted was not answered. Raises `EngineError` where the service gave up."""
+    current: Current = app.state.current
+    reloader: Reloader = app.state.reloader
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -93,34 +126,48 @@ async def _serve(
 
     def stop(number: int) -> None:
         signals.append(number)
-        service.drain()
+        reloader.stop()
+        for service in current.in_use:
+            service.drain()
         server.force_exit = len(signals) > 1
 
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop, number)
+    loop.add_signal_handler(signal.SIGHUP, reloader.hung_up)
     serving = asyncio.create_task(server.serve([sock]))
     host, port = sock.getsockname()[:2]
     while not server.started and not serving.done():
         await asyncio.sleep(0)
     _tell_systemd("READY=1")
     progress.stage(f"ready on http://{f'[{host}]' if ':' in host else host}:{port}")
-    while not signals and service.gave_up is None and not serving.done():
+    if hung_up:
+        reloader.hung_up()
+    while not signals and current.service.gave_up is None and not serving.done():
         await asyncio.sleep(_LOOK_S)
     _tell_systemd("STOPPING=1")
-    progress.stage(f"stopping: {service.in_flight} images are to be answered")
+    reloader.stop()
+
+    def in_flight() -> int:
+        return sum(service.in_flight for service in current.in_use)
+
+    progress.stage(f"stopping: {in_flight()} images are to be answered")
     deadline = loop.time() + listen.drain_s
-    while service.in_flight and loop.time() < deadline and len(signals) < 2:
+    while in_flight() and loop.time() < deadline and len(signals) < 2:
         await asyncio.sleep(_LOOK_S)
-    cut_short = service.in_flight > 0
+    cut_short = in_flight() > 0
     if cut_short:
-        service.abandon()
+        for service in current.in_use:
+            service.abandon()
     else:
-        await asyncio.to_thread(service.close, False)
+        await reloader.close()
+        await asyncio.to_thread(current.service.close, False)
     # What is left are requests whose bodies are arriving, to be refused.
     config.timeout_graceful_shutdown = max(math.ceil(deadline - loop.time()), 1)
     server.should_exit = True
     await serving
+    if current.service.gave_up is not None:
+        raise current.service.gave_up
     return cut_short
 
 

@@ -12,9 +12,12 @@ from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.app import ServeOptions
+from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.process import Listen, run_server
 from gfldeploy.serve.requests import RequestLimits
-from gfldeploy.serve.service import DetectionService, ServiceSettings
+from gfldeploy.serve.service import DetectionService, ServiceSettings, Watch
+
+_BODIES = 8  # of the largest size are in memory at most
 
 
 def serve_detector(
@@ -30,6 +33,8 @@ def serve_detector(
     max_images: int = 16,
     body_timeout_s: float = 10.0,
     drain_timeout_s: float = 30.0,
+    api_key_file: StrPath | None = None,
+    access_log: StrPath | None = None,
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
@@ -44,7 +49,9 @@ def serve_detector(
     """Serve until a signal comes; see `gfldeploy serve --help`."""
     settings = ServiceSettings(max_waiting, None if warm_up is None else Path(warm_up), decode == "fast")
 
-    def load() -> DetectionService:
+    keys = None if api_key_file is None else Keys(Path(api_key_file))
+
+    def load(watch: Watch) -> DetectionService:
         choice = choose(
             Path(source),
             engine,
@@ -60,7 +67,20 @@ def serve_detector(
         )
         for note in choice.notes:
             progress.note(note)
-        return DetectionService(choice, settings, progress=progress)
+        return DetectionService(choice, settings, watch, progress)
 
-    limits = RequestLimits(int(max_body_mb * 1e6), body_timeout_s, max_images, timeout_ms)
-    run_server(load, ServeOptions(limits), Listen(host, port, drain_timeout_s), progress)
+    limits = RequestLimits(
+        body_bytes=int(max_body_mb * 1e6),
+        total_bytes=int(_BODIES * max_body_mb * 1e6),
+        body_s=body_timeout_s,
+        images=max_images,
+        timeout_ms=timeout_ms,
+    )
+    run_server(
+        load,
+        ServeOptions(limits),
+        Listen(host, port, drain_timeout_s),
+        keys=keys,
+        access_log=None if access_log is None else Path(access_log),
+        progress=progress,
+    )

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gfldeploy.errors import UsageError
-from gfldeploy.load.connection import Connection, MalformedAnswerError, Reply, Target
+from gfldeploy.load.connection import HttpConnection, MalformedAnswerError, Reply, Target
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -30,9 +30,9 @@ class Wire(asyncio.Transport):
         self.closed = True
 
 
-def heard(data: bytes, step: int, end: bool = False) -> tuple[list[Reply | Exception], Connection]:
+def heard(data: bytes, step: int, end: bool = False) -> tuple[list[Reply | Exception], HttpConnection]:
     """What a request ends with whose answer comes in pieces of `step` bytes; `end`: then the connection ends."""
-    connection, answers = Connection(), list[Reply | Exception]()
+    connection, answers = HttpConnection(), list[Reply | Exception]()
     connection.connection_made(Wire())
     connection.send(b"GET / HTTP/1.1\r\n\r\n", b"", answers.append)
     for start in range(0, len(data), step):

@@ -125,7 +125,7 @@ def test_what_became_of_requests_is_told_apart(images: Path, tmp_path: Path) -> 
 def test_a_request_without_an_answer_is_given_up(images: Path) -> None:
     async def never(asked: Asked) -> bytes:
         if asked.number % 2:
-            await asyncio.Event().wait()
+            await asyncio.sleep(60)
         return reply()
 
     with ScriptedServer(never) as server:
@@ -137,7 +137,7 @@ def test_a_request_without_an_answer_is_given_up(images: Path) -> None:
 def test_connections_are_bounded(images: Path) -> None:
     async def never(asked: Asked) -> bytes:
         if asked.number > 1:
-            await asyncio.Event().wait()
+            await asyncio.sleep(60)
         return reply()
 
     with ScriptedServer(never) as server:

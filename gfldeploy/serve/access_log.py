@@ -36,8 +36,8 @@ class Exchange:
 
     `began`: UTC. `client`: its address; None on a Unix socket. `route`: the path in the application's own words, None
     where there is no such route. `path`: what the client asked for, cut, without the query. `status`: `CLIENT_GONE` if
-    the client left before its answer. `received`, `sent`: bytes of the bodies. `images`: in the request; None if it was
-    not read so far. `code`: of the error that was the answer; None if it was none.
+    the client left before its answer began. `received`, `sent`: bytes of the bodies. `images`: in the request; None if
+    it was not read so far. `code`: of the error that was the answer; None if it was none.
     """
 
     began: datetime
@@ -97,7 +97,7 @@ class Exchanges:
         began, start = datetime.now(UTC), time.perf_counter()
         state = scope.setdefault("state", {})
         received = sent = status = 0
-        gone = complete = False
+        gone = False
 
         async def watched_receive() -> Message:
             nonlocal received, gone
@@ -105,17 +105,16 @@ class Exchanges:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
             elif message["type"] == "http.disconnect":
-                gone = gone or not complete
+                gone = gone or not status
             return message
 
         async def watched_send(message: Message) -> None:
-            nonlocal sent, status, complete
+            nonlocal sent, status
             await send(message)
             if message["type"] == "http.response.start":
                 status = message["status"]
             elif message["type"] == "http.response.body":
                 sent += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
 
         self._begin()
         try:

@@ -37,8 +37,8 @@ class ServeOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
 
 
-# What tells nothing of the detector, and what a browser needs before somebody can enter a key.
-OPEN_PATHS = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
+# What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
+_OPEN = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
 
 
 def create_app(
@@ -57,10 +57,10 @@ def create_app(
     them a request is refused. `progress` is told of reloads.
     """
     limits = options.limits
-    drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
     metrics = metrics or Metrics()
     current = Current(service)
     metrics.ask(lambda: current.service)
+    drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
@@ -98,8 +98,8 @@ def create_app(
         return json_response(plain(current.service.description))
 
     async def described(request: Request) -> Response:
-        classes = current.service.choice.bundle.manifest.classes
-        return json_response(openapi(limits, classes, {route.path for route in routes}, keys is not None))
+        paths = {route.path for route in routes}
+        return json_response(openapi(limits, current.service.choice.bundle.manifest.classes, paths, keys is not None))
 
     routes = [
         Route("/v1/detect", detect, methods=["POST"]),
@@ -107,8 +107,8 @@ def create_app(
         Route("/health/live", live),
         Route("/health/ready", ready),
         Route("/v1/model", model),
-        Route("/metrics", metrics_route),
         Route("/openapi.json", described),
+        Route("/metrics", metrics_route),
         *([Route("/v1/reload", reload_route, methods=["POST"])] if load else []),
         *page_routes(),
     ]
@@ -116,9 +116,9 @@ def create_app(
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(BodyGuard, limits),
             Middleware(Exchanges, metrics.begin, told),
-            *([Middleware(KeyGuard, keys, OPEN_PATHS)] if keys else []),
+            Middleware(BodyGuard, limits=limits),
+            *([Middleware(KeyGuard, keys, _OPEN)] if keys else []),
         ],
         exception_handlers=HANDLERS,
     )

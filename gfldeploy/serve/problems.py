@@ -12,7 +12,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ExceptionHandler
+from starlette.types import ExceptionHandler, Scope
 
 from gfldeploy.errors import DataError, EngineError, GfldeployError, RejectedError
 from gfldeploy.text import printable
@@ -106,12 +106,16 @@ def _of_starlette(error: HTTPException) -> Problem:
     return Problem(error.status_code, name, problem, remedy, headers=error.headers)
 
 
-async def _answer(request: Request, error: Exception) -> Response:
-    problem = problem_of(error)
-    request.scope.setdefault("state", {})["code"] = problem.code  # for the access log
-    if request.url.path == PADDLEX_PATH:
+def answer_to(scope: Scope, problem: Problem) -> Response:
+    """The response to a request that failed, in the shape that clients of its path expect."""
+    scope.setdefault("state", {})["code"] = problem.code  # for the access log
+    if scope["path"] == PADDLEX_PATH:
         return problem_response(problem, paddlex_record(problem.status, _shown(str(problem))))
     return problem_response(problem)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    return answer_to(request.scope, problem_of(error))
 
 
 def paddlex_record(code: int, message: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Both run in the same engine and process, interleaved image by image, from decode
 of the original: one looks pixels up, pads, infers and goes through NMS in NumPy, the other infers once. The file also
 runs as it is read without gfldeploy, which changes INT8 graphs before engines load them ("plain"). Medians and the
 ratio of medians of each of five parts of the images; every detection of 0.1 or more is compared. The rows go to
-results/MACHINE/checks/NAME_by_itself.json beside this script.
+results/MACHINE/checks/NAME_by_itself.json beside this script, where those of the same bundle stay that `--only` leaves
+out.
 """
 
 from __future__ import annotations
@@ -29,16 +30,24 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import load_graph
 from gfldeploy.export.end_to_end_parity import missing_in
 from gfldeploy.export.parity import Tolerance
-from gfldeploy.files import write_json
+from gfldeploy.files import read_json, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.machine import describe_machine
 from gfldeploy.quant.measurement import PlainOnnxRuntime, PlainOpenVino
+from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
 PARTS = 5
 LEAST_SCORE = 0.1
 ALLOWED = Tolerance(score=1e-4, box_px=0.1)
+# The engine, and what runs the file in place of it.
+ROWS = {
+    "onnxruntime": ("onnxruntime", None),
+    "onnxruntime, plain file": ("onnxruntime", PlainOnnxRuntime),
+    "openvino": ("openvino", None),
+    "openvino, plain file": ("openvino", PlainOpenVino),
+}
 HEADER = (
     "| engine | ours, ms | the file, ms | ratio (range) | detections | missing | score | box, px |\n" + "|---" * 8 + "|"
 )
@@ -110,25 +119,34 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--machine", default="", help="the folder under results/")
     parser.add_argument("--name", default="demo", help="how the file of results starts")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW", help=str(tuple(ROWS))
+    )
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     images = [image.path for image in CocoDataset.load(arguments.data, None, arguments.images).images]
     options = EngineOptions(bundle.manifest.precision, "cpu", usable_threads())
-    rows = []
+    output = HERE / "results" / arguments.machine / "checks" / f"{arguments.name}_by_itself.json"
+    about = {"machine": plain(describe_machine()), "bundle": bundle.digest}
+    rows = {}
+    if arguments.machine and output.exists():
+        earlier = read_json(output)
+        if {key: earlier[key] for key in about} == about:
+            rows = {row["engine"]: row for row in earlier["rows"]}
     print(HEADER)
-    for name, plain in (("onnxruntime", PlainOnnxRuntime), ("openvino", PlainOpenVino)):
-        with load_graph(name, bundle, options, "onnx") as alone:
-            with load_graph(name, bundle, options, "end_to_end") as whole:
-                rows.append(compare(name, alone, whole, bundle, images))
-            print(rows[-1].line(), flush=True)
-            with plain(bundle, options, "end_to_end") as whole:
-                rows.append(compare(f"{name}, plain file", alone, whole, bundle, images))
-            print(rows[-1].line(), flush=True)
-    if arguments.machine:
-        output = HERE / "results" / arguments.machine / "checks" / f"{arguments.name}_by_itself.json"
-        write_json(
-            output, {"machine": asdict(describe_machine()), "bundle": bundle.digest, "rows": list(map(asdict, rows))}
-        )
+    for name in arguments.only:
+        engine, given = ROWS[name]
+        with (
+            load_graph(engine, bundle, options, "onnx") as alone,
+            given(bundle, options, "end_to_end")
+            if given
+            else load_graph(engine, bundle, options, "end_to_end") as whole,
+        ):
+            row = compare(name, alone, whole, bundle, images)
+        print(row.line(), flush=True)
+        rows[name] = asdict(row)
+        if arguments.machine:
+            write_json(output, {**about, "rows": [rows[name] for name in ROWS if name in rows]})
 
 
 if __name__ == "__main__":

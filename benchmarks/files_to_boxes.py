@@ -208,7 +208,7 @@ def onnxruntime_rate(model: Path, size: Sequence[int], seconds: float) -> float:
 def network_rate(bundle: Path, engine: str, options: EngineOptions, shape: Shape, seconds: float) -> float:
     """Images a second as `bench` times them in its offline scenario."""
     with open_engine(engine, Bundle.open(bundle), options, [shape]) as opened:
-        samples = measure(opened, [random_images(*shape)], Settings(seconds, 1, seconds))
+        samples = measure(opened, [{"image": random_images(*shape)}], Settings(seconds, 1, seconds))
     return samples.images / samples.wall_s
 
 

@@ -276,6 +276,7 @@ def differences(bundle: Path) -> dict[str, Any]:
         "max_score_difference": max(one["max_score_difference"] for one in found),
         "max_box_difference_px": max(one["max_box_difference_px"] for one in found),
         "tolerance": parity["tolerance"],
+        "end_to_end": parity["end_to_end"],
         "operators": operators(bundle / "onnx/model.onnx"),
     }
 
@@ -354,8 +355,8 @@ def run_eager(file: Path) -> None:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """As Markdown."""
-    lines = ["| backbone, neck | PIR | program | ONNX Runtime | OpenVINO | any size | score | box, px | INT8 |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    columns = ("backbone, neck", "PIR", "program", "ONNX Runtime", "OpenVINO", "by itself")
+    lines = [f"| {' | '.join((*columns, 'any size', 'score', 'box, px', 'INT8'))} |", "|" + "---|" * 10]
     notes = []
     for pair, row in rows.items():
         backbone, *rest = pair.split("+")
@@ -366,12 +367,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
                 notes.append(f"- {name}: PaddleDetection itself says `{why}`; export says: {fixed['failed']}")
             else:
                 notes.append(f"- {name}: {fixed['failed']}")
-            lines.append(f"| {name} | {'not in PaddleDetection' if why else 'no'} | | | | | | | |")
+            lines.append(f"| {name} | {'not in PaddleDetection' if why else 'no'} | | | | | | | | |")
             continue
         there = [
             "equal" if graph in fixed["equal"] else "left out"
             for graph in ("paddle in paddle", "paddle_program in paddle", "onnx in onnxruntime", "onnx in openvino")
         ]
+        there.append(by_itself(fixed))
         every = [fixed, *([] if "failed" in free else [free])]
         far = (f"{max(one[key] for one in every):.1e}" for key in ("max_score_difference", "max_box_difference_px"))
         sizes = free["failed"] if free.get("failed") == "not tried" else "no" if "failed" in free else "yes"
@@ -384,6 +386,15 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         notes += [f"- {name}, {graph} left out: {why}" for graph, why in fixed["left_out"].items()]
         notes += [f"- {name}, any size, {graph} left out: {free['left_out'][graph]}" for graph in less]
     return "\n".join([*lines, "", *notes])
+
+
+def by_itself(found: dict[str, Any]) -> str:
+    """How many detections of the files that deploy by themselves are those of the graph inside, NMS outside."""
+    if "end_to_end" not in found:
+        return "not tried"
+    inside = [one for one in found["end_to_end"] if not one["reference"].startswith("PaddleDetection")]
+    every = sum(one["detections"] for one in inside)
+    return f"{every - sum(one['missing'] for one in inside)} of {every}" if inside else "left out"
 
 
 STEPS = {"fixed": fixed_size, "any": any_size, "int8": int8}

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import Group, Order, Size, group, size_in_words
-from gfldeploy.bundle import END_TO_END, Bundle
+from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
-from gfldeploy.engines.base import Device, Engine, EngineOptions, Precision, Shape, Tensors
+from gfldeploy.engines.base import Device, Engine, Precision, Shape, Tensors
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.detect import check_outputs, detections_of, given_detections
-from gfldeploy.engines.registry import check_possible, graph_for, load_graph, open_engine
+from gfldeploy.engines.detect import found_in, inputs_of
+from gfldeploy.engines.registry import open_by_itself, open_engine
 from gfldeploy.engines.selection import select_engine, throughput_options
 from gfldeploy.errors import DataError, UnsupportedError
 from gfldeploy.files import StrPath
@@ -292,7 +292,8 @@ def evaluate(
         # Known beforehand, they settle what runs an input, which streams would leave to chance.
         expected = replace(options, progress=progress).expecting(batch_shapes(dataset, preprocess, batch_size, order))
         label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
-        with _opened(name, sized, expected, end_to_end) as running:
+        opened_as = open_by_itself if end_to_end else open_engine
+        with opened_as(name, sized, expected) as running:
             found[size] = measure_accuracy(
                 running, dataset, preprocess, manifest.nms, manifest.classes, batch_size, order, progress, label
             )
@@ -307,18 +308,6 @@ def evaluate(
         options.tf32,
         {size: one for size, one in found.items() if size is not None},
     )
-
-
-def _opened(name: str, bundle: Bundle, options: EngineOptions, end_to_end: bool) -> Engine:
-    """The engine with the bundle's graph or, if asked for, the file around it. Raises `UnsupportedError`."""
-    if not end_to_end:
-        return open_engine(name, bundle, options)
-    check_possible(name, bundle, options)
-    graph = END_TO_END.get(graph_for(name, options.precision, options.device))
-    if graph is None or options.device != "cpu":
-        problem = f"gfldeploy does not run the file that deploys by itself in {name} on {options.device}"
-        raise UnsupportedError(problem, "Use --engine onnxruntime or openvino, on the CPU.")
-    return load_graph(name, bundle, replace(options, shapes=()), graph)
 
 
 def measure_accuracy(
@@ -377,12 +366,8 @@ def detect_images(
 
         def detect(one: Group) -> list[tuple[int, Detections]]:
             images = [read_image(dataset.images[index].path) for index in one.indices]
-            if engine.by_itself:
-                return list(zip(one.indices, given_detections(infer(preprocess.pixels_of(images))), strict=True))
-            tensor, scales = preprocess.batch_of(images)
-            outputs = infer({"image": tensor})
-            scores, boxes = check_outputs(engine, outputs, len(tensor))
-            found = detections_of(scores, boxes, scales, nms, chosen="anchors" in outputs)
+            inputs, scales = inputs_of(engine, images, preprocess)
+            found = found_in(engine, infer(inputs), scales, nms)
             return list(zip(one.indices, found, strict=True))
 
         every: Iterable[list[tuple[int, Detections]]] = map(detect, groups)

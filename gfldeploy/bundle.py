@@ -305,10 +305,9 @@ class Bundle:
         graph = self.manifest.graphs.get(name)
         if graph is None:
             problem = f"{self.directory} has no {name} graph"
-            without = "Leave --end-to-end out, or make the bundle again." if name in END_TO_END.values() else None
             if name in self.manifest.left_out:
-                raise BundleError(f"{problem}: {self.manifest.left_out[name]}", without or "Use another engine.")
-            raise BundleError(f"{problem} (it has: {', '.join(self.manifest.graphs)})", without or _AGAIN)
+                raise BundleError(f"{problem}: {self.manifest.left_out[name]}", "Use another engine.")
+            raise BundleError(f"{problem} (it has: {', '.join(self.manifest.graphs)})", _AGAIN)
         return self.directory / graph.model, self.directory / graph.params if graph.params else None
 
     def outputs(self, name: GraphName) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ _GOLDEN = {
     "input": {**_ARRAY, "row": int, "values": [[float]]},
     "detections": [{"class_id": int, "class": str, "score": float, "box": tuple[float, float, float, float]}],
     "engine": str,
-    "tolerance": {"score": float, "box_px": float},
+    "tolerance": {"score": float, "box_px": float, "missing?": float},
 }
 RECORDS: Mapping[str, Any] = {
     "golden/golden.json": _GOLDEN,

@@ -6,7 +6,8 @@ DIR receives generated images and the bundles, or has them from an earlier run, 
 detectors of the model zoo have random weights: the graphs are those of the real ones. For each graph the row says what
 the rules find in the file, in what ONNX Runtime makes of it for TensorRT (`handed_on`), and in what it would make of it
 with the options of its other sessions (`other_options`, counted by rule). FP16 is checked whole and as the part
-without the decode, which is what a TensorRT gets that chooses precisions itself. No GPU and no TensorRT is needed;
+without the decode, which is what a TensorRT gets that chooses precisions itself. "By itself" are the files around these
+graphs that take pixels and give detections. No GPU and no TensorRT is needed;
 on the CPU some Casts of an FP16 graph are missing in `nodes_handed_on` (see `gfldeploy.quant.tensorrt.handed_on`).
 
 With `--provider`, ONNX Runtime's real TensorRT provider says too what it gives to TensorRT's parser, with the options
@@ -32,11 +33,12 @@ from typing import Any
 from compare import CONFIGS, HERE, ZOO, export, gfldeploy
 
 from gfldeploy import demo
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import installed_version
 from gfldeploy.engines.onnx_split import split_decode
 from gfldeploy.engines.ort_engine import session_options
+from gfldeploy.export.end_to_end import wrap
 from gfldeploy.files import scratch_directory, write_json
 from gfldeploy.quant.tensorrt import check_tensorrt, handed_on
 
@@ -105,13 +107,18 @@ def graphs(name: str, directory: Path, samples: int) -> Iterator[tuple[str, Any]
         ended = gfldeploy(["quantize", name, "--data", "data/calib/images", *options], directory)
         if ended.error is not None:
             sys.exit(f"{name} was not quantised: {ended.error}")
-    for precision, bundle, graph in (
+    around: tuple[tuple[str, Path, GraphName], ...] = (
         ("fp32", fp32, "onnx"),
         ("fp16", fp32, "onnx_fp16"),
         ("int8", int8, "onnx_tensorrt"),
-    ):
-        model = onnx.load(str(Bundle.open(bundle).graph(graph)[0]))
+    )
+    for precision, bundle, graph in around:
+        opened = Bundle.open(bundle)
+        model = onnx.load(str(opened.graph(graph)[0]))
         yield precision, model
+        whole = onnx.load(str(opened.graph(graph)[0]))
+        wrap(whole, opened.manifest)  # what export and quantize write beside it
+        yield f"{precision}, by itself", whole
         if precision == "fp16":
             yield "fp16, without the decode", split_decode(model)[0]
 

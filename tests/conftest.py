@@ -12,8 +12,10 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -24,10 +26,15 @@ import pytest
 from demo_bundles import RunHere
 
 from gfldeploy.bench import monitor, runner
-from gfldeploy.bundle import Graph, Manifest, TensorSpec, write_bundle
+from gfldeploy.bundle import Bundle, Graph, Manifest, TensorSpec, write_bundle
 from gfldeploy.cli import main
 from gfldeploy.detections import NmsParams
+from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import nvidia_driver
+from gfldeploy.engines.registry import open_engine
+from gfldeploy.export.end_to_end import write_end_to_end
+from gfldeploy.export.golden import golden_picture, write_golden
+from gfldeploy.export.parity import TOLERANCE
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.quant import speed
 
@@ -202,6 +209,22 @@ def write_tiny_bundle(target: Path) -> Path:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an FP32 bundle with an ONNX graph only. Read it, do not change it."""
     return write_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with the file that deploys by itself and a golden picture. Read it, do not change it."""
+    pytest.importorskip("onnxruntime")
+    source, target = Bundle.open(tiny_bundle), tmp_path_factory.mktemp("whole") / "tiny"
+    with write_bundle(target) as (directory, manifests):
+        shutil.copytree(tiny_bundle / "onnx", directory / "onnx")
+        graphs = {**source.manifest.graphs, "end_to_end": Graph("onnx/end_to_end.onnx")}
+        made = Bundle(directory, replace(source.manifest, graphs=graphs, files={}))
+        write_end_to_end(made.graph("onnx")[0], made.graph("end_to_end")[0], made.manifest)
+        with open_engine("onnxruntime", made, EngineOptions()) as engine:
+            write_golden(made, golden_picture(None), engine, TOLERANCE)
+        manifests.append(made.manifest)
+    return target
 
 
 @pytest.fixture(scope="session")

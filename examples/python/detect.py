@@ -36,9 +36,9 @@ def resize(image, y, x):
 
 def main(model, picture, least_score=0.4):
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    about = json.loads(session.get_modelmeta().custom_metadata_map["gfldeploy"])
-    if about["preprocess"]["interp"] != 1:
-        sys.exit("this detector was trained with another interpolation than the linear one: change `resize`")
+    about = json.loads(session.get_modelmeta().custom_metadata_map.get("gfldeploy", "{}"))
+    if about.get("preprocess", {}).get("interp") != 1:  # linear
+        sys.exit("Error: give onnx/end_to_end.onnx of a bundle; if that file's `interp` is not 1, change `resize`.")
     image = np.asarray(ImageOps.exif_transpose(Image.open(picture)).convert("RGB"))
     y, x = factors(*image.shape[:2], about["preprocess"])
     resized = resize(image, y, x)
@@ -54,4 +54,6 @@ def main(model, picture, least_score=0.4):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(f"Error: give the file and a picture. {__doc__}")
     main(*sys.argv[1:])

@@ -64,6 +64,8 @@ class Cell:
     in pixels that images are resized to (`Bundle.at_size`), None for the bundle's own. `tf32`: FP32 on a GPU may
     multiply in TF32 (`EngineOptions`). `streams`: inferences at once from one engine; single-stream and multi-stream
     have one, since each query waits for the one before.
+    `end_to_end`: the file that deploys by itself runs in place of the graph that it is made around, so that
+    normalisation, padding and NMS are part of the network's time; not where images arrive at a server.
     """
 
     bundle: BundleIdentity
@@ -80,6 +82,7 @@ class Cell:
     streams: int = 1
     input_size: Size | None = None
     clients: int | None = None
+    end_to_end: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -91,6 +94,8 @@ class Cell:
             raise ValueError(f"input_size must be of at least one pixel, not {size_in_words(self.input_size)}")
         if self.streams > 1 and self.scenario in STREAMS:
             raise ValueError(f"{self.scenario} has one inference at once")
+        if self.end_to_end and (self.scenario in ("server", "http") or self.device != "cpu"):
+            raise ValueError("the file that deploys by itself is measured on CPUs, and not as a server")
         if self.tf32 and (self.precision, self.device) != ("fp32", "gpu"):
             raise ValueError("only FP32 on a GPU may multiply in TF32")
         if not suits(self.scenario, self.batch_size):
@@ -118,13 +123,15 @@ class Cell:
         return f"{self.setup(among)}, batch {self.batch_size}{self.load}"
 
     def setup(self, among: Iterable[Cell] = ()) -> str:
-        """Engine and precision, TF32 included, several streams, and an input size that is not the bundle's own; the
-        device, threads and bundle where the cells `among` differ in them.
+        """Engine and precision, TF32 included, the file that deploys by itself, several streams, and an input size that
+        is not the bundle's own; the device, threads and bundle where the cells `among` differ in them.
 
         The bundle is named where an engine runs several in one precision.
         """
         cells = list(among)
         parts = [f"{self.engine} {with_tf32(self.precision, self.tf32)}"]
+        if self.end_to_end:
+            parts.append("by itself")
         if self.input_size is not None:
             parts.append(f"at {size_in_words(self.input_size)}")
         if len({cell.device for cell in cells}) > 1:

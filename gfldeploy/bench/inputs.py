@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, Size, area
-from gfldeploy.engines.base import Engine
+from gfldeploy.engines.base import Engine, Shape, Tensors
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Prepared, Preprocess
@@ -39,11 +39,26 @@ class Formed:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one inference takes: float32 [N, 3, H, W]. `places`: of its images among all, from 0."""
+    """What one inference takes: the network's input, float32 [N, 3, H, W]. `places`: of its images among all, from 0.
+
+    `pixels`: what the file that deploys by itself takes in its place (`Preprocess.pixels_of`); None for the network.
+    """
 
     tensor: NDArray[np.float32]
     places: tuple[int, ...]
     formed: Formed
+    pixels: Tensors | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """(batch, height, width) of the network's input."""
+        images, _, height, width = self.formed.shape
+        return images, height, width
+
+    @property
+    def inputs(self) -> Tensors:
+        """Of the engine."""
+        return {"image": self.tensor} if self.pixels is None else self.pixels
 
 
 def placed(batch: Batch, engine: Engine) -> Batch:
@@ -53,6 +68,12 @@ def placed(batch: Batch, engine: Engine) -> Batch:
     tensor = engine.host_array(batch.tensor.size).reshape(batch.tensor.shape)
     tensor[...] = batch.tensor
     return replace(batch, tensor=tensor)
+
+
+def by_itself(batch: Batch, paths: Sequence[Path], preprocess: Preprocess) -> Batch:
+    """The batch for the file that deploys by itself; `paths`: of all images. Raises `DataError`."""
+    pixels = preprocess.pixels_of([read_image(paths[place]) for place in batch.places])
+    return replace(batch, pixels=pixels, tensor=np.empty((0, *batch.tensor.shape[1:]), np.float32))
 
 
 def prepare_images(paths: Sequence[Path], preprocess: Preprocess) -> list[Prepared]:

@@ -13,7 +13,7 @@ from gfldeploy.bench.results import CellResult
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Obstacle, Precision, check_tf32, oversubscribed
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.engines.registry import ENGINES, capability, check_bundle, missing_graph
+from gfldeploy.engines.registry import ENGINES, capability, check_bundle, file_by_itself, missing_graph
 from gfldeploy.errors import BundleError
 
 
@@ -49,6 +49,7 @@ def plan(
     tf32: bool = False,
     streams: Sequence[int] = (1,),
     input_sizes: Sequence[Size | None] = (None,),
+    end_to_end: bool = False,
 ) -> Plan:
     """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
     single-stream and with no-batching, others with multi-stream and with the other policies.
@@ -56,8 +57,9 @@ def plan(
     When some of the bundles fit a precision, the others are not mentioned: of an FP32 and an INT8 bundle each runs in
     its own precisions. `tf32`: of those in FP32. `streams`: of the offline and server scenarios; the others have one.
     `threads`: of one inference; None: the usable CPUs, shared by the streams. `input_sizes`: (height, width) in pixels,
-    see `Bundle.at_size`; None: each bundle's own. Raises `UnsupportedError` for an unknown engine, and where nothing
-    has TF32.
+    see `Bundle.at_size`; None: each bundle's own. `end_to_end`: the files that deploy by themselves too, on CPUs, in
+    the precision of the bundle, in which they were compared when they were made, and in all but the server scenario.
+    Raises `UnsupportedError` for an unknown engine, and where nothing has TF32.
     """
     if tf32:
         check_tf32(precisions, device)
@@ -84,9 +86,15 @@ def plan(
                 problem = f"no {'INT8' if precision == 'int8' else 'FP32'} bundle was given", misfit[1]
             else:
                 problem = missing_graph(bundle, engine, precision, device)
-            for (input_size, unfit), (batch_size, scenario, rate, policy, count) in product(
-                _sizes(bundle, input_sizes), loads
+            graphs: list[tuple[bool, Obstacle | None]] = [(False, None)]
+            if end_to_end and precision == bundle.manifest.precision and device == "cpu":
+                file = file_by_itself(bundle, engine, precision, device)
+                graphs.append((True, file if isinstance(file, Obstacle) else None))
+            for (by_itself, no_file), (input_size, unfit), (batch_size, scenario, rate, policy, count) in product(
+                graphs, _sizes(bundle, input_sizes), loads
             ):
+                if by_itself and scenario == "server":
+                    continue
                 cell = Cell(
                     bundle=identity,
                     engine=engine,
@@ -101,8 +109,9 @@ def plan(
                     tf32=tf32 and precision == "fp32",
                     streams=count,
                     input_size=input_size,
+                    end_to_end=by_itself,
                 )
-                if found := problem or unfit or _fixed_batch(bundle, cell) or _several_streams(cell):
+                if found := problem or no_file or unfit or _fixed_batch(bundle, cell) or _several_streams(cell):
                     skipped.append(CellResult(cell, "skipped", *found))
                 else:
                     cells.append(cell)

@@ -362,7 +362,7 @@ def _from_schema_6(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_schema_7(data: dict[str, Any]) -> dict[str, Any]:
-    """It had nothing of servers over HTTP: the defaults."""
+    """It had nothing of servers over HTTP, and its cells are all of the networks alone: the defaults."""
     return data
 
 

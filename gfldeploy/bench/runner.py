@@ -276,7 +276,8 @@ def _needs(cell: Cell, rounds: int, accuracy: bool, peak: bool) -> list[_Step]:
     )
     steps = [_Step("timing", cell, number) for number in range(rounds)]
     steps += [_Step("accuracy", alone)] if accuracy else []
-    return steps + ([_Step("peak", replace(alone, bundle=_NO_BUNDLE, input_size=None))] if peak else [])
+    anywhere = replace(alone, bundle=_NO_BUNDLE, input_size=None, end_to_end=False)
+    return steps + ([_Step("peak", anywhere)] if peak else [])
 
 
 def _failure(steps: Sequence[_Step], answers: Mapping[_Step, _Answer | EngineError]) -> EngineError | None:

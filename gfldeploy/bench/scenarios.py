@@ -155,7 +155,7 @@ def _rehearse(
     times: list[float] = []
     for (_, size), batch in formed.items():  # one at a time: together they may not fit into memory
         tensor = preprocess.batch([images[one.id % len(images)] for one in batch], size)
-        for warm in streams.each(functools.partial(warm_up, engine, [tensor], 1)):
+        for warm in streams.each(functools.partial(warm_up, engine, [{"image": tensor}], 1)):
             times += warm
     return tuple(times)
 

@@ -54,6 +54,7 @@ def benchmark(
     precisions: Sequence[Precision] = PRECISIONS,
     batch_sizes: Sequence[int] = (1, 2, 4, 8),
     input_sizes: Sequence[Size] = (),
+    end_to_end: bool = False,
     scenarios: Sequence[Scenario] = STREAMS,
     rates: Sequence[float] = (),
     policies: Sequence[ServerPolicy] = POLICIES,
@@ -91,6 +92,8 @@ def benchmark(
         batch_sizes: The batch sizes to measure.
         input_sizes: The sizes, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection; by default that of each bundle.
+        end_to_end: Measure the files that deploy by themselves too, each beside the network that it is made around, in
+            all scenarios but server.
         scenarios: After MLPerf Inference: single-stream, multi-stream, offline, server.
         rates: Arrival rates of the server scenario, in images per second.
         policies: What the server does with images that wait: no-batching, fixed-timeout, adaptive.
@@ -175,6 +178,7 @@ def benchmark(
         tf32,
         streams,
         input_sizes or (None,),
+        end_to_end,
     )
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:

@@ -464,6 +464,7 @@ COLUMNS: list[Column[Row]] = [
     Column("device", "device", lambda row: row.cell.device, words=True, constant=True, first=True),
     Column("threads", "threads", lambda row: row.cell.threads, constant=True, first=True),
     Column("streams", "streams", lambda row: row.cell.streams, constant=True, first=True),
+    Column("end_to_end", "by itself", lambda row: "yes" if row.cell.end_to_end else None, words=True, first=True),
     Column("input_size", "input size", _input_size, words=True, first=True),
     Column("scenario", "scenario", _scenario, words=True, constant=True, first=True),
     Column("rate_per_s", "arriving/s", _rate, constant=True),

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import postprocess
-from gfldeploy.engines.base import ClosesOnExit, Engine
+from gfldeploy.engines.base import ClosesOnExit, Engine, Tensors
+from gfldeploy.engines.detect import given_detections, inputs_of
 from gfldeploy.images.decode import read_image
+from gfldeploy.images.preprocess import new_memory
 
 T = TypeVar("T")
 # How many windows the samples are cut into, the latest of which must agree.
@@ -114,7 +116,8 @@ class Stages:
 
     `decode_ms` (from the file), `preprocess_ms` (resize, normalise, pad, collate), `input_copy_ms` (host to device),
     `inference_ms`, `output_copy_ms` (device to host), `postprocess_ms` (NMS), and `end_to_end_ms` around all of them.
-    On a CPU the copies are those into and out of the engine's own buffers, 0 where it reads and writes the caller's.
+    On a CPU the copies are those into and out of the engine's own buffers, 0 where it reads and writes the caller's. Of
+    the file that deploys by itself, preprocessing is resizing alone, and NMS is part of the inference.
     """
 
     decode_ms: tuple[float, ...]
@@ -144,11 +147,11 @@ class BatchTimes(NamedTuple):
 
 def measure(
     engine: Engine,
-    batches: Sequence[NDArray[np.float32]],
+    batches: Sequence[Tensors],
     settings: Settings,
     energy_j: Callable[[], float | None] = lambda: None,
 ) -> Samples:
-    """Time `engine.infer` on batches float32 [N, 3, H, W], all of the same N, one after the other in each stream.
+    """Time `engine.infer` on batches, inputs of the engine, of as many images each, one after the other in each stream.
 
     `energy_j`: a counter of the joules that the hardware took, read before and after what is timed.
 
@@ -156,7 +159,7 @@ def measure(
     run in their order, all of them again and again, until the settings say so: every engine and batch size is timed on
     the same images. Raises `EngineError` when the engine fails.
     """
-    sizes = {len(batch) for batch in batches}
+    sizes = {len(batch["image"]) for batch in batches}
     if len(sizes) != 1:
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
     (batch_size,) = sizes
@@ -183,11 +186,11 @@ def measure(
     )
 
 
-def warm_up(engine: Engine, batches: Sequence[NDArray[np.float32]], times: int) -> tuple[float, ...]:
+def warm_up(engine: Engine, batches: Sequence[Tensors], times: int) -> tuple[float, ...]:
     """Infer every distinct shape of the batches so many `times`; the latencies in milliseconds."""
-    shapes: dict[tuple[int, ...], NDArray[np.float32]] = {}
+    shapes: dict[tuple[int, ...], Tensors] = {}
     for batch in batches:
-        shapes.setdefault(batch.shape, batch)
+        shapes.setdefault(batch["image"].shape, batch)
     return tuple(_inference_ms(engine, batch) for batch in shapes.values() for _ in range(times))
 
 
@@ -204,9 +207,9 @@ def is_stable(latency_ms: Sequence[float], period: int, within: float = 0.02) ->
     return max(medians) <= min(medians) * (1 + within)
 
 
-def _inference_ms(engine: Engine, batch: NDArray[np.float32]) -> float:
+def _inference_ms(engine: Engine, batch: Tensors) -> float:
     start = time.perf_counter_ns()
-    engine.infer({"image": batch})
+    engine.infer(batch)
     return (time.perf_counter_ns() - start) / 1e6
 
 
@@ -328,11 +331,14 @@ def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle, memory: Ho
     start = time.perf_counter()
     images = [read_image(path) for path in paths]
     decoded = time.perf_counter()
-    tensor, scales = preprocess.batch_of(images, memory) if memory else preprocess.batch_of(images)
+    inputs, scales = inputs_of(engine, images, preprocess, memory or new_memory)
     preprocessed = time.perf_counter()
-    outputs, copies = engine.infer_timed({"image": tensor})
+    outputs, copies = engine.infer_timed(inputs)
     inferred = time.perf_counter()
-    postprocess(outputs["scores"], outputs["boxes"], scales, nms)
+    if engine.by_itself:
+        list(given_detections(outputs))
+    else:
+        postprocess(outputs["scores"], outputs["boxes"], scales, nms)
     end = time.perf_counter()
     return BatchTimes(
         decode_ms=(decoded - start) * 1e3,

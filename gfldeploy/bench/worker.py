@@ -13,14 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.cpu_parity import compare_with_cpu, open_reference, write_reference
-from gfldeploy.bench.inputs import make_batches, padding_ratio, placed, prepare_images, shape_counts
+from gfldeploy.bench.inputs import by_itself, make_batches, padding_ratio, placed, prepare_images, shape_counts
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
 from gfldeploy.bench.roofline import measure_peak
@@ -33,10 +30,11 @@ from gfldeploy.engines.base import (
     EngineOptions,
     ExecutedConvolution,
     Shape,
+    Tensors,
     count_precisions,
     reasons,
 )
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import open_by_itself, open_engine
 from gfldeploy.engines.selection import throughput_options
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
@@ -103,16 +101,18 @@ def _time(task: Task) -> Timed:
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
     batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
+    if cell.end_to_end:
+        batches = [by_itself(batch, task.images, preprocess) for batch in batches]
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = time.perf_counter()
-    shapes = [(len(batch.tensor), *batch.tensor.shape[2:]) for batch in batches]
+    shapes = [batch.shape for batch in batches]
     if cell.scenario == "server":  # any number of images up to the batch size, of any sizes
         sizes = [preprocess.padded_size(*image.tensor.shape[1:]) for image in images]
         shapes += [*((1, *size) for size in sizes), (cell.batch_size, *union(sizes))]
     with _open(cell, bundle, shapes, task.engine_cache) as engine:
         load_s = time.perf_counter() - start
         start = time.perf_counter()
-        engine.infer({"image": batches[0].tensor})
+        engine.infer(batches[0].inputs)
         first_ms = (time.perf_counter() - start) * 1e3
         batches = [placed(batch, engine) for batch in batches]
         parity = None
@@ -125,7 +125,7 @@ def _time(task: Task) -> Timed:
                 samples, serving, formed = serve_arrivals(engine, images, preprocess, cell, settings)
             else:
                 counter = monitor.gpu_energy_j if monitor else lambda: None
-                samples = measure(engine, [batch.tensor for batch in batches], settings, counter)
+                samples = measure(engine, [batch.inputs for batch in batches], settings, counter)
                 formed = [batch.formed for batch in batches]
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
@@ -133,7 +133,7 @@ def _time(task: Task) -> Timed:
             if cell.scenario != "server":  # whose batches are formed as images arrive
                 files = [[task.images[place] for place in batch.places] for batch in batches]
                 stages = time_stages(engine, files, bundle, settings)
-        convolutions = _convolutions(engine, batches[0].tensor)
+        convolutions = _convolutions(engine, batches[0].inputs)
         run = Run(
             started=started,
             samples=samples,
@@ -143,7 +143,11 @@ def _time(task: Task) -> Timed:
             build_s=engine.build_s,
             first_inference_ms=first_ms,
             peak_rss_mb=peak_rss_mb,
-            inputs_mb=(sum(batch.tensor.nbytes for batch in batches) + sum(one.tensor.nbytes for one in images)) / 1e6,
+            inputs_mb=(
+                sum(array.nbytes for batch in batches for array in batch.inputs.values())
+                + sum(one.tensor.nbytes for one in images)
+            )
+            / 1e6,
             shapes=shape_counts(formed),
             padding_ratio=padding_ratio(formed),
             mixed_batches=sum(one.mixed for one in formed),
@@ -175,6 +179,8 @@ def _reference(task: Task) -> CpuOutputs:
 def _open(cell: Cell, bundle: Bundle, shapes: Iterable[Shape], cache: Path | None) -> Engine:
     """`shapes`: (batch, height, width) of the inputs to come."""
     options = EngineOptions(cell.precision, cell.device, cell.threads, cache, tf32=cell.tf32, streams=cell.streams)
+    if cell.end_to_end:
+        return open_by_itself(cell.engine, bundle, options)
     return open_engine(cell.engine, bundle, options, shapes)
 
 
@@ -193,16 +199,16 @@ def _accuracy(task: Task) -> Accuracy:
     options = EngineOptions(cell.precision, cell.device, threads, task.engine_cache, tf32=cell.tf32)
     # Nothing is timed. Known beforehand, the shapes settle what runs an input, which streams would leave to chance.
     options = throughput_options(cell.engine, options, 1).expecting(shapes)
-    with open_engine(cell.engine, bundle, options) as engine:
+    with (open_by_itself if cell.end_to_end else open_engine)(cell.engine, bundle, options) as engine:
         return measure_accuracy(
             engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT
         )
 
 
-def _convolutions(engine: Engine, tensor: NDArray[np.float32]) -> tuple[ExecutedConvolution, ...]:
+def _convolutions(engine: Engine, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
     """Those of one inference; none where the engine cannot tell."""
     try:
-        return engine.executed_convolutions({"image": tensor})
+        return engine.executed_convolutions(inputs)
     except EngineError:
         return ()
 

@@ -18,6 +18,11 @@ from gfldeploy.cli.console import TerminalProgress
 @options.batch_sizes("measure", "1,2,4,8")
 @options.input_sizes("measure, speed and mAP")
 @click.option(
+    "--end-to-end",
+    is_flag=True,
+    help="Measure the ONNX files that deploy by themselves too, but for the server scenario.",
+)
+@click.option(
     "--scenarios",
     type=options.names(SCENARIOS),
     default=",".join(STREAMS),

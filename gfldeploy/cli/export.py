@@ -47,6 +47,24 @@ def _candidates(word: str) -> int | str:
     f"all. auto: {DEFAULT_CANDIDATES}; all where keep_top_k is above {DEFAULT_CANDIDATES // 10} or -1, or where test "
     "images would lose detections; with one class at least nms_top_k.",
 )
+@click.option(
+    "--score-threshold",
+    type=options.FiniteFloat(0, 1),
+    show_default="the config's",
+    help="Score that a detection must exceed to leave NMS, in everything that runs the bundle. mAP needs a low one.",
+)
+@click.option(
+    "--nms-threshold",
+    type=options.FiniteFloat(0, 1),
+    show_default="the config's",
+    help="IoU with a better box of its class above which NMS drops a box.",
+)
+@click.option(
+    "--keep-top-k",
+    type=options.WholeNumber(1, 100_000),
+    show_default="the config's",
+    help="The most detections of an image that leave NMS.",
+)
 @click.option("--with-nms", is_flag=True, help="Add PaddleDetection's own graph with NMS, for its deploy tools.")
 @click.option(
     "--end-to-end/--no-end-to-end",

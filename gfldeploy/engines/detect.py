@@ -1,8 +1,11 @@
-"""Runs one batch through the network and NMS: the step that every use of a detector shares."""
+"""Runs one batch through the network and NMS: the step that every use of a detector shares.
+
+`inputs_of` and `found_in` are of whatever graph an engine has loaded, the network or the file that deploys by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +14,9 @@ from numpy.typing import NDArray
 
 from gfldeploy.candidates import may_lack_below
 from gfldeploy.detections import Detections, NmsParams, postprocess
-from gfldeploy.engines.base import Engine
+from gfldeploy.engines.base import Engine, Tensors
 from gfldeploy.errors import EngineError
+from gfldeploy.images.preprocess import Preprocess, new_memory
 
 
 def detect_batch(
@@ -22,8 +26,36 @@ def detect_batch(
 
     Raises `EngineError` when the engine fails or returns something unusable.
     """
-    outputs = engine.infer({"image": tensor})
-    scores, boxes = check_outputs(engine, outputs, len(tensor))
+    return found_in(engine, engine.infer({"image": tensor}), scales, nms)
+
+
+def inputs_of(
+    engine: Engine,
+    images: Sequence[NDArray[np.uint8]],
+    preprocess: Preprocess,
+    memory: Callable[[int], NDArray[np.float32]] = new_memory,
+) -> tuple[Tensors, list[tuple[float, float]]]:
+    """What the engine takes of RGB images, uint8 [h, w, 3], and by which they were resized (y, x).
+
+    `memory`: as for `Preprocess.batch_of`. Raises `DataError`.
+    """
+    if engine.by_itself:
+        pixels = preprocess.pixels_of(images)
+        return pixels, [(y, x) for y, x in pixels["scale_factor"].tolist()]
+    tensor, scales = preprocess.batch_of(images, memory)
+    return {"image": tensor}, scales
+
+
+def found_in(
+    engine: Engine, outputs: Mapping[str, NDArray[Any]], scales: Sequence[tuple[float, float]], nms: NmsParams
+) -> list[Detections]:
+    """Detections, in original pixels, in what the engine gave for a batch; `scales` as `inputs_of` gives them.
+
+    Raises `EngineError` for something unusable.
+    """
+    if engine.by_itself:
+        return list(given_detections(outputs))
+    scores, boxes = check_outputs(engine, outputs, len(scales))
     return detections_of(scores, boxes, scales, nms, chosen="anchors" in outputs)
 
 
@@ -51,7 +83,7 @@ def given_detections(outputs: Mapping[str, NDArray[Any]]) -> Iterator[Detections
 
 
 def check_outputs(
-    engine: Engine, outputs: dict[str, NDArray[np.float32]], images: int
+    engine: Engine, outputs: Mapping[str, NDArray[np.float32]], images: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The scores and boxes that an engine returned for `images` images. Raises `EngineError` for anything else."""
     if missing := {"scores", "boxes"} - set(outputs):

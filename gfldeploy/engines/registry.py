@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
-from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.bundle import END_TO_END, Bundle, GraphName
 from gfldeploy.engines.base import (
     DEVICES,
     PRECISIONS,
@@ -323,14 +323,37 @@ def graph_for(engine: str, precision: Precision, device: Device) -> GraphName:
 def missing_graph(bundle: Bundle, engine: str, precision: Precision, device: Device) -> Obstacle | None:
     """Why this engine finds no graph of this precision in the bundle, or None."""
     graph = _spec(engine).graph(precision, device)
-    if isinstance(graph, Obstacle):
-        return graph
+    return graph if isinstance(graph, Obstacle) else _lacking(bundle, graph, "use another engine")
+
+
+def file_by_itself(bundle: Bundle, engine: str, precision: Precision, device: Device) -> GraphName | Obstacle:
+    """The file that deploys by itself which this engine runs in this precision, or why it runs none of the bundle."""
+    spec = _spec(engine)
+    inside = spec.graph(precision, device)
+    graph = None if isinstance(inside, Obstacle) else END_TO_END.get(inside)
+    if graph is None or not spec.judges or device != "cpu":
+        problem = f"gfldeploy does not run the file that deploys by itself in {engine} on {device}"
+        return Obstacle(problem, "use the engine onnxruntime or openvino, on the CPU")
+    return _lacking(bundle, graph, "leave --end-to-end out, or make the bundle again") or graph
+
+
+def _lacking(bundle: Bundle, graph: GraphName, if_left_out: str) -> Obstacle | None:
+    """That the bundle has no such graph, if it has none; `if_left_out`: the remedy where that was for a reason."""
     if bundle.has_graph(graph):
         return None
     lacks = f"the bundle {bundle.directory.name} has no {graph} graph"
     if why := bundle.manifest.left_out.get(graph):
-        return Obstacle(f"{lacks}: {why}", "use another engine")
-    return Obstacle(lacks, "export the model again")
+        return Obstacle(f"{lacks}: {why}", if_left_out)
+    return Obstacle(lacks, "make the bundle again")
+
+
+def open_by_itself(engine: str, bundle: Bundle, options: EngineOptions) -> Engine:
+    """Load the file that deploys by itself. Raises `UnsupportedError` with the reason where that cannot work."""
+    check_possible(engine, bundle, options)
+    graph = file_by_itself(bundle, engine, options.precision, options.device)
+    if isinstance(graph, Obstacle):
+        raise UnsupportedError(graph.reason, remedy_sentence(graph.remedy))
+    return load_graph(engine, bundle, replace(options, shapes=(), counts=()), graph)
 
 
 def check_possible(engine: str, bundle: Bundle, options: EngineOptions) -> None:

@@ -19,6 +19,8 @@ from gfldeploy.serialization import plain
 
 # What begins the names of values: of the network those that it reads and gives alone.
 _BEFORE, _NETWORK, _AFTER = "before.", "network.", "after."
+# Detections of an image: each is compared with each other to order them.
+_MOST_DETECTIONS = 2000
 # Numbers of pairs of a class and an anchor that float32 holds; a level of a pyramid has mostly far fewer anchors.
 _MOST_PAIRS, _ANCHORS = 1 << 24, 1 << 16
 
@@ -214,6 +216,8 @@ def obstacle(manifest: Manifest) -> str | None:
         return f"its NMS lowers the threshold as it goes (nms_eta {nms.nms_eta:g}), ONNX's does not"
     if nms.keep_top_k == -1:
         return "its NMS keeps every detection (keep_top_k -1), and the file needs a number of rows"
+    if nms.keep_top_k > _MOST_DETECTIONS:
+        return f"its NMS keeps {nms.keep_top_k} detections of an image, and the file orders {_MOST_DETECTIONS} at most"
     if (manifest.candidates or _ANCHORS) * manifest.score_channels > _MOST_PAIRS:
         return "it has too many classes for its candidates to be numbered in float32"
     return None

@@ -63,6 +63,9 @@ def export_bundle(
     random_weights: int | None = None,
     input_shape: InputShape | None = None,
     candidates: int | Literal["auto", "all"] = "auto",
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    keep_top_k: int | None = None,
     with_nms: bool = False,
     end_to_end: bool = True,
     golden: StrPath | None = None,
@@ -84,6 +87,10 @@ def export_bundle(
         input_shape: Batch, height and width of the network's input, height and width in pixels; None is free.
         candidates: How many anchors of an image the graphs decode, those with the highest scores. "auto" is a number
             that loses nothing of test pictures, or all.
+        score_threshold: NMS gives no detection that scores less, in everything that runs the bundle; by default that
+            of the config. mAP needs a low one.
+        nms_threshold: NMS drops a box whose IoU with a better one of its class is above this; by default as above.
+        keep_top_k: The most detections that NMS gives of an image; by default as above.
         with_nms: Add PaddleDetection's own graph with NMS, for its deploy tools. Needs a free input size.
         golden: An image for the bundle to hold, with what it finds in it, for checking ports: reduced to 512 px, as
             PNG. By default a drawn one.
@@ -121,6 +128,9 @@ def export_bundle(
     arrays = load_checkpoint(checkpoint) if checkpoint is not None else None
     progress.stage("loading Paddle and building the eager model")
     loaded = load_detector_config(config)
+    asked = {"score_threshold": score_threshold, "nms_threshold": nms_threshold, "keep_top_k": keep_top_k}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    loaded = _with_nms(loaded, changes)
     for note in loaded.notes:
         progress.note(note)
     require("onnxruntime", "comparing the ONNX graph with the eager model")
@@ -131,6 +141,7 @@ def export_bundle(
         shape = input_shape or (None, None, None)
         preprocess = _preprocess(loaded, shape)
         detector = build_model(loaded)
+        vars(detector.head.nms).update(changes)
         if arrays is not None:
             fit_weights(detector, arrays)
         else:
@@ -402,6 +413,19 @@ def _candidates(
     )
     progress.note(note)
     return asked, (note,)
+
+
+def _with_nms(config: DetectorConfig, given: dict[str, float | int]) -> DetectorConfig:
+    """The config with these parameters of NMS in place of its own, and a note that says so.
+
+    Raises `ConfigError` for values that cannot work.
+    """
+    own = vars(config.nms)
+    changed = [f"{name} {value:g} (config: {own[name]:g})" for name, value in given.items() if value != own[name]]
+    if not changed:
+        return config
+    note = f"NMS has {', '.join(changed)}, as was asked for at export: mAP is that of these parameters"
+    return replace(config, nms=replace(config.nms, **given), notes=(*config.notes, note))  # type: ignore[arg-type]
 
 
 def _outputs(batch: int | None, candidates: int | None, channels: int) -> tuple[TensorSpec, ...]:

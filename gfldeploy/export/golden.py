@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gfldeploy.bundle import GOLDEN, Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
-from gfldeploy.engines.detect import detect_batch, given_detections
+from gfldeploy.engines.detect import found_in, inputs_of
 from gfldeploy.errors import OutputError, ParityError
 from gfldeploy.export.end_to_end_parity import missing_in
 from gfldeploy.export.parity import Tolerance, parity_pictures
@@ -28,9 +28,9 @@ PICTURE = "golden/picture.png"
 _DRAWN = (240, 320)  # height and width in pixels
 _LONGEST = 512  # side in pixels of a picture of the user's
 _KEPT = 20  # detections
-# What they may differ by at least, and the share of them that may be others: rounding decides about equal ones.
-_FP32, _MISSING = Tolerance(score=1e-4, box_px=0.1), 0.1
-_INT8, _MISSING_INT8 = Tolerance(score=0.2, box_px=16.0), 0.5
+# What they may always differ by, and the share of them that may be others: rounding decides about equal ones, and each
+# engine rounds INT8 in its own way.
+_ALWAYS = {"fp32": (Tolerance(score=1e-4, box_px=0.1), 0.1), "int8": (Tolerance(score=0.2, box_px=16.0), 0.5)}
 _SLICE = 8  # values of each channel, of the row in the middle
 
 
@@ -50,7 +50,7 @@ def golden_picture(given: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
 def write_golden(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine, tolerance: Tolerance) -> None:
     """Write the picture, RGB [h, w, 3], and what the bundle makes of it in `engine`, into the bundle's directory.
 
-    Raises `OutputError`, and `EngineError`.
+    `tolerance`: of the graphs; what a port may differ by is no less. Raises `OutputError`, and `EngineError`.
     """
     import cv2
 
@@ -62,6 +62,7 @@ def write_golden(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine, tol
             raise OutputError(f"{path} cannot be written", "Check the disk.")
     (found,) = detect(bundle, picture, engine)[:1]
     best = found.named(manifest.classes).select(slice(_KEPT))
+    allowed, may_miss = _allowed(manifest.precision, tolerance)
     record = {
         **_steps(picture, manifest.preprocess),
         "detections": [
@@ -71,7 +72,7 @@ def write_golden(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine, tol
             )
         ],
         "engine": engine.name,
-        "tolerance": {"score": tolerance.score, "box_px": tolerance.box_px},
+        "tolerance": {"score": allowed.score, "box_px": allowed.box_px, "missing": may_miss},
     }
     write_json(bundle.directory / GOLDEN, record)
 
@@ -105,7 +106,6 @@ def agreement(bundle: Bundle, found: Detections, engine: str) -> str:
 
     Raises `ParityError` where too many are missing: in INT8 engines round differently.
     """
-    at_least, may_miss = (_INT8, _MISSING_INT8) if bundle.manifest.precision == "int8" else (_FP32, _MISSING)
     record = bundle.record(GOLDEN)
     assert record is not None
     rows = record["detections"]
@@ -114,9 +114,8 @@ def agreement(bundle: Bundle, found: Detections, engine: str) -> str:
         np.array([one["score"] for one in rows], np.float32),
         np.array([one["class_id"] for one in rows], np.int64),
     )
-    allowed = Tolerance(
-        max(at_least.score, record["tolerance"]["score"]), max(at_least.box_px, record["tolerance"]["box_px"])
-    )
+    recorded = Tolerance(record["tolerance"]["score"], record["tolerance"]["box_px"])
+    allowed, may_miss = _allowed(bundle.manifest.precision, recorded)
     missing, score, box = missing_in(found, expected, allowed)
     if missing > may_miss * len(expected):
         raise ParityError(
@@ -132,10 +131,14 @@ def detect(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine) -> list[D
     """What an engine of the bundle finds in the picture, as often as the batch has images. Raises `EngineError`."""
     manifest = bundle.manifest
     images = [picture] * (manifest.inputs[0].shape[0] or 1)
-    if engine.by_itself:
-        return list(given_detections(engine.infer(manifest.preprocess.pixels_of(images))))
-    tensor, scales = manifest.preprocess.batch_of(images)
-    return detect_batch(engine, tensor, scales, manifest.nms)
+    inputs, scales = inputs_of(engine, images, manifest.preprocess)
+    return found_in(engine, engine.infer(inputs), scales, manifest.nms)
+
+
+def _allowed(precision: str, tolerance: Tolerance) -> tuple[Tolerance, float]:
+    """What a port and every engine may differ by, and the share of the detections that they may not have."""
+    always, may_miss = _ALWAYS[precision]
+    return Tolerance(max(always.score, tolerance.score), max(always.box_px, tolerance.box_px)), may_miss
 
 
 def _steps(picture: NDArray[np.uint8], preprocess: Preprocess) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _OPERATORS: Mapping[str, frozenset[str]] = {
 _ORDER = tuple(_OPERATORS)
 
 
-def _new_memory(values: int) -> NDArray[np.float32]:
+def new_memory(values: int) -> NDArray[np.float32]:
     return np.empty(values, np.float32)
 
 
@@ -244,7 +244,7 @@ class Preprocess:
     def batch_of(
         self,
         images: Sequence[NDArray[np.uint8]],
-        memory: Callable[[int], NDArray[np.float32]] = _new_memory,
+        memory: Callable[[int], NDArray[np.float32]] = new_memory,
     ) -> tuple[NDArray[np.float32], list[tuple[float, float]]]:
         """Prepare RGB images, uint8 [h, w, 3], as the network's input, float32 [N, 3, H, W]; return their scales too.
 

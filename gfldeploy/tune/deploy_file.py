@@ -84,7 +84,12 @@ def _from_schema_4(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4}
+def _from_schema_5(data: dict[str, Any]) -> dict[str, Any]:
+    """Its cells are all of the networks alone: the default."""
+    return data
+
+
+_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4, 5: _from_schema_5}
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class Deploy(Versioned):
     earlier schemas. `sizes`: what the choice's input size costs and gains; None where there was one input size alone.
     """
 
-    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 5, _UPGRADES, yaml=True)
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 6, _UPGRADES, yaml=True)
 
     created: str
     summary: str

@@ -20,7 +20,7 @@ def test_an_axis_that_a_file_lacks_has_its_default() -> None:
     results = sample_results()
     data = results.to_dict()
     for one in data["cells"]:
-        for axis in ("order", "rate", "policy", "tf32", "streams", "input_size", "clients"):
+        for axis in ("order", "rate", "policy", "tf32", "streams", "input_size", "clients", "end_to_end"):
             del one["cell"][axis]
     for schema in (5, 6, 7, 8):
         assert BenchResults.from_dict({**data, "schema": schema}) == results
@@ -33,6 +33,7 @@ def test_a_name_says_what_tells_a_cell_from_the_others() -> None:
     assert one.name([one, cell(threads=2)]) == "onnxruntime int8 with 1 thread, batch 2"
     smaller = cell(input_size=(256, 384))
     assert smaller.name() == "onnxruntime int8 at 256x384, batch 2" and one.name([one, smaller]) == one.name()
+    assert cell(end_to_end=True).name() == "onnxruntime int8 by itself, batch 2"
     assert one.name([one, cell(device="gpu")]) == "onnxruntime int8 on cpu, batch 2"
     assert cell(precision="fp32", device="gpu", tf32=True).name() == "onnxruntime fp32 in TF32, batch 2"
     streams = cell(scenario="offline", order="bucketed", streams=2)

@@ -46,7 +46,7 @@ def variant(
         bundle.manifest,
         precision=precision,
         inputs=(TensorSpec("image", "float32", (batch, 3, None, None)),),
-        graphs={graph: Graph("model", None if graph == "onnx" else "parameters") for graph in graphs},
+        graphs={graph: Graph("model", "parameters" if graph.startswith("paddle") else None) for graph in graphs},
     )
     directory = tiny.parent / name
     directory.mkdir(exist_ok=True)
@@ -133,6 +133,21 @@ def test_a_size_is_of_the_bundles_that_take_it(tiny_bundle: Path) -> None:
     assert any(line.startswith("  skip  onnxruntime fp32 at 64x96 of other: ") for line in lines)
 
 
+def test_files_that_deploy_by_themselves_stand_beside_their_networks(tiny_bundle: Path) -> None:
+    graphs: tuple[GraphName, ...] = ("paddle", "onnx", "end_to_end")
+    bundles = [variant(tiny_bundle, "with", graphs=graphs), variant(tiny_bundle, "without", graphs=graphs[:2])]
+    loads: dict[str, Any] = {"scenarios": ["single-stream", "server"], "rates": [5.0], "policies": ["no-batching"]}
+    result = plan(bundles, ["paddle", "onnxruntime"], ["fp32", "bf16"], [1], "cpu", 1, end_to_end=True, **loads)
+    found = [(one.bundle.directory, one.engine, one.precision, one.scenario) for one in result.cells if one.end_to_end]
+    assert found == [("with", "onnxruntime", "fp32", "single-stream")]
+    reasons = {
+        (one.cell.bundle.directory, one.cell.engine): one.reason for one in result.skipped if one.cell.end_to_end
+    }
+    assert reasons[("without", "onnxruntime")] == "the bundle without has no end_to_end graph"
+    assert all("gfldeploy does not run" in str(reasons[name, "paddle"]) for name in ("with", "without"))
+    assert "  run   onnxruntime fp32 by itself, batch 1" in [line.replace(" of with", "") for line in result.lines()]
+
+
 def test_tf32_is_of_fp32_alone(tiny_bundle: Path) -> None:
     bundle = variant(tiny_bundle, "a")
     result = plan([bundle], ["onnxruntime"], ["fp32", "fp16"], [1], "gpu", 1, tf32=True)
@@ -166,6 +181,8 @@ def test_an_unknown_engine(tiny_bundle: Path) -> None:
         {"policy": "no-batching"},
         {"order": "shuffled"},
         {"order": "bucketed"},
+        {"end_to_end": True, "device": "gpu"},
+        {"end_to_end": True, "scenario": "server", "rate": 5.0, "policy": "no-batching"},
     ],
 )
 def test_impossible_cells(change: dict[str, Any]) -> None:

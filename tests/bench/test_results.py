@@ -167,7 +167,7 @@ def schema_4(results: BenchResults) -> dict[str, Any]:
     peaks: list[dict[str, Any]] = []
     for one in data["cells"]:
         axes, peak = one.pop("cell"), one.pop("peak")
-        del axes["order"], axes["tf32"], axes["streams"], axes["input_size"], axes["clients"]
+        del axes["order"], axes["tf32"], axes["streams"], axes["input_size"], axes["end_to_end"], axes["clients"]
         if peak is not None and not peaks:
             peaks.append({**{key: axes[key] for key in ("engine", "precision", "device", "threads")}, **peak})
         if one["status"] == "skipped":

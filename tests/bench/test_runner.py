@@ -304,6 +304,21 @@ def test_real_worker(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None
     assert results[1].cost is not None and results[1].cost.padded_macs == 12 * 12 * 6 * 27
 
 
+@pytest.mark.slow
+def test_the_file_that_deploys_by_itself_is_measured_on_the_same_batches(tiny_whole: Path, tiny_coco: Path) -> None:
+    images = tuple(sorted((tiny_coco.parent / "images").iterdir()))
+    for engine in ("onnxruntime", "openvino"):
+        pytest.importorskip(engine)
+        alone = cell_of(tiny_whole, engine=engine, batch_size=4)
+        plan = plan_of(tiny_whole, alone, replace(alone, end_to_end=True))
+        results = measure(plan, data=data(*images, annotations=tiny_coco), accuracy=True)
+        assert [(one.status, one.reason, one.accuracy_reason) for one in results] == [("ok", None, None)] * 2
+        network, file = results
+        assert network.accuracy == file.accuracy and file.accuracy is not None and file.accuracy.ap == 1
+        assert network.runs[0].shapes == file.runs[0].shapes and network.cost == file.cost
+        assert file.runs[0].stages is not None and file.runs[0].samples.batch_size == 4
+
+
 def preprocess_size(path: Path) -> tuple[int, int]:
     """Height and width as the tiny detector resizes it: the short side to 64, the long one to 96 at most."""
     from gfldeploy.images.decode import read_image

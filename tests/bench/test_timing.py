@@ -33,8 +33,8 @@ class Recorder(Engine):
         return {}
 
 
-def batch(mark: int, width: int, size: int = 2) -> np.ndarray:
-    return np.full((size, 3, 4, width), mark, np.float32)
+def batch(mark: int, width: int, size: int = 2) -> Tensors:
+    return {"image": np.full((size, 3, 4, width), mark, np.float32)}
 
 
 def test_warms_up_every_shape_then_goes_round_in_order_and_ends_with_a_round() -> None:
@@ -67,7 +67,7 @@ def test_an_engines_failure_passes_through() -> None:
 
 
 @pytest.mark.parametrize("batches", [[], [batch(1, 8, 1), batch(1, 8, 2)]])
-def test_batches_must_be_of_one_size(batches: list[np.ndarray]) -> None:
+def test_batches_must_be_of_one_size(batches: list[Tensors]) -> None:
     with pytest.raises(ValueError, match="same size"):
         measure(Recorder(), batches, Settings(0, 1, 0))
 

@@ -102,23 +102,31 @@ def test_nothing_in_the_bundle_names_this_machine(bundle: Path) -> None:
     assert provenance["command"].startswith("gfldeploy export -c gfl_demo.yml --random-weights 0")
 
 
-def test_fixed_input_size_takes_both_orientations(tiny_coco: Path, tmp_path: Path, run_here: RunHere) -> None:
+def test_fixed_input_size_takes_both_orientations_with_other_nms(
+    tiny_coco: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     output = tmp_path / "fixed"
     arguments = ("export", "-c", demo.config_path(), "--random-weights", 1, "--input-shape", "192x256", "-o", output)
-    done = run_here(*arguments)
+    done = run_here(*arguments, "--keep-top-k", 7, "--score-threshold", 0.01, "--nms-threshold", 0.4)
     assert done.returncode == 0, done.stderr
-    assert Bundle.open(output).manifest.inputs[0].shape == (None, 3, 192, 256)
+    manifest = Bundle.open(output).manifest
+    assert manifest.inputs[0].shape == (None, 3, 192, 256)
+    assert (manifest.nms.keep_top_k, manifest.nms.score_threshold, manifest.nms.nms_threshold) == (7, 0.01, 0.4)
+    assert any("keep_top_k 7 (config: 100)" in note for note in manifest.notes)
+    boxes = next(one for one in onnx.load(str(output / "onnx/end_to_end.onnx")).graph.output if one.name == "boxes")
+    assert boxes.type.tensor_type.shape.dim[1].dim_value == 7
     data = json.loads(tiny_coco.read_text())
     data["categories"] = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     (tmp_path / "annotations.json").write_text(json.dumps(data))
     shutil.copytree(tiny_coco.parent / "images", tmp_path / "images")
     assert {image["height"] > image["width"] for image in data["images"]} == {True, False}
-    for engine in ("onnxruntime", "paddle"):
+    for engine, *more in (("onnxruntime",), ("paddle",), ("onnxruntime", "--end-to-end")):
         data_here = ("--data", tmp_path / "annotations.json", "--batch-size", 4)
-        done = run_here("eval", output, *data_here, "--engine", engine, "--json")
+        done = run_here("eval", output, *data_here, "--engine", engine, "--json", *more)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert result["images"] == len(data["images"])
+        assert 0 < result["detections"] <= 7 * len(data["images"])
 
 
 _RUN_NMS_GRAPH = """

@@ -13,12 +13,11 @@ import demo_bundles
 import numpy as np
 import pytest
 
-from gfldeploy.bundle import GOLDEN, Bundle, Graph, write_bundle
+from gfldeploy.bundle import GOLDEN, Bundle
 from gfldeploy.detections import pairwise_iou
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import load_graph, open_engine
 from gfldeploy.errors import ParityError
-from gfldeploy.export.end_to_end import write_end_to_end
 from gfldeploy.export.golden import PICTURE, compare_golden, golden_picture, read_golden, write_golden
 from gfldeploy.export.parity import TOLERANCE
 from gfldeploy.inspection import verify
@@ -36,27 +35,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with the file that deploys by itself and a golden picture. Read it, do not change it."""
-    source, target = Bundle.open(tiny_bundle), tmp_path_factory.mktemp("golden") / "tiny"
-    with write_bundle(target) as (directory, manifests):
-        shutil.copytree(tiny_bundle / "onnx", directory / "onnx")
-        graphs = {**source.manifest.graphs, "end_to_end": Graph("onnx/end_to_end.onnx")}
-        made = Bundle(directory, replace(source.manifest, graphs=graphs, files={}))
-        write_end_to_end(made.graph("onnx")[0], made.graph("end_to_end")[0], made.manifest)
-        with open_engine("onnxruntime", made, EngineOptions()) as engine:
-            write_golden(made, golden_picture(None), engine, TOLERANCE)
-        manifests.append(made.manifest)
-    return target
+def example(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, *map(str, (EXAMPLE, *arguments))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def printed_by_the_example(bundle: Path, least_score: float) -> list[tuple[str, float, list[float]]]:
     """Class, score and box of each line."""
-    arguments = [EXAMPLE, bundle / "onnx/end_to_end.onnx", bundle / PICTURE, least_score]
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    ended = example(bundle / "onnx/end_to_end.onnx", bundle / PICTURE, least_score)
     assert ended.returncode == 0, ended.stderr
     rows = [line.split() for line in ended.stdout.splitlines()]
     return [(name, float(score), [float(one) for one in box]) for name, score, *box in rows]
@@ -74,21 +64,50 @@ def check_example(bundle: Path, least_score: float) -> None:
         assert pairwise_iou(np.array([one["box"]], np.float32), boxes).max(initial=0) > 0.995
 
 
-def test_verify_compares_the_file_and_the_engines_with_what_was_expected(whole: Path) -> None:
+def test_verify_compares_the_file_and_the_engines_with_what_was_expected(tiny_whole: Path) -> None:
     pytest.importorskip("openvino")
-    lines = verify(whole, threads=1)
+    lines = verify(tiny_whole, threads=1)
     assert f"{PICTURE} becomes the tensor that it became where the bundle was made" in lines
     for line in ("onnxruntime finds", "openvino finds", "end_to_end: onnxruntime finds", "end_to_end: openvino finds"):
         (found,) = (one for one in lines if one.startswith(line))
         assert "1 of 1 expected detections" in found
 
 
-def test_the_example_needs_nothing_of_gfldeploy(whole: Path) -> None:
-    check_example(whole, 0.5)
+def test_the_example_needs_nothing_of_gfldeploy(tiny_whole: Path) -> None:
+    check_example(tiny_whole, 0.5)
 
 
-def test_another_detection_than_expected(whole: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(shutil.copytree(whole, tmp_path / "spoilt"))
+def test_the_example_says_what_it_needs(tiny_whole: Path) -> None:
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+    for arguments in ((), (tiny_whole / "onnx/model.onnx", tiny_whole / PICTURE)):
+        ended = example(*arguments)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith("Error: give ") and "end_to_end.onnx" in line
+
+
+def test_a_port_may_differ_by_what_verify_allows(tiny_whole: Path, tmp_path: Path) -> None:
+    """What golden.json says is what `compare_golden` goes by, in FP32 and in INT8."""
+    bundle = Bundle.open(shutil.copytree(tiny_whole, tmp_path / "moved"))
+    picture, _ = read_golden(bundle)
+    for precision in ("fp32", "int8"):
+        rounding = replace(bundle, manifest=replace(bundle.manifest, precision=precision))
+        with open_engine("onnxruntime", bundle, EngineOptions()) as engine:
+            write_golden(rounding, picture, engine, TOLERANCE)
+            record = json.loads((bundle.directory / GOLDEN).read_text())
+            box, allowed = record["detections"][0]["box"], record["tolerance"]["box_px"]
+            for factor, holds in ((0.9, True), (1.1, False)):
+                record["detections"][0]["box"] = [corner + factor * allowed for corner in box]
+                (bundle.directory / GOLDEN).write_text(json.dumps(record))
+                if holds:
+                    assert "1 of 1 expected" in compare_golden(rounding, picture, engine)
+                else:
+                    with pytest.raises(ParityError, match="does not give 1 of the 1"):
+                        compare_golden(rounding, picture, engine)
+
+
+def test_another_detection_than_expected(tiny_whole: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_whole, tmp_path / "spoilt"))
     record = json.loads((bundle.directory / GOLDEN).read_text())
     record["detections"][0]["box"][2] += 5
     (bundle.directory / GOLDEN).write_text(json.dumps(record))
@@ -100,8 +119,8 @@ def test_another_detection_than_expected(whole: Path, tmp_path: Path) -> None:
         compare_golden(bundle, picture, engine)
 
 
-def test_numbers_that_another_version_would_give(whole: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(shutil.copytree(whole, tmp_path / "spoilt"))
+def test_numbers_that_another_version_would_give(tiny_whole: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_whole, tmp_path / "spoilt"))
     record = json.loads((bundle.directory / GOLDEN).read_text())
     record["resized"]["sha256"] = "0" * 64
     (bundle.directory / GOLDEN).write_text(json.dumps(record))

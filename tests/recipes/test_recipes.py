@@ -495,6 +495,33 @@ def test_throughput_relative_to_batch_1_and_to_our_int8() -> None:
         assert "| y | 2.4 | 1.75 (1.50 to 2.00) |" in table
 
 
+def test_detections_are_matched_one_to_one_and_by_class() -> None:
+    def found(category: int, score: float, *bbox: float) -> dict[str, Any]:
+        return {"category_id": category, "score": score, "bbox": bbox}
+
+    expected = [found(1, 0.9, 0, 0, 10, 10), found(1, 0.8, 0, 1, 10, 10), found(2, 0.7, 50, 50, 10, 10)]
+    with imported(ROOT / "benchmarks" / "by_itself_detections.py") as module:
+        assert module.match(expected, expected) == [(0, 1), (0, 1), (0, 1)]
+        other = [found(2, 0.9, 0, 0, 10, 10), found(1, 0.85, 0, 0.5, 10, 10), found(2, 0.7, 50, 50, 10, 5)]
+        first, last = module.match(other, expected)
+        assert first == (pytest.approx(0.05), pytest.approx(9.5 / 10.5)) and last == (0, pytest.approx(0.5))
+        assert module.match([], expected) == []
+
+
+@pytest.mark.slow
+def test_the_file_that_deploys_by_itself_gives_predicts_detections(
+    tiny_whole: Path, tiny_coco: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    arguments = ("--bundles", tiny_whole, "--data", tiny_coco, "--images", 5)
+    with imported(ROOT / "benchmarks" / "by_itself_detections.py", *arguments) as module:
+        module.main()
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("| tiny | openvino | changed, predict | 5 | 5 | 0 | ") and line.endswith(
+        " | 1.0000 | 1.0000 |"
+    )
+
+
 @pytest.mark.slow
 def test_the_batcher_in_a_soak(tiny_bundle: Path, tmp_path: Path) -> None:
     script = tmp_path / "soak.py"  # which writes beside itself
@@ -515,6 +542,8 @@ def test_the_batcher_in_a_soak(tiny_bundle: Path, tmp_path: Path) -> None:
     [
         "bench_overhead",
         "batch_padding",
+        "by_itself",
+        "by_itself_detections",
         "end_to_end",
         "gpu",
         "memory",

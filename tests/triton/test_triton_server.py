@@ -7,10 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
-import triton_server
+from demo_bundles import ROOT, imported
 
 from gfldeploy import Bundle, Detector, triton_repository
 from gfldeploy.bundle import Graph, write_bundle
@@ -29,11 +31,18 @@ for path in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe() -> Iterator[ModuleType]:
+    with imported(ROOT / "benchmarks" / "triton_server.py") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def environment(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        return triton_server.install(tmp_path_factory.mktemp("triton"))
-    except triton_server.CannotInstallError as error:
+        installed: Path = recipe.install(tmp_path_factory.mktemp("triton"))
+    except recipe.CannotInstallError as error:
         pytest.skip(f"Triton cannot be installed: {error}")
+    return installed
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +65,15 @@ def ensemble(whole: Path, environment: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def server(
-    tiny_bundle: Path, ensemble: Path, environment: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[triton_server.Server]:
+    recipe: ModuleType, tiny_bundle: Path, ensemble: Path, environment: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("served")
     repository = triton_repository(
         tiny_bundle, output=folder / "models", batch_size=4, instances=2, threads=1, python_env=str(environment)
     )
     # The wheel has no backend for the network of the ensemble.
     shutil.copytree(ensemble / "whole_preprocess", repository / "whole_preprocess")
-    with triton_server.serving(environment, repository, folder) as running:
+    with recipe.serving(environment, repository, folder) as running:
         yield running
 
 
@@ -79,9 +88,7 @@ def files(tiny_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_detections_are_those_of_detector(
-    server: triton_server.Server, tiny_bundle: Path, files: list[Path], protocol: str
-) -> None:
+def test_detections_are_those_of_detector(server: Any, tiny_bundle: Path, files: list[Path], protocol: str) -> None:
     for threshold in (0.0, 0.99, None):
         answers = server.ask(protocol, "tiny", files, threshold)
         with Detector(tiny_bundle, engine="onnxruntime") as detector:
@@ -104,7 +111,7 @@ def test_detections_are_those_of_detector(
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_what_is_prepared_becomes_the_same_detections(
-    server: triton_server.Server, whole: Path, files: list[Path], protocol: str
+    server: Any, whole: Path, files: list[Path], protocol: str
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(whole / "onnx/end_to_end.onnx", providers=["CPUExecutionProvider"])

@@ -23,7 +23,7 @@ from gfldeploy.serve.openapi import openapi
 from gfldeploy.serve.requests import RequestLimits
 
 LIMITS = RequestLimits(timeout_ms=60_000)
-EXAMPLES = 15  # of each operation and mode
+EXAMPLES = 10  # of each operation and mode
 # An answer has the schema and type that are described for its status; wrong requests are refused, none is a crash.
 USED = (
     "status_code_conformance",

@@ -174,7 +174,9 @@ async def _serve(
 def _bound(listen: Listen) -> socket.socket:
     """A socket that has the port, so that two servers cannot load for minutes to find out; nobody can connect yet."""
     try:
-        sock = socket.socket(socket.AF_INET6 if ":" in listen.host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+        # asyncio sends at once (TCP_NODELAY) on connections whose protocol was named, and on no others.
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((listen.host, listen.port))

@@ -11,7 +11,6 @@ from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.progress import SILENT, Progress
-from gfldeploy.serve.app import ServeOptions
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.process import Listen, run_server
 from gfldeploy.serve.requests import RequestLimits
@@ -78,7 +77,7 @@ def serve_detector(
     )
     run_server(
         load,
-        ServeOptions(limits),
+        limits,
         Listen(host, port, drain_timeout_s),
         keys=keys,
         access_log=None if access_log is None else Path(access_log),

@@ -21,7 +21,7 @@ from gfldeploy.images.decode import size_of
 from gfldeploy.images.formats import JPEG_START, read_header
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.progress import SILENT, Progress
-from gfldeploy.serve.loaded import Answer, LoadedDetector, AnswerTimes
+from gfldeploy.serve.loaded import Answer, AnswerTimes, LoadedDetector
 
 _log = logging.getLogger(__name__)
 # Of a JPEG so much is looked at in the event loop, for its size: a hostile one holds it up for a few milliseconds.

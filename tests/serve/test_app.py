@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import Gate, contents, serving, talk, until
+from served import AT_ONCE, Gate, contents, serving, talk, until
 
 from gfldeploy.detector import Detector
 from gfldeploy.serve.app import create_app
@@ -120,18 +120,18 @@ def test_a_client_that_leaves_takes_its_work_along(tiny_bundle: Path, tiny_coco:
             }
             await app(scope, receive, send)  # type: ignore[arg-type]
 
-        running = [asyncio.create_task(request(False)) for _ in range(2)]
-        await until(lambda: service.waiting == 0 and gate.entered.is_set() and service.in_flight == 2)
+        running = [asyncio.create_task(request(False)) for _ in range(AT_ONCE)]
+        await until(lambda: service.waiting == 0 and gate.entered.is_set() and service.in_flight == AT_ONCE)
         gone = [asyncio.create_task(request(True)) for _ in range(3)]
         await until(lambda: service.waiting == 3)
         left.set()
         await asyncio.gather(*gone)
-        assert service.in_flight == 2
+        assert service.in_flight == AT_ONCE
         gate.open.set()
         await asyncio.gather(*running)
-        assert sorted(sent) == [200, 200, 499, 499, 499]
+        assert sorted(sent) == [200] * AT_ONCE + [499] * 3
 
     with serving(tiny_bundle) as service:
         asyncio.run(run())
         counts = service._detector.batcher.counts
-    assert (counts.answered, counts.cancelled) == (2, 3)
+    assert (counts.answered, counts.cancelled) == (AT_ONCE, 3)

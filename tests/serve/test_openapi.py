@@ -18,7 +18,7 @@ from served import contents, serving, talk
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.app import create_app
 from gfldeploy.serve.openapi import openapi
 from gfldeploy.serve.requests import RequestLimits
 
@@ -38,7 +38,7 @@ USED = (
 @pytest.fixture(scope="module")
 def app(tiny_bundle: Path) -> Iterator[Starlette]:
     with serving(tiny_bundle) as service:
-        yield create_app(service, ServeOptions(LIMITS))
+        yield create_app(service, LIMITS)
 
 
 def test_every_route_is_described(app: Starlette) -> None:

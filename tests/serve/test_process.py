@@ -84,8 +84,8 @@ def closed(sock: socket.socket) -> bool:
     return True
 
 
-def run(bundle: Path, talk: Talk, **settings: int) -> None:
-    with serving(bundle, **settings) as service:
+def run(bundle: Path, talk: Talk, most_waiting: int = 64) -> None:
+    with serving(bundle, most_waiting=most_waiting) as service:
         clients = Clients(lambda clients: talk(clients, service))
         try:
             run_server(lambda watch: service, ServeOptions(), Listen(port=0), progress=clients)

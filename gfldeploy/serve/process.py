@@ -24,12 +24,13 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import OutputError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.access_log import AccessLog
-from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.app import create_app
 from gfldeploy.serve.connections import KEEP_ALIVE_S, MOST_HEADER_BYTES, Connection, give_up_on_the_slow, share_files
 from gfldeploy.serve.heap import limit_arenas
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
 from gfldeploy.serve.reload import Current, Reloader
+from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService, Watch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -57,7 +58,7 @@ class _Uvicorn(uvicorn.Server):
 
 def run_server(
     load: Callable[[Watch], DetectionService],
-    options: ServeOptions,
+    limits: RequestLimits,
     listen: Listen,
     *,
     keys: Keys | None = None,
@@ -90,7 +91,7 @@ def run_server(
             gc.freeze()  # what was loaded stays: it need not be looked at again and again
             app = create_app(
                 service,
-                options,
+                limits,
                 metrics=metrics,
                 load=partial(load, metrics),
                 keys=keys,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gfldeploy.bundle import GOLDEN
 from gfldeploy.errors import GfldeployError, RejectedError
@@ -23,7 +23,7 @@ from gfldeploy.serialization import plain
 from gfldeploy.serve.heap import give_memory_back
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
-from gfldeploy.serve.problems import Problem
+from gfldeploy.serve.problems import Problem, json_response
 from gfldeploy.serve.service import DetectionService
 
 _log = logging.getLogger(__name__)
@@ -281,4 +281,4 @@ async def reload_route(request: Request) -> Response:
         raise
     except GfldeployError as error:
         raise Problem(500, "reload_failed", f"the old service answers on: {error.problem}", error.remedy) from error
-    return JSONResponse(plain(done))
+    return json_response(plain(done))

@@ -25,7 +25,7 @@ from gfldeploy.signals import check_interrupted, hold_interrupts, terminate_as_i
 
 StrPath = str | os.PathLike[str]  # a path as users give it
 
-DirectoryKind: TypeAlias = Literal["bundle", "demo", "predict"]
+DirectoryKind: TypeAlias = Literal["bundle", "demo", "predict", "triton"]
 FileKind: TypeAlias = Literal["json", "csv", "html", "yml"]
 
 _AT_FDCWD = -100
@@ -41,7 +41,12 @@ _MARK = ".made-by-gfldeploy"
 _NEW = "new"
 _OLD = "old"
 # The file in a directory of ours that lists the others.
-_NOTES: dict[DirectoryKind, str] = {"bundle": "manifest.json", "demo": "demo.json", "predict": "predict.json"}
+_NOTES: dict[DirectoryKind, str] = {
+    "bundle": "manifest.json",
+    "demo": "demo.json",
+    "predict": "predict.json",
+    "triton": "triton.json",
+}
 # How files of ours begin.
 _BEGINNINGS: dict[FileKind, str] = {
     "json": r'\{\s*"schema": \d+,\s*"created": "',
@@ -345,6 +350,9 @@ def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
         made = "schema" in content if kind == "bundle" else f"gfldeploy {kind}" in str(content.get("what"))
         if made and isinstance(files, dict | list):
             listed = {note, *(directory / str(name) for name in files)}
+    # Whoever imports a Python file of ours leaves it compiled beside it.
+    sources = [path for path in listed if path.suffix == ".py"]
+    listed.update(found for path in sources for found in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"))
     ours = {folder for path in listed for folder in path.parents}
     for name, folders, files in os.walk(directory):
         folders.sort()

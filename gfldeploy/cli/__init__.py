@@ -42,6 +42,7 @@ _COMMANDS = {
     "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
     "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, and videos."),
     "serve": ("gfldeploy.cli.serve", "Serve detections over HTTP."),
+    "triton": ("gfldeploy.cli.triton", "Write a model repository for Triton Inference Server."),
     "load": ("gfldeploy.cli.load", "Send images to a running server, and measure its answers."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "report": ("gfldeploy.cli.report", "Turn a results file into one HTML page."),

@@ -17,7 +17,7 @@ from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy
 
-_DEPLOY_SUFFIXES = (".yml", ".yaml")
+DEPLOY_SUFFIXES = (".yml", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def choose(
     shapes: tuple[Shape, ...] = ()
     why = ""
     deploy: Deploy | None = None
-    if source.suffix in _DEPLOY_SUFFIXES and not source.is_dir():
+    if source.suffix in DEPLOY_SUFFIXES and not source.is_dir():
         deploy = Deploy.read(source)
         bundle = Bundle.open(deploy.bundle_path(source))
         notes = tuple(_differences(deploy, bundle))
@@ -114,7 +114,7 @@ def choose(
     engine, options, reason = select_engine(bundle, engine, precision, device, threads, engine_cache, tf32, streams)
     measured = deploy is not None and _ap_known(deploy, own, bundle, engine, options)
     if bundle is not own and options.precision == "int8" and not measured:
-        _check_int8(own, bundle)
+        check_int8_size(own, bundle)
     fixed = bundle.manifest.inputs[0].shape[0]
     if fixed is not None and batch_size not in (None, fixed):
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
@@ -139,7 +139,7 @@ def _ap_known(deploy: Deploy, own: Bundle, resized: Bundle, engine: str, options
     return same and deploy.choice.evidence.ap_drop is not None
 
 
-def _check_int8(own: Bundle, resized: Bundle) -> None:
+def check_int8_size(own: Bundle, resized: Bundle) -> None:
     """Raise `UnsupportedError` unless `quantize` found the INT8 bundle to hold at this input size."""
     preprocess = resized.manifest.preprocess
     size = size_in_words(preprocess.target_size)

@@ -18,9 +18,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gfldeploy.errors import OutputError
-
-CLIENT_GONE = 499
-"""In place of the status of an answer that nobody was there to receive: no such status is ever sent. nginx's number."""
+from gfldeploy.serve.problems import CLIENT_GONE
 
 _log = logging.getLogger(__name__)
 _LONGEST_TEXT = 200  # characters of a path, or of anything else that a client chose
@@ -36,8 +34,8 @@ class Exchange:
 
     `began`: UTC. `client`: its address; None on a Unix socket. `route`: the path in the application's own words, None
     where there is no such route. `path`: what the client asked for, cut, without the query. `status`: `CLIENT_GONE` if
-    the client left before its answer. `received`, `sent`: bytes of the bodies. `images`: in the request; None if it was
-    not read so far. `code`: of the error that was the answer; None if it was none.
+    the client left before its answer began. `received`, `sent`: bytes of the bodies. `images`: in the request; None if
+    it was not read so far. `code`: of the error that was the answer; None if it was none.
     """
 
     began: datetime
@@ -97,7 +95,7 @@ class Exchanges:
         began, start = datetime.now(UTC), time.perf_counter()
         state = scope.setdefault("state", {})
         received = sent = status = 0
-        gone = complete = False
+        gone = False
 
         async def watched_receive() -> Message:
             nonlocal received, gone
@@ -105,17 +103,16 @@ class Exchanges:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
             elif message["type"] == "http.disconnect":
-                gone = gone or not complete
+                gone = gone or not status
             return message
 
         async def watched_send(message: Message) -> None:
-            nonlocal sent, status, complete
+            nonlocal sent, status
             await send(message)
             if message["type"] == "http.response.start":
                 status = message["status"]
             elif message["type"] == "http.response.body":
                 sent += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
 
         self._begin()
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import anyio
 from starlette.applications import Starlette
@@ -29,21 +28,13 @@ from gfldeploy.serve.requests import BodyGuard, DetectRequest, RequestLimits, re
 from gfldeploy.serve.service import DetectionService
 from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What the application allows."""
-
-    limits: RequestLimits = field(default_factory=RequestLimits)
-
-
-# What tells nothing of the detector, and what a browser needs before somebody can enter a key.
-OPEN_PATHS = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
+# What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
+_OPEN = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
 
 
 def create_app(
     service: DetectionService,
-    options: ServeOptions,
+    limits: RequestLimits,
     *,
     metrics: Metrics | None = None,
     load: Callable[[], DetectionService] | None = None,
@@ -56,11 +47,10 @@ def create_app(
     `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
     them a request is refused. `progress` is told of reloads.
     """
-    limits = options.limits
-    drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
     metrics = metrics or Metrics()
     current = Current(service)
     metrics.ask(lambda: current.service)
+    drawing = anyio.CapacityLimiter(1)  # a picture of 128 million pixels takes a gigabyte
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
@@ -98,8 +88,8 @@ def create_app(
         return json_response(plain(current.service.description))
 
     async def described(request: Request) -> Response:
-        classes = current.service.choice.bundle.manifest.classes
-        return json_response(openapi(limits, classes, {route.path for route in routes}, keys is not None))
+        paths = {route.path for route in routes}
+        return json_response(openapi(limits, current.service.choice.bundle.manifest.classes, paths, keys is not None))
 
     routes = [
         Route("/v1/detect", detect, methods=["POST"]),
@@ -107,8 +97,8 @@ def create_app(
         Route("/health/live", live),
         Route("/health/ready", ready),
         Route("/v1/model", model),
-        Route("/metrics", metrics_route),
         Route("/openapi.json", described),
+        Route("/metrics", metrics_route),
         *([Route("/v1/reload", reload_route, methods=["POST"])] if load else []),
         *page_routes(),
     ]
@@ -116,9 +106,9 @@ def create_app(
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(BodyGuard, limits),
             Middleware(Exchanges, metrics.begin, told),
-            *([Middleware(KeyGuard, keys, OPEN_PATHS)] if keys else []),
+            Middleware(BodyGuard, limits=limits),
+            *([Middleware(KeyGuard, keys, _OPEN)] if keys else []),
         ],
         exception_handlers=HANDLERS,
     )

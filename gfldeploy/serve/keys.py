@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gfldeploy.errors import DataError
-from gfldeploy.serve.problems import Problem, problem_response
+from gfldeploy.serve.problems import Problem, answer_to
 
 _MOST_BYTES = 1 << 20
 # Letters and digits give 6 bits each: 16 of them cannot be guessed, however fast the server answers.
@@ -72,11 +72,9 @@ class KeyGuard:
             "unauthorized",
             "there is no valid key in the request",
             "Send one as `Authorization: Bearer KEY` or as `X-API-Key: KEY`.",
+            headers={"WWW-Authenticate": "Bearer"},
         )
-        scope.setdefault("state", {})["code"] = problem.code
-        response = problem_response(problem)
-        response.headers["WWW-Authenticate"] = "Bearer"
-        await response(scope, receive, send)
+        await answer_to(scope, problem)(scope, receive, send)
 
 
 def _given(scope: Scope) -> Iterator[bytes]:

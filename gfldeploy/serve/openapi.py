@@ -13,9 +13,9 @@ from gfldeploy.serve.requests import BYTES_TYPE, FORM_TYPE, JSON_TYPE, LONGEST_T
 _PROBLEMS: Mapping[int, str] = {
     400: "Malformed: a parameter, a class name, the body.",
     401: "There is no valid key in the request.",
-    403: "Not without keys.",
     408: "The body did not come in time.",
-    409: "It is under way.",
+    403: "The server was started without keys.",
+    409: "It is under way already.",
     413: "The body is too large, or has too many images.",
     415: "A type of body that is not read.",
     422: "The body is read, and something in it cannot be used, such as the image.",
@@ -33,6 +33,17 @@ _BOX = {
     "description": "x1, y1, x2, y2 in pixels of the image, EXIF orientation applied.",
 }
 _BINARY = {"type": "string", "format": "binary"}
+_RELOADED = {
+    "type": "object",
+    "properties": {
+        "bundle": {"type": "string"},
+        "digest": {"type": "string"},
+        "golden": {"type": "string", "description": "How the bundle's golden picture came out."},
+        "seconds": {"type": "number"},
+    },
+    "required": ["bundle", "digest", "golden", "seconds"],
+}
+_RELOAD_PROBLEMS = (403, 409, 500, 503)
 _BASE64 = {"type": "string", "contentEncoding": "base64", "minLength": 1}
 
 
@@ -44,7 +55,7 @@ def openapi(
         "/v1/detect": {"post": _detect(limits, class_names)},
         PADDLEX_PATH: {"post": _paddlex(class_names)},
         "/v1/model": {"get": _get("model", "What is served, and how it runs.", _ref("Model"), (503,))},
-        "/v1/reload": {"post": _get("reload", "Load the bundle anew, compare, switch.", {}, (403, 409, 500))},
+        "/v1/reload": {"post": _get("reload", "Load the bundle anew, compare, switch.", _RELOADED, _RELOAD_PROBLEMS)},
         "/health/live": {"get": _get("live", "The process is there.", _ref("Status"), ())},
         "/health/ready": {"get": _get("ready", "It is warm and answers.", _ref("Status"), (503,))},
         "/metrics": {"get": _text("metrics", "Counters for Prometheus.", "text/plain")},
@@ -89,7 +100,7 @@ def _json(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 def _problems(statuses: Iterable[int], path: str = "") -> dict[str, Any]:
     found = {}
     for status in statuses:
-        schema = _ref("PaddlexProblem" if path == PADDLEX_PATH and status != 401 else "Problem")
+        schema = _ref("PaddlexProblem" if path == PADDLEX_PATH else "Problem")
         found[str(status)] = _json(_PROBLEMS[status], schema)
         if status in _TRY_AGAIN:
             seconds = {"description": "Seconds until it may be tried again.", "schema": {"type": "integer"}}

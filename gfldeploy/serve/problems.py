@@ -12,16 +12,17 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ExceptionHandler
+from starlette.types import ExceptionHandler, Scope
 
 from gfldeploy.errors import DataError, EngineError, GfldeployError, RejectedError
 from gfldeploy.text import printable
 
 # Its clients expect PaddleX's shape of errors too.
 PADDLEX_PATH = "/object-detection"
+CLIENT_GONE = 499
+"""In place of the status of an answer that nobody was there to receive: no such status is ever sent. nginx's number."""
 # Where nothing better is known: as long as a few batches take.
 _RETRY_S = 1.0
-_CLIENT_GONE = 499  # as nginx logs it; nobody is there to read it
 _LONGEST = 500  # characters of a message, which may quote the request
 
 
@@ -87,7 +88,7 @@ def problem_of(error: BaseException) -> Problem:
         case GfldeployError():
             return Problem(500, "failed", error.problem, error.remedy)
         case ClientDisconnect():
-            return Problem(_CLIENT_GONE, "client_gone", "the client closed the connection before its request was read")
+            return Problem(CLIENT_GONE, "client_gone", "the client closed the connection before its request was read")
         case HTTPException():
             return _of_starlette(error)
         case _:
@@ -106,12 +107,16 @@ def _of_starlette(error: HTTPException) -> Problem:
     return Problem(error.status_code, name, problem, remedy, headers=error.headers)
 
 
-async def _answer(request: Request, error: Exception) -> Response:
-    problem = problem_of(error)
-    request.scope.setdefault("state", {})["code"] = problem.code  # for the access log
-    if request.url.path == PADDLEX_PATH:
+def answer_to(scope: Scope, problem: Problem) -> Response:
+    """The response to a request that failed, in the shape that clients of its path expect."""
+    scope.setdefault("state", {})["code"] = problem.code  # for the access log
+    if scope["path"] == PADDLEX_PATH:
         return problem_response(problem, paddlex_record(problem.status, _shown(str(problem))))
     return problem_response(problem)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    return answer_to(request.scope, problem_of(error))
 
 
 def paddlex_record(code: int, message: str) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         self._await_header()
         if len(self.connections) > self.most:
             idle = (one for one in self.connections if one is not self and isinstance(one, Connection) and one.idle)
-            next(idle, self).transport.close()
+            # Kept ones first, then those that have waited the longest: a request may be on its way on a new one.
+            min(idle, key=lambda one: one._timer.when() if one._timer else 0.0, default=self).transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""

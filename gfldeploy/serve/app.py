@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import anyio
 from starlette.applications import Starlette
@@ -33,6 +34,7 @@ from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
 # What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
 _OPEN = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
+_LATE_MS = 1e-3  # what is left to a request that is late already: it is refused
 _TIMEOUT = re.compile(rb"(?:^|&)timeout_ms=(\d{1,9}(?:\.\d{1,9})?)(?:&|$)")
 
 
@@ -60,8 +62,9 @@ def create_app(
         start = time.perf_counter()
         asked = await read_request(request, limits, current.service.choice.bundle.manifest.classes)
         request.state.images = len(asked.images)
+        in_time = replace(asked, timeout_ms=max(asked.timeout_ms - _waited_ms(request.scope), _LATE_MS))
         with current.use() as service:
-            found = await _unless_gone(request, asked, service)
+            found = await _unless_gone(request, in_time, service)
         if len(found) == 1 and isinstance(found[0], BaseException):
             raise found[0]
         images = [
@@ -130,13 +133,20 @@ class _Admission:
         route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if route is not None:
             given = _TIMEOUT.search(scope["query_string"])
+            timeout_ms = (given and float(given[1])) or self._timeout_ms
             try:
-                self._current.service.check_room((given and float(given[1])) or self._timeout_ms)
+                self._current.service.check_room(timeout_ms - _waited_ms(scope))
             except RejectedError as error:
                 scope["route"] = route  # for the access log
                 await answer_to(scope, problem_of(error))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _waited_ms(scope: Scope) -> float:
+    """Milliseconds since the last byte of a request arrived: an event loop that is behind must not answer late."""
+    now = time.perf_counter()
+    return (now - float(scope.get("state", {}).get("arrived", now))) * 1e3
 
 
 async def _unless_gone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import socket
+import time
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -51,6 +52,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         super().data_received(data)
         if not self.idle:
             self._forget_header()
+            self.scope["state"]["arrived"] = time.perf_counter()
         elif self._header_bytes > MOST_HEADER_BYTES and not (self.cycle and self.cycle.more_body):
             self.transport.close()  # and it is no rest of a body that was answered before its end
         elif self._timer is None:

@@ -209,6 +209,21 @@ class DynamicBatcher(Generic[In, Out]):
         for item in left:
             item.settle(error)
 
+    def refusal(self, size: Size, timeout_ms: float) -> RejectedError | None:
+        """What `submit` would raise now; None if nothing, as far as can be seen without waiting for a lock."""
+        if self._closed:
+            return self._refusal("closed")
+        waiting, running = list(self._waiting.values()), list(self._running.values())
+        if len(waiting) >= self._most:
+            return self._refusal("queue full")
+        if not waiting and not running:
+            return None
+        now = time.monotonic()
+        request = Request(-1, bucket_of(size, self._buckets), now, now + timeout_ms / 1e3)
+        before = (item.request for item in waiting)
+        admitted = self._policy.admits(now, request, before, (batch for batch, _ in running))
+        return None if admitted else self._refusal("deadline")
+
     @property
     def waiting(self) -> int:
         """Requests that wait for their batch to begin."""
@@ -337,6 +352,9 @@ class DynamicBatcher(Generic[In, Out]):
     def _rejection(self, reason: Rejection) -> RejectedError:
         """Count one. Under the lock."""
         self._counts.rejected[reason] = self._counts.rejected.get(reason, 0) + 1
+        return self._refusal(reason)
+
+    def _refusal(self, reason: Rejection) -> RejectedError:
         if reason == "closed":
             return RejectedError(self._why_closed, "Submit to one that is open.", reason)
         if reason == "queue full":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import anyio
 from starlette.applications import Starlette
@@ -12,7 +13,9 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gfldeploy.errors import RejectedError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.access_log import AccessLog, Exchanges
@@ -22,7 +25,7 @@ from gfldeploy.serve.loaded import Answer
 from gfldeploy.serve.metrics import Metrics, metrics_route
 from gfldeploy.serve.openapi import openapi
 from gfldeploy.serve.paddlex import paddlex_answer, read_paddlex_request
-from gfldeploy.serve.problems import HANDLERS, PADDLEX_PATH, Problem, json_response, problem_of
+from gfldeploy.serve.problems import HANDLERS, PADDLEX_PATH, Problem, answer_to, json_response, problem_of
 from gfldeploy.serve.reload import Current, Reloader, reload_route
 from gfldeploy.serve.requests import BodyGuard, DetectRequest, RequestLimits, read_request
 from gfldeploy.serve.service import DetectionService
@@ -30,6 +33,7 @@ from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
 # What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
 _OPEN = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
+_TIMEOUT = re.compile(rb"(?:^|&)timeout_ms=(\d{1,9}(?:\.\d{1,9})?)(?:&|$)")
 
 
 def create_app(
@@ -54,7 +58,6 @@ def create_app(
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
-        current.service.check_room()  # before the body: what will be refused costs next to nothing
         asked = await read_request(request, limits, current.service.choice.bundle.manifest.classes)
         request.state.images = len(asked.images)
         with current.use() as service:
@@ -67,7 +70,6 @@ def create_app(
         return json_response({"images": images, "times_ms": {"total": _ms(time.perf_counter() - start)}})
 
     async def object_detection(request: Request) -> Response:
-        current.service.check_room()
         asked = await read_paddlex_request(request, limits)
         request.state.images = 1
         with current.use() as service:
@@ -109,12 +111,32 @@ def create_app(
             Middleware(Exchanges, metrics.begin, told),
             Middleware(BodyGuard, limits=limits),
             *([Middleware(KeyGuard, keys, _OPEN)] if keys else []),
+            Middleware(_Admission, {route.path: route for route in routes[:2]}, current, limits.timeout_ms),
         ],
         exception_handlers=HANDLERS,
     )
     app.state.current, app.state.metrics = current, metrics
     app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
     return app
+
+
+class _Admission:
+    """Middleware that answers at once what would be refused once its body was read: that costs next to nothing."""
+
+    def __init__(self, app: ASGIApp, routes: Mapping[str, Route], current: Current, timeout_ms: float) -> None:
+        self._app, self._routes, self._current, self._timeout_ms = app, routes, current, timeout_ms
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is not None:
+            given = _TIMEOUT.search(scope["query_string"])
+            try:
+                self._current.service.check_room((given and float(given[1])) or self._timeout_ms)
+            except RejectedError as error:
+                scope["route"] = route  # for the access log
+                await answer_to(scope, problem_of(error))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 async def _unless_gone(

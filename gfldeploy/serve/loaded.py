@@ -159,6 +159,10 @@ class LoadedDetector(ClosesOnExit):
         self._preprocess.resized_size(*size)  # raises DataError where nothing would be left of it
         return self.batcher.submit(job, self._preprocess.input_size(*size), timeout_ms)
 
+    def refusal(self, timeout_ms: float) -> RejectedError | None:
+        """What the smallest image would be refused by now; None if nothing. Takes microseconds, and no lock."""
+        return self.batcher.refusal(min(self.sizes, key=area), timeout_ms)
+
     def close(self, drain: bool = True) -> None:
         """End its threads and free the engine. `drain`: answer what waits first, else reject it."""
         self.batcher.close(drain)

@@ -109,5 +109,5 @@ def test_a_client_that_leaves_takes_its_work_along(tiny_bundle: Path, tiny_coco:
 
     with serving(tiny_bundle) as service:
         asyncio.run(run())
-        counts = service._detector.batcher.counts
+    counts = service._detector.batcher.counts
     assert (counts.answered, counts.cancelled) == (AT_ONCE, 3)

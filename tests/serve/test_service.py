@@ -80,8 +80,8 @@ def test_what_is_too_much_is_refused_at_once(tiny_bundle: Path, tiny_coco: Path)
         await until(lambda: service.waiting == 2)
         with pytest.raises(RejectedError) as full:
             await service.detect(image, LONG_MS)
-        with pytest.raises(RejectedError, match="2 images wait"):
-            service.check_room()
+        with pytest.raises(RejectedError, match="2 requests wait"):
+            service.check_room(LONG_MS)
         assert full.value.reason == "queue full"
         waiting[0].cancel()  # which makes room, for one that cannot be in time
         await until(waiting[0].done)

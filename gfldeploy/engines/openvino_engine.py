@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 import threading
 import time
@@ -22,6 +21,7 @@ from gfldeploy.engines.base import CopyTimes, Engine, EngineOptions, ExecutedCon
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory, keep, kept
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
+from gfldeploy.engines.heap import give_memory_back
 from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
 from gfldeploy.engines.openvino_rewrite import add_operators, rewrite
 from gfldeploy.errors import EngineError, OutputError
@@ -141,7 +141,7 @@ class OpenVinoEngine(Engine):
             if self._any_shape and shape == _DYNAMIC:
                 self._shared += 1
                 if self._shared % _TRIM_EVERY == 0:
-                    _give_back_memory()
+                    give_memory_back()
             one = self._compiled.setdefault(shape, _Compiled())
         with one.loading:  # or two threads would load the same; others go on meanwhile
             if one.loaded is None:
@@ -266,12 +266,6 @@ class _Compiled:
 
     loaded: _Loaded | None = None
     loading: threading.Lock = field(default_factory=threading.Lock)
-
-
-def _give_back_memory() -> None:
-    """Have glibc return what was freed to the system; other C libraries have no such call."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _shape(inputs: Tensors) -> Shape:

@@ -21,12 +21,12 @@ import uvicorn
 from starlette.applications import Starlette
 
 from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.heap import limit_arenas
 from gfldeploy.errors import OutputError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.access_log import AccessLog
 from gfldeploy.serve.app import create_app
 from gfldeploy.serve.connections import KEEP_ALIVE_S, MOST_HEADER_BYTES, Connection, give_up_on_the_slow, share_files
-from gfldeploy.serve.heap import limit_arenas
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
 from gfldeploy.serve.reload import Current, Reloader

@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gfldeploy.bundle import GOLDEN
+from gfldeploy.engines.heap import give_memory_back
 from gfldeploy.errors import GfldeployError, RejectedError
 from gfldeploy.export.golden import PICTURE, agreement
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
-from gfldeploy.serve.heap import give_memory_back
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
 from gfldeploy.serve.problems import Problem, json_response

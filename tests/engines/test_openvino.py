@@ -149,7 +149,7 @@ def test_shapes_that_are_known_beforehand_settle_what_runs_an_input(
 ) -> None:
     shapes = tuple((1, 32, 32 * k) for k in range(1, 7))
     given_back: list[str] = []
-    monkeypatch.setattr(openvino_engine, "_give_back_memory", lambda: given_back.append("to the system"))
+    monkeypatch.setattr(openvino_engine, "give_memory_back", lambda: given_back.append("to the system"))
     with opened(tiny_bundle, shapes=shapes) as engine:
         for _ in range(30):
             for width in (192, 160, 224):  # none of the four most common, however often it comes

@@ -77,7 +77,9 @@ def test_requests_made_from_the_description(app: Starlette, mode: GenerationMode
             statuses.add(response.status_code)
             late = response.status_code == 503 and b'"deadline"' in response.content  # of the milliseconds it was given
             assert response.status_code < 500 or late
-            case.validate_response(response, checks=checks)
+            refused = response.status_code == 413  # as schemathesis does not expect of a list that is too long
+            excluded = [CHECKS.get_one("negative_data_rejection")] if refused else []
+            case.validate_response(response, checks=checks, excluded_checks=excluded)
 
         ask()
     assert statuses & {400, 422}

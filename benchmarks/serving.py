@@ -526,7 +526,12 @@ def overload(args: argparse.Namespace, bodies: list[bytes]) -> tuple[dict[str, A
                 wrong.append(f"{serving.traffic.unasked} answers that nobody had asked for")
             if sum(serving.traffic.endings.values()) != serving.requests:
                 wrong.append("a request had no end, or more than one")
-    return {"capacity_per_s": capacity, "loads": loads}, "\n".join(lines), wrong
+    kept = {one["factor"]: one["in_time_per_s"] for one in loads}
+    below = [rate for factor, rate in kept.items() if factor < 1]
+    flat = kept[max(kept)] / below[-1] if below and max(kept) > 1 else None
+    if flat is not None:
+        lines.append(f"\nin time at {max(kept):g} times the capacity, by that below it: {flat:.3g}")
+    return {"capacity_per_s": capacity, "loads": loads, "in_time_beyond_by_below": flat}, "\n".join(lines), wrong
 
 
 OVERLOAD_HEADER = (

@@ -15,6 +15,8 @@ from gfldeploy.engines.base import Device
 DataType = Literal["TYPE_STRING", "TYPE_UINT8", "TYPE_INT32", "TYPE_FP32"]
 # Requests that wait, beyond which Triton answers "unavailable" at once; its own default is no limit.
 _MOST_WAITING = 256
+# And how long one waits at most. Triton heeds the `timeout` of a request only where it is below such a limit.
+_LONGEST_WAIT_US = 60_000_000
 _HEADER = "# Written by `gfldeploy triton`. Change what you like: a new `gfldeploy triton --force` replaces it.\n"
 
 
@@ -96,8 +98,8 @@ class TritonConfig:
             f"instance_group [ {{ kind: {'KIND_CPU' if self.device == 'cpu' else gpu} count: {self.instances} }} ]"
         )
         # Without a delay: while an instance works, requests gather by themselves, and waiting meets no more deadlines.
-        policy = f"max_queue_size: {_MOST_WAITING} timeout_action: REJECT allow_timeout_override: true"
-        parts.append(f"dynamic_batching {{ default_queue_policy {{ {policy} }} }}")
+        policy = f"timeout_action: REJECT default_timeout_microseconds: {_LONGEST_WAIT_US} allow_timeout_override: true"
+        parts.append(f"dynamic_batching {{\n  default_queue_policy {{ max_queue_size: {_MOST_WAITING} {policy} }}\n}}")
         if self.warm_ups:
             parts.append(_listed("model_warmup", self.warm_ups))
         if (self.backend, self.device) == ("onnxruntime", "gpu"):

@@ -149,7 +149,7 @@ def test_the_example_prints_int8_within_the_tolerance(calibrated: Path) -> None:
         if not any(
             name == one["class"]
             and abs(score - one["score"]) <= allowed["score"]
-            and max(abs(found - corner) for found, corner in zip(box, one["box"], strict=True)) <= allowed["box_px"]
+            and max(abs(ours - corner) for ours, corner in zip(box, one["box"], strict=True)) <= allowed["box_px"]
             for name, score, box in found
         )
     ]

@@ -54,6 +54,7 @@ def test_what_is_found_is_filtered(tiny_bundle: Path, tiny_coco: Path) -> None:
         ("/v1/detect", b"", 422, "image"),
         ("/v1/detect", b"no image", 422, "image"),
         ("/v1/detect?timeout_ms=0.001", None, 503, "deadline"),
+        ("/v1/detect/", b"", 404, "not_found"),  # and no redirection to what the Host header says
     ],
 )
 def test_errors(tiny_bundle: Path, tiny_coco: Path, path: str, content: bytes | None, status: int, code: str) -> None:

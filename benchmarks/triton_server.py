@@ -226,24 +226,24 @@ def one_near(one: dict[str, Any]) -> Any:
 
 
 def measure(
-    bundle: Path, engine: str, batch: int, instances: int, images: Sequence[Path], environment: Path, folder: Path
+    bundle: Path, engine: str, images: Sequence[Path], environment: Path, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """A row for each protocol."""
     from gfldeploy import Bundle, predict_images, triton_repository
 
     opened = Bundle.open(bundle)
-    settings: dict[str, Any] = {"engine": engine, "batch_size": batch}
+    settings: dict[str, Any] = {"engine": engine, "batch_size": BATCH}
     predict_images(bundle, images, output=folder / "found", threshold=0, **settings)
     lines = (folder / "found" / "detections.jsonl").read_text().splitlines()
     expected = [json.loads(line)["detections"] for line in lines]
     repository = triton_repository(
-        bundle, output=folder / "models", name="model", instances=instances, python_env=str(environment), **settings
+        bundle, output=folder / "models", name="model", instances=INSTANCES, python_env=str(environment), **settings
     )
     with serving(environment, repository, folder) as server:
         for protocol in ("http", "grpc"):
             found = compare(expected, server.ask(protocol, "model", images, 0.0))
             about = {"bundle": opened.name, "precision": opened.manifest.precision, "engine": engine}
-            yield {**about, "batch": batch, "instances": instances, "protocol": protocol, **found}
+            yield {**about, "batch": BATCH, "instances": INSTANCES, "protocol": protocol, **found}
 
 
 def main() -> None:
@@ -265,11 +265,10 @@ def main() -> None:
         environment = install(Path(temporary))
         for bundle in args.bundle:
             for engine in args.engine or ("onnxruntime", "openvino"):
-                for batch, instances in ((1, 1), (BATCH, INSTANCES)):
-                    with tempfile.TemporaryDirectory() as folder:
-                        for row in measure(bundle, engine, batch, instances, images, environment, Path(folder)):
-                            print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
-                            rows.append(row)
+                with tempfile.TemporaryDirectory() as folder:
+                    for row in measure(bundle, engine, images, environment, Path(folder)):
+                        print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
+                        rows.append(row)
     output = HERE / "results" / args.machine / "checks" / f"{args.name}_triton.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {"machine": plain(describe_machine()), "server": SERVER, "rows": rows})

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from gfldeploy.progress import SILENT as SILENT
     from gfldeploy.progress import Progress as Progress
     from gfldeploy.quant.quantizer import quantize_bundle as quantize_bundle
+    from gfldeploy.serve.session import serve_detector as serve_detector
     from gfldeploy.triton.repository import triton_repository as triton_repository
     from gfldeploy.tune.deploy_file import Deploy as Deploy
     from gfldeploy.tune.deploy_file import check_deploy as check_deploy
@@ -89,6 +90,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.predict.session": ("predict_images",),
     "gfldeploy.progress": ("SILENT", "Progress"),
     "gfldeploy.quant.quantizer": ("quantize_bundle",),
+    "gfldeploy.serve.session": ("serve_detector",),
     "gfldeploy.triton.repository": ("triton_repository",),
     "gfldeploy.tune.deploy_file": ("Deploy", "check_deploy"),
     "gfldeploy.tune.session": ("tune_bundles",),

@@ -28,6 +28,7 @@ FUNCTIONS: dict[str, tuple[Any, set[str]]] = {
     "predict": (gfldeploy.predict_images, set()),
     "load": (gfldeploy.load_server, set()),
     "triton": (gfldeploy.triton_repository, set()),
+    "serve": (gfldeploy.serve_detector, set()),
     "compare": (gfldeploy.compare, {"as_json", "fail_if_slower"}),
     "report": (gfldeploy.report, set()),
     "doctor": (gfldeploy.diagnose, {"as_json", "show_all"}),

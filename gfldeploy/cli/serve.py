@@ -80,9 +80,6 @@ def command(**given: Any) -> None:
     \b
     Example: gfldeploy serve gfl_r50_int8 --port 8000
     """
-    from gfldeploy.serve import check_packages
-
-    check_packages()
-    from gfldeploy.serve.run import serve_detector
+    from gfldeploy.serve.session import serve_detector
 
     serve_detector(**given, progress=TerminalProgress())

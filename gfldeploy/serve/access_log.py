@@ -18,9 +18,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gfldeploy.errors import OutputError
-
-CLIENT_GONE = 499
-"""In place of the status of an answer that nobody was there to receive: no such status is ever sent. nginx's number."""
+from gfldeploy.serve.problems import CLIENT_GONE
 
 _log = logging.getLogger(__name__)
 _LONGEST_TEXT = 200  # characters of a path, or of anything else that a client chose

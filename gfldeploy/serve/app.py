@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import anyio
 from starlette.applications import Starlette
@@ -29,21 +28,13 @@ from gfldeploy.serve.requests import BodyGuard, DetectRequest, RequestLimits, re
 from gfldeploy.serve.service import DetectionService
 from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What the application allows."""
-
-    limits: RequestLimits = field(default_factory=RequestLimits)
-
-
 # What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
 _OPEN = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
 
 
 def create_app(
     service: DetectionService,
-    options: ServeOptions,
+    limits: RequestLimits,
     *,
     metrics: Metrics | None = None,
     load: Callable[[], DetectionService] | None = None,
@@ -56,7 +47,6 @@ def create_app(
     `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
     them a request is refused. `progress` is told of reloads.
     """
-    limits = options.limits
     metrics = metrics or Metrics()
     current = Current(service)
     metrics.ask(lambda: current.service)

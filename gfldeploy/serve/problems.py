@@ -19,9 +19,10 @@ from gfldeploy.text import printable
 
 # Its clients expect PaddleX's shape of errors too.
 PADDLEX_PATH = "/object-detection"
+CLIENT_GONE = 499
+"""In place of the status of an answer that nobody was there to receive: no such status is ever sent. nginx's number."""
 # Where nothing better is known: as long as a few batches take.
 _RETRY_S = 1.0
-_CLIENT_GONE = 499  # as nginx logs it; nobody is there to read it
 _LONGEST = 500  # characters of a message, which may quote the request
 
 
@@ -87,7 +88,7 @@ def problem_of(error: BaseException) -> Problem:
         case GfldeployError():
             return Problem(500, "failed", error.problem, error.remedy)
         case ClientDisconnect():
-            return Problem(_CLIENT_GONE, "client_gone", "the client closed the connection before its request was read")
+            return Problem(CLIENT_GONE, "client_gone", "the client closed the connection before its request was read")
         case HTTPException():
             return _of_starlette(error)
         case _:

@@ -20,14 +20,17 @@ from pathlib import Path
 import uvicorn
 from starlette.applications import Starlette
 
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import OutputError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.access_log import AccessLog
-from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.app import create_app
 from gfldeploy.serve.connections import KEEP_ALIVE_S, MOST_HEADER_BYTES, Connection, give_up_on_the_slow, share_files
+from gfldeploy.serve.heap import limit_arenas
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
 from gfldeploy.serve.reload import Current, Reloader
+from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService, Watch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,7 +58,7 @@ class _Uvicorn(uvicorn.Server):
 
 def run_server(
     load: Callable[[Watch], DetectionService],
-    options: ServeOptions,
+    limits: RequestLimits,
     listen: Listen,
     *,
     keys: Keys | None = None,
@@ -70,6 +73,7 @@ def run_server(
     Raises what `load` raises, `OutputError` if it cannot listen, and `EngineError` if the engine fails again and again.
     A second signal stops at once and raises KeyboardInterrupt.
     """
+    limit_arenas(usable_threads())
     metrics = Metrics()
     numbers = (*_SIGNALS, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -87,7 +91,7 @@ def run_server(
             gc.freeze()  # what was loaded stays: it need not be looked at again and again
             app = create_app(
                 service,
-                options,
+                limits,
                 metrics=metrics,
                 load=partial(load, metrics),
                 keys=keys,
@@ -174,7 +178,9 @@ async def _serve(
 def _bound(listen: Listen) -> socket.socket:
     """A socket that has the port, so that two servers cannot load for minutes to find out; nobody can connect yet."""
     try:
-        sock = socket.socket(socket.AF_INET6 if ":" in listen.host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+        # asyncio sends at once (TCP_NODELAY) on connections whose protocol was named, and on no others.
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((listen.host, listen.port))

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gfldeploy.bundle import GOLDEN
 from gfldeploy.errors import GfldeployError, RejectedError
 from gfldeploy.export.golden import PICTURE, agreement
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
+from gfldeploy.serve.heap import give_memory_back
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
-from gfldeploy.serve.problems import Problem
+from gfldeploy.serve.problems import Problem, json_response
 from gfldeploy.serve.service import DetectionService
 
 _log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Reloader:
         """Begin a reload, if none is under way: for SIGHUP, in the event loop."""
         try:
             self.start()
-        except Problem as problem:
+        except GfldeployError as problem:
             self._progress.note(f"SIGHUP: {problem}")
 
     def start(self) -> asyncio.Task[Reloaded]:
@@ -138,7 +139,7 @@ class Reloader:
         raises, and `ParityError` where the golden picture comes out otherwise than expected.
         """
         if self._stopped:
-            raise RejectedError("the server is stopping", "Start another one.", "closed")
+            raise _stopping()
         if self.busy:
             raise Problem(409, "reload_in_progress", "a reload is under way already", "Wait for its end.")
         self._task = asyncio.create_task(self._reload())
@@ -216,10 +217,19 @@ async def check_golden(service: DetectionService) -> str:
 
 async def _retire(old: Awaitable[DetectionService]) -> None:
     service = await old
+
+    def free() -> None:
+        service.close()
+        give_memory_back()
+
     try:
-        await _in_thread(service.close)
+        await _in_thread(free)
     except Exception:  # noqa: BLE001 - of one that nobody uses any more
         _log.exception("the service that was replaced could not be closed")
+
+
+def _stopping() -> RejectedError:
+    return RejectedError("the server is stopping", "Start another one.", "closed")
 
 
 def _retrieve(task: asyncio.Task[Reloaded]) -> None:
@@ -265,6 +275,10 @@ async def reload_route(request: Request) -> Response:
     task = reloader.start()
     try:
         done = await asyncio.shield(task)  # which goes on if the client leaves
+    except asyncio.CancelledError:
+        if task.cancelled():
+            raise _stopping() from None
+        raise
     except GfldeployError as error:
         raise Problem(500, "reload_failed", f"the old service answers on: {error.problem}", error.remedy) from error
-    return JSONResponse(plain(done))
+    return json_response(plain(done))

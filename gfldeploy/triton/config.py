@@ -104,7 +104,9 @@ class TritonConfig:
             cuda = f'{{ name: "cuda" parameters {{ key: "use_tf32" value: "{int(self.tf32)}" }} }}'
             parts.append(f"optimization {{ execution_accelerators {{ gpu_execution_accelerator [ {cuda} ] }} }}")
         for key, value in (self.parameters or {}).items():
-            parts.append(f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(value)} }} }}')
+            parts.append(
+                f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}'
+            )
         return "\n".join((*parts, ""))
 
 

@@ -40,6 +40,7 @@ from gfldeploy.tune.deploy_file import Deploy
 TritonBackend = Literal["python", "onnxruntime"]
 NOTE = "triton.json"
 _VERSION = "1"
+_MODEL_DIRECTORY = "$$TRITON_MODEL_DIRECTORY"  # as Triton writes the model's own folder in EXECUTION_ENV_PATH
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _PHOTOGRAPH = (3000, 4000)  # (height, width): what most cameras take
 _WARMED = 8  # sizes of images, at most
@@ -110,8 +111,8 @@ def triton_repository(
         backend: "python" runs the bundle with gfldeploy in any engine. "onnxruntime" runs the bundle's file that
             deploys by itself in Triton's own backend, behind a Python model that decodes and resizes.
         instances: Processes of the model, each with an engine of its own; by default the streams of `deploy.yml`, or 1.
-        python_env: The environment with gfldeploy in it, where Triton runs, for its Python backend; by default Triton's
-            own.
+        python_env: The environment with gfldeploy in it, for Triton's Python backend: an absolute path where Triton
+            runs; by default Triton's own environment.
         engine: The engine that runs the bundle.
         precision: The precision in which it runs.
         device: The device that it runs on.
@@ -169,6 +170,11 @@ def _plan(
     """Check what can be checked without the machine that serves, and fill in what `deploy.yml` says."""
     if name is not None and not _NAME.fullmatch(name):
         raise UsageError(f"{name!r:.60} cannot be the name of a model", "Use letters, digits, _, - and dots.")
+    if python_env is not None and not python_env.startswith(("/", _MODEL_DIRECTORY)):
+        raise UsageError(
+            f"--python-env {python_env!r:.60} is no absolute path",
+            f"Or begin it with {_MODEL_DIRECTORY}, Triton's word.",
+        )
     manifest = bundle.manifest
     name = name or re.sub(r"[^A-Za-z0-9_.-]+", "_", manifest.name).strip("._-")[:100] or "detector"
     precision, device, size = settings.precision or manifest.precision, settings.device or "cpu", settings.input_size

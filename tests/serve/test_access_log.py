@@ -20,7 +20,8 @@ from starlette.routing import Mount, Route
 from starlette.types import Message
 
 from gfldeploy.errors import OutputError
-from gfldeploy.serve.access_log import CLIENT_GONE, AccessLog, Exchange, Exchanges
+from gfldeploy.serve.access_log import AccessLog, Exchange, Exchanges
+from gfldeploy.serve.problems import CLIENT_GONE
 
 
 class Recorder:

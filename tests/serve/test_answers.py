@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from gfldeploy.detections import Detections
 from gfldeploy.detector import Detector
 from gfldeploy.serve.answers import image_record
-from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.app import create_app
 from gfldeploy.serve.loaded import Answer, StageTimes
 from gfldeploy.serve.problems import Problem
 from gfldeploy.serve.requests import DetectRequest, RequestLimits
@@ -44,7 +44,7 @@ def alone(tiny_bundle: Path, files: list[bytes]) -> list[Detections]:
 @pytest.fixture(scope="module")
 def app(tiny_bundle: Path) -> Iterator[Starlette]:
     with serving(tiny_bundle) as service:
-        yield create_app(service, ServeOptions(LIMITS))
+        yield create_app(service, LIMITS)
 
 
 def post(app: Starlette, path: str, content: bytes, kind: str = "application/json") -> httpx.Response:

@@ -10,7 +10,8 @@ import pytest
 from served import Gate, contents, serving, talk, until
 
 from gfldeploy.detector import Detector
-from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.app import create_app
+from gfldeploy.serve.requests import RequestLimits
 
 
 def test_detect(tiny_bundle: Path, tiny_coco: Path) -> None:
@@ -22,7 +23,7 @@ def test_detect(tiny_bundle: Path, tiny_coco: Path) -> None:
         return await asyncio.gather(*(client.post("/v1/detect", content=image) for image in images))
 
     with serving(tiny_bundle) as service:
-        answers = talk(create_app(service, ServeOptions()), ask)
+        answers = talk(create_app(service, RequestLimits()), ask)
     for expected, response in zip(alone, answers, strict=True):
         assert response.status_code == 200
         (image,) = response.json()["images"]
@@ -42,7 +43,7 @@ def test_what_is_found_is_filtered(tiny_bundle: Path, tiny_coco: Path) -> None:
         return [[one["class"] for one in response.json()["images"][0]["detections"]] for response in responses]
 
     with serving(tiny_bundle) as service:
-        found = talk(create_app(service, ServeOptions()), ask)
+        found = talk(create_app(service, RequestLimits()), ask)
     usual, everything, nothing, balls, both = found
     assert set(usual) == {"box"} and usual == both and nothing == []
     assert set(everything) == {"box"} and balls == []  # the tiny detector sees no ball above its own threshold
@@ -64,7 +65,7 @@ def test_errors(tiny_bundle: Path, tiny_coco: Path, path: str, content: bytes | 
         return await client.post(path, content=image)
 
     with serving(tiny_bundle) as service:
-        response = talk(create_app(service, ServeOptions()), ask)
+        response = talk(create_app(service, RequestLimits()), ask)
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert response.json()["error"]["message"]
     assert ("retry-after" in response.headers) == (status == 503)
@@ -80,7 +81,7 @@ def test_health_and_model(tiny_bundle: Path) -> None:
         return [(response.status_code, response.json()) for response in (*before, *after)]
 
     with serving(tiny_bundle) as service:
-        live, ready, model, *refused = talk(create_app(service, ServeOptions()), ask)
+        live, ready, model, *refused = talk(create_app(service, RequestLimits()), ask)
         digest = service.choice.bundle.digest
     assert live[0] == ready[0] == model[0] == 200
     assert [status for status, _ in refused] == [503, 503]
@@ -94,7 +95,7 @@ def test_a_client_that_leaves_takes_its_work_along(tiny_bundle: Path, tiny_coco:
     image, *_ = contents(tiny_coco)
 
     async def run() -> None:
-        app, gate = create_app(service, ServeOptions()), Gate(service)
+        app, gate = create_app(service, RequestLimits()), Gate(service)
         left = asyncio.Event()
         sent: list[int] = []
 

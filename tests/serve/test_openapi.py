@@ -18,12 +18,12 @@ from served import contents, serving, talk
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.app import create_app
 from gfldeploy.serve.openapi import openapi
 from gfldeploy.serve.requests import RequestLimits
 
 LIMITS = RequestLimits(timeout_ms=60_000)
-EXAMPLES = 15  # of each operation and mode
+EXAMPLES = 10  # of each operation and mode
 # An answer has the schema and type that are described for its status; wrong requests are refused, none is a crash.
 USED = (
     "status_code_conformance",
@@ -38,7 +38,7 @@ USED = (
 @pytest.fixture(scope="module")
 def app(tiny_bundle: Path) -> Iterator[Starlette]:
     with serving(tiny_bundle) as service:
-        yield create_app(service, ServeOptions(LIMITS))
+        yield create_app(service, LIMITS)
 
 
 def test_every_route_is_described(app: Starlette) -> None:

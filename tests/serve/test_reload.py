@@ -23,10 +23,11 @@ from gfldeploy.engines.registry import open_engine
 from gfldeploy.export.golden import golden_picture, write_golden
 from gfldeploy.export.parity import TOLERANCE
 from gfldeploy.predict.engine_selection import choose
-from gfldeploy.serve.app import ServeOptions, create_app
+from gfldeploy.serve.app import create_app
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
 from gfldeploy.serve.reload import Current, Reloader
+from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService, ServiceSettings
 
 pytest.importorskip("onnxruntime")
@@ -60,7 +61,7 @@ class Server:
         self.progress = RecordedProgress()
         self.app = create_app(
             self.load(),
-            ServeOptions(),
+            RequestLimits(),
             metrics=self.metrics,
             load=load or self.load,
             keys=read,

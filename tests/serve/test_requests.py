@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
+import threading
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -433,6 +436,35 @@ def test_an_answer_to_an_unread_body_is_sent_at_once_and_the_rest_discarded() ->
         "receive",
         "http.response.body None",
     ]
+
+
+@pytest.mark.parametrize(("header", "parts"), [(b"Transfer-Encoding: chunked", 60), (b"Content-Length: 3000000", 30)])
+def test_a_client_that_sends_too_much_gets_its_answer_from_a_real_server(header: bytes, parts: int) -> None:
+    """Though it reads nothing before it has sent all: without the guard its connection would be reset."""
+    limits = RequestLimits(body_bytes=700_000)
+
+    async def read(request: Request) -> Response:
+        await read_request(request, limits, CLASSES)
+        return json_response({})
+
+    app = BodyGuard(Starlette(routes=[Route("/", read, methods=["POST"])], exception_handlers=HANDLERS), limits)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
+        thread.start()
+        with socket.create_connection(listening.getsockname()[:2], timeout=30) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: here\r\n" + header + b"\r\n\r\n")
+            for _ in range(parts):
+                content = b"x" * 20_000
+                client.sendall(b"%x\r\n%b\r\n" % (len(content), content) if b"chunked" in header else content)
+            client.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        server.should_exit = True
+        thread.join(30)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413 ")
+    assert head.lower().count(b"connection: close") == 1
+    assert json.loads(body)["error"]["code"] == "too_large"
 
 
 def test_hostile_bodies_of_a_form_are_refused_without_reading_them_byte_by_byte() -> None:

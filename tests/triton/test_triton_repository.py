@@ -115,6 +115,7 @@ def test_only_what_gfldeploy_wrote_is_replaced(tiny_bundle: Path, tmp_path: Path
     ("words", "told"),
     [
         (("--name", "../up"), "cannot be the name of a model"),
+        (("--python-env", "env"), "is no absolute path"),
         (("--engine", "paddle"), "has no paddle graph"),
         (("--engine", "openvino", "--precision", "fp16"), "gfldeploy's FP16 file is for GPUs"),
         (("--precision", "int8"), "is FP32"),

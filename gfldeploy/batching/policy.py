@@ -7,7 +7,6 @@ call them in the same way, whenever the engine, or a stream of it, is free and s
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -99,14 +98,20 @@ class Adaptive(Policy):
 
         If nothing else is there and it is refused all the same, a little of what was learnt is forgotten.
         """
-        waiting, running = tuple(waiting), tuple(running)
-        ahead = Counter(one.size for one in waiting if one.deadline <= new.deadline)
-        busy_ms = sum(
-            max(self.model.predict(one.images, one.size) - (now - one.since) * 1e3, 0.0) for one in running
-        ) + sum(count * self._best_ms(size) for size, count in ahead.items())
+        busy_ms, alone = 0.0, True
+        best: dict[Size, float] = {}
+        for batch in running:
+            busy_ms += max(self.model.predict(batch.images, batch.size) - (now - batch.since) * 1e3, 0.0)
+            alone = False
+        for one in waiting:
+            alone = False
+            if one.deadline <= new.deadline:
+                if one.size not in best:
+                    best[one.size] = self._best_ms(one.size)
+                busy_ms += best[one.size]
         own_ms = self.model.margin(1, new.size)
         admitted = now + (busy_ms / self.streams + own_ms) / 1e3 <= new.deadline
-        if not (admitted or waiting or running):
+        if alone and not admitted:
             self.model.fade()
         return admitted
 

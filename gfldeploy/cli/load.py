@@ -58,7 +58,9 @@ from gfldeploy.cli.console import TerminalProgress
 @options.limit(256)
 @options.seed("the times and of the order of the images")
 @click.option(
-    "--api-key-file", type=options.FILE, help="File with the key that the server asks for, on its first line."
+    "--api-key-file",
+    type=options.FILE,
+    help="File with the key that the server asks for, such as the server's own: its first key is sent.",
 )
 @options.output("File of results to write, which report and compare read.", Path("load.json"))
 def command(output: Path, **given: Any) -> None:

@@ -289,13 +289,15 @@ def _read(folder: Path, limit: int | None) -> tuple[list[bytes], DataDescription
 
 
 def _key(path: Path) -> str:
-    """The first key of the file. Raises `DataError`."""
-    with reading(path, DataError, "Give a file with the key on its first line."):
+    """The first key of the file, which may be the server's own, with remarks in it. Raises `DataError`."""
+    remedy = "Give a file with the key on a line of its own, such as the server's."
+    with reading(path, DataError, remedy):
         with path.open("rb") as file:
-            lines = file.read(_MOST_KEY).decode("ascii").split()
-        if not lines:
-            raise DataError(f"{path} is empty", "Give a file with the key on its first line.")
-        return lines[0]
+            lines = [line.split() for line in file.read(_MOST_KEY).splitlines()]
+        key = next((words[0] for words in lines if words and not words[0].startswith(b"#")), None)
+        if key is None:
+            raise DataError(f"{path} has no key", remedy)
+        return key.decode("ascii")
 
 
 def _allow_files(connections: int) -> None:

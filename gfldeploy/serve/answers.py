@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from gfldeploy.detections import Detections
@@ -30,7 +29,7 @@ def image_record(answer: Answer, request: DetectRequest) -> dict[str, Any]:
         "detections": [
             {"class": name, "class_id": number, "score": score, "box": box} for name, number, score, box in rows
         ],
-        "times_ms": {stage: round(ms, 3) for stage, ms in asdict(answer.times).items()},
+        "times_ms": {stage: round(ms, 3) for stage, ms in vars(answer.times).items()},
     }
     if found.may_lack_below > max(request.threshold, 0):
         record["may_lack_below"] = found.may_lack_below

@@ -53,7 +53,7 @@ _TIMED_SIZES = 2
 
 
 @dataclass(frozen=True)
-class StageTimes:
+class AnswerTimes:
     """Milliseconds of one image. `queue`: until its batch began. `infer`: the network and NMS of its whole batch."""
 
     decode: float
@@ -68,7 +68,7 @@ class Answer:
 
     detections: Detections
     size: tuple[int, int]
-    times: StageTimes
+    times: AnswerTimes
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class LoadedDetector(ClosesOnExit):
             self._check = CpuCheck(choice.engine, self._engine, choice.bundle, progress.note)
             self._checking, self._uploading = threading.Lock(), threading.Lock()
             self._inferring = threading.Semaphore(options.streams + self._engine.queued)
-            at_once = options.streams + PREPARED[options.device]
+            at_once = options.streams + self._engine.queued + PREPARED[options.device]
             self._decoders = (
                 ThreadPoolExecutor(min(options.threads, _MOST_DECODERS), "gfldeploy-decode")
                 if options.device == "gpu" and self.most > 1
@@ -218,7 +218,7 @@ class LoadedDetector(ClosesOnExit):
             else Answer(
                 next(found),
                 job.size,
-                StageTimes(one.decode_ms, one.preprocess_ms, (start - job.arrived) * 1e3, infer_ms),
+                AnswerTimes(one.decode_ms, one.preprocess_ms, (start - job.arrived) * 1e3, infer_ms),
             )
             for job, one in zip(jobs, filled, strict=True)
         ]

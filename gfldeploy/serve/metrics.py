@@ -19,7 +19,7 @@ from gfldeploy import __version__
 from gfldeploy.bench.monitor import Gpu
 from gfldeploy.errors import Rejection
 from gfldeploy.serve.access_log import Exchange
-from gfldeploy.serve.loaded import StageTimes
+from gfldeploy.serve.loaded import AnswerTimes
 from gfldeploy.serve.service import DetectionService, Watch
 
 # Seconds: from a rejection, which takes a millisecond, to a large network on a CPU.
@@ -65,7 +65,7 @@ class Metrics(Watch):
         rejections = counter("rejections_total", "Rejected images, by the reason.", "reason")
         self._rejections = {reason: rejections.labels(reason.replace(" ", "_")) for reason in get_args(Rejection)}
         stages = histogram("stage_duration_seconds", "Time of an image in a stage.", _SECONDS, "stage")
-        self._stages = {field.name: stages.labels(field.name) for field in fields(StageTimes)}
+        self._stages = {field.name: stages.labels(field.name) for field in fields(AnswerTimes)}
         self._batches = histogram("batch_size_images", "Images of a batch.", _BATCH_SIZES)
         self._pixels = counter("batch_pixels_total", "Pixels of the network's input, with the padding of batches.")
         self._own_pixels = counter("batch_own_pixels_total", "The same without padding to a common size.")
@@ -97,7 +97,7 @@ class Metrics(Watch):
         self._pixels.inc(pixels)
         self._own_pixels.inc(own_pixels)
 
-    def answered(self, times: StageTimes) -> None:
+    def answered(self, times: AnswerTimes) -> None:
         self._images["answered"].inc()
         for name, stage in self._stages.items():
             stage.observe(getattr(times, name) / 1e3)

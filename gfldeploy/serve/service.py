@@ -22,7 +22,7 @@ from gfldeploy.images.decode import size_of
 from gfldeploy.images.formats import JPEG_START, read_header
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.progress import SILENT, Progress
-from gfldeploy.serve.loaded import Answer, LoadedDetector, StageTimes
+from gfldeploy.serve.loaded import Answer, AnswerTimes, LoadedDetector
 
 _log = logging.getLogger(__name__)
 # Of a JPEG so much is looked at in the event loop, for its size: a hostile one holds it up for a few milliseconds.
@@ -78,7 +78,7 @@ class Watch:
     def batch(self, images: int, pixels: int, own_pixels: int) -> None:
         """A batch ran: so many images and pixels, and pixels without padding to a common size. In any thread."""
 
-    def answered(self, times: StageTimes) -> None:
+    def answered(self, times: AnswerTimes) -> None:
         """An image was answered."""
 
     def rejected(self, reason: Rejection) -> None:

@@ -136,3 +136,21 @@ def test_a_picture_of_the_users_is_made_small() -> None:
 @pytest.mark.slow
 def test_the_example_prints_the_golden_detections_of_the_demo(trained: Path) -> None:
     check_example(trained, 0.1)
+
+
+@pytest.mark.slow
+def test_the_example_prints_int8_within_the_tolerance(calibrated: Path) -> None:
+    record = json.loads((calibrated / GOLDEN).read_text())
+    expected, allowed = record["detections"], record["tolerance"]
+    found = printed_by_the_example(calibrated, 0.0)
+    missing = [
+        one
+        for one in expected
+        if not any(
+            name == one["class"]
+            and abs(score - one["score"]) <= allowed["score"]
+            and max(abs(found - corner) for found, corner in zip(box, one["box"], strict=True)) <= allowed["box_px"]
+            for name, score, box in found
+        )
+    ]
+    assert expected and len(missing) <= allowed["missing"] * len(expected), missing

@@ -54,6 +54,9 @@ def test_the_zoo_exports_within_the_promised_differences(
         compared = {(found["graph"], found["batch"], found["width"]) for found in row["comparisons"]}
         graphs = ("paddle", "paddle_program", "onnx")
         assert compared == {(graph, *one) for graph in graphs for one in ((1, 256), (3, 416), (1, 672))}
+        files = {(one["graph"], one["engine"]) for one in row["end_to_end"]}
+        assert files >= {("end_to_end", "onnxruntime"), ("end_to_end", "openvino"), ("end_to_end_fp16", "onnxruntime")}
+        assert row["left_out"] == {}
         assert row["max_score_difference"] <= 1e-5
         assert row["max_box_difference_px"] <= 0.05
         assert inspect(tmp_path / row["config"])["macs"]["gmac"] > 10, "shapes can be inferred"

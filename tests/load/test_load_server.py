@@ -264,14 +264,14 @@ def test_a_server_that_cannot_use_the_first_image_or_is_not_there(images: Path) 
 
 
 def test_the_key_is_sent_and_not_written(images: Path, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("s3cret\nother\n")
+    (tmp_path / "keys").write_text("# clé\ns3cret\nother\n", "utf-8")
     output = tmp_path / "load.json"
     with ScriptedServer() as server:
         brief(server.url, images=images, rates=[40.0], api_key_file=tmp_path / "keys", output=output)
     assert {one.headers["authorization"] for one in server.asked} == {"Bearer s3cret"}
     assert "s3cret" not in output.read_text() and str(images) not in output.read_text()
-    (tmp_path / "keys").write_text("")
-    with pytest.raises(DataError, match="is empty"):
+    (tmp_path / "keys").write_text("# none\n")
+    with pytest.raises(DataError, match="has no key"):
         load_server("http://127.0.0.1:1", images=images, rates=[1.0], api_key_file=tmp_path / "keys")
 
 

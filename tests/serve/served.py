@@ -17,10 +17,13 @@ from starlette.types import ASGIApp
 from gfldeploy.detections import Detections
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.predict.engine_selection import choose
+from gfldeploy.predict.pipeline import PREPARED
 from gfldeploy.serve.service import DetectionService, ServiceSettings, Watch
 
 T = TypeVar("T")
 LONG_MS = 60_000.0
+AT_ONCE = 1 + PREPARED["cpu"]  # batches that have begun, of a service with one stream
+_gates: list[Gate] = []
 
 
 @contextmanager
@@ -31,6 +34,8 @@ def serving(bundle: Path, watch: Watch | None = None, **settings: Any) -> Iterat
     try:
         yield service
     finally:
+        while _gates:  # or closing waits for them, also after a failed assertion
+            _gates.pop().open.set()
         service.close(drain=False)
 
 
@@ -65,6 +70,7 @@ class Gate:
 
     def __init__(self, service: DetectionService) -> None:
         self.open, self.entered = threading.Event(), threading.Event()
+        _gates.append(self)
         self.error: Exception | None = None
         self.once: list[Exception] = []
         engine = service._detector._engine

@@ -21,7 +21,7 @@ from gfldeploy.detections import Detections
 from gfldeploy.detector import Detector
 from gfldeploy.serve.answers import image_record
 from gfldeploy.serve.app import create_app
-from gfldeploy.serve.loaded import Answer, StageTimes
+from gfldeploy.serve.loaded import Answer, AnswerTimes
 from gfldeploy.serve.problems import Problem
 from gfldeploy.serve.requests import DetectRequest, RequestLimits
 
@@ -120,7 +120,7 @@ def test_threshold_and_classes_filter(threshold: float, classes: tuple[str, ...]
         may_lack_below=0.25,
         class_names=("box", "ball", "7"),
     )
-    answer = Answer(found, (30, 40), StageTimes(1, 2, 3.00049, 4))
+    answer = Answer(found, (30, 40), AnswerTimes(1, 2, 3.00049, 4))
     record = image_record(answer, DetectRequest((b"",), threshold, 100, classes))
     check(record, found.select(np.array(places, np.intp)))
     assert (record["height"], record["width"]) == (30, 40)
@@ -130,7 +130,7 @@ def test_threshold_and_classes_filter(threshold: float, classes: tuple[str, ...]
 
 def test_a_class_that_the_detector_no_longer_has(files: list[bytes], alone: list[Detections]) -> None:
     """Another bundle may have been loaded since the request was read."""
-    answer = Answer(alone[0], (30, 40), StageTimes(1, 2, 3, 4))
+    answer = Answer(alone[0], (30, 40), AnswerTimes(1, 2, 3, 4))
     with pytest.raises(Problem, match="no class 'bicycle'"):
         image_record(answer, DetectRequest((files[0],), 0, 100, ("bicycle",)))
 

@@ -6,32 +6,10 @@ import asyncio
 from pathlib import Path
 
 import httpx
-import pytest
-from served import Gate, contents, serving, talk, until
+from served import AT_ONCE, Gate, contents, serving, talk, until
 
-from gfldeploy.detector import Detector
 from gfldeploy.serve.app import create_app
 from gfldeploy.serve.requests import RequestLimits
-
-
-def test_detect(tiny_bundle: Path, tiny_coco: Path) -> None:
-    images = contents(tiny_coco)
-    with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
-        alone = detector.detect(images)
-
-    async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
-        return await asyncio.gather(*(client.post("/v1/detect", content=image) for image in images))
-
-    with serving(tiny_bundle) as service:
-        answers = talk(create_app(service, RequestLimits()), ask)
-    for expected, response in zip(alone, answers, strict=True):
-        assert response.status_code == 200
-        (image,) = response.json()["images"]
-        assert [one["class"] for one in image["detections"]] == expected.names
-        assert [one["class_id"] for one in image["detections"]] == expected.classes.tolist()
-        assert [one["score"] for one in image["detections"]] == expected.scores.tolist()
-        assert [one["box"] for one in image["detections"]] == expected.boxes.tolist()
-        assert set(image["times_ms"]) == {"decode", "preprocess", "queue", "infer"}
 
 
 def test_what_is_found_is_filtered(tiny_bundle: Path, tiny_coco: Path) -> None:
@@ -49,26 +27,24 @@ def test_what_is_found_is_filtered(tiny_bundle: Path, tiny_coco: Path) -> None:
     assert set(everything) == {"box"} and balls == []  # the tiny detector sees no ball above its own threshold
 
 
-@pytest.mark.parametrize(
-    "path, content, status, code",
-    [
+def test_errors(tiny_bundle: Path, tiny_coco: Path) -> None:
+    image, *_ = contents(tiny_coco)
+    cases = [
         ("/v1/detect", b"", 422, "image"),
         ("/v1/detect", b"no image", 422, "image"),
-        ("/v1/detect?timeout_ms=0.001", None, 503, "deadline"),
+        ("/v1/detect?timeout_ms=0.001", image, 503, "deadline"),
         ("/v1/detect/", b"", 404, "not_found"),  # and no redirection to what the Host header says
-    ],
-)
-def test_errors(tiny_bundle: Path, tiny_coco: Path, path: str, content: bytes | None, status: int, code: str) -> None:
-    image = contents(tiny_coco)[0] if content is None else content
+    ]
 
-    async def ask(client: httpx.AsyncClient) -> httpx.Response:
-        return await client.post(path, content=image)
+    async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return [await client.post(path, content=content) for path, content, *_ in cases]
 
     with serving(tiny_bundle) as service:
-        response = talk(create_app(service, RequestLimits()), ask)
-    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
-    assert response.json()["error"]["message"]
-    assert ("retry-after" in response.headers) == (status == 503)
+        answers = talk(create_app(service, RequestLimits()), ask)
+    for response, (_, _, status, code) in zip(answers, cases, strict=True):
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert response.json()["error"]["message"]
+        assert ("retry-after" in response.headers) == (status == 503)
 
 
 def test_health_and_model(tiny_bundle: Path) -> None:
@@ -121,18 +97,18 @@ def test_a_client_that_leaves_takes_its_work_along(tiny_bundle: Path, tiny_coco:
             }
             await app(scope, receive, send)  # type: ignore[arg-type]
 
-        running = [asyncio.create_task(request(False)) for _ in range(2)]
-        await until(lambda: service.waiting == 0 and gate.entered.is_set() and service.in_flight == 2)
+        running = [asyncio.create_task(request(False)) for _ in range(AT_ONCE)]
+        await until(lambda: service.waiting == 0 and gate.entered.is_set() and service.in_flight == AT_ONCE)
         gone = [asyncio.create_task(request(True)) for _ in range(3)]
         await until(lambda: service.waiting == 3)
         left.set()
         await asyncio.gather(*gone)
-        assert service.in_flight == 2
+        assert service.in_flight == AT_ONCE
         gate.open.set()
         await asyncio.gather(*running)
-        assert sorted(sent) == [200, 200, 499, 499, 499]
+        assert sorted(sent) == [200] * AT_ONCE + [499] * 3
 
     with serving(tiny_bundle) as service:
         asyncio.run(run())
         counts = service._detector.batcher.counts
-    assert (counts.answered, counts.cancelled) == (2, 3)
+    assert (counts.answered, counts.cancelled) == (AT_ONCE, 3)

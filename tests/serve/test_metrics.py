@@ -15,7 +15,7 @@ from served import serving
 from gfldeploy import __version__
 from gfldeploy.bundle import Bundle
 from gfldeploy.serve.access_log import Exchange
-from gfldeploy.serve.loaded import StageTimes
+from gfldeploy.serve.loaded import AnswerTimes
 from gfldeploy.serve.metrics import Metrics
 from gfldeploy.serve.service import DetectionService
 
@@ -69,7 +69,7 @@ def test_requests(metrics: Metrics) -> None:
 
 
 def test_images_and_batches(metrics: Metrics) -> None:
-    metrics.answered(StageTimes(decode=2.0, preprocess=3.0, queue=0.5, infer=40.0))
+    metrics.answered(AnswerTimes(decode=2.0, preprocess=3.0, queue=0.5, infer=40.0))
     metrics.rejected("queue full")
     metrics.rejected("deadline")
     metrics.failed("image")

@@ -17,9 +17,9 @@ from served import Gate, contents, serving
 
 from gfldeploy.progress import Silent
 from gfldeploy.serve import connections
-from gfldeploy.serve.app import ServeOptions
 from gfldeploy.serve.connections import Connection
 from gfldeploy.serve.process import Listen, run_server
+from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService
 
 IN_FLIGHT = 32
@@ -84,11 +84,11 @@ def closed(sock: socket.socket) -> bool:
     return True
 
 
-def run(bundle: Path, talk: Talk, **settings: int) -> None:
-    with serving(bundle, **settings) as service:
+def run(bundle: Path, talk: Talk, most_waiting: int = 64) -> None:
+    with serving(bundle, most_waiting=most_waiting) as service:
         clients = Clients(lambda clients: talk(clients, service))
         try:
-            run_server(lambda watch: service, ServeOptions(), Listen(port=0), progress=clients)
+            run_server(lambda watch: service, RequestLimits(), Listen(port=0), progress=clients)
         finally:
             clients.result.result(60)
 

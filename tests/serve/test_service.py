@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import LONG_MS, Gate, contents, same, serving, until
+from served import AT_ONCE, LONG_MS, Gate, contents, same, serving, until
 
 from gfldeploy.detector import Detector
 from gfldeploy.errors import DataError, EngineError, RejectedError
@@ -75,8 +75,10 @@ def test_what_is_too_much_is_refused_at_once(tiny_bundle: Path, tiny_coco: Path)
 
     async def ask(service: DetectionService) -> None:
         gate = Gate(service)
-        running = [asyncio.ensure_future(service.detect(image, LONG_MS)) for _ in range(2)]
-        await until(lambda: service.waiting == 0 and gate.entered.is_set())
+        running: list[asyncio.Future[Answer]] = []
+        for _ in range(AT_ONCE):
+            running.append(asyncio.ensure_future(service.detect(image, LONG_MS)))
+            await until(lambda: service.in_flight == len(running) and service.waiting == 0)
         waiting = [asyncio.ensure_future(service.detect(image, LONG_MS)) for _ in range(2)]
         await until(lambda: service.waiting == 2)
         with pytest.raises(RejectedError) as full:

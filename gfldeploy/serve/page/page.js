@@ -76,7 +76,8 @@ async function detect(chosen) {
     if (!(await shown)) placeholder(found);
   } catch (error) {
     if (error.name === "AbortError") return;
-    const known = error.status ? `${error.message}. ${error.remedy}` : "The server did not answer. Is it running?";
+    const asked = error.status === 401 ? "this server asks for an API key: enter it below." : `${error.message}. ${error.remedy}`;
+    const known = error.status ? asked : "the server cannot be reached.";
     showError(error.status ? `Not answered (${error.status}):` : "Not answered:", known);
     at("caption").textContent = chosen.name;
   }

@@ -32,6 +32,12 @@ from gfldeploy.cli.console import TerminalProgress
 @click.option(
     "--max-body-mb", type=options.FiniteFloat(0, min_open=True), default=32.0, help="Largest request, 10^6 bytes."
 )
+@click.option(
+    "--max-megapixels",
+    type=options.FiniteFloat(0, min_open=True),
+    default=50.0,
+    help="Largest image, 10^6 pixels: larger ones take seconds to decode.",
+)
 @click.option("--max-images", type=options.WholeNumber(1), default=16, help="Number of images of a request at most.")
 @click.option(
     "--body-timeout-s",

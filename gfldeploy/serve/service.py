@@ -40,15 +40,18 @@ class ServiceSettings:
     """How a service serves.
 
     `most_waiting`: images that wait for their batch, beyond which others are refused. `warm_up`: a folder of images
-    such as those to come. `reduced`: JPEGs may be decoded at a fraction of their size. An engine that fails, or that
-    does not answer for `hang_s` seconds, is replaced by a new one; when that has been necessary more than
-    `restarts` times within `restarts_s` seconds, the service gives up. Neither the time that decoding takes counts, of
-    which clients have a say, nor that in which the whole process was stopped.
+    such as those to come. `reduced`: JPEGs may be decoded at a fraction of their size. `most_pixels`: of an image: a
+    thread that decodes for seconds runs no batches.
+
+    An engine that fails, or that does not answer for `hang_s` seconds, is replaced by a new one; when that has been
+    necessary more than `restarts` times within `restarts_s` seconds, the service gives up. Neither the time that
+    decoding takes counts, of which clients have a say, nor that in which the whole process was stopped.
     """
 
     most_waiting: int = 64
     warm_up: Path | None = None
     reduced: bool = False
+    most_pixels: float = 50e6
     hang_s: float = 60.0
     restarts: int = 3
     restarts_s: float = 600.0
@@ -208,6 +211,11 @@ class DetectionService:
         if size is None:
             size = await asyncio.get_running_loop().run_in_executor(self._readers, _slow_size, content)
             self._check_ready()
+        if size[0] * size[1] > self._settings.most_pixels:
+            raise DataError(
+                f"the image has {size[1]} x {size[0]} px, more than {self._settings.most_pixels / 1e6:g} million",
+                "Scale it down, or raise --max-megapixels of the server.",
+            )
         try:
             return await asyncio.wrap_future(self._detector.submit(content, size, timeout_ms))
         except DataError:

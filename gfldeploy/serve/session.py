@@ -28,6 +28,7 @@ def serve_detector(
     max_waiting: int = 64,
     decode: Literal["exact", "fast"] = "exact",
     max_body_mb: float = 32.0,
+    max_megapixels: float = 50.0,
     max_images: int = 16,
     body_timeout_s: float = 10.0,
     drain_timeout_s: float = 30.0,
@@ -59,6 +60,7 @@ def serve_detector(
         max_waiting: Images that wait at most.
         decode: "fast" decodes large JPEGs at a reduced scale.
         max_body_mb: The largest request, in 10^6 bytes.
+        max_megapixels: The largest image, in 10^6 pixels.
         max_images: Images of a request at most.
         body_timeout_s: Seconds that a client may take to send a request.
         drain_timeout_s: Seconds that draining may take.
@@ -97,7 +99,9 @@ def serve_detector(
     from gfldeploy.serve.process import Listen, run_server
     from gfldeploy.serve.requests import RequestLimits
 
-    settings = ServiceSettings(max_waiting, None if warm_up is None else Path(warm_up), decode == "fast")
+    settings = ServiceSettings(
+        max_waiting, None if warm_up is None else Path(warm_up), decode == "fast", max_megapixels * 1e6
+    )
 
     keys = None if api_key_file is None else Keys(Path(api_key_file))
 

@@ -64,6 +64,12 @@ def test_a_bad_image_fails_alone(tiny_bundle: Path, tiny_coco: Path) -> None:
     same(first.detections, last.detections)
 
 
+def test_an_image_of_too_many_pixels(tiny_bundle: Path, tiny_coco: Path) -> None:
+    image, *_ = contents(tiny_coco)  # 48 x 80
+    with serving(tiny_bundle, most_pixels=3839) as service, pytest.raises(DataError, match="80 x 48 px, more than"):
+        asyncio.run(service.detect(image, LONG_MS))
+
+
 def test_what_is_too_much_is_refused_at_once(tiny_bundle: Path, tiny_coco: Path) -> None:
     rejected: list[str] = []
 

@@ -230,12 +230,6 @@ class DynamicBatcher(Generic[In, Out]):
         return len(self._waiting)
 
     @property
-    def busy_s(self) -> float:
-        """Seconds since the batch began that has run for longest; 0 if none runs."""
-        with self._changed:
-            return max((time.monotonic() - batch.since for batch, _ in self._running.values()), default=0.0)
-
-    @property
     def counts(self) -> Counts:
         """A snapshot."""
         with self._changed:

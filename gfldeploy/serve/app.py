@@ -118,6 +118,8 @@ def create_app(
         ],
         exception_handlers=HANDLERS,
     )
+    # Else a client that adds a slash is sent to http://, whatever its Host header says, with its key and its image.
+    app.router.redirect_slashes = False
     app.state.current, app.state.metrics = current, metrics
     app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
     return app

@@ -18,6 +18,7 @@ that is being closed (nginx: 60)."""
 MOST_HEADER_BYTES = 1 << 16
 _MOST_CONNECTIONS, _OTHER_FILES = 4096, 128
 _SENDING_S = 30.0
+_TELLS = hasattr(AutoHTTPProtocol, "on_headers_complete")  # httptools tells what a byte belongs to
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of two classes, whichever is installed
@@ -42,21 +43,33 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
-        self._forget_header()
+        self._forget_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Begin to wait for a header with its first byte."""
-        if self.idle:
+        if self.idle or _TELLS:
             self._header_bytes += len(data)
         super().data_received(data)
         if not self.idle:
-            self._forget_header()
+            self._forget_timer()
             self.scope["state"]["arrived"] = time.perf_counter()
-        elif self._header_bytes > MOST_HEADER_BYTES and not (self.cycle and self.cycle.more_body):
-            self.transport.close()  # and it is no rest of a body that was answered before its end
-        elif self._timer is None:
+        # httptools keeps all that is no body, also the trailers of one and the next header; h11 has a limit for these.
+        unending = _TELLS or (self.idle and not (self.cycle and self.cycle.more_body))
+        if self._header_bytes > MOST_HEADER_BYTES and unending:
+            self.transport.close()
+        elif self.idle and self._timer is None:
             self._await_header()
+
+    def on_headers_complete(self) -> None:
+        """Of httptools: a header has ended."""
+        self._header_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Of httptools: a piece of a body."""
+        self._header_bytes = 0
+        super().on_body(body)
 
     @property
     def idle(self) -> bool:
@@ -66,8 +79,9 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
     def _await_header(self) -> None:
         self._timer = self.loop.call_later(HEADER_S, self._late)
 
-    def _forget_header(self) -> None:
-        self._header_bytes = 0
+    def _forget_timer(self) -> None:
+        if not _TELLS:
+            self._header_bytes = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -33,7 +33,7 @@ from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.tensorrt import possible_shapes
-from gfldeploy.errors import DataError, EngineError, RejectedError
+from gfldeploy.errors import DataError, GfldeployError, RejectedError
 from gfldeploy.images.decode import decode_image, load_cv2, read_image, size_of
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import PREPARED, room
@@ -144,6 +144,7 @@ class LoadedDetector(ClosesOnExit):
                 else None
             )
             self._memory = threading.local()
+            self._signs: dict[int, float] = {}  # of life: by thread that runs a batch, when it began the last step
             model = self._settle(samples, at_once, progress)
         except BaseException:
             self._engine.close()
@@ -175,8 +176,9 @@ class LoadedDetector(ClosesOnExit):
         self.batcher.abandon(error)
 
     def stuck(self, seconds: float) -> str | None:
-        """Why the engine is of no use if a batch has run for longer than that, else None."""
-        busy_s = self.batcher.busy_s
+        """Why the engine is of no use if a batch has run for longer than that, or an image is decoded, else None."""
+        now = time.monotonic()
+        busy_s = max((now - sign for sign in self._signs.copy().values()), default=0.0)
         return f"a batch has not ended after {busy_s:.0f} s" if busy_s > seconds else None
 
     def probe(self, seconds: float) -> str | None:
@@ -185,23 +187,31 @@ class LoadedDetector(ClosesOnExit):
             self.submit(self._probe, size_of(io.BytesIO(self._probe)), seconds * 1e3).result(seconds)
         except RejectedError as error:
             return error.problem if error.reason == "closed" else None
-        except (EngineError, DataError) as error:
-            return error.problem
         except TimeoutError:
             return None  # of which `stuck` tells
+        except Exception as error:  # noqa: BLE001 - whatever it is, this image was answered before
+            return error.problem if isinstance(error, GfldeployError) else f"{type(error).__name__}: {error}"
         return None
 
     def _run(self, jobs: Sequence[_Job], size: Size) -> list[Answer | Exception]:
         """The answer of each image of a batch of this input size, or why it has none."""
+        try:
+            return self._answers(jobs, size, threading.get_ident())
+        finally:
+            self._signs.pop(threading.get_ident(), None)
+
+    def _answers(self, jobs: Sequence[_Job], size: Size, thread: int) -> list[Answer | Exception]:
         start = time.perf_counter()
+        self._signs[thread] = time.monotonic()
         tensor = room(self._memory, self._engine.host_array, (self._fixed or len(jobs), 3, *size))
-        filled = list((self._decoders.map if self._decoders else map)(self._fill, jobs, tensor))
+        filled = list((self._decoders.map if self._decoders else map)(partial(self._fill, thread), jobs, tensor))
         kept = [place for place, one in enumerate(filled) if not isinstance(one, DataError)]
         for row, place in enumerate(kept):
             if row != place:  # close the gap of an image that could not be read
                 tensor[row] = tensor[place]
         scales = [one.scale for one in filled if not isinstance(one, DataError)]
         prepared = time.perf_counter()
+        self._signs[thread] = time.monotonic()
         found = iter(self._infer(tensor, scales) if scales else ())
         infer_ms = (time.perf_counter() - prepared) * 1e3
         own = sum(area(self._preprocess.input_size(*job.size)) for job in jobs)
@@ -217,9 +227,10 @@ class LoadedDetector(ClosesOnExit):
             for job, one in zip(jobs, filled, strict=True)
         ]
 
-    def _fill(self, job: _Job, row: NDArray[np.float32]) -> _Filled | DataError:
-        """Decode and preprocess an image into a row of the network's input."""
+    def _fill(self, thread: int, job: _Job, row: NDArray[np.float32]) -> _Filled | DataError:
+        """Decode and preprocess an image into a row of the network's input, of a batch of this thread."""
         start = time.perf_counter()
+        self._signs[thread] = time.monotonic()
         try:
             reduction = self._preprocess.reduction(*job.size) if self._reduced else 1
             image = decode_image(job.content, reduction=reduction)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import math
 import os
 import threading
 import time
@@ -40,8 +41,9 @@ class ServiceSettings:
 
     `most_waiting`: images that wait for their batch, beyond which others are refused. `warm_up`: a folder of images
     such as those to come. `reduced`: JPEGs may be decoded at a fraction of their size. An engine that fails, or that
-    has not ended a batch after `hang_s` seconds, is replaced by a new one; when that has been necessary more than
-    `restarts` times within `restarts_s` seconds, the service gives up.
+    does not answer for `hang_s` seconds, is replaced by a new one; when that has been necessary more than
+    `restarts` times within `restarts_s` seconds, the service gives up. Neither the time that decoding takes counts, of
+    which clients have a say, nor that in which the whole process was stopped.
     """
 
     most_waiting: int = 64
@@ -208,14 +210,16 @@ class DetectionService:
             self._check_ready()
         try:
             return await asyncio.wrap_future(self._detector.submit(content, size, timeout_ms))
-        except EngineError:
-            self._suspect()
+        except DataError:
             raise
         except RejectedError as error:
             # A model that was settled on a busy machine would refuse all for ever, and then learn nothing.
             learns_nothing = error.reason == "deadline" and self.in_flight == 1 and self._is_time_to_learn()
             if error.reason == "closed" or learns_nothing:
                 self._suspect()
+            raise
+        except Exception:  # of the engine, or of what nobody foresaw: MemoryError, say
+            self._suspect()
             raise
 
     def _suspect(self) -> None:
@@ -262,13 +266,17 @@ class DetectionService:
 
     def _look_after(self) -> None:
         """Replace an engine that fails or hangs, until the service is closed or gives up."""
+        hang_s, resumed = self._settings.hang_s, -math.inf
         while not self._closed and self.gave_up is None:
+            began = time.monotonic()
             self._look.wait(_LOOK_S)
             self._look.clear()
+            if (now := time.monotonic()) - began > 2 * _LOOK_S:
+                resumed = now  # after SIGSTOP, a frozen container, or a moved virtual machine
             suspected, self._suspected = self._suspected, False
-            problem = self._detector.stuck(self._settings.hang_s)
+            problem = self._detector.stuck(hang_s) if now - resumed > hang_s else None
             if problem is None and suspected and not self._closed:
-                problem = self._detector.probe(self._settings.hang_s)
+                problem = self._detector.probe(hang_s)
             if problem is not None and not self._closed:
                 self._replace(problem)
 
@@ -294,8 +302,8 @@ class DetectionService:
             try:
                 self._check_unchanged()
                 detector = self._load(SILENT)
-            except GfldeployError as failed:
-                problem = failed.problem
+            except Exception as failed:  # noqa: BLE001 - this thread is the only one that can say that it is of no use
+                problem = failed.problem if isinstance(failed, GfldeployError) else f"{type(failed).__name__}: {failed}"
                 time.sleep(_LOOK_S)
                 continue
             break

@@ -33,6 +33,7 @@ def test_errors(tiny_bundle: Path, tiny_coco: Path) -> None:
         ("/v1/detect", b"", 422, "image"),
         ("/v1/detect", b"no image", 422, "image"),
         ("/v1/detect?timeout_ms=0.001", image, 503, "deadline"),
+        ("/v1/detect/", b"", 404, "not_found"),  # and no redirection to what the Host header says
     ]
 
     async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:

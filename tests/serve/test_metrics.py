@@ -135,3 +135,8 @@ def test_names_and_formats(metrics: Metrics) -> None:
     assert content_type.startswith("application/openmetrics-text")
     found = openmetrics.text_string_to_metric_families(text.decode())  # type: ignore[no-untyped-call]
     assert {one.name for one in found} >= {"gfldeploy_http_requests", "gfldeploy_ready"}
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text;version=zz", "*/*;;=,;version", "\xff", ""])
+def test_whatever_a_client_accepts(metrics: Metrics, accept: str) -> None:
+    assert metrics.text(accept)[0].startswith(b"# HELP gfldeploy_")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from demo_bundles import RunHere
 from served import contents
 
@@ -62,6 +63,11 @@ def test_serves_and_drains(tiny_bundle: Path, tiny_coco: Path) -> None:
         for boxes, answer in zip(alone, found, strict=True):
             assert isinstance(answer, list)
             assert [detection["box"] for detection in answer[0]["detections"]] == boxes
+        # The end of a body may not take memory without end.
+        with socket.create_connection(("127.0.0.1", one.port)) as endless, pytest.raises(OSError, match=r"reset|pipe"):
+            endless.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+            for _ in range(1000):
+                endless.sendall(b"x: " + b"x" * 30_000 + b"\r\n")
         # Connections that are idle, or stuck in a header or a body, do not hold it up.
         with (
             socket.create_connection(("127.0.0.1", one.port)) as idle,

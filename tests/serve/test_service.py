@@ -7,13 +7,16 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from served import AT_ONCE, LONG_MS, Gate, contents, same, serving, until
 
 from gfldeploy.detector import Detector
 from gfldeploy.errors import DataError, EngineError, RejectedError
-from gfldeploy.serve.loaded import Answer
+from gfldeploy.images.decode import decode_image
+from gfldeploy.progress import Progress
+from gfldeploy.serve.loaded import Answer, LoadedDetector
 from gfldeploy.serve.service import DetectionService, Watch
 
 
@@ -144,6 +147,53 @@ def test_a_hanging_engine_is_replaced_and_its_requests_are_answered(tiny_bundle:
         gate.open.set()
 
     with serving(tiny_bundle, hang_s=0.2) as service:
+        asyncio.run(ask(service))
+
+
+def test_an_engine_that_fails_in_an_unforeseen_way_is_replaced(
+    tiny_bundle: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, *_ = contents(tiny_coco)
+
+    async def ask(service: DetectionService) -> None:
+        gate, load, fails = Gate(service), service._load, [MemoryError("while it is opened")]
+
+        def opened(progress: Progress) -> LoadedDetector:
+            if fails:
+                raise fails.pop()
+            return load(progress)
+
+        monkeypatch.setattr(service, "_load", opened)
+        gate.error = MemoryError("while it runs")
+        gate.open.set()
+        with pytest.raises(MemoryError):
+            await service.detect(image, LONG_MS)
+        broken = service._detector
+        await until(lambda: service._detector is not broken and service.ready() is None)
+        assert not fails
+        await service.detect(image, LONG_MS)
+
+    with serving(tiny_bundle) as service:
+        asyncio.run(ask(service))
+
+
+def test_time_that_images_take_is_no_hanging_engine(
+    tiny_bundle: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, *_ = contents(tiny_coco)
+    decode = decode_image
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)  # a batch takes 1.6 s, four times `hang_s`
+        return decode(*args, **kwargs)
+
+    async def ask(service: DetectionService) -> None:
+        engine = service._detector
+        monkeypatch.setattr("gfldeploy.serve.loaded.decode_image", slow)
+        await asyncio.gather(*(service.detect(image, LONG_MS) for _ in range(20)))
+        assert service._detector is engine
+
+    with serving(tiny_bundle, batch_size=8, hang_s=0.4) as service:
         asyncio.run(ask(service))
 
 

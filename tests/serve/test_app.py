@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import httpx
-from served import AT_ONCE, Gate, contents, serving, talk, until
+from served import AT_ONCE, LONG_MS, Gate, contents, serving, talk, until
 
 from gfldeploy.serve.app import create_app
 from gfldeploy.serve.requests import RequestLimits
@@ -112,3 +113,46 @@ def test_a_client_that_leaves_takes_its_work_along(tiny_bundle: Path, tiny_coco:
         asyncio.run(run())
     counts = service._detector.batcher.counts
     assert (counts.answered, counts.cancelled) == (AT_ONCE, 3)
+
+
+def test_what_will_be_refused_is_before_its_body_is_read(tiny_bundle: Path, tiny_coco: Path) -> None:
+    image, *_ = contents(tiny_coco)
+
+    async def run() -> None:
+        app, gate = create_app(service, RequestLimits()), Gate(service)
+        jobs = [asyncio.ensure_future(service.detect(image, LONG_MS)) for _ in range(AT_ONCE + 60)]
+        await until(lambda: service.waiting == 60 and gate.entered.is_set())
+
+        async def refused(query: bytes, arrived: float) -> tuple[int, bytes]:
+            sent: list[dict[str, object]] = []
+
+            async def send(message: dict[str, object]) -> None:
+                sent.append(message)
+
+            async def receive() -> dict[str, object]:
+                raise AssertionError("the body is read")
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/detect",
+                "query_string": query,
+                "headers": [(b"content-length", b"1000")],
+                "state": {"arrived": arrived},
+            }
+            await app(scope, receive, send)  # type: ignore[arg-type]
+            return int(str(sent[0]["status"])), bytes(str(sent[1]["body"]), "utf-8")
+
+        now = time.perf_counter()
+        for query, arrived in ((b"timeout_ms=1", now), (b"threshold=0&timeout_ms=60000", now - 60)):
+            status, body = await refused(query, arrived)  # too short a deadline; one that passed on the way
+            assert status == 503 and b"deadline" in body
+        jobs += [asyncio.ensure_future(service.detect(image, LONG_MS)) for _ in range(4)]
+        await until(lambda: service.waiting == 64)
+        status, body = await refused(b"timeout_ms=60000", time.perf_counter())
+        assert status == 429 and b"queue_full" in body
+        gate.open.set()
+        await asyncio.gather(*jobs)
+
+    with serving(tiny_bundle, most_waiting=64) as service:
+        asyncio.run(run())

@@ -144,7 +144,7 @@ def test_what_will_be_refused_is_before_its_body_is_read(tiny_bundle: Path, tiny
             return int(str(sent[0]["status"])), bytes(str(sent[1]["body"]), "utf-8")
 
         now = time.perf_counter()
-        for query, arrived in ((b"timeout_ms=1", now), (b"threshold=0&timeout_ms=60000", now - 60)):
+        for query, arrived in ((b"timeout_ms=0.001", now), (b"threshold=0&timeout_ms=60000", now - 60)):
             status, body = await refused(query, arrived)  # too short a deadline; one that passed on the way
             assert status == 503 and b"deadline" in body
         jobs += [asyncio.ensure_future(service.detect(image, LONG_MS)) for _ in range(4)]

@@ -34,8 +34,10 @@ class Clients(Silent):
         self.port = 0
         self.result: Future[None] = Future()
         self._sockets = ExitStack()
+        self._stopping = False
 
     def stage(self, text: str) -> None:
+        self._stopping = text.startswith("stopping")
         if found := re.search(r"ready on http://127\.0\.0\.1:(\d+)", text):
             self.port = int(found[1])
             threading.Thread(target=self._run, daemon=True).start()
@@ -46,7 +48,8 @@ class Clients(Silent):
         except BaseException as error:  # noqa: BLE001 - raised in the test
             self.result.set_exception(error)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if not self._stopping:  # one that came once the server has ended would end this process
+                os.kill(os.getpid(), signal.SIGTERM)
             self._sockets.close()
 
     def connect(self) -> socket.socket:

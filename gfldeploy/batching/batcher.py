@@ -213,7 +213,10 @@ class DynamicBatcher(Generic[In, Out]):
         """What `submit` would raise now; None if nothing, as far as can be seen without waiting for a lock."""
         if self._closed:
             return self._refusal("closed")
-        waiting, running = list(self._waiting.values()), list(self._running.values())
+        try:
+            waiting, running = list(self._waiting.values()), list(self._running.values())
+        except RuntimeError:  # they have changed meanwhile
+            return None
         if len(waiting) >= self._most:
             return self._refusal("queue full")
         if not waiting and not running:

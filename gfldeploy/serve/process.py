@@ -71,7 +71,8 @@ def run_server(
     the file to append it to, "-" for standard output.
 
     Raises what `load` raises, `OutputError` if it cannot listen, and `EngineError` if the engine fails again and again.
-    A second signal stops at once and raises KeyboardInterrupt.
+    A second signal refuses what was admitted and not answered yet, and raises KeyboardInterrupt; a third does not wait
+    until clients have been told.
     """
     limit_arenas(usable_threads())
     metrics = Metrics()
@@ -135,7 +136,7 @@ async def _serve(
         reloader.stop()
         for service in current.in_use:
             service.drain()
-        server.force_exit = len(signals) > 1
+        server.force_exit = len(signals) > 2
 
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
@@ -168,8 +169,8 @@ async def _serve(
     else:
         await reloader.close()
         await asyncio.to_thread(current.service.close, False)
-    # What is left are requests whose bodies are arriving, to be refused.
-    config.timeout_graceful_shutdown = max(math.ceil(deadline - loop.time()), 1)
+    # What is left are answers that are being sent, and requests whose bodies are arriving, to be refused.
+    config.timeout_graceful_shutdown = 1 if cut_short else max(math.ceil(deadline - loop.time()), 1)
     server.should_exit = True
     await serving
     if current.service.gave_up is not None:

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService
 
 IN_FLIGHT = 32
+WAIT_S = 20.0
 Talk = Callable[["Clients", DetectionService], None]
 
 
@@ -53,7 +55,7 @@ class Clients(Silent):
             self._sockets.close()
 
     def connect(self) -> socket.socket:
-        return self._sockets.enter_context(socket.create_connection(("127.0.0.1", self.port), timeout=60))
+        return self._sockets.enter_context(socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S))
 
     def ask(self, content: bytes, length: int | None = None) -> socket.socket:
         """A connection on which an image was sent, of which it was said that it has this length."""
@@ -91,18 +93,17 @@ def run(bundle: Path, talk: Talk, most_waiting: int = 64) -> None:
     with serving(bundle, most_waiting=most_waiting) as service:
         clients = Clients(lambda clients: talk(clients, service))
         try:
-            run_server(lambda watch: service, RequestLimits(), Listen(port=0), progress=clients)
+            run_server(lambda watch: service, RequestLimits(), Listen(port=0, drain_s=5.0), progress=clients)
         finally:
-            clients.result.result(60)
+            clients.result.result(2 * WAIT_S)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(6000):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise TimeoutError
+def wait_for(service: DetectionService, condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{service.in_flight} in flight, {service.waiting} wait, {service.ready()}")
+        time.sleep(0.01)
 
 
 def test_what_was_admitted_is_answered_though_it_stops(tiny_bundle: Path, tiny_coco: Path) -> None:
@@ -113,9 +114,9 @@ def test_what_was_admitted_is_answered_though_it_stops(tiny_bundle: Path, tiny_c
         admitted = [clients.ask(image) for _ in range(IN_FLIGHT)]
         idle, half_header, half_body = clients.connect(), clients.connect(), clients.ask(image[:100], len(image))
         half_header.sendall(b"POST /v1/det")
-        wait_for(lambda: service.in_flight == IN_FLIGHT and gate.entered.is_set())
+        wait_for(service, lambda: service.in_flight == IN_FLIGHT and gate.entered.is_set())
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_for(lambda: service.ready() is not None)
+        wait_for(service, lambda: service.ready() is not None)
         status, text = response(clients.ask(image))  # new connections are still answered
         assert status == 503 and b"retry-after: 1" in text and b"stopping" in text
         half_body.sendall(image[100:])
@@ -133,10 +134,10 @@ def test_a_second_signal_refuses_what_was_admitted(tiny_bundle: Path, tiny_coco:
     def talk(clients: Clients, service: DetectionService) -> None:
         gate = Gate(service)
         admitted = [clients.ask(image) for _ in range(4)]
-        wait_for(lambda: service.in_flight == 4 and gate.entered.is_set())
+        wait_for(service, lambda: service.in_flight == 4 and gate.entered.is_set())
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-            wait_for(lambda: service.ready() is not None)
+            wait_for(service, lambda: service.ready() is not None)
         answers = [response(one) for one in admitted]
         assert [status for status, _ in answers] == [503] * 4
         assert all(b"stopped" in text for _, text in answers)

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -167,8 +168,13 @@ async def _serve(
         for service in current.in_use:
             service.abandon()
     else:
-        await reloader.close()
-        await asyncio.to_thread(current.service.close, False)
+        # Not in the loop's executor, for which its end would wait: a batch whose clients have left may hang.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reloader.close(), max(deadline - loop.time(), _LOOK_S))
+        closing = threading.Thread(target=current.service.close, args=(False,), daemon=True)
+        closing.start()
+        while closing.is_alive() and loop.time() < deadline and len(signals) < 2:
+            await asyncio.sleep(_LOOK_S)
     # What is left are answers that are being sent, and requests whose bodies are arriving, to be refused.
     config.timeout_graceful_shutdown = 1 if cut_short else max(math.ceil(deadline - loop.time()), 1)
     server.should_exit = True

@@ -89,11 +89,11 @@ def closed(sock: socket.socket) -> bool:
     return True
 
 
-def run(bundle: Path, talk: Talk, most_waiting: int = 64) -> None:
-    with serving(bundle, most_waiting=most_waiting) as service:
+def run(bundle: Path, talk: Talk, drain_s: float = 5.0) -> None:
+    with serving(bundle) as service:
         clients = Clients(lambda clients: talk(clients, service))
         try:
-            run_server(lambda watch: service, RequestLimits(), Listen(port=0, drain_s=5.0), progress=clients)
+            run_server(lambda watch: service, RequestLimits(), Listen(port=0, drain_s=drain_s), progress=clients)
         finally:
             clients.result.result(2 * WAIT_S)
 
@@ -125,7 +125,19 @@ def test_what_was_admitted_is_answered_though_it_stops(tiny_bundle: Path, tiny_c
         assert [response(one)[0] for one in admitted] == [200] * IN_FLIGHT
         assert closed(idle) and closed(half_header)
 
-    run(tiny_bundle, talk, most_waiting=IN_FLIGHT)
+    run(tiny_bundle, talk)
+
+
+def test_clients_that_have_left_a_batch_that_hangs_do_not_keep_it(tiny_bundle: Path, tiny_coco: Path) -> None:
+    image, *_ = contents(tiny_coco)
+
+    def talk(clients: Clients, service: DetectionService) -> None:
+        gate = Gate(service)
+        with clients.ask(image):
+            wait_for(service, gate.entered.is_set)
+        wait_for(service, lambda: service.in_flight == 0)
+
+    run(tiny_bundle, talk, drain_s=0.2)
 
 
 def test_a_second_signal_refuses_what_was_admitted(tiny_bundle: Path, tiny_coco: Path) -> None:

@@ -164,12 +164,16 @@ def started(command: Sequence[object], port: int, path: str, **environment: str)
                 time.sleep(0.1)
             yield server
         finally:
+            workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             process.terminate()
             try:
                 process.wait(END_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            for worker in workers:  # LitServe leaves its own behind
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
 
 
 def served(args: argparse.Namespace, *options: object) -> Any:

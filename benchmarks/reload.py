@@ -4,12 +4,12 @@
         --machine epyc-2core --name demo
 
 Starts `gfldeploy serve` on a copy of `--bundle`. Clients send images at `--rate` a second, at random times (Poisson),
-whatever becomes of those before. Every `--every` seconds the other bundle takes the place of the one that serves, by
-renaming, and a reload is asked for: by POST /v1/reload and by SIGHUP in turn. Each answer is held against what
-`Detector` finds with either bundle. What became of the requests, latencies during reloads and between them, and
-resident memory after each go to results/MACHINE/checks/NAME_reload.json beside this script. Exits with 1 if a request
-failed, if an answer is of neither bundle, or if memory after the last reload is more than `--most-growth` times that
-after the second with the same bundle.
+whatever becomes of those before (`pip install aiohttp`). Every `--every` seconds the other bundle takes the place of
+the one that serves, by renaming, and a reload is asked for: by POST /v1/reload and by SIGHUP in turn. Each answer is
+held against what `Detector` finds with either bundle. What became of the requests, latencies during reloads and between
+them, and resident memory after each go to results/MACHINE/checks/NAME_reload.json beside this script. Exits with 1 if a
+request failed, if an answer is of neither bundle, or if memory after the last reload is more than `--most-growth` times
+that after the second with the same bundle.
 """
 
 from __future__ import annotations

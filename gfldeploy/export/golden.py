@@ -101,6 +101,12 @@ def compare_golden(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine) -
     return agreement(bundle, found, engine.name)
 
 
+def is_expected(bundle: Bundle, precision: str, input_size: tuple[int, int] | None, tf32: bool) -> bool:
+    """Whether a detector that runs so is to find what the bundle's golden picture expects."""
+    own = (bundle.manifest.precision, None, False)
+    return bundle.record(GOLDEN) is not None and (precision, input_size, tf32) == own
+
+
 def agreement(bundle: Bundle, found: Detections, engine: str) -> str:
     """How far all that NMS leaves of the picture, in the bundle's own precision, is from what is expected, in words.
 

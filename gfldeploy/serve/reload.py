@@ -18,7 +18,7 @@ from starlette.responses import Response
 from gfldeploy.bundle import GOLDEN
 from gfldeploy.engines.heap import give_memory_back
 from gfldeploy.errors import GfldeployError, RejectedError
-from gfldeploy.export.golden import PICTURE, agreement
+from gfldeploy.export.golden import PICTURE, agreement, is_expected
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.keys import Keys
@@ -207,7 +207,7 @@ async def check_golden(service: DetectionService) -> str:
     own = bundle.manifest.precision
     if bundle.record(GOLDEN) is None:
         return "not compared: the bundle has no golden picture"
-    if choice.input_size is not None or options.precision != own or options.tf32:
+    if not is_expected(bundle, options.precision, choice.input_size, options.tf32):
         expected = f"{own} at the bundle's own input size"
         return f"not compared: the detections expected in the golden picture are those of {expected}"
     picture = await asyncio.to_thread((bundle.directory / PICTURE).read_bytes)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.bundle import GOLDEN, Bundle
+from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections
 from gfldeploy.detector import Detector
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import BundleError, DataError, EngineError, GfldeployError, RejectedError, summary
-from gfldeploy.export.golden import agreement, read_golden
+from gfldeploy.export.golden import agreement, is_expected, read_golden
 from gfldeploy.images.decode import decode_image
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.triton.settings import BUNDLE, SETTINGS, DetectorSettings, PreprocessSettings
@@ -146,13 +146,9 @@ class DetectorModel(_PythonModel):
             )
 
     def _check_golden(self, bundle: Bundle) -> None:
-        """Compare with what the bundle gave where it was made. Raises `ParityError`.
-
-        In the bundle's own precision and input size alone. What runs on a GPU, `Detector` compares with the CPU.
-        """
-        choice, manifest = self._detector.choice, bundle.manifest
-        same = (choice.options.precision, choice.options.device, choice.input_size) == (manifest.precision, "cpu", None)
-        if same and GOLDEN in manifest.files:
+        """Compare with what the bundle gave where it was made. Raises `ParityError`."""
+        choice = self._detector.choice
+        if is_expected(bundle, choice.options.precision, choice.input_size, choice.options.tf32):
             picture, _ = read_golden(bundle)
             (found,) = self._detector.detect(picture, threshold=0)
             self._triton.Logger.log_info(agreement(bundle, found, choice.engine))

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import Limits, run_child
-from gfldeploy.cluster.schedule import Again, Cause, Job, Part, Schedule, Assignment
+from gfldeploy.cluster.schedule import Again, Assignment, Cause, Job, Part, Schedule
 from gfldeploy.cluster.worker import Opening, RemoteWorker, Todo, bundle_files, raised, versions
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import usable_threads

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gfldeploy.cluster.schedule import Again, Cause, Job, Schedule, Assignment
+from gfldeploy.cluster.schedule import Again, Assignment, Cause, Job, Schedule
 from gfldeploy.errors import EngineError
 
 

@@ -7,7 +7,6 @@ makes the missing batches and no others.
 
 from __future__ import annotations
 
-import binascii
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gfldeploy.detections import Detections
+from gfldeploy.detections import from_text, to_text
 from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.errors import DataError, OutputError
 from gfldeploy.files import open_own, writing
@@ -25,7 +24,6 @@ from gfldeploy.predict.pipeline import Found
 _END = {"end": True}
 _SIDES = range(1, 1 << 31)  # of an image
 _FRAMES = range(1 << 62)
-_BYTES = 24  # of a detection: a box and a score of 32-bit floats, and a class
 _MOST = 1e12  # no score and no side is as large, and NaN is not below it either
 
 
@@ -130,9 +128,7 @@ def _entry(found: Found) -> dict[str, Any]:
         error = found.error or DataError(f"{found.name} cannot be used")
         return entry | {"error": error.problem, "remedy": error.remedy}
     one = found.detections
-    parts = one.boxes.astype("<f4"), one.scores.astype("<f4"), one.classes.astype("<i4")
-    numbers = binascii.b2a_base64(b"".join(part.tobytes() for part in parts), newline=False).decode()
-    return entry | {"size": found.size, "detections": numbers, "may_lack_below": one.may_lack_below}
+    return entry | {"size": found.size, "detections": to_text(one), "may_lack_below": one.may_lack_below}
 
 
 def _batch(entry: Mapping[str, Any], number: int) -> list[Found] | None:
@@ -154,23 +150,9 @@ def _found(entry: Any) -> Found | None:
                 case {"error": str(problem), "remedy": str() | None as remedy}:
                     return Found(index, name, None, None, DataError(problem, remedy), frame, time_s)
                 case {"size": [int(h), int(w)], "detections": str(text), "may_lack_below": int() | float() as lacks}:
-                    if (detections := _detections(text, lacks)) is not None:
+                    if (detections := from_text(text, lacks)) is not None:
                         return Found(index, name, (h, w), detections, None, frame, time_s)
     return None
-
-
-def _detections(text: str, may_lack_below: float) -> Detections | None:
-    try:
-        data = binascii.a2b_base64(text, strict_mode=True)
-    except ValueError:
-        return None
-    count, rest = divmod(len(data), _BYTES)
-    if rest:
-        return None
-    boxes = np.frombuffer(data, "<f4", 4 * count).reshape(count, 4)
-    scores = np.frombuffer(data, "<f4", count, 16 * count)
-    classes = np.frombuffer(data, "<i4", count, 20 * count)
-    return Detections(boxes, scores, classes.astype(np.int64), may_lack_below)
 
 
 def _is_possible(found: Found, images: range, classes: range) -> bool:

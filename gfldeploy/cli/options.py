@@ -327,6 +327,28 @@ ENGINE_CACHE = click.option(
     help="Folder in which engines keep what they compiled, for the next start to be faster.",
 )
 
+# Where work is done that needs not be done on this machine.
+RAY: Group = (
+    click.option(
+        "--ray",
+        metavar="ADDRESS|auto|local",
+        help="Run on a Ray cluster: HOST:PORT of its head; auto: that of this machine; local: one of this machine "
+        "alone, which ends with the command. Every machine needs the same gfldeploy and engine.",
+    ),
+    click.option(
+        "--workers",
+        type=WholeNumber(1),
+        show_default="as many as the cluster has room for",
+        help="Number of workers on the cluster. Each has an engine, and takes --threads times --streams CPUs.",
+    ),
+    click.option(
+        "--gpus-per-worker",
+        type=FiniteFloat(0),
+        show_default="1 with --device gpu, else 0",
+        help="GPUs of one worker; a part of one lets several workers share it.",
+    ),
+)
+
 PEAK = click.option("--peak/--no-peak", default=True, help="Measure the peak throughput of the engines too.")
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

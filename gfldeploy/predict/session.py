@@ -15,6 +15,7 @@ from typing import Any, Literal
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
+from gfldeploy.engines.hardware import cpu_model
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import DataError, UsageError
@@ -344,7 +345,7 @@ def _here(
     request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress
 ) -> Generator[list[Found]]:
     """The batches that this process finds, once they are in the working file; after each shard one without images."""
-    choice, inputs, processor = request.choice, request.inputs, describe_machine().cpu
+    choice, inputs, processor = request.choice, request.inputs, cpu_model()
     known: dict[Path, Size | None] = {}
     options, total = _options(request, known)
     tasks = (
@@ -375,12 +376,12 @@ def _options(request: _Request, known: dict[Path, Size | None]) -> tuple[EngineO
     """
     choice, inputs = request.choice, request.inputs
     manifest, options = choice.bundle.manifest, choice.options
-    some = [inputs[place * len(inputs) // _MOST_HEADERS] for place in range(_MOST_HEADERS)]
-    read = inputs if len(inputs) <= _MOST_HEADERS else some
+    count = min(len(inputs), _MOST_HEADERS)
+    read = [inputs[place * len(inputs) // count] for place in range(count)]
     step = request.shards.size
-    sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, len(read), step)]
+    sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, count, step)]
     shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order))
-    times = len(inputs) / max(len(read), 1)
+    times = len(inputs) / max(count, 1)
     of_mine = len(request.mine) / max(len(request.shards), 1)
     total = round(sum(map(len, sizes)) * times * of_mine)
     expecting = options.expecting(shapes)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.progress import SILENT, Progress
 
+# What is found in the images of these batches, by their places in a dataset, in any order.
+DetectGroups: TypeAlias = Callable[[Sequence[Group]], Iterable[tuple[int, Detections]]]
 _RESAMPLES = 100
 
 
@@ -330,16 +333,35 @@ def measure_accuracy(
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
+    detect = partial(detect_images, engine, dataset, preprocess, nms)
+    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label)
+
+
+def accuracy_of(
+    detect: DetectGroups,
+    dataset: CocoDataset,
+    preprocess: Preprocess,
+    classes: Sequence[str],
+    batch_size: int = 1,
+    order: Order = "listed",
+    progress: Progress = SILENT,
+    label: str = "evaluating",
+) -> Accuracy:
+    """As `measure_accuracy`, of what `detect` finds, wherever it does that: here or on other machines.
+
+    The accuracy depends on what is found in each image alone, not on the order in which images are done.
+    """
     category_ids = dataset.class_to_category(classes)
     check_measurable(dataset, category_ids)
     by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes
     sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
-    results: list[dict[str, Any]] = []
-    every = detect_images(engine, dataset, preprocess, nms, group(sizes, batch_size, order))
-    for done, (index, found) in enumerate(every, start=1):
-        results += coco_results(dataset.images[index].id, found, category_ids)
+    groups = group(sizes, batch_size, order)
+    found: dict[int, list[dict[str, Any]]] = {}
+    for done, (index, one) in enumerate(detect(groups), start=1):
+        found[index] = coco_results(dataset.images[index].id, one, category_ids)
         if done % batch_size == 0 or done == len(sizes):
             progress.step(label, done, len(sizes))
+    results = [row for one in groups for index in one.indices for row in found[index]]
     return coco_accuracy(dataset, results, category_ids)
 
 

@@ -195,7 +195,7 @@ def test_a_port_where_nothing_listens_is_refused_at_once() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = time.monotonic()
-    with pytest.raises(UsageError, match="no Ray cluster answers at 127.0.0.1:"), connected(f"127.0.0.1:{port}"):
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:"), connected(f"127.0.0.1:{port}"):
         pass
     assert time.monotonic() - start < 20  # Ray alone takes longer, whatever else runs
 

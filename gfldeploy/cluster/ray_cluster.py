@@ -415,9 +415,7 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
 
 
 def _imported() -> Any:
-    # Before it is loaded: it has its own ideas of what the user wants to read.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it writes a warning about that
     try:
         import ray
     except ImportError as error:

@@ -109,6 +109,15 @@ def input_size(word: str) -> tuple[int, int]:
     return size
 
 
+def replicas(word: str) -> int | tuple[int, int]:
+    """A number of replicas, or (least, most)."""
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", word)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"{word!r} is not a number of replicas such as 4, or a range such as 2-8")
+    return least if least == most else (least, most)
+
+
 def _whole_number(word: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word):
         raise ValueError(f"{word!r} is not a whole number from 1; write them as 1,2,4")

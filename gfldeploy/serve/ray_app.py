@@ -80,7 +80,7 @@ def serve_on_ray(
 
     Raises as `serve_detector`, and `ServerError` where Ray does not do what it should.
     """
-    target = _job_of(source, job, warm_up)
+    target = read_source(source, job, warm_up)
     if serving.address == LOCAL:
         with bound(serving.listen) as sock:  # so that a port in use is one line
             serving = replace(serving, listen=replace(serving.listen, port=sock.getsockname()[1]))
@@ -92,7 +92,7 @@ def serve_on_ray(
         _Application(source, job, serving, warm_up, progress, signals).run(target)
 
 
-def _job_of(source: Path, job: ReplicaJob, warm_up: Path | None) -> ReplicaJob:
+def read_source(source: Path, job: ReplicaJob, warm_up: Path | None) -> ReplicaJob:
     """The job with what the bundle or `deploy.yml` says, which is read here and sent to the replicas."""
     directory = source
     if source.suffix in DEPLOY_SUFFIXES and not source.is_dir():
@@ -325,7 +325,7 @@ class _Application:
 
         self._progress.stage("reload: replacing the replicas one after the other")
         try:
-            changed = self._with_cpus(_job_of(self._source, self._job, self._warm_up))
+            changed = self._with_cpus(read_source(self._source, self._job, self._warm_up))
             cpus = (changed.threads or 1) * (changed.streams or 1)
             self._deploy(changed, surge=ray.available_resources().get("CPU", 0) >= cpus)
         except GfldeployError as error:

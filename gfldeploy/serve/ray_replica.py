@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -186,8 +187,7 @@ class DetectorReplica:
             raise RuntimeError(error_line(error)) from None
         keys = None if self._job.keys is None else Keys.of_digests(self._job.keys)
         app = create_app(self._service, self._job.limits, metrics=self._metrics, keys=keys)
-        app.add_route("/v1/reload", _refuse_reload, methods=["POST"])
-        return _named(app, self._name)
+        return answering(app, self._name)
 
     async def check_health(self) -> None:
         """What Ray Serve asks every ten seconds: after three errors in a row it replaces the replica."""
@@ -203,8 +203,12 @@ class DetectorReplica:
             await asyncio.to_thread(service.close)
 
 
-def _named(app: ASGIApp, name: str) -> ASGIApp:
-    """Tell the application how long a request took to come here, and clients which replica answers."""
+def answering(app: Starlette, name: str) -> ASGIApp:
+    """The application of the replica of this name: it knows how long a request took to come, and clients who answers.
+
+    Whoever asks it to reload is told who can.
+    """
+    app.add_route("/v1/reload", _refuse_reload, methods=["POST"])
 
     async def named(scope: Scope, receive: Receive, send: Send) -> None:
         async def named_send(message: Message) -> None:

@@ -50,7 +50,7 @@ Found = list[tuple[str, float, list[float]]]  # class, score, box of each detect
 
 @dataclass(frozen=True)
 class Sent:
-    """A request and what became of it: seconds since the start, milliseconds, replica, and whether it is `predict`'s."""
+    """A request and what became of it: seconds since the start, milliseconds, replica, and if it is `predict`'s."""
 
     began: float
     ms: float

@@ -15,6 +15,8 @@ from typing import Any
 
 from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import Bundle
+from gfldeploy.cluster.ray_cluster import LOCAL, connected
+from gfldeploy.cluster.worker import bundle_files
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import (
     BundleError,
@@ -36,7 +38,6 @@ from gfldeploy.serve.ray_replica import DEPLOYMENT, DetectorReplica, ReplicaJob,
 from gfldeploy.tune.deploy_file import Deploy
 
 APPLICATION = "gfldeploy"
-LOCAL = "local"
 _LOOK_S = 0.25
 _NO_ROOM_S = 30.0  # after so many the user is told that Ray has no room for a replica
 _STARTS = 3  # of a replica that fails, until the deployment has failed
@@ -87,7 +88,10 @@ def serve_on_ray(
     elif not serving.listen.port:
         raise UsageError("--port 0 is for --ray local: on a cluster every proxy listens on one port", "Give a --port.")
     with ExitStack() as stack:
-        stack.enter_context(_connected(serving, target, progress))
+        # Ray counts CPUs by what replicas say that they take. One more than there may be has room during a reload.
+        shared = on_cpus(target, [usable_threads()], serving.most)
+        cpus = (serving.most + 1) * (shared.threads or 1) * (shared.streams or 1)
+        stack.enter_context(connected(serving.address, cpus=cpus))
         signals = stack.enter_context(_signals())
         _Application(source, job, serving, warm_up, progress, signals).run(target)
 
@@ -173,18 +177,6 @@ def deployment_options(job: ReplicaJob, serving: RayServing, surge: bool) -> dic
 
 
 @contextmanager
-def _connected(serving: RayServing, job: ReplicaJob, progress: Progress) -> Iterator[None]:
-    """Ray, connected to: a cluster, or one on this machine that is ended afterwards."""
-    import ray
-
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
 def _signals() -> Iterator[list[int]]:
     """The signals that came since; their own handlers are put back. Ray sets its own when it is connected to."""
     came: list[int] = []
@@ -218,7 +210,8 @@ class _Application:
     ) -> None:
         self._source, self._job, self._serving, self._warm_up = source, job, serving, warm_up
         self._progress, self._signals = progress, signals
-        self._deployed = 0.0
+        self._deployed: float | None = None  # when: the last deployment of this command
+        self._asked = False  # for one, which nobody else has replaced
 
     def run(self, target: ReplicaJob) -> None:
         """Until a signal comes."""
@@ -242,6 +235,14 @@ class _Application:
             return on_cpus(target, [usable_threads()], self._serving.most)
         machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         return on_cpus(target, machines, self._serving.most)
+
+    def _files(self, target: ReplicaJob) -> Any:
+        """The bundle in Ray's object store, where there are machines that may not have it at its path."""
+        import ray
+
+        if sum(node["Alive"] for node in ray.nodes()) < 2:
+            return None
+        return ray.put(bundle_files(Bundle.open(target.bundle)))
 
     def _start(self, target: ReplicaJob) -> bool:
         """Start Ray Serve, and say whether it was not there."""
@@ -272,8 +273,11 @@ class _Application:
         from ray import serve
 
         options = deployment_options(target, self._serving, surge)
-        application = serve.deployment(**options)(serve.ingress()(DetectorReplica)).bind(plain(target))
+        application = serve.deployment(**options)(serve.ingress()(DetectorReplica)).bind(
+            plain(target), self._files(target)
+        )
         before = self._state()
+        self._asked = True
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
             wait_for_ingress_deployment_creation=False,
@@ -313,10 +317,10 @@ class _Application:
             if state is None or state.status == "DELETING":
                 raise ServerError("somebody has deleted the application", "Deploy it again.")
             if state.deployed != self._deployed:
-                self._deployed = 0.0
-                raise ServerError("another command has deployed the application, which it goes on to serve")
+                self._asked = False
+                raise ServerError("another command has deployed the application, which goes on serving")
             if state.running != running:
-                self._progress.note(f"{state.running} replicas run, before it were {running}")
+                self._progress.stage(f"{state.running} replica{'s' * (state.running != 1)} of {running} run")
                 running = state.running
 
     def _reload(self, target: ReplicaJob) -> ReplicaJob:
@@ -339,7 +343,7 @@ class _Application:
         """Delete the application once its replicas have answered what they have; and Ray Serve, if it is our own."""
         from ray import serve
 
-        if not self._deployed:
+        if not self._asked:
             return
         self._progress.stage("stopping: replicas answer what they have")
         self._signals.clear()
@@ -360,7 +364,10 @@ class _Application:
     def _state(self) -> _State | None:
         from ray import serve
 
-        found = serve.status().applications.get(APPLICATION)
+        try:
+            found = serve.status().applications.get(APPLICATION)
+        except Exception as error:
+            raise ServerError(f"Ray Serve does not answer: {summary(error)}", "Look after the cluster.") from error
         if found is None:
             return None
         deployment = found.deployments.get(DEPLOYMENT)

@@ -21,12 +21,14 @@ from gfldeploy.errors import GfldeployError
 from gfldeploy.serialization import build, plain
 from gfldeploy.serve.problems import PADDLEX_PATH, Problem, answer_to, problem_of
 from gfldeploy.serve.requests import BodyGuard, RequestLimits, read_body
+from gfldeploy.serve.web_page import PAGE_PATHS
 
 REPLICA_HEADER = b"x-gfldeploy-replica"
 """In each answer of a replica, its name in Ray Serve: an answer without it is Ray's own."""
 _LIMITS = "GFLDEPLOY_REQUEST_LIMITS"
 _WITH_IMAGES = ("/v1/detect", PADDLEX_PATH)
-_OWN = (*_WITH_IMAGES, "/health/live", "/health/ready", "/v1/model", "/v1/reload", "/openapi.json", "/metrics", "/")
+_OTHERS = ("/health/live", "/health/ready", "/v1/model", "/v1/reload", "/openapi.json", "/metrics")
+_OWN = frozenset((*_WITH_IMAGES, *_OTHERS, *PAGE_PATHS))
 # By which a client could tell Ray's proxy and router what is not its business: to work on for one that has left, to
 # forget a time limit, to look for a replica that has loaded some model.
 _RAYS = frozenset(

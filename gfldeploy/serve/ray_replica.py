@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +18,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gfldeploy import errors
 from gfldeploy.batching.buckets import Size
-from gfldeploy.bundle import GOLDEN, Bundle
+from gfldeploy.bundle import GOLDEN
+from gfldeploy.cluster.worker import as_plain, local_bundle, raised
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.heap import limit_arenas
-from gfldeploy.errors import BundleError, EngineError, GfldeployError, ParityError, RejectedError
+from gfldeploy.errors import BundleError, GfldeployError, ParityError, RejectedError
 from gfldeploy.export.golden import PICTURE, difference
 from gfldeploy.predict.engine_selection import Choice, choose
 from gfldeploy.serialization import build
@@ -68,22 +70,24 @@ class ReplicaJob:
     sizes: tuple[Size, ...] = ()
     keys: tuple[str, ...] | None = None
 
-    def choose(self) -> Choice:
-        """What runs here. Raises as `choose`, and `BundleError` where the directory holds another bundle."""
-        found = Bundle.open(self.bundle)
-        if found.digest != self.digest:
-            raise BundleError(
-                f"{self.bundle} holds another bundle on this machine: the SHA-256 of its manifest is "
-                f"{found.digest[:12]}, not {self.digest[:12]}",
-                "Put the same bundle at that path on every machine.",
-            )
-        found.verify_files()
-        with TemporaryDirectory(prefix="gfldeploy-") as folder:
-            source = Path(self.bundle)
+    @contextmanager
+    def choice(self, files: Mapping[str, bytes] | None = None) -> Iterator[Choice]:
+        """What runs here, as long as the block lasts: of the bundle at its path, else of its `files`.
+
+        Raises as `choose`, and `BundleError` where the bundle of this digest is in neither.
+        """
+        with local_bundle(self.bundle, self.digest, files) as found, TemporaryDirectory(prefix="gfldeploy-") as folder:
+            if found is None:
+                raise BundleError(
+                    f"{self.bundle} does not hold the bundle on this machine, of SHA-256 {self.digest[:12]}",
+                    "Put the same bundle at that path on every machine.",
+                )
+            found.verify_files()
+            source = found.directory
             if self.deploy is not None:
                 source = Path(folder) / "deploy.yml"
                 deploy = Deploy.from_dict(json.loads(self.deploy))
-                replace(deploy, choice=replace(deploy.choice, path=str(Path(self.bundle).absolute()))).write(source)
+                replace(deploy, choice=replace(deploy.choice, path=str(found.directory.absolute()))).write(source)
             choice = choose(
                 source,
                 self.engine,
@@ -97,8 +101,8 @@ class ReplicaJob:
                 throughput=True,
                 input_size=self.input_size,
             )
-        sizes = tuple((1, *size) for size in self.sizes)
-        return replace(choice, expected=sizes) if sizes else choice
+            sizes = tuple((1, *size) for size in self.sizes)
+            yield replace(choice, expected=sizes) if sizes else choice
 
 
 class Canary:
@@ -161,19 +165,23 @@ class MetricsOfAll(Metrics):
 class DetectorReplica:
     """What Ray Serve runs in a process of its own, as often as there are replicas; `serve.ingress` goes around it."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        """Load, warm up, and compare the golden picture: a replica is ready when this returns.
+    def __init__(self, job: dict[str, Any], files: Any = None) -> None:
+        """Load and warm up. `files`: what is in Ray's object store of the bundle, for machines that do not have it.
 
         Raises `RuntimeError` with the `GfldeployError` as a line that `error_in` finds in what Ray makes of it.
         """
+        import ray
         from ray import serve
 
+        self._stack = ExitStack()
         self._name = serve.get_replica_context().replica_tag
         self._metrics = MetricsOfAll()
         try:
             self._job = build(ReplicaJob, job)
             limit_arenas((self._job.threads or 1) * (self._job.streams or 1))
-            self._service = DetectionService(self._job.choose(), self._job.settings, self._metrics)
+            known = None if files is None or Path(self._job.bundle).is_dir() else ray.get(files)
+            choice = self._stack.enter_context(self._job.choice(known))
+            self._service = DetectionService(choice, self._job.settings, self._metrics)
             self._canary = Canary(self._service)
         except GfldeployError as error:
             raise RuntimeError(error_line(error)) from None
@@ -201,6 +209,7 @@ class DetectorReplica:
         """What Ray Serve calls when the last request has its answer."""
         if (service := getattr(self, "_service", None)) is not None:
             await asyncio.to_thread(service.close)
+            self._stack.close()
 
 
 def answering(app: Starlette, name: str) -> ASGIApp:
@@ -236,16 +245,10 @@ async def _refuse_reload(request: Request) -> Response:
 
 def error_line(error: GfldeployError) -> str:
     """An error as a line that `error_in` finds in the middle of whatever."""
-    told = {"kind": type(error).__name__, "problem": error.problem, "remedy": error.remedy}
-    return f"gfldeploy-error {json.dumps(told)}"
+    return f"gfldeploy-error {json.dumps(as_plain(error))}"
 
 
 def error_in(text: str) -> GfldeployError | None:
     """The error that a replica told of, in what Ray makes of it."""
-    if (found := _ERROR.search(text)) is None:
-        return None
-    told = json.loads(found[1])
-    kind = getattr(errors, told["kind"], EngineError)
-    if not (isinstance(kind, type) and issubclass(kind, GfldeployError)):
-        kind = EngineError
-    return kind(told["problem"], told["remedy"])
+    found = _ERROR.search(text)
+    return None if found is None else raised(json.loads(found[1]))

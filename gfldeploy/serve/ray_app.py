@@ -44,6 +44,7 @@ _STARTS = 3  # of a replica that fails, until the deployment has failed
 _HEALTH_S, _HEALTH_TIMEOUT_S = 10.0, 60.0
 _UPSCALE_S, _DOWNSCALE_S = 5.0, 120.0
 _MOST_WARM_FILES, _MOST_WARM_SIZES = 1000, 32
+_DELETE = "Delete the application that answers at / with `serve.delete`, or use another cluster."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -278,11 +279,15 @@ class _Application:
         )
         before = self._state()
         self._asked = True
-        serve.run_many(
-            [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        try:
+            serve.run_many(
+                [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
+                wait_for_ingress_deployment_creation=False,
+                wait_for_applications_running=False,
+            )
+        except Exception as error:
+            self._asked = False
+            raise ServerError(f"Ray Serve does not take the application: {summary(error)}", _DELETE) from error
         began, shown, told = time.monotonic(), "", False
         while True:
             self._pause()
@@ -320,7 +325,9 @@ class _Application:
                 self._asked = False
                 raise ServerError("another command has deployed the application, which goes on serving")
             if state.running != running:
-                self._progress.stage(f"{state.running} replica{'s' * (state.running != 1)} of {running} run")
+                self._progress.stage(
+                    f"{state.running} replica{'s' * (state.running != 1)} run, before it were {running}"
+                )
                 running = state.running
 
     def _reload(self, target: ReplicaJob) -> ReplicaJob:
@@ -333,7 +340,7 @@ class _Application:
             cpus = (changed.threads or 1) * (changed.streams or 1)
             self._deploy(changed, surge=ray.available_resources().get("CPU", 0) >= cpus)
         except GfldeployError as error:
-            self._progress.note(f"reload failed, what served before serves on: {error}")
+            self._progress.note(f"reload failed, what served before goes on: {error}")
             self._deploy(target)
             return target
         self._progress.stage(f"reload: {Path(changed.bundle).name} ({changed.digest[:12]}) answers")

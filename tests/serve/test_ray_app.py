@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from demo_bundles import RunHere
+from served import contents
+from test_serve_command import server
+from test_serve_operations import rename_class
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.options import replicas
+from gfldeploy.detector import Detector
 from gfldeploy.errors import BundleError, UsageError
 from gfldeploy.serve.process import Listen
 from gfldeploy.serve.ray_app import RayServing, deployment_options, on_cpus, read_source, serve_on_ray
@@ -77,3 +90,59 @@ def test_options_that_do_not_go_together(tiny_bundle: Path, run_here: RunHere) -
     for word in ("0", "0-3", "4-2", "a", "-1", "1-"):
         with pytest.raises(ValueError, match="is not a number of replicas"):
             replicas(word)
+
+
+@pytest.mark.slow  # starts Ray
+def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    """Two replicas: answers, the end of one, another bundle, one that does not come up, and an end without a rest."""
+    pytest.importorskip("ray.serve")
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    images = contents(tiny_coco)
+    with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
+        alone = [found.boxes.tolist() for found in detector.detect(images)]
+    with server(path, "--ray", "local", "--replicas", "2", "--streams", "1") as one:
+        names = set()
+
+        def ask(image: bytes) -> dict[str, Any]:
+            url = f"http://127.0.0.1:{one.port}/v1/detect?timeout_ms=60000"
+            with urllib.request.urlopen(urllib.request.Request(url, image), timeout=60) as response:
+                names.add(response.headers["X-GFLDeploy-Replica"])
+                answer: dict[str, Any] = json.load(response)["images"][0]
+            return answer
+
+        for _ in range(8):
+            for boxes, image in zip(alone, images, strict=True):
+                assert [detection["box"] for detection in ask(image)["detections"]] == boxes
+        assert len(names) == 2
+        with urllib.request.urlopen(f"http://127.0.0.1:{one.port}/metrics", timeout=60) as response:
+            metrics = response.read().decode()
+        assert all(f'gfldeploy_ready{{replica="{name}"}} 1.0' in metrics for name in names)
+        with pytest.raises(urllib.error.HTTPError, match="409"):
+            urllib.request.urlopen(f"http://127.0.0.1:{one.port}/v1/reload", b"", timeout=60)
+
+        processes = psutil.Process(one.process.pid).children(recursive=True)
+        replicas = [process for process in processes if "ServeReplica:gfldeploy" in " ".join(process.cmdline())]
+        assert len(replicas) == 2
+        replicas[0].kill()
+        until(lambda: all(said in "".join(one.said) for said in ("1 replica run", "2 replicas run, before it were 1")))
+        ask(images[0])
+
+        rename_class(path, "box", "crate")
+        one.process.send_signal(signal.SIGHUP)
+        until(lambda: ask(images[0])["detections"][0]["class"] == "crate" and "answers" in one.said[-1])
+        (path / "manifest.json").write_text("{}")
+        one.process.send_signal(signal.SIGHUP)
+        until(lambda: "what served before goes on" in "".join(one.said))
+        assert ask(images[0])["detections"][0]["class"] == "crate"
+
+        processes = psutil.Process(one.process.pid).children(recursive=True)
+        one.process.send_signal(signal.SIGTERM)
+        assert one.process.wait(60) == 0
+        until(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)

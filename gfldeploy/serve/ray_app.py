@@ -64,10 +64,9 @@ class RayServing:
 
 @dataclass(frozen=True)
 class _State:
-    """What Ray Serve says of the application: `deployed` is the moment of its last deployment."""
+    """What Ray Serve says of the application. `running`: replicas. `message`: why it is not well."""
 
     status: str
-    deployed: float
     running: int
     message: str
 
@@ -211,8 +210,7 @@ class _Application:
     ) -> None:
         self._source, self._job, self._serving, self._warm_up = source, job, serving, warm_up
         self._progress, self._signals = progress, signals
-        self._deployed: float | None = None  # when: the last deployment of this command
-        self._asked = False  # for one, which nobody else has replaced
+        self._asked = False  # Ray Serve for the application
 
     def run(self, target: ReplicaJob) -> None:
         """Until a signal comes."""
@@ -249,6 +247,12 @@ class _Application:
         """Start Ray Serve, and say whether it was not there."""
         from ray import serve
 
+        if self._state() is not None:
+            raise ServerError(
+                f"an application {APPLICATION} runs on this cluster already",
+                "SIGHUP to the command that deployed it has it load another bundle; if that command was killed, run "
+                "`serve shutdown` on the cluster.",
+            )
         running = serve.status()
         if running.proxies or running.applications:
             self._progress.note(
@@ -277,24 +281,21 @@ class _Application:
         application = serve.deployment(**options)(serve.ingress()(DetectorReplica)).bind(
             plain(target), self._files(target)
         )
-        before = self._state()
-        self._asked = True
         try:
             serve.run_many(
                 [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
+            self._asked = True
         except Exception as error:
-            self._asked = False
             raise ServerError(f"Ray Serve does not take the application: {summary(error)}", _DELETE) from error
         began, shown, told = time.monotonic(), "", False
         while True:
             self._pause()
             state = self._state()
-            if state is None or (before is not None and state.deployed == before.deployed):
+            if state is None:
                 continue
-            self._deployed = state.deployed
             if state.status == "RUNNING":
                 return
             if state.status in ("DEPLOY_FAILED", "UNHEALTHY") or error_in(state.message):
@@ -321,9 +322,6 @@ class _Application:
             state = self._state()
             if state is None or state.status == "DELETING":
                 raise ServerError("somebody has deleted the application", "Deploy it again.")
-            if state.deployed != self._deployed:
-                self._asked = False
-                raise ServerError("another command has deployed the application, which goes on serving")
             if state.running != running:
                 self._progress.stage(
                     f"{state.running} replica{'s' * (state.running != 1)} run, before it were {running}"
@@ -388,7 +386,7 @@ class _Application:
             )
         )
         message = "\n".join(filter(None, (found.message, deployment and deployment.message)))
-        return _State(found.status.value, found.last_deployed_time_s, running, message)
+        return _State(found.status.value, running, message)
 
 
 def _last_line(text: str) -> str:

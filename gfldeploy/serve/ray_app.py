@@ -254,7 +254,8 @@ class _Application:
                 "`serve shutdown` on the cluster.",
             )
         running = serve.status()
-        if running.proxies or running.applications:
+        own = not (running.proxies or running.applications)
+        if not own:
             self._progress.note(
                 "Ray Serve runs on this cluster already: its proxies keep their address and their limits on bodies"
             )
@@ -267,11 +268,13 @@ class _Application:
                 logging_config={"enable_access_log": False, "log_level": "WARNING"},
             )
         except Exception as error:
+            if own:
+                serve.shutdown()
             raise OutputError(
                 f"the proxies of Ray Serve cannot listen on {listen.host}:{listen.port}: {summary(error)}",
                 "Choose another --port or --host.",
             ) from error
-        return not (running.proxies or running.applications)
+        return own
 
     def _deploy(self, target: ReplicaJob, surge: bool = False) -> None:
         """Have this job replace what runs, and wait for the end. Raises what the replicas raise, and `_Stop`."""

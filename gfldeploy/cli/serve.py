@@ -81,12 +81,7 @@ from gfldeploy.cli.console import TerminalProgress
     default="1",
     help="Number of engines that serve, each in a process of its own; MIN-MAX lets Ray Serve choose by the queue.",
 )
-@click.option(
-    "--ray",
-    metavar="ADDRESS|local",
-    show_default="without Ray",
-    help="Serve on this Ray cluster with Ray Serve; local starts one on this machine, which ends with the server.",
-)
+@options.RAY[0]
 def command(**given: Any) -> None:
     """Serve detections over HTTP: POST an image to /v1/detect.
 

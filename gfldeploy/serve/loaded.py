@@ -34,7 +34,7 @@ from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import DataError, GfldeployError, RejectedError
-from gfldeploy.images.decode import decode_image, load_cv2, read_image, size_of
+from gfldeploy.images.decode import decode_image, load_cv2, read_file, read_image, size_of
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import PREPARED, room
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
@@ -335,4 +335,4 @@ class LoadedDetector(ClosesOnExit):
             some = [path for path, size in sizes.items() if self._preprocess.input_size(*size) == common][: self.most]
             for path in some:
                 read_image(path)  # raises DataError for a damaged one
-            yield common, [path.read_bytes() for path in some]
+            yield common, [read_file(path) for path in some]

@@ -16,8 +16,9 @@ from typing import Any
 from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import LOCAL, connected
-from gfldeploy.cluster.worker import bundle_files
+from gfldeploy.cluster.worker import bundle_files, versions
 from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import ENGINES
 from gfldeploy.errors import (
     BundleError,
     DataError,
@@ -111,7 +112,17 @@ def read_source(source: Path, job: ReplicaJob, warm_up: Path | None) -> ReplicaJ
     bundle = Bundle.open(directory)
     bundle.verify_files()
     sizes = () if warm_up is None else _sizes_of(warm_up, bundle.at_size(job.input_size))
-    return replace(job, bundle=str(directory.resolve()), digest=bundle.digest, sizes=sizes)
+    return replace(
+        job, bundle=str(directory.resolve()), digest=bundle.digest, sizes=sizes, versions=_versions(job.engine)
+    )
+
+
+def _versions(engine: str | None) -> dict[str, str]:
+    """What has to be the same everywhere, or replicas would find different things; without engine, what all need."""
+    if engine is not None:
+        return versions(engine)
+    each = [versions(one).items() for one in ENGINES]
+    return dict(set[tuple[str, str]].intersection(*map(set, each)))
 
 
 def _sizes_of(folder: Path, bundle: Bundle) -> tuple[Size, ...]:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import GOLDEN
-from gfldeploy.cluster.worker import as_plain, local_bundle, raised
+from gfldeploy.cluster.worker import as_plain, check_versions, local_bundle, raised
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.heap import limit_arenas
@@ -50,7 +50,7 @@ class ReplicaJob:
     `bundle`: its directory on the replica's machine. `deploy`: the content of a `deploy.yml`, None without one.
     `threads`, `streams`: where it comes to a replica they are given, for Ray counts CPUs by them. `sizes`: input sizes,
     (height, width), to run before the replica is ready; () for those of the `deploy.yml` or of photographs. `keys`: the
-    digests of the keys, None where none is needed.
+    digests of the keys, None where none is needed. `versions`: of Python and packages, which have to be the same.
     """
 
     settings: ServiceSettings
@@ -69,13 +69,16 @@ class ReplicaJob:
     engine_cache: str | None = None
     sizes: tuple[Size, ...] = ()
     keys: tuple[str, ...] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def choice(self, files: Mapping[str, bytes] | None = None) -> Iterator[Choice]:
         """What runs here, as long as the block lasts: of the bundle at its path, else of its `files`.
 
-        Raises as `choose`, and `BundleError` where the bundle of this digest is in neither.
+        Raises as `choose`, `BundleError` where the bundle of this digest is in neither, and `UnsupportedError` where
+        packages have other versions.
         """
+        check_versions(self.versions)
         with local_bundle(self.bundle, self.digest, files) as found, TemporaryDirectory(prefix="gfldeploy-") as folder:
             if found is None:
                 raise BundleError(

@@ -155,6 +155,8 @@ def test_keys_are_sent_as_digests(tmp_path: Path) -> None:
     assert "letters" not in str(keys.digests)
 
 
-def test_an_engine_that_is_not_there_is_said(tiny_bundle: Path) -> None:
+def test_what_a_machine_lacks_is_said(tiny_bundle: Path) -> None:
+    with pytest.raises(UnsupportedError, match="numpy .*, not 0.1"):
+        job_of(tiny_bundle, versions={"numpy": "0.1"}).choice().__enter__()
     with pytest.raises(UnsupportedError):
         job_of(tiny_bundle, engine="paddle").choice().__enter__()

@@ -109,6 +109,15 @@ def input_size(word: str) -> tuple[int, int]:
     return size
 
 
+def replicas(word: str) -> int | tuple[int, int]:
+    """A number of replicas, or (least, most)."""
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", word)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"{word!r} is not a number of replicas such as 4, or a range such as 2-8")
+    return least if least == most else (least, most)
+
+
 def part(word: str) -> tuple[int, int]:
     """Which part of how many, from 1."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", word)

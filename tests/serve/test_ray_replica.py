@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from gfldeploy.cluster.worker import bundle_files
 from served import contents, serving, talk
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gfldeploy.bundle import Bundle
+from gfldeploy.cluster.worker import bundle_files
 from gfldeploy.errors import BundleError, DataError, EngineError, ParityError, UnsupportedError
 from gfldeploy.serialization import build, plain
 from gfldeploy.serve.app import create_app

@@ -174,7 +174,7 @@ class DynamicBatcher(Generic[In, Out]):
             if not self._policy.admits(now, request, waiting, (batch for batch, _ in self._running.values())):
                 raise self._rejection("deadline")
             self._waiting[request.id] = _Item(payload, size, request, future)
-            self._changed.notify_all()
+            self._changed.notify()
         return future
 
     def close(self, drain: bool = True) -> None:
@@ -276,6 +276,8 @@ class DynamicBatcher(Generic[In, Out]):
                 if decision.run and decision.size is not None:
                     rejected, batch = self._take(decision.reject), self._take(decision.run)
                     self._count(batch, decision.size, now)
+                    if self._waiting:  # for another thread, if one is idle
+                        self._changed.notify()
                     return _Decision(rejected, batch, decision.size)
                 if decision.reject:
                     return _Decision(self._take(decision.reject), ())

@@ -15,13 +15,15 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
+from gfldeploy.at_once import at_once
 from gfldeploy.errors import OutputError
 from gfldeploy.signals import check_interrupted, hold_interrupts, terminate_as_interrupt
+from gfldeploy.storage import Source, Url, files_at, look_at, read_url, remove_url, upload, write_url
 
 StrPath = str | os.PathLike[str]  # a path as users give it
 
@@ -55,6 +57,7 @@ _BEGINNINGS: dict[FileKind, str] = {
     "yml": r"schema: \d+\ncreated: ",
 }
 _BEGINNING_BYTES = 1024
+_UPLOADS = 16  # at once
 _CHOOSE = "Choose another --output."
 _CHOOSE_OR_FORCE = "Choose another --output, or add --force to replace it."
 _CHOOSE_OR_MOVE = "Choose another --output, or move it away yourself."
@@ -94,9 +97,14 @@ def read_json(path: Path) -> Any:
             raise ValueError("it is no regular file")
         if status.st_size > _MOST_JSON_BYTES:
             raise ValueError(f"it has {status.st_size:,} bytes, more than {_MOST_JSON_BYTES:,}")
-        text = file.read(_MOST_JSON_BYTES + 1).decode("utf-8")
+        data = file.read(_MOST_JSON_BYTES + 1)
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> Any:
+    """The content of such a file. Raises `ValueError`."""
     try:
-        value = json.loads(text, parse_constant=_refused_number, parse_int=_whole, parse_float=_finite)
+        value = json.loads(data.decode("utf-8"), parse_constant=_refused_number, parse_int=_whole, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_nesting(value)
@@ -130,12 +138,15 @@ def _check_nesting(value: Any) -> None:
     raise ValueError("it is nested too deeply")
 
 
-def check_target(target: Path, kind: DirectoryKind = "bundle", *, force: bool = False) -> None:
+def check_target(target: Source, kind: DirectoryKind = "bundle", *, force: bool = False) -> None:
     """Raise `OutputError` if `target` is in the way of a directory of this kind. Worth a call before long work.
 
     `force` allows to replace an empty directory and one of the same kind, but never one that holds anything that
-    gfldeploy did not write there.
+    gfldeploy did not write there. At an address, an upload that was interrupted is in nobody's way.
     """
+    if isinstance(target, Url):
+        _check_there(target, kind, force)
+        return
     target = _absolute(target)
     with writing(target):
         if not os.path.lexists(target):
@@ -146,8 +157,12 @@ def check_target(target: Path, kind: DirectoryKind = "bundle", *, force: bool = 
         if not force:
             raise OutputError(f"{target} exists already", _CHOOSE_OR_FORCE)
         if stranger := _stranger(target, kind):
-            problem = f"{target} holds {stranger}, which gfldeploy did not write, so --force does not replace it"
-            raise OutputError(problem, _CHOOSE_OR_MOVE)
+            raise _not_ours(target, stranger)
+
+
+def _not_ours(target: Source, stranger: str) -> OutputError:
+    problem = f"{target} holds {stranger}, which gfldeploy did not write, so --force does not replace it"
+    return OutputError(problem, _CHOOSE_OR_MOVE)
 
 
 def check_file(path: Path, kind: FileKind, *, force: bool = False) -> None:
@@ -173,15 +188,19 @@ def check_file(path: Path, kind: FileKind, *, force: bool = False) -> None:
             raise OutputError(f"cannot write {path}: {parent} is not a writable folder", _CHOOSE)
 
 
-def check_apart(output: Path, read: Iterable[Path], bundle: Path | None = None) -> None:
+def check_apart(output: Source, read: Iterable[Source], bundle: Path | None = None) -> None:
     """Raise `OutputError` if the directory `output` would replace something that is `read`, or lie in the `bundle`."""
+    if isinstance(output, Url):
+        if found := next((path for path in read if isinstance(path, Url) and path.is_below(output)), None):
+            raise OutputError(f"the --output, {output}, would replace {found}, which is read", "Choose another.")
+        return
     place = output.resolve()
     if bundle is not None and place.is_relative_to(bundle.resolve()):
         raise OutputError(f"the --output, {output}, is the bundle that is read, or inside it", "Choose another.")
     if not place.exists():
         return
     for path in read:
-        if path.resolve().is_relative_to(place):
+        if isinstance(path, Path) and path.resolve().is_relative_to(place):
             raise OutputError(f"the --output, {output}, would replace {path}, which is read", "Choose another.")
 
 
@@ -227,16 +246,17 @@ class Unfinished:
 
 
 @contextmanager
-def unfinished_beside(output: Path, command: str, made: str) -> Iterator[Unfinished]:
+def unfinished_beside(output: Source, command: str, made: str) -> Iterator[Unfinished]:
     """A folder beside `output` for what `command` has done already, removed when the block ends without an error.
 
-    An error or an interruption leaves it for the next run if it is worth keeping, a kill always. `made`: a regular
-    expression for the relative paths of files that the command makes in it, and of folders, with a slash at the end.
+    For an output at an address it is among this user's caches. An error or an interruption leaves it for the next run
+    if it is worth keeping, a kill always. `made`: a regular expression for the relative paths of files that the command
+    makes in it, and of folders, with a slash at the end.
 
     Raises `OutputError` if another process is using the folder, if it cannot be written, and if something is in it
     that the command did not make: that is never touched, and no link is followed.
     """
-    output = _absolute(output)
+    output = _absolute(_here_for(output) if isinstance(output, Url) else output)
     place = output.with_name(f"{output.name}{_UNFINISHED}")
     with ExitStack() as lock, terminate_as_interrupt(), _parents_of(output):
         with hold_interrupts():
@@ -308,7 +328,7 @@ def _probe(directory: Path) -> None:
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
+def writing(target: Source) -> Iterator[None]:
     """Whatever the file system refuses in the block becomes an `OutputError` about `target`."""
     try:
         yield
@@ -321,7 +341,7 @@ _FILESYSTEM_ERRORS = {
 }
 
 
-def _output_error(target: Path, error: OSError) -> OutputError:
+def _output_error(target: Source, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     remedy = {
         errno.EDQUOT: "Free some of your quota or choose another --output.",
@@ -329,7 +349,7 @@ def _output_error(target: Path, error: OSError) -> OutputError:
         errno.ENOSPC: "Free some space or choose another --output.",
     }.get(error.errno or 0, "Choose an --output that you may write to.")
     # The partial directory is gone by then: name the target.
-    for part in (target, *target.parents):
+    for part in (target, *target.parents) if isinstance(target, Path) else ():
         if _PARTIAL in part.name:
             target = part.with_name(part.name[1:].rpartition(_PARTIAL)[0])
             break
@@ -345,11 +365,8 @@ def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
     listed: set[Path] = set()
     note = directory / _NOTES[kind]
     with suppress(OSError, ValueError):
-        content = read_json(note)
-        files = content.get("files") if isinstance(content, dict) else None
-        made = "schema" in content if kind == "bundle" else f"gfldeploy {kind}" in str(content.get("what"))
-        if made and isinstance(files, dict | list):
-            listed = {note, *(directory / str(name) for name in files)}
+        if (files := _files_of(read_json(note), kind)) is not None:
+            listed = {note, *(directory / name for name in files)}
     # Whoever imports a Python file of ours leaves it compiled beside it.
     sources = [path for path in listed if path.suffix == ".py"]
     listed.update(found for path in sources for found in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"))
@@ -360,6 +377,15 @@ def _stranger(directory: Path, kind: DirectoryKind) -> str | None:
             if path.is_symlink() or path not in (ours if path.is_dir() else listed):
                 return path.relative_to(directory).as_posix()
     return None
+
+
+def _files_of(note: Any, kind: DirectoryKind) -> list[str] | None:
+    """The files that a note of ours lists; None for anything else."""
+    files = note.get("files") if isinstance(note, dict) else None
+    if not isinstance(files, dict | list):
+        return None
+    made = "schema" in note if kind == "bundle" else f"gfldeploy {kind}" in str(note.get("what"))
+    return [str(name) for name in files] if made else None
 
 
 def files_below(directory: Path) -> list[str]:
@@ -549,11 +575,16 @@ def _remove_made(place: Path, made: str) -> None:
             place.rmdir()
 
 
-def publish(new: Path, target: Path) -> None:
+def publish(new: Path, target: Source, kind: DirectoryKind = "bundle") -> None:
     """Give the directory `new` the name `target` in one step; one already there ends up under the name of `new`.
 
-    Raises `OSError`.
+    An address has no such step: there the note that lists the files goes first and comes last, so that what is
+    unfinished is no result. Meanwhile our mark stands there, with a list, so that the next run knows the files for
+    ours. Raises `OSError`, of an address also `OutputError` and what `storage` raises.
     """
+    if isinstance(target, Url):
+        _upload(new, target, kind)
+        return
     if not target.exists():
         new.rename(target)
         return
@@ -572,3 +603,62 @@ def publish(new: Path, target: Path) -> None:
     except OSError:
         aside.rename(target)
         raise
+
+
+def _here_for(target: Url) -> Path:
+    """Where on this machine an output at an address is made."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - some have no home
+    digest = hashlib.sha256(str(target).encode()).hexdigest()[:16]
+    return Path(caches) / "gfldeploy" / "outputs" / f"{digest}-{target.name[:100]}"
+
+
+def _check_there(target: Url, kind: DirectoryKind, force: bool) -> None:
+    """`check_target` at an address: what has our note is a result, what has our mark alone an unfinished upload."""
+    there = _there(target)
+    if _NOTES[kind] in there and not force:
+        raise OutputError(f"{target} exists already", _CHOOSE_OR_FORCE)
+    if stranger := min(there.keys() - _ours_there(target, kind, there), default=None):
+        raise _not_ours(target, stranger)
+
+
+def _there(target: Url) -> dict[str, Url]:
+    """The files at an address, by their relative names. Raises `OutputError` for a file there."""
+    start = len(str(target).rstrip("/")) + 1
+    try:
+        with suppress(FileNotFoundError):
+            if look_at(target) is not None:
+                raise OutputError(f"{target} is a file, which is never replaced", _CHOOSE)
+            return {str(one)[start:]: one for one in files_at(target)}
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot read {target}: {error}", _CHOOSE) from error
+    return {}
+
+
+def _ours_there(target: Url, kind: DirectoryKind, there: Iterable[str]) -> set[str]:
+    """Names of files that gfldeploy wrote, by its note and its mark."""
+    ours: set[str] = set()
+    for name in {_NOTES[kind], _MARK} & set(there):
+        with suppress(OSError, ValueError):
+            if (files := _files_of(parse_json(read_url(target / name, _MOST_JSON_BYTES)), kind)) is not None:
+                ours |= {name, *files}
+    return ours
+
+
+def _upload(new: Path, target: Url, kind: DirectoryKind) -> None:
+    note, files, there = _NOTES[kind], files_below(new), _there(target)
+    mark = {"what": f"unfinished results of gfldeploy {kind}", "files": sorted({*files, *there} - {_MARK})}
+    try:
+        write_url(target / _MARK, json.dumps(mark, indent=2).encode())
+        if note in there:
+            remove_url(there[note])
+        sent = at_once(lambda name: upload(new / name, target / name), [one for one in files if one != note], _UPLOADS)
+        with closing(sent):
+            for _ in sent:
+                check_interrupted()
+        for name in there.keys() - {*files, _MARK}:
+            remove_url(there[name])
+        check_interrupted()
+        upload(new / note, target / note)
+        remove_url(target / _MARK)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot write {target}: {error}", "Choose an --output that you may write to.") from error

@@ -22,6 +22,7 @@ from gfldeploy.bundle import END_TO_END, Bundle, GraphName
 from gfldeploy.engines.hardware import FIRST_WITH_TF32, compute_capabilities, usable_threads
 from gfldeploy.errors import EngineError, UnsupportedError
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import build, plain
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Device = Literal["cpu", "gpu"]
@@ -181,6 +182,17 @@ class EngineOptions:
         """These options for inputs of these shapes, one for each inference."""
         found = Counter(shapes).most_common()
         return replace(self, shapes=tuple(shape for shape, _ in found), counts=tuple(count for _, count in found))
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON-ready data for another process, which has a `progress` of its own."""
+        data: dict[str, Any] = plain(self)
+        del data["progress"]
+        return data
+
+    @classmethod
+    def from_plain(cls, data: object) -> Self:
+        """The inverse of `to_plain`. Raises `DataError`, also for what does not fit this machine."""
+        return build(cls, data, "the engine's options")
 
 
 @dataclass(frozen=True)

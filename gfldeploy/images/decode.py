@@ -9,7 +9,6 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from gfldeploy.errors import DataError
 from gfldeploy.images.formats import MAX_FILE_BYTES, read_header
 from gfldeploy.images.native_stderr import heard
+from gfldeploy.storage import Source, Url, check_size, open_url, read_url
 
 # What libjpeg reports of data that it could not follow. It continues, with grey or with anything.
 _DAMAGED_JPEG = re.compile(rb"Corrupt JPEG data: .*|Premature end of JPEG.*|Inconsistent progression.*")
@@ -30,13 +30,23 @@ _FETCH = "Fetch or copy it again, or remove it from the data."
 _CONVERT = "Convert it to JPEG or PNG, or remove it from the data."
 
 
-def read_image(path: Path, reduction: int = 1) -> NDArray[np.uint8]:
+def read_image(path: Source, reduction: int = 1) -> NDArray[np.uint8]:
     """Read an image file as RGB uint8, shape [height, width, 3]: `decode_image` of its content.
 
-    Raises `DataError`, naming the file, also when it is missing, unreadable or no regular file.
+    Raises `DataError`, naming the file, also when it is missing, unreadable or no regular file; of a file at an
+    address `ServerError` and `MissingDependencyError`, too.
     """
+    with _readable(path):
+        return decode_image(read_file(path), path, reduction)
+
+
+def read_file(path: Source) -> bytes:
+    """The content of an image file. Raises as `read_image` does."""
+    if isinstance(path, Url):
+        with _readable(path):
+            return read_url(path, MAX_FILE_BYTES)
     with open_file(path) as file:
-        return decode_image(file.read(), path, reduction)
+        return file.read()
 
 
 def decode_image(data: bytes, what: object = "the image", reduction: int = 1) -> NDArray[np.uint8]:
@@ -89,15 +99,17 @@ def _to_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return image
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Source) -> tuple[int, int]:
     """Height and width in pixels of the image that `read_image` would give, EXIF orientation applied.
 
     From the header of the file, so that 10,000 files take seconds: a JPEG, PNG, WebP or BMP that is damaged further on
     has a size all the same. A file whose header does not settle it (AVIF, JPEG 2000, and others than JPEG that EXIF
     turns) is decoded.
 
-    Raises `DataError` as `read_image` does, when the file is missing, unreadable, empty, too large or not an image, or
-    its header is damaged or cut off.
+    Of a file at an address those parts are fetched, which are all of it for most PNGs.
+
+    Raises as `read_image` does, when the file is missing, unreadable, empty, too large or not an image, or its header
+    is damaged or cut off.
     """
     with open_file(path) as file:
         return size_of(file, path)
@@ -116,18 +128,33 @@ def size_of(file: BinaryIO, what: object = "the image") -> tuple[int, int]:
 
 
 @contextmanager
-def open_file(path: Path, most_bytes: int | None = MAX_FILE_BYTES) -> Iterator[BinaryIO]:
-    """An image file, open for reading. Raises `DataError` if it is no regular file, too large or not readable."""
-    try:
+def open_file(path: Source, most_bytes: int | None = MAX_FILE_BYTES) -> Iterator[BinaryIO]:
+    """An image file, open for reading. Raises `DataError` if it is no regular file, too large or not readable.
+
+    Of a file at an address, the parts that are read are fetched; it raises what `read_image` does.
+    """
+    with _readable(path):
+        if isinstance(path, Url):
+            if most_bytes is not None:
+                check_size(path, path.size, most_bytes)
+            with open_url(path, most_bytes) as remote:
+                yield remote
+            return
         # A pipe would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
                 raise DataError(f"cannot read {path}: it is {kind}", "Give image files.")
-            if most_bytes is not None and status.st_size > most_bytes:
-                raise DataError(f"the image file {path} has {status.st_size / 1e9:.1f} GB", "Scale it down, or cut it.")
+            if most_bytes is not None:
+                check_size(path, status.st_size, most_bytes)
             yield file
+
+
+@contextmanager
+def _readable(path: Source) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(f"there is no image file {path}", "Check the path.") from None
     except (OSError, ValueError) as error:

@@ -31,7 +31,7 @@ _ORDINARY_SCANS = 16
 _MOST_TILE_PIXELS = 1 << 24
 _MOST_TIFF_ENTRIES = 1000
 _MOST_EXIF = 1 << 20
-_JPEG_HEADER = 1 << 18  # most JPEGs have all but the pixels in so many bytes
+_JPEG_HEADERS = (1 << 15, 1 << 18)  # nearly all JPEGs have all but the pixels in so many bytes
 _PILLOW = ("AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "SUN")
 _TURNED = range(5, 9)  # EXIF orientations that exchange height and width
 _ORIENTATION = 0x0112
@@ -87,8 +87,10 @@ def read_header(file: BinaryIO, what: object, whole: bool = True) -> Header:
 def _header(file: BinaryIO, whole: bool) -> Header | None:
     start = _at(file, 0, 30)
     if start.startswith(JPEG_START):
-        found = None if whole else _jpeg(_at(file, 0, _JPEG_HEADER), False)
-        return found or _jpeg(_at(file, 0, -1), True)
+        for count in () if whole else _JPEG_HEADERS:
+            if found := _jpeg(_at(file, 0, count), False):
+                return found
+        return _jpeg(_at(file, 0, -1), True)
     if start.startswith(PNG_START):
         return _png(file, start)
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # `gfldeploy predict --help` need not wait for it
     from gfldeploy.bench.cpu_parity import CpuCheck
 
 T = TypeVar("T")
+# Pictures with their numbers, and the size of the network's input that they are padded to.
+PictureBatch: TypeAlias = tuple[Sequence[tuple[int, Picture]], Size]
 _NOWHERE: Size = (0, 0)  # the bucket of what cannot be read
 _MOST_DECODERS = 8
 # Batches that are prepared, or in NMS, beside those in the network. On a CPU one would do if the threads never waited
@@ -83,14 +85,38 @@ def detect_groups(
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
     the iterator ends the threads after their current batch. Raises `EngineError`.
     """
+    batches = batches_of(pictures, manifest, batch_size, order, look_ahead)
+    return detect_batches(engine, manifest, islice(batches, skip, None), reduced=reduced, check=check, streams=streams)
+
+
+def batches_of(
+    pictures: Iterable[Picture], manifest: Manifest, batch_size: int, order: Order, look_ahead: int
+) -> Iterator[PictureBatch]:
+    """The batches of these pictures, as `detect_groups` says: by the sizes in their headers alone."""
+    input_size = manifest.preprocess.input_size
+    items = (
+        ((index, picture), input_size(*picture.size) if picture.size else _NOWHERE)
+        for index, picture in enumerate(pictures)
+    )
+    return stream_batches(items, batch_size, order, look_ahead)
+
+
+def detect_batches(
+    engine: Engine,
+    manifest: Manifest,
+    batches: Iterable[PictureBatch],
+    *,
+    reduced: bool = False,
+    check: CpuCheck | None = None,
+    streams: int = 1,
+) -> Generator[list[Found]]:
+    """What was found in batches that are formed, for each in order, nothing for one without pictures.
+
+    As `detect_groups`. `batches` is taken from by one thread, and may wait: what came before is found meanwhile.
+    """
     preprocess, chosen = manifest.preprocess, manifest.candidates is not None
     classes, nms = manifest.classes, manifest.nms
     fixed = manifest.inputs[0].shape[0]  # a network that takes so many images and no other number
-    items = (
-        ((index, picture), preprocess.input_size(*picture.size) if picture.size else _NOWHERE)
-        for index, picture in enumerate(pictures)
-    )
-    groups = islice(stream_batches(items, batch_size, order, look_ahead), skip, None)
     with ExitStack() as stack:
         decoders = stack.enter_context(_cpu_shared(engine.options))
         readers = stack.enter_context(ThreadPoolExecutor(decoders, "gfldeploy-read")) if decoders > 1 else None
@@ -106,8 +132,10 @@ def detect_groups(
                     check(tensor, outputs, count)
             return outputs
 
-        def detect(job: tuple[Sequence[tuple[int, Picture]], Size]) -> list[Found]:
+        def detect(job: PictureBatch) -> list[Found]:
             group, size = job
+            if not group:
+                return []
             tensor = room(memory, engine.host_array, (fixed or len(group), 3, *size))
             filled = _fill(preprocess, [picture for _, picture in group], tensor, reduced, readers)
             scales = [one for one in filled if not isinstance(one, DataError)]
@@ -128,7 +156,7 @@ def detect_groups(
                 for (index, picture), one in zip(group, filled, strict=True)
             ]
 
-        yield from stack.enter_context(closing(at_once(detect, groups, inferring + PREPARED[engine.options.device])))
+        yield from stack.enter_context(closing(at_once(detect, batches, inferring + PREPARED[engine.options.device])))
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:

@@ -1,4 +1,7 @@
-"""The inputs of detection: files, folders, videos, arrays. The size of an image is known before its pixels."""
+"""The inputs of detection: files, folders, videos, arrays, here or at addresses of filesystems (`storage.Url`).
+
+The size of an image is known before its pixels.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,26 @@ import itertools
 import math
 import os
 import stat
+import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.at_once import at_once
 from gfldeploy.errors import DataError
 from gfldeploy.files import StrPath
 from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_file, read_image, size_of
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
 from gfldeploy.images.native_stderr import heard
+from gfldeploy.storage import Source, Url, files_at, look_at, read_range, source_of
 from gfldeploy.text import first_of
 
 if TYPE_CHECKING:
@@ -34,8 +41,9 @@ VIDEO_SUFFIXES = frozenset(
         *(".ogv", ".ts", ".vob", ".webm", ".wmv"),
     }
 )
+T = TypeVar("T")
 # A file, the content of one, pixels (uint8 [h, w, 3]), or a PIL image.
-Image: TypeAlias = "StrPath | bytes | NDArray[np.uint8] | PilImage"
+Image: TypeAlias = "StrPath | Url | bytes | NDArray[np.uint8] | PilImage"
 ColorOrder: TypeAlias = Literal["rgb", "bgr"]
 
 # The bytes of containers at a place of their header. FFmpeg itself would also follow playlists (HLS, DASH, concat
@@ -54,6 +62,12 @@ _MOST_FRAMES = 10_000_000
 _MISSING_SHARE, _MISSING_FRAMES = 0.01, 2
 _MOST_RATE = 1000.0  # frames a second
 _MOST_KINDS = 5  # that a note names
+_REQUESTS = 32  # at once, of headers at addresses
+_MOST_VIDEO_BYTES = 1 << 33  # of one that is copied from an address
+_COPY_BYTES = 1 << 24  # a request
+_MOST_LINE = 1 << 16  # of a list of files
+# So many files of a list at addresses are looked at before they are read.
+MOST_LOOKED_AT = 10_000
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class Picture:
     """
 
     name: str
-    source: Path | bytes | NDArray[np.uint8]
+    source: Source | bytes | NDArray[np.uint8]
     size: tuple[int, int] | None
     error: DataError | None = None
     frame: int | None = None
@@ -77,7 +91,7 @@ class Picture:
             raise self.error
         if isinstance(self.source, bytes):
             return decode_image(self.source, "the image", reduction)
-        if not isinstance(self.source, Path):
+        if isinstance(self.source, np.ndarray):
             return self.source
         image = read_image(self.source, reduction)
         if reduction == 1 and image.shape[:2] != self.size:
@@ -88,8 +102,9 @@ class Picture:
 def picture_of(image: Image, color: ColorOrder = "rgb") -> Picture:
     """A file, the content of one, an array, uint8 [h, w, 3], or a PIL image. What cannot be used has its `error`.
 
-    `color`: of arrays. EXIF orientation is applied to PIL images as to files. Raises `ValueError` for another kind of
-    array, and `TypeError` for anything else.
+    A file may be at an address of a filesystem. `color`: of arrays. EXIF orientation is applied to PIL images as to
+    files. Raises `ValueError` for another kind of array, `TypeError` for anything else, and `ServerError` if what is at
+    an address does not answer at all.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
@@ -98,11 +113,13 @@ def picture_of(image: Image, color: ColorOrder = "rgb") -> Picture:
             )
         pixels = np.ascontiguousarray(image[..., ::-1] if color == "bgr" else image)
         return Picture("array", pixels, (image.shape[0], image.shape[1]))
-    if not isinstance(image, bytes | str | os.PathLike):
+    if not isinstance(image, bytes | str | os.PathLike | Url):
         return _pil_picture(image)
-    name, source = ("bytes", image) if isinstance(image, bytes) else (str(image), Path(image))
+    name = "bytes" if isinstance(image, bytes) else str(image)
+    source: bytes | Source = b""
     try:
-        size = image_size(source) if isinstance(source, Path) else size_of(io.BytesIO(source))
+        source = image if isinstance(image, bytes) else source_of(image)
+        size = size_of(io.BytesIO(source)) if isinstance(source, bytes) else image_size(source)
     except DataError as error:
         return Picture(name, source, None, error)
     return Picture(name, source, size)
@@ -130,25 +147,47 @@ def _pil_picture(image: PilImage) -> Picture:
 
 def is_one_image(images: object) -> bool:
     """Whether it is one image, not several."""
-    if isinstance(images, str | bytes | os.PathLike):
+    if isinstance(images, str | bytes | os.PathLike | Url):
         return True
     return images.ndim == 3 if isinstance(images, np.ndarray) else hasattr(images, "convert")
 
 
 def pictures(
-    inputs: Iterable[Path], sizes: Mapping[Path, tuple[int, int] | None] = MappingProxyType({})
-) -> Iterator[Picture]:
-    """Every image of these files, in order; of a video, its frames. `sizes`: of image files whose headers were read."""
-    for path in inputs:
+    inputs: Sequence[Source],
+    sizes: Mapping[Source, tuple[int, int] | None] = MappingProxyType({}),
+    bad: Mapping[int, str] = MappingProxyType({}),
+) -> Generator[Picture]:
+    """Every image of these files, in order; of a video, its frames.
+
+    `sizes`: of image files whose headers were read. `bad`: files that are errors and are not opened, by their place
+    among the inputs, and why.
+    """
+
+    def picture(path: Source) -> Picture | None:
         if size := sizes.get(path):
-            yield Picture(str(path), path, size)
-        elif is_video(path):
-            yield from video_frames(path)
-        else:
-            yield picture_of(path)
+            return Picture(str(path), path, size)
+        return None if is_video(path) else picture_of(path)
+
+    good = [path for place, path in enumerate(inputs) if place not in bad] if bad else inputs
+    with closing(_ahead(picture, good)) as ahead:
+        for place, path in enumerate(inputs):
+            if place in bad:
+                yield Picture(str(path), path, None, DataError(bad[place]))
+            elif (found := next(ahead)) is None:
+                yield from video_frames(path)
+            else:
+                yield found
 
 
-def is_video(path: Path) -> bool:
+def _ahead(work: Callable[[Source], T], inputs: Sequence[Source]) -> Generator[T]:
+    """`work` of each, in order; of several at once where it waits for answers from elsewhere."""
+    if any(isinstance(path, Url) for path in inputs):
+        yield from at_once(work, inputs, _REQUESTS)
+    else:
+        yield from map(work, inputs)
+
+
+def is_video(path: Source) -> bool:
     """By the name; if that is of neither images nor videos, by the header of the file."""
     suffix = path.suffix.lower()
     if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
@@ -156,18 +195,79 @@ def is_video(path: Path) -> bool:
     return _is_container(path) and _header(path)[8:12] not in (b"avif", b"avis")  # an AVIF begins as an MP4 does
 
 
+def read_list(path: Path) -> list[Source]:
+    """The files that a text file names, one in each line, as they would be given by themselves; empty lines are none.
+
+    Raises `DataError` for a list that cannot be read or is empty, and for an address of another kind.
+    """
+    found: list[Source] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_MOST_LINE), b""), start=1):
+                name = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n")
+                if len(line) == _MOST_LINE or b"\0" in name:
+                    raise DataError(f"line {number} of {path} names no file", "Write one path or address in each line.")
+                if name.strip():
+                    found.append(source_of(os.fsdecode(name)))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", "Give a text file.") from error
+    if not found:
+        raise DataError(f"{path} names no files", "Write one path or address in each line.")
+    return list(dict.fromkeys(found))
+
+
+def looked_at(inputs: Sequence[Source], note: Callable[[str], None] = lambda sentence: None) -> list[Source]:
+    """The same, those at addresses with size and version, by which a file that has changed is noticed.
+
+    They take a request each: of more than `MOST_LOOKED_AT` none is looked at, and `note` is told. What is not there is
+    left as it is. Raises `ServerError` if a store does not answer.
+    """
+    remote = sum(isinstance(path, Url) and not path.version for path in inputs)
+    if remote > MOST_LOOKED_AT:
+        note(
+            f"{remote:,} files at addresses are not looked at before they are read: one that changes between an "
+            "interrupted run and the next is not noticed"
+        )
+    if not 0 < remote <= MOST_LOOKED_AT:
+        return list(inputs)
+
+    def look(path: Source) -> Source:
+        if not isinstance(path, Url) or path.version:
+            return path
+        try:
+            return look_at(path) or path
+        except (OSError, ValueError, DataError):  # told when it is read
+            return path
+
+    return list(_ahead(look, inputs))
+
+
+def version_of(path: Source) -> tuple[str, int, int | str]:
+    """By which a file is known again: its name, its size in bytes, and when it was changed, or its version."""
+    if isinstance(path, Url):
+        return str(path), path.size, path.version
+    try:
+        status = path.stat()
+    except OSError:
+        return str(path), 0, 0
+    return str(path), status.st_size, status.st_mtime_ns
+
+
 def list_inputs(
-    inputs: Sequence[Path], exclude: Sequence[Path] = (), note: Callable[[str], None] = lambda sentence: None
-) -> list[Path]:
+    inputs: Sequence[Source], exclude: Sequence[Source] = (), note: Callable[[str], None] = lambda sentence: None
+) -> list[Source]:
     """The files named, each once, and in place of a folder the images and videos below it, sorted, folder by folder.
 
     Links are followed, each folder once. Left out are the folders `exclude`, hidden files and folders, and, with a
     sentence to `note`: pipes, devices, folders that cannot be read, and files that are no images or videos by name.
-    Raises `DataError` for what is not there, and for a folder without images.
+    Raises `DataError` for what is not there, and for a folder without images; `ServerError` if a store does not answer.
     """
-    found: list[Path] = []
+    found: list[Source] = []
     walk = _Walk(inputs, exclude)
     for path in inputs:
+        if isinstance(path, Url):
+            found += walk.at(path)
+            continue
         try:
             status = path.stat()
         except (OSError, ValueError) as error:
@@ -181,10 +281,7 @@ def list_inputs(
             continue
         below = list(walk.below(path))
         if not below and not walk.repeated:
-            raise DataError(
-                f"there are no images in {path}" + (f" ({walk.told()[0]})" if walk.told() else ""),
-                f"Give a folder with {', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))} files.",
-            )
+            raise walk.no_images(path)
         found += below
     for sentence in walk.told():
         note(sentence)
@@ -194,11 +291,13 @@ def list_inputs(
 class _Walk:
     """The files below folders, and those left out. `repeated`: some folder was met again."""
 
-    def __init__(self, inputs: Sequence[Path], exclude: Sequence[Path]) -> None:
+    def __init__(self, inputs: Sequence[Source], exclude: Sequence[Source]) -> None:
         self.repeated = False
-        self._exclude = {folder.resolve() for folder in exclude}
+        here = [path for path in inputs if isinstance(path, Path)]
+        self._exclude = {folder.resolve() for folder in exclude if isinstance(folder, Path)}
+        self._exclude_at = [folder for folder in exclude if isinstance(folder, Url)]
         self._seen: set[tuple[int, int]] = set()
-        self._named = {path.resolve() for path in inputs if path.is_dir()} if len(inputs) > 1 else set()
+        self._named = {path.resolve() for path in here if path.is_dir()} if len(inputs) > 1 else set()
         self._others: Counter[str] = Counter()
         self._special: list[Path] = []
         self._unread: list[str] = []
@@ -224,6 +323,37 @@ class _Walk:
                     self._special.append(path)
                 else:
                     yield path
+
+    def at(self, url: Url) -> list[Url]:
+        """The file at an address, or those below it, in the order in which `below` would have them."""
+        try:
+            if (file := look_at(url)) is not None:
+                return [file]
+            found = list(files_at(url))
+        except FileNotFoundError:
+            raise DataError(f"there is no {url}", "Give image files, videos, or folders of them.") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {url}: {error}", "Check the address and its permissions.") from error
+        start = len(url.text.rstrip("/")) + 1
+        kept: list[tuple[list[tuple[bool, str]], Url]] = []
+        for one in found:
+            *folders, name = one.text[start:].split("/")
+            if any(part.startswith(".") for part in (*folders, name)) or any(map(one.is_below, self._exclude_at)):
+                continue
+            if (suffix := one.suffix.lower()) in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                # In a folder first the files, then its folders.
+                kept.append(([*((True, folder) for folder in folders), (False, name)], one))
+            else:
+                self._others[suffix or "no suffix"] += 1
+        if not kept:
+            raise self.no_images(url)
+        return [one for _, one in sorted(kept, key=lambda pair: pair[0])]
+
+    def no_images(self, folder: Source) -> DataError:
+        return DataError(
+            f"there are no images in {folder}" + (f" ({self.told()[0]})" if self.told() else ""),
+            f"Give a folder with {', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))} files.",
+        )
 
     def told(self) -> list[str]:
         """Sentences about the files left out."""
@@ -252,33 +382,37 @@ class _Walk:
 
 
 def picture_sizes(
-    inputs: Sequence[Path], images: dict[Path, tuple[int, int] | None] | None = None
+    inputs: Sequence[Source], images: dict[Source, tuple[int, int] | None] | None = None
 ) -> Iterator[tuple[int, int] | None]:
     """(h, w) in pixels of every image of these files, None if it cannot be read.
 
     Of a video, as many as its header says that it has frames, which may be wrong: at least one. `images` receives those
     of the image files.
     """
-    for path in inputs:
-        if not is_video(path):
-            size = picture_of(path).size
-            if images is not None:
-                images[path] = size
-            yield size
-            continue
-        with _opened(path) as video:
-            size = video.size if video and min(video.size) > 0 else None
-            # Each frame has at least a byte, whatever the header says.
-            count = min(video.frames, path.stat().st_size, _MOST_FRAMES) if video else 1
-        yield from itertools.repeat(size, max(count, 1))
+
+    def size_at(path: Source) -> tuple[tuple[int, int] | None] | None:
+        return None if is_video(path) else (picture_of(path).size,)
+
+    with closing(_ahead(size_at, inputs)) as ahead:
+        for path, found in zip(inputs, ahead, strict=True):
+            if found is not None:
+                if images is not None:
+                    images[path] = found[0]
+                yield found[0]
+                continue
+            with _opened(path) as video:
+                size = video.size if video and min(video.size) > 0 else None
+                # Each frame has at least a byte, whatever the header says.
+                count = min(video.frames, video.size_bytes, _MOST_FRAMES) if video else 1
+            yield from itertools.repeat(size, max(count, 1))
 
 
-def _header(path: Path) -> bytes:
+def _header(path: Source) -> bytes:
     with open_file(path, most_bytes=None) as file:
         return file.read(_HEADER_BYTES)
 
 
-def _is_container(path: Path) -> bool:
+def _is_container(path: Source) -> bool:
     """Whether it begins as a video file does, and not as a list of others."""
     try:
         header = _header(path)
@@ -292,22 +426,26 @@ def _is_container(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Video:
-    """An open `cv2.VideoCapture`, and its header: (h, w) in pixels, the number of frames (0: unknown), the rate."""
+    """An open `cv2.VideoCapture`, and its header: (h, w) in pixels, the number of frames (0: unknown), the rate.
+
+    `size_bytes`: of the file.
+    """
 
     capture: Any
     size: tuple[int, int]
     frames: int
     rate: float
+    size_bytes: int = 0
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Video | None]:
+def _opened(path: Source) -> Iterator[_Video | None]:
     """A video, decoded in one thread; None if it cannot be read, or its frames exceed `MAX_PIXELS`."""
     cv2 = load_cv2()
     if not _is_container(path):
         yield None
         return
-    with open_file(path, most_bytes=None) as file:
+    with _on_disk(path) as file:
         # Not by its name: FFmpeg takes some for addresses, and OpenCV crashes on one that is not UTF-8.
         name = f"/proc/self/fd/{file.fileno()}"
         capture, _ = heard(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
@@ -316,18 +454,76 @@ def _opened(path: Path) -> Iterator[_Video | None]:
             height, width, count, rate = map(capture.get, keys)
             frames = int(count) if math.isfinite(count) and count > 0 else 0
             usable = capture.isOpened() and int(height) * int(width) <= MAX_PIXELS
-            yield _Video(capture, (int(height), int(width)), frames, rate) if usable else None
+            size_bytes = os.fstat(file.fileno()).st_size
+            yield _Video(capture, (int(height), int(width)), frames, rate, size_bytes) if usable else None
         finally:
             capture.release()
 
 
-def video_rate(path: Path) -> float:
+@contextmanager
+def _on_disk(path: Source) -> Iterator[BinaryIO | IO[bytes]]:
+    """The file, or a copy of the one at the address, which FFmpeg cannot read there."""
+    if isinstance(path, Url):
+        with _copies.of(path) as copy:
+            yield copy
+    else:
+        with open_file(path, most_bytes=None) as file:
+            yield file
+
+
+class _Copies:
+    """The last file that was copied from an address, without a name on the disk: sizes, frames and rate need it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: object = None
+        self._file: IO[bytes] | None = None
+
+    @contextmanager
+    def of(self, url: Url) -> Iterator[IO[bytes]]:
+        """A copy. Raises `DataError`."""
+        with self._lock:
+            try:
+                key = version_of(look_at(url) or url)
+                if self._file is None or self._key != key:
+                    self._key, self._file = key, _copied(url)
+                handle = os.dup(self._file.fileno())
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                problem = f"cannot copy the video {url}: {reason}"
+                raise DataError(problem, "Free some space for temporary files (TMPDIR), or give a file.") from error
+        with os.fdopen(handle, "rb") as file:
+            yield file
+
+
+_copies = _Copies()
+
+
+def _copied(url: Url) -> IO[bytes]:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller's
+    try:
+        for start in itertools.count(0, _COPY_BYTES):
+            if start >= _MOST_VIDEO_BYTES:
+                problem = f"the video {url} has more than {_MOST_VIDEO_BYTES / 1e9:.0f} GB"
+                raise DataError(problem, "Copy it to a disk and give its path, or cut it.")
+            block = read_range(url, start, start + _COPY_BYTES)
+            file.write(block)
+            if len(block) < _COPY_BYTES:
+                file.flush()
+                return file
+    except BaseException:
+        file.close()
+        raise
+    raise AssertionError(url)
+
+
+def video_rate(path: Source) -> float:
     """Frames a second; 0 if the file does not say."""
     with _opened(path) as video:
         return video.rate if video and 0 < video.rate <= _MOST_RATE else 0.0
 
 
-def video_frames(path: Path) -> Iterator[Picture]:
+def video_frames(path: Source) -> Iterator[Picture]:
     """Its frames in order, turned if the file says so.
 
     At least one picture: a video without a readable frame becomes one with an `error`, and a video that ends before its

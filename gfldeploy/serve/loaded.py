@@ -34,7 +34,7 @@ from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import DataError, GfldeployError, RejectedError
-from gfldeploy.images.decode import decode_image, load_cv2, read_image, size_of
+from gfldeploy.images.decode import decode_image, load_cv2, read_file, read_image, size_of
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import PREPARED, room
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
@@ -96,6 +96,7 @@ class LoadedDetector(ClosesOnExit):
         load_s: Seconds until the engine was open.
         engine_version: Of the engine's library.
         sizes: The input sizes that were run before the first request, the most common first.
+        sample: The content of an image file that was run then.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class LoadedDetector(ClosesOnExit):
         start = time.perf_counter()
         self._engine = open_engine(choice.engine, choice.bundle, options)
         self.load_s, self.engine_version = time.perf_counter() - start, self._engine.version
-        self._probe = next(content for contents in samples.values() for content in contents)
+        self.sample = next(content for contents in samples.values() for content in contents)
         try:
             self._check = CpuCheck(choice.engine, self._engine, choice.bundle, progress.note)
             self._checking, self._uploading = threading.Lock(), threading.Lock()
@@ -184,7 +185,7 @@ class LoadedDetector(ClosesOnExit):
     def probe(self, seconds: float) -> str | None:
         """Why the engine is of no use if it fails on an image on which it did not before, else None."""
         try:
-            self.submit(self._probe, size_of(io.BytesIO(self._probe)), seconds * 1e3).result(seconds)
+            self.submit(self.sample, size_of(io.BytesIO(self.sample)), seconds * 1e3).result(seconds)
         except RejectedError as error:
             return error.problem if error.reason == "closed" else None
         except TimeoutError:
@@ -334,4 +335,4 @@ class LoadedDetector(ClosesOnExit):
             some = [path for path, size in sizes.items() if self._preprocess.input_size(*size) == common][: self.most]
             for path in some:
                 read_image(path)  # raises DataError for a damaged one
-            yield common, [path.read_bytes() for path in some]
+            yield common, [read_file(path) for path in some]

@@ -25,8 +25,8 @@ def wanted(detections: Detections, request: DetectRequest) -> Detections:
 def image_json(answer: Answer, request: DetectRequest) -> str:
     """One image of the response of `/v1/detect`, as JSON in ASCII. Nothing is rounded but times.
 
-    `may_lack_below` as for `Detections`, left out if nothing that is shown may be missing. Put together by hand: objects
-    for each box, encoded by `json`, take three times as long. Raises `Problem` as `wanted` does, and `EngineError`.
+    `may_lack_below` as for `Detections`, left out if nothing that is shown may be missing. Put together by hand:
+    objects for each box, encoded by `json`, take three times as long. Raises `Problem` as `wanted`, and `EngineError`.
     """
     found, times = wanted(answer.detections, request), answer.times
     if not (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()):  # which JSON cannot say
@@ -47,4 +47,6 @@ def image_json(answer: Answer, request: DetectRequest) -> str:
 @functools.lru_cache(maxsize=4)
 def _heads(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """What comes before the score of a detection, by class id."""
-    return tuple(f'{{"class":{json.dumps(name)},"class_id":{number},"score":' for number, name in enumerate(class_names))
+    return tuple(
+        f'{{"class":{json.dumps(name)},"class_id":{number},"score":' for number, name in enumerate(class_names)
+    )

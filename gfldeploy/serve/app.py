@@ -26,7 +26,16 @@ from gfldeploy.serve.loaded import Answer
 from gfldeploy.serve.metrics import Metrics, metrics_route
 from gfldeploy.serve.openapi import openapi
 from gfldeploy.serve.paddlex import paddlex_answer, read_paddlex_request
-from gfldeploy.serve.problems import HANDLERS, JSON, PADDLEX_PATH, JsonResponse, Problem, answer_to, json_response, problem_of
+from gfldeploy.serve.problems import (
+    HANDLERS,
+    JSON,
+    PADDLEX_PATH,
+    JsonResponse,
+    Problem,
+    answer_to,
+    json_response,
+    problem_of,
+)
 from gfldeploy.serve.reload import Current, Reloader, reload_route
 from gfldeploy.serve.requests import BodyGuard, RequestLimits, read_request
 from gfldeploy.serve.service import DetectionService
@@ -35,6 +44,8 @@ from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 # What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
 _OPEN = ("/health/live", "/health/ready", "/openapi.json", *PAGE_PATHS)
 _LATE_MS = 1e-3  # what is left to a request that is late already: it is refused
+# Of a deadline, for the way of an answer from its batch to its client through a busy event loop.
+_SENDING_SHARE, _SENDING_MS = 0.01, 5.0
 Endpoint = Callable[[Request], Awaitable[Response]]
 _TIMEOUT = re.compile(rb"(?:^|&)timeout_ms=(\d{1,9}(?:\.\d{1,9})?)(?:&|$)")
 
@@ -64,8 +75,8 @@ def create_app(
         asked = await read_request(request, limits, current.service.choice.bundle.manifest.classes)
         request.state.images = len(asked.images)
         with current.use() as service:
-            timeout_ms = max(asked.timeout_ms - _waited_ms(request.scope), _LATE_MS)
-            found = await _unless_gone(request, asked.images, timeout_ms, service)
+            left_ms = max(_left_ms(request.scope, asked.timeout_ms), _LATE_MS)
+            found = await _unless_gone(request, asked.images, left_ms, service)
         if len(found) == 1 and isinstance(found[0], BaseException):
             raise found[0]
         images = ",".join(
@@ -81,7 +92,8 @@ def create_app(
         asked = await read_paddlex_request(request, limits)
         request.state.images = 1
         with current.use() as service:
-            (found,) = await _unless_gone(request, [asked.image], limits.timeout_ms, service)
+            left_ms = max(_left_ms(request.scope, limits.timeout_ms), _LATE_MS)
+            (found,) = await _unless_gone(request, [asked.image], left_ms, service)
         if isinstance(found, BaseException):
             raise found
         return json_response(await paddlex_answer(found.detections, asked, drawing))
@@ -150,17 +162,21 @@ class _AtOnce:
         given = _TIMEOUT.search(scope["query_string"])
         timeout_ms = (given and float(given[1])) or self._timeout_ms
         try:
-            self._current.service.check_room(timeout_ms - _waited_ms(scope))
+            self._current.service.check_room(_left_ms(scope, timeout_ms))
             response = await endpoint(Request(scope, receive, send))
         except (GfldeployError, HTTPException, ClientDisconnect) as error:
             response = answer_to(scope, problem_of(error))
         await response(scope, receive, send)
 
 
-def _waited_ms(scope: Scope) -> float:
-    """Milliseconds since the last byte of a request arrived: an event loop that is behind must not answer late."""
+def _left_ms(scope: Scope, timeout_ms: float) -> float:
+    """Milliseconds that are left for an answer to a request whose last byte arrived a while ago.
+
+    An event loop that is behind must not answer late, and of what it takes to send the answer something is kept back.
+    """
     now = time.perf_counter()
-    return (now - float(scope.get("state", {}).get("arrived", now))) * 1e3
+    waited_s = now - float(scope.get("state", {}).get("arrived", now))
+    return timeout_ms - waited_s * 1e3 - min(_SENDING_SHARE * timeout_ms, _SENDING_MS)
 
 
 async def _unless_gone(

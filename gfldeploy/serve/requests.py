@@ -191,7 +191,8 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                chunk, more = message.get("body", b""), message.get("more_body", False)
+                chunk: bytes = message.get("body", b"")
+                more = message.get("more_body", False)
                 if len(body) + len(chunk) > limits.body_bytes:
                     _too_large(limits)
                 if not more:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from gfldeploy.inspection import verify as verify
     from gfldeploy.load.session import load_server as load_server
     from gfldeploy.predict.outputs import PredictResults as PredictResults
+    from gfldeploy.predict.parts import merge_parts as merge_parts
     from gfldeploy.predict.session import predict_images as predict_images
     from gfldeploy.progress import SILENT as SILENT
     from gfldeploy.progress import Progress as Progress
@@ -87,6 +88,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.inspection": ("inspect", "verify"),
     "gfldeploy.load.session": ("load_server",),
     "gfldeploy.predict.outputs": ("PredictResults",),
+    "gfldeploy.predict.parts": ("merge_parts",),
     "gfldeploy.predict.session": ("predict_images",),
     "gfldeploy.progress": ("SILENT", "Progress"),
     "gfldeploy.quant.quantizer": ("quantize_bundle",),

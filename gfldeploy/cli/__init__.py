@@ -41,6 +41,7 @@ _COMMANDS = {
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
     "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
     "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, and videos."),
+    "merge": ("gfldeploy.cli.merge", "Make the results of one run from parts that many machines did."),
     "serve": ("gfldeploy.cli.serve", "Serve detections over HTTP."),
     "triton": ("gfldeploy.cli.triton", "Write a model repository for Triton Inference Server."),
     "load": ("gfldeploy.cli.load", "Send images to a running server, and measure its answers."),

@@ -124,6 +124,14 @@ def input_size(word: str) -> tuple[int, int]:
     return size
 
 
+def part(word: str) -> tuple[int, int]:
+    """Which part of how many, from 1."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", word)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"{word!r} is not a part such as 1/8, with K from 1 to N")
+    return int(match[1]), int(match[2])
+
+
 def _whole_number(word: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word):
         raise ValueError(f"{word!r} is not a whole number from 1; write them as 1,2,4")
@@ -331,6 +339,20 @@ DECODE = click.option(
     default="exact",
     help="How JPEGs are decoded. fast: at 1/2, 1/4 or 1/8 where they are that much larger than the network's input; "
     "scores and boxes then differ a little.",
+)
+
+DRAW = group(
+    click.option(
+        "--draw",
+        is_flag=True,
+        help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos, which browsers play where OpenCV has the codec.",
+    ),
+    click.option(
+        "--draw-threshold",
+        type=FiniteFloat(0, 1),
+        show_default="that of --threshold",
+        help="Lowest score in pictures.",
+    ),
 )
 
 ENGINE_CACHE = click.option(

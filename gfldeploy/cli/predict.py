@@ -33,22 +33,12 @@ if TYPE_CHECKING:
     metavar="COCO.json",
     help="Detect in the images of these annotations and use their ids. INPUT may then say where file names start.",
 )
-@click.option(
-    "--draw",
-    is_flag=True,
-    help="Draw the boxes too: pictures/*.jpg, and *.mp4 of videos, which browsers play where OpenCV has the codec.",
-)
+@options.DRAW
 @click.option(
     "--threshold",
     type=options.FiniteFloat(0, 1),
     default=DEFAULT_THRESHOLD,
     help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
-)
-@click.option(
-    "--draw-threshold",
-    type=options.FiniteFloat(0, 1),
-    show_default="that of --threshold",
-    help="Lowest score in pictures.",
 )
 @options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE)
 @click.option(
@@ -59,6 +49,12 @@ if TYPE_CHECKING:
     "on more CPUs a stream has several threads. With --threads alone it is 1.",
 )
 @options.group(options.batching(STREAM_ORDERS), options.ENGINE_CACHE)
+@click.option(
+    "--shard",
+    type=options.Parsed("K/N", options.part),
+    help="Detect in the K-th of N parts of the inputs, K from 1, and write a part of the results: for the N jobs of "
+    "any scheduler. `gfldeploy merge` makes the results of all parts.",
+)
 def command(output: Path | str, threshold: float, **given: Any) -> int:
     """Detect in images, folders of them, and videos.
 
@@ -83,12 +79,13 @@ def command(output: Path | str, threshold: float, **given: Any) -> int:
 
     start = time.monotonic()
     found = predict_images(**given, output=output, threshold=threshold, progress=TerminalProgress())
-    _report(found, threshold, time.monotonic() - start)
+    report(found, threshold, time.monotonic() - start)
     click.echo(str(output))
     return 1 if found.failed else 0
 
 
-def _report(summary: PredictResults, threshold: float, seconds: float) -> None:
+def report(summary: PredictResults, threshold: float | None, seconds: float) -> None:
+    """Say what was found; `threshold`: the lowest score of what was counted, if it is known."""
     click.echo(
         f"{summary.images:,} images"
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")

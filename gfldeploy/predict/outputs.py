@@ -49,6 +49,44 @@ class PredictResults:
     lack_below: float = 0.0
 
 
+@dataclass
+class Summary:
+    """What has been found so far, with detections that score at least `threshold`."""
+
+    threshold: float
+    images: int = 0
+    failed: int = 0
+    reasons: tuple[str, ...] = ()
+    detections: int = 0
+    incomplete: int = 0
+    lack_below: float = 0.0
+
+    def add(self, one: Found) -> list[int]:
+        """Take in an image; the places of its detections that count."""
+        self.images += 1
+        if one.detections is None or one.size is None:
+            self.failed += 1
+            if self.failed <= _MOST_REASONS:
+                self.reasons = (*self.reasons, str(one.error))
+            return []
+        shown: list[int] = (one.detections.scores.astype(np.float64) >= self.threshold).nonzero()[0].tolist()
+        self.detections += len(shown)
+        if self.lacks(one.detections):
+            self.incomplete += 1
+            self.lack_below = max(self.lack_below, one.detections.may_lack_below)
+        return shown
+
+    def lacks(self, detections: Detections) -> bool:
+        """Whether some that would count may be missing."""
+        return detections.may_lack_below > max(self.threshold, 0)
+
+    def results(self, kept: int = 0) -> PredictResults:
+        """As `predict` returns it; `kept`: images that an earlier run had done."""
+        return PredictResults(
+            self.images, self.failed, self.reasons, self.detections, kept, self.incomplete, self.lack_below
+        )
+
+
 def write_outputs(
     directory: Path,
     found: Iterable[Found],
@@ -73,9 +111,7 @@ def write_outputs(
     heads = [f'{{"class": {json.dumps(name)}, "class_id": {number}, ' for number, name in enumerate(classes)]
     categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
     named_ids = [None if one is None else f'"category_id": {json.dumps(one)}, "bbox": [' for one in categories]
-    images = failed = detections = incomplete = 0
-    lack_below = 0.0
-    reasons: list[str] = []
+    summary = Summary(threshold)
     with ExitStack() as stack:
         lines = stack.enter_context(_TextFile(directory / DETECTIONS, target or directory))
         results = stack.enter_context(_JsonList(directory / COCO, target or directory, "[", "]"))
@@ -88,27 +124,22 @@ def write_outputs(
             line: Record = {"file": one.name}
             if one.frame is not None and one.time_s is not None:
                 line |= {"frame": one.frame, "time_s": round(one.time_s, 3)}
-            images += 1
+            shown = summary.add(one)
             if one.detections is None or one.size is None:
                 lines.write(json.dumps({**line, "error": str(one.error)}) + "\n")
-                failed += 1
-                reasons += [str(one.error)] if failed <= _MOST_REASONS else []
                 continue
             height, width = one.size
             rows, labels = _rows(one.detections), one.detections.classes.tolist()
             entries = []
-            for place in (one.detections.scores.astype(np.float64) >= threshold).nonzero()[0].tolist():
+            for place in shown:
                 x, y, w, h, score = rows[place]
                 entries.append(f'{heads[labels[place]]}"score": {score}, "bbox": [{x}, {y}, {w}, {h}]}}')
             text = (
                 f'{json.dumps({**line, "width": width, "height": height})[:-1]}, "detections": [{", ".join(entries)}]'
             )
-            if (lacks := one.detections.may_lack_below) > max(threshold, 0):
-                text += f', "may_lack_below": {json.dumps(lacks)}'
-                incomplete += 1
-                lack_below = max(lack_below, lacks)
+            if summary.lacks(one.detections):
+                text += f', "may_lack_below": {json.dumps(one.detections.may_lack_below)}'
             lines.write(text + "}\n")
-            detections += len(entries)
             image_id: CocoId = index + 1 if image_ids is None else image_ids[index]
             if listed is not None:
                 name = one.name + (f"#{one.frame}" if "frame" in line else "")
@@ -121,7 +152,7 @@ def write_outputs(
                     if (named_id := named_ids[label]) is not None
                 ]
             )
-    return PredictResults(images, failed, tuple(reasons), detections, incomplete=incomplete, lack_below=lack_below)
+    return summary.results()
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from gfldeploy.batching.buckets import Order, Size, stream_batches
-from gfldeploy.bench.cpu_parity import CpuCheck
-from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
+from gfldeploy.batching.buckets import Order, Size
+from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import ENGINES, open_engine
+from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import DataError, UsageError
 from gfldeploy.files import (
@@ -26,31 +25,38 @@ from gfldeploy.files import (
     check_target,
     files_below,
     publish,
+    sha256,
     unfinished_beside,
     write_json,
     writing,
 )
-from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, write_outputs
-from gfldeploy.predict.pipeline import Found, detect_groups, in_order
-from gfldeploy.predict.resume import WorkingFile
-from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes, pictures
+from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
+from gfldeploy.predict.pipeline import Found, in_order
+from gfldeploy.predict.resume import WorkingFile, plain_batch
+from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
+from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import check_interrupted, hold_interrupts
+from gfldeploy.storage import Source, Url, source_of
 
 NOTE = "predict.json"
 PICTURES = "pictures"
+RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` reads
 _WORKING = "working.jsonl"
+WHAT = "results of gfldeploy predict"
+PART = f"a part of {WHAT}"
 _RESULTS = "results"  # what becomes the output
 # What is in the folder of unfinished work.
 _MADE = (
-    r"(?s)working\.jsonl|results/((detections\.jsonl|coco\.json|images\.json|predict\.json)?|pictures/(\.?\d{6,}-.*)?)"
+    r"(?s)working\.jsonl|"
+    r"results/((detections\.jsonl|coco\.json|images\.json|predict\.json|records\.jsonl)?|pictures/(\.?\d{6,}-.*)?)"
 )
-# Images that wait for a batch of their size are not decoded yet, so that many may wait.
-_BATCHES_AHEAD = 32
+# Inputs, spread evenly over all, whose headers say which shapes of batches are to come.
+_MOST_HEADERS = 4096
 # Batches, below which no engine is built for their own shapes alone: they take less time than the build.
 _WORTH_A_BUILD = 1000
 
@@ -60,17 +66,44 @@ class _Request:
     """What to detect in, and what to leave.
 
     `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
-    lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures.
+    lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures. `part`: (k, n) for
+    the k-th of n parts of the shards; None for all.
     """
 
     choice: Choice
-    inputs: Sequence[Path]
-    output: Path
+    inputs: Sequence[Source]
+    output: Source
     dataset: CocoDataset | None
     threshold: float
     draw: float | None
     reduced: bool
     force: bool
+    part: tuple[int, int] | None
+
+    @property
+    def shards(self) -> Shards:
+        """All of the inputs."""
+        return Shards(len(self.inputs), self.choice.batch_size)
+
+    @property
+    def mine(self) -> range:
+        """The numbers of the shards that are detected in."""
+        return part_of(len(self.shards), *(self.part or (1, 1)))
+
+    @property
+    def places(self) -> slice:
+        """Of the inputs of these shards, which are consecutive."""
+        return slice(self.mine.start * self.shards.size, self.mine.stop * self.shards.size)
+
+    @property
+    def image_ids(self) -> list[CocoId] | None:
+        """Those of the annotations, one for each input."""
+        return [image.id for image in self.dataset.images] if self.dataset else None
+
+
+def part_of(shards: int, number: int, parts: int) -> range:
+    """The numbers of the shards of a part, from 1, of so many parts: none where there are fewer shards than parts."""
+    return range((number - 1) * shards // parts, number * shards // parts)
 
 
 def predict_images(
@@ -78,6 +111,7 @@ def predict_images(
     inputs: StrPath | Sequence[StrPath] = (),
     *,
     output: StrPath,
+    input_list: StrPath | None = None,
     data: StrPath | None = None,
     draw: bool = False,
     threshold: float = DEFAULT_THRESHOLD,
@@ -93,6 +127,7 @@ def predict_images(
     batch_size: int | None = None,
     order: Order | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
+    shard: tuple[int, int] | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> PredictResults:
@@ -104,8 +139,11 @@ def predict_images(
 
     Args:
         source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote.
-        inputs: Images, videos and folders of them. With `data`, the one folder in which its file names start, or none.
-        output: The folder to write: `detections.jsonl`, `coco.json`, `images.json`, and `pictures/` with `draw`.
+        inputs: Images, videos and folders of them, paths or addresses of filesystems (s3://, gs://, hdfs://, file://).
+            With `data`, the one folder in which its file names start, or none.
+        output: The folder to write, a path or an address: `detections.jsonl`, `coco.json`, `images.json`, and
+            `pictures/` with `draw`.
+        input_list: A text file that names a file on each line, a path or an address, beside `inputs`.
         data: COCO annotations (.json) whose images are detected in, and whose ids are used.
         draw: Draw the boxes, too: pictures of images, and videos of videos.
         threshold: The lowest score in `detections.jsonl` and in pictures.
@@ -124,6 +162,8 @@ def predict_images(
         batch_size: Images of one inference.
         order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
         engine_cache: The folder in which engines that compile keep the result.
+        shard: (k, n) detects in the k-th of n parts of the inputs, k from 1, and writes a folder that `merge_parts`
+            makes results of, with those of the other parts. Each is given the same arguments but this and `output`.
         force: Replace the output if gfldeploy made it, and what is left of another run.
         progress: Told of the engine that was chosen, of notes, and of the images that are done.
 
@@ -131,19 +171,26 @@ def predict_images(
         How many images there were, how many could not be read, and why.
 
     Raises:
-        UsageError: There is nothing to detect in.
+        UsageError: There is nothing to detect in, or pictures are asked of a part.
         BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
         DataError: An input is not there, or no image at all can be read.
+        ServerError: A store of files at addresses does not answer, or lets nobody in.
+        MissingDependencyError: The package for a filesystem is not installed.
         OutputError: The output cannot be written, or something is in the way, such as what another call left.
         UnsupportedError: Nothing here can run the bundle so.
         EngineError: The engine failed, or differs from the CPU (compared for GPUs and engines of other packages).
     """
     if decode not in ("exact", "fast"):
         raise ValueError(f"decode must be exact or fast, not {decode!r}")
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"shard must be (k, n) with k from 1 to n, not {shard!r}")
+    if shard is not None and draw:
+        raise UsageError("a part has no pictures", "Give --draw to `gfldeploy merge`, which needs the images again.")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    given = [Path(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
-    folder = Path(output)
+    given = [source_of(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    listed = None if input_list is None else Path(input_list)
+    folder = source_of(output)
     choice = choose(
         Path(source),
         engine,
@@ -159,9 +206,9 @@ def predict_images(
         input_size=input_size,
     )
     annotations = None if data is None else Path(data)
-    read = [Path(source), *given] if annotations is None else [Path(source), annotations, *given]
+    read: list[Source] = [Path(source), *given, *(path for path in (annotations, listed) if path is not None)]
     check_apart(folder, read, choice.bundle.directory)
-    dataset, files, notes = _inputs(given, annotations, folder)
+    dataset, files, notes = _inputs(given, listed, annotations, folder)
     classes = choice.bundle.manifest.classes
     if dataset is not None:
         notes += [*dataset.notes, *dataset.match(classes).notes]
@@ -171,25 +218,36 @@ def predict_images(
         progress.note(note)
     progress.stage(str(choice))
     drawn = threshold if draw_threshold is None else draw_threshold
-    request = _Request(choice, files, folder, dataset, threshold, drawn if draw else None, decode == "fast", force)
+    reduced = decode == "fast"
+    request = _Request(choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard)
     return _predict(request, progress)
 
 
 def _inputs(
-    inputs: Sequence[Path], data: Path | None, output: Path
-) -> tuple[CocoDataset | None, list[Path], list[str]]:
+    inputs: Sequence[Source], listed: Path | None, data: Path | None, output: Source
+) -> tuple[CocoDataset | None, list[Source], list[str]]:
     """The annotations, the files, and notes on what is not among them."""
     if data is None:
-        if not inputs:
-            raise UsageError("there is nothing to detect in", "Give images, videos or folders as INPUT, or --data.")
+        if not inputs and listed is None:
+            problem = "there is nothing to detect in"
+            raise UsageError(problem, "Give images, videos or folders as INPUT, or --input-list, or --data.")
         notes: list[str] = []
-        output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
-        exclude = (output, output.with_name(f"{output.name}.unfinished"))
-        return None, list_inputs(inputs, exclude, notes.append), notes
+        exclude = [output]
+        if isinstance(output, Path):
+            output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
+            exclude = [output, output.with_name(f"{output.name}.unfinished")]
+        found = list_inputs(inputs, exclude, notes.append)
+        if listed is not None:
+            found = list(dict.fromkeys([*found, *looked_at(read_list(listed), notes.append)]))
+        return None, found, notes
+    if listed is not None:
+        raise UsageError("--data and --input-list both say what to detect in", "Give one of them.")
     if len(inputs) > 1:
         raise UsageError("with --data, INPUT is the folder in which its file names start", "Give one at most.")
-    dataset = CocoDataset.load(data, inputs[0] if inputs else None)
-    files = [image.path for image in dataset.images]
+    if any(isinstance(one, Url) for one in inputs):
+        raise UsageError("with --data, the images are in a folder of this machine", "Leave --data out, or copy them.")
+    dataset = CocoDataset.load(data, str(inputs[0]) if inputs else None)
+    files: list[Source] = [image.path for image in dataset.images]
     if len(set(files)) < len(files):
         raise DataError(f"{data} lists a file twice", "Give every image one id.")
     return dataset, files, []
@@ -197,109 +255,163 @@ def _inputs(
 
 def _predict(request: _Request, progress: Progress) -> PredictResults:
     check_target(request.output, "predict", force=request.force)
-    choice = request.choice
-    manifest = choice.bundle.manifest
-    dataset = request.dataset
-    categories = dataset.class_to_category(manifest.classes) if dataset else None
+    classes = request.choice.bundle.manifest.classes
+    categories = request.dataset.class_to_category(classes) if request.dataset else None
     with unfinished_beside(request.output, "predict", _MADE) as unfinished:
         question = _question(request)
         results = unfinished.directory / _RESULTS
-        most = len(dataset.images) if dataset else sys.maxsize  # the number of frames of a video is not known yet
-        classes = len(manifest.classes)
-        ids = [image.id for image in dataset.images] if dataset else None
-        with WorkingFile(unfinished.directory / _WORKING, question, most, classes, anew=request.force) as working:
+        path = unfinished.directory / _WORKING
+        with writing(request.output):
+            if (results / RECORDS).exists() and not path.exists():  # killed between the last two steps of a part
+                (results / RECORDS).rename(path)
+        with WorkingFile(path, question, request.mine, len(classes), anew=request.force) as working:
             kept = working.images
             unfinished.worth_keeping = bool(kept)
             with writing(request.output):
                 if not working.complete:
                     shutil.rmtree(results, ignore_errors=True)  # of a run that this one replaces
                 results.mkdir(exist_ok=True)
-                for path in results.iterdir():
-                    if path.name != PICTURES:
-                        path.unlink()
+                for file in results.iterdir():
+                    if file.name != PICTURES:
+                        file.unlink()
             # Written while the others are detected: formatting takes no time of its own at the end.
-            with closing(_detected(request, unfinished, working, progress)) as groups:
-                found = in_order(((one.index, one) for one in group) for group in groups)
-                summary = write_outputs(
-                    results, found, manifest.classes, ids, categories, request.threshold, request.output
-                )
-        with writing(request.output):
-            if summary.failed == summary.images:
-                unfinished.worth_keeping = False
-                raise DataError(f"none of {summary.images} images can be used: {summary.reasons[0]}", None)
-            if request.draw is not None:
-                (results / PICTURES).mkdir(exist_ok=True)
-                for done in draw_all(results / DETECTIONS, results / PICTURES, request.draw):
-                    progress.step("drawing", done, summary.images)
-            counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
-            note = {"what": "results of gfldeploy predict", **question, **counts, "files": files_below(results)}
-            write_json(results / NOTE, note)
-            check_interrupted()
-            with hold_interrupts():
-                check_target(request.output, "predict", force=request.force)  # another process may have written it
-                publish(results, Path(request.output).absolute())
-                unfinished.worth_keeping = False
-                shutil.rmtree(results, ignore_errors=True)  # those that were replaced
+            with closing(_detected(request, unfinished, working, progress)) as found:
+                if request.part is None:
+                    summary = write_outputs(
+                        results, found, classes, request.image_ids, categories, request.threshold, request.output
+                    )
+                else:
+                    counted = Summary(request.threshold)
+                    for image in found:
+                        counted.add(image)
+                    summary = counted.results()
+            question |= processors(question, working.processors)
+        if request.part is None:
+            with writing(request.output):
+                if summary.failed == summary.images:
+                    unfinished.worth_keeping = False
+                finish_results(results, question, summary, request.draw, progress)
+        else:
+            with writing(request.output):
+                about = {
+                    "listed": len(request.inputs),
+                    "classes": classes,
+                    "categories": categories,
+                    "ids": request.image_ids and request.image_ids[request.places],
+                    "records": sha256(path),
+                    "files": [RECORDS],
+                }
+                write_note(results, PART, question, summary, about)
+        check_interrupted()
+        # An upload takes a while, and the next run begins it again.
+        with writing(request.output), hold_interrupts() if isinstance(request.output, Path) else nullcontext():
+            check_target(request.output, "predict", force=request.force)  # another process may have written it
+            if request.part is not None:
+                path.rename(results / RECORDS)
+            publish(results, request.output, "predict")
+            unfinished.worth_keeping = False
+            shutil.rmtree(results, ignore_errors=True)  # those that were replaced
     return replace(summary, kept=kept)
 
 
-def _detected(
+def processors(question: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """What the question says of processors once the work is done: all, where they were several."""
+    several = sorted({*names})
+    return {"processor": several} if len(several) > 1 else {"processor": several[0]} if several else {}
+
+
+def finish_results(
+    results: Path, question: Mapping[str, Any], summary: PredictResults, draw: float | None, progress: Progress
+) -> None:
+    """Draw into a folder what `write_outputs` wrote there, and write its note.
+
+    Raises `DataError` if all images failed, and what `draw_all` raises.
+    """
+    if summary.failed == summary.images:
+        raise DataError(f"none of {summary.images} images can be used: {summary.reasons[0]}", None)
+    if draw is not None:
+        (results / PICTURES).mkdir(exist_ok=True)
+        for done in draw_all(results / DETECTIONS, results / PICTURES, draw):
+            progress.step("drawing", done, summary.images)
+    write_note(results, WHAT, question, summary, {"files": files_below(results)})
+
+
+def write_note(
+    results: Path, what: str, question: Mapping[str, Any], summary: PredictResults, more: Mapping[str, Any]
+) -> None:
+    counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
+    write_json(results / NOTE, {"what": what, **question, **counts, **more})
+
+
+def _detected(request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> Generator[Found]:
+    """Every image in order, from the working file or as it is detected; what is not there yet is added to it."""
+    with closing(_here(request, unfinished, working, progress)) as arriving:
+        for number in request.mine:
+            groups: Iterator[list[Found]] = working.groups(number)
+            if not working.ended(number):
+                groups = chain(groups, _rest(arriving))
+            yield from in_order(((one.index, one) for one in group) for group in groups)
+
+
+def _rest(arriving: Iterator[list[Found]]) -> Iterator[list[Found]]:
+    """The batches to the end of a shard, which is one without images."""
+    while batch := next(arriving):
+        yield batch
+
+
+def _here(
     request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress
 ) -> Generator[list[Found]]:
-    """The batches of the working file, then those that are not in it yet and are added to it."""
-    yield from working.groups()
-    if working.complete:
-        return
-    choice = request.choice
-    manifest = choice.bundle.manifest
-    known: dict[Path, tuple[int, int] | None] = {}
-    sizes = list(picture_sizes(request.inputs, known))
-    total = len(sizes)
-    options = replace(_options(choice, sizes), progress=progress)
-    with open_engine(choice.engine, choice.bundle, options) as engine:
+    """The batches that this process finds, once they are in the working file; after each shard one without images."""
+    choice, inputs, processor = request.choice, request.inputs, describe_machine().cpu
+    known: dict[Source, Size | None] = {}
+    options, total = _options(request, known)
+    tasks = (
+        ShardTask(one.number, inputs[one.start : one.stop], working.batches(one.number), working.bad(one.number))
+        for one in map(request.shards.__getitem__, request.mine)
+        if not working.ended(one.number)
+    )
+    with ShardWorker(ShardJob.of(choice, options, request.reduced), progress, choice.bundle) as worker:
         progress.step("detecting", working.images, total)
-        groups = detect_groups(
-            engine,
-            manifest,
-            pictures(request.inputs, known),
-            batch_size=choice.batch_size,
-            order=choice.order,
-            look_ahead=_BATCHES_AHEAD * choice.batch_size,
-            skip=working.batches,
-            reduced=request.reduced,
-            streams=options.streams,
-            check=CpuCheck(choice.engine, engine, choice.bundle, progress.note),
-        )
-        with closing(groups):
-            for group in groups:
-                working.add(group)
-                unfinished.worth_keeping = True
-                progress.step("detecting", working.images, max(total, working.images))
-                yield group
-    working.end()
+        with closing(worker.detect_shards(tasks, known)) as found:
+            for number, batch in found:
+                if batch:
+                    working.add(number, [plain_batch(batch)])
+                    unfinished.worth_keeping = True
+                    progress.step("detecting", working.images, max(total, working.images))
+                else:
+                    working.end(number, processor)
+                yield batch
 
 
-def _options(choice: Choice, sizes: Sequence[tuple[int, int] | None]) -> EngineOptions:
-    """The engine's, with the shapes of the inputs to come, from sizes of images (h, w) in order.
+def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[EngineOptions, int]:
+    """The engine's, with the shapes of the inputs to come, and about how many images there are in these shards.
 
-    An engine that is built for shapes is built for those of the choice, so that other inputs need no other build: in
-    minutes many images run. It is built for the inputs' own where `deploy.yml` has none and they are many, for speed,
-    and where those of `deploy.yml` do not cover them.
+    By the headers of at most `_MOST_HEADERS` of all inputs, the same for every part of them; `known` receives the (h,
+    w) in pixels of those image files. An engine that is built for shapes is built for those of the choice, so that
+    other inputs need no other build: in minutes many images run. It is built for the inputs' own where `deploy.yml` has
+    none and they are many, for speed, and where those of `deploy.yml` do not cover them.
     """
+    choice, inputs = request.choice, request.inputs
     manifest, options = choice.bundle.manifest, choice.options
-    input_size, fixed = manifest.preprocess.input_size, manifest.inputs[0].shape[0]
-    known = ((None, input_size(*size)) for size in sizes if size is not None)
-    batches = stream_batches(known, choice.batch_size, choice.order, _BATCHES_AHEAD * choice.batch_size)
-    shapes: list[Shape] = [(fixed or len(batch), *size) for batch, size in batches]
+    some = [inputs[place * len(inputs) // _MOST_HEADERS] for place in range(_MOST_HEADERS)]
+    read = inputs if len(inputs) <= _MOST_HEADERS else some
+    step = request.shards.size
+    sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, len(read), step)]
+    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order))
+    times = len(inputs) / max(len(read), 1)
+    of_mine = len(request.mine) / max(len(request.shards), 1)
+    total = round(sum(map(len, sizes)) * times * of_mine)
     expecting = options.expecting(shapes)
+    expecting = replace(expecting, counts=tuple(round(count * times) for count in expecting.counts))
     if not ENGINES[choice.engine].needs_shapes:
-        return expecting
+        return expecting, total
     anything = options.shapes == possible_shapes(manifest, choice.batch_size)
     covered = Profile.spanning(options.shapes).covers(*expecting.shapes)
-    if covered and (not anything or len(shapes) < _WORTH_A_BUILD):
-        return options
-    single = in_batches(expecting.shapes, fixed or 1)  # of a batch, few images may be readable
-    return replace(options, shapes=tuple(dict.fromkeys((*expecting.shapes, *single))))
+    if covered and (not anything or len(shapes) * times < _WORTH_A_BUILD):
+        return options, total
+    single = in_batches(expecting.shapes, manifest.inputs[0].shape[0] or 1)  # of a batch, few may be readable
+    return replace(options, shapes=tuple(dict.fromkeys((*expecting.shapes, *single)))), total
 
 
 def _question(request: _Request) -> dict[str, Any]:
@@ -308,13 +420,8 @@ def _question(request: _Request) -> dict[str, Any]:
     machine = describe_machine()
     listed = hashlib.sha256()
     for path in request.inputs:
-        try:
-            status = path.stat()
-            about = (str(path), status.st_size, status.st_mtime_ns)
-        except OSError:
-            about = (str(path), 0, 0)
-        listed.update(repr(about).encode())
-    ids = [image.id for image in request.dataset.images] if request.dataset else None
+        listed.update(repr(version_of(path)).encode())
+    ids = request.image_ids
     on_gpu = {"tf32": choice.options.tf32, "gpus": [*machine.gpus, machine.driver]}
     return {
         "bundle": choice.bundle.digest,
@@ -332,6 +439,7 @@ def _question(request: _Request) -> dict[str, Any]:
         "decoding": "reduced" if request.reduced else "exact",
         "annotations": hashlib.sha256(repr(ids).encode()).hexdigest() if ids is not None else None,
         "inputs": listed.hexdigest(),
+        **({"part": f"{request.part[0]}/{request.part[1]}"} if request.part else {}),
         "processor": machine.cpu,
         **(on_gpu if choice.options.device == "gpu" else {}),
         "software": dict(machine.packages),

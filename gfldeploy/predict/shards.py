@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from types import MappingProxyType
-from typing import Self, overload
+from typing import Any, Self, overload
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Bundle, Manifest
-from gfldeploy.engines.base import ClosesOnExit, Device, EngineOptions, Precision, Shape
+from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import BundleError
+from gfldeploy.errors import BundleError, DataError
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import Found, PictureBatch, batches_of, detect_batches
-from gfldeploy.predict.sources import pictures
+from gfldeploy.predict.sources import Picture, pictures
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.storage import Source
 
 _SHARDS = 64  # of inputs that are neither few nor many: enough to share them out evenly among some machines
 _LEAST_BATCHES = 32  # of a shard: those that are not full, at its end, are then few
@@ -72,26 +72,19 @@ class Shards(Sequence[Shard]):
 class ShardJob:
     """All that a worker needs but the inputs, JSON by `serialization.plain`, and back by `build`.
 
-    `bundle`: the directory; `digest`: of the bundle that has to be there. `reduced`: JPEGs are decoded at 1/2, 1/4 or
-    1/8 where they are that much larger than the network's input. `input_size`: None for the bundle's own. The others
-    are those of `EngineOptions`, and of `pipeline.detect_groups`.
+    `bundle`: the directory; `digest`: of the bundle that has to be there. `options`: the engine's, as
+    `EngineOptions.to_plain` makes them. `reduced`: JPEGs are decoded at 1/2, 1/4 or 1/8 where they are that much larger
+    than the network's input. `input_size`: None for the bundle's own.
     """
 
     bundle: str
     digest: str
     engine: str
-    precision: Precision
-    device: Device
-    threads: int
-    streams: int
-    tf32: bool
-    cache_dir: Path | None
-    shapes: tuple[Shape, ...]
-    counts: tuple[int, ...]
+    options: Mapping[str, Any]
     batch_size: int
     order: Order
-    reduced: bool
-    input_size: Size | None
+    reduced: bool = False
+    input_size: Size | None = None
 
     @classmethod
     def of(cls, choice: Choice, options: EngineOptions, reduced: bool) -> Self:
@@ -100,42 +93,26 @@ class ShardJob:
             bundle=str(choice.bundle.directory),
             digest=choice.bundle.digest,
             engine=choice.engine,
-            precision=options.precision,
-            device=options.device,
-            threads=options.threads,
-            streams=options.streams,
-            tf32=options.tf32,
-            cache_dir=options.cache_dir,
-            shapes=options.shapes,
-            counts=options.counts,
+            options=options.to_plain(),
             batch_size=choice.batch_size,
             order=choice.order,
             reduced=reduced,
             input_size=choice.input_size,
         )
 
-    def options(self, progress: Progress = SILENT) -> EngineOptions:
-        """Those of the engine. Raises `EngineError` for more threads or streams than this machine runs."""
-        return EngineOptions(
-            precision=self.precision,
-            device=self.device,
-            threads=self.threads,
-            cache_dir=self.cache_dir,
-            shapes=self.shapes,
-            counts=self.counts,
-            tf32=self.tf32,
-            streams=self.streams,
-            progress=progress,
-        )
-
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Of a shard, by its number: its inputs, and how many of its batches are done already and left out."""
+    """Of a shard, by its number: its inputs, and how many of its batches are done already and left out.
+
+    `bad`: inputs that are errors and are not opened, by their place in the shard, and why: they end whatever process
+    reads them.
+    """
 
     number: int
-    inputs: Sequence[Path]
+    inputs: Sequence[Source]
     skip: int = 0
+    bad: Mapping[int, str] = field(default_factory=dict)
 
 
 class ShardWorker(ClosesOnExit):
@@ -155,21 +132,24 @@ class ShardWorker(ClosesOnExit):
             )
         self.job = job
         self._manifest = bundle.manifest
-        self._engine = open_engine(job.engine, bundle, job.options(progress))
+        self._options = replace(EngineOptions.from_plain(job.options), progress=progress)
+        self._engine = open_engine(job.engine, bundle, self._options)
         self._check = CpuCheck(job.engine, self._engine, bundle, progress.note)
 
     def close(self) -> None:
         self._engine.close()
 
-    def detect(self, inputs: Sequence[Path], skip: int = 0) -> Generator[list[Found]]:
+    def detect(
+        self, inputs: Sequence[Source], skip: int = 0, bad: Mapping[int, str] = MappingProxyType({})
+    ) -> Generator[list[Found]]:
         """The batches of one shard; `Found.index` counts from 0 in the shard. Raises `EngineError`."""
-        with closing(self.detect_shards([ShardTask(0, inputs, skip)])) as found:
+        with closing(self.detect_shards([ShardTask(0, inputs, skip, bad)])) as found:
             for _, batch in found:
                 if batch:
                     yield batch
 
     def detect_shards(
-        self, tasks: Iterable[ShardTask], sizes: Mapping[Path, Size | None] = MappingProxyType({})
+        self, tasks: Iterable[ShardTask], sizes: Mapping[Source, Size | None] = MappingProxyType({})
     ) -> Generator[tuple[int, list[Found]]]:
         """The batches of many shards, each with the number of its shard; an empty one after the last of a shard.
 
@@ -181,8 +161,11 @@ class ShardWorker(ClosesOnExit):
 
         def batches() -> Iterator[PictureBatch]:
             for task in tasks:
-                found = shard_batches(task.inputs, self._manifest, job.batch_size, job.order, sizes)
-                for batch in islice(found, task.skip, None):
+                ahead = _BATCHES_AHEAD * job.batch_size
+                formed = batches_of(
+                    pictures(task.inputs, sizes, task.bad), self._manifest, job.batch_size, job.order, ahead
+                )
+                for batch in islice(formed, task.skip, None):
                     numbers.append(task.number)
                     yield batch
                 numbers.append(task.number)
@@ -194,22 +177,11 @@ class ShardWorker(ClosesOnExit):
             batches(),
             reduced=job.reduced,
             check=self._check,
-            streams=job.streams,
+            streams=self._options.streams,
         )
         with closing(found):
             for batch in found:
                 yield numbers.popleft(), batch
-
-
-def shard_batches(
-    inputs: Iterable[Path],
-    manifest: Manifest,
-    batch_size: int,
-    order: Order,
-    sizes: Mapping[Path, Size | None] = MappingProxyType({}),
-) -> Iterator[PictureBatch]:
-    """The batches of the inputs of a shard, by the sizes in their headers; `sizes`: those that are known."""
-    return batches_of(pictures(inputs, sizes), manifest, batch_size, order, _BATCHES_AHEAD * batch_size)
 
 
 def shard_shapes(
@@ -217,7 +189,8 @@ def shard_shapes(
 ) -> Iterator[Shape]:
     """The shapes of the batches of shards, by (h, w) of the images of each, None for what cannot be read."""
     input_size, fixed = manifest.preprocess.input_size, manifest.inputs[0].shape[0]
+    ahead = _BATCHES_AHEAD * batch_size
     for sizes in shards:
         known = ((None, input_size(*size)) for size in sizes if size is not None)
-        for batch, (height, width) in stream_batches(known, batch_size, order, _BATCHES_AHEAD * batch_size):
+        for batch, (height, width) in stream_batches(known, batch_size, order, ahead):
             yield fixed or len(batch), height, width

@@ -351,7 +351,7 @@ def test_an_unfinished_run_of_other_options(
     output = tmp_path / "out"
     working = output.with_name("out.unfinished")
     working.mkdir()
-    (working / "working.jsonl").write_text('{"bundle": "ab"}\n')
+    (working / "working.jsonl").write_text('{"form": 2, "bundle": "ab"}\n')
     (working / "results" / "pictures").mkdir(parents=True)
     (working / "results" / "pictures" / "000001-old.jpg").touch()
     assert run(tiny_bundle, images, "-o", output, "--force") == 2
@@ -380,7 +380,7 @@ def test_an_unfinished_run_of_another_input_size(
     working = output.with_name("out.unfinished")
     working.mkdir()
     mark(working)
-    (working / "working.jsonl").write_text(f"{json.dumps(question)}\n")
+    (working / "working.jsonl").write_text(f"{json.dumps({'form': 2, **question})}\n")
     for other in ((), ("--input-size", "48x64")):
         capfd.readouterr()
         assert run(*command, output, *other) == 2

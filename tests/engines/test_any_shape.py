@@ -27,9 +27,9 @@ from gfldeploy.engines.base import Engine, EngineOptions, Shape
 from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.tensorrt import AnyShapeEngine, Profile, example, possible_shapes
 from gfldeploy.errors import EngineError, OutputError
-from gfldeploy.predict import session
+from gfldeploy.predict import session, shards
 from gfldeploy.predict.engine_selection import choose
-from gfldeploy.predict.pipeline import detect_groups
+from gfldeploy.predict.pipeline import detect_batches
 from gfldeploy.tune.deploy_file import Deploy
 
 pytest.importorskip("onnxruntime")
@@ -268,13 +268,13 @@ def test_an_interrupted_predict_resumes_to_the_same_bytes(
         output = tmp_path / f"part{stop}"
 
         def interrupted(*given: object, stop: int = stop, **more: object) -> object:
-            for number, group in enumerate(detect_groups(*given, **more)):  # type: ignore[arg-type]
+            for number, group in enumerate(detect_batches(*given, **more)):  # type: ignore[arg-type]
                 if number == stop:
                     raise KeyboardInterrupt
                 yield group
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(session, "detect_groups", interrupted)
+            patch.setattr(shards, "detect_batches", interrupted)
             predicted(tiny_bundle, images, output, tmp_path / "cache")
         assert predicted(tiny_bundle, images, output, tmp_path / "cache") == whole
     assert len(builds(tmp_path / "cache")) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import mutations
 
 from gfldeploy.predict.outputs import write_outputs
-from gfldeploy.predict.pipeline import in_order
+from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import WorkingFile
 
 _QUESTION = {"schema": 1, "bundle": "ab" * 32, "images": ["a.jpg", "b.jpg", "c.jpg"]}
@@ -25,10 +25,13 @@ def seeds() -> Iterable[bytes]:
     found = {"index": 0, "file": "a.jpg", "size": [48, 64], "detections": _BOX, "may_lack_below": 0.0}
     frame = {"index": 1, "file": "b.mp4", "frame": 0, "time_s": 0.0, "size": [48, 64], "detections": ""}
     batches = [
-        {"batch": 0, "images": [found, {"index": 2, "file": "c.jpg", "error": "it is empty", "remedy": "Fetch it."}]},
-        {"batch": 1, "images": [{**frame, "may_lack_below": 0.5}]},
+        {"shard": 1, "bad": {"0": "it ends its worker"}},
+        {"shard": 0, "batch": 0, "batches": [[found, {"index": 2, "file": "c.jpg", "error": "empty", "remedy": None}]]},
+        {"shard": 1, "batch": 0, "batches": [[{**frame, "index": 0, "may_lack_below": 0.5}]]},
+        {"shard": 0, "batch": 1, "batches": [[{**frame, "may_lack_below": 0.5}]]},
     ]
-    lines = [json.dumps(entry) for entry in (_QUESTION, *batches, {"end": True})]
+    ends = [{"shard": 0, "end": 3, "processor": "cpu"}, {"shard": 1, "end": 1, "processor": "cpu"}]
+    lines = [json.dumps(entry) for entry in ({"form": 2, **_QUESTION}, *batches, *ends)]
     yield "".join(f"{line}\n" for line in lines).encode()
     yield "".join(f"{line}\n" for line in lines[:2]).encode() + lines[2][:20].encode()
 
@@ -44,6 +47,8 @@ def one(data: bytes, folder: Path) -> None:
     """Take up the work, and write what is done."""
     path = folder / "working.jsonl"
     path.write_bytes(data)
-    with WorkingFile(path, _QUESTION, 3, 2) as working:
-        found = list(in_order([(image.index, image) for image in group] for group in working.groups()))
+    found: list[Found] = []
+    with WorkingFile(path, _QUESTION, range(2), 2) as working:
+        for shard in range(2):
+            found += in_order([(image.index, image) for image in group] for group in working.groups(shard))
     write_outputs(folder, found, ("box", "ball"))

@@ -19,10 +19,10 @@ from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import BundleError, DataError
+from gfldeploy.errors import BundleError
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import Found, PictureBatch, batches_of, detect_batches
-from gfldeploy.predict.sources import Picture, pictures
+from gfldeploy.predict.sources import pictures
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.storage import Source
 

@@ -171,7 +171,7 @@ def test_a_store_that_does_not_answer_is_one_line(
     monkeypatch.setattr(storage, "_stores", {})
     for given in ({"inputs": names[0]}, {"input_list": tmp_path / "list.txt"}):
         with pytest.raises(ServerError, match=r"does not answer: .*Check the address, the network and"):
-            predict_images(tiny_bundle, output=tmp_path / "found", **given)  # type: ignore[arg-type]
+            predict_images(tiny_bundle, output=tmp_path / "found", **given)
     assert not list(tmp_path.glob("cache/gfldeploy/outputs/*")) and not (tmp_path / "found").exists()
     with pytest.raises(ServerError), Detector(tiny_bundle) as detector:
         detector.detect(names[0])
@@ -209,12 +209,12 @@ def test_a_changed_object_is_another_question(store: Store, folder: Path, tiny_b
     for given in ({"inputs": there}, {"input_list": tmp_path / "list.txt"}):
         store.proxy.breaks = lambda line: line.startswith("PUT")
         with pytest.raises((ServerError, DataError, OutputError)):
-            predict_images(tiny_bundle, output=output, **given)  # type: ignore[arg-type]
+            predict_images(tiny_bundle, output=output, **given)
         store.put("changes/1.jpg", (folder / "1.jpg").read_bytes() + b"another")
         store.proxy.breaks = lambda line: False
         with pytest.raises(OutputError, match="of an unfinished run with other inputs"):
-            predict_images(tiny_bundle, output=output, **given)  # type: ignore[arg-type]
-        predict_images(tiny_bundle, output=output, force=True, **given)  # type: ignore[arg-type]
+            predict_images(tiny_bundle, output=output, **given)
+        predict_images(tiny_bundle, output=output, force=True, **given)
         store.put("changes/1.jpg", (folder / "1.jpg").read_bytes())
 
 

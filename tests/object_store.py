@@ -42,6 +42,7 @@ class Proxy(socketserver.ThreadingTCPServer):
 
 class _Handler(socketserver.BaseRequestHandler):
     server: Proxy
+    _forwarding: threading.Thread | None = None
 
     def handle(self) -> None:
         head = b""
@@ -57,7 +58,8 @@ class _Handler(socketserver.BaseRequestHandler):
             return
         with socket.create_connection(self.server.store) as upstream:
             upstream.sendall(head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
-            threading.Thread(target=self._forward, args=(upstream,), daemon=True).start()
+            self._forwarding = threading.Thread(target=self._forward, args=(upstream,), daemon=True)
+            self._forwarding.start()
             while block := upstream.recv(1 << 16):
                 self.server.answered_bytes += len(block)
                 self.request.sendall(block[:left])
@@ -71,6 +73,9 @@ class _Handler(socketserver.BaseRequestHandler):
                 upstream.sendall(block)
 
     def _reset(self) -> None:
+        if self._forwarding is not None:  # which would keep the connection open
+            self.request.shutdown(socket.SHUT_RD)
+            self._forwarding.join()
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.request.close()
 

@@ -166,8 +166,11 @@ def _fetched(batches: Iterable[PictureBatch]) -> Generator[PictureBatch]:
     try:
         for group, size in batches:
             yield [(index, picture.fetched_by(pool)) for index, picture in group], size
-    finally:
+    except GeneratorExit:
         pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown(wait=False)
         if isinstance(batches, Generator):
             batches.close()
 

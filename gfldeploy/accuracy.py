@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.at_once import at_once
-from gfldeploy.batching.buckets import Group, Order, Size, group, size_in_words
+from gfldeploy.batching.buckets import Order, Size, group, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, Precision, Shape, Tensors
@@ -32,8 +32,10 @@ from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.progress import SILENT, Progress
 
-# What is found in the images of these batches, by their places in a dataset, in any order.
-DetectGroups: TypeAlias = Callable[[Sequence[Group]], Iterable[tuple[int, Detections]]]
+# A batch: the places of its images in a dataset.
+Batch: TypeAlias = Sequence[int]
+# What is found in each image of these batches, with its place, in any order.
+DetectBatches: TypeAlias = Callable[[Sequence[Batch]], Iterable[tuple[int, Detections]]]
 _RESAMPLES = 100
 
 
@@ -333,12 +335,12 @@ def measure_accuracy(
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
-    detect = partial(detect_images, engine, dataset, preprocess, nms)
+    detect = partial(detect_images, engine, [image.path for image in dataset.images], preprocess, nms)
     return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label)
 
 
 def accuracy_of(
-    detect: DetectGroups,
+    detect: DetectBatches,
     dataset: CocoDataset,
     preprocess: Preprocess,
     classes: Sequence[str],
@@ -355,13 +357,13 @@ def accuracy_of(
     check_measurable(dataset, category_ids)
     by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes
     sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
-    groups = group(sizes, batch_size, order)
+    batches = [one.indices for one in group(sizes, batch_size, order)]
     found: dict[int, list[dict[str, Any]]] = {}
-    for done, (index, one) in enumerate(detect(groups), start=1):
+    for done, (index, one) in enumerate(detect(batches), start=1):
         found[index] = coco_results(dataset.images[index].id, one, category_ids)
         if done % batch_size == 0 or done == len(sizes):
             progress.step(label, done, len(sizes))
-    results = [row for one in groups for index in one.indices for row in found[index]]
+    results = [row for batch in batches for index in batch for row in found[index]]
     return coco_accuracy(dataset, results, category_ids)
 
 
@@ -373,9 +375,9 @@ def batch_shapes(dataset: CocoDataset, preprocess: Preprocess, batch_size: int, 
 
 
 def detect_images(
-    engine: Engine, dataset: CocoDataset, preprocess: Preprocess, nms: NmsParams, groups: Iterable[Group]
+    engine: Engine, paths: Sequence[Path], preprocess: Preprocess, nms: NmsParams, batches: Iterable[Batch]
 ) -> Iterator[tuple[int, Detections]]:
-    """The place of each image of these batches in the dataset, and what was found in it, in the order of the batches.
+    """What is found in each image of these batches of `paths`, with its place, in the order of the batches.
 
     Several at once where the engine has streams. Raises `DataError` for an image that cannot be read, and
     `EngineError`.
@@ -386,17 +388,17 @@ def detect_images(
             runners = stack.enter_context(ThreadPoolExecutor(streams + engine.queued, "gfldeploy-infer"))
             infer = lambda inputs: runners.submit(engine.infer, inputs).result()  # noqa: E731
 
-        def detect(one: Group) -> list[tuple[int, Detections]]:
-            images = [read_image(dataset.images[index].path) for index in one.indices]
+        def detect(batch: Batch) -> list[tuple[int, Detections]]:
+            images = [read_image(paths[index]) for index in batch]
             inputs, scales = inputs_of(engine, images, preprocess)
             found = found_in(engine, infer(inputs), scales, nms)
-            return list(zip(one.indices, found, strict=True))
+            return list(zip(batch, found, strict=True))
 
-        every: Iterable[list[tuple[int, Detections]]] = map(detect, groups)
+        every: Iterable[list[tuple[int, Detections]]] = map(detect, batches)
         if streams > 1:
-            every = stack.enter_context(closing(at_once(detect, groups, streams + engine.queued + 1)))
-        for batch in every:
-            yield from batch
+            every = stack.enter_context(closing(at_once(detect, batches, streams + engine.queued + 1)))
+        for one in every:
+            yield from one
 
 
 def _coco(images: Iterable[int], categories: Iterable[int], annotations: list[dict[str, Any]]) -> Any:

@@ -71,7 +71,8 @@ def measure_invariance(
     for batch_size, order in wanted:
         groups = group(sizes, batch_size, order)
         detections: dict[int, Detections] = {}
-        for index, one in detect_images(engine, dataset, manifest.preprocess, manifest.nms, groups):
+        batches = [one.indices for one in groups]
+        for index, one in detect_images(engine, paths, manifest.preprocess, manifest.nms, batches):
             detections[index] = one
             done += 1
             progress.step("comparing", done, total)

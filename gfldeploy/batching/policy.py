@@ -123,20 +123,28 @@ class Adaptive(Policy):
         if not buckets:
             self.model.fade()
             return Decision(reject=rejected)
+        if len(buckets) == 1 or self.most == 1:  # there is nothing to choose but the bucket of the most urgent image
+            size, counts = kept[0].size, {kept[0].size: self._count(now, buckets[kept[0].size])}
+        else:
+            size, counts = self._best_bucket(now, kept[0].size, buckets)
+        images = buckets[size]
+        given_up = self._give_up(now, images, counts[size])
+        count = self._count(now, images[given_up:]) if given_up else counts[size]
+        run = tuple(one.id for one in images[given_up : given_up + count])
+        return Decision(run, size, rejected + tuple(one.id for one in images[:given_up]))
+
+    def _best_bucket(
+        self, now: float, urgent: Size, buckets: Mapping[Size, Sequence[Request]]
+    ) -> tuple[Size, dict[Size, int]]:
+        """The bucket whose batch is the most efficient of those after which nobody is late, and how many each runs."""
         counts = {size: self._count(now, images) for size, images in buckets.items()}
 
         def efficiency(size: Size) -> float:
             """Images a second of this bucket's batch, by those of its best batch size."""
             return self._best_ms(size) * counts[size] / self.model.predict(counts[size], size)
 
-        safe = [size for size in buckets if len(buckets) == 1 or self._leaves_time(now, size, counts[size], buckets)]
-        # If none is safe, the bucket of the most urgent image, which is the first.
-        size = max(safe, key=efficiency, default=kept[0].size)
-        images = buckets[size]
-        given_up = self._give_up(now, images, counts[size])
-        count = self._count(now, images[given_up:]) if given_up else counts[size]
-        run = tuple(one.id for one in images[given_up : given_up + count])
-        return Decision(run, size, rejected + tuple(one.id for one in images[:given_up]))
+        safe = [size for size in buckets if self._leaves_time(now, size, counts[size], buckets)]
+        return max(safe, key=efficiency, default=urgent), counts
 
     def observe(self, images: int, size: Size, ms: float) -> None:
         self.model.observe(images, size, ms)
@@ -156,26 +164,30 @@ class Adaptive(Policy):
         kept: list[Request] = []
         rejected: list[int] = []
         counts: dict[Size, int] = {}
-        work_s: dict[Size, float] = {}
+        work_ms: dict[Size, float] = {}
+        all_ms, elsewhere = 0.0, 1 - 1 / self.streams
+        fullest: dict[tuple[Size, float], int] = {}
         for one in urgent:
             size, count = one.size, counts.get(one.size, 0) + 1
             bound_ms = (one.deadline - one.arrived) * 1e3
-            larger = range(self.most, 1, -1)
-            full = next((number for number in larger if 2 * self.model.predict(number, size) <= bound_ms), 1)
+            if (full := fullest.get((size, bound_ms), 0)) == 0:
+                larger = range(self.most, 1, -1)
+                full = next((number for number in larger if 2 * self.model.predict(number, size) <= bound_ms), 1)
+                fullest[size, bound_ms] = full
             batches, rest = divmod(count, full)
+            full_ms = self.model.predict(full, size)
             rest_ms = self.model.predict(rest, size) if rest else 0.0
-            own_s = (batches * self.model.predict(full, size) + rest_ms) / 1e3
-            busy_s = sum(work_s.values()) - work_s.get(size, 0.0) + own_s
-            left = (one.deadline - now) / max(one.deadline - one.arrived, 1e-9)
-            room_s = (self.model.predict(full, size) - self.model.predict(1, size)) / 1e3 * max(left, 0.0)
-            alone = now + self.model.margin(1, size) / 1e3
-            last_s = rest_ms / 1e3 if rest else self.model.predict(full, size) / 1e3  # of its own batch
-            others_s = (busy_s - last_s + room_s) * (1 - 1 / self.streams)  # in other streams
-            if max(alone, now + busy_s + room_s - others_s) > one.deadline:
+            own_ms = batches * full_ms + rest_ms
+            busy_ms = all_ms - work_ms.get(size, 0.0) + own_ms
+            left_ms = (one.deadline - now) * 1e3
+            room_ms = (full_ms - self.model.predict(1, size)) * max(left_ms / max(bound_ms, 1e-6), 0.0)
+            last_ms = rest_ms or full_ms  # of its own batch
+            others_ms = (busy_ms - last_ms + room_ms) * elsewhere  # in other streams
+            if max(self.model.margin(1, size), busy_ms + room_ms - others_ms) > left_ms:
                 rejected.append(one.id)
             else:
                 kept.append(one)
-                counts[size], work_s[size] = count, own_s
+                counts[size], work_ms[size], all_ms = count, own_ms, busy_ms
         return kept, tuple(rejected)
 
     def _count(self, now: float, images: Sequence[Request]) -> int:

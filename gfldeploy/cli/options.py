@@ -124,6 +124,15 @@ def input_size(word: str) -> tuple[int, int]:
     return size
 
 
+def replicas(word: str) -> int | tuple[int, int]:
+    """A number of replicas, or (least, most)."""
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", word)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"{word!r} is not a number of replicas such as 4, or a range such as 2-8")
+    return least if least == most else (least, most)
+
+
 def part(word: str) -> tuple[int, int]:
     """Which part of how many, from 1."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", word)
@@ -362,6 +371,28 @@ ENGINE_CACHE = click.option(
     show_default="~/.cache/gfldeploy/engines",
     metavar="DIR",
     help="Folder in which engines keep what they compiled, for the next start to be faster.",
+)
+
+# Where work is done that needs not be done on this machine.
+RAY: Group = (
+    click.option(
+        "--ray",
+        metavar="ADDRESS|auto|local",
+        help="Run on a Ray cluster: HOST:PORT of its head; auto: that of this machine; local: one of this machine "
+        "alone, which ends with the command. Every machine needs the same gfldeploy and engine.",
+    ),
+    click.option(
+        "--workers",
+        type=WholeNumber(1),
+        show_default="as many as the cluster has room for",
+        help="Number of workers on the cluster. Each has an engine, and takes --threads times --streams CPUs.",
+    ),
+    click.option(
+        "--gpus-per-worker",
+        type=FiniteFloat(0),
+        show_default="1 with --device gpu, else 0",
+        help="GPUs of one worker; a part of one lets several workers share it.",
+    ),
 )
 
 PEAK = click.option("--peak/--no-peak", default=True, help="Measure the peak throughput of the engines too.")

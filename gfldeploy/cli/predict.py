@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     help="Detect in the K-th of N parts of the inputs, K from 1, and write a part of the results: for the N jobs of "
     "any scheduler. `gfldeploy merge` makes the results of all parts.",
 )
+@options.group(*options.RAY)
 def command(output: Path | str, threshold: float, **given: Any) -> int:
     """Detect in images, folders of them, and videos.
 

@@ -75,6 +75,13 @@ from gfldeploy.cli.console import TerminalProgress
     "--batch-size", type=options.WholeNumber(1), show_default="1", help="Number of images of one inference at most."
 )
 @options.group(options.ENGINE_CACHE)
+@click.option(
+    "--replicas",
+    type=options.Parsed("N|MIN-MAX", options.replicas),
+    default="1",
+    help="Number of engines that serve, each in a process of its own; MIN-MAX lets Ray Serve choose by the queue.",
+)
+@options.RAY[0]
 def command(**given: Any) -> None:
     """Serve detections over HTTP: POST an image to /v1/detect.
 

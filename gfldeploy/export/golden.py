@@ -133,6 +133,19 @@ def agreement(bundle: Bundle, found: Detections, engine: str) -> str:
     return f"{engine} finds {same} in {PICTURE}: scores differ by at most {score:.2g}, boxes by {box:.2g} px"
 
 
+def difference(found: Detections, before: Detections, precision: str) -> str | None:
+    """What is missing of what the same detector found in the same picture before, in words; None if little is.
+
+    Two batches of it may round differently, as two engines do.
+    """
+    allowed, may_miss = _ALWAYS[precision]
+    missing, _, _ = missing_in(found, before, allowed)
+    more, _, _ = missing_in(before, found, allowed)
+    if max(missing, more) <= may_miss * max(len(before), len(found)):
+        return None
+    return f"{missing} of {len(before)} are missing, {more} are new"
+
+
 def detect(bundle: Bundle, picture: NDArray[np.uint8], engine: Engine) -> list[Detections]:
     """What an engine of the bundle finds in the picture, as often as the batch has images. Raises `EngineError`."""
     manifest = bundle.manifest

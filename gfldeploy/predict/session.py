@@ -6,15 +6,17 @@ import hashlib
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
+from gfldeploy.cluster.ray_cluster import ClusterOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
+from gfldeploy.engines.hardware import cpu_model
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import DataError, UsageError
@@ -36,6 +38,7 @@ from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
+from gfldeploy.predict.ray_shards import shards_on_ray
 from gfldeploy.predict.resume import WorkingFile, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
@@ -67,7 +70,7 @@ class _Request:
 
     `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
     lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures. `part`: (k, n) for
-    the k-th of n parts of the shards; None for all.
+    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process.
     """
 
     choice: Choice
@@ -79,6 +82,7 @@ class _Request:
     reduced: bool
     force: bool
     part: tuple[int, int] | None
+    cluster: ClusterOptions | None = None
 
     @property
     def shards(self) -> Shards:
@@ -128,6 +132,9 @@ def predict_images(
     order: Order | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
     shard: tuple[int, int] | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> PredictResults:
@@ -164,6 +171,11 @@ def predict_images(
         engine_cache: The folder in which engines that compile keep the result.
         shard: (k, n) detects in the k-th of n parts of the inputs, k from 1, and writes a folder that `merge_parts`
             makes results of, with those of the other parts. Each is given the same arguments but this and `output`.
+        ray: Detect with workers on a Ray cluster: HOST:PORT of its head, "auto" for that of this machine, or "local"
+            for one of this machine alone, which ends with the call. The results have the same bytes.
+        workers: How many workers; by default as many as the cluster has room for. Each takes `threads` times `streams`
+            CPUs.
+        gpus_per_worker: GPUs of one worker, by default 1 on GPUs and else 0.
         force: Replace the output if gfldeploy made it, and what is left of another run.
         progress: Told of the engine that was chosen, of notes, and of the images that are done.
 
@@ -208,6 +220,7 @@ def predict_images(
     annotations = None if data is None else Path(data)
     read: list[Source] = [Path(source), *given, *(path for path in (annotations, listed) if path is not None)]
     check_apart(folder, read, choice.bundle.directory)
+    cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
     dataset, files, notes = _inputs(given, listed, annotations, folder)
     classes = choice.bundle.manifest.classes
     if dataset is not None:
@@ -219,7 +232,9 @@ def predict_images(
     progress.stage(str(choice))
     drawn = threshold if draw_threshold is None else draw_threshold
     reduced = decode == "fast"
-    request = _Request(choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard)
+    request = _Request(
+        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster
+    )
     return _predict(request, progress)
 
 
@@ -345,12 +360,50 @@ def write_note(
 
 def _detected(request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> Generator[Found]:
     """Every image in order, from the working file or as it is detected; what is not there yet is added to it."""
+    if request.cluster is not None:
+        yield from _elsewhere(request, request.cluster, unfinished, working, progress)
+        return
     with closing(_here(request, unfinished, working, progress)) as arriving:
         for number in request.mine:
             groups: Iterator[list[Found]] = working.groups(number)
             if not working.ended(number):
                 groups = chain(groups, _rest(arriving))
             yield from in_order(((one.index, one) for one in group) for group in groups)
+
+
+def _elsewhere(
+    request: _Request, cluster: ClusterOptions, unfinished: Unfinished, working: WorkingFile, progress: Progress
+) -> Generator[Found]:
+    """As `_detected`, on a cluster: a shard is read from the working file when it has ended there."""
+    with ExitStack() as stack:
+        arriving: Iterator[None] = iter(())
+        total = 0
+        if not working.complete:
+            options, total = _options(request, {})
+            progress.step("detecting", working.images, total)
+            arriving = stack.enter_context(
+                closing(
+                    shards_on_ray(
+                        cluster,
+                        ShardJob.of(request.choice, options, request.reduced),
+                        request.choice.bundle,
+                        request.inputs,
+                        request.shards,
+                        (number for number in request.mine if not working.ended(number)),
+                        working,
+                        images=total - working.images,
+                        progress=progress,
+                    )
+                )
+            )
+        for number in request.mine:
+            while not working.ended(number):
+                next(arriving)
+                unfinished.worth_keeping = True
+                progress.step("detecting", working.images, max(total, working.images))
+            yield from in_order(((one.index, one) for one in group) for group in working.groups(number))
+        for _ in arriving:
+            raise AssertionError("more came than was asked for")
 
 
 def _rest(arriving: Iterator[list[Found]]) -> Iterator[list[Found]]:
@@ -363,7 +416,7 @@ def _here(
     request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress
 ) -> Generator[list[Found]]:
     """The batches that this process finds, once they are in the working file; after each shard one without images."""
-    choice, inputs, processor = request.choice, request.inputs, describe_machine().cpu
+    choice, inputs, processor = request.choice, request.inputs, cpu_model()
     known: dict[Source, Size | None] = {}
     options, total = _options(request, known)
     tasks = (
@@ -394,12 +447,12 @@ def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[Engin
     """
     choice, inputs = request.choice, request.inputs
     manifest, options = choice.bundle.manifest, choice.options
-    some = [inputs[place * len(inputs) // _MOST_HEADERS] for place in range(_MOST_HEADERS)]
-    read = inputs if len(inputs) <= _MOST_HEADERS else some
+    count = min(len(inputs), _MOST_HEADERS)
+    read = [inputs[place * len(inputs) // count] for place in range(count)]
     step = request.shards.size
-    sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, len(read), step)]
+    sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, count, step)]
     shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order))
-    times = len(inputs) / max(len(read), 1)
+    times = len(inputs) / max(count, 1)
     of_mine = len(request.mine) / max(len(request.shards), 1)
     total = round(sum(map(len, sizes)) * times * of_mine)
     expecting = options.expecting(shapes)

@@ -38,6 +38,18 @@ class Keys:
         self._path = path
         self._digests = tuple(_digest(key) for key in _keys_in(path))
 
+    @classmethod
+    def of_digests(cls, digests: Iterable[str]) -> Keys:
+        """Those that another process read, which told their `digests`; there is no file to read again here."""
+        keys = cls.__new__(cls)
+        keys._digests = tuple(map(bytes.fromhex, digests))
+        return keys
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """What tells a valid key, and from which nobody finds one: they are random."""
+        return tuple(digest.hex() for digest in self._digests)
+
     def read_again(self) -> Keys:
         """What the file holds now. Raises as the first time."""
         return Keys(self._path)

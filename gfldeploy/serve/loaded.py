@@ -96,6 +96,7 @@ class LoadedDetector(ClosesOnExit):
         load_s: Seconds until the engine was open.
         engine_version: Of the engine's library.
         sizes: The input sizes that were run before the first request, the most common first.
+        sample: The content of an image file that was run then.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class LoadedDetector(ClosesOnExit):
         start = time.perf_counter()
         self._engine = open_engine(choice.engine, choice.bundle, options)
         self.load_s, self.engine_version = time.perf_counter() - start, self._engine.version
-        self._probe = next(content for contents in samples.values() for content in contents)
+        self.sample = next(content for contents in samples.values() for content in contents)
         try:
             self._check = CpuCheck(choice.engine, self._engine, choice.bundle, progress.note)
             self._checking, self._uploading = threading.Lock(), threading.Lock()
@@ -184,7 +185,7 @@ class LoadedDetector(ClosesOnExit):
     def probe(self, seconds: float) -> str | None:
         """Why the engine is of no use if it fails on an image on which it did not before, else None."""
         try:
-            self.submit(self._probe, size_of(io.BytesIO(self._probe)), seconds * 1e3).result(seconds)
+            self.submit(self.sample, size_of(io.BytesIO(self.sample)), seconds * 1e3).result(seconds)
         except RejectedError as error:
             return error.problem if error.reason == "closed" else None
         except TimeoutError:

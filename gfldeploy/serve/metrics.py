@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -38,6 +38,8 @@ _GPU = {
 
 Outcome = Literal["answered", "rejected", "bad", "failed"]
 ReloadOutcome = Literal["switched", "failed"]
+# All samples of one process, as JSON-ready data: of each metric its name, documentation, type and samples.
+Families = Sequence[Mapping[str, Any]]
 
 
 class Metrics(Watch):
@@ -125,11 +127,49 @@ class Metrics(Watch):
 
         Reads files of the system and asks the GPU, which takes milliseconds.
         """
-        try:
-            encode, content_type = choose_encoder(accept)
-        except Exception:  # noqa: BLE001 - a header from elsewhere, which the package takes for a well-formed one
-            encode, content_type = choose_encoder("")
-        return encode(_WithoutCreated(self._registry)), content_type
+        return _encoded(_WithoutCreated(self._registry), accept)
+
+    def families(self) -> Families:
+        """All of it, for `merged` in another process. Takes as long as `text`."""
+        return [
+            {
+                "name": metric.name,
+                "documentation": metric.documentation,
+                "type": metric.type,
+                "samples": [[one.name, one.labels, one.value] for one in metric.samples],
+            }
+            for metric in _WithoutCreated(self._registry).collect()
+        ]
+
+
+def merged(by_replica: Mapping[str, Families], accept: str) -> tuple[bytes, str]:
+    """What several processes tell, as `Metrics.text`: each sample with the name of its process as label `replica`."""
+    metrics: dict[str, Metric] = {}
+    for replica, families in by_replica.items():
+        for one in families:
+            metric = metrics.setdefault(one["name"], Metric(one["name"], one["documentation"], one["type"]))
+            for name, labels, value in one["samples"]:
+                metric.add_sample(name, {**labels, "replica": replica}, value)
+    return _encoded(_Given(tuple(metrics.values())), accept)
+
+
+def _encoded(metrics: Collector, accept: str) -> tuple[bytes, str]:
+    """In OpenMetrics where the header `accept` asks for it, else in Prometheus' own form; and the content type."""
+    try:
+        encode, content_type = choose_encoder(accept)
+    except Exception:  # noqa: BLE001 - a header from elsewhere, which the package takes for a well-formed one
+        encode, content_type = choose_encoder("")
+    return encode(metrics), content_type
+
+
+class _Given(Collector):
+    """Metrics that are there already."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._metrics
 
 
 async def metrics_route(request: Request) -> Response:

@@ -81,7 +81,7 @@ def run_server(
     handlers = {number: signal.getsignal(number) for number in numbers}
     hung_up: list[int] = []  # of SIGHUP before there is anything to reload
     with ExitStack() as stack:
-        sock = stack.enter_context(_bound(listen))
+        sock = stack.enter_context(bound(listen))
         log = AccessLog(access_log, metrics.dropped_lines) if access_log is not None else None
         if log is not None:
             stack.callback(log.close)
@@ -184,7 +184,7 @@ async def _serve(
     return cut_short
 
 
-def _bound(listen: Listen) -> socket.socket:
+def bound(listen: Listen) -> socket.socket:
     """A socket that has the port, so that two servers cannot load for minutes to find out; nobody can connect yet."""
     try:
         family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET

@@ -133,6 +133,11 @@ class DetectionService:
         return self._detector.batcher.waiting
 
     @property
+    def sample(self) -> bytes:
+        """The content of an image file of the warm-up."""
+        return self._detector.sample
+
+    @property
     def description(self) -> Description:
         """What serves."""
         choice, detector = self.choice, self._detector

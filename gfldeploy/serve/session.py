@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from gfldeploy.batching.buckets import Size
 from gfldeploy.engines.base import Device, Precision, is_installed
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.errors import MissingDependencyError
+from gfldeploy.errors import MissingDependencyError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.progress import SILENT, Progress
@@ -16,6 +17,7 @@ from gfldeploy.serve.service import DetectionService, ServiceSettings, Watch
 
 _BODIES = 8  # of the largest size are in memory at most
 _PACKAGES = {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}  # by module
+_RAY_PACKAGES = {"ray": "'ray[serve]'", "fastapi": "'ray[serve]'"}
 
 
 def serve_detector(
@@ -43,6 +45,8 @@ def serve_detector(
     input_size: Size | None = None,
     batch_size: int | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
+    replicas: int | tuple[int, int] = 1,
+    ray: str | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Serve detections over HTTP until a signal comes, in the main thread of this process.
@@ -76,6 +80,9 @@ def serve_detector(
             PaddleDetection.
         batch_size: The most images of one inference; by default 1.
         engine_cache: Where engines keep what they compiled.
+        replicas: How many engines serve, each in a process of its own; with `ray` also (least, most), between which Ray
+            Serve chooses.
+        ray: Serve on Ray: the address of a cluster, or "local" for one on this machine that ends with the server.
         progress: Told of what is loaded, when the server is ready, and of reloads.
 
     Returns:
@@ -88,10 +95,13 @@ def serve_detector(
             warm up with.
         UnsupportedError: Nothing here can run it.
         OutputError: The port cannot be listened on, or the access log cannot be written.
+        UsageError: Options do not go together.
+        ServerError: Ray cannot be reached, or does not do what it should.
         EngineError: The engine cannot be loaded, or failed again and again.
         ParityError: What runs on a GPU differs from the CPU.
     """
-    if missing := [name for module, name in _PACKAGES.items() if not is_installed(module)]:
+    packages = _PACKAGES if ray is None else _PACKAGES | _RAY_PACKAGES
+    if missing := [name for module, name in packages.items() if not is_installed(module)]:
         raise MissingDependencyError(
             f"gfldeploy serve needs {', '.join(missing)}, not installed here", f"Run: pip install {' '.join(missing)}"
         )
@@ -102,8 +112,43 @@ def serve_detector(
     settings = ServiceSettings(
         max_waiting, None if warm_up is None else Path(warm_up), decode == "fast", max_megapixels * 1e6
     )
-
+    limits = RequestLimits(
+        body_bytes=int(max_body_mb * 1e6),
+        total_bytes=int(_BODIES * max_body_mb * 1e6),
+        body_s=body_timeout_s,
+        images=max_images,
+        timeout_ms=timeout_ms,
+    )
+    listen = Listen(host, port, drain_timeout_s)
     keys = None if api_key_file is None else Keys(Path(api_key_file))
+    least, most = (replicas, replicas) if isinstance(replicas, int) else replicas
+    if ray is not None:
+        if access_log is not None:
+            raise UsageError(
+                "--access-log is not for --ray: requests come to several machines",
+                "Leave it out; `/metrics` counts requests by status.",
+            )
+        from gfldeploy.serve.ray_app import RayServing, serve_on_ray
+        from gfldeploy.serve.ray_replica import ReplicaJob
+
+        job = ReplicaJob(
+            replace(settings, warm_up=None),
+            limits,
+            threads=threads,
+            streams=streams,
+            engine=engine,
+            precision=precision,
+            device=device,
+            tf32=tf32,
+            input_size=input_size,
+            batch_size=batch_size,
+            engine_cache=str(engine_cache),
+            keys=None if keys is None else keys.digests,
+        )
+        serve_on_ray(Path(source), job, RayServing(ray, least, most, listen), settings.warm_up, progress)
+        return
+    if (least, most) != (1, 1):
+        raise UsageError("--replicas needs --ray", "Give --ray local, or an address.")
 
     def load(watch: Watch) -> DetectionService:
         choice = choose(
@@ -123,17 +168,10 @@ def serve_detector(
             progress.note(note)
         return DetectionService(choice, settings, watch, progress)
 
-    limits = RequestLimits(
-        body_bytes=int(max_body_mb * 1e6),
-        total_bytes=int(_BODIES * max_body_mb * 1e6),
-        body_s=body_timeout_s,
-        images=max_images,
-        timeout_ms=timeout_ms,
-    )
     run_server(
         load,
         limits,
-        Listen(host, port, drain_timeout_s),
+        listen,
         keys=keys,
         access_log=None if access_log is None else Path(access_log),
         progress=progress,

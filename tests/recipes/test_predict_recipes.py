@@ -36,6 +36,16 @@ def test_killed_and_watched(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) 
     assert record["same"] and record["images"] == 40 and set(record["files"]) >= {"detections.jsonl", "coco.json"}
 
 
+def test_parts_merge_and_memory_does_not_grow(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    images = ("--images", tiny_coco.parent / "images")
+    options = ("--count", 70, "--parts", 3, "--orders", 2, "--memory", 40, 80)
+    shown, record = run("shards.py", tmp_path, "--bundle", tiny_bundle, *images, *options)
+    parts, memory = record["parts"], record["memory"]
+    assert parts["same"] and parts["missing_named"] == 3 and parts["images"] == 70
+    assert [one["images"] for one in memory] == [40, 80] and all(one["same"] for one in memory)
+    assert "'predict_mb': " in shown
+
+
 def test_what_the_pipeline_costs(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     options = ("--data", tiny_coco, "--images", 4, "--rounds", 2, "--batch-size", 2)
     shown, record = run("predict_overhead.py", tmp_path, "--source", tiny_bundle, *options)

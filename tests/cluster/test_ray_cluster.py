@@ -1,0 +1,214 @@
+"""What needs a Ray cluster: one of this machine, which all tests share; and addresses where there is none."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray_work
+from recorded_progress import RecordedProgress
+
+from gfldeploy.bundle import Bundle
+from gfldeploy.cluster import ray_cluster, worker
+from gfldeploy.cluster.ray_cluster import ClusterOptions, connected, run_on_ray
+from gfldeploy.cluster.schedule import Again, Job, Part
+from gfldeploy.errors import DataError, EngineError, UnsupportedError, UsageError
+
+pytest.importorskip("ray")
+DOUBLING = "ray_work:Doubling"
+OPTIONS = ClusterOptions("local", workers=2)
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[None]:
+    """A cluster of this machine, whose workers find `ray_work`."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    folder = str(Path(ray_work.__file__).parent)
+    path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+    with connected("local", cpus=2, environment={"PYTHONPATH": path}):
+        yield
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive, "processes of the cluster outlived it"
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+def run(
+    bundle: Bundle,
+    numbers: Sequence[Sequence[int]],
+    jobs: Iterable[Job] | None = None,
+    setting: dict[str, Any] | None = None,
+    progress: RecordedProgress | None = None,
+) -> tuple[dict[int, list[Any]], list[Again]]:
+    """Of each job its values, which have one entry each; and the jobs that were begun again."""
+    values: dict[int, list[Any]] = {}
+    again: list[Again] = []
+    ended: list[int] = []
+    given = jobs if jobs is not None else [Job(number, len(one)) for number, one in enumerate(numbers)]
+    parts = run_on_ray(
+        OPTIONS,
+        DOUBLING,
+        setting or {},
+        given,
+        lambda number: {"numbers": numbers[number]},
+        bundle=bundle,
+        engine="onnxruntime",
+        progress=progress or RecordedProgress(),
+    )
+    for part in parts:
+        if isinstance(part, Part):
+            assert part.job not in ended
+            values.setdefault(part.job, []).extend(entry for (entry,) in part.values)
+            ended += [part.job] * part.end
+        else:
+            values.pop(part.job, None)
+            again.append(part)
+    assert len(ended) == len(list(numbers))
+    return values, again
+
+
+def doubled(entries: Iterable[Any]) -> list[Any]:
+    return [entry if isinstance(entry, str) else entry[0] for entry in entries]
+
+
+def test_values_of_jobs_are_those_of_the_inputs_in_order(local: None, bundle: Bundle) -> None:
+    numbers = [list(range(10 * job, 10 * job + 10)) for job in range(8)]
+    values, again = run(bundle, numbers, [Job(job, 10, skip=3 * (job == 2)) for job in range(8)])
+    expected = {job: [2 * number for number in one[3 * (job == 2) :]] for job, one in enumerate(numbers)}
+    assert {job: doubled(one) for job, one in values.items()} == expected
+    assert not again
+    assert {entry[1] for one in values.values() for entry in one} == {str(bundle.directory)}
+
+
+def test_one_input_that_kills_is_an_error_and_the_rest_is_done(local: None, bundle: Bundle) -> None:
+    numbers = [[1, 2], [3, 4, ray_work.KILLS, 5], [6, ray_work.EXITS]]
+    progress = RecordedProgress()
+    values, again = run(bundle, numbers, progress=progress)
+    why = {(one.job, place): reason for one in again for place, reason in one.bad.items()}
+    assert sorted(why) == [(1, 2), (2, 1)]
+    assert {job: doubled(one) for job, one in values.items()} == {
+        0: [2, 4],
+        1: [6, 8, why[1, 2], 10],
+        2: [12, why[2, 1]],
+    }
+    assert all("process" in reason for reason in why.values())
+    assert any("died" in note and "shard 1 is done again" in note for note in progress.notes)
+
+
+def test_the_bundle_is_sent_to_workers_that_do_not_have_it(local: None, bundle: Bundle, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    opening = worker.Opening(DOUBLING, {}, str(elsewhere), bundle.digest, {})
+    with pytest.raises(AssertionError):  # asked for
+        _open(opening, None)
+    with worker.local_bundle(str(elsewhere), bundle.digest, worker.bundle_files(bundle)) as sent:
+        assert sent is not None and sent.digest == bundle.digest and sent.directory != bundle.directory
+        directory = sent.directory
+    assert not directory.exists()
+
+
+def _open(opening: worker.Opening, files: dict[str, bytes] | None) -> None:
+    with worker.local_bundle(opening.bundle, opening.digest, files) as found:
+        assert found is not None
+
+
+def test_what_a_worker_raises_on_purpose_ends_the_run(local: None, bundle: Bundle) -> None:
+    with pytest.raises(DataError, match="1302 cannot be doubled") as raised:
+        run(bundle, [[1, 2], [ray_work.RAISES]])
+    assert raised.value.remedy == "Take another number."
+    with pytest.raises(UnsupportedError, match="it does not run here"):
+        run(bundle, [[1]], setting={"refuses": True})
+    with pytest.raises(ZeroDivisionError, match="of a mistake of ours"):
+        run(bundle, [[ray_work.BUG]])
+
+
+def test_workers_that_die_as_they_start_end_the_run(local: None, bundle: Bundle) -> None:
+    with pytest.raises(EngineError, match="no worker starts: its process ended"):
+        run(bundle, [[1]], setting={"dies": True})
+
+
+def test_other_versions_are_refused(local: None, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = worker.versions("onnxruntime")
+    assert {"Python", "gfldeploy", "onnxruntime"} <= right.keys()
+    monkeypatch.setattr(ray_cluster, "versions", lambda engine: {**right, "numpy": "0.9"})
+    with pytest.raises(UnsupportedError, match=r"other versions than the machine of the command: numpy .*, not 0\.9"):
+        run(bundle, [[1]])
+
+
+def test_leaving_early_ends_the_workers(local: None, bundle: Bundle) -> None:
+    parts = run_on_ray(
+        OPTIONS,
+        DOUBLING,
+        {},
+        [Job(0, 1000)],
+        lambda number: {"numbers": [ray_work.SLOW] * 1000},
+        bundle=bundle,
+        engine="onnxruntime",
+    )
+    with closing(parts):
+        first = next(parts)
+        assert isinstance(first, Part) and not first.end
+        (workers,) = {entry[2] for (entry,) in first.values}
+        assert psutil.pid_exists(workers)
+    _, alive = psutil.wait_procs([psutil.Process(workers)] if psutil.pid_exists(workers) else [], timeout=10)
+    assert not alive
+
+
+def test_a_cluster_of_this_machine_listens_on_loopback_alone(local: None) -> None:
+    here = psutil.Process()
+    listening = []
+    for process in (here, *here.children(recursive=True)):
+        listening += [one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    assert listening
+    assert all(address.startswith("127.") or address == "::1" for address in listening), listening
+
+
+def test_more_than_a_machine_has_is_refused(local: None, bundle: Bundle) -> None:
+    parts = run_on_ray(
+        replace(OPTIONS, cpus=64), DOUBLING, {}, [Job(0, 1)], lambda number: {}, bundle=bundle, engine="onnxruntime"
+    )
+    with pytest.raises(UsageError, match="no machine of the cluster has 64 CPUs for a worker; the largest has 2 CPUs"):
+        next(parts)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port", "head:1:2", ""])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match="is no address of a Ray cluster"), connected(address):
+        pass
+
+
+def test_a_port_where_nothing_listens_is_refused_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = time.monotonic()
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:"), connected(f"127.0.0.1:{port}"):
+        pass
+    assert time.monotonic() - start < 20  # Ray alone takes longer, whatever else runs
+
+
+@pytest.mark.slow
+def test_a_port_of_something_else_is_refused() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with (
+                pytest.raises(UsageError, match=r"what answers at 127\.0\.0\.1:\d+ is no head of a Ray cluster"),
+                connected(f"127.0.0.1:{server.server_port}"),
+            ):
+                pass
+        finally:
+            server.shutdown()

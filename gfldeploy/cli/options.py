@@ -374,7 +374,7 @@ ENGINE_CACHE = click.option(
 )
 
 # Where work is done that needs not be done on this machine.
-RAY: Group = (
+RAY_ON_CPUS: Group = (
     click.option(
         "--ray",
         metavar="ADDRESS|auto|local",
@@ -387,6 +387,9 @@ RAY: Group = (
         show_default="as many as the cluster has room for",
         help="Number of workers on the cluster. Each has an engine, and takes --threads times --streams CPUs.",
     ),
+)
+RAY: Group = (
+    *RAY_ON_CPUS,
     click.option(
         "--gpus-per-worker",
         type=FiniteFloat(0),

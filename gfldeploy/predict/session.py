@@ -10,10 +10,9 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
-from gfldeploy.cluster.ray_cluster import ClusterOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import cpu_model
@@ -38,13 +37,15 @@ from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
-from gfldeploy.predict.ray_shards import shards_on_ray
 from gfldeploy.predict.resume import WorkingFile, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import check_interrupted, hold_interrupts
 from gfldeploy.storage import Source, Url, source_of
+
+if TYPE_CHECKING:  # a third of the time until an interruption is answered
+    from gfldeploy.cluster.ray_cluster import ClusterOptions
 
 NOTE = "predict.json"
 PICTURES = "pictures"
@@ -220,7 +221,11 @@ def predict_images(
     annotations = None if data is None else Path(data)
     read: list[Source] = [Path(source), *given, *(path for path in (annotations, listed) if path is not None)]
     check_apart(folder, read, choice.bundle.directory)
-    cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
+    cluster = None
+    if (ray, workers, gpus_per_worker) != (None, None, None):
+        from gfldeploy.cluster.ray_cluster import ClusterOptions
+
+        cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
     dataset, files, notes = _inputs(given, listed, annotations, folder)
     classes = choice.bundle.manifest.classes
     if dataset is not None:
@@ -375,6 +380,8 @@ def _elsewhere(
     request: _Request, cluster: ClusterOptions, unfinished: Unfinished, working: WorkingFile, progress: Progress
 ) -> Generator[Found]:
     """As `_detected`, on a cluster: a shard is read from the working file when it has ended there."""
+    from gfldeploy.predict.ray_shards import shards_on_ray
+
     with ExitStack() as stack:
         arriving: Iterator[None] = iter(())
         total = 0

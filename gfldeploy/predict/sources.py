@@ -495,7 +495,7 @@ class _Copies:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._key: object = None
-        self._file: IO[bytes] | None = None
+        self._handle: int | None = None
 
     @contextmanager
     def of(self, url: Url) -> Iterator[IO[bytes]]:
@@ -503,36 +503,34 @@ class _Copies:
         with self._lock:
             try:
                 key = version_of(look_at(url) or url)
-                if self._file is None or self._key != key:
-                    self._key, self._file = key, _copied(url)
-                handle = os.dup(self._file.fileno())
+                if self._handle is None or self._key != key:
+                    if self._handle is not None:
+                        os.close(self._handle)
+                        self._handle = None
+                    with tempfile.TemporaryFile() as file:
+                        _copy(url, file)
+                        self._key, self._handle = key, os.dup(file.fileno())
+                handle = os.dup(self._handle)
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 problem = f"cannot copy the video {url}: {reason}"
                 raise DataError(problem, "Free some space for temporary files (TMPDIR), or give a file.") from error
-        with os.fdopen(handle, "rb") as file:
-            yield file
+        with os.fdopen(handle, "rb") as copy:
+            yield copy
 
 
 _copies = _Copies()
 
 
-def _copied(url: Url) -> IO[bytes]:
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller's
-    try:
-        for start in itertools.count(0, _COPY_BYTES):
-            if start >= _MOST_VIDEO_BYTES:
-                problem = f"the video {url} has more than {_MOST_VIDEO_BYTES / 1e9:.0f} GB"
-                raise DataError(problem, "Copy it to a disk and give its path, or cut it.")
-            block = read_range(url, start, start + _COPY_BYTES)
-            file.write(block)
-            if len(block) < _COPY_BYTES:
-                file.flush()
-                return file
-    except BaseException:
-        file.close()
-        raise
-    raise AssertionError(url)
+def _copy(url: Url, file: IO[bytes]) -> None:
+    for start in range(0, _MOST_VIDEO_BYTES, _COPY_BYTES):
+        block = read_range(url, start, start + _COPY_BYTES)
+        file.write(block)
+        if len(block) < _COPY_BYTES:
+            file.flush()
+            return
+    problem = f"the video {url} has more than {_MOST_VIDEO_BYTES / 1e9:.0f} GB"
+    raise DataError(problem, "Copy it to a disk and give its path, or cut it.")
 
 
 def video_rate(path: Source) -> float:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Self
@@ -36,14 +36,17 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 
 LOCAL = "local"
-_LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for any address of this machine
+_LOOPBACK = "127.0.0.1"
 _LOCAL_STORE_BYTES = 200 * 10**6  # answers are small
 _PROBE_S = 5.0
+_ASK_S = 20.0  # with the time that Ray takes to load
 _POLL_S = 1.0
 _REPORT_S = 30.0
 _WAITING_S = 30.0  # for room in the cluster, before it is told
 _START = "Start one with `ray start --head` and give the HOST:PORT that it prints, or use --ray local."
-_NO_ANSWER = "Give the port of GCS, which `ray start --head` prints (6379 by default)."
+_OTHER_PORT = "Give the port that `ray start --head` prints (6379 by default), not that of the dashboard."
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and no settings
+_SETTINGS = b"\x04"  # what every server answers with
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,7 @@ class _Driver:
             or re.search(r"node (has )?died|node was|its node", text)
         ):
             return "machine", "its machine has gone"
-        return "itself", _death_in_words(text)
+        return "itself", "its process ended"
 
     def _end(self, worker: _Worker) -> None:
         with suppress(Exception):
@@ -367,11 +370,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _death_in_words(text: str) -> str:
-    signals = re.search(r"SIG[A-Z]{3,5}", text.split("potential root causes")[0])
-    return f"its process ended with {signals[0]}" if signals else "its process ended"
-
-
 def _room(options: ClusterOptions) -> int:
     """How many workers to have. Raises `UsageError` where not one has room, whatever else runs."""
     import ray
@@ -405,12 +403,13 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
         yield
         return
     before = signal.getsignal(signal.SIGTERM)  # Ray takes it over
-    with _local(cpus, environment) if address == LOCAL else _joined(address):
-        _restore(before)
+    # What Ray says of every worker that dies would be on standard output.
+    with _replaced(ray._private.worker, "print_to_stdstream", lambda *given, **named: None):
         try:
-            yield
+            with _local(cpus, environment) if address == LOCAL else _joined(address):
+                _restore(before)
+                yield
         finally:
-            ray.shutdown()
             _restore(before)
 
 
@@ -432,39 +431,64 @@ def _restore(handler: Any) -> None:
 def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
     """A cluster of this machine, which nobody else can use: on the loopback interface, with a token of its own."""
     import ray
+    from ray._private import ray_constants
 
     own = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # No other machine is to join, or Ray takes 127.0.0.1 for an address of all interfaces: the option is about
+        # systems where that would open a dialogue of the firewall.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_worker_niceness": "0",  # Ray gives way to all others by default
         **environment,
     }
-    before = {name: os.environ.get(name) for name in own}
-    with scratch_directory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch_directory())
+        stack.callback(_reload_token)
+        stack.enter_context(_environment(own))
+        stack.enter_context(_replaced(ray_constants, "ENABLE_RAY_CLUSTER", False))  # read when Ray was loaded
+        _reload_token()
+        stack.callback(ray.shutdown)
         try:
-            os.environ.update(own)
-            _reload_token()
-            try:
-                ray.init(
-                    address=LOCAL,
-                    num_cpus=cpus or usable_threads(),
-                    include_dashboard=False,
-                    object_store_memory=_LOCAL_STORE_BYTES,
-                    _node_ip_address=_LOOPBACK,
-                    _temp_dir=str(folder),
-                    **_quiet(),
-                )
-            except Exception as error:
-                raise EngineError(f"Ray does not start on this machine: {summary(error)}", "Try again.") from error
-            yield
-        finally:
-            ray.shutdown()
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-            _reload_token()
+            ray.init(
+                address=LOCAL,
+                num_cpus=cpus or usable_threads(),
+                include_dashboard=False,
+                object_store_memory=_LOCAL_STORE_BYTES,
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=str(folder),
+                **_quiet(),
+            )
+        except Exception as error:
+            raise EngineError(f"Ray does not start on this machine: {summary(error)}", "Try again.") from error
+        yield
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
+    """Another value for what a module of Ray has under a name, if it has it."""
+    before = getattr(module, name, None)
+    if before is not None:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(module, name, before)
 
 
 @contextmanager
@@ -474,9 +498,10 @@ def _joined(address: str) -> Iterator[None]:
 
     head = _head(address)
     _check_port(head)
-    found = run_child(
-        "gfldeploy.cluster.probe", {"address": head}, limits=Limits(timeout_s=_PROBE_S), remedy=_NO_ANSWER
-    )
+    try:
+        found = run_child("gfldeploy.cluster.probe", {"address": head}, limits=Limits(timeout_s=_ASK_S))
+    except EngineError as error:
+        raise UsageError(f"what answers at {head} is no head of a Ray cluster: {error.problem}", _OTHER_PORT) from error
     problem, remedy = _obstacle(head, found)
     if problem:
         raise UsageError(problem, remedy)
@@ -506,14 +531,21 @@ def _head(address: str) -> str:
 
 
 def _check_port(head: str) -> None:
-    """Raise `UsageError` unless something answers there: Ray would try for half a minute."""
+    """Raise `UsageError` unless an HTTP/2 server answers there: Ray would try for a minute."""
     host, _, port = head.rpartition(":")
+    answer = b""
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _PROBE_S):
-            pass
+        with socket.create_connection((host.strip("[]"), int(port)), _PROBE_S) as connection:
+            connection.settimeout(_PROBE_S)
+            connection.sendall(_HTTP2)
+            answer = connection.recv(9)
+    except TimeoutError:
+        pass
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
         raise UsageError(f"no Ray cluster answers at {head}: {reason}", _START) from error
+    if answer[3:4] != _SETTINGS and os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
+        raise UsageError(f"what answers at {head} is no head of a Ray cluster", _OTHER_PORT)
 
 
 def _obstacle(head: str, found: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -529,7 +561,7 @@ def _obstacle(head: str, found: Mapping[str, Any]) -> tuple[str | None, str | No
         remedy = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file ~/.ray/auth_token) to that of the cluster."
     elif "error" in found:
         problem = f"what answers at {head} is no head of a Ray cluster: {found['error']}"
-        remedy = "Give the port of GCS, which `ray start --head` prints (6379 by default), not that of the dashboard."
+        remedy = _OTHER_PORT
     elif others:
         problem = f"the Ray cluster at {head} has other versions: {'; '.join(others)}"
         remedy = "Install the same versions here, or run the command on a machine of the cluster."

@@ -6,6 +6,7 @@ import asyncio
 import resource
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -29,6 +30,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
 
     most = 1000
 
+    _gone: Callable[[], None] | None = None
     _timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
@@ -45,6 +47,14 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Forget it."""
         self._forget_timer()
         super().connection_lost(exc)
+        if self._gone is not None:
+            self._gone()
+
+    def tell_when_gone(self, tell: Callable[[], None] | None) -> None:
+        """Call it once, when the client has left, while its request is being answered. None: call nothing any more."""
+        self._gone = tell
+        if tell is not None and self.transport.is_closing():
+            tell()
 
     def data_received(self, data: bytes) -> None:
         """Begin to wait for a header with its first byte."""
@@ -53,7 +63,8 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         super().data_received(data)
         if not self.idle:
             self._forget_timer()
-            self.scope["state"]["arrived"] = time.perf_counter()
+            state = self.scope["state"]
+            state["arrived"], state["tell_when_gone"] = time.perf_counter(), self.tell_when_gone
         # httptools keeps all that is no body, also the trailers of one and the next header; h11 has a limit for these.
         unending = _TELLS or (self.idle and not (self.cycle and self.cycle.more_body))
         if self._header_bytes > MOST_HEADER_BYTES and unending:

@@ -222,7 +222,7 @@ class DetectionService:
                 "Scale it down, or raise --max-megapixels of the server.",
             )
         try:
-            return await asyncio.wrap_future(self._detector.submit(content, size, timeout_ms))
+            return await _answer_of(self._detector.submit(content, size, timeout_ms))
         except DataError:
             raise
         except RejectedError as error:
@@ -336,6 +336,28 @@ class DetectionService:
     def _stop_serving(self, why: str) -> None:
         if self._why != _DRAINING:
             self._why = why
+
+
+async def _answer_of(future: Future[Answer]) -> Answer:
+    """As `asyncio.wrap_future`, in half the time."""
+    loop = asyncio.get_running_loop()
+    answered: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not answered.done():
+            answered.set_result(None)
+
+    def done(_: object) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and whoever waited
+            loop.call_soon_threadsafe(wake)
+
+    future.add_done_callback(done)
+    try:
+        await answered
+    except asyncio.CancelledError:
+        future.cancel()
+        raise
+    return future.result()
 
 
 def _quick_size(content: bytes) -> tuple[int, int] | None:

@@ -1,12 +1,8 @@
-"""What needs a Ray cluster: one of this machine, which all tests share; and addresses where there is none."""
+"""What needs a Ray cluster: one of this machine, which all tests share."""
 
 from __future__ import annotations
 
-import http.server
 import os
-import socket
-import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -95,16 +91,12 @@ def test_values_of_jobs_are_those_of_the_inputs_in_order(local: None, bundle: Bu
 
 
 def test_one_input_that_kills_is_an_error_and_the_rest_is_done(local: None, bundle: Bundle) -> None:
-    numbers = [[1, 2], [3, 4, ray_work.KILLS, 5], [6, ray_work.EXITS]]
+    numbers = [[1, 2], [3, ray_work.EXITS]]
     progress = RecordedProgress()
     values, again = run(bundle, numbers, progress=progress)
     why = {(one.job, place): reason for one in again for place, reason in one.bad.items()}
-    assert sorted(why) == [(1, 2), (2, 1)]
-    assert {job: doubled(one) for job, one in values.items()} == {
-        0: [2, 4],
-        1: [6, 8, why[1, 2], 10],
-        2: [12, why[2, 1]],
-    }
+    assert sorted(why) == [(1, 1)]
+    assert {job: doubled(one) for job, one in values.items()} == {0: [2, 4], 1: [6, why[1, 1]]}
     assert all("process" in reason for reason in why.values())
     assert any("died" in note and "shard 1 is done again" in note for note in progress.notes)
 
@@ -173,7 +165,7 @@ def test_a_cluster_of_this_machine_listens_on_loopback_alone(local: None) -> Non
     for process in (here, *here.children(recursive=True)):
         listening += [one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
     assert listening
-    assert all(address.startswith("127.") or address == "::1" for address in listening), listening
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
 
 def test_more_than_a_machine_has_is_refused(local: None, bundle: Bundle) -> None:
@@ -182,33 +174,3 @@ def test_more_than_a_machine_has_is_refused(local: None, bundle: Bundle) -> None
     )
     with pytest.raises(UsageError, match="no machine of the cluster has 64 CPUs for a worker; the largest has 2 CPUs"):
         next(parts)
-
-
-@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port", "head:1:2", ""])
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(UsageError, match="is no address of a Ray cluster"), connected(address):
-        pass
-
-
-def test_a_port_where_nothing_listens_is_refused_at_once() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = time.monotonic()
-    with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:"), connected(f"127.0.0.1:{port}"):
-        pass
-    assert time.monotonic() - start < 20  # Ray alone takes longer, whatever else runs
-
-
-@pytest.mark.slow
-def test_a_port_of_something_else_is_refused() -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            with (
-                pytest.raises(UsageError, match=r"what answers at 127\.0\.0\.1:\d+ is no head of a Ray cluster"),
-                connected(f"127.0.0.1:{server.server_port}"),
-            ):
-                pass
-        finally:
-            server.shutdown()

@@ -1,0 +1,45 @@
+"""Addresses where there is no Ray cluster, or none that can be used."""
+
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+import time
+
+import pytest
+
+from gfldeploy.cluster.ray_cluster import connected
+from gfldeploy.errors import UsageError
+
+pytest.importorskip("ray")
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port", "head:1:2", ""])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match="is no address of a Ray cluster"), connected(address):
+        pass
+
+
+def test_a_port_where_nothing_listens_is_refused_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = time.monotonic()
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:"), connected(f"127.0.0.1:{port}"):
+        pass
+    assert time.monotonic() - start < 20  # Ray alone takes longer, whatever else runs
+
+
+@pytest.mark.slow
+def test_a_port_of_something_else_is_refused() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with (
+                pytest.raises(UsageError, match=r"what answers at 127\.0\.0\.1:\d+ is no head of a Ray cluster"),
+                connected(f"127.0.0.1:{server.server_port}"),
+            ):
+                pass
+        finally:
+            server.shutdown()

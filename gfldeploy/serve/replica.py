@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +16,6 @@ from gfldeploy.serve.channel import Channel, Handler
 from gfldeploy.serve.connections import Connection
 from gfldeploy.serve.metrics import Metrics, merged
 from gfldeploy.serve.reload import Current, Reloaded, Reloader, under_way
-from gfldeploy.signals import die_with_parent
 
 _TELL_S = 0.1  # how often the parent learns of connections and readiness
 _ALIVE_S = 1.0  # and that this process is alive
@@ -147,28 +143,3 @@ async def _connected(
         await loop.connect_accepted_socket(protocol, sock)
     except OSError:  # the client has gone
         sock.close()
-
-
-def main() -> None:
-    """`python -m gfldeploy.serve.replica CHANNEL CONNECTIONS JOB`: two inherited sockets, and JSON of what to serve."""
-    from gfldeploy.serve.session import serve_detector
-
-    die_with_parent()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
-    channel, connections = (socket.socket(fileno=int(one)) for one in sys.argv[1:3])
-    job = json.loads(sys.argv[3])
-    parent = Replica(job["number"], job["digest"], channel, connections)
-    try:
-        size = job["options"]["input_size"]
-        serve_detector(**job["options"] | {"input_size": size and tuple(size)}, progress=parent)
-    except GfldeployError as error:
-        parent.failed(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    from gfldeploy.serve import replica as imported  # the classes that others import are not those of __main__
-
-    imported.main()

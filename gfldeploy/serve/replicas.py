@@ -81,7 +81,7 @@ class _Replica:
         ours, theirs = socket.socketpair()
         self._connections.setblocking(False)
         job = json.dumps({"number": number, "digest": digest, "options": options})
-        command = [sys.executable, "-P", "-m", "gfldeploy.serve.replica"]
+        command = [sys.executable, "-P", "-m", "gfldeploy.serve.replica_main"]
         with taking, theirs, _on(cpus):
             self.process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(taking.fileno()), job],

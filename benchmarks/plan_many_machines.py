@@ -416,30 +416,32 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--detections", type=int, nargs="+", default=[10, 100], help="of an image")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1, 10, 100], help="images/s of a worker")
+    parser.add_argument("--rates", type=float, nargs="*", default=[1, 10, 100], help="images/s of a worker")
     parser.add_argument("--shards", type=int, default=40, help="of 256 images, to measure a record on")
-    parser.add_argument("--answer-us", type=float, default=500.0, help="of the driver for an answer, without --bundle")
+    parser.add_argument("--measured", action="store_true", help="take what is measured from the results that are there")
     args = parser.parse_args()
-    inputs = measure_inputs(100_000)
-    answer = measure_answer(Bundle.open(args.bundle), 5000) if args.bundle else {"answer_s": args.answer_us / 1e6}
-    print(json.dumps({**inputs, **answer}, indent=1))
-    records, runs = {}, []
+    path = HERE / "results" / args.machine / "checks" / "plan_many_machines.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if not args.measured:
+        found |= {
+            "machine": plain(describe_machine()),
+            "of_an_input": measure_inputs(100_000),
+            "of_a_record": {str(count): measure_record(count, args.shards) for count in args.detections},
+        }
+        if args.bundle:
+            found["of_an_answer"] = measure_answer(Bundle.open(args.bundle), 5000)
+    print(json.dumps({key: found[key] for key in ("of_an_input", "of_a_record", "of_an_answer")}, indent=1))
+    runs = []
     for detections in args.detections:
-        records[detections] = measure_record(detections, args.shards)
-        print(detections, "detections:", json.dumps(records[detections]))
-        costs = Costs(records[detections]["record_s"], answer["answer_s"])
+        costs = Costs(found["of_a_record"][str(detections)]["record_s"], found["of_an_answer"]["answer_s"])
         for rate in args.rates:
             for run in planned(args.images, args.workers, rate, args.batch_size, costs):
                 runs.append({"detections": detections, **run})
                 print(json.dumps(runs[-1]))
-    path = HERE / "results" / args.machine / "checks" / "plan_many_machines.json"
-    record = {
-        "machine": plain(describe_machine()), "images": args.images, "batch_size": args.batch_size,
-        "of_an_input": inputs, "of_an_answer": answer, "of_a_record": records, "runs": runs,
-        "memory_of_the_simulation_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-    }  # fmt: skip
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    found |= {"images": args.images, "batch_size": args.batch_size, "runs": runs, "memory_mb": memory}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    write_json(path, found)
     print(path)
 
 

@@ -14,8 +14,9 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeVar
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from gfldeploy.at_once import at_once
 from gfldeploy.errors import DataError
 from gfldeploy.files import StrPath
-from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_file, read_image, size_of
+from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_file, read_file, read_image, size_of
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.storage import Source, Url, files_at, look_at, read_range, source_of
@@ -62,7 +63,7 @@ _MOST_FRAMES = 10_000_000
 _MISSING_SHARE, _MISSING_FRAMES = 0.01, 2
 _MOST_RATE = 1000.0  # frames a second
 _MOST_KINDS = 5  # that a note names
-_REQUESTS = 32  # at once, of headers at addresses
+REQUESTS = 32  # at once, for files at addresses
 _MOST_VIDEO_BYTES = 1 << 33  # of one that is copied from an address
 _COPY_BYTES = 1 << 24  # a request
 _MOST_LINE = 1 << 16  # of a list of files
@@ -74,12 +75,13 @@ MOST_LOOKED_AT = 10_000
 class Picture:
     """One image before it is read.
 
-    `source`: the file, its content, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in pixels; None if it is not
-    known, which `error` explains. `frame`, from 0, and `time_s`, in seconds: of a frame of the video `name`.
+    `source`: the file, its content, which may be on its way, or the pixels, RGB uint8 [h, w, 3]. `size`: (h, w) in
+    pixels; None if it is not known, which `error` explains. `frame`, from 0, and `time_s`, in seconds: of a frame of
+    the video `name`.
     """
 
     name: str
-    source: Source | bytes | NDArray[np.uint8]
+    source: Source | bytes | Future[bytes] | NDArray[np.uint8]
     size: tuple[int, int] | None
     error: DataError | None = None
     frame: int | None = None
@@ -93,10 +95,19 @@ class Picture:
             return decode_image(self.source, "the image", reduction)
         if isinstance(self.source, np.ndarray):
             return self.source
-        image = read_image(self.source, reduction)
+        if isinstance(self.source, Future):
+            image = decode_image(self.source.result(), self.name, reduction)
+        else:
+            image = read_image(self.source, reduction)
         if reduction == 1 and image.shape[:2] != self.size:
-            raise DataError(f"{self.source} has changed while it was read", "Run it again.")
+            raise DataError(f"{self.name} has changed while it was read", "Run it again.")
         return image
+
+    def fetched_by(self, pool: Executor) -> Picture:
+        """The same; if it is a file at an address, the pool is asked to fetch it."""
+        if not isinstance(self.source, Url) or self.error is not None:
+            return self
+        return replace(self, source=pool.submit(read_file, self.source))
 
 
 def picture_of(image: Image, color: ColorOrder = "rgb") -> Picture:
@@ -182,7 +193,7 @@ def pictures(
 def _ahead(work: Callable[[Source], T], inputs: Sequence[Source]) -> Generator[T]:
     """`work` of each, in order; of several at once where it waits for answers from elsewhere."""
     if any(isinstance(path, Url) for path in inputs):
-        yield from at_once(work, inputs, _REQUESTS)
+        yield from at_once(work, inputs, REQUESTS)
     else:
         yield from map(work, inputs)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import _ends_early, _Video, list_inputs, picture_of, picture_sizes, pictures, video_rate
+from gfldeploy.storage import Source
 
 FRAMES, RATE = 7, 12.5
 
@@ -55,7 +56,7 @@ def test_headers_that_were_read_are_not_read_again(tiny_coco: Path, tmp_path: Pa
     path = tmp_path / "a.jpg"
     path.write_bytes(next((tiny_coco.parent / "images").iterdir()).read_bytes())
     late = tmp_path / "late.jpg"
-    known: dict[Path, tuple[int, int] | None] = {}
+    known: dict[Source, tuple[int, int] | None] = {}
     sizes = list(picture_sizes([path, late], known))
     late.write_bytes(path.read_bytes())
     path.write_bytes(cv2.imencode(".jpg", np.zeros((5, 7, 3), np.uint8))[1].tobytes())
@@ -90,7 +91,7 @@ def test_folders_are_listed_sorted_with_what_is_below(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     found = list_inputs([tmp_path, tmp_path / "n.txt", tmp_path / "a.webp"], exclude=[tmp_path / "out"])
-    names = [path.relative_to(tmp_path).as_posix() for path in found]
+    names = [Path(str(path)).relative_to(tmp_path).as_posix() for path in found]
     assert names == ["a.webp", "c.mp4", "b/1.png", "b/2.JPG", "n.txt"]
 
 
@@ -105,7 +106,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/deep/loop").symlink_to(tmp_path / "top")
     (tmp_path / "elsewhere/self").symlink_to(".")
     found = list_inputs([tmp_path / "top"])
-    names = [path.relative_to(tmp_path / "top").as_posix() for path in found]
+    names = [Path(str(path)).relative_to(tmp_path / "top").as_posix() for path in found]
     # Each once: `own` under its own name, and a link that leads nowhere is there to have an error.
     assert names == ["c.jpg", "dangling.jpg", "again/b.jpg", "link/a.jpg", "x/d.jpg"]
     assert list_inputs([tmp_path / "top", tmp_path / "elsewhere"])[0] == tmp_path / "top/c.jpg"

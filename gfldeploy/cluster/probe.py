@@ -31,7 +31,11 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - whatever answers there
         text = f"{type(error).__name__} {error}"
         refused = "uthentica" in text or "token" in text
-        return {"unauthenticated": True, "token": _has_token()} if refused else {"error": " ".join(str(error).split())[:200]}
+        return (
+            {"unauthenticated": True, "token": _has_token()}
+            if refused
+            else {"error": " ".join(str(error).split())[:200]}
+        )
 
 
 def _here(services: Any) -> set[str]:

@@ -374,7 +374,7 @@ class _Application:
             time.sleep(_LOOK_S)
             if self._signals:
                 raise KeyboardInterrupt
-        if own and not serve.status().applications:
+        if own and self._serving.address != LOCAL and not serve.status().applications:
             serve.shutdown()
 
     def _pause(self) -> None:

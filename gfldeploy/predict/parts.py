@@ -217,7 +217,7 @@ def _read(source: Source, folder: Path) -> _Part:
             raise DataError(f"{path} has numbers that cannot be", _REMEDY)
         shards = Shards(note["listed"], note["batch_size"])
         mine = part_of(len(shards), number, of)
-        _check_ids(note, sum(one.stop - one.start for one in map(shards.__getitem__, mine)), path)
+        _check_ids(note, min(mine.stop * shards.size, shards.inputs) - mine.start * shards.size if mine else 0, path)
     part = _Part(source, folder, number, of, mine, {}, 0, note)
     if not (folder / RECORDS).is_file():
         raise part.damaged(f"it has no {RECORDS}")

@@ -5,37 +5,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.at_once import at_once
+from gfldeploy.batch_detection import DetectBatches, DetectionJob, detect_images, detect_on_ray
 from gfldeploy.batching.buckets import Order, Size, group, size_in_words
 from gfldeploy.bundle import Bundle
+from gfldeploy.cluster.ray_cluster import ClusterOptions
 from gfldeploy.detections import Detections, NmsParams
-from gfldeploy.engines.base import Device, Engine, Precision, Shape, Tensors
+from gfldeploy.engines.base import Device, Engine, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.detect import found_in, inputs_of
 from gfldeploy.engines.registry import open_by_itself, open_engine
 from gfldeploy.engines.selection import select_engine, throughput_options
 from gfldeploy.errors import DataError, UnsupportedError
 from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, CocoId
-from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.progress import SILENT, Progress
 
-# A batch: the places of its images in a dataset.
-Batch: TypeAlias = Sequence[int]
-# What is found in each image of these batches, with its place, in any order.
-DetectBatches: TypeAlias = Callable[[Sequence[Batch]], Iterable[tuple[int, Detections]]]
 _RESAMPLES = 100
 
 
@@ -240,10 +233,15 @@ def evaluate(
     order: Order = "listed",
     limit: int | None = None,
     end_to_end: bool = False,
+    ray: str | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
     progress: Progress = SILENT,
 ) -> EvalResults:
     """Measure the COCO mAP of a bundle in an engine: preprocessing and NMS are the same in all engines.
+
+    On the machines of a Ray cluster batches, and so the accuracy, are those of one machine with the same threads.
 
     Args:
         bundle: The directory of the bundle.
@@ -260,6 +258,10 @@ def evaluate(
         order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded.
         limit: Use only this number of images, the first of the annotations.
         end_to_end: Run the file that deploys by itself, with its own normalisation, padding and NMS.
+        ray: The address of a Ray cluster whose machines detect, or "local" for one on this machine. They find the
+            images at the same paths.
+        workers: How many processes detect there; by default as many as there is room for.
+        gpus_per_worker: Of a GPU, what one of them has.
         engine_cache: The folder in which engines that compile keep the result.
         progress: Told of the images that are done, and of an engine that is built.
 
@@ -286,6 +288,9 @@ def evaluate(
     name, options, _ = select_engine(opened, engine, precision, device, threads, Path(engine_cache), tf32)
     if threads is None:
         options = throughput_options(name, options, batch_size)
+    if ray is not None:
+        options = replace(options, streams=1)  # each worker is one, of as many threads as a stream has here
+    cluster = ClusterOptions.of(ray, workers, gpus_per_worker, options)
     match = dataset.match(manifest.classes)
     size_note = dataset.size_note()
     notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))
@@ -297,11 +302,15 @@ def evaluate(
         # Known beforehand, they settle what runs an input, which streams would leave to chance.
         expected = replace(options, progress=progress).expecting(batch_shapes(dataset, preprocess, batch_size, order))
         label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
+        how = batch_size, order, progress, label
+        if cluster is not None:
+            job = DetectionJob(name, expected.to_plain(), preprocess.target_size, by_itself=end_to_end)
+            detect = partial(detect_on_ray, cluster, job, opened, [image.path for image in dataset.images], progress)
+            found[size] = accuracy_of(detect, dataset, preprocess, manifest.classes, *how)
+            continue
         opened_as = open_by_itself if end_to_end else open_engine
         with opened_as(name, sized, expected) as running:
-            found[size] = measure_accuracy(
-                running, dataset, preprocess, manifest.nms, manifest.classes, batch_size, order, progress, label
-            )
+            found[size] = measure_accuracy(running, dataset, preprocess, manifest.nms, manifest.classes, *how)
     matched = sum(one is not None for one in match.category_ids)
     return EvalResults(
         next(iter(found.values())),
@@ -372,33 +381,6 @@ def batch_shapes(dataset: CocoDataset, preprocess: Preprocess, batch_size: int, 
     sizes = [preprocess.input_size(*image.size()) for image in dataset.images]
     for one in group(sizes, batch_size, order):
         yield len(one.indices), *one.size
-
-
-def detect_images(
-    engine: Engine, paths: Sequence[Path], preprocess: Preprocess, nms: NmsParams, batches: Iterable[Batch]
-) -> Iterator[tuple[int, Detections]]:
-    """What is found in each image of these batches of `paths`, with its place, in the order of the batches.
-
-    Several at once where the engine has streams. Raises `DataError` for an image that cannot be read, and
-    `EngineError`.
-    """
-    with ExitStack() as stack:
-        infer: Callable[[Tensors], dict[str, NDArray[Any]]] = engine.infer
-        if (streams := engine.options.streams) > 1:
-            runners = stack.enter_context(ThreadPoolExecutor(streams + engine.queued, "gfldeploy-infer"))
-            infer = lambda inputs: runners.submit(engine.infer, inputs).result()  # noqa: E731
-
-        def detect(batch: Batch) -> list[tuple[int, Detections]]:
-            images = [read_image(paths[index]) for index in batch]
-            inputs, scales = inputs_of(engine, images, preprocess)
-            found = found_in(engine, infer(inputs), scales, nms)
-            return list(zip(batch, found, strict=True))
-
-        every: Iterable[list[tuple[int, Detections]]] = map(detect, batches)
-        if streams > 1:
-            every = stack.enter_context(closing(at_once(detect, batches, streams + engine.queued + 1)))
-        for one in every:
-            yield from one
 
 
 def _coco(images: Iterable[int], categories: Iterable[int], annotations: list[dict[str, Any]]) -> Any:

@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self
 
 from gfldeploy.bundle_records import RECORDS
 from gfldeploy.detections import NmsParams
 from gfldeploy.errors import BundleError, ConfigError, DataError, reading
-from gfldeploy.files import StrPath, atomic_directory, read_json, sha256
+from gfldeploy.files import StrPath, atomic_directory, read_json, sha256, writing
 from gfldeploy.graph_guard import check_graph
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.serialization import FileFormat, Versioned, check
@@ -384,12 +386,34 @@ def write_bundle(
         manifests: list[Manifest] = []
         yield directory, manifests
         (manifest,) = manifests
-        files = {
-            name: FileRecord(sha256(directory / name), (directory / name).stat().st_size)
-            for name in sorted(_files_below(directory))
-        }
-        replace(manifest, files=files).write(directory / MANIFEST)
+        _write_manifest(directory, manifest)
         Bundle.open(directory, detector=detector)
+
+
+@contextmanager
+def complete_bundle(bundle: Bundle) -> Iterator[Bundle]:
+    """The bundle, or, of one that is being made and has no manifest on disk, a copy of it that can be opened.
+
+    The copy is beside it for as long as the block runs. Raises `OutputError`, `BundleError`.
+    """
+    if (bundle.directory / MANIFEST).exists():
+        yield bundle
+        return
+    with TemporaryDirectory(dir=bundle.directory.parent) as parent:
+        directory = Path(parent) / bundle.directory.name
+        with writing(bundle.directory):
+            shutil.copytree(bundle.directory, directory)
+            _write_manifest(directory, bundle.manifest)
+        yield Bundle.open(directory)
+
+
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
+    """With a record of every file of the directory."""
+    files = {
+        name: FileRecord(sha256(directory / name), (directory / name).stat().st_size)
+        for name in sorted(_files_below(directory))
+    }
+    replace(manifest, files=files).write(directory / MANIFEST)
 
 
 def _files_below(directory: Path) -> Iterator[str]:

@@ -26,6 +26,7 @@ FUNCTIONS: dict[str, tuple[Any, set[str]]] = {
     "bench": (gfldeploy.benchmark, {"config"}),
     "tune": (gfldeploy.tune_bundles, {"config", "check"}),
     "predict": (gfldeploy.predict_images, set()),
+    "merge": (gfldeploy.merge_parts, set()),
     "load": (gfldeploy.load_server, set()),
     "triton": (gfldeploy.triton_repository, set()),
     "serve": (gfldeploy.serve_detector, set()),

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gfldeploy.accuracy import Accuracy, check_measurable, coco_accuracy, coco_results, detect_images
+from gfldeploy.accuracy import Accuracy, check_measurable, coco_accuracy, coco_results
 from gfldeploy.analysis.sweep import batch_orders, input_sizes
+from gfldeploy.batch_detection import detect_images
 from gfldeploy.batching.buckets import Order, group, padding
 from gfldeploy.bundle import Bundle
 from gfldeploy.detections import Detections, pairwise_iou

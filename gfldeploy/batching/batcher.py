@@ -134,6 +134,7 @@ class DynamicBatcher(Generic[In, Out]):
         self._waiting: dict[int, _Item[In, Out]] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._refusing = False  # whether the last request was, for its deadline
         self._why_closed = "the batcher is closed"
         self._counts = Counts()
         self._running: dict[int, tuple[Running, Sequence[_Item[In, Out]]]] = {}  # by thread
@@ -171,10 +172,12 @@ class DynamicBatcher(Generic[In, Out]):
                 raise self._rejection("queue full")
             request = Request(next(self._ids), bucket_of(size, self._buckets), now, now + timeout_ms / 1e3)
             waiting = (item.request for item in self._waiting.values())
-            if not self._policy.admits(now, request, waiting, (batch for batch, _ in self._running.values())):
+            admitted = self._policy.admits(now, request, waiting, (batch for batch, _ in self._running.values()))
+            self._refusing = not admitted
+            if not admitted:
                 raise self._rejection("deadline")
             self._waiting[request.id] = _Item(payload, size, request, future)
-            self._changed.notify_all()
+            self._changed.notify()
         return future
 
     def close(self, drain: bool = True) -> None:
@@ -210,9 +213,14 @@ class DynamicBatcher(Generic[In, Out]):
             item.settle(error)
 
     def refusal(self, size: Size, timeout_ms: float) -> RejectedError | None:
-        """What `submit` would raise now; None if nothing, as far as can be seen without waiting for a lock."""
+        """What `submit` would raise now; None if nothing, as far as can be seen without waiting for a lock.
+
+        While few wait and the last request was not refused, the policy is not asked: the next one hardly is either.
+        """
         if self._closed:
             return self._refusal("closed")
+        if not self._refusing and len(self._waiting) * 4 < self._most:
+            return None
         try:
             waiting, running = list(self._waiting.values()), list(self._running.values())
         except RuntimeError:  # they have changed meanwhile
@@ -225,6 +233,7 @@ class DynamicBatcher(Generic[In, Out]):
         request = Request(-1, bucket_of(size, self._buckets), now, now + timeout_ms / 1e3)
         before = (item.request for item in waiting)
         admitted = self._policy.admits(now, request, before, (batch for batch, _ in running))
+        self._refusing = not admitted
         return None if admitted else self._refusal("deadline")
 
     @property
@@ -276,6 +285,8 @@ class DynamicBatcher(Generic[In, Out]):
                 if decision.run and decision.size is not None:
                     rejected, batch = self._take(decision.reject), self._take(decision.run)
                     self._count(batch, decision.size, now)
+                    if self._waiting:  # for another thread, if one is idle
+                        self._changed.notify()
                     return _Decision(rejected, batch, decision.size)
                 if decision.reject:
                     return _Decision(self._take(decision.reject), ())

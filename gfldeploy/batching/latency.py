@@ -12,6 +12,8 @@ from gfldeploy.batching.buckets import Size, area
 
 # Weight of a new observation against all earlier ones of the same batch size and input size.
 _LEARNING = 0.2
+# Mean deviations to plan with: of normally distributed times one in a hundred exceeds them.
+_MARGIN = 3
 # Share of what was learnt that one call of `fade` forgets.
 _FADING = 0.05
 # So many pairs of a batch size and an input size are told apart, those seen last: a server without buckets may meet any
@@ -78,8 +80,8 @@ class LatencyModel:
         return known
 
     def margin(self, images: int, size: Size) -> float:
-        """Milliseconds to plan with: the expected time and twice its mean deviation."""
-        return self.predict(images, size) * (1 + 2 * self._spread)
+        """Milliseconds to plan with: the expected time and three times its mean deviation, which few batches exceed."""
+        return self.predict(images, size) * (1 + _MARGIN * self._spread)
 
     def observe(self, images: int, size: Size, ms: float) -> None:
         """Learn what a batch took, by an exponentially weighted mean.

@@ -21,7 +21,7 @@ from gfldeploy.engines.base import with_tf32
 @click.option(
     "--end-to-end", is_flag=True, help="Run the ONNX file that deploys by itself, with its own normalisation and NMS."
 )
-@options.group(options.ENGINE_CACHE, options.JSON)
+@options.group(*options.RAY, options.ENGINE_CACHE, options.JSON)
 def command(as_json: bool, **given: Any) -> None:
     """Measure COCO mAP through an engine: preprocessing and NMS are the same in all of them.
 

@@ -22,6 +22,8 @@ import click
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
+from gfldeploy.errors import DataError
+from gfldeploy.storage import is_address, source_of
 
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
@@ -40,6 +42,18 @@ class PathType(click.Path):
                 shown = shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
                 self.fail(f"{shown!r} is no path: {getattr(error, 'strerror', None) or error}", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class SourceType(PathType):
+    """A path, or the address of a filesystem, which stays text: no path has two slashes side by side."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not is_address(os.fsdecode(value)):
+            return super().convert(value, param, ctx)
+        try:
+            return str(source_of(value))
+        except DataError as error:
+            self.fail(str(error), param, ctx)
 
 
 class FiniteFloat(click.FloatRange):
@@ -65,6 +79,7 @@ class WholeNumber(click.IntRange):
 
 
 PATH = PathType(path_type=Path)
+SOURCE = SourceType(path_type=Path)
 DIRECTORY = PathType(path_type=Path, file_okay=False)
 FILE = PathType(path_type=Path, dir_okay=False)
 
@@ -204,9 +219,9 @@ def group(*declared: Option) -> Option:
 
 def output(help_text: str, default: Path | None = None, **settings: Any) -> Option:
     """--output, required unless it has a `default` or `settings` say otherwise, and --force."""
-    settings = {"required": default is None, "default": default, **settings}
+    settings = {"required": default is None, "default": default, "type": PATH, **settings}
     return group(
-        click.option("--output", "-o", type=PATH, help=help_text, **settings),
+        click.option("--output", "-o", help=help_text, **settings),
         click.option("--force", is_flag=True, help="Replace the output if it exists and gfldeploy made it."),
     )
 
@@ -359,7 +374,7 @@ ENGINE_CACHE = click.option(
 )
 
 # Where work is done that needs not be done on this machine.
-RAY: Group = (
+RAY_ON_CPUS: Group = (
     click.option(
         "--ray",
         metavar="ADDRESS|auto|local",
@@ -372,6 +387,9 @@ RAY: Group = (
         show_default="as many as the cluster has room for",
         help="Number of workers on the cluster. Each has an engine, and takes --threads times --streams CPUs.",
     ),
+)
+RAY: Group = (
+    *RAY_ON_CPUS,
     click.option(
         "--gpus-per-worker",
         type=FiniteFloat(0),

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 @click.command("predict")
 @click.argument("source", metavar="BUNDLE|deploy.yml", type=options.PATH)
-@click.argument("inputs", nargs=-1, metavar="INPUT...", type=options.PATH)
-@options.output("Folder to write the results to.")
+@click.argument("inputs", nargs=-1, metavar="INPUT...", type=options.SOURCE)
+@options.output("Folder to write the results to, here or at an address of a filesystem.", type=options.SOURCE)
+@click.option(
+    "--input-list",
+    type=options.FILE,
+    metavar="FILE.txt",
+    help="Text file that names a file to detect in on each line, a path or an address, beside those of INPUT.",
+)
 @click.option(
     "--data",
     type=options.FILE,
@@ -50,8 +56,11 @@ if TYPE_CHECKING:
     "any scheduler. `gfldeploy merge` makes the results of all parts.",
 )
 @options.group(*options.RAY)
-def command(output: Path, threshold: float, **given: Any) -> int:
+def command(output: Path | str, threshold: float, **given: Any) -> int:
     """Detect in images, folders of them, and videos.
+
+    INPUT and OUTPUT may be addresses of filesystems: s3://, gs://, hdfs:// and file://. Credentials are found as by the
+    filesystem's own tools. A connection that breaks is tried again; a store that does not answer ends the command.
 
     OUTPUT receives detections.jsonl (a line for each image or frame, in order, with the detections that score at least
     --threshold), coco.json (all detections, as COCO results) and images.json (the file of each image id). Boxes are in

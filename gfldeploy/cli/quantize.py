@@ -81,7 +81,7 @@ _AUTO = tuple(dict.fromkeys(name for method in METHODS.values() for name in meth
     help="Measure what INT8 does in each group of convolutions alone, even if nothing is lost, and write the ranking "
     "into the bundle's sensitivity.json.",
 )
-@options.THREADS
+@options.group(options.THREADS, *options.RAY_ON_CPUS)
 def command(**given: Any) -> None:
     """Make an INT8 bundle from an FP32 one: static quantisation, calibrated on your images.
 

@@ -175,11 +175,12 @@ def local_bundle(directory: str, digest: str, files: Mapping[str, bytes] | None)
 
     None if it is in neither. Raises `BundleError` for files that are not those of this digest.
     """
-    with suppress(GfldeployError):
-        bundle = Bundle.open(directory)
-        if bundle.digest == digest:
-            yield bundle
-            return
+    there: Bundle | None = None
+    with suppress(GfldeployError):  # not around the block that uses it
+        there = Bundle.open(directory)
+    if there is not None and there.digest == digest:
+        yield there
+        return
     if files is None:
         yield None
         return

@@ -264,7 +264,7 @@ class Engine(ClosesOnExit):
     """A loaded model, used as a context manager; leaving the block frees it.
 
     Subclasses set `name`, `version` (of the library) and `title` (in messages), load the graph in `__init__`, and
-    implement `infer_timed`. `_model` and `_params` are the graph's files, `_outputs` the names of its outputs.
+    implement `infer_timed`. `graph` is its name, `_model` and `_params` its files, `_outputs` the names of its outputs.
     `build_s`: seconds to load the graph and to run the most common shape once, where that builds an engine or reads it
     from a cache. `queued`: inferences beyond the streams that should wait in the engine: where threads of its own run
     them, a stream then never waits for the next. `delegated`: which parts of the graph run in another library, in
@@ -277,6 +277,7 @@ class Engine(ClosesOnExit):
     title: str
     version: str
     options: EngineOptions
+    graph: GraphName
     build_s: float | None = None
     queued: int = 0
     delegated: str | None = None
@@ -288,7 +289,7 @@ class Engine(ClosesOnExit):
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Find the graph's files. Raises `BundleError`."""
         self.options = options
-        self._graph = graph
+        self.graph = graph
         self.by_itself = graph in END_TO_END.values()
         self._model, self._params = bundle.graph(graph)
         self._outputs = list(bundle.outputs(graph))

@@ -233,7 +233,7 @@ class OpenVinoEngine(Engine):
         }  # fmt: skip
         code = [sha256(Path(one)) for one in (__file__, openvino_rewrite.__file__)]  # which says what is compiled
         try:
-            return engine_directory(self.options.cache_dir, self, bundle, **machine, code=code, graph=self._graph)
+            return engine_directory(self.options.cache_dir, self, bundle, **machine, code=code, graph=self.graph)
         except OutputError:
             if self._cache_wanted:
                 raise

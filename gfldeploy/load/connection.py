@@ -15,7 +15,7 @@ import socket
 import ssl
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 from urllib.parse import SplitResult, urlsplit
 
 from gfldeploy.errors import ServerError, UsageError
@@ -140,8 +140,7 @@ class HttpConnection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by their class
 
     def data_received(self, data: bytes) -> None:
         self._heard = True

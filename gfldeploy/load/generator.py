@@ -53,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Seen:
-    """What became of the `requests` that count.
+    """What became of the `requests` that count: those planned after the warm-up, or of clients those that end after it.
 
     `latency_ms`, of those that were answered with 200: from the time that a request was planned for, whenever it was
     sent, to the end of the answer. So a server that falls behind cannot hide it by keeping its client from sending
@@ -233,7 +233,8 @@ class LoadGenerator:
         if request.timer is not None:
             request.timer.cancel()
         latency_ms = (now - request.planned) * 1e3
-        if request.planned < self._begin:
+        # What clients wait for keeps the server at work, however early it was sent: what ends in a time is its rate.
+        if (now if self._load.rate is None else request.planned) < self._begin:
             record.warmup_ms += [latency_ms] if status == 200 else []
         else:
             record.last = now

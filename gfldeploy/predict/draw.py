@@ -22,6 +22,7 @@ from gfldeploy.images.native_stderr import heard
 from gfldeploy.predict.fonts import missing_glyphs, runs
 from gfldeploy.predict.outputs import Record, read_records
 from gfldeploy.predict.sources import video_frames, video_rate
+from gfldeploy.storage import Source, source_of
 from gfldeploy.text import first_of
 
 _QUALITY = 92
@@ -41,7 +42,7 @@ def draw_all(records: Path, directory: Path, threshold: float) -> Iterator[int]:
     numbered = enumerate(read_records(records), start=1)
     for (name, moving), lines in groupby(numbered, lambda line: (line[1]["file"], "frame" in line[1])):
         draw = _draw_video if moving else _draw_image
-        yield from draw(Path(name), lines, directory, threshold)
+        yield from draw(source_of(name), lines, directory, threshold)
 
 
 def draw_boxes(image: NDArray[np.uint8], detections: Sequence[Record], threshold: float = 0.0) -> NDArray[np.uint8]:
@@ -140,7 +141,7 @@ def _write_jpeg(target: Path, image: NDArray[np.uint8]) -> None:
         partial.replace(target)
 
 
-def _name(number: int, path: Path, suffix: str) -> str:
+def _name(number: int, path: Source, suffix: str) -> str:
     """The name of a picture, short enough for any file system."""
     stem = os.fsencode(path.stem)
     if len(stem) > _MOST_STEM_BYTES:
@@ -148,7 +149,7 @@ def _name(number: int, path: Path, suffix: str) -> str:
     return f"{number:06d}-{os.fsdecode(stem)}{suffix}"
 
 
-def _draw_image(path: Path, lines: Iterable[tuple[int, Record]], directory: Path, threshold: float) -> Iterator[int]:
+def _draw_image(path: Source, lines: Iterable[tuple[int, Record]], directory: Path, threshold: float) -> Iterator[int]:
     for number, record in lines:
         target = directory / _name(number, path, ".jpg")
         if "error" not in record and not target.exists():
@@ -156,7 +157,7 @@ def _draw_image(path: Path, lines: Iterable[tuple[int, Record]], directory: Path
         yield number
 
 
-def _draw_video(path: Path, lines: Iterable[tuple[int, Record]], directory: Path, threshold: float) -> Iterator[int]:
+def _draw_video(path: Source, lines: Iterable[tuple[int, Record]], directory: Path, threshold: float) -> Iterator[int]:
     cv2 = load_cv2()
     with ExitStack() as stack:
         for frame, (number, record) in zip(video_frames(path), lines, strict=False):

@@ -16,6 +16,7 @@ from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.files import writing
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
+from gfldeploy.storage import Source
 
 # What PaddleDetection draws from, unless told otherwise.
 DEFAULT_THRESHOLD = 0.5
@@ -93,7 +94,7 @@ def write_outputs(
     image_ids: Sequence[CocoId] | None = None,
     category_ids: Sequence[CocoId | None] | None = None,
     threshold: float = DEFAULT_THRESHOLD,
-    target: Path | None = None,
+    target: Source | None = None,
 ) -> PredictResults:
     """Write the files, each image as it is found: memory does not grow with their number.
 
@@ -164,7 +165,7 @@ def read_records(path: Path) -> Iterator[Record]:
 class _TextFile(ClosesOnExit):
     """A new file; a context manager. What the file system refuses is an `OutputError` about `target`."""
 
-    def __init__(self, path: Path, target: Path) -> None:
+    def __init__(self, path: Path, target: Source) -> None:
         self._target = target
         with writing(target):
             self._file: IO[str] = path.open("x", encoding="utf-8")
@@ -181,7 +182,7 @@ class _TextFile(ClosesOnExit):
 class _JsonList(_TextFile):
     """A JSON list in a file, written entry by entry between two texts."""
 
-    def __init__(self, path: Path, target: Path, before: str, after: str) -> None:
+    def __init__(self, path: Path, target: Source, before: str, after: str) -> None:
         super().__init__(path, target)
         self._after, self._empty = after, True
         self.write(before)

@@ -28,7 +28,7 @@ from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.images.preprocess import Preprocess
-from gfldeploy.predict.sources import Picture
+from gfldeploy.predict.sources import REQUESTS, Picture
 
 if TYPE_CHECKING:  # `gfldeploy predict --help` need not wait for it
     from gfldeploy.bench.cpu_parity import CpuCheck
@@ -156,7 +156,23 @@ def detect_batches(
                 for (index, picture), one in zip(group, filled, strict=True)
             ]
 
-        yield from stack.enter_context(closing(at_once(detect, batches, inferring + PREPARED[engine.options.device])))
+        ahead = _fetched(batches)
+        yield from stack.enter_context(closing(at_once(detect, ahead, inferring + PREPARED[engine.options.device])))
+
+
+def _fetched(batches: Iterable[PictureBatch]) -> Generator[PictureBatch]:
+    """The same batches; files at addresses are on their way while those before them run."""
+    pool = ThreadPoolExecutor(REQUESTS, "gfldeploy-fetch")  # which has no threads until it is asked
+    try:
+        for group, size in batches:
+            yield [(index, picture.fetched_by(pool)) for index, picture in group], size
+    except GeneratorExit:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown(wait=False)
+        if isinstance(batches, Generator):
+            batches.close()
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:

@@ -19,6 +19,7 @@ from gfldeploy.predict.resume import WorkingFile, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker
 from gfldeploy.progress import Progress
 from gfldeploy.serialization import build, plain
+from gfldeploy.storage import Source, source_of
 
 _WORK = f"{__name__}:RayShards"
 
@@ -27,7 +28,7 @@ def shards_on_ray(
     cluster: ClusterOptions,
     job: ShardJob,
     bundle: Bundle,
-    inputs: Sequence[Path],
+    inputs: Sequence[Source],
     shards: Shards,
     mine: Iterable[int],
     working: WorkingFile,
@@ -45,9 +46,11 @@ def shards_on_ray(
     def task(number: int) -> dict[str, Any]:
         shard = shards[number]
         mine = inputs[shard.start : shard.stop]
-        with suppress(OSError):
-            return {"inputs": list(map(str, mine)), "bytes": mine[0].stat().st_size}
-        return {"inputs": list(map(str, mine)), "bytes": None}
+        size = None
+        if isinstance(first := mine[0], Path):
+            with suppress(OSError):
+                size = first.stat().st_size
+        return {"inputs": list(map(str, mine)), "bytes": size}
 
     jobs = (
         Job(one.number, one.stop - one.start, working.batches(one.number), working.bad(one.number))
@@ -90,9 +93,9 @@ class RayShards:
 
 def _shard_tasks(tasks: Iterable[Todo]) -> Iterator[ShardTask]:
     for todo in tasks:
-        inputs = [Path(name) for name in todo.task["inputs"]]
-        if todo.task["bytes"] is not None:
-            _check_here(inputs[0], todo.task["bytes"])
+        inputs = list(map(source_of, todo.task["inputs"]))
+        if todo.task["bytes"] is not None and isinstance(first := inputs[0], Path):
+            _check_here(first, todo.task["bytes"])
         yield ShardTask(todo.number, inputs, todo.skip, todo.bad)
 
 

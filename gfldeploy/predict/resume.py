@@ -139,7 +139,7 @@ class Records(ClosesOnExit):
                 if done.ended or images != done.images or done.indices != images * (images - 1) // 2:
                     return False
                 self._end(done, processor)
-            case {"bad": {**reasons}}:
+            case {"bad": dict() as reasons}:
                 if done.ended or not all(_is_place(key) and isinstance(why, str) for key, why in reasons.items()):
                     return False
                 self._again(shard, {int(key): why for key, why in reasons.items()})

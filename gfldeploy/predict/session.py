@@ -6,14 +6,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
-from gfldeploy.cluster.ray_cluster import ClusterOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import cpu_model
@@ -38,12 +37,15 @@ from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
-from gfldeploy.predict.ray_shards import shards_on_ray
 from gfldeploy.predict.resume import WorkingFile, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
-from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
+from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import check_interrupted, hold_interrupts
+from gfldeploy.storage import Inputs, Source, Url, source_of
+
+if TYPE_CHECKING:  # a third of the time until an interruption is answered
+    from gfldeploy.cluster.ray_cluster import ClusterOptions
 
 NOTE = "predict.json"
 PICTURES = "pictures"
@@ -73,8 +75,8 @@ class _Request:
     """
 
     choice: Choice
-    inputs: Sequence[Path]
-    output: Path
+    inputs: Sequence[Source]
+    output: Source
     dataset: CocoDataset | None
     threshold: float
     draw: float | None
@@ -114,6 +116,7 @@ def predict_images(
     inputs: StrPath | Sequence[StrPath] = (),
     *,
     output: StrPath,
+    input_list: StrPath | None = None,
     data: StrPath | None = None,
     draw: bool = False,
     threshold: float = DEFAULT_THRESHOLD,
@@ -144,8 +147,11 @@ def predict_images(
 
     Args:
         source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote.
-        inputs: Images, videos and folders of them. With `data`, the one folder in which its file names start, or none.
-        output: The folder to write: `detections.jsonl`, `coco.json`, `images.json`, and `pictures/` with `draw`.
+        inputs: Images, videos and folders of them, paths or addresses of filesystems (s3://, gs://, hdfs://, file://).
+            With `data`, the one folder in which its file names start, or none.
+        output: The folder to write, a path or an address: `detections.jsonl`, `coco.json`, `images.json`, and
+            `pictures/` with `draw`.
+        input_list: A text file that names a file on each line, a path or an address, beside `inputs`.
         data: COCO annotations (.json) whose images are detected in, and whose ids are used.
         draw: Draw the boxes, too: pictures of images, and videos of videos.
         threshold: The lowest score in `detections.jsonl` and in pictures.
@@ -181,6 +187,8 @@ def predict_images(
         UsageError: There is nothing to detect in, or pictures are asked of a part.
         BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
         DataError: An input is not there, or no image at all can be read.
+        ServerError: A store of files at addresses does not answer, or lets nobody in.
+        MissingDependencyError: The package for a filesystem is not installed.
         OutputError: The output cannot be written, or something is in the way, such as what another call left.
         UnsupportedError: Nothing here can run the bundle so.
         EngineError: The engine failed, or differs from the CPU (compared for GPUs and engines of other packages).
@@ -193,8 +201,9 @@ def predict_images(
         raise UsageError("a part has no pictures", "Give --draw to `gfldeploy merge`, which needs the images again.")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    given = [Path(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
-    folder = Path(output)
+    given = [source_of(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    listed = None if input_list is None else Path(input_list)
+    folder = source_of(output)
     choice = choose(
         Path(source),
         engine,
@@ -210,10 +219,14 @@ def predict_images(
         input_size=input_size,
     )
     annotations = None if data is None else Path(data)
-    read = [Path(source), *given] if annotations is None else [Path(source), annotations, *given]
+    read: list[Source] = [Path(source), *given, *(path for path in (annotations, listed) if path is not None)]
     check_apart(folder, read, choice.bundle.directory)
-    cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
-    dataset, files, notes = _inputs(given, annotations, folder)
+    cluster = None
+    if (ray, workers, gpus_per_worker) != (None, None, None):
+        from gfldeploy.cluster.ray_cluster import ClusterOptions
+
+        cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
+    dataset, files, notes = _inputs(given, listed, annotations, folder)
     classes = choice.bundle.manifest.classes
     if dataset is not None:
         notes += [*dataset.notes, *dataset.match(classes).notes]
@@ -231,20 +244,30 @@ def predict_images(
 
 
 def _inputs(
-    inputs: Sequence[Path], data: Path | None, output: Path
-) -> tuple[CocoDataset | None, list[Path], list[str]]:
+    inputs: Sequence[Source], listed: Path | None, data: Path | None, output: Source
+) -> tuple[CocoDataset | None, Sequence[Source], list[str]]:
     """The annotations, the files, and notes on what is not among them."""
     if data is None:
-        if not inputs:
-            raise UsageError("there is nothing to detect in", "Give images, videos or folders as INPUT, or --data.")
+        if not inputs and listed is None:
+            problem = "there is nothing to detect in"
+            raise UsageError(problem, "Give images, videos or folders as INPUT, or --input-list, or --data.")
         notes: list[str] = []
-        output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
-        exclude = (output, output.with_name(f"{output.name}.unfinished"))
-        return None, list_inputs(inputs, exclude, notes.append), notes
+        exclude = [output]
+        if isinstance(output, Path):
+            output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name, and links are not to be followed
+            exclude = [output, output.with_name(f"{output.name}.unfinished")]
+        found = list_inputs(inputs, exclude, notes.append)
+        if listed is not None:
+            found = Inputs(chain(found, looked_at(read_list(listed), notes.append)), once=True)
+        return None, found, notes
+    if listed is not None:
+        raise UsageError("--data and --input-list both say what to detect in", "Give one of them.")
     if len(inputs) > 1:
         raise UsageError("with --data, INPUT is the folder in which its file names start", "Give one at most.")
-    dataset = CocoDataset.load(data, inputs[0] if inputs else None)
-    files = [image.path for image in dataset.images]
+    if any(isinstance(one, Url) for one in inputs):
+        raise UsageError("with --data, the images are in a folder of this machine", "Leave --data out, or copy them.")
+    dataset = CocoDataset.load(data, str(inputs[0]) if inputs else None)
+    files: list[Source] = [image.path for image in dataset.images]
     if len(set(files)) < len(files):
         raise DataError(f"{data} lists a file twice", "Give every image one id.")
     return dataset, files, []
@@ -300,11 +323,12 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
                 }
                 write_note(results, PART, question, summary, about)
         check_interrupted()
-        with writing(request.output), hold_interrupts():
+        # An upload takes a while, and the next run begins it again.
+        with writing(request.output), hold_interrupts() if isinstance(request.output, Path) else nullcontext():
             check_target(request.output, "predict", force=request.force)  # another process may have written it
             if request.part is not None:
                 path.rename(results / RECORDS)
-            publish(results, Path(request.output).absolute())
+            publish(results, request.output, "predict")
             unfinished.worth_keeping = False
             shutil.rmtree(results, ignore_errors=True)  # those that were replaced
     return replace(summary, kept=kept)
@@ -356,6 +380,8 @@ def _elsewhere(
     request: _Request, cluster: ClusterOptions, unfinished: Unfinished, working: WorkingFile, progress: Progress
 ) -> Generator[Found]:
     """As `_detected`, on a cluster: a shard is read from the working file when it has ended there."""
+    from gfldeploy.predict.ray_shards import shards_on_ray
+
     with ExitStack() as stack:
         arriving: Iterator[None] = iter(())
         total = 0
@@ -398,7 +424,7 @@ def _here(
 ) -> Generator[list[Found]]:
     """The batches that this process finds, once they are in the working file; after each shard one without images."""
     choice, inputs, processor = request.choice, request.inputs, cpu_model()
-    known: dict[Path, Size | None] = {}
+    known: dict[Source, Size | None] = {}
     options, total = _options(request, known)
     tasks = (
         ShardTask(one.number, inputs[one.start : one.stop], working.batches(one.number), working.bad(one.number))
@@ -418,7 +444,7 @@ def _here(
                 yield batch
 
 
-def _options(request: _Request, known: dict[Path, Size | None]) -> tuple[EngineOptions, int]:
+def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[EngineOptions, int]:
     """The engine's, with the shapes of the inputs to come, and about how many images there are in these shards.
 
     By the headers of at most `_MOST_HEADERS` of all inputs, the same for every part of them; `known` receives the (h,
@@ -454,12 +480,7 @@ def _question(request: _Request) -> dict[str, Any]:
     machine = describe_machine()
     listed = hashlib.sha256()
     for path in request.inputs:
-        try:
-            status = path.stat()
-            about = (str(path), status.st_size, status.st_mtime_ns)
-        except OSError:
-            about = (str(path), 0, 0)
-        listed.update(repr(about).encode())
+        listed.update(repr(version_of(path)).encode())
     ids = request.image_ids
     on_gpu = {"tf32": choice.options.tf32, "gpus": [*machine.gpus, machine.driver]}
     return {

@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, overload
 
@@ -20,11 +19,12 @@ from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import BundleError, DataError
+from gfldeploy.errors import BundleError
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import Found, PictureBatch, batches_of, detect_batches
-from gfldeploy.predict.sources import Picture, pictures
+from gfldeploy.predict.sources import pictures
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.storage import Source
 
 _SHARDS = 64  # of inputs that are neither few nor many: enough to share them out evenly among some machines
 _LEAST_BATCHES = 32  # of a shard: those that are not full, at its end, are then few
@@ -110,7 +110,7 @@ class ShardTask:
     """
 
     number: int
-    inputs: Sequence[Path]
+    inputs: Sequence[Source]
     skip: int = 0
     bad: Mapping[int, str] = field(default_factory=dict)
 
@@ -140,7 +140,7 @@ class ShardWorker(ClosesOnExit):
         self._engine.close()
 
     def detect(
-        self, inputs: Sequence[Path], skip: int = 0, bad: Mapping[int, str] = MappingProxyType({})
+        self, inputs: Sequence[Source], skip: int = 0, bad: Mapping[int, str] = MappingProxyType({})
     ) -> Generator[list[Found]]:
         """The batches of one shard; `Found.index` counts from 0 in the shard. Raises `EngineError`."""
         with closing(self.detect_shards([ShardTask(0, inputs, skip, bad)])) as found:
@@ -149,7 +149,7 @@ class ShardWorker(ClosesOnExit):
                     yield batch
 
     def detect_shards(
-        self, tasks: Iterable[ShardTask], sizes: Mapping[Path, Size | None] = MappingProxyType({})
+        self, tasks: Iterable[ShardTask], sizes: Mapping[Source, Size | None] = MappingProxyType({})
     ) -> Generator[tuple[int, list[Found]]]:
         """The batches of many shards, each with the number of its shard; an empty one after the last of a shard.
 
@@ -162,7 +162,9 @@ class ShardWorker(ClosesOnExit):
         def batches() -> Iterator[PictureBatch]:
             for task in tasks:
                 ahead = _BATCHES_AHEAD * job.batch_size
-                formed = batches_of(_pictures(task, sizes), self._manifest, job.batch_size, job.order, ahead)
+                formed = batches_of(
+                    pictures(task.inputs, sizes, task.bad), self._manifest, job.batch_size, job.order, ahead
+                )
                 for batch in islice(formed, task.skip, None):
                     numbers.append(task.number)
                     yield batch
@@ -180,14 +182,6 @@ class ShardWorker(ClosesOnExit):
         with closing(found):
             for batch in found:
                 yield numbers.popleft(), batch
-
-
-def _pictures(task: ShardTask, sizes: Mapping[Path, Size | None]) -> Iterator[Picture]:
-    for place, source in enumerate(task.inputs):
-        if place in task.bad:
-            yield Picture(str(source), source, None, DataError(task.bad[place]))
-        else:
-            yield from pictures([source], sizes)
 
 
 def shard_shapes(

@@ -75,7 +75,7 @@ def _written(bundle: Bundle, around: GraphName, evaluator: Evaluator) -> list[En
     if around == "onnx_tensorrt" and (problems := check_tensorrt(onnx.load(str(path)))):
         raise EngineError(f"TensorRT would refuse it: {problems[0]}", "Use the graph without NMS.")
     found = []
-    for alone, whole in _engines(bundle, around, graph, _options(evaluator)):
+    for alone, whole in _engines(bundle, around, graph, EngineOptions("int8", "cpu", evaluator.fp32_reference.threads)):
         with alone, whole:
             found += compare_end_to_end(graph, alone, whole, bundle.manifest, _TOLERANCE)
     return found
@@ -104,12 +104,8 @@ def _judged(bundle: Bundle, evaluator: Evaluator, kept: int) -> dict[str, Int8Me
     found: dict[str, Int8Measurement] = {}
     fp32 = evaluator.fp32_reference
     for opened in _plain():
-        with opened(bundle, _options(evaluator), "onnx") as engine:
-            found[engine.name] = fp32.measured(engine, engine.name, "INT8", evaluator.progress)
+        with opened(bundle, fp32.int8_options, "onnx") as engine:
+            found[engine.name] = fp32.measured(engine, bundle, engine.name, "INT8", evaluator.progress)
     if problem := failure(found, fp32.accuracy, evaluator.limits, kept) if found else None:
         raise problem
     return found
-
-
-def _options(evaluator: Evaluator) -> EngineOptions:
-    return EngineOptions("int8", "cpu", evaluator.fp32_reference.threads)

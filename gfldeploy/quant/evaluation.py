@@ -111,7 +111,8 @@ class Evaluator:
         self.progress.stage(f"judging INT8 at {label}")
         try:
             source = reference.source.at_size(size)
-            reference = Fp32Reference.of(source, images, reference.dataset, reference.threads, self.progress)
+            where = self.progress, reference.cluster
+            reference = Fp32Reference.of(source, images, reference.dataset, reference.threads, *where)
             accuracy = reference.accuracy
             problem = unjudgeable(reference.detections, accuracy, self.limits) or self._too_few(reference)
             if problem is None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import Accuracy, measure_accuracy
-from gfldeploy.bundle import Bundle, GraphName
+from gfldeploy.accuracy import Accuracy, accuracy_of, batch_shapes, measure_accuracy
+from gfldeploy.batch_detection import DetectionJob, detect_on_ray
+from gfldeploy.bundle import Bundle, GraphName, complete_bundle
+from gfldeploy.cluster.ray_cluster import ClusterOptions
 from gfldeploy.engines.base import Engine, EngineOptions, count_precisions, reasons
 from gfldeploy.engines.openvino_engine import OpenVinoEngine
 from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
@@ -34,7 +37,7 @@ class Fp32Reference:
 
     `images`: names of the images that are compared; `batches` [1, 3, H, W] and `references`: each of them as the
     network's input, and what FP32 gives for it. `dataset`: the evaluation images, and `accuracy` of FP32 on them; None
-    if there are none.
+    if there are none. `cluster`: where mAP is measured; None for here.
     """
 
     source: Bundle
@@ -44,6 +47,15 @@ class Fp32Reference:
     dataset: CocoDataset | None
     accuracy: Accuracy | None
     threads: int
+    cluster: ClusterOptions | None = None
+
+    @cached_property
+    def int8_options(self) -> EngineOptions:
+        """Of engines that are measured. They know the shapes to come, so that what ran before makes no difference."""
+        options = EngineOptions("int8", "cpu", self.threads)
+        if self.dataset is None:
+            return options
+        return options.expecting(batch_shapes(self.dataset, self.source.manifest.preprocess, 1, "listed"))
 
     @property
     def detections(self) -> int:
@@ -58,6 +70,7 @@ class Fp32Reference:
         dataset: CocoDataset | None,
         threads: int,
         progress: Progress = SILENT,
+        cluster: ClusterOptions | None = None,
     ) -> Self:
         """Run FP32 on `images`, to compare detections, and on `dataset`, if given, for mAP.
 
@@ -67,35 +80,46 @@ class Fp32Reference:
         batches = [manifest.preprocess.batch([manifest.preprocess(read_image(path))]) for path in images]
         with open_engine(REFERENCE_ENGINE, source, EngineOptions("fp32", "cpu", threads)) as engine:
             references = [Reference.of(engine.infer({"image": batch}), manifest.nms) for batch in batches]
-            accuracy = None if dataset is None else _accuracy(engine, source, dataset, "mAP of FP32", progress)
-        names = [path.name for path in images]
-        return cls(source, names, batches, references, dataset, accuracy, threads)
+            names = [path.name for path in images]
+            found = cls(source, names, batches, references, dataset, None, threads, cluster)
+            return replace(found, accuracy=found._accuracy(engine, source, "mAP of FP32", progress))
 
     def measure(self, bundle: Bundle, label: str, progress: Progress = SILENT) -> dict[str, Int8Measurement]:
         """Run the INT8 `bundle` in every engine and, simulated, as TensorRT reads it. `label`: what progress calls it.
 
         Raises `EngineError`, and `ParityError` for NaN.
         """
-        options = EngineOptions("int8", "cpu", self.threads)
         found = {}
         for name in int8_engines():
-            with open_engine(name, bundle, options) as engine:
-                found[name] = self.measured(engine, name, label, progress)
+            with open_engine(name, bundle, self.int8_options) as engine:
+                found[name] = self.measured(engine, bundle, name, label, progress)
                 ran = engine.executed_convolutions({"image": self.batches[0]})
                 told = replace(found[name].agreement, convolutions=count_precisions(ran), not_int8=reasons(ran))
                 found[name] = replace(found[name], agreement=told)
-        with SimulatedTensorRT(bundle, options) as engine:
-            found[SIMULATED_TENSORRT] = self.measured(engine, SIMULATED_TENSORRT, label, progress)
+        with SimulatedTensorRT(bundle, self.int8_options) as engine:
+            found[SIMULATED_TENSORRT] = self.measured(engine, bundle, SIMULATED_TENSORRT, label, progress)
         return found
 
-    def measured(self, engine: Engine, name: str, label: str, progress: Progress = SILENT) -> Int8Measurement:
-        """Run an engine of an INT8 bundle. Raises as `measure`."""
+    def measured(
+        self, engine: Engine, bundle: Bundle, name: str, label: str, progress: Progress = SILENT
+    ) -> Int8Measurement:
+        """Run an engine in which an INT8 bundle is loaded. Raises as `measure`."""
         outputs = (engine.infer({"image": batch}) for batch in self.batches)
         agreed = agreement(self.references, outputs, self.source.manifest.nms)
-        accuracy = None
-        if self.dataset is not None:
-            accuracy = _accuracy(engine, self.source, self.dataset, f"mAP of {label} in {name}", progress)
-        return Int8Measurement(agreed, accuracy)
+        return Int8Measurement(agreed, self._accuracy(engine, bundle, f"mAP of {label} in {name}", progress))
+
+    def _accuracy(self, engine: Engine, bundle: Bundle, label: str, progress: Progress) -> Accuracy | None:
+        """Of an engine in which the bundle is loaded; None without a dataset."""
+        dataset, manifest = self.dataset, self.source.manifest
+        if dataset is None:
+            return None
+        if self.cluster is None:
+            how = manifest.preprocess, manifest.nms, manifest.classes
+            return measure_accuracy(engine, dataset, *how, progress=progress, label=label)
+        paths = [image.path for image in dataset.images]
+        with complete_bundle(bundle) as whole:
+            detect = partial(detect_on_ray, self.cluster, DetectionJob.of(engine, whole), whole, paths, progress)
+            return accuracy_of(detect, dataset, manifest.preprocess, manifest.classes, progress=progress, label=label)
 
 
 class SimulatedTensorRT(OnnxRuntimeEngine):
@@ -129,16 +153,3 @@ class PlainOpenVino(OpenVinoEngine):
 
     name = PLAIN_OPENVINO
     rewrites = False
-
-
-def _accuracy(engine: Engine, bundle: Bundle, dataset: CocoDataset, label: str, progress: Progress) -> Accuracy:
-    manifest = bundle.manifest
-    return measure_accuracy(
-        engine,
-        dataset,
-        manifest.preprocess,
-        manifest.nms,
-        manifest.classes,
-        progress=progress,
-        label=label,
-    )

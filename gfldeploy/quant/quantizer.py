@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from gfldeploy.accuracy import check_measurable
 from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import GOLDEN, LAYERS, Bundle, write_bundle
+from gfldeploy.cluster.ray_cluster import ClusterOptions
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import TOOL_CHAINS, require
 from gfldeploy.engines.hardware import usable_threads
@@ -64,6 +66,8 @@ def quantize_bundle(
     fallback: bool = True,
     sensitivity: bool = False,
     threads: int | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
     force: bool = False,
     command: str = "",
     progress: Progress = SILENT,
@@ -95,6 +99,9 @@ def quantize_bundle(
         fallback: Put the most sensitive groups back to float where INT8 loses too much, instead of failing.
         sensitivity: Rank the groups by what INT8 does in each, even if nothing is lost.
         threads: CPU threads; all available by default.
+        ray: The address of a Ray cluster whose machines measure mAP on `eval_data`, or "local" for one on this machine;
+            the same mAP as here with the same threads. They find the images at the same paths.
+        workers: How many processes measure there; by default as many as there is room for.
         force: Replace an existing bundle at `output`.
         command: The command line that the bundle records.
         progress: Is told what is done.
@@ -121,11 +128,14 @@ def quantize_bundle(
                 raise UsageError(f"--{option.replace('_', '-')} needs --eval-data", "Give both, or neither.")
     elif min_agreement is not None:
         raise UsageError("--min-agreement is for quantising without --eval-data", "With it, use --max-drop.")
+    if ray is not None and eval_data is None:
+        raise UsageError("--ray is for measuring mAP and needs --eval-data", "Give both, or neither.")
     limits = GateLimits(
         DEFAULT_MAX_DROP if max_drop is None else max_drop,
         DEFAULT_MIN_AGREEMENT if min_agreement is None else min_agreement,
     )
     threads = usable_threads() if threads is None else threads
+    cluster = ClusterOptions.of(ray, workers, None, EngineOptions("int8", "cpu", threads))
     paths = calibration_images(Path(data), Path(images) if images else None, samples)
     evaluation = None
     if eval_data is not None:
@@ -151,10 +161,13 @@ def quantize_bundle(
 
     size = sum(record.bytes for record in source.manifest.files.values())
     need = size * (len(algorithms) + (3 if chosen_method.refine else 1))
-    with write_bundle(output, force=force, need_bytes=need) as (directory, manifests):
+    with (
+        cluster.connected() if cluster else nullcontext(),
+        write_bundle(output, force=force, need_bytes=need) as (directory, manifests),
+    ):
         progress.stage("running FP32 on calibration images" if evaluation is None else "measuring FP32")
         compared = spread(paths, _AGREEMENT_IMAGES)
-        fp32_reference = Fp32Reference.of(source, compared, evaluation, threads, progress)
+        fp32_reference = Fp32Reference.of(source, compared, evaluation, threads, progress, cluster)
         if problem := unjudgeable(fp32_reference.detections, fp32_reference.accuracy, limits):
             raise problem
         # Inside the unfinished bundle, so that whatever ends the run removes it too.

@@ -6,6 +6,7 @@ import asyncio
 import resource
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -28,7 +29,9 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
     """
 
     most = 1000
+    to_shed = 0  # so many kept connections are to end with their next answers, for the clients to find another process
 
+    _gone: Callable[[], None] | None = None
     _timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
@@ -45,6 +48,14 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Forget it."""
         self._forget_timer()
         super().connection_lost(exc)
+        if self._gone is not None:
+            self._gone()
+
+    def tell_when_gone(self, tell: Callable[[], None] | None) -> None:
+        """Call it once, when the client has left, while its request is being answered. None: call nothing any more."""
+        self._gone = tell
+        if tell is not None and self.transport.is_closing():
+            tell()
 
     def data_received(self, data: bytes) -> None:
         """Begin to wait for a header with its first byte."""
@@ -53,7 +64,8 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         super().data_received(data)
         if not self.idle:
             self._forget_timer()
-            self.scope["state"]["arrived"] = time.perf_counter()
+            state = self.scope["state"]
+            state["arrived"], state["tell_when_gone"] = time.perf_counter(), self.tell_when_gone
         # httptools keeps all that is no body, also the trailers of one and the next header; h11 has a limit for these.
         unending = _TELLS or (self.idle and not (self.cycle and self.cycle.more_body))
         if self._header_bytes > MOST_HEADER_BYTES and unending:
@@ -65,6 +77,9 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Of httptools: a header has ended."""
         self._header_bytes = 0
         super().on_headers_complete()
+        if Connection.to_shed > 0 and self.cycle is not None:
+            Connection.to_shed -= 1
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Of httptools: a piece of a body."""

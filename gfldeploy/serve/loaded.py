@@ -124,6 +124,7 @@ class LoadedDetector(ClosesOnExit):
         load_cv2().setNumThreads(1)  # the threads of the batcher share the CPUs
         samples = dict(self._samples(warm_up))
         self.sizes = tuple(samples)
+        self._smallest = min(self.sizes, key=area)
         batches = sorted({self._fixed or 1, self.most})
         expected = tuple((count, *size) for size in samples for count in batches)
         options = replace(choice.options, progress=progress)
@@ -163,7 +164,7 @@ class LoadedDetector(ClosesOnExit):
 
     def refusal(self, timeout_ms: float) -> RejectedError | None:
         """What the smallest image would be refused by now; None if nothing. Takes microseconds, and no lock."""
-        return self.batcher.refusal(min(self.sizes, key=area), timeout_ms)
+        return self.batcher.refusal(self._smallest, timeout_ms)
 
     def close(self, drain: bool = True) -> None:
         """End its threads and free the engine. `drain`: answer what waits first, else reject it."""

@@ -23,6 +23,7 @@ CLIENT_GONE = 499
 """In place of the status of an answer that nobody was there to receive: no such status is ever sent. nginx's number."""
 # Where nothing better is known: as long as a few batches take.
 _RETRY_S = 1.0
+JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _LONGEST = 500  # characters of a message, which may quote the request
 
 
@@ -56,6 +57,18 @@ class Problem(GfldeployError):  # noqa: N818
         return {"error": {"code": self.code, "message": _shown(self.problem), "remedy": _shown(self.remedy or "")}}
 
 
+class JsonResponse(Response):
+    """JSON in ASCII that is there already; `Response` itself takes longer to make its headers than the JSON takes."""
+
+    def __init__(self, text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        self.status_code, self.body, self.background = status, text.encode("ascii"), None
+        self.raw_headers = [
+            *((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in (headers or {}).items()),
+            (b"content-length", b"%d" % len(self.body)),
+            (b"content-type", b"application/json"),
+        ]
+
+
 def problem_response(problem: Problem, body: dict[str, Any] | None = None) -> Response:
     """The response that says so; `body` in place of the problem's own."""
     headers = dict(problem.headers)
@@ -66,8 +79,7 @@ def problem_response(problem: Problem, body: dict[str, Any] | None = None) -> Re
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON in ASCII, which holds whatever a class name is made of."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    return Response(text, status, headers, "application/json")
+    return JsonResponse(JSON.encode(content), status, headers)
 
 
 def problem_of(error: BaseException) -> Problem:

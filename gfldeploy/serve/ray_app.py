@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import time
 from collections import Counter
@@ -258,6 +259,7 @@ class _Application:
         """Start Ray Serve, and say whether it was not there."""
         from ray import serve
 
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # of this process: what happens is told below
         if self._state() is not None:
             raise ServerError(
                 f"an application {APPLICATION} runs on this cluster already",
@@ -372,7 +374,7 @@ class _Application:
             time.sleep(_LOOK_S)
             if self._signals:
                 raise KeyboardInterrupt
-        if own and not serve.status().applications:
+        if own and self._serving.address != LOCAL and not serve.status().applications:
             serve.shutdown()
 
     def _pause(self) -> None:

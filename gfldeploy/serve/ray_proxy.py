@@ -150,8 +150,9 @@ def waited_s(scope: Scope) -> float:
     told = scope.get("state", {}).get(_ARRIVED)
     if not isinstance(told, dict):
         return 0.0
-    same = told["boot"] == _boot()
-    return max(time.monotonic() - told["monotonic"] if same else time.time() - told["wall"], 0.0)
+    if told["boot"] == _boot():
+        return max(time.monotonic() - float(told["monotonic"]), 0.0)
+    return max(time.time() - float(told["wall"]), 0.0)
 
 
 @cache

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import binascii
 import email
+import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +16,8 @@ from difflib import get_close_matches
 from email.message import Message as MimeHeaders
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.datastructures import QueryParams
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
@@ -31,6 +34,7 @@ _MOST_PARAMETERS = 100
 _LONGEST_BOUNDARY = 70  # RFC 2046, 5.1.1
 _SLICE = 1 << 20  # characters of base64 decoded before others have their turn
 _DISCARDED_S = 1.0
+_SHORT_QUERY = 256  # bytes of one that is remembered
 _LONGEST_WORD = 80  # characters of a name from a request that are compared or shown
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
 _DATA_URL = re.compile(r"data:[\w.+-]{0,40}/?[\w.+-]{0,40};base64,", re.ASCII)
@@ -80,12 +84,11 @@ async def read_request(request: Request, limits: RequestLimits, class_names: Seq
 
     Raises `Problem`: 400, 408, 413 or 415, and 503 from `BodyGuard`.
     """
-    query = _parameters(request, {"threshold", "timeout_ms", "classes"})
-    threshold = _number(query, "threshold", 1, DEFAULT_THRESHOLD)
-    timeout_ms = _number(query, "timeout_ms", LONGEST_TIMEOUT_MS, limits.timeout_ms)
-    if timeout_ms == 0:
-        raise Problem(400, "bad_parameter", "timeout_ms is 0", f"Give a number above 0, up to {LONGEST_TIMEOUT_MS:g}.")
-    classes = tuple(query["classes"]) if "classes" in query else None
+    query: bytes = request.scope["query_string"]
+    # Most clients send the same one again and again.
+    threshold, timeout_ms, classes = (_known_query if len(query) <= _SHORT_QUERY else _read_query)(query)
+    if timeout_ms is None:
+        timeout_ms = limits.timeout_ms
     class_ids(classes, class_names)
     kind = content_type(request)
     if kind == JSON_TYPE:
@@ -99,10 +102,24 @@ async def read_request(request: Request, limits: RequestLimits, class_names: Seq
     return DetectRequest(tuple(images), threshold, timeout_ms, classes)
 
 
-def _parameters(request: Request, known: set[str]) -> dict[str, list[str]]:
+def _read_query(text: bytes) -> tuple[float, float | None, tuple[str, ...] | None]:
+    """Threshold, milliseconds if they are given, and classes. Raises `Problem`."""
+    query = _parameters(text, {"threshold", "timeout_ms", "classes"})
+    threshold = _number(query, "threshold", 1, DEFAULT_THRESHOLD)
+    timeout_ms = _number(query, "timeout_ms", LONGEST_TIMEOUT_MS, math.nan)
+    if timeout_ms == 0:
+        raise Problem(400, "bad_parameter", "timeout_ms is 0", f"Give a number above 0, up to {LONGEST_TIMEOUT_MS:g}.")
+    classes = tuple(query["classes"]) if "classes" in query else None
+    return threshold, None if math.isnan(timeout_ms) else timeout_ms, classes
+
+
+_known_query = functools.lru_cache(maxsize=256)(_read_query)
+
+
+def _parameters(text: bytes, known: set[str]) -> dict[str, list[str]]:
     """The query by name. An unknown name is refused: with `treshold=0.3` the detections would silently be others."""
     query: dict[str, list[str]] = {}
-    for name, value in request.query_params.multi_items():
+    for name, value in QueryParams(text).multi_items():
         if name not in known:
             raise Problem(
                 400,
@@ -170,9 +187,16 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(limits.body_s):
-            async for chunk in request.stream():
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk: bytes = message.get("body", b"")
+                more = message.get("more_body", False)
                 if len(body) + len(chunk) > limits.body_bytes:
                     _too_large(limits)
+                if not more:
+                    return bytes(body) + chunk if body else chunk
                 body += chunk
     except TimeoutError:
         raise Problem(
@@ -181,7 +205,6 @@ async def read_body(request: Request, limits: RequestLimits) -> bytes:
             f"the body did not come within {limits.body_s:g} s",
             "Send it faster or in smaller parts, or raise --body-timeout-s of the server.",
         ) from None
-    return bytes(body)
 
 
 def _fits(declared: str, limits: RequestLimits) -> bool:

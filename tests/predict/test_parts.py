@@ -42,6 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Predict = Callable[..., Path]
+Snapshot = dict[str, bytes | None]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def predict(tiny_bundle: Path, images: Path) -> Predict:
 
 
 @pytest.fixture(scope="module")
-def whole(predict: Predict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(predict: Predict, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return demo_bundles.snapshot(predict(tmp_path_factory.mktemp("whole") / "found"))
 
 
@@ -72,9 +73,7 @@ def parts(made: list[Path], tmp_path: Path) -> list[Path]:
     return [Path(shutil.copytree(one, tmp_path / f"part{one.name}")) for one in made]
 
 
-def test_merged_in_any_order_they_are_the_bytes_of_one_run(
-    made: list[Path], whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_merged_in_any_order_they_are_the_bytes_of_one_run(made: list[Path], whole: Snapshot, tmp_path: Path) -> None:
     for number, order in enumerate(itertools.permutations(made)):
         found = merge_parts(order, output=tmp_path / str(number))
         assert demo_bundles.snapshot(tmp_path / str(number)) == whole
@@ -82,7 +81,7 @@ def test_merged_in_any_order_they_are_the_bytes_of_one_run(
         assert "040.jpg" in found.reasons[0]
 
 
-def test_more_parts_than_shards(predict: Predict, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_more_parts_than_shards(predict: Predict, whole: Snapshot, tmp_path: Path) -> None:
     parts = [predict(tmp_path / str(number), (number, 7)) for number in range(1, 8)]
     counts = [json.loads((one / "predict.json").read_text())["images"] for one in parts]
     assert sum(counts) == COUNT and counts.count(0) == 3
@@ -176,7 +175,7 @@ def test_a_part_of_other_inputs_or_another_bundle(
             merge_parts([parts[0], tmp_path / name, parts[2]], output=tmp_path / "found")
 
 
-def test_other_processors_are_recorded(parts: list[Path], whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_other_processors_are_recorded(parts: list[Path], whole: Snapshot, tmp_path: Path) -> None:
     changed_note(parts[1], lambda note: {**note, "processor": "another"})
     lines = (parts[1] / "records.jsonl").read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "processor": "another"})
@@ -210,15 +209,22 @@ def flipped(part: Path) -> None:
     (part / "records.jsonl").write_bytes(data)
 
 
+def a_file(part: Path) -> None:
+    shutil.rmtree(part)
+    part.touch()
+
+
+def a_pipe(part: Path) -> None:
+    (part / "records.jsonl").unlink()
+    os.mkfifo(part / "records.jsonl")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (shutil.rmtree, "part2 is no part: it is not there"),
-    "a file": (lambda part: (shutil.rmtree(part), part.touch()), "part2"),
+    "a file": (a_file, "part2/predict.json cannot be read|part2 is no part"),
     "no note": (lambda part: (part / "predict.json").unlink(), "part2 is no part: it has no predict.json"),
     "no records": (lambda part: (part / "records.jsonl").unlink(), "part2 is damaged: it has no records.jsonl"),
-    "a pipe": (
-        lambda part: ((part / "records.jsonl").unlink(), os.mkfifo(part / "records.jsonl")),
-        "records.jsonl cannot be read",
-    ),
+    "a pipe": (a_pipe, "part2 is damaged: it has no records.jsonl"),
     "junk": (
         lambda part: (part / "records.jsonl").write_bytes(b"\0\n"),
         r"part2 is damaged: .*--shard 2/3 and --force",

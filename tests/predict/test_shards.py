@@ -88,7 +88,7 @@ def test_shards_in_a_row_are_those_by_themselves(job: ShardJob, paths: list[Path
     with ShardWorker(job) as worker:
         alone = [[told(batch) for batch in worker.detect(cut)] for cut in cuts]
         row: list[list[Any]] = [[] for _ in cuts]
-        ended = []
+        ended: list[int] = []
         for number, batch in worker.detect_shards([ShardTask(number, cut) for number, cut in enumerate(cuts)]):
             assert number == len(ended), "one after the other"
             if batch:

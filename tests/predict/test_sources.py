@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from PIL import Image
 
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import _ends_early, _Video, list_inputs, picture_of, picture_sizes, pictures, video_rate
+from gfldeploy.storage import Inputs, Source, Url
 
 FRAMES, RATE = 7, 12.5
 
@@ -55,7 +57,7 @@ def test_headers_that_were_read_are_not_read_again(tiny_coco: Path, tmp_path: Pa
     path = tmp_path / "a.jpg"
     path.write_bytes(next((tiny_coco.parent / "images").iterdir()).read_bytes())
     late = tmp_path / "late.jpg"
-    known: dict[Path, tuple[int, int] | None] = {}
+    known: dict[Source, tuple[int, int] | None] = {}
     sizes = list(picture_sizes([path, late], known))
     late.write_bytes(path.read_bytes())
     path.write_bytes(cv2.imencode(".jpg", np.zeros((5, 7, 3), np.uint8))[1].tobytes())
@@ -90,7 +92,7 @@ def test_folders_are_listed_sorted_with_what_is_below(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "b" / "loop").symlink_to(tmp_path)
     found = list_inputs([tmp_path, tmp_path / "n.txt", tmp_path / "a.webp"], exclude=[tmp_path / "out"])
-    names = [path.relative_to(tmp_path).as_posix() for path in found]
+    names = [Path(str(path)).relative_to(tmp_path).as_posix() for path in found]
     assert names == ["a.webp", "c.mp4", "b/1.png", "b/2.JPG", "n.txt"]
 
 
@@ -105,7 +107,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/deep/loop").symlink_to(tmp_path / "top")
     (tmp_path / "elsewhere/self").symlink_to(".")
     found = list_inputs([tmp_path / "top"])
-    names = [path.relative_to(tmp_path / "top").as_posix() for path in found]
+    names = [Path(str(path)).relative_to(tmp_path / "top").as_posix() for path in found]
     # Each once: `own` under its own name, and a link that leads nowhere is there to have an error.
     assert names == ["c.jpg", "dangling.jpg", "again/b.jpg", "link/a.jpg", "x/d.jpg"]
     assert list_inputs([tmp_path / "top", tmp_path / "elsewhere"])[0] == tmp_path / "top/c.jpg"
@@ -241,3 +243,23 @@ def test_arrays_must_be_rgb(shape: tuple[int, ...]) -> None:
         picture_of(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="float32"):
         picture_of(np.zeros((4, 4, 3), np.float32))
+
+
+def test_many_inputs_take_little_memory() -> None:
+    names = [f"folder/zwölf \udcff {number:06d}.jpg" for number in range(10_000)]
+    tracemalloc.start()
+    inputs = Inputs(
+        Url(f"s3://b/{name[15:]}", 7, '"tag"') if place % 2 else Path(name) for place, name in enumerate(names)
+    )
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used < 60 * len(names)
+    assert len(inputs) == len(names) and inputs[4:7] == [inputs[4], inputs[5], inputs[6]] == list(inputs)[4:7]
+    assert inputs[-2] == Path(names[-2])
+    last = inputs[9_999]
+    assert isinstance(last, Url) and (str(last), last.size, last.version) == ("s3://b/009999.jpg", 7, '"tag"')
+    with pytest.raises(IndexError):
+        inputs[10_000]
+    assert list(Inputs([*inputs[:3], inputs[1], Url("s3://b/x", 1), Url("s3://b/x", 2)], once=True))[3:] == [
+        Url("s3://b/x")
+    ]

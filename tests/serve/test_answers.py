@@ -19,7 +19,8 @@ from starlette.applications import Starlette
 
 from gfldeploy.detections import Detections
 from gfldeploy.detector import Detector
-from gfldeploy.serve.answers import image_record
+from gfldeploy.errors import EngineError
+from gfldeploy.serve.answers import image_json
 from gfldeploy.serve.app import create_app
 from gfldeploy.serve.loaded import Answer, AnswerTimes
 from gfldeploy.serve.problems import Problem
@@ -121,7 +122,7 @@ def test_threshold_and_classes_filter(threshold: float, classes: tuple[str, ...]
         class_names=("box", "ball", "7"),
     )
     answer = Answer(found, (30, 40), AnswerTimes(1, 2, 3.00049, 4))
-    record = image_record(answer, DetectRequest((b"",), threshold, 100, classes))
+    record = json.loads(image_json(answer, DetectRequest((b"",), threshold, 100, classes)))
     check(record, found.select(np.array(places, np.intp)))
     assert (record["height"], record["width"]) == (30, 40)
     assert record["times_ms"] == {"decode": 1, "preprocess": 2, "queue": 3, "infer": 4}
@@ -132,7 +133,7 @@ def test_a_class_that_the_detector_no_longer_has(files: list[bytes], alone: list
     """Another bundle may have been loaded since the request was read."""
     answer = Answer(alone[0], (30, 40), AnswerTimes(1, 2, 3, 4))
     with pytest.raises(Problem, match="no class 'bicycle'"):
-        image_record(answer, DetectRequest((files[0],), 0, 100, ("bicycle",)))
+        image_json(answer, DetectRequest((files[0],), 0, 100, ("bicycle",)))
 
 
 def test_a_malformed_request_touches_no_other(app: Starlette, files: list[bytes], alone: list[Detections]) -> None:
@@ -227,3 +228,16 @@ def test_paddlex_clients_send_json_within_limits(app: Starlette) -> None:
     for content, kind, status in [(b"x", "image/png", 415), (b"x", "application/json", 400), (b"x" * 999_999, "", 413)]:
         answer = post(app, "/object-detection", content, kind)
         assert answer.status_code == answer.json()["errorCode"] == status
+
+
+def test_names_that_json_escapes() -> None:
+    names = ('a "b"', "\\", "\u4e2d", "\ud800\n")
+    found = Detections(np.ones((4, 4), np.float32), np.ones(4, np.float32), np.arange(4), class_names=names)
+    text = image_json(Answer(found, (3, 4), AnswerTimes(1e-9, 2, 3, 1e9)), DetectRequest((b"",), 0, 100))
+    assert text.isascii() and [one["class"] for one in json.loads(text)["detections"]] == list(names)
+
+
+def test_what_json_has_no_number_for() -> None:
+    found = Detections(np.full((1, 4), np.inf, np.float32), np.ones(1, np.float32), np.arange(1), class_names=("box",))
+    with pytest.raises(EngineError, match="infinite"):
+        image_json(Answer(found, (3, 4), AnswerTimes(1, 2, 3, 4)), DetectRequest((b"",), 0, 100))

@@ -185,9 +185,9 @@ def test_slow_headers_and_too_many_connections(
 
 
 def test_answers_leave_at_once(tiny_bundle: Path) -> None:
-    from gfldeploy.serve.process import _bound
+    from gfldeploy.serve.process import bound
 
-    with _bound(Listen(port=0)) as listening:
+    with bound(Listen(port=0)) as listening:
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
             assert accepted.proto == socket.IPPROTO_TCP  # of which asyncio makes sure that nothing is held back

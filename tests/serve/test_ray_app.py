@@ -76,7 +76,7 @@ def test_the_deployment_in_the_words_of_ray() -> None:
 def test_what_is_served_is_read_before_ray_is_asked(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     job = read_source(tiny_bundle, JOB, tiny_coco.parent / "images")
     assert (job.bundle, job.digest) == (str(tiny_bundle), Bundle.open(tiny_bundle).digest)
-    assert set(job.sizes) == {(64, 96), (96, 64)}
+    assert {(64, 96), (96, 64)} < set(job.sizes)
     with pytest.raises(BundleError, match="there is no"):
         serve_on_ray(tmp_path / "none", JOB, FIXED)
     with pytest.raises(UsageError, match="--port 0"):

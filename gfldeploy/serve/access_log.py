@@ -50,8 +50,8 @@ class Exchange:
     code: str | None
     seconds: float
 
-    def line(self) -> bytes:
-        """As a line of the access log.
+    def line(self, replica: int | None = None) -> bytes:
+        """As a line of the access log, with the number of the process where there are several.
 
         Whatever the client sent is inside a JSON string, in ASCII: it cannot end the line, nor forge a field.
         """
@@ -69,6 +69,8 @@ class Exchange:
         }
         if self.route is None:
             record["path"] = self.path
+        if replica is not None:
+            record["replica"] = replica
         return json.dumps(record, ensure_ascii=True).encode() + b"\n"
 
 
@@ -147,12 +149,13 @@ class AccessLog:
     logrotate). Lines that cannot be written, or come while too many others wait, are dropped and counted.
     """
 
-    def __init__(self, path: Path, dropped: Callable[[int], None]) -> None:
-        """`path`: "-" for standard output. `dropped` is told how many lines were, in any thread.
+    def __init__(self, path: Path, dropped: Callable[[int], None], replica: int | None = None) -> None:
+        """`path`: "-" for standard output. `dropped` is told how many lines were, in any thread. `replica`: the number
+        of this process, where several write to the same file.
 
         Raises `OutputError` where the file cannot be opened.
         """
-        self._dropped = dropped
+        self._dropped, self._replica = dropped, replica
         self._lines: Queue[bytes | None] = Queue(_MOST_LINES)
         self._failing = self._cut_short = False
         try:
@@ -170,7 +173,7 @@ class AccessLog:
     def write(self, exchange: Exchange) -> None:
         """Write a line, soon."""
         try:
-            self._lines.put_nowait(exchange.line())
+            self._lines.put_nowait(exchange.line(self._replica))
         except Full:
             self._dropped(1)
 

@@ -37,8 +37,9 @@ from gfldeploy.serve.problems import (
     problem_of,
 )
 from gfldeploy.serve.reload import Current, Reloader, reload_route
+from gfldeploy.serve.replica import Replica
 from gfldeploy.serve.requests import BodyGuard, RequestLimits, read_request
-from gfldeploy.serve.service import DetectionService
+from gfldeploy.serve.service import DRAINING, DetectionService
 from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
 # What tells nothing that is anybody's secret, and what a browser needs before somebody can enter a key.
@@ -58,12 +59,14 @@ def create_app(
     load: Callable[[], DetectionService] | None = None,
     keys: Keys | None = None,
     access_log: AccessLog | None = None,
+    replica: Replica | None = None,
     progress: Progress = SILENT,
 ) -> Starlette:
     """The application over a service, which somebody else closes: the one that `state.current` has at the end.
 
     `metrics`: those that the service tells, too. `load`: makes the service anew, for a reload. `keys`: without one of
-    them a request is refused. `progress` is told of reloads.
+    them a request is refused. `replica`: this process is one of several behind one port, and says what all say.
+    `progress` is told of reloads.
     """
     metrics = metrics or Metrics()
     current = Current(service)
@@ -102,7 +105,8 @@ def create_app(
         return json_response({"status": "live"})
 
     async def ready(request: Request) -> Response:
-        if (why := current.service.ready()) is not None:
+        why = current.service.ready()
+        if why is not None and not (replica is not None and replica.others_ready and why != DRAINING):
             raise Problem(503, "not_ready", why, "Try again later.", retry_after=1)
         return json_response({"status": "ready"})
 
@@ -138,7 +142,9 @@ def create_app(
     # Else a client that adds a slash is sent to http://, whatever its Host header says, with its key and its image.
     app.router.redirect_slashes = False
     app.state.current, app.state.metrics = current, metrics
+    app.state.metrics_of_all = None if replica is None else replica.metrics
     app.state.reloader = None if load is None else Reloader(current, load, metrics, keys, progress)
+    app.state.reload_all = None if replica is None else replica.reload
     return app
 
 

@@ -29,6 +29,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
     """
 
     most = 1000
+    to_shed = 0  # so many kept connections are to end with their next answers, for the clients to find another process
 
     _gone: Callable[[], None] | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -76,6 +77,9 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Of httptools: a header has ended."""
         self._header_bytes = 0
         super().on_headers_complete()
+        if Connection.to_shed > 0 and self.cycle is not None:
+            Connection.to_shed -= 1
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Of httptools: a piece of a body."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args
 
@@ -173,9 +173,11 @@ class _Given(Collector):
 
 
 async def metrics_route(request: Request) -> Response:
-    """`GET /metrics`."""
+    """`GET /metrics`: of all processes that serve behind the port."""
     metrics: Metrics = request.app.state.metrics
-    text, content_type = await asyncio.to_thread(metrics.text, request.headers.get("Accept", ""))
+    accept = request.headers.get("Accept", "")
+    of_all: Callable[[str], Awaitable[tuple[bytes, str]]] | None = request.app.state.metrics_of_all
+    text, content_type = await (asyncio.to_thread(metrics.text, accept) if of_all is None else of_all(accept))
     return Response(text, headers={"Content-Type": content_type})
 
 

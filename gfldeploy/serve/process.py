@@ -31,6 +31,7 @@ from gfldeploy.serve.connections import KEEP_ALIVE_S, MOST_HEADER_BYTES, Connect
 from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.metrics import Metrics
 from gfldeploy.serve.reload import Current, Reloader
+from gfldeploy.serve.replica import Replica
 from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService, Watch
 
@@ -64,12 +65,13 @@ def run_server(
     *,
     keys: Keys | None = None,
     access_log: Path | None = None,
+    replica: Replica | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Load a service, serve until a signal comes, then drain. SIGHUP: load another beside it, and replace it.
 
     `load` makes a service that tells the `Watch`. `keys`: without one of them a request is refused. `access_log`:
-    the file to append it to, "-" for standard output.
+    the file to append it to, "-" for standard output. `replica`: where connections come from, instead of `listen`.
 
     Raises what `load` raises, `OutputError` if it cannot listen, and `EngineError` if the engine fails again and again.
     A second signal refuses what was admitted and not answered yet, and raises KeyboardInterrupt; a third does not wait
@@ -80,16 +82,19 @@ def run_server(
     numbers = (*_SIGNALS, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     hung_up: list[int] = []  # of SIGHUP before there is anything to reload
+    switch_s, number = sys.getswitchinterval(), None if replica is None else replica.number
     with ExitStack() as stack:
-        sock = stack.enter_context(bound(listen))
-        log = AccessLog(access_log, metrics.dropped_lines) if access_log is not None else None
+        source = stack.enter_context(bound(listen)) if replica is None else replica
+        log = AccessLog(access_log, metrics.dropped_lines, number) if access_log is not None else None
         if log is not None:
             stack.callback(log.close)
         try:
             signal.signal(signal.SIGHUP, lambda number, frame: hung_up.append(number))
             service = load(metrics)
             Connection.most = share_files()
+            stack.callback(sys.setswitchinterval, switch_s)
             sys.setswitchinterval(_SWITCH_S)
+            stack.callback(gc.unfreeze)
             gc.freeze()  # what was loaded stays: it need not be looked at again and again
             app = create_app(
                 service,
@@ -98,11 +103,12 @@ def run_server(
                 load=partial(load, metrics),
                 keys=keys,
                 access_log=log,
+                replica=replica,
                 progress=progress,
             )
             # uvloop where it is installed: it takes less of the CPUs than asyncio's own.
             with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner:
-                cut_short = runner.run(_serve(app, listen, sock, hung_up, progress))
+                cut_short = runner.run(_serve(app, listen, source, hung_up, progress))
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -111,7 +117,7 @@ def run_server(
 
 
 async def _serve(
-    app: Starlette, listen: Listen, sock: socket.socket, hung_up: Sequence[int], progress: Progress
+    app: Starlette, listen: Listen, source: socket.socket | Replica, hung_up: Sequence[int], progress: Progress
 ) -> bool:
     """Whether something that was admitted was not answered. Raises `EngineError` where the service gave up."""
     current: Current = app.state.current
@@ -143,17 +149,30 @@ async def _serve(
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop, number)
     loop.add_signal_handler(signal.SIGHUP, reloader.hung_up)
-    serving = asyncio.create_task(server.serve([sock]))
-    host, port = sock.getsockname()[:2]
+    serving = asyncio.create_task(server.serve([source] if isinstance(source, socket.socket) else []))
     while not server.started and not serving.done():
         await asyncio.sleep(0)
-    _tell_systemd("READY=1")
-    progress.stage(f"ready on http://{f'[{host}]' if ':' in host else host}:{port}")
+    taking: asyncio.Task[None] | None = None
+    if isinstance(source, socket.socket):
+        host, port = source.getsockname()[:2]
+        tell_systemd("READY=1")
+        progress.stage(f"ready on http://{f'[{host}]' if ':' in host else host}:{port}")
+    else:
+        connections = server.server_state.connections
+
+        def connection() -> asyncio.Protocol:
+            return Connection(config=config, server_state=server.server_state, app_state={})
+
+        taking = asyncio.create_task(
+            source.serve(current, reloader, app.state.metrics, (connection, lambda: len(connections)))
+        )
+        progress.stage("ready")
     if hung_up:
         reloader.hung_up()
     while not signals and current.service.gave_up is None and not serving.done():
         await asyncio.sleep(_LOOK_S)
-    _tell_systemd("STOPPING=1")
+    if taking is None:
+        tell_systemd("STOPPING=1")
     reloader.stop()
 
     def in_flight() -> int:
@@ -177,6 +196,9 @@ async def _serve(
             await asyncio.sleep(_LOOK_S)
     # What is left are answers that are being sent, and requests whose bodies are arriving, to be refused.
     config.timeout_graceful_shutdown = 1 if cut_short else max(math.ceil(deadline - loop.time()), 1)
+    if taking is not None:
+        taking.cancel()
+        await asyncio.wait([taking])
     server.should_exit = True
     await serving
     if current.service.gave_up is not None:
@@ -205,7 +227,7 @@ def bound(listen: Listen) -> socket.socket:
     return sock
 
 
-def _tell_systemd(state: str) -> None:
+def tell_systemd(state: str) -> None:
     """As sd_notify(3): for a service of the type "notify". Nothing happens where nobody listens."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address[:1] in ("/", "@"):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ class Reloader:
         if self._stopped:
             raise _stopping()
         if self.busy:
-            raise Problem(409, "reload_in_progress", "a reload is under way already", "Wait for its end.")
+            raise under_way()
         self._task = asyncio.create_task(self._reload())
         self._task.add_done_callback(_retrieve)
         return self._task
@@ -228,6 +228,11 @@ async def _retire(old: Awaitable[DetectionService]) -> None:
         _log.exception("the service that was replaced could not be closed")
 
 
+def under_way() -> Problem:
+    """What whoever asks for another reload meanwhile is told."""
+    return Problem(409, "reload_in_progress", "a reload is under way already", "Wait for its end.")
+
+
 def _stopping() -> RejectedError:
     return RejectedError("the server is stopping", "Start another one.", "closed")
 
@@ -272,12 +277,16 @@ async def reload_route(request: Request) -> Response:
             "whoever asks for a reload must show a key, and this server has none",
             "Start it with --api-key-file, or send SIGHUP to its process.",
         )
-    task = reloader.start()
+    reload_all: Callable[[], Coroutine[None, None, Reloaded]] | None = request.app.state.reload_all
+    task = reloader.start() if reload_all is None else asyncio.create_task(reload_all())
+    task.add_done_callback(_retrieve)
     try:
         done = await asyncio.shield(task)  # which goes on if the client leaves
     except asyncio.CancelledError:
         if task.cancelled():
             raise _stopping() from None
+        raise
+    except Problem:
         raise
     except GfldeployError as error:
         raise Problem(500, "reload_failed", f"the old service answers on: {error.problem}", error.remedy) from error

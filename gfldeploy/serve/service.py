@@ -32,7 +32,7 @@ _HEADER_BYTES = 1 << 14
 _READERS = 2
 _LOOK_S = 1.0
 _NICER = 10  # steps of Linux' nice values: a tenth of the time, where both want all of it
-_DRAINING = "the server is stopping"
+DRAINING = "the server is stopping"
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class DetectionService:
 
     def drain(self) -> None:
         """Refuse new requests from now on; those that were admitted are answered."""
-        self._why = _DRAINING
+        self._why = DRAINING
 
     def close(self, drain: bool = True) -> None:
         """Free the detector. `drain`: answer what waits first, else reject it."""
@@ -323,7 +323,7 @@ class DetectionService:
         self._detector = detector
         if self._closed:
             detector.close(False)
-        elif self._why != _DRAINING:
+        elif self._why != DRAINING:
             self._why = None
         self._watch.restarted()
 
@@ -334,7 +334,7 @@ class DetectionService:
             raise BundleError(f"{bundle.directory} holds another bundle now", "Restart the server, or reload it.")
 
     def _stop_serving(self, why: str) -> None:
-        if self._why != _DRAINING:
+        if self._why != DRAINING:
             self._why = why
 
 

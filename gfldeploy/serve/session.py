@@ -13,6 +13,7 @@ from gfldeploy.errors import MissingDependencyError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 from gfldeploy.serve.service import DetectionService, ServiceSettings, Watch
 
 _BODIES = 8  # of the largest size are in memory at most
@@ -80,8 +81,8 @@ def serve_detector(
             PaddleDetection.
         batch_size: The most images of one inference; by default 1.
         engine_cache: Where engines keep what they compiled.
-        replicas: How many engines serve, each in a process of its own; with `ray` also (least, most), between which Ray
-            Serve chooses.
+        replicas: How many engines serve, each in a process of its own with its share of the CPUs, behind one port;
+            with `ray` also (least, most), between which Ray Serve chooses.
         ray: Serve on Ray: the address of a cluster, or "local" for one on this machine that ends with the server.
         progress: Told of what is loaded, when the server is ready, and of reloads.
 
@@ -95,11 +96,12 @@ def serve_detector(
             warm up with.
         UnsupportedError: Nothing here can run it.
         OutputError: The port cannot be listened on, or the access log cannot be written.
-        UsageError: Options do not go together.
+        UsageError: Options do not go together, or there are not the CPUs or the memory for so many replicas.
         ServerError: Ray cannot be reached, or does not do what it should.
         EngineError: The engine cannot be loaded, or failed again and again.
         ParityError: What runs on a GPU differs from the CPU.
     """
+    given = {**locals()}
     packages = _PACKAGES if ray is None else _PACKAGES | _RAY_PACKAGES
     if missing := [name for module, name in packages.items() if not is_installed(module)]:
         raise MissingDependencyError(
@@ -143,12 +145,20 @@ def serve_detector(
             input_size=input_size,
             batch_size=batch_size,
             engine_cache=str(engine_cache),
-            keys=None if keys is None else keys.digests,
         )
-        serve_on_ray(Path(source), job, RayServing(ray, least, most, listen), settings.warm_up, progress)
+        serve_on_ray(Path(source), job, RayServing(ray, least, most, listen), settings.warm_up, keys, progress)
         return
-    if (least, most) != (1, 1):
-        raise UsageError("--replicas needs --ray", "Give --ray local, or an address.")
+    if least < most:
+        raise UsageError("a range of replicas needs --ray", "Give one number of replicas, or --ray local.")
+    if least > 1:
+        from gfldeploy.serve.replicas import serve_replicas
+
+        options = {name: value for name, value in given.items() if name not in ("replicas", "ray", "progress")}
+        serve_replicas(plain(options), least, listen, progress)
+        return
+    from gfldeploy.serve.replica import Replica
+
+    replica = progress if isinstance(progress, Replica) else None
 
     def load(watch: Watch) -> DetectionService:
         choice = choose(
@@ -164,6 +174,8 @@ def serve_detector(
             throughput=True,
             input_size=input_size,
         )
+        if replica is not None:
+            replica.check(choice.bundle.digest)
         for note in choice.notes:
             progress.note(note)
         return DetectionService(choice, settings, watch, progress)
@@ -174,5 +186,6 @@ def serve_detector(
         listen,
         keys=keys,
         access_log=None if access_log is None else Path(access_log),
+        replica=replica,
         progress=progress,
     )

@@ -210,6 +210,11 @@ async def drive(
     before = replicas(server)
     killed = before[0]
     names = {one.replica for one in sent if one.replica}
+    for _ in range(5000):  # with requests under way
+        if len(tasks) > 2:
+            break
+        await asyncio.sleep(0.001)
+    under_way = len(tasks)
     killed.send_signal(signal.SIGKILL)
     killed_at = time.perf_counter() - zero
     replaced_at: float | None = None
@@ -231,12 +236,13 @@ async def drive(
     stop_s = time.perf_counter() - zero - stopped_at
     await asyncio.sleep(1)
     left = [process.name() for process in everything if process.is_running() and process.status() != "zombie"]
-    return report(args, sent, killed_at, replaced_at, stopped_at, names, left, code, start_s, stop_s)
+    return report(args, sent, under_way, killed_at, replaced_at, stopped_at, names, left, code, start_s, stop_s)
 
 
 def report(
     args: argparse.Namespace,
     sent: list[Sent],
+    under_way: int,
     killed_at: float,
     replaced_at: float | None,
     stopped_at: float,
@@ -261,8 +267,8 @@ def report(
         phase_records[name] = {
             "requests": len(some),
             "endings": dict(Counter(one.ending for one in some)),
-            "p50_ms": percentile(ms, 50) if ms else None,
-            "p99_ms": percentile(ms, 99) if ms else None,
+            "p50_ms": percentile(ms, 50).value if ms else None,
+            "p99_ms": percentile(ms, 99).value if ms else None,
             "most_ms": max(ms, default=None),
         }
     answered = [one for one in sent if one.ending == "answered"]
@@ -278,6 +284,7 @@ def report(
         "requests": len(sent),
         "answered": len(answered),
         "the_same_as_predict": sum(one.same is True for one in answered),
+        "under_way_at_the_kill": under_way,
         "lost_with_the_replica": len(lost),
         "without_any_answer": len(silent_before),
         "late": len(late),

@@ -42,7 +42,7 @@ from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, s
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.signals import check_interrupted, hold_interrupts
-from gfldeploy.storage import Source, Url, source_of
+from gfldeploy.storage import Inputs, Source, Url, source_of
 
 if TYPE_CHECKING:  # a third of the time until an interruption is answered
     from gfldeploy.cluster.ray_cluster import ClusterOptions
@@ -245,7 +245,7 @@ def predict_images(
 
 def _inputs(
     inputs: Sequence[Source], listed: Path | None, data: Path | None, output: Source
-) -> tuple[CocoDataset | None, list[Source], list[str]]:
+) -> tuple[CocoDataset | None, Sequence[Source], list[str]]:
     """The annotations, the files, and notes on what is not among them."""
     if data is None:
         if not inputs and listed is None:
@@ -258,7 +258,7 @@ def _inputs(
             exclude = [output, output.with_name(f"{output.name}.unfinished")]
         found = list_inputs(inputs, exclude, notes.append)
         if listed is not None:
-            found = list(dict.fromkeys([*found, *looked_at(read_list(listed), notes.append)]))
+            found = Inputs(chain(found, looked_at(read_list(listed), notes.append)), once=True)
         return None, found, notes
     if listed is not None:
         raise UsageError("--data and --input-list both say what to detect in", "Give one of them.")

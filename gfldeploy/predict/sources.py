@@ -30,7 +30,7 @@ from gfldeploy.files import StrPath
 from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_file, read_file, read_image, size_of
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
 from gfldeploy.images.native_stderr import heard
-from gfldeploy.storage import Source, Url, files_at, look_at, read_range, source_of
+from gfldeploy.storage import Inputs, Source, Url, files_at, look_at, read_range, source_of
 from gfldeploy.text import first_of
 
 if TYPE_CHECKING:
@@ -206,28 +206,31 @@ def is_video(path: Source) -> bool:
     return _is_container(path) and _header(path)[8:12] not in (b"avif", b"avis")  # an AVIF begins as an MP4 does
 
 
-def read_list(path: Path) -> list[Source]:
+def read_list(path: Path) -> Inputs:
     """The files that a text file names, one in each line, as they would be given by themselves; empty lines are none.
 
     Raises `DataError` for a list that cannot be read or is empty, and for an address of another kind.
     """
-    found: list[Source] = []
-    try:
+
+    def named() -> Iterator[Source]:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_MOST_LINE), b""), start=1):
                 name = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").rstrip(b"\r\n")
                 if len(line) == _MOST_LINE or b"\0" in name:
                     raise DataError(f"line {number} of {path} names no file", "Write one path or address in each line.")
                 if name.strip():
-                    found.append(source_of(os.fsdecode(name)))
+                    yield source_of(os.fsdecode(name))
+
+    try:
+        found = Inputs(named(), once=True)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}", "Give a text file.") from error
     if not found:
         raise DataError(f"{path} names no files", "Write one path or address in each line.")
-    return list(dict.fromkeys(found))
+    return found
 
 
-def looked_at(inputs: Sequence[Source], note: Callable[[str], None] = lambda sentence: None) -> list[Source]:
+def looked_at(inputs: Inputs, note: Callable[[str], None] = lambda sentence: None) -> Inputs:
     """The same, those at addresses with size and version, by which a file that has changed is noticed.
 
     They take a request each: of more than `MOST_LOOKED_AT` none is looked at, and `note` is told. What is not there is
@@ -240,7 +243,7 @@ def looked_at(inputs: Sequence[Source], note: Callable[[str], None] = lambda sen
             "interrupted run and the next is not noticed"
         )
     if not 0 < remote <= MOST_LOOKED_AT:
-        return list(inputs)
+        return inputs
 
     def look(path: Source) -> Source:
         if not isinstance(path, Url) or path.version:
@@ -250,7 +253,7 @@ def looked_at(inputs: Sequence[Source], note: Callable[[str], None] = lambda sen
         except (OSError, ValueError, DataError):  # told when it is read
             return path
 
-    return list(_ahead(look, inputs))
+    return Inputs(_ahead(look, inputs))
 
 
 def version_of(path: Source) -> tuple[str, int, int | str]:
@@ -266,18 +269,24 @@ def version_of(path: Source) -> tuple[str, int, int | str]:
 
 def list_inputs(
     inputs: Sequence[Source], exclude: Sequence[Source] = (), note: Callable[[str], None] = lambda sentence: None
-) -> list[Source]:
+) -> Inputs:
     """The files named, each once, and in place of a folder the images and videos below it, sorted, folder by folder.
 
     Links are followed, each folder once. Left out are the folders `exclude`, hidden files and folders, and, with a
     sentence to `note`: pipes, devices, folders that cannot be read, and files that are no images or videos by name.
     Raises `DataError` for what is not there, and for a folder without images; `ServerError` if a store does not answer.
     """
-    found: list[Source] = []
     walk = _Walk(inputs, exclude)
+    found = Inputs(_named(inputs, walk), once=len(inputs) > 1)
+    for sentence in walk.told():
+        note(sentence)
+    return found
+
+
+def _named(inputs: Sequence[Source], walk: _Walk) -> Iterator[Source]:
     for path in inputs:
         if isinstance(path, Url):
-            found += walk.at(path)
+            yield from walk.at(path)
             continue
         try:
             status = path.stat()
@@ -288,15 +297,13 @@ def list_inputs(
                 "Give image files, videos, or folders of them.",
             ) from error
         if not stat.S_ISDIR(status.st_mode):
-            found.append(path)
+            yield path
             continue
-        below = list(walk.below(path))
-        if not below and not walk.repeated:
+        count = 0
+        for count, file in enumerate(walk.below(path), start=1):  # noqa: B007
+            yield file
+        if not count and not walk.repeated:
             raise walk.no_images(path)
-        found += below
-    for sentence in walk.told():
-        note(sentence)
-    return list(dict.fromkeys(found))
 
 
 class _Walk:
@@ -488,7 +495,7 @@ class _Copies:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._key: object = None
-        self._file: IO[bytes] | None = None
+        self._handle: int | None = None
 
     @contextmanager
     def of(self, url: Url) -> Iterator[IO[bytes]]:
@@ -496,36 +503,34 @@ class _Copies:
         with self._lock:
             try:
                 key = version_of(look_at(url) or url)
-                if self._file is None or self._key != key:
-                    self._key, self._file = key, _copied(url)
-                handle = os.dup(self._file.fileno())
+                if self._handle is None or self._key != key:
+                    if self._handle is not None:
+                        os.close(self._handle)
+                        self._handle = None
+                    with tempfile.TemporaryFile() as file:
+                        _copy(url, file)
+                        self._key, self._handle = key, os.dup(file.fileno())
+                handle = os.dup(self._handle)
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 problem = f"cannot copy the video {url}: {reason}"
                 raise DataError(problem, "Free some space for temporary files (TMPDIR), or give a file.") from error
-        with os.fdopen(handle, "rb") as file:
-            yield file
+        with os.fdopen(handle, "rb") as copy:
+            yield copy
 
 
 _copies = _Copies()
 
 
-def _copied(url: Url) -> IO[bytes]:
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller's
-    try:
-        for start in itertools.count(0, _COPY_BYTES):
-            if start >= _MOST_VIDEO_BYTES:
-                problem = f"the video {url} has more than {_MOST_VIDEO_BYTES / 1e9:.0f} GB"
-                raise DataError(problem, "Copy it to a disk and give its path, or cut it.")
-            block = read_range(url, start, start + _COPY_BYTES)
-            file.write(block)
-            if len(block) < _COPY_BYTES:
-                file.flush()
-                return file
-    except BaseException:
-        file.close()
-        raise
-    raise AssertionError(url)
+def _copy(url: Url, file: IO[bytes]) -> None:
+    for start in range(0, _MOST_VIDEO_BYTES, _COPY_BYTES):
+        block = read_range(url, start, start + _COPY_BYTES)
+        file.write(block)
+        if len(block) < _COPY_BYTES:
+            file.flush()
+            return
+    problem = f"the video {url} has more than {_MOST_VIDEO_BYTES / 1e9:.0f} GB"
+    raise DataError(problem, "Copy it to a disk and give its path, or cut it.")
 
 
 def video_rate(path: Source) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,7 @@ from PIL import Image
 
 from gfldeploy.errors import DataError
 from gfldeploy.predict.sources import _ends_early, _Video, list_inputs, picture_of, picture_sizes, pictures, video_rate
-from gfldeploy.storage import Source
+from gfldeploy.storage import Inputs, Source, Url
 
 FRAMES, RATE = 7, 12.5
 
@@ -242,3 +243,23 @@ def test_arrays_must_be_rgb(shape: tuple[int, ...]) -> None:
         picture_of(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="float32"):
         picture_of(np.zeros((4, 4, 3), np.float32))
+
+
+def test_many_inputs_take_little_memory() -> None:
+    names = [f"folder/zwölf \udcff {number:06d}.jpg" for number in range(10_000)]
+    tracemalloc.start()
+    inputs = Inputs(
+        Url(f"s3://b/{name[15:]}", 7, '"tag"') if place % 2 else Path(name) for place, name in enumerate(names)
+    )
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used < 60 * len(names)
+    assert len(inputs) == len(names) and inputs[4:7] == [inputs[4], inputs[5], inputs[6]] == list(inputs)[4:7]
+    assert inputs[-2] == Path(names[-2])
+    last = inputs[9_999]
+    assert isinstance(last, Url) and (str(last), last.size, last.version) == ("s3://b/009999.jpg", 7, '"tag"')
+    with pytest.raises(IndexError):
+        inputs[10_000]
+    assert list(Inputs([*inputs[:3], inputs[1], Url("s3://b/x", 1), Url("s3://b/x", 2)], once=True))[3:] == [
+        Url("s3://b/x")
+    ]

@@ -14,8 +14,8 @@ from gfldeploy.cli.predict import report
 
 
 @click.command("merge")
-@click.argument("parts", nargs=-1, required=True, metavar="PART...", type=options.PATH)
-@options.output("Folder to write the results to.")
+@click.argument("parts", nargs=-1, required=True, metavar="PART...", type=options.SOURCE)
+@options.output("Folder to write the results to, here or at an address of a filesystem.", type=options.SOURCE)
 @options.DRAW
 def command(output: Path, **given: Any) -> int:
     """Make the results of one run from the parts that `gfldeploy predict --shard K/N` wrote.

@@ -7,12 +7,24 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gfldeploy.errors import DataError, reading
-from gfldeploy.files import StrPath, atomic_directory, check_apart, check_target, is_unfinished, read_json, sha256
+from gfldeploy.files import (
+    StrPath,
+    atomic_directory,
+    check_apart,
+    check_target,
+    is_unfinished,
+    publish,
+    read_json,
+    scratch_directory,
+    sha256,
+    writing,
+)
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.outputs import PredictResults, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
@@ -21,6 +33,7 @@ from gfldeploy.predict.session import NOTE, PART, RECORDS, finish_results, part_
 from gfldeploy.predict.shards import Shards
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import check
+from gfldeploy.storage import Source, Url, open_url, source_of
 from gfldeploy.text import first_of
 
 # What the parts of one run need not have in common: it is recorded.
@@ -38,15 +51,18 @@ _CONTENT = {
 }
 _PLACE = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 _MOST_NAMED = 5
+_COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class _Part:
     """A part's folder, its place `number`, from 1, `of` how many, the numbers of its shards, and what its files say.
 
-    `question`: what its records begin with, in `header` bytes. `note`: the rest of what it says of itself.
+    `source`: the folder as it was given; `folder`: where it is on this machine. `question`: what its records begin
+    with, in `header` bytes. `note`: the rest of what it says of itself.
     """
 
+    source: Source
     folder: Path
     number: int
     of: int
@@ -64,7 +80,7 @@ class _Part:
 
     def damaged(self, how: str) -> DataError:
         again = f"Run its command again, with --shard {self.number}/{self.of} and --force."
-        return DataError(f"{self.folder} is damaged: {how}", again)
+        return DataError(f"{self.source} is damaged: {how}", again)
 
 
 def merge_parts(
@@ -82,7 +98,7 @@ def merge_parts(
     noted, and `predict.json` lists them.
 
     Args:
-        parts: The folders of all parts, in any order.
+        parts: The folders of all parts, in any order, paths or addresses of filesystems.
         output: The folder to write, as that of `predict_images`.
         draw: Draw the boxes, too: the images have to be where they were.
         draw_threshold: The lowest score in pictures, if another than in `detections.jsonl`.
@@ -94,13 +110,27 @@ def merge_parts(
 
     Raises:
         DataError: A part is missing, is there twice, is of another run, or is damaged; or no image could be read.
+        ServerError: A store of parts at addresses, or of the output, does not answer, or lets nobody in.
         OutputError: The output cannot be written, or something is in the way.
     """
-    folders = [Path(one) for one in ([parts] if isinstance(parts, str | os.PathLike) else parts)]
-    target = Path(output)
-    check_apart(target, folders)
+    given = [source_of(one) for one in ([parts] if isinstance(parts, str | os.PathLike) else parts)]
+    target = source_of(output)
+    check_apart(target, given)
     check_target(target, "predict", force=force)
-    found = _together([_read(folder) for folder in folders])
+    with ExitStack() as stack:
+        copies = stack.enter_context(scratch_directory()) if any(isinstance(one, Url) for one in given) else Path()
+        found = _together([_read(one, _here(one, copies / str(place))) for place, one in enumerate(given)])
+        return _merge(found, target, draw, draw_threshold, force, progress)
+
+
+def _merge(
+    found: Sequence[_Part],
+    target: Source,
+    draw: bool,
+    draw_threshold: float | None,
+    force: bool,
+    progress: Progress,
+) -> PredictResults:
     working = [one for one in found if one.shards]
     note, question = working[0].note, {key: value for key, value in working[0].question.items() if key != "part"}
     question |= processors(question, (one.note["processor"] for one in working))
@@ -116,11 +146,41 @@ def merge_parts(
         if sha256(one.folder / RECORDS) != one.note["records"]:
             raise one.damaged(f"{RECORDS} is not as it was written")
     ids = None if note["ids"] is None else [image_id for one in found for image_id in one.note["ids"]]
-    with atomic_directory(target, "predict", force=force) as results:
+    with _written_to(target, force) as results:
         images = _images(found, progress)
         summary = write_outputs(results, images, note["classes"], ids, note["categories"], note["threshold"], target)
         finish_results(results, question, summary, question["draw_threshold"], progress)
     return summary
+
+
+@contextmanager
+def _written_to(target: Source, force: bool) -> Iterator[Path]:
+    """A folder that becomes the output when the block succeeds."""
+    if isinstance(target, Path):
+        with atomic_directory(target, "predict", force=force) as results:
+            yield results
+        return
+    with scratch_directory() as results:
+        yield results
+        check_target(target, "predict", force=force)
+        with writing(target):
+            publish(results, target, "predict")
+
+
+def _here(source: Source, copy: Path) -> Path:
+    """The folder of a part; of one at an address a `copy`. Raises `DataError` and `ServerError`."""
+    if isinstance(source, Path):
+        return source
+    for name in (NOTE, RECORDS):
+        reads = reading(source / name, DataError, _REMEDY)
+        with reads, suppress(FileNotFoundError), open_url(source / name, None) as file:
+            block = file.read(_COPY_BYTES)  # which says whether it is there
+            copy.mkdir(exist_ok=True)
+            with (copy / name).open("wb") as here:
+                while block:
+                    here.write(block)
+                    block = file.read(_COPY_BYTES)
+    return copy
 
 
 def _images(parts: Sequence[_Part], progress: Progress) -> Iterator[Found]:
@@ -137,17 +197,17 @@ def _images(parts: Sequence[_Part], progress: Progress) -> Iterator[Found]:
             progress.step("merging", done, total)
 
 
-def _read(folder: Path) -> _Part:
+def _read(source: Source, folder: Path) -> _Part:
     """What a part says of itself. Raises `DataError`."""
-    path = folder / NOTE
+    path = source / NOTE
     if is_unfinished(folder, "predict") and not folder.exists():
-        raise DataError(f"{folder} is unfinished", "Run its command again: it resumes.")
-    if not path.exists():
+        raise DataError(f"{source} is unfinished", "Run its command again: it resumes.")
+    if not (folder / NOTE).exists():
         raise DataError(
-            f"{folder} is no part: {f'it has no {NOTE}' if folder.exists() else 'it is not there'}", _REMEDY
+            f"{source} is no part: {f'it has no {NOTE}' if folder.exists() else 'it is not there'}", _REMEDY
         )
     with reading(path, DataError, _REMEDY):
-        note = read_json(path)
+        note = read_json(folder / NOTE)
         if not isinstance(note, dict) or note.get("what") != PART:
             raise DataError(f"{path} is not of a part", _REMEDY)
         check(_CONTENT, note, str(path))
@@ -158,7 +218,7 @@ def _read(folder: Path) -> _Part:
         shards = Shards(note["listed"], note["batch_size"])
         mine = part_of(len(shards), number, of)
         _check_ids(note, sum(one.stop - one.start for one in map(shards.__getitem__, mine)), path)
-    part = _Part(folder, number, of, mine, {}, 0, note)
+    part = _Part(source, folder, number, of, mine, {}, 0, note)
     if not (folder / RECORDS).is_file():
         raise part.damaged(f"it has no {RECORDS}")
     with reading(folder / RECORDS, DataError, _REMEDY), (folder / RECORDS).open("rb") as file:
@@ -168,7 +228,7 @@ def _read(folder: Path) -> _Part:
     return replace(part, question=question, header=header)
 
 
-def _check_ids(note: dict[str, Any], images: int, path: Path) -> None:
+def _check_ids(note: dict[str, Any], images: int, path: Source) -> None:
     """Raise `DataError` unless the ids of images and categories, None or as many as needed, are what ids can be."""
     for key, count in (("ids", images), ("categories", len(note["classes"]))):
         values = note.setdefault(key, None)
@@ -189,13 +249,13 @@ def _together(parts: Sequence[_Part]) -> list[_Part]:
         if key != most:
             other = ", ".join(differences(first.common, one.common))
             raise DataError(
-                f"{one.folder} is not of the run of {first.folder}: other {other}",
+                f"{one.source} is not of the run of {first.source}: other {other}",
                 "Leave it out, or run its command again with the arguments and the software of the others.",
             )
     by_number: dict[int, _Part] = {}
     for one in parts:
         if (same := by_number.setdefault(one.number, one)) is not one:
-            problem = f"{same.folder} and {one.folder} are both part {one.number} of {one.of}"
+            problem = f"{same.source} and {one.source} are both part {one.number} of {one.of}"
             raise DataError(problem, "Give each part once.")
     if missing := [number for number in range(1, first.of + 1) if number not in by_number]:
         raise DataError(

@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from gfldeploy.predict.pipeline import PREPARED
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
+from gfldeploy.serve.keys import Keys
 from gfldeploy.serve.process import Listen, bound
 from gfldeploy.serve.ray_proxy import proxy_environment
 from gfldeploy.serve.ray_replica import DEPLOYMENT, DetectorReplica, ReplicaJob, error_in
@@ -74,16 +75,25 @@ class _State:
 
 
 def serve_on_ray(
-    source: Path, job: ReplicaJob, serving: RayServing, warm_up: Path | None = None, progress: Progress = SILENT
+    source: Path,
+    job: ReplicaJob,
+    serving: RayServing,
+    warm_up: Path | None = None,
+    keys: Keys | None = None,
+    progress: Progress = SILENT,
 ) -> None:
     """Deploy, wait until it is ready, and keep it until a signal comes; then let it answer what it has, and delete it.
 
-    `job`: what is to be served, without what only `source` says. SIGHUP reads `source` again, and has the replicas
-    replaced one after the other. `warm_up`: a folder of images such as those to come.
+    `job`: what is to be served, without what only `source` and the keys say. SIGHUP reads them again, and has the
+    replicas replaced one after the other. `warm_up`: a folder of images such as those to come.
 
     Raises as `serve_detector`, and `ServerError` where Ray does not do what it should.
     """
-    target = read_source(source, job, warm_up)
+
+    def read() -> ReplicaJob:
+        return read_source(source, job, warm_up, keys)
+
+    target = read()
     if serving.address == LOCAL:
         with bound(serving.listen) as sock:  # so that a port in use is one line
             serving = replace(serving, listen=replace(serving.listen, port=sock.getsockname()[1]))
@@ -95,11 +105,11 @@ def serve_on_ray(
         cpus = (serving.most + 1) * (shared.threads or 1) * (shared.streams or 1)
         stack.enter_context(connected(serving.address, cpus=cpus))
         signals = stack.enter_context(_signals())
-        _Application(source, job, serving, warm_up, progress, signals).run(target)
+        _Application(read, serving, progress, signals).run(target)
 
 
-def read_source(source: Path, job: ReplicaJob, warm_up: Path | None) -> ReplicaJob:
-    """The job with what the bundle or `deploy.yml` says, which is read here and sent to the replicas."""
+def read_source(source: Path, job: ReplicaJob, warm_up: Path | None = None, keys: Keys | None = None) -> ReplicaJob:
+    """The job with what the bundle or `deploy.yml` and the keys say, which are read here and sent to the replicas."""
     directory = source
     if source.suffix in DEPLOY_SUFFIXES and not source.is_dir():
         deploy = Deploy.read(source)
@@ -114,7 +124,12 @@ def read_source(source: Path, job: ReplicaJob, warm_up: Path | None) -> ReplicaJ
     bundle.verify_files()
     sizes = () if warm_up is None else _sizes_of(warm_up, bundle.at_size(job.input_size))
     return replace(
-        job, bundle=str(directory.resolve()), digest=bundle.digest, sizes=sizes, versions=_versions(job.engine)
+        job,
+        bundle=str(directory.resolve()),
+        digest=bundle.digest,
+        sizes=sizes,
+        keys=None if keys is None else keys.read_again().digests,
+        versions=_versions(job.engine),
     )
 
 
@@ -212,16 +227,10 @@ class _Application:
     """The application on the cluster, as this command deploys, watches and deletes it."""
 
     def __init__(
-        self,
-        source: Path,
-        job: ReplicaJob,
-        serving: RayServing,
-        warm_up: Path | None,
-        progress: Progress,
-        signals: list[int],
+        self, read: Callable[[], ReplicaJob], serving: RayServing, progress: Progress, signals: list[int]
     ) -> None:
-        self._source, self._job, self._serving, self._warm_up = source, job, serving, warm_up
-        self._progress, self._signals = progress, signals
+        """`read`: what there is to serve now."""
+        self._read, self._serving, self._progress, self._signals = read, serving, progress, signals
         self._asked = False  # Ray Serve for the application
 
     def run(self, target: ReplicaJob) -> None:
@@ -350,7 +359,7 @@ class _Application:
 
         self._progress.stage("reload: replacing the replicas one after the other")
         try:
-            changed = self._with_cpus(read_source(self._source, self._job, self._warm_up))
+            changed = self._with_cpus(self._read())
             cpus = (changed.threads or 1) * (changed.streams or 1)
             self._deploy(changed, surge=ray.available_resources().get("CPU", 0) >= cpus)
         except GfldeployError as error:

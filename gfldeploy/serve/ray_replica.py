@@ -182,8 +182,9 @@ class DetectorReplica:
         try:
             self._job = build(ReplicaJob, job)
             limit_arenas((self._job.threads or 1) * (self._job.streams or 1))
-            known = None if files is None or Path(self._job.bundle).is_dir() else ray.get(files)
-            choice = self._stack.enter_context(self._job.choice(known))
+            with local_bundle(self._job.bundle, self._job.digest, None) as there:
+                sent = None if there is not None or files is None else ray.get(files)
+            choice = self._stack.enter_context(self._job.choice(sent))
             self._service = DetectionService(choice, self._job.settings, self._metrics)
             self._canary = Canary(self._service)
         except GfldeployError as error:

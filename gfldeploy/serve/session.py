@@ -146,9 +146,8 @@ def serve_detector(
             input_size=input_size,
             batch_size=batch_size,
             engine_cache=str(engine_cache),
-            keys=None if keys is None else keys.digests,
         )
-        serve_on_ray(Path(source), job, RayServing(ray, least, most, listen), settings.warm_up, progress)
+        serve_on_ray(Path(source), job, RayServing(ray, least, most, listen), settings.warm_up, keys, progress)
         return
     if least < most:
         raise UsageError("a range of replicas needs --ray", "Give one number of replicas, or --ray local.")

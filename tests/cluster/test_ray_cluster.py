@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -14,11 +15,15 @@ import pytest
 import ray_work
 from recorded_progress import RecordedProgress
 
+from gfldeploy.accuracy import evaluate
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster import ray_cluster, worker
 from gfldeploy.cluster.ray_cluster import ClusterOptions, connected, run_on_ray
 from gfldeploy.cluster.schedule import Again, Job, Part
+from gfldeploy.engines.base import EngineOptions
 from gfldeploy.errors import DataError, EngineError, UnsupportedError, UsageError
+from gfldeploy.images.coco import CocoDataset
+from gfldeploy.quant.measurement import Fp32Reference, PlainOnnxRuntime
 
 pytest.importorskip("ray")
 DOUBLING = "ray_work:Doubling"
@@ -174,3 +179,19 @@ def test_more_than_a_machine_has_is_refused(local: None, bundle: Bundle) -> None
     )
     with pytest.raises(UsageError, match="no machine of the cluster has 64 CPUs for a worker; the largest has 2 CPUs"):
         next(parts)
+
+
+def test_map_is_that_of_this_process(local: None, tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
+    """Of a bundle at another size, in batches; and of one that is being made, in an engine that is in no table."""
+    how: dict[str, Any] = {"data": tiny_coco, "engine": "onnxruntime", "threads": 1}
+    batches: dict[str, Any] = {"batch_size": 2, "order": "bucketed", "input_sizes": [(96, 128)]}
+    assert evaluate(tiny_bundle, **how, **batches, ray="local", workers=1) == evaluate(tiny_bundle, **how, **batches)
+    source = Bundle.open(tiny_bundle)
+    made = replace(source, directory=tmp_path / "made", manifest=replace(source.manifest, files={}, notes=("made",)))
+    shutil.copytree(tiny_bundle / "onnx", made.directory / "onnx")
+    dataset = CocoDataset.load(tiny_coco)
+    here = Fp32Reference.of(source, [dataset.images[0].path], dataset, 1)
+    there = replace(here, cluster=replace(OPTIONS, workers=1))
+    with PlainOnnxRuntime(made, EngineOptions(), "onnx") as engine:
+        found = [one.measured(engine, made, "plain", "made").accuracy for one in (here, there)]
+    assert found[0] is not None and found[0] == found[1]

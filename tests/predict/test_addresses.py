@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from object_store import BUCKET, Store, running_store
 
-from gfldeploy import Detector, predict_images, storage
+from gfldeploy import Detector, merge_parts, predict_images, storage
 from gfldeploy.errors import DataError, GfldeployError, MissingDependencyError, OutputError, ServerError
 from gfldeploy.images.decode import image_size, read_image
 from gfldeploy.predict.sources import list_inputs, picture_of, picture_sizes, pictures, read_list
@@ -350,3 +350,22 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(MissingDependencyError, match=line):
             image_size(Url(f"{scheme}://a/b.jpg"))
+
+
+def test_parts_at_addresses_are_merged(store: Store, folder: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    there = f"s3://{BUCKET}/merged"
+    settings = {"inputs": folder, "threads": 1}
+    predict_images(tiny_bundle, output=tmp_path / "one", **settings)  # type: ignore[arg-type]
+    parts = [f"{there}/{number}" for number in (1, 2)]
+    for number, part in enumerate(parts, start=1):
+        predict_images(tiny_bundle, output=part, shard=(number, 2), **settings)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="merged/3 is no part: it is not there"):
+        merge_parts([*parts, f"{there}/3"], output=tmp_path / "here")
+    merge_parts(parts[::-1], output=tmp_path / "here")
+    merge_parts(parts, output=f"{there}/found")
+    for name in (*RESULTS, "predict.json"):
+        whole = (tmp_path / "one" / name).read_bytes()
+        assert (tmp_path / "here" / name).read_bytes() == whole
+        assert storage.read_url(Url(f"{there}/found/{name}"), 1 << 20) == whole
+    with pytest.raises(OutputError, match="exists already"):
+        merge_parts(parts, output=f"{there}/found")

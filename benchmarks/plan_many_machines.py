@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.cluster.ray_cluster import ClusterOptions, run_on_ray
+from gfldeploy.cluster.ray_cluster import ClusterOptions, chunk_s, run_on_ray
 from gfldeploy.cluster.schedule import Assignment, Cause, Job, Part, Schedule
 from gfldeploy.cluster.worker import Todo
 from gfldeploy.detections import Detections
@@ -41,11 +41,10 @@ from gfldeploy.predict.outputs import Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import Records, WorkingFile, plain_batch, read_header
 from gfldeploy.predict.shards import Shards
-from gfldeploy.predict.sources import list_inputs
+from gfldeploy.predict.sources import list_inputs, version_of
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
-CHUNK_S = 0.5  # a worker answers so often while it works
 DAY_S = 86400.0
 FATAL = 10
 BUSY = 0.8  # of its time, beyond which a driver is too slow for its workers
@@ -101,6 +100,7 @@ class Simulation:
         self.shards = Shards(images, batch_size)
         self.batch_size, self.fleet, self.costs = batch_size, fleet, costs
         self.random = random.Random(seed)
+        self.chunk_s = chunk_s(fleet.workers)
         jobs = (Job(shard.number, shard.stop - shard.start) for shard in self.shards)
         self.schedule = Schedule(jobs, fleet.workers)
         self.fatal: dict[int, set[int]] = {}  # places in a shard
@@ -159,7 +159,7 @@ class Simulation:
         self.read += images
         worker.began = None
         worker.done += 1
-        answers = max(math.ceil(images / self.fleet.rate / CHUNK_S), 1)
+        answers = max(math.ceil(images / self.fleet.rate / self.chunk_s), 1)
         begins = max(self.driver_free, self.now)
         seconds = images * self.costs.record_s + answers * self.costs.answer_s
         self.longest_wait = max(self.longest_wait, begins - self.now)
@@ -255,7 +255,9 @@ class Simulation:
         values = 0
         if worker.began is not None:
             task = worker.tasks[worker.done]
-            read = int((self.now - worker.began) // CHUNK_S * CHUNK_S * self.fleet.rate)  # of those it has answered
+            read = int(
+                (self.now - worker.began) // self.chunk_s * self.chunk_s * self.fleet.rate
+            )  # of those it has answered
             self.read += read
             values = 0 if task.search else read // self.batch_size
         self._later(max(worker.free - self.now, 0.0), partial(self._gone, number, cause, values))
@@ -333,21 +335,24 @@ def measure_record(detections: int, shards: int, shard: int = 256, batch: int = 
 
 
 def measure_inputs(count: int, shards: int = 5000) -> dict[str, float]:
-    """What the name of an image costs the driver, and the place of a shard in the working file."""
+    """What the name of an image costs the driver, and the place of a shard in the working file.
+
+    `listing_bytes`: at most, while they are listed. `stat_s`: to ask for its size and time of change.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number in range(count):
             (folder / f"{number:012d}.jpg").touch()
         tracemalloc.start()
         names = list_inputs([folder])
-        name_bytes = tracemalloc.get_traced_memory()[0] / count
+        name_bytes, listing_bytes = (value / count for value in tracemalloc.get_traced_memory())
         tracemalloc.stop()
         begin = time.perf_counter()
         list_inputs([folder])
         listing_s = (time.perf_counter() - begin) / count
         begin = time.perf_counter()
         for one in names:
-            one.stat()
+            version_of(one)
         stat_s = (time.perf_counter() - begin) / count
         with WorkingFile(folder / "working", {}, range(shards), 1) as working:
             tracemalloc.start()
@@ -356,7 +361,13 @@ def measure_inputs(count: int, shards: int = 5000) -> dict[str, float]:
                 working.end(number, "processor")
             shard_bytes = tracemalloc.get_traced_memory()[0] / shards
             tracemalloc.stop()
-    return {"name_bytes": name_bytes, "listing_s": listing_s, "stat_s": stat_s, "shard_bytes": shard_bytes}
+    return {
+        "name_bytes": name_bytes,
+        "listing_bytes": listing_bytes,
+        "listing_s": listing_s,
+        "stat_s": stat_s,
+        "shard_bytes": shard_bytes,
+    }
 
 
 class NoWork:
@@ -404,7 +415,7 @@ def planned(images: int, workers: int, rate: float, batch_size: int, costs: Cost
         yield found
         if found["driver_busy"] < BUSY or drivers * 2 > workers:
             return
-        needed = workers * (rate * costs.record_s + costs.answer_s / CHUNK_S) / BUSY
+        needed = workers * (rate * costs.record_s + costs.answer_s / chunk_s(workers)) / BUSY
         drivers = max(drivers * 2, 1 << math.ceil(math.log2(needed)))
 
 

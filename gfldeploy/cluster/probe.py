@@ -29,13 +29,10 @@ def probe(request: dict[str, Any]) -> dict[str, Any]:
         nodes = {node.hex() for node in client.get_all_node_info(timeout=_ASK_S)}
         return {"versions": {name: one for name, one in versions.items() if one}, "here": bool(nodes & _here(services))}
     except Exception as error:  # noqa: BLE001 - whatever answers there
-        text = f"{type(error).__name__} {error}"
-        refused = "uthentica" in text or "token" in text
-        return (
-            {"unauthenticated": True, "token": _has_token()}
-            if refused
-            else {"error": " ".join(str(error).split())[:200]}
-        )
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if "uthentica" in text or "token" in text:
+            return {"unauthenticated": True, "token": _has_token()}
+        return {"error": text[:200]}
 
 
 def _here(services: Any) -> set[str]:

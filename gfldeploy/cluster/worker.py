@@ -22,7 +22,6 @@ from gfldeploy.files import scratch_directory, writing
 from gfldeploy.machine import installed_packages
 from gfldeploy.serialization import build
 
-_CHUNK_S = 0.5
 _QUEUED_VALUES = 64  # batches that are done and not yet asked for
 
 
@@ -66,7 +65,8 @@ class Opening:
     """What a worker is asked to open.
 
     `work`: "module:function", called with the `setting` and the directory of the bundle. `bundle`: where the driver has
-    it; `digest`: what it has to be. `versions`: of Python and packages, which have to be the same.
+    it; `digest`: what it has to be. `versions`: of Python and packages, which have to be the same. `chunk_s`: how long
+    it collects what it has done before it answers.
     """
 
     work: str
@@ -74,6 +74,7 @@ class Opening:
     bundle: str
     digest: str
     versions: Mapping[str, str]
+    chunk_s: float
 
 
 class RemoteWorker:
@@ -83,10 +84,12 @@ class RemoteWorker:
         self._stack = ExitStack()
         self._todo: queue.SimpleQueue[Todo] = queue.SimpleQueue()
         self._values: queue.Queue[tuple[int, list[Any]] | BaseException] = queue.Queue(_QUEUED_VALUES)
+        self._chunk_s = 0.0
 
     def open(self, request: str, files: Mapping[str, bytes] | None = None) -> str:
         """Open what is asked for. Answers what it runs on, or that it needs the `files` of the bundle, or an error."""
         opening = build(Opening, json.loads(request))
+        self._chunk_s = opening.chunk_s
         try:
             check_versions(opening.versions)
             bundle = self._stack.enter_context(local_bundle(opening.bundle, opening.digest, files))
@@ -108,7 +111,7 @@ class RemoteWorker:
         """Take more tasks, and answer with what has been done since, once that is worth an answer."""
         for one in json.loads(tasks):
             self._todo.put(Todo.of_list(one))
-        deadline = time.monotonic() + _CHUNK_S
+        deadline = time.monotonic() + self._chunk_s
         chunk: list[tuple[int, list[Any]]] = []
         with suppress(queue.Empty):
             while len(chunk) < _QUEUED_VALUES:

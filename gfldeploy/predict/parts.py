@@ -217,13 +217,14 @@ def _read(source: Source, folder: Path) -> _Part:
             raise DataError(f"{path} has numbers that cannot be", _REMEDY)
         shards = Shards(note["listed"], note["batch_size"])
         mine = part_of(len(shards), number, of)
-        _check_ids(note, sum(one.stop - one.start for one in map(shards.__getitem__, mine)), path)
+        _check_ids(note, min(mine.stop * shards.size, shards.inputs) - mine.start * shards.size if mine else 0, path)
     part = _Part(source, folder, number, of, mine, {}, 0, note)
     if not (folder / RECORDS).is_file():
         raise part.damaged(f"it has no {RECORDS}")
     with reading(folder / RECORDS, DataError, _REMEDY), (folder / RECORDS).open("rb") as file:
         question, header = read_header(file)
-    if any(question.get(key) != note[key] for key in ("part", "batch_size", "threshold", "processor")):
+    same = all(question.get(key) == note[key] for key in ("part", "batch_size", "threshold", "processor"))
+    if not same or question.get("draw_threshold", "absent") is not None:
         raise part.damaged(f"{RECORDS} and {NOTE} are not of one another")
     return replace(part, question=question, header=header)
 

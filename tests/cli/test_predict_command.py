@@ -215,6 +215,20 @@ def test_a_video(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     drawn.release()
 
 
+def test_parts_are_merged(tiny_bundle: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = (tiny_bundle, images, "--threads", 1, "-o")
+    assert run(*command, tmp_path / "one") == 1
+    for number in (1, 2):
+        assert run(*command, tmp_path / f"part{number}", "--shard", f"{number}/2") == (number == 1)
+    assert "8 images in" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["merge", *map(str, (tmp_path / "part2", tmp_path / "part1", "-o", tmp_path / "found"))])
+    shown, said = capfd.readouterr()
+    assert (stopped.value.code, shown) == (1, f"{tmp_path / 'found'}\n")
+    assert "40 images in" in said and "39 detections; 1 could not be read:" in said
+    assert demo_bundles.snapshot(tmp_path / "found") == demo_bundles.snapshot(tmp_path / "one")
+
+
 def test_names_of_any_kind(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "zwölf"
     folder.mkdir()
@@ -266,6 +280,8 @@ def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp
         (("BUNDLE", "IMAGES", "IMAGES", "--data", "DATA"), "with --data, INPUT is the folder"),
         (("BUNDLE", "IMAGES", "--threshold", "1.5"), "1.5 is not in the range"),
         (("BUNDLE", "BAD"), "none of 1 images can be used: "),
+        (("BUNDLE", "IMAGES", "--shard", "3/2"), "'3/2' is not a part such as 1/8"),
+        (("BUNDLE", "IMAGES", "--shard", "1/2", "--draw"), "a part has no pictures. Give --draw to `gfldeploy merge`"),
     ],
 )
 def test_mistakes_are_one_line(

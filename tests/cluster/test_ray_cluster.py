@@ -108,7 +108,7 @@ def test_one_input_that_kills_is_an_error_and_the_rest_is_done(local: None, bund
 
 def test_the_bundle_is_sent_to_workers_that_do_not_have_it(local: None, bundle: Bundle, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
-    opening = worker.Opening(DOUBLING, {}, str(elsewhere), bundle.digest, {})
+    opening = worker.Opening(DOUBLING, {}, str(elsewhere), bundle.digest, {}, 0.5)
     with pytest.raises(AssertionError):  # asked for
         _open(opening, None)
     with worker.local_bundle(str(elsewhere), bundle.digest, worker.bundle_files(bundle)) as sent:

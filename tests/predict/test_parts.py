@@ -243,7 +243,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"classes\[0\] must be of type",
     ),
     "ids": (lambda part: changed_note(part, lambda note: {**note, "ids": [1]}), "has other ids than it needs"),
-    "more": (lambda part: changed_note(part, lambda note: {**note, "listed": 10**6}), "other listed"),
+    "more": (lambda part: changed_note(part, lambda note: {**note, "listed": 10**17}), "other listed"),
     "another": (lambda part: changed_note(part, lambda note: {**note, "part": "1/3"}), "are not of one another"),
 }
 

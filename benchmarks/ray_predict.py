@@ -53,33 +53,31 @@ PARTS = ("deaths", "overhead", "memory", "killer")
 POLL_S = 0.05
 MOST_S = 600.0
 STORE_BYTES = 100 * 10**6
-ENGINE = '''"""ONNX Runtime, but that it ends its process when a picture is all of one colour."""
-
-from __future__ import annotations
-
+ENGINE = """
 import os
 
-from gfldeploy.engines.base import Build, EngineSpec, Library
-from gfldeploy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from gfldeploy.engines.ort_engine import OnnxRuntimeEngine
 
 
 class FragileEngine(OnnxRuntimeEngine):
     name = "fragile"
 
     def infer_timed(self, inputs):
-        if any(float(image.std()) < 1e-3 for image in inputs["image"].reshape(len(inputs["image"]), 3, -1)[:, 0, :64]):
+        if any(float(one.std()) < 1e-3 for image in inputs["image"] for one in image[:1, :64, :64]):
             os._exit(139)
         return super().infer_timed(inputs)
-
+"""
+SPEC = """
+from gfldeploy.engines.base import Build, EngineSpec, Library, Obstacle
 
 SPEC = EngineSpec(
     name="fragile",
-    title="an engine that crashes",
+    title="ONNX Runtime that ends its process when it sees a picture of one colour",
     entry="fragile_engine:FragileEngine",
     library=Library("onnxruntime", {"cpu": Build("onnxruntime", "pip install onnxruntime")}),
-    runs={"cpu": {"fp32": "onnx", "int8": "onnx"}, "gpu": {}},
+    runs={"cpu": {"fp32": "onnx", "int8": "onnx"}, "gpu": Obstacle("it is an example", "use the engine onnxruntime")},
 )
-'''
+"""
 
 
 def main() -> None:
@@ -267,8 +265,9 @@ def killer(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool
     metadata = package / "fragile_engine-1.0.dist-info"
     metadata.mkdir(parents=True)
     (package / "fragile_engine.py").write_text(ENGINE)
+    (package / "fragile_spec.py").write_text(SPEC)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile-engine\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[gfldeploy.engines]\nfragile = fragile_engine:SPEC\n")
+    (metadata / "entry_points.txt").write_text("[gfldeploy.engines]\nfragile = fragile_spec:SPEC\n")
     environment = {"PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
     options = (*SINGLE, "--engine", "fragile", "--ray", "local", "--workers", "2")
     start = time.monotonic()

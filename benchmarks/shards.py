@@ -99,7 +99,6 @@ def merged(args: argparse.Namespace, work: Path, chooser: random.Random) -> dict
     found = {
         "images": args.count, "parts": args.parts, "killed": kills, "resumed_with_images_done": resumed,
         "orders_merged": len(same), "same": all(same), "missing_named": sum(named),
-        "seconds_of_one_run": round(seconds, 1),
     }  # fmt: skip
     print(found, flush=True)
     return found

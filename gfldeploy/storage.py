@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import importlib
 import io
+import logging
 import os
 import re
 import threading
@@ -36,6 +37,7 @@ _GIVE = f"Give a path, or an address with {', '.join(f'{scheme}://' for scheme i
 # Seconds before a request is tried again: of a store that has answered before, and of one that has not.
 _WAITS_S = (0.2, 0.6, 1.8, 4.0)
 _FIRST_WAITS_S = (0.3,)
+_REPEATING = ("gs",)  # whose package does that itself, for half a minute
 _CONNECT_S, _READ_S = 4, 10
 _CONNECTIONS = 64
 _FIRST_BYTES = 1 << 15  # of a file whose header is asked for: nearly all JPEGs have it there
@@ -365,6 +367,8 @@ def _filesystem(url: Url) -> Any:
         packages = " ".join(PACKAGES[url.scheme])
         problem = f"{url.scheme}:// needs {error.name or packages}, not installed here"
         raise MissingDependencyError(problem, f"Run: pip install {packages}") from error
+    # What it has to say comes as an error; without a handler Python would write it to stderr, of each attempt.
+    logging.getLogger(PACKAGES[url.scheme][0]).addHandler(logging.NullHandler())
     settings: dict[str, Any] = {"use_listings_cache": False}
     if url.scheme == "s3":
         retries = {"total_max_attempts": 1}  # `_ask` does that
@@ -395,7 +399,7 @@ def _ask(url: Url, question: Callable[[Any, str], T]) -> T:
     """
     store = _store(url)
     began = time.monotonic()
-    waits = iter(_WAITS_S if store.answered else _FIRST_WAITS_S)
+    waits = iter(() if url.scheme in _REPEATING else _WAITS_S if store.answered else _FIRST_WAITS_S)
     while True:
         try:
             answer = question(store.filesystem, url.path)

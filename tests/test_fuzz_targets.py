@@ -18,7 +18,7 @@ INPUTS = 30  # of each target, besides its seeds
 
 
 @pytest.mark.parametrize(
-    "reader", ["bundle", "graph_onnx", "graph_pdmodel", "graph_pir", "results", "deploy", "journal", "resume"]
+    "reader", ["bundle", "graph_onnx", "graph_pdmodel", "graph_pir", "results", "deploy", "journal", "resume", "part"]
 )
 def test_target(
     reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -40,6 +40,7 @@ _LOOPBACK = "127.0.0.1"
 _LOCAL_STORE_BYTES = 200 * 10**6  # answers are small
 _PROBE_S = 5.0
 _ASK_S = 20.0  # with the time that Ray takes to load
+_LOCAL_STARTS = 3  # on a busy machine Ray gives up after 30 s
 _POLL_S = 1.0
 _REPORT_S = 30.0
 _WAITING_S = 30.0  # for room in the cluster, before it is told
@@ -458,18 +459,25 @@ def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
         stack.enter_context(_replaced(ray_constants, "ENABLE_RAY_CLUSTER", False))  # read when Ray was loaded
         _reload_token()
         stack.callback(ray.shutdown)
-        try:
-            ray.init(
-                address=LOCAL,
-                num_cpus=cpus or usable_threads(),
-                include_dashboard=False,
-                object_store_memory=_LOCAL_STORE_BYTES,
-                _node_ip_address=_LOOPBACK,
-                _temp_dir=str(folder),
-                **_quiet(),
-            )
-        except Exception as error:
-            raise EngineError(f"Ray does not start on this machine: {summary(error)}", "Try again.") from error
+        for attempt in range(_LOCAL_STARTS):
+            try:
+                (folder / str(attempt)).mkdir()
+                ray.init(
+                    address=LOCAL,
+                    num_cpus=cpus or usable_threads(),
+                    include_dashboard=False,
+                    object_store_memory=_LOCAL_STORE_BYTES,
+                    _node_ip_address=_LOOPBACK,
+                    _temp_dir=str(folder / str(attempt)),
+                    **_quiet(),
+                )
+                break
+            except Exception as error:
+                ray.shutdown()
+                if attempt == _LOCAL_STARTS - 1:
+                    raise EngineError(
+                        f"Ray does not start on this machine: {summary(error)}", "Try again when it is less busy."
+                    ) from error
         yield
 
 

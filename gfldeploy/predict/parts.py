@@ -223,7 +223,8 @@ def _read(source: Source, folder: Path) -> _Part:
         raise part.damaged(f"it has no {RECORDS}")
     with reading(folder / RECORDS, DataError, _REMEDY), (folder / RECORDS).open("rb") as file:
         question, header = read_header(file)
-    if any(question.get(key) != note[key] for key in ("part", "batch_size", "threshold", "processor")):
+    same = all(question.get(key) == note[key] for key in ("part", "batch_size", "threshold", "processor"))
+    if not same or question.get("draw_threshold", "absent") is not None:
         raise part.damaged(f"{RECORDS} and {NOTE} are not of one another")
     return replace(part, question=question, header=header)
 

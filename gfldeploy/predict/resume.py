@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -21,7 +21,7 @@ import numpy as np
 from gfldeploy.detections import from_text, to_text
 from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.errors import DataError, OutputError
-from gfldeploy.files import open_own, writing
+from gfldeploy.files import open_own, parse_json, writing
 from gfldeploy.predict.pipeline import Found
 
 # An image as a line has it, ready for JSON.
@@ -247,8 +247,11 @@ class WorkingFile(Records):
 def read_header(file: IO[bytes]) -> tuple[Entry, int]:
     """The question at the beginning of such a file, and how many bytes it takes; nothing if it is not there."""
     line = file.readline(_MOST_BYTES)
-    header = _parsed(line)
-    return ({}, 0) if header is None or header.pop("form", None) != _FORM else (header, len(line))
+    with suppress(ValueError):
+        header = parse_json(line)
+        if isinstance(header, dict) and header.pop("form", None) == _FORM:
+            return header, len(line)
+    return {}, 0
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,8 @@
     python benchmarks/files_to_boxes.py --bundle demo/int8 --machine epyc-2core --name demo_int8 [--before CHECKOUT] \\
         [-- OPTIONS]
 
-Every leg is a process of its own; all are interleaved, `--rounds` times.
+Every leg is a process of its own; all are interleaved, `--rounds` times, after one that fills the caches: engines', and
+Python's of compiled modules, as an installed package has them.
 
 From files to boxes, from the start of a process to its end, on the same `--images` images of the built-in detector's
 data, or those in `--folder`: "plain script" is `rivals.openvino_throughput` on the bundle's ONNX file at `--size`, with
@@ -85,6 +86,8 @@ def main() -> None:
     rates: dict[str, list[float]] = {}
     same_bytes = True
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(scratch) / "bytecode")
         folder = args.folder or generate(Path(scratch), "val", args.images).parent / "images"
         images = len(list(folder.iterdir()))
         checkouts = {PREDICT: Path(gfldeploy.__file__).parents[1]} | ({BEFORE: args.before} if args.before else {})

@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--detections", type=int, nargs="+", default=[10, 100], help="of an image")
     parser.add_argument("--rates", type=float, nargs="*", default=[1, 10, 100], help="images/s of a worker")
     parser.add_argument("--shards", type=int, default=40, help="of 256 images, to measure a record on")
-    parser.add_argument("--measured", action="store_true", help="take what is measured from the results that are there")
+    parser.add_argument("--measured", action="store_true", help="add runs to the results that are there")
     args = parser.parse_args()
     path = HERE / "results" / args.machine / "checks" / "plan_many_machines.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -442,16 +442,16 @@ def main() -> None:
         if args.bundle:
             found["of_an_answer"] = measure_answer(Bundle.open(args.bundle), 5000)
     print(json.dumps({key: found[key] for key in ("of_an_input", "of_a_record", "of_an_answer")}, indent=1))
-    runs = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = found["runs"] = found.get("runs", []) if args.measured else []
     for detections in args.detections:
         costs = Costs(found["of_a_record"][str(detections)]["record_s"], found["of_an_answer"]["answer_s"])
         for rate in args.rates:
             for run in planned(args.images, args.workers, rate, args.batch_size, costs):
-                runs.append({"detections": detections, **run})
-                print(json.dumps(runs[-1]))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    found |= {"images": args.images, "batch_size": args.batch_size, "runs": runs, "memory_mb": memory}
-    path.parent.mkdir(parents=True, exist_ok=True)
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+                runs.append({"images": args.images, "detections": detections, **run, "memory_mb": memory})
+                print(json.dumps(runs[-1]), flush=True)
+                write_json(path, found)
     write_json(path, found)
     print(path)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 
 _BUG = 70
 _INTERRUPTED = "Error: interrupted; nothing half-written was left behind\n"
@@ -24,13 +26,15 @@ def main() -> None:
         sys.stderr.write(_INTERRUPTED)
         code = 130
     ignore_interrupts()
-    if code == 130:
-        # Threads of engines may be at work: Python's own exit would wait for them, or crash.
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
+    # Threads of engines may be at work: after an interruption Python's own exit would wait for them, or crash. It would
+    # also take apart, object by object, what engines hold.
+    if code != 130:
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 def _stop(number: int, frame: object) -> None:

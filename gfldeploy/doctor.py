@@ -105,8 +105,10 @@ def summarize_report(report: Diagnosis) -> list[str]:
         command.capitalize(): [f"not installed: {', '.join(modules)}" if modules else "works"]
         for command, modules in report.lacking.items()
     }
-    if not any(report.lacking.values()):
-        commands = {"Works": [", ".join(report.lacking)]}
+    for extra in (name for name, tools in TOOL_CHAINS.items() if not tools.libraries):
+        commands.pop(extra.capitalize(), None)  # for those who want it: `serve` and `--ray` say what they lack
+    if not any(lines != ["works"] for lines in commands.values()):
+        commands = {"Works": [", ".join(command for command, modules in report.lacking.items() if not modules)]}
     warnings = _wrap(" ".join(report.warnings), _MOST_WARNINGS)
     taken = 4 + len(commands) + len(warnings)  # with the last line
     blocks = [

@@ -15,12 +15,12 @@ from gfldeploy.analysis.sweep import batch_orders, measure_passes
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
-from gfldeploy.bench.cpu_parity import CpuCheck, is_compared
+from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bench.runner import run_peak
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.registry import ENGINES, open_engine
+from gfldeploy.engines.registry import ENGINES, is_compared, open_engine
 from gfldeploy.engines.selection import select_engine
 from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
 from gfldeploy.files import StrPath, check_file

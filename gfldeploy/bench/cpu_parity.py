@@ -20,11 +20,11 @@ from gfldeploy.bench.inputs import Batch
 from gfldeploy.bench.results import Parity
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import anchors_of, matched
-from gfldeploy.engines.base import Device, Engine, EngineOptions
+from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.cache import engine_directory
 from gfldeploy.engines.hardware import gpu_models, nvidia_driver
 from gfldeploy.engines.nvidia_libraries import nvidia_packages
-from gfldeploy.engines.registry import ENGINES, JUDGES, REFERENCE_ENGINE, obstacle_to, open_engine
+from gfldeploy.engines.registry import JUDGES, REFERENCE_ENGINE, is_compared, obstacle_to, open_engine
 from gfldeploy.errors import EngineError, GfldeployError, OutputError, ParityError
 from gfldeploy.export import half, parity
 from gfldeploy.files import write_json, writing
@@ -53,11 +53,6 @@ _LEAST_BOX_PX = 1.0
 # What is timed may be a graph that a GPU recorded, which replaces the first inferences of a shape.
 _UNTIMED = 3
 _REMEDY = "use another engine or precision, or other versions of the driver and the libraries (see `gfldeploy doctor`)"
-
-
-def is_compared(engine: str, device: Device) -> bool:
-    """Whether the engine did not judge bundles, on this device, when they were published."""
-    return device == "gpu" or not ENGINES[engine].judges
 
 
 def reference_engine(bundle: Bundle) -> str:

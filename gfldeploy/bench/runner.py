@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 from gfldeploy.accuracy import Accuracy, check_measurable
 from gfldeploy.bench.cell import STREAMS, BundleIdentity, Cell
 from gfldeploy.bench.cost import count_cost
-from gfldeploy.bench.cpu_parity import is_compared, reference_engine
+from gfldeploy.bench.cpu_parity import reference_engine
 from gfldeploy.bench.journal import Journal
 from gfldeploy.bench.monitor import wait_until_idle
 from gfldeploy.bench.results import BenchResults, CellResult, Cost, DataDescription, Peak
@@ -23,6 +23,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.child_process import DEFAULT_LIMITS, Limits, run_child
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import usable_threads
+from gfldeploy.engines.registry import is_compared
 from gfldeploy.errors import DataError, EngineError, GfldeployError
 from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset

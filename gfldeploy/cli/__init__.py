@@ -104,7 +104,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     sys.unraisablehook = _lost_interrupt(unraisable)
     try:
         _check_current_directory()
-        result = cli.main(args=arguments, prog_name="gfldeploy", standalone_mode=False)
+        # The object of the context says whether the process ends with the command.
+        result = cli.main(args=arguments, prog_name="gfldeploy", standalone_mode=False, obj=arguments is None)
     except (click.Abort, KeyboardInterrupt) as error:
         return _interrupted(error)
     except BaseException as error:

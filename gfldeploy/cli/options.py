@@ -239,7 +239,7 @@ def batch_sizes(purpose: str, default: str | None = None, **settings: Any) -> Op
     return click.option("--batch-sizes", type=WHOLE_NUMBERS, default=default, help=help_text, **settings)
 
 
-def batching(orders: Sequence[str], order: str | None = None) -> Option:
+def batching(orders: Sequence[str], order: str | None = None, batch_size: str = "1") -> Option:
     """--batch-size and --order: how one engine runs images; without a default `order` deploy.yml decides on both."""
     help_text = "How images are put into batches. bucketed: of one input size each; others: padded to a common size, "
     return group(
@@ -247,7 +247,7 @@ def batching(orders: Sequence[str], order: str | None = None) -> Option:
             "--batch-size",
             type=WholeNumber(1),
             default=order and 1,
-            show_default="1",
+            show_default=batch_size,
             help="Number of images of one inference.",
         ),
         click.option(

@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     help="Number of inferences at once from one engine, on CPUs. The default never has more than 16 images at once: "
     "on more CPUs a stream has several threads. With --threads alone it is 1.",
 )
-@options.group(options.batching(STREAM_ORDERS), options.ENGINE_CACHE)
+@options.group(
+    options.batching(STREAM_ORDERS, batch_size="1; in ONNX Runtime on few CPUs up to 4 small ones"),
+    options.ENGINE_CACHE,
+)
 @click.option(
     "--shard",
     type=options.Parsed("K/N", options.part),
@@ -76,8 +79,11 @@ def command(output: Path | str, threshold: float, **given: Any) -> int:
     \b
     Example: gfldeploy predict gfl_r50_int8 images/ --output found --draw
     """
+    from gfldeploy.engines.heap import leave_to_exit
     from gfldeploy.predict.session import predict_images
 
+    if click.get_current_context().obj:
+        leave_to_exit()
     start = time.monotonic()
     found = predict_images(**given, output=output, threshold=threshold, progress=TerminalProgress())
     report(found, threshold, time.monotonic() - start)

@@ -83,7 +83,8 @@ class EngineSpec:
     `default`: `bench` and `tune` measure it unless told otherwise. `judges`: where it is installed, what `export` and
     `quantize` publish must hold in it. `needs_shapes`: it is built for the range of `EngineOptions.shapes` and refuses
     other inputs; for those another one is opened (`tensorrt.AnyShapeEngine`). `tensorrt`: it runs in TensorRT.
-    `streams`: on CPUs, one that is loaded runs several inferences at once (`EngineOptions.streams`).
+    `streams`: on CPUs, one that is loaded runs several inferences at once (`EngineOptions.streams`). `small_batches`:
+    there it runs several small images faster in one inference, and another number of images costs it nothing.
     `beside`: a library that must be installed too, in whatever build, of `beside_version` or newer. `gpus`: the compute
     capabilities of the GPUs that it runs on, where the last stands for all newer ones too; () for any GPU. `gpu_files`:
     the native libraries of its GPU build which say by their needs what else must be installed. `gpu_opens`: what of
@@ -101,6 +102,7 @@ class EngineSpec:
     needs_shapes: bool = False
     tensorrt: bool = False
     streams: bool = False
+    small_batches: bool = False
     beside: Library | None = None
     beside_version: tuple[int, int] = (0, 0)
     gpus: tuple[tuple[int, int], ...] = ()

@@ -18,7 +18,7 @@ from gfldeploy.errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class ToolChain:
-    """What a command needs besides the packages that gfldeploy always has.
+    """What a command, or an option of several, needs besides the packages that gfldeploy always has.
 
     `libraries`: of engines that it runs. `distributions`: of the other packages, by module, which `extra` of gfldeploy
     brings.
@@ -36,6 +36,10 @@ class ToolChain:
 TOOL_CHAINS: Mapping[str, ToolChain] = {
     "export": ToolChain("export", (PADDLE, ONNXRUNTIME), {"ppdet": "paddledet", "paddle2onnx": "paddle2onnx"}),
     "quantize": ToolChain("quant", (PADDLE, ONNXRUNTIME), {"paddleslim": "paddleslim"}),
+    "serve": ToolChain(
+        "serve", (), {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+    ),
+    "ray": ToolChain("ray", (), {"ray": "ray"}),
 }
 
 
@@ -72,7 +76,8 @@ def install_command(package: str, device: Device | None = None) -> str:
         return ", or ".join(f"{one.install} ({on.upper()})" if several else one.install for on, one in builds.items())
     for tools in TOOL_CHAINS.values():
         if package in tools.distributions:
-            python = "--python 3.12 " if sys.version_info >= (3, 13) else ""  # paddle2onnx has no wheel for 3.13
+            old = PADDLE in tools.libraries and sys.version_info >= (3, 13)  # paddle2onnx has no wheel for 3.13
+            python = "--python 3.12 " if old else ""
             return f"uv sync --no-dev --inexact {python}--extra {tools.extra} (in a checkout of gfldeploy)"
     return f"pip install {package}"
 

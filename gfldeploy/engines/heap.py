@@ -11,6 +11,7 @@ import ctypes
 import os
 
 _M_ARENA_MAX = -8  # malloc.h
+_kept: list[object] | None = None
 
 
 def limit_arenas(most: int) -> None:
@@ -19,6 +20,21 @@ def limit_arenas(most: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and not tuned:
         mallopt(_M_ARENA_MAX, most)
+
+
+def leave_to_exit() -> None:
+    """Let `freed_at_exit` keep things from now on: this process ends when its one engine has done its work."""
+    global _kept
+    _kept = []
+
+
+def freed_at_exit(what: object) -> None:
+    """Keep this to the end of the process, if it ends soon: taking it apart takes time, its memory is freed at once.
+
+    Elsewhere nothing happens, and it is freed when nothing refers to it.
+    """
+    if _kept is not None:
+        _kept.append(what)
 
 
 def give_memory_back() -> None:

@@ -21,7 +21,7 @@ from gfldeploy.engines.base import CopyTimes, Engine, EngineOptions, ExecutedCon
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE, engine_directory, keep, kept
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import CPU_FLAGS, cpu_flags, cpu_model
-from gfldeploy.engines.heap import give_memory_back
+from gfldeploy.engines.heap import freed_at_exit, give_memory_back
 from gfldeploy.engines.openvino_graph import convolutions, in_low_precision
 from gfldeploy.engines.openvino_rewrite import add_operators, rewrite
 from gfldeploy.errors import EngineError, OutputError
@@ -63,7 +63,7 @@ class OpenVinoEngine(Engine):
     rewrites = True  # the graph before it is compiled, see `openvino_rewrite`
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
-        """Read the graph, which is compiled when the first input of a shape comes.
+        """Read the graph, which is compiled when the first input of a shape comes, unless some of it is in the cache.
 
         Raises `MissingDependencyError`, `BundleError`, `OutputError` or `EngineError`.
         """
@@ -73,10 +73,11 @@ class OpenVinoEngine(Engine):
         self.version: str = self._openvino.__version__.partition("-")[0]
         self._cache = self._cache_directory(bundle)
         self._core: Any = self._openvino.Core()
-        add_operators(self._core)
-        with self._explained(f"cannot read {self._model}"):
-            self._network: Any = self._core.read_model(str(self._model))
-        self._any_shape = self._network.is_dynamic()
+        self._any_shape = any(side is None for side in bundle.manifest.inputs[0].shape)
+        self._network: Any = None
+        if self._cache is None or not any(self._cache.glob("*.model")):
+            self._network = self._read()
+            self._any_shape = self._network.is_dynamic()
         self._compiled: dict[Shape, _Compiled] = {}
         self._choosing = threading.Lock()
         self._settled = self._worth_a_model() if options.shapes else None
@@ -84,7 +85,8 @@ class OpenVinoEngine(Engine):
         self._shared = 0
 
     def close(self) -> None:
-        self._compiled.clear()
+        freed_at_exit(self._compiled)
+        self._compiled = {}
         self._network = self._core = None
 
     @property
@@ -198,8 +200,15 @@ class OpenVinoEngine(Engine):
         del self._compiled[rarest]
         return shape
 
+    def _read(self) -> Any:
+        with self._explained(f"cannot read {self._model}"):
+            add_operators(self._core)
+            return self._core.read_model(str(self._model))
+
     def _compile(self, shape: Shape, **more: object) -> Any:
         with self._choosing:
+            if self._network is None:
+                self._network = self._read()
             model = self._network.clone()
         if shape != _DYNAMIC:
             batch = shape[0]  # of what the graph that deploys by itself takes beside the image, too

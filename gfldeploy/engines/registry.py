@@ -128,6 +128,7 @@ _BUILT_IN = (
         judges=True,
         gpu_files=(_ORT_CUDA,),
         streams=True,
+        small_batches=True,
     ),
     EngineSpec(
         name="onnxruntime-tensorrt",
@@ -389,6 +390,11 @@ def open_engine(engine: str, bundle: Bundle, options: EngineOptions, shapes: Ite
     if shapes is not None and (ENGINES[engine].needs_shapes or options.device == "gpu"):
         options = options.expecting(shapes)
     return load_graph(engine, bundle, options, graph_for(engine, options.precision, options.device))
+
+
+def is_compared(engine: str, device: Device) -> bool:
+    """Whether the engine did not judge bundles, on this device, when they were published: `bench.cpu_parity` does."""
+    return device == "gpu" or not ENGINES[engine].judges
 
 
 def load_graph(engine: str, bundle: Bundle, options: EngineOptions, graph: GraphName) -> Engine:

@@ -15,6 +15,9 @@ from gfldeploy.errors import UnsupportedError
 # Images that are in the network at once by default. Each takes memory for its activations: GFL-R50 INT8 at 800x1088
 # 0.2 GB (benchmarks/README.md, "Streams").
 MOST_AT_ONCE = 16
+# Pixels of one inference by default, where several small images in it are faster: half of what GFL-R50 has in one.
+_BATCH_PIXELS = 700_000
+_MOST_IN_BATCH = 4  # more gain next to nothing
 
 
 def throughput_options(engine: str, options: EngineOptions, batch_size: int) -> EngineOptions:
@@ -30,6 +33,17 @@ def throughput_options(engine: str, options: EngineOptions, batch_size: int) -> 
     usable = usable_threads()
     threads = math.ceil(usable / max(MOST_AT_ONCE // batch_size, 1))
     return replace(options, threads=threads, streams=usable // threads)
+
+
+def throughput_batch(engine: str, device: Device, target_size: tuple[int, int]) -> int:
+    """How many images of one inference suit throughput, of a network whose images are resized to (h, w) pixels.
+
+    Several small ones where the engine gains by it, but no more than leave each usable CPU a stream; else one.
+    """
+    if device == "gpu" or not ENGINES[engine].small_batches:
+        return 1
+    fit = min(_BATCH_PIXELS // math.prod(target_size), MOST_AT_ONCE // usable_threads(), _MOST_IN_BATCH)
+    return max(fit, 1)
 
 
 def select_engine(

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gfldeploy.batching.buckets import Order, Size, size_in_words
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, oversubscribed, with_tf32
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES
-from gfldeploy.engines.selection import select_engine, throughput_options
+from gfldeploy.engines.selection import select_engine, throughput_batch, throughput_options
 from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import BundleError, DataError, UnsupportedError
 from gfldeploy.machine import describe_machine
-from gfldeploy.tune.deploy_file import Deploy
+
+if TYPE_CHECKING:  # a bundle need not wait for it
+    from gfldeploy.tune.deploy_file import Deploy
 
 DEPLOY_SUFFIXES = (".yml", ".yaml")
 
@@ -66,12 +69,14 @@ def choose(
     streams: int | None = None,
     throughput: bool = False,
     input_size: Size | None = None,
+    small_batches: bool = False,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; arguments that are given override both.
 
     A bundle runs in its own precision and input size on the CPU, one image at a time; batches are bucketed. A network
     of a fixed batch size has that one. All threads are used, by one inference, which is the fastest for a single image;
-    with `throughput` by the streams of `throughput_options`. `engine_cache`: where engines keep what they compiled,
+    with `throughput` by the streams of `throughput_options`, with `small_batches` in the batches of `throughput_batch`,
+    unless `batch_size`, `threads` or `streams` are given. `engine_cache`: where engines keep what they compiled,
     None for nowhere.
 
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
@@ -85,6 +90,8 @@ def choose(
     why = ""
     deploy: Deploy | None = None
     if source.suffix in DEPLOY_SUFFIXES and not source.is_dir():
+        from gfldeploy.tune.deploy_file import Deploy
+
         deploy = Deploy.read(source)
         bundle = Bundle.open(deploy.bundle_path(source))
         notes = tuple(_differences(deploy, bundle))
@@ -120,6 +127,8 @@ def choose(
         raise UnsupportedError(f"{bundle.directory} takes batches of {fixed} only", "Leave the batch size out.")
     size, order = fixed or batch_size or 1, order or "bucketed"
     if throughput and (threads, streams) == (None, None):
+        if small_batches and (fixed, batch_size, order) == (None, None, "bucketed"):
+            size = throughput_batch(engine, options.device, bundle.manifest.preprocess.target_size)
         options = throughput_options(engine, options, size)
     if order == "listed" and size > 1:
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")

@@ -167,7 +167,8 @@ def predict_images(
             `threads` is given.
         input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection.
-        batch_size: Images of one inference.
+        batch_size: Images of one inference. Of a bundle by default 1; in ONNX Runtime on few CPUs up to 4 small ones,
+            which has the same results in less time.
         order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
         engine_cache: The folder in which engines that compile keep the result.
         shard: (k, n) detects in the k-th of n parts of the inputs, k from 1, and writes a folder that `merge_parts`
@@ -216,6 +217,7 @@ def predict_images(
         tf32,
         streams,
         throughput=True,
+        small_batches=True,
         input_size=input_size,
     )
     annotations = None if data is None else Path(data)

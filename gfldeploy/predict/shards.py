@@ -12,19 +12,21 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
-from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
-from gfldeploy.engines.registry import open_engine
+from gfldeploy.engines.registry import is_compared, open_engine
 from gfldeploy.errors import BundleError
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import Found, PictureBatch, batches_of, detect_batches
 from gfldeploy.predict.sources import pictures
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.storage import Source
+
+if TYPE_CHECKING:  # it is not needed for most engines
+    from gfldeploy.bench.cpu_parity import CpuCheck
 
 _SHARDS = 64  # of inputs that are neither few nor many: enough to share them out evenly among some machines
 _LEAST_BATCHES = 32  # of a shard: those that are not full, at its end, are then few
@@ -134,7 +136,11 @@ class ShardWorker(ClosesOnExit):
         self._manifest = bundle.manifest
         self._options = replace(EngineOptions.from_plain(job.options), progress=progress)
         self._engine = open_engine(job.engine, bundle, self._options)
-        self._check = CpuCheck(job.engine, self._engine, bundle, progress.note)
+        self._check: CpuCheck | None = None
+        if is_compared(job.engine, self._options.device):
+            from gfldeploy.bench.cpu_parity import CpuCheck
+
+            self._check = CpuCheck(job.engine, self._engine, bundle, progress.note)
 
     def close(self) -> None:
         self._engine.close()

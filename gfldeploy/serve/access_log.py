@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -167,6 +168,9 @@ class AccessLog:
                 f"the access log cannot be written to {what}: {error.strerror or error}",
                 "Give --access-log a file in a folder that this user may write, or - for standard output.",
             ) from error
+        # Of several processes, a pipe keeps apart only what is shorter than a page.
+        alone = replica is None or not stat.S_ISFIFO(os.fstat(self._file).st_mode)
+        self._at_once = _AT_ONCE if alone else 1
         self._thread = threading.Thread(target=self._work, name="gfldeploy-access-log", daemon=True)
         self._thread.start()
 
@@ -188,7 +192,7 @@ class AccessLog:
         while not ended:
             lines = [self._lines.get()]
             with suppress(Empty):
-                while len(lines) < _AT_ONCE:
+                while len(lines) < self._at_once:
                     lines.append(self._lines.get_nowait())
             ended = None in lines
             self._append([line for line in lines if line is not None])

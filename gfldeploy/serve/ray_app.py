@@ -292,6 +292,8 @@ class _Application:
         except Exception as error:
             if own:
                 serve.shutdown()
+            if "bind" not in str(error):
+                raise ServerError(f"Ray Serve does not start: {summary(error)}", "Try again.") from error
             raise OutputError(
                 f"the proxies of Ray Serve cannot listen on {listen.host}:{listen.port}: {summary(error)}",
                 "Choose another --port or --host.",

@@ -115,6 +115,8 @@ class Replica(Silent):
                     told, at = state, time.monotonic()
                 await asyncio.sleep(_TELL_S)
         finally:
+            if current.service.gave_up is not None:
+                self.failed(current.service.gave_up)
             take()
             loop.remove_reader(self._connections)
             hearing.cancel()

@@ -240,7 +240,7 @@ class _Group:
         await self._drained()
         if self._gave_up is not None:
             raise self._gave_up
-        return any(replica.process.returncode for replica in self._replicas.values())
+        return any(replica.process.returncode for replica in self._replicas.values() if replica.ready.is_set())
 
     async def metrics(self) -> dict[str, Any]:
         """Of each replica that answers, all its samples."""

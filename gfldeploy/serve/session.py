@@ -9,6 +9,7 @@ from typing import Literal
 from gfldeploy.batching.buckets import Size
 from gfldeploy.engines.base import Device, Precision, is_installed
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
+from gfldeploy.engines.dependencies import TOOL_CHAINS
 from gfldeploy.errors import MissingDependencyError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
@@ -17,7 +18,7 @@ from gfldeploy.serialization import plain
 from gfldeploy.serve.service import DetectionService, ServiceSettings, Watch
 
 _BODIES = 8  # of the largest size are in memory at most
-_PACKAGES = {"starlette": "starlette", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}  # by module
+_PACKAGES = TOOL_CHAINS["serve"].distributions
 _RAY_PACKAGES = {"ray": "'ray[serve]'", "fastapi": "'ray[serve]'"}
 
 
@@ -102,7 +103,7 @@ def serve_detector(
         ParityError: What runs on a GPU differs from the CPU.
     """
     given = {**locals()}
-    packages = _PACKAGES if ray is None else _PACKAGES | _RAY_PACKAGES
+    packages = _PACKAGES if ray is None else {**_PACKAGES, **_RAY_PACKAGES}
     if missing := [name for module, name in packages.items() if not is_installed(module)]:
         raise MissingDependencyError(
             f"gfldeploy serve needs {', '.join(missing)}, not installed here", f"Run: pip install {' '.join(missing)}"

@@ -21,7 +21,6 @@ from gfldeploy.bench import cpu_parity
 from gfldeploy.bench.cpu_parity import (
     Outputs,
     compare_with_cpu,
-    is_compared,
     measure_parity,
     open_reference,
     write_reference,
@@ -36,7 +35,7 @@ from gfldeploy.bench.timing import Settings
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines import registry
 from gfldeploy.engines.base import Engine, EngineOptions, Precision
-from gfldeploy.engines.registry import load_graph, open_engine
+from gfldeploy.engines.registry import is_compared, load_graph, open_engine
 from gfldeploy.errors import EngineError
 
 # ONNX Runtime with an error of each kind, and one without: a class for each.

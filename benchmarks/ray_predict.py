@@ -26,13 +26,14 @@ import os
 import random
 import secrets
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class FragileEngine(OnnxRuntimeEngine):
     name = "fragile"
 
     def infer_timed(self, inputs):
-        if any(float(one.std()) < 1e-3 for image in inputs["image"] for one in image[:1, :64, :64]):
+        if any(float(image.std()) < 1e-3 for image in inputs["image"][:, 0]):
             os._exit(139)
         return super().infer_timed(inputs)
 """
@@ -319,7 +320,7 @@ class Nodes:
         self._nodes.append(self._add())
 
     def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
+        return self._cluster.add_node(num_cpus=1, **node_settings())
 
 
 @contextmanager
@@ -328,12 +329,22 @@ def cluster(nodes: int) -> Iterator[tuple[str, Nodes]]:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    running = Cluster(initialize_head=True, head_node_args=head)
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **node_settings()})
     try:
         yield running.address, Nodes(running, nodes - 1)
     finally:
         running.shutdown()
+
+
+def node_settings() -> dict[str, Any]:
+    """Little memory, and ports that are known: on a busy machine Ray does not wait long enough for its agents'."""
+    names = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for one in sockets:
+            one.bind(("", 0))
+        ports = {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+    return {"object_store_memory": STORE_BYTES, "include_dashboard": False, **ports}
 
 
 def kill_worker(chooser: random.Random) -> bool:

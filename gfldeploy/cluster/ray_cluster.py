@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, Self
 
@@ -40,6 +41,7 @@ _LOOPBACK = "127.0.0.1"
 _LOCAL_STORE_BYTES = 200 * 10**6  # answers are small
 _PROBE_S = 5.0
 _ASK_S = 20.0  # with the time that Ray takes to load
+_AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 _LOCAL_STARTS = 3  # on a busy machine Ray gives up after 30 s
 _POLL_S = 1.0
 _REPORT_S = 30.0
@@ -427,6 +429,8 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
 
 def _imported() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it writes a warning about that
+    # Or it has workers install what `uv run` installed, in a copy of the folder that the command was given in.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError as error:
@@ -443,7 +447,7 @@ def _restore(handler: Any) -> None:
 def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
     """A cluster of this machine, which nobody else can use: on the loopback interface, with a token of its own."""
     import ray
-    from ray._private import ray_constants
+    from ray._private import parameter, ray_constants
 
     own = {
         "RAY_AUTH_MODE": "token",
@@ -452,6 +456,7 @@ def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
         # systems where that would open a dialogue of the firewall.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_worker_niceness": "0",  # Ray gives way to all others by default
+        "RAY_enable_worker_prestart": "0",  # of processes that nobody asked for
         **environment,
     }
     with ExitStack() as stack:
@@ -459,6 +464,9 @@ def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
         stack.callback(_reload_token)
         stack.enter_context(_environment(own))
         stack.enter_context(_replaced(ray_constants, "ENABLE_RAY_CLUSTER", False))  # read when Ray was loaded
+        # Ray waits for ports that its agents choose, and on a busy machine gives up before they do.
+        given = partial(parameter.RayParams, **dict(zip(_AGENT_PORTS, _free_ports(len(_AGENT_PORTS)), strict=True)))
+        stack.enter_context(_replaced(parameter, "RayParams", given))
         _reload_token()
         stack.callback(ray.shutdown)
         for attempt in range(_LOCAL_STARTS):
@@ -481,6 +489,14 @@ def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
                         f"Ray does not start on this machine: {summary(error)}", "Try again when it is less busy."
                     ) from error
         yield
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((_LOOPBACK, 0))
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 @contextmanager

@@ -245,7 +245,7 @@ class Schedule:
                 f"more than {_MOST_FOUND} inputs ended the worker that read them, the last one so: {why}",
                 "Run the command on one machine without --ray to see why.",
             )
-        bad = {**job.bad, place: why}
+        bad = {**job.bad, place: f"every worker that detects in it dies ({why})"}
         self._last.append(replace(job, skip=0, bad=bad))
         # If there is another one it is searched after one more death.
         self._troubles[job.number] = _Trouble(deaths=_DEATHS_BEFORE_SEARCH - 1)

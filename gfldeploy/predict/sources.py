@@ -183,7 +183,7 @@ def pictures(
     with closing(_ahead(picture, good)) as ahead:
         for place, path in enumerate(inputs):
             if place in bad:
-                yield Picture(str(path), path, None, DataError(bad[place]))
+                yield Picture(str(path), path, None, DataError(f"{path} cannot be used: {bad[place]}"))
             elif (found := next(ahead)) is None:
                 yield from video_frames(path)
             else:

@@ -122,7 +122,7 @@ def test_inputs_that_kill_become_errors_and_the_rest_is_done(kills: set[tuple[in
     check_whole(cluster, 20)
     assert {(job, place) for job, bad in cluster.bad.items() for place in bad} == kills
     assert cluster.schedule.found == len(kills)
-    assert set(cluster.bad[next(iter(kills))[0]].values()) == {"itself ended it"}
+    assert set(cluster.bad[next(iter(kills))[0]].values()) == {"every worker that detects in it dies (itself ended it)"}
     assert cluster.schedule.deaths["itself"] <= 7 * len(kills)  # two, a search of three halvings, one more
 
 
@@ -130,7 +130,7 @@ def test_a_job_of_one_input_that_kills() -> None:
     cluster = Cluster(Schedule(jobs(5, inputs=1), 1), frozenset({(2, 0)}))
     cluster.run()
     check_whole(cluster, 5, inputs=1)
-    assert cluster.bad == {2: {0: "itself ended it"}}
+    assert cluster.bad == {2: {0: "every worker that detects in it dies (itself ended it)"}}
     assert cluster.ended[-1] == 2  # the others need not wait for it
 
 
@@ -223,4 +223,4 @@ def test_again_has_all_bad_inputs_of_the_job() -> None:
         schedule.started(worker, "here")
         assert schedule.next(worker)
         again = schedule.died(worker, "itself", "it ended")
-    assert again == Again(0, {5: "before", 0: "it ended"})
+    assert again == Again(0, {5: "before", 0: "every worker that detects in it dies (it ended)"})

@@ -362,7 +362,7 @@ class _Report:
         left = max(self._total - self.images, 0) / rate
         places = len({worker.place for worker in ready})
         parts = [
-            f"{len(ready)} workers on {places} machine{'s' * (places != 1)}",
+            f"{len(ready)} worker{'s' * (len(ready) != 1)} on {places} machine{'s' * (places != 1)}",
             f"{rate:.3g} images/s",
             f"{min(rates, default=0):.3g} to {max(rates, default=0):.3g} each",
             *([f"{_duration(left)} left"] if self._total else []),

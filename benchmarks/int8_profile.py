@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
-from gfldeploy.batching.buckets import Group
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results
+from gfldeploy.batch_detection import detect_images
 from gfldeploy.bench.roofline import measure_peak
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
@@ -299,11 +299,12 @@ def times(engine: Engine, inputs: Tensors, runs: int) -> tuple[float, ...]:
 def compare(engine: Engine, plainly: Engine, dataset: CocoDataset, manifest: Manifest) -> dict[str, Any]:
     """mAP of both, and by how much the first's is higher, with its 95% interval over images."""
     category_ids = dataset.class_to_category(manifest.classes)
-    batches = [Group((index,), (0, 0)) for index in range(len(dataset.images))]
+    paths = [image.path for image in dataset.images]
+    batches = [(index,) for index in range(len(paths))]
     ours, written = (
         [
             row
-            for index, one in detect_images(each, dataset, manifest.preprocess, manifest.nms, batches)
+            for index, one in detect_images(each, paths, manifest.preprocess, manifest.nms, batches)
             for row in coco_results(dataset.images[index].id, one, category_ids)
         ]
         for each in (engine, plainly)

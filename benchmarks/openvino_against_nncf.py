@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
-from gfldeploy.batching.buckets import Group
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results
+from gfldeploy.batch_detection import detect_images
 from gfldeploy.bundle import Bundle, Graph, Manifest
 from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import EngineOptions
@@ -118,11 +118,12 @@ def main() -> None:
 def compare(engines: Mapping[str, OpenVinoEngine], dataset: CocoDataset, manifest: Manifest) -> dict[str, Any]:
     """mAP of each engine, and by how much that of the first is higher than that of each other one."""
     category_ids = dataset.class_to_category(manifest.classes)
-    batches = [Group((index,), (0, 0)) for index in range(len(dataset.images))]
+    paths = [image.path for image in dataset.images]
+    batches = [(index,) for index in range(len(paths))]
     found = {
         name: [
             row
-            for index, one in detect_images(engine, dataset, manifest.preprocess, manifest.nms, batches)
+            for index, one in detect_images(engine, paths, manifest.preprocess, manifest.nms, batches)
             for row in coco_results(dataset.images[index].id, one, category_ids)
         ]
         for name, engine in engines.items()

@@ -118,9 +118,7 @@ def peaks(bundle: Path, work: Path, count: int) -> dict[str, Any]:
             os.link(folder / f"{first + (number - first) % len(SMALL):07d}.jpg", path)
     command = ["predict", bundle, folder, "--engine", "onnxruntime", "--input-size", "32x48", "--threads", 1]
     found: dict[str, Any] = {"images": count}
-    start = time.monotonic()
     found["predict_mb"] = peak(*command, "-o", work / f"small{count}-one")
-    found["predict_s"] = round(time.monotonic() - start, 1)
     parts = [work / f"small{count}-{number}" for number in range(1, 4)]
     jobs = [peak(*command, "--shard", f"{number}/3", "-o", part) for number, part in enumerate(parts, start=1)]
     found["shard_mb"] = max(jobs)

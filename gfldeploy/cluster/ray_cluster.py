@@ -427,6 +427,8 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
 
 def _imported() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it writes a warning about that
+    # Or it has workers install what `uv run` installed, in a copy of the folder that the command was given in.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError as error:

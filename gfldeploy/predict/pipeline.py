@@ -176,14 +176,21 @@ def _fetched(batches: Iterable[PictureBatch]) -> Generator[PictureBatch]:
 
 
 def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
-    """The items of these groups in the order of their numbers from 0; items that come early wait."""
+    """The items of these groups in the order of their numbers from 0; items that come early wait.
+
+    Raises `ValueError` at the end where a number is missing or came twice.
+    """
     waiting: dict[int, T] = {}
-    following = 0
+    following = count = 0
     for group in groups:
-        waiting |= group
+        for number, item in group:
+            waiting[number] = item
+            count += 1
         while following in waiting:
             yield waiting.pop(following)
             following += 1
+    if following != count:
+        raise ValueError(f"of {count} numbers {count - following} are missing or came twice")
 
 
 @contextmanager

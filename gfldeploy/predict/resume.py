@@ -9,6 +9,7 @@ removed. Since batches depend on the question alone, a run that resumes makes th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -183,6 +184,7 @@ class WorkingFile(Records):
                 kept = self.read(len(line))
             self._file.seek(kept)
             self._file.truncate()
+            self._lines.seek(0, os.SEEK_END)  # forgets what it has read ahead, which may just have been cut off
             self._position = kept
             if kept == 0:
                 self._append({"form": _FORM, **question})
@@ -202,10 +204,20 @@ class WorkingFile(Records):
         self.images += sum(map(len, batches))
 
     def end(self, shard: int, processor: str) -> None:
-        """Say that a machine with this processor did the last batch of a shard. Raises `OutputError`."""
+        """Say that a machine with this processor did the last batch of a shard. Raises `OutputError`.
+
+        Raises `DataError` where batches of this run do not fit those of an earlier one: an input whose size could not
+        be read in one of them, as of a store that did not answer, makes others. What is there of the shard is void.
+        """
         done = self._done.setdefault(shard, _Done())
-        if done.ended or done.indices != done.images * (done.images - 1) // 2:
-            raise AssertionError(f"shard {shard} ends a second time, or lacks images")
+        if done.ended:
+            raise AssertionError(f"shard {shard} ends a second time")
+        if done.indices != done.images * (done.images - 1) // 2:
+            self.again(shard, done.bad)
+            raise DataError(
+                f"some inputs of shard {shard} could be read in one run and not in another, so it is done anew",
+                "Run the same command again: it resumes.",
+            )
         self._append({"shard": shard, "end": done.images, "processor": processor})
         self._end(done, processor)
 

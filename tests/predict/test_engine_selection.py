@@ -114,6 +114,32 @@ def test_for_throughput_streams_share_the_cpus(
         choose(tiny_bundle, streams=cpus + 1)
 
 
+@pytest.mark.parametrize(
+    ("cpus", "engine", "size", "expected"),
+    [(2, "onnxruntime", (320, 512), (4, 2)), (8, "onnxruntime", (320, 512), (2, 8)), (16, "onnxruntime", None, (1, 16)),
+     (2, "onnxruntime", (800, 1312), (1, 2)), (2, "openvino", (320, 512), (1, 2))],
+)  # fmt: skip
+def test_small_images_run_several_at_once_where_no_cpu_loses_its_stream(
+    cpus: int,
+    engine: str,
+    size: Size | None,
+    expected: tuple[int, int],
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip(engine)
+    for module in (base, selection):
+        monkeypatch.setattr(module, "usable_threads", lambda: cpus)
+
+    def chosen(**options: Any) -> tuple[int, int]:
+        choice = choose(tiny_bundle, engine, input_size=size, throughput=True, small_batches=True, **options)
+        return choice.batch_size, choice.options.streams
+
+    assert chosen() == expected
+    assert chosen(batch_size=1) == (1, cpus)
+    assert chosen(order="listed") == (1, cpus), "which would change boxes"
+
+
 def test_streams_of_a_deploy_file(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_deploy(tmp_path, tiny_bundle, streams=2)
     for module in (base, engine_selection):

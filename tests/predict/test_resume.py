@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import math
 import resource
@@ -16,6 +17,7 @@ import pytest
 
 from gfldeploy.detections import Detections
 from gfldeploy.errors import DataError, OutputError
+from gfldeploy.predict import resume
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.resume import WorkingFile, batch_of, plain_batch
 
@@ -249,22 +251,27 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def held() -> int:
+    """Bytes that were allocated by `resume`, or under it, and are still there; other threads' are not counted."""
+    gc.collect()
+    here = tracemalloc.Filter(True, resume.__file__, all_frames=True)
+    return sum(one.size for one in tracemalloc.take_snapshot().filter_traces([here]).statistics("filename"))
+
+
 def test_memory_is_of_the_shards_alone(tmp_path: Path) -> None:
-    """Whatever the number of images in each, in a file that is written, and in one that is read."""
+    """In a file that is written, and in one that is read: an image as it is in memory has ten times as much."""
     batch = [[{"index": 0, "file": "a" * 100, "error": "it is empty", "remedy": None}]]
-    sizes = []
-    for batches in (10, 1000):
-        path = tmp_path / str(batches)
-        with opened(path) as working:
-            tracemalloc.start()
-            for number in range(batches):
+    count, sizes = 1000, []
+    tracemalloc.start(8)
+    try:
+        with opened(tmp_path / "w") as working:
+            for number in range(count):
                 batch[0][0]["index"] = number
                 working.add(0, batch)
-            sizes.append(tracemalloc.get_traced_memory()[0])
-            tracemalloc.stop()
-        tracemalloc.start()
-        with opened(path) as working:
-            assert working.images == batches
-            sizes.append(tracemalloc.get_traced_memory()[0])
+            sizes.append(held())
+        with opened(tmp_path / "w") as working:
+            assert working.images == count
+            sizes.append(held())
+    finally:
         tracemalloc.stop()
-    assert max(sizes) < min(sizes) + 20_000
+    assert 0 < max(sizes) < 60 * count

@@ -30,7 +30,7 @@ pytest.importorskip("onnxruntime")
 
 
 def job_of(bundle: Path, **given: Any) -> ReplicaJob:
-    fields = {"engine": "onnxruntime", "threads": 1, "streams": 2, **given}
+    fields = {"engine": "onnxruntime", "threads": 1, "streams": 1, **given}
     found = Bundle.open(bundle)
     return ReplicaJob(ServiceSettings(), RequestLimits(), bundle=str(bundle), digest=found.digest, **fields)
 
@@ -40,7 +40,7 @@ def test_a_job_is_plain_data_and_says_what_runs(tiny_bundle: Path) -> None:
     assert build(ReplicaJob, json.loads(json.dumps(plain(job)))) == job
     with job.choice() as choice:
         assert (choice.engine, choice.batch_size) == ("onnxruntime", 3)
-        assert (choice.options.threads, choice.options.streams) == (1, 2)
+        assert (choice.options.threads, choice.options.streams) == (1, 1)
         assert choice.expected == ((1, 64, 96), (1, 96, 64))
 
 

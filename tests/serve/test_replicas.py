@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import share_cpus
 from served import contents
 from test_serve_command import Server, server
 
@@ -50,6 +51,7 @@ def processes(one: Server) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.cpu_count() == 1, reason="a replica needs a CPU of its own")
 def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
     image, keys, log = contents(tiny_coco)[0], tmp_path / "keys", tmp_path / "log"
     keys.write_text(f"{KEY}\n")
@@ -57,7 +59,7 @@ def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Pat
     with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
         boxes = detector.detect(image)[0].boxes.tolist()
     options = ("--replicas", "2", "--access-log", str(log))
-    with server(tiny_bundle, *options) as one, ExitStack() as stack:
+    with share_cpus.two_cpus(), server(tiny_bundle, *options) as one, ExitStack() as stack:
         assert any("2 replicas take about" in line for line in one.said)
         shares = [process.cpu_affinity() for process in processes(one)]
         assert len(shares) == 2 and not {*shares[0]} & {*shares[1]}

@@ -56,13 +56,14 @@ _SETTINGS = b"\x04"  # what every server answers with
 class ClusterOptions:
     """Where workers run. `address`: of Ray's head, "auto" or "local". `workers`: None for as many as have room.
 
-    `cpus`, `gpus`: what each takes of its machine.
+    `cpus`, `gpus`: what each takes of its machine. `on_gpu`: whether the engine runs on a GPU.
     """
 
     address: str
     workers: int | None = None
     cpus: int = 1
     gpus: float = 0.0
+    on_gpu: bool = False
 
     @classmethod
     def of(
@@ -73,8 +74,9 @@ class ClusterOptions:
             if workers is not None or gpus_per_worker is not None:
                 raise UsageError("--workers and --gpus-per-worker are of --ray", "Add --ray, or leave them out.")
             return None
-        gpus = (1.0 if options.device == "gpu" else 0.0) if gpus_per_worker is None else gpus_per_worker
-        return cls(ray, workers, options.threads * options.streams, gpus)
+        on_gpu = options.device == "gpu"
+        gpus = float(on_gpu) if gpus_per_worker is None else gpus_per_worker
+        return cls(ray, workers, options.threads * options.streams, gpus, on_gpu)
 
     def connected(self) -> AbstractContextManager[None]:
         """As `connected`; calls of `run_on_ray` in the block share the connection, and a cluster of this machine."""
@@ -122,7 +124,7 @@ def run_on_ray(
     """
     with options.connected():
         room, directory = _room(options), str(bundle.directory.absolute())
-        opening = Opening(work, setting, directory, bundle.digest, versions(engine), chunk_s(room))
+        opening = Opening(work, setting, directory, bundle.digest, versions(engine), chunk_s(room), options.on_gpu)
         driver = _Driver(options, Schedule(jobs, room), opening, bundle, task, images, progress)
         try:
             yield from driver.parts()

@@ -367,7 +367,7 @@ class _Report:
         left = max(self._total - self.images, 0) / rate
         places = len({worker.place for worker in ready})
         parts = [
-            f"{len(ready)} workers on {places} machine{'s' * (places != 1)}",
+            f"{len(ready)} worker{'s' * (len(ready) != 1)} on {places} machine{'s' * (places != 1)}",
             f"{rate:.3g} images/s",
             f"{min(rates, default=0):.3g} to {max(rates, default=0):.3g} each",
             *([f"{_duration(left)} left"] if self._total else []),
@@ -420,8 +420,12 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
         yield
         return
     before = signal.getsignal(signal.SIGTERM)  # Ray takes it over
-    # What Ray says of every worker that dies would be on standard output.
-    with _replaced(ray._private.worker, "print_to_stdstream", lambda *given, **named: None):
+    with ExitStack() as stack:
+        # What Ray says of every worker that dies would be on standard output.
+        stack.enter_context(_replaced(ray._private.worker, "print_to_stdstream", lambda *given, **named: None))
+        # Under `uv run` it would have workers install the packages again, in a copy of the folder.
+        constants, name = ray._private.ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+        stack.enter_context(_replaced(constants, name, os.environ.get(name) == "1"))
         try:
             with _local(cpus, environment) if address == LOCAL else _joined(address):
                 _restore(before)
@@ -432,8 +436,6 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
 
 def _imported() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it writes a warning about that
-    # Or it has workers install what `uv run` installed, in a copy of the folder that the command was given in.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError as error:

@@ -43,14 +43,24 @@ class _Done:
     batches: int = 0
     images: int = 0
     indices: int = 0  # their sum
+    squares: int = 0  # of the indices, their sum
     ended: bool = False
     bad: Mapping[int, str] = field(default_factory=dict)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the indices are those from 0 on: by sums, which take no memory; two wrong ones change one of them."""
+        count = self.images
+        whole = count * (count - 1) // 2
+        return (self.indices, self.squares) == (whole, whole * (2 * count - 1) // 3)
+
     def add(self, batches: Sequence[Sequence[Entry]], start: int, stop: int) -> None:
         self.batches += len(batches)
         self.images += sum(map(len, batches))
-        self.indices += sum(entry["index"] for batch in batches for entry in batch)
+        places = [entry["index"] for batch in batches for entry in batch]
+        self.indices += sum(places)
+        self.squares += sum(place * place for place in places)
         if self.spans and self.spans[-1][1] == start:
             start = self.spans.pop()[0]  # the usual case: one span for each shard
         self.spans.append((start, stop))
@@ -137,7 +147,7 @@ class Records(ClosesOnExit):
                 done.add(batches, start, stop)
                 self.images += sum(map(len, batches))
             case {"end": int(images), "processor": str(processor)}:
-                if done.ended or images != done.images or done.indices != images * (images - 1) // 2:
+                if done.ended or images != done.images or not done.is_whole:
                     return False
                 self._end(done, processor)
             case {"bad": dict() as reasons}:
@@ -212,7 +222,7 @@ class WorkingFile(Records):
         done = self._done.setdefault(shard, _Done())
         if done.ended:
             raise AssertionError(f"shard {shard} ends a second time")
-        if done.indices != done.images * (done.images - 1) // 2:
+        if not done.is_whole:
             self.again(shard, done.bad)
             raise DataError(
                 f"some inputs of shard {shard} could be read in one run and not in another, so it is done anew",

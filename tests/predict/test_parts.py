@@ -220,9 +220,9 @@ def flipped(part: Path) -> None:
 
 
 def of_other_images(part: Path) -> None:
-    """One of them is there twice instead of another; the sum of their places is right."""
+    """Three of them are there twice instead of others; the sums of their places and of the squares are right."""
     text = (part / "records.jsonl").read_text()
-    for before, after in ((0, 1), (3, 2)):
+    for before, after in ((0, 1), (4, 2), (5, 6)):
         text = text.replace(f'{{"index": {before}, ', f'{{"index": {after}, ')
     rewrite(part, text)
 

@@ -15,6 +15,7 @@ import re
 import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Self
 
 from gfldeploy.bundle import Bundle
@@ -32,7 +34,7 @@ from gfldeploy.cluster.worker import Opening, RemoteWorker, Todo, bundle_files, 
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import EngineError, MissingDependencyError, UsageError, summary
-from gfldeploy.files import scratch_directory
+from gfldeploy.files import scratch_directory, writing
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 
@@ -42,6 +44,7 @@ _LOCAL_STORE_BYTES = 200 * 10**6  # answers are small
 _PROBE_S = 5.0
 _ASK_S = 20.0  # with the time that Ray takes to load
 _AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+_LONGEST_PLACE = 10  # bytes of a folder for temporary files, with ours of a user's number of up to 10 digits
 _LOCAL_STARTS = 3  # on a busy machine Ray gives up after 30 s
 _POLL_S = 1.0
 _REPORT_S = 30.0
@@ -462,7 +465,7 @@ def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
         **environment,
     }
     with ExitStack() as stack:
-        folder = stack.enter_context(scratch_directory())
+        folder = stack.enter_context(_by_short_name(stack.enter_context(scratch_directory())))
         stack.callback(_reload_token)
         stack.enter_context(_environment(own))
         stack.enter_context(_replaced(ray_constants, "ENABLE_RAY_CLUSTER", False))  # read when Ray was loaded
@@ -499,6 +502,29 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind((_LOOPBACK, 0))
         return [int(one.getsockname()[1]) for one in sockets]
+
+
+@contextmanager
+def _by_short_name(folder: Path) -> Iterator[Path]:
+    """A link to the folder, which is removed afterwards: Ray refuses to start where paths of its sockets are too long.
+
+    Linux allows 107 bytes, Ray adds 67, and a scratch directory has 40 and more.
+    """
+    place = Path(tempfile.gettempdir())
+    if len(os.fsencode(place)) > _LONGEST_PLACE:
+        place = Path("/tmp")
+    prefix = f"gfldeploy-{os.getuid()}-"
+    for left in place.glob(f"{prefix}*"):
+        with suppress(OSError):  # it is another's
+            if left.is_symlink() and not left.exists():  # of a command that was killed
+                left.unlink()
+    link = place / f"{prefix}{secrets.token_hex(4)}"
+    with writing(link):
+        link.symlink_to(folder)
+    try:
+        yield link
+    finally:
+        link.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import http.server
+import os
 import platform
 import socket
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from gfldeploy.cluster.ray_cluster import _obstacle, connected
+from gfldeploy.cluster.ray_cluster import _by_short_name, _obstacle, connected
 from gfldeploy.errors import UsageError
 
 pytest.importorskip("ray")
+
+
+def test_the_paths_of_sockets_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, gone = tmp_path / ("a" * 100), tmp_path / "gone"
+    folder.mkdir()
+    gone.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with _by_short_name(gone) as killed:
+        gone.rmdir()
+        with _by_short_name(folder) as short:
+            assert not os.path.lexists(killed), "what a killed command left"
+            (short / "socket").touch()
+            assert (folder / "socket").exists()
+            assert (
+                len(os.fsencode(short)) + len("/0/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+                < 107
+            )
+    assert not os.path.lexists(short)
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port", "head:1:2", ""])

@@ -98,6 +98,8 @@ class _Replica:
         """Hear what it says."""
 
         async def state(content: dict[str, Any]) -> None:
+            if not self.alive:  # it said so before it ended
+                return
             self.why, self.digest, self.heard = content["why"], content["digest"], time.monotonic()
             self._open, self._taken = content["open"], content["taken"]
             if self.why is None:
@@ -126,6 +128,11 @@ class _Replica:
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
+
+    @property
+    def serves(self) -> bool:
+        """Whether it was ready once, and takes connections."""
+        return self.alive and self.ready.is_set()
 
     @property
     def open(self) -> int:
@@ -244,7 +251,7 @@ class _Group:
 
     async def metrics(self) -> dict[str, Any]:
         """Of each replica that answers, all its samples."""
-        numbers = [number for number, one in self._replicas.items() if one.alive and one.ready.is_set()]
+        numbers = [number for number, one in self._replicas.items() if one.serves]
         asked = (asyncio.wait_for(self._replicas[number].channel.ask("metrics"), _METRICS_S) for number in numbers)
         told = await asyncio.gather(*asked, return_exceptions=True)
         return {str(number): one for number, one in zip(numbers, told, strict=True) if isinstance(one, list)}
@@ -262,7 +269,12 @@ class _Group:
             done: dict[str, Any] = {}
             for number in sorted(self._replicas):
                 try:
-                    done = await self._replicas[number].channel.ask("reload")
+                    answer = await self._replicas[number].channel.ask("reload")
+                    if answer is None:
+                        if not done:
+                            return None
+                        raise ServerError("one is under way there already", None)
+                    done = answer
                 except GfldeployError as error:
                     if number == 1:
                         raise
@@ -321,7 +333,7 @@ class _Group:
         for number, replica in self._replicas.items():
             if paused:
                 replica.heard = time.monotonic()
-            if replica.alive and time.monotonic() - replica.heard > _SILENT_S:
+            if replica.serves and time.monotonic() - replica.heard > _SILENT_S:  # a start may take longer
                 replica.process.kill()
             if not replica.alive and replica.why != "it has ended":
                 replica.why = "it has ended"
@@ -333,7 +345,7 @@ class _Group:
             self._others_told = others
             for replica in self._replicas.values():
                 replica.channel.tell("group", others)
-        self._accept_if(any(replica.alive and replica.ready.is_set() for replica in self._replicas.values()))
+        self._accept_if(any(replica.serves for replica in self._replicas.values()))
 
     async def _restart(self, number: int, dead: _Replica) -> None:
         await dead.ended()
@@ -348,6 +360,8 @@ class _Group:
             )
             return
         self.progress.note(f"replica {number}: {dead.ending()}; it is started again")
+        if self._signals:  # it would not learn of them
+            return
         replica = self._start(number)
         replica.channel.tell("group", self._others_told)
         while replica.alive and not replica.ready.is_set():
@@ -377,7 +391,7 @@ class _Group:
                 self._accept_if(False)
                 return
             with connection:
-                taking = [one for one in self._replicas.values() if one.alive and one.ready.is_set()]
+                taking = [one for one in self._replicas.values() if one.serves]
                 # One whose engine is being replaced would refuse, while others answer.
                 for replica in sorted(taking, key=lambda one: (one.why is not None, one.open, one.given)):
                     if replica.give(connection):
@@ -387,7 +401,7 @@ class _Group:
         """Wait until all have ended, and end those that do not; connections are handed on meanwhile, to be refused."""
         until = self._loop.time() + self._listen.drain_s + _ENDING_S
         while any(replica.alive for replica in self._replicas.values()) and self._loop.time() < until:
-            self._accept_if(any(replica.alive and replica.ready.is_set() for replica in self._replicas.values()))
+            self._accept_if(any(replica.serves for replica in self._replicas.values()))
             await asyncio.sleep(_LOOK_S)
         self._accept_if(False)
         for replica in self._replicas.values():

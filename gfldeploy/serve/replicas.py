@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from gfldeploy.cluster.worker import raised
-from gfldeploy.errors import EngineError, GfldeployError, ServerError, UsageError
+from gfldeploy.errors import BundleError, EngineError, GfldeployError, ServerError, UsageError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.channel import Channel, Handler
 from gfldeploy.serve.process import Listen, bound, tell_systemd
@@ -69,8 +69,11 @@ def serve_replicas(options: Mapping[str, Any], count: int, listen: Listen, progr
 class _Replica:
     """A process, and what it has said."""
 
-    def __init__(self, number: int, cpus: Sequence[int], options: Mapping[str, Any], digest: str | None) -> None:
-        self.number = number
+    def __init__(
+        self, number: int, cpus: Sequence[int], options: Mapping[str, Any], digest: str | None, reloads: int
+    ) -> None:
+        """`digest`: of the bundle that it has to find. `reloads`: that the others had done when it was started."""
+        self.number, self.reloads = number, reloads
         self.why: str | None = "it is being started"  # it takes no requests
         self.error: GfldeployError | None = None  # that it has ended with
         self.digest = ""
@@ -194,6 +197,7 @@ class _Group:
         self._digest: str | None = None
         self._signals: list[int] = []
         self._accepting = self._reloading = self._others_told = False
+        self._reloads = 0  # that at least one replica has done
         self._gave_up: EngineError | None = None
 
     def close(self) -> None:
@@ -259,30 +263,41 @@ class _Group:
     async def reload(self) -> dict[str, Any] | None:
         """Reload the replicas one after the other, so that one at a time has two engines; None if that is under way.
 
-        What the last one answered. Raises `ServerError` with what went wrong in one: those before it have the new
-        bundle then.
+        What the last one answered. One that is being started comes to have the same bundle. Raises what went wrong in
+        the first one, and `ServerError` with what went wrong in a later one: those before it have the new bundle then.
         """
         if self._reloading:
             return None
-        self._reloading, began = True, time.monotonic()
+        self._reloading, began, reloads = True, time.monotonic(), self._reloads
+        asked: set[_Replica] = set()
+        done: dict[str, Any] = {}
+
+        def left() -> list[_Replica]:
+            # What is started once the first has the new bundle has it, too.
+            known = (one for one in self._replicas.values() if one.reloads <= reloads and one not in asked)
+            return sorted((one for one in known if one.serves), key=lambda one: one.number)
+
         try:
-            done: dict[str, Any] = {}
-            for number in sorted(self._replicas):
+            while replicas := left():
+                asked.add(replicas[0])
                 try:
-                    answer = await self._replicas[number].channel.ask("reload")
+                    answer = await replicas[0].channel.ask("reload")
                     if answer is None:
                         if not done:
                             return None
                         raise ServerError("one is under way there already", None)
                     done = answer
                 except GfldeployError as error:
-                    if number == 1:
+                    if not done:
                         raise
                     raise ServerError(
-                        f"replica {number} was not reloaded, those before it were: {error.problem}",
+                        f"replica {replicas[0].number} was not reloaded, those before it were: {error.problem}",
                         f"{error.remedy or 'See its messages.'} Reload again: the replicas serve two bundles.",
                     ) from error
                 self._digest = done["digest"]
+                self._reloads += 1
+            if not done:
+                raise ServerError("no replica is ready", "Try again later.")
             return {**done, "seconds": time.monotonic() - began}
         finally:
             self._reloading = False
@@ -298,7 +313,8 @@ class _Group:
         self._reload_task = asyncio.create_task(reload())
 
     def _start(self, number: int) -> _Replica:
-        replica = self._replicas[number] = _Replica(number, self._shares[number - 1], self._options, self._digest)
+        replica = _Replica(number, self._shares[number - 1], self._options, self._digest, self._reloads)
+        self._replicas[number] = replica
         replica.listen(self)
         return replica
 
@@ -349,6 +365,32 @@ class _Group:
 
     async def _restart(self, number: int, dead: _Replica) -> None:
         await dead.ended()
+        if isinstance(dead.error, BundleError) and self._others_told:
+            # The others' bundle is not at the path any more. They serve it on, until a reload gives them what is there.
+            self.progress.note(f"replica {number}: {dead.ending()}; it is started again after a reload")
+            while self._reloads == dead.reloads and self._others_told:
+                await asyncio.sleep(_LOOK_S)
+        elif self._too_often(number, dead):
+            return
+        else:
+            self.progress.note(f"replica {number}: {dead.ending()}; it is started again")
+        if self._signals:  # it would not learn of them
+            return
+        replica = self._start(number)
+        replica.channel.tell("group", self._others_told)
+        while replica.alive and not replica.ready.is_set():
+            await asyncio.sleep(_LOOK_S)
+        if replica.alive and replica.digest != self._digest:  # the others were reloaded meanwhile
+            replica.process.kill()
+        elif replica.alive:
+            self.progress.note(f"replica {number}: ready again")
+            mean = sum(one.open for one in self._replicas.values()) // len(self._replicas)
+            for other in self._replicas.values():  # clients that keep connections are to find the new one, too
+                if (more := other.open - mean - 1) > 0:
+                    other.channel.tell("shed", more)
+
+    def _too_often(self, number: int, dead: _Replica) -> bool:
+        """Count that a replica has ended, and say whether that is so often that the server gives up."""
         now, deaths = time.monotonic(), self._deaths[number]
         deaths.append(now)
         while now - deaths[0] > _RESTARTS_S:
@@ -358,20 +400,7 @@ class _Group:
             self._gave_up = EngineError(
                 f"replica {number} ended {times}, the last time: {dead.ending()}", "Restart the server."
             )
-            return
-        self.progress.note(f"replica {number}: {dead.ending()}; it is started again")
-        if self._signals:  # it would not learn of them
-            return
-        replica = self._start(number)
-        replica.channel.tell("group", self._others_told)
-        while replica.alive and not replica.ready.is_set():
-            await asyncio.sleep(_LOOK_S)
-        if replica.alive:
-            self.progress.note(f"replica {number}: ready again")
-            mean = sum(one.open for one in self._replicas.values()) // len(self._replicas)
-            for other in self._replicas.values():  # clients that keep connections are to find the new one, too
-                if (more := other.open - mean - 1) > 0:
-                    other.channel.tell("shed", more)
+        return self._gave_up is not None
 
     def _accept_if(self, wanted: bool) -> None:
         """Accept connections while somebody takes them: else they wait, rather than be lost."""

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results
+from gfldeploy.batch_detection import detect_images
 from gfldeploy.bench.roofline import measure_peak
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors

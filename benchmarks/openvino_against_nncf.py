@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results
+from gfldeploy.batch_detection import detect_images
 from gfldeploy.bundle import Bundle, Graph, Manifest
 from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import EngineOptions

@@ -297,20 +297,25 @@ def evaluate(
     for note in notes:
         progress.note(note)
     found: dict[Size | None, Accuracy] = {}
-    for size, sized in at_sizes.items():
-        preprocess = sized.manifest.preprocess
-        # Known beforehand, they settle what runs an input, which streams would leave to chance.
-        expected = replace(options, progress=progress).expecting(batch_shapes(dataset, preprocess, batch_size, order))
-        label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
-        how = batch_size, order, progress, label
-        if cluster is not None:
-            job = DetectionJob(name, expected.to_plain(), preprocess.target_size, by_itself=end_to_end)
-            detect = partial(detect_on_ray, cluster, job, opened, [image.path for image in dataset.images], progress)
-            found[size] = accuracy_of(detect, dataset, preprocess, manifest.classes, *how)
-            continue
-        opened_as = open_by_itself if end_to_end else open_engine
-        with opened_as(name, sized, expected) as running:
-            found[size] = measure_accuracy(running, dataset, preprocess, manifest.nms, manifest.classes, *how)
+    with cluster.connected() if cluster else contextlib.nullcontext():
+        for size, sized in at_sizes.items():
+            preprocess = sized.manifest.preprocess
+            # Known beforehand, they settle what runs an input, which streams would leave to chance.
+            expected = replace(options, progress=progress).expecting(
+                batch_shapes(dataset, preprocess, batch_size, order)
+            )
+            label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
+            how = batch_size, order, progress, label
+            if cluster is not None:
+                job = DetectionJob(name, expected.to_plain(), preprocess.target_size, by_itself=end_to_end)
+                detect = partial(
+                    detect_on_ray, cluster, job, opened, [image.path for image in dataset.images], progress
+                )
+                found[size] = accuracy_of(detect, dataset, preprocess, manifest.classes, *how)
+                continue
+            opened_as = open_by_itself if end_to_end else open_engine
+            with opened_as(name, sized, expected) as running:
+                found[size] = measure_accuracy(running, dataset, preprocess, manifest.nms, manifest.classes, *how)
     matched = sum(one is not None for one in match.category_ids)
     return EvalResults(
         next(iter(found.values())),
@@ -368,10 +373,11 @@ def accuracy_of(
     sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
     batches = [one.indices for one in group(sizes, batch_size, order)]
     found: dict[int, list[dict[str, Any]]] = {}
-    for done, (index, one) in enumerate(detect(batches), start=1):
-        found[index] = coco_results(dataset.images[index].id, one, category_ids)
-        if done % batch_size == 0 or done == len(sizes):
-            progress.step(label, done, len(sizes))
+    with contextlib.closing(detect(batches)) as detected:
+        for done, (index, one) in enumerate(detected, start=1):
+            found[index] = coco_results(dataset.images[index].id, one, category_ids)
+            if done % batch_size == 0 or done == len(sizes):
+                progress.step(label, done, len(sizes))
     results = [row for batch in batches for index in batch for row in found[index]]
     return coco_accuracy(dataset, results, category_ids)
 

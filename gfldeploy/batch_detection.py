@@ -33,7 +33,7 @@ from gfldeploy.text import first_of
 # A batch: the places of its images in a list of files.
 Batch: TypeAlias = Sequence[int]
 # What is found in each image of these batches, with its place, in any order.
-DetectBatches: TypeAlias = Callable[[Sequence[Batch]], Iterable[tuple[int, Detections]]]
+DetectBatches: TypeAlias = Callable[[Sequence[Batch]], Generator[tuple[int, Detections]]]
 # A worker is given a unit of consecutive batches: a 64th of all, so that many workers have some, but no more images
 # than one that dies may lose.
 _UNITS, _UNIT_IMAGES = 64, 32

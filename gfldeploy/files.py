@@ -273,8 +273,13 @@ def unfinished_beside(output: Source, command: str, made: str) -> Iterator[Unfin
 
 
 def is_unfinished(output: Path, command: str) -> bool:
-    """Whether a run of `command` was killed, or stopped, on its way to `output`."""
-    return _has_mark(_absolute(output).with_name(f"{output.name}{_UNFINISHED}"), command, alone=False)
+    """Whether a run of `command` was killed, or stopped, on its way to `output`, or this is what it left."""
+    place = _absolute(output)
+    return any(
+        _has_mark(one, command, alone=False)
+        for one in (place.with_name(f"{place.name}{_UNFINISHED}"), place)
+        if one.name.endswith(_UNFINISHED)
+    )
 
 
 def open_own(path: Path) -> IO[bytes]:

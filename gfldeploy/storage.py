@@ -171,9 +171,26 @@ def source_of(given: str | os.PathLike[str] | Url) -> Source:
             f"an address with {scheme}:// has a password in it",
             "Leave it out: credentials come from where the filesystem's own tools have them, such as AWS_PROFILE.",
         )
-    if (not place and scheme != "hdfs") or any(ord(one) < 32 or one == "\x7f" for one in text):
-        raise DataError(f"{text[:200]!r} is no address of a file", f"Write {scheme}://bucket/folder/name.")
+    if (
+        (not place and scheme != "hdfs")
+        or any(ord(one) < 32 or one == "\x7f" for one in text)
+        or not _is_host(scheme, text)
+    ):
+        raise DataError(
+            f"{text[:200]!r} is no address of a file",
+            f"Write {scheme}://{'host:port' if scheme == 'hdfs' else 'bucket'}/folder/name.",
+        )
     return Url(f"{scheme}://{rest}")
+
+
+def _is_host(scheme: str, text: str) -> bool:
+    """Whether a Hadoop address has a host and a port that can be; other places are names of buckets."""
+    if scheme == "hdfs":
+        try:
+            return urlsplit(text).port != 0
+        except ValueError:
+            return False
+    return True
 
 
 def is_address(text: str) -> bool:

@@ -22,8 +22,9 @@ from shutil import copytree
 from typing import Any
 
 from gfldeploy import demo
-from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results, detect_images
-from gfldeploy.batching.buckets import Size, group
+from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results
+from gfldeploy.batch_detection import detect_images
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import MANIFEST, Bundle, write_bundle
 from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import EngineOptions
@@ -96,9 +97,10 @@ class Recipe:
             manifest = resized.manifest
             categories = self.dataset.class_to_category(manifest.classes)
             rows: list[dict[str, Any]] = []
-            singles = group([(0, 0)] * len(self.dataset.images), 1, "listed")
+            paths = [image.path for image in self.dataset.images]
+            singles = [(index,) for index in range(len(paths))]
             with open_engine(engine, resized, EngineOptions(manifest.precision, "cpu", THREADS)) as opened:
-                for index, found in detect_images(opened, self.dataset, manifest.preprocess, manifest.nms, singles):
+                for index, found in detect_images(opened, paths, manifest.preprocess, manifest.nms, singles):
                     rows += coco_results(self.dataset.images[index].id, found, categories)
             path.parent.mkdir(exist_ok=True)
             write_json(path, rows)

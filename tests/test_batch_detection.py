@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ def answers(work: DetectionWork, *todos: Todo) -> list[tuple[int, list[Any]]]:
 
 def detect_last_first(
     job: DetectionJob, bundle: Path, paths: list[Path], batches: list[Batch]
-) -> Iterator[tuple[int, Detections]]:
+) -> Generator[tuple[int, Detections]]:
     """As workers do that finish the last unit first."""
     units = units_of(batches)
     with DetectionWork(through_json(plain(job)), bundle) as work:

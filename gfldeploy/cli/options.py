@@ -385,7 +385,7 @@ RAY_ON_CPUS: Group = (
         "--workers",
         type=WholeNumber(1),
         show_default="as many as the cluster has room for",
-        help="Number of workers on the cluster. Each has an engine, and takes --threads times --streams CPUs.",
+        help="Number of workers on the cluster. Each has an engine, and takes as many CPUs as that has threads.",
     ),
 )
 RAY: Group = (

@@ -56,13 +56,14 @@ _SETTINGS = b"\x04"  # what every server answers with
 class ClusterOptions:
     """Where workers run. `address`: of Ray's head, "auto" or "local". `workers`: None for as many as have room.
 
-    `cpus`, `gpus`: what each takes of its machine.
+    `cpus`, `gpus`: what each takes of its machine. `on_gpu`: whether the engine runs on a GPU.
     """
 
     address: str
     workers: int | None = None
     cpus: int = 1
     gpus: float = 0.0
+    on_gpu: bool = False
 
     @classmethod
     def of(
@@ -73,8 +74,9 @@ class ClusterOptions:
             if workers is not None or gpus_per_worker is not None:
                 raise UsageError("--workers and --gpus-per-worker are of --ray", "Add --ray, or leave them out.")
             return None
-        gpus = (1.0 if options.device == "gpu" else 0.0) if gpus_per_worker is None else gpus_per_worker
-        return cls(ray, workers, options.threads * options.streams, gpus)
+        on_gpu = options.device == "gpu"
+        gpus = float(on_gpu) if gpus_per_worker is None else gpus_per_worker
+        return cls(ray, workers, options.threads * options.streams, gpus, on_gpu)
 
     def connected(self) -> AbstractContextManager[None]:
         """As `connected`; calls of `run_on_ray` in the block share the connection, and a cluster of this machine."""
@@ -122,7 +124,7 @@ def run_on_ray(
     """
     with options.connected():
         room, directory = _room(options), str(bundle.directory.absolute())
-        opening = Opening(work, setting, directory, bundle.digest, versions(engine), chunk_s(room))
+        opening = Opening(work, setting, directory, bundle.digest, versions(engine), chunk_s(room), options.on_gpu)
         driver = _Driver(options, Schedule(jobs, room), opening, bundle, task, images, progress)
         try:
             yield from driver.parts()
@@ -362,7 +364,7 @@ class _Report:
         left = max(self._total - self.images, 0) / rate
         places = len({worker.place for worker in ready})
         parts = [
-            f"{len(ready)} workers on {places} machine{'s' * (places != 1)}",
+            f"{len(ready)} worker{'s' * (len(ready) != 1)} on {places} machine{'s' * (places != 1)}",
             f"{rate:.3g} images/s",
             f"{min(rates, default=0):.3g} to {max(rates, default=0):.3g} each",
             *([f"{_duration(left)} left"] if self._total else []),
@@ -415,8 +417,12 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
         yield
         return
     before = signal.getsignal(signal.SIGTERM)  # Ray takes it over
-    # What Ray says of every worker that dies would be on standard output.
-    with _replaced(ray._private.worker, "print_to_stdstream", lambda *given, **named: None):
+    with ExitStack() as stack:
+        # What Ray says of every worker that dies would be on standard output.
+        stack.enter_context(_replaced(ray._private.worker, "print_to_stdstream", lambda *given, **named: None))
+        # Under `uv run` it would have workers install the packages again, in a copy of the folder.
+        constants, name = ray._private.ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+        stack.enter_context(_replaced(constants, name, os.environ.get(name) == "1"))
         try:
             with _local(cpus, environment) if address == LOCAL else _joined(address):
                 _restore(before)
@@ -427,8 +433,6 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
 
 def _imported() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it writes a warning about that
-    # Or it has workers install what `uv run` installed, in a copy of the folder that the command was given in.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError as error:

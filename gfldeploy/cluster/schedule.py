@@ -21,7 +21,7 @@ Cause = Literal["itself", "memory", "machine"]
 
 _DEATHS_BEFORE_SEARCH = 2
 _DEATHS_OF_ONE_INPUT = 3  # of a job that has no more
-_MOST_SEARCHES = 2  # that found nothing
+_MOST_SEARCHES = 4  # that found nothing
 _MOST_FOUND = 100
 _MOST_OUT_OF_MEMORY = 4
 _MOST_FAILED_STARTS = 3  # in a row

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from gfldeploy import errors
 from gfldeploy.bundle import MANIFEST, Bundle
-from gfldeploy.engines.hardware import cpu_model, gpu_models
+from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.errors import BundleError, GfldeployError, UnsupportedError
 from gfldeploy.files import scratch_directory, writing
@@ -66,7 +66,7 @@ class Opening:
 
     `work`: "module:function", called with the `setting` and the directory of the bundle. `bundle`: where the driver has
     it; `digest`: what it has to be. `versions`: of Python and packages, which have to be the same. `chunk_s`: how long
-    it collects what it has done before it answers.
+    it collects what it has done before it answers. `on_gpu`: whether the engine runs there.
     """
 
     work: str
@@ -75,6 +75,7 @@ class Opening:
     digest: str
     versions: Mapping[str, str]
     chunk_s: float
+    on_gpu: bool = False
 
 
 class RemoteWorker:
@@ -105,7 +106,7 @@ class RemoteWorker:
 
         node = ray.get_runtime_context().get_node_id()
         place = f"{platform.node()} (node {node[:8]})"  # there may be several on a machine
-        return json.dumps({"processor": processor(), "node": node, "place": place})
+        return json.dumps({"processor": processor(opening.on_gpu), "node": node, "place": place})
 
     def collect(self, tasks: str) -> bytes:
         """Take more tasks, and answer with what has been done since, once that is worth an answer."""
@@ -137,11 +138,6 @@ class RemoteWorker:
     def _tasks(self) -> Iterator[Todo]:
         while True:
             yield self._todo.get()
-
-
-def processor() -> str:
-    """What this machine computes with, as results record it."""
-    return ", ".join((cpu_model(), *gpu_models()))
 
 
 def versions(engine: str) -> dict[str, str]:

@@ -24,6 +24,11 @@ def cpu_model() -> str:
     return next(iter(_values("/proc/cpuinfo", "model name")), "") or platform.machine()
 
 
+def processor(on_gpu: bool) -> str:
+    """What this machine computes with, as results record it."""
+    return ", ".join((cpu_model(), *(gpu_models() if on_gpu else ())))
+
+
 def usable_threads() -> int:
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -43,7 +43,6 @@ _CONTENT = {
     "part": str,
     "records": str,
     "classes": [str],
-    "processor": str,
     "threshold": float,
     "images": int,
     "listed": int,
@@ -58,8 +57,8 @@ _COPY_BYTES = 1 << 24
 class _Part:
     """A part's folder, its place `number`, from 1, `of` how many, the numbers of its shards, and what its files say.
 
-    `source`: the folder as it was given; `folder`: where it is on this machine. `question`: what its records begin
-    with, in `header` bytes. `note`: the rest of what it says of itself.
+    `source`: the folder as it was given; `folder`: where it is on this machine. `inputs`: how many it has. `question`:
+    what its records begin with, in `header` bytes. `note`: the rest of what it says of itself.
     """
 
     source: Source
@@ -67,6 +66,7 @@ class _Part:
     number: int
     of: int
     shards: range
+    inputs: int
     question: Mapping[str, Any]
     header: int
     note: Mapping[str, Any]
@@ -77,6 +77,12 @@ class _Part:
         own = {key: value for key, value in self.question.items() if key not in ("part", *_HARDWARE)}
         shared = {key: self.note[key] for key in ("classes", "categories", "listed")}
         return {**own, **shared, "number of parts": self.of}
+
+    @property
+    def processors(self) -> list[Any]:
+        """Of the machines that did it: on a Ray cluster several, and maybe not that of the command."""
+        named = self.note.get("processor")
+        return named if isinstance(named, list) else [named]
 
     def damaged(self, how: str) -> DataError:
         again = f"Run its command again, with --shard {self.number}/{self.of} and --force."
@@ -133,7 +139,7 @@ def _merge(
 ) -> PredictResults:
     working = [one for one in found if one.shards]
     note, question = working[0].note, {key: value for key, value in working[0].question.items() if key != "part"}
-    question |= processors(question, (one.note["processor"] for one in working))
+    question |= processors(question, (name for one in working for name in one.processors))
     gpus = {json.dumps(one.question.get("gpus")): one.question.get("gpus") for one in working}
     if len(gpus) > 1:
         question["gpus"] = list(gpus.values())
@@ -191,6 +197,11 @@ def _images(parts: Sequence[_Part], progress: Progress) -> Iterator[Found]:
         with reading(path, DataError, _REMEDY), Records(path, one.shards, len(one.note["classes"])) as records:
             if records.read(one.header) != path.stat().st_size or not records.complete:
                 raise one.damaged("not all of its shards are there")
+            # Each image has at least one line, and a video several.
+            if records.images != one.note["images"] or records.images < one.inputs:
+                raise one.damaged(f"it has {records.images} images, and its {NOTE} says {one.note['images']}")
+            if one.note["ids"] is not None and records.images != one.inputs:
+                raise one.damaged(f"it has {records.images} images, and {one.inputs} ids")
             for shard in one.shards:
                 yield from in_order(((image.index, image) for image in group) for group in records.groups(shard))
             done += records.images
@@ -200,7 +211,7 @@ def _images(parts: Sequence[_Part], progress: Progress) -> Iterator[Found]:
 def _read(source: Source, folder: Path) -> _Part:
     """What a part says of itself. Raises `DataError`."""
     path = source / NOTE
-    if is_unfinished(folder, "predict") and not folder.exists():
+    if not (folder / NOTE).exists() and is_unfinished(folder, "predict"):
         raise DataError(f"{source} is unfinished", "Run its command again: it resumes.")
     if not (folder / NOTE).exists():
         raise DataError(
@@ -217,13 +228,15 @@ def _read(source: Source, folder: Path) -> _Part:
             raise DataError(f"{path} has numbers that cannot be", _REMEDY)
         shards = Shards(note["listed"], note["batch_size"])
         mine = part_of(len(shards), number, of)
-        _check_ids(note, min(mine.stop * shards.size, shards.inputs) - mine.start * shards.size if mine else 0, path)
-    part = _Part(source, folder, number, of, mine, {}, 0, note)
+        inputs = min(mine.stop * shards.size, shards.inputs) - mine.start * shards.size if mine else 0
+        _check_ids(note, inputs, path)
+        part = _Part(source, folder, number, of, mine, inputs, {}, 0, note)
+        check([str], part.processors, f"{path}: processor")
     if not (folder / RECORDS).is_file():
         raise part.damaged(f"it has no {RECORDS}")
     with reading(folder / RECORDS, DataError, _REMEDY), (folder / RECORDS).open("rb") as file:
         question, header = read_header(file)
-    same = all(question.get(key) == note[key] for key in ("part", "batch_size", "threshold", "processor"))
+    same = all(question.get(key) == note[key] for key in ("part", "batch_size", "threshold"))
     if not same or question.get("draw_threshold", "absent") is not None:
         raise part.damaged(f"{RECORDS} and {NOTE} are not of one another")
     return replace(part, question=question, header=header)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
-from gfldeploy.engines.hardware import cpu_model
+from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import DataError, UsageError
@@ -425,7 +425,8 @@ def _here(
     request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress
 ) -> Generator[list[Found]]:
     """The batches that this process finds, once they are in the working file; after each shard one without images."""
-    choice, inputs, processor = request.choice, request.inputs, cpu_model()
+    choice, inputs = request.choice, request.inputs
+    here = processor(choice.options.device == "gpu")
     known: dict[Source, Size | None] = {}
     options, total = _options(request, known)
     tasks = (
@@ -442,7 +443,7 @@ def _here(
                     unfinished.worth_keeping = True
                     progress.step("detecting", working.images, max(total, working.images))
                 else:
-                    working.end(number, processor)
+                    working.end(number, here)
                 yield batch
 
 

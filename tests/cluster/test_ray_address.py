@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import platform
 import socket
 import threading
 import time
 
 import pytest
 
-from gfldeploy.cluster.ray_cluster import connected
+from gfldeploy.cluster.ray_cluster import _obstacle, connected
 from gfldeploy.errors import UsageError
 
 pytest.importorskip("ray")
@@ -43,3 +44,15 @@ def test_a_port_of_something_else_is_refused() -> None:
                 pass
         finally:
             server.shutdown()
+
+
+def test_a_cluster_of_other_versions_or_machines_is_refused() -> None:
+    import ray
+
+    mine = {"Ray": ray.__version__, "Python": platform.python_version()}
+    assert _obstacle("head:6379", {"versions": mine, "here": True}) == (None, None)
+    problem, _ = _obstacle("head:6379", {"versions": {**mine, "Python": "3.8.1"}, "here": True})
+    assert problem is not None and "has other versions: Python 3.8.1 there" in problem
+    problem, remedy = _obstacle("head:6379", {"versions": mine, "here": False})
+    assert problem == "this machine is no part of the Ray cluster at head:6379"
+    assert remedy is not None and "ray start --address head:6379" in remedy

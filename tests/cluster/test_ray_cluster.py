@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import ray_work
+from conftest import SIZES
 from recorded_progress import RecordedProgress
 
 from gfldeploy.accuracy import evaluate
@@ -23,6 +24,7 @@ from gfldeploy.cluster.schedule import Again, Job, Part
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.errors import DataError, EngineError, UnsupportedError, UsageError
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.predict.session import predict_images
 from gfldeploy.quant.measurement import Fp32Reference, PlainOnnxRuntime
 
 pytest.importorskip("ray")
@@ -106,20 +108,17 @@ def test_one_input_that_kills_is_an_error_and_the_rest_is_done(local: None, bund
     assert any("died" in note and "shard 1 is done again" in note for note in progress.notes)
 
 
-def test_the_bundle_is_sent_to_workers_that_do_not_have_it(local: None, bundle: Bundle, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    opening = worker.Opening(DOUBLING, {}, str(elsewhere), bundle.digest, {}, 0.5)
-    with pytest.raises(AssertionError):  # asked for
-        _open(opening, None)
-    with worker.local_bundle(str(elsewhere), bundle.digest, worker.bundle_files(bundle)) as sent:
-        assert sent is not None and sent.digest == bundle.digest and sent.directory != bundle.directory
-        directory = sent.directory
-    assert not directory.exists()
+def test_the_bundle_is_sent_to_workers_that_do_not_have_it(
+    local: None, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opening(*given: Any) -> worker.Opening:
+        return replace(worker.Opening(*given), bundle=str(tmp_path / "not here"))
 
-
-def _open(opening: worker.Opening, files: dict[str, bytes] | None) -> None:
-    with worker.local_bundle(opening.bundle, opening.digest, files) as found:
-        assert found is not None
+    monkeypatch.setattr(ray_cluster, "Opening", opening)
+    values, _ = run(bundle, [[1, 2]])
+    assert doubled(values[0]) == [2, 4]
+    (directory,) = {entry[1] for entry in values[0]}
+    assert directory != str(bundle.directory)
 
 
 def test_what_a_worker_raises_on_purpose_ends_the_run(local: None, bundle: Bundle) -> None:
@@ -171,6 +170,23 @@ def test_a_cluster_of_this_machine_listens_on_loopback_alone(local: None) -> Non
         listening += [one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
     assert listening
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+
+
+def test_prediction_writes_the_bytes_of_this_process(
+    local: None, tiny_bundle: Path, tiny_coco: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(80):  # three shards
+        source = tiny_coco.parent / "images" / f"{number % len(SIZES) + 1}.jpg"
+        (images / f"{number:03d}.jpg").write_bytes(source.read_bytes()[: 60 if number == 7 else None])
+    how: dict[str, Any] = {"engine": "onnxruntime", "threads": 1, "streams": 1, "batch_size": 1}
+    here = predict_images(tiny_bundle, images, output=tmp_path / "here", **how)
+    there = predict_images(tiny_bundle, images, output=tmp_path / "there", ray="local", workers=2, **how)
+    assert here == there and here.images == 80 and here.failed == 1
+    files = sorted(path.name for path in (tmp_path / "here").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "there").iterdir())
+    assert all((tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes() for name in files)
 
 
 def test_more_than_a_machine_has_is_refused(local: None, bundle: Bundle) -> None:

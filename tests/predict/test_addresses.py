@@ -312,7 +312,13 @@ def test_a_detector_takes_addresses(store: Store, folder: Path, tiny_bundle: Pat
         *("http://x/a.jpg", "https://x/a.jpg", "ftp://x/a", "memory://a", "local://etc/a", "github://a:b@c/d"),
         *("simplecache::s3://images/a", "filecache::file:///a", "S3A://x/a", "zip://*.jpg::s3://images/a.zip"),
         *("s3://", "s3:///a.jpg", "gs://a\nb/c", "file://host/a", "file://", "s3://key:secret@images/a"),
-        *("hdfs://me:secret@host/a", "gs://secret@images/a"),
+        *(
+            "hdfs://me:secret@host/a",
+            "gs://secret@images/a",
+            "hdfs://[x/a.jpg",
+            "hdfs://host:no/a",
+            "hdfs://host:99999/a",
+        ),
     ],
 )
 def test_other_addresses_are_refused(text: str) -> None:

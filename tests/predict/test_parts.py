@@ -189,6 +189,16 @@ def test_other_processors_are_recorded(parts: list[Path], whole: Snapshot, tmp_p
     assert {name for name in whole if found[name] != whole[name]} == {"predict.json"}
 
 
+@pytest.mark.parametrize("named", [["another"], ["another", "and one more"]])
+def test_a_part_done_on_a_cluster_names_the_processors_there(
+    named: list[str], parts: list[Path], tmp_path: Path
+) -> None:
+    changed_note(parts[1], lambda note: {**note, "processor": named if len(named) > 1 else named[0]})
+    merge_parts(parts, output=tmp_path / "found")
+    found = json.loads((tmp_path / "found" / "predict.json").read_text())["processor"]
+    assert {*named} < {*found} and len(found) == 1 + len(named)
+
+
 def changed_note(part: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = part / "predict.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
@@ -207,6 +217,14 @@ def flipped(part: Path) -> None:
     data = bytearray((part / "records.jsonl").read_bytes())
     data[len(data) // 2] ^= 1
     (part / "records.jsonl").write_bytes(data)
+
+
+def of_other_images(part: Path) -> None:
+    """One of them is there twice instead of another; the sum of their places is right."""
+    text = (part / "records.jsonl").read_text()
+    for before, after in ((0, 1), (3, 2)):
+        text = text.replace(f'{{"index": {before}, ', f'{{"index": {after}, ')
+    rewrite(part, text)
 
 
 def a_file(part: Path) -> None:
@@ -231,6 +249,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "flipped": (flipped, r"part2 is damaged: .* not as it was written. Run its command again, with --shard 2/3 and"),
     "not whole": (without_a_shard, "part2 is damaged: not all of its shards are there"),
+    "other images": (of_other_images, "records.jsonl cannot be read: of 32 numbers 32 are missing or came twice"),
+    "fewer images": (lambda part: changed_note(part, lambda note: {**note, "images": 31}), "it has 32 images, and its"),
+    "a processor": (lambda part: changed_note(part, lambda note: {**note, "processor": [1]}), "must be of type"),
     "results": (
         lambda part: changed_note(part, lambda note: {**note, "what": "results of gfldeploy predict"}),
         "predict.json is not of a part",
@@ -268,8 +289,9 @@ def test_a_part_resumes(predict: Predict, made: list[Path], tmp_path: Path, monk
         with pytest.raises(KeyboardInterrupt) as stopped:
             predict(output, (2, 3), progress=Stops())
         assert "the same command resumes from there" in stopped.value.__notes__[0]
-        with pytest.raises(DataError, match=r"is unfinished\. Run its command again: it resumes"):
-            merge_parts([made[0], output, made[2]], output=tmp_path / "found")
+        for given in (output, output.with_name(f"{stop}.unfinished")):
+            with pytest.raises(DataError, match=r"is unfinished\. Run its command again: it resumes"):
+                merge_parts([made[0], given, made[2]], output=tmp_path / "found")
         with pytest.raises(OutputError, match="an unfinished run with other part"):
             predict(output, (3, 3))
         predict(output, (2, 3))

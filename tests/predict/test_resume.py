@@ -115,6 +115,33 @@ def test_it_is_read_back_while_it_is_written(tmp_path: Path) -> None:
         assert not working.complete and not working.ended(shard)
 
 
+def test_what_is_read_back_was_written_by_this_run(tmp_path: Path) -> None:
+    write(tmp_path / "w")
+    other = [Found(0, "of the other run", (3, 4), NOTHING)]
+    with opened(tmp_path / "w", {**QUESTION, "bundle": "cd"}, anew=True) as working:  # as long as the header before
+        working.add(1, [plain_batch(other)])
+        working.end(1, "cpu")
+        assert plain(working.groups(1)) == plain([other])
+    damaged = (tmp_path / "w").read_bytes().replace(b"other run", b"\0ther run")
+    (tmp_path / "w").write_bytes(damaged)
+    with opened(tmp_path / "w", {**QUESTION, "bundle": "cd"}) as working:
+        assert working.batches(1) == 0, "what is after a damaged line is done again"
+        working.add(1, [plain_batch(other)])
+        assert plain(working.groups(1)) == plain([other])
+
+
+def test_an_input_that_could_be_read_in_one_run_alone(tmp_path: Path) -> None:
+    with opened(tmp_path / "w") as working:
+        working.add(0, [plain_batch([Found(0, "a", (3, 4), NOTHING), Found(1, "b", (3, 4), NOTHING)])])
+        working.add(0, [plain_batch([Found(1, "b", (3, 4), NOTHING)])])
+        with pytest.raises(DataError, match=r"shard 0 could be read in one run .* Run the same command again"):
+            working.end(0, "cpu")
+    with opened(tmp_path / "w") as working:
+        assert (working.batches(0), working.images) == (0, 0)
+        carry_on(working)
+        assert read_back(working) == WHOLE
+
+
 def test_a_line_of_several_batches(tmp_path: Path) -> None:
     batches = [batch for shard, batch in BATCHES if shard == 1]
     for _ in range(2):

@@ -179,7 +179,7 @@ def overhead(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bo
     images = cycled(list_images(args.images), folder / "images", args.count)
     halves = [cycled(list_images(args.images), folder / f"half{number}", args.count // 2) for number in (0, 1)]
     rounds: list[dict[str, float]] = []
-    for number in range(-1, args.rounds):
+    for number in range(args.rounds):
         rates = {}
         for way in ("ray", "two")[:: 1 if number % 2 else -1]:
             place = folder / f"{way}{number}"
@@ -193,9 +193,8 @@ def overhead(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bo
                     for one, half in enumerate(halves)
                 ]
             rates[way] = steady_rate(running)
-        if number >= 0:
-            rounds.append(rates)
-            print({name: round(rate, 1) for name, rate in rates.items()}, round(rates["ray"] / rates["two"], 3))
+        rounds.append(rates)
+        print({name: round(rate, 1) for name, rate in rates.items()}, round(rates["ray"] / rates["two"], 3), flush=True)
     ratios = [one["ray"] / one["two"] for one in rounds]
     print(f"two workers: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) times two processes")
     return {"images": args.count, "images_per_s": rounds, "ratios": ratios}, statistics.median(ratios) >= 0.95
@@ -207,7 +206,9 @@ def steady_rate(running: Sequence[tuple[subprocess.Popen[bytes], Path, int]]) ->
     seen: list[tuple[float, int]] = []
     readers = [counted(output.with_name(f"{output.name}.unfinished") / "working.jsonl") for _, output, _ in running]
     while any(process.poll() is None for process, *_ in running):
-        seen.append((time.monotonic(), sum(next(reader) for reader in readers)))
+        count = sum(next(reader) for reader in readers)
+        if not seen or count > seen[-1][1]:  # from one arrival to another: they come in chunks
+            seen.append((time.monotonic(), count))
         time.sleep(POLL_S)
     if any(process.returncode for process, *_ in running):
         raise SystemExit("predict failed")

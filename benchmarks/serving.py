@@ -234,9 +234,8 @@ def send(target: Target, path: str, bodies: Sequence[bytes], load: Load, content
     async def run() -> Seen:
         return await LoadGenerator(target, path, bodies, content_type, load).run()
 
-    with asyncio.Runner(
-        loop_factory=uvloop.new_event_loop
-    ) as runner:  # it takes less of the CPUs, which the server shares
+    # uvloop takes less of the CPUs, which the server shares.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
 
 

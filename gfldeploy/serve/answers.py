@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 
 import numpy as np
 
@@ -29,7 +30,8 @@ def image_json(answer: Answer, request: DetectRequest) -> str:
     objects for each box, encoded by `json`, take three times as long. Raises `Problem` as `wanted`, and `EngineError`.
     """
     found, times = wanted(answer.detections, request), answer.times
-    if not (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()):  # which JSON cannot say
+    finite = np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()
+    if not finite or found.may_lack_below == math.inf:  # which JSON cannot say
         raise EngineError("a box or a score is infinite", "The model or its precision is unusable: check its parity.")
     heads = _heads(found.class_names)
     rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)

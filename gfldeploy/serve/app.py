@@ -38,7 +38,7 @@ from gfldeploy.serve.problems import (
 )
 from gfldeploy.serve.reload import Current, Reloader, reload_route
 from gfldeploy.serve.replica import Replica
-from gfldeploy.serve.requests import BodyGuard, RequestLimits, read_request
+from gfldeploy.serve.requests import LONGEST_TIMEOUT_MS, BodyGuard, RequestLimits, read_request
 from gfldeploy.serve.service import DRAINING, DetectionService
 from gfldeploy.serve.web_page import PAGE_PATHS, page_routes
 
@@ -166,7 +166,9 @@ class _AtOnce:
             return
         endpoint, scope["route"] = known  # for the access log
         given = _TIMEOUT.search(scope["query_string"])
-        timeout_ms = (given and float(given[1])) or self._timeout_ms
+        # One that is written in another way, such as 1e4, is read with the request.
+        other = LONGEST_TIMEOUT_MS if b"timeout_ms" in scope["query_string"] else self._timeout_ms
+        timeout_ms = (given and float(given[1])) or other
         try:
             self._current.service.check_room(_left_ms(scope, timeout_ms))
             response = await endpoint(Request(scope, receive, send))

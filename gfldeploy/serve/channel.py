@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,8 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 from gfldeploy.cluster.worker import as_plain, raised
-from gfldeploy.errors import GfldeployError, ServerError
+from gfldeploy.errors import GfldeployError, ServerError, summary
 
+_log = logging.getLogger(__name__)
 _LONGEST_LINE = 1 << 28  # the metrics of many processes; both ends are this package's own
 # What is told, or asked, by its name: returns the answer to a question.
 Handler = Callable[[Any], Awaitable[Any]]
@@ -80,7 +82,10 @@ class Channel:
         number = said.get("ask")
         try:
             content = await self._handlers[said["what"]](said["content"])
-        except GfldeployError as error:
+        except Exception as error:  # noqa: BLE001 - whoever asked would wait for ever
+            if not isinstance(error, GfldeployError):
+                _log.exception("an error that nobody foresaw")
+                error = ServerError(f"a process of this server failed: {summary(error)}", "Look into its log.")
             if number is not None:
                 self._send({"answer": number, "error": as_plain(error)})
             return

@@ -232,6 +232,7 @@ class _Application:
         """`read`: what there is to serve now."""
         self._read, self._serving, self._progress, self._signals = read, serving, progress, signals
         self._asked = False  # Ray Serve for the application
+        self._sent: dict[str, Any] = {}  # in Ray's object store: what serves, and what is to, by digest
 
     def run(self, target: ReplicaJob) -> None:
         """Until a signal comes."""
@@ -257,12 +258,12 @@ class _Application:
         return on_cpus(target, machines, self._serving.most)
 
     def _files(self, target: ReplicaJob) -> Any:
-        """The bundle in Ray's object store, where there are machines that may not have it at its path."""
+        """The bundle in Ray's object store: its path may hold another one when a replica is started again."""
         import ray
 
-        if sum(node["Alive"] for node in ray.nodes()) < 2:
-            return None
-        return ray.put(bundle_files(Bundle.open(target.bundle)))
+        if target.digest not in self._sent:
+            self._sent[target.digest] = ray.put(bundle_files(Bundle.open(target.bundle)))
+        return self._sent[target.digest]
 
     def _start(self, target: ReplicaJob) -> bool:
         """Start Ray Serve, and say whether it was not there."""
@@ -304,6 +305,7 @@ class _Application:
         """Have this job replace what runs, and wait for the end. Raises what the replicas raise, and `_Stop`."""
         from ray import serve
 
+        old = self._state()
         options = deployment_options(target, self._serving, surge)
         application = serve.deployment(**options)(serve.ingress()(DetectorReplica)).bind(
             plain(target), self._files(target)
@@ -325,7 +327,8 @@ class _Application:
                 continue
             if state.status == "RUNNING":
                 return
-            if state.status in ("DEPLOY_FAILED", "UNHEALTHY") or error_in(state.message):
+            failed = error_in(state.message) is not None and (old is None or state.message != old.message)
+            if failed or state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise error_in(state.message) or ServerError(
                     f"Ray Serve cannot start a replica: {_last_line(state.message)}", "Look into the logs of Ray Serve."
                 )
@@ -345,6 +348,7 @@ class _Application:
             if signal.SIGHUP in self._signals:
                 self._signals.remove(signal.SIGHUP)
                 target = self._reload(target)
+                self._sent = {target.digest: self._sent[target.digest]}
                 continue
             state = self._state()
             if state is None or state.status == "DELETING":
@@ -360,13 +364,16 @@ class _Application:
         import ray
 
         self._progress.stage("reload: replacing the replicas one after the other")
+        deployed = False
         try:
             changed = self._with_cpus(self._read())
             cpus = (changed.threads or 1) * (changed.streams or 1)
+            deployed = True
             self._deploy(changed, surge=ray.available_resources().get("CPU", 0) >= cpus)
         except GfldeployError as error:
             self._progress.note(f"reload failed, what served before goes on: {error}")
-            self._deploy(target)
+            if deployed:
+                self._deploy(target)
             return target
         self._progress.stage(f"reload: {Path(changed.bundle).name} ({changed.digest[:12]}) answers")
         return changed

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from gfldeploy.bundle import GOLDEN
 from gfldeploy.engines.heap import give_memory_back
-from gfldeploy.errors import GfldeployError, RejectedError
+from gfldeploy.errors import GfldeployError, RejectedError, ServerError
 from gfldeploy.export.golden import PICTURE, agreement, is_expected
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
@@ -288,6 +288,8 @@ async def reload_route(request: Request) -> Response:
         raise
     except Problem:
         raise
+    except ServerError as error:  # of several processes, which says what they serve now
+        raise Problem(500, "reload_failed", error.problem, error.remedy) from error
     except GfldeployError as error:
         raise Problem(500, "reload_failed", f"the old service answers on: {error.problem}", error.remedy) from error
     return json_response(plain(done))

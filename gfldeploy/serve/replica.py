@@ -52,7 +52,7 @@ class Replica(Silent):
         expected, self._digest = self._digest, None  # a reload may bring another one
         if expected not in (None, digest):
             raise BundleError(
-                "the path holds another bundle than the one that the other replicas serve", "Reload the server."
+                "the path holds another bundle than the one that the other replicas serve", "Start the server again."
             )
 
     @property
@@ -131,6 +131,8 @@ class Replica(Silent):
         return await asyncio.to_thread(self._metrics.families)
 
     async def _on_reload(self, _: None) -> Any:
+        if self._reloader.busy:
+            return None
         return plain(await asyncio.shield(self._reloader.start()))
 
 

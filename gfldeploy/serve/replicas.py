@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from gfldeploy.cluster.worker import raised
-from gfldeploy.errors import EngineError, GfldeployError, ServerError, UsageError
+from gfldeploy.errors import BundleError, EngineError, GfldeployError, ServerError, UsageError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.channel import Channel, Handler
 from gfldeploy.serve.process import Listen, bound, tell_systemd
@@ -69,8 +69,11 @@ def serve_replicas(options: Mapping[str, Any], count: int, listen: Listen, progr
 class _Replica:
     """A process, and what it has said."""
 
-    def __init__(self, number: int, cpus: Sequence[int], options: Mapping[str, Any], digest: str | None) -> None:
-        self.number = number
+    def __init__(
+        self, number: int, cpus: Sequence[int], options: Mapping[str, Any], digest: str | None, reloads: int
+    ) -> None:
+        """`digest`: of the bundle that it has to find. `reloads`: that the others had done when it was started."""
+        self.number, self.reloads = number, reloads
         self.why: str | None = "it is being started"  # it takes no requests
         self.error: GfldeployError | None = None  # that it has ended with
         self.digest = ""
@@ -98,6 +101,8 @@ class _Replica:
         """Hear what it says."""
 
         async def state(content: dict[str, Any]) -> None:
+            if not self.alive:  # it said so before it ended
+                return
             self.why, self.digest, self.heard = content["why"], content["digest"], time.monotonic()
             self._open, self._taken = content["open"], content["taken"]
             if self.why is None:
@@ -126,6 +131,11 @@ class _Replica:
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
+
+    @property
+    def serves(self) -> bool:
+        """Whether it was ready once, and takes connections."""
+        return self.alive and self.ready.is_set()
 
     @property
     def open(self) -> int:
@@ -187,6 +197,7 @@ class _Group:
         self._digest: str | None = None
         self._signals: list[int] = []
         self._accepting = self._reloading = self._others_told = False
+        self._reloads = 0  # that at least one replica has done
         self._gave_up: EngineError | None = None
 
     def close(self) -> None:
@@ -244,7 +255,7 @@ class _Group:
 
     async def metrics(self) -> dict[str, Any]:
         """Of each replica that answers, all its samples."""
-        numbers = [number for number, one in self._replicas.items() if one.alive and one.ready.is_set()]
+        numbers = [number for number, one in self._replicas.items() if one.serves]
         asked = (asyncio.wait_for(self._replicas[number].channel.ask("metrics"), _METRICS_S) for number in numbers)
         told = await asyncio.gather(*asked, return_exceptions=True)
         return {str(number): one for number, one in zip(numbers, told, strict=True) if isinstance(one, list)}
@@ -252,25 +263,41 @@ class _Group:
     async def reload(self) -> dict[str, Any] | None:
         """Reload the replicas one after the other, so that one at a time has two engines; None if that is under way.
 
-        What the last one answered. Raises `ServerError` with what went wrong in one: those before it have the new
-        bundle then.
+        What the last one answered. One that is being started comes to have the same bundle. Raises what went wrong in
+        the first one, and `ServerError` with what went wrong in a later one: those before it have the new bundle then.
         """
         if self._reloading:
             return None
-        self._reloading, began = True, time.monotonic()
+        self._reloading, began, reloads = True, time.monotonic(), self._reloads
+        asked: set[_Replica] = set()
+        done: dict[str, Any] = {}
+
+        def left() -> list[_Replica]:
+            # What is started once the first has the new bundle has it, too.
+            known = (one for one in self._replicas.values() if one.reloads <= reloads and one not in asked)
+            return sorted((one for one in known if one.serves), key=lambda one: one.number)
+
         try:
-            done: dict[str, Any] = {}
-            for number in sorted(self._replicas):
+            while replicas := left():
+                asked.add(replicas[0])
                 try:
-                    done = await self._replicas[number].channel.ask("reload")
+                    answer = await replicas[0].channel.ask("reload")
+                    if answer is None:
+                        if not done:
+                            return None
+                        raise ServerError("one is under way there already", None)
+                    done = answer
                 except GfldeployError as error:
-                    if number == 1:
+                    if not done:
                         raise
                     raise ServerError(
-                        f"replica {number} was not reloaded, those before it were: {error.problem}",
+                        f"replica {replicas[0].number} was not reloaded, those before it were: {error.problem}",
                         f"{error.remedy or 'See its messages.'} Reload again: the replicas serve two bundles.",
                     ) from error
                 self._digest = done["digest"]
+                self._reloads += 1
+            if not done:
+                raise ServerError("no replica is ready", "Try again later.")
             return {**done, "seconds": time.monotonic() - began}
         finally:
             self._reloading = False
@@ -286,7 +313,8 @@ class _Group:
         self._reload_task = asyncio.create_task(reload())
 
     def _start(self, number: int) -> _Replica:
-        replica = self._replicas[number] = _Replica(number, self._shares[number - 1], self._options, self._digest)
+        replica = _Replica(number, self._shares[number - 1], self._options, self._digest, self._reloads)
+        self._replicas[number] = replica
         replica.listen(self)
         return replica
 
@@ -321,7 +349,7 @@ class _Group:
         for number, replica in self._replicas.items():
             if paused:
                 replica.heard = time.monotonic()
-            if replica.alive and time.monotonic() - replica.heard > _SILENT_S:
+            if replica.serves and time.monotonic() - replica.heard > _SILENT_S:  # a start may take longer
                 replica.process.kill()
             if not replica.alive and replica.why != "it has ended":
                 replica.why = "it has ended"
@@ -333,10 +361,36 @@ class _Group:
             self._others_told = others
             for replica in self._replicas.values():
                 replica.channel.tell("group", others)
-        self._accept_if(any(replica.alive and replica.ready.is_set() for replica in self._replicas.values()))
+        self._accept_if(any(replica.serves for replica in self._replicas.values()))
 
     async def _restart(self, number: int, dead: _Replica) -> None:
         await dead.ended()
+        if isinstance(dead.error, BundleError) and self._others_told:
+            # The others' bundle is not at the path any more. They serve it on, until a reload gives them what is there.
+            self.progress.note(f"replica {number}: {dead.ending()}; it is started again after a reload")
+            while self._reloads == dead.reloads and self._others_told:
+                await asyncio.sleep(_LOOK_S)
+        elif self._too_often(number, dead):
+            return
+        else:
+            self.progress.note(f"replica {number}: {dead.ending()}; it is started again")
+        if self._signals:  # it would not learn of them
+            return
+        replica = self._start(number)
+        replica.channel.tell("group", self._others_told)
+        while replica.alive and not replica.ready.is_set():
+            await asyncio.sleep(_LOOK_S)
+        if replica.alive and replica.digest != self._digest:  # the others were reloaded meanwhile
+            replica.process.kill()
+        elif replica.alive:
+            self.progress.note(f"replica {number}: ready again")
+            mean = sum(one.open for one in self._replicas.values()) // len(self._replicas)
+            for other in self._replicas.values():  # clients that keep connections are to find the new one, too
+                if (more := other.open - mean - 1) > 0:
+                    other.channel.tell("shed", more)
+
+    def _too_often(self, number: int, dead: _Replica) -> bool:
+        """Count that a replica has ended, and say whether that is so often that the server gives up."""
         now, deaths = time.monotonic(), self._deaths[number]
         deaths.append(now)
         while now - deaths[0] > _RESTARTS_S:
@@ -346,18 +400,7 @@ class _Group:
             self._gave_up = EngineError(
                 f"replica {number} ended {times}, the last time: {dead.ending()}", "Restart the server."
             )
-            return
-        self.progress.note(f"replica {number}: {dead.ending()}; it is started again")
-        replica = self._start(number)
-        replica.channel.tell("group", self._others_told)
-        while replica.alive and not replica.ready.is_set():
-            await asyncio.sleep(_LOOK_S)
-        if replica.alive:
-            self.progress.note(f"replica {number}: ready again")
-            mean = sum(one.open for one in self._replicas.values()) // len(self._replicas)
-            for other in self._replicas.values():  # clients that keep connections are to find the new one, too
-                if (more := other.open - mean - 1) > 0:
-                    other.channel.tell("shed", more)
+        return self._gave_up is not None
 
     def _accept_if(self, wanted: bool) -> None:
         """Accept connections while somebody takes them: else they wait, rather than be lost."""
@@ -377,7 +420,7 @@ class _Group:
                 self._accept_if(False)
                 return
             with connection:
-                taking = [one for one in self._replicas.values() if one.alive and one.ready.is_set()]
+                taking = [one for one in self._replicas.values() if one.serves]
                 # One whose engine is being replaced would refuse, while others answer.
                 for replica in sorted(taking, key=lambda one: (one.why is not None, one.open, one.given)):
                     if replica.give(connection):
@@ -387,7 +430,7 @@ class _Group:
         """Wait until all have ended, and end those that do not; connections are handed on meanwhile, to be refused."""
         until = self._loop.time() + self._listen.drain_s + _ENDING_S
         while any(replica.alive for replica in self._replicas.values()) and self._loop.time() < until:
-            self._accept_if(any(replica.alive and replica.ready.is_set() for replica in self._replicas.values()))
+            self._accept_if(any(replica.serves for replica in self._replicas.values()))
             await asyncio.sleep(_LOOK_S)
         self._accept_if(False)
         for replica in self._replicas.values():

@@ -25,11 +25,14 @@ def test_news_and_questions_both_ways() -> None:
     async def fail(_: Any) -> Any:
         raise BundleError("it is damaged", "Copy it again.")
 
+    async def err(_: Any) -> Any:
+        raise MemoryError("no room")
+
     async def run() -> None:
         one, other = socket.socketpair()
         with one, other:
             parent = Channel(one, {"note": note, "double": double})
-            child = Channel(other, {"double": double, "fail": fail})
+            child = Channel(other, {"double": double, "fail": fail, "err": err})
             child.tell("note", "before anybody listens")
             tasks = [asyncio.create_task(end.run()) for end in (parent, child)]
             while not heard:
@@ -40,6 +43,8 @@ def test_news_and_questions_both_ways() -> None:
             with pytest.raises(BundleError, match="damaged") as raised:
                 await parent.ask("fail")
             assert raised.value.remedy == "Copy it again."
+            with pytest.raises(ServerError, match="failed: no room"):  # else whoever asks waits for ever
+                await parent.ask("err")
             assert heard == ["before anybody listens", "\u4e2d\n"]
             tasks[1].cancel()
             await asyncio.wait(tasks)

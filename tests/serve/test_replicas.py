@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -18,13 +19,13 @@ import pytest
 import share_cpus
 from served import contents
 from test_serve_command import Server, server
+from test_serve_operations import rename_class
 
 from gfldeploy.detector import Detector
 from gfldeploy.errors import UsageError
 from gfldeploy.serve.replicas import _free_mb, _memory_mb
 from gfldeploy.serve.session import serve_detector
 
-KEY = "k" * 32
 BOTH = {"1", "2"}
 
 
@@ -46,6 +47,13 @@ def metric(one: Server, name: str) -> dict[str, float]:
     return found
 
 
+def detected(one: Server, image: bytes) -> str:
+    """The class of the first detection."""
+    images = one.post(image)["images"]
+    assert isinstance(images, list)
+    return str(images[0]["detections"][0]["class"])
+
+
 def processes(one: Server) -> list[psutil.Process]:
     return psutil.Process(one.process.pid).children()
 
@@ -53,13 +61,12 @@ def processes(one: Server) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.skipif(os.cpu_count() == 1, reason="a replica needs a CPU of its own")
 def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    image, keys, log = contents(tiny_coco)[0], tmp_path / "keys", tmp_path / "log"
-    keys.write_text(f"{KEY}\n")
-    keys.chmod(0o600)
+    image, log = contents(tiny_coco)[0], tmp_path / "log"
+    path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
         boxes = detector.detect(image)[0].boxes.tolist()
     options = ("--replicas", "2", "--access-log", str(log))
-    with share_cpus.two_cpus(), server(tiny_bundle, *options) as one, ExitStack() as stack:
+    with share_cpus.two_cpus(), server(path, *options) as one, ExitStack() as stack:
         assert any("2 replicas take about" in line for line in one.said)
         shares = [process.cpu_affinity() for process in processes(one)]
         assert len(shares) == 2 and not {*shares[0]} & {*shares[1]}
@@ -96,9 +103,18 @@ def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Pat
                     connection.close()
         now = metric(one, "gfldeploy_images_total")
         assert all(now[number] > before[number] for number in BOTH)
-        # A reload takes one after the other.
+        # One that dies when the path holds another bundle: the other serves the old one on, and a reload mends both.
+        rename_class(path, "box", "crate")
+        processes(one)[0].kill()
+        until(lambda: any("started again after a reload" in line for line in one.said))
+        assert detected(one, image) == "box"
         one.process.send_signal(signal.SIGHUP)
-        until(lambda: metric(one, "gfldeploy_reloads_total") == {"1": 1, "2": 1})
+        until(lambda: metric(one, "gfldeploy_ready") == {"1": 1, "2": 1})
+        assert {detected(one, image) for _ in range(8)} == {"crate"}
+        # A reload takes one after the other.
+        before = metric(one, "gfldeploy_reloads_total")
+        one.process.send_signal(signal.SIGHUP)
+        until(lambda: metric(one, "gfldeploy_reloads_total") == {number: before[number] + 1 for number in BOTH})
         children = processes(one)
         one.process.send_signal(signal.SIGTERM)
         assert one.process.wait(60) == 0

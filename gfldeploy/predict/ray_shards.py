@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import ClusterOptions, run_on_ray
 from gfldeploy.cluster.schedule import Again, Job
@@ -29,6 +30,7 @@ def shards_on_ray(
     job: ShardJob,
     bundle: Bundle,
     inputs: Sequence[Source],
+    sizes: Mapping[Source, Size | None],
     shards: Shards,
     mine: Iterable[int],
     working: WorkingFile,
@@ -37,8 +39,8 @@ def shards_on_ray(
 ) -> Generator[None]:
     """Have shards detected and write what comes into the working file; something was written at every yield.
 
-    `mine`: the numbers of those to do, which have not ended. `images`: about how many there are to do. Closing it ends
-    the workers. Raises as `run_on_ray`.
+    `sizes`: (h, w) of image files whose headers were read. `mine`: the numbers of those to do, which have not ended.
+    `images`: about how many there are to do. Closing it ends the workers. Raises as `run_on_ray`.
     """
     of_home = job.options.get("cache_dir") == str(DEFAULT_ENGINE_CACHE)
     setting = {"job": plain(job), "own_cache": of_home, "folder": str(Path.cwd())}
@@ -50,7 +52,7 @@ def shards_on_ray(
         if isinstance(first := mine[0], Path):
             with suppress(OSError):
                 size = first.stat().st_size
-        return {"inputs": list(map(str, mine)), "bytes": size}
+        return {"inputs": list(map(str, mine)), "bytes": size, "sizes": [sizes.get(one) for one in mine]}
 
     jobs = (
         Job(one.number, one.stop - one.start, working.batches(one.number), working.bad(one.number))
@@ -83,7 +85,8 @@ class RayShards:
         self._worker = ShardWorker(replace(job, bundle=str(bundle)))
 
     def run(self, tasks: Iterable[Todo]) -> Generator[tuple[int, list[Any]]]:
-        with closing(self._worker.detect_shards(_shard_tasks(tasks))) as found:
+        sizes: dict[Source, Size | None] = {}
+        with closing(self._worker.detect_shards(_shard_tasks(tasks, sizes), sizes)) as found:
             for number, batch in found:
                 yield number, plain_batch(batch)
 
@@ -91,9 +94,12 @@ class RayShards:
         self._worker.close()
 
 
-def _shard_tasks(tasks: Iterable[Todo]) -> Iterator[ShardTask]:
+def _shard_tasks(tasks: Iterable[Todo], sizes: dict[Source, Size | None]) -> Iterator[ShardTask]:
+    """The shards of the tasks; `sizes` then has those that the driver knows of the images of the last one."""
     for todo in tasks:
         inputs = list(map(source_of, todo.task["inputs"]))
+        sizes.clear()
+        sizes.update((one, tuple(size)) for one, size in zip(inputs, todo.task["sizes"], strict=True) if size)
         if todo.task["bytes"] is not None and isinstance(first := inputs[0], Path):
             _check_here(first, todo.task["bytes"])
         yield ShardTask(todo.number, inputs, todo.skip, todo.bad)

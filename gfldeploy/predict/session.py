@@ -388,7 +388,8 @@ def _elsewhere(
         arriving: Iterator[None] = iter(())
         total = 0
         if not working.complete:
-            options, total = _options(request, {})
+            known: dict[Source, Size | None] = {}
+            options, total = _options(request, known)
             progress.step("detecting", working.images, total)
             arriving = stack.enter_context(
                 closing(
@@ -397,6 +398,7 @@ def _elsewhere(
                         ShardJob.of(request.choice, options, request.reduced),
                         request.choice.bundle,
                         request.inputs,
+                        known,
                         request.shards,
                         (number for number in request.mine if not working.ended(number)),
                         working,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,8 @@ def test_a_cluster_of_this_machine_listens_on_loopback_alone(local: None) -> Non
     here = psutil.Process()
     listening = []
     for process in (here, *here.children(recursive=True)):
-        listening += [one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        with suppress(psutil.NoSuchProcess):  # a worker of another test, which is ending
+            listening += [one.laddr.ip for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
     assert listening
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SIZES
 
 from gfldeploy.cluster.worker import Todo
 from gfldeploy.engines.base import EngineOptions
@@ -38,7 +39,9 @@ def test_relative_names_are_of_the_folder_of_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # and back afterwards
     size = (tiny_coco.parent / "images" / "1.jpg").stat().st_size
-    values = found(setting, tiny_bundle, Todo(4, {"inputs": ["1.jpg", "2.jpg"], "bytes": size}, skip=1))
+    values = found(
+        setting, tiny_bundle, Todo(4, {"inputs": ["1.jpg", "2.jpg"], "bytes": size, "sizes": [None, SIZES[1]]}, skip=1)
+    )
     assert [(number, [entry["file"] for entry in batch]) for number, batch in values] == [(4, ["2.jpg"]), (4, [])]
 
 
@@ -46,7 +49,7 @@ def test_bad_inputs_are_errors_and_are_not_opened(
     setting: Mapping[str, Any], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    task = {"inputs": ["1.jpg", "no such.jpg", "2.jpg"], "bytes": None}
+    task = {"inputs": ["1.jpg", "no such.jpg", "2.jpg"], "bytes": None, "sizes": [None] * 3}
     values = found(setting, tiny_bundle, Todo(0, task, bad={1: "every worker that detects in it dies"}))
     entries = [entry for _, batch in values for entry in batch]
     assert sorted(entry["file"] for entry in entries) == ["1.jpg", "2.jpg", "no such.jpg"]
@@ -66,4 +69,4 @@ def test_inputs_that_are_not_those_of_the_command_are_one_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=problem):
-        found(setting, tiny_bundle, Todo(0, {"inputs": [name], "bytes": 3}))
+        found(setting, tiny_bundle, Todo(0, {"inputs": [name], "bytes": 3, "sizes": [None]}))

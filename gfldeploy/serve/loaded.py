@@ -11,7 +11,6 @@ import io
 import itertools
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,10 +34,12 @@ from gfldeploy.engines.registry import ENGINES, open_engine
 from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import DataError, GfldeployError, RejectedError
 from gfldeploy.images.decode import decode_image, load_cv2, read_file, read_image, size_of
+from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import PREPARED, room
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.storage import Source
 
 # Aspect ratios of photographs, width by height, the most common first; each upright, too.
 _FORMATS = (4 / 3, 3 / 2, 16 / 9, 1.0)
@@ -327,13 +328,20 @@ class LoadedDetector(ClosesOnExit):
             yield self._preprocess.input_size(*size), [content.tobytes()]
 
     def _samples_of(self, folder: Path) -> Iterator[tuple[Size, Sequence[bytes]]]:
-        paths = [path for path in list_inputs([folder]) if not is_video(path)][:_MOST_FILES]
-        sizes = {path: size for path, size in zip(paths, picture_sizes(paths), strict=True) if size is not None}
-        counts = Counter(self._preprocess.input_size(*size) for size in sizes.values())
-        if not counts:
-            raise DataError(f"there is no image that can be read in {folder}", "Give a folder of images.")
-        for common, _ in counts.most_common(_MOST_SIZES):
-            some = [path for path, size in sizes.items() if self._preprocess.input_size(*size) == common][: self.most]
+        for common, paths in images_by_size(folder, self._preprocess).items():
+            some = paths[: self.most]
             for path in some:
                 read_image(path)  # raises DataError for a damaged one
             yield common, [read_file(path) for path in some]
+
+
+def images_by_size(folder: Path, preprocess: Preprocess) -> dict[Size, list[Source]]:
+    """The images of a folder by their input size, the most common first. Raises `DataError` if none can be read."""
+    paths = [path for path in list_inputs([folder]) if not is_video(path)][:_MOST_FILES]
+    found: dict[Size, list[Source]] = {}
+    for path, size in zip(paths, picture_sizes(paths), strict=True):
+        if size is not None:
+            found.setdefault(preprocess.input_size(*size), []).append(path)
+    if not found:
+        raise DataError(f"there is no image that can be read in {folder}", "Give a folder of images.")
+    return dict(sorted(found.items(), key=lambda one: -len(one[1]))[:_MOST_SIZES])

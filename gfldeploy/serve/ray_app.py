@@ -6,7 +6,6 @@ import json
 import logging
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import LOCAL, connected
 from gfldeploy.cluster.worker import bundle_files, versions
@@ -22,7 +20,6 @@ from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.errors import (
     BundleError,
-    DataError,
     GfldeployError,
     OutputError,
     ServerError,
@@ -31,10 +28,10 @@ from gfldeploy.errors import (
 )
 from gfldeploy.predict.engine_selection import DEPLOY_SUFFIXES
 from gfldeploy.predict.pipeline import PREPARED
-from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.keys import Keys
+from gfldeploy.serve.loaded import images_by_size
 from gfldeploy.serve.process import Listen, bound
 from gfldeploy.serve.ray_proxy import proxy_environment
 from gfldeploy.serve.ray_replica import DEPLOYMENT, DetectorReplica, ReplicaJob, error_in
@@ -46,7 +43,6 @@ _NO_ROOM_S = 30.0  # after so many the user is told that Ray has no room for a r
 _STARTS = 3  # of a replica that fails, until the deployment has failed
 _HEALTH_S, _HEALTH_TIMEOUT_S = 10.0, 60.0
 _UPSCALE_S, _DOWNSCALE_S = 5.0, 120.0
-_MOST_WARM_FILES, _MOST_WARM_SIZES = 1000, 32
 _DELETE = "Delete the application that answers at / with `serve.delete`, or use another cluster."
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -122,7 +118,9 @@ def read_source(source: Path, job: ReplicaJob, warm_up: Path | None = None, keys
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
     bundle = Bundle.open(directory)
     bundle.verify_files()
-    sizes = () if warm_up is None else _sizes_of(warm_up, bundle.at_size(job.input_size))
+    sizes = (
+        () if warm_up is None else tuple(images_by_size(warm_up, bundle.at_size(job.input_size).manifest.preprocess))
+    )
     return replace(
         job,
         bundle=str(directory.resolve()),
@@ -139,16 +137,6 @@ def _versions(engine: str | None) -> dict[str, str]:
         return versions(engine)
     each = [versions(one).items() for one in ENGINES]
     return dict(set[tuple[str, str]].intersection(*map(set, each)))
-
-
-def _sizes_of(folder: Path, bundle: Bundle) -> tuple[Size, ...]:
-    """The input sizes of the images of a folder, the most common first: the replicas need not see it."""
-    paths = [path for path in list_inputs([folder]) if not is_video(path)][:_MOST_WARM_FILES]
-    preprocess = bundle.manifest.preprocess
-    counts = Counter(preprocess.input_size(*size) for size in picture_sizes(paths) if size is not None)
-    if not counts:
-        raise DataError(f"there is no image that can be read in {folder}", "Give a folder of images.")
-    return tuple(size for size, _ in counts.most_common(_MOST_WARM_SIZES))
 
 
 def on_cpus(job: ReplicaJob, machines: list[int], replicas: int) -> ReplicaJob:

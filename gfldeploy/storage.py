@@ -161,7 +161,8 @@ def source_of(given: str | os.PathLike[str] | Url) -> Source:
         host, _, path = rest.partition("/")
         if host not in ("", "localhost") or not path:
             raise DataError(f"{text[:200]} is no file of this machine", "Write file:///folder/name, or the path.")
-        return Path(f"/{unquote(path, errors='surrogateescape')}")
+        found_path = unquote(path, errors="surrogateescape")
+        return Path(found_path if Path(found_path).drive else f"/{found_path}")  # drives are of Windows
     if scheme not in PACKAGES:
         raise DataError(f"{scheme[:40]}:// is no address that is read here", _GIVE)
     place, _, path = rest.partition("/")

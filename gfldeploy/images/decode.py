@@ -18,6 +18,7 @@ from gfldeploy.errors import DataError
 from gfldeploy.images.formats import MAX_FILE_BYTES, read_header
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.storage import Source, Url, check_size, open_url, read_url
+from gfldeploy.system import without_waiting
 
 # What libjpeg reports of data that it could not follow. It continues, with grey or with anything.
 _DAMAGED_JPEG = re.compile(rb"Corrupt JPEG data: .*|Premature end of JPEG.*|Inconsistent progression.*")
@@ -140,8 +141,7 @@ def open_file(path: Source, most_bytes: int | None = MAX_FILE_BYTES) -> Iterator
             with open_url(path, most_bytes) as remote:
                 yield remote
             return
-        # A pipe would wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"

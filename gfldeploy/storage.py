@@ -45,7 +45,9 @@ _WHOLE_BYTES = 1 << 24  # nearly all images are smaller: one request is all of t
 _MOST_BLOCK = 1 << 22
 # Answers of a store that the next request would have too.
 _ANSWERS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
-_ANSWER_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.EREMCHG, errno.ERANGE}
+_ANSWER_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ERANGE} | (
+    {errno.EREMCHG} if hasattr(errno, "EREMCHG") else set()  # of Linux
+)
 # Errors of botocore and google-auth, and codes of S3, that say that no request will be let in.
 _NO_CREDENTIALS = re.compile(
     r"NoCredentials|PartialCredentials|CredentialRetrieval|TokenRetrieval|ProfileNotFound|SSO|LoginError|NoAuthToken"

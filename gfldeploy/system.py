@@ -43,6 +43,7 @@ _O_DIRECTORY: int = getattr(os, "O_DIRECTORY", 0)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # of renameat2, and RENAME_SWAP of renamex_np
 _PR_SET_PDEATHSIG = 1
+_SIGKILL: int = getattr(signal, "SIGKILL", 0)
 _ORPHAN_S = 0.25
 _LOCK = ".lock"
 _LOCK_S = 0.1
@@ -170,11 +171,21 @@ def descriptor_path(descriptor: int) -> str | None:
     return f"/proc/self/fd/{descriptor}" if Path("/proc/self/fd").exists() else None
 
 
+def named_path(path: str | os.PathLike[str]) -> str | None:
+    """An absolute path for C code that takes UTF-8; None for one that is not, on which OpenCV crashes."""
+    name = os.path.abspath(path)  # noqa: PTH100 - `resolve` would follow links
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return None
+    return name
+
+
 @contextmanager
-def folder_path(folder: Path) -> Iterator[str]:
-    """A path of this folder that is ASCII where possible, for C code that takes nothing else."""
+def folder_path(folder: Path) -> Iterator[str | None]:
+    """The same of a folder, by its descriptor where that is possible."""
     if not Path("/proc/self/fd").exists():
-        yield os.path.abspath(folder)  # noqa: PTH100 - `resolve` would follow links
+        yield named_path(folder)
         return
     handle = os.open(folder, os.O_RDONLY | _O_DIRECTORY)
     try:
@@ -347,8 +358,8 @@ def c_stderr() -> ctypes.c_void_p | None:
 
 def file_in_memory(name: str) -> int:
     """The descriptor of a new file without a name, in memory where the system has such files."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(name)
+    if (create := getattr(os, "memfd_create", None)) is not None:
+        return int(create(name))
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
@@ -383,7 +394,7 @@ def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, _SIGKILL)
         return
     import psutil
 
@@ -411,7 +422,7 @@ def die_with(parent: int) -> None:
     Linux does it, at once. Elsewhere a thread looks four times a second, which C code that keeps the GIL delays.
     """
     if (prctl := c_function("prctl")) is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_PDEATHSIG, _SIGKILL)
         if os.getppid() != parent:  # it has gone before this
             os._exit(1)
         return

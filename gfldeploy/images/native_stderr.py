@@ -2,7 +2,7 @@
 
 libjpeg, libpng and others report what they find wrong on C's `stderr`, with no file name, and continue. While an image
 is decoded that stream is a file in memory; Python's `sys.stderr`, C++'s `std::cerr` and file descriptor 2 are as ever.
-On Windows the stream cannot be exchanged: nothing is heard there.
+On Windows OpenCV has a C library of its own, whose stream cannot be exchanged: nothing is heard there.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def heard(work: Callable[[], T]) -> tuple[T, bytes]:
         return work(), stream.text()
 
 
+def hears() -> bool:
+    """Whether anything can be heard here."""
+    return _stream() is not None
+
+
 class _Stream:
     """C's `stderr` in memory as long as a thread needs it."""
 
@@ -60,7 +65,8 @@ class _Stream:
         return os.fstat(self._fd).st_size
 
     def text(self) -> bytes:
-        return os.pread(self._fd, _MOST_BYTES, 0)
+        os.lseek(self._fd, 0, os.SEEK_SET)  # what is written goes to the end all the same
+        return os.read(self._fd, _MOST_BYTES)
 
     @contextmanager
     def used(self, *, alone: bool = False) -> Iterator[None]:

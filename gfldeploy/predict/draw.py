@@ -103,9 +103,10 @@ def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
 def _video_writer(path: Path, rate: float, size: tuple[int, int]) -> tuple[Any, str | None]:
     """A `cv2.VideoWriter`, and the first codec that this OpenCV has, or None. The name of `path` is ASCII."""
     cv2 = load_cv2()
-    # Not by its name, as OpenCV crashes on one that is not UTF-8.
     with folder_path(path.parent) as folder:
-        name = os.path.join(folder, path.name)  # noqa: PTH118
+        if folder is None:
+            return cv2.VideoWriter(), None
+        name = f"{folder}/{path.name}"
         for codec in (*_PLAYED, "mp4v"):
             fourcc = cv2.VideoWriter_fourcc(*codec)
             writer, _ = heard(functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size))

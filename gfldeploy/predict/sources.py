@@ -31,7 +31,7 @@ from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_fil
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.storage import Inputs, Source, Url, files_at, look_at, read_range, source_of
-from gfldeploy.system import descriptor_path
+from gfldeploy.system import descriptor_path, named_path
 from gfldeploy.text import first_of
 
 if TYPE_CHECKING:
@@ -466,8 +466,11 @@ def _opened(path: Source) -> Iterator[_Video | None]:
         yield None
         return
     with _on_disk(path) as file:
-        # Not by its name if possible: FFmpeg takes some for addresses, and OpenCV crashes on one that is not UTF-8.
-        name = descriptor_path(file.fileno()) or os.path.abspath(file.name)  # noqa: PTH100 - no link is followed
+        # Not by its name if possible: FFmpeg takes some for addresses, though none that is an absolute path.
+        name = descriptor_path(file.fileno()) or named_path(file.name)
+        if name is None:
+            yield None
+            return
         capture, _ = heard(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
         try:
             keys = (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS)
@@ -509,16 +512,11 @@ class _Copies:
         with self._lock:
             try:
                 key = version_of(look_at(url) or url)
-                if self._handle is None or self._key != key:
+                if self._key != key:
                     self._drop()
-                    with self._new_file() as file:
-                        _copy(url, file)
-                        self._key, self._handle = key, os.dup(file.fileno())
-                copy: IO[bytes]
-                if self._folder is not None:
-                    copy = (Path(self._folder.name) / _COPY).open("rb")
-                else:
-                    copy = os.fdopen(os.dup(self._handle), "rb")
+                    self._make(url)
+                    self._key = key
+                copy = self._open()
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 problem = f"cannot copy the video {url}: {reason}"
@@ -531,14 +529,24 @@ class _Copies:
             os.close(self._handle)
         if self._folder is not None:
             self._folder.cleanup()
-        self._handle = self._folder = None
+        self._key = self._handle = self._folder = None
 
-    def _new_file(self) -> IO[bytes]:
+    def _make(self, url: Url) -> None:
         if descriptor_path(0) is not None:
-            return tempfile.TemporaryFile()
-        # On Windows, one that is removed when it is closed could not be opened by others.
+            with tempfile.TemporaryFile() as file:
+                _copy(url, file)
+                self._handle = os.dup(file.fileno())
+            return
+        # Not one that is removed when it is closed: Windows lets nobody else open it.
         self._folder = tempfile.TemporaryDirectory(prefix="gfldeploy-", ignore_cleanup_errors=True)
-        return (Path(self._folder.name) / _COPY).open("wb")
+        with (Path(self._folder.name) / _COPY).open("wb") as file:
+            _copy(url, file)
+
+    def _open(self) -> IO[bytes]:
+        if self._folder is not None:
+            return (Path(self._folder.name) / _COPY).open("rb")
+        assert self._handle is not None
+        return os.fdopen(os.dup(self._handle), "rb")
 
 
 _copies = _Copies()

@@ -21,9 +21,9 @@ from triton_stand_in import image_request
 import gfldeploy
 from gfldeploy import Bundle, Detector, EngineError, triton_repository
 from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.detections import DEFAULT_THRESHOLD
 from gfldeploy.images.decode import decode_image
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.tune.deploy_file import Deploy
 
 

@@ -90,7 +90,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, module in NEEDS.items():
             if marker in item.fixturenames:
                 item.add_marker(marker)
-            if item.get_closest_marker(marker) and not installed(module):
+            made = demo_bundles.MADE and item.get_closest_marker("gpu")
+            if item.get_closest_marker(marker) and not installed(module) and not made:
                 item.add_marker(pytest.mark.skip(f"{module} is not installed"))
         if item.get_closest_marker("gpu") and nvidia_driver() is None:
             item.add_marker(pytest.mark.skip("no NVIDIA driver is loaded"))

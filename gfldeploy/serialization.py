@@ -203,7 +203,8 @@ class Versioned:
         try:
             return build(cls, data)
         except DataError as error:
-            own = isinstance(error.__cause__, cls.FORMAT.error | UsageError)  # of the class, with a remedy for just this
+            # Of the class itself, or of what users turn: with a remedy for just this.
+            own = isinstance(error.__cause__, cls.FORMAT.error | UsageError)
             raise cls.FORMAT.error(error.problem, error.remedy if own else cls.FORMAT.remedy) from error
 
     def write(self, path: StrPath) -> None:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
@@ -77,7 +78,8 @@ class ShardJob:
 
     `bundle`: the directory; `digest`: of the bundle that has to be there. `options`: the engine's, as
     `EngineOptions.to_plain` makes them. `reduced`: JPEGs are decoded at 1/2, 1/4 or 1/8 where they are that much larger
-    than the network's input. `input_size`: None for the bundle's own. `detection`: what was turned of NMS.
+    than the network's input. `input_size`: None for the bundle's own. `detection`: what was turned of NMS. `tiling`:
+    None for whole images.
     """
 
     bundle: str
@@ -89,9 +91,10 @@ class ShardJob:
     reduced: bool = False
     input_size: Size | None = None
     detection: DetectionOptions = AS_CONFIGURED
+    tiling: Tiling | None = None
 
     @classmethod
-    def of(cls, choice: Choice, options: EngineOptions, reduced: bool) -> Self:
+    def of(cls, choice: Choice, options: EngineOptions, reduced: bool, tiling: Tiling | None = None) -> Self:
         """What was chosen, with these options for the engine."""
         return cls(
             bundle=str(choice.bundle.directory),
@@ -103,6 +106,7 @@ class ShardJob:
             reduced=reduced,
             input_size=choice.input_size,
             detection=choice.detection,
+            tiling=tiling,
         )
 
 
@@ -171,9 +175,8 @@ class ShardWorker(ClosesOnExit):
         def batches() -> Iterator[PictureBatch]:
             for task in tasks:
                 ahead = _BATCHES_AHEAD * job.batch_size
-                formed = batches_of(
-                    pictures(task.inputs, sizes, task.bad), self._manifest, job.batch_size, job.order, ahead
-                )
+                found = pictures(task.inputs, sizes, task.bad)
+                formed = batches_of(found, self._manifest, job.batch_size, job.order, ahead, job.tiling)
                 for batch in islice(formed, task.skip, None):
                     numbers.append(task.number)
                     yield batch
@@ -187,6 +190,7 @@ class ShardWorker(ClosesOnExit):
             reduced=job.reduced,
             check=self._check,
             streams=self._options.streams,
+            cut=None if job.tiling is None else (job.tiling, job.batch_size),
         )
         with closing(found):
             for batch in found:
@@ -194,12 +198,22 @@ class ShardWorker(ClosesOnExit):
 
 
 def shard_shapes(
-    shards: Iterable[Iterable[Size | None]], manifest: Manifest, batch_size: int, order: Order
+    shards: Iterable[Iterable[Size | None]],
+    manifest: Manifest,
+    batch_size: int,
+    order: Order,
+    tiling: Tiling | None = None,
 ) -> Iterator[Shape]:
     """The shapes of the batches of shards, by (h, w) of the images of each, None for what cannot be read."""
-    input_size, fixed = manifest.preprocess.input_size, manifest.inputs[0].shape[0]
+    preprocess, fixed = manifest.preprocess, manifest.inputs[0].shape[0]
     ahead = _BATCHES_AHEAD * batch_size
     for sizes in shards:
-        known = ((None, input_size(*size)) for size in sizes if size is not None)
-        for batch, (height, width) in stream_batches(known, batch_size, order, ahead):
-            yield fixed or len(batch), height, width
+        readable = (size for size in sizes if size is not None)
+        if tiling is not None:
+            shapes = tiling.shapes(readable, preprocess, batch_size)
+        else:
+            known = ((None, preprocess.input_size(*size)) for size in readable)
+            formed = stream_batches(known, batch_size, order, ahead)
+            shapes = ((len(batch), *size) for batch, size in formed)
+        for count, height, width in shapes:
+            yield fixed or count, height, width

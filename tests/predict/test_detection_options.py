@@ -28,7 +28,7 @@ from gfldeploy.detections import DetectionOptions, NmsParams
 from gfldeploy.detector import Detector
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
-from gfldeploy.errors import DataError, UsageError
+from gfldeploy.errors import DataError, OutputError, UsageError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.predict.engine_selection import choose
@@ -339,6 +339,8 @@ def test_workers_of_a_cluster_and_parts_have_what_was_turned(bundle: Path, raws:
         predict_images(bundle, output=part, shard=(number, 2), **settings)
     merge_parts(parts[:2], output=tmp_path / "merged")
     assert demo_bundles.snapshot(tmp_path / "merged") == demo_bundles.snapshot(tmp_path / "one")
+    with pytest.raises(OutputError, match="exists"):  # it is not this part that is there
+        predict_images(bundle, inputs, output=parts[0], shard=(1, 2), **HERE)
     predict_images(bundle, output=parts[2], shard=(2, 2), **{**settings, "nms_threshold": 0.6})
     with pytest.raises(DataError, match=r"not of the run of .*: other detection"):
         merge_parts([parts[0], parts[2]], output=tmp_path / "wrong")

@@ -101,12 +101,13 @@ def report(summary: PredictResults, threshold: float | None, seconds: float) -> 
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")
         + f" in {seconds:.1f} s, {summary.detections:,} detections"
         + (f" with a score of at least {threshold:g}" if threshold else "")
-        + (f"; {summary.failed:,} could not be read:" if summary.failed else ""),
+        + (f"; {summary.failed:,} could not be read" if summary.failed else "")
+        + (":" if summary.reasons else ""),
         err=True,
     )
     for reason in summary.reasons:
         click.echo(f"  {reason}", err=True)
-    if more := summary.failed - len(summary.reasons):
+    if summary.reasons and (more := summary.failed - len(summary.reasons)):
         click.echo(f"  and {more:,} more, see detections.jsonl", err=True)
     if summary.incomplete:
         click.echo(

@@ -19,7 +19,7 @@ from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
-from gfldeploy.errors import DataError, UsageError
+from gfldeploy.errors import DataError, OutputError, UsageError
 from gfldeploy.files import (
     StrPath,
     Unfinished,
@@ -27,6 +27,7 @@ from gfldeploy.files import (
     check_target,
     files_below,
     publish,
+    read_json,
     sha256,
     unfinished_beside,
     write_json,
@@ -38,7 +39,7 @@ from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
-from gfldeploy.predict.resume import WorkingFile, plain_batch
+from gfldeploy.predict.resume import WorkingFile, differences, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # a third of the time until an interruption is answered
 NOTE = "predict.json"
 PICTURES = "pictures"
 RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` reads
+HARDWARE = ("processor", "gpus")  # what the parts of one run need not have in common: it is recorded
 _WORKING = "working.jsonl"
 WHAT = "results of gfldeploy predict"
 PART = f"a part of {WHAT}"
@@ -183,6 +185,7 @@ def predict_images(
         engine_cache: The folder in which engines that compile keep the result.
         shard: (k, n) detects in the k-th of n parts of the inputs, k from 1, and writes a folder that `merge_parts`
             makes results of, with those of the other parts. Each is given the same arguments but this and `output`.
+            A part that is there already, by the same arguments, is left as it is.
         ray: Detect with workers on a Ray cluster: HOST:PORT of its head, "auto" for that of this machine, or "local"
             for one of this machine alone, which ends with the call. The results have the same bytes.
         workers: How many workers; by default as many as the cluster has room for. Each takes `threads` times `streams`
@@ -290,9 +293,22 @@ def _inputs(
 
 
 def _predict(request: _Request, progress: Progress) -> PredictResults:
-    check_target(request.output, "predict", force=request.force)
     classes = request.choice.bundle.manifest.classes
     categories = request.dataset.class_to_category(classes) if request.dataset else None
+    about = {
+        "listed": len(request.inputs),
+        "classes": classes,
+        "categories": categories,
+        "ids": request.image_ids and request.image_ids[request.places],
+    }
+    try:
+        check_target(request.output, "predict", force=request.force)
+    except OutputError:
+        again = request.part is not None and not request.force
+        if not again or (done := _done_before(request, {**_question(request), **about})) is None:
+            raise
+        progress.note(f"{request.output} is this part already: nothing is done again")
+        return done
     with unfinished_beside(request.output, "predict", _MADE) as unfinished:
         question = _question(request)
         results = unfinished.directory / _RESULTS
@@ -329,15 +345,7 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
                 finish_results(results, question, summary, request.draw, progress)
         else:
             with writing(request.output):
-                about = {
-                    "listed": len(request.inputs),
-                    "classes": classes,
-                    "categories": categories,
-                    "ids": request.image_ids and request.image_ids[request.places],
-                    "records": sha256(path),
-                    "files": [RECORDS],
-                }
-                write_note(results, PART, question, summary, about)
+                write_note(results, PART, question, summary, {**about, "records": sha256(path), "files": [RECORDS]})
         check_interrupted()
         # An upload takes a while, and the next run begins it again.
         with writing(request.output), hold_interrupts() if isinstance(request.output, Path) else nullcontext():
@@ -348,6 +356,27 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             unfinished.worth_keeping = False
             shutil.rmtree(results, ignore_errors=True)  # those that were replaced
     return replace(summary, kept=kept)
+
+
+def _done_before(request: _Request, question: Mapping[str, Any]) -> PredictResults | None:
+    """What the output holds, if it is the part that this request asks for, whatever processor did it.
+
+    A scheduler starts a job again whose machine goes before it is told that the job has ended.
+    """
+    output = request.output
+    try:
+        note = read_json(output / NOTE)
+        counts = [note.get(name) for name in ("images", "failed", "detections")]
+        same = note.get("what") == PART and not {*differences(note, {**note, **question})} - {*HARDWARE}
+        if not same or any(type(one) is not int for one in counts):
+            return None
+        # At an address the note was written last, and reading all is no small matter.
+        if isinstance(output, Path) and sha256(output / RECORDS) != note.get("records"):
+            return None
+    except (OSError, ValueError, AttributeError):  # no note, or none of ours
+        return None
+    images, failed, detections = counts
+    return PredictResults(images, failed, (), detections, kept=images)
 
 
 def processors(question: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

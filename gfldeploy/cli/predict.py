@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     default=DEFAULT_THRESHOLD,
     help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
 )
-@options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE)
+@options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE, *options.TILES)
 @click.option(
     "--streams",
     type=options.WholeNumber(1),
@@ -72,6 +72,9 @@ def command(output: Path | str, threshold: float, **given: Any) -> int:
 
     Each batch holds images of one input size (unless --order listed), so that an image has the detections that it has
     alone; OpenVINO INT8 may differ by rounding where there are more than four shapes of batches.
+
+    With --tile, batches hold tiles of one image and one input size, whatever the --order, and boxes of all tiles are
+    merged: what two tiles see of one object counts once.
 
     With a deploy.yml, options that are not given are as in that file. An interrupted or killed command resumes where it
     stopped when it is run again, and writes the same bytes.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
@@ -42,6 +43,7 @@ from gfldeploy.predict.resume import WorkingFile, differences, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 from gfldeploy.signals import check_interrupted, hold_interrupts
 from gfldeploy.storage import Inputs, Source, Url, source_of
 
@@ -73,7 +75,8 @@ class _Request:
 
     `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
     lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures. `part`: (k, n) for
-    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process.
+    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process. `tiling`: how
+    images are cut; None for whole ones.
     """
 
     choice: Choice
@@ -86,6 +89,7 @@ class _Request:
     force: bool
     part: tuple[int, int] | None
     cluster: ClusterOptions | None = None
+    tiling: Tiling | None = None
 
     @property
     def shards(self) -> Shards:
@@ -131,6 +135,8 @@ def predict_images(
     threads: int | None = None,
     streams: int | None = None,
     input_size: Size | None = None,
+    tile: Size | None = None,
+    overlap: float | None = None,
     batch_size: int | None = None,
     order: Order | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
@@ -169,9 +175,13 @@ def predict_images(
             `threads` is given.
         input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection.
-        batch_size: Images of one inference. Of a bundle by default 1; in ONNX Runtime on few CPUs up to 4 small ones,
-            which has the same results in less time.
-        order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
+        tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into, so that small
+            objects keep their size; such an image is detected in as a whole, too. See `batching.tiles.Tiling`.
+        overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
+        batch_size: Images, or tiles of an image, of one inference. Of a bundle by default 1; in ONNX Runtime on few
+            CPUs up to 4 small ones, which has the same results in less time.
+        order: How images are put into batches: "bucketed" ones have images of one input size, which pads none. Tiles
+            always are put so, those of an image by themselves.
         engine_cache: The folder in which engines that compile keep the result.
         shard: (k, n) detects in the k-th of n parts of the inputs, k from 1, and writes a folder that `merge_parts`
             makes results of, with those of the other parts. Each is given the same arguments but this and `output`.
@@ -188,7 +198,7 @@ def predict_images(
         How many images there were, how many could not be read, and why.
 
     Raises:
-        UsageError: There is nothing to detect in, or pictures are asked of a part.
+        UsageError: There is nothing to detect in, pictures are asked of a part, or tiles of images decoded "fast".
         BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
         DataError: An input is not there, or no image at all can be read.
         ServerError: A store of files at addresses does not answer, or lets nobody in.
@@ -203,6 +213,9 @@ def predict_images(
         raise ValueError(f"shard must be (k, n) with k from 1 to n, not {shard!r}")
     if shard is not None and draw:
         raise UsageError("a part has no pictures", "Give --draw to `gfldeploy merge`, which needs the images again.")
+    tiling = Tiling.of(tile, overlap)
+    if tiling is not None and decode == "fast":
+        raise UsageError("tiles are cut out of all the pixels of an image", "Leave --decode fast out, or --tile.")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     given = [source_of(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
@@ -243,7 +256,7 @@ def predict_images(
     drawn = threshold if draw_threshold is None else draw_threshold
     reduced = decode == "fast"
     request = _Request(
-        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster
+        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster, tiling
     )
     return _predict(request, progress)
 
@@ -424,7 +437,7 @@ def _elsewhere(
                 closing(
                     shards_on_ray(
                         cluster,
-                        ShardJob.of(request.choice, options, request.reduced),
+                        ShardJob.of(request.choice, options, request.reduced, request.tiling),
                         request.choice.bundle,
                         request.inputs,
                         known,
@@ -465,7 +478,7 @@ def _here(
         for one in map(request.shards.__getitem__, request.mine)
         if not working.ended(one.number)
     )
-    with ShardWorker(ShardJob.of(choice, options, request.reduced), progress, choice.bundle) as worker:
+    with ShardWorker(ShardJob.of(choice, options, request.reduced, request.tiling), progress, choice.bundle) as worker:
         progress.step("detecting", working.images, total)
         with closing(worker.detect_shards(tasks, known)) as found:
             for number, batch in found:
@@ -492,7 +505,7 @@ def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[Engin
     read = [inputs[place * len(inputs) // count] for place in range(count)]
     step = request.shards.size
     sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, count, step)]
-    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order))
+    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order, request.tiling))
     times = len(inputs) / max(count, 1)
     of_mine = len(request.mine) / max(len(request.shards), 1)
     total = round(sum(map(len, sizes)) * times * of_mine)
@@ -527,6 +540,7 @@ def _question(request: _Request) -> dict[str, Any]:
         "batch_size": choice.batch_size,
         "order": choice.order,
         **({"input_size": choice.input_size} if choice.input_size else {}),
+        **(plain(request.tiling) if request.tiling else {}),
         **({"shapes": choice.options.shapes} if choice.options.shapes else {}),
         "threshold": request.threshold,
         "draw_threshold": request.draw,

@@ -71,12 +71,14 @@ class UserNms(NmsParams):
     `kept`: the score channels of the classes that are kept, in rising order; the others are as if they were not there.
     `class_agnostic`: a box is dropped by a better one of any class. `lowest`: by class id, the lowest score that is
     shown, () for all alike. Then the `keep_top_k` best of those that are shown leave too, beside the `keep_top_k` best
-    of all: what is shown is not crowded out by what is not.
+    of all: what is shown is not crowded out by what is not. `most`: the `keep_top_k` that the user gave, -1 for none:
+    unlike the config's, it is of an image and not of each of its tiles.
     """
 
     kept: tuple[int, ...] = ()
     class_agnostic: bool = False
     lowest: tuple[float, ...] = ()
+    most: int = -1
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ class DetectionOptions:
                 kept=self.kept(class_names),
                 class_agnostic=bool(self.class_agnostic),
                 lowest=shown.lowest if self.class_thresholds else (),
+                most=-1 if self.keep_top_k is None else self.keep_top_k,
             )
         except ConfigError as error:
             raise UsageError(error.problem, error.remedy) from error

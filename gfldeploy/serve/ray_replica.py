@@ -137,7 +137,7 @@ class Canary:
         if self._first is None:
             await check_golden(service)
         try:
-            answer = await service.detect(self._content, seconds * 1e3)
+            answer = await service.detect(self._content, seconds * 1e3, own_nms=True)
         except RejectedError:
             return
         if self._first is None:

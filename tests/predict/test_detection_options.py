@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from gfldeploy.detector import Detector
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import DataError, OutputError, UsageError
+from gfldeploy.export.golden import PICTURE
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.predict.engine_selection import choose
@@ -39,6 +41,7 @@ from gfldeploy.predict.session import predict_images
 from gfldeploy.predict.shards import ShardJob
 from gfldeploy.serialization import build, plain
 from gfldeploy.serve.app import create_app
+from gfldeploy.serve.reload import check_golden
 from gfldeploy.serve.requests import RequestLimits
 from gfldeploy.serve.service import DetectionService, ServiceSettings
 from gfldeploy.tune.deploy_file import Deploy
@@ -313,6 +316,18 @@ def test_a_class_that_the_server_does_not_keep_is_refused(bundle: Path, raws: li
         service.close(drain=False)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unknown_class")
     assert "without the class person" in refused.json()["error"]["message"]
+
+
+def test_the_golden_picture_has_the_nms_that_it_was_made_with(tiny_whole: Path) -> None:
+    """A server that keeps none of what it expects is compared all the same."""
+    detection = DetectionOptions(classes=("ball",), score_threshold=0.9)
+    service = DetectionService(choose(tiny_whole, **HERE, detection=detection), ServiceSettings())
+    try:
+        assert re.search(r"finds ([1-9]\d*) of \1 expected detections", asyncio.run(check_golden(service)))
+        answer = asyncio.run(service.detect((tiny_whole / PICTURE).read_bytes(), 60_000))
+        assert len(answer.detections) == 0
+    finally:
+        service.close(drain=False)
 
 
 def test_workers_of_a_cluster_and_parts_have_what_was_turned(bundle: Path, raws: list[Raw], tmp_path: Path) -> None:

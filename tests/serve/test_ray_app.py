@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from test_serve_operations import rename_class
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cli.options import replicas
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.detector import Detector
 from gfldeploy.errors import BundleError, UsageError
 from gfldeploy.serve.process import Listen
@@ -79,6 +81,8 @@ def test_what_is_served_is_read_before_ray_is_asked(tiny_bundle: Path, tiny_coco
     assert {(64, 96), (96, 64)} < set(job.sizes)
     with pytest.raises(BundleError, match="there is no"):
         serve_on_ray(tmp_path / "none", JOB, FIXED)
+    with pytest.raises(UsageError, match=r"no class 'bal'. Did you mean 'ball'"):
+        read_source(tiny_bundle, replace(JOB, detection=DetectionOptions(classes=("bal",))))
     with pytest.raises(UsageError, match="--port 0"):
         serve_on_ray(tiny_bundle, JOB, RayServing("127.0.0.1:1", 1, 1, Listen(port=0)))
 
@@ -100,11 +104,12 @@ def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> No
     images = contents(tiny_coco)
     with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
         alone = [found.boxes.tolist() for found in detector.detect(images)]
-    with server(path, "--ray", "local", "--replicas", "2", "--streams", "1") as one:
+    turned = ("--classes", "0", "--score-threshold", "0.001")
+    with server(path, "--ray", "local", "--replicas", "2", "--streams", "1", *turned) as one:
         names = set()
 
-        def ask(image: bytes) -> dict[str, Any]:
-            url = f"http://127.0.0.1:{one.port}/v1/detect?timeout_ms=60000"
+        def ask(image: bytes, threshold: float = 0.5) -> dict[str, Any]:
+            url = f"http://127.0.0.1:{one.port}/v1/detect?timeout_ms=60000&threshold={threshold}"
             with urllib.request.urlopen(urllib.request.Request(url, image), timeout=60) as response:
                 names.add(response.headers["X-GFLDeploy-Replica"])
                 answer: dict[str, Any] = json.load(response)["images"][0]
@@ -114,6 +119,7 @@ def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> No
             for boxes, image in zip(alone, images, strict=True):
                 assert [detection["box"] for detection in ask(image)["detections"]] == boxes
         assert len(names) == 2
+        assert {found["class_id"] for found in ask(images[0], threshold=0)["detections"]} == {0}
         with urllib.request.urlopen(f"http://127.0.0.1:{one.port}/metrics", timeout=60) as response:
             metrics = response.read().decode()
         assert all(f'gfldeploy_ready{{replica="{name}"}} 1.0' in metrics for name in names)

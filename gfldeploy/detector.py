@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bench.cpu_parity import CpuCheck
-from gfldeploy.detections import Detections
+from gfldeploy.detections import DetectionOptions, Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
 from gfldeploy.progress import Silent
@@ -53,6 +53,13 @@ class Detector(ClosesOnExit):
         self,
         source: StrPath,
         *,
+        threshold: float | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        classes: Iterable[str | int] | None = None,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        keep_top_k: int | None = None,
+        class_agnostic: bool | None = None,
         engine: str | None = None,
         precision: Precision | None = None,
         device: Device | None = None,
@@ -60,6 +67,8 @@ class Detector(ClosesOnExit):
         threads: int | None = None,
         streams: int | None = None,
         input_size: tuple[int, int] | None = None,
+        tile: tuple[int, int] | None = None,
+        overlap: float | None = None,
         batch_size: int | None = None,
         engine_cache: StrPath | None = None,
     ) -> None:
@@ -68,6 +77,14 @@ class Detector(ClosesOnExit):
         Args:
             source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote, which decides on what is
                 None here.
+            threshold: The lowest score of a detection, by default 0.5; 0 gives all that NMS leaves, which mAP needs.
+            class_thresholds: For some classes, by name or id, another one: `{"person": 0.3}`.
+            classes: The classes to detect, names or ids; by default all. NMS does not see the others.
+            score_threshold: Detections must score more to leave NMS; by default, as the next two, as in the detector's
+                config.
+            nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
+            keep_top_k: The most detections of an image, the best ones.
+            class_agnostic: NMS drops a box for a better one of any class; by default of its own.
             engine: By default the preferred engine of those that can run the bundle.
             precision: By default that of the bundle.
             device: By default the CPU.
@@ -77,11 +94,15 @@ class Detector(ClosesOnExit):
                 default 1: then a single image takes the least time. `predict` has as many as there are CPUs.
             input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
                 PaddleDetection; by default that of the bundle.
-            batch_size: Images of one inference; by default 1.
+            tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into, so that
+                small objects keep their size; such an image is detected in as a whole, too. By default none is cut.
+            overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
+            batch_size: Images, or tiles of an image, of one inference; by default 1.
             engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
                 By default those that take minutes, as with TensorRT, use that of the commands, and others none.
 
         Raises:
+            UsageError: There is no such class, thresholds contradict each other, or the tiles cannot be.
             BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
             DataError: `source` is a file that is no `deploy.yml`.
             UnsupportedError: Nothing here can run the bundle so.
@@ -89,6 +110,7 @@ class Detector(ClosesOnExit):
             EngineError: The engine failed to load the bundle.
             OutputError: The engine cannot keep what it compiled.
         """
+        self._tiling = Tiling.of(tile, overlap)
         cache = None if engine_cache is None else Path(engine_cache)
         self.choice = choose(
             Path(source),
@@ -101,10 +123,12 @@ class Detector(ClosesOnExit):
             tf32=tf32,
             streams=streams,
             input_size=input_size,
+            detection=DetectionOptions.of(
+                threshold, class_thresholds, classes, score_threshold, nms_threshold, keep_top_k, class_agnostic
+            ),
         )
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)
-        self._manifest = self.choice.bundle.manifest
         options = replace(self.choice.options, progress=_Warning())
         self._engine = open_engine(self.choice.engine, self.choice.bundle, options)
         self._check = CpuCheck(self.choice.engine, self._engine, self.choice.bundle, warnings.warn)
@@ -112,7 +136,7 @@ class Detector(ClosesOnExit):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, by the numbers in `Detections.classes`."""
-        return self._manifest.classes
+        return self.choice.bundle.manifest.classes
 
     def close(self) -> None:
         """Free the detector."""
@@ -122,7 +146,7 @@ class Detector(ClosesOnExit):
         self,
         images: Image | Iterable[Image],
         *,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
         color: ColorOrder = "rgb",
         reduced: bool = False,
     ) -> list[Detections]:
@@ -130,7 +154,8 @@ class Detector(ClosesOnExit):
 
         Args:
             images: One image, or any number of them.
-            threshold: The lowest score of a detection; 0 gives all that NMS leaves, which mAP needs.
+            threshold: The lowest score of a detection; by default that of the detector. A class that has a threshold of
+                its own needs both.
             color: The order of the channels of arrays, and of nothing else; OpenCV's own are "bgr".
             reduced: Decode a JPEG at 1/2, 1/4 or 1/8 where that is no smaller than the network's input: faster, but not
                 the same pixels, so that scores and boxes differ a little.
@@ -140,7 +165,7 @@ class Detector(ClosesOnExit):
 
         Raises:
             DataError: An image cannot be used; it is the first that cannot.
-            ValueError: An array is not uint8 [h, w, 3].
+            ValueError: An array is not uint8 [h, w, 3], or `reduced` goes with tiles.
             TypeError: Something is no image.
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
@@ -157,7 +182,7 @@ class Detector(ClosesOnExit):
         self,
         images: Iterable[Image],
         *,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
         color: ColorOrder = "rgb",
         look_ahead: int | None = None,
         reduced: bool = False,
@@ -178,16 +203,22 @@ class Detector(ClosesOnExit):
             What is in each image, in the order of the images. One that cannot be used has its `error`.
 
         Raises:
-            ValueError: An array is not uint8 [h, w, 3].
+            ValueError: An array is not uint8 [h, w, 3], or `reduced` goes with tiles.
             TypeError: Something is no image.
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
+        if reduced and self._tiling is not None:
+            raise ValueError("tiles are cut out of all the pixels of an image, not of one decoded smaller")
+        detection = self.choice.detection
+        shown = detection.shown(self.classes, threshold)
+        # What has thresholds by class depends on them: it is not crowded out by what is not shown.
+        manifest = self.choice.bundle.manifest.turned(detection, threshold)
         batch_size = self.choice.batch_size
         groups = detect_groups(
             self._engine,
-            self._manifest,
+            manifest,
             (picture_of(image, color) for image in images),
             batch_size=batch_size,
             order=self.choice.order,
@@ -195,8 +226,9 @@ class Detector(ClosesOnExit):
             reduced=reduced,
             streams=self.choice.options.streams,
             check=self._check,
+            cut=None if self._tiling is None else InTiles(self._tiling, batch_size),
         )
         with closing(groups):
             for found in in_order([(found.index, found) for found in group] for group in groups):
-                kept = found.detections and found.detections.at_least(threshold)
+                kept = found.detections and found.detections.select(shown.places(found.detections))
                 yield replace(found, detections=kept)

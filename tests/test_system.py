@@ -1,4 +1,4 @@
-"""What differs by operating system: locks among processes, ends of processes, and prediction without what Windows lacks."""
+"""What differs by operating system: locks, ends of processes, and prediction without what Windows lacks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def environment(request: pytest.FixtureRequest) -> dict[str, str]:
 
 def test_a_lock_is_of_one_process_and_ends_with_it(environment: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOCKS, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as one:
+    with subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as one:
         assert one.stdout is not None and one.stdout.readline() == "True\n"
         two = subprocess.run(command, env=environment, text=True, input="\n", capture_output=True, check=True)
         assert two.stdout == "False\n"
@@ -89,10 +88,8 @@ def test_prediction_without_what_windows_lacks_has_the_same_bytes(
     pytest.importorskip("onnxruntime")
     pytest.importorskip("simplejpeg")
     found = []
-    for name in ("as usual", "as there"):
-        path = os.pathsep.join(
-            filter(None, [str(PORTABLE) if name == "as there" else "", os.environ.get("PYTHONPATH")])
-        )
+    for name, more in (("as usual", []), ("as there", [str(PORTABLE)])):
+        path = os.pathsep.join(filter(None, [*more, os.environ.get("PYTHONPATH")]))
         arguments = ["predict", str(tiny_bundle), str(tiny_coco.parent / "images"), "--output", str(tmp_path / name)]
         # With a console that knows no Unicode, as those of Windows are.
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "cp1252"}

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
+from gfldeploy.batching.tiles import InTiles, Tiling
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
-from gfldeploy.errors import DataError, UsageError
+from gfldeploy.errors import DataError, OutputError, UsageError
 from gfldeploy.files import (
     StrPath,
     Unfinished,
@@ -26,6 +28,7 @@ from gfldeploy.files import (
     check_target,
     files_below,
     publish,
+    read_json,
     sha256,
     unfinished_beside,
     write_json,
@@ -35,12 +38,13 @@ from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
+from gfldeploy.predict.outputs import DETECTIONS, PredictResults, Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
-from gfldeploy.predict.resume import WorkingFile, plain_batch
+from gfldeploy.predict.resume import WorkingFile, differences, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import build, plain
 from gfldeploy.signals import check_interrupted, hold_interrupts
 from gfldeploy.storage import Inputs, Source, Url, source_of
 
@@ -50,6 +54,8 @@ if TYPE_CHECKING:  # a third of the time until an interruption is answered
 NOTE = "predict.json"
 PICTURES = "pictures"
 RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` reads
+_NOT_ASKED = ("what", "images", "failed", "detections", "records", "files")  # of a note, what no question says
+HARDWARE = ("processor", "gpus")  # what the parts of one run need not have in common: it is recorded
 _WORKING = "working.jsonl"
 WHAT = "results of gfldeploy predict"
 PART = f"a part of {WHAT}"
@@ -69,21 +75,21 @@ _WORTH_A_BUILD = 1000
 class _Request:
     """What to detect in, and what to leave.
 
-    `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
-    lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures. `part`: (k, n) for
-    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process.
+    `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `draw`: the lowest
+    score that is drawn; None for no pictures. `part`: (k, n) for the k-th of n parts of the shards; None for all.
+    `cluster`: where it is done; None for this process. `cut`: how images are; None for whole ones.
     """
 
     choice: Choice
     inputs: Sequence[Source]
     output: Source
     dataset: CocoDataset | None
-    threshold: float
     draw: float | None
     reduced: bool
     force: bool
     part: tuple[int, int] | None
     cluster: ClusterOptions | None = None
+    cut: InTiles | None = None
 
     @property
     def shards(self) -> Shards:
@@ -119,7 +125,13 @@ def predict_images(
     input_list: StrPath | None = None,
     data: StrPath | None = None,
     draw: bool = False,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float | None = None,
+    class_thresholds: Mapping[str, float] | None = None,
+    classes: Sequence[str | int] | None = None,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    keep_top_k: int | None = None,
+    class_agnostic: bool | None = None,
     draw_threshold: float | None = None,
     decode: Literal["exact", "fast"] = "exact",
     engine: str | None = None,
@@ -129,6 +141,8 @@ def predict_images(
     threads: int | None = None,
     streams: int | None = None,
     input_size: Size | None = None,
+    tile: Size | None = None,
+    overlap: float | None = None,
     batch_size: int | None = None,
     order: Order | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
@@ -154,7 +168,16 @@ def predict_images(
         input_list: A text file that names a file on each line, a path or an address, beside `inputs`.
         data: COCO annotations (.json) whose images are detected in, and whose ids are used.
         draw: Draw the boxes, too: pictures of images, and videos of videos.
-        threshold: The lowest score in `detections.jsonl` and in pictures.
+        threshold: The lowest score in `detections.jsonl` and in pictures, by default 0.5. `coco.json` has all that NMS
+            leaves.
+        class_thresholds: For some classes, by name or id, another one: `{"person": 0.3}`. What it shows is in
+            `coco.json`, too, even beyond `keep_top_k`.
+        classes: The classes to detect, names or ids; by default all. NMS, and so all files, are without the others.
+        score_threshold: Detections must score more to leave NMS; by default, as the next two, as in the detector's
+            config.
+        nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
+        keep_top_k: The most detections of an image, the best ones.
+        class_agnostic: NMS drops a box for a better one of any class; by default of its own.
         draw_threshold: The lowest score in pictures, if another.
         decode: "fast" decodes JPEGs at 1/2, 1/4 or 1/8 where they are that much larger than the network's input.
         engine: The engine that runs the bundle.
@@ -167,12 +190,17 @@ def predict_images(
             `threads` is given.
         input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection.
-        batch_size: Images of one inference. Of a bundle by default 1; in ONNX Runtime on few CPUs up to 4 small ones,
-            which has the same results in less time.
-        order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
+        tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into, so that small
+            objects keep their size; such an image is detected in as a whole, too. See `batching.tiles.Tiling`.
+        overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
+        batch_size: Images, or tiles of an image, of one inference. Of a bundle by default 1; in ONNX Runtime on few
+            CPUs up to 4 small ones, which has the same results in less time.
+        order: How images are put into batches: "bucketed" ones have images of one input size, which pads none. Tiles
+            always are put so, those of an image by themselves.
         engine_cache: The folder in which engines that compile keep the result.
         shard: (k, n) detects in the k-th of n parts of the inputs, k from 1, and writes a folder that `merge_parts`
             makes results of, with those of the other parts. Each is given the same arguments but this and `output`.
+            A part that is there already, by the same arguments, is left as it is.
         ray: Detect with workers on a Ray cluster: HOST:PORT of its head, "auto" for that of this machine, or "local"
             for one of this machine alone, which ends with the call. The results have the same bytes.
         workers: How many workers; by default as many as the cluster has room for. Each takes `threads` times `streams`
@@ -185,7 +213,8 @@ def predict_images(
         How many images there were, how many could not be read, and why.
 
     Raises:
-        UsageError: There is nothing to detect in, or pictures are asked of a part.
+        UsageError: There is nothing to detect in, pictures are asked of a part, or tiles of images decoded "fast";
+            there is no such class, or thresholds contradict each other.
         BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
         DataError: An input is not there, or no image at all can be read.
         ServerError: A store of files at addresses does not answer, or lets nobody in.
@@ -200,11 +229,17 @@ def predict_images(
         raise ValueError(f"shard must be (k, n) with k from 1 to n, not {shard!r}")
     if shard is not None and draw:
         raise UsageError("a part has no pictures", "Give --draw to `gfldeploy merge`, which needs the images again.")
+    tiling = Tiling.of(tile, overlap)
+    if tiling is not None and decode == "fast":
+        raise UsageError("tiles are cut out of all the pixels of an image", "Leave --decode fast out, or --tile.")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     given = [source_of(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
     listed = None if input_list is None else Path(input_list)
     folder = source_of(output)
+    detection = DetectionOptions.of(
+        threshold, class_thresholds, classes, score_threshold, nms_threshold, keep_top_k, class_agnostic
+    )
     choice = choose(
         Path(source),
         engine,
@@ -219,6 +254,7 @@ def predict_images(
         throughput=True,
         small_batches=True,
         input_size=input_size,
+        detection=detection,
     )
     annotations = None if data is None else Path(data)
     read: list[Source] = [Path(source), *given, *(path for path in (annotations, listed) if path is not None)]
@@ -229,18 +265,18 @@ def predict_images(
 
         cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
     dataset, files, notes = _inputs(given, listed, annotations, folder)
-    classes = choice.bundle.manifest.classes
+    names = choice.bundle.manifest.classes
     if dataset is not None:
-        notes += [*dataset.notes, *dataset.match(classes).notes]
+        notes += [*dataset.notes, *dataset.match(names).notes]
     if draw:
-        notes += drawing_notes(classes, any(map(is_video, files)))
+        notes += drawing_notes(names, any(map(is_video, files)))
     for note in (*choice.notes, *notes):
         progress.note(note)
     progress.stage(str(choice))
-    drawn = threshold if draw_threshold is None else draw_threshold
-    reduced = decode == "fast"
+    drawn = choice.detection.shown(names).least if draw_threshold is None else draw_threshold
+    cut = None if tiling is None else InTiles(tiling, choice.batch_size)
     request = _Request(
-        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster
+        choice, files, folder, dataset, drawn if draw else None, decode == "fast", force, shard, cluster, cut
     )
     return _predict(request, progress)
 
@@ -276,9 +312,22 @@ def _inputs(
 
 
 def _predict(request: _Request, progress: Progress) -> PredictResults:
-    check_target(request.output, "predict", force=request.force)
-    classes = request.choice.bundle.manifest.classes
+    classes, detection = request.choice.bundle.manifest.classes, request.choice.detection
     categories = request.dataset.class_to_category(classes) if request.dataset else None
+    about = {
+        "listed": len(request.inputs),
+        "classes": classes,
+        "categories": categories,
+        "ids": request.image_ids and request.image_ids[request.places],
+    }
+    try:
+        check_target(request.output, "predict", force=request.force)
+    except OutputError:
+        again = request.part is not None and not request.force
+        if not again or (done := _done_before(request, {**_question(request), **about})) is None:
+            raise
+        progress.note(f"{request.output} is this part already: nothing is done again")
+        return done
     with unfinished_beside(request.output, "predict", _MADE) as unfinished:
         question = _question(request)
         results = unfinished.directory / _RESULTS
@@ -300,10 +349,10 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             with closing(_detected(request, unfinished, working, progress)) as found:
                 if request.part is None:
                     summary = write_outputs(
-                        results, found, classes, request.image_ids, categories, request.threshold, request.output
+                        results, found, classes, request.image_ids, categories, detection, request.output
                     )
                 else:
-                    counted = Summary(request.threshold)
+                    counted = Summary(detection.shown(classes))
                     for image in found:
                         counted.add(image)
                     summary = counted.results()
@@ -315,15 +364,7 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
                 finish_results(results, question, summary, request.draw, progress)
         else:
             with writing(request.output):
-                about = {
-                    "listed": len(request.inputs),
-                    "classes": classes,
-                    "categories": categories,
-                    "ids": request.image_ids and request.image_ids[request.places],
-                    "records": sha256(path),
-                    "files": [RECORDS],
-                }
-                write_note(results, PART, question, summary, about)
+                write_note(results, PART, question, summary, {**about, "records": sha256(path), "files": [RECORDS]})
         check_interrupted()
         # An upload takes a while, and the next run begins it again.
         with writing(request.output), hold_interrupts() if isinstance(request.output, Path) else nullcontext():
@@ -334,6 +375,28 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             unfinished.worth_keeping = False
             shutil.rmtree(results, ignore_errors=True)  # those that were replaced
     return replace(summary, kept=kept)
+
+
+def _done_before(request: _Request, question: Mapping[str, Any]) -> PredictResults | None:
+    """What the output holds, if it is the part that this request asks for, whatever processor did it.
+
+    A scheduler starts a job again whose machine goes before it is told that the job has ended.
+    """
+    output = request.output
+    try:
+        note = read_json(output / NOTE)
+        counts = [note.get(name) for name in ("images", "failed", "detections")]
+        asked = {name: value for name, value in note.items() if name not in _NOT_ASKED}
+        same = note.get("what") == PART and not {*differences(asked, question)} - {*HARDWARE}
+        if not same or any(type(one) is not int for one in counts):
+            return None
+        # At an address the note was written last, and reading all is no small matter.
+        if isinstance(output, Path) and sha256(output / RECORDS) != note.get("records"):
+            return None
+    except (OSError, ValueError, AttributeError):  # no note, or none of ours
+        return None
+    images, failed, detections = counts
+    return PredictResults(images, failed, (), detections, kept=images)
 
 
 def processors(question: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -395,7 +458,7 @@ def _elsewhere(
                 closing(
                     shards_on_ray(
                         cluster,
-                        ShardJob.of(request.choice, options, request.reduced),
+                        ShardJob.of(request.choice, options, request.reduced, request.cut),
                         request.choice.bundle,
                         request.inputs,
                         known,
@@ -436,7 +499,7 @@ def _here(
         for one in map(request.shards.__getitem__, request.mine)
         if not working.ended(one.number)
     )
-    with ShardWorker(ShardJob.of(choice, options, request.reduced), progress, choice.bundle) as worker:
+    with ShardWorker(ShardJob.of(choice, options, request.reduced, request.cut), progress, choice.bundle) as worker:
         progress.step("detecting", working.images, total)
         with closing(worker.detect_shards(tasks, known)) as found:
             for number, batch in found:
@@ -463,7 +526,7 @@ def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[Engin
     read = [inputs[place * len(inputs) // count] for place in range(count)]
     step = request.shards.size
     sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, count, step)]
-    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order))
+    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order, request.cut))
     times = len(inputs) / max(count, 1)
     of_mine = len(request.mine) / max(len(request.shards), 1)
     total = round(sum(map(len, sizes)) * times * of_mine)
@@ -477,6 +540,18 @@ def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[Engin
         return options, total
     single = in_batches(expecting.shapes, manifest.inputs[0].shape[0] or 1)  # of a batch, few may be readable
     return replace(options, shapes=tuple(dict.fromkeys((*expecting.shapes, *single)))), total
+
+
+def question_of(detection: DetectionOptions) -> dict[str, Any]:
+    """What a question says of it; `detection_of` is the inverse."""
+    given = plain({name: value for name, value in detection.given.items() if name != "threshold"})
+    return {"threshold": detection.lowest, **({"detection": given} if given else {})}
+
+
+def detection_of(question: Mapping[str, Any]) -> DetectionOptions:
+    """What a question from a file says of it. Raises `DataError`."""
+    given = question.get("detection", {})
+    return build(DetectionOptions, {**given, "threshold": question["threshold"]} if isinstance(given, dict) else given)
 
 
 def _question(request: _Request) -> dict[str, Any]:
@@ -498,8 +573,9 @@ def _question(request: _Request) -> dict[str, Any]:
         "batch_size": choice.batch_size,
         "order": choice.order,
         **({"input_size": choice.input_size} if choice.input_size else {}),
+        **(plain(request.cut.tiling) if request.cut else {}),
         **({"shapes": choice.options.shapes} if choice.options.shapes else {}),
-        "threshold": request.threshold,
+        **question_of(choice.detection),
         "draw_threshold": request.draw,
         "decoding": "reduced" if request.reduced else "exact",
         "annotations": hashlib.sha256(repr(ids).encode()).hexdigest() if ids is not None else None,

@@ -15,7 +15,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
+from gfldeploy.batching.tiles import InTiles
 from gfldeploy.bundle import Bundle, Manifest
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import is_compared, open_engine
 from gfldeploy.errors import BundleError
@@ -76,7 +78,8 @@ class ShardJob:
 
     `bundle`: the directory; `digest`: of the bundle that has to be there. `options`: the engine's, as
     `EngineOptions.to_plain` makes them. `reduced`: JPEGs are decoded at 1/2, 1/4 or 1/8 where they are that much larger
-    than the network's input. `input_size`: None for the bundle's own.
+    than the network's input. `input_size`: None for the bundle's own. `detection`: what was turned of NMS. `cut`: None
+    for whole images.
     """
 
     bundle: str
@@ -87,9 +90,11 @@ class ShardJob:
     order: Order
     reduced: bool = False
     input_size: Size | None = None
+    detection: DetectionOptions = AS_CONFIGURED
+    cut: InTiles | None = None
 
     @classmethod
-    def of(cls, choice: Choice, options: EngineOptions, reduced: bool) -> Self:
+    def of(cls, choice: Choice, options: EngineOptions, reduced: bool, cut: InTiles | None = None) -> Self:
         """What was chosen, with these options for the engine."""
         return cls(
             bundle=str(choice.bundle.directory),
@@ -100,6 +105,8 @@ class ShardJob:
             order=choice.order,
             reduced=reduced,
             input_size=choice.input_size,
+            detection=choice.detection,
+            cut=cut,
         )
 
 
@@ -133,7 +140,7 @@ class ShardWorker(ClosesOnExit):
                 "Copy the same bundle to every machine.",
             )
         self.job = job
-        self._manifest = bundle.manifest
+        self._manifest = bundle.manifest.turned(job.detection)
         self._options = replace(EngineOptions.from_plain(job.options), progress=progress)
         self._engine = open_engine(job.engine, bundle, self._options)
         self._check: CpuCheck | None = None
@@ -168,9 +175,8 @@ class ShardWorker(ClosesOnExit):
         def batches() -> Iterator[PictureBatch]:
             for task in tasks:
                 ahead = _BATCHES_AHEAD * job.batch_size
-                formed = batches_of(
-                    pictures(task.inputs, sizes, task.bad), self._manifest, job.batch_size, job.order, ahead
-                )
+                found = pictures(task.inputs, sizes, task.bad)
+                formed = batches_of(found, self._manifest, job.batch_size, job.order, ahead, job.cut)
                 for batch in islice(formed, task.skip, None):
                     numbers.append(task.number)
                     yield batch
@@ -184,6 +190,7 @@ class ShardWorker(ClosesOnExit):
             reduced=job.reduced,
             check=self._check,
             streams=self._options.streams,
+            cut=job.cut,
         )
         with closing(found):
             for batch in found:
@@ -191,12 +198,22 @@ class ShardWorker(ClosesOnExit):
 
 
 def shard_shapes(
-    shards: Iterable[Iterable[Size | None]], manifest: Manifest, batch_size: int, order: Order
+    shards: Iterable[Iterable[Size | None]],
+    manifest: Manifest,
+    batch_size: int,
+    order: Order,
+    cut: InTiles | None = None,
 ) -> Iterator[Shape]:
     """The shapes of the batches of shards, by (h, w) of the images of each, None for what cannot be read."""
-    input_size, fixed = manifest.preprocess.input_size, manifest.inputs[0].shape[0]
+    preprocess, fixed = manifest.preprocess, manifest.inputs[0].shape[0]
     ahead = _BATCHES_AHEAD * batch_size
     for sizes in shards:
-        known = ((None, input_size(*size)) for size in sizes if size is not None)
-        for batch, (height, width) in stream_batches(known, batch_size, order, ahead):
-            yield fixed or len(batch), height, width
+        readable = (size for size in sizes if size is not None)
+        if cut is not None:
+            shapes = cut.shapes(readable, preprocess)
+        else:
+            known = ((None, preprocess.input_size(*size)) for size in readable)
+            formed = stream_batches(known, batch_size, order, ahead)
+            shapes = ((len(batch), *size) for batch, size in formed)
+        for count, height, width in shapes:
+            yield fixed or count, height, width

@@ -534,9 +534,22 @@ def _take(lock: ExitStack, place: Path, output: Path, command: str, made: str) -
             _write_mark(place, command, output)
         elif not _has_mark(place, command, alone=names == {_MARK}):
             raise _in_the_way(place, "it", output)
-        elif stranger := next((path for path, own in _contents(place, made) if not own), None):
+        _undo_renaming(place, output, command)
+        if stranger := next((path for path, own in _contents(place, made) if not own), None):
             raise _in_the_way(place, f"{stranger.relative_to(place).as_posix()!r} in it", output)
         return not names <= {_MARK}
+
+
+def _undo_renaming(place: Path, output: Path, command: str) -> None:
+    """After a kill in the middle of `publish`: what was to be replaced gets its name back, or goes if it was."""
+    aside = place / _OLD
+    kind = next((one for one in _NOTES if one == command), None)
+    if kind is None or not aside.is_dir() or aside.is_symlink() or _stranger(aside, kind):
+        return
+    if os.path.lexists(output):
+        shutil.rmtree(aside)
+    else:
+        rename(aside, output)
 
 
 def _in_the_way(place: Path, what: str, output: Path) -> OutputError:
@@ -594,7 +607,7 @@ def publish(new: Path, target: Source, kind: DirectoryKind = "bundle") -> None:
         return
     if exchange(new, target):
         return
-    # Two renames, undone if the second fails, or by the next run.
+    # One after the other, undone if the second fails, or by the next run.
     aside = new.with_name(_OLD)
     rename(target, aside)
     try:
@@ -602,6 +615,8 @@ def publish(new: Path, target: Source, kind: DirectoryKind = "bundle") -> None:
     except OSError:
         rename(aside, target)
         raise
+    with suppress(OSError):  # the next run removes it
+        rename(aside, new)
 
 
 def _here_for(target: Url) -> Path:

@@ -247,6 +247,20 @@ def test_killed_between_two_renames_the_old_one_comes_back(tmp_path: Path) -> No
     assert sorted(tree(tmp_path)) == ["out", "out/a", "out/manifest.json"]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_killed_while_unfinished_work_replaces_another(replaced: bool, tmp_path: Path) -> None:
+    place, out = tmp_path / "out.unfinished", tmp_path / "out"
+    place.mkdir()
+    (place / ".made-by-gfldeploy").write_text("gfldeploy predict, on its way to out\n")
+    note = json.dumps({"what": "results of gfldeploy predict", "files": ["a.json"]})
+    for folder, text in ((place / "old", "1"), *([(out, "2")] if replaced else [])):
+        folder.mkdir()
+        (folder / "predict.json").write_text(note)
+        (folder / "a.json").write_text(text)
+    work(out)
+    assert tree(tmp_path) == {"out": None, "out/predict.json": note, "out/a.json": "2" if replaced else "1"}
+
+
 def test_scratch_of_a_killed_run_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (

@@ -162,7 +162,7 @@ if os.name == "posix":
     hide_from_paths()
     protect_what_is_open()
     # Directories are locked in another way here: those of others, who do it in the usual way, must not be among them.
-    folder = pathlib.Path(os.environ.get("TMPDIR") or "/tmp")
-    if folder.name != "portable" and not os.environ.get("GFLDEPLOY_PARENT"):
-        (folder / "portable").mkdir(exist_ok=True)
-        os.environ["TMPDIR"] = str(folder / "portable")
+    if "TMPDIR" not in os.environ:
+        folder = pathlib.Path("/tmp/gfldeploy-portable")
+        folder.mkdir(exist_ok=True)
+        os.environ["TMPDIR"] = str(folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -298,9 +299,14 @@ class _Application:
 
         old = self._state()
         options = deployment_options(target, self._serving, surge)
-        application = serve.deployment(**options)(serve.ingress()(DetectorReplica)).bind(
-            plain(target), self._files(target)
-        )
+        job = plain(target)
+        deployment = serve.deployment(**options)(serve.ingress()(DetectorReplica))
+        # By default every deployment is another version, whose replicas replace all: after a failed reload those that
+        # answer, too.
+        with suppress(TypeError, ValueError):  # of a Ray Serve that does not take it
+            version = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+            deployment = deployment.options(version=version, _internal=True)
+        application = deployment.bind(job, self._files(target))
         try:
             serve.run_many(
                 [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],

@@ -20,11 +20,12 @@ from served import contents
 from test_serve_command import server
 from test_serve_operations import rename_class
 
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import MANIFEST, Bundle
 from gfldeploy.cli.options import replicas
 from gfldeploy.detections import DetectionOptions
 from gfldeploy.detector import Detector
 from gfldeploy.errors import BundleError, UsageError
+from gfldeploy.files import sha256
 from gfldeploy.serve.process import Listen
 from gfldeploy.serve.ray_app import RayServing, deployment_options, on_cpus, read_source, serve_on_ray
 from gfldeploy.serve.ray_replica import ReplicaJob
@@ -98,7 +99,7 @@ def test_options_that_do_not_go_together(tiny_bundle: Path, run_here: RunHere) -
 
 @pytest.mark.slow  # starts Ray
 def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    """Two replicas: answers, the end of one, another bundle, one that does not come up, and an end without a rest."""
+    """Two replicas: answers, the end of one, another bundle, one that replicas refuse, and an end without a rest."""
     pytest.importorskip("ray.serve")
     path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     images = contents(tiny_coco)
@@ -136,15 +137,29 @@ def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> No
         rename_class(path, "box", "crate")
         one.process.send_signal(signal.SIGHUP)
         until(lambda: ask(images[0])["detections"][0]["class"] == "crate" and "answers" in one.said[-1])
-        (path / "manifest.json").write_text("{}")
+        names.clear()
+        until(lambda: bool(ask(images[0])) and len(names) == 2)
+        spoil(path)
         one.process.send_signal(signal.SIGHUP)
-        until(lambda: "what served before goes on" in "".join(one.said))
-        assert ask(images[0])["detections"][0]["class"] == "crate"
+        until(lambda: bool(ask(images[0])) and "what served before goes on" in "".join(one.said))
+        for _ in range(20):
+            assert ask(images[0])["detections"][0]["class"] == "crate"
+            time.sleep(0.1)
+        assert len(names) == 2, "replicas that answer are not replaced by their like"
 
         processes = psutil.Process(one.process.pid).children(recursive=True)
         one.process.send_signal(signal.SIGTERM)
         assert one.process.wait(60) == 0
         until(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes))
+
+
+def spoil(path: Path) -> None:
+    """Have a bundle hold an ONNX file that is what its manifest says, and that no replica can load."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    name = manifest["graphs"]["onnx"]["model"]
+    (path / name).write_bytes(b"no graph")
+    manifest["files"][name] = {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -93,6 +93,7 @@ def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Pat
         with urllib.request.urlopen(f"http://127.0.0.1:{one.port}/health/ready", timeout=60) as response:
             assert response.status == 200
         until(lambda: metric(one, "gfldeploy_ready") == {"1": 1, "2": 1})
+        assert sorted(metric(one, "gfldeploy_replica_restarts_total").values()) == [0, 1]
         # Clients that keep their connections come to use the new one, too.
         before = metric(one, "gfldeploy_images_total")
         for _ in range(3):

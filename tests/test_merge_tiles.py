@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gfldeploy.detections import Detections, NmsParams, merge_tiles
+from gfldeploy.detections import Detections
+from gfldeploy.nms import NmsParams, merge_tiles
 
 
 def brute_force(parts: list[Detections], cut: list[NDArray[np.bool_]], params: NmsParams) -> list[tuple[float, ...]]:
@@ -72,7 +73,7 @@ def iou(one: tuple[Any, ...], other: tuple[Any, ...], extra: np.float32) -> np.f
 def test_what_is_left_is_what_the_rule_says(
     eta: float, normalized: bool, pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gfldeploy.detections._PAIRS", pairs_at_once)
+    monkeypatch.setattr("gfldeploy.nms._PAIRS", pairs_at_once)
     random = np.random.default_rng(24)
     params = NmsParams(0.05, 0.6, 100, 5, normalized, eta)
     for counts in ([0, 0], [1, 0], [40, 60, 20], [90, 1, 30]):

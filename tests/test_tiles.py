@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ import demo_bundles
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from recorded_progress import RecordedProgress
 from sample_results import OK, altered, sample_results
 
 from gfldeploy import Detector, audit, benchmark, compare, evaluate, merge_parts, predict_images
 from gfldeploy.accuracy import coco_accuracy, coco_results
+from gfldeploy.batch_detection import DetectionJob, DetectionWork, task_of
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bench.inputs import tile_batches
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bench.table import COLUMNS, rows
 from gfldeploy.bench.timing import Settings, measure, time_stages
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import Detections, NmsParams, UserNms, merge_tiles
+from gfldeploy.cluster.worker import Todo
+from gfldeploy.detections import Detections, NmsParams, UserNms, merge_tiles, to_text
 from gfldeploy.engines.base import EngineOptions, Tensors
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
@@ -30,6 +34,9 @@ from gfldeploy.errors import DataError, UsageError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.predict import sources
+from gfldeploy.predict.ray_shards import RayShards
+from gfldeploy.predict.shards import ShardJob
+from gfldeploy.serialization import plain
 
 pytest.importorskip("onnxruntime")
 
@@ -274,6 +281,16 @@ def test_prediction_in_tiles_is_one_however_it_is_done(tiny_bundle: Path, images
             assert [item["score"] for item in line["detections"]] == alone.scores.tolist()
     again = predict_images(tiny_bundle, output=tmp_path / "two", **{**given, "streams": 2, "batch_size": 4})
     assert again.detections == found.detections
+
+    class Stops(RecordedProgress):
+        def step(self, label: str, done: int, total: int) -> None:
+            if done == 9:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_images(tiny_bundle, output=tmp_path / "resumed", progress=Stops(), **given)
+    assert predict_images(tiny_bundle, output=tmp_path / "resumed", **given).kept == 9
+    assert demo_bundles.snapshot(tmp_path / "resumed") == demo_bundles.snapshot(tmp_path / "one")
     parts = [tmp_path / f"part{number}" for number in (1, 2)]
     for number, part in enumerate(parts, start=1):
         predict_images(tiny_bundle, output=part, shard=(number, 2), **given)
@@ -303,6 +320,27 @@ def test_eval_measures_what_a_detector_finds(tiny_bundle: Path, images: Path) ->
         )  # fmt: skip
         assert measured.accuracy == expected and measured.tiling == Tiling(TILE, OVERLAP)
     assert evaluate(tiny_bundle, data=data, engine="onnxruntime").accuracy.detections == len(SIZES) < len(results)
+
+
+def test_workers_elsewhere_find_the_same(tiny_bundle: Path, images: Path) -> None:
+    """What a Ray worker runs, in this process: jobs, tasks and values went through JSON."""
+    paths, cut = sorted(images.iterdir()), InTiles(Tiling(TILE, OVERLAP), 2)
+    with Detector(tiny_bundle, engine="onnxruntime", tile=TILE, overlap=OVERLAP, batch_size=2) as detector:
+        expected = [to_text(one) for one in detector.detect(paths, threshold=0)]
+        job = ShardJob.of(detector.choice, EngineOptions(), reduced=False, cut=cut)
+    bundle = Bundle.open(tiny_bundle)
+    task = json.loads(json.dumps({"inputs": list(map(str, paths)), "bytes": None, "sizes": [None] * 5}))
+    setting = {"job": json.loads(json.dumps(plain(job))), "own_cache": False, "folder": str(images)}
+    work = RayShards(setting, tiny_bundle)
+    with closing(work), closing(work.run([Todo(7, task, 1)])) as values:
+        found = list(values)
+    assert found.pop() == (7, []) and [value[0]["detections"] for _, value in found] == expected[1:]
+    evaluated = DetectionJob("onnxruntime", EngineOptions().to_plain(), (64, 96), cut=cut)
+    assert bundle.manifest.preprocess.target_size == evaluated.input_size
+    units = task_of([[0], [1], [2], [3], [4]], paths)
+    with DetectionWork(json.loads(json.dumps(plain(evaluated))), tiny_bundle) as unit_work:
+        answers = [value for _, value in unit_work.run([Todo(0, units)])]
+    assert [value[0][0] for value in answers[:-1]] == expected
 
 
 def test_audit_counts_tiles_and_inferences(tiny_bundle: Path, images: Path) -> None:

@@ -108,12 +108,24 @@ def _binomial_cdf(n: int, probability: float) -> NDArray[np.float64]:
 def ratio_of_medians(
     base: Sequence[Sequence[float]], other: Sequence[Sequence[float]], seed: int = 0, resamples: int = _RESAMPLES
 ) -> Estimate:
-    """The median of all rounds of `other` over that of `base`; `n` is the smaller number of samples.
+    """The median of all rounds of `other` over that of `base`; see `ratios_of_medians`."""
+    return ratios_of_medians(base, other, (CONFIDENCE,), seed, resamples)[0]
 
-    The interval is that of a two-level percentile bootstrap (after Kalibera and Jones, Quantifying Performance Changes
-    with Effect Size Confidence Intervals, 2012): the rounds are drawn with replacement, and in each of them circular
-    blocks of consecutive samples (Politis and Romano, 1992) of the square root of its length, since neighbours are
-    correlated and the inputs come round again. None below 6 samples on either side.
+
+def ratios_of_medians(
+    base: Sequence[Sequence[float]],
+    other: Sequence[Sequence[float]],
+    confidences: Sequence[float],
+    seed: int = 0,
+    resamples: int = _RESAMPLES,
+) -> list[Estimate]:
+    """The median of all rounds of `other` over that of `base`, with an interval of each of these confidences, 0 to 1.
+
+    `n` is the smaller number of samples. The interval is that of a two-level percentile bootstrap (after Kalibera and
+    Jones, Quantifying Performance Changes with Effect Size Confidence Intervals, 2012): the rounds are drawn with
+    replacement, and in each of them circular blocks of consecutive samples (Politis and Romano, 1992) of the square
+    root of its length, since neighbours are correlated and the inputs come round again. None below 6 samples on either
+    side.
 
     With a single round on a side, what differs from one of its runs to the next is not in the interval. A few rounds
     that differ much more than the samples within them give too narrow an interval.
@@ -128,14 +140,14 @@ def ratio_of_medians(
         raise ValueError("the median of base must be positive")
     n = min(sum(map(len, rounds)) for rounds in sides)
     if not supports(n, 50):
-        return Estimate(above / below, None, None, n)
+        return [Estimate(above / below, None, None, n)] * len(confidences)
     total = sum(len(values) for rounds in sides for values in rounds)
     resamples = min(resamples, max(_RESAMPLED_VALUES // total, _LEAST_RESAMPLES))
     generator = np.random.default_rng(seed)
     denominators, numerators = (_resampled_medians(rounds, resamples, generator) for rounds in sides)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(numerators / denominators, [tail, 100 - tail])
-    return Estimate(above / below, float(low), float(high), n)
+    ratios = numerators / denominators
+    bounds = [np.percentile(ratios, [50 * (1 - one), 50 * (1 + one)]).tolist() for one in confidences]
+    return [Estimate(above / below, low, high, n) for low, high in bounds]
 
 
 def _resampled_medians(

@@ -9,12 +9,13 @@ deaths     `--count` images of a folder, in turn, on Ray's own test cluster: thr
            driver killed with SIGKILL at random moments. The same command is run again where the driver was killed.
            Every file must have the bytes of the undisturbed run.
 overhead   Interleaved, `--rounds` times: `predict --ray local` with two workers of one thread, and two `predict` of one
-           thread at once, each on half of the images: images a second from 20% to 90% of the images.
+           thread at once, each on half of the images: images a second from 20% to 90% of the images, and the CPU time
+           that the commands, the workers and Ray's own processes take meanwhile.
 memory     The driver's resident memory with 1,000 and with 100,000 small images, and a detector of one convolution.
 killer     An engine that ends its process when it sees one of the images: "error" lines for that image alone.
 
-Prints the figures, and writes them to results/MACHINE/checks/NAME_ray_predict.json beside this script; parts that are
-not run keep what is there.
+Prints the figures, and writes them after every run to results/MACHINE/checks/NAME_ray_predict.json beside this script;
+parts that are not run keep what is there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import statistics
@@ -32,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -103,14 +106,16 @@ def main() -> None:
         for part in args.parts:
             inside = folder / part
             inside.mkdir()
-            record[part], right = globals()[part](args, inside)
+            right = False
+            for so_far, right in globals()[part](args, inside):  # noqa: B007 - the last one counts
+                record[part] = so_far
+                output.parent.mkdir(parents=True, exist_ok=True)
+                write_json(output, record)
             wrong |= not right
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(output, record)
     raise SystemExit(wrong)
 
 
-def deaths(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+def deaths(args: argparse.Namespace, folder: Path) -> Iterator[tuple[dict[str, Any], bool]]:
     chooser = random.Random(args.seed)
     images = cycled(list_images(args.images), folder / "images", args.count)
     start = time.monotonic()
@@ -123,16 +128,19 @@ def deaths(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool
         seconds = time.monotonic() - start
         same = digests(folder / "undisturbed") == expected
         print(f"{args.count} images on three nodes in {seconds:.0f} s, alone in {alone_s:.0f} s: same bytes {same}")
-        runs = []
+        runs: list[dict[str, Any]] = []
+        record = {"images": args.count, "seconds": seconds, "alone_s": alone_s, "undisturbed_same": same, "runs": runs}
+        right = same
         for number in range(args.runs):
-            runs.append(disturbed(args, images, folder / f"run{number}", address, nodes, seconds, chooser))
-            runs[-1]["same"] = digests(folder / f"run{number}") == expected
-            print(number, runs[-1])
-    killed = sum(len(run["killed"]) for run in runs)
-    right = same and all(run["same"] and run["images"] == args.count for run in runs)
-    print(f"{len(runs)} runs, {killed} kills: {'the same bytes' if right else 'DIFFERENT BYTES'}")
-    record = {"images": args.count, "seconds": seconds, "alone_s": alone_s, "undisturbed_same": same, "runs": runs}
-    return record, right
+            output = folder / f"run{number}"
+            runs.append(disturbed(args, images, output, address, nodes, seconds, chooser))
+            runs[-1]["same"] = digests(output) == expected
+            right &= runs[-1]["same"] and runs[-1]["images"] == args.count
+            print(number, runs[-1], flush=True)
+            yield record, right
+            shutil.rmtree(output)
+    killed = Counter(one["what"] for run in runs for one in run["killed"])
+    print(f"{len(runs)} runs, {dict(killed)} killed: {'the same bytes' if right else 'DIFFERENT BYTES'}")
 
 
 def disturbed(
@@ -175,12 +183,12 @@ def disturbed(
     return {"starts": starts, "killed": killed, "images": note["images"], "failed": note["failed"]}
 
 
-def overhead(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+def overhead(args: argparse.Namespace, folder: Path) -> Iterator[tuple[dict[str, Any], bool]]:
     images = cycled(list_images(args.images), folder / "images", args.count)
     halves = [cycled(list_images(args.images), folder / f"half{number}", args.count // 2) for number in (0, 1)]
-    rounds: list[dict[str, float]] = []
+    rounds: list[dict[str, Any]] = []
     for number in range(args.rounds):
-        rates = {}
+        ways = {}
         for way in ("ray", "two")[:: 1 if number % 2 else -1]:
             place = folder / f"{way}{number}"
             place.mkdir()
@@ -192,28 +200,51 @@ def overhead(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bo
                     (predict(args.source, half, place / str(one), *SINGLE), place / str(one), args.count // 2)
                     for one, half in enumerate(halves)
                 ]
-            rates[way] = steady_rate(running)
-        rounds.append(rates)
-        print({name: round(rate, 1) for name, rate in rates.items()}, round(rates["ray"] / rates["two"], 3), flush=True)
-    ratios = [one["ray"] / one["two"] for one in rounds]
+            ways[way] = steady(running)
+        rounds.append(ways)
+        print(json.dumps(ways), flush=True)
+        ratios = [one["ray"]["images_per_s"] / one["two"]["images_per_s"] for one in rounds]
+        yield {"images": args.count, "rounds": rounds, "ratios": ratios}, statistics.median(ratios) >= 0.95
     print(f"two workers: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) times two processes")
-    return {"images": args.count, "images_per_s": rounds, "ratios": ratios}, statistics.median(ratios) >= 0.95
 
 
-def steady_rate(running: Sequence[tuple[subprocess.Popen[bytes], Path, int]]) -> float:
-    """Images a second of all of these together, from when 20% of all are done to 90%, by their working files."""
+def steady(running: Sequence[tuple[subprocess.Popen[bytes], Path, int]]) -> dict[str, Any]:
+    """From when 20% of the images of all of these together are done to 90%, by their working files.
+
+    Images a second, and milliseconds of CPU for an image: of the commands, of workers, and of Ray's own processes.
+    """
     total = sum(count for *_, count in running)
-    seen: list[tuple[float, int]] = []
+    commands = [psutil.Process(process.pid) for process, *_ in running]
     readers = [counted(output.with_name(f"{output.name}.unfinished") / "working.jsonl") for _, output, _ in running]
+    seen = 0
+    marks: list[tuple[float, int, Counter[str]]] = []
     while any(process.poll() is None for process, *_ in running):
         count = sum(next(reader) for reader in readers)
-        if not seen or count > seen[-1][1]:  # from one arrival to another: they come in chunks
-            seen.append((time.monotonic(), count))
+        # From one arrival to another: they come in chunks.
+        if count > seen and len(marks) < 2 and count >= (0.2, 0.9)[len(marks)] * total:
+            marks.append((time.monotonic(), count, cpu_seconds(commands)))
+        seen = count
         time.sleep(POLL_S)
     if any(process.returncode for process, *_ in running):
         raise SystemExit("predict failed")
-    within = [one for one in seen if 0.2 * total <= one[1] <= 0.9 * total]
-    return (within[-1][1] - within[0][1]) / (within[-1][0] - within[0][0])
+    (start, first, used_before), (end, last, used) = marks
+    images = last - first
+    used.subtract(used_before)
+    cpu_ms = {kind: 1000 * seconds / images for kind, seconds in used.items()}
+    return {"images_per_s": images / (end - start), "cpu_ms_per_image": cpu_ms}
+
+
+def cpu_seconds(commands: Sequence[psutil.Process]) -> Counter[str]:
+    """What these and their children have used so far, by kind."""
+    used: Counter[str] = Counter()
+    for command in commands:
+        for process in (command, *command.children(recursive=True)):
+            with suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                kind = "command" if process == command else "workers" if "RemoteWorker" in line else "ray"
+                times = process.cpu_times()
+                used[kind] += times.user + times.system
+    return used
 
 
 def counted(path: Path) -> Iterator[int]:
@@ -227,7 +258,7 @@ def counted(path: Path) -> Iterator[int]:
             yield count
 
 
-def memory(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+def memory(args: argparse.Namespace, folder: Path) -> Iterator[tuple[dict[str, Any], bool]]:
     bundle = folder / "bundle"
     write_small_bundle(bundle)
     record = {}
@@ -255,10 +286,10 @@ def memory(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool
         print(count, {key: value for key, value in record[str(count)].items() if key != "samples"})
     few, many = (record[str(count)]["most_mb"] for count in (1000, args.many))
     print(f"the driver's memory at most: {few:.0f} MB with 1,000 images, {many:.0f} MB with {args.many:,}")
-    return record, not any(one["returncode"] for one in record.values())
+    yield record, not any(one["returncode"] for one in record.values())
 
 
-def killer(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+def killer(args: argparse.Namespace, folder: Path) -> Iterator[tuple[dict[str, Any], bool]]:
     images = cycled(list_images(args.images), folder / "images", 400)
     bad = images / "000123.png"
     (images / "000123.jpg").unlink()
@@ -283,7 +314,7 @@ def killer(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool
     rest = [one == other for one, other in zip(lines, alone, strict=True) if "error" not in one]
     right = [Path(line["file"]).name for line in errors] == [bad.name] and all(rest) and process.returncode == 1
     print(f"{len(lines)} images in {seconds:.0f} s, {len(errors)} with an error ({errors[0]['error']}), rest the same")
-    return {"images": len(lines), "seconds": seconds, "errors": errors, "rest_same": all(rest)}, right
+    yield {"images": len(lines), "seconds": seconds, "errors": errors, "rest_same": all(rest)}, right
 
 
 SINGLE = ("--threads", "1", "--streams", "1")
@@ -351,9 +382,9 @@ def node_settings() -> dict[str, Any]:
 def kill_worker(chooser: random.Random) -> bool:
     """Kill the process of a worker; False if there is none now."""
     workers = []
-    for process in psutil.process_iter(["cmdline", "uids"]):
+    for process in psutil.Process().children(recursive=True):  # the nodes are among them
         with suppress(psutil.Error):
-            if "RemoteWorker" in " ".join(process.info["cmdline"] or ()) and process.uids().real == os.getuid():
+            if "RemoteWorker" in " ".join(process.cmdline()):
                 workers.append(process)
     if not workers:
         return False
@@ -440,7 +471,7 @@ def write_small_bundle(target: Path) -> Bundle:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of every file but the note, which names the processors of all workers."""
+    """Of every file."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

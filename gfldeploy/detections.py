@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,10 @@ from gfldeploy.errors import ConfigError, EngineError
 _FIRST, _MORE = 512, 4  # times as many
 _MOST_KEPT = 2**31 - 1  # PaddleDetection's are 32-bit
 _BYTES = 24  # of a detection as text: a box and a score of 32-bit floats, and a class
+# A box that holds part of an object is the same object as another whose intersection with it is more than this share of
+# the smaller of the two.
+_PART = 0.5
+_PAIRS = 1 << 20  # of boxes that are compared at once
 _BLOCK = 192  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
 
@@ -379,10 +384,94 @@ def _apart(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.b
 
 def _iou(one: NDArray[np.float32], other: NDArray[np.float32], normalized: bool) -> NDArray[np.float32]:
     """IoU of boxes that are not `_apart`, given likewise; 0 / 0 is NaN."""
+    overlap = _overlap(one, other, normalized)
+    with np.errstate(all="ignore"):
+        iou: NDArray[np.float32] = overlap / (one[4] + other[4] - overlap)
+    return iou
+
+
+def _overlap(one: NDArray[np.float32], other: NDArray[np.float32], normalized: bool) -> NDArray[np.float32]:
+    """The area that boxes which are not `_apart` share, given likewise."""
     extra = np.float32(0 if normalized else 1)
     with np.errstate(all="ignore"):
         width = np.minimum(one[2], other[2]) - np.maximum(one[0], other[0])
         height = np.minimum(one[3], other[3]) - np.maximum(one[1], other[1])
-        overlap = (width + extra) * (height + extra)
-        iou: NDArray[np.float32] = overlap / (one[4] + other[4] - overlap)
-    return iou
+        overlap: NDArray[np.float32] = (width + extra) * (height + extra)
+    return overlap
+
+
+def merge_tiles(parts: Sequence[Detections], cut: Sequence[NDArray[np.bool_]], params: NmsParams) -> Detections:
+    """One image's detections out of those of its tiles and of the whole image, all in pixels of the image.
+
+    `cut`: of each part, bool [K], which boxes end at an edge of their tile inside the image, so that they may hold a
+    part of an object. First the NMS that made the parts runs once more, over all of them together: what two tiles see
+    of one object has an IoU. Then, for parts of objects, which have a small IoU with the whole: of what is left, a box
+    that is cut is dropped where the intersection with another one of its class is more than half of the smaller of the
+    two, if that other one is not cut, whatever their scores, or is cut, better, and not dropped. A box that is not cut
+    is never dropped so: small objects in front of large ones of their class stay.
+
+    SAHI merges any two boxes whose intersection is more than half of the smaller, cut or not. That takes the small
+    objects in front of large ones, and a part outdoes the whole that scores less (obss/sahi issue 560 on GitHub).
+
+    Returns the detections best first; equal scores keep the order of classes, then of parts. `keep_top_k` is of each
+    part: an image may be as many tiles full of objects.
+    """
+    scores = np.concatenate([one.scores for one in parts])
+    classes = np.concatenate([one.classes for one in parts])
+    order = np.lexsort((classes, -scores))
+    boxes, scores, classes = np.concatenate([one.boxes for one in parts])[order], scores[order], classes[order]
+    is_cut = np.concatenate(cut)[order]
+    earlier, later, iou, inside = _overlapping(boxes, classes, is_cut, params)
+    if params.nms_eta < 1:
+        survives = _falling_threshold(classes, 0, earlier, later, iou, params, {})
+    else:
+        drops = np.flatnonzero(~(iou <= np.float32(params.nms_threshold)))
+        survives = _survivors(len(boxes), earlier[drops], later[drops])
+    # By turns: first those that are not cut, then the others; each by falling score.
+    of_parts = np.flatnonzero((inside > _PART) & survives[earlier] & survives[later])
+    one, other = earlier[of_parts], later[of_parts]
+    swapped = is_cut[one] & ~is_cut[other]
+    one, other = np.where(swapped, other, one), np.where(swapped, one, other)
+    survives &= _survivors(len(boxes), one[is_cut[other]], other[is_cut[other]])
+    lacks = max(one.may_lack_below for one in parts)
+    return Detections(boxes[survives], scores[survives], classes[survives], lacks, parts[0].class_names)
+
+
+def _overlapping(
+    boxes: NDArray[np.float32], classes: NDArray[np.int64], is_cut: NDArray[np.bool_], params: NmsParams
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32], NDArray[np.float32]]:
+    """Pairs of boxes of one class, of which NMS or `merge_tiles` may drop one: the earlier, the later one, their IoU,
+    and of pairs with one that is cut the intersection by the smaller area.
+
+    By a sweep along x, some boxes at a time: an image in thousands of tiles has too many pairs to look at all of them.
+    """
+    by_x = np.lexsort((boxes[:, 0], classes))
+    columns, classes, is_cut = _columns(boxes[by_x], params.normalized), classes[by_x], is_cut[by_x]
+    # Beside a box, in this order, are the next ones of its class that begin before it ends.
+    ends = np.empty(len(boxes), np.intp)
+    bounds = [*np.flatnonzero(np.diff(classes, prepend=-1)).tolist(), len(boxes)]
+    for start, stop in itertools.pairwise(bounds):
+        ends[start:stop] = start + np.searchsorted(columns[0, start:stop], columns[2, start:stop], side="right")
+    counts = np.maximum(ends - np.arange(1, len(boxes) + 1), 0)
+    totals = np.cumsum(counts)
+    # No threshold falls below this.
+    least = np.float32(min(params.nms_threshold, 0.49 * params.nms_eta if params.nms_eta < 1 else 1))
+    found = [(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32), np.empty(0, np.float32))]
+    start = 0
+    while start < len(boxes):
+        done = totals[start - 1] if start else 0
+        stop = max(int(np.searchsorted(totals, done + _PAIRS, side="right")), start + 1)
+        some = counts[start:stop]
+        one = np.repeat(np.arange(start, stop), some)
+        other = one + 1 + np.arange(len(one)) - np.repeat(totals[start:stop] - some - done, some)
+        one, other = _near(columns, one, other)
+        first, second = columns.take(one, axis=1), columns.take(other, axis=1)
+        iou = _iou(first, second, params.normalized)
+        with np.errstate(all="ignore"):
+            inside = _overlap(first, second, params.normalized) / np.minimum(first[4], second[4])
+        inside[~(is_cut.take(one) | is_cut.take(other))] = 0
+        kept = np.flatnonzero(~(iou <= least) | (inside > _PART))
+        found.append((by_x[one[kept]], by_x[other[kept]], iou[kept], inside[kept]))
+        start = stop
+    one, other, iou, inside = (np.concatenate(values) for values in zip(*found, strict=True))
+    return np.minimum(one, other), np.maximum(one, other), iou, inside

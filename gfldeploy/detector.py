@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
@@ -60,6 +61,8 @@ class Detector(ClosesOnExit):
         threads: int | None = None,
         streams: int | None = None,
         input_size: tuple[int, int] | None = None,
+        tile: tuple[int, int] | None = None,
+        overlap: float | None = None,
         batch_size: int | None = None,
         engine_cache: StrPath | None = None,
     ) -> None:
@@ -77,11 +80,15 @@ class Detector(ClosesOnExit):
                 default 1: then a single image takes the least time. `predict` has as many as there are CPUs.
             input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
                 PaddleDetection; by default that of the bundle.
-            batch_size: Images of one inference; by default 1.
+            tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into, so that
+                small objects keep their size; such an image is detected in as a whole, too. By default none is cut.
+            overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
+            batch_size: Images, or tiles of an image, of one inference; by default 1.
             engine_cache: A folder in which engines that compile keep the result, for the next start to be faster.
                 By default those that take minutes, as with TensorRT, use that of the commands, and others none.
 
         Raises:
+            UsageError: The tiles cannot be.
             BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
             DataError: `source` is a file that is no `deploy.yml`.
             UnsupportedError: Nothing here can run the bundle so.
@@ -89,6 +96,7 @@ class Detector(ClosesOnExit):
             EngineError: The engine failed to load the bundle.
             OutputError: The engine cannot keep what it compiled.
         """
+        self._tiling = Tiling.of(tile, overlap)
         cache = None if engine_cache is None else Path(engine_cache)
         self.choice = choose(
             Path(source),
@@ -140,7 +148,7 @@ class Detector(ClosesOnExit):
 
         Raises:
             DataError: An image cannot be used; it is the first that cannot.
-            ValueError: An array is not uint8 [h, w, 3].
+            ValueError: An array is not uint8 [h, w, 3], or `reduced` goes with tiles.
             TypeError: Something is no image.
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
@@ -178,12 +186,14 @@ class Detector(ClosesOnExit):
             What is in each image, in the order of the images. One that cannot be used has its `error`.
 
         Raises:
-            ValueError: An array is not uint8 [h, w, 3].
+            ValueError: An array is not uint8 [h, w, 3], or `reduced` goes with tiles.
             TypeError: Something is no image.
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
+        if reduced and self._tiling is not None:
+            raise ValueError("tiles are cut out of all the pixels of an image, not of one decoded smaller")
         batch_size = self.choice.batch_size
         groups = detect_groups(
             self._engine,
@@ -195,6 +205,7 @@ class Detector(ClosesOnExit):
             reduced=reduced,
             streams=self.choice.options.streams,
             check=self._check,
+            tiling=self._tiling,
         )
         with closing(groups):
             for found in in_order([(found.index, found) for found in group] for group in groups):

@@ -85,12 +85,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Source) -> Any:
     """Parse a JSON file that may come from elsewhere, within limits of its size, its nesting and its numbers.
 
     Raises `OSError` and `ValueError`, also for NaN, infinity and anything but a regular file: the caller knows what
-    the file was for.
+    the file was for. Of one at an address also what `storage` raises.
     """
+    if isinstance(path, Url):
+        return parse_json(read_url(path, _MOST_JSON_BYTES))
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -644,7 +646,7 @@ def _ours_there(target: Url, kind: DirectoryKind, there: Iterable[str]) -> set[s
     ours: set[str] = set()
     for name in {_NOTES[kind], _MARK} & set(there):
         with suppress(OSError, ValueError):
-            if (files := _files_of(parse_json(read_url(target / name, _MOST_JSON_BYTES)), kind)) is not None:
+            if (files := _files_of(read_json(target / name), kind)) is not None:
                 ours |= {name, *files}
     return ours
 

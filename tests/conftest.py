@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,10 @@ STDERR = pytest.StashKey[int]()
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 
 os.environ.pop("COLUMNS", None)  # pytest gives its workers one: tables would be cut to it
+# Where it is set, as in many container images, each of hundreds of processes compiles all that it imports:
+# PaddleDetection takes 10 s then, and 3 s as bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,7 +90,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, module in NEEDS.items():
             if marker in item.fixturenames:
                 item.add_marker(marker)
-            if item.get_closest_marker(marker) and not installed(module):
+            made = demo_bundles.MADE and item.get_closest_marker("gpu")
+            if item.get_closest_marker(marker) and not installed(module) and not made:
                 item.add_marker(pytest.mark.skip(f"{module} is not installed"))
         if item.get_closest_marker("gpu") and nvidia_driver() is None:
             item.add_marker(pytest.mark.skip("no NVIDIA driver is loaded"))

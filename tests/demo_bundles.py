@@ -29,6 +29,9 @@ RunHere = Callable[..., subprocess.CompletedProcess[str]]  # the fixture `run_he
 
 ROOT = Path(__file__).parents[1]  # of the checkout
 SEED = 0
+# A folder that `benchmarks/gpu.py --prepare` made, gpu-materials/demo: tests of engines take the trained detector from
+# there, so that those marked gpu run where PaddleDetection is not installed.
+MADE = os.environ.get("GFLDEPLOY_MADE")
 EVALUATED = 10  # images of `labelled` to measure mAP on
 STAGE = re.compile(r"\[ *\d+\.\d s\] .*")
 
@@ -159,6 +162,8 @@ def exported(factory: pytest.TempPathFactory) -> Path:
 @once
 def trained(factory: pytest.TempPathFactory) -> Path:
     """The FP32 bundle of the trained demo detector. Read it, do not change it."""
+    if MADE:
+        return Path(MADE) / "fp32"
     folder = factory.mktemp("trained")
     export_here(demo.weights_path(), folder / "fp32")
     return folder / "fp32"
@@ -224,6 +229,8 @@ def labelled(factory: pytest.TempPathFactory) -> Path:
 @once
 def calibrated(factory: pytest.TempPathFactory) -> Path:
     """The INT8 bundle of `trained`, calibrated on `labelled` and measured, also at 256x384. Do not change it."""
+    if MADE:
+        return Path(MADE) / "int8"
     data, folder = labelled(factory), factory.mktemp("calibrated")
     arguments = ("quantize", trained(factory), "--data", data / "calib/annotations.json", "--samples", 4)
     # Few images make a coarse measure: what is wanted here is that a sound calibration passes.

@@ -300,6 +300,24 @@ INPUT_SIZE = click.option(
     help="Size that images are resized to, in pixels, as the target_size of PaddleDetection's Resize.",
 )
 
+# Large images in tiles.
+TILES: Group = (
+    click.option(
+        "--tile",
+        type=Parsed("HEIGHTxWIDTH", input_size),
+        metavar="HEIGHTxWIDTH",
+        show_default="images are not cut",
+        help="Size of tiles, in pixels of the image, that larger images are cut into, so that small objects keep their "
+        "size. Such an image is detected in as a whole, too.",
+    ),
+    click.option(
+        "--overlap",
+        type=FiniteFloat(0, 0.9),
+        show_default="0.2",
+        help="Share of its side by which a tile overlaps the next: more than the size of small objects.",
+    ),
+)
+
 BUNDLE = click.argument("bundle", type=PATH)
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     default=DEFAULT_THRESHOLD,
     help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
 )
-@options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE)
+@options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE, *options.TILES)
 @click.option(
     "--streams",
     type=options.WholeNumber(1),
@@ -73,6 +73,9 @@ def command(output: Path | str, threshold: float, **given: Any) -> int:
     Each batch holds images of one input size (unless --order listed), so that an image has the detections that it has
     alone; OpenVINO INT8 may differ by rounding where there are more than four shapes of batches.
 
+    With --tile, batches hold tiles of one image and one input size, whatever the --order, and boxes of all tiles are
+    merged: what two tiles see of one object counts once.
+
     With a deploy.yml, options that are not given are as in that file. An interrupted or killed command resumes where it
     stopped when it is run again, and writes the same bytes.
 
@@ -98,12 +101,13 @@ def report(summary: PredictResults, threshold: float | None, seconds: float) -> 
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")
         + f" in {seconds:.1f} s, {summary.detections:,} detections"
         + (f" with a score of at least {threshold:g}" if threshold else "")
-        + (f"; {summary.failed:,} could not be read:" if summary.failed else ""),
+        + (f"; {summary.failed:,} could not be read" if summary.failed else "")
+        + (":" if summary.reasons else ""),
         err=True,
     )
     for reason in summary.reasons:
         click.echo(f"  {reason}", err=True)
-    if more := summary.failed - len(summary.reasons):
+    if summary.reasons and (more := summary.failed - len(summary.reasons)):
         click.echo(f"  and {more:,} more, see detections.jsonl", err=True)
     if summary.incomplete:
         click.echo(

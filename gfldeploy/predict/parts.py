@@ -29,15 +29,13 @@ from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.outputs import PredictResults, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import Records, differences, read_header
-from gfldeploy.predict.session import NOTE, PART, RECORDS, finish_results, part_of, processors
+from gfldeploy.predict.session import HARDWARE, NOTE, PART, RECORDS, finish_results, part_of, processors
 from gfldeploy.predict.shards import Shards
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import check
 from gfldeploy.storage import Source, Url, open_url, source_of
 from gfldeploy.text import first_of
 
-# What the parts of one run need not have in common: it is recorded.
-_HARDWARE = ("processor", "gpus")
 _REMEDY = "Give the folders that `gfldeploy predict --shard K/N` wrote."
 _CONTENT = {
     "part": str,
@@ -74,7 +72,7 @@ class _Part:
     @property
     def common(self) -> dict[str, Any]:
         """What all parts have in common."""
-        own = {key: value for key, value in self.question.items() if key not in ("part", *_HARDWARE)}
+        own = {key: value for key, value in self.question.items() if key not in ("part", *HARDWARE)}
         shared = {key: self.note[key] for key in ("classes", "categories", "listed")}
         return {**own, **shared, "number of parts": self.of}
 

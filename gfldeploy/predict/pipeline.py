@@ -4,6 +4,9 @@ There are two such threads more than inferences that run at once, so that the ne
 slower; few batches are under way, so that memory is bounded. Batches depend on the sizes alone: the same images always
 make the same batches. In the bucketed order they hold images of one input size, and an image has the detections that it
 has by itself.
+
+In tiles an image is a batch of its own here, and several inferences: it is decoded once, by the first of them, and its
+pixels are let go after the last.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -22,8 +26,9 @@ from numpy.typing import NDArray
 
 from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import Order, Size, stream_batches
+from gfldeploy.batching.tiles import Region, Tiling, merged
 from gfldeploy.bundle import Manifest
-from gfldeploy.detections import Detections
+from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
@@ -72,6 +77,7 @@ def detect_groups(
     reduced: bool = False,
     check: CpuCheck | None = None,
     streams: int = 1,
+    tiling: Tiling | None = None,
 ) -> Generator[list[Found]]:
     """What was found, batch by batch.
 
@@ -80,25 +86,59 @@ def detect_groups(
     `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 if that is no smaller than the network's input; the pixels then differ.
     `check`: compares what the engine gives with the CPU. `streams`: how many inferences the engine runs at once; each,
     and what is queued in the engine, has a thread of its own, since libraries keep threads and buffers for each thread
-    that calls them. Detections of channels without a class are left out.
+    that calls them. `tiling`: images are cut into tiles, of which an inference has `batch_size` at most; each image is
+    a batch then. Detections of channels without a class are left out.
 
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
     the iterator ends the threads after their current batch. Raises `EngineError`.
     """
-    batches = batches_of(pictures, manifest, batch_size, order, look_ahead)
-    return detect_batches(engine, manifest, islice(batches, skip, None), reduced=reduced, check=check, streams=streams)
+    batches = batches_of(pictures, manifest, batch_size, order, look_ahead, tiling)
+    return detect_batches(
+        engine,
+        manifest,
+        islice(batches, skip, None),
+        reduced=reduced,
+        check=check,
+        streams=streams,
+        cut=None if tiling is None else (tiling, batch_size),
+    )
 
 
 def batches_of(
-    pictures: Iterable[Picture], manifest: Manifest, batch_size: int, order: Order, look_ahead: int
+    pictures: Iterable[Picture],
+    manifest: Manifest,
+    batch_size: int,
+    order: Order,
+    look_ahead: int,
+    tiling: Tiling | None = None,
 ) -> Iterator[PictureBatch]:
     """The batches of these pictures, as `detect_groups` says: by the sizes in their headers alone."""
+    if tiling is not None:
+        return (([numbered], _NOWHERE) for numbered in enumerate(pictures))
     input_size = manifest.preprocess.input_size
     items = (
         ((index, picture), input_size(*picture.size) if picture.size else _NOWHERE)
         for index, picture in enumerate(pictures)
     )
     return stream_batches(items, batch_size, order, look_ahead)
+
+
+# What fills a row of the network's input, and returns by which factors (y, x) the image was resized.
+_Fill: TypeAlias = Callable[[NDArray[np.float32]], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Inference:
+    """What one inference takes: what fills the rows of its input of this `size`, (h, w) in pixels.
+
+    `group`: the pictures that its rows are of; or the one of which they are these `regions`. `last`: of the group.
+    """
+
+    group: Sequence[tuple[int, Picture]]
+    size: Size
+    fills: Sequence[_Fill]
+    regions: Sequence[Region] = ()
+    last: bool = True
 
 
 def detect_batches(
@@ -109,10 +149,12 @@ def detect_batches(
     reduced: bool = False,
     check: CpuCheck | None = None,
     streams: int = 1,
+    cut: tuple[Tiling, int] | None = None,
 ) -> Generator[list[Found]]:
     """What was found in batches that are formed, for each in order, nothing for one without pictures.
 
-    As `detect_groups`. `batches` is taken from by one thread, and may wait: what came before is found meanwhile.
+    As `detect_groups`. `batches` is taken from by one thread, and may wait: what came before is found meanwhile. `cut`:
+    how the one picture of each is cut into tiles, and how many of them an inference has.
     """
     preprocess, chosen = manifest.preprocess, manifest.candidates is not None
     classes, nms = manifest.classes, manifest.nms
@@ -132,12 +174,12 @@ def detect_batches(
                     check(tensor, outputs, count)
             return outputs
 
-        def detect(job: PictureBatch) -> list[Found]:
-            group, size = job
-            if not group:
-                return []
-            tensor = room(memory, engine.host_array, (fixed or len(group), 3, *size))
-            filled = _fill(preprocess, [picture for _, picture in group], tensor, reduced, readers)
+        def detect(job: _Inference) -> tuple[_Inference, list[Detections | DataError]]:
+            """Of each row what is found, or why nothing is."""
+            if not job.fills:
+                return job, []
+            tensor = room(memory, engine.host_array, (fixed or len(job.fills), 3, *job.size))
+            filled = _filled(job.fills, tensor, readers)
             scales = [one for one in filled if not isinstance(one, DataError)]
             found: Iterator[Detections] = iter(())
             if scales:
@@ -148,16 +190,113 @@ def detect_batches(
                 scores, boxes = outputs["scores"][: len(scales)], outputs["boxes"][: len(scales)]
                 each = detections_of(scores, boxes, scales, nms, chosen)
                 found = (one.named(classes) for one in each)
-            return [
-                Found(
-                    *(index, picture.name, picture.size, None if isinstance(one, DataError) else next(found)),
-                    *(one if isinstance(one, DataError) else None, picture.frame, picture.time_s),
-                )
-                for (index, picture), one in zip(group, filled, strict=True)
-            ]
+            return job, [one if isinstance(one, DataError) else next(found) for one in filled]
 
         ahead = _fetched(batches)
-        yield from stack.enter_context(closing(at_once(detect, ahead, inferring + PREPARED[engine.options.device])))
+        jobs = _in_tiles(ahead, preprocess, *cut) if cut else _whole(ahead, preprocess, reduced)
+        results = stack.enter_context(closing(at_once(detect, jobs, inferring + PREPARED[engine.options.device])))
+        parts: list[tuple[Region, Detections | DataError]] = []
+        for job, each in results:
+            if job.regions:
+                parts += zip(job.regions, each, strict=True)
+                if not job.last:
+                    continue
+                each, parts = [_together(parts, job.group[0][1], nms)], []
+            yield [
+                Found(
+                    *(index, picture.name, picture.size, None if isinstance(one, DataError) else one),
+                    *(one if isinstance(one, DataError) else None, picture.frame, picture.time_s),
+                )
+                for (index, picture), one in zip(job.group, each, strict=True)
+            ]
+
+
+def _together(
+    parts: Sequence[tuple[Region, Detections | DataError]], picture: Picture, nms: NmsParams
+) -> Detections | DataError:
+    """What is in a picture, by what is in its regions."""
+    found: list[tuple[Region, Detections]] = []
+    for region, one in parts:
+        if isinstance(one, DataError):
+            return one
+        found.append((region, one))
+    assert picture.size is not None
+    return merged(found, picture.size, nms)
+
+
+def _whole(batches: Generator[PictureBatch], preprocess: Preprocess, reduced: bool) -> Generator[_Inference]:
+    """An inference for each batch of pictures."""
+
+    def fill(picture: Picture, row: NDArray[np.float32]) -> tuple[float, float]:
+        if picture.size is None:
+            raise picture.error or DataError(f"{picture.name} has no size")
+        factor = preprocess.reduction(*picture.size) if reduced else 1
+        return preprocess.into(picture.read(factor), row, picture.size)
+
+    with closing(batches):
+        for group, size in batches:
+            yield _Inference(group, size, [partial(fill, picture) for _, picture in group])
+
+
+def _in_tiles(
+    batches: Generator[PictureBatch], preprocess: Preprocess, tiling: Tiling, batch_size: int
+) -> Generator[_Inference]:
+    """The inferences of each picture, which is decoded once for all of them."""
+
+    def fill(shared: _SharedPixels, region: Region, row: NDArray[np.float32]) -> tuple[float, float]:
+        with shared.pixels() as image:
+            return preprocess.into(region.of(image), row)
+
+    def fail(error: DataError, row: NDArray[np.float32]) -> tuple[float, float]:
+        raise error
+
+    with closing(batches):
+        for group, nowhere in batches:
+            if not group:
+                yield _Inference(group, nowhere, [])
+            for numbered in group:
+                _, picture = numbered
+                try:
+                    if picture.size is None:
+                        raise picture.error or DataError(f"{picture.name} has no size")
+                    planned = list(tiling.batches(picture.size, preprocess, batch_size))
+                except DataError as error:
+                    yield _Inference([numbered], nowhere, [partial(fail, error)])
+                    continue
+                shared = _SharedPixels(picture, sum(len(regions) for regions, _ in planned))
+                for left, (regions, size) in zip(reversed(range(len(planned))), planned, strict=True):
+                    fills = [partial(fill, shared, region) for region in regions]
+                    yield _Inference([numbered], size, fills, regions, last=left == 0)
+
+
+class _SharedPixels:
+    """The pixels of a picture that several inferences need: decoded for the first region, let go after the last."""
+
+    def __init__(self, picture: Picture, regions: int) -> None:
+        self._picture = picture
+        self._left = regions
+        self._read: NDArray[np.uint8] | DataError | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def pixels(self) -> Iterator[NDArray[np.uint8]]:
+        """RGB, uint8 [h, w, 3], for one of the regions. Raises `DataError`, the same for each of them."""
+        with self._lock:
+            if self._read is None:
+                try:
+                    self._read = self._picture.read()
+                except DataError as error:
+                    self._read = error
+            found = self._read
+        try:
+            if isinstance(found, DataError):
+                raise found
+            yield found
+        finally:
+            with self._lock:
+                self._left -= 1
+                if self._left == 0:
+                    self._read = None
 
 
 def _fetched(batches: Iterable[PictureBatch]) -> Generator[PictureBatch]:
@@ -209,28 +348,21 @@ def _cpu_shared(options: EngineOptions) -> Iterator[int]:
         cv2.setNumThreads(before)
 
 
-def _fill(
-    preprocess: Preprocess,
-    pictures: Sequence[Picture],
-    tensor: NDArray[np.float32],
-    reduced: bool,
-    readers: Executor | None,
+def _filled(
+    fills: Sequence[_Fill], tensor: NDArray[np.float32], readers: Executor | None
 ) -> list[tuple[float, float] | DataError]:
-    """Decode and preprocess the pictures of a batch straight into the network's input, whose other rows become zero.
+    """Decode and preprocess the images of a batch straight into the network's input, whose other rows become zero.
 
-    Of each picture its scale, or why it has none; those that have one are in the first rows, in order.
+    Of each image its scale, or why it has none; those that have one are in the first rows, in order.
     """
 
-    def fill(picture: Picture, row: NDArray[np.float32]) -> tuple[float, float] | DataError:
-        if picture.size is None:
-            return picture.error or DataError(f"{picture.name} has no size")
+    def fill(one: _Fill, row: NDArray[np.float32]) -> tuple[float, float] | DataError:
         try:
-            factor = preprocess.reduction(*picture.size) if reduced else 1
-            return preprocess.into(picture.read(factor), row, picture.size)
+            return one(row)
         except DataError as error:
             return error
 
-    filled = list((readers.map if readers else map)(fill, pictures, tensor))
+    filled = list((readers.map if readers else map)(fill, fills, tensor))
     kept = [place for place, one in enumerate(filled) if not isinstance(one, DataError)]
     for row, place in enumerate(kept):
         if row != place:  # close the gap of an image that could not be read

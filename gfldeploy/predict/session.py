@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
-from gfldeploy.errors import DataError, UsageError
+from gfldeploy.errors import DataError, OutputError, UsageError
 from gfldeploy.files import (
     StrPath,
     Unfinished,
@@ -26,6 +27,7 @@ from gfldeploy.files import (
     check_target,
     files_below,
     publish,
+    read_json,
     sha256,
     unfinished_beside,
     write_json,
@@ -37,10 +39,11 @@ from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
-from gfldeploy.predict.resume import WorkingFile, plain_batch
+from gfldeploy.predict.resume import WorkingFile, differences, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 from gfldeploy.signals import check_interrupted, hold_interrupts
 from gfldeploy.storage import Inputs, Source, Url, source_of
 
@@ -50,6 +53,7 @@ if TYPE_CHECKING:  # a third of the time until an interruption is answered
 NOTE = "predict.json"
 PICTURES = "pictures"
 RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` reads
+HARDWARE = ("processor", "gpus")  # what the parts of one run need not have in common: it is recorded
 _WORKING = "working.jsonl"
 WHAT = "results of gfldeploy predict"
 PART = f"a part of {WHAT}"
@@ -70,6 +74,8 @@ _NOTED: Mapping[str, Any] = {
     "batch_size": int,
     "order": Order,
     "input_size?": Size,
+    "tile?": Size,
+    "overlap?": float,
     "shapes?": [Shape],
     "threshold": float,
     "draw_threshold": float | None,
@@ -108,7 +114,8 @@ class _Request:
 
     `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
     lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures. `part`: (k, n) for
-    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process.
+    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process. `tiling`: how
+    images are cut; None for whole ones.
     """
 
     choice: Choice
@@ -121,6 +128,7 @@ class _Request:
     force: bool
     part: tuple[int, int] | None
     cluster: ClusterOptions | None = None
+    tiling: Tiling | None = None
 
     @property
     def shards(self) -> Shards:
@@ -166,6 +174,8 @@ def predict_images(
     threads: int | None = None,
     streams: int | None = None,
     input_size: Size | None = None,
+    tile: Size | None = None,
+    overlap: float | None = None,
     batch_size: int | None = None,
     order: Order | None = None,
     engine_cache: StrPath = DEFAULT_ENGINE_CACHE,
@@ -204,12 +214,17 @@ def predict_images(
             `threads` is given.
         input_size: The size, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection.
-        batch_size: Images of one inference. Of a bundle by default 1; in ONNX Runtime on few CPUs up to 4 small ones,
-            which has the same results in less time.
-        order: How images are put into batches: "bucketed" ones have images of one input size, which pads none.
+        tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into, so that small
+            objects keep their size; such an image is detected in as a whole, too. See `batching.tiles.Tiling`.
+        overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
+        batch_size: Images, or tiles of an image, of one inference. Of a bundle by default 1; in ONNX Runtime on few
+            CPUs up to 4 small ones, which has the same results in less time.
+        order: How images are put into batches: "bucketed" ones have images of one input size, which pads none. Tiles
+            always are put so, those of an image by themselves.
         engine_cache: The folder in which engines that compile keep the result.
         shard: (k, n) detects in the k-th of n parts of the inputs, k from 1, and writes a folder that `merge_parts`
             makes results of, with those of the other parts. Each is given the same arguments but this and `output`.
+            A part that is there already, by the same arguments, is left as it is.
         ray: Detect with workers on a Ray cluster: HOST:PORT of its head, "auto" for that of this machine, or "local"
             for one of this machine alone, which ends with the call. The results have the same bytes.
         workers: How many workers; by default as many as the cluster has room for. Each takes `threads` times `streams`
@@ -222,7 +237,7 @@ def predict_images(
         How many images there were, how many could not be read, and why.
 
     Raises:
-        UsageError: There is nothing to detect in, or pictures are asked of a part.
+        UsageError: There is nothing to detect in, pictures are asked of a part, or tiles of images decoded "fast".
         BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
         DataError: An input is not there, or no image at all can be read.
         ServerError: A store of files at addresses does not answer, or lets nobody in.
@@ -237,6 +252,9 @@ def predict_images(
         raise ValueError(f"shard must be (k, n) with k from 1 to n, not {shard!r}")
     if shard is not None and draw:
         raise UsageError("a part has no pictures", "Give --draw to `gfldeploy merge`, which needs the images again.")
+    tiling = Tiling.of(tile, overlap)
+    if tiling is not None and decode == "fast":
+        raise UsageError("tiles are cut out of all the pixels of an image", "Leave --decode fast out, or --tile.")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     given = [source_of(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
@@ -277,7 +295,7 @@ def predict_images(
     drawn = threshold if draw_threshold is None else draw_threshold
     reduced = decode == "fast"
     request = _Request(
-        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster
+        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster, tiling
     )
     return _predict(request, progress)
 
@@ -313,9 +331,22 @@ def _inputs(
 
 
 def _predict(request: _Request, progress: Progress) -> PredictResults:
-    check_target(request.output, "predict", force=request.force)
     classes = request.choice.bundle.manifest.classes
     categories = request.dataset.class_to_category(classes) if request.dataset else None
+    about = {
+        "listed": len(request.inputs),
+        "classes": classes,
+        "categories": categories,
+        "ids": request.image_ids and request.image_ids[request.places],
+    }
+    try:
+        check_target(request.output, "predict", force=request.force)
+    except OutputError:
+        again = request.part is not None and not request.force
+        if not again or (done := _done_before(request, {**_question(request), **about})) is None:
+            raise
+        progress.note(f"{request.output} is this part already: nothing is done again")
+        return done
     with unfinished_beside(request.output, "predict", _MADE) as unfinished:
         question = _question(request)
         results = unfinished.directory / _RESULTS
@@ -352,15 +383,7 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
                 finish_results(results, question, summary, request.draw, progress)
         else:
             with writing(request.output):
-                about = {
-                    "listed": len(request.inputs),
-                    "classes": classes,
-                    "categories": categories,
-                    "ids": request.image_ids and request.image_ids[request.places],
-                    "records": sha256(path),
-                    "files": [RECORDS],
-                }
-                write_note(results, PART, question, summary, about)
+                write_note(results, PART, question, summary, {**about, "records": sha256(path), "files": [RECORDS]})
         check_interrupted()
         # An upload takes a while, and the next run begins it again.
         with writing(request.output), hold_interrupts() if isinstance(request.output, Path) else nullcontext():
@@ -371,6 +394,27 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             unfinished.worth_keeping = False
             shutil.rmtree(results, ignore_errors=True)  # those that were replaced
     return replace(summary, kept=kept)
+
+
+def _done_before(request: _Request, question: Mapping[str, Any]) -> PredictResults | None:
+    """What the output holds, if it is the part that this request asks for, whatever processor did it.
+
+    A scheduler starts a job again whose machine goes before it is told that the job has ended.
+    """
+    output = request.output
+    try:
+        note = read_json(output / NOTE)
+        counts = [note.get(name) for name in ("images", "failed", "detections")]
+        same = note.get("what") == PART and not {*differences(note, {**note, **question})} - {*HARDWARE}
+        if not same or any(type(one) is not int for one in counts):
+            return None
+        # At an address the note was written last, and reading all is no small matter.
+        if isinstance(output, Path) and sha256(output / RECORDS) != note.get("records"):
+            return None
+    except (OSError, ValueError, AttributeError):  # no note, or none of ours
+        return None
+    images, failed, detections = counts
+    return PredictResults(images, failed, (), detections, kept=images)
 
 
 def processors(question: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -432,7 +476,7 @@ def _elsewhere(
                 closing(
                     shards_on_ray(
                         cluster,
-                        ShardJob.of(request.choice, options, request.reduced),
+                        ShardJob.of(request.choice, options, request.reduced, request.tiling),
                         request.choice.bundle,
                         request.inputs,
                         known,
@@ -473,7 +517,7 @@ def _here(
         for one in map(request.shards.__getitem__, request.mine)
         if not working.ended(one.number)
     )
-    with ShardWorker(ShardJob.of(choice, options, request.reduced), progress, choice.bundle) as worker:
+    with ShardWorker(ShardJob.of(choice, options, request.reduced, request.tiling), progress, choice.bundle) as worker:
         progress.step("detecting", working.images, total)
         with closing(worker.detect_shards(tasks, known)) as found:
             for number, batch in found:
@@ -500,7 +544,7 @@ def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[Engin
     read = [inputs[place * len(inputs) // count] for place in range(count)]
     step = request.shards.size
     sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, count, step)]
-    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order))
+    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order, request.tiling))
     times = len(inputs) / max(count, 1)
     of_mine = len(request.mine) / max(len(request.shards), 1)
     total = round(sum(map(len, sizes)) * times * of_mine)
@@ -535,6 +579,7 @@ def _question(request: _Request) -> dict[str, Any]:
         "batch_size": choice.batch_size,
         "order": choice.order,
         **({"input_size": choice.input_size} if choice.input_size else {}),
+        **(plain(request.tiling) if request.tiling else {}),
         **({"shapes": choice.options.shapes} if choice.options.shapes else {}),
         "threshold": request.threshold,
         "draw_threshold": request.draw,

@@ -365,6 +365,10 @@ def test_parts_at_addresses_are_merged(store: Store, folder: Path, tiny_bundle: 
     parts = [f"{there}/{number}" for number in (1, 2)]
     for number, part in enumerate(parts, start=1):
         predict_images(tiny_bundle, output=part, shard=(number, 2), **settings)  # type: ignore[arg-type]
+    kept = predict_images(tiny_bundle, output=parts[1], shard=(2, 2), **settings)  # type: ignore[arg-type]
+    assert kept.kept == kept.images > 0, "a scheduler may start a job again that had ended"
+    with pytest.raises(OutputError, match="exists already"):
+        predict_images(tiny_bundle, output=parts[1], shard=(1, 2), **settings)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="merged/3 is no part: it is not there"):
         merge_parts([*parts, f"{there}/3"], output=tmp_path / "here")
     merge_parts(parts[::-1], output=tmp_path / "here")

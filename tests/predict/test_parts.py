@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from recorded_progress import RecordedProgress
 
 from gfldeploy.errors import DataError, OutputError, UsageError
 from gfldeploy.files import sha256
+from gfldeploy.machine import describe_machine
 from gfldeploy.predict import session
 from gfldeploy.predict.parts import merge_parts
 from gfldeploy.predict.session import predict_images
@@ -321,6 +323,30 @@ def test_a_part_is_replaced_on_request(predict: Predict, made: list[Path], tmp_p
     assert (output / "detections.jsonl").exists() and not (output / "records.jsonl").exists()
     with pytest.raises(OutputError, match="would replace"):
         merge_parts([output, *made], output=output, force=True)
+
+
+def test_a_part_that_is_there_already_is_done(
+    predict: Predict, parts: list[Path], tiny_bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler starts a job again that had ended, maybe on another machine."""
+    part, before = parts[1], demo_bundles.snapshot(parts[1])
+    machine = describe_machine()
+    progress = RecordedProgress()
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "describe_machine", lambda: replace(machine, cpu="another"))
+        patch.setattr(session, "ShardWorker", None)  # nothing is done again
+        found = predict_images(
+            tiny_bundle, images, output=part, engine="onnxruntime", threads=1, shard=(2, 3), progress=progress
+        )
+    assert (found.images, found.failed, found.kept) == (32, 1, 32) and "this part already" in str(progress.notes)
+    for other in ({"threshold": 0.4}, {"batch_size": 2}, {"inputs": images / "000.jpg"}):
+        with pytest.raises(OutputError, match="exists already"):
+            predict(part, (2, 3), **other)
+    assert demo_bundles.snapshot(part) == before
+    with (part / "records.jsonl").open("ab") as file:
+        file.write(b"\n")
+    with pytest.raises(OutputError, match="exists already"):
+        predict(part, (2, 3))
 
 
 @pytest.mark.parametrize("shard", [(0, 3), (4, 3), (-1, -1)])

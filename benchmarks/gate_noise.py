@@ -2,7 +2,7 @@
 
     python benchmarks/gate_noise.py --bundle int8 --data val.json --name demo_int8 --machine epyc-2core --runs 6
 
-Measures the same bundle `--runs` times with `gfldeploy bench`, and gates each run against every earlier one as it is,
+Measures the same bundle `--runs` times with `gfldeploy bench`, and gates each run against every other one as it is,
 and with all latencies of one cell after the other multiplied by each of `--planted`. Counts the gates that fail for a
 slower cell, by PERCENT. Prints the shares, and writes results/MACHINE/checks/NAME_gate_noise.json beside this script.
 `--folder` keeps the runs: another call adds what is missing. Options after `--` go to `benchmark`, as NAME=VALUE.
@@ -14,7 +14,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def altered(results: BenchResults, factor: float) -> Iterator[BenchResults]:
 def failing(measured: list[BenchResults], factor: float) -> dict[str, list[int]]:
     """By PERCENT, how many gates fail for a slower cell, and how many there were."""
     counts = {f"{percent:g}": [0, 0] for percent in PERCENTS}
-    for one, other in combinations(measured, 2):
+    for one, other in permutations(measured, 2):
         for changed in altered(other, factor):
             found = compare(one, changed)
             for percent, count in zip(PERCENTS, counts.values(), strict=True):
@@ -78,12 +78,13 @@ def failing(measured: list[BenchResults], factor: float) -> dict[str, list[int]]
 
 
 def largest(measured: list[BenchResults]) -> dict[str, Any]:
-    """The largest ratio of two runs of one cell, either way."""
-    found: list[tuple[float, str, str]] = []
-    for one, other in combinations(measured, 2):
-        for pair in compare(one, other).pairs:
-            for each in pair.slowness:
-                found.append((max(each.ratio.value, 1 / each.ratio.value), pair.cell.name(), each.figure))
+    """The largest ratio of two runs of one cell."""
+    found = (
+        (each.ratio.value, pair.cell.name(), each.figure)
+        for one, other in permutations(measured, 2)
+        for pair in compare(one, other).pairs
+        for each in pair.slowness
+    )
     ratio, cell, figure = max(found)
     return {"ratio": ratio, "cell": cell, "figure": figure}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,20 @@ from numpy.typing import NDArray
 
 from gfldeploy.batch_detection import DetectBatches, DetectionJob, detect_images, detect_on_ray
 from gfldeploy.batching.buckets import Order, Size, group, size_in_words
+from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import ClusterOptions
-from gfldeploy.detections import Detections, NmsParams
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_by_itself, open_engine
 from gfldeploy.engines.selection import select_engine, throughput_options
-from gfldeploy.errors import DataError, UnsupportedError
+from gfldeploy.errors import DataError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 
 _RESAMPLES = 100
 
@@ -206,7 +208,14 @@ _DEFINED: Mapping[str, Any] = {
     "detections": int,
 }
 # What `EvalResults.to_dict` gives.
-EVALUATED: Mapping[str, Any] = {**_DEFINED, "notes": [str], "input_sizes?": {str: _DEFINED}}
+EVALUATED: Mapping[str, Any] = {
+    **_DEFINED,
+    "notes": [str],
+    "detection?": DetectionOptions,
+    "tile?": Size,
+    "overlap?": float,
+    "input_sizes?": {str: _DEFINED},
+}
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,8 @@ class EvalResults:
 
     `matched`: how many of the detector's `classes` are categories of the annotations. `notes`: what the user should
     know of the detector and the data. `at_sizes`: by input size, (height, width) in pixels, in the order in which they
-    were asked for, empty if none was; `accuracy` is then that of the first.
+    were asked for, empty if none was; `accuracy` is then that of the first. `tiling`: how images were cut; None for
+    whole ones. `detection`: what was turned of NMS.
     """
 
     accuracy: Accuracy
@@ -226,12 +236,18 @@ class EvalResults:
     notes: tuple[str, ...]
     tf32: bool = False
     at_sizes: Mapping[Size, Accuracy] = field(default_factory=dict)
+    tiling: Tiling | None = None
+    detection: DetectionOptions = AS_CONFIGURED
 
     def to_dict(self) -> dict[str, Any]:
-        """The accuracy, ready for JSON, with None for what is undefined; the notes; and `input_sizes`, by their names,
-        if any were asked for.
+        """The accuracy, ready for JSON, with None for what is undefined; the notes; what was turned of NMS, the tiles,
+        and `input_sizes`, by their names, if any were asked for.
         """
         values = {**_defined(self.accuracy), "notes": list(self.notes)}
+        if self.detection.given:
+            values["detection"] = plain(self.detection.given)
+        if self.tiling:
+            values |= plain(self.tiling)
         if self.at_sizes:
             values["input_sizes"] = {size_in_words(size): _defined(one) for size, one in self.at_sizes.items()}
         return values
@@ -246,12 +262,19 @@ def evaluate(
     *,
     data: StrPath,
     images: StrPath | None = None,
+    classes: Sequence[str | int] | None = None,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    keep_top_k: int | None = None,
+    class_agnostic: bool | None = None,
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
     tf32: bool | None = None,
     threads: int | None = None,
     input_sizes: Sequence[Size] = (),
+    tile: Size | None = None,
+    overlap: float | None = None,
     batch_size: int = 1,
     order: Order = "listed",
     limit: int | None = None,
@@ -270,6 +293,13 @@ def evaluate(
         bundle: The directory of the bundle.
         data: COCO annotations (.json).
         images: The folder in which their file names start; by default `images/` beside them, else their folder.
+        classes: The classes to detect, names or ids, by default all: mAP is of these alone, and NMS does not see the
+            others.
+        score_threshold: Detections must score more to leave NMS; by default, as the next two, as in the detector's
+            config. What is left out lowers mAP.
+        nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
+        keep_top_k: The most detections of an image, the best ones.
+        class_agnostic: NMS drops a box for a better one of any class; by default of its own.
         engine: By default the preferred engine of those that can run the bundle.
         precision: By default that of the bundle.
         device: By default the CPU.
@@ -277,8 +307,12 @@ def evaluate(
         threads: CPU threads of one inference; by default all.
         input_sizes: The sizes, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection, one after the other; by default that of the bundle.
-        batch_size: Images of one inference.
-        order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded.
+        tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into; such an image
+            is detected in as a whole, too. By default none is cut.
+        overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
+        batch_size: Images, or tiles of an image, of one inference.
+        order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded. Tiles
+            always are put so, those of an image by themselves.
         limit: Use only this number of images, the first of the annotations.
         end_to_end: Run the file that deploys by itself, with its own normalisation, padding and NMS.
         ray: The address of a Ray cluster whose machines detect, or "local" for one on this machine. They find the
@@ -292,17 +326,37 @@ def evaluate(
         The average precisions, and what they were measured with.
 
     Raises:
+        UsageError: The tiles cannot be, there is no such class, or the NMS of the file that deploys by itself was to be
+            turned.
         BundleError: The bundle is damaged, or does not take an input size.
         DataError: Annotations or an image cannot be read, or leave mAP undefined.
         UnsupportedError: The bundle does not run in this engine, precision or batch size.
         EngineError: The engine failed.
         OutputError: The engine cannot keep what it compiled.
     """
+    tiling = Tiling.of(tile, overlap)
     opened = Bundle.open(bundle)
-    manifest = opened.manifest
+    detection = DetectionOptions.of(
+        classes=classes,
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        keep_top_k=keep_top_k,
+        class_agnostic=class_agnostic,
+    )
+    manifest = opened.manifest.turned(detection)
+    if end_to_end and detection != AS_CONFIGURED:
+        raise UsageError(
+            f"the file that deploys by itself has its own NMS, so {', '.join(detection.given)} cannot be turned",
+            "Leave it out, or --end-to-end.",
+        )
     at_sizes = {size: opened.at_size(size) for size in input_sizes or (None,)}
     dataset = CocoDataset.load(data, images, limit)
     count, fixed = len(dataset.images), manifest.inputs[0].shape[0]
+    if tiling is not None and fixed not in (None, 1):
+        raise UnsupportedError(
+            f"{opened.directory} takes batches of {fixed} only, and images are other numbers of tiles",
+            "Export it again without a fixed batch size.",
+        )
     if fixed is not None and (fixed != batch_size or count % fixed):
         remedy = f"Use --batch-size {fixed} --limit {count - count % fixed}." if count >= fixed else "Add images."
         raise UnsupportedError(
@@ -319,18 +373,20 @@ def evaluate(
     notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))
     for note in notes:
         progress.note(note)
+    cut = None if tiling is None else InTiles(tiling, batch_size)
     found: dict[Size | None, Accuracy] = {}
     with cluster.connected() if cluster else contextlib.nullcontext():
         for size, sized in at_sizes.items():
             preprocess = sized.manifest.preprocess
             # Known beforehand, they settle what runs an input, which streams would leave to chance.
             expected = replace(options, progress=progress).expecting(
-                batch_shapes(dataset, preprocess, batch_size, order)
+                batch_shapes(dataset, preprocess, batch_size, order, cut)
             )
             label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
-            how = batch_size, order, progress, label
+            how = batch_size, order, progress, label, cut, detection.kept(manifest.classes)
             if cluster is not None:
-                job = DetectionJob(name, expected.to_plain(), preprocess.target_size, by_itself=end_to_end)
+                by_itself, size_of = end_to_end, preprocess.target_size
+                job = DetectionJob(name, expected.to_plain(), size_of, by_itself, cut=cut, detection=detection)
                 detect = partial(
                     detect_on_ray, cluster, job, opened, [image.path for image in dataset.images], progress
                 )
@@ -339,7 +395,7 @@ def evaluate(
             opened_as = open_by_itself if end_to_end else open_engine
             with opened_as(name, sized, expected) as running:
                 found[size] = measure_accuracy(running, dataset, preprocess, manifest.nms, manifest.classes, *how)
-    matched = sum(one is not None for one in match.category_ids)
+    matched = sum(match.category_ids[number] is not None for number in detection.kept(manifest.classes))
     return EvalResults(
         next(iter(found.values())),
         name,
@@ -349,6 +405,8 @@ def evaluate(
         notes,
         options.tf32,
         {size: one for size, one in found.items() if size is not None},
+        tiling,
+        detection,
     )
 
 
@@ -362,18 +420,21 @@ def measure_accuracy(
     order: Order = "listed",
     progress: Progress = SILENT,
     label: str = "evaluating",
+    cut: InTiles | None = None,
+    kept: Container[int] | None = None,
 ) -> Accuracy:
     """Run an engine over a dataset and measure the accuracy.
 
     `order`: how the images are put into batches, see `batching.buckets`. `classes`: the model's class names, in the
-    order of its score channels. `label`: what `progress` calls the images that are done.
+    order of its score channels. `label`: what `progress` calls the images that are done. `cut`: how images are, each
+    by itself then; None for whole ones. `kept`: the ids of the classes that count; None for all.
 
     Raises `DataError` before anything runs where mAP is undefined, and at the first image that cannot be read, because
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
-    detect = partial(detect_images, engine, [image.path for image in dataset.images], preprocess, nms)
-    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label)
+    detect = partial(detect_images, engine, [image.path for image in dataset.images], preprocess, nms, cut=cut)
+    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label, cut, kept)
 
 
 def accuracy_of(
@@ -385,13 +446,18 @@ def accuracy_of(
     order: Order = "listed",
     progress: Progress = SILENT,
     label: str = "evaluating",
+    cut: InTiles | None = None,
+    kept: Container[int] | None = None,
 ) -> Accuracy:
     """As `measure_accuracy`, of what `detect` finds, wherever it does that: here or on other machines.
 
     The accuracy depends on what is found in each image alone, not on the order in which images are done.
     """
-    category_ids = dataset.class_to_category(classes)
+    categories = dataset.class_to_category(classes)
+    category_ids = [one if kept is None or number in kept else None for number, one in enumerate(categories)]
     check_measurable(dataset, category_ids)
+    if cut is not None:
+        batch_size, order = 1, "listed"
     by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes
     sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
     batches = [one.indices for one in group(sizes, batch_size, order)]
@@ -405,8 +471,13 @@ def accuracy_of(
     return coco_accuracy(dataset, results, category_ids)
 
 
-def batch_shapes(dataset: CocoDataset, preprocess: Preprocess, batch_size: int, order: Order) -> Iterator[Shape]:
+def batch_shapes(
+    dataset: CocoDataset, preprocess: Preprocess, batch_size: int, order: Order, cut: InTiles | None = None
+) -> Iterator[Shape]:
     """Of the batches that `measure_accuracy` makes, from the headers of the files. Raises `DataError`."""
+    if cut is not None:
+        yield from cut.shapes((image.size() for image in dataset.images), preprocess)
+        return
     sizes = [preprocess.input_size(*image.size()) for image in dataset.images]
     for one in group(sizes, batch_size, order):
         yield len(one.indices), *one.size

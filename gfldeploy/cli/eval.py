@@ -16,9 +16,9 @@ from gfldeploy.gates import accuracy_gate
 
 
 @click.command("eval")
-@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
+@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.NMS, *options.ENGINE)
 @options.input_sizes("measure, one after the other")
-@options.group(options.batching(ORDERS, "listed"), options.limit())
+@options.group(*options.TILES, options.batching(ORDERS, "listed"), options.limit())
 @click.option(
     "--end-to-end", is_flag=True, help="Run the ONNX file that deploys by itself, with its own normalisation and NMS."
 )
@@ -47,6 +47,9 @@ def command(as_json: bool, min_map: float | None, **given: Any) -> int:
 def _show(found: EvalResults, batch_size: int, order: str) -> None:
     over = f", {found.matched} of {found.classes} classes" if found.matched < found.classes else ""
     how = f"{found.engine} {with_tf32(found.precision, found.tf32)}, batch {batch_size} {order}"
+    how += f", in {found.tiling}" if found.tiling else ""
+    for name, value in found.detection.given.items():
+        how += f", {name} {','.join(value) if isinstance(value, tuple) else value}"
     if not found.at_sizes:
         console().print(f"{_in_words(found.accuracy)}  ({found.accuracy.images} images{over}, {how})")
     for size, one in found.at_sizes.items():

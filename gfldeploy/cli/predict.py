@@ -11,7 +11,6 @@ import click
 from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
     from gfldeploy.predict.outputs import PredictResults
@@ -33,13 +32,7 @@ if TYPE_CHECKING:
     metavar="COCO.json",
     help="Detect in the images of these annotations and use their ids. INPUT may then say where file names start.",
 )
-@options.DRAW
-@click.option(
-    "--threshold",
-    type=options.FiniteFloat(0, 1),
-    default=DEFAULT_THRESHOLD,
-    help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
-)
+@options.group(options.DRAW, *options.SHOWN, *options.NMS)
 @options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE, *options.TILES)
 @click.option(
     "--streams",
@@ -59,16 +52,16 @@ if TYPE_CHECKING:
     "any scheduler. `gfldeploy merge` makes the results of all parts.",
 )
 @options.group(*options.RAY)
-def command(output: Path | str, threshold: float, **given: Any) -> int:
+def command(output: Path | str, **given: Any) -> int:
     """Detect in images, folders of them, and videos.
 
     INPUT and OUTPUT may be addresses of filesystems: s3://, gs://, hdfs:// and file://. Credentials are found as by the
     filesystem's own tools. A connection that breaks is tried again; a store that does not answer ends the command.
 
     OUTPUT receives detections.jsonl (a line for each image or frame, in order, with the detections that score at least
-    --threshold), coco.json (all detections, as COCO results) and images.json (the file of each image id). Boxes are in
-    pixels of the original image. An image that cannot be read has a line with an "error", is named at the end, and does
-    not stop the rest; the exit code is then 1.
+    --threshold), coco.json (all that NMS leaves, which mAP needs, as COCO results) and images.json (the file of each
+    image id). Boxes are in pixels of the original image. An image that cannot be read has a line with an "error", is
+    named at the end, and does not stop the rest; the exit code is then 1.
 
     Each batch holds images of one input size (unless --order listed), so that an image has the detections that it has
     alone; OpenVINO INT8 may differ by rounding where there are more than four shapes of batches.
@@ -88,19 +81,19 @@ def command(output: Path | str, threshold: float, **given: Any) -> int:
     if click.get_current_context().obj:
         leave_to_exit()
     start = time.monotonic()
-    found = predict_images(**given, output=output, threshold=threshold, progress=TerminalProgress())
-    report(found, threshold, time.monotonic() - start)
+    found = predict_images(**given, output=output, progress=TerminalProgress())
+    report(found, time.monotonic() - start)
     click.echo(str(output))
     return 1 if found.failed else 0
 
 
-def report(summary: PredictResults, threshold: float | None, seconds: float) -> None:
-    """Say what was found; `threshold`: the lowest score of what was counted, if it is known."""
+def report(summary: PredictResults, seconds: float) -> None:
+    """Say what was found."""
     click.echo(
         f"{summary.images:,} images"
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")
         + f" in {seconds:.1f} s, {summary.detections:,} detections"
-        + (f" with a score of at least {threshold:g}" if threshold else "")
+        + (f" with a score of at least {summary.lowest:g}" if summary.lowest else "")
         + (f"; {summary.failed:,} could not be read" if summary.failed else "")
         + (":" if summary.reasons else ""),
         err=True,

@@ -2,17 +2,19 @@
 
     python benchmarks/gate_noise.py --bundle int8 --data val.json --name demo_int8 --machine epyc-2core --runs 6
 
-Measures the same bundle `--runs` times with `gfldeploy bench`, and gates each run against every other one as it is,
-and with all latencies of one cell after the other multiplied by each of `--planted`. Counts the gates that fail for a
-slower cell, by PERCENT. Prints the shares, and writes results/MACHINE/checks/NAME_gate_noise.json beside this script.
-`--folder` keeps the runs: another call adds what is missing. Options after `--` go to `benchmark`, as NAME=VALUE.
+Measures a bundle and a copy of it `--runs` times with `gfldeploy bench`. Compares the runs of the bundle, each with
+every other one, as files; and in each run the bundle with its copy, whose rounds are interleaved (`compare --bundles`).
+Each as it is, and with all latencies of one cell after the other multiplied by each of `--planted`. Counts the gates
+that fail for a slower cell, by PERCENT. Prints the shares, and writes results/MACHINE/checks/NAME_gate_noise.json
+beside this script. `--folder` keeps the runs: another call adds what is missing. What follows are arguments of
+`benchmark`, as NAME=VALUE.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -20,24 +22,29 @@ from typing import Any
 
 import yaml
 
-from gfldeploy import benchmark, compare, speed_gate
+from gfldeploy import Comparison, benchmark, compare, speed_gate
 from gfldeploy.bench.results import BenchResults, CellResult, Run
 from gfldeploy.files import write_json
 from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent
-PERCENTS = (0.0, 5.0, 10.0, 20.0)
+PERCENTS = (0.0, 5.0, 10.0, 20.0, 30.0)
+COPY = "copy"
 
 
 def runs(arguments: argparse.Namespace) -> list[BenchResults]:
     """Those that are there, and those that are missing."""
     found = []
+    copy = arguments.folder / COPY
+    if not copy.exists():
+        shutil.copytree(arguments.bundle, copy)
     for number in range(arguments.runs):
         file = arguments.folder / f"run_{number}.json"
         if not file.exists():
             given = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in arguments.options)}
-            benchmark(arguments.bundle, data=arguments.data, accuracy=False, peak=False, output=file, **given)
+            both = (arguments.bundle, copy)
+            benchmark(both, data=arguments.data, accuracy=False, peak=False, output=file, **given)
             print(f"run {number + 1} of {arguments.runs} is done", flush=True)
         found.append(BenchResults.read(file))
     return found
@@ -54,39 +61,57 @@ def slowed(result: CellResult, factor: float) -> CellResult:
     return replace(result, runs=tuple(map(run, result.runs)))
 
 
-def altered(results: BenchResults, factor: float) -> Iterator[BenchResults]:
-    """As they are for a factor of 1; else one for each cell, which is slowed."""
+def altered(results: BenchResults, factor: float, directory: str) -> Iterator[BenchResults]:
+    """As they are for a factor of 1; else one for each cell of the bundle in the directory, which is slowed."""
     if factor == 1:
         yield results
         return
     for number, cell in enumerate(results.cells):
-        if cell.status == "ok":
+        if cell.status == "ok" and cell.cell.bundle.directory == directory:
             cells = (*results.cells[:number], slowed(cell, factor), *results.cells[number + 1 :])
             yield replace(results, cells=cells)
 
 
-def failing(measured: list[BenchResults], factor: float) -> dict[str, list[int]]:
+def apart(measured: Sequence[BenchResults], factor: float) -> Iterator[Comparison]:
+    """Each run with every other one."""
+    directory = measured[0].cells[0].cell.bundle.directory
+    alone = [
+        replace(one, cells=tuple(cell for cell in one.cells if cell.cell.bundle.directory == directory))
+        for one in measured
+    ]
+    for one, other in permutations(alone, 2):
+        for changed in altered(other, factor, directory):
+            yield compare(one, changed)
+
+
+def interleaved(measured: Sequence[BenchResults], factor: float) -> Iterator[Comparison]:
+    """In each run the bundle with its copy."""
+    directory = measured[0].cells[0].cell.bundle.directory
+    for one in measured:
+        for a, b in permutations((directory, COPY)):
+            for changed in altered(one, factor, b):
+                yield compare(changed, bundles=(a, b))
+
+
+def failing(found: Sequence[Comparison]) -> dict[str, list[int]]:
     """By PERCENT, how many gates fail for a slower cell, and how many there were."""
-    counts = {f"{percent:g}": [0, 0] for percent in PERCENTS}
-    for one, other in permutations(measured, 2):
-        for changed in altered(other, factor):
-            found = compare(one, changed)
-            for percent, count in zip(PERCENTS, counts.values(), strict=True):
-                count[0] += "slower by more than" in (gate := speed_gate(found, percent)).text and not gate.passed
-                count[1] += 1
-    return counts
+    texts = {percent: [speed_gate(one, percent).text for one in found] for percent in PERCENTS}
+    slower = {
+        percent: sum(" slower by more than" in one and " is slower" not in one for one in some)
+        for percent, some in texts.items()
+    }
+    return {f"{percent:g}": [count, len(found)] for percent, count in slower.items()}
 
 
-def largest(measured: list[BenchResults]) -> dict[str, Any]:
-    """The largest ratio of two runs of one cell."""
-    found = (
+def largest(found: Sequence[Comparison]) -> dict[str, Any]:
+    """The largest ratio of all."""
+    ratios = [
         (each.ratio.value, pair.cell.name(), each.figure)
-        for one, other in permutations(measured, 2)
-        for pair in compare(one, other).pairs
+        for one in found
+        for pair in one.pairs
         for each in pair.slowness
-    )
-    ratio, cell, figure = max(found)
-    return {"ratio": ratio, "cell": cell, "figure": figure}
+    ]
+    return dict(zip(("ratio", "cell", "figure"), max(ratios), strict=True))
 
 
 def main() -> None:
@@ -101,21 +126,22 @@ def main() -> None:
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE")
     arguments = parser.parse_args()
     measured = runs(arguments)
-    cells = sum(one.status == "ok" for one in measured[0].cells)
-    failed = {f"{factor:g}": failing(measured, factor) for factor in (1.0, *arguments.planted)}
-    record = {
+    ways: dict[str, Callable[[Sequence[BenchResults], float], Iterator[Comparison]]]
+    ways = {"two files": apart, "interleaved": interleaved}
+    record: dict[str, Any] = {
         "what": "gates of compare --fail-if-slower that fail for a slower cell, and of how many, by factor and PERCENT",
         "machine": plain(describe_machine()),
         "settings": plain(measured[0].settings),
         "runs": len(measured),
-        "cells": cells,
-        "largest_ratio_of_two_runs": largest(measured),
-        "failed": failed,
+        "cells": [one.cell.name() for one in measured[0].cells if one.cell.bundle.directory == COPY],
     }
-    print(f"{len(measured)} runs of {cells} cells; {json.dumps(record['largest_ratio_of_two_runs'])}")
-    print("one cell slowed by | " + " | ".join(f"PERCENT {one:g}" for one in PERCENTS))
-    for factor, counts in failed.items():
-        print(f"{factor} | " + " | ".join(f"{some} of {of}" for some, of in counts.values()))
+    for name, way in ways.items():
+        failed = {f"{factor:g}": failing(list(way(measured, factor))) for factor in (1.0, *arguments.planted)}
+        record[name] = {"largest": largest(list(way(measured, 1.0))), "failed": failed}
+        print(f"{name}, {len(measured)} runs: the largest ratio is {record[name]['largest']}")
+        print("| one cell slowed by | " + " | ".join(f"{one:g}%" for one in PERCENTS) + " |")
+        for factor, counts in failed.items():
+            print(f"| {factor} | " + " | ".join(f"{some} of {of}" for some, of in counts.values()) + " |")
     write_json(HERE / f"results/{arguments.machine}/checks/{arguments.name}_gate_noise.json", record)
 
 

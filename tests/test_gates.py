@@ -112,6 +112,41 @@ def test_the_confidence_is_of_all_cells_together() -> None:
     assert all(each.at_least is not None and each.at_least < alone.at_least for each in found)
 
 
+def test_two_bundles_of_one_file_are_compared_round_by_round(tmp_path: Path, run_here: RunHere) -> None:
+    """A machine that is slower in some rounds hides 10 % between two files, and not between interleaved rounds."""
+    random = np.random.default_rng(2)
+    drift = (1.0, 1.6, 0.8, 1.3)
+
+    def noisy(directory: str, factor: float) -> CellResult:
+        rounds = [tuple((10 * factor * each * random.normal(1, 0.01, 50)).tolist()) for each in drift]
+        runs = (replace(RUN, samples=Samples(one, (), 2, 100, 1.0, True), stages=None) for one in rounds)
+        bundle = replace(OK.cell.bundle, directory=directory, name=f"name of {directory}")
+        return altered(OK, runs=tuple(runs), bundle=bundle)
+
+    both = results(noisy("old", 1), noisy("new", 1.1), noisy("same", 1))
+    found = compare(both, bundles=("old", "new"))
+    (pair,) = found.pairs
+    assert pair.ratio.low is not None and pair.ratio.high is not None
+    assert 1.08 < pair.ratio.low < pair.ratio.high < 1.12
+    assert not speed_gate(found, 5).passed and speed_gate(compare(both, bundles=("old", "same")), 5).passed
+    apart = [replace(both, cells=(cell,)) for cell in both.cells[:2]]
+    renamed = replace(apart[1].cells[0], cell=replace(apart[1].cells[0].cell, bundle=OK.cell.bundle))
+    first = replace(apart[0].cells[0], cell=renamed.cell)
+    (wide,) = compare(results(first), results(renamed)).pairs
+    assert wide.verdict == "no difference found"
+
+    both.write(tmp_path / "both.json")
+    done = run_here("compare", tmp_path / "both.json", "--bundles", "old,new", "--fail-if-slower", "5")
+    assert done.returncode == 1 and "1 cell of 1 slower by more than 5%" in done.stderr
+    for wrong in (
+        (),
+        ("--bundles", "old"),
+        ("--bundles", "old,none"),
+        (tmp_path / "both.json", "--bundles", "old,new"),
+    ):
+        assert run_here("compare", tmp_path / "both.json", *wrong).returncode == 2
+
+
 def served(in_time: int, late: int, latency_ms: float = 10.0) -> BenchResults:
     samples = Samples((latency_ms,) * in_time + (60.0,) * late, (), 2, 400, 4.0, True)
     serving = Serving(401, 401 - in_time - late, (Point(1, (64, 96), 5.0),), 400)

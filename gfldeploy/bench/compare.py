@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
@@ -14,9 +15,10 @@ from gfldeploy.bench.cell import BundleIdentity, Cell
 from gfldeploy.bench.estimates import CONFIDENCE, Estimate, median, ratios_of_medians
 from gfldeploy.bench.results import BenchResults, CellResult
 from gfldeploy.bench.table import Row, Served, rows
-from gfldeploy.errors import DataError
+from gfldeploy.errors import DataError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.machine import Machine
+from gfldeploy.text import first_of
 
 Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
 
@@ -111,19 +113,22 @@ class Comparison:
 
 def compare(
     a: BenchResults | StrPath,
-    b: BenchResults | StrPath,
+    b: BenchResults | StrPath | None = None,
     *,
+    bundles: tuple[str, str] | None = None,
     different_machines: bool = False,
     different_data: bool = False,
 ) -> Comparison:
-    """Compare the cells that two benchmarks both measured.
+    """Compare the cells that two benchmarks both measured, or one of two bundles.
 
-    Each verdict is at 95 % confidence by itself: of twenty cells that did not change, one may look as if it had. Runs
-    of the two cannot be paired, so what changed on the machine from one to the other counts as a change too.
+    Each verdict is at 95 % confidence by itself: of twenty cells that did not change, one may look as if it had. What
+    changed on the machine from one benchmark to the other counts as a change too; the rounds of two bundles in one
+    benchmark are interleaved, so that it does not.
 
     Args:
         a: Results, or a file of them.
-        b: Those to compare with them.
+        b: Those to compare with them; None to compare `bundles`.
+        bundles: The directories, without their paths, of two bundles in `a`, whatever their names: A's and B's.
         different_machines: Compare although the hardware differs.
         different_data: Compare although the timed images, or how they were timed, differ.
 
@@ -132,8 +137,13 @@ def compare(
 
     Raises:
         DataError: A file cannot be read, the hardware or the timing differs, or no cell is measured in both.
+        UsageError: There is neither a second file nor two bundles, or there is both.
     """
-    a, b = (one if isinstance(one, BenchResults) else BenchResults.read(Path(one)) for one in (a, b))
+    if (b is None) == (bundles is None):
+        raise UsageError("one results file and two bundles in it, or two files, are compared", "Give B, or --bundles.")
+    a, b = (one if isinstance(one, BenchResults) else BenchResults.read(Path(one)) for one in (a, b or a))
+    if bundles is not None:
+        a, b = (_of_bundle(a, directory) for directory in bundles)
     hardware, data = tuple(hardware_differences(a.machine, b.machine)), tuple(timing_differences(a, b))
     if hardware and not different_machines:
         raise DataError(
@@ -150,7 +160,7 @@ def compare(
     both = [(one, b_cells[key]) for key, one in a_cells.items() if key in b_cells]
     measured = [(one, other) for one, other in both if one.ok and other.ok]
     count = sum(len(_figures(one.cell)) for one, _ in measured)
-    pairs = tuple(_pair(one, other, same_images, count) for one, other in measured)
+    pairs = tuple(_pair(one, other, same_images, count, bundles is not None) for one, other in measured)
     if not pairs:
         raise DataError(
             f"no cell is measured in both files: {_extent(a_cells)} in the first, {_extent(b_cells)} in the second",
@@ -170,6 +180,16 @@ def compare(
         software=tuple(software_differences(a.machine, b.machine)),
         notes=tuple(_notes(a, b)),
     )
+
+
+def _of_bundle(results: BenchResults, directory: str) -> BenchResults:
+    """The cells of the bundle in this directory, without a name, so that they are those of another bundle too."""
+    found = [one for one in results.cells if one.cell.bundle.directory == directory]
+    if not found:
+        others = first_of(dict.fromkeys(one.cell.bundle.directory for one in results.cells), 5)
+        raise DataError(f"no cell is of a bundle in {directory!r:.80}", f"Give two of {others}.")
+    nameless = (replace(one.cell, bundle=replace(one.cell.bundle, name="")) for one in found)
+    return replace(results, cells=tuple(replace(one, cell=cell) for one, cell in zip(found, nameless, strict=True)))
 
 
 def _cells(a: BenchResults, b: BenchResults) -> tuple[dict[Cell, Row], dict[Cell, Row]]:
@@ -198,9 +218,9 @@ def _key(cell: Cell, directory: str = "") -> Cell:
     return replace(cell, bundle=BundleIdentity(cell.bundle.name, directory, ""))
 
 
-def _pair(a: Row, b: Row, same_images: bool, count: int) -> Pair:
+def _pair(a: Row, b: Row, same_images: bool, count: int, interleaved: bool) -> Pair:
     """`count`: the figures of all pairs, which `Slowness.at_least` holds for together."""
-    slowness = tuple(_slowness(a, b, 1 - (1 - CONFIDENCE) / count))
+    slowness = tuple(_slowness(a, b, 1 - (1 - CONFIDENCE) / count, interleaved))
     ratio = slowness[0].ratio
     return Pair(
         cell=a.cell,
@@ -223,16 +243,17 @@ def _figures(cell: Cell) -> tuple[Figure, Figure]:
     return ("server latency", "answers in time") if cell.is_server else ("network", "file to boxes")
 
 
-def _slowness(a: Row, b: Row, together: float) -> Iterator[Slowness]:
+def _slowness(a: Row, b: Row, together: float, interleaved: bool) -> Iterator[Slowness]:
     """`together`: the confidence of one figure for which `Slowness.at_least` holds for all."""
     latency, second = _figures(a.cell)
-    found = ratios_of_medians(_network_ms(a.result), _network_ms(b.result), (CONFIDENCE, together))
+    compared = partial(ratios_of_medians, confidences=(CONFIDENCE, together), paired=interleaved)
+    found = compared(_network_ms(a.result), _network_ms(b.result))
     yield Slowness(latency, found[0], found[1].low)
     if a.served and b.served:
         ratio, sure = (_in_time(a.served, b.served, one) for one in (CONFIDENCE, together))
         yield Slowness(second, ratio, sure.low)
     elif all(min(row.result.file_ms, default=0) > 0 for row in (a, b)):
-        found = ratios_of_medians(_file_ms(a.result), _file_ms(b.result), (CONFIDENCE, together))
+        found = compared(_file_ms(a.result), _file_ms(b.result))
         yield Slowness(second, found[0], found[1].low)
 
 

@@ -35,7 +35,15 @@ class _Command(click.Command):
 
 @click.command("compare", cls=_Command)
 @click.argument("a", metavar="A.json", type=options.PATH)
-@click.argument("b", metavar="B.json", type=options.PATH)
+@click.argument("b", metavar="[B.json]", type=options.PATH, required=False)
+@click.option(
+    "--bundles",
+    type=options.Parsed("A,B", str, listed=True),
+    metavar="A,B",
+    show_default="none",
+    help="Compare two bundles of one file, by the names of their directories. Their rounds were interleaved, so that "
+    "what slows the machine down for a while is no difference.",
+)
 @click.option("--different-machines", is_flag=True, help="Compare even if the hardware differs.")
 @click.option(
     "--different-data", is_flag=True, help="Compare even if the timed images, or how they were timed, differ."
@@ -52,9 +60,15 @@ class _Command(click.Command):
 )
 @options.JSON
 def command(
-    a: Path, b: Path, different_machines: bool, different_data: bool, fail_if_slower: float | None, as_json: bool
+    a: Path,
+    b: Path | None,
+    bundles: tuple[str, ...] | None,
+    different_machines: bool,
+    different_data: bool,
+    fail_if_slower: float | None,
+    as_json: bool,
 ) -> int:
-    """Compare two results files, with intervals.
+    """Compare two results files, or two bundles in one, with intervals.
 
     For each cell this shows the ratio of the median latencies of the network alone, B to A, with its 95% confidence
     interval, and whether B is faster, slower, or no difference was found, because the interval includes 1; then the
@@ -68,7 +82,10 @@ def command(
     from gfldeploy.gates import speed_gate
     from gfldeploy.serialization import plain
 
-    found = compare(a, b, different_machines=different_machines, different_data=different_data)
+    if bundles is not None and len(bundles) != 2:
+        raise click.UsageError("--bundles takes two names of directories, such as old,new")
+    pair = None if bundles is None else (bundles[0], bundles[1])
+    found = compare(a, b, bundles=pair, different_machines=different_machines, different_data=different_data)
     if as_json:
         click.echo(json.dumps(plain(found), indent=2))
     elif found.identical:

@@ -95,12 +95,12 @@ def interleaved(measured: Sequence[BenchResults], factor: float) -> Iterator[Com
 
 def failing(found: Sequence[Comparison]) -> dict[str, list[int]]:
     """By PERCENT, how many gates fail for a slower cell, and how many there were."""
-    texts = {percent: [speed_gate(one, percent).text for one in found] for percent in PERCENTS}
-    slower = {
-        percent: sum(" slower by more than" in one and " is slower" not in one for one in some)
-        for percent, some in texts.items()
+    gates = {percent: [speed_gate(one, percent) for one in found] for percent in PERCENTS}
+    failed = {
+        percent: sum(not one.passed and "slower by more than" in one.text for one in some)
+        for percent, some in gates.items()
     }
-    return {f"{percent:g}": [count, len(found)] for percent, count in slower.items()}
+    return {f"{percent:g}": [count, len(found)] for percent, count in failed.items()}
 
 
 def largest(found: Sequence[Comparison]) -> dict[str, Any]:

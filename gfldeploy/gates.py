@@ -63,7 +63,8 @@ def padding_gate(found: Audit, max_padding: float, order: Order = "listed") -> G
     """Say whether the network computes few enough pixels that are no image's, in batches of every size.
 
     What counts are the pixels of all batches by those of the resized images: what rounding up to the stride, or bars
-    around an image, adds (`Audit.rounding`), times what its neighbours in a batch add (`AuditRow.padding`).
+    around an image, adds (`Audit.rounding`), times what its neighbours in a batch add (`AuditRow.padding`). Where
+    images were cut into tiles, it is those of the tiles.
 
     Args:
         found: What `audit` returned.
@@ -73,14 +74,17 @@ def padding_gate(found: Audit, max_padding: float, order: Order = "listed") -> G
     Returns:
         Whether it is kept, at every batch size and input size, in a line with the worst.
     """
-    rows = [(one, row) for one in (found, *found.at_sizes) for row in one.rows if row.order == order]
+    audits = [one.in_tiles or one for one in (found, *found.at_sizes)]
+    rows = [(one, row) for one in audits for row in one.rows if row.order == order or one.tiling]
     audit, row = max(rows, key=lambda one: one[0].rounding * one[1].padding)
+    size = next(one.input_size for one in (found, *found.at_sizes) if audit in (one, one.in_tiles))
     value = audit.rounding * row.padding
     passed = value <= max_padding
     digits = next((one for one in (2, 4) if f"{value:.{one}f}" != f"{max_padding:.{one}f}"), 16)
+    of = "tiles" if audit.tiling else "images"
     figure = (
-        f"batches of {row.batch_size}, {order}{_at(audit.input_size)}, have {value:.{2 if passed else digits}f}x the "
-        f"pixels of the images ({audit.rounding:.2f}x by the input size, {row.padding:.2f}x by neighbours)"
+        f"batches of {row.batch_size}, {row.order}{_at(size)}, have {value:.{2 if passed else digits}f}x the pixels of "
+        f"the {of} ({audit.rounding:.2f}x by the input size, {row.padding:.2f}x by neighbours)"
     )
     unused = len(audit.left_out) + (len(found.left_out) if audit is not found else 0)
     left_out = f"; {_count(unused, 'image')} could not be used" if unused else ""
@@ -88,7 +92,7 @@ def padding_gate(found: Audit, max_padding: float, order: Order = "listed") -> G
         return Gate(True, f"{figure}, not more than {max_padding:g}x{left_out}")
     remedy = (
         "Run batches of images of one size (--order bucketed)"
-        if order != "bucketed" and row.padding > 1
+        if row.order != "bucketed" and row.padding > 1
         else "Allow more --buckets"
         if row.padding > 1
         else "Choose an --input-size with the shape of the images"

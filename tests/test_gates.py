@@ -247,3 +247,7 @@ def test_audit_as_a_command(tiny_bundle: Path, tmp_path: Path, run_here: RunHere
     done = run_here(*command, "1.7", "--input-sizes", "64x64")
     assert done.returncode == 0 and "; 1 image could not be used" in gate_line(done.stderr)
     assert run_here(*command, "0.9").returncode == 2
+    (data / "broken.png").unlink()
+    # Tiles of 40x40 are resized to 64x64, a multiple of the stride; the whole image is one of them.
+    done = run_here(*command, "1.2", "--tile", "40x40")
+    assert done.returncode == 0 and ", bucketed, have " in done.stderr and "x the pixels of the tiles" in done.stderr

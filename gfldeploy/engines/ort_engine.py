@@ -143,7 +143,7 @@ class OnnxRuntimeEngine(Engine):
                 return self._on_gpu[shape]
             if shape is not None and self._deserves_its_own(shape):
                 try:
-                    self._on_gpu[shape] = self._bound(cuda_graph=True)
+                    self._on_gpu[shape] = self._bound(cuda_graph=bool(self.graph_options))
                     return self._on_gpu[shape]
                 except EngineError:  # no room: the others go on
                     self._full = True

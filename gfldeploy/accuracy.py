@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.batch_detection import DetectBatches, DetectionJob, detect_images, detect_on_ray
 from gfldeploy.batching.buckets import Order, Size, group, size_in_words
+from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import ClusterOptions
 from gfldeploy.detections import Detections, NmsParams
@@ -205,7 +206,8 @@ class EvalResults:
 
     `matched`: how many of the detector's `classes` are categories of the annotations. `notes`: what the user should
     know of the detector and the data. `at_sizes`: by input size, (height, width) in pixels, in the order in which they
-    were asked for, empty if none was; `accuracy` is then that of the first.
+    were asked for, empty if none was; `accuracy` is then that of the first. `tiling`: how images were cut; None for
+    whole ones.
     """
 
     accuracy: Accuracy
@@ -216,6 +218,7 @@ class EvalResults:
     notes: tuple[str, ...]
     tf32: bool = False
     at_sizes: Mapping[Size, Accuracy] = field(default_factory=dict)
+    tiling: Tiling | None = None
 
 
 def evaluate(
@@ -229,6 +232,8 @@ def evaluate(
     tf32: bool | None = None,
     threads: int | None = None,
     input_sizes: Sequence[Size] = (),
+    tile: Size | None = None,
+    overlap: float | None = None,
     batch_size: int = 1,
     order: Order = "listed",
     limit: int | None = None,
@@ -254,8 +259,12 @@ def evaluate(
         threads: CPU threads of one inference; by default all.
         input_sizes: The sizes, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection, one after the other; by default that of the bundle.
-        batch_size: Images of one inference.
-        order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded.
+        tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into; such an image
+            is detected in as a whole, too. By default none is cut.
+        overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
+        batch_size: Images, or tiles of an image, of one inference.
+        order: How images are put into batches. In "bucketed" ones all have one input size, and none is padded. Tiles
+            always are put so, those of an image by themselves.
         limit: Use only this number of images, the first of the annotations.
         end_to_end: Run the file that deploys by itself, with its own normalisation, padding and NMS.
         ray: The address of a Ray cluster whose machines detect, or "local" for one on this machine. They find the
@@ -269,17 +278,24 @@ def evaluate(
         The average precisions, and what they were measured with.
 
     Raises:
+        UsageError: The tiles cannot be.
         BundleError: The bundle is damaged, or does not take an input size.
         DataError: Annotations or an image cannot be read, or leave mAP undefined.
         UnsupportedError: The bundle does not run in this engine, precision or batch size.
         EngineError: The engine failed.
         OutputError: The engine cannot keep what it compiled.
     """
+    tiling = Tiling.of(tile, overlap)
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     at_sizes = {size: opened.at_size(size) for size in input_sizes or (None,)}
     dataset = CocoDataset.load(data, images, limit)
     count, fixed = len(dataset.images), manifest.inputs[0].shape[0]
+    if tiling is not None and fixed not in (None, 1):
+        raise UnsupportedError(
+            f"{opened.directory} takes batches of {fixed} only, and images are other numbers of tiles",
+            "Export it again without a fixed batch size.",
+        )
     if fixed is not None and (fixed != batch_size or count % fixed):
         remedy = f"Use --batch-size {fixed} --limit {count - count % fixed}." if count >= fixed else "Add images."
         raise UnsupportedError(
@@ -296,18 +312,19 @@ def evaluate(
     notes = (*manifest.notes, *dataset.notes, *match.notes, *([size_note] if size_note else []))
     for note in notes:
         progress.note(note)
+    cut = None if tiling is None else InTiles(tiling, batch_size)
     found: dict[Size | None, Accuracy] = {}
     with cluster.connected() if cluster else contextlib.nullcontext():
         for size, sized in at_sizes.items():
             preprocess = sized.manifest.preprocess
             # Known beforehand, they settle what runs an input, which streams would leave to chance.
             expected = replace(options, progress=progress).expecting(
-                batch_shapes(dataset, preprocess, batch_size, order)
+                batch_shapes(dataset, preprocess, batch_size, order, cut)
             )
             label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
-            how = batch_size, order, progress, label
+            how = batch_size, order, progress, label, cut
             if cluster is not None:
-                job = DetectionJob(name, expected.to_plain(), preprocess.target_size, by_itself=end_to_end)
+                job = DetectionJob(name, expected.to_plain(), preprocess.target_size, by_itself=end_to_end, cut=cut)
                 detect = partial(
                     detect_on_ray, cluster, job, opened, [image.path for image in dataset.images], progress
                 )
@@ -326,6 +343,7 @@ def evaluate(
         notes,
         options.tf32,
         {size: one for size, one in found.items() if size is not None},
+        tiling,
     )
 
 
@@ -339,18 +357,20 @@ def measure_accuracy(
     order: Order = "listed",
     progress: Progress = SILENT,
     label: str = "evaluating",
+    cut: InTiles | None = None,
 ) -> Accuracy:
     """Run an engine over a dataset and measure the accuracy.
 
     `order`: how the images are put into batches, see `batching.buckets`. `classes`: the model's class names, in the
-    order of its score channels. `label`: what `progress` calls the images that are done.
+    order of its score channels. `label`: what `progress` calls the images that are done. `cut`: how images are, each
+    by itself then; None for whole ones.
 
     Raises `DataError` before anything runs where mAP is undefined, and at the first image that cannot be read, because
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
-    detect = partial(detect_images, engine, [image.path for image in dataset.images], preprocess, nms)
-    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label)
+    detect = partial(detect_images, engine, [image.path for image in dataset.images], preprocess, nms, cut=cut)
+    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label, cut)
 
 
 def accuracy_of(
@@ -362,6 +382,7 @@ def accuracy_of(
     order: Order = "listed",
     progress: Progress = SILENT,
     label: str = "evaluating",
+    cut: InTiles | None = None,
 ) -> Accuracy:
     """As `measure_accuracy`, of what `detect` finds, wherever it does that: here or on other machines.
 
@@ -369,6 +390,8 @@ def accuracy_of(
     """
     category_ids = dataset.class_to_category(classes)
     check_measurable(dataset, category_ids)
+    if cut is not None:
+        batch_size, order = 1, "listed"
     by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes
     sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
     batches = [one.indices for one in group(sizes, batch_size, order)]
@@ -382,8 +405,13 @@ def accuracy_of(
     return coco_accuracy(dataset, results, category_ids)
 
 
-def batch_shapes(dataset: CocoDataset, preprocess: Preprocess, batch_size: int, order: Order) -> Iterator[Shape]:
+def batch_shapes(
+    dataset: CocoDataset, preprocess: Preprocess, batch_size: int, order: Order, cut: InTiles | None = None
+) -> Iterator[Shape]:
     """Of the batches that `measure_accuracy` makes, from the headers of the files. Raises `DataError`."""
+    if cut is not None:
+        yield from cut.shapes((image.size() for image in dataset.images), preprocess)
+        return
     sizes = [preprocess.input_size(*image.size()) for image in dataset.images]
     for one in group(sizes, batch_size, order):
         yield len(one.indices), *one.size

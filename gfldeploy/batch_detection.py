@@ -11,10 +11,12 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any, Self, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import Size
+from gfldeploy.batching.tiles import InTiles, Region
 from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.cluster.ray_cluster import ClusterOptions, run_on_ray
 from gfldeploy.cluster.schedule import Again, Job
@@ -40,12 +42,18 @@ _UNITS, _UNIT_IMAGES = 64, 32
 
 
 def detect_images(
-    engine: Engine, paths: Sequence[Path], preprocess: Preprocess, nms: NmsParams, batches: Iterable[Batch]
+    engine: Engine,
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    nms: NmsParams,
+    batches: Iterable[Batch],
+    *,
+    cut: InTiles | None = None,
 ) -> Generator[tuple[int, Detections]]:
     """What is found in each image of these batches of `paths`, with its place, in the order of the batches.
 
-    Several at once where the engine has streams. Raises `DataError` for an image that cannot be read, and
-    `EngineError`.
+    Several at once where the engine has streams. `cut`: each image is cut into tiles, and detected in by itself. Raises
+    `DataError` for an image that cannot be read, and `EngineError`.
     """
     with ExitStack() as stack:
         infer: Callable[[Tensors], dict[str, NDArray[Any]]] = engine.infer
@@ -53,10 +61,21 @@ def detect_images(
             runners = stack.enter_context(ThreadPoolExecutor(streams + engine.queued, "gfldeploy-infer"))
             infer = lambda inputs: runners.submit(engine.infer, inputs).result()  # noqa: E731
 
-        def detect(batch: Batch) -> list[tuple[int, Detections]]:
-            images = [read_image(paths[index]) for index in batch]
+        def detect_in(images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
             inputs, scales = inputs_of(engine, images, preprocess)
-            found = found_in(engine, infer(inputs), scales, nms)
+            return found_in(engine, infer(inputs), scales, nms)
+
+        def detect_in_tiles(cut: InTiles, image: NDArray[np.uint8]) -> Detections:
+            found: list[tuple[Region, Detections]] = []
+            size = image.shape[0], image.shape[1]
+            for regions, _ in cut.batches(size, preprocess):
+                found += zip(regions, detect_in([region.of(image) for region in regions]), strict=True)
+            return cut.merged(found, size, nms)
+
+        def detect(batch: Batch) -> list[tuple[int, Detections]]:
+            if cut is not None:
+                return [(index, detect_in_tiles(cut, read_image(paths[index]))) for index in batch]
+            found = detect_in([read_image(paths[index]) for index in batch])
             return list(zip(batch, found, strict=True))
 
         every: Iterable[list[tuple[int, Detections]]] = map(detect, batches)
@@ -72,7 +91,7 @@ class DetectionJob:
 
     `engine`: one of the table. `options`: as `EngineOptions.to_plain` gives them. `input_size`: as for
     `Bundle.at_size`. `by_itself`: the file that deploys by itself. `kind`: "module:class" of the engine that loads the
-    `graph`, where it is not in the table itself but extends `engine`.
+    `graph`, where it is not in the table itself but extends `engine`. `cut`: how images are; None for whole ones.
     """
 
     engine: str
@@ -81,6 +100,7 @@ class DetectionJob:
     by_itself: bool = False
     kind: str | None = None
     graph: GraphName | None = None
+    cut: InTiles | None = None
 
     @classmethod
     def of(cls, engine: Engine, bundle: Bundle) -> Self:
@@ -112,6 +132,7 @@ class DetectionWork(ClosesOnExit):
         opened = Bundle.open(bundle).at_size(job.input_size)
         cv2.setNumThreads(EngineOptions.from_plain(job.options).threads)
         self._manifest = opened.manifest
+        self._cut = job.cut
         self._engine = job.open(opened)
 
     def close(self) -> None:
@@ -134,7 +155,8 @@ class DetectionWork(ClosesOnExit):
     def _detect(self, paths: Sequence[Path]) -> list[Any]:
         """Of each image of one batch its detections as text, and below which score some may be missing."""
         manifest = self._manifest
-        found = detect_images(self._engine, paths, manifest.preprocess, manifest.nms, [range(len(paths))])
+        every = [range(len(paths))]
+        found = detect_images(self._engine, paths, manifest.preprocess, manifest.nms, every, cut=self._cut)
         return [(to_text(one), one.may_lack_below) for _, one in found]
 
 

@@ -22,6 +22,7 @@ _BYTES = 24  # of a detection as text: a box and a score of 32-bit floats, and a
 # A box that holds part of an object is the same object as another whose intersection with it is more than this share of
 # the smaller of the two.
 _PART = 0.5
+_OUTDONE = 0.5
 _PAIRS = 1 << 20  # of boxes that are compared at once
 _BLOCK = 192  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
@@ -432,7 +433,8 @@ def merge_tiles(parts: Sequence[Detections], cut: Sequence[NDArray[np.bool_]], p
     one, other = earlier[of_parts], later[of_parts]
     swapped = is_cut[one] & ~is_cut[other]
     one, other = np.where(swapped, other, one), np.where(swapped, one, other)
-    survives &= _survivors(len(boxes), one[is_cut[other]], other[is_cut[other]])
+    outdone = is_cut[other] & (scores[one] >= _OUTDONE * scores[other])
+    survives &= _survivors(len(boxes), one[outdone], other[outdone])
     lacks = max(one.may_lack_below for one in parts)
     return Detections(boxes[survives], scores[survives], classes[survives], lacks, parts[0].class_names)
 

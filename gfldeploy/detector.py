@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from gfldeploy.batching.tiles import Tiling
+from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bench.cpu_parity import CpuCheck
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
@@ -206,7 +206,7 @@ class Detector(ClosesOnExit):
             reduced=reduced,
             streams=self.choice.options.streams,
             check=self._check,
-            tiling=self._tiling,
+            cut=None if self._tiling is None else InTiles(self._tiling, batch_size),
         )
         with closing(groups):
             for found in in_order([(found.index, found) for found in group] for group in groups):

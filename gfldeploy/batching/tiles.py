@@ -106,36 +106,48 @@ class Tiling:
         step = max(tile - round(self.overlap * tile), 1)
         return [*range(0, side - tile, step), side - tile], tile
 
-    def batches(self, size: Size, preprocess: Preprocess, batch_size: int) -> list[tuple[list[Region], Size]]:
+
+@dataclass(frozen=True)
+class InTiles:
+    """How the images of a run are cut, and what is made of the results.
+
+    `batch_size`: tiles of one inference, at most. `keep_top_k`: detections of one image, at most; None for all, since
+    that of the config is of each inference.
+    """
+
+    tiling: Tiling
+    batch_size: int
+    keep_top_k: int | None = None
+
+    def batches(self, size: Size, preprocess: Preprocess) -> list[tuple[list[Region], Size]]:
         """The inferences of an image of this size, (height, width) in pixels, each with that of the network's input.
 
         At most `batch_size` regions of one input size each, of no other image: what is found in an image depends on
-        nothing else. Raises `DataError` as `regions`.
+        nothing else. Raises `DataError` as `Tiling.regions`.
         """
-        items = ((region, preprocess.input_size(*region.size)) for region in self.regions(*size))
-        return list(group_stream(items, batch_size))
+        items = ((region, preprocess.input_size(*region.size)) for region in self.tiling.regions(*size))
+        return list(group_stream(items, self.batch_size))
 
-    def shapes(self, sizes: Iterable[Size], preprocess: Preprocess, batch_size: int) -> Iterator[Shape]:
-        """(batch, height, width) of the inferences of images of these sizes; none of one that is too large."""
+    def shapes(self, sizes: Iterable[Size], preprocess: Preprocess) -> Iterator[Shape]:
+        """(batch, height, width) of the inferences of images of these sizes; none of one that makes too many tiles."""
         for size in sizes:
             with suppress(DataError):
-                for regions, (height, width) in self.batches(size, preprocess, batch_size):
+                for regions, (height, width) in self.batches(size, preprocess):
                     yield len(regions), height, width
 
+    def merged(self, found: Sequence[tuple[Region, Detections]], size: Size, nms: NmsParams) -> Detections:
+        """What is in an image of this size, in its pixels, by what is in each of its regions, in the region's pixels.
 
-def merged(found: Sequence[tuple[Region, Detections]], size: Size, nms: NmsParams) -> Detections:
-    """One image's detections, in its pixels, out of those of its regions, each in the region's; `size`: of the image.
-
-    See `detections.merge_tiles`. What is found in an image that is not cut stays as it is.
-    """
-    if len(found) == 1:
-        return found[0][1]
-    moved, cut = [], []
-    for region, one in found:
-        left_top = np.array([region.left, region.top] * 2, np.float32)
-        moved.append(replace(one, boxes=one.boxes + left_top))
-        cut.append(_is_cut(one.boxes, region, size))
-    return merge_tiles(moved, cut, nms)
+        See `detections.merge_tiles`. What is found in an image that is not cut stays as it is.
+        """
+        if len(found) == 1:
+            return found[0][1]
+        moved, cut = [], []
+        for region, one in found:
+            corner = np.array([region.left, region.top] * 2, np.float32)
+            moved.append(replace(one, boxes=one.boxes + corner))
+            cut.append(_is_cut(one.boxes, region, size))
+        return merge_tiles(moved, cut, nms)
 
 
 def _is_cut(boxes: NDArray[np.float32], region: Region, size: Size) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from gfldeploy.engines.base import with_tf32
 @click.command("eval")
 @options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
 @options.input_sizes("measure, one after the other")
-@options.group(options.batching(ORDERS, "listed"), options.limit())
+@options.group(*options.TILES, options.batching(ORDERS, "listed"), options.limit())
 @click.option(
     "--end-to-end", is_flag=True, help="Run the ONNX file that deploys by itself, with its own normalisation and NMS."
 )
@@ -37,6 +37,7 @@ def command(as_json: bool, **given: Any) -> None:
         return
     over = f", {found.matched} of {found.classes} classes" if found.matched < found.classes else ""
     how = f"{found.engine} {with_tf32(found.precision, found.tf32)}, batch {given['batch_size']} {given['order']}"
+    how += f", in {found.tiling}" if found.tiling else ""
     if not found.at_sizes:
         console().print(f"{_in_words(found.accuracy)}  ({found.accuracy.images} images{over}, {how})")
     for size, one in found.at_sizes.items():

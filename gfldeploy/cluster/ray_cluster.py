@@ -6,14 +6,15 @@ yields what comes back, in chunks and only as fast as they are taken; so little 
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import inspect
 import json
 import logging
 import os
 import platform
 import re
 import secrets
-import signal
 import socket
 import tempfile
 import threading
@@ -33,7 +34,14 @@ from gfldeploy.cluster.schedule import Again, Assignment, Cause, Job, Part, Sche
 from gfldeploy.cluster.worker import Opening, RemoteWorker, Todo, bundle_files, raised, versions
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import usable_threads
-from gfldeploy.errors import EngineError, MissingDependencyError, UsageError, summary
+from gfldeploy.errors import (
+    EngineError,
+    GfldeployError,
+    MissingDependencyError,
+    UnsupportedError,
+    UsageError,
+    summary,
+)
 from gfldeploy.files import scratch_directory, writing
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
@@ -43,12 +51,17 @@ _LOOPBACK = "127.0.0.1"
 _LOCAL_STORE_BYTES = 200 * 10**6  # answers are small
 _PROBE_S = 5.0
 _ASK_S = 20.0  # with the time that Ray takes to load
+_CLUSTERS = "ENABLE_RAY_CLUSTER"
 _AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 _LONGEST_PLACE = 10  # bytes of a folder for temporary files, with ours of a user's number of up to 10 digits
 _LOCAL_STARTS = 3  # on a busy machine Ray gives up after 30 s
+_LOCAL_S = 180.0  # all of them
+_JOIN_S = 60.0
+_END_S = 60.0
 _POLL_S = 1.0
 _REPORT_S = 30.0
 _WAITING_S = 30.0  # for room in the cluster, before it is told
+_BUSY = "Try again when it is less busy: the command resumes."
 _START = "Start one with `ray start --head` and give the HOST:PORT that it prints, or use --ray local."
 _OTHER_PORT = "Give the port that `ray start --head` prints (6379 by default), not that of the dashboard."
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and no settings
@@ -419,19 +432,14 @@ def connected(address: str, *, cpus: int = 0, environment: Mapping[str, str] = {
     if ray.is_initialized():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)  # Ray takes it over
     with ExitStack() as stack:
         # What Ray says of every worker that dies would be on standard output.
         stack.enter_context(_replaced(ray._private.worker, "print_to_stdstream", lambda *given, **named: None))
         # Under `uv run` it would have workers install the packages again, in a copy of the folder.
         constants, name = ray._private.ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
         stack.enter_context(_replaced(constants, name, os.environ.get(name) == "1"))
-        try:
-            with _local(cpus, environment) if address == LOCAL else _joined(address):
-                _restore(before)
-                yield
-        finally:
-            _restore(before)
+        stack.enter_context(_local(cpus, environment) if address == LOCAL else _joined(address))
+        yield
 
 
 def _imported() -> Any:
@@ -443,17 +451,48 @@ def _imported() -> Any:
     return ray
 
 
-def _restore(handler: Any) -> None:
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGTERM, handler)
+@contextmanager
+def _started(start: Callable[[], object], limit_s: float, late: GfldeployError) -> Iterator[None]:
+    """Ray, once `start` has connected it, until the block ends. Raises what `start` does, and `late` after `limit_s`.
+
+    Ray waits for its raylet without a limit, and cannot be interrupted: so it does in a thread of its own, which lives
+    as long as the block, since Linux ends the processes that Ray starts with the thread that has started them.
+    """
+    import ray
+
+    answered, over = threading.Event(), threading.Event()
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            start()
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            failure.append(error)
+        answered.set()
+        over.wait()
+        ray.shutdown()
+
+    thread = threading.Thread(target=run, name="gfldeploy-ray", daemon=True)
+    thread.start()
+    try:
+        if not answered.wait(limit_s):
+            atexit.unregister(ray.shutdown)  # it would wait for the same answer
+            raise late
+        if failure:
+            raise failure[0]
+        yield
+    finally:
+        over.set()
+        if answered.is_set():
+            thread.join(_END_S)
 
 
 @contextmanager
 def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
     """A cluster of this machine, which nobody else can use: on the loopback interface, with a token of its own."""
     import ray
-    from ray._private import parameter, ray_constants
 
+    parameter, constants = _internals()
     own = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -468,32 +507,57 @@ def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
         folder = stack.enter_context(_by_short_name(stack.enter_context(scratch_directory())))
         stack.callback(_reload_token)
         stack.enter_context(_environment(own))
-        stack.enter_context(_replaced(ray_constants, "ENABLE_RAY_CLUSTER", False))  # read when Ray was loaded
-        # Ray waits for ports that its agents choose, and on a busy machine gives up before they do.
-        given = partial(parameter.RayParams, **dict(zip(_AGENT_PORTS, _free_ports(len(_AGENT_PORTS)), strict=True)))
+        stack.enter_context(_replaced(constants, _CLUSTERS, False))  # read when Ray was loaded
+        # Ray waits for ports that its agents choose, and on a busy machine gives up before they do. Nobody reads logs.
+        given = partial(
+            parameter.RayParams,
+            **dict(zip(_AGENT_PORTS, _free_ports(len(_AGENT_PORTS)), strict=True)),
+            include_log_monitor=False,
+        )
         stack.enter_context(_replaced(parameter, "RayParams", given))
         _reload_token()
-        stack.callback(ray.shutdown)
-        for attempt in range(_LOCAL_STARTS):
-            try:
-                (folder / str(attempt)).mkdir()
-                ray.init(
-                    address=LOCAL,
-                    num_cpus=cpus or usable_threads(),
-                    include_dashboard=False,
-                    object_store_memory=_LOCAL_STORE_BYTES,
-                    _node_ip_address=_LOOPBACK,
-                    _temp_dir=str(folder / str(attempt)),
-                    **_quiet(),
-                )
-                break
-            except Exception as error:
-                ray.shutdown()
-                if attempt == _LOCAL_STARTS - 1:
-                    raise EngineError(
-                        f"Ray does not start on this machine: {summary(error)}", "Try again when it is less busy."
-                    ) from error
+
+        def start() -> None:
+            for attempt in range(_LOCAL_STARTS):
+                try:
+                    (folder / str(attempt)).mkdir()
+                    ray.init(
+                        address=LOCAL,
+                        num_cpus=cpus or usable_threads(),
+                        include_dashboard=False,
+                        object_store_memory=_LOCAL_STORE_BYTES,
+                        _node_ip_address=_LOOPBACK,
+                        _temp_dir=str(folder / str(attempt)),
+                        **_quiet(),
+                    )
+                    return
+                except Exception as error:
+                    ray.shutdown()
+                    if attempt == _LOCAL_STARTS - 1:
+                        raise EngineError(f"Ray does not start on this machine: {summary(error)}", _BUSY) from error
+
+        late = EngineError(f"Ray has not started on this machine within {_LOCAL_S:.0f} s", _BUSY)
+        stack.enter_context(_started(start, _LOCAL_S, late))
         yield
+
+
+def _internals() -> tuple[Any, Any]:
+    """Two modules of Ray. Raises `UnsupportedError` for a Ray that has not what `_local` changes there.
+
+    `ray.init` has no argument for the ports of its agents, nor one that closes the cluster to other machines.
+    """
+    import ray
+
+    with suppress(ImportError, AttributeError, TypeError, ValueError):
+        parameter = importlib.import_module("ray._private.parameter")
+        constants = importlib.import_module("ray._private.ray_constants")
+        known = inspect.signature(parameter.RayParams).parameters
+        if hasattr(constants, _CLUSTERS) and {*_AGENT_PORTS, "include_log_monitor"} <= known.keys():
+            return parameter, constants
+    raise UnsupportedError(
+        f"--ray local does not know Ray {ray.__version__} well enough to keep other machines out",
+        "Run: pip install ray==2.60.0, or start a cluster with `ray start --head` and give its HOST:PORT.",
+    )
 
 
 def _free_ports(count: int) -> list[int]:
@@ -568,14 +632,19 @@ def _joined(address: str) -> Iterator[None]:
     problem, remedy = _obstacle(head, found)
     if problem:
         raise UsageError(problem, remedy)
-    try:
-        ray.init(address=head, **_quiet())
-    except Exception as error:
-        raise UsageError(f"cannot connect to Ray at {head}: {summary(error)}", "See Ray's logs there.") from error
-    try:
+
+    def start() -> None:
+        try:
+            ray.init(address=head, **_quiet())
+        except Exception as error:
+            raise UsageError(f"cannot connect to Ray at {head}: {summary(error)}", "See Ray's logs there.") from error
+
+    late = UsageError(
+        f"the Ray cluster at {head} answers, and its raylet on this machine has not within {_JOIN_S:.0f} s",
+        "Run `ray stop` and `ray start` here again, or see raylet.out in Ray's logs.",
+    )
+    with _started(start, _JOIN_S, late):
         yield
-    finally:
-        ray.shutdown()
 
 
 def _head(address: str) -> str:

@@ -29,8 +29,9 @@ from gfldeploy.progress import SILENT, Progress
 CLASSES: tuple[str, ...] = ("disc", "ring", "square", "triangle", "star", "cross")
 """Class names; the COCO category id of `CLASSES[i]` is `i + 1`."""
 
-SPLITS: tuple[str, ...] = ("train", "calib", "val")
-"""Split names. Their position seeds them, so the splits share no image."""
+SPLITS: tuple[str, ...] = ("train", "calib", "val", "scenes")
+"""Split names. Their position seeds them, so the splits share no image. "scenes" are large pictures of many objects,
+most of them small, for detecting in tiles."""
 
 GENERATOR_VERSION = 1
 """Raised whenever the pictures change: a split written by another version is generated again."""
@@ -42,6 +43,10 @@ _SIZES: tuple[tuple[int, int], ...] = (
     *((640, 480), (480, 640), (512, 384), (384, 512), (600, 400), (400, 600), (448, 448), (512, 512)),
     *((640, 360), (360, 640), (560, 420), (450, 600), (576, 432), (500, 375)),
 )
+
+# Of scenes: width x height, and of their objects the part that is small, and of medium size, with the sizes in pixels.
+_SCENE_SIZES: tuple[tuple[int, int], ...] = ((2400, 1600), (1600, 2400), (2560, 1440), (1920, 1920))
+_SCENE_OBJECTS: tuple[tuple[float, float, float], ...] = ((0.6, 14.0, 36.0), (0.3, 36.0, 140.0), (0.1, 140.0, 800.0))
 
 # An object keeps at least this part of its area visible, after occlusion and clipping by the image's border. Later
 # objects that would hide more are not drawn: hiding an object and dropping its box would leave unlabelled shapes.
@@ -127,7 +132,7 @@ def _write_split(directory: Path, split: str, count: int, progress: Progress) ->
     annotations: list[dict[str, Any]] = []
     for index in range(count):
         rng = np.random.default_rng([SEED, SPLITS.index(split), index])
-        picture, boxes = _draw_image(rng, _CROWDED[split])
+        picture, boxes = _draw_scene(rng) if split == "scenes" else _draw_image(rng, _CROWDED[split])
         quality = int(rng.integers(75, 96))
         _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
         name = f"{index:06d}.jpg"
@@ -160,8 +165,6 @@ def _write_split(directory: Path, split: str, count: int, progress: Progress) ->
 
 def _draw_image(rng: np.random.Generator, crowded: float) -> tuple[Image, list[_Found]]:
     """One picture [H, W, 3] (BGR) and its objects; `crowded` is the probability of 15 or more objects."""
-    import cv2
-
     width, height = _SIZES[int(rng.integers(len(_SIZES)))]
     short = min(width, height)
     picture = _background(rng, width, height)
@@ -186,6 +189,30 @@ def _draw_image(rng: np.random.Generator, crowded: float) -> tuple[Image, list[_
                 break
     if placed and rng.random() < 0.3:
         _occlude(rng, picture, owner, placed)
+    return _photographed(rng, picture), _boxes(owner, placed)
+
+
+def _draw_scene(rng: np.random.Generator) -> tuple[Image, list[_Found]]:
+    """One large picture [H, W, 3] (BGR) and its objects."""
+    width, height = _SCENE_SIZES[int(rng.integers(len(_SCENE_SIZES)))]
+    picture = _background(rng, width, height)
+    for _ in range(8):
+        _clutter(rng, picture)
+    owner = np.zeros((height, width), np.int16)
+    placed: list[_Placed] = []
+    parts = [part for part, _, _ in _SCENE_OBJECTS]
+    for _ in range(int(rng.integers(60, 101))):
+        _, low, high = _SCENE_OBJECTS[int(rng.choice(len(parts), p=parts))]
+        size = math.exp(rng.uniform(math.log(low), math.log(high)))
+        for _attempt in range(4):
+            if _place_shape(rng, picture, owner, placed, size):
+                break
+    return _photographed(rng, picture), _boxes(owner, placed)
+
+
+def _photographed(rng: np.random.Generator, picture: Image) -> Image:
+    """Now and then out of focus, or with the noise of a sensor."""
+    import cv2
 
     if rng.random() < 0.15:
         sigma = float(rng.uniform(0.5, 1.1))
@@ -194,7 +221,7 @@ def _draw_image(rng: np.random.Generator, crowded: float) -> tuple[Image, list[_
         strength = int(rng.integers(3, 11))
         noise = rng.integers(0, 2 * strength + 1, picture.shape, np.uint8)
         picture = np.asarray(cv2.subtract(cv2.add(picture, noise), (strength,) * 3), np.uint8)
-    return picture, _boxes(owner, placed)
+    return picture
 
 
 def _boxes(owner: npt.NDArray[np.int16], placed: list[_Placed]) -> list[_Found]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import Order, Size, stream_batches
-from gfldeploy.batching.tiles import Region, Tiling, merged
+from gfldeploy.batching.tiles import InTiles, Region
 from gfldeploy.bundle import Manifest
 from gfldeploy.detections import Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
@@ -77,7 +77,7 @@ def detect_groups(
     reduced: bool = False,
     check: CpuCheck | None = None,
     streams: int = 1,
-    tiling: Tiling | None = None,
+    cut: InTiles | None = None,
 ) -> Generator[list[Found]]:
     """What was found, batch by batch.
 
@@ -86,21 +86,15 @@ def detect_groups(
     `reduced`: decode JPEGs at 1/2, 1/4 or 1/8 if that is no smaller than the network's input; the pixels then differ.
     `check`: compares what the engine gives with the CPU. `streams`: how many inferences the engine runs at once; each,
     and what is queued in the engine, has a thread of its own, since libraries keep threads and buffers for each thread
-    that calls them. `tiling`: images are cut into tiles, of which an inference has `batch_size` at most; each image is
-    a batch then. Detections of channels without a class are left out.
+    that calls them. `cut`: images are cut into tiles; each image is a batch then. Detections of channels without a
+    class are left out.
 
     While it runs the engine must not be used by others, and OpenCV has the threads that the engine leaves it. Closing
     the iterator ends the threads after their current batch. Raises `EngineError`.
     """
-    batches = batches_of(pictures, manifest, batch_size, order, look_ahead, tiling)
+    batches = batches_of(pictures, manifest, batch_size, order, look_ahead, cut)
     return detect_batches(
-        engine,
-        manifest,
-        islice(batches, skip, None),
-        reduced=reduced,
-        check=check,
-        streams=streams,
-        cut=None if tiling is None else (tiling, batch_size),
+        engine, manifest, islice(batches, skip, None), reduced=reduced, check=check, streams=streams, cut=cut
     )
 
 
@@ -110,10 +104,10 @@ def batches_of(
     batch_size: int,
     order: Order,
     look_ahead: int,
-    tiling: Tiling | None = None,
+    cut: InTiles | None = None,
 ) -> Iterator[PictureBatch]:
     """The batches of these pictures, as `detect_groups` says: by the sizes in their headers alone."""
-    if tiling is not None:
+    if cut is not None:
         return (([numbered], _NOWHERE) for numbered in enumerate(pictures))
     input_size = manifest.preprocess.input_size
     items = (
@@ -149,12 +143,12 @@ def detect_batches(
     reduced: bool = False,
     check: CpuCheck | None = None,
     streams: int = 1,
-    cut: tuple[Tiling, int] | None = None,
+    cut: InTiles | None = None,
 ) -> Generator[list[Found]]:
     """What was found in batches that are formed, for each in order, nothing for one without pictures.
 
-    As `detect_groups`. `batches` is taken from by one thread, and may wait: what came before is found meanwhile. `cut`:
-    how the one picture of each is cut into tiles, and how many of them an inference has.
+    As `detect_groups`. `batches` is taken from by one thread, and may wait: what came before is found meanwhile. With
+    `cut` each has one picture.
     """
     preprocess, chosen = manifest.preprocess, manifest.candidates is not None
     classes, nms = manifest.classes, manifest.nms
@@ -193,15 +187,15 @@ def detect_batches(
             return job, [one if isinstance(one, DataError) else next(found) for one in filled]
 
         ahead = _fetched(batches)
-        jobs = _in_tiles(ahead, preprocess, *cut) if cut else _whole(ahead, preprocess, reduced)
+        jobs = _in_tiles(ahead, preprocess, cut) if cut else _whole(ahead, preprocess, reduced)
         results = stack.enter_context(closing(at_once(detect, jobs, inferring + PREPARED[engine.options.device])))
         parts: list[tuple[Region, Detections | DataError]] = []
         for job, each in results:
-            if job.regions:
+            if cut is not None and job.regions:
                 parts += zip(job.regions, each, strict=True)
                 if not job.last:
                     continue
-                each, parts = [_together(parts, job.group[0][1], nms)], []
+                each, parts = [_together(cut, parts, job.group[0][1], nms)], []
             yield [
                 Found(
                     *(index, picture.name, picture.size, None if isinstance(one, DataError) else one),
@@ -212,7 +206,7 @@ def detect_batches(
 
 
 def _together(
-    parts: Sequence[tuple[Region, Detections | DataError]], picture: Picture, nms: NmsParams
+    cut: InTiles, parts: Sequence[tuple[Region, Detections | DataError]], picture: Picture, nms: NmsParams
 ) -> Detections | DataError:
     """What is in a picture, by what is in its regions."""
     found: list[tuple[Region, Detections]] = []
@@ -221,7 +215,7 @@ def _together(
             return one
         found.append((region, one))
     assert picture.size is not None
-    return merged(found, picture.size, nms)
+    return cut.merged(found, picture.size, nms)
 
 
 def _whole(batches: Generator[PictureBatch], preprocess: Preprocess, reduced: bool) -> Generator[_Inference]:
@@ -238,9 +232,7 @@ def _whole(batches: Generator[PictureBatch], preprocess: Preprocess, reduced: bo
             yield _Inference(group, size, [partial(fill, picture) for _, picture in group])
 
 
-def _in_tiles(
-    batches: Generator[PictureBatch], preprocess: Preprocess, tiling: Tiling, batch_size: int
-) -> Generator[_Inference]:
+def _in_tiles(batches: Generator[PictureBatch], preprocess: Preprocess, cut: InTiles) -> Generator[_Inference]:
     """The inferences of each picture, which is decoded once for all of them."""
 
     def fill(shared: _SharedPixels, region: Region, row: NDArray[np.float32]) -> tuple[float, float]:
@@ -259,7 +251,7 @@ def _in_tiles(
                 try:
                     if picture.size is None:
                         raise picture.error or DataError(f"{picture.name} has no size")
-                    planned = list(tiling.batches(picture.size, preprocess, batch_size))
+                    planned = cut.batches(picture.size, preprocess)
                 except DataError as error:
                     yield _Inference([numbered], nowhere, [partial(fail, error)])
                     continue

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
-from gfldeploy.batching.tiles import Tiling
+from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
@@ -75,8 +75,8 @@ class _Request:
 
     `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
     lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures. `part`: (k, n) for
-    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process. `tiling`: how
-    images are cut; None for whole ones.
+    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process. `cut`: how
+    images are; None for whole ones.
     """
 
     choice: Choice
@@ -89,7 +89,7 @@ class _Request:
     force: bool
     part: tuple[int, int] | None
     cluster: ClusterOptions | None = None
-    tiling: Tiling | None = None
+    cut: InTiles | None = None
 
     @property
     def shards(self) -> Shards:
@@ -254,9 +254,10 @@ def predict_images(
         progress.note(note)
     progress.stage(str(choice))
     drawn = threshold if draw_threshold is None else draw_threshold
+    cut = None if tiling is None else InTiles(tiling, choice.batch_size)
     reduced = decode == "fast"
     request = _Request(
-        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster, tiling
+        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster, cut
     )
     return _predict(request, progress)
 
@@ -437,7 +438,7 @@ def _elsewhere(
                 closing(
                     shards_on_ray(
                         cluster,
-                        ShardJob.of(request.choice, options, request.reduced, request.tiling),
+                        ShardJob.of(request.choice, options, request.reduced, request.cut),
                         request.choice.bundle,
                         request.inputs,
                         known,
@@ -478,7 +479,7 @@ def _here(
         for one in map(request.shards.__getitem__, request.mine)
         if not working.ended(one.number)
     )
-    with ShardWorker(ShardJob.of(choice, options, request.reduced, request.tiling), progress, choice.bundle) as worker:
+    with ShardWorker(ShardJob.of(choice, options, request.reduced, request.cut), progress, choice.bundle) as worker:
         progress.step("detecting", working.images, total)
         with closing(worker.detect_shards(tasks, known)) as found:
             for number, batch in found:
@@ -505,7 +506,7 @@ def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[Engin
     read = [inputs[place * len(inputs) // count] for place in range(count)]
     step = request.shards.size
     sizes = [list(picture_sizes(read[start : start + step], known)) for start in range(0, count, step)]
-    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order, request.tiling))
+    shapes = list(shard_shapes(sizes, manifest, choice.batch_size, choice.order, request.cut))
     times = len(inputs) / max(count, 1)
     of_mine = len(request.mine) / max(len(request.shards), 1)
     total = round(sum(map(len, sizes)) * times * of_mine)
@@ -540,7 +541,7 @@ def _question(request: _Request) -> dict[str, Any]:
         "batch_size": choice.batch_size,
         "order": choice.order,
         **({"input_size": choice.input_size} if choice.input_size else {}),
-        **(plain(request.tiling) if request.tiling else {}),
+        **(plain(request.cut.tiling) if request.cut else {}),
         **({"shapes": choice.options.shapes} if choice.options.shapes else {}),
         "threshold": request.threshold,
         "draw_threshold": request.draw,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from gfldeploy.batching.buckets import Order, Size, stream_batches
-from gfldeploy.batching.tiles import Tiling
+from gfldeploy.batching.tiles import InTiles
 from gfldeploy.bundle import Bundle, Manifest
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import is_compared, open_engine
@@ -77,7 +77,7 @@ class ShardJob:
 
     `bundle`: the directory; `digest`: of the bundle that has to be there. `options`: the engine's, as
     `EngineOptions.to_plain` makes them. `reduced`: JPEGs are decoded at 1/2, 1/4 or 1/8 where they are that much larger
-    than the network's input. `input_size`: None for the bundle's own. `tiling`: None for whole images.
+    than the network's input. `input_size`: None for the bundle's own. `cut`: None for whole images.
     """
 
     bundle: str
@@ -88,10 +88,10 @@ class ShardJob:
     order: Order
     reduced: bool = False
     input_size: Size | None = None
-    tiling: Tiling | None = None
+    cut: InTiles | None = None
 
     @classmethod
-    def of(cls, choice: Choice, options: EngineOptions, reduced: bool, tiling: Tiling | None = None) -> Self:
+    def of(cls, choice: Choice, options: EngineOptions, reduced: bool, cut: InTiles | None = None) -> Self:
         """What was chosen, with these options for the engine."""
         return cls(
             bundle=str(choice.bundle.directory),
@@ -102,7 +102,7 @@ class ShardJob:
             order=choice.order,
             reduced=reduced,
             input_size=choice.input_size,
-            tiling=tiling,
+            cut=cut,
         )
 
 
@@ -172,7 +172,7 @@ class ShardWorker(ClosesOnExit):
             for task in tasks:
                 ahead = _BATCHES_AHEAD * job.batch_size
                 found = pictures(task.inputs, sizes, task.bad)
-                formed = batches_of(found, self._manifest, job.batch_size, job.order, ahead, job.tiling)
+                formed = batches_of(found, self._manifest, job.batch_size, job.order, ahead, job.cut)
                 for batch in islice(formed, task.skip, None):
                     numbers.append(task.number)
                     yield batch
@@ -186,7 +186,7 @@ class ShardWorker(ClosesOnExit):
             reduced=job.reduced,
             check=self._check,
             streams=self._options.streams,
-            cut=None if job.tiling is None else (job.tiling, job.batch_size),
+            cut=job.cut,
         )
         with closing(found):
             for batch in found:
@@ -210,15 +210,15 @@ def shard_shapes(
     manifest: Manifest,
     batch_size: int,
     order: Order,
-    tiling: Tiling | None = None,
+    cut: InTiles | None = None,
 ) -> Iterator[Shape]:
     """The shapes of the batches of shards, by (h, w) of the images of each, None for what cannot be read."""
     preprocess, fixed = manifest.preprocess, manifest.inputs[0].shape[0]
     ahead = _BATCHES_AHEAD * batch_size
     for sizes in shards:
         readable = (size for size in sizes if size is not None)
-        if tiling is not None:
-            shapes = tiling.shapes(readable, preprocess, batch_size)
+        if cut is not None:
+            shapes = cut.shapes(readable, preprocess)
         else:
             known = ((None, preprocess.input_size(*size)) for size in readable)
             formed = stream_batches(known, batch_size, order, ahead)

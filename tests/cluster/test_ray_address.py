@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import http.server
 import os
 import platform
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gfldeploy.cluster.ray_cluster import _by_short_name, _obstacle, connected
-from gfldeploy.errors import UsageError
+from gfldeploy.cluster.ray_cluster import _by_short_name, _obstacle, _started, connected
+from gfldeploy.errors import EngineError, UnsupportedError, UsageError
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 
 
 def test_the_paths_of_sockets_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,25 @@ def test_the_paths_of_sockets_are_short(tmp_path: Path, monkeypatch: pytest.Monk
                 < 107
             )
     assert not os.path.lexists(short)
+
+
+def test_a_raylet_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, ended = threading.Event(), threading.Event()
+    unregistered: list[object] = []
+    monkeypatch.setattr(atexit, "unregister", unregistered.append)
+    monkeypatch.setattr(ray, "shutdown", ended.set)
+    late = EngineError("Ray has not started", "Try again.")
+    with pytest.raises(EngineError, match="has not started"), _started(answers.wait, 0.05, late):
+        pass
+    assert unregistered == [ended.set] and not ended.is_set()
+    answers.set()
+    assert ended.wait(30), "an answer that comes later leaves nothing running"
+
+
+def test_a_ray_that_cannot_be_closed_to_other_machines_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER")
+    with pytest.raises(UnsupportedError, match=r"--ray local does not know Ray .*ray start --head"), connected("local"):
+        pass
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:port", "head:1:2", ""])

@@ -235,11 +235,10 @@ class Detector(ClosesOnExit):
                 self._engine,
                 self._manifest,
                 pictures,
-                batch_size=1 if self._tiling is None else self.choice.batch_size,
                 order="listed",
                 streams=self.choice.options.streams,
                 check=self._check,
-                tiling=self._tiling,
+                cut=None if self._tiling is None else InTiles(self._tiling, self.choice.batch_size),
             )
 
         with closing(live_frames(source, detect, self.choice.options.streams)) as frames:

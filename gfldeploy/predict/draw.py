@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.errors import OutputError
 from gfldeploy.files import writing
 from gfldeploy.images.decode import load_cv2, read_image
@@ -28,6 +29,9 @@ from gfldeploy.text import first_of
 _QUALITY = 92
 _DEFAULT_RATE = 25.0  # frames a second of a video that does not say
 _PLAYED = ("avc1", "vp09")  # by browsers too: H.264, VP9
+_LIVE_CODECS = ("avc1", "mp4v")  # OpenCV's VP9 takes longer for a frame than there is
+_MOST_LIVE_RATE = 60.0
+_LONGEST_LIVE_S, _LONGEST_PAUSE_S = 300.0, 2.0
 _MOST_STEM_BYTES = 200
 _MOST_SHOWN = 5  # characters that a note names
 _GOLDEN = 0.618034  # steps around the circle of hues that stay apart from one another
@@ -99,14 +103,63 @@ def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
     return notes
 
 
-def _video_writer(path: Path, rate: float, size: tuple[int, int]) -> tuple[Any, str | None]:
+class LiveVideo(ClosesOnExit):
+    """The drawn frames of a live source as videos, `NUMBER-STEM.mp4` by the line of their first frame, from 1.
+
+    They play in real time: a frame is shown until the next one. A video that is not closed cannot be played, so there
+    is a new one every five minutes, and after a pause.
+    """
+
+    def __init__(self, directory: Path, stem: str, rate: float) -> None:
+        """`stem`: ASCII. `rate`: frames a second, where it is known."""
+        self._directory, self._stem = directory, stem[:_MOST_STEM_BYTES]
+        self._rate = min(rate, _MOST_LIVE_RATE) if rate >= 1 else _DEFAULT_RATE
+        self._writer: Any = None
+        self._partial = self._target = directory
+        self._last: NDArray[np.uint8] = np.empty((0, 0, 3), np.uint8)
+        self._began = self._before = 0.0
+        self._written = 0
+
+    def add(self, number: int, time_s: float, pixels: NDArray[np.uint8], detections: Sequence[Record]) -> None:
+        """A frame, RGB uint8 [h, w, 3], read at a time, and what to draw. Raises `OutputError` and `OSError`."""
+        import cv2
+
+        drawn = cv2.cvtColor(draw_boxes(pixels, detections), cv2.COLOR_RGB2BGR)
+        paused = time_s - self._before > _LONGEST_PAUSE_S or time_s - self._began > _LONGEST_LIVE_S
+        if self._writer is None or paused or drawn.shape != self._last.shape:
+            self.close()
+            self._target = self._directory / f"{number:06d}-{self._stem}.mp4"
+            self._partial = self._directory / f".{number:06d}.mp4"
+            size = (drawn.shape[1], drawn.shape[0])
+            self._writer, codec = _video_writer(self._partial, self._rate, size, _LIVE_CODECS)
+            if codec is None:
+                raise OutputError(f"OpenCV cannot write {self._target}", "Leave --draw out, or free some space.")
+            self._began, self._written = time_s, 0
+        place = round((time_s - self._began) * self._rate)
+        for _ in range(self._written, place):
+            self._writer.write(self._last)
+        if place >= self._written:
+            self._writer.write(drawn)
+        self._written = max(place + 1, self._written)
+        self._last, self._before = drawn, time_s
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+            self._writer = None
+            self._partial.replace(self._target)
+
+
+def _video_writer(
+    path: Path, rate: float, size: tuple[int, int], codecs: Sequence[str] = (*_PLAYED, "mp4v")
+) -> tuple[Any, str | None]:
     """A `cv2.VideoWriter`, and the first codec that this OpenCV has, or None. The name of `path` is ASCII."""
     cv2 = load_cv2()
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     # Not by its name, as OpenCV crashes on one that is not UTF-8.
     name = f"/proc/self/fd/{folder}/{path.name}"
     try:
-        for codec in (*_PLAYED, "mp4v"):
+        for codec in codecs:
             fourcc = cv2.VideoWriter_fourcc(*codec)
             writer, _ = heard(functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size))
             if writer.isOpened():

@@ -112,6 +112,7 @@ class LiveSource(ClosesOnExit):
     Attributes:
         name: The address without user name, password and query, or "camera 0".
         rate: Frames a second, as the source says; 0 if it does not.
+        size: (height, width) of its frames in pixels, as the source says.
         frames: How many were given.
         dropped: How many were read and dropped for newer ones.
         reconnects: How often the connection was lost and made again.
@@ -146,6 +147,7 @@ class LiveSource(ClosesOnExit):
             source = int(source)
         self.name = shown_address(source)
         self.rate = 0.0
+        self.size = (0, 0)
         self.frames = self.dropped = self.reconnects = 0
         self.error: DataError | None = None
         self._source, self._tries, self._timeout_s, self._progress = source, reconnects, timeout_s, progress
@@ -216,6 +218,8 @@ class LiveSource(ClosesOnExit):
                 remedy = "Check the address, the user name and the password."
             return DataError(f"cannot open {self.name}: {answer['error']}", remedy)
         self.rate = float(answer["rate"])
+        height, width = answer["size"]
+        self.size = height, width
         self._connected_at = time.monotonic()
         self._base = self._next
         return None

@@ -198,10 +198,10 @@ class ShardWorker(ClosesOnExit):
         return detect_batches(
             self._engine,
             self._manifest,
-            batches_of(images, self._manifest, 1, "listed", 0, job.tiling),
+            batches_of(images, self._manifest, 1, "listed", 0, job.cut),
             check=self._check,
             streams=self._options.streams,
-            cut=None if job.tiling is None else (job.tiling, job.batch_size),
+            cut=job.cut,
         )
 
 

@@ -103,7 +103,8 @@ class _Reader:
             capture = cv2.VideoCapture(address, cv2.CAP_FFMPEG, [*settings, cv2.CAP_PROP_N_THREADS, 1])
         frames = capture.get(cv2.CAP_PROP_FRAME_COUNT)
         rate = capture.get(cv2.CAP_PROP_FPS)
-        opened: dict[str, Any] = {"rate": rate if math.isfinite(rate) else 0.0}
+        size = [int(capture.get(key)) for key in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)]
+        opened: dict[str, Any] = {"rate": rate if math.isfinite(rate) else 0.0, "size": size}
         if not capture.isOpened():
             opened = {"error": self._why_not()}
         elif isinstance(address, str) and address.lower().startswith("http") and 0 < frames < _MOST_FRAMES:

@@ -34,7 +34,7 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import ClusterOptions, chunk_s, run_on_ray
 from gfldeploy.cluster.schedule import Assignment, Cause, Job, Part, Schedule
 from gfldeploy.cluster.worker import Todo
-from gfldeploy.detections import Detections
+from gfldeploy.detections import AS_CONFIGURED, Detections
 from gfldeploy.files import write_json
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.outputs import Summary, write_outputs
@@ -320,7 +320,7 @@ def measure_record(detections: int, shards: int, shard: int = 256, batch: int = 
         with WorkingFile(folder / "working", {}, range(shards), len(classes)) as working:
             record_s = seconds(lambda: write_outputs(folder / "results", arriving(working), classes))
         with WorkingFile(folder / "part", {}, range(shards), len(classes)) as working:
-            part_s = seconds(lambda: deque(map(Summary(0.5).add, arriving(working)), maxlen=0))
+            part_s = seconds(lambda: deque(map(Summary(AS_CONFIGURED.shown(classes)).add, arriving(working)), maxlen=0))
         with Records(folder / "part", range(shards), len(classes)) as records:
             merge_s = seconds(lambda: write_outputs(folder / "merged", merging(records), classes))
         results = sum(path.stat().st_size for path in (folder / "results").iterdir())

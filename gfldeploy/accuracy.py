@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ from gfldeploy.batching.buckets import Order, Size, group, size_in_words
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import ClusterOptions
-from gfldeploy.detections import Detections, NmsParams
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, NmsParams
 from gfldeploy.engines.base import Device, Engine, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_by_itself, open_engine
 from gfldeploy.engines.selection import select_engine, throughput_options
-from gfldeploy.errors import DataError, UnsupportedError
+from gfldeploy.errors import DataError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.preprocess import Preprocess
@@ -207,7 +207,7 @@ class EvalResults:
     `matched`: how many of the detector's `classes` are categories of the annotations. `notes`: what the user should
     know of the detector and the data. `at_sizes`: by input size, (height, width) in pixels, in the order in which they
     were asked for, empty if none was; `accuracy` is then that of the first. `tiling`: how images were cut; None for
-    whole ones.
+    whole ones. `detection`: what was turned of NMS.
     """
 
     accuracy: Accuracy
@@ -219,6 +219,7 @@ class EvalResults:
     tf32: bool = False
     at_sizes: Mapping[Size, Accuracy] = field(default_factory=dict)
     tiling: Tiling | None = None
+    detection: DetectionOptions = AS_CONFIGURED
 
 
 def evaluate(
@@ -226,6 +227,11 @@ def evaluate(
     *,
     data: StrPath,
     images: StrPath | None = None,
+    classes: Sequence[str | int] | None = None,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    keep_top_k: int | None = None,
+    class_agnostic: bool | None = None,
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
@@ -252,6 +258,13 @@ def evaluate(
         bundle: The directory of the bundle.
         data: COCO annotations (.json).
         images: The folder in which their file names start; by default `images/` beside them, else their folder.
+        classes: The classes to detect, names or ids, by default all: mAP is of these alone, and NMS does not see the
+            others.
+        score_threshold: Detections must score more to leave NMS; by default, as the next two, as in the detector's
+            config. What is left out lowers mAP.
+        nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
+        keep_top_k: The most detections of an image, the best ones.
+        class_agnostic: NMS drops a box for a better one of any class; by default of its own.
         engine: By default the preferred engine of those that can run the bundle.
         precision: By default that of the bundle.
         device: By default the CPU.
@@ -278,7 +291,8 @@ def evaluate(
         The average precisions, and what they were measured with.
 
     Raises:
-        UsageError: The tiles cannot be.
+        UsageError: The tiles cannot be, there is no such class, or the NMS of the file that deploys by itself was to be
+            turned.
         BundleError: The bundle is damaged, or does not take an input size.
         DataError: Annotations or an image cannot be read, or leave mAP undefined.
         UnsupportedError: The bundle does not run in this engine, precision or batch size.
@@ -287,7 +301,19 @@ def evaluate(
     """
     tiling = Tiling.of(tile, overlap)
     opened = Bundle.open(bundle)
-    manifest = opened.manifest
+    detection = DetectionOptions.of(
+        classes=classes,
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        keep_top_k=keep_top_k,
+        class_agnostic=class_agnostic,
+    )
+    manifest = opened.manifest.turned(detection)
+    if end_to_end and detection != AS_CONFIGURED:
+        raise UsageError(
+            f"the file that deploys by itself has its own NMS, so {', '.join(detection.given)} cannot be turned",
+            "Leave it out, or --end-to-end.",
+        )
     at_sizes = {size: opened.at_size(size) for size in input_sizes or (None,)}
     dataset = CocoDataset.load(data, images, limit)
     count, fixed = len(dataset.images), manifest.inputs[0].shape[0]
@@ -322,9 +348,10 @@ def evaluate(
                 batch_shapes(dataset, preprocess, batch_size, order, cut)
             )
             label = "evaluating" if size is None else f"evaluating at {size_in_words(size)}"
-            how = batch_size, order, progress, label, cut
+            how = batch_size, order, progress, label, cut, detection.kept(manifest.classes)
             if cluster is not None:
-                job = DetectionJob(name, expected.to_plain(), preprocess.target_size, by_itself=end_to_end, cut=cut)
+                by_itself, size_of = end_to_end, preprocess.target_size
+                job = DetectionJob(name, expected.to_plain(), size_of, by_itself, cut=cut, detection=detection)
                 detect = partial(
                     detect_on_ray, cluster, job, opened, [image.path for image in dataset.images], progress
                 )
@@ -333,7 +360,7 @@ def evaluate(
             opened_as = open_by_itself if end_to_end else open_engine
             with opened_as(name, sized, expected) as running:
                 found[size] = measure_accuracy(running, dataset, preprocess, manifest.nms, manifest.classes, *how)
-    matched = sum(one is not None for one in match.category_ids)
+    matched = sum(match.category_ids[number] is not None for number in detection.kept(manifest.classes))
     return EvalResults(
         next(iter(found.values())),
         name,
@@ -344,6 +371,7 @@ def evaluate(
         options.tf32,
         {size: one for size, one in found.items() if size is not None},
         tiling,
+        detection,
     )
 
 
@@ -358,19 +386,20 @@ def measure_accuracy(
     progress: Progress = SILENT,
     label: str = "evaluating",
     cut: InTiles | None = None,
+    kept: Container[int] | None = None,
 ) -> Accuracy:
     """Run an engine over a dataset and measure the accuracy.
 
     `order`: how the images are put into batches, see `batching.buckets`. `classes`: the model's class names, in the
     order of its score channels. `label`: what `progress` calls the images that are done. `cut`: how images are, each
-    by itself then; None for whole ones.
+    by itself then; None for whole ones. `kept`: the ids of the classes that count; None for all.
 
     Raises `DataError` before anything runs where mAP is undefined, and at the first image that cannot be read, because
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
     detect = partial(detect_images, engine, [image.path for image in dataset.images], preprocess, nms, cut=cut)
-    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label, cut)
+    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label, cut, kept)
 
 
 def accuracy_of(
@@ -383,12 +412,14 @@ def accuracy_of(
     progress: Progress = SILENT,
     label: str = "evaluating",
     cut: InTiles | None = None,
+    kept: Container[int] | None = None,
 ) -> Accuracy:
     """As `measure_accuracy`, of what `detect` finds, wherever it does that: here or on other machines.
 
     The accuracy depends on what is found in each image alone, not on the order in which images are done.
     """
-    category_ids = dataset.class_to_category(classes)
+    categories = dataset.class_to_category(classes)
+    category_ids = [one if kept is None or number in kept else None for number, one in enumerate(categories)]
     check_measurable(dataset, category_ids)
     if cut is not None:
         batch_size, order = 1, "listed"

@@ -21,7 +21,7 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.cluster.ray_cluster import ClusterOptions, run_on_ray
 from gfldeploy.cluster.schedule import Again, Job
 from gfldeploy.cluster.worker import Todo
-from gfldeploy.detections import Detections, NmsParams, from_text, to_text
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, NmsParams, from_text, to_text
 from gfldeploy.engines.base import ClosesOnExit, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import found_in, inputs_of
 from gfldeploy.engines.registry import ENGINES, open_by_itself, open_engine
@@ -92,6 +92,7 @@ class DetectionJob:
     `engine`: one of the table. `options`: as `EngineOptions.to_plain` gives them. `input_size`: as for
     `Bundle.at_size`. `by_itself`: the file that deploys by itself. `kind`: "module:class" of the engine that loads the
     `graph`, where it is not in the table itself but extends `engine`. `cut`: how images are; None for whole ones.
+    `detection`: what was turned of NMS.
     """
 
     engine: str
@@ -101,6 +102,7 @@ class DetectionJob:
     kind: str | None = None
     graph: GraphName | None = None
     cut: InTiles | None = None
+    detection: DetectionOptions = AS_CONFIGURED
 
     @classmethod
     def of(cls, engine: Engine, bundle: Bundle) -> Self:
@@ -131,7 +133,7 @@ class DetectionWork(ClosesOnExit):
         job = build(DetectionJob, dict(setting))
         opened = Bundle.open(bundle).at_size(job.input_size)
         cv2.setNumThreads(EngineOptions.from_plain(job.options).threads)
-        self._manifest = opened.manifest
+        self._manifest = opened.manifest.turned(job.detection)
         self._cut = job.cut
         self._engine = job.open(opened)
 

@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self
 
 from gfldeploy.bundle_records import RECORDS
-from gfldeploy.detections import NmsParams
+from gfldeploy.detections import DetectionOptions, NmsParams
 from gfldeploy.errors import BundleError, ConfigError, DataError, reading
 from gfldeploy.files import StrPath, atomic_directory, read_json, sha256, writing
 from gfldeploy.graph_guard import check_graph
@@ -175,6 +175,14 @@ class Manifest(Versioned):
             path = PurePosixPath(file)
             if not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != file or "\0" in file:
                 raise BundleError(f"it names files outside the bundle: {file!r:.60}", _DISTRUST)
+
+    def turned(self, detection: DetectionOptions, threshold: float | None = None) -> Self:
+        """With the NMS that a user has turned so; itself where nothing is turned.
+
+        `threshold`: as for `DetectionOptions.shown`. Raises as `DetectionOptions.nms`.
+        """
+        nms = detection.nms(self.nms, self.classes, threshold)
+        return self if nms is self.nms else replace(self, nms=nms)
 
 
 def needed_multiple(strides: Sequence[int]) -> int:

@@ -8,6 +8,10 @@ candidate are therefore exactly those of all anchors; those that may be missing 
 - if `keep_top_k` detections score more than the worst candidate, since no others leave NMS;
 - with a single class and at least `nms_top_k` candidates, since no others enter NMS.
 
+What a user has turned changes nothing of that: of classes that are not kept no pair is in NMS, and the worst candidate
+is still that of all classes, by which the graph chose. With thresholds for single classes, `keep_top_k` of those that
+are shown have to score more.
+
 The last holds for every image; with more classes a class can have all of its best anchors among those left out. The
 others depend on the image, and `may_lack_below` tells afterwards.
 """
@@ -20,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections, NmsParams, counts_of, postprocess
 
 # As many as PaddleDetection's NMS takes of each class (its usual nms_top_k), and ten for each of the 100 detections
 # that an image usually keeps: see export/README.md for what that does to mAP.
@@ -53,7 +57,8 @@ def may_lack_below(scores: NDArray[np.float32], found: Detections, nms: NmsParam
     worst = float(scores.T.copy().max(axis=0).min()) if scores.size else 0.0
     if worst <= nms.score_threshold or (scores.shape[1] == 1 and 0 < nms.nms_top_k <= len(scores)):
         return 0.0
-    filled = nms.keep_top_k != -1 and len(found) >= nms.keep_top_k and float(found.scores[-1]) > worst
+    counted = found.scores[counts_of(found.scores, found.classes, nms)]
+    filled = 0 < nms.keep_top_k <= len(counted) and float(counted[nms.keep_top_k - 1]) > worst
     return 0.0 if filled else worst
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import binascii
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.errors import ConfigError, EngineError
+from gfldeploy.errors import ConfigError, EngineError, UsageError
+from gfldeploy.text import meant
 
+# The lowest score that is shown unless told otherwise: what PaddleDetection draws from.
+DEFAULT_THRESHOLD = 0.5
 # So many best pairs of a candidate and a class enter NMS first. They mostly suffice, since an image keeps few and no
 # pair can drop a better one; if they leave too few detections, more enter.
 _FIRST, _MORE = 512, 4  # times as many
@@ -59,6 +62,205 @@ class NmsParams:
                 raise ConfigError(f"the NMS's {name} is {value!r:.40}", "Give a whole number above 0, or -1 for all.")
         if not isinstance(self.normalized, bool):
             raise ConfigError(f"the NMS's normalized is {self.normalized!r}", "Set it to true or false.")
+
+
+@dataclass(frozen=True)
+class UserNms(NmsParams):
+    """An NMS that a user has turned, see `DetectionOptions`.
+
+    `kept`: the score channels of the classes that are kept, in rising order; the others are as if they were not there.
+    `class_agnostic`: a box is dropped by a better one of any class. `lowest`: by class id, the lowest score that is
+    shown, () for all alike. Then the `keep_top_k` best of those that are shown leave too, beside the `keep_top_k` best
+    of all: what is shown is not crowded out by what is not. `most`: the `keep_top_k` that the user gave, -1 for none:
+    unlike the config's, it is of an image and not of each of its tiles.
+    """
+
+    kept: tuple[int, ...] = ()
+    class_agnostic: bool = False
+    lowest: tuple[float, ...] = ()
+    most: int = -1
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which of the detections that NMS leaves are shown: those that score at least the `lowest` of their class id."""
+
+    lowest: tuple[float, ...]
+
+    @property
+    def least(self) -> float:
+        """The lowest score that is shown of any class."""
+        return min(self.lowest, default=0.0)
+
+    def places(self, found: Detections) -> NDArray[np.intp]:
+        """The places of those that are shown. The classes must all have names."""
+        lowest = np.array(self.lowest, np.float64)
+        return np.flatnonzero(found.scores.astype(np.float64) >= lowest[found.classes])
+
+    def lacks(self, found: Detections) -> bool:
+        """Whether some that would be shown may be missing."""
+        return found.may_lack_below > max(self.least, 0)
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """What users turn behind the network, plain data. A field that is None is as the detector's config says.
+
+    `threshold`: the lowest score that is shown, 0.5 where it is None. `class_thresholds`: by name or id of a class,
+    that of this class instead. They never take anything away from `coco.json`, and from what mAP is measured of.
+
+    `classes`: names or ids of those that are kept; NMS does not see the others. `score_threshold`, `nms_threshold`,
+    `keep_top_k`: as in `NmsParams`. `class_agnostic`: NMS drops a box for a better one of any class.
+
+    Raises `UsageError` for values that cannot work, or contradict each other.
+    """
+
+    threshold: float | None = None
+    class_thresholds: Mapping[str, float] | None = None
+    classes: tuple[str, ...] | None = None
+    score_threshold: float | None = None
+    nms_threshold: float | None = None
+    keep_top_k: int | None = None
+    class_agnostic: bool | None = None
+
+    def __post_init__(self) -> None:
+        by_class = {f"class_thresholds of {name!r:.60}": value for name, value in (self.class_thresholds or {}).items()}
+        for name, value in {"threshold": self.threshold, **by_class}.items():
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1
+            ):
+                raise UsageError(f"{name} is {value!r:.40}", "Give a number from 0 to 1.")
+        if not isinstance(self.class_agnostic, bool | None):
+            raise UsageError(f"class_agnostic is {self.class_agnostic!r:.40}", "Give true or false.")
+        if self.classes == ():
+            raise UsageError("no class is kept", "Name one, or leave classes out for all of them.")
+        if self.score_threshold is not None:
+            for name, value in {"threshold": self.threshold, **by_class}.items():
+                if value and value < self.score_threshold:
+                    raise UsageError(
+                        f"{name} is {value:g}, and score_threshold {self.score_threshold:g}: nothing between them "
+                        "leaves NMS",
+                        "Leave score_threshold out, or give a lower one.",
+                    )
+
+    @classmethod
+    def of(
+        cls,
+        threshold: float | None = None,
+        class_thresholds: Mapping[str | int, float] | Mapping[str, float] | None = None,
+        classes: Iterable[str | int] | None = None,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        keep_top_k: int | None = None,
+        class_agnostic: bool | None = None,
+    ) -> Self:
+        """As arguments of functions give them: ids may be numbers. Raises `UsageError`, and `TypeError` for a text."""
+        if isinstance(classes, str):
+            raise TypeError(f"classes are a list of names, not a text: [{classes!r:.60}]")
+        return cls(
+            threshold,
+            {str(one): value for one, value in class_thresholds.items()} if class_thresholds else None,
+            None if classes is None else tuple(dict.fromkeys(map(str, classes))),
+            score_threshold,
+            nms_threshold,
+            keep_top_k,
+            class_agnostic,
+        )
+
+    @property
+    def lowest(self) -> float:
+        """The lowest score that is shown of a class that has no threshold of its own."""
+        return DEFAULT_THRESHOLD if self.threshold is None else float(self.threshold)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that are not None, by name."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
+
+    def over(self, other: Self) -> Self:
+        """These, and where they say nothing the others. Raises `UsageError`."""
+        return replace(other, **self.given)
+
+    def nms(self, own: NmsParams, class_names: Sequence[str], threshold: float | None = None) -> NmsParams:
+        """The NMS of a detector with these classes whose config says `own`, which it is where nothing turns it.
+
+        `threshold`: as for `shown`. Raises `UsageError`, also for a class that the detector does not have.
+        """
+        shown = self.shown(class_names, threshold)
+        if not self.given.keys() - {"threshold"}:
+            return own
+        try:
+            return UserNms(
+                own.score_threshold if self.score_threshold is None else self.score_threshold,
+                own.nms_threshold if self.nms_threshold is None else self.nms_threshold,
+                own.nms_top_k,
+                own.keep_top_k if self.keep_top_k is None else self.keep_top_k,
+                own.normalized,
+                own.nms_eta,
+                kept=self.kept(class_names),
+                class_agnostic=bool(self.class_agnostic),
+                lowest=shown.lowest if self.class_thresholds else (),
+                most=-1 if self.keep_top_k is None else self.keep_top_k,
+            )
+        except ConfigError as error:
+            raise UsageError(error.problem, error.remedy) from error
+
+    def shown(self, class_names: Sequence[str], threshold: float | None = None) -> Shown:
+        """What is shown of a detector with these classes.
+
+        `threshold`: another one that somebody asks for, who never gets less than that. Raises `UsageError` for a class
+        that the detector does not have.
+        """
+        kept = set(self.kept(class_names))
+        lowest = [self.lowest if threshold is None else float(threshold)] * len(class_names)
+        named: dict[int, str] = {}
+        for word, value in (self.class_thresholds or {}).items():
+            (number,) = class_ids([word], class_names)
+            if number in named:
+                raise UsageError(f"class_thresholds name {class_names[number]!r:.80} twice", "Give one of them.")
+            if number not in kept:
+                raise UsageError(
+                    f"class_thresholds name {class_names[number]!r:.80}, which is not among the classes that are kept",
+                    "Add it to classes, or leave its threshold out.",
+                )
+            named[number] = word
+            lowest[number] = max(value, threshold or 0.0)
+        return Shown(tuple(value if number in kept else math.inf for number, value in enumerate(lowest)))
+
+    def notes(self, own: NmsParams) -> tuple[str, ...]:
+        """What the user should know of them, of a detector whose config says `own`."""
+        asked = [self.threshold, *(self.class_thresholds or {}).values()]
+        low = [value for value in asked if value and value < own.score_threshold]
+        if not low or self.score_threshold is not None:
+            return ()
+        return (
+            f"nothing that scores {own.score_threshold:g} or less leaves the detector's NMS, whatever the threshold: "
+            f"give a score_threshold below {min(low):g} for what scores less",
+        )
+
+    def kept(self, class_names: Sequence[str]) -> tuple[int, ...]:
+        """The ids of the classes that are kept, in rising order. Raises `UsageError` for one that is not there."""
+        if self.classes is None:
+            return tuple(range(len(class_names)))
+        return tuple(sorted(class_ids(self.classes, class_names)))
+
+
+AS_CONFIGURED = DetectionOptions()
+
+
+def class_ids(words: Iterable[str], class_names: Sequence[str]) -> tuple[int, ...]:
+    """The ids of classes by their names or ids, each once; a name that is a number is a name.
+
+    Raises `UsageError` for one that is not there, with those that may be meant.
+    """
+    ids = {name: number for number, name in reversed(list(enumerate(class_names)))}
+    ids = {str(number): number for number in range(len(class_names))} | ids
+    found = []
+    for word in words:
+        if (number := ids.get(word)) is None:
+            raise UsageError(f"there is no class {word[:80]!r}", meant(word, class_names))
+        found.append(number)
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -109,7 +311,7 @@ class Detections:
 
     def at_least(self, threshold: float) -> Detections:
         """The detections that score at least `threshold`."""
-        return self.select(self.scores >= threshold)
+        return self.select(self.scores.astype(np.float64) >= threshold)
 
     def of_classes(self, *classes: str | int) -> Detections:
         """The detections of some classes.
@@ -191,7 +393,8 @@ def postprocess(
     `scores`: [N, A, C]; `boxes`: [N, A, 4], x1, y1, x2, y2 in network-input pixels; `scales`: for each image (y, x), by
     which it was resized. Boxes are divided by the scale first, then each class goes through a greedy NMS, in float32,
     as in PaddleDetection's heads and Paddle's `multiclass_nms3` (`background_label=-1`). Equal scores keep the order of
-    classes, then of candidates. Only the order of the result differs: by score, not by class.
+    classes, then of candidates. Only the order of the result differs: by score, not by class. What a user has turned is
+    in a `UserNms`.
 
     Raises `EngineError` for NaN or infinite values and for shapes that do not fit together.
     """
@@ -225,13 +428,19 @@ def _image_nms(
     """NMS over one image: `scores` [A, C], `boxes` [A, 4]."""
     scale_y, scale_x = scale
     factors = np.array([scale_x, scale_y, scale_x, scale_y], dtype=np.float32)
+    turned = params if isinstance(params, UserNms) else None
+    if turned is not None and len(turned.kept) < scores.shape[1]:
+        others = np.ones(scores.shape[1], dtype=np.bool_)
+        others[list(turned.kept)] = False
+        scores = np.where(others, np.float32(-1), scores)
     above = np.flatnonzero(scores > np.float32(params.score_threshold))
     above_scores = scores.reshape(-1)[above]
+    least = min(turned.lowest) if turned is not None and turned.lowest else 0.0
     first = _FIRST
     while True:
         flat, pair_scores = above, above_scores
-        limited = params.keep_top_k != -1 and len(above) > first
-        if limited:
+        partial = params.keep_top_k != -1 and len(above) > first
+        if partial:
             # And all that score as much as the last of them: among equals, the order of classes decides.
             best = above_scores >= np.partition(above_scores, len(above) - first)[len(above) - first]
             flat, pair_scores = above[best], above_scores[best]
@@ -242,13 +451,37 @@ def _image_nms(
             order = order[_places(classes[order]) < params.nms_top_k]
         anchors, classes, pair_scores = anchors[order], classes[order], pair_scores[order]
         pair_boxes = boxes[anchors] / factors
-        kept = _greedy(pair_boxes, classes, params)
-        if not limited or len(kept) >= params.keep_top_k:
+        counted = counts_of(pair_scores, classes, params)
+        rivals = np.zeros_like(classes) if turned is not None and turned.class_agnostic else classes
+        kept = _greedy(pair_boxes, rivals, params, counted)
+        if not partial or (
+            len(kept) >= params.keep_top_k
+            and (np.count_nonzero(counted[kept]) >= params.keep_top_k or pair_scores[-1] < least)
+        ):
             break
         first *= _MORE
-    if params.keep_top_k != -1:
-        kept = kept[: params.keep_top_k]
+    kept = kept[_best(counted[kept], params.keep_top_k)]
     return Detections(pair_boxes[kept], pair_scores[kept], classes[kept].astype(np.int64))
+
+
+def limited(found: Detections, params: NmsParams) -> Detections:
+    """The detections, best first, that leave NMS at most: as many as `keep_top_k` says, see `UserNms`."""
+    return found.select(_best(counts_of(found.scores, found.classes, params), params.keep_top_k))
+
+
+def counts_of(scores: NDArray[np.float32], classes: NDArray[Any], params: NmsParams) -> NDArray[np.bool_]:
+    """Which detections count against `keep_top_k`: all, or those that are shown."""
+    if not isinstance(params, UserNms) or not params.lowest:
+        return np.ones(len(scores), dtype=np.bool_)
+    counted: NDArray[np.bool_] = scores.astype(np.float64) >= np.array(params.lowest, np.float64)[classes]
+    return counted
+
+
+def _best(counted: NDArray[np.bool_], most: int) -> NDArray[np.intp]:
+    """The places of the `most` first, and of the `most` first that count, in order; -1: all."""
+    if most == -1:
+        return np.arange(len(counted))
+    return np.flatnonzero((np.arange(len(counted)) < most) | (counted & (np.cumsum(counted) <= most)))
 
 
 def _places(classes: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -260,8 +493,12 @@ def _places(classes: NDArray[np.intp]) -> NDArray[np.intp]:
     return places
 
 
-def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsParams) -> NDArray[np.intp]:
-    """Indices of the boxes that survive, in order, `keep_top_k` of them or a few more; the input has falling scores.
+def _greedy(
+    boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsParams, counted: NDArray[np.bool_]
+) -> NDArray[np.intp]:
+    """Indices of the boxes that survive, in order; the input has falling scores.
+
+    `counted`: those of which there are `keep_top_k` or a few more.
 
     A box survives when its IoU with every surviving, earlier box of its class is at most the threshold. The boxes are
     compared in blocks, each block with itself and the survivors of the blocks before.
@@ -271,7 +508,7 @@ def _greedy(boxes: NDArray[np.float32], classes: NDArray[np.intp], params: NmsPa
     kept = np.empty(0, dtype=np.intp)
     limits: dict[int, np.float32] = {}
     for start in range(0, len(boxes), _BLOCK):
-        if len(kept) >= most:
+        if len(kept) >= most and (np.count_nonzero(counted[kept]) >= most or not counted[start:].any()):
             break
         pool = np.concatenate([kept, np.arange(start, min(start + _BLOCK, len(boxes)))])
         order = np.argsort(classes.take(pool), kind="stable")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,12 @@ from typing import cast
 
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bench.cpu_parity import CpuCheck
-from gfldeploy.detections import Detections
+from gfldeploy.detections import DetectionOptions, Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.live import LiveFrame, LiveSource, live_frames
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
 from gfldeploy.predict.sources import ColorOrder, Image, Picture, is_one_image, picture_of
 from gfldeploy.progress import Silent
@@ -55,6 +54,13 @@ class Detector(ClosesOnExit):
         self,
         source: StrPath,
         *,
+        threshold: float | None = None,
+        class_thresholds: Mapping[str, float] | None = None,
+        classes: Iterable[str | int] | None = None,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        keep_top_k: int | None = None,
+        class_agnostic: bool | None = None,
         engine: str | None = None,
         precision: Precision | None = None,
         device: Device | None = None,
@@ -72,6 +78,14 @@ class Detector(ClosesOnExit):
         Args:
             source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote, which decides on what is
                 None here.
+            threshold: The lowest score of a detection, by default 0.5; 0 gives all that NMS leaves, which mAP needs.
+            class_thresholds: For some classes, by name or id, another one: `{"person": 0.3}`.
+            classes: The classes to detect, names or ids; by default all. NMS does not see the others.
+            score_threshold: Detections must score more to leave NMS; by default, as the next two, as in the detector's
+                config.
+            nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
+            keep_top_k: The most detections of an image, the best ones.
+            class_agnostic: NMS drops a box for a better one of any class; by default of its own.
             engine: By default the preferred engine of those that can run the bundle.
             precision: By default that of the bundle.
             device: By default the CPU.
@@ -89,7 +103,7 @@ class Detector(ClosesOnExit):
                 By default those that take minutes, as with TensorRT, use that of the commands, and others none.
 
         Raises:
-            UsageError: The tiles cannot be.
+            UsageError: There is no such class, thresholds contradict each other, or the tiles cannot be.
             BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
             DataError: `source` is a file that is no `deploy.yml`.
             UnsupportedError: Nothing here can run the bundle so.
@@ -110,10 +124,12 @@ class Detector(ClosesOnExit):
             tf32=tf32,
             streams=streams,
             input_size=input_size,
+            detection=DetectionOptions.of(
+                threshold, class_thresholds, classes, score_threshold, nms_threshold, keep_top_k, class_agnostic
+            ),
         )
         for note in self.choice.notes:
             warnings.warn(note, stacklevel=2)
-        self._manifest = self.choice.bundle.manifest
         options = replace(self.choice.options, progress=_Warning())
         self._engine = open_engine(self.choice.engine, self.choice.bundle, options)
         self._check = CpuCheck(self.choice.engine, self._engine, self.choice.bundle, warnings.warn)
@@ -121,7 +137,7 @@ class Detector(ClosesOnExit):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names, by the numbers in `Detections.classes`."""
-        return self._manifest.classes
+        return self.choice.bundle.manifest.classes
 
     def close(self) -> None:
         """Free the detector."""
@@ -131,7 +147,7 @@ class Detector(ClosesOnExit):
         self,
         images: Image | Iterable[Image],
         *,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
         color: ColorOrder = "rgb",
         reduced: bool = False,
     ) -> list[Detections]:
@@ -139,7 +155,8 @@ class Detector(ClosesOnExit):
 
         Args:
             images: One image, or any number of them.
-            threshold: The lowest score of a detection; 0 gives all that NMS leaves, which mAP needs.
+            threshold: The lowest score of a detection; by default that of the detector. A class that has a threshold of
+                its own needs both.
             color: The order of the channels of arrays, and of nothing else; OpenCV's own are "bgr".
             reduced: Decode a JPEG at 1/2, 1/4 or 1/8 where that is no smaller than the network's input: faster, but not
                 the same pixels, so that scores and boxes differ a little.
@@ -166,7 +183,7 @@ class Detector(ClosesOnExit):
         self,
         images: Iterable[Image],
         *,
-        threshold: float = DEFAULT_THRESHOLD,
+        threshold: float | None = None,
         color: ColorOrder = "rgb",
         look_ahead: int | None = None,
         reduced: bool = False,
@@ -195,10 +212,14 @@ class Detector(ClosesOnExit):
             raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
         if reduced and self._tiling is not None:
             raise ValueError("tiles are cut out of all the pixels of an image, not of one decoded smaller")
+        detection = self.choice.detection
+        shown = detection.shown(self.classes, threshold)
+        # What has thresholds by class depends on them: it is not crowded out by what is not shown.
+        manifest = self.choice.bundle.manifest.turned(detection, threshold)
         batch_size = self.choice.batch_size
         groups = detect_groups(
             self._engine,
-            self._manifest,
+            manifest,
             (picture_of(image, color) for image in images),
             batch_size=batch_size,
             order=self.choice.order,
@@ -210,10 +231,10 @@ class Detector(ClosesOnExit):
         )
         with closing(groups):
             for found in in_order([(found.index, found) for found in group] for group in groups):
-                kept = found.detections and found.detections.at_least(threshold)
+                kept = found.detections and found.detections.select(shown.places(found.detections))
                 yield replace(found, detections=kept)
 
-    def live(self, source: LiveSource, *, threshold: float = DEFAULT_THRESHOLD) -> Generator[LiveFrame]:
+    def live(self, source: LiveSource, *, threshold: float | None = None) -> Generator[LiveFrame]:
         """Detect in the newest frames of a camera or a stream; those that come meanwhile are dropped and counted.
 
         From reading a frame to its detections it takes no longer than two frames of the detector take. The next frame
@@ -230,10 +251,14 @@ class Detector(ClosesOnExit):
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
 
+        detection = self.choice.detection
+        shown = detection.shown(self.classes, threshold)
+        manifest = self.choice.bundle.manifest.turned(detection, threshold)
+
         def detect(pictures: Iterable[Picture]) -> Generator[list[Found]]:
             return detect_groups(
                 self._engine,
-                self._manifest,
+                manifest,
                 pictures,
                 order="listed",
                 streams=self.choice.options.streams,
@@ -243,4 +268,4 @@ class Detector(ClosesOnExit):
 
         with closing(live_frames(source, detect, self.choice.options.streams)) as frames:
             for frame in frames:
-                yield replace(frame, detections=frame.detections.at_least(threshold))
+                yield replace(frame, detections=frame.detections.select(shown.places(frame.detections)))

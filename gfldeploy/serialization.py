@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from gfldeploy.errors import DataError, GfldeployError, reading
+from gfldeploy.errors import DataError, GfldeployError, UsageError, reading
 from gfldeploy.files import StrPath, read_json, write_json, write_text
 
 Record = TypeVar("Record")
@@ -203,7 +203,8 @@ class Versioned:
         try:
             return build(cls, data)
         except DataError as error:
-            own = isinstance(error.__cause__, cls.FORMAT.error)  # of the class, with a remedy for just this
+            # Of the class itself, or of what users turn: with a remedy for just this.
+            own = isinstance(error.__cause__, cls.FORMAT.error | UsageError)
             raise cls.FORMAT.error(error.problem, error.remedy if own else cls.FORMAT.remedy) from error
 
     def write(self, path: StrPath) -> None:

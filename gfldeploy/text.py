@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -11,6 +12,7 @@ Value = TypeVar("Value")
 # Besides control characters (Cc): marks and overrides of direction, tags, line separators, halves of a pair.
 _HIDDEN = {0x061C, 0x200E, 0x200F, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0000, 0xE0080)}
 _CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
+_MOST_COMPARED = 80  # characters of a word
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # full-width ones too
 
 
@@ -40,6 +42,13 @@ def first_of(items: Iterable[object], shown: int = 1) -> str:
     texts = [str(one) for one in items]
     first = ", ".join(one if len(one) <= 200 else f"{one[:100]} ..." for one in texts[:shown])
     return f"{first} and {len(texts) - shown} more" if len(texts) > shown else first
+
+
+def meant(word: str, names: Sequence[str]) -> str | None:
+    """A remedy that lists those of the names that the word may stand for."""
+    folded = {name.casefold(): name for name in reversed(names)}
+    near = get_close_matches(word[:_MOST_COMPARED].casefold(), folded, 3)
+    return f"Did you mean {' or '.join(repr(folded[one]) for one in near)}?" if near else None
 
 
 def _obeyed(character: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.candidates import anchors_of, default_candidates, matched, may_lack_below, suffice
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections, NmsParams, UserNms, postprocess
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.quant.sensitivity import output_difference
 
@@ -74,8 +74,16 @@ def test_how_many_are_chosen_by_default(keep_top_k: int, nms_top_k: int, channel
     assert default_candidates(params, channels) == wanted
 
 
-@pytest.mark.parametrize("channels", [1, 4])
-def test_what_is_said_to_be_lost_is_all_that_can_be(channels: int) -> None:
+def turned(own: NmsParams, channels: int, rng: np.random.Generator) -> NmsParams:
+    """As users may have: some classes alone, NMS across classes, thresholds of single classes."""
+    kept = np.sort(rng.choice(channels, rng.integers(1, channels + 1), replace=False)).tolist()
+    lowest = [float(rng.choice([0.1, 0.3, 0.6])) if one in kept else np.inf for one in range(channels)]
+    by_class = tuple(lowest) if rng.integers(2) else ()
+    return UserNms(**dataclasses.asdict(own), kept=tuple(kept), class_agnostic=bool(rng.integers(2)), lowest=by_class)
+
+
+@pytest.mark.parametrize(("channels", "by_users"), [(1, False), (4, False), (1, True), (4, True)])
+def test_what_is_said_to_be_lost_is_all_that_can_be(channels: int, by_users: bool) -> None:
     # Boxes in clusters, so that NMS drops most; of 400 anchors 20 to 200 are decoded.
     rng = np.random.default_rng(channels)
     seen = {"nothing": 0, "something": 0}
@@ -92,6 +100,8 @@ def test_what_is_said_to_be_lost_is_all_that_can_be(channels: int) -> None:
             normalized=bool(rng.integers(2)),
             nms_eta=float(rng.choice([1.0, 0.9])),
         )
+        if by_users:
+            params = turned(params, channels, rng)
         chosen = np.sort(np.argsort(-scores.max(axis=1))[:count])
         [every] = postprocess(scores[np.newaxis], boxes[np.newaxis], [(1.0, 1.0)], params)
         [found] = postprocess(scores[np.newaxis, chosen], boxes[np.newaxis, chosen], [(1.0, 1.0)], params)

@@ -12,10 +12,11 @@ from gfldeploy.batching.buckets import ORDERS, size_in_words
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress, console
 from gfldeploy.engines.base import with_tf32
+from gfldeploy.serialization import plain
 
 
 @click.command("eval")
-@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.ENGINE)
+@options.group(options.BUNDLE, *options.ANNOTATIONS, *options.NMS, *options.ENGINE)
 @options.input_sizes("measure, one after the other")
 @options.group(*options.TILES, options.batching(ORDERS, "listed"), options.limit())
 @click.option(
@@ -31,6 +32,8 @@ def command(as_json: bool, **given: Any) -> None:
     found = evaluate(**given, progress=TerminalProgress())
     if as_json:
         values = {**_defined(found.accuracy), "notes": found.notes}
+        if found.detection.given:
+            values["detection"] = plain(found.detection.given)
         if found.at_sizes:
             values["input_sizes"] = {size_in_words(size): _defined(one) for size, one in found.at_sizes.items()}
         click.echo(json.dumps(values, indent=2))
@@ -38,6 +41,8 @@ def command(as_json: bool, **given: Any) -> None:
     over = f", {found.matched} of {found.classes} classes" if found.matched < found.classes else ""
     how = f"{found.engine} {with_tf32(found.precision, found.tf32)}, batch {given['batch_size']} {given['order']}"
     how += f", in {found.tiling}" if found.tiling else ""
+    for name, value in found.detection.given.items():
+        how += f", {name} {','.join(value) if isinstance(value, tuple) else value}"
     if not found.at_sizes:
         console().print(f"{_in_words(found.accuracy)}  ({found.accuracy.images} images{over}, {how})")
     for size, one in found.at_sizes.items():

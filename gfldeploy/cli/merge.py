@@ -31,6 +31,6 @@ def command(output: Path, **given: Any) -> int:
 
     start = time.monotonic()
     found = merge_parts(**given, output=output, progress=TerminalProgress())
-    report(found, None, time.monotonic() - start)
+    report(found, time.monotonic() - start)
     click.echo(str(output))
     return 1 if found.failed else 0

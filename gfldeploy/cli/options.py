@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from gfldeploy.detections import DEFAULT_THRESHOLD
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
@@ -156,6 +157,27 @@ def _whole_number(word: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", word):
         raise ValueError(f"{word!r} is not a whole number from 1; write them as 1,2,4")
     return int(word)
+
+
+def _class_threshold(word: str) -> tuple[str, float]:
+    """A class, by name or id, and a score."""
+    name, _, score = word.rpartition("=")
+    with suppress(ValueError):
+        if name and 0 <= float(score) <= 1:
+            return name.strip(), float(score)
+    raise ValueError(f"{word!r} is not a class and a score from 0 to 1 such as person=0.3")
+
+
+def _by_class(
+    ctx: click.Context, param: click.Parameter, given: tuple[tuple[str, float], ...] | None
+) -> dict[str, float] | None:
+    """Pairs as a mapping: two scores of one class contradict each other."""
+    if given is None:
+        return None
+    found = dict(given)
+    if len(found) < len(given):
+        raise click.BadParameter("a class has two scores; give one", ctx, param)
+    return found
 
 
 def _positive_number(word: str) -> float:
@@ -377,6 +399,58 @@ DECODE = click.option(
     default="exact",
     help="How JPEGs are decoded. fast: at 1/2, 1/4 or 1/8 where they are that much larger than the network's input; "
     "scores and boxes then differ a little.",
+)
+
+# What is shown of what NMS leaves.
+SHOWN: Group = (
+    click.option(
+        "--threshold",
+        type=FiniteFloat(0, 1),
+        show_default=f"{DEFAULT_THRESHOLD:g}",
+        help="Lowest score that is shown; 0: all that NMS leaves.",
+    ),
+    click.option(
+        "--class-thresholds",
+        type=Parsed("CLASS=SCORE,...", _class_threshold, listed=True),
+        callback=_by_class,
+        metavar="CLASS=SCORE,...",
+        show_default="--threshold",
+        help="Lowest scores that are shown of single classes, by name or id.",
+    ),
+)
+# NMS otherwise than in the config of the detector, by the names that it has there.
+NMS: Group = (
+    click.option(
+        "--classes",
+        type=Parsed("CLASS,...", str, listed=True),
+        metavar="CLASS,...",
+        show_default="all",
+        help="Classes to detect, by name or id. NMS does not see the others.",
+    ),
+    click.option(
+        "--score-threshold",
+        type=FiniteFloat(0, 1),
+        show_default="the config's",
+        help="Score that a detection must exceed to leave NMS. mAP needs a low one.",
+    ),
+    click.option(
+        "--nms-threshold",
+        type=FiniteFloat(0, 1),
+        show_default="the config's",
+        help="IoU with a better box above which NMS drops a box.",
+    ),
+    click.option(
+        "--keep-top-k",
+        type=WholeNumber(1, 100_000),
+        show_default="the config's",
+        help="The most detections of an image, the best ones.",
+    ),
+    click.option(
+        "--class-agnostic/--class-wise",
+        default=None,
+        show_default="class-wise",
+        help="Whether NMS drops a box for a better one of any class, or of its own class alone.",
+    ),
 )
 
 DRAW = group(

@@ -11,7 +11,6 @@ import click
 from gfldeploy.batching.buckets import STREAM_ORDERS
 from gfldeploy.cli import options
 from gfldeploy.cli.console import TerminalProgress
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
     from gfldeploy.predict.outputs import PredictResults
@@ -33,13 +32,7 @@ if TYPE_CHECKING:
     metavar="COCO.json",
     help="Detect in the images of these annotations and use their ids. INPUT may then say where file names start.",
 )
-@options.DRAW
-@click.option(
-    "--threshold",
-    type=options.FiniteFloat(0, 1),
-    default=DEFAULT_THRESHOLD,
-    help="Lowest score in detections.jsonl and in pictures. coco.json has all that NMS leaves, which mAP needs.",
-)
+@options.group(options.DRAW, *options.SHOWN, *options.NMS)
 @options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE, *options.TILES)
 @click.option(
     "--streams",
@@ -72,16 +65,16 @@ if TYPE_CHECKING:
     show_default="10",
     help="How often to try to make a lost connection of a live source again before it gives a frame.",
 )
-def command(output: Path | str, threshold: float, **given: Any) -> int:
+def command(output: Path | str, **given: Any) -> int:
     """Detect in images, folders of them, and videos, or in a live source.
 
     INPUT and OUTPUT may be addresses of filesystems: s3://, gs://, hdfs:// and file://. Credentials are found as by the
     filesystem's own tools. A connection that breaks is tried again; a store that does not answer ends the command.
 
     OUTPUT receives detections.jsonl (a line for each image or frame, in order, with the detections that score at least
-    --threshold), coco.json (all detections, as COCO results) and images.json (the file of each image id). Boxes are in
-    pixels of the original image. An image that cannot be read has a line with an "error", is named at the end, and does
-    not stop the rest; the exit code is then 1.
+    --threshold), coco.json (all that NMS leaves, which mAP needs, as COCO results) and images.json (the file of each
+    image id). Boxes are in pixels of the original image. An image that cannot be read has a line with an "error", is
+    named at the end, and does not stop the rest; the exit code is then 1.
 
     Each batch holds images of one input size (unless --order listed), so that an image has the detections that it has
     alone; OpenVINO INT8 may differ by rounding where there are more than four shapes of batches.
@@ -105,20 +98,20 @@ def command(output: Path | str, threshold: float, **given: Any) -> int:
     if click.get_current_context().obj:
         leave_to_exit()
     start = time.monotonic()
-    found = predict_images(**given, output=output, threshold=threshold, progress=TerminalProgress())
-    report(found, threshold, time.monotonic() - start)
+    found = predict_images(**given, output=output, progress=TerminalProgress())
+    report(found, time.monotonic() - start)
     click.echo(str(output))
     return 1 if found.failed or (found.live is not None and found.live.error) else 0
 
 
-def report(summary: PredictResults, threshold: float | None, seconds: float) -> None:
-    """Say what was found; `threshold`: the lowest score of what was counted, if it is known."""
+def report(summary: PredictResults, seconds: float) -> None:
+    """Say what was found."""
     live = summary.live
     click.echo(
         f"{summary.images:,} {'images' if live is None else f'frames of {live.name}'}"
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")
         + f" in {seconds:.1f} s, {summary.detections:,} detections"
-        + (f" with a score of at least {threshold:g}" if threshold else "")
+        + (f" with a score of at least {summary.lowest:g}" if summary.lowest else "")
         + (f"; {summary.failed:,} could not be read" if summary.failed else "")
         + (":" if summary.reasons else ""),
         err=True,
@@ -126,8 +119,8 @@ def report(summary: PredictResults, threshold: float | None, seconds: float) -> 
     if live is not None:
         median, longest = (f"{1e3 * one:.3g} ms" for one in live.latency_s)
         click.echo(
-            f"  {live.dropped:,} frames dropped, {live.reconnects:,} reconnects; from reading a frame to its detections "
-            f"{median} (median), {longest} (longest)",
+            f"  {live.dropped:,} frames dropped, {live.reconnects:,} reconnects; "
+            f"from reading a frame to its detections {median} (median), {longest} (longest)",
             err=True,
         )
         if live.error:

@@ -64,7 +64,7 @@ from gfldeploy.cli.console import TerminalProgress
     show_default="none",
     help="File to append a line of JSON to for each request; - for standard output.",
 )
-@options.group(options.DECODE, *options.ENGINE, options.INPUT_SIZE)
+@options.group(*options.SHOWN, *options.NMS, options.DECODE, *options.ENGINE, options.INPUT_SIZE)
 @click.option(
     "--streams",
     type=options.WholeNumber(1),

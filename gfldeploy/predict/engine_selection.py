@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gfldeploy.batching.buckets import Order, Size, size_in_words
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import Bundle, Manifest
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, oversubscribed, with_tf32
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES
@@ -31,7 +33,8 @@ class Choice:
     they have those that `deploy.yml` says, or some that span all that the detector can be given. `order`: how batches
     are formed, see `pipeline.detect_groups`. `why`: why this engine, in words. `notes`: what the user should know, such
     as that a `deploy.yml` was made on another machine. `expected`: the shapes of inputs that a `deploy.yml` says, the
-    most common first, whatever the engine; () without one.
+    most common first, whatever the engine; () without one. `detection`: what a user has turned of NMS, and of what is
+    shown.
     """
 
     bundle: Bundle
@@ -43,6 +46,12 @@ class Choice:
     notes: tuple[str, ...] = ()
     input_size: Size | None = None
     expected: tuple[Shape, ...] = ()
+    detection: DetectionOptions = AS_CONFIGURED
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The bundle's, with the NMS that is used: that of `bundle.manifest` is the config's own."""
+        return self.bundle.manifest.turned(self.detection)
 
     def __str__(self) -> str:
         options, count, streams = self.options, self.options.threads, self.options.streams
@@ -70,6 +79,7 @@ def choose(
     throughput: bool = False,
     input_size: Size | None = None,
     small_batches: bool = False,
+    detection: DetectionOptions = AS_CONFIGURED,
 ) -> Choice:
     """Choose for a bundle, or for the `deploy.yml` that `gfldeploy tune` wrote; arguments that are given override both.
 
@@ -77,11 +87,11 @@ def choose(
     of a fixed batch size has that one. All threads are used, by one inference, which is the fastest for a single image;
     with `throughput` by the streams of `throughput_options`, with `small_batches` in the batches of `throughput_batch`,
     unless `batch_size`, `threads` or `streams` are given. `engine_cache`: where engines keep what they compiled,
-    None for nowhere.
+    None for nowhere. `detection`: what is None in it is as `deploy.yml` says, else as the bundle's config.
 
     Raises `BundleError`, also where `deploy.yml` is about another bundle, `DataError` for a file that is none, and
     `UnsupportedError` where nothing here can run it, or it is INT8 at an input size at which `quantize` has not found
-    it to hold, and `deploy.yml` knows no mAP.
+    it to hold, and `deploy.yml` knows no mAP. `UsageError` as `DetectionOptions.nms`.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -96,6 +106,7 @@ def choose(
         bundle = Bundle.open(deploy.bundle_path(source))
         notes = tuple(_differences(deploy, bundle))
         cell = deploy.choice.cell
+        detection = detection.over(deploy.detection or AS_CONFIGURED)
         input_size = input_size or cell.input_size
         if (engine, precision, device) == (None, None, None):
             why = f"as {source.name} says"
@@ -132,13 +143,14 @@ def choose(
         options = throughput_options(engine, options, size)
     if order == "listed" and size > 1:
         notes = (*notes, "batches are padded to a common size, which changes scores and boxes; bucketed ones are not")
-    notes = (*notes, *bundle.manifest.notes)
+    bundle.manifest.turned(detection)  # refused before anything is loaded
+    notes = (*notes, *detection.notes(bundle.manifest.nms), *bundle.manifest.notes)
     if ENGINES[engine].needs_shapes or options.device == "gpu":
         # Batches need not fill; but an engine that runs any shape is to know the most common alone.
         expected = in_batches(shapes, *((size, fixed or 1) if ENGINES[engine].needs_shapes else (size,)))
         options = replace(options, shapes=expected or possible_shapes(bundle.manifest, size))
     given_size = None if bundle is own else input_size
-    return Choice(bundle, engine, options, size, order, why or reason, notes, given_size, shapes)
+    return Choice(bundle, engine, options, size, order, why or reason, notes, given_size, shapes, detection)
 
 
 def _ap_known(deploy: Deploy, own: Bundle, resized: Bundle, engine: str, options: EngineOptions) -> bool:

@@ -11,15 +11,12 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 
-from gfldeploy.detections import Detections
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, Shown
 from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.files import writing
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.storage import Source
-
-# What PaddleDetection draws from, unless told otherwise.
-DEFAULT_THRESHOLD = 0.5
 
 DETECTIONS = "detections.jsonl"
 COCO = "coco.json"
@@ -37,7 +34,8 @@ class PredictResults:
 
     `images`, `failed`: how many. `reasons`: of the first failures. `detections`: those in `detections.jsonl`. `kept`:
     images that an earlier run had done. `incomplete`: images whose detections may be missing or differ, since the
-    bundle decodes only so many anchors; `lack_below`: the highest score of such a detection. `live`: of a live source.
+    bundle decodes only so many anchors; `lack_below`: the highest score of such a detection. `lowest`: the lowest
+    score that a detection can have in `detections.jsonl`. `live`: of a live source.
     """
 
     images: int
@@ -47,6 +45,7 @@ class PredictResults:
     kept: int = 0
     incomplete: int = 0
     lack_below: float = 0.0
+    lowest: float = 0.0
     live: LiveSummary | None = None
 
 
@@ -69,9 +68,9 @@ class LiveSummary:
 
 @dataclass
 class Summary:
-    """What has been found so far, with detections that score at least `threshold`."""
+    """What has been found so far; detections that are `shown` count."""
 
-    threshold: float
+    shown: Shown
     images: int = 0
     failed: int = 0
     reasons: tuple[str, ...] = ()
@@ -87,9 +86,9 @@ class Summary:
             if self.failed <= _MOST_REASONS:
                 self.reasons = (*self.reasons, str(one.error))
             return []
-        shown: list[int] = (one.detections.scores.astype(np.float64) >= self.threshold).nonzero()[0].tolist()
+        shown: list[int] = self.shown.places(one.detections).tolist()
         self.detections += len(shown)
-        if self.lacks(one.detections):
+        if self.shown.lacks(one.detections):
             self.incomplete += 1
             self.lack_below = max(self.lack_below, one.detections.may_lack_below)
         return shown
@@ -97,16 +96,13 @@ class Summary:
     def lacking(self, one: Found) -> Record:
         """What a line says of them."""
         assert one.detections is not None
-        return {"may_lack_below": one.detections.may_lack_below} if self.lacks(one.detections) else {}
-
-    def lacks(self, detections: Detections) -> bool:
-        """Whether some that would count may be missing."""
-        return detections.may_lack_below > max(self.threshold, 0)
+        return {"may_lack_below": one.detections.may_lack_below} if self.shown.lacks(one.detections) else {}
 
     def results(self, kept: int = 0) -> PredictResults:
         """As `predict` returns it; `kept`: images that an earlier run had done."""
         return PredictResults(
-            self.images, self.failed, self.reasons, self.detections, kept, self.incomplete, self.lack_below
+            *(self.images, self.failed, self.reasons, self.detections, kept),
+            *(self.incomplete, self.lack_below, self.shown.least),
         )
 
 
@@ -116,7 +112,7 @@ def write_outputs(
     classes: Sequence[str],
     image_ids: Sequence[CocoId] | None = None,
     category_ids: Sequence[CocoId | None] | None = None,
-    threshold: float = DEFAULT_THRESHOLD,
+    detection: DetectionOptions = AS_CONFIGURED,
     target: Source | None = None,
 ) -> PredictResults:
     """Write the files, each image as it is found: memory does not grow with their number.
@@ -125,8 +121,8 @@ def write_outputs(
     even a thousandth of a pixel turns some IoU, and the mAP of the results would not be that of `gfldeploy eval`.
     `may_lack_below`, as for `Detections`, is left out if nothing that is shown may be missing.
 
-    `coco.json` is a list of results as COCO's tools read it, with all scores, which mAP needs. `threshold`: the
-    smallest score in `detections.jsonl`. `image_ids` and `category_ids`: those of annotations, by image and by class;
+    `coco.json` is a list of results as COCO's tools read it, with all that NMS leaves, which mAP needs. `detection`:
+    says what is in `detections.jsonl`. `image_ids` and `category_ids`: those of annotations, by image and by class;
     `coco.json` leaves out a class whose category is None. Without them images and classes are numbered from 1 in their
     order, and `images.json` lists them in the format of annotations. Raises `OutputError` about `target`, by default
     the directory, also if one of the files exists.
@@ -134,7 +130,7 @@ def write_outputs(
     heads = _heads(classes)
     categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
     named_ids = [None if one is None else f'"category_id": {json.dumps(one)}, "bbox": [' for one in categories]
-    summary = Summary(threshold)
+    summary = Summary(detection.shown(classes))
     with ExitStack() as stack:
         lines = stack.enter_context(_TextFile(directory / DETECTIONS, target or directory))
         results = stack.enter_context(_JsonList(directory / COCO, target or directory, "[", "]"))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.errors import DataError, reading
+from gfldeploy.detections import DetectionOptions
+from gfldeploy.errors import DataError, GfldeployError, reading
 from gfldeploy.files import (
     StrPath,
     atomic_directory,
@@ -29,7 +30,16 @@ from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.outputs import PredictResults, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import Records, differences, read_header
-from gfldeploy.predict.session import HARDWARE, NOTE, PART, RECORDS, finish_results, part_of, processors
+from gfldeploy.predict.session import (
+    HARDWARE,
+    NOTE,
+    PART,
+    RECORDS,
+    detection_of,
+    finish_results,
+    part_of,
+    processors,
+)
 from gfldeploy.predict.shards import Shards
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import check
@@ -68,6 +78,16 @@ class _Part:
     question: Mapping[str, Any]
     header: int
     note: Mapping[str, Any]
+
+    @property
+    def detection(self) -> DetectionOptions:
+        """What was turned of NMS and of what is shown."""
+        try:
+            detection = detection_of(self.question)
+            detection.shown(self.note["classes"])
+        except GfldeployError as error:
+            raise self.damaged(error.problem) from error
+        return detection
 
     @property
     def common(self) -> dict[str, Any]:
@@ -137,6 +157,7 @@ def _merge(
 ) -> PredictResults:
     working = [one for one in found if one.shards]
     note, question = working[0].note, {key: value for key, value in working[0].question.items() if key != "part"}
+    detection = working[0].detection
     question |= processors(question, (name for one in working for name in one.processors))
     gpus = {json.dumps(one.question.get("gpus")): one.question.get("gpus") for one in working}
     if len(gpus) > 1:
@@ -145,14 +166,15 @@ def _merge(
     if len(several) > 1:
         progress.note(f"the parts ran on several processors, which may round differently: {'; '.join(several):.300}")
     if draw:
-        question["draw_threshold"] = note["threshold"] if draw_threshold is None else draw_threshold
+        lowest = detection.shown(note["classes"]).least
+        question["draw_threshold"] = lowest if draw_threshold is None else draw_threshold
     for one in found:
         if sha256(one.folder / RECORDS) != one.note["records"]:
             raise one.damaged(f"{RECORDS} is not as it was written")
     ids = None if note["ids"] is None else [image_id for one in found for image_id in one.note["ids"]]
     with _written_to(target, force) as results:
         images = _images(found, progress)
-        summary = write_outputs(results, images, note["classes"], ids, note["categories"], note["threshold"], target)
+        summary = write_outputs(results, images, note["classes"], ids, note["categories"], detection, target)
         finish_results(results, question, summary, question["draw_threshold"], progress)
     return summary
 
@@ -234,7 +256,7 @@ def _read(source: Source, folder: Path) -> _Part:
         raise part.damaged(f"it has no {RECORDS}")
     with reading(folder / RECORDS, DataError, _REMEDY), (folder / RECORDS).open("rb") as file:
         question, header = read_header(file)
-    same = all(question.get(key) == note[key] for key in ("part", "batch_size", "threshold"))
+    same = all(question.get(key) == note.get(key) for key in ("part", "batch_size", "threshold", "detection"))
     if not same or question.get("draw_threshold", "absent") is not None:
         raise part.damaged(f"{RECORDS} and {NOTE} are not of one another")
     return replace(part, question=question, header=header)

@@ -53,15 +53,13 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")  # in the name of a file, on any system
 class LiveRequest:
     """What to record, and how.
 
-    `question`: all that the results depend on, without secrets. `threshold`, `draw`: the lowest scores in lines and in
-    pictures; without pictures None.
+    `question`: all that the results depend on, without secrets. `draw`: the lowest score in pictures; None for none.
     """
 
     choice: Choice
     address: str
     output: Source
     question: Mapping[str, Any]
-    threshold: float
     draw: float | None
     force: bool
     cut: InTiles | None
@@ -199,7 +197,7 @@ def _record(
 ) -> PredictResults:
     kept, choice = lines.kept, request.choice
     classes = choice.bundle.manifest.classes
-    summary, latencies = Summary(request.threshold), _Latencies()
+    summary, latencies = Summary(choice.detection.shown(classes)), _Latencies()
     stopped = threading.Event()
     with ExitStack() as stack:
         source = stack.enter_context(LiveSource(request.address, reconnects=request.reconnects, progress=progress))
@@ -235,7 +233,11 @@ def _record(
             lines.write(live_line(_beginning(found, frame, kept.number), found, summary, classes))
             unfinished.worth_keeping = True
             if video is not None:
-                shown = frame.detections.at_least(max(request.threshold, request.draw or 0)).records()
+                shown = (
+                    frame.detections.select(summary.shown.places(frame.detections))
+                    .at_least(request.draw or 0)
+                    .records()
+                )
                 with writing(request.output):
                     video.add(kept.frames + summary.images, time_s, frame.pixels, shown)
     if not kept.frames + summary.images:

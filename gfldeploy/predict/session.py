@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.batching.tiles import InTiles, Tiling
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
@@ -38,13 +39,13 @@ from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.live import RECONNECTS, is_live, shown_address
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD, DETECTIONS, PredictResults, Summary, write_outputs
+from gfldeploy.predict.outputs import DETECTIONS, PredictResults, Summary, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import WorkingFile, differences, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
 from gfldeploy.predict.sources import is_video, list_inputs, looked_at, picture_sizes, read_list, version_of
 from gfldeploy.progress import SILENT, Progress
-from gfldeploy.serialization import plain
+from gfldeploy.serialization import build, plain
 from gfldeploy.signals import check_interrupted, hold_interrupts
 from gfldeploy.storage import Inputs, Source, Url, source_of
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # a third of the time until an interruption is answered
 NOTE = "predict.json"
 PICTURES = "pictures"
 RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` reads
+_NOT_ASKED = ("what", "images", "failed", "detections", "records", "files")  # of a note, what no question says
 HARDWARE = ("processor", "gpus")  # what the parts of one run need not have in common: it is recorded
 WORKING = "working.jsonl"
 WHAT = "results of gfldeploy predict"
@@ -74,17 +76,15 @@ _WORTH_A_BUILD = 1000
 class _Request:
     """What to detect in, and what to leave.
 
-    `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `threshold`: the
-    lowest score in `detections.jsonl`. `draw`: the lowest score that is drawn; None for no pictures. `part`: (k, n) for
-    the k-th of n parts of the shards; None for all. `cluster`: where it is done; None for this process. `cut`: how
-    images are; None for whole ones.
+    `inputs`: image files and videos. `dataset`: its images are the inputs, and ids are its own. `draw`: the lowest
+    score that is drawn; None for no pictures. `part`: (k, n) for the k-th of n parts of the shards; None for all.
+    `cluster`: where it is done; None for this process. `cut`: how images are; None for whole ones.
     """
 
     choice: Choice
     inputs: Sequence[Source]
     output: Source
     dataset: CocoDataset | None
-    threshold: float
     draw: float | None
     reduced: bool
     force: bool
@@ -126,7 +126,13 @@ def predict_images(
     input_list: StrPath | None = None,
     data: StrPath | None = None,
     draw: bool = False,
-    threshold: float = DEFAULT_THRESHOLD,
+    threshold: float | None = None,
+    class_thresholds: Mapping[str, float] | None = None,
+    classes: Sequence[str | int] | None = None,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    keep_top_k: int | None = None,
+    class_agnostic: bool | None = None,
     draw_threshold: float | None = None,
     decode: Literal["exact", "fast"] = "exact",
     engine: str | None = None,
@@ -166,7 +172,16 @@ def predict_images(
         input_list: A text file that names a file on each line, a path or an address, beside `inputs`.
         data: COCO annotations (.json) whose images are detected in, and whose ids are used.
         draw: Draw the boxes, too: pictures of images, and videos of videos.
-        threshold: The lowest score in `detections.jsonl` and in pictures.
+        threshold: The lowest score in `detections.jsonl` and in pictures, by default 0.5. `coco.json` has all that NMS
+            leaves.
+        class_thresholds: For some classes, by name or id, another one: `{"person": 0.3}`. What it shows is in
+            `coco.json`, too, even beyond `keep_top_k`.
+        classes: The classes to detect, names or ids; by default all. NMS, and so all files, are without the others.
+        score_threshold: Detections must score more to leave NMS; by default, as the next two, as in the detector's
+            config.
+        nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
+        keep_top_k: The most detections of an image, the best ones.
+        class_agnostic: NMS drops a box for a better one of any class; by default of its own.
         draw_threshold: The lowest score in pictures, if another.
         decode: "fast" decodes JPEGs at 1/2, 1/4 or 1/8 where they are that much larger than the network's input.
         engine: The engine that runs the bundle.
@@ -205,7 +220,8 @@ def predict_images(
         How many images there were, how many could not be read, and why.
 
     Raises:
-        UsageError: There is nothing to detect in, pictures are asked of a part, or tiles of images decoded "fast".
+        UsageError: There is nothing to detect in, pictures are asked of a part, or tiles of images decoded "fast";
+            there is no such class, or thresholds contradict each other.
         BundleError: The bundle is damaged, or not the one that `deploy.yml` is about.
         DataError: An input is not there, or no image at all can be read.
         ServerError: A store of files at addresses does not answer, or lets nobody in.
@@ -237,8 +253,8 @@ def predict_images(
             "--shard": shard,
             "--ray": ray,
             "--workers": workers,
+            "--gpus-per-worker": gpus_per_worker,
         }
-        others["--gpus-per-worker"] = gpus_per_worker
         if tiling is None and batch_size is not None and batch_size > 1:
             others["--batch-size"] = batch_size  # of tiles it is the number
         if found := [name for name, value in others.items() if value is not None] + ["other inputs"] * (len(named) > 1):
@@ -246,6 +262,9 @@ def predict_images(
             raise UsageError(problem, "Give it as the only INPUT, without them.")
     listed = None if input_list is None else Path(input_list)
     folder = source_of(output)
+    detection = DetectionOptions.of(
+        threshold, class_thresholds, classes, score_threshold, nms_threshold, keep_top_k, class_agnostic
+    )
     choice = choose(
         Path(source),
         engine,
@@ -260,6 +279,7 @@ def predict_images(
         throughput=live is None,  # of one after the other, each has all of the CPUs
         small_batches=live is None,
         input_size=input_size,
+        detection=detection,
     )
     annotations = None if data is None else Path(data)
     read: list[Source] = [Path(source), *given, *(path for path in (annotations, listed) if path is not None)]
@@ -270,21 +290,20 @@ def predict_images(
 
         cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
     dataset, files, notes = (None, (), []) if live else _inputs(given, listed, annotations, folder)
-    classes = choice.bundle.manifest.classes
+    names = choice.bundle.manifest.classes
     if dataset is not None:
-        notes += [*dataset.notes, *dataset.match(classes).notes]
+        notes += [*dataset.notes, *dataset.match(names).notes]
     if draw:
-        notes += drawing_notes(classes, any(map(is_video, files)))
+        notes += drawing_notes(names, any(map(is_video, files)))
     if live is not None and tiling is None:
         choice = replace(choice, batch_size=1)  # a frame does not wait for others
     for note in (*choice.notes, *notes):
         progress.note(note)
     progress.stage(str(choice))
-    drawn = threshold if draw_threshold is None else draw_threshold
+    drawn = choice.detection.shown(names).least if draw_threshold is None else draw_threshold
     cut = None if tiling is None else InTiles(tiling, choice.batch_size)
-    reduced = decode == "fast"
     request = _Request(
-        choice, files, folder, dataset, threshold, drawn if draw else None, reduced, force, shard, cluster, cut
+        choice, files, folder, dataset, drawn if draw else None, decode == "fast", force, shard, cluster, cut
     )
     if live is None:
         return _predict(request, progress)
@@ -292,9 +311,7 @@ def predict_images(
 
     question = {**_question(request), "live": shown_address(live)}
     tries = RECONNECTS if reconnects is None else reconnects
-    return record_live(
-        LiveRequest(choice, live, folder, question, threshold, request.draw, force, cut, duration, tries), progress
-    )
+    return record_live(LiveRequest(choice, live, folder, question, request.draw, force, cut, duration, tries), progress)
 
 
 def _inputs(
@@ -328,7 +345,7 @@ def _inputs(
 
 
 def _predict(request: _Request, progress: Progress) -> PredictResults:
-    classes = request.choice.bundle.manifest.classes
+    classes, detection = request.choice.bundle.manifest.classes, request.choice.detection
     categories = request.dataset.class_to_category(classes) if request.dataset else None
     about = {
         "listed": len(request.inputs),
@@ -365,10 +382,10 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             with closing(_detected(request, unfinished, working, progress)) as found:
                 if request.part is None:
                     summary = write_outputs(
-                        results, found, classes, request.image_ids, categories, request.threshold, request.output
+                        results, found, classes, request.image_ids, categories, detection, request.output
                     )
                 else:
-                    counted = Summary(request.threshold)
+                    counted = Summary(detection.shown(classes))
                     for image in found:
                         counted.add(image)
                     summary = counted.results()
@@ -402,7 +419,8 @@ def _done_before(request: _Request, question: Mapping[str, Any]) -> PredictResul
     try:
         note = read_json(output / NOTE)
         counts = [note.get(name) for name in ("images", "failed", "detections")]
-        same = note.get("what") == PART and not {*differences(note, {**note, **question})} - {*HARDWARE}
+        asked = {name: value for name, value in note.items() if name not in _NOT_ASKED}
+        same = note.get("what") == PART and not {*differences(asked, question)} - {*HARDWARE}
         if not same or any(type(one) is not int for one in counts):
             return None
         # At an address the note was written last, and reading all is no small matter.
@@ -557,6 +575,18 @@ def _options(request: _Request, known: dict[Source, Size | None]) -> tuple[Engin
     return replace(options, shapes=tuple(dict.fromkeys((*expecting.shapes, *single)))), total
 
 
+def question_of(detection: DetectionOptions) -> dict[str, Any]:
+    """What a question says of it; `detection_of` is the inverse."""
+    given = plain({name: value for name, value in detection.given.items() if name != "threshold"})
+    return {"threshold": detection.lowest, **({"detection": given} if given else {})}
+
+
+def detection_of(question: Mapping[str, Any]) -> DetectionOptions:
+    """What a question from a file says of it. Raises `DataError`."""
+    given = question.get("detection", {})
+    return build(DetectionOptions, {**given, "threshold": question["threshold"]} if isinstance(given, dict) else given)
+
+
 def _question(request: _Request) -> dict[str, Any]:
     """Everything that the results depend on, by names for messages."""
     choice = request.choice
@@ -578,7 +608,7 @@ def _question(request: _Request) -> dict[str, Any]:
         **({"input_size": choice.input_size} if choice.input_size else {}),
         **(plain(request.cut.tiling) if request.cut else {}),
         **({"shapes": choice.options.shapes} if choice.options.shapes else {}),
-        "threshold": request.threshold,
+        **question_of(choice.detection),
         "draw_threshold": request.draw,
         "decoding": "reduced" if request.reduced else "exact",
         "annotations": hashlib.sha256(repr(ids).encode()).hexdigest() if ids is not None else None,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.batching.tiles import InTiles
 from gfldeploy.bundle import Bundle, Manifest
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import is_compared, open_engine
 from gfldeploy.errors import BundleError
@@ -77,7 +78,8 @@ class ShardJob:
 
     `bundle`: the directory; `digest`: of the bundle that has to be there. `options`: the engine's, as
     `EngineOptions.to_plain` makes them. `reduced`: JPEGs are decoded at 1/2, 1/4 or 1/8 where they are that much larger
-    than the network's input. `input_size`: None for the bundle's own. `cut`: None for whole images.
+    than the network's input. `input_size`: None for the bundle's own. `detection`: what was turned of NMS. `cut`: None
+    for whole images.
     """
 
     bundle: str
@@ -88,6 +90,7 @@ class ShardJob:
     order: Order
     reduced: bool = False
     input_size: Size | None = None
+    detection: DetectionOptions = AS_CONFIGURED
     cut: InTiles | None = None
 
     @classmethod
@@ -102,6 +105,7 @@ class ShardJob:
             order=choice.order,
             reduced=reduced,
             input_size=choice.input_size,
+            detection=choice.detection,
             cut=cut,
         )
 
@@ -136,7 +140,7 @@ class ShardWorker(ClosesOnExit):
                 "Copy the same bundle to every machine.",
             )
         self.job = job
-        self._manifest = bundle.manifest
+        self._manifest = bundle.manifest.turned(job.detection)
         self._options = replace(EngineOptions.from_plain(job.options), progress=progress)
         self._engine = open_engine(job.engine, bundle, self._options)
         self._check: CpuCheck | None = None

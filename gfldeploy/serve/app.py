@@ -75,21 +75,23 @@ def create_app(
 
     async def detect(request: Request) -> Response:
         start = time.perf_counter()
-        asked = await read_request(request, limits, current.service.choice.bundle.manifest.classes)
+        served = current.service.choice
+        asked = await read_request(request, limits, served.bundle.manifest.classes, served.detection)
         request.state.images = len(asked.images)
         with current.use() as service:
             left_ms = max(_left_ms(request.scope, asked.timeout_ms), _LATE_MS)
             found = await _unless_gone(request, asked.images, left_ms, service)
         if len(found) == 1 and isinstance(found[0], BaseException):
             raise found[0]
-        images = ",".join(
-            [
-                JSON.encode(problem_of(one).body()) if isinstance(one, BaseException) else image_json(one, asked)
-                for one in found
-            ]
-        )
+        detection, most = service.choice.detection, service.choice.manifest.nms.keep_top_k
+        texts = [
+            JSON.encode(problem_of(one).body())
+            if isinstance(one, BaseException)
+            else image_json(one, asked, detection, most)
+            for one in found
+        ]
         total_ms = round((time.perf_counter() - start) * 1e3, 3)
-        return JsonResponse(f'{{"images":[{images}],"times_ms":{{"total":{total_ms}}}}}')
+        return JsonResponse(f'{{"images":[{",".join(texts)}],"times_ms":{{"total":{total_ms}}}}}')
 
     async def object_detection(request: Request) -> Response:
         asked = await read_paddlex_request(request, limits)
@@ -99,7 +101,7 @@ def create_app(
             (found,) = await _unless_gone(request, [asked.image], left_ms, service)
         if isinstance(found, BaseException):
             raise found
-        return json_response(await paddlex_answer(found.detections, asked, drawing))
+        return json_response(await paddlex_answer(found.detections, asked, service.choice, drawing))
 
     async def live(request: Request) -> Response:
         return json_response({"status": "live"})
@@ -115,7 +117,9 @@ def create_app(
 
     async def described(request: Request) -> Response:
         paths = {route.path for route in routes}
-        return json_response(openapi(limits, current.service.choice.bundle.manifest.classes, paths, keys is not None))
+        choice = current.service.choice
+        names, threshold = choice.bundle.manifest.classes, choice.detection.lowest
+        return json_response(openapi(limits, names, paths, keys is not None, threshold))
 
     routes = [
         Route("/v1/detect", detect, methods=["POST"]),

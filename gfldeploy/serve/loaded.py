@@ -74,11 +74,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Job:
-    """An image file's content, the size (h, w) that its header says, and when it arrived, by `time.perf_counter`."""
+    """An image file's content, the size (h, w) that its header says, and when it arrived, by `time.perf_counter`.
+
+    `own`: NMS is that of the bundle's config, whatever was turned: what the golden picture expects.
+    """
 
     content: bytes
     size: tuple[int, int]
     arrived: float
+    own: bool = False
 
 
 class _Filled(NamedTuple):
@@ -118,7 +122,8 @@ class LoadedDetector(ClosesOnExit):
         """
         self._choice, self._reduced = choice, reduced
         self._ran: Callable[[int, int, int], object] = lambda images, pixels, own_pixels: None  # not of the warm-up
-        self._manifest = manifest = choice.bundle.manifest
+        self._manifest = manifest = choice.manifest
+        self._own_nms = choice.bundle.manifest.nms
         self._preprocess = manifest.preprocess
         self._fixed = manifest.inputs[0].shape[0]
         self.most = self._fixed or choice.batch_size
@@ -157,9 +162,12 @@ class LoadedDetector(ClosesOnExit):
             self._run, Adaptive(model, self.most, at_once), None, most_waiting, at_once
         )
 
-    def submit(self, content: bytes, size: tuple[int, int], timeout_ms: float) -> Future[Answer]:
-        """Ask for what is in an image file whose header says this size, (h, w). Raises as `DynamicBatcher.submit`."""
-        job = _Job(content, size, time.perf_counter())
+    def submit(self, content: bytes, size: tuple[int, int], timeout_ms: float, own_nms: bool = False) -> Future[Answer]:
+        """Ask for what is in an image file whose header says this size, (h, w).
+
+        `own_nms`: with the NMS of the bundle's config. Raises as `DynamicBatcher.submit`.
+        """
+        job = _Job(content, size, time.perf_counter(), own_nms)
         self._preprocess.resized_size(*size)  # raises DataError where nothing would be left of it
         return self.batcher.submit(job, self._preprocess.input_size(*size), timeout_ms)
 
@@ -215,7 +223,8 @@ class LoadedDetector(ClosesOnExit):
         scales = [one.scale for one in filled if not isinstance(one, DataError)]
         prepared = time.perf_counter()
         self._signs[thread] = time.monotonic()
-        found = iter(self._infer(tensor, scales) if scales else ())
+        own_nms = [job.own for job, one in zip(jobs, filled, strict=True) if not isinstance(one, DataError)]
+        found = iter(self._infer(tensor, scales, own_nms) if scales else ())
         infer_ms = (time.perf_counter() - prepared) * 1e3
         own = sum(area(self._preprocess.input_size(*job.size)) for job in jobs)
         self._ran(len(jobs), len(jobs) * area(size), own)
@@ -245,8 +254,10 @@ class LoadedDetector(ClosesOnExit):
             return error
         return _Filled(scale, (decoded - start) * 1e3, (time.perf_counter() - decoded) * 1e3)
 
-    def _infer(self, tensor: NDArray[np.float32], scales: list[tuple[float, float]]) -> list[Detections]:
-        """The detections in the first rows of the tensor."""
+    def _infer(
+        self, tensor: NDArray[np.float32], scales: list[tuple[float, float]], own_nms: Sequence[bool]
+    ) -> list[Detections]:
+        """The detections in the first rows of the tensor; `own_nms`: as for `submit`, of each."""
         count = len(scales)
         if self._fixed is None:
             tensor = tensor[:count]
@@ -261,6 +272,9 @@ class LoadedDetector(ClosesOnExit):
             self._check(tensor, outputs, count)
         chosen = self._manifest.candidates is not None
         found = detections_of(scores[:count], boxes[:count], scales, self._manifest.nms, chosen)
+        for row in (row for row, own in enumerate(own_nms) if own and self._manifest.nms is not self._own_nms):
+            one = slice(row, row + 1)
+            found[one] = detections_of(scores[one], boxes[one], scales[one], self._own_nms, chosen)
         return [one.named(self._manifest.classes) for one in found]
 
     def _settle(self, samples: Mapping[Size, Sequence[bytes]], at_once: int, progress: Progress) -> LatencyModel:

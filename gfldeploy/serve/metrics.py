@@ -142,6 +142,13 @@ class Metrics(Watch):
         ]
 
 
+def restarts(count: int) -> dict[str, Any]:
+    """How often a process was started again, of `Families`."""
+    name = "gfldeploy_replica_restarts"
+    text = "Times that a replica has ended and was started again."
+    return {"name": name, "documentation": text, "type": "counter", "samples": [[f"{name}_total", {}, float(count)]]}
+
+
 def merged(by_replica: Mapping[str, Families], accept: str) -> tuple[bytes, str]:
     """What several processes tell, as `Metrics.text`: each sample with the name of its process as label `replica`."""
     metrics: dict[str, Metric] = {}

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gfldeploy import __version__
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
+from gfldeploy.detections import DEFAULT_THRESHOLD
 from gfldeploy.serve.problems import PADDLEX_PATH
 from gfldeploy.serve.requests import BYTES_TYPE, FORM_TYPE, JSON_TYPE, LONGEST_TIMEOUT_MS, RequestLimits
 
@@ -48,11 +48,16 @@ _BASE64 = {"type": "string", "contentEncoding": "base64", "minLength": 1}
 
 
 def openapi(
-    limits: RequestLimits, class_names: Sequence[str], served: Collection[str], keys: bool = False
+    limits: RequestLimits,
+    class_names: Sequence[str],
+    served: Collection[str],
+    keys: bool = False,
+    threshold: float = DEFAULT_THRESHOLD,
 ) -> dict[str, Any]:
-    """The description of the paths that are `served`. `keys`: whether requests need one."""
+    """The description of the paths that are `served`. `keys`: whether requests need one. `threshold`: of those that
+    name none."""
     known: dict[str, dict[str, Any]] = {
-        "/v1/detect": {"post": _detect(limits, class_names)},
+        "/v1/detect": {"post": _detect(limits, class_names, threshold)},
         PADDLEX_PATH: {"post": _paddlex(class_names)},
         "/v1/model": {"get": _get("model", "What is served, and how it runs.", _ref("Model"), (503,))},
         "/v1/reload": {"post": _get("reload", "Load the bundle anew, compare, switch.", _RELOADED, _RELOAD_PROBLEMS)},
@@ -125,11 +130,11 @@ def _text(name: str, summary: str, media_type: str) -> dict[str, Any]:
     }
 
 
-def _detect(limits: RequestLimits, class_names: Sequence[str]) -> dict[str, Any]:
+def _detect(limits: RequestLimits, class_names: Sequence[str], threshold: float) -> dict[str, Any]:
     number = {"type": "string", "pattern": "^[0-9]+$"}
     names: list[dict[str, Any]] = [{"enum": sorted(set(class_names))}] if class_names else []
     parameters = [
-        ("threshold", {**_SCORE, "default": DEFAULT_THRESHOLD}, "The lowest score of a detection."),
+        ("threshold", {**_SCORE, "default": threshold}, "The lowest score of a detection."),
         (
             "timeout_ms",
             {"type": "number", "exclusiveMinimum": 0, "maximum": LONGEST_TIMEOUT_MS, "default": limits.timeout_ms},

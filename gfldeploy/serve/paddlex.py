@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from gfldeploy.detections import Detections
+from gfldeploy.detections import Detections, Shown
 from gfldeploy.images.decode import decode_image, load_cv2
 from gfldeploy.predict.draw import draw_boxes
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
+from gfldeploy.predict.engine_selection import Choice
+from gfldeploy.serve.answers import wanted
 from gfldeploy.serve.problems import Problem, paddlex_record
 from gfldeploy.serve.requests import JSON_TYPE, RequestLimits, content_type, from_base64, read_json
 
@@ -27,11 +28,12 @@ _REFUSED = ("layoutNms", "layoutUnclipRatio", "layoutMergeBboxesMode")
 class PaddlexRequest:
     """What a client of PaddleX asks for.
 
-    `thresholds`: the lowest score by class id; of other classes `threshold`. `visualize`: a picture with the boxes.
+    `thresholds`: the lowest score by class id; of other classes `threshold`, None for the server's. `visualize`: a
+    picture with the boxes.
     """
 
     image: bytes
-    threshold: float
+    threshold: float | None
     thresholds: dict[int, float]
     visualize: bool
 
@@ -48,7 +50,7 @@ async def read_paddlex_request(request: Request, limits: RequestLimits) -> Paddl
     if not isinstance(image, str) or not image:
         raise _invalid('"image" is missing, or no text', "Give the content of an image file in base64.")
     asked = content.get("threshold")
-    threshold = DEFAULT_THRESHOLD if asked is None or isinstance(asked, dict) else _score(asked)
+    threshold = None if asked is None or isinstance(asked, dict) else _score(asked)
     by_class = {_class_id(word): _score(value) for word, value in asked.items()} if isinstance(asked, dict) else {}
     visualize = content.get("visualize")
     if not isinstance(visualize, bool | None):
@@ -73,14 +75,17 @@ def _class_id(word: str) -> int:
     return int(word)
 
 
-async def paddlex_answer(detections: Detections, request: PaddlexRequest, limiter: anyio.CapacityLimiter) -> Any:
-    """The body of the answer. `limiter`: of how many pictures are drawn at once."""
-    lowest = np.full(max(len(detections.class_names), 1), request.threshold)
+async def paddlex_answer(
+    detections: Detections, request: PaddlexRequest, choice: Choice, limiter: anyio.CapacityLimiter
+) -> Any:
+    """The body of the answer. `choice`: what has found them. `limiter`: of how many pictures are drawn at once."""
+    names = detections.class_names
+    lowest = list(choice.detection.shown(names, request.threshold).lowest)
     for number, threshold in request.thresholds.items():
-        if number >= len(detections.class_names):
-            raise _invalid(f"there is no class {number}", f"Ids are 0 to {len(detections.class_names) - 1}.")
-        lowest[number] = threshold
-    found = detections.select(detections.scores >= lowest.astype(np.float32)[detections.classes])
+        if number >= len(names):
+            raise _invalid(f"there is no class {number}", f"Ids are 0 to {len(names) - 1}.")
+        lowest[number] = choice.detection.shown(names, threshold).lowest[number]
+    found = wanted(detections, Shown(tuple(lowest)), choice.manifest.nms.keep_top_k)
     rows = zip(found.names, found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
     result: dict[str, Any] = {
         "detectedObjects": [

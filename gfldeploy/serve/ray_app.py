@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from typing import Any
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import LOCAL, connected
 from gfldeploy.cluster.worker import bundle_files, versions
+from gfldeploy.detections import AS_CONFIGURED
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.errors import (
@@ -106,10 +108,11 @@ def serve_on_ray(
 
 def read_source(source: Path, job: ReplicaJob, warm_up: Path | None = None, keys: Keys | None = None) -> ReplicaJob:
     """The job with what the bundle or `deploy.yml` and the keys say, which are read here and sent to the replicas."""
-    directory = source
+    directory, detection = source, job.detection
     if source.suffix in DEPLOY_SUFFIXES and not source.is_dir():
         deploy = Deploy.read(source)
         directory, cell = deploy.bundle_path(source), deploy.choice.cell
+        detection = detection.over(deploy.detection or AS_CONFIGURED)
         job = replace(job, deploy=json.dumps(deploy.to_dict()), device=job.device or cell.device)
         if (job.threads, job.streams) == (None, None):
             job = replace(job, threads=cell.threads, streams=cell.streams)
@@ -118,6 +121,7 @@ def read_source(source: Path, job: ReplicaJob, warm_up: Path | None = None, keys
         raise BundleError(problem, "Give what `gfldeploy export` or `gfldeploy tune` wrote.")
     bundle = Bundle.open(directory)
     bundle.verify_files()
+    bundle.manifest.turned(detection)  # here it is said in one line
     sizes = (
         () if warm_up is None else tuple(images_by_size(warm_up, bundle.at_size(job.input_size).manifest.preprocess))
     )
@@ -295,9 +299,14 @@ class _Application:
 
         old = self._state()
         options = deployment_options(target, self._serving, surge)
-        application = serve.deployment(**options)(serve.ingress()(DetectorReplica)).bind(
-            plain(target), self._files(target)
-        )
+        job = plain(target)
+        deployment = serve.deployment(**options)(serve.ingress()(DetectorReplica))
+        # By default every deployment is another version, whose replicas replace all: after a failed reload those that
+        # answer, too.
+        with suppress(TypeError, ValueError):  # of a Ray Serve that does not take it
+            version = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+            deployment = deployment.options(version=version, _internal=True)
+        application = deployment.bind(job, self._files(target))
         try:
             serve.run_many(
                 [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import GOLDEN
 from gfldeploy.cluster.worker import as_plain, check_versions, local_bundle, raised
-from gfldeploy.detections import Detections
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.heap import limit_arenas
 from gfldeploy.errors import BundleError, GfldeployError, ParityError, RejectedError
@@ -51,6 +51,7 @@ class ReplicaJob:
     `threads`, `streams`: where it comes to a replica they are given, for Ray counts CPUs by them. `sizes`: input sizes,
     (height, width), to run before the replica is ready; () for those of the `deploy.yml` or of photographs. `keys`: the
     digests of the keys, None where none is needed. `versions`: of Python and packages, which have to be the same.
+    `detection`: what was turned of NMS and of what is shown.
     """
 
     settings: ServiceSettings
@@ -70,6 +71,7 @@ class ReplicaJob:
     sizes: tuple[Size, ...] = ()
     keys: tuple[str, ...] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    detection: DetectionOptions = AS_CONFIGURED
 
     @contextmanager
     def choice(self, files: Mapping[str, bytes] | None = None) -> Iterator[Choice]:
@@ -103,6 +105,7 @@ class ReplicaJob:
                 streams=self.streams,
                 throughput=True,
                 input_size=self.input_size,
+                detection=self.detection,
             )
             sizes = tuple((1, *size) for size in self.sizes)
             yield replace(choice, expected=sizes) if sizes else choice
@@ -134,7 +137,7 @@ class Canary:
         if self._first is None:
             await check_golden(service)
         try:
-            answer = await service.detect(self._content, seconds * 1e3)
+            answer = await service.detect(self._content, seconds * 1e3, own_nms=True)
         except RejectedError:
             return
         if self._first is None:

@@ -211,7 +211,7 @@ async def check_golden(service: DetectionService) -> str:
         expected = f"{own} at the bundle's own input size"
         return f"not compared: the detections expected in the golden picture are those of {expected}"
     picture = await asyncio.to_thread((bundle.directory / PICTURE).read_bytes)
-    answer = await service.detect(picture, _GOLDEN_TIMEOUT_MS)
+    answer = await service.detect(picture, _GOLDEN_TIMEOUT_MS, own_nms=True)
     return agreement(bundle, answer.detections, choice.engine)
 
 

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -29,6 +29,7 @@ from gfldeploy.cluster.worker import raised
 from gfldeploy.errors import BundleError, EngineError, GfldeployError, ServerError, UsageError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.channel import Channel, Handler
+from gfldeploy.serve.metrics import restarts
 from gfldeploy.serve.process import Listen, bound, tell_systemd
 from gfldeploy.signals import child_environment
 
@@ -194,6 +195,7 @@ class _Group:
         self._options, self._shares, self._listen, self._sock = options, shares, listen, sock
         self._replicas: dict[int, _Replica] = {}  # by number, from 1
         self._deaths: dict[int, deque[float]] = {number: deque() for number in range(1, len(shares) + 1)}
+        self._restarted: Counter[int] = Counter()
         self._digest: str | None = None
         self._signals: list[int] = []
         self._accepting = self._reloading = self._others_told = False
@@ -254,11 +256,14 @@ class _Group:
         return any(replica.process.returncode for replica in self._replicas.values() if replica.ready.is_set())
 
     async def metrics(self) -> dict[str, Any]:
-        """Of each replica that answers, all its samples."""
+        """Of each replica that answers, all its samples; and of all, how often they were started again."""
         numbers = [number for number, one in self._replicas.items() if one.serves]
         asked = (asyncio.wait_for(self._replicas[number].channel.ask("metrics"), _METRICS_S) for number in numbers)
         told = await asyncio.gather(*asked, return_exceptions=True)
-        return {str(number): one for number, one in zip(numbers, told, strict=True) if isinstance(one, list)}
+        answered = {number: one for number, one in zip(numbers, told, strict=True) if isinstance(one, list)}
+        return {
+            str(number): [*answered.get(number, ()), restarts(self._restarted[number])] for number in self._replicas
+        }
 
     async def reload(self) -> dict[str, Any] | None:
         """Reload the replicas one after the other, so that one at a time has two engines; None if that is under way.
@@ -376,6 +381,7 @@ class _Group:
             self.progress.note(f"replica {number}: {dead.ending()}; it is started again")
         if self._signals:  # it would not learn of them
             return
+        self._restarted[number] += 1
         replica = self._start(number)
         replica.channel.tell("group", self._others_told)
         while replica.alive and not replica.ready.is_set():

@@ -7,12 +7,10 @@ import binascii
 import email
 import functools
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from email.message import Message as MimeHeaders
 from typing import Any, NoReturn
 
@@ -20,8 +18,11 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
+from gfldeploy import detections
+from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
+from gfldeploy.errors import UsageError
 from gfldeploy.serve.problems import Problem
+from gfldeploy.text import meant
 
 LONGEST_TIMEOUT_MS = 600_000.0
 # Lists, objects and commas, in texts too: they bound how deep JSON is, and how much larger it becomes in memory. Base64
@@ -70,26 +71,29 @@ class RequestLimits:
 class DetectRequest:
     """What a request asks for: the content of image files, and which detections of them.
 
-    `threshold`: the lowest score. `classes`: as the request has them, see `class_ids`; None for all.
+    `threshold`: the lowest score; None for the server's. `classes`: as the request has them, see `class_ids`; None for
+    all.
     """
 
     images: tuple[bytes, ...]
-    threshold: float
+    threshold: float | None
     timeout_ms: float
     classes: tuple[str, ...] | None = None
 
 
-async def read_request(request: Request, limits: RequestLimits, class_names: Sequence[str]) -> DetectRequest:
+async def read_request(
+    request: Request, limits: RequestLimits, class_names: Sequence[str], detection: DetectionOptions = AS_CONFIGURED
+) -> DetectRequest:
     """Read a request for `/v1/detect`: first what its header says, then its body.
 
-    Raises `Problem`: 400, 408, 413 or 415, and 503 from `BodyGuard`.
+    `detection`: of the server. Raises `Problem`: 400, 408, 413 or 415, and 503 from `BodyGuard`.
     """
     query: bytes = request.scope["query_string"]
     # Most clients send the same one again and again.
     threshold, timeout_ms, classes = (_known_query if len(query) <= _SHORT_QUERY else _read_query)(query)
     if timeout_ms is None:
         timeout_ms = limits.timeout_ms
-    class_ids(classes, class_names)
+    class_ids(classes, class_names, detection)
     kind = content_type(request)
     if kind == JSON_TYPE:
         images = await _from_json(await read_json(request, limits), limits)
@@ -102,15 +106,15 @@ async def read_request(request: Request, limits: RequestLimits, class_names: Seq
     return DetectRequest(tuple(images), threshold, timeout_ms, classes)
 
 
-def _read_query(text: bytes) -> tuple[float, float | None, tuple[str, ...] | None]:
-    """Threshold, milliseconds if they are given, and classes. Raises `Problem`."""
+def _read_query(text: bytes) -> tuple[float | None, float | None, tuple[str, ...] | None]:
+    """Threshold, milliseconds and classes, as far as they are given. Raises `Problem`."""
     query = _parameters(text, {"threshold", "timeout_ms", "classes"})
-    threshold = _number(query, "threshold", 1, DEFAULT_THRESHOLD)
-    timeout_ms = _number(query, "timeout_ms", LONGEST_TIMEOUT_MS, math.nan)
+    threshold = _number(query, "threshold", 1)
+    timeout_ms = _number(query, "timeout_ms", LONGEST_TIMEOUT_MS)
     if timeout_ms == 0:
         raise Problem(400, "bad_parameter", "timeout_ms is 0", f"Give a number above 0, up to {LONGEST_TIMEOUT_MS:g}.")
     classes = tuple(query["classes"]) if "classes" in query else None
-    return threshold, None if math.isnan(timeout_ms) else timeout_ms, classes
+    return threshold, timeout_ms, classes
 
 
 _known_query = functools.lru_cache(maxsize=256)(_read_query)
@@ -125,50 +129,42 @@ def _parameters(text: bytes, known: set[str]) -> dict[str, list[str]]:
                 400,
                 "bad_parameter",
                 f"there is no query parameter {name[:_LONGEST_WORD]!r}",
-                _near(name, sorted(known)) or f"There are {', '.join(sorted(known))}.",
+                meant(name, sorted(known)) or f"There are {', '.join(sorted(known))}.",
             )
         query.setdefault(name, []).append(value)
     return query
 
 
-def _number(query: Mapping[str, Sequence[str]], name: str, most: float, default: float) -> float:
+def _number(query: Mapping[str, Sequence[str]], name: str, most: float) -> float | None:
     values = query.get(name)
     if values is None:
-        return default
+        return None
     if len(values) > 1 or not _NUMBER.fullmatch(values[0]) or not 0 <= float(values[0]) <= most:
         given = ", ".join(values)[:_LONGEST_WORD]
         raise Problem(400, "bad_parameter", f"{name} is {given!r}", f"Give one number from 0 to {most:g}.")
     return float(values[0])
 
 
-def class_ids(words: Iterable[str] | None, class_names: Sequence[str]) -> tuple[int, ...] | None:
+def class_ids(
+    words: Iterable[str] | None, class_names: Sequence[str], detection: DetectionOptions = AS_CONFIGURED
+) -> tuple[int, ...] | None:
     """The ids of classes by name or id, each text one of them or several separated by commas; None for all of them.
 
-    Raises `Problem` for an unknown one.
+    Raises `Problem` for an unknown one, and for one that the server does not keep.
     """
     if words is None:
         return None
-    ids = {name: number for number, name in reversed(list(enumerate(class_names)))}
-    ids = {str(number): number for number in range(len(class_names))} | ids  # a name that is a number is a name
-    found = []
-    for text in words:
-        for word in [text] if text in ids else text.split(","):
-            if (number := ids.get(word.strip())) is None:
-                raise Problem(
-                    400,
-                    "unknown_class",
-                    f"there is no class {word.strip()[:_LONGEST_WORD]!r}",
-                    _near(word.strip(), class_names) or "GET /v1/model lists the classes.",
-                )
-            found.append(number)
-    return tuple(dict.fromkeys(found))
-
-
-def _near(word: str, names: Sequence[str]) -> str | None:
-    """A remedy that lists those of the names that the word may stand for."""
-    folded = {name.casefold(): name for name in reversed(names)}
-    near = get_close_matches(word[:_LONGEST_WORD].casefold(), folded, 3)
-    return f"Did you mean {' or '.join(repr(folded[one]) for one in near)}?" if near else None
+    known = set(class_names)
+    separate = [word for text in words for word in ([text] if text in known else map(str.strip, text.split(",")))]
+    try:
+        ids = detections.class_ids(separate, class_names)
+    except UsageError as error:
+        remedy = error.remedy or "GET /v1/model lists the classes."
+        raise Problem(400, "unknown_class", error.problem, remedy) from None
+    if detection.classes is not None and (others := set(ids).difference(detection.kept(class_names))):
+        problem = f"this server was started without the class {class_names[min(others)]:.80}"
+        raise Problem(400, "unknown_class", problem, "Leave it out, or start the server with it in --classes.")
+    return ids
 
 
 def content_type(request: Request) -> str:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bundle import Bundle
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError, EngineError, GfldeployError, RejectedError, Rejection
 from gfldeploy.images.decode import size_of
@@ -60,7 +61,8 @@ class ServiceSettings:
 @dataclass(frozen=True)
 class Description:
     """What serves, in the words of a benchmark's cell. `batch_size`: images of a batch at most. `load_s`: seconds until
-    the engine was open. `sizes`: (height, width) of the network's inputs that were run before the start."""
+    the engine was open. `sizes`: (height, width) of the network's inputs that were run before the start. `detection`:
+    what was turned of NMS and of what is shown, null where it is as the bundle's config says."""
 
     bundle: BundleIdentity
     engine: str
@@ -76,6 +78,7 @@ class Description:
     classes: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     choice: str
+    detection: DetectionOptions
 
 
 class Watch:
@@ -157,17 +160,18 @@ class DetectionService:
             choice.bundle.manifest.classes,
             detector.sizes,
             str(choice),
+            choice.detection,
         )
 
-    async def detect(self, content: bytes, timeout_ms: float) -> Answer:
+    async def detect(self, content: bytes, timeout_ms: float, own_nms: bool = False) -> Answer:
         """What is in the image file with this content, within so many milliseconds from now.
 
-        Cancelling withdraws it unless its batch has begun. Raises `DataError` for the image, `RejectedError`, and
-        `EngineError`.
+        `own_nms`: with the NMS of the bundle's config, whatever was turned. Cancelling withdraws it unless its batch
+        has begun. Raises `DataError` for the image, `RejectedError`, and `EngineError`.
         """
         self.in_flight += 1
         try:
-            answer = await self._detect(content, timeout_ms)
+            answer = await self._detect(content, timeout_ms, own_nms)
         except RejectedError as error:
             self._watch.rejected(error.reason)
             raise
@@ -210,7 +214,7 @@ class DetectionService:
         self._closed = True
         self._detector.abandon(RejectedError("the server has stopped", "Try again later.", "closed"))
 
-    async def _detect(self, content: bytes, timeout_ms: float) -> Answer:
+    async def _detect(self, content: bytes, timeout_ms: float, own_nms: bool) -> Answer:
         self._check_ready()
         size = _quick_size(content)
         if size is None:
@@ -222,7 +226,7 @@ class DetectionService:
                 "Scale it down, or raise --max-megapixels of the server.",
             )
         try:
-            return await _answer_of(self._detector.submit(content, size, timeout_ms))
+            return await _answer_of(self._detector.submit(content, size, timeout_ms, own_nms))
         except DataError:
             raise
         except RejectedError as error:

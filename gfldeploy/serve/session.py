@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from gfldeploy.batching.buckets import Size
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.engines.base import Device, Precision, is_installed
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.dependencies import TOOL_CHAINS
@@ -38,6 +40,13 @@ def serve_detector(
     drain_timeout_s: float = 30.0,
     api_key_file: StrPath | None = None,
     access_log: StrPath | None = None,
+    threshold: float | None = None,
+    class_thresholds: Mapping[str, float] | None = None,
+    classes: Sequence[str | int] | None = None,
+    score_threshold: float | None = None,
+    nms_threshold: float | None = None,
+    keep_top_k: int | None = None,
+    class_agnostic: bool | None = None,
     engine: str | None = None,
     precision: Precision | None = None,
     device: Device | None = None,
@@ -72,6 +81,14 @@ def serve_detector(
         drain_timeout_s: Seconds that draining may take.
         api_key_file: A file of one key per line, which nobody else may read: requests without one of them are refused.
         access_log: A file to append a line of JSON to for each request; "-" for standard output.
+        threshold: The lowest score in answers to requests that name none, by default 0.5.
+        class_thresholds: For some classes, by name or id, another one, which requests cannot go below.
+        classes: The classes to detect, names or ids; by default all. Requests may ask for some of them.
+        score_threshold: Detections must score more to leave NMS; by default, as the next two, as in the detector's
+            config.
+        nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
+        keep_top_k: The most detections of an image, the best ones.
+        class_agnostic: NMS drops a box for a better one of any class; by default of its own.
         engine: The engine; by default the first that runs the bundle here.
         precision: The precision; by default that of the bundle.
         device: The device; by default the CPU.
@@ -97,7 +114,8 @@ def serve_detector(
             warm up with.
         UnsupportedError: Nothing here can run it.
         OutputError: The port cannot be listened on, or the access log cannot be written.
-        UsageError: Options do not go together, or there are not the CPUs or the memory for so many replicas.
+        UsageError: Options do not go together, there is no such class, or there are not the CPUs or the memory for so
+            many replicas.
         ServerError: Ray cannot be reached, or does not do what it should.
         EngineError: The engine cannot be loaded, or failed again and again.
         ParityError: What runs on a GPU differs from the CPU.
@@ -121,6 +139,9 @@ def serve_detector(
         body_s=body_timeout_s,
         images=max_images,
         timeout_ms=timeout_ms,
+    )
+    detection = DetectionOptions.of(
+        threshold, class_thresholds, classes, score_threshold, nms_threshold, keep_top_k, class_agnostic
     )
     listen = Listen(host, port, drain_timeout_s)
     keys = None if api_key_file is None else Keys(Path(api_key_file))
@@ -146,6 +167,7 @@ def serve_detector(
             input_size=input_size,
             batch_size=batch_size,
             engine_cache=str(engine_cache),
+            detection=detection,
         )
         serve_on_ray(Path(source), job, RayServing(ray, least, most, listen), settings.warm_up, keys, progress)
         return
@@ -174,6 +196,7 @@ def serve_detector(
             streams=streams,
             throughput=True,
             input_size=input_size,
+            detection=detection,
         )
         if replica is not None:
             replica.check(choice.bundle.digest)

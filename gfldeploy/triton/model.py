@@ -20,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import Detections
+from gfldeploy.detections import AS_CONFIGURED, Detections
 from gfldeploy.detector import Detector
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import BundleError, DataError, EngineError, GfldeployError, RejectedError, summary
-from gfldeploy.export.golden import agreement, is_expected, read_golden
+from gfldeploy.export.golden import agreement, compare_golden, is_expected, read_golden
 from gfldeploy.images.decode import decode_image
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.triton.settings import BUNDLE, SETTINGS, DetectorSettings, PreprocessSettings
 
 Outputs = Mapping[str, NDArray[Any]]  # by the names of config.pbtxt
@@ -34,10 +33,10 @@ Outputs = Mapping[str, NDArray[Any]]  # by the names of config.pbtxt
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request: the content of an image file, and the lowest score of its answer."""
+    """A request: the content of an image file, and the lowest score of its answer, None for the detector's."""
 
     image: bytes
-    threshold: float
+    threshold: float | None
 
 
 class _PythonModel:
@@ -80,7 +79,9 @@ class _PythonModel:
         if len(images) != 1:
             remedy = "Send one image in a request, as BYTES [1, 1]: Triton puts requests into batches."
             return DataError(f"the request has {len(images)} images", remedy)
-        lowest = [DEFAULT_THRESHOLD] if threshold is None else threshold.as_numpy().reshape(-1).tolist()
+        if threshold is None:
+            return _Asked(bytes(images[0]), None)
+        lowest = threshold.as_numpy().reshape(-1).tolist()
         if len(lowest) != 1 or not 0 <= lowest[0] <= 1:
             return DataError(f"the threshold is {lowest!s:.40}", "Send one number from 0 to 1, as FP32 [1, 1].")
         return _Asked(bytes(images[0]), lowest[0])
@@ -150,8 +151,11 @@ class DetectorModel(_PythonModel):
         choice = self._detector.choice
         if is_expected(bundle, choice.options.precision, choice.input_size, choice.options.tf32):
             picture, _ = read_golden(bundle)
-            (found,) = self._detector.detect(picture, threshold=0)
-            self._triton.Logger.log_info(agreement(bundle, found, choice.engine))
+            if choice.detection == AS_CONFIGURED:
+                (found,) = self._detector.detect(picture, threshold=0)
+                self._triton.Logger.log_info(agreement(bundle, found, choice.engine))
+            else:  # it expects what the config's own NMS leaves
+                self._triton.Logger.log_info(compare_golden(bundle, picture, self._detector._engine))
 
     def finalize(self) -> None:
         """Free the detector."""
@@ -159,18 +163,25 @@ class DetectorModel(_PythonModel):
             self._detector.close()
 
     def _answers(self, asked: Sequence[_Asked]) -> Sequence[Outputs | Exception]:
-        found = zip(self._detected([one.image for one in asked]), asked, strict=True)
-        return [one if isinstance(one, Exception) else _outputs(one.at_least(each.threshold)) for one, each in found]
+        detection, names = self._detector.choice.detection, self._detector.classes
+        every = [detection.shown(names, one.threshold) for one in asked]
+        # Thresholds of single classes hold beside whichever of these is lowest; without any it is the detector's own.
+        least = None if {one.threshold for one in asked} == {None} else min(shown.least for shown in every)
+        found = self._detected([one.image for one in asked], least)
+        return [
+            one if isinstance(one, Exception) else _outputs(one.select(shown.places(one)))
+            for one, shown in zip(found, every, strict=True)
+        ]
 
-    def _detected(self, images: Sequence[bytes]) -> Sequence[Detections | Exception]:
-        """All that NMS leaves of each image, or its error. If all fail together, they are tried one by one."""
+    def _detected(self, images: Sequence[bytes], threshold: float | None) -> Sequence[Detections | Exception]:
+        """What is in each image, or its error. If all fail together, they are tried one by one."""
         try:
-            found = self._detector.stream(images, threshold=0)
+            found = self._detector.stream(images, threshold=threshold)
             return [one.detections if one.detections is not None else one.error or AssertionError(one) for one in found]
         except EngineError as error:
             if len(images) == 1:
                 return [error]
-        return [self._detected([image])[0] for image in images]
+        return [self._detected([image], threshold)[0] for image in images]
 
 
 class PreprocessModel(_PythonModel):

@@ -234,6 +234,12 @@ def _write_detector(directory: Path, plan: _Plan) -> None:
 def _write_ensemble(directory: Path, plan: _Plan) -> None:
     """The file that deploys by itself in Triton's ONNX Runtime, a model in Python before it, and both as one."""
     manifest, asked = plan.bundle.manifest, plan.settings
+    if plan.deploy is not None and plan.deploy.detection:
+        raise UsageError(
+            f"deploy.yml says {', '.join(plan.deploy.detection.given)}, and the file that deploys by itself has the "
+            "NMS of the config",
+            "Use --backend python, or take `detection` out of deploy.yml.",
+        )
     if (asked.engine or "onnxruntime") != "onnxruntime":
         raise UsageError(
             f"Triton's backend for ONNX Runtime does not run the engine {asked.engine}",

@@ -15,6 +15,7 @@ from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.engines.base import Shape
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import BundleError, DataError
@@ -89,7 +90,19 @@ def _from_schema_5(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-_UPGRADES = {1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4, 5: _from_schema_5}
+def _from_schema_6(data: dict[str, Any]) -> dict[str, Any]:
+    """It knew no `detection`: the default."""
+    return data
+
+
+_UPGRADES = {
+    1: _from_schema_1,
+    2: _from_schema_2,
+    3: _from_schema_3,
+    4: _from_schema_4,
+    5: _from_schema_5,
+    6: _from_schema_6,
+}
 
 
 @dataclass(frozen=True)
@@ -182,9 +195,10 @@ class Deploy(Versioned):
     inputs that the choice makes of all images that were used, at its input size, the most common first, for engines
     that are built for shapes; at most 16, the last two of which then bound those that are left out. Empty in files of
     earlier schemas. `sizes`: what the choice's input size costs and gains; None where there was one input size alone.
+    `detection`: what users turn of NMS and of what is shown, None for nothing; the evidence is of the config's own NMS.
     """
 
-    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 6, _UPGRADES, yaml=True)
+    FORMAT = FileFormat("a deploy file", "gfldeploy tune", 7, _UPGRADES, yaml=True)
 
     created: str
     summary: str
@@ -197,6 +211,7 @@ class Deploy(Versioned):
     data: DataDescription
     shapes: tuple[Shape, ...] = ()
     sizes: SizeChoice | None = None
+    detection: DetectionOptions | None = None
 
     def __post_init__(self) -> None:
         if len(self.shapes) > MOST_SHAPES:

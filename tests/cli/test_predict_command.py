@@ -225,7 +225,7 @@ def test_parts_are_merged(tiny_bundle: Path, images: Path, tmp_path: Path, capfd
         main(["merge", *map(str, (tmp_path / "part2", tmp_path / "part1", "-o", tmp_path / "found"))])
     shown, said = capfd.readouterr()
     assert (stopped.value.code, shown) == (1, f"{tmp_path / 'found'}\n")
-    assert "40 images in" in said and "39 detections; 1 could not be read:" in said
+    assert "40 images in" in said and "39 detections with a score of at least 0.5; 1 could not be read:" in said
     assert demo_bundles.snapshot(tmp_path / "found") == demo_bundles.snapshot(tmp_path / "one")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gfldeploy.detections import Detections
+from gfldeploy.detections import DetectionOptions, Detections
 from gfldeploy.errors import DataError
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.outputs import write_outputs
@@ -69,7 +69,7 @@ def test_as_the_encoder_writes_it(
             if category is not None:
                 result: dict[str, Any] = {"image_id": ids[place] if ids else place + 1, "category_id": category}
                 results.append(json.dumps({**result, "bbox": each["bbox"], "score": each["score"]}))
-    summary = write_outputs(tmp_path, images(), CLASSES, ids, categories, threshold)
+    summary = write_outputs(tmp_path, images(), CLASSES, ids, categories, DetectionOptions(threshold))
     assert (tmp_path / "detections.jsonl").read_text() == lines
     assert (tmp_path / "coco.json").read_text() == "[\n" + ",\n".join(results) + "\n]\n"
     assert (tmp_path / "images.json").exists() == (ids is None)

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from served import contents
 from test_serve_command import server
 from test_serve_operations import rename_class
 
-from gfldeploy.bundle import Bundle
+from gfldeploy.bundle import MANIFEST, Bundle
 from gfldeploy.cli.options import replicas
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.detector import Detector
 from gfldeploy.errors import BundleError, UsageError
+from gfldeploy.files import sha256
 from gfldeploy.serve.process import Listen
 from gfldeploy.serve.ray_app import RayServing, deployment_options, on_cpus, read_source, serve_on_ray
 from gfldeploy.serve.ray_replica import ReplicaJob
@@ -79,6 +82,8 @@ def test_what_is_served_is_read_before_ray_is_asked(tiny_bundle: Path, tiny_coco
     assert {(64, 96), (96, 64)} < set(job.sizes)
     with pytest.raises(BundleError, match="there is no"):
         serve_on_ray(tmp_path / "none", JOB, FIXED)
+    with pytest.raises(UsageError, match=r"no class 'bal'. Did you mean 'ball'"):
+        read_source(tiny_bundle, replace(JOB, detection=DetectionOptions(classes=("bal",))))
     with pytest.raises(UsageError, match="--port 0"):
         serve_on_ray(tiny_bundle, JOB, RayServing("127.0.0.1:1", 1, 1, Listen(port=0)))
 
@@ -94,17 +99,18 @@ def test_options_that_do_not_go_together(tiny_bundle: Path, run_here: RunHere) -
 
 @pytest.mark.slow  # starts Ray
 def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> None:
-    """Two replicas: answers, the end of one, another bundle, one that does not come up, and an end without a rest."""
+    """Two replicas: answers, the end of one, another bundle, one that replicas refuse, and an end without a rest."""
     pytest.importorskip("ray.serve")
     path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     images = contents(tiny_coco)
     with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
         alone = [found.boxes.tolist() for found in detector.detect(images)]
-    with server(path, "--ray", "local", "--replicas", "2", "--streams", "1") as one:
+    turned = ("--classes", "0", "--score-threshold", "0.001")
+    with server(path, "--ray", "local", "--replicas", "2", "--streams", "1", *turned) as one:
         names = set()
 
-        def ask(image: bytes) -> dict[str, Any]:
-            url = f"http://127.0.0.1:{one.port}/v1/detect?timeout_ms=60000"
+        def ask(image: bytes, threshold: float = 0.5) -> dict[str, Any]:
+            url = f"http://127.0.0.1:{one.port}/v1/detect?timeout_ms=60000&threshold={threshold}"
             with urllib.request.urlopen(urllib.request.Request(url, image), timeout=60) as response:
                 names.add(response.headers["X-GFLDeploy-Replica"])
                 answer: dict[str, Any] = json.load(response)["images"][0]
@@ -114,6 +120,7 @@ def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> No
             for boxes, image in zip(alone, images, strict=True):
                 assert [detection["box"] for detection in ask(image)["detections"]] == boxes
         assert len(names) == 2
+        assert {found["class_id"] for found in ask(images[0], threshold=0)["detections"]} == {0}
         with urllib.request.urlopen(f"http://127.0.0.1:{one.port}/metrics", timeout=60) as response:
             metrics = response.read().decode()
         assert all(f'gfldeploy_ready{{replica="{name}"}} 1.0' in metrics for name in names)
@@ -130,15 +137,29 @@ def test_serves_on_ray(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path) -> No
         rename_class(path, "box", "crate")
         one.process.send_signal(signal.SIGHUP)
         until(lambda: ask(images[0])["detections"][0]["class"] == "crate" and "answers" in one.said[-1])
-        (path / "manifest.json").write_text("{}")
+        names.clear()
+        until(lambda: bool(ask(images[0])) and len(names) == 2)
+        spoil(path)
         one.process.send_signal(signal.SIGHUP)
-        until(lambda: "what served before goes on" in "".join(one.said))
-        assert ask(images[0])["detections"][0]["class"] == "crate"
+        until(lambda: bool(ask(images[0])) and "what served before goes on" in "".join(one.said))
+        for _ in range(20):
+            assert ask(images[0])["detections"][0]["class"] == "crate"
+            time.sleep(0.1)
+        assert len(names) == 2, "replicas that answer are not replaced by their like"
 
         processes = psutil.Process(one.process.pid).children(recursive=True)
         one.process.send_signal(signal.SIGTERM)
         assert one.process.wait(60) == 0
         until(lambda: not any(process.is_running() and process.status() != "zombie" for process in processes))
+
+
+def spoil(path: Path) -> None:
+    """Have a bundle hold an ONNX file that is what its manifest says, and that no replica can load."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    name = manifest["graphs"]["onnx"]["model"]
+    (path / name).write_bytes(b"no graph")
+    manifest["files"][name] = {"sha256": sha256(path / name), "bytes": (path / name).stat().st_size}
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.worker import bundle_files
+from gfldeploy.detections import DetectionOptions
 from gfldeploy.errors import BundleError, DataError, EngineError, ParityError, UnsupportedError
 from gfldeploy.serialization import build, plain
 from gfldeploy.serve.app import create_app
@@ -36,12 +37,15 @@ def job_of(bundle: Path, **given: Any) -> ReplicaJob:
 
 
 def test_a_job_is_plain_data_and_says_what_runs(tiny_bundle: Path) -> None:
-    job = job_of(tiny_bundle, sizes=((64, 96), (96, 64)), keys=("00ff",), input_size=(64, 96), batch_size=3)
+    detection = DetectionOptions(class_thresholds={"box": 0.4}, classes=("box",), class_agnostic=True)
+    given = {"keys": ("00ff",), "input_size": (64, 96), "batch_size": 3, "detection": detection}
+    job = job_of(tiny_bundle, sizes=((64, 96), (96, 64)), **given)
     assert build(ReplicaJob, json.loads(json.dumps(plain(job)))) == job
     with job.choice() as choice:
         assert (choice.engine, choice.batch_size) == ("onnxruntime", 3)
         assert (choice.options.threads, choice.options.streams) == (1, 1)
         assert choice.expected == ((1, 64, 96), (1, 96, 64))
+        assert choice.detection == detection
 
 
 def test_a_replica_has_the_bundle_of_the_digest_or_none(tiny_bundle: Path, tmp_path: Path) -> None:

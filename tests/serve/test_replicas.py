@@ -65,7 +65,7 @@ def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Pat
     path = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
         boxes = detector.detect(image)[0].boxes.tolist()
-    options = ("--replicas", "2", "--access-log", str(log))
+    options = ("--replicas", "2", "--access-log", str(log), "--classes", "0", "--score-threshold", "0.001")
     with share_cpus.two_cpus(), server(path, *options) as one, ExitStack() as stack:
         assert any("2 replicas take about" in line for line in one.said)
         shares = [process.cpu_affinity() for process in processes(one)]
@@ -74,11 +74,12 @@ def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Pat
         kept = [HTTPConnection("127.0.0.1", one.port, timeout=60) for _ in range(8)]
         for connection in kept:
             stack.callback(connection.close)
-        for _ in range(3):
+        for query in ("", "", "?threshold=0"):
             for connection in kept:
-                connection.request("POST", "/v1/detect", image)
+                connection.request("POST", f"/v1/detect{query}", image)
                 found = json.load(connection.getresponse())["images"][0]["detections"]
-                assert [one["box"] for one in found] == boxes
+                assert [one["box"] for one in found if one["score"] >= 0.5] == boxes
+                assert {one["class_id"] for one in found} == {0}  # the other one scores above 0.001, too
         answered = metric(one, "gfldeploy_images_total")
         assert answered == {"1": 12, "2": 12}
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -92,6 +93,7 @@ def test_replicas_share_a_port(tiny_bundle: Path, tiny_coco: Path, tmp_path: Pat
         with urllib.request.urlopen(f"http://127.0.0.1:{one.port}/health/ready", timeout=60) as response:
             assert response.status == 200
         until(lambda: metric(one, "gfldeploy_ready") == {"1": 1, "2": 1})
+        assert sorted(metric(one, "gfldeploy_replica_restarts_total").values()) == [0, 1]
         # Clients that keep their connections come to use the new one, too.
         before = metric(one, "gfldeploy_images_total")
         for _ in range(3):

@@ -195,7 +195,7 @@ def test_base64_longer_than_what_is_decoded_at_once() -> None:
 def test_the_query_says_what_is_wanted() -> None:
     asked = ask(b"x", query="threshold=.25&timeout_ms=1e3&classes=ball,box&classes=cup,+of+tea")
     assert asked.request == DetectRequest((b"x",), 0.25, 1000, ("ball,box", "cup, of tea"))
-    assert ask(b"x").request == DetectRequest((b"x",), 0.5, 250, None)
+    assert ask(b"x").request == DetectRequest((b"x",), None, 250, None)
 
 
 def test_classes_are_names_or_ids() -> None:

@@ -21,9 +21,9 @@ from triton_stand_in import image_request
 import gfldeploy
 from gfldeploy import Bundle, Detector, EngineError, triton_repository
 from gfldeploy.bench.cell import BundleIdentity
+from gfldeploy.detections import DEFAULT_THRESHOLD, DetectionOptions
 from gfldeploy.images.decode import decode_image
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.outputs import DEFAULT_THRESHOLD
 from gfldeploy.tune.deploy_file import Deploy
 
 
@@ -184,6 +184,26 @@ def test_detections_are_those_of_detector(tiny_bundle: Path, tmp_path: Path, tri
     (response,) = made.execute([image_request(images[0], outputs=["count"])])
     assert list(values_of(response)) == ["count"]
     made.finalize()
+
+
+def test_what_deploy_yml_turns_is_turned_in_triton(
+    deploy: Path, tiny_bundle: Path, tmp_path: Path, triton: Any, images: list[bytes]
+) -> None:
+    detection = DetectionOptions(class_thresholds={"ball": 0.01}, score_threshold=0.001, threshold=0.95)
+    replace(Deploy.read(deploy), detection=detection).write(deploy)
+    made = loaded(triton_repository(deploy, output=tmp_path / "models") / "tiny")
+    with Detector(tiny_bundle, **detection.given) as detector:
+        for threshold in (None, 0.015, 0.5):
+            expected = detector.detect(images, threshold=threshold)
+            responses = made.execute([image_request(image, threshold=threshold) for image in images])
+            names = [[name.decode() for name in values_of(response)["names"]] for response in responses]
+            assert names == [one.names for one in expected]
+            assert (threshold == 0.5) == ("ball" not in names[0]) and (threshold is None) == ("box" not in names[0])
+        mixed = made.execute([image_request(images[0]), image_request(images[0], threshold=0.5)])
+        assert [set(values_of(one)["names"].tolist()) for one in mixed] == [{b"ball"}, {b"box"}]
+    made.finalize()
+    with pytest.raises(gfldeploy.UsageError, match=r"deploy.yml says threshold, class_thresholds, score_threshold"):
+        triton_repository(deploy, output=tmp_path / "others", backend="onnxruntime")
 
 
 def test_an_image_that_cannot_be_used_fails_alone(

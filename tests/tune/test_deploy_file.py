@@ -45,6 +45,7 @@ def test_what_is_written_is_read_back(deploy: Deploy, tmp_path: Path) -> None:
             "data",
             "shapes",
             "sizes",
+            "detection",
         ),
     ]
     assert deploy.bundle_path(path) == tmp_path / "new" / "models" / "int8"
@@ -69,7 +70,7 @@ def test_files_of_older_schemas_are_upgraded(schema: int, tmp_path: Path) -> Non
         assert [getattr(read.choice.evidence, name) for name in unknown] == [None] * 5 and read.knee is None
         assert read.choice.evidence.network_p50_ms.value == 25.0
     read.write(path)
-    assert Deploy.read(path) == read and yaml.safe_load(path.read_text())["schema"] == 6
+    assert Deploy.read(path) == read and yaml.safe_load(path.read_text())["schema"] == 7
     for wrong in (3, {"evidence": 3}):
         path.write_text(yaml.safe_dump({**yaml.safe_load(text), "choice": wrong}))
         with pytest.raises(DataError, match=rf"deploy\.yml: a deploy file of schema {schema} cannot be read: "):
@@ -111,7 +112,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
         ("x: " + "9" * 5000, "a number of 5000 characters"),
         (
             broken(lambda data: data.update(schema=99)),
-            "a newer gfldeploy: schema 99, this one reads schema 1 to 6.*Update",
+            "a newer gfldeploy: schema 99, this one reads schema 1 to 7.*Update",
         ),
         (broken(lambda data: data.update(schema=0)), "an older gfldeploy.*Make it again with `gfldeploy tune`"),
         (broken(lambda data: data.update(more=1)), "it has unknown fields: more"),

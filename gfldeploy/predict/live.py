@@ -215,7 +215,9 @@ class LiveSource(ClosesOnExit):
             elif isinstance(self._source, int):
                 remedy = "Give the number of a camera that is there, from 0."
             else:
-                remedy = "Check the address, the user name and the password."
+                secure = self.name.startswith(("https", "rtsps"))
+                more = ", and whether its certificate is one that this machine trusts (SSL_CERT_FILE)" if secure else ""
+                remedy = f"Check the address, the user name and the password{more}."
             return DataError(f"cannot open {self.name}: {answer['error']}", remedy)
         self.rate = float(answer["rate"])
         height, width = answer["size"]

@@ -23,6 +23,7 @@ import numpy as np
 from gfldeploy.batching.tiles import InTiles
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions
 from gfldeploy.engines.registry import ENGINES
+from gfldeploy.errors import DataError
 from gfldeploy.files import (
     Unfinished,
     check_target,
@@ -198,13 +199,17 @@ def _record(
     kept, choice = lines.kept, request.choice
     classes = choice.bundle.manifest.classes
     summary, latencies = Summary(choice.detection.shown(classes)), _Latencies()
-    stopped = threading.Event()
+    stopped, time_over = threading.Event(), threading.Event()
     with ExitStack() as stack:
         source = stack.enter_context(LiveSource(request.address, reconnects=request.reconnects, progress=progress))
 
         def stop() -> None:
             stopped.set()
             source.stop()
+
+        def end() -> None:
+            time_over.set()
+            stop()
 
         job = ShardJob.of(choice, _options(request, source), False, request.cut)
         worker = stack.enter_context(ShardWorker(job, progress, choice.bundle))
@@ -217,11 +222,12 @@ def _record(
             stem = _UNSAFE.sub("_", source.name).strip("_")
             video = stack.enter_context(LiveVideo(results / PICTURES, stem, source.rate))
         if request.duration is not None:
-            timer = threading.Timer(request.duration, stop)
+            timer = threading.Timer(request.duration, end)
             timer.daemon = True
             stack.callback(timer.cancel)
             timer.start()
         stack.enter_context(asked_to_stop(stop))
+        progress.stage(f"detecting in {source.name}, until Ctrl-C or SIGTERM")
         frames = stack.enter_context(closing(live_frames(source, worker.detect_pictures, choice.options.streams)))
         for frame in frames:
             kept.began = kept.began or frame.time
@@ -241,6 +247,9 @@ def _record(
                 with writing(request.output):
                     video.add(kept.frames + summary.images, time_s, frame.pixels, shown)
     if not kept.frames + summary.images:
+        if time_over.is_set():
+            problem = f"{source.name} gave no frame to detect in within {request.duration:g} s"
+            raise DataError(problem, "Give a longer --duration.")
         raise source.error or KeyboardInterrupt
     found_in = summary.results(kept.frames)
     error = None if source.error is None or stopped.is_set() else str(source.error)

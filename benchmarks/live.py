@@ -13,6 +13,7 @@ ones. Writes all to results/MACHINE/checks/NAME_live.json beside this script.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import socket
 import statistics
@@ -115,8 +116,7 @@ def live(detector: Detector, server: Server, count: int) -> dict[str, float]:
             if frame.number >= count:
                 break
     shares = [frame.latency_s / (now - before) for frame, now, before in zip(frames[2:], done[2:], done, strict=False)]
-    gone = next(place for place, at in enumerate(done) if at >= back)
-    steps = [b - a for a, b in zip(done[: gone - 1], done[1:gone], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(done)]
     latencies = [1e3 * frame.latency_s for frame in frames]
     return {
         "read": frames[-1].number + 1,

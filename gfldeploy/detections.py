@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -22,10 +22,9 @@ DEFAULT_THRESHOLD = 0.5
 _FIRST, _MORE = 512, 4  # times as many
 _MOST_KEPT = 2**31 - 1  # PaddleDetection's are 32-bit
 _BYTES = 24  # of a detection as text: a box and a score of 32-bit floats, and a class
-# A box that holds part of an object is the same object as another whose intersection with it is more than this share of
-# the smaller of the two.
-_PART = 0.5
-_OUTDONE = 0.5
+# A box at the edge of its tile is part of another that holds more than this share of it, and that scores this share of
+# its score.
+_PART, _PART_SCORE = 0.5, 0.5
 _PAIRS = 1 << 20  # of boxes that are compared at once
 _BLOCK = 192  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
@@ -643,74 +642,102 @@ def merge_tiles(parts: Sequence[Detections], cut: Sequence[NDArray[np.bool_]], p
 
     `cut`: of each part, bool [K], which boxes end at an edge of their tile inside the image, so that they may hold a
     part of an object. First the NMS that made the parts runs once more, over all of them together: what two tiles see
-    of one object has an IoU. Then, for parts of objects, which have a small IoU with the whole: of what is left, a box
-    that is cut is dropped where the intersection with another one of its class is more than half of the smaller of the
-    two, if that other one is not cut, whatever their scores, or is cut, better, and not dropped. A box that is not cut
-    is never dropped so: small objects in front of large ones of their class stay.
+    of one object has an IoU. Parts of an object have a small IoU with the whole, and often another class. So, of what
+    is left, a box that is cut is dropped
 
-    SAHI merges any two boxes whose intersection is more than half of the smaller, cut or not. That takes the small
-    objects in front of large ones, and a part outdoes the whole that scores less (obss/sahi issue 560 on GitHub).
+    - by one that is not, and that holds more than half of its area, if that scores half as much, or as much where the
+      class is another;
+    - by another that is cut, of its class, better and not dropped itself, if they share more than half of the area of
+      the smaller.
 
-    Returns the detections best first; equal scores keep the order of classes, then of parts. `keep_top_k` is of each
-    part: an image may be as many tiles full of objects.
+    A box that is not cut is never dropped so: small objects in front of large ones stay.
+
+    SAHI merges any two boxes of a class that share more than half of the area of the smaller, cut or not. That takes
+    the small objects in front of large ones, and a part outdoes the whole that scores less (obss/sahi issue 560 on
+    GitHub). What each rule is worth is measured in benchmarks/tiles.py.
+
+    Returns the detections best first; equal scores keep the order of classes, then of parts. The config's `keep_top_k`
+    is of each part: an image may be many tiles full of objects. One that the user gave is of the image.
     """
     scores = np.concatenate([one.scores for one in parts])
-    classes = np.concatenate([one.classes for one in parts])
-    order = np.lexsort((classes, -scores))
-    boxes, scores, classes = np.concatenate([one.boxes for one in parts])[order], scores[order], classes[order]
-    is_cut = np.concatenate(cut)[order]
-    earlier, later, iou, inside = _overlapping(boxes, classes, is_cut, params)
-    if params.nms_eta < 1:
-        survives = _falling_threshold(classes, 0, earlier, later, iou, params, {})
-    else:
-        drops = np.flatnonzero(~(iou <= np.float32(params.nms_threshold)))
-        survives = _survivors(len(boxes), earlier[drops], later[drops])
-    # By turns: first those that are not cut, then the others; each by falling score.
-    of_parts = np.flatnonzero((inside > _PART) & survives[earlier] & survives[later])
-    one, other = earlier[of_parts], later[of_parts]
-    swapped = is_cut[one] & ~is_cut[other]
-    one, other = np.where(swapped, other, one), np.where(swapped, one, other)
-    outdone = is_cut[other] & (scores[one] >= _OUTDONE * scores[other])
-    survives &= _survivors(len(boxes), one[outdone], other[outdone])
-    lacks = max(one.may_lack_below for one in parts)
-    return Detections(boxes[survives], scores[survives], classes[survives], lacks, parts[0].class_names)
+    order = np.lexsort((np.concatenate([one.classes for one in parts]), -scores))
+    joined = Detections(
+        np.concatenate([one.boxes for one in parts]),
+        scores,
+        np.concatenate([one.classes for one in parts]),
+        max(one.may_lack_below for one in parts),
+        parts[0].class_names,
+    ).select(order)
+    kept = np.flatnonzero(_leave_nms(joined, params))
+    found = joined.select(kept)
+    found = found.select(_are_whole(found, np.concatenate(cut)[order[kept]], params))
+    return limited(found, params) if isinstance(params, UserNms) and params.most != -1 else found
 
 
-def _overlapping(
-    boxes: NDArray[np.float32], classes: NDArray[np.int64], is_cut: NDArray[np.bool_], params: NmsParams
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32], NDArray[np.float32]]:
-    """Pairs of boxes of one class, of which NMS or `merge_tiles` may drop one: the earlier, the later one, their IoU,
-    and of pairs with one that is cut the intersection by the smaller area.
-
-    By a sweep along x, some boxes at a time: an image in thousands of tiles has too many pairs to look at all of them.
-    """
-    by_x = np.lexsort((boxes[:, 0], classes))
-    columns, classes, is_cut = _columns(boxes[by_x], params.normalized), classes[by_x], is_cut[by_x]
-    # Beside a box, in this order, are the next ones of its class that begin before it ends.
-    ends = np.empty(len(boxes), np.intp)
-    bounds = [*np.flatnonzero(np.diff(classes, prepend=-1)).tolist(), len(boxes)]
-    for start, stop in itertools.pairwise(bounds):
-        ends[start:stop] = start + np.searchsorted(columns[0, start:stop], columns[2, start:stop], side="right")
-    counts = np.maximum(ends - np.arange(1, len(boxes) + 1), 0)
-    totals = np.cumsum(counts)
+def _leave_nms(found: Detections, params: NmsParams) -> NDArray[np.bool_]:
+    """Which detections, best first, leave NMS, as many as they are."""
+    columns, classes = _columns(found.boxes, params.normalized), _nms_classes(found, params)
     # No threshold falls below this.
     least = np.float32(min(params.nms_threshold, 0.49 * params.nms_eta if params.nms_eta < 1 else 1))
-    found = [(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32), np.empty(0, np.float32))]
-    start = 0
-    while start < len(boxes):
-        done = totals[start - 1] if start else 0
+    pairs = [(np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0, np.float32))]
+    for earlier, later in _near_of_many(columns, classes):
+        iou = _iou(columns.take(earlier, axis=1), columns.take(later, axis=1), params.normalized)
+        drops = np.flatnonzero(~(iou <= least))
+        pairs.append((earlier.take(drops), later.take(drops), iou.take(drops)))
+    earlier, later, iou = (np.concatenate(values) for values in zip(*pairs, strict=True))
+    if params.nms_eta < 1:
+        return _falling_threshold(classes, 0, earlier, later, iou, params, {})
+    return _survivors(len(found), earlier, later)
+
+
+def _are_whole(found: Detections, is_cut: NDArray[np.bool_], params: NmsParams) -> NDArray[np.bool_]:
+    """Which detections, best first, are not parts of others: see `merge_tiles`."""
+    columns, classes, scores = _columns(found.boxes, params.normalized), _nms_classes(found, params), found.scores
+    pairs = [(np.empty(0, np.intp), np.empty(0, np.intp))]
+    for earlier, later in _near_of_many(columns, np.zeros_like(classes)):
+        swapped = is_cut.take(earlier) & ~is_cut.take(later)
+        whole, part = np.where(swapped, later, earlier), np.where(swapped, earlier, later)
+        some = np.flatnonzero(is_cut.take(part))
+        whole, part = whole.take(some), part.take(some)
+        first, second = columns.take(whole, axis=1), columns.take(part, axis=1)
+        both, same = is_cut.take(whole), classes.take(whole) == classes.take(part)
+        area = np.where(both, np.minimum(first[4], second[4]), second[4])
+        factor = np.where(same, np.float32(_PART_SCORE), np.float32(1))
+        outdone = np.where(both, same, scores.take(whole) >= factor * scores.take(part))
+        drops = np.flatnonzero(outdone & (_overlap(first, second, params.normalized) > np.float32(_PART) * area))
+        pairs.append((whole.take(drops), part.take(drops)))
+    whole, part = (np.concatenate(values) for values in zip(*pairs, strict=True))
+    return _survivors(len(found), whole, part)
+
+
+def _nms_classes(found: Detections, params: NmsParams) -> NDArray[np.intp]:
+    """What of each detection has to be equal for one to drop another."""
+    agnostic = isinstance(params, UserNms) and params.class_agnostic
+    return np.zeros(len(found), np.intp) if agnostic else found.classes.astype(np.intp)
+
+
+def _near_of_many(
+    columns: NDArray[np.float32], classes: NDArray[np.intp]
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """All pairs of boxes of a class that are not `_apart`, the earlier first, some at a time; `columns`: as `_columns`.
+
+    By a sweep along x: an image in thousands of tiles has too many boxes to look at all pairs of them.
+    """
+    order = np.lexsort((columns[0], classes))
+    ordered = columns[:, order]
+    # A box meets the ones of its class that begin before it ends: those that follow it here up to this place.
+    ends = np.empty(len(order), np.intp)
+    bounds = [*np.flatnonzero(np.diff(classes[order], prepend=-1)).tolist(), len(order)]
+    for start, stop in itertools.pairwise(bounds):
+        ends[start:stop] = start + np.searchsorted(ordered[0, start:stop], ordered[2, start:stop], side="right")
+    counts = np.maximum(ends - np.arange(1, len(order) + 1), 0)
+    totals = np.cumsum(counts)
+    start = done = 0
+    while start < len(order):
         stop = max(int(np.searchsorted(totals, done + _PAIRS, side="right")), start + 1)
         some = counts[start:stop]
         one = np.repeat(np.arange(start, stop), some)
         other = one + 1 + np.arange(len(one)) - np.repeat(totals[start:stop] - some - done, some)
-        one, other = _near(columns, one, other)
-        first, second = columns.take(one, axis=1), columns.take(other, axis=1)
-        iou = _iou(first, second, params.normalized)
-        with np.errstate(all="ignore"):
-            inside = _overlap(first, second, params.normalized) / np.minimum(first[4], second[4])
-        inside[~(is_cut.take(one) | is_cut.take(other))] = 0
-        kept = np.flatnonzero(~(iou <= least) | (inside > _PART))
-        found.append((by_x[one[kept]], by_x[other[kept]], iou[kept], inside[kept]))
-        start = stop
-    one, other, iou, inside = (np.concatenate(values) for values in zip(*found, strict=True))
-    return np.minimum(one, other), np.maximum(one, other), iou, inside
+        one, other = (order.take(places) for places in _near(ordered, one, other))
+        yield np.minimum(one, other), np.maximum(one, other)
+        start, done = stop, int(totals[stop - 1])

@@ -26,25 +26,44 @@ def brute_force(parts: list[Detections], cut: list[NDArray[np.bool_]], params: N
     limits: dict[int, np.float32] = {}
     for row in every:
         limit = limits.get(row[1], np.float32(params.nms_threshold))
-        if all(other[1] != row[1] or shares(row, other, extra)[0] <= limit for other in kept):
+        if all(other[1] != row[1] or iou(row, other, extra) <= limit for other in kept):
             kept.append(row)
             limits[row[1]] = limit * np.float32(params.nms_eta) if limit > np.float32(0.5) else limit
     left = [row for row in kept if not row[-1]]
+    whole = list(left)
     for row in kept:
-        if row[-1] and not any(other[1] == row[1] and shares(row, other, extra)[1] > 0.5 for other in left):
+        by_whole = (
+            common(row, other, extra) > area(row, extra) / 2 and other[0] <= row[0] * (0.5 if other[1] == row[1] else 1)
+            for other in whole
+        )
+        by_part = (
+            other[-1]
+            and other[1] == row[1]
+            and common(row, other, extra) > min(area(row, extra), area(other, extra)) / 2
+            for other in left
+        )
+        if row[-1] and not any(by_whole) and not any(by_part):
             left.append(row)
     left.sort(key=lambda row: row[:4])
     return [(row[1], -row[0], *map(float, row[4:8])) for row in left]
 
 
-def shares(one: tuple[Any, ...], other: tuple[Any, ...], extra: np.float32) -> tuple[np.float32, np.float32]:
-    """IoU, and the intersection by the smaller area."""
+def area(one: tuple[Any, ...], extra: np.float32) -> np.float32:
+    x1, y1, x2, y2 = one[4:8]
+    return np.float32((x2 - x1 + extra) * (y2 - y1 + extra))
+
+
+def common(one: tuple[Any, ...], other: tuple[Any, ...], extra: np.float32) -> np.float32:
+    """The area that two boxes share."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = one[4:8], other[4:8]
     if ax1 > bx2 or bx1 > ax2 or ay1 > by2 or by1 > ay2:
-        return np.float32(0), np.float32(0)
-    common = (min(ax2, bx2) - max(ax1, bx1) + extra) * (min(ay2, by2) - max(ay1, by1) + extra)
-    areas = [(x2 - x1 + extra) * (y2 - y1 + extra) for x1, y1, x2, y2 in ((ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2))]
-    return common / (areas[0] + areas[1] - common), common / min(areas)
+        return np.float32(0)
+    return np.float32((min(ax2, bx2) - max(ax1, bx1) + extra) * (min(ay2, by2) - max(ay1, by1) + extra))
+
+
+def iou(one: tuple[Any, ...], other: tuple[Any, ...], extra: np.float32) -> np.float32:
+    shared = common(one, other, extra)
+    return shared / (area(one, extra) + area(other, extra) - shared)
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.8])

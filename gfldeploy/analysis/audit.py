@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gfldeploy.batching.audit import Audit, audit_sizes, survey
+from gfldeploy.batching.audit import Audit, Survey, audit_sizes, audit_tiles, survey
 from gfldeploy.batching.buckets import Size, size_in_words
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.bundle import Bundle
 from gfldeploy.errors import BundleError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath
@@ -31,6 +32,8 @@ def audit(
     images: StrPath | None = None,
     batch_sizes: Sequence[int] | None = None,
     input_sizes: Sequence[Size] = (),
+    tile: Size | None = None,
+    overlap: float | None = None,
     buckets: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -46,6 +49,9 @@ def audit(
         batch_sizes: By default 1, 2, 4, 8 and 16, or the only one that the bundle takes.
         input_sizes: Other sizes, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection; what they cost is in `at_sizes`.
+        tile: The size, (height, width) in pixels of the image, of tiles that larger images are cut into; what that
+            costs is in `in_tiles`.
+        overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
         buckets: The largest number of sizes that bucketed batches may have; None for no limit.
         seed: Seed of the shuffled order.
         progress: Told of the headers that are read.
@@ -54,13 +60,14 @@ def audit(
         The costs by batch size and order, and what they say in sentences.
 
     Raises:
-        UsageError: `images` was given with a folder.
+        UsageError: `images` was given with a folder, or the tiles cannot be.
         DataError: Annotations cannot be read, or no image can be used.
         BundleError: `config_or_bundle` is neither a bundle nor a config, or a damaged one, or does not take an input
             size.
         ConfigError: The config cannot be used.
         UnsupportedError: The bundle does not take these batch sizes.
     """
+    tiling = Tiling.of(tile, overlap)
     preprocess, bundle = _open(Path(config_or_bundle))
     others = {size: _resized(preprocess, bundle, size) for size in input_sizes}
     sizes = _batch_sizes(bundle, batch_sizes)
@@ -72,12 +79,20 @@ def audit(
         problem = f"{len(other)} images have another size than their annotations say ({names})"
         progress.note(f"{problem}; the sizes of the files count")
     counts = _counts(bundle) if bundle and bundle.has_graph("onnx") else ()
-    result = audit_sizes(found, sizes, buckets, seed, *counts)
+
+    def whole_and_in_tiles(found: Survey, preprocess: Preprocess) -> Audit:
+        whole = audit_sizes(found, sizes, buckets, seed, *counts)
+        if tiling is None:
+            return whole
+        in_tiles = audit_tiles(found, preprocess, tiling, sizes, *counts)
+        return replace(whole, in_tiles=replace(in_tiles, answer=tuple(_of_tiles(whole, in_tiles))))
+
+    result = whole_and_in_tiles(found, preprocess)
     known = dict(zip(found.paths, found.original, strict=True))
     at_sizes = []
     for size, resized in others.items():
         again = survey(found.paths, resized, progress, known)
-        one = replace(audit_sizes(again, sizes, buckets, seed, *counts), left_out=again.left_out, input_size=size)
+        one = replace(whole_and_in_tiles(again, resized), left_out=again.left_out, input_size=size)
         at_sizes.append(replace(one, answer=tuple(_sentences(one, buckets, resized.fixed))))
     answer = (*_sentences(result, buckets, preprocess.fixed), *(_cost(result, one) for one in at_sizes))
     return replace(result, answer=answer, left_out=found.left_out, at_sizes=tuple(at_sizes))
@@ -148,6 +163,19 @@ def _cost(own: Audit, other: Audit) -> str:
     without = f" ({lost} more images cannot be used: a side vanishes)" if lost else ""
     pixels = f"{other.pixels / own.pixels:.2f}x the pixels"
     return f"At {size_in_words(other.input_size)} an image has {pixels}{work}{batch}{without}."
+
+
+def _of_tiles(whole: Audit, in_tiles: Audit) -> Iterator[str]:
+    """What images cost in tiles, and how well batches fill."""
+    work = f" ({gmac(in_tiles.macs)} GMAC instead of {gmac(whole.macs)})" if in_tiles.macs and whole.macs else ""
+    most = f", {in_tiles.most_inputs} at most" if in_tiles.most_inputs > in_tiles.inputs else ""
+    yield (
+        f"In {in_tiles.tiling} an image is {in_tiles.inputs:.3g} inputs of the network{most}: "
+        f"{in_tiles.pixels / whole.pixels:.3g}x its pixels{work}; rounding up to the stride makes them "
+        f"{in_tiles.rounding:.3f}x the pixels of the resized tiles."
+    )
+    each = ", ".join(f"{row.batch_size}: {row.inferences:.3g}" for row in in_tiles.rows)
+    yield f"Inferences of an image by batch size, tiles of one input size in each: {each}."
 
 
 def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gfldeploy.batching.buckets import ORDERS, Group, Order, Size, area, choose_buckets, group, is_mixed, padding
+from gfldeploy.batching.tiles import InTiles, Region, Tiling
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import image_size
 from gfldeploy.images.preprocess import Preprocess
@@ -52,7 +53,7 @@ class AuditRow:
     same images at batch 1. `macs`: the mean of an image, None if unknown. `largest`: images, height and
     width of the batch that takes the most memory. In bytes of FP32: `input_bytes`, the network's input for that batch;
     `mean_input_bytes`, for the mean batch; `activation_bytes`, the estimate of `macs.peak_activations` for the largest
-    batch, its input included, None if unknown.
+    batch, its input included, None if unknown. `inferences`: of the mean image in tiles; None for whole images.
     """
 
     batch_size: int
@@ -65,6 +66,7 @@ class AuditRow:
     input_bytes: int
     mean_input_bytes: float
     activation_bytes: int | None
+    inferences: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ class Audit:
     their pixels by those of the resized images, which is the cost of rounding up to the stride, or of the bars around
     an image in a fixed input. `macs`: the mean of an image at batch 1. `limited`: padding of bucketed batches by number
     of buckets. `answer`: what the rows say, in sentences. `left_out`: images that cannot be used. `at_sizes`: the same
-    images at other input sizes that were asked for.
+    images at other input sizes that were asked for. `in_tiles`: the same images in tiles, if that was asked for.
+
+    In tiles (`tiling`) an image is as many inputs of the network as it has tiles, the whole image among them: `inputs`
+    of the mean image, and `most_inputs` of one. `pixels` and `macs` are then of all inputs of an image, and batches,
+    always bucketed, have tiles of one image.
     """
 
     images: int
@@ -90,6 +96,10 @@ class Audit:
     left_out: tuple[LeftOut, ...] = ()
     input_size: Size | None = None
     at_sizes: tuple[Audit, ...] = ()
+    tiling: Tiling | None = None
+    inputs: float = 1.0
+    most_inputs: int = 1
+    in_tiles: Audit | None = None
 
 
 def survey(
@@ -172,6 +182,75 @@ def audit_sizes(
             for most in (*(few for few in _FEW_BUCKETS if few < distinct), distinct)
         },
         rows=tuple(row(*key) for key in cuts),
+    )
+
+
+def audit_tiles(
+    found: Survey,
+    preprocess: Preprocess,
+    tiling: Tiling,
+    batch_sizes: Sequence[int],
+    macs: Callable[[set[Size]], Mapping[Size, int]] | None = None,
+    activations: Callable[[set[Size]], Mapping[Size, int]] | None = None,
+) -> Audit:
+    """Cut the images into tiles and their tiles into batches of each size, and add up what they cost.
+
+    `macs`, `activations`: as for `audit_sizes`. Images that make too many tiles are left out; raises `DataError` if all
+    do. Raises `ValueError` for batch sizes below 1.
+    """
+    cuts: list[tuple[Region, ...]] = []
+    kept: list[Size] = []
+    left_out = []
+    for path, size in zip(found.paths, found.original, strict=True):
+        try:
+            cuts.append(tiling.regions(*size))
+            kept.append(size)
+        except DataError as error:
+            left_out.append(LeftOut(path, f"{path}: {error.problem}"))
+    if not cuts:
+        raise DataError(f"no image can be cut so: {left_out[0].reason}", "Give larger tiles, or less overlap.")
+    regions = [region.size for cut in cuts for region in cut]
+    inputs = [preprocess.input_size(*size) for size in regions]
+
+    def batches_of(size: Size, batch_size: int) -> list[Group]:
+        cut = InTiles(tiling, batch_size).batches(size, preprocess)
+        return [Group(tuple(range(len(some))), padded) for some, padded in cut]
+
+    groups = {count: [one for size in kept for one in batches_of(size, count)] for count in batch_sizes}
+    largest = {count: max(batches, key=_pixels) for count, batches in groups.items()}
+    macs_of = macs(set(inputs)) if macs else None
+    activations_of = activations({one.size for one in largest.values()}) if activations else None
+    mean_macs = sum(macs_of[size] for size in inputs) / len(cuts) if macs_of else None
+
+    def row(batch_size: int) -> AuditRow:
+        batches, most = groups[batch_size], largest[batch_size]
+        images = len(most.indices)
+        return AuditRow(
+            batch_size=batch_size,
+            order="bucketed",
+            batches=len(batches),
+            mixed=0,
+            padding=1.0,
+            macs=mean_macs,
+            largest=(images, *most.size),
+            input_bytes=_pixels(most) * _PIXEL_BYTES,
+            mean_input_bytes=sum(map(_pixels, batches)) * _PIXEL_BYTES / len(batches),
+            activation_bytes=images * activations_of[most.size] * BYTES["fp32"] if activations_of else None,
+            inferences=len(batches) / len(cuts),
+        )
+
+    return Audit(
+        images=len(cuts),
+        sizes=len(set(inputs)),
+        pixels=sum(map(area, inputs)) / len(cuts),
+        rounding=sum(map(area, inputs)) / sum(area(preprocess.resized_size(*size)) for size in regions),
+        macs=mean_macs,
+        limited={},
+        rows=tuple(map(row, batch_sizes)),
+        left_out=tuple(left_out),
+        tiling=tiling,
+        inputs=len(regions) / len(cuts),
+        most_inputs=max(map(len, cuts)),
     )
 
 

@@ -111,13 +111,11 @@ class Tiling:
 class InTiles:
     """How the images of a run are cut, and what is made of the results.
 
-    `batch_size`: tiles of one inference, at most. `keep_top_k`: detections of one image, at most; None for all, since
-    that of the config is of each inference.
+    `batch_size`: tiles of one inference, at most.
     """
 
     tiling: Tiling
     batch_size: int
-    keep_top_k: int | None = None
 
     def batches(self, size: Size, preprocess: Preprocess) -> list[tuple[list[Region], Size]]:
         """The inferences of an image of this size, (height, width) in pixels, each with that of the network's input.

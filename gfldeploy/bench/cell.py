@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
 from gfldeploy.batching.buckets import Order, Size, size_in_words
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision, with_tf32
 
@@ -66,6 +67,8 @@ class Cell:
     have one, since each query waits for the one before.
     `end_to_end`: the file that deploys by itself runs in place of the graph that it is made around, so that
     normalisation, padding and NMS are part of the network's time; not where images arrive at a server.
+    `tiling`: how images are cut, None for whole ones. A query is then one image, with all its inferences, each of
+    `batch_size` tiles of that image at most; not where images arrive at a server.
     """
 
     bundle: BundleIdentity
@@ -83,6 +86,7 @@ class Cell:
     input_size: Size | None = None
     clients: int | None = None
     end_to_end: bool = False
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -96,6 +100,8 @@ class Cell:
             raise ValueError(f"{self.scenario} has one inference at once")
         if self.end_to_end and (self.scenario in ("server", "http") or self.device != "cpu"):
             raise ValueError("the file that deploys by itself is measured on CPUs, and not as a server")
+        if self.tiling is not None and (self.end_to_end or self.is_server):
+            raise ValueError("tiles are measured in networks, and not as a server")
         if self.tf32 and (self.precision, self.device) != ("fp32", "gpu"):
             raise ValueError("only FP32 on a GPU may multiply in TF32")
         if not suits(self.scenario, self.batch_size):
@@ -123,8 +129,8 @@ class Cell:
         return f"{self.setup(among)}, batch {self.batch_size}{self.load}"
 
     def setup(self, among: Iterable[Cell] = ()) -> str:
-        """Engine and precision, TF32 included, the file that deploys by itself, several streams, and an input size that
-        is not the bundle's own; the device, threads and bundle where the cells `among` differ in them.
+        """Engine and precision, TF32 included, the file that deploys by itself, several streams, tiles, and an input
+        size that is not the bundle's own; the device, threads and bundle where the cells `among` differ in them.
 
         The bundle is named where an engine runs several in one precision.
         """
@@ -134,6 +140,8 @@ class Cell:
             parts.append("by itself")
         if self.input_size is not None:
             parts.append(f"at {size_in_words(self.input_size)}")
+        if self.tiling is not None:
+            parts.append(f"in {self.tiling}")
         if len({cell.device for cell in cells}) > 1:
             parts.append(f"on {self.device}")
         if len({cell.threads for cell in cells}) > 1:
@@ -154,6 +162,11 @@ class Cell:
             return ", offline as listed"
         at = f" at {self.rate:g} images/s" if self.rate else f" from {self.clients} clients" if self.clients else ""
         return f", {self.scenario}{at}{f', {self.policy}' if self.policy else ''}"
+
+    @property
+    def query_images(self) -> int:
+        """Images of one query, of which latencies are."""
+        return self.batch_size if self.tiling is None else 1
 
     @property
     def is_server(self) -> bool:

@@ -18,15 +18,18 @@ def count_cost(
     precision: Precision,
     image_sizes: Sequence[tuple[int, int]],
     batches: Mapping[tuple[int, int, int], int],
+    images: int | None = None,
 ) -> Cost:
     """The mean cost of one image.
 
     `image_sizes`: height, width in pixels of each image as resized, not padded. The size that is counted is the
     smallest that the network takes for it, that of a batch of this image alone. `batches`: how many there were by batch
-    size, height and width, padding included.
+    size, height and width, padding included. `images`: how many there are whose tiles these are the sizes and batches
+    of; None for whole images.
     Raises `BundleError` if the bundle's ONNX graph cannot be counted, `ValueError` for no images or batches.
     """
-    images = sum(size * count for (size, _, _), count in batches.items())
+    timed = images or len(image_sizes)
+    images = images or sum(size * count for (size, _, _), count in batches.items())
     if not image_sizes or images < 1:
         raise ValueError("there must be at least one image and one batch")
     own = [bundle.manifest.preprocess.padded_size(height, width) for height, width in image_sizes]
@@ -37,7 +40,7 @@ def count_cost(
         padded_macs += size * count * one.macs
         traffic_bytes += size * count * one.traffic_bytes(precision, size)
     return Cost(
-        macs=sum(counted[size].macs for size in own) / len(own),
+        macs=sum(counted[size].macs for size in own) / timed,
         padded_macs=padded_macs / images,
         traffic_mb=traffic_bytes / images / 1e6,
     )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Order, Size, area
+from gfldeploy.batching.tiles import InTiles
 from gfldeploy.engines.base import Engine, Shape, Tensors
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
@@ -105,6 +106,22 @@ def make_batches(
             tensor = preprocess.batch(some)
             batches.append(Batch(tensor, chosen, Formed.of(some, tensor.shape, preprocess)))
     return batches
+
+
+def tile_batches(paths: Sequence[Path], preprocess: Preprocess, cut: InTiles) -> list[list[Batch]]:
+    """Of each image file the batches of its tiles. Raises `DataError` as `prepare_images`, and for too many tiles."""
+    if not paths:
+        raise DataError("there are no images to measure on", "Give at least one.")
+    images = []
+    for place, path in enumerate(paths):
+        image = read_image(path)
+        batches = []
+        for regions, _ in cut.batches((image.shape[0], image.shape[1]), preprocess):
+            some = [preprocess(region.of(image)) for region in regions]
+            tensor = preprocess.batch(some)
+            batches.append(Batch(tensor, (place,) * len(some), Formed.of(some, tensor.shape, preprocess)))
+        images.append(batches)
+    return images
 
 
 def padding_ratio(batches: Sequence[Formed]) -> float:

@@ -60,11 +60,14 @@ def stage_times(row: Row) -> StageTimes | None:
     if not row.ok or not stages:
         return None
     means = {
-        field.name: fmean(value for one in stages for value in getattr(one, field.name)) / row.cell.batch_size
+        field.name: fmean(value for one in stages for value in getattr(one, field.name)) / row.cell.query_images
         for field in fields(Stages)
     }
     counted = [(math.prod(map(int, shape.split("x"))), n) for shape, n in row.result.runs[0].shapes.items()]
-    values = sum(size * n for size, n in counted) / sum(n for _, n in counted) / row.cell.batch_size
+    images = row.cell.batch_size * sum(n for _, n in counted)
+    if row.cell.tiling is not None:
+        images = row.results.data.timed_images
+    values = sum(size * n for size, n in counted) / images
     # A copy of no time is none: the engine reads the caller's memory.
     copied = means["input_copy_ms"] > 1e-3 and row.cell.device == "gpu"
     return StageTimes(**means, input_gb_per_s=4 * values / means["input_copy_ms"] / 1e6 if copied else None)

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from gfldeploy.batching.buckets import Size
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.bench.cell import POLICIES, STREAMS, BundleIdentity, Cell, Scenario, ServerPolicy, forms, names, suits
 from gfldeploy.bench.results import CellResult
 from gfldeploy.bundle import Bundle
@@ -50,6 +51,7 @@ def plan(
     streams: Sequence[int] = (1,),
     input_sizes: Sequence[Size | None] = (None,),
     end_to_end: bool = False,
+    tiling: Tiling | None = None,
 ) -> Plan:
     """Cross everything with everything: `rates` and `policies` with the server scenario, batches of 1 with
     single-stream and with no-batching, others with multi-stream and with the other policies.
@@ -59,6 +61,7 @@ def plan(
     `threads`: of one inference; None: the usable CPUs, shared by the streams. `input_sizes`: (height, width) in pixels,
     see `Bundle.at_size`; None: each bundle's own. `end_to_end`: the files that deploy by themselves too, on CPUs, in
     the precision of the bundle, in which they were compared when they were made, and in all but the server scenario.
+    `tiling`: with images cut so too, in all but the server scenario, and not of those files.
     Raises `UnsupportedError` for an unknown engine, and where nothing has TF32.
     """
     if tf32:
@@ -90,10 +93,12 @@ def plan(
             if end_to_end and precision == bundle.manifest.precision and device == "cpu":
                 file = file_by_itself(bundle, engine, precision, device)
                 graphs.append((True, file if isinstance(file, Obstacle) else None))
-            for (by_itself, no_file), (input_size, unfit), (batch_size, scenario, rate, policy, count) in product(
-                graphs, _sizes(bundle, input_sizes), loads
+            ways = [(*graph, None) for graph in graphs] + ([(False, None, tiling)] if tiling else [])
+            for (by_itself, no_file, tiles), (input_size, unfit), load in product(
+                ways, _sizes(bundle, input_sizes), loads
             ):
-                if by_itself and scenario == "server":
+                batch_size, scenario, rate, policy, count = load
+                if (by_itself or tiles) and scenario == "server":
                     continue
                 cell = Cell(
                     bundle=identity,
@@ -110,6 +115,7 @@ def plan(
                     streams=count,
                     input_size=input_size,
                     end_to_end=by_itself,
+                    tiling=tiles,
                 )
                 if found := problem or no_file or unfit or _fixed_batch(bundle, cell) or _several_streams(cell):
                     skipped.append(CellResult(cell, "skipped", *found))
@@ -141,6 +147,11 @@ def _several_streams(cell: Cell) -> Obstacle | None:
 def _fixed_batch(bundle: Bundle, cell: Cell) -> tuple[str, str] | None:
     """Why a bundle for batches of one size cannot run the cell; a server forms batches of fewer images too."""
     fixed = bundle.manifest.inputs[0].shape[0]
+    if fixed not in (None, 1) and cell.tiling is not None:
+        return (
+            f"the bundle {bundle.directory.name} is made for batches of {fixed}, and images are other numbers of tiles",
+            "export it again without a fixed batch size",
+        )
     if fixed is None or (fixed == cell.batch_size and (cell.scenario != "server" or fixed == 1)):
         return None
     return (

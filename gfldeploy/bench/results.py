@@ -366,9 +366,14 @@ def _from_schema_7(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _from_schema_8(data: dict[str, Any]) -> dict[str, Any]:
+    """Its cells are all of whole images: the default."""
+    return data
+
+
 _UPGRADES = {
     1: _from_schema_1, 2: _from_schema_2, 3: _from_schema_3, 4: _from_schema_4, 5: _from_schema_5, 6: _from_schema_6,
-    7: _from_schema_7,
+    7: _from_schema_7, 8: _from_schema_8,
 }  # fmt: skip
 
 
@@ -376,7 +381,7 @@ _UPGRADES = {
 class BenchResults(Versioned):
     """The content of `results.json`. `created` is the UTC time of the end, in ISO 8601."""
 
-    FORMAT = FileFormat("results", "gfldeploy bench", 8, _UPGRADES)
+    FORMAT = FileFormat("results", "gfldeploy bench", 9, _UPGRADES)
 
     created: str
     machine: Machine

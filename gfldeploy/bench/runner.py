@@ -240,7 +240,9 @@ class Runner:
             runs=tuple(answer.run for answer in timed),
             accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
             accuracy_reason=accuracy.problem if isinstance(accuracy, EngineError) else None,
-            cost=_cost(self.bundles[cell.bundle], cell, timed[0]) if timed else None,
+            cost=_cost(self.bundles[cell.bundle], cell, timed[0], self.data.description.timed_images)
+            if timed
+            else None,
             peak=_peak(peak) if peak else None,
         )
 
@@ -277,7 +279,7 @@ def _needs(cell: Cell, rounds: int, accuracy: bool, peak: bool) -> list[_Step]:
     )
     steps = [_Step("timing", cell, number) for number in range(rounds)]
     steps += [_Step("accuracy", alone)] if accuracy else []
-    anywhere = replace(alone, bundle=_NO_BUNDLE, input_size=None, end_to_end=False)
+    anywhere = replace(alone, bundle=_NO_BUNDLE, input_size=None, end_to_end=False, tiling=None)
     return steps + ([_Step("peak", anywhere)] if peak else [])
 
 
@@ -307,11 +309,13 @@ def _read(kind: _Kind, answer: Mapping[str, Any]) -> _Answer | EngineError:
     return build(_TYPES[kind], answer.get(kind), kind)
 
 
-def _cost(directory: Path, cell: Cell, timed: Timed) -> Cost | None:
+def _cost(directory: Path, cell: Cell, timed: Timed, images: int) -> Cost | None:
     shapes = {tuple(map(int, text.split("x"))): count for text, count in timed.run.shapes.items()}
     batches = {(batch, height, width): count for (batch, _, height, width), count in shapes.items()}
     with suppress(GfldeployError):  # a graph that cannot be counted is no reason to lose its timing
-        return count_cost(Bundle.open(directory).at_size(cell.input_size), cell.precision, timed.image_sizes, batches)
+        bundle = Bundle.open(directory).at_size(cell.input_size)
+        of_tiles = None if cell.tiling is None else images
+        return count_cost(bundle, cell.precision, timed.image_sizes, batches, of_tiles)
     return None
 
 

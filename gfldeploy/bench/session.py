@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from gfldeploy.batching.buckets import Size
+from gfldeploy.batching.tiles import Tiling
 from gfldeploy.bench.cell import POLICIES, STREAMS, Scenario, ServerPolicy
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import Plan, plan
@@ -54,6 +55,8 @@ def benchmark(
     precisions: Sequence[Precision] = PRECISIONS,
     batch_sizes: Sequence[int] = (1, 2, 4, 8),
     input_sizes: Sequence[Size] = (),
+    tile: Size | None = None,
+    overlap: float | None = None,
     end_to_end: bool = False,
     scenarios: Sequence[Scenario] = STREAMS,
     rates: Sequence[float] = (),
@@ -92,6 +95,9 @@ def benchmark(
         batch_sizes: The batch sizes to measure.
         input_sizes: The sizes, (height, width) in pixels, to which images are resized, as `target_size` in
             PaddleDetection; by default that of each bundle.
+        tile: Measure with images cut into tiles too, in all scenarios but server: the size of tiles, (height, width) in
+            pixels of the image. Latencies and speeds are then of whole images, with all their tiles.
+        overlap: Of two neighbouring tiles, by the side of a tile; by default 0.2.
         end_to_end: Measure the files that deploy by themselves too, each beside the network that it is made around, in
             all scenarios but server.
         scenarios: After MLPerf Inference: single-stream, multi-stream, offline, server.
@@ -144,6 +150,7 @@ def benchmark(
         raise UsageError("the server scenario needs --latency-bound-ms")
     if max_seconds is not None and max_seconds < min_seconds:
         raise UsageError("--max-seconds is less than --min-seconds")
+    tiling = Tiling.of(tile, overlap)
     path = None if output is None else Path(output)
     resumed = path is not None and is_unfinished(path, "bench") and not path.exists()
     _check_output(path, force, resumed)
@@ -179,6 +186,7 @@ def benchmark(
         streams,
         input_sizes or (None,),
         end_to_end,
+        tiling,
     )
     _tell(planned, settings, measured_on, progress)
     if not planned.cells:

@@ -125,7 +125,7 @@ class Row:
     def file_images_per_s(self) -> float | None:
         """Images a second from file to boxes, while all streams are at work."""
         seconds = sum(self.result.file_ms) / 1e3 / self.cell.streams if self.ok else 0
-        return len(self.result.file_ms) * self.cell.batch_size / seconds if seconds > 0 else None
+        return len(self.result.file_ms) * self.cell.query_images / seconds if seconds > 0 else None
 
     def latency_ms(self, percent: int = 50) -> Estimate | None:
         """A percentile of the latency of a batch through the network alone; of servers, of an image."""
@@ -444,6 +444,11 @@ def _input_size(row: Row) -> Value:
     return "own" if any(one.cell.input_size for one in row.results.cells) else None
 
 
+def _tiles(row: Row) -> Value:
+    tiling = row.cell.tiling
+    return None if tiling is None else f"{size_in_words(tiling.tile)}, overlap {tiling.overlap:g}"
+
+
 def _rate(row: Row) -> Value:
     rate = row.cell.rate
     return int(rate) if rate and rate.is_integer() else rate
@@ -466,6 +471,7 @@ COLUMNS: list[Column[Row]] = [
     Column("streams", "streams", lambda row: row.cell.streams, constant=True, first=True),
     Column("end_to_end", "by itself", lambda row: "yes" if row.cell.end_to_end else None, words=True, first=True),
     Column("input_size", "input size", _input_size, words=True, first=True),
+    Column("tiles", "tiles", _tiles, words=True, first=True),
     Column("scenario", "scenario", _scenario, words=True, constant=True, first=True),
     Column("rate_per_s", "arriving/s", _rate, constant=True),
     Column("clients", "clients", lambda row: row.cell.clients, constant=True),

@@ -16,10 +16,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.batching.tiles import InTiles, Region
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import postprocess
+from gfldeploy.detections import Detections, postprocess
 from gfldeploy.engines.base import ClosesOnExit, Engine, Tensors
-from gfldeploy.engines.detect import given_detections, inputs_of
+from gfldeploy.engines.detect import found_in, given_detections, inputs_of
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import new_memory
 
@@ -78,15 +79,14 @@ class Samples:
     """One timed run, raw.
 
     `latency_ms`: in the order of completion, those of several streams together. Of each query, a batch of `batch_size`
-    images; in the server scenario of each image served, from its arrival to the end of its batch; over HTTP of each
-    image answered with 200, from the time it was planned for to the end of the answer. `warmup_ms`: of the
-    inferences before them, which count for nothing. `batch_size`: images in each inference, at most that many of
-    servers. `images`: completed ones. `wall_s`: seconds from the start of the first timed inference (server: of
-    the arrivals) to the end of the last; of several streams, the mean of theirs; over HTTP at a rate, the seconds in
-    which the requests were planned. `stable`: whether the run ended
-    because the samples had become stable, rather than because time was up (server: whether it kept up with the
-    arrivals). `energy_j`: joules that the GPU's board took in `wall_s`, idle power included; None where that is not
-    known.
+    images, or an image with all its tiles; in the server scenario of each image served, from its arrival to the end of
+    its batch; over HTTP of each image answered with 200, from the time it was planned for to the end of the answer.
+    `warmup_ms`: of the inferences before them, which count for nothing. `batch_size`: images in each query, at most
+    that many of servers. `images`: completed ones. `wall_s`: seconds from the start of the first timed inference
+    (server: of the arrivals) to the end of the last; of several streams, the mean of theirs; over HTTP at a rate, the
+    seconds in which the requests were planned. `stable`: whether the run ended because the samples had become stable,
+    rather than because time was up (server: whether it kept up with the arrivals). `energy_j`: joules that the GPU's
+    board took in `wall_s`, idle power included; None where that is not known.
     """
 
     latency_ms: tuple[float, ...]
@@ -112,7 +112,7 @@ class Stages:
 
     They are the batches of the network alone, in whole passes; nothing overlaps, so that they say how long a batch
     takes, and images a second one batch after the other: `predict`, which decodes the next meanwhile, may do more. Each
-    of several streams does one batch after the other.
+    of several streams does one batch after the other. In tiles each is of an image with all its inferences.
 
     `decode_ms` (from the file), `preprocess_ms` (resize, normalise, pad, collate), `input_copy_ms` (host to device),
     `inference_ms`, `output_copy_ms` (device to host), `postprocess_ms` (NMS), and `end_to_end_ms` around all of them.
@@ -150,19 +150,22 @@ def measure(
     batches: Sequence[Tensors],
     settings: Settings,
     energy_j: Callable[[], float | None] = lambda: None,
+    images: Sequence[Sequence[int]] | None = None,
 ) -> Samples:
     """Time `engine.infer` on batches, inputs of the engine, of as many images each, one after the other in each stream.
 
-    `energy_j`: a counter of the joules that the hardware took, read before and after what is timed.
+    `energy_j`: a counter of the joules that the hardware took, read before and after what is timed. `images`: in tiles,
+    the places of the batches of each image, which are timed together, and may have other sizes.
 
     The warm-up is of every distinct shape, because engines compile or plan for each shape anew. Then the batches are
     run in their order, all of them again and again, until the settings say so: every engine and batch size is timed on
     the same images. Raises `EngineError` when the engine fails.
     """
-    sizes = {len(batch["image"]) for batch in batches}
+    sizes = {len(batch["image"]) for batch in batches} if images is None else {1}
     if len(sizes) != 1:
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
     (batch_size,) = sizes
+    queries = [(batch,) for batch in batches] if images is None else [[batches[k] for k in one] for one in images]
     with StreamThreads(engine.options.streams) as streams:
         share = math.ceil(settings.warmup / engine.options.streams)
         warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, share)) for ms in some]
@@ -170,10 +173,10 @@ def measure(
         def is_over(latency_ms: Sequence[float], seconds: float) -> bool:
             if seconds < settings.min_seconds or len(latency_ms) < settings.min_count:
                 return False
-            return seconds >= settings.max_seconds or is_stable(latency_ms, len(batches))
+            return seconds >= settings.max_seconds or is_stable(latency_ms, len(queries))
 
         joules = energy_j()
-        latency_ms, wall_s = streams.passes(lambda place: _inference_ms(engine, batches[place]), len(batches), is_over)
+        latency_ms, wall_s = streams.passes(lambda place: _query_ms(engine, queries[place]), len(queries), is_over)
     end = energy_j()
     return Samples(
         latency_ms=tuple(latency_ms),
@@ -181,7 +184,7 @@ def measure(
         batch_size=batch_size,
         images=len(latency_ms) * batch_size,
         wall_s=wall_s,
-        stable=is_stable(latency_ms, len(batches)),
+        stable=is_stable(latency_ms, len(queries)),
         energy_j=end - joules if end is not None and joules is not None else None,
     )
 
@@ -191,7 +194,7 @@ def warm_up(engine: Engine, batches: Sequence[Tensors], times: int) -> tuple[flo
     shapes: dict[tuple[int, ...], Tensors] = {}
     for batch in batches:
         shapes.setdefault(batch["image"].shape, batch)
-    return tuple(_inference_ms(engine, batch) for batch in shapes.values() for _ in range(times))
+    return tuple(_query_ms(engine, (batch,)) for batch in shapes.values() for _ in range(times))
 
 
 def is_stable(latency_ms: Sequence[float], period: int, within: float = 0.02) -> bool:
@@ -207,14 +210,23 @@ def is_stable(latency_ms: Sequence[float], period: int, within: float = 0.02) ->
     return max(medians) <= min(medians) * (1 + within)
 
 
-def _inference_ms(engine: Engine, batch: Tensors) -> float:
+def _query_ms(engine: Engine, batches: Sequence[Tensors]) -> float:
     start = time.perf_counter_ns()
-    engine.infer(batch)
+    for batch in batches:
+        engine.infer(batch)
     return (time.perf_counter_ns() - start) / 1e6
 
 
-def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundle, settings: Settings) -> Stages:
+def time_stages(
+    engine: Engine,
+    batches: Sequence[Sequence[Path]],
+    bundle: Bundle,
+    settings: Settings,
+    cut: InTiles | None = None,
+) -> Stages:
     """Time the stages of these batches of image files, in whole passes, so that every cell is timed on the same images.
+
+    `cut`: each is one image, in tiles.
 
     Passes are timed until `min_seconds` have passed, and then until `tail_count` batches are timed or `max_seconds`
     have passed. Nothing overlaps: the stages of a batch follow each other, and the batches of a stream too. The engine
@@ -228,7 +240,7 @@ def time_stages(engine: Engine, batches: Sequence[Sequence[Path]], bundle: Bundl
     memory = HostMemory(engine) if engine.options.streams == 1 else None
     with StreamThreads(engine.options.streams) as streams:
         rows, _ = streams.passes(
-            lambda place: time_batch(engine, batches[place], bundle, memory), len(batches), is_over
+            lambda place: time_batch(engine, batches[place], bundle, memory, cut), len(batches), is_over
         )
     return Stages(*zip(*rows, strict=True))
 
@@ -325,8 +337,20 @@ class StreamThreads(ClosesOnExit):
         return results, fmean(seconds for seconds in walls if seconds)
 
 
-def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle, memory: HostMemory | None = None) -> BatchTimes:
-    """Run one batch of these image files, one stage after the other. Raises `DataError` and `EngineError`."""
+def time_batch(
+    engine: Engine,
+    paths: Sequence[Path],
+    bundle: Bundle,
+    memory: HostMemory | None = None,
+    cut: InTiles | None = None,
+) -> BatchTimes:
+    """Run one batch of these image files, one stage after the other. Raises `DataError` and `EngineError`.
+
+    `cut`: each is one image, in tiles, whose inferences follow one another.
+    """
+    if cut is not None:
+        (path,) = paths
+        return _time_tiles(engine, path, bundle, memory or new_memory, cut)
     preprocess, nms = bundle.manifest.preprocess, bundle.manifest.nms
     start = time.perf_counter()
     images = [read_image(path) for path in paths]
@@ -347,5 +371,41 @@ def time_batch(engine: Engine, paths: Sequence[Path], bundle: Bundle, memory: Ho
         inference_ms=copies.inference_ms,
         output_copy_ms=copies.output_copy_ms,
         postprocess_ms=(end - inferred) * 1e3,
+        end_to_end_ms=(end - start) * 1e3,
+    )
+
+
+def _time_tiles(
+    engine: Engine, path: Path, bundle: Bundle, memory: Callable[[int], NDArray[np.float32]], cut: InTiles
+) -> BatchTimes:
+    preprocess, nms = bundle.manifest.preprocess, bundle.manifest.nms
+    start = time.perf_counter()
+    image = read_image(path)
+    decode_s = time.perf_counter() - start
+    size = image.shape[0], image.shape[1]
+    found: list[tuple[Region, Detections]] = []
+    preprocess_s = postprocess_s = input_copy_ms = inference_ms = output_copy_ms = 0.0
+    for regions, _ in cut.batches(size, preprocess):
+        begun = time.perf_counter()
+        inputs, scales = inputs_of(engine, [region.of(image) for region in regions], preprocess, memory)
+        preprocessed = time.perf_counter()
+        outputs, copies = engine.infer_timed(inputs)
+        inferred = time.perf_counter()
+        found += zip(regions, found_in(engine, outputs, scales, nms), strict=True)
+        postprocess_s += time.perf_counter() - inferred
+        preprocess_s += preprocessed - begun
+        input_copy_ms += copies.input_copy_ms
+        inference_ms += copies.inference_ms
+        output_copy_ms += copies.output_copy_ms
+    begun = time.perf_counter()
+    cut.merged(found, size, nms)
+    end = time.perf_counter()
+    return BatchTimes(
+        decode_ms=decode_s * 1e3,
+        preprocess_ms=preprocess_s * 1e3,
+        input_copy_ms=input_copy_ms,
+        inference_ms=inference_ms,
+        output_copy_ms=output_copy_ms,
+        postprocess_ms=(postprocess_s + end - begun) * 1e3,
         end_to_end_ms=(end - start) * 1e3,
     )

@@ -6,7 +6,7 @@ Answers a `Task` of the runner (see `child_process.serve`) with an object that h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,9 +15,19 @@ from typing import Any, Literal
 
 from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
 from gfldeploy.batching.buckets import union
+from gfldeploy.batching.tiles import InTiles
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.cpu_parity import compare_with_cpu, open_reference, write_reference
-from gfldeploy.bench.inputs import by_itself, make_batches, padding_ratio, placed, prepare_images, shape_counts
+from gfldeploy.bench.inputs import (
+    Batch,
+    by_itself,
+    make_batches,
+    padding_ratio,
+    placed,
+    prepare_images,
+    shape_counts,
+    tile_batches,
+)
 from gfldeploy.bench.monitor import Monitor
 from gfldeploy.bench.results import Idle, Peak, Run
 from gfldeploy.bench.roofline import measure_peak
@@ -38,6 +48,7 @@ from gfldeploy.engines.registry import open_by_itself, open_engine
 from gfldeploy.engines.selection import throughput_options
 from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.serialization import build, plain
 
 
@@ -76,7 +87,7 @@ class CpuOutputs:
 
 @dataclass(frozen=True)
 class Timed:
-    """A run, and the sizes of its images as resized, (height, width) in pixels, each once for every image."""
+    """A run, and the sizes of its images, or of their tiles, as resized, (height, width) in pixels, once for each."""
 
     run: Run
     image_sizes: tuple[tuple[int, int], ...]
@@ -97,10 +108,15 @@ def _time(task: Task) -> Timed:
     cv2.setNumThreads(cell.threads)
     bundle = Bundle.open(task.bundle).at_size(cell.input_size)
     preprocess = bundle.manifest.preprocess
-    images = prepare_images(task.images, preprocess)
+    cut = _cut(cell)
+    images = [] if cut else prepare_images(task.images, preprocess)
     # A server forms its batches as images arrive.
     timed = images[: cell.batch_size] if cell.scenario == "server" else images
-    batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
+    of_images: list[list[int]] | None = None
+    if cut:
+        batches, of_images = _in_tiles(task.images, preprocess, cut)
+    else:
+        batches = make_batches(timed, preprocess, cell.batch_size, cell.order)
     if cell.end_to_end:
         batches = [by_itself(batch, task.images, preprocess) for batch in batches]
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -125,14 +141,16 @@ def _time(task: Task) -> Timed:
                 samples, serving, formed = serve_arrivals(engine, images, preprocess, cell, settings)
             else:
                 counter = monitor.gpu_energy_j if monitor else lambda: None
-                samples = measure(engine, [batch.inputs for batch in batches], settings, counter)
+                samples = measure(engine, [batch.inputs for batch in batches], settings, counter, of_images)
                 formed = [batch.formed for batch in batches]
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
             peak_rss_mb = _peak_rss_mb()
             stages = None
             if cell.scenario != "server":  # whose batches are formed as images arrive
                 files = [[task.images[place] for place in batch.places] for batch in batches]
-                stages = time_stages(engine, files, bundle, settings)
+                if cut:
+                    files = [[path] for path in task.images]
+                stages = time_stages(engine, files, bundle, settings, cut)
         convolutions = _convolutions(engine, batches[0].inputs)
         run = Run(
             started=started,
@@ -160,14 +178,33 @@ def _time(task: Task) -> Timed:
             parity=parity,
             not_compared=task.not_compared,
         )
-    return Timed(run, tuple(image.tensor.shape[1:] for image in images))
+    # Tiles of a batch are padded by the stride alone.
+    of_tiles = [batch.shape[1:] for batch in batches for _ in batch.places]
+    return Timed(run, tuple(of_tiles if cut else (image.tensor.shape[1:] for image in images)))
+
+
+def _cut(cell: Cell) -> InTiles | None:
+    return None if cell.tiling is None else InTiles(cell.tiling, cell.batch_size)
+
+
+def _in_tiles(paths: Sequence[Path], preprocess: Preprocess, cut: InTiles) -> tuple[list[Batch], list[list[int]]]:
+    """The batches of all images, and the places among them of those of each image."""
+    batches: list[Batch] = []
+    of_images = []
+    for some in tile_batches(paths, preprocess, cut):
+        of_images.append(list(range(len(batches), len(batches) + len(some))))
+        batches += some
+    return batches, of_images
 
 
 def _reference(task: Task) -> CpuOutputs:
     cell = task.cell
     bundle = Bundle.open(task.bundle).at_size(cell.input_size)
     preprocess = bundle.manifest.preprocess
-    batches = make_batches(prepare_images(task.images, preprocess), preprocess, cell.batch_size, cell.order)
+    if cut := _cut(cell):
+        batches, _ = _in_tiles(task.images, preprocess, cut)
+    else:
+        batches = make_batches(prepare_images(task.images, preprocess), preprocess, cell.batch_size, cell.order)
     fixed = bundle.manifest.inputs[0].shape[0] is not None
     engine, by = open_reference(cell.engine, bundle, cell.threads)
     with engine:
@@ -194,14 +231,15 @@ def _accuracy(task: Task) -> Accuracy:
     bundle = Bundle.open(task.bundle).at_size(cell.input_size)
     manifest = bundle.manifest
     dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
-    shapes = batch_shapes(dataset, manifest.preprocess, 1, "listed")
+    cut = _cut(cell)
+    shapes = batch_shapes(dataset, manifest.preprocess, 1, "listed", cut)
     threads = cell.threads * cell.streams
     options = EngineOptions(cell.precision, cell.device, threads, task.engine_cache, tf32=cell.tf32)
     # Nothing is timed. Known beforehand, the shapes settle what runs an input, which streams would leave to chance.
     options = throughput_options(cell.engine, options, 1).expecting(shapes)
     with (open_by_itself if cell.end_to_end else open_engine)(cell.engine, bundle, options) as engine:
         return measure_accuracy(
-            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT
+            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT, cut=cut
         )
 
 

@@ -32,6 +32,7 @@ _NAMED = 3  # images left out that are named
 )
 @options.batch_sizes("compare", show_default="1,2,4,8,16, or the only one that the bundle takes")
 @options.input_sizes("compare with that of the bundle or config", "none")
+@options.group(*options.TILES)
 @click.option(
     "--buckets",
     type=options.WholeNumber(1),
@@ -48,6 +49,8 @@ def command(as_json: bool, **given: Any) -> None:
     bucketed (images of one input size in each batch). Only the headers of the files are read; images that cannot be
     used are named and left out.
 
+    With --tile it also shows how many tiles and inferences an image is then, and what they cost.
+
     \b
     Example: gfldeploy audit --data images/ --config-or-bundle gfl_r50
     """
@@ -61,6 +64,8 @@ def command(as_json: bool, **given: Any) -> None:
     _show(found)
     for sentence in found.answer:
         click.echo(sentence)
+    if found.in_tiles is not None:
+        _show_tiles(found.in_tiles)
     if found.macs is None:
         click.echo("For MACs and the memory of activations, give a bundle of `gfldeploy export` with an ONNX graph.")
 
@@ -74,6 +79,19 @@ def _report_left_out(found: Audit) -> None:
         click.echo(f"  {one.reason}", err=True)
     if more := len(found.left_out[_NAMED:]):
         click.echo(f"  and {more} more (--json names all)", err=True)
+
+
+def _show_tiles(found: Audit) -> None:
+    _report_left_out(found)
+    columns: tuple[Column[AuditRow], ...] = (
+        Column("batch_size", "batch", lambda row: row.batch_size),
+        Column("inferences", "inferences", lambda row: f"{row.inferences:,.1f}", "an image"),
+        *_OF_BATCHES,
+    )
+    click.echo()
+    show_table(columns, found.rows, elsewhere="--json has everything.")
+    for sentence in found.answer:
+        click.echo(sentence)
 
 
 def _show(found: Audit) -> None:
@@ -90,11 +108,7 @@ def _show(found: Audit) -> None:
         Column("padding", "pixels", lambda row: f"{row.padding:.3f}x"),
         Column("macs", "GMAC", lambda row: row.macs and gmac(row.macs)),
         Column("mixed", "mixed", lambda row: f"{row.mixed / row.batches:.0%}"),
-        Column("batches", "batches", lambda row: f"{row.batches:,}", drop=3),
-        Column("largest", "largest batch", _largest, drop=2),
-        Column("input", "input", lambda row: f"{row.input_bytes / 1e6:,.1f}", "MB", drop=1),
-        Column("mean_input", "mean input", lambda row: f"{row.mean_input_bytes / 1e6:,.1f}", "MB", drop=4),
-        Column("activations", "activations", _activations, "MB", drop=1),
+        *_OF_BATCHES,
     )
     rows = [row for row in found.rows if row.batch_size not in alike or row.order == "listed"]
     show_table(columns, rows, elsewhere="--json has everything.")
@@ -113,3 +127,12 @@ def _largest(row: AuditRow) -> str:
 
 def _activations(row: AuditRow) -> str | None:
     return None if row.activation_bytes is None else f"{row.activation_bytes / 1e6:,.0f}"
+
+
+_OF_BATCHES: tuple[Column[AuditRow], ...] = (
+    Column("batches", "batches", lambda row: f"{row.batches:,}", drop=3),
+    Column("largest", "largest batch", _largest, drop=2),
+    Column("input", "input", lambda row: f"{row.input_bytes / 1e6:,.1f}", "MB", drop=1),
+    Column("mean_input", "mean input", lambda row: f"{row.mean_input_bytes / 1e6:,.1f}", "MB", drop=4),
+    Column("activations", "activations", _activations, "MB", drop=1),
+)

@@ -17,6 +17,7 @@ from gfldeploy.cli.console import TerminalProgress
 @options.group(*options.ANNOTATIONS, *options.MEASUREMENT, options.THREADS)
 @options.batch_sizes("measure", "1,2,4,8")
 @options.input_sizes("measure, speed and mAP")
+@options.group(*options.TILES)
 @click.option(
     "--end-to-end",
     is_flag=True,
@@ -83,8 +84,10 @@ def command(output: Path, **given: Any) -> None:
     Every BUNDLE runs in every engine and precision that it supports, each cell in a process of its own. What cannot run
     is listed with the reason. Whole batches are timed from file to boxes, one after the other and stage by stage, and
     the network alone on the same prepared images. The server scenario is timed from the arrival of an image to the end
-    of its batch, without decoding. mAP is measured at batch 1, once for each engine and precision. What a GPU gives for
-    a few of the images is compared with the CPU first: a row that differs has the reason in the place of a speed.
+    of its batch, without decoding. With --tile, everything but the server is measured in tiles too: an image is then
+    all its tiles, of which an inference has the batch size at most. mAP is measured at batch 1, once for each engine
+    and precision. What a GPU gives for a few of the images is compared with the CPU first: a row that differs has the
+    reason in the place of a speed.
 
     An interrupted or killed command resumes where it stopped when it is run again.
 

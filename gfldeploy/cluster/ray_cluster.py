@@ -499,6 +499,7 @@ def _local(cpus: int, environment: Mapping[str, str]) -> Iterator[None]:
         # No other machine is to join, or Ray takes 127.0.0.1 for an address of all interfaces: the option is about
         # systems where that would open a dialogue of the firewall.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",  # or Ray reports to its makers
         "RAY_worker_niceness": "0",  # Ray gives way to all others by default
         "RAY_enable_worker_prestart": "0",  # of processes that nobody asked for
         **environment,

@@ -198,7 +198,7 @@ class WorkingFile(Records):
             self._lines.seek(0, os.SEEK_END)  # forgets what it has read ahead, which may just have been cut off
             self._position = kept
             if kept == 0:
-                self._append({"form": _FORM, **question})
+                self._append(_encoded({"form": _FORM, **question}))
             undo.pop_all()
 
     def close(self) -> None:
@@ -209,8 +209,19 @@ class WorkingFile(Records):
     def add(self, shard: int, batches: Sequence[Sequence[Entry]]) -> None:
         """Append the next batches of a shard, each as `plain_batch` makes it. Raises `OutputError`."""
         done = self._done.setdefault(shard, _Done())
+        line = _encoded({"shard": shard, "batch": done.batches, "batches": batches})
+        if len(line) > _MOST_BYTES and len(batches) > 1:
+            middle = len(batches) // 2
+            self.add(shard, batches[:middle])
+            self.add(shard, batches[middle:])
+            return
+        if len(line) > _MOST_BYTES:  # it could not be read again
+            raise OutputError(
+                f"the detections of one batch take {len(line) / 1e6:,.0f} MB in {self.path}",
+                "Use a smaller --batch-size, or a bundle whose NMS keeps fewer detections.",
+            )
         start = self._position
-        self._append({"shard": shard, "batch": done.batches, "batches": batches})
+        self._append(line)
         done.add(batches, start, self._position)
         self.images += sum(map(len, batches))
 
@@ -229,17 +240,17 @@ class WorkingFile(Records):
                 f"some inputs of shard {shard} could be read in one run and not in another, so it is done anew",
                 "Run the same command again: it resumes.",
             )
-        self._append({"shard": shard, "end": done.images, "processor": processor})
+        self._append(_encoded({"shard": shard, "end": done.images, "processor": processor}))
         self._end(done, processor)
 
     def again(self, shard: int, bad: Mapping[int, str]) -> None:
         """Void what is there of a shard, which is done again with these inputs as errors. Raises `OutputError`."""
-        self._append({"shard": shard, "bad": bad})
+        self._append(_encoded({"shard": shard, "bad": bad}))
         self._again(shard, bad)
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
+    def _append(self, line: bytes) -> None:
         with writing(self.path):
-            self._position += self._file.write(json.dumps(entry).encode() + b"\n")
+            self._position += self._file.write(line)
             self._file.flush()
 
 
@@ -305,6 +316,10 @@ def batch_of(entries: object) -> list[Found] | None:
         return None
     found = [one for entry in entries if (one := _found(entry))]
     return found if len(found) == len(entries) else None
+
+
+def _encoded(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

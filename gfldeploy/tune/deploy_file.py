@@ -91,7 +91,7 @@ def _from_schema_5(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_schema_6(data: dict[str, Any]) -> dict[str, Any]:
-    """It knew no `detection`: the default."""
+    """It knew no `detection`, and its cells are all of whole images: the defaults."""
     return data
 
 

@@ -58,7 +58,7 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("schema", BenchResults.FORMAT.schema + 1), "newer gfldeploy: schema 9"),
+        (change("schema", BenchResults.FORMAT.schema + 1), "newer gfldeploy: schema 10"),
         (change("schema", 0), "older gfldeploy: schema 0"),
         (change("schema", None), "no schema number"),
         (change("surprise", 1), "has unknown fields: surprise"),
@@ -167,7 +167,8 @@ def schema_4(results: BenchResults) -> dict[str, Any]:
     peaks: list[dict[str, Any]] = []
     for one in data["cells"]:
         axes, peak = one.pop("cell"), one.pop("peak")
-        del axes["order"], axes["tf32"], axes["streams"], axes["input_size"], axes["end_to_end"], axes["clients"]
+        for axis in ("order", "tf32", "streams", "input_size", "end_to_end", "clients", "tiling"):
+            del axes[axis]
         if peak is not None and not peaks:
             peaks.append({**{key: axes[key] for key in ("engine", "precision", "device", "threads")}, **peak})
         if one["status"] == "skipped":

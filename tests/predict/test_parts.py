@@ -326,7 +326,12 @@ def test_a_part_is_replaced_on_request(predict: Predict, made: list[Path], tmp_p
 
 
 def test_a_part_that_is_there_already_is_done(
-    predict: Predict, parts: list[Path], tiny_bundle: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    predict: Predict,
+    parts: list[Path],
+    tiny_bundle: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A scheduler starts a job again that had ended, maybe on another machine."""
     part, before = parts[1], demo_bundles.snapshot(parts[1])
@@ -343,6 +348,9 @@ def test_a_part_that_is_there_already_is_done(
         with pytest.raises(OutputError, match="exists already"):
             predict(part, (2, 3), **other)
     assert demo_bundles.snapshot(part) == before
+    sized = predict(tmp_path / "sized", (2, 3), input_size=(32, 48))
+    with pytest.raises(OutputError, match="exists already"):  # nor with fewer options
+        predict(sized, (2, 3))
     with (part / "records.jsonl").open("ab") as file:
         file.write(b"\n")
     with pytest.raises(OutputError, match="exists already"):

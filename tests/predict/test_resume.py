@@ -302,3 +302,18 @@ def test_memory_is_of_the_shards_alone(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert 0 < max(sizes) < 60 * count
+
+
+def test_no_line_is_longer_than_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "working.jsonl"
+    several = [[Found(number, f"image {number}", (3, 4), NOTHING)] for number in range(7)]
+    monkeypatch.setattr(resume, "_MOST_BYTES", 400)
+    with opened(path) as working:
+        working.add(0, list(map(plain_batch, several)))
+        huge = [Found(number, "a" * 80, (3, 4), NOTHING) for number in range(5)]
+        with pytest.raises(OutputError, match=r"one batch take .*smaller --batch-size"):
+            working.add(1, [plain_batch(huge)])
+    assert max(map(len, path.read_bytes().splitlines(keepends=True))) <= 400
+    with opened(path) as working:
+        assert (working.batches(0), working.images) == (7, 7)
+        assert plain(working.groups(0)) == plain(several)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, Shown
 from gfldeploy.engines.base import ClosesOnExit
-from gfldeploy.files import writing
+from gfldeploy.files import write_json, writing
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.storage import Source
@@ -21,6 +21,16 @@ from gfldeploy.storage import Source
 DETECTIONS = "detections.jsonl"
 COCO = "coco.json"
 IMAGES = "images.json"
+NOTE = "predict.json"
+PICTURES = "pictures"
+WHAT = "results of gfldeploy predict"
+# In the folder of unfinished work: the working file, and what becomes the output.
+WORKING, RESULTS = "working.jsonl", "results"
+# What is in the folder of unfinished work.
+MADE = (
+    r"(?s)working\.jsonl|"
+    r"results/((detections\.jsonl|coco\.json|images\.json|predict\.json|records\.jsonl)?|pictures/(\.?\d{6,}[-.].*)?)"
+)
 _MOST_REASONS = 3
 
 
@@ -241,3 +251,10 @@ def _rows(detections: Detections) -> list[tuple[Any, ...]]:
     numbers[:, 2:4] -= numbers[:, :2]
     rows = list(map(tuple, numbers.tolist()))
     return rows if np.isfinite(numbers).all() else [tuple(map(json.dumps, row)) for row in rows]
+
+
+def write_note(
+    results: Path, what: str, question: Mapping[str, Any], summary: PredictResults, more: Mapping[str, Any]
+) -> None:
+    counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
+    write_json(results / NOTE, {"what": what, **question, **counts, **more})

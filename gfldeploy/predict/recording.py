@@ -37,10 +37,22 @@ from gfldeploy.files import (
 from gfldeploy.predict.draw import LiveVideo
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.live import LiveFrame, LiveSource, live_frames
-from gfldeploy.predict.outputs import DETECTIONS, LiveSummary, PredictResults, Summary, live_line
+from gfldeploy.predict.outputs import (
+    DETECTIONS,
+    MADE,
+    NOTE,
+    PICTURES,
+    RESULTS,
+    WHAT,
+    WORKING,
+    LiveSummary,
+    PredictResults,
+    Summary,
+    live_line,
+    write_note,
+)
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.resume import begin_question
-from gfldeploy.predict.session import MADE, NOTE, PICTURES, RESULTS, WHAT, WORKING, write_note
 from gfldeploy.predict.shards import ShardJob, ShardWorker
 from gfldeploy.progress import Progress
 from gfldeploy.signals import asked_to_stop, check_interrupted, hold_interrupts
@@ -69,7 +81,7 @@ class LiveRequest:
 
 
 @dataclass
-class _Kept:
+class _Recorded:
     """What runs before this one have recorded: frames, their detections and what was dropped between them.
 
     `number`: of the next frame; `began`: when the first was read.
@@ -109,7 +121,7 @@ class _Lines(ClosesOnExit):
     def __init__(self, path: Path, target: Source) -> None:
         """Open it, and cut off a line that was not finished. Raises `OutputError` about `target`."""
         self._target = target
-        self.kept = _Kept()
+        self.kept = _Recorded()
         with writing(target), ExitStack() as undo:
             self._file: IO[bytes] = undo.enter_context(open_own(path))
             position = 0

@@ -31,7 +31,6 @@ from gfldeploy.files import (
     read_json,
     sha256,
     unfinished_beside,
-    write_json,
     writing,
 )
 from gfldeploy.images.coco import CocoDataset, CocoId
@@ -39,7 +38,19 @@ from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.live import RECONNECTS, is_live, shown_address
-from gfldeploy.predict.outputs import DETECTIONS, PredictResults, Summary, write_outputs
+from gfldeploy.predict.outputs import (
+    DETECTIONS,
+    MADE,
+    NOTE,
+    PICTURES,
+    RESULTS,
+    WHAT,
+    WORKING,
+    PredictResults,
+    Summary,
+    write_note,
+    write_outputs,
+)
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import WorkingFile, differences, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
@@ -52,20 +63,10 @@ from gfldeploy.storage import Inputs, Source, Url, source_of
 if TYPE_CHECKING:  # a third of the time until an interruption is answered
     from gfldeploy.cluster.ray_cluster import ClusterOptions
 
-NOTE = "predict.json"
-PICTURES = "pictures"
 RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` reads
 _NOT_ASKED = ("what", "images", "failed", "detections", "records", "files")  # of a note, what no question says
 HARDWARE = ("processor", "gpus")  # what the parts of one run need not have in common: it is recorded
-WORKING = "working.jsonl"
-WHAT = "results of gfldeploy predict"
 PART = f"a part of {WHAT}"
-RESULTS = "results"  # what becomes the output
-# What is in the folder of unfinished work.
-MADE = (
-    r"(?s)working\.jsonl|"
-    r"results/((detections\.jsonl|coco\.json|images\.json|predict\.json|records\.jsonl)?|pictures/(\.?\d{6,}[-.].*)?)"
-)
 # Inputs, spread evenly over all, whose headers say which shapes of batches are to come.
 _MOST_HEADERS = 4096
 # Batches, below which no engine is built for their own shapes alone: they take less time than the build.
@@ -452,13 +453,6 @@ def finish_results(
         for done in draw_all(results / DETECTIONS, results / PICTURES, draw):
             progress.step("drawing", done, summary.images)
     write_note(results, WHAT, question, summary, {"files": files_below(results)})
-
-
-def write_note(
-    results: Path, what: str, question: Mapping[str, Any], summary: PredictResults, more: Mapping[str, Any]
-) -> None:
-    counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
-    write_json(results / NOTE, {"what": what, **question, **counts, **more})
 
 
 def _detected(request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> Generator[Found]:

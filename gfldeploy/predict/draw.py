@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ _QUALITY = 92
 _DEFAULT_RATE = 25.0  # frames a second of a video that does not say
 _PLAYED = ("avc1", "vp09")  # by browsers too: H.264, VP9
 _LIVE_CODECS = ("avc1", "mp4v")  # OpenCV's VP9 takes longer for a frame than there is
-_MOST_LIVE_RATE = 60.0
+_MOST_LIVE_RATE = 30.0
+_FRAMES_OF_RATE = 6
 _LONGEST_LIVE_S, _LONGEST_PAUSE_S = 300.0, 2.0
 _MOST_STEM_BYTES = 200
 _MOST_SHOWN = 5  # characters that a note names
@@ -106,48 +107,67 @@ def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
 class LiveVideo(ClosesOnExit):
     """The drawn frames of a live source as videos, `NUMBER-STEM.mp4` by the line of their first frame, from 1.
 
-    They play in real time: a frame is shown until the next one. A video that is not closed cannot be played, so there
-    is a new one every five minutes, and after a pause.
+    They play in real time: a frame is shown until the next one. The rate is about that of the first frames, so that few
+    are written twice. A video that is not closed cannot be played: a new one begins every five minutes, and after a
+    pause.
     """
 
-    def __init__(self, directory: Path, stem: str, rate: float) -> None:
-        """`stem`: ASCII. `rate`: frames a second, where it is known."""
+    def __init__(self, directory: Path, stem: str) -> None:
+        """`stem`: ASCII."""
         self._directory, self._stem = directory, stem[:_MOST_STEM_BYTES]
-        self._rate = min(rate, _MOST_LIVE_RATE) if rate >= 1 else _DEFAULT_RATE
         self._writer: Any = None
         self._partial = self._target = directory
-        self._last: NDArray[np.uint8] = np.empty((0, 0, 3), np.uint8)
-        self._began = self._before = 0.0
-        self._written = 0
+        self._number, self._began, self._rate = 0, 0.0, _DEFAULT_RATE
+        self._waiting: list[tuple[float, NDArray[np.uint8]]] = []  # when they were read, and BGR
 
     def add(self, number: int, time_s: float, pixels: NDArray[np.uint8], detections: Sequence[Record]) -> None:
         """A frame, RGB uint8 [h, w, 3], read at a time, and what to draw. Raises `OutputError` and `OSError`."""
         import cv2
 
-        drawn = cv2.cvtColor(draw_boxes(pixels, detections), cv2.COLOR_RGB2BGR)
-        paused = time_s - self._before > _LONGEST_PAUSE_S or time_s - self._began > _LONGEST_LIVE_S
-        if self._writer is None or paused or drawn.shape != self._last.shape:
-            self.close()
-            self._target = self._directory / f"{number:06d}-{self._stem}.mp4"
-            self._partial = self._directory / f".{number:06d}.mp4"
-            size = (drawn.shape[1], drawn.shape[0])
-            self._writer, codec = _video_writer(self._partial, self._rate, size, _LIVE_CODECS)
-            if codec is None:
-                raise OutputError(f"OpenCV cannot write {self._target}", "Leave --draw out, or free some space.")
-            self._began, self._written = time_s, 0
-        place = round((time_s - self._began) * self._rate)
-        for _ in range(self._written, place):
-            self._writer.write(self._last)
-        if place >= self._written:
-            self._writer.write(drawn)
-        self._written = max(place + 1, self._written)
-        self._last, self._before = drawn, time_s
+        drawn = np.asarray(cv2.cvtColor(draw_boxes(pixels, detections), cv2.COLOR_RGB2BGR), np.uint8)
+        if self._waiting:
+            before, last = self._waiting[-1]
+            paused = time_s - before > _LONGEST_PAUSE_S or time_s - self._began > _LONGEST_LIVE_S
+            if paused or drawn.shape != last.shape:
+                self.close()
+        if not self._waiting:
+            self._number, self._began = number, time_s
+        self._waiting.append((time_s, drawn))
+        if self._writer is not None or len(self._waiting) == _FRAMES_OF_RATE:
+            self._write()
 
     def close(self) -> None:
-        if self._writer is not None:
+        """End the video. Raises as `add`."""
+        if self._waiting:
+            self._write()
+            self._writer.write(self._waiting[-1][1])
             self._writer.release()
-            self._writer = None
             self._partial.replace(self._target)
+        self._writer = None
+        self._waiting = []
+
+    def _write(self) -> None:
+        """Those whose next one is known."""
+        if self._writer is None:
+            self._open()
+        for (time_s, drawn), (following_s, _) in pairwise(self._waiting):
+            for _ in range(self._place(time_s), self._place(following_s)):
+                self._writer.write(drawn)
+        del self._waiting[:-1]
+
+    def _place(self, time_s: float) -> int:
+        return round((time_s - self._began) * self._rate)
+
+    def _open(self) -> None:
+        (first_s, drawn), (last_s, _) = self._waiting[0], self._waiting[-1]
+        if last_s > first_s:
+            self._rate = min(max((len(self._waiting) - 1) / (last_s - first_s), 1.0), _MOST_LIVE_RATE)
+        self._target = self._directory / f"{self._number:06d}-{self._stem}.mp4"
+        self._partial = self._directory / f".{self._number:06d}.mp4"
+        size = (drawn.shape[1], drawn.shape[0])
+        self._writer, codec = _video_writer(self._partial, self._rate, size, _LIVE_CODECS)
+        if codec is None:
+            raise OutputError(f"OpenCV cannot write {self._target}", "Leave --draw out, or free some space.")
 
 
 def _video_writer(

@@ -30,7 +30,6 @@ from gfldeploy.errors import DataError
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.predict.sources import Picture
 from gfldeploy.progress import SILENT, Progress
-from gfldeploy.signals import child_environment
 
 RECONNECTS, TIMEOUT_S = 10, 10.0  # by default
 _STREAM = re.compile(r"(?i)(rtsps?|https?)://")
@@ -203,8 +202,7 @@ class LiveSource(ClosesOnExit):
             # -P: no folder of the current directory shadows a package.
             command = [sys.executable, "-P", "-m", "gfldeploy.predict.stream_reader"]
             pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-            environment = child_environment()
-            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, env=environment)
+            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere)
         request = {"address": self._source, "timeout_s": self._timeout_s}
         answer = self._ask(json.dumps(request).encode() + b"\n")
         if "error" in answer:

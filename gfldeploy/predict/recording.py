@@ -232,7 +232,7 @@ def _record(
                     partial.unlink()
                 (results / PICTURES).mkdir(exist_ok=True)
             stem = _UNSAFE.sub("_", source.name).strip("_")
-            video = stack.enter_context(LiveVideo(results / PICTURES, stem, source.rate))
+            video = stack.enter_context(LiveVideo(results / PICTURES, stem))
         if request.duration is not None:
             timer = threading.Timer(request.duration, end)
             timer.daemon = True

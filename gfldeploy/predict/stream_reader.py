@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.images.formats import MAX_PIXELS
-from gfldeploy.signals import die_with_parent, ignore_interrupts
+from gfldeploy.signals import ignore_interrupts
 
 # What a stream may make FFmpeg open, whatever a playlist or an answer names: no files of this machine.
 _PROTOCOLS: Mapping[str, str] = {
@@ -165,8 +165,8 @@ def main(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    ignore_interrupts()  # the parent decides
-    die_with_parent()
+    # The parent decides, and its end is that of standard input: the thread that started this process may end before.
+    ignore_interrupts()
     # What libraries print on standard output is no answer.
     answers_to = os.dup(1)
     os.dup2(2, 1)

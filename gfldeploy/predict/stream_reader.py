@@ -41,6 +41,7 @@ _OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 _PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
 _CONNECT_S = 2.0
 _GRACE_S = 2.0  # beyond the limit, in which OpenCV is to notice by itself
+_LONGEST_STEP_S = 2.0  # between two frames; more is a break
 _MOST_FRAMES = 1e12  # more are no count: of a live stream OpenCV calculates anything
 
 
@@ -63,6 +64,20 @@ def capture_options(address: str, given: str | None = None) -> str:
     kind = scheme.removesuffix("s")
     options |= {"protocol_whitelist": _PROTOCOLS[kind], "format_whitelist": _FORMATS[kind]}
     return "|".join(f"{key};{value}" for key, value in options.items())
+
+
+class _Pace:
+    """Gives the frames of HLS one by one: they come in segments, of which all but the last frame would be dropped."""
+
+    def __init__(self) -> None:
+        self._start = self._last = -math.inf
+
+    def wait(self, position_s: float) -> None:
+        """Until the frame at this position of the stream is due."""
+        if not self._last <= position_s <= self._last + _LONGEST_STEP_S:  # the first, or after a break
+            self._start = time.monotonic() - position_s
+        self._last = position_s
+        time.sleep(max(self._start + position_s - time.monotonic(), 0.0))
 
 
 class _Reader:
@@ -113,10 +128,13 @@ class _Reader:
             self._opened = opened
             self._changed.notify_all()
         number = 0
+        pace = _Pace() if isinstance(address, str) and urlsplit(address).path.lower().endswith(".m3u8") else None
         while "error" not in opened:
             read, frame = capture.read()
             if not read or frame is None or frame.shape[0] * frame.shape[1] > MAX_PIXELS:
                 break
+            if pace is not None:
+                pace.wait(capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3)
             about = {"number": number, "monotonic": time.monotonic(), "time": time.time(), "size": frame.shape[:2]}
             number += 1
             with self._changed:

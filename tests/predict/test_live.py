@@ -293,6 +293,24 @@ def test_what_is_no_live_source(tiny_bundle: Path, tmp_path: Path, run_here: Run
     assert done.returncode == 2 and "secret" not in done.stderr
 
 
+def test_the_frames_of_hls_come_one_by_one(tmp_path: Path) -> None:
+    segment = tmp_path / "segment.ts"
+    writer = cv2.VideoWriter(str(segment), cv2.VideoWriter.fourcc(*"mp4v"), 25, (WIDTH, HEIGHT))
+    for number in range(50):
+        writer.write(np.full((HEIGHT, WIDTH, 3), level(number), np.uint8))
+    writer.release()
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:2.0,\n/segment.ts\n"
+
+    def answer(path: str, send: Callable[[bytes], object]) -> None:
+        data = segment.read_bytes() if path.endswith(".ts") else playlist.encode()
+        send(f"HTTP/1.0 200 OK\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+
+    with serving(answer) as port, LiveSource(f"http://127.0.0.1:{port}/live.m3u8") as source:
+        read = [source.read() for _ in range(8)]
+    numbers = [one.number for one in read if one is not None]
+    assert len(numbers) == 8 and numbers[-1] < 30, "not the last of the segment"
+
+
 def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_live("0") and is_live("rtsp://camera/a") and is_live("HTTPS://camera/a") and is_live("http://x")

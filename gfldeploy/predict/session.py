@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.detections import DetectionOptions
-from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
@@ -67,6 +67,55 @@ RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` re
 _NOT_ASKED = ("what", "images", "failed", "detections", "records", "files")  # of a note, what no question says
 HARDWARE = ("processor", "gpus")  # what the parts of one run need not have in common: it is recorded
 PART = f"a part of {WHAT}"
+# What the note says, for its schema: the question (`_question`), and what came of it.
+_NOTED: Mapping[str, Any] = {
+    "bundle": str,
+    "engine": str,
+    "precision": Precision,
+    "device": Device,
+    "threads": int,
+    "streams": int,
+    "batch_size": int,
+    "order": Order,
+    "input_size?": Size,
+    "tile?": Size,
+    "overlap?": float,
+    "shapes?": [Shape],
+    "threshold": float,
+    "detection?": DetectionOptions,
+    "draw_threshold": float | None,
+    "decoding": Literal["exact", "reduced"],
+    "annotations": str | None,
+    "inputs": str,
+    "processor": str | tuple[str, ...],
+    "tf32?": bool,
+    "gpus?": [Any],
+    "software": {str: str},
+    "images": int,
+    "failed": int,
+    "detections": int,
+    "files": [str],
+}
+# Of a live source.
+_LIVE_NOTED: Mapping[str, Any] = {
+    "live?": str,
+    "began?": str,
+    "dropped?": int,
+    "reconnects?": int,
+    "latency_s?": tuple[float, float],
+    "ended?": str | None,
+}
+RESULTS_NOTE: Mapping[str, Any] = {"what": Literal["results of gfldeploy predict"], **_NOTED, **_LIVE_NOTED}
+PART_NOTE: Mapping[str, Any] = {
+    "what": Literal["a part of results of gfldeploy predict"],
+    "part": str,
+    **_NOTED,
+    "listed": int,
+    "classes": [str],
+    "categories": tuple[CocoId | None, ...] | None,
+    "ids": tuple[CocoId, ...] | None,
+    "records": str,
+}
 # Inputs, spread evenly over all, whose headers say which shapes of batches are to come.
 _MOST_HEADERS = 4096
 # Batches, below which no engine is built for their own shapes alone: they take less time than the build.

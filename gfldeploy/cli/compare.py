@@ -55,9 +55,9 @@ class _Command(click.Command):
     is_flag=False,
     flag_value=DEFAULT_PERCENT,
     metavar="[PERCENT]",
-    help=f"Exit with 1 if a cell of A is slower in B by more than this (without a number: {DEFAULT_PERCENT:g}) beyond the "
-    "noise, through the network or from file to boxes; and if that is not known, as of a cell that B lacks, that failed there, or "
-    "that has too few samples.",
+    help=f"Exit with 1 if a cell of A is slower in B by more than this (without a number: {DEFAULT_PERCENT:g}) and "
+    "than the noise, through the network or from file to boxes; and if that is not known, as of a cell that B lacks, that "
+    "failed there, or that has too few samples.",
 )
 @options.JSON
 def command(

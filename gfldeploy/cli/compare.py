@@ -56,8 +56,8 @@ class _Command(click.Command):
     flag_value=DEFAULT_PERCENT,
     metavar="[PERCENT]",
     help=f"Exit with 1 if a cell of A is slower in B by more than this (without a number: {DEFAULT_PERCENT:g}) and "
-    "than the noise, through the network or from file to boxes; and if that is not known, as of a cell that B lacks, that "
-    "failed there, or that has too few samples.",
+    "than the noise, through the network or from file to boxes; and if that is not known, as of a cell that B lacks, "
+    "that failed there, or that has too few samples.",
 )
 @options.JSON
 def command(

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from gfldeploy.inspection import inspect as inspect
     from gfldeploy.inspection import verify as verify
     from gfldeploy.load.session import load_server as load_server
+    from gfldeploy.predict.live import LiveFrame as LiveFrame
+    from gfldeploy.predict.live import LiveSource as LiveSource
+    from gfldeploy.predict.outputs import LiveSummary as LiveSummary
     from gfldeploy.predict.outputs import PredictResults as PredictResults
     from gfldeploy.predict.parts import merge_parts as merge_parts
     from gfldeploy.predict.session import predict_images as predict_images
@@ -94,7 +97,8 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.gates": ("Gate", "accuracy_gate", "padding_gate", "speed_gate"),
     "gfldeploy.inspection": ("inspect", "verify"),
     "gfldeploy.load.session": ("load_server",),
-    "gfldeploy.predict.outputs": ("PredictResults",),
+    "gfldeploy.predict.live": ("LiveFrame", "LiveSource"),
+    "gfldeploy.predict.outputs": ("LiveSummary", "PredictResults"),
     "gfldeploy.predict.parts": ("merge_parts",),
     "gfldeploy.predict.session": ("predict_images",),
     "gfldeploy.progress": ("SILENT", "Progress"),

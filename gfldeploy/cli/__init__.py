@@ -40,7 +40,7 @@ _COMMANDS = {
     "analyze": ("gfldeploy.cli.analyze", "Say why images take longer in larger batches, or no less."),
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
     "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
-    "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, and videos."),
+    "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, videos and live sources."),
     "merge": ("gfldeploy.cli.merge", "Make the results of one run from parts that many machines did."),
     "serve": ("gfldeploy.cli.serve", "Serve detections over HTTP."),
     "triton": ("gfldeploy.cli.triton", "Write a model repository for Triton Inference Server."),

@@ -27,12 +27,11 @@ from gfldeploy.files import (
     writing,
 )
 from gfldeploy.images.coco import CocoId
-from gfldeploy.predict.outputs import PredictResults, write_outputs
+from gfldeploy.predict.outputs import NOTE, PredictResults, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import Records, differences, read_header
 from gfldeploy.predict.session import (
     HARDWARE,
-    NOTE,
     PART,
     RECORDS,
     detection_of,

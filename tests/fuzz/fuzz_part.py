@@ -12,8 +12,9 @@ from pathlib import Path
 
 import mutations
 
+from gfldeploy.predict.outputs import NOTE
 from gfldeploy.predict.parts import merge_parts
-from gfldeploy.predict.session import NOTE, PART, RECORDS
+from gfldeploy.predict.session import PART, RECORDS
 
 _QUESTION = {
     "bundle": "ab" * 32,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gfldeploy.bench.results import BenchResults as BenchResults
     from gfldeploy.bench.session import benchmark as benchmark
     from gfldeploy.bundle import Bundle as Bundle
-    from gfldeploy.detections import DetectionOptions as DetectionOptions
+    from gfldeploy.detection_options import DetectionOptions as DetectionOptions
     from gfldeploy.detections import Detections as Detections
     from gfldeploy.detector import Detector as Detector
     from gfldeploy.doctor import Diagnosis as Diagnosis
@@ -38,15 +38,23 @@ if TYPE_CHECKING:
     from gfldeploy.errors import UnsupportedError as UnsupportedError
     from gfldeploy.errors import UsageError as UsageError
     from gfldeploy.export.exporter import export_bundle as export_bundle
+    from gfldeploy.gates import Gate as Gate
+    from gfldeploy.gates import accuracy_gate as accuracy_gate
+    from gfldeploy.gates import padding_gate as padding_gate
+    from gfldeploy.gates import speed_gate as speed_gate
     from gfldeploy.inspection import inspect as inspect
     from gfldeploy.inspection import verify as verify
     from gfldeploy.load.session import load_server as load_server
+    from gfldeploy.predict.live import LiveFrame as LiveFrame
+    from gfldeploy.predict.live import LiveSource as LiveSource
+    from gfldeploy.predict.outputs import LiveSummary as LiveSummary
     from gfldeploy.predict.outputs import PredictResults as PredictResults
     from gfldeploy.predict.parts import merge_parts as merge_parts
     from gfldeploy.predict.session import predict_images as predict_images
     from gfldeploy.progress import SILENT as SILENT
     from gfldeploy.progress import Progress as Progress
     from gfldeploy.quant.quantizer import quantize_bundle as quantize_bundle
+    from gfldeploy.schemas import schema as schema
     from gfldeploy.serve.session import serve_detector as serve_detector
     from gfldeploy.triton.repository import triton_repository as triton_repository
     from gfldeploy.tune.deploy_file import Deploy as Deploy
@@ -66,7 +74,8 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.bench.results": ("BenchResults",),
     "gfldeploy.bench.session": ("benchmark",),
     "gfldeploy.bundle": ("Bundle",),
-    "gfldeploy.detections": ("DetectionOptions", "Detections"),
+    "gfldeploy.detection_options": ("DetectionOptions",),
+    "gfldeploy.detections": ("Detections",),
     "gfldeploy.detector": ("Detector",),
     "gfldeploy.doctor": ("Diagnosis", "diagnose"),
     "gfldeploy.errors": (
@@ -86,13 +95,16 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "UsageError",
     ),
     "gfldeploy.export.exporter": ("export_bundle",),
+    "gfldeploy.gates": ("Gate", "accuracy_gate", "padding_gate", "speed_gate"),
     "gfldeploy.inspection": ("inspect", "verify"),
     "gfldeploy.load.session": ("load_server",),
-    "gfldeploy.predict.outputs": ("PredictResults",),
+    "gfldeploy.predict.live": ("LiveFrame", "LiveSource"),
+    "gfldeploy.predict.outputs": ("LiveSummary", "PredictResults"),
     "gfldeploy.predict.parts": ("merge_parts",),
     "gfldeploy.predict.session": ("predict_images",),
     "gfldeploy.progress": ("SILENT", "Progress"),
     "gfldeploy.quant.quantizer": ("quantize_bundle",),
+    "gfldeploy.schemas": ("schema",),
     "gfldeploy.serve.session": ("serve_detector",),
     "gfldeploy.triton.repository": ("triton_repository",),
     "gfldeploy.tune.deploy_file": ("Deploy", "check_deploy"),

@@ -11,13 +11,15 @@ from typing import cast
 
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bench.cpu_parity import CpuCheck
-from gfldeploy.detections import DetectionOptions, Detections
+from gfldeploy.detection_options import DetectionOptions
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
+from gfldeploy.predict.live import LiveFrame, LiveSource, live_frames
 from gfldeploy.predict.pipeline import Found, detect_groups, in_order
-from gfldeploy.predict.sources import ColorOrder, Image, is_one_image, picture_of
+from gfldeploy.predict.sources import ColorOrder, Image, Picture, is_one_image, picture_of
 from gfldeploy.progress import Silent
 
 _BATCHES_AHEAD = 4
@@ -232,3 +234,39 @@ class Detector(ClosesOnExit):
             for found in in_order([(found.index, found) for found in group] for group in groups):
                 kept = found.detections and found.detections.select(shown.places(found.detections))
                 yield replace(found, detections=kept)
+
+    def live(self, source: LiveSource, *, threshold: float | None = None) -> Generator[LiveFrame]:
+        """Detect in the newest frames of a camera or a stream; those that come meanwhile are dropped and counted.
+
+        From reading a frame to its detections it takes no longer than two frames of the detector take. The next frame
+        is detected in while you handle this one. The source ends with the iteration.
+
+        Args:
+            source: The camera or the stream.
+            threshold: As for `detect`.
+
+        Yields:
+            Frames, each with its detections, until the source ends: `source.error` then says why.
+
+        Raises:
+            EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
+        """
+
+        detection = self.choice.detection
+        shown = detection.shown(self.classes, threshold)
+        manifest = self.choice.bundle.manifest.turned(detection, threshold)
+
+        def detect(pictures: Iterable[Picture]) -> Generator[list[Found]]:
+            return detect_groups(
+                self._engine,
+                manifest,
+                pictures,
+                order="listed",
+                streams=self.choice.options.streams,
+                check=self._check,
+                cut=None if self._tiling is None else InTiles(self._tiling, self.choice.batch_size),
+            )
+
+        with closing(live_frames(source, detect, self.choice.options.streams)) as frames:
+            for frame in frames:
+                yield replace(frame, detections=frame.detections.select(shown.places(frame.detections)))

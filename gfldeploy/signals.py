@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,35 @@ def terminate_as_interrupt(before: object = None) -> Iterator[None]:
         yield
     finally:
         _blocks.pop()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def asked_to_stop(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM calls `stop`, for work that ends by being asked to; one later than that interrupts.
+
+    Does nothing outside the main thread.
+    """
+    previous: dict[int, Any] = {}
+    asked: list[float] = []
+
+    def handle(number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not asked:
+            asked.append(now)
+            stop()
+        elif now - asked[0] >= _STOPPING_S:
+            previous[number](number, frame)
+
+    if _is_main_thread():
+        for number in STOP_SIGNALS:
+            if callable(handler := signal.getsignal(number)):
+                previous[number] = handler
+                signal.signal(number, handle)
+    try:
+        yield
+    finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -23,7 +23,7 @@ from gfldeploy.signals import interrupt_again, terminate_as_interrupt, was_inter
 
 EXIT_CODES = (
     ("0", "done"),
-    ("1", "done, but predict could not read some images, or compare --fail-if-slower found something slower"),
+    ("1", "done, but predict could not read some images, or a gate failed: --min-map, --fail-if-slower, --max-padding"),
     ("2", "not done: one line says what is wrong, and what to do about it"),
     ("70", "a bug, with its traceback"),
     ("130", "interrupted, by Ctrl-C or SIGTERM"),
@@ -40,13 +40,14 @@ _COMMANDS = {
     "analyze": ("gfldeploy.cli.analyze", "Say why images take longer in larger batches, or no less."),
     "bench": ("gfldeploy.cli.bench", "Measure engines, precisions and batch sizes side by side."),
     "tune": ("gfldeploy.cli.tune", "Find the fastest configuration that keeps the bounds you set."),
-    "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, and videos."),
+    "predict": ("gfldeploy.cli.predict", "Detect in images, folders of them, videos and live sources."),
     "merge": ("gfldeploy.cli.merge", "Make the results of one run from parts that many machines did."),
     "serve": ("gfldeploy.cli.serve", "Serve detections over HTTP."),
     "triton": ("gfldeploy.cli.triton", "Write a model repository for Triton Inference Server."),
     "load": ("gfldeploy.cli.load", "Send images to a running server, and measure its answers."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "report": ("gfldeploy.cli.report", "Turn a results file into one HTML page."),
+    "schema": ("gfldeploy.cli.schema", "Print the JSON Schema of a file that gfldeploy writes."),
     "doctor": ("gfldeploy.cli.doctor", "Show what works on this machine, and why the rest does not."),
 }
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from gfldeploy.detections import DEFAULT_THRESHOLD
+from gfldeploy.detection_options import DEFAULT_THRESHOLD
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES
@@ -57,6 +57,16 @@ class SourceType(PathType):
             self.fail(str(error), param, ctx)
 
 
+class InputType(SourceType):
+    """The same, or a camera or a stream."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from gfldeploy.predict.live import is_live
+
+        text = os.fsdecode(value)
+        return text if is_live(text) else super().convert(value, param, ctx)
+
+
 class FiniteFloat(click.FloatRange):
     """A number in a range: NaN and infinity, which pass every comparison or fail it silently, are none."""
 
@@ -81,6 +91,7 @@ class WholeNumber(click.IntRange):
 
 PATH = PathType(path_type=Path)
 SOURCE = SourceType(path_type=Path)
+INPUT = InputType(path_type=Path)
 DIRECTORY = PathType(path_type=Path, file_okay=False)
 FILE = PathType(path_type=Path, dir_okay=False)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("predict")
 @click.argument("source", metavar="BUNDLE|deploy.yml", type=options.PATH)
-@click.argument("inputs", nargs=-1, metavar="INPUT...", type=options.SOURCE)
+@click.argument("inputs", nargs=-1, metavar="INPUT...", type=options.INPUT)
 @options.output("Folder to write the results to, here or at an address of a filesystem.", type=options.SOURCE)
 @click.option(
     "--input-list",
@@ -52,8 +52,21 @@ if TYPE_CHECKING:
     "any scheduler. `gfldeploy merge` makes the results of all parts.",
 )
 @options.group(*options.RAY)
+@click.option(
+    "--duration",
+    type=options.FiniteFloat(0, min_open=True),
+    metavar="SECONDS",
+    show_default="until Ctrl-C or SIGTERM",
+    help="Stop a live source after this time.",
+)
+@click.option(
+    "--reconnects",
+    type=options.WholeNumber(0),
+    show_default="10",
+    help="How often to try to make a lost connection of a live source again before it gives a frame.",
+)
 def command(output: Path | str, **given: Any) -> int:
-    """Detect in images, folders of them, and videos.
+    """Detect in images, folders of them, and videos, or in a live source.
 
     INPUT and OUTPUT may be addresses of filesystems: s3://, gs://, hdfs:// and file://. Credentials are found as by the
     filesystem's own tools. A connection that breaks is tried again; a store that does not answer ends the command.
@@ -72,6 +85,10 @@ def command(output: Path | str, **given: Any) -> int:
     With a deploy.yml, options that are not given are as in that file. An interrupted or killed command resumes where it
     stopped when it is run again, and writes the same bytes.
 
+    A live source is the only INPUT: the number of a camera, or the address of a stream (rtsp://, http://, https://).
+    The newest frame is detected in, those that come meanwhile are dropped. It goes on until Ctrl-C, SIGTERM or
+    --duration stop it, or it is gone, and OUTPUT then has detections.jsonl, without coco.json and images.json.
+
     \b
     Example: gfldeploy predict gfl_r50_int8 images/ --output found --draw
     """
@@ -84,13 +101,14 @@ def command(output: Path | str, **given: Any) -> int:
     found = predict_images(**given, output=output, progress=TerminalProgress())
     report(found, time.monotonic() - start)
     click.echo(str(output))
-    return 1 if found.failed else 0
+    return 1 if found.failed or (found.live is not None and found.live.error) else 0
 
 
 def report(summary: PredictResults, seconds: float) -> None:
     """Say what was found."""
+    live = summary.live
     click.echo(
-        f"{summary.images:,} images"
+        f"{summary.images:,} {'images' if live is None else f'frames of {live.name}'}"
         + (f" ({summary.kept:,} of them by an earlier run)" if summary.kept else "")
         + f" in {seconds:.1f} s, {summary.detections:,} detections"
         + (f" with a score of at least {summary.lowest:g}" if summary.lowest else "")
@@ -98,6 +116,15 @@ def report(summary: PredictResults, seconds: float) -> None:
         + (":" if summary.reasons else ""),
         err=True,
     )
+    if live is not None:
+        median, longest = (f"{1e3 * one:.3g} ms" for one in live.latency_s)
+        click.echo(
+            f"  {live.dropped:,} frames dropped, {live.reconnects:,} reconnects; "
+            f"from reading a frame to its detections {median} (median), {longest} (longest)",
+            err=True,
+        )
+        if live.error:
+            click.echo(f"  {live.error}", err=True)
     for reason in summary.reasons:
         click.echo(f"  {reason}", err=True)
     if summary.reasons and (more := summary.failed - len(summary.reasons)):

@@ -8,13 +8,14 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.errors import OutputError
 from gfldeploy.files import writing
 from gfldeploy.images.decode import load_cv2, read_image
@@ -29,6 +30,10 @@ from gfldeploy.text import first_of
 _QUALITY = 92
 _DEFAULT_RATE = 25.0  # frames a second of a video that does not say
 _PLAYED = ("avc1", "vp09")  # by browsers too: H.264, VP9
+_LIVE_CODECS = ("avc1", "mp4v")  # OpenCV's VP9 takes longer for a frame than there is
+_MOST_LIVE_RATE = 30.0
+_FRAMES_OF_RATE = 6
+_LONGEST_LIVE_S, _LONGEST_PAUSE_S = 300.0, 2.0
 _MOST_STEM_BYTES = 200
 _MOST_SHOWN = 5  # characters that a note names
 _GOLDEN = 0.618034  # steps around the circle of hues that stay apart from one another
@@ -100,14 +105,82 @@ def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
     return notes
 
 
-def _video_writer(path: Path, rate: float, size: tuple[int, int]) -> tuple[Any, str | None]:
+class LiveVideo(ClosesOnExit):
+    """The drawn frames of a live source as videos, `NUMBER-STEM.mp4` by the line of their first frame, from 1.
+
+    They play in real time: a frame is shown until the next one. The rate is about that of the first frames, so that few
+    are written twice. A video that is not closed cannot be played: a new one begins every five minutes, and after a
+    pause.
+    """
+
+    def __init__(self, directory: Path, stem: str) -> None:
+        """`stem`: ASCII."""
+        self._directory, self._stem = directory, stem[:_MOST_STEM_BYTES]
+        self._writer: Any = None
+        self._partial = self._target = directory
+        self._number, self._began, self._rate = 0, 0.0, _DEFAULT_RATE
+        self._waiting: list[tuple[float, NDArray[np.uint8]]] = []  # when they were read, and BGR
+
+    def add(self, number: int, time_s: float, pixels: NDArray[np.uint8], detections: Sequence[Record]) -> None:
+        """A frame, RGB uint8 [h, w, 3], read at a time, and what to draw. Raises `OutputError` and `OSError`."""
+        import cv2
+
+        drawn = np.asarray(cv2.cvtColor(draw_boxes(pixels, detections), cv2.COLOR_RGB2BGR), np.uint8)
+        if self._waiting:
+            before, last = self._waiting[-1]
+            paused = time_s - before > _LONGEST_PAUSE_S or time_s - self._began > _LONGEST_LIVE_S
+            if paused or drawn.shape != last.shape:
+                self.close()
+        if not self._waiting:
+            self._number, self._began = number, time_s
+        self._waiting.append((time_s, drawn))
+        if self._writer is not None or len(self._waiting) == _FRAMES_OF_RATE:
+            self._write()
+
+    def close(self) -> None:
+        """End the video. Raises as `add`."""
+        if self._waiting:
+            self._write()
+            self._writer.write(self._waiting[-1][1])
+            self._writer.release()
+            rename(self._partial, self._target)
+        self._writer = None
+        self._waiting = []
+
+    def _write(self) -> None:
+        """Those whose next one is known."""
+        if self._writer is None:
+            self._open()
+        for (time_s, drawn), (following_s, _) in pairwise(self._waiting):
+            for _ in range(self._place(time_s), self._place(following_s)):
+                self._writer.write(drawn)
+        del self._waiting[:-1]
+
+    def _place(self, time_s: float) -> int:
+        return round((time_s - self._began) * self._rate)
+
+    def _open(self) -> None:
+        (first_s, drawn), (last_s, _) = self._waiting[0], self._waiting[-1]
+        if last_s > first_s:
+            self._rate = min(max((len(self._waiting) - 1) / (last_s - first_s), 1.0), _MOST_LIVE_RATE)
+        self._target = self._directory / f"{self._number:06d}-{self._stem}.mp4"
+        self._partial = self._directory / f".{self._number:06d}.mp4"
+        size = (drawn.shape[1], drawn.shape[0])
+        self._writer, codec = _video_writer(self._partial, self._rate, size, _LIVE_CODECS)
+        if codec is None:
+            raise OutputError(f"OpenCV cannot write {self._target}", "Leave --draw out, or free some space.")
+
+
+def _video_writer(
+    path: Path, rate: float, size: tuple[int, int], codecs: Sequence[str] = (*_PLAYED, "mp4v")
+) -> tuple[Any, str | None]:
     """A `cv2.VideoWriter`, and the first codec that this OpenCV has, or None. The name of `path` is ASCII."""
     cv2 = load_cv2()
     with folder_path(path.parent) as folder:
         if folder is None:
             return cv2.VideoWriter(), None
         name = f"{folder}/{path.name}"
-        for codec in (*_PLAYED, "mp4v"):
+        for codec in codecs:
             fourcc = cv2.VideoWriter_fourcc(*codec)
             writer, _ = heard(functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size))
             if writer.isOpened():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, Shown
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions, Shown
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit
-from gfldeploy.files import writing
+from gfldeploy.files import write_json, writing
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.pipeline import Found
 from gfldeploy.storage import Source
@@ -21,7 +22,34 @@ from gfldeploy.storage import Source
 DETECTIONS = "detections.jsonl"
 COCO = "coco.json"
 IMAGES = "images.json"
+NOTE = "predict.json"
+PICTURES = "pictures"
+WHAT = "results of gfldeploy predict"
+# In the folder of unfinished work: the working file, and what becomes the output.
+WORKING, RESULTS = "working.jsonl", "results"
+# What is in the folder of unfinished work.
+MADE = (
+    r"(?s)working\.jsonl|"
+    r"results/((detections\.jsonl|coco\.json|images\.json|predict\.json|records\.jsonl)?|pictures/(\.?\d{6,}[-.].*)?)"
+)
 _MOST_REASONS = 3
+
+# What the files hold, for their schemas: a line of `detections.jsonl`, with detections or with an error; the list in
+# `coco.json`; the object in `images.json`.
+_NAMED = {"file": str, "frame?": int, "time_s?": float}
+_LIVE = {"time?": str, "dropped?": int, "latency_s?": float}
+_BOX = tuple[float, float, float, float]
+_DETECTION = {"class": str, "class_id": int, "score": float, "bbox": _BOX}
+DETECTED = (
+    {**_NAMED, **_LIVE, "width": int, "height": int, "detections": [_DETECTION], "may_lack_below?": float},
+    {**_NAMED, "error": str},
+)
+COCO_RESULTS = [{"image_id": CocoId, "category_id": CocoId, "bbox": _BOX, "score": float}]
+LISTED_IMAGES = {
+    "images": [{"id": int, "file_name": str, "width": int, "height": int}],
+    "categories": [{"id": int, "name": str}],
+    "annotations": [Any],
+}
 
 
 # One image's line in the result, or a detection in it, ready for JSON.
@@ -35,7 +63,7 @@ class PredictResults:
     `images`, `failed`: how many. `reasons`: of the first failures. `detections`: those in `detections.jsonl`. `kept`:
     images that an earlier run had done. `incomplete`: images whose detections may be missing or differ, since the
     bundle decodes only so many anchors; `lack_below`: the highest score of such a detection. `lowest`: the lowest
-    score that a detection can have in `detections.jsonl`.
+    score that a detection can have in `detections.jsonl`. `live`: of a live source.
     """
 
     images: int
@@ -46,6 +74,24 @@ class PredictResults:
     incomplete: int = 0
     lack_below: float = 0.0
     lowest: float = 0.0
+    live: LiveSummary | None = None
+
+
+@dataclass(frozen=True)
+class LiveSummary:
+    """What `PredictResults` says of a live source beside its frames, `images`.
+
+    `name`: its address without user name, password and query. `dropped`: frames that were read and not detected in, as
+    newer ones came. `reconnects`: how often the connection was lost and made again. `latency_s`: from reading a frame
+    to having its detections, the median (to 1%) and the longest of this run. `error`: why the source ended by itself;
+    None if it was stopped.
+    """
+
+    name: str
+    dropped: int
+    reconnects: int
+    latency_s: tuple[float, float]
+    error: str | None
 
 
 @dataclass
@@ -74,6 +120,11 @@ class Summary:
             self.incomplete += 1
             self.lack_below = max(self.lack_below, one.detections.may_lack_below)
         return shown
+
+    def lacking(self, one: Found) -> Record:
+        """What a line says of them."""
+        assert one.detections is not None
+        return {"may_lack_below": one.detections.may_lack_below} if self.shown.lacks(one.detections) else {}
 
     def results(self, kept: int = 0) -> PredictResults:
         """As `predict` returns it; `kept`: images that an earlier run had done."""
@@ -104,7 +155,7 @@ def write_outputs(
     order, and `images.json` lists them in the format of annotations. Raises `OutputError` about `target`, by default
     the directory, also if one of the files exists.
     """
-    heads = [f'{{"class": {json.dumps(name)}, "class_id": {number}, ' for number, name in enumerate(classes)]
+    heads = _heads(classes)
     categories: Sequence[CocoId | None] = category_ids or range(1, len(classes) + 1)
     named_ids = [None if one is None else f'"category_id": {json.dumps(one)}, "bbox": [' for one in categories]
     summary = Summary(detection.shown(classes))
@@ -126,16 +177,8 @@ def write_outputs(
                 continue
             height, width = one.size
             rows, labels = _rows(one.detections), one.detections.classes.tolist()
-            entries = []
-            for place in shown:
-                x, y, w, h, score = rows[place]
-                entries.append(f'{heads[labels[place]]}"score": {score}, "bbox": [{x}, {y}, {w}, {h}]}}')
-            text = (
-                f'{json.dumps({**line, "width": width, "height": height})[:-1]}, "detections": [{", ".join(entries)}]'
-            )
-            if summary.shown.lacks(one.detections):
-                text += f', "may_lack_below": {json.dumps(one.detections.may_lack_below)}'
-            lines.write(text + "}\n")
+            line |= {"width": width, "height": height}
+            lines.write(_line(line, [(heads[labels[place]], *rows[place]) for place in shown], summary.lacking(one)))
             image_id: CocoId = index + 1 if image_ids is None else image_ids[index]
             if listed is not None:
                 name = one.name + (f"#{one.frame}" if "frame" in line else "")
@@ -149,6 +192,27 @@ def write_outputs(
                 ]
             )
     return summary.results()
+
+
+def live_line(line: Record, one: Found, summary: Summary, classes: Sequence[str]) -> str:
+    """The line of a frame of a live source, which begins with `line`; it is taken into the summary."""
+    assert one.detections is not None and one.size is not None
+    shown, heads = summary.add(one), _heads(classes)
+    rows, labels = _rows(one.detections), one.detections.classes.tolist()
+    line |= {"width": one.size[1], "height": one.size[0]}
+    return _line(line, [(heads[labels[place]], *rows[place]) for place in shown], summary.lacking(one))
+
+
+def _heads(classes: Sequence[str]) -> list[str]:
+    """How a detection of each class begins."""
+    return [f'{{"class": {json.dumps(name)}, "class_id": {number}, ' for number, name in enumerate(classes)]
+
+
+def _line(line: Record, shown: Iterable[tuple[Any, ...]], more: Record) -> str:
+    """A line of `detections.jsonl`: `line`, the detections as beginnings and numbers, `more`."""
+    entries = ", ".join(f'{head}"score": {score}, "bbox": [{x}, {y}, {w}, {h}]}}' for head, x, y, w, h, score in shown)
+    text = f'{json.dumps(line)[:-1]}, "detections": [{entries}]'
+    return f"{text}, {json.dumps(more)[1:]}\n" if more else f"{text}}}\n"
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -205,3 +269,10 @@ def _rows(detections: Detections) -> list[tuple[Any, ...]]:
     numbers[:, 2:4] -= numbers[:, :2]
     rows = list(map(tuple, numbers.tolist()))
     return rows if np.isfinite(numbers).all() else [tuple(map(json.dumps, row)) for row in rows]
+
+
+def write_note(
+    results: Path, what: str, question: Mapping[str, Any], summary: PredictResults, more: Mapping[str, Any]
+) -> None:
+    counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
+    write_json(results / NOTE, {"what": what, **question, **counts, **more})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.errors import DataError, GfldeployError, reading
 from gfldeploy.files import (
     StrPath,
@@ -27,12 +27,11 @@ from gfldeploy.files import (
     writing,
 )
 from gfldeploy.images.coco import CocoId
-from gfldeploy.predict.outputs import PredictResults, write_outputs
+from gfldeploy.predict.outputs import NOTE, PredictResults, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import Records, differences, read_header
 from gfldeploy.predict.session import (
     HARDWARE,
-    NOTE,
     PART,
     RECORDS,
     detection_of,

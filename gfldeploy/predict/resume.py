@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -190,7 +191,7 @@ class WorkingFile(Records):
             undo.callback(super().close)
             line = self._lines.readline(_MOST_BYTES)
             kept = 0
-            if (header := _parsed(line)) is not None and self._is_same(header, question, anew):
+            if (header := _parsed(line)) is not None and _is_same(path, header, question, anew):
                 kept = self.read(len(line))
             self._file.seek(kept)
             self._file.truncate()
@@ -247,22 +248,45 @@ class WorkingFile(Records):
         self._append(_encoded({"shard": shard, "bad": bad}))
         self._again(shard, bad)
 
-    def _is_same(self, header: Mapping[str, Any], question: Mapping[str, Any], anew: bool) -> bool:
-        """Whether the file is of the question; False for one to begin again. Raises `OutputError`."""
-        folder = self.path.parent
-        if header.get("form") != _FORM and not anew:
-            raise OutputError(f"{folder} is of an unfinished run of another version of gfldeploy", _ANEW.capitalize())
-        if (other := differences(header, {"form": _FORM, **question})) and not anew:
-            raise OutputError(
-                f"{folder} is of an unfinished run with other {', '.join(other)}",
-                f"Give the same command to resume it, or {_ANEW}",
-            )
-        return not other
-
     def _append(self, line: bytes) -> None:
         with writing(self.path):
             self._position += self._file.write(line)
             self._file.flush()
+
+
+def begin_question(path: Path, question: Mapping[str, Any], *, anew: bool = False) -> tuple[str, bool]:
+    """A working file of a question alone: when it was begun, UTC, and whether that was an earlier run.
+
+    `anew`, and what is raised: as for `WorkingFile`.
+    """
+    with writing(path), open_own(path) as file:
+        header = _parsed(file.readline(_MOST_BYTES))
+        if header is not None and _is_same(path, header, question, anew, ("began",)):
+            return str(header.get("began")), True
+        began = datetime.now(UTC).isoformat(timespec="microseconds")
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"form": _FORM, **question, "began": began}).encode() + b"\n")
+    return began, False
+
+
+def _is_same(
+    path: Path, header: Mapping[str, Any], question: Mapping[str, Any], anew: bool, besides: Sequence[str] = ()
+) -> bool:
+    """Whether the file is of the question; False for one to begin again. Raises `OutputError`.
+
+    `besides`: what else is in the header.
+    """
+    folder = path.parent
+    if header.get("form") != _FORM and not anew:
+        raise OutputError(f"{folder} is of an unfinished run of another version of gfldeploy", _ANEW.capitalize())
+    known = {key: value for key, value in header.items() if key not in besides}
+    if (other := differences(known, {"form": _FORM, **question})) and not anew:
+        raise OutputError(
+            f"{folder} is of an unfinished run with other {', '.join(other)}",
+            f"Give the same command to resume it, or {_ANEW}",
+        )
+    return not other
 
 
 def read_header(file: IO[bytes]) -> tuple[Entry, int]:
@@ -278,7 +302,12 @@ def read_header(file: IO[bytes]) -> tuple[Entry, int]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of what differs between two questions, the first as it was read."""
     now = json.loads(json.dumps(now))
-    return [key.replace("_", " ") for key in {**before, **now} if before.get(key) != now.get(key)]
+    different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if "detection" in different:  # of which each part is an option
+        parts = [part if isinstance(part := one.get("detection", {}), dict) else {} for one in (before, now)]
+        place = different.index("detection")
+        different[place : place + 1] = differences(*parts) or ["detection"]
+    return [key.replace("_", " ") for key in different]
 
 
 def plain_batch(batch: Sequence[Found]) -> list[Entry]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.batching.tiles import InTiles, Tiling
-from gfldeploy.detections import DetectionOptions
-from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.detection_options import DetectionOptions
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
@@ -31,14 +31,26 @@ from gfldeploy.files import (
     read_json,
     sha256,
     unfinished_beside,
-    write_json,
     writing,
 )
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.draw import draw_all, drawing_notes
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
-from gfldeploy.predict.outputs import DETECTIONS, PredictResults, Summary, write_outputs
+from gfldeploy.predict.live import RECONNECTS, is_live, shown_address
+from gfldeploy.predict.outputs import (
+    DETECTIONS,
+    MADE,
+    NOTE,
+    PICTURES,
+    RESULTS,
+    WHAT,
+    WORKING,
+    PredictResults,
+    Summary,
+    write_note,
+    write_outputs,
+)
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import WorkingFile, differences, plain_batch
 from gfldeploy.predict.shards import ShardJob, Shards, ShardTask, ShardWorker, shard_shapes
@@ -51,20 +63,59 @@ from gfldeploy.storage import Inputs, Source, Url, source_of
 if TYPE_CHECKING:  # a third of the time until an interruption is answered
     from gfldeploy.cluster.ray_cluster import ClusterOptions
 
-NOTE = "predict.json"
-PICTURES = "pictures"
 RECORDS = "records.jsonl"  # of a part: the working file, which `merge_parts` reads
 _NOT_ASKED = ("what", "images", "failed", "detections", "records", "files")  # of a note, what no question says
 HARDWARE = ("processor", "gpus")  # what the parts of one run need not have in common: it is recorded
-_WORKING = "working.jsonl"
-WHAT = "results of gfldeploy predict"
 PART = f"a part of {WHAT}"
-_RESULTS = "results"  # what becomes the output
-# What is in the folder of unfinished work.
-_MADE = (
-    r"(?s)working\.jsonl|"
-    r"results/((detections\.jsonl|coco\.json|images\.json|predict\.json|records\.jsonl)?|pictures/(\.?\d{6,}-.*)?)"
-)
+# What the note says, for its schema: the question (`_question`), and what came of it.
+_NOTED: Mapping[str, Any] = {
+    "bundle": str,
+    "engine": str,
+    "precision": Precision,
+    "device": Device,
+    "threads": int,
+    "streams": int,
+    "batch_size": int,
+    "order": Order,
+    "input_size?": Size,
+    "tile?": Size,
+    "overlap?": float,
+    "shapes?": [Shape],
+    "threshold": float,
+    "detection?": DetectionOptions,
+    "draw_threshold": float | None,
+    "decoding": Literal["exact", "reduced"],
+    "annotations": str | None,
+    "inputs": str,
+    "processor": str | tuple[str, ...],
+    "tf32?": bool,
+    "gpus?": [Any],
+    "software": {str: str},
+    "images": int,
+    "failed": int,
+    "detections": int,
+    "files": [str],
+}
+# Of a live source.
+_LIVE_NOTED: Mapping[str, Any] = {
+    "live?": str,
+    "began?": str,
+    "dropped?": int,
+    "reconnects?": int,
+    "latency_s?": tuple[float, float],
+    "ended?": str | None,
+}
+RESULTS_NOTE: Mapping[str, Any] = {"what": Literal["results of gfldeploy predict"], **_NOTED, **_LIVE_NOTED}
+PART_NOTE: Mapping[str, Any] = {
+    "what": Literal["a part of results of gfldeploy predict"],
+    "part": str,
+    **_NOTED,
+    "listed": int,
+    "classes": [str],
+    "categories": tuple[CocoId | None, ...] | None,
+    "ids": tuple[CocoId, ...] | None,
+    "records": str,
+}
 # Inputs, spread evenly over all, whose headers say which shapes of batches are to come.
 _MOST_HEADERS = 4096
 # Batches, below which no engine is built for their own shapes alone: they take less time than the build.
@@ -150,10 +201,12 @@ def predict_images(
     ray: str | None = None,
     workers: int | None = None,
     gpus_per_worker: float | None = None,
+    duration: float | None = None,
+    reconnects: int | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> PredictResults:
-    """Detect in images, folders of them, and videos, and write a folder of results in one step.
+    """Detect in images, folders of them, and videos, or a live source, and write a folder of results in one step.
 
     After an interruption the same call resumes where it stopped and writes the same files: finished batches are kept in
     a folder beside the output. An argument that is None is as in `deploy.yml`, or as `Detector` chooses for a bundle,
@@ -162,7 +215,8 @@ def predict_images(
     Args:
         source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote.
         inputs: Images, videos and folders of them, paths or addresses of filesystems (s3://, gs://, hdfs://, file://).
-            With `data`, the one folder in which its file names start, or none.
+            With `data`, the one folder in which its file names start, or none. Or one live source: the number of a
+            camera, or the address of a stream (rtsp://, http://), as for `LiveSource`.
         output: The folder to write, a path or an address: `detections.jsonl`, `coco.json`, `images.json`, and
             `pictures/` with `draw`.
         input_list: A text file that names a file on each line, a path or an address, beside `inputs`.
@@ -206,6 +260,9 @@ def predict_images(
         workers: How many workers; by default as many as the cluster has room for. Each takes `threads` times `streams`
             CPUs.
         gpus_per_worker: GPUs of one worker, by default 1 on GPUs and else 0.
+        duration: Stop a live source after so many seconds; otherwise it goes on until it is gone, or Ctrl-C or SIGTERM
+            stop it.
+        reconnects: How often to try to make a lost connection of a live source again, by default 10.
         force: Replace the output if gfldeploy made it, and what is left of another run.
         progress: Told of the engine that was chosen, of notes, and of the images that are done.
 
@@ -234,7 +291,25 @@ def predict_images(
         raise UsageError("tiles are cut out of all the pixels of an image", "Leave --decode fast out, or --tile.")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    given = [source_of(one) for one in ([inputs] if isinstance(inputs, str | os.PathLike) else inputs)]
+    named = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    live = next((text for one in named if is_live(text := os.fspath(one))), None)
+    if live is None and (duration, reconnects) != (None, None):
+        raise UsageError("a duration and reconnects are of a live source", "Give a camera or a stream as INPUT.")
+    given = [source_of(one) for one in named if live is None]
+    if live is not None:
+        others: dict[str, object] = {
+            "--data": data,
+            "--input-list": input_list,
+            "--shard": shard,
+            "--ray": ray,
+            "--workers": workers,
+            "--gpus-per-worker": gpus_per_worker,
+        }
+        if tiling is None and batch_size is not None and batch_size > 1:
+            others["--batch-size"] = batch_size  # of tiles it is the number
+        if found := [name for name, value in others.items() if value is not None] + ["other inputs"] * (len(named) > 1):
+            problem = f"{shown_address(live)} is a live source, which does not go with {', '.join(found)}"
+            raise UsageError(problem, "Give it as the only INPUT, without them.")
     listed = None if input_list is None else Path(input_list)
     folder = source_of(output)
     detection = DetectionOptions.of(
@@ -251,8 +326,8 @@ def predict_images(
         order,
         tf32,
         streams,
-        throughput=True,
-        small_batches=True,
+        throughput=live is None,  # of one after the other, each has all of the CPUs
+        small_batches=live is None,
         input_size=input_size,
         detection=detection,
     )
@@ -264,12 +339,14 @@ def predict_images(
         from gfldeploy.cluster.ray_cluster import ClusterOptions
 
         cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
-    dataset, files, notes = _inputs(given, listed, annotations, folder)
+    dataset, files, notes = (None, (), []) if live else _inputs(given, listed, annotations, folder)
     names = choice.bundle.manifest.classes
     if dataset is not None:
         notes += [*dataset.notes, *dataset.match(names).notes]
     if draw:
         notes += drawing_notes(names, any(map(is_video, files)))
+    if live is not None and tiling is None:
+        choice = replace(choice, batch_size=1)  # a frame does not wait for others
     for note in (*choice.notes, *notes):
         progress.note(note)
     progress.stage(str(choice))
@@ -278,7 +355,13 @@ def predict_images(
     request = _Request(
         choice, files, folder, dataset, drawn if draw else None, decode == "fast", force, shard, cluster, cut
     )
-    return _predict(request, progress)
+    if live is None:
+        return _predict(request, progress)
+    from gfldeploy.predict.recording import LiveRequest, record_live
+
+    question = {**_question(request), "live": shown_address(live)}
+    tries = RECONNECTS if reconnects is None else reconnects
+    return record_live(LiveRequest(choice, live, folder, question, request.draw, force, cut, duration, tries), progress)
 
 
 def _inputs(
@@ -328,10 +411,10 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
             raise
         progress.note(f"{request.output} is this part already: nothing is done again")
         return done
-    with unfinished_beside(request.output, "predict", _MADE) as unfinished:
+    with unfinished_beside(request.output, "predict", MADE) as unfinished:
         question = _question(request)
-        results = unfinished.directory / _RESULTS
-        path = unfinished.directory / _WORKING
+        results = unfinished.directory / RESULTS
+        path = unfinished.directory / WORKING
         with writing(request.output):
             if (results / RECORDS).exists() and not path.exists():  # killed between the last two steps of a part
                 (results / RECORDS).rename(path)
@@ -419,13 +502,6 @@ def finish_results(
         for done in draw_all(results / DETECTIONS, results / PICTURES, draw):
             progress.step("drawing", done, summary.images)
     write_note(results, WHAT, question, summary, {"files": files_below(results)})
-
-
-def write_note(
-    results: Path, what: str, question: Mapping[str, Any], summary: PredictResults, more: Mapping[str, Any]
-) -> None:
-    counts = {"images": summary.images, "failed": summary.failed, "detections": summary.detections}
-    write_json(results / NOTE, {"what": what, **question, **counts, **more})
 
 
 def _detected(request: _Request, unfinished: Unfinished, working: WorkingFile, progress: Progress) -> Generator[Found]:

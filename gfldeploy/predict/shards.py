@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.batching.tiles import InTiles
 from gfldeploy.bundle import Bundle, Manifest
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import is_compared, open_engine
 from gfldeploy.errors import BundleError
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import Found, PictureBatch, batches_of, detect_batches
-from gfldeploy.predict.sources import pictures
+from gfldeploy.predict.sources import Picture, pictures
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.storage import Source
 
@@ -195,6 +195,18 @@ class ShardWorker(ClosesOnExit):
         with closing(found):
             for batch in found:
                 yield numbers.popleft(), batch
+
+    def detect_pictures(self, images: Iterable[Picture]) -> Generator[list[Found]]:
+        """Pictures that come one by one, in order and each by itself; the rest as for `detect_shards`."""
+        job = self.job
+        return detect_batches(
+            self._engine,
+            self._manifest,
+            batches_of(images, self._manifest, 1, "listed", 0, job.cut),
+            check=self._check,
+            streams=self._options.streams,
+            cut=job.cut,
+        )
 
 
 def shard_shapes(

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import mutations
 
+from gfldeploy.predict.outputs import NOTE
 from gfldeploy.predict.parts import merge_parts
-from gfldeploy.predict.session import NOTE, PART, RECORDS
+from gfldeploy.predict.session import PART, RECORDS
 
 _QUESTION = {
     "bundle": "ab" * 32,
     "batch_size": 2,
     "threshold": 0.5,
+    "detection": {"class_thresholds": {"ball": 0.25}, "classes": ["0", "ball"], "keep_top_k": 3},
     "draw_threshold": None,
     "inputs": "cd" * 32,
     "part": "1/1",

@@ -137,12 +137,13 @@ def main() -> None:
         "--images", type=positive, default=32, metavar="N", help="to time, both orientations (default: 32)"
     )
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of timing a cell (default: 3)")
+    parser.add_argument("--count", type=positive, default=30, metavar="N", help="inferences at least (default: 30)")
     parser.add_argument("--engine-cache", type=Path, default=DEFAULT_ENGINE_CACHE, metavar="DIR")
     parser.add_argument("--output", type=Path, metavar="DIR", help="in place of results/MACHINE beside this script")
     parser.add_argument("--summary-of", type=Path, metavar="MODEL.json", help="write its summary anew, and stop")
     args = parser.parse_args()
     if args.dry_run:
-        args.batch_sizes, args.images, args.seconds = [1, 2], 4, 0.2
+        args.batch_sizes, args.images, args.seconds, args.count = [1, 2], 4, 0.2, 2
         args.engines = args.engines or ["onnxruntime"]
         args.output = args.output or args.materials / "dry-run"
     try:
@@ -259,7 +260,7 @@ def measure(
     for told in routes(capabilities(), device):
         progress.stage(told)
     opened, sizes = open_bundles(bundles), breadth_first(sorted(set(args.batch_sizes)))
-    settings = Settings(min_seconds=args.seconds, min_count=2 if args.dry_run else 30, max_seconds=2 * args.seconds)
+    settings = Settings(min_seconds=args.seconds, min_count=args.count, max_seconds=2 * args.seconds)
     machine = describe_machine()
 
     def part(file: Path, photos: Path, sizes: Sequence[int], scenarios: Sequence[Scenario]) -> Part:

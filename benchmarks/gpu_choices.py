@@ -5,14 +5,15 @@
 Each variant of the engine runs in a process of its own, on the same random images, and its outputs are held against
 those of the first:
 
-    as it is        a CUDA graph, and cuDNN's EXHAUSTIVE search: what the engine does where it knows the shape
+    as it is        a CUDA graph, and cuDNN's heuristic A (HEURISTIC): what the engine does
     no graph        the same without the graph
-    any shape       no graph, and the HEURISTIC search: what the engine does where it does not
-    default search  no graph, and the search DEFAULT
-    NHWC            as it is, with `prefer_nhwc`
+    heuristic B     as it is, with heuristic B (EXHAUSTIVE, ONNX Runtime's default, which searches no more)
+    NHWC            no graph, with `prefer_nhwc`; its sessions refuse graphs
     fused bias      as it is, with `fuse_conv_bias`
     two at once     as it is, two engines in two threads of one process, each with its own session and stream
     two processes   the same in two processes: the GPU takes turns between them
+    shapes          images of this size and of its other orientation by turns, in a session of its own for each
+    any shape       the same in the session for any shape, in which cuDNN plans anew at each turn
 
 Writes results/MACHINE/checks/NAME_choices.json beside this script, and prints the rows. `ms`: median of `infer`, copies
 included; `network`: the part of it between the copies; `first`: until the first outputs are there, with the session.
@@ -44,17 +45,31 @@ from gfldeploy.files import write_json
 from gfldeploy.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
-EXHAUSTIVE, GRAPH = {"cudnn_conv_algo_search": "EXHAUSTIVE"}, {"enable_cuda_graph": "True"}
-# By name: options of the provider where the shape is known; engines in a process; processes.
-VARIANTS: Mapping[str, tuple[Mapping[str, str], int, int]] = {
-    "as it is": ({**EXHAUSTIVE, **GRAPH}, 1, 1),
-    "no graph": ({**EXHAUSTIVE, "enable_cuda_graph": "False"}, 1, 1),
-    "any shape": ({"cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": "False"}, 1, 1),
-    "default search": ({"cudnn_conv_algo_search": "DEFAULT", "enable_cuda_graph": "False"}, 1, 1),
-    "NHWC": ({**EXHAUSTIVE, **GRAPH, "prefer_nhwc": "1"}, 1, 1),
-    "fused bias": ({**EXHAUSTIVE, **GRAPH, "fuse_conv_bias": "1"}, 1, 1),
-    "two at once": ({**EXHAUSTIVE, **GRAPH}, 2, 1),
-    "two processes": ({**EXHAUSTIVE, **GRAPH}, 1, 2),
+GRAPH, NO_GRAPH = {"enable_cuda_graph": "True"}, {"enable_cuda_graph": "False"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Options of the provider, engines in a process, processes; `turns`: images of both orientations; `sessions`:
+    whether shapes have their own."""
+
+    options: Mapping[str, str]
+    engines: int = 1
+    processes: int = 1
+    turns: bool = False
+    sessions: bool = True
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "as it is": Variant(GRAPH),
+    "no graph": Variant(NO_GRAPH),
+    "heuristic B": Variant({**GRAPH, "cudnn_conv_algo_search": "EXHAUSTIVE"}),
+    "NHWC": Variant({**NO_GRAPH, "prefer_nhwc": "1"}),
+    "fused bias": Variant({**GRAPH, "fuse_conv_bias": "1"}),
+    "two at once": Variant(GRAPH, engines=2),
+    "two processes": Variant(GRAPH, processes=2),
+    "shapes": Variant(GRAPH, turns=True),
+    "any shape": Variant(NO_GRAPH, turns=True, sessions=False),
 }
 WARMUP = 5
 HEADER = (
@@ -91,12 +106,14 @@ class Row:
         )
 
 
-def engine(bundle: Bundle, options: EngineOptions, altered: Mapping[str, str]) -> OnnxRuntimeEngine:
+def engine(bundle: Bundle, options: EngineOptions, variant: Variant) -> OnnxRuntimeEngine:
     """The engine with other options of its provider."""
-    own = dict(altered)
+    own = dict(variant.options)
 
     class Altered(OnnxRuntimeEngine):
         graph_options = own if own["enable_cuda_graph"] == "True" else {}
+        own_sessions = OnnxRuntimeEngine.own_sessions if variant.sessions else 0
+        later_sessions = OnnxRuntimeEngine.later_sessions if variant.sessions else 0
 
         def _choose_providers(self, bundle: Bundle) -> Providers:
             (first, given), *others = super()._choose_providers(bundle)
@@ -124,21 +141,24 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     """Run one variant in this process; its figures, and its outputs in a file."""
     bundle = Bundle.open(task["bundle"])
     batch, (height, width) = task["batch_size"], task["size"]
-    options = EngineOptions(task["precision"], "gpu", 2, shapes=((batch, height, width),))
-    given, _, _ = VARIANTS[task["variant"]]
+    variant = VARIANTS[task["variant"]]
+    sizes = [(height, width), (width, height)] if variant.turns else [(height, width)]
+    precision, tf32 = ("fp32", True) if task["precision"] == "tf32" else (task["precision"], False)
+    options = EngineOptions(precision, "gpu", 2, shapes=tuple((batch, *size) for size in sizes), tf32=tf32)
     before, start = gpu_memory_mb(), time.perf_counter()
-    engines = [engine(bundle, options, given) for _ in range(task["engines"])]
-    tensors = []
+    engines = [engine(bundle, options, variant) for _ in range(variant.engines)]
+    tensors: list[list[NDArray[np.float32]]] = []
     for one in engines:
-        tensor = one.host_array(batch * 3 * height * width).reshape(batch, 3, height, width)
-        tensor[:] = images(batch, (height, width))
-        tensors.append(tensor)
-    outputs = [one.infer({"image": tensor}) for one, tensor in zip(engines, tensors, strict=True)]
+        tensors.append([one.host_array(batch * 3 * height * width).reshape(batch, 3, *size) for size in sizes])
+        for tensor, size in zip(tensors[-1], sizes, strict=True):
+            tensor[:] = images(batch, size)
+        outputs = one.infer({"image": tensors[-1][0]})
     first_s = time.perf_counter() - start
-    for one, tensor in zip(engines, tensors, strict=True):
-        for _ in range(WARMUP):
-            outputs[0] = one.infer({"image": tensor})
-    np.savez(task["output"], **outputs[0])
+    for _ in range(WARMUP):
+        for one, some in zip(engines, tensors, strict=True):
+            for tensor in reversed(some):
+                outputs = one.infer({"image": tensor})
+    np.savez(task["output"], **outputs)
     while not all(Path(one).exists() for one in task["together"]):  # all processes are timed at once
         time.sleep(0.001)
 
@@ -147,7 +167,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         end = time.perf_counter() + task["seconds"]
         while time.perf_counter() < end:
             begun = time.perf_counter()
-            _, times = engines[place].infer_timed({"image": tensors[place]})
+            _, times = engines[place].infer_timed({"image": tensors[place][len(found) % len(sizes)]})
             found.append((1e3 * (time.perf_counter() - begun), times))
         return found
 
@@ -197,7 +217,7 @@ def main() -> None:
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--size", default="320x512", metavar="HxW", help="of the images (default: 320x512)")
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"])
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "tf32", "fp16"), default=["fp32", "tf32", "fp16"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seconds", type=float, default=1.5)
@@ -224,18 +244,16 @@ def main() -> None:
         for batch in args.batch_sizes:
             first: NDArray[Any] | None = None
             for variant in args.variants:
-                _, engines, processes = VARIANTS[variant]
                 task = {
                     "bundle": str(args.bundle),
                     "precision": precision,
                     "batch_size": batch,
                     "size": size,
                     "variant": variant,
-                    "engines": engines,
                     "seconds": args.seconds,
                     "output": str(scratch / f"{precision}_{batch}_{len(rows)}"),
                 }
-                answers = ask(task, processes, args.timeout)
+                answers = ask(task, VARIANTS[variant].processes, args.timeout)
                 answer = dict(answers[0])
                 if all("images_per_s" in one for one in answers):
                     answer["images_per_s"] = sum(one["images_per_s"] for one in answers)

@@ -17,6 +17,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from gfldeploy import Bundle, Detector
-from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results
+from gfldeploy.accuracy import coco_accuracy, coco_results
 from gfldeploy.detections import pairwise_iou
 from gfldeploy.files import read_json, write_json
 from gfldeploy.images.coco import CocoDataset
@@ -52,7 +53,7 @@ CONFIDENT = 0.4
 FP32_SCORE, FP32_BOX_PX = 1e-3, 0.1
 HEADER = (
     "| on the GPU | detections | not matched | of these 0.4 or more | scores off by | boxes off by, px | mAP | "
-    "mAP, to the CPU's (95%) | bytes |\n" + "|---" * 9 + "|"
+    "seconds | bytes |\n" + "|---" * 9 + "|"
 )
 Results = Sequence[dict[str, Any]]
 
@@ -62,8 +63,8 @@ class Row:
     """The detections of a run against those of the CPU in FP32.
 
     `unmatched`: of both sides; `unmatched_confident`: those with a score of 0.4 or more. `score_max`, `box_max_px`: of
-    those that are matched. `ap_difference` to the CPU, with its 95% interval. `same_bytes`: whether its file is that of
-    the run `compared_with`.
+    those that are matched. `seconds`: of the whole command, its start included. `same_bytes`: whether its file is that
+    of the run `compared_with`.
     """
 
     run: str
@@ -73,7 +74,7 @@ class Row:
     score_max: float
     box_max_px: float
     ap: float
-    ap_difference: tuple[float, float, float]
+    seconds: float
     compared_with: str | None
     same_bytes: bool | None
 
@@ -84,12 +85,11 @@ class Row:
 
     def line(self) -> str:
         """As a row under `HEADER`."""
-        value, low, high = self.ap_difference
         same = "" if self.same_bytes is None else f"{'' if self.same_bytes else 'not '}those of {self.compared_with}"
         counts = f"{self.detections} | {self.unmatched} | {self.unmatched_confident}"
         return (
             f"| {self.run} | {counts} | {self.score_max:.1e} | {self.box_max_px:.1e} | {self.ap:.4f} | "
-            f"{value:+.4f} ({low:+.4f} to {high:+.4f}) | {same} |"
+            f"{self.seconds:.1f} | {same} |"
         )
 
 
@@ -123,7 +123,8 @@ def pairs_of(found: Results, expected: Results) -> list[tuple[dict[str, Any], di
     corners = np.array(((1, 0, 1, 0), (0, 1, 0, 1), (0, 0, 1, 0), (0, 0, 0, 1)))
     ours, theirs = (np.array([one["bbox"] for one in side], np.float64) @ corners for side in (found, expected))
     ious = pairwise_iou(theirs, ours)
-    ious[np.array([[one["category_id"] != other["category_id"] for one in found] for other in expected])] = 0
+    here, there = (np.array([one["category_id"] for one in side]) for side in (found, expected))
+    ious[there[:, None] != here[None]] = 0
     pairs = []
     for place in sorted(range(len(expected)), key=lambda place: -expected[place]["score"]):
         nearest = int(ious[place].argmax())
@@ -133,11 +134,27 @@ def pairs_of(found: Results, expected: Results) -> list[tuple[dict[str, Any], di
     return pairs
 
 
-def compare(run: str, found: Results, expected: Results, dataset: CocoDataset, twin: tuple[str, bool] | None) -> Row:
-    """Match the detections of every image, and measure both mAPs."""
+def by_image(results: Results) -> Mapping[Any, Results]:
+    """COCO's results, by image."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for result in results:
+        found.setdefault(result["image_id"], []).append(result)
+    return found
+
+
+def compare(
+    run: str,
+    seconds: float,
+    found: Results,
+    expected: Results,
+    dataset: CocoDataset,
+    twin: tuple[str, bool] | None,
+) -> Row:
+    """Match the detections of every image, and measure mAP."""
     pairs, lone = [], []
+    here, there = by_image(found), by_image(expected)
     for image in dataset.images:
-        ours, theirs = ([one for one in side if one["image_id"] == image.id] for side in (found, expected))
+        ours, theirs = here.get(image.id, ()), there.get(image.id, ())
         pairs += (some := pairs_of(ours, theirs))
         paired = {id(one) for pair in some for one in pair}
         lone += [one for one in (*ours, *theirs) if id(one) not in paired]
@@ -151,7 +168,7 @@ def compare(run: str, found: Results, expected: Results, dataset: CocoDataset, t
             (float(np.abs(np.subtract(one["bbox"], other["bbox"])).max()) for one, other in pairs), default=0.0
         ),
         ap=coco_accuracy(dataset, found).ap,
-        ap_difference=ap_difference(dataset, found, expected),
+        seconds=seconds,
         compared_with=twin and twin[0],
         same_bytes=twin and twin[1],
     )
@@ -180,22 +197,25 @@ def main() -> None:
         files: dict[str, Path] = {}
         print(HEADER)
         for number, (run, (options, twin)) in enumerate(RUNS.items()):
-            output = folder / str(number)
+            output, start = folder / str(number), time.monotonic()
             if (why := predict(args.bundle, data, images, options, output, args.timeout)) is not None:
                 failed[run] = why
                 print(f"{run}: {why}", file=sys.stderr, flush=True)
                 if not files:
                     break
                 continue
+            seconds = time.monotonic() - start
             files[run] = output / "coco.json"
             reference = files["CPU FP32"]
             same = (twin, files[run].read_bytes() == files[twin].read_bytes()) if twin in files else None
-            rows.append(compare(run, read_json(files[run]), read_json(reference), dataset, same))
+            rows.append(compare(run, seconds, read_json(files[run]), read_json(reference), dataset, same))
             print(rows[-1].line(), flush=True)
         if "FP32" in files:
+            start = time.monotonic()
             found = by_detector(args.bundle, dataset, device="gpu")
-            expected = read_json(files["FP32"])
-            rows.append(compare("`Detector`, FP32", found, expected, dataset, ("FP32", list(found) == expected)))
+            seconds = time.monotonic() - start
+            same = ("FP32", list(found) == read_json(files["FP32"]))
+            rows.append(compare("`Detector`, FP32", seconds, found, read_json(files["CPU FP32"]), dataset, same))
             print(rows[-1].line(), flush=True)
     bundle = Bundle.open(args.bundle)
     write_json(

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from gfldeploy.errors import UnsupportedError as UnsupportedError
     from gfldeploy.errors import UsageError as UsageError
     from gfldeploy.export.exporter import export_bundle as export_bundle
+    from gfldeploy.gates import Gate as Gate
+    from gfldeploy.gates import accuracy_gate as accuracy_gate
+    from gfldeploy.gates import padding_gate as padding_gate
+    from gfldeploy.gates import speed_gate as speed_gate
     from gfldeploy.inspection import inspect as inspect
     from gfldeploy.inspection import verify as verify
     from gfldeploy.load.session import load_server as load_server
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from gfldeploy.progress import SILENT as SILENT
     from gfldeploy.progress import Progress as Progress
     from gfldeploy.quant.quantizer import quantize_bundle as quantize_bundle
+    from gfldeploy.schemas import schema as schema
     from gfldeploy.serve.session import serve_detector as serve_detector
     from gfldeploy.triton.repository import triton_repository as triton_repository
     from gfldeploy.tune.deploy_file import Deploy as Deploy
@@ -86,6 +91,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "UsageError",
     ),
     "gfldeploy.export.exporter": ("export_bundle",),
+    "gfldeploy.gates": ("Gate", "accuracy_gate", "padding_gate", "speed_gate"),
     "gfldeploy.inspection": ("inspect", "verify"),
     "gfldeploy.load.session": ("load_server",),
     "gfldeploy.predict.outputs": ("PredictResults",),
@@ -93,6 +99,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.predict.session": ("predict_images",),
     "gfldeploy.progress": ("SILENT", "Progress"),
     "gfldeploy.quant.quantizer": ("quantize_bundle",),
+    "gfldeploy.schemas": ("schema",),
     "gfldeploy.serve.session": ("serve_detector",),
     "gfldeploy.triton.repository": ("triton_repository",),
     "gfldeploy.tune.deploy_file": ("Deploy", "check_deploy"),

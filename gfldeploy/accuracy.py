@@ -29,6 +29,7 @@ from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.progress import SILENT, Progress
+from gfldeploy.serialization import plain
 
 _RESAMPLES = 100
 
@@ -200,6 +201,23 @@ def _ap_of(evaluation: Any, images: NDArray[np.int64]) -> float:
     return float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
 
 
+_DEFINED: Mapping[str, Any] = {
+    "ap": float,
+    **dict.fromkeys(("ap50", "ap75", "ap_small", "ap_medium", "ap_large"), float | None),
+    "images": int,
+    "detections": int,
+}
+# What `EvalResults.to_dict` gives.
+EVALUATED: Mapping[str, Any] = {
+    **_DEFINED,
+    "notes": [str],
+    "detection?": DetectionOptions,
+    "tile?": Size,
+    "overlap?": float,
+    "input_sizes?": {str: _DEFINED},
+}
+
+
 @dataclass(frozen=True)
 class EvalResults:
     """What `evaluate` measured, and in which engine and precision.
@@ -220,6 +238,23 @@ class EvalResults:
     at_sizes: Mapping[Size, Accuracy] = field(default_factory=dict)
     tiling: Tiling | None = None
     detection: DetectionOptions = AS_CONFIGURED
+
+    def to_dict(self) -> dict[str, Any]:
+        """The accuracy, ready for JSON, with None for what is undefined; the notes; what was turned of NMS, the tiles,
+        and `input_sizes`, by their names, if any were asked for.
+        """
+        values = {**_defined(self.accuracy), "notes": list(self.notes)}
+        if self.detection.given:
+            values["detection"] = plain(self.detection.given)
+        if self.tiling:
+            values |= plain(self.tiling)
+        if self.at_sizes:
+            values["input_sizes"] = {size_in_words(size): _defined(one) for size, one in self.at_sizes.items()}
+        return values
+
+
+def _defined(found: Accuracy) -> dict[str, Any]:
+    return {name: None if value == -1 else value for name, value in found.to_dict().items()}
 
 
 def evaluate(

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -87,15 +88,18 @@ class Shown:
 
     lowest: tuple[float, ...]
 
-    @property
+    @cached_property
+    def _by_class(self) -> NDArray[np.float64]:
+        return np.array(self.lowest, np.float64)
+
+    @cached_property
     def least(self) -> float:
         """The lowest score that is shown of any class."""
         return min(self.lowest, default=0.0)
 
     def places(self, found: Detections) -> NDArray[np.intp]:
         """The places of those that are shown. The classes must all have names."""
-        lowest = np.array(self.lowest, np.float64)
-        return np.flatnonzero(found.scores.astype(np.float64) >= lowest[found.classes])
+        return np.flatnonzero(found.scores.astype(np.float64) >= self._by_class[found.classes])
 
     def lacks(self, found: Detections) -> bool:
         """Whether some that would be shown may be missing."""
@@ -211,8 +215,11 @@ class DetectionOptions:
         `threshold`: another one that somebody asks for, who never gets less than that. Raises `UsageError` for a class
         that the detector does not have.
         """
+        one_for_all = self.lowest if threshold is None else float(threshold)
+        if self.classes is None and not self.class_thresholds:
+            return _alike(one_for_all, len(class_names))
         kept = set(self.kept(class_names))
-        lowest = [self.lowest if threshold is None else float(threshold)] * len(class_names)
+        lowest = [one_for_all] * len(class_names)
         named: dict[int, str] = {}
         for word, value in (self.class_thresholds or {}).items():
             (number,) = class_ids([word], class_names)
@@ -246,6 +253,12 @@ class DetectionOptions:
 
 
 AS_CONFIGURED = DetectionOptions()
+
+
+@lru_cache(maxsize=64)
+def _alike(lowest: float, classes: int) -> Shown:
+    """One score for so many classes. Kept, since servers ask for each image."""
+    return Shown((lowest,) * classes)
 
 
 def class_ids(words: Iterable[str], class_names: Sequence[str]) -> tuple[int, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import END_TO_END, GOLDEN, Bundle, GraphName, TensorSpec
-from gfldeploy.detections import postprocess
+from gfldeploy.detections import NmsParams, postprocess
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.detect import check_outputs
 from gfldeploy.engines.hardware import usable_threads
@@ -19,6 +19,7 @@ from gfldeploy.errors import ParityError
 from gfldeploy.export import parity
 from gfldeploy.export.golden import compare_golden, read_golden
 from gfldeploy.files import StrPath
+from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import count_work
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
@@ -27,6 +28,27 @@ from gfldeploy.serialization import plain
 
 # INT8 engines round differently; a damaged graph finds next to nothing of what the other engine's does.
 _MIN_AGREEMENT = 0.5
+
+# What `inspect` gives, for its schema; the last two are files of the bundle.
+INSPECTED: Mapping[str, Any] = {
+    "name": str,
+    "precision": Literal["fp32", "int8"],
+    "inputs": [str],
+    "outputs": [str],
+    "classes": [str],
+    "candidates": int | Literal["all"],
+    "notes": [str],
+    "left_out": {str: str},
+    "parameters": int,
+    "macs": {"gmac": float | None, "at": str},
+    "preprocess": Preprocess,
+    "nms": NmsParams,
+    "size_on_disk_mb": {str: float},
+    "digest": str,
+    "provenance": {str: Any},
+    "parity": Mapping[str, Any] | None,
+    "sensitivity": Mapping[str, Any] | None,
+}
 
 
 def inspect(bundle: StrPath, *, size: tuple[int, int] | None = None) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def build(cls: type[Record], data: object, where: str = "") -> Record:
     values = {name: _convert(kinds[name], value, _inside(where, name)) for name, value in data.items()}
     for name, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
-        if _NEVER_NEGATIVE.search(name) and any(isinstance(one, int | float) and one < 0 for one in numbers):
+        if is_never_negative(name) and any(isinstance(one, int | float) and one < 0 for one in numbers):
             raise _wrong(_inside(where, name), "0 or more", value)
     try:
         return cls(**values)
@@ -69,6 +69,11 @@ def build(cls: type[Record], data: object, where: str = "") -> Record:
         raise DataError(f"{where}: {error.problem}" if where else error.problem, error.remedy) from error
     except (ValueError, TypeError, ArithmeticError) as error:
         raise DataError(f"{where}: {error}" if where else str(error), _REMEDY) from error
+
+
+def is_never_negative(name: str) -> bool:
+    """Whether a field of this name is counted or measured, and never below 0."""
+    return _NEVER_NEGATIVE.search(name) is not None
 
 
 def check(kind: Any, data: object, where: str = "") -> None:

@@ -20,8 +20,8 @@ FUNCTIONS: dict[str, tuple[Any, set[str]]] = {
     "quantize": (gfldeploy.quantize_bundle, set()),
     "inspect": (gfldeploy.inspect, {"as_json"}),
     "verify": (gfldeploy.verify, set()),
-    "eval": (gfldeploy.evaluate, {"as_json"}),
-    "audit": (gfldeploy.audit, {"as_json"}),
+    "eval": (gfldeploy.evaluate, {"as_json", "min_map"}),
+    "audit": (gfldeploy.audit, {"as_json", "max_padding"}),
     "analyze": (gfldeploy.analyze, set()),
     "bench": (gfldeploy.benchmark, {"config"}),
     "tune": (gfldeploy.tune_bundles, {"config", "check"}),
@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, tuple[Any, set[str]]] = {
     "serve": (gfldeploy.serve_detector, set()),
     "compare": (gfldeploy.compare, {"as_json", "fail_if_slower"}),
     "report": (gfldeploy.report, set()),
+    "schema": (gfldeploy.schema, set()),
     "doctor": (gfldeploy.diagnose, {"as_json", "show_all"}),
 }
 # What a program gives and a user of the command line does not: `command` is for a bundle's record of how it was made.

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Literal
 
 from gfldeploy.bench.cell import BundleIdentity, Cell
-from gfldeploy.bench.estimates import Estimate, median, ratio_of_medians
-from gfldeploy.bench.results import BenchResults
-from gfldeploy.bench.table import Row, rows
-from gfldeploy.errors import DataError
+from gfldeploy.bench.estimates import CONFIDENCE, Estimate, median, ratios_of_medians
+from gfldeploy.bench.results import BenchResults, CellResult
+from gfldeploy.bench.table import Row, Served, rows
+from gfldeploy.errors import DataError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.machine import Machine
+from gfldeploy.text import first_of
 
 Verdict = Literal["faster", "slower", "no difference found", "too few samples"]
 
+# What a cell is slower or faster by. A server's latencies are only of the images that it answered.
+Figure = Literal["network", "file to boxes", "server latency", "answers in time"]
+
 # Memory is what the kernel leaves of what is built in: that differs a little from kernel to kernel.
 _MEMORY_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Slowness:
+    """How many times as slow B is as A in one figure.
+
+    `ratio`: of B's median latency to A's, of a batch through the network alone or from file to boxes, or of an image
+    that a server answered; of "answers in time", A's images a second to B's. Its interval holds with 95 % by itself.
+    `at_least`: what it is not below, with 97.5 % for all figures of all pairs together (Bonferroni); None where the
+    samples are too few to say.
+    """
+
+    figure: Figure
+    ratio: Estimate
+    at_least: float | None
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,8 @@ class Pair:
     outside the ratio's interval. `ap_difference`: B's mAP less A's, None where one is unknown or they are not of the
     same images. `a_in_time_per_s`, `b_in_time_per_s`: of servers, whose latencies are only of what they did not reject,
     the images answered within the bound. `bundle_changed`: whether the manifests differ, that is, any file of the
-    bundles. `a_flags`, `b_flags`: those of `table.FLAGS` that hold.
+    bundles. `a_flags`, `b_flags`: those of `table.FLAGS` that hold. `slowness`: of every figure that both have, the
+    first that of `ratio`.
     """
 
     cell: Cell
@@ -45,6 +68,7 @@ class Pair:
     bundle_changed: bool
     a_flags: tuple[str, ...]
     b_flags: tuple[str, ...]
+    slowness: tuple[Slowness, ...]
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,7 @@ class Difference:
 class Comparison:
     """What `compare` found. `identical`: the files hold the same results; everything else is computed all the same.
 
+    `failed`: cells that were measured in neither file since they failed in B, and why.
     `hardware`, `data` and `settings` are differences that make latencies incomparable and had to be allowed; `software`
     and `notes` (accuracy data, how long was measured) are there to explain what is found.
     """
@@ -79,6 +104,7 @@ class Comparison:
     pairs: tuple[Pair, ...]
     only_a: tuple[OneSided, ...]
     only_b: tuple[OneSided, ...]
+    failed: tuple[OneSided, ...]
     hardware: tuple[Difference, ...]
     data: tuple[Difference, ...]
     software: tuple[Difference, ...]
@@ -87,19 +113,22 @@ class Comparison:
 
 def compare(
     a: BenchResults | StrPath,
-    b: BenchResults | StrPath,
+    b: BenchResults | StrPath | None = None,
     *,
+    bundles: tuple[str, str] | None = None,
     different_machines: bool = False,
     different_data: bool = False,
 ) -> Comparison:
-    """Compare the cells that two benchmarks both measured.
+    """Compare the cells that two benchmarks both measured, or one of two bundles.
 
-    Each verdict is at 95 % confidence by itself: of twenty cells that did not change, one may look as if it had. Runs
-    of the two cannot be paired, so what changed on the machine from one to the other counts as a change too.
+    Each verdict is at 95 % confidence by itself: of twenty cells that did not change, one may look as if it had. What
+    changed on the machine from one benchmark to the other counts as a change too; the rounds of two bundles in one
+    benchmark are interleaved, so that it does not.
 
     Args:
         a: Results, or a file of them.
-        b: Those to compare with them.
+        b: Those to compare with them; None to compare `bundles`.
+        bundles: The directories, without their paths, of two bundles in `a`, whatever their names: A's and B's.
         different_machines: Compare although the hardware differs.
         different_data: Compare although the timed images, or how they were timed, differ.
 
@@ -108,8 +137,13 @@ def compare(
 
     Raises:
         DataError: A file cannot be read, the hardware or the timing differs, or no cell is measured in both.
+        UsageError: There is neither a second file nor two bundles, or there is both.
     """
-    a, b = (one if isinstance(one, BenchResults) else BenchResults.read(Path(one)) for one in (a, b))
+    if (b is None) == (bundles is None):
+        raise UsageError("one results file and two bundles in it, or two files, are compared", "Give B, or --bundles.")
+    a, b = (one if isinstance(one, BenchResults) else BenchResults.read(Path(one)) for one in (a, b or a))
+    if bundles is not None:
+        a, b = (_of_bundle(a, directory) for directory in bundles)
     hardware, data = tuple(hardware_differences(a.machine, b.machine)), tuple(timing_differences(a, b))
     if hardware and not different_machines:
         raise DataError(
@@ -123,11 +157,10 @@ def compare(
         )
     a_cells, b_cells = _cells(a, b)
     same_images = a.data.same_accuracy_images(b.data)
-    pairs = tuple(
-        _pair(one, b_cells[key], same_images)
-        for key, one in a_cells.items()
-        if key in b_cells and one.ok and b_cells[key].ok
-    )
+    both = [(one, b_cells[key]) for key, one in a_cells.items() if key in b_cells]
+    measured = [(one, other) for one, other in both if one.ok and other.ok]
+    count = sum(len(_figures(one.cell)) for one, _ in measured)
+    pairs = tuple(_pair(one, other, same_images, count, bundles is not None) for one, other in measured)
     if not pairs:
         raise DataError(
             f"no cell is measured in both files: {_extent(a_cells)} in the first, {_extent(b_cells)} in the second",
@@ -139,11 +172,24 @@ def compare(
         pairs=pairs,
         only_a=tuple(_one_sided(a_cells, b_cells)),
         only_b=tuple(_one_sided(b_cells, a_cells)),
+        failed=tuple(
+            OneSided(other.cell, _why(other)) for one, other in both if not one.ok and other.result.status == "failed"
+        ),
         hardware=hardware,
         data=data,
         software=tuple(software_differences(a.machine, b.machine)),
         notes=tuple(_notes(a, b)),
     )
+
+
+def _of_bundle(results: BenchResults, directory: str) -> BenchResults:
+    """The cells of the bundle in this directory, without a name, so that they are those of another bundle too."""
+    found = [one for one in results.cells if one.cell.bundle.directory == directory]
+    if not found:
+        others = first_of(dict.fromkeys(one.cell.bundle.directory for one in results.cells), 5)
+        raise DataError(f"no cell is of a bundle in {directory!r:.80}", f"Give two of {others}.")
+    nameless = (replace(one.cell, bundle=replace(one.cell.bundle, name="")) for one in found)
+    return replace(results, cells=tuple(replace(one, cell=cell) for one, cell in zip(found, nameless, strict=True)))
 
 
 def _cells(a: BenchResults, b: BenchResults) -> tuple[dict[Cell, Row], dict[Cell, Row]]:
@@ -172,9 +218,10 @@ def _key(cell: Cell, directory: str = "") -> Cell:
     return replace(cell, bundle=BundleIdentity(cell.bundle.name, directory, ""))
 
 
-def _pair(a: Row, b: Row, same_images: bool) -> Pair:
-    base, other = ([run.samples.latency_ms for run in row.result.runs] for row in (a, b))
-    ratio = ratio_of_medians(base, other)
+def _pair(a: Row, b: Row, same_images: bool, count: int, interleaved: bool) -> Pair:
+    """`count`: the figures of all pairs, which `Slowness.at_least` holds for together."""
+    slowness = tuple(_slowness(a, b, 1 - (1 - CONFIDENCE) / count, interleaved))
+    ratio = slowness[0].ratio
     return Pair(
         cell=a.cell,
         a_ms=median(a.result.latency_ms),
@@ -187,7 +234,43 @@ def _pair(a: Row, b: Row, same_images: bool) -> Pair:
         bundle_changed=a.cell.bundle.digest != b.cell.bundle.digest,
         a_flags=a.flags,
         b_flags=b.flags,
+        slowness=slowness,
     )
+
+
+def _figures(cell: Cell) -> tuple[Figure, Figure]:
+    """What cells of its kind are compared by, where both files have it."""
+    return ("server latency", "answers in time") if cell.is_server else ("network", "file to boxes")
+
+
+def _slowness(a: Row, b: Row, together: float, interleaved: bool) -> Iterator[Slowness]:
+    """`together`: the confidence of one figure for which `Slowness.at_least` holds for all."""
+    latency, second = _figures(a.cell)
+    compared = partial(ratios_of_medians, confidences=(CONFIDENCE, together), paired=interleaved)
+    found = compared(_network_ms(a.result), _network_ms(b.result))
+    yield Slowness(latency, found[0], found[1].low)
+    if a.served and b.served:
+        ratio, sure = (_in_time(a.served, b.served, one) for one in (CONFIDENCE, together))
+        yield Slowness(second, ratio, sure.low)
+    elif all(min(row.result.file_ms, default=0) > 0 for row in (a, b)):
+        found = compared(_file_ms(a.result), _file_ms(b.result))
+        yield Slowness(second, found[0], found[1].low)
+
+
+def _network_ms(result: CellResult) -> list[tuple[float, ...]]:
+    return [run.samples.latency_ms for run in result.runs]
+
+
+def _file_ms(result: CellResult) -> list[tuple[float, ...]]:
+    return [run.stages.end_to_end_ms for run in result.runs if run.stages]
+
+
+def _in_time(a: Served, b: Served, confidence: float) -> Estimate:
+    """A's images in time a second to B's, by the logarithm of two counts, each with a half more: there may be none."""
+    counts = [one.in_time + 0.5 for one in (a, b)]
+    value = counts[0] / a.seconds / (counts[1] / b.seconds)
+    spread = math.exp(NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(sum(1 / count for count in counts)))
+    return Estimate(value, value / spread, value * spread, max(min(a.in_time, b.in_time), 1))
 
 
 def _verdict(ratio: Estimate) -> Verdict:
@@ -202,7 +285,11 @@ def _one_sided(cells: dict[Cell, Row], others: dict[Cell, Row]) -> Iterator[OneS
     for key, row in cells.items():
         other = others.get(key)
         if row.ok and not (other and other.ok):
-            yield OneSided(row.cell, f"{other.result.status}: {other.result.reason}" if other else None)
+            yield OneSided(row.cell, _why(other) if other else None)
+
+
+def _why(row: Row) -> str:
+    return f"{row.result.status}: {row.result.reason}"
 
 
 def hardware_differences(a: Machine, b: Machine) -> Iterator[Difference]:

@@ -108,18 +108,37 @@ def _binomial_cdf(n: int, probability: float) -> NDArray[np.float64]:
 def ratio_of_medians(
     base: Sequence[Sequence[float]], other: Sequence[Sequence[float]], seed: int = 0, resamples: int = _RESAMPLES
 ) -> Estimate:
-    """The median of all rounds of `other` over that of `base`; `n` is the smaller number of samples.
+    """The median of all rounds of `other` over that of `base`; see `ratios_of_medians`."""
+    return ratios_of_medians(base, other, (CONFIDENCE,), seed, resamples)[0]
 
-    The interval is that of a two-level percentile bootstrap (after Kalibera and Jones, Quantifying Performance Changes
-    with Effect Size Confidence Intervals, 2012): the rounds are drawn with replacement, and in each of them circular
-    blocks of consecutive samples (Politis and Romano, 1992) of the square root of its length, since neighbours are
-    correlated and the inputs come round again. None below 6 samples on either side.
+
+def ratios_of_medians(
+    base: Sequence[Sequence[float]],
+    other: Sequence[Sequence[float]],
+    confidences: Sequence[float],
+    seed: int = 0,
+    resamples: int = _RESAMPLES,
+    paired: bool = False,
+) -> list[Estimate]:
+    """The median of all rounds of `other` over that of `base`, with an interval of each of these confidences, 0 to 1.
+
+    `n` is the smaller number of samples. The interval is that of a two-level percentile bootstrap (after Kalibera and
+    Jones, Quantifying Performance Changes with Effect Size Confidence Intervals, 2012): the rounds are drawn with
+    replacement, and in each of them circular blocks of consecutive samples (Politis and Romano, 1992) of the square
+    root of its length, since neighbours are correlated and the inputs come round again. None below 6 samples on either
+    side.
+
+    `paired`: the k-th rounds of both were measured beside each other, so that they are drawn together, and what slows
+    the machine down for a while is in both.
 
     With a single round on a side, what differs from one of its runs to the next is not in the interval. A few rounds
     that differ much more than the samples within them give too narrow an interval.
 
-    Raises `ValueError` where a side has no rounds or an empty one, or the median of `base` is not positive.
+    Raises `ValueError` where a side has no rounds or an empty one, the median of `base` is not positive, or `paired`
+    sides have not as many rounds.
     """
+    if paired and len(base) != len(other):
+        raise ValueError("paired sides must have as many rounds")
     sides = [[np.asarray(values, dtype=np.float64) for values in rounds] for rounds in (base, other)]
     if not all(rounds and all(len(values) for values in rounds) for rounds in sides):
         raise ValueError("each side must have rounds, and each round samples")
@@ -128,28 +147,38 @@ def ratio_of_medians(
         raise ValueError("the median of base must be positive")
     n = min(sum(map(len, rounds)) for rounds in sides)
     if not supports(n, 50):
-        return Estimate(above / below, None, None, n)
+        return [Estimate(above / below, None, None, n)] * len(confidences)
     total = sum(len(values) for rounds in sides for values in rounds)
     resamples = min(resamples, max(_RESAMPLED_VALUES // total, _LEAST_RESAMPLES))
     generator = np.random.default_rng(seed)
-    denominators, numerators = (_resampled_medians(rounds, resamples, generator) for rounds in sides)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(numerators / denominators, [tail, 100 - tail])
-    return Estimate(above / below, float(low), float(high), n)
+    together = generator.integers(len(base), size=(resamples, len(base))) if paired else None
+    denominators, numerators = (_resampled_medians(rounds, resamples, generator, together) for rounds in sides)
+    ratios = numerators / denominators
+    bounds = [np.percentile(ratios, [50 * (1 - one), 50 * (1 + one)]).tolist() for one in confidences]
+    return [Estimate(above / below, low, high, n) for low, high in bounds]
 
 
 def _resampled_medians(
-    rounds: Sequence[NDArray[np.float64]], resamples: int, generator: np.random.Generator
+    rounds: Sequence[NDArray[np.float64]],
+    resamples: int,
+    generator: np.random.Generator,
+    together: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """The medians of so many two-level resamples, in random order."""
-    drawn = np.sort(generator.integers(len(rounds), size=(resamples, len(rounds))), axis=1)
+    """The medians of so many two-level resamples, in random order; in that of the rounds that were drawn `together`."""
+    drawn = generator.integers(len(rounds), size=(resamples, len(rounds))) if together is None else together
+    choices, places = np.unique(np.sort(drawn, axis=1), axis=0, return_inverse=True)
     # Rounds may differ in length; resamples of the same rounds do not, so that those are computed together.
+    order = np.argsort(places.reshape(-1), kind="stable")
     medians = [
         np.median(chunk, axis=1, overwrite_input=True)
-        for choice, count in zip(*np.unique(drawn, axis=0, return_counts=True), strict=True)
+        for choice, count in zip(choices, np.bincount(places.reshape(-1)), strict=True)
         for chunk in _resample([rounds[k] for k in choice], int(count), generator)
     ]
-    return generator.permutation(np.concatenate(medians))
+    found: NDArray[np.float64] = np.concatenate(medians)
+    if together is None:
+        return generator.permutation(found)
+    found[order] = found.copy()
+    return found
 
 
 def _resample(

@@ -61,15 +61,16 @@ _SHAPES = re.compile(r"\bmb\d+_(?:g\d+)?(ic\d+oc\d+)_\w+")
 class Served:
     """What became of the images that arrived at a server, in all rounds.
 
-    `in_time_per_s`: answered within the bound, a second. `rejected`: the share that was, 0 to 1, and `failed` that had
-    no answer, or an error. `mean_batch`: images in a batch, None where that is not known. `percent_of_possible`:
-    answered within the bound, of what no policy could do better than with batches up to this size
-    (`Serving.most_kept`); None if that is nothing. `kept`: answered within the bound, of all that arrived, 0 to 1.
+    `in_time`: how many were answered within the bound, in `seconds`. `rejected`: the share that was, 0 to 1, and
+    `failed` that had no answer, or an error. `mean_batch`: images in a batch, None where that is not known.
+    `percent_of_possible`: answered within the bound, of what no policy could do better than with batches up to this
+    size (`Serving.most_kept`); None if that is nothing. `kept`: answered within the bound, of all that arrived, 0 to 1.
     `percent`: the highest percentile up to 99 that so many images support, None for too few to judge by. `late_ms`:
     over HTTP, the 99th percentile of how late the client sent (the largest of fewer), else None.
     """
 
-    in_time_per_s: float
+    in_time: int
+    seconds: float
     rejected: float
     failed: float
     mean_batch: float | None
@@ -77,6 +78,11 @@ class Served:
     kept: float
     percent: int | None
     late_ms: float | None
+
+    @property
+    def in_time_per_s(self) -> float:
+        """Images answered within the bound, a second."""
+        return self.in_time / self.seconds
 
     @property
     def bound_held(self) -> str | None:
@@ -248,7 +254,8 @@ class Row:
         late_ms = [late for _, serving in runs if serving.traffic for late in serving.traffic.late_ms]
         percent = next((percent for percent in _BOUND_PERCENTS if supports(requests, percent)), None)
         return Served(
-            in_time_per_s=kept / sum(run.samples.wall_s for run, _ in runs),
+            in_time=kept,
+            seconds=sum(run.samples.wall_s for run, _ in runs),
             rejected=sum(serving.rejected for _, serving in runs) / requests,
             failed=sum(serving.failed for _, serving in runs) / requests,
             mean_batch=sum(run.samples.images for run, _ in runs) / batches if batches else None,

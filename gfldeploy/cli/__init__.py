@@ -23,7 +23,7 @@ from gfldeploy.signals import interrupt_again, terminate_as_interrupt, was_inter
 
 EXIT_CODES = (
     ("0", "done"),
-    ("1", "done, but predict could not read some images, or compare --fail-if-slower found something slower"),
+    ("1", "done, but predict could not read some images, or a gate failed: --min-map, --fail-if-slower, --max-padding"),
     ("2", "not done: one line says what is wrong, and what to do about it"),
     ("70", "a bug, with its traceback"),
     ("130", "interrupted, by Ctrl-C or SIGTERM"),
@@ -47,6 +47,7 @@ _COMMANDS = {
     "load": ("gfldeploy.cli.load", "Send images to a running server, and measure its answers."),
     "compare": ("gfldeploy.cli.compare", "Compare two results files, with intervals."),
     "report": ("gfldeploy.cli.report", "Turn a results file into one HTML page."),
+    "schema": ("gfldeploy.cli.schema", "Print the JSON Schema of a file that gfldeploy writes."),
     "doctor": ("gfldeploy.cli.doctor", "Show what works on this machine, and why the rest does not."),
 }
 

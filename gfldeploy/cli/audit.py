@@ -12,7 +12,7 @@ import click
 
 from gfldeploy.bench.columns import Column
 from gfldeploy.cli import options
-from gfldeploy.cli.console import TerminalProgress
+from gfldeploy.cli.console import TerminalProgress, gate_code
 from gfldeploy.cli.tables import show_table
 from gfldeploy.serialization import plain
 
@@ -40,8 +40,16 @@ _NAMED = 3  # images left out that are named
     help="Largest number of sizes of bucketed batches.",
 )
 @options.seed("the shuffled order")
+@click.option(
+    "--max-padding",
+    type=options.FiniteFloat(1),
+    metavar="RATIO",
+    show_default="none",
+    help="Exit with 1 if listed batches of any of the sizes (with --buckets: bucketed ones; with --tile: those of "
+    "tiles) have more than this many times the pixels of the resized images.",
+)
 @options.JSON
-def command(as_json: bool, **given: Any) -> None:
+def command(as_json: bool, max_padding: float | None, **given: Any) -> int:
     """Show what batches of your images would cost, before any inference.
 
     A batch is padded to one size: where it holds a portrait and a landscape image, every image in it costs more pixels
@@ -55,19 +63,17 @@ def command(as_json: bool, **given: Any) -> None:
     Example: gfldeploy audit --data images/ --config-or-bundle gfl_r50
     """
     from gfldeploy.analysis.audit import audit
+    from gfldeploy.gates import padding_gate
 
     found = audit(**given, progress=TerminalProgress())
     _report_left_out(found)
     if as_json:
         click.echo(json.dumps(plain(found), indent=2))
-        return
-    _show(found)
-    for sentence in found.answer:
-        click.echo(sentence)
-    if found.in_tiles is not None:
-        _show_tiles(found.in_tiles)
-    if found.macs is None:
-        click.echo("For MACs and the memory of activations, give a bundle of `gfldeploy export` with an ONNX graph.")
+    else:
+        _show(found)
+    if max_padding is None:
+        return 0
+    return gate_code(padding_gate(found, max_padding, "bucketed" if given["buckets"] else "listed"))
 
 
 def _report_left_out(found: Audit) -> None:
@@ -118,6 +124,12 @@ def _show(found: Audit) -> None:
         f"pixels: by those of the same images at batch 1{work}; mixed: batches with portrait and landscape images"
     )
     click.echo(f"input: of the largest batch, and of the mean one{memory}\n")
+    for sentence in found.answer:
+        click.echo(sentence)
+    if found.in_tiles is not None:
+        _show_tiles(found.in_tiles)
+    if found.macs is None:
+        click.echo("For MACs and the memory of activations, give a bundle of `gfldeploy export` with an ONNX graph.")
 
 
 def _largest(row: AuditRow) -> str:

@@ -5,50 +5,94 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from gfldeploy.cli import options
+from gfldeploy.cli.console import gate_code
 
 if TYPE_CHECKING:
     from gfldeploy.bench.compare import Comparison, Difference, OneSided, Pair
+    from gfldeploy.bench.estimates import Estimate
+
+_FAIL = "--fail-if-slower"
 
 
-@click.command("compare")
+class _Command(click.Command):
+    """Click takes whatever follows for the value of an option that may go without one: a file, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for place, (word, following) in enumerate(pairwise([*args, ""])):
+            if word == "--":
+                break
+            if word == _FAIL and not following.replace(".", "", 1).isdecimal():
+                args = [*args[:place], f"{_FAIL}=0", *args[place + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+@click.command("compare", cls=_Command)
 @click.argument("a", metavar="A.json", type=options.PATH)
-@click.argument("b", metavar="B.json", type=options.PATH)
+@click.argument("b", metavar="[B.json]", type=options.PATH, required=False)
+@click.option(
+    "--bundles",
+    type=options.Parsed("A,B", str, listed=True),
+    metavar="A,B",
+    show_default="none",
+    help="Compare two bundles of one file, by the names of their directories. Their rounds were interleaved, so that "
+    "what slows the machine down for a while is no difference.",
+)
 @click.option("--different-machines", is_flag=True, help="Compare even if the hardware differs.")
 @click.option(
     "--different-data", is_flag=True, help="Compare even if the timed images, or how they were timed, differ."
 )
-@click.option("--fail-if-slower", is_flag=True, help="Exit with 1 if B is slower in any cell.")
+@click.option(
+    _FAIL,
+    type=options.FiniteFloat(0),
+    is_flag=False,
+    flag_value=0.0,
+    metavar="[PERCENT]",
+    help="Exit with 1 if a cell of A is slower in B by more than this (without a number: 0) beyond the noise, through "
+    "the network or from file to boxes; and if that is not known, as of a cell that B lacks, that failed there, or "
+    "that has too few samples.",
+)
 @options.JSON
 def command(
-    a: Path, b: Path, different_machines: bool, different_data: bool, fail_if_slower: bool, as_json: bool
+    a: Path,
+    b: Path | None,
+    bundles: tuple[str, ...] | None,
+    different_machines: bool,
+    different_data: bool,
+    fail_if_slower: float | None,
+    as_json: bool,
 ) -> int:
-    """Compare two results files, with intervals.
+    """Compare two results files, or two bundles in one, with intervals.
 
     For each cell this shows the ratio of the median latencies of the network alone, B to A, with its 95% confidence
-    interval, and whether B is faster, slower, or no difference was found, because the interval includes 1. For servers
-    it also shows the images answered in time, since their latencies do not include rejected images. Packages and
-    drivers may differ, and are listed where they do.
+    interval, and whether B is faster, slower, or no difference was found, because the interval includes 1; then the
+    same ratio from file to boxes. For servers it shows the images answered in time instead, since their latencies do
+    not include rejected images. Packages and drivers may differ, and are listed where they do.
 
     \b
     Example: gfldeploy compare before.json after.json
     """
     from gfldeploy.bench.compare import compare
+    from gfldeploy.gates import speed_gate
     from gfldeploy.serialization import plain
 
-    found = compare(a, b, different_machines=different_machines, different_data=different_data)
+    if bundles is not None and len(bundles) != 2:
+        raise click.UsageError("--bundles takes two names of directories, such as old,new")
+    pair = None if bundles is None else (bundles[0], bundles[1])
+    found = compare(a, b, bundles=pair, different_machines=different_machines, different_data=different_data)
     if as_json:
         click.echo(json.dumps(plain(found), indent=2))
     elif found.identical:
         click.echo(f"{a} and {b} hold the same results.")
     else:
         _show(found)
-    return int(fail_if_slower and any(pair.verdict == "slower" for pair in found.pairs))
+    return 0 if fail_if_slower is None else gate_code(speed_gate(found, fail_if_slower))
 
 
 def _show(found: Comparison) -> None:
@@ -62,8 +106,9 @@ def _show(found: Comparison) -> None:
     for flag, meaning in FLAGS.items():
         if any(flag in pair.a_flags or flag in pair.b_flags for pair in found.pairs):
             click.echo(f"{flag}: {meaning}")
-    _show_one_sided("A", found.only_a)
-    _show_one_sided("B", found.only_b)
+    _show_one_sided("Only in A", found.only_a)
+    _show_one_sided("Only in B", found.only_b)
+    _show_one_sided("Failed in both", found.failed, "")
     _show_differences("Hardware", found.hardware)
     _show_differences("Timing", found.data)
     _show_differences("Software", found.software)
@@ -83,6 +128,7 @@ def _show_pairs(pairs: Sequence[Pair]) -> None:
         Column("b", "B", lambda pair: pair.b_ms.value, "ms"),
         Column("ratio", "B / A", lambda pair: pair.ratio, digits=3),
         Column("verdict", "B is", lambda pair: pair.verdict.removesuffix(" found"), words=True),
+        Column("file", "B / A, file to boxes", _file_ratio, digits=3, drop=1),
         Column("in_time", "in time/s", _in_time, drop=1),
         Column("ap", "mAP", lambda pair: _points(pair.ap_difference) if accuracy else None),
         Column("bundle", "bundle", lambda pair: _bundle(pair) if changed else None, words=True, drop=2),
@@ -92,6 +138,10 @@ def _show_pairs(pairs: Sequence[Pair]) -> None:
     what = ["The network alone, median of a batch"] if False in servers else []
     what += ["Servers from arrival to answer, median of an image"] if True in servers else []
     show_table(columns, pairs, "; ".join(what), "--json has everything.")
+
+
+def _file_ratio(pair: Pair) -> Estimate | None:
+    return next((one.ratio for one in pair.slowness if one.figure == "file to boxes"), None)
 
 
 def _in_time(pair: Pair) -> str:
@@ -115,11 +165,11 @@ def _flags(pair: Pair) -> str:
     return "; ".join(f"{side} {' '.join(flags)}" for side, flags in sides if flags)
 
 
-def _show_one_sided(side: str, found: Sequence[OneSided]) -> None:
+def _show_one_sided(where: str, found: Sequence[OneSided], whose: str = "in the other, ") -> None:
     cells = [one.cell for one in found]
     for one in found:
-        reason = f" (in the other, {one.reason})" if one.reason else ""
-        click.echo(f"Only in {side}: {one.cell.name(cells)}{reason}")
+        reason = f" ({whose}{one.reason})" if one.reason else ""
+        click.echo(f"{where}: {one.cell.name(cells)}{reason}")
 
 
 def _show_differences(title: str, differences: Sequence[Difference]) -> None:

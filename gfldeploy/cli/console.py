@@ -19,11 +19,19 @@ from gfldeploy.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gfldeploy.gates import Gate
+
 
 def console() -> Console:
     """A console on stdout, 120 columns wide where neither a terminal nor the environment says otherwise."""
     known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
     return escaping_console(width=None if known else 120)
+
+
+def gate_code(gate: Gate) -> int:
+    """Tell of the gate in one line on stderr, after the results; its exit code, which is not that of an error."""
+    click.echo(f"Gate {'passed' if gate.passed else 'failed'}: {' '.join(gate.text.split())}", err=True)
+    return 0 if gate.passed else 1
 
 
 class TerminalProgress:

@@ -11,7 +11,7 @@ What ONNX Runtime's Python API (1.20 to 1.32) can do on a GPU, and what it canno
   several of them, or with other inputs between its replays, computes nonsense (pull request 32121 of onnxruntime). So
   sessions with a graph see one shape and one thread only.
 
-The device may also be "cpu": the same code then runs where there is no GPU. None of this has run on one.
+The device may also be "cpu": the same code then runs where there is no GPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from gfldeploy.errors import summary
 
 # Input shapes that have memory on the device: at batch 8 one of 800x1344 takes 103 MB.
 KEPT_SHAPES = 4
+_ROOM_FOR = 4  # sessions as large as those so far must fit beside one more
 _SPARES = 2  # for each: `upload` is one batch ahead
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
 _GRAPH_ID = ("gpu_graph_id", "1")
@@ -265,7 +266,8 @@ class BoundSessions:
         spare = inputs.on_device
         if any(bound.values[name] is not value for name, value in spare.items()):
             if self.uses_graph:
-                _copy(spare, bound.values)
+                # What was uploaded for other sessions is copied from the host where values cannot be copied.
+                _copy(spare if _copies_between_values(self._ort) else dict(inputs), bound.values)
             else:
                 spare = {name: bound.values[name] for name in spare}
                 bound.values |= inputs.on_device
@@ -298,6 +300,31 @@ def pinned_array(values: int) -> NDArray[np.float32]:
     memory = (ctypes.c_float * values).from_address(address.value or 0)
     weakref.finalize(memory, runtime.cudaFreeHost, address).atexit = False  # CUDA frees it all then
     return np.frombuffer(memoryview(memory), np.float32)
+
+
+class DeviceMemory:
+    """How much of the GPU's memory is free, by the CUDA library loaded in this process."""
+
+    def __init__(self) -> None:
+        self._at_first = self._free()
+
+    def has_room(self, count: int) -> bool:
+        """Whether as much is free as several more of `count` things need that were made since; yes where nobody knows.
+
+        Others may be larger than those so far.
+        """
+        free = self._free()
+        if free is None or self._at_first is None:
+            return True
+        return free > _ROOM_FOR * (self._at_first - free) / max(count, 1)
+
+    @staticmethod
+    def _free() -> int | None:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        runtime = _cuda_runtime()
+        if runtime is None or runtime.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
+            return None
+        return free.value
 
 
 def _cuda_runtime() -> ctypes.CDLL | None:

@@ -30,7 +30,7 @@ from gfldeploy.engines.base import (
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import set_tf32
 from gfldeploy.engines.nvidia_libraries import load_libraries, why_not_loaded
-from gfldeploy.engines.ort_binding import BoundSessions, pinned_array
+from gfldeploy.engines.ort_binding import BoundSessions, DeviceMemory, pinned_array
 from gfldeploy.engines.ort_graph import convolutions
 from gfldeploy.engines.ort_rewrite import BY_CHANNEL, rewritten
 from gfldeploy.engines.registry import ENGINES
@@ -38,7 +38,8 @@ from gfldeploy.errors import EngineError, summary
 from gfldeploy.files import scratch_directory
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4
+_MOST_REMEMBERED = 1000  # shapes that came once
 _CHANNELS = 3
 _FAILED_NODE = re.compile(
     r"(?:Error in execution: )?Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: "
@@ -53,8 +54,12 @@ class OnnxRuntimeEngine(Engine):
     title = "ONNX Runtime"
     rewrites = True  # an INT8 graph before it is loaded for a CPU, see `ort_rewrite`
     # Of its first provider, to replay inputs of one shape as a CUDA graph; none: it is not tried.
-    graph_options: Mapping[str, str] = {"enable_cuda_graph": "True", "cudnn_conv_algo_search": "EXHAUSTIVE"}
-    own_sessions = 2  # for so many known shapes, one each: two orientations; each has the weights once more
+    graph_options: Mapping[str, str] = {"enable_cuda_graph": "True"}
+    own_sessions = 2  # opened at once for so many known shapes, one each: two orientations
+    # Opened as they are needed, for shapes that are known or come again, one each, while there is memory; 0: for none.
+    # Each has the weights once more, but in a session for any shape cuDNN plans every convolution anew, a tenth of a
+    # second or more, whenever the shape is not that of the inference before.
+    later_sessions = 64
     memory = "cuda"  # of the device that is not the CPU, as `OrtValue` calls it
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
@@ -66,6 +71,8 @@ class OnnxRuntimeEngine(Engine):
             if options.tf32:
                 set_tf32(True)  # the environment may forbid what the provider's option allows
             load_libraries(ENGINES[self.name])
+            # cuDNN's attempts that come to nothing are no errors, and are hundreds of lines: what fails is raised.
+            self._ort.set_default_logger_severity(_FATAL_ONLY)
         self._providers = self._choose_providers(bundle)
         self._manifest = bundle.manifest
         self._session: Any = None
@@ -74,8 +81,13 @@ class OnnxRuntimeEngine(Engine):
         if options.device == "cpu":
             self._session = self._open(self._session_options())
             return
-        known = set(options.shapes)
-        own = known if self.graph_options and len(known) <= self.own_sessions else set()
+        known = dict.fromkeys(options.shapes)
+        self._known = set(list(known)[: self.later_sessions])
+        self._came: set[Shape] = set()  # shapes that ran in the sessions for any
+        self._last: Shape | None = None  # that of the last inference there
+        self._full = False
+        self._memory = DeviceMemory()
+        own = known if self.graph_options and len(known) <= self.own_sessions else {}
         self._on_gpu = {shape: self._bound(cuda_graph=True) for shape in own} or {None: self._bound(cuda_graph=False)}
         self._note_graphs()
 
@@ -97,8 +109,10 @@ class OnnxRuntimeEngine(Engine):
     def upload(self, inputs: Tensors) -> Tensors:
         if self.options.device == "cpu":
             return inputs
+        with self._explained(), self._opening:
+            sessions = self._on_gpu.get(_shape(inputs)) or self._for_any()
         with self._explained():
-            return self._sessions_for(inputs).upload(inputs)
+            return sessions.upload(inputs)
 
     def host_array(self, values: int) -> NDArray[np.float32]:
         on_gpu = self.options.device == "gpu" and self.memory != "cpu"
@@ -108,7 +122,8 @@ class OnnxRuntimeEngine(Engine):
         try:
             return self._sessions_for(inputs).infer_timed(inputs)
         except Exception as error:
-            if len(self._on_gpu) == 1 or not self._is_own(inputs):
+            shape = _shape(inputs)
+            if len(self._on_gpu) == 1 or shape is None or shape not in self._on_gpu:
                 raise
             why = summary(error)
         finally:
@@ -116,23 +131,38 @@ class OnnxRuntimeEngine(Engine):
         # The memory that the sessions of other shapes hold may be what is missing.
         with self._opening:
             self.close()
+            self._full = True
         self.cuda_graph = f"no CUDA graph: {why}"
         return self._sessions_for(inputs).infer_timed(inputs)
 
-    def _is_own(self, inputs: Tensors) -> bool:
-        """Whether inputs of this shape have sessions of their own."""
-        batch, channels, height, width = inputs["image"].shape
-        return channels == _CHANNELS and (batch, height, width) in self._on_gpu
-
     def _sessions_for(self, inputs: Tensors) -> BoundSessions:
-        """Those of the shape of the inputs, or those for any, which are opened when they are needed."""
+        """To run these inputs: those of their shape, or those for any, which are opened when they are needed."""
+        shape = _shape(inputs)
         with self._opening:
-            batch, _, height, width = inputs["image"].shape
-            if self._is_own(inputs):
-                return self._on_gpu[batch, height, width]
-            if None not in self._on_gpu:
-                self._on_gpu[None] = self._bound(cuda_graph=False)
-            return self._on_gpu[None]
+            if shape in self._on_gpu:
+                return self._on_gpu[shape]
+            if shape is not None and self._deserves_its_own(shape):
+                try:
+                    self._on_gpu[shape] = self._bound(cuda_graph=bool(self.graph_options))
+                    return self._on_gpu[shape]
+                except EngineError:  # no room: the others go on
+                    self._full = True
+            self._last = shape
+            return self._for_any()
+
+    def _deserves_its_own(self, shape: Shape) -> bool:
+        """Whether the shape is known, or comes back after another, and there is room for one more."""
+        if self._full or len(self._on_gpu) > self.later_sessions:
+            return False
+        wanted = shape in self._known or (shape in self._came and shape != self._last)
+        if len(self._came) < _MOST_REMEMBERED:
+            self._came.add(shape)
+        return wanted and self._memory.has_room(len(self._on_gpu))
+
+    def _for_any(self) -> BoundSessions:
+        if None not in self._on_gpu:
+            self._on_gpu[None] = self._bound(cuda_graph=False)
+        return self._on_gpu[None]
 
     def _bound(self, cuda_graph: bool) -> BoundSessions:
         return BoundSessions(self._ort, self._open_on_gpu, self.memory, self._outputs, cuda_graph)
@@ -232,11 +262,17 @@ class OnnxRuntimeEngine(Engine):
         return [(PROVIDERS[self.options.device], cuda_options(self.options) if self.options.device == "gpu" else {})]
 
 
+def _shape(inputs: Tensors) -> Shape | None:
+    """(batch, height, width) of images; None where they are none."""
+    batch, channels, height, width = inputs["image"].shape
+    return (batch, height, width) if channels == _CHANNELS else None
+
+
 def cuda_options(options: EngineOptions) -> dict[str, str]:
     """Provider options of ONNX Runtime's CUDAExecutionProvider; what is not here is left as it is.
 
-    `cudnn_conv_algo_search`: its convolutions remember the kernels for the input shape before alone, and choose anew
-    when it changes. Its default, EXHAUSTIVE, chooses most carefully and slowest: that is for sessions of one shape.
+    `cudnn_conv_algo_search`: which of cuDNN's heuristics chooses kernels. Since 1.20 the default, EXHAUSTIVE, searches
+    no more, but asks another heuristic, whose choice was slower (benchmarks/README.md, "On an H100").
     The memory arena stays at its default, which grows by doubling: by what each shape needs it would be fragmented.
     """
     return {"use_tf32": str(int(options.tf32)), "cudnn_conv_algo_search": "HEURISTIC"}

@@ -50,6 +50,7 @@ class OnnxRuntimeRtxEngine(OnnxRuntimeEngine):
     name = "onnxruntime-tensorrt-rtx"
     graph_options: Mapping[str, str] = {"enable_cuda_graph": "1"}
     own_sessions = 1
+    later_sessions = 0  # TensorRT's own plans are for a range of shapes
     _detail = staticmethod(_told)
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:

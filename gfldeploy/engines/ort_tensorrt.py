@@ -32,6 +32,7 @@ class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
     name = "onnxruntime-tensorrt"
     graph_options: Mapping[str, str] = {"trt_cuda_graph_enable": "True"}
     own_sessions = 1
+    later_sessions = 0  # TensorRT's own plans are for a range of shapes
 
     def __init__(self, bundle: Bundle, options: EngineOptions, graph: GraphName) -> None:
         """Load the graph and build it. Raises `MissingDependencyError`, `BundleError` or `EngineError`."""

@@ -23,6 +23,22 @@ COCO = "coco.json"
 IMAGES = "images.json"
 _MOST_REASONS = 3
 
+# What the files hold, for their schemas: a line of `detections.jsonl`, with detections or with an error; the list in
+# `coco.json`; the object in `images.json`.
+_NAMED = {"file": str, "frame?": int, "time_s?": float}
+_BOX = tuple[float, float, float, float]
+_DETECTION = {"class": str, "class_id": int, "score": float, "bbox": _BOX}
+DETECTED = (
+    {**_NAMED, "width": int, "height": int, "detections": [_DETECTION], "may_lack_below?": float},
+    {**_NAMED, "error": str},
+)
+COCO_RESULTS = [{"image_id": CocoId, "category_id": CocoId, "bbox": _BOX, "score": float}]
+LISTED_IMAGES = {
+    "images": [{"id": int, "file_name": str, "width": int, "height": int}],
+    "categories": [{"id": int, "name": str}],
+    "annotations": [Any],
+}
+
 
 # One image's line in the result, or a detection in it, ready for JSON.
 Record: TypeAlias = dict[str, Any]

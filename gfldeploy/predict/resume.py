@@ -278,7 +278,12 @@ def read_header(file: IO[bytes]) -> tuple[Entry, int]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The names of what differs between two questions, the first as it was read."""
     now = json.loads(json.dumps(now))
-    return [key.replace("_", " ") for key in {**before, **now} if before.get(key) != now.get(key)]
+    different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if "detection" in different:  # of which each part is an option
+        parts = [part if isinstance(part := one.get("detection", {}), dict) else {} for one in (before, now)]
+        place = different.index("detection")
+        different[place : place + 1] = differences(*parts) or ["detection"]
+    return [key.replace("_", " ") for key in different]
 
 
 def plain_batch(batch: Sequence[Found]) -> list[Entry]:

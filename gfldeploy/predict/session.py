@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.detections import DetectionOptions
-from gfldeploy.engines.base import Device, EngineOptions, Precision
+from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor
 from gfldeploy.engines.registry import ENGINES
@@ -65,6 +65,46 @@ _MADE = (
     r"(?s)working\.jsonl|"
     r"results/((detections\.jsonl|coco\.json|images\.json|predict\.json|records\.jsonl)?|pictures/(\.?\d{6,}-.*)?)"
 )
+# What the note says, for its schema: the question (`_question`), and what came of it.
+_NOTED: Mapping[str, Any] = {
+    "bundle": str,
+    "engine": str,
+    "precision": Precision,
+    "device": Device,
+    "threads": int,
+    "streams": int,
+    "batch_size": int,
+    "order": Order,
+    "input_size?": Size,
+    "tile?": Size,
+    "overlap?": float,
+    "shapes?": [Shape],
+    "threshold": float,
+    "detection?": DetectionOptions,
+    "draw_threshold": float | None,
+    "decoding": Literal["exact", "reduced"],
+    "annotations": str | None,
+    "inputs": str,
+    "processor": str | tuple[str, ...],
+    "tf32?": bool,
+    "gpus?": [Any],
+    "software": {str: str},
+    "images": int,
+    "failed": int,
+    "detections": int,
+    "files": [str],
+}
+RESULTS_NOTE: Mapping[str, Any] = {"what": Literal["results of gfldeploy predict"], **_NOTED}
+PART_NOTE: Mapping[str, Any] = {
+    "what": Literal["a part of results of gfldeploy predict"],
+    "part": str,
+    **_NOTED,
+    "listed": int,
+    "classes": [str],
+    "categories": tuple[CocoId | None, ...] | None,
+    "ids": tuple[CocoId, ...] | None,
+    "records": str,
+}
 # Inputs, spread evenly over all, whose headers say which shapes of batches are to come.
 _MOST_HEADERS = 4096
 # Batches, below which no engine is built for their own shapes alone: they take less time than the build.

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +27,22 @@ _MOST_LINES = 10_000  # that wait to be written; they take a few MB
 _AT_ONCE = 256
 _CLOSING_S = 5.0
 _STANDARD_OUTPUT = Path("-")
+
+# A line, for its schema: `path` where there is no `route`, `replica` where there are several processes.
+LOGGED: Mapping[str, Any] = {
+    "time": str,
+    "client": str | None,
+    "method": str,
+    "route": str | None,
+    "status": int,
+    "received": int,
+    "sent": int,
+    "images": int | None,
+    "ms": float,
+    "code": str | None,
+    "path?": str,
+    "replica?": int,
+}
 
 
 @dataclass(frozen=True)

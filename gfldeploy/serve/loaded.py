@@ -131,10 +131,12 @@ class LoadedDetector(ClosesOnExit):
         samples = dict(self._samples(warm_up))
         self.sizes = tuple(samples)
         self._smallest = min(self.sizes, key=area)
-        batches = sorted({self._fixed or 1, self.most})
-        expected = tuple((count, *size) for size in samples for count in batches)
+        # On a GPU every number of images is a shape, which is planned for: batches are filled up to a power of two.
+        powers = [2**power for power in range(self.most.bit_length())] if choice.options.device == "gpu" else [1]
+        self._counts = [self._fixed] if self._fixed else sorted({*powers, self.most})
+        expected = tuple((count, *size) for size in samples for count in self._counts)
         options = replace(choice.options, progress=progress)
-        if not (ENGINES[choice.engine].needs_shapes or options.device == "gpu"):
+        if not ENGINES[choice.engine].needs_shapes:
             options = replace(options, shapes=expected)
         progress.stage(f"loading {choice}")
         start = time.perf_counter()
@@ -214,7 +216,7 @@ class LoadedDetector(ClosesOnExit):
     def _answers(self, jobs: Sequence[_Job], size: Size, thread: int) -> list[Answer | Exception]:
         start = time.perf_counter()
         self._signs[thread] = time.monotonic()
-        tensor = room(self._memory, self._engine.host_array, (self._fixed or len(jobs), 3, *size))
+        tensor = room(self._memory, self._engine.host_array, (self._rows(len(jobs)), 3, *size))
         filled = list((self._decoders.map if self._decoders else map)(partial(self._fill, thread), jobs, tensor))
         kept = [place for place, one in enumerate(filled) if not isinstance(one, DataError)]
         for row, place in enumerate(kept):
@@ -239,6 +241,12 @@ class LoadedDetector(ClosesOnExit):
             for job, one in zip(jobs, filled, strict=True)
         ]
 
+    def _rows(self, count: int) -> int:
+        """Of the input for so many images."""
+        if self._choice.options.device == "cpu" and self._fixed is None:
+            return count
+        return next(rows for rows in self._counts if rows >= count)
+
     def _fill(self, thread: int, job: _Job, row: NDArray[np.float32]) -> _Filled | DataError:
         """Decode and preprocess an image into a row of the network's input, of a batch of this thread."""
         start = time.perf_counter()
@@ -259,10 +267,8 @@ class LoadedDetector(ClosesOnExit):
     ) -> list[Detections]:
         """The detections in the first rows of the tensor; `own_nms`: as for `submit`, of each."""
         count = len(scales)
-        if self._fixed is None:
-            tensor = tensor[:count]
-        else:
-            tensor[count:] = 0
+        tensor = tensor[: self._rows(count)]
+        tensor[count:] = 0
         with self._uploading:
             inputs = self._engine.upload({"image": tensor})
         with self._inferring:
@@ -285,7 +291,7 @@ class LoadedDetector(ClosesOnExit):
         made then.
         """
         points: list[Point] = []
-        counts = sorted({1, self.most})
+        counts = self._counts
         limits = {(height, width) for _, height, width in possible_shapes(self._manifest)} - samples.keys()
         total = len(samples) + len(limits)
         with StreamThreads(at_once) as threads:
@@ -300,7 +306,7 @@ class LoadedDetector(ClosesOnExit):
                         points += [Point(count, size, ms) for ms in times]
             for number, (count, size) in enumerate(itertools.product(counts, sorted(limits))):
                 progress.step("warming up", len(samples) + number // len(counts), total)
-                nothing = {"image": np.zeros((self._fixed or count, 3, *size), np.float32)}
+                nothing = {"image": np.zeros((count, 3, *size), np.float32)}
                 threads.each(partial(self._engine.infer, nothing))
         progress.step("warming up", total, total)
         model = LatencyModel.fit(points)

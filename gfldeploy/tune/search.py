@@ -342,6 +342,28 @@ class Search:
                 misses.append((worst.percent, -measured.images_per_s, worst))
         return min(misses, key=lambda item: item[:2])[2] if misses else None
 
+    def no_smaller(self, choice: Cell) -> tuple[Model, str] | None:
+        """The next smaller input size of the choice's model, and why it was not chosen, in words to follow its name.
+
+        None where there is none, and where its mAP or that of a larger one was measured in this bundle and precision.
+        """
+        model = model_of(choice)
+        sizes = self.families[model.own]
+        if not (smaller := sizes[: sizes.index(model)]):
+            return None
+        one = smaller[-1]
+        if self.refused(one):
+            alike = [each for each in self.drops if (each.bundle, each.precision) == (one.bundle, one.precision)]
+            if any(self.refused(each) and each.input_size != model.input_size for each in alike):
+                return None
+            if (most := max(self._costs(one), key=lambda found: found[0], default=None)) is None:
+                return one, "was left out, by what other sizes lose"
+            return one, f"was left out, as it costs {most[0]:.4f} mAP in {most[1].engine} {most[1].precision}"
+        if fastest := max(map(self._speed, self.by_model[one])):
+            alike_fast = fastest <= self._speed(choice) * (1 + NOISE)
+            return one, "is no faster" if alike_fast else "does not keep the other bounds"
+        return one, "failed" if self.start(one) in self.known else "was not looked at"
+
     def _speed(self, cell: Cell) -> float:
         measured = self.known.get(cell)
         return measured.images_per_s if measured else 0.0
@@ -381,16 +403,14 @@ class Search:
 
         They count where the own size was measured too: an engine that is wrong at any size says nothing of sizes.
         """
-        return max(
-            (
-                self.drops[one] - self.drops[own]
-                for own, models in self.families.items()
-                if own in self.drops and own != model.own
-                for one in models
-                if one in self.drops and self._pixels(one) >= self._pixels(model)
-            ),
-            default=0.0,
-        )
+        return max((cost for cost, _ in self._costs(model)), default=0.0)
+
+    def _costs(self, model: Model) -> Iterator[tuple[float, Model]]:
+        for own, models in self.families.items():
+            if own in self.drops and own != model.own:
+                for one in models:
+                    if one in self.drops and self._pixels(one) >= self._pixels(model):
+                        yield self.drops[one] - self.drops[own], one
 
     def _competing(self, family: Model) -> Model | None:
         """The smallest of its input sizes that is not refused and has not failed: it is the fastest."""

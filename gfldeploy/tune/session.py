@@ -238,7 +238,8 @@ def tune_bundles(
             sizes=session.sizes(choice.cell),
         )
         best, *second = search.finished.values()
-        summary = summarize(deploy, best, second[0] if second else None, session.failed())
+        no_smaller = search.no_smaller(choice.cell)
+        summary = summarize(deploy, best, second[0] if second else None, session.failed(), no_smaller)
         deploy = replace(deploy, summary=summary)
         check_file(output, "yml", force=force)  # somebody else may have been faster
         deploy.write(output)

@@ -12,18 +12,22 @@ from gfldeploy.engines.base import with_tf32
 from gfldeploy.engines.registry import title_of
 from gfldeploy.tune.deploy_file import Deploy
 from gfldeploy.tune.measured import TAIL_COUNT, Measured, speed_ratio
-from gfldeploy.tune.search import Bounds, Miss
+from gfldeploy.tune.search import Bounds, Miss, Model
 
 # Reasons of failures in a summary; the terminal has all.
 _MOST_REASONS = 5
 
 
 def summarize(
-    deploy: Deploy, choice: Measured, runner_up: Measured | None = None, failed: Sequence[CellResult] = ()
+    deploy: Deploy,
+    choice: Measured,
+    runner_up: Measured | None = None,
+    failed: Sequence[CellResult] = (),
+    no_smaller: tuple[Model, str] | None = None,
 ) -> str:
     """One paragraph for who decides: what to deploy, how fast, what it costs, what came second and why, the knee, and
-    what `failed` and may have been faster."""
-    return " ".join((*_sentences(deploy, choice, runner_up), *_failures(failed)))
+    what `failed` and may have been faster. `no_smaller`: see `Search.no_smaller`."""
+    return " ".join((*_sentences(deploy, choice, runner_up, no_smaller), *_failures(failed)))
 
 
 def miss_in_words(miss: Miss) -> str:
@@ -38,7 +42,9 @@ def miss_in_words(miss: Miss) -> str:
     return f"{_what(miss.cell)}, whose {value}"
 
 
-def _sentences(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> Iterator[str]:
+def _sentences(
+    deploy: Deploy, choice: Measured, runner_up: Measured | None, no_smaller: tuple[Model, str] | None
+) -> Iterator[str]:
     machine, cell, found = deploy.machine, deploy.choice.cell, deploy.choice.evidence
     on_gpu = cell.device == "gpu" and machine.gpus
     where = machine.gpus[0] if on_gpu else f"{machine.cpu} with {_count(machine.threads, 'CPU')}"
@@ -53,6 +59,9 @@ def _sentences(deploy: Deploy, choice: Measured, runner_up: Measured | None) -> 
         )
     yield _cost(deploy)
     yield from _input_size(deploy)
+    if no_smaller and deploy.sizes:
+        model, why = no_smaller
+        yield f"The next smaller size, {size_in_words(model.input_size or deploy.sizes.own_size)}, {why}."
     if deploy.runner_up is not None and runner_up is not None:
         yield f"Second is {_what(deploy.runner_up.cell)}: {_compared(choice, runner_up)}."
     elif deploy.bounds != Bounds():

@@ -293,8 +293,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     many().write(source)
     assert run(source) == 0
     assert re.search(r"<h1>gfldeploy benchmark</h1>", (tmp_path / "results.html").read_text())
-    assert run(source) == 2
+    (tmp_path / "results.html").write_text((tmp_path / "results.html").read_text().replace("gfldeploy benchmark", "x"))
+    assert run(source) == 0, "the page beside the results, which bench writes with them, is made again"
+    assert "gfldeploy benchmark" in (tmp_path / "results.html").read_text()
+    assert run(source, "-o", tmp_path / "results.html") == 2
     assert "results.html exists already" in capsys.readouterr().err
-    assert run(source, "--force") == 0
+    (tmp_path / "results.html").write_text("a page of mine")
+    assert run(source) == 2 and run(source, "--force") == 2
+    assert "is not a file that gfldeploy wrote" in capsys.readouterr().err
     assert run(tmp_path / "none.json", "-o", tmp_path / "x.html") == 2
     assert not (tmp_path / "x.html").exists()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from schema_checks import check_schema
 
 from gfldeploy.cli import main
 
@@ -24,6 +25,7 @@ def found(
 ) -> tuple[dict[str, object], str]:
     output = tmp_path_factory.mktemp("analysis") / "analysis.json"
     assert run(tiny_bundle, "--data", tiny_coco, "-o", output, *QUICK) == 0
+    check_schema("analysis", output)
     return json.loads(output.read_text()), output.with_suffix(".html").read_text()
 
 

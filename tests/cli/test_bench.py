@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from schema_checks import check_schema
 
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.cli import main
@@ -53,6 +54,7 @@ def test_everything(tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: p
     assert output.with_suffix(".csv").read_text().count("\n") == 1 + len(results.cells)
     assert not output.with_name("results.json.unfinished").exists()
     assert str(tiny_bundle.parent) not in output.read_text()
+    check_schema("results", output)
 
 
 @pytest.mark.slow

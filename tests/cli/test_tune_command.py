@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from schema_checks import check_schema
 
 from gfldeploy.bench.results import BenchResults
 from gfldeploy.bundle import Bundle
@@ -66,6 +67,7 @@ def test_a_choice_with_its_evidence(
     assert deploy.bounds.max_latency_ms == 5000
     assert not path.with_name("deploy.yml.unfinished").exists()
     assert str(tmp_path) not in yaml.safe_dump(deploy.to_dict())
+    check_schema("deploy", path)
     assert run("tune", "--check", path) == 0
     assert "holds for this machine" in capfd.readouterr().out
     data = yaml.safe_load(path.read_text())

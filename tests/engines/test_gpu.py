@@ -1,8 +1,9 @@
-"""What an engine promises, held by every engine and precision that runs on a GPU. None of this has run on one yet.
+"""What an engine promises, held by every engine and precision that runs on a GPU.
 
 Without a GPU the same tests run on a tiny detector, so that they are known to work: one engine on the CPU, and what the
 engine does on a GPU with the provider and the memory of the CPU. On a machine with a GPU: `pytest -n 0 -m gpu`, with
-`-k ENGINE` if the CUDA libraries of two engines clash in one process.
+`-k ENGINE` if the CUDA libraries of two engines clash in one process. Where PaddleDetection is not installed, give the
+demo's bundles as GFLDEPLOY_MADE=gpu-materials/demo (see `demo_bundles.MADE`).
 """
 
 from __future__ import annotations
@@ -303,6 +304,19 @@ def test_without_room_for_several_sessions_there_is_one(tiny_bundle: Path, monke
             assert all(np.array_equal(found[name], expected[name]) for name in expected)
         assert engine.cuda_graph == "no CUDA graph: CUDA error: out of memory"
         assert list(engine._on_gpu) == [None]
+
+
+def test_a_shape_that_comes_back_has_a_session_of_its_own(tiny_bundle: Path) -> None:
+    random = np.random.default_rng(0)
+    images = [random.random((1, 3, *size), np.float32) for size in ((64, 96), (96, 64), (64, 64))]
+    with OnnxRuntimeEngine(Bundle.open(tiny_bundle), EngineOptions(), "onnx") as reference:
+        expected = [reference.infer({"image": one}) for one in images]
+    with SimulatedGpu(Bundle.open(tiny_bundle), EngineOptions(device="gpu"), "onnx") as engine:
+        for place, own in ((0, 0), (0, 0), (1, 0), (0, 1), (2, 1), (1, 2), (0, 2)):
+            found = engine.infer(engine.upload({"image": images[place]}))
+            assert all(np.array_equal(found[name], expected[place][name]) for name in found)
+            assert len(engine._on_gpu) == 1 + own
+        assert engine.cuda_graph == "2 x a CUDA graph"
 
 
 def test_an_input_that_is_wrong_costs_no_graph(tiny_bundle: Path) -> None:

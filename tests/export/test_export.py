@@ -18,6 +18,7 @@ import onnx
 import pytest
 from demo_bundles import RunHere
 from onnx import numpy_helper
+from schema_checks import check_schema
 
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
@@ -51,6 +52,9 @@ def rehash(directory: Path) -> None:
 def test_the_bundle_is_described_and_verified(bundle: Path, run_here: RunHere) -> None:
     described = run_here("inspect", bundle, "--json", "--size", "64x128")
     facts = json.loads(described.stdout)
+    check_schema("inspect", facts)
+    for name in ("manifest", "parity", "layers", "golden"):
+        check_schema(name, bundle / ("golden/golden.json" if name == "golden" else f"{name}.json"))
     assert facts["classes"] == list(CLASSES)
     assert facts["inputs"] == ["image float32 [?, 3, ?, ?]"]
     onnx_files = {"onnx", "onnx_fp16", "end_to_end", "end_to_end_fp16"}

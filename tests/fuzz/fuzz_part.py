@@ -19,6 +19,7 @@ _QUESTION = {
     "bundle": "ab" * 32,
     "batch_size": 2,
     "threshold": 0.5,
+    "detection": {"class_thresholds": {"ball": 0.25}, "classes": ["0", "ball"], "keep_top_k": 3},
     "draw_threshold": None,
     "inputs": "cd" * 32,
     "part": "1/1",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from demo_bundles import RunHere
 from recorded_progress import RecordedProgress
+from schema_checks import check_schema
 from scripted_server import MODEL, Asked, Script, ScriptedServer, answer, error, reply
 
 import gfldeploy
@@ -69,6 +70,7 @@ def test_a_rate_sends_what_was_drawn_and_every_request_ends_once(images: Path, t
     assert set(sent) == {b"a", b"b", b"c"} and max(sent.values()) - min(sent.values()) <= 1, "in rounds"
     assert all("authorization" not in one.headers for one in server.asked)
     assert BenchResults.read(output) == found
+    check_schema("results", output)
     cell = found.cells[0].cell
     assert (cell.scenario, cell.rate, cell.engine, cell.streams, cell.batch_size) == ("http", 80.0, "openvino", 2, 4)
     assert cell.bundle.digest == MODEL["bundle"]["digest"]  # type: ignore[index]

@@ -357,7 +357,7 @@ def test_workers_of_a_cluster_and_parts_have_what_was_turned(bundle: Path, raws:
     with pytest.raises(OutputError, match="exists"):  # it is not this part that is there
         predict_images(bundle, inputs, output=parts[0], shard=(1, 2), **HERE)
     predict_images(bundle, output=parts[2], shard=(2, 2), **{**settings, "nms_threshold": 0.6})
-    with pytest.raises(DataError, match=r"not of the run of .*: other detection"):
+    with pytest.raises(DataError, match=r"not of the run of .*: other nms threshold\."):
         merge_parts([parts[0], parts[2]], output=tmp_path / "wrong")
 
 

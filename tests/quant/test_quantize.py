@@ -15,6 +15,7 @@ import onnx
 import pytest
 from calibration_file import calibration_from
 from demo_bundles import RunHere
+from schema_checks import check_schema
 
 from gfldeploy import demo
 from gfldeploy.bundle import Bundle
@@ -51,6 +52,8 @@ def test_every_convolution_is_calibrated_and_runs_in_int8(fp32: Path, int8: Path
 
 
 def test_the_bundle_says_what_it_was_made_from(fp32: Path, int8: Path, pictures: Path) -> None:
+    for name in ("manifest", "calibration", "parity", "layers"):
+        check_schema(name, int8 / f"{name}.json")
     images = json.loads((int8 / "calibration.json").read_text())["images"]
     assert images == {sha256(path): path.name for path in pictures.iterdir()}
     manifest = Bundle.open(int8).manifest
@@ -133,6 +136,7 @@ def test_what_breaks_in_int8_goes_back_to_float(
         assert 5 <= ran["fp32"] <= 6, (name, "what was kept, and at most one that it took along")
         assert parity["speed"][name].keys() >= {"fp32_ms", "int8_ms", "ratio", "all_int8_ms"}
     ranking = json.loads((tmp_path / "int8/sensitivity.json").read_text())["groups"]
+    check_schema("sensitivity", tmp_path / "int8/sensitivity.json")
     assert ranking[0]["name"] == "backbone.stage4"
     assert ranking[0]["total"] > 5 * ranking[1]["total"]
     calibrated = calibration_from(json.loads((tmp_path / "int8/calibration.json").read_text()))

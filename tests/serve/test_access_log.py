@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from schema_checks import check_schema
 from served import talk
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -150,7 +151,10 @@ def exchange(app: Starlette, recorder: Recorder) -> Exchange:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="ascii").split("\n")[:-1]]
+    lines = [json.loads(line) for line in path.read_text(encoding="ascii").split("\n")[:-1]]
+    for line in lines:
+        check_schema("access-log", line)
+    return lines
 
 
 def test_nobody_forges_a_line(exchange: Exchange, tmp_path: Path) -> None:

@@ -416,6 +416,13 @@ def test_which_input_size_is_asked_for_its_accuracy_next() -> None:
     assert where.refused(sized(fast, (192, 320))) and not where.refused(sized(fast, (320, 448)))
     # In FP32 a size costs about what it costs in INT8.
     assert where.refused(sized(slow, (224, 320))) and not where.refused(sized(slow, (256, 384)))
+    chosen = where.no_smaller(cell(slow, 1)), where.no_smaller(replace(cell(fast, 1), input_size=(256, 384)))
+    assert chosen == ((sized(slow, (320, 448)), "was not looked at"), None), "the summary has what was measured"
+    lacking = where.no_smaller(replace(cell(slow, 1), input_size=(256, 384)))
+    assert lacking is not None and lacking[0] == sized(slow, (224, 320))
+    assert lacking[1] == f"was left out, as it costs 0.0580 mAP in {fast[1]} {fast[2]}"
+    where.known[replace(cell(slow, 1), input_size=(320, 448))] = found(40)
+    assert where.no_smaller(cell(slow, 1)) == (sized(slow, (320, 448)), "is no faster")
     assert step is None, "twice the pixels of the fastest, and at most 1.7 times as fast at 256x384"
     where.drops[sized(fast, None)] = 0.5
     assert where.refused(sized(fast, (256, 384)).own) and not where.refused(sized(slow, (224, 320)))

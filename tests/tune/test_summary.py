@@ -11,6 +11,7 @@ from sample_results import FAILED, altered
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.tune.deploy_file import Evidence, SizeChoice
 from gfldeploy.tune.measured import Measured, Tail
+from gfldeploy.tune.search import model_of
 from gfldeploy.tune.summary import summarize
 
 FOUND = Measured(((80.0,) * 6,), 25.0, Tail(31.0, 30.0, 400, True), 310.5)
@@ -95,6 +96,9 @@ def test_what_the_input_size_costs_and_gains() -> None:
     own = replace(unknown, drops=(drops[0], drops[2]))
     assert " 192x320 would lose 0.0512 mAP" in summarize(replace(DEPLOY, sizes=own), FOUND)
     assert "in place of" not in summarize(replace(DEPLOY, sizes=own), FOUND)
+    smaller = model_of(replace(CHOICE.cell, input_size=(192, 320))), "is no faster"
+    told = summarize(replace(DEPLOY, sizes=replace(own, drops=())), FOUND, no_smaller=smaller)
+    assert " The next smaller size, 192x320, is no faster. " in told
 
 
 def test_what_failed_is_named_with_the_reason() -> None:

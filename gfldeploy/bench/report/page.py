@@ -43,7 +43,8 @@ def report(results: BenchResults | StrPath, *, output: StrPath | None = None, fo
     Args:
         results: Results of `benchmark`, or a file of them.
         output: The page to write; by default RESULTS.html beside the file, or results.html.
-        force: Replace the page if it exists and gfldeploy made it.
+        force: Replace the page if it exists and gfldeploy made it. The one beside the file, which `benchmark` writes
+            with it, is made again in any case.
 
     Returns:
         The page.
@@ -54,7 +55,8 @@ def report(results: BenchResults | StrPath, *, output: StrPath | None = None, fo
     """
     source = Path("results") if isinstance(results, BenchResults) else Path(results)
     page = source.with_suffix(".html") if output is None else Path(output)
-    check_file(page, "html", force=force)
+    beside = output is None and not isinstance(results, BenchResults)
+    check_file(page, "html", force=force or beside)
     write_report(results if isinstance(results, BenchResults) else BenchResults.read(source), page)
     return page
 

@@ -191,6 +191,7 @@ def test_what_is_left_is_what_the_rule_says(
     eta: float, normalized: bool, pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gfldeploy.nms._PAIRS", pairs_at_once)
+    monkeypatch.setattr("gfldeploy.nms._BAND_BOXES", min(pairs_at_once, 1 << 11))
     random = np.random.default_rng(24)
     params = NmsParams(0.05, 0.6, 100, 5, normalized, eta)
     turned = UserNms(0.05, 0.6, 100, 30, normalized, eta, class_agnostic=True, most=30)

@@ -114,7 +114,7 @@ def rules(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     """With all rules, without some, and with that of SAHI for any two boxes."""
     bundle, dataset = Bundle.open(args.bundle), CocoDataset.load(data)
     nms, classes = bundle.manifest.nms, bundle.manifest.classes
-    every = [(found, size) for found, size in regions_of(args, bundle, dataset)]
+    every = list(regions_of(args, bundle, dataset))
     merges: dict[str, Callable[[Parts], Detections]] = {
         "all rules": lambda parts: merge_tiles(*moved(*parts), nms),
         "no tiles": lambda parts: parts[0][-1][1],
@@ -125,7 +125,7 @@ def rules(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     found = {}
     for name, merge in merges.items():
         start = time.perf_counter()
-        merged = [merge(parts).named(classes) for parts in every]
+        merged = [merge(parts) for parts in every]
         merge_ms = (time.perf_counter() - start) / len(every) * 1e3
         found[name] = {**measured(dataset, classes, merged), "merge_ms": merge_ms}
         print(name, {key: round(value, 4) for key, value in found[name].items()}, flush=True)
@@ -148,7 +148,8 @@ def regions_of(args: argparse.Namespace, bundle: Bundle, dataset: CocoDataset) -
             found: list[tuple[Region, Detections]] = []
             for regions, _ in cut.batches(size, manifest.preprocess):
                 inputs, scales = inputs_of(engine, [region.of(image) for region in regions], manifest.preprocess)
-                found += zip(regions, found_in(engine, engine.infer(inputs), scales, manifest.nms), strict=True)
+                each = found_in(engine, engine.infer(inputs), scales, manifest.nms)
+                found += zip(regions, (one.named(manifest.classes) for one in each), strict=True)
             yield found, size
 
 

@@ -22,6 +22,7 @@ import demo_bundles
 import numpy as np
 import pytest
 from demo_bundles import RunHere
+from schema_checks import check_schema
 
 from gfldeploy import DataError, Detector, LiveFrame, LiveSource
 from gfldeploy.predict import live
@@ -127,6 +128,8 @@ def impatient_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
+    check_schema("detections", output / "detections.jsonl")
+    check_schema("predict", output / "predict.json")
     return [json.loads(line) for line in (output / "detections.jsonl").read_text().splitlines()]
 
 

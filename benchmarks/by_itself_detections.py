@@ -34,7 +34,6 @@ from numpy.typing import NDArray
 
 from gfldeploy import Bundle, Detections, predict_images
 from gfldeploy.accuracy import ap_difference, coco_accuracy, coco_results
-from gfldeploy.detections import pairwise_iou, postprocess
 from gfldeploy.engines.base import EngineOptions, installed_version
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import load_graph
@@ -42,6 +41,7 @@ from gfldeploy.files import read_json, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
 from gfldeploy.machine import describe_machine
+from gfldeploy.nms import pairwise_iou, postprocess
 
 HERE = Path(__file__).resolve().parent
 ENGINES = ("onnxruntime", "openvino")

@@ -27,10 +27,10 @@ import numpy as np
 
 from gfldeploy import Bundle, Detector
 from gfldeploy.accuracy import coco_accuracy, coco_results
-from gfldeploy.detections import pairwise_iou
 from gfldeploy.files import read_json, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.machine import describe_machine
+from gfldeploy.nms import pairwise_iou
 
 HERE = Path(__file__).resolve().parent
 ENGINE = "onnxruntime"

@@ -34,7 +34,8 @@ from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import ClusterOptions, chunk_s, run_on_ray
 from gfldeploy.cluster.schedule import Assignment, Cause, Job, Part, Schedule
 from gfldeploy.cluster.worker import Todo
-from gfldeploy.detections import AS_CONFIGURED, Detections
+from gfldeploy.detection_options import AS_CONFIGURED
+from gfldeploy.detections import Detections
 from gfldeploy.files import write_json
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.outputs import Summary, write_outputs

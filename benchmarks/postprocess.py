@@ -1,4 +1,4 @@
-"""What NMS takes of one image: `gfldeploy.detections.postprocess` beside the compiled ones of Paddle and OpenCV.
+"""What NMS takes of one image: `gfldeploy.nms.postprocess` beside the compiled ones of Paddle and OpenCV.
 
     python benchmarks/postprocess.py --machine xeon-2core [--rounds N] [--cases NAME ...]
 
@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.files import write_json
 from gfldeploy.machine import describe_machine
+from gfldeploy.nms import NmsParams, postprocess
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent

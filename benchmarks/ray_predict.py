@@ -45,11 +45,11 @@ import numpy as np
 import psutil
 
 from gfldeploy.bundle import Bundle, Graph, Manifest, TensorSpec, write_bundle
-from gfldeploy.detections import NmsParams
 from gfldeploy.files import write_json
 from gfldeploy.images.coco import list_images
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import describe_machine
+from gfldeploy.nms import NmsParams
 from gfldeploy.serialization import plain
 
 HERE = Path(__file__).resolve().parent

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gfldeploy.bench.results import BenchResults as BenchResults
     from gfldeploy.bench.session import benchmark as benchmark
     from gfldeploy.bundle import Bundle as Bundle
-    from gfldeploy.detections import DetectionOptions as DetectionOptions
+    from gfldeploy.detection_options import DetectionOptions as DetectionOptions
     from gfldeploy.detections import Detections as Detections
     from gfldeploy.detector import Detector as Detector
     from gfldeploy.doctor import Diagnosis as Diagnosis
@@ -74,7 +74,8 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "gfldeploy.bench.results": ("BenchResults",),
     "gfldeploy.bench.session": ("benchmark",),
     "gfldeploy.bundle": ("Bundle",),
-    "gfldeploy.detections": ("DetectionOptions", "Detections"),
+    "gfldeploy.detection_options": ("DetectionOptions",),
+    "gfldeploy.detections": ("Detections",),
     "gfldeploy.detector": ("Detector",),
     "gfldeploy.doctor": ("Diagnosis", "diagnose"),
     "gfldeploy.errors": (

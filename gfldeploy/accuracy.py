@@ -19,7 +19,8 @@ from gfldeploy.batching.buckets import Order, Size, group, size_in_words
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import ClusterOptions
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, NmsParams
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Device, Engine, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import open_by_itself, open_engine
@@ -28,6 +29,7 @@ from gfldeploy.errors import DataError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 

@@ -21,13 +21,15 @@ from gfldeploy.bundle import Bundle, GraphName
 from gfldeploy.cluster.ray_cluster import ClusterOptions, run_on_ray
 from gfldeploy.cluster.schedule import Again, Job
 from gfldeploy.cluster.worker import Todo
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, NmsParams, from_text, to_text
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
+from gfldeploy.detections import Detections, from_text, to_text
 from gfldeploy.engines.base import ClosesOnExit, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import found_in, inputs_of
 from gfldeploy.engines.registry import ENGINES, open_by_itself, open_engine
 from gfldeploy.errors import DataError, EngineError
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.progress import Progress
 from gfldeploy.serialization import build, plain
 from gfldeploy.text import first_of

@@ -29,11 +29,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self
 
 from gfldeploy.bundle_records import RECORDS
-from gfldeploy.detections import DetectionOptions, NmsParams
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.errors import BundleError, ConfigError, DataError, reading
 from gfldeploy.files import StrPath, atomic_directory, read_json, sha256, writing
 from gfldeploy.graph_guard import check_graph
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.serialization import FileFormat, Versioned, check
 from gfldeploy.text import first_of
 

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gfldeploy.detections import Detections, NmsParams, counts_of, postprocess
+from gfldeploy.detections import Detections
+from gfldeploy.nms import NmsParams, counts_of, postprocess
 
 # As many as PaddleDetection's NMS takes of each class (its usual nms_top_k), and ten for each of the 100 detections
 # that an image usually keeps: see export/README.md for what that does to mAP.

@@ -11,7 +11,8 @@ from typing import cast
 
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bench.cpu_parity import CpuCheck
-from gfldeploy.detections import DetectionOptions, Detections
+from gfldeploy.detection_options import DetectionOptions
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import StrPath

@@ -17,6 +17,9 @@ _FIGURES = {
     "server latency": "in the latency of what the server answered",
     "answers in time": "in answers within the bound",
 }
+# By how much a cell may be slower: less is within what two runs of one bundle differ by (benchmarks/gate_noise.py).
+DEFAULT_PERCENT = 10.0
+
 _MOST_NAMED, _MOST_TEXT = 3, 200
 
 
@@ -100,7 +103,7 @@ def padding_gate(found: Audit, max_padding: float, order: Order = "listed") -> G
     return Gate(False, f"{figure}, more than {max_padding:g}x{left_out}. {remedy}, smaller batches, or a higher limit.")
 
 
-def speed_gate(found: Comparison, percent: float = 0.0) -> Gate:
+def speed_gate(found: Comparison, percent: float = DEFAULT_PERCENT) -> Gate:
     """Say whether nothing is slower in B than in A beyond the noise.
 
     A cell is slower if one of its figures is (`Pair.slowness`): with 97.5 % confidence for the whole comparison, by

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import END_TO_END, GOLDEN, Bundle, GraphName, TensorSpec
-from gfldeploy.detections import NmsParams, postprocess
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.engines.detect import check_outputs
 from gfldeploy.engines.hardware import usable_threads
@@ -21,6 +20,7 @@ from gfldeploy.export.golden import compare_golden, read_golden
 from gfldeploy.files import StrPath
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.macs import count_work
+from gfldeploy.nms import NmsParams, postprocess
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.quant.record import size_line

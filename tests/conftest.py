@@ -29,7 +29,6 @@ from demo_bundles import RunHere
 from gfldeploy.bench import monitor, runner
 from gfldeploy.bundle import Bundle, Graph, Manifest, TensorSpec, write_bundle
 from gfldeploy.cli import main
-from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.hardware import nvidia_driver
 from gfldeploy.engines.registry import open_engine
@@ -37,6 +36,7 @@ from gfldeploy.export.end_to_end import write_end_to_end
 from gfldeploy.export.golden import golden_picture, write_golden
 from gfldeploy.export.parity import TOLERANCE
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.quant import speed
 
 CLASSES = ("box", "ball")

@@ -18,12 +18,13 @@ from pycocotools.cocoeval import COCOeval
 from recorded_progress import RecordedProgress
 
 from gfldeploy.accuracy import Accuracy, ap_difference, coco_accuracy, coco_results, measure_accuracy
-from gfldeploy.detections import Detections, NmsParams
+from gfldeploy.detections import Detections
 from gfldeploy.engines import base
 from gfldeploy.engines.base import Engine, EngineOptions
 from gfldeploy.errors import DataError, EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.serialization import plain
 
 NMS = NmsParams(score_threshold=0.05, nms_threshold=0.6, nms_top_k=100, keep_top_k=100)

@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.candidates import anchors_of, default_candidates, matched, may_lack_below, suffice
-from gfldeploy.detections import Detections, NmsParams, UserNms, postprocess
+from gfldeploy.detections import Detections
+from gfldeploy.nms import NmsParams, UserNms, postprocess
 from gfldeploy.quant.agreement import Reference, agreement
 from gfldeploy.quant.sensitivity import output_difference
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.errors import ConfigError, DataError, EngineError
+from gfldeploy.nms import NmsParams, postprocess
 from gfldeploy.serialization import build, plain
 
 GFL = NmsParams(score_threshold=0.025, nms_threshold=0.6, nms_top_k=1000, keep_top_k=100)

@@ -177,8 +177,8 @@ def test_compare_as_a_command(tmp_path: Path, run_here: RunHere) -> None:
     a, b, slow = files
     option = "--fail-if-slower"
     for words, code, told in (
-        ((a, b, option), 0, "none of 2 cells is slower by more than 0%"),
-        ((option, a, slow), 1, "1 cell of 2 slower by more than 0%"),
+        ((a, b, option), 0, "none of 2 cells is slower by more than 10%"),
+        ((option, a, slow), 1, "1 cell of 2 slower by more than 10%"),
         ((option, "30", a, slow), 0, "none of 2 cells is slower by more than 30%"),
         ((a, slow, f"{option}=30"), 0, "slower by more than 30%"),
         ((a, slow, option, "2.5", "--json"), 1, "slower by more than 2.5%"),

@@ -26,13 +26,14 @@ from gfldeploy.bench.table import COLUMNS, rows
 from gfldeploy.bench.timing import Settings, measure, time_stages
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.worker import Todo
-from gfldeploy.detections import Detections, NmsParams, UserNms, merge_tiles, to_text
+from gfldeploy.detections import Detections, to_text
 from gfldeploy.engines.base import EngineOptions, Tensors
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import DataError, UsageError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
+from gfldeploy.nms import NmsParams, UserNms, merge_tiles
 from gfldeploy.predict import sources
 from gfldeploy.predict.ray_shards import RayShards
 from gfldeploy.predict.shards import ShardJob
@@ -189,7 +190,7 @@ def test_tiles_that_cannot_be() -> None:
 def test_what_is_left_is_what_the_rule_says(
     eta: float, normalized: bool, pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gfldeploy.detections._PAIRS", pairs_at_once)
+    monkeypatch.setattr("gfldeploy.nms._PAIRS", pairs_at_once)
     random = np.random.default_rng(24)
     params = NmsParams(0.05, 0.6, 100, 5, normalized, eta)
     turned = UserNms(0.05, 0.6, 100, 30, normalized, eta, class_agnostic=True, most=30)

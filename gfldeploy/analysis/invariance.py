@@ -17,10 +17,11 @@ from gfldeploy.analysis.sweep import batch_orders, input_sizes
 from gfldeploy.batch_detection import detect_images
 from gfldeploy.batching.buckets import Order, group, padding
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import Detections, pairwise_iou
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import DataError
 from gfldeploy.images.coco import CocoDataset
+from gfldeploy.nms import pairwise_iou
 from gfldeploy.progress import SILENT, Progress
 
 # Detections below this score are noise that a user never draws, as in `quant.agreement`.

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.batching.buckets import Size, group_stream, size_in_words
-from gfldeploy.detections import Detections, NmsParams, merge_tiles
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Shape
 from gfldeploy.errors import DataError, UsageError
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams, merge_tiles
 
 DEFAULT_OVERLAP = 0.2
 # Of an image: what is found in each waits for the last one.

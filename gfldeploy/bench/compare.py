@@ -246,7 +246,8 @@ def _figures(cell: Cell) -> tuple[Figure, Figure]:
 def _slowness(a: Row, b: Row, together: float, interleaved: bool) -> Iterator[Slowness]:
     """`together`: the confidence of one figure for which `Slowness.at_least` holds for all."""
     latency, second = _figures(a.cell)
-    compared = partial(ratios_of_medians, confidences=(CONFIDENCE, together), paired=interleaved)
+    paired = interleaved and len(a.result.runs) == len(b.result.runs)
+    compared = partial(ratios_of_medians, confidences=(CONFIDENCE, together), paired=paired)
     found = compared(_network_ms(a.result), _network_ms(b.result))
     yield Slowness(latency, found[0], found[1].low)
     if a.served and b.served:

@@ -19,7 +19,6 @@ from gfldeploy._quiet import quiet
 from gfldeploy.bench.monitor import gpu_bandwidth_gb_per_s
 from gfldeploy.bench.results import Peak
 from gfldeploy.bundle import Bundle, Graph, GraphName, Manifest, TensorSpec, write_bundle
-from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Precision, Tensors, reasons
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.registry import graph_for, open_engine
@@ -28,6 +27,7 @@ from gfldeploy.export.half import write_half_onnx
 from gfldeploy.export.onnx_graph import OPSET
 from gfldeploy.files import scratch_directory
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.quant.calibration import Calibration, ConvRanges, OutputRange
 from gfldeploy.quant.qdq import write_qdq_onnx
 from gfldeploy.quant.tensorrt import write_tensorrt_onnx

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from gfldeploy.batching.tiles import InTiles, Region
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import Detections, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Engine, Tensors
 from gfldeploy.engines.detect import found_in, given_detections, inputs_of
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import new_memory
+from gfldeploy.nms import postprocess
 
 T = TypeVar("T")
 # How many windows the samples are cut into, the latest of which must agree.

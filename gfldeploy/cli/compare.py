@@ -13,6 +13,7 @@ import click
 
 from gfldeploy.cli import options
 from gfldeploy.cli.console import gate_code
+from gfldeploy.gates import DEFAULT_PERCENT
 
 if TYPE_CHECKING:
     from gfldeploy.bench.compare import Comparison, Difference, OneSided, Pair
@@ -29,7 +30,7 @@ class _Command(click.Command):
             if word == "--":
                 break
             if word == _FAIL and not following.replace(".", "", 1).isdecimal():
-                args = [*args[:place], f"{_FAIL}=0", *args[place + 1 :]]
+                args = [*args[:place], f"{_FAIL}={DEFAULT_PERCENT:g}", *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
 
@@ -52,11 +53,11 @@ class _Command(click.Command):
     _FAIL,
     type=options.FiniteFloat(0),
     is_flag=False,
-    flag_value=0.0,
+    flag_value=DEFAULT_PERCENT,
     metavar="[PERCENT]",
-    help="Exit with 1 if a cell of A is slower in B by more than this (without a number: 0) beyond the noise, through "
-    "the network or from file to boxes; and if that is not known, as of a cell that B lacks, that failed there, or "
-    "that has too few samples.",
+    help=f"Exit with 1 if a cell of A is slower in B by more than this (without a number: {DEFAULT_PERCENT:g}) and "
+    "than the noise, through the network or from file to boxes; and if that is not known, as of a cell that B lacks, "
+    "that failed there, or that has too few samples.",
 )
 @options.JSON
 def command(

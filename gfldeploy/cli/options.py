@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from gfldeploy.detections import DEFAULT_THRESHOLD
+from gfldeploy.detection_options import DEFAULT_THRESHOLD
 from gfldeploy.engines.base import DEVICES, PRECISIONS
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import DEFAULT_ENGINES, ENGINES, PREFERRED_ENGINES

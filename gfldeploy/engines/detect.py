@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.candidates import may_lack_below
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, Tensors
 from gfldeploy.errors import EngineError
 from gfldeploy.images.preprocess import Preprocess, new_memory
+from gfldeploy.nms import NmsParams, postprocess
 
 
 def detect_batch(

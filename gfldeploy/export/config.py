@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.detections import NmsParams
 from gfldeploy.export.class_names import class_names
 from gfldeploy.export.config_checks import ConfigChecker
 from gfldeploy.export.config_files import read_chain
 from gfldeploy.export.heads import HEADS
 from gfldeploy.export.workspace import fresh, installed, load_workspace, registered, snapshot
+from gfldeploy.nms import NmsParams
 
 
 @dataclass(frozen=True)

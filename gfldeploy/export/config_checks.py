@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.detections import NmsParams
 from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import ConfigError, DataError
 from gfldeploy.export.bounded_text import cut, shown
 from gfldeploy.export.config_files import Layers, Tagged
 from gfldeploy.export.heads import ARCHITECTURES, HEADS
+from gfldeploy.nms import NmsParams
 from gfldeploy.serialization import build
 
 # Top-level keys of PaddleDetection configs that name no module.

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import GraphName, Manifest
-from gfldeploy.detections import Detections, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Engine, Tensors
 from gfldeploy.engines.detect import given_detections
 from gfldeploy.errors import ParityError
 from gfldeploy.export.parity import Shape, Tolerance, parity_pictures, parity_shapes
+from gfldeploy.nms import postprocess
 
 # What pictures are valid of, and by what they are taken to have been resized (y, x): a factor in the wrong place shows.
 _VALID = ((1.0, 1.0), (0.7, 1.0), (1.0, 0.55))

@@ -26,7 +26,6 @@ from gfldeploy.bundle import (
     write_bundle,
 )
 from gfldeploy.candidates import MOST_CANDIDATES, default_candidates, suffice
-from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.dependencies import require
 from gfldeploy.engines.hardware import usable_threads
@@ -46,6 +45,7 @@ from gfldeploy.files import StrPath, check_target, sha256, write_json, write_tex
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.machine import installed_packages
+from gfldeploy.nms import NmsParams
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 

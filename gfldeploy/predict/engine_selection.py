@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gfldeploy.batching.buckets import Order, Size, size_in_words
 from gfldeploy.bundle import Bundle, Manifest
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape, oversubscribed, with_tf32
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES

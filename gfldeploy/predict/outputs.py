@@ -11,7 +11,8 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, Shown
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions, Shown
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.files import write_json, writing
 from gfldeploy.images.coco import CocoId

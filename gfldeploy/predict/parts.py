@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.errors import DataError, GfldeployError, reading
 from gfldeploy.files import (
     StrPath,

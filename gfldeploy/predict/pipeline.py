@@ -28,11 +28,12 @@ from gfldeploy.at_once import at_once
 from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.batching.tiles import InTiles, Region
 from gfldeploy.bundle import Manifest
-from gfldeploy.detections import Detections, NmsParams
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Device, Engine, EngineOptions, Tensors
 from gfldeploy.engines.detect import check_outputs, detections_of
 from gfldeploy.errors import DataError
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.predict.sources import REQUESTS, Picture
 
 if TYPE_CHECKING:  # `gfldeploy predict --help` need not wait for it

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gfldeploy.batching.buckets import Order, Size
 from gfldeploy.batching.tiles import InTiles, Tiling
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.engines.base import Device, EngineOptions, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.hardware import processor

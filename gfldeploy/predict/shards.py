@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 from gfldeploy.batching.buckets import Order, Size, stream_batches
 from gfldeploy.batching.tiles import InTiles
 from gfldeploy.bundle import Bundle, Manifest
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions, Shape
 from gfldeploy.engines.registry import is_compared, open_engine
 from gfldeploy.errors import BundleError

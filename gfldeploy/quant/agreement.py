@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.candidates import anchors_of, matched
-from gfldeploy.detections import Detections, NmsParams, pairwise_iou, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.errors import ParityError
+from gfldeploy.nms import NmsParams, pairwise_iou, postprocess
 
 # PaddleDetection's deploy tools draw detections from 0.5 up; a little lower also counts those that may just miss it.
 CONFIDENT = 0.4

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections, Shown
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions, Shown
+from gfldeploy.detections import Detections
 from gfldeploy.errors import EngineError
 from gfldeploy.serve.loaded import Answer
 from gfldeploy.serve.requests import DetectRequest, class_ids

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gfldeploy import __version__
-from gfldeploy.detections import DEFAULT_THRESHOLD
+from gfldeploy.detection_options import DEFAULT_THRESHOLD
 from gfldeploy.serve.problems import PADDLEX_PATH
 from gfldeploy.serve.requests import BYTES_TYPE, FORM_TYPE, JSON_TYPE, LONGEST_TIMEOUT_MS, RequestLimits
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from gfldeploy.detections import Detections, Shown
+from gfldeploy.detection_options import Shown
+from gfldeploy.detections import Detections
 from gfldeploy.images.decode import decode_image, load_cv2
 from gfldeploy.predict.draw import draw_boxes
 from gfldeploy.predict.engine_selection import Choice

@@ -17,7 +17,7 @@ from typing import Any
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.ray_cluster import LOCAL, connected
 from gfldeploy.cluster.worker import bundle_files, versions
-from gfldeploy.detections import AS_CONFIGURED
+from gfldeploy.detection_options import AS_CONFIGURED
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import ENGINES
 from gfldeploy.errors import (

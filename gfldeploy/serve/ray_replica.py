@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gfldeploy.batching.buckets import Size
 from gfldeploy.bundle import GOLDEN
 from gfldeploy.cluster.worker import as_plain, check_versions, local_bundle, raised
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions, Detections
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
+from gfldeploy.detections import Detections
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.engines.heap import limit_arenas
 from gfldeploy.errors import BundleError, GfldeployError, ParityError, RejectedError

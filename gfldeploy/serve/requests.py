@@ -18,8 +18,8 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gfldeploy import detections
-from gfldeploy.detections import AS_CONFIGURED, DetectionOptions
+from gfldeploy import detection_options
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
 from gfldeploy.errors import UsageError
 from gfldeploy.serve.problems import Problem
 from gfldeploy.text import meant
@@ -157,7 +157,7 @@ def class_ids(
     known = set(class_names)
     separate = [word for text in words for word in ([text] if text in known else map(str.strip, text.split(",")))]
     try:
-        ids = detections.class_ids(separate, class_names)
+        ids = detection_options.class_ids(separate, class_names)
     except UsageError as error:
         remedy = error.remedy or "GET /v1/model lists the classes."
         raise Problem(400, "unknown_class", error.problem, remedy) from None

@@ -18,7 +18,7 @@ from typing import Literal
 
 from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError, EngineError, GfldeployError, RejectedError, Rejection
 from gfldeploy.images.decode import size_of

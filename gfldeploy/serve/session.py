@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from gfldeploy.batching.buckets import Size
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.engines.base import Device, Precision, is_installed
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.dependencies import TOOL_CHAINS

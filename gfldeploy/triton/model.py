@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import AS_CONFIGURED, Detections
+from gfldeploy.detection_options import AS_CONFIGURED
+from gfldeploy.detections import Detections
 from gfldeploy.detector import Detector
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.errors import BundleError, DataError, EngineError, GfldeployError, RejectedError, summary

@@ -15,7 +15,7 @@ from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.engines.base import Shape
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import BundleError, DataError

@@ -20,12 +20,12 @@ from gfldeploy.batching.buckets import Size
 from gfldeploy.batching.latency import LatencyModel
 from gfldeploy.batching.policy import Adaptive, Decision, FixedWithTimeout, NoBatching, Request
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import postprocess
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.errors import EngineError, RejectedError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
+from gfldeploy.nms import postprocess
 
 SMALL, LARGE = (32, 32), (64, 64)
 LONG_MS = 60_000.0

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from gfldeploy.bundle import Bundle, Graph, Manifest, TensorSpec
-from gfldeploy.detections import NmsParams
 from gfldeploy.engines.base import NOT_ASKED, EngineOptions, ExecutedConvolution, count_precisions, reasons
 from gfldeploy.engines.onednn import LoggedConvolution, LoggedPrimitive, read_convolutions, read_primitives
 from gfldeploy.engines.paddle_program import Kind, ProgramConvolution, explain, program_convolutions
 from gfldeploy.engines.registry import capability, open_engine
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 
 STEM = "mb1_ic3oc24_ih256oh128kh3sh2dh0ph1_iw320ow160kw3sw2dw0pw1"
 HEAD = "mb1_ic64oc64_ih32oh32kh3sh1dh0ph1_iw40ow40kw3sw1dw0pw1"

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 pytest.importorskip("paddle")
 
 from gfldeploy.bundle import Bundle, Graph, Manifest, TensorSpec, write_bundle
-from gfldeploy.detections import NmsParams
 from gfldeploy.engines import paddle_engine
 from gfldeploy.engines.base import EngineOptions, count_precisions
 from gfldeploy.engines.paddle_engine import PaddleEngine
 from gfldeploy.engines.paddle_rewrite import rewrite_for_onednn
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange
 from gfldeploy.quant.program import write_program
 

@@ -15,13 +15,13 @@ from recorded_progress import RecordedProgress
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.candidates import DEFAULT_CANDIDATES
-from gfldeploy.detections import NmsParams, postprocess
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.detect import detect_batch
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.export.exporter import _candidates
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
+from gfldeploy.nms import NmsParams, postprocess
 
 RECIPE = ROOT / "export" / "candidates.py"
 

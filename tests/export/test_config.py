@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from gfldeploy.detections import NmsParams
 from gfldeploy.errors import ConfigError
 from gfldeploy.export.config import DetectorConfig, load_detector_config
 from gfldeploy.export.model_builder import build_model
+from gfldeploy.nms import NmsParams
 
 ZOO = Path(__file__).parents[2] / "configs" / "gfl"
 # Trainable and frozen parameters, running statistics not counted.

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
 from gfldeploy.bundle import Graph, Manifest, TensorSpec
-from gfldeploy.detections import Detections, NmsParams, postprocess
+from gfldeploy.detections import Detections
 from gfldeploy.export.end_to_end import obstacle, wrap
 from gfldeploy.graph_guard import METADATA
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams, postprocess
 
 ort = pytest.importorskip("onnxruntime")
 ov = pytest.importorskip("openvino")

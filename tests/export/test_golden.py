@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from gfldeploy.bundle import GOLDEN, Bundle
-from gfldeploy.detections import pairwise_iou
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import load_graph, open_engine
 from gfldeploy.errors import ParityError
 from gfldeploy.export.golden import PICTURE, compare_golden, golden_picture, read_golden, write_golden
 from gfldeploy.export.parity import TOLERANCE
 from gfldeploy.inspection import verify
+from gfldeploy.nms import pairwise_iou
 
 pytest.importorskip("onnxruntime")
 

@@ -25,7 +25,7 @@ from gfldeploy.accuracy import evaluate
 from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bundle import Bundle, Graph, Manifest, TensorSpec, write_bundle
 from gfldeploy.cluster.worker import Todo
-from gfldeploy.detections import DetectionOptions, NmsParams
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.detector import Detector
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.registry import open_engine
@@ -33,6 +33,7 @@ from gfldeploy.errors import DataError, OutputError, UsageError
 from gfldeploy.export.golden import PICTURE
 from gfldeploy.images.decode import read_image
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.parts import merge_parts
 from gfldeploy.predict.ray_shards import RayShards

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gfldeploy.detections import DetectionOptions, Detections
+from gfldeploy.detection_options import DetectionOptions
+from gfldeploy.detections import Detections
 from gfldeploy.errors import DataError
 from gfldeploy.images.coco import CocoId
 from gfldeploy.predict.outputs import write_outputs

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from recorded_progress import RecordedProgress
 
 from gfldeploy.bundle import Bundle
-from gfldeploy.detections import NmsParams
 from gfldeploy.errors import ParityError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.macs import convolution_macs, count_work
+from gfldeploy.nms import NmsParams
 from gfldeploy.quant import sensitivity
 from gfldeploy.quant.agreement import Reference
 from gfldeploy.quant.calibration import Calibration, ConvRanges, ConvUse, OutputRange

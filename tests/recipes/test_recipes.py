@@ -572,3 +572,24 @@ def test_a_row_for_each_policy_of_a_server() -> None:
         *_, one, two = module.table(rows(replace(sample_results(), cells=cells, settings=settings))).splitlines()
     # Five in time of six possible in two seconds; 99 ms was too late, and six say nothing of a 99th percentile.
     assert one == "| no-batching | 2.5 | 83% | 25% |  | 2.0 | 1.25 |" and two.startswith("| adaptive | 2.5 ")
+
+
+@pytest.mark.slow
+def test_what_the_gate_says_of_noise(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "gate_noise.py"
+    script.write_text((ROOT / "benchmarks" / "gate_noise.py").read_text())  # it writes beside itself
+    arguments = ("--bundle", tiny_bundle, "--data", tiny_coco, "--name", "tiny", "--machine", "here", "--runs", 2)
+    folder = ("--folder", tmp_path / "runs", "--planted", 100)
+    cells = ("engines=[onnxruntime]", "precisions=[fp32]", "batch_sizes=[1]")
+    little = (*cells, "rounds=1", "min_seconds=0", "monitor_hz=0")
+    (tmp_path / "runs").mkdir()
+    with imported(script, *arguments, *folder, "--", *little) as recipe:
+        recipe.main()
+    record = json.loads((tmp_path / "results/here/checks/tiny_gate_noise.json").read_text())
+    assert record["runs"] == 2 and len(record["cells"]) == 1
+    for way, gates in (("two files", 2), ("interleaved", 4)):
+        assert record[way]["failed"]["100"] == {percent: [gates, gates] for percent in ("0", "5", "10", "20", "30")}
+        assert record[way]["failed"]["1"]["0"][1] == gates and record[way]["largest"]["ratio"] >= 1
+    assert "interleaved, 2 runs: the largest ratio is " in capfd.readouterr().out

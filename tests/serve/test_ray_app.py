@@ -22,7 +22,7 @@ from test_serve_operations import rename_class
 
 from gfldeploy.bundle import MANIFEST, Bundle
 from gfldeploy.cli.options import replicas
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.detector import Detector
 from gfldeploy.errors import BundleError, UsageError
 from gfldeploy.files import sha256

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gfldeploy.bundle import Bundle
 from gfldeploy.cluster.worker import bundle_files
-from gfldeploy.detections import DetectionOptions
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.errors import BundleError, DataError, EngineError, ParityError, UnsupportedError
 from gfldeploy.serialization import build, plain
 from gfldeploy.serve.app import create_app

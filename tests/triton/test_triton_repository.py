@@ -21,7 +21,7 @@ from triton_stand_in import image_request
 import gfldeploy
 from gfldeploy import Bundle, Detector, EngineError, triton_repository
 from gfldeploy.bench.cell import BundleIdentity
-from gfldeploy.detections import DEFAULT_THRESHOLD, DetectionOptions
+from gfldeploy.detection_options import DEFAULT_THRESHOLD, DetectionOptions
 from gfldeploy.images.decode import decode_image
 from gfldeploy.machine import describe_machine
 from gfldeploy.tune.deploy_file import Deploy

@@ -17,7 +17,7 @@ _FIGURES = {
     "server latency": "in the latency of what the server answered",
     "answers in time": "in answers within the bound",
 }
-# By how much a cell may be slower: less is within what two runs of one bundle differ by (benchmarks/gate_noise.py).
+# By how much a cell may be slower: with less, gates failed with nothing changed (benchmarks/gate_noise.py).
 DEFAULT_PERCENT = 10.0
 
 _MOST_NAMED, _MOST_TEXT = 3, 200

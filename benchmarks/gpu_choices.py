@@ -8,6 +8,10 @@ those of the first:
     as it is        a CUDA graph, and cuDNN's heuristic A (HEURISTIC): what the engine does
     no graph        the same without the graph
     heuristic B     as it is, with heuristic B (EXHAUSTIVE, ONNX Runtime's default, which searches no more)
+    fallback        as it is, with the heuristic FALLBACK (DEFAULT)
+    override        as it is, with `use_tf32` and NVIDIA_TF32_OVERRIDE=0: tensor cores, where FP32 does not need TF32
+    no tensor cores as it is, without `use_tf32`
+    bias apart      as it is, with each convolution's bias as an addition behind it, which is another kernel
     NHWC            no graph, with `prefer_nhwc`; its sessions refuse graphs
     fused bias      as it is, with `fuse_conv_bias`
     two at once     as it is, two engines in two threads of one process, each with its own session and stream
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -51,19 +56,25 @@ GRAPH, NO_GRAPH = {"enable_cuda_graph": "True"}, {"enable_cuda_graph": "False"}
 @dataclass(frozen=True)
 class Variant:
     """Options of the provider, engines in a process, processes; `turns`: images of both orientations; `sessions`:
-    whether shapes have their own."""
+    whether shapes have their own; `bias_apart`: change the graph; `override`: set the environment."""
 
     options: Mapping[str, str]
     engines: int = 1
     processes: int = 1
     turns: bool = False
     sessions: bool = True
+    bias_apart: bool = False
+    override: bool = False
 
 
 VARIANTS: Mapping[str, Variant] = {
     "as it is": Variant(GRAPH),
     "no graph": Variant(NO_GRAPH),
     "heuristic B": Variant({**GRAPH, "cudnn_conv_algo_search": "EXHAUSTIVE"}),
+    "fallback": Variant({**GRAPH, "cudnn_conv_algo_search": "DEFAULT"}),
+    "override": Variant({**GRAPH, "use_tf32": "1"}, override=True),
+    "no tensor cores": Variant({**GRAPH, "use_tf32": "0"}),
+    "bias apart": Variant(GRAPH, bias_apart=True),
     "NHWC": Variant({**NO_GRAPH, "prefer_nhwc": "1"}),
     "fused bias": Variant({**GRAPH, "fuse_conv_bias": "1"}),
     "two at once": Variant(GRAPH, engines=2),
@@ -115,12 +126,45 @@ def engine(bundle: Bundle, options: EngineOptions, variant: Variant) -> OnnxRunt
         own_sessions = OnnxRuntimeEngine.own_sessions if variant.sessions else 0
         later_sessions = OnnxRuntimeEngine.later_sessions if variant.sessions else 0
 
+        def _session_options(self) -> Any:
+            options = super()._session_options()
+            if variant.bias_apart:
+                fusion = "ConvAddFusion"  # which would put them together again
+                options.add_session_config_entry("optimization.disable_specified_optimizers", fusion)
+            return options
+
+        def _source(self) -> str | bytes:
+            return with_bias_apart(self._model) if variant.bias_apart else super()._source()
+
         def _choose_providers(self, bundle: Bundle) -> Providers:
             (first, given), *others = super()._choose_providers(bundle)
             asked = {name: value for name, value in own.items() if name != "enable_cuda_graph"}
             return [(first, {**given, **asked}), *others]
 
     return Altered(bundle, options, graph_for("onnxruntime", options.precision, "gpu"))
+
+
+def with_bias_apart(model: Path) -> bytes:
+    """The file with an Add [1, C, 1, 1] behind every convolution in the place of its bias."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    graph = onnx.load(str(model))
+    constants = {one.name: one for one in graph.graph.initializer}
+    nodes = []
+    for node in graph.graph.node:
+        nodes.append(node)
+        if node.op_type == "Conv" and len(node.input) == 3 and node.input[2] in constants:
+            bias = numpy_helper.to_array(constants[node.input[2]]).reshape(1, -1, 1, 1)
+            name, (output,) = f"{node.output[0]}.bias", node.output
+            graph.graph.initializer.append(numpy_helper.from_array(bias, name))
+            del node.input[2]
+            node.output[0] = f"{output}.plain"
+            nodes.append(helper.make_node("Add", [f"{output}.plain", name], [output], f"{output}.add"))
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.graph.node[:]
+    graph.graph.node.extend(copies)
+    return bytes(graph.SerializeToString())
 
 
 def images(batch: int, size: Sequence[int]) -> NDArray[np.float32]:
@@ -142,6 +186,8 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     bundle = Bundle.open(task["bundle"])
     batch, (height, width) = task["batch_size"], task["size"]
     variant = VARIANTS[task["variant"]]
+    if variant.override:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     sizes = [(height, width), (width, height)] if variant.turns else [(height, width)]
     precision, tf32 = ("fp32", True) if task["precision"] == "tf32" else (task["precision"], False)
     options = EngineOptions(precision, "gpu", 2, shapes=tuple((batch, *size) for size in sizes), tf32=tf32)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+
+from gfldeploy.system import flush_c_streams
 
 
 class _Stderr:
@@ -35,8 +36,7 @@ def _settle_ppdet_loggers(sink: io.StringIO) -> None:
 
 @contextlib.contextmanager
 def _no_native_output(*descriptors: int) -> Iterator[None]:
-    libc = ctypes.CDLL(None)
-    libc.fflush(None)
+    flush_c_streams()
     saved = [(descriptor, os.dup(descriptor)) for descriptor in descriptors]
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a file descriptor is what is wanted
         for descriptor in descriptors:
@@ -44,7 +44,7 @@ def _no_native_output(*descriptors: int) -> Iterator[None]:
     try:
         yield
     finally:
-        libc.fflush(None)
+        flush_c_streams()
         for descriptor, copy in saved:
             os.dup2(copy, descriptor)
             os.close(copy)

@@ -435,7 +435,8 @@ def measure_accuracy(
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
     returns something unusable.
     """
-    detect = partial(detect_images, engine, [image.path for image in dataset.images], preprocess, nms, cut=cut)
+    paths = [image.path for image in dataset.images]
+    detect = partial(detect_images, engine, paths, preprocess, nms, cut=cut, classes=classes)
     return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label, cut, kept)
 
 

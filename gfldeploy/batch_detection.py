@@ -51,11 +51,13 @@ def detect_images(
     batches: Iterable[Batch],
     *,
     cut: InTiles | None = None,
+    classes: Sequence[str] = (),
 ) -> Generator[tuple[int, Detections]]:
     """What is found in each image of these batches of `paths`, with its place, in the order of the batches.
 
-    Several at once where the engine has streams. `cut`: each image is cut into tiles, and detected in by itself. Raises
-    `DataError` for an image that cannot be read, and `EngineError`.
+    Several at once where the engine has streams. `cut`: each image is cut into tiles, and detected in by itself; what
+    is found in channels that are none of the `classes` is then left out before tiles are merged. Raises `DataError` for
+    an image that cannot be read, and `EngineError`.
     """
     with ExitStack() as stack:
         infer: Callable[[Tensors], dict[str, NDArray[Any]]] = engine.infer
@@ -71,7 +73,8 @@ def detect_images(
             found: list[tuple[Region, Detections]] = []
             size = image.shape[0], image.shape[1]
             for regions, _ in cut.batches(size, preprocess):
-                found += zip(regions, detect_in([region.of(image) for region in regions]), strict=True)
+                each = detect_in([region.of(image) for region in regions])
+                found += zip(regions, (one.named(classes) for one in each), strict=True)
             return cut.merged(found, size, nms)
 
         def detect(batch: Batch) -> list[tuple[int, Detections]]:
@@ -158,9 +161,9 @@ class DetectionWork(ClosesOnExit):
 
     def _detect(self, paths: Sequence[Path]) -> list[Any]:
         """Of each image of one batch its detections as text, and below which score some may be missing."""
-        manifest = self._manifest
-        every = [range(len(paths))]
-        found = detect_images(self._engine, paths, manifest.preprocess, manifest.nms, every, cut=self._cut)
+        manifest, every = self._manifest, [range(len(paths))]
+        more: dict[str, Any] = {"cut": self._cut, "classes": manifest.classes}
+        found = detect_images(self._engine, paths, manifest.preprocess, manifest.nms, every, **more)
         return [(to_text(one), one.may_lack_below) for _, one in found]
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from gfldeploy.errors import EngineError, GfldeployError
 from gfldeploy.files import scratch_directory, write_json
 from gfldeploy.progress import SILENT, Progress, Silent
 from gfldeploy.signals import child_environment, die_with_parent
+from gfldeploy.system import end_of, kill_tree, start_apart
 
 _REQUEST, _ANSWER, _PROGRESS = "request.json", "answer.json", "progress"
 _POLL_S = 0.25
@@ -67,7 +66,7 @@ def run_child(
     # -P: a folder named onnx or paddle in the current directory (a bundle has both) must not shadow the package.
     command = [sys.executable, "-P", "-m", module] if isinstance(module, str) else list(module)
     with scratch_directory() as folder:
-        (folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        (folder / _REQUEST).write_bytes(json.dumps(request).encode())
         try:
             _run(command, folder, limits, environment or {}, progress)
             answer = _read_answer(folder / _ANSWER)
@@ -97,8 +96,8 @@ class _Parent(Silent):
     """The progress of the parent, which restarts the child's time limit with each step."""
 
     def step(self, label: str, done: int, total: int) -> None:
-        with suppress(OSError), (_folder() / _PROGRESS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps([label, done, total]) + "\n")
+        with suppress(OSError), (_folder() / _PROGRESS).open("ab") as file:
+            file.write(json.dumps([label, done, total]).encode() + b"\n")
 
 
 # For the child.
@@ -122,14 +121,14 @@ def _run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            start_new_session=True,
-            env=child_environment({**environment, "TMPDIR": str(folder)}),  # so that no file of its outlives it
+            # So that no file of its outlives it.
+            env=child_environment({**environment, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}),
+            **start_apart(),
         )
         try:
             _wait(process, limits, reports, progress)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process)
             process.wait()
     if process.returncode:
         raise EngineError(_exit_reason(process.returncode, folder / "stderr"))
@@ -168,12 +167,7 @@ def _exit_reason(code: int, errors: Path) -> str:
         file.seek(max(errors.stat().st_size - _TAIL_BYTES, 0))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     last = f": {lines[-1]}" if lines else ""
-    if code > 0:
-        return f"the process ended with exit code {code}{last}"
-    if -code == signal.SIGKILL:
-        return f"the process was killed by SIGKILL, perhaps because memory ran out{last}"
-    names = {int(one): one.name for one in signal.Signals}  # real-time signals have none
-    return f"the process crashed with {names.get(-code, f'signal {-code}')}{last}"
+    return f"the process {end_of(code) or f'ended with exit code {code}'}{last}"
 
 
 def _read_answer(path: Path) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import stat
 import tempfile
@@ -24,14 +21,23 @@ from gfldeploy.at_once import at_once
 from gfldeploy.errors import OutputError
 from gfldeploy.signals import check_interrupted, hold_interrupts, terminate_as_interrupt
 from gfldeploy.storage import Source, Url, files_at, look_at, read_url, remove_url, upload, write_url
+from gfldeploy.system import (
+    DirectoryLock,
+    cache_folder,
+    discard_lock,
+    exchange,
+    largest_file,
+    open_no_link,
+    rename,
+    user_id,
+    without_waiting,
+)
 
 StrPath = str | os.PathLike[str]  # a path as users give it
 
 DirectoryKind: TypeAlias = Literal["bundle", "demo", "predict", "triton"]
 FileKind: TypeAlias = Literal["json", "csv", "html", "yml"]
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 _PROBE_BYTES = 1 << 16
 _MOST_JSON_BYTES = 256 << 20  # results of days of measuring have a few 10 MB
 _MOST_NESTING = 64
@@ -75,9 +81,9 @@ def write_text(path: Path, text: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _partial_of(path) as place:
-            with (place / _NEW).open("x", encoding="utf-8") as file:
+            with (place / _NEW).open("x", encoding="utf-8", newline="") as file:  # the same bytes on every system
                 file.write(text)
-            (place / _NEW).replace(path)
+            rename(place / _NEW, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,7 +99,7 @@ def read_json(path: Source) -> Any:
     """
     if isinstance(path, Url):
         return parse_json(read_url(path, _MOST_JSON_BYTES))
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a FIFO would wait for a writer
+    with open(path, "rb", opener=without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is no regular file")
@@ -260,7 +266,7 @@ def unfinished_beside(output: Source, command: str, made: str) -> Iterator[Unfin
     """
     output = _absolute(_here_for(output) if isinstance(output, Url) else output)
     place = output.with_name(f"{output.name}{_UNFINISHED}")
-    with ExitStack() as lock, terminate_as_interrupt(), _parents_of(output):
+    with terminate_as_interrupt(), _parents_of(output), ExitStack() as lock:
         with hold_interrupts():
             unfinished = Unfinished(place, _take(lock, place, output, command, made))
         try:
@@ -289,7 +295,7 @@ def open_own(path: Path) -> IO[bytes]:
 
     Raises `OSError`, also for a link, a file with another name elsewhere, and anything but a regular file.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    handle = open_no_link(path, os.O_RDWR | os.O_CREAT)
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         os.close(handle)
@@ -301,7 +307,7 @@ def open_own(path: Path) -> IO[bytes]:
 def scratch_directory() -> Iterator[Path]:
     """An empty temporary directory, removed afterwards, or by the next run after a kill. Raises `OutputError`."""
     try:
-        target = Path(tempfile.gettempdir()) / f"gfldeploy-{os.getuid()}"
+        target = Path(tempfile.gettempdir()) / f"gfldeploy-{user_id()}"
     except OSError as error:
         raise OutputError(f"there is no place for temporary files: {error.strerror}", "Set TMPDIR.") from error
     with _partial_of(target) as place:
@@ -328,9 +334,8 @@ def _probe(directory: Path) -> None:
     with writing(directory):
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_PROBE_BYTES))
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         sizes = (path.stat().st_size for path in directory.rglob("*") if path.is_file())
-        if limit != resource.RLIM_INFINITY and max(sizes, default=0) >= limit:
+        if (limit := largest_file()) is not None and max(sizes, default=0) >= limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
@@ -428,10 +433,9 @@ def _partial_of(target: Path) -> Iterator[Path]:
             with writing(target), hold_interrupts():
                 _remove_stale(target)
                 place = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
-                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-                lock.callback(os.close, handle)
+                locked = lock.enter_context(closing(DirectoryLock(place)))
                 with suppress(OSError):  # a file system without locks
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    locked.acquire(wait=True)
                 if not place.exists():
                     # Another run took it for a stale one, in the instant before it was locked.
                     raise OutputError(f"another gfldeploy is starting to write {target}", "Try again.")
@@ -466,17 +470,14 @@ def _remove_stale(target: Path) -> None:
     """
     prefix = f".{target.name}{_PARTIAL}"
     for path in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
-        with suppress(OSError):  # locked by a running process, or gone, or no directory
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _is_partial(path):
-                    continue
-                if (path / _OLD).exists() and not os.path.lexists(target):
-                    (path / _OLD).rename(target)
-                _removed(path)
-            finally:
-                os.close(lock)
+        if discard_lock(path):
+            continue
+        with suppress(OSError), closing(DirectoryLock(path)) as lock:  # gone, or no directory
+            if not lock.acquire() or not _is_partial(path):
+                continue
+            if (path / _OLD).exists() and not os.path.lexists(target):
+                (path / _OLD).rename(target)
+            _removed(path)
 
 
 def _names(directory: Path) -> set[str]:
@@ -487,14 +488,14 @@ def _is_partial(path: Path) -> bool:
     """Whether a directory with such a name is from `_partial_of` and by this user: it has our mark, or is empty."""
     names = _names(path)
     return (
-        path.lstat().st_uid == os.geteuid()
+        path.lstat().st_uid == user_id()
         and names <= {_MARK, _NEW, _OLD}
         and (not names or _has_mark(path, "", alone=names == {_MARK}))
     )
 
 
 def _write_mark(place: Path, command: str, target: Path) -> None:
-    with (place / _MARK).open("x", encoding="utf-8", errors="surrogateescape") as file:
+    with (place / _MARK).open("x", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(f"gfldeploy {command}, on its way to {target.name}; the next run resumes from it, or removes it\n")
 
 
@@ -517,29 +518,38 @@ def _take(lock: ExitStack, place: Path, output: Path, command: str, made: str) -
         try:
             with suppress(FileExistsError):
                 place.mkdir()
-            handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            directory = lock.enter_context(closing(DirectoryLock(place)))
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENOTDIR):
                 raise _in_the_way(place, "it", output) from error
             raise
-        lock.callback(os.close, handle)
         busy = OutputError(f"another gfldeploy is working on {output}", "Wait for it, or choose another --output.")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise busy from error
-        except OSError:  # a file system without locks
-            pass
-        if not place.exists() or not os.path.samestat(place.lstat(), os.fstat(handle)):
-            raise busy  # it has just ended
+        locked = True
+        with suppress(OSError):  # a file system without locks
+            locked = directory.acquire()
+        if not locked or not directory.is_of_path():  # somebody has it, or had it until now
+            raise busy
         names = _names(place)
         if not names:
             _write_mark(place, command, output)
         elif not _has_mark(place, command, alone=names == {_MARK}):
             raise _in_the_way(place, "it", output)
-        elif stranger := next((path for path, own in _contents(place, made) if not own), None):
+        _undo_renaming(place, output, command)
+        if stranger := next((path for path, own in _contents(place, made) if not own), None):
             raise _in_the_way(place, f"{stranger.relative_to(place).as_posix()!r} in it", output)
         return not names <= {_MARK}
+
+
+def _undo_renaming(place: Path, output: Path, command: str) -> None:
+    """After a kill in the middle of `publish`: what was to be replaced gets its name back, or goes if it was."""
+    aside = place / _OLD
+    kind = next((one for one in _NOTES if one == command), None)
+    if kind is None or not aside.is_dir() or aside.is_symlink() or _stranger(aside, kind):
+        return
+    if os.path.lexists(output):
+        shutil.rmtree(aside)
+    else:
+        rename(aside, output)
 
 
 def _in_the_way(place: Path, what: str, output: Path) -> OutputError:
@@ -557,7 +567,7 @@ def _contents(place: Path, made: str, below: str = "") -> Iterator[tuple[Path, b
             path, name = Path(entry.path), f"{below}{entry.name}"
             if not entry.is_dir(follow_symlinks=False):
                 if name != _MARK:
-                    status = entry.stat(follow_symlinks=False)
+                    status = path.lstat()  # not of the entry: on Windows that has no number of links
                     yield path, stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and bool(re.fullmatch(made, name))
             elif _PARTIAL in entry.name and _is_partial(path):
                 yield path, True
@@ -593,30 +603,26 @@ def publish(new: Path, target: Source, kind: DirectoryKind = "bundle") -> None:
         _upload(new, target, kind)
         return
     if not target.exists():
-        new.rename(target)
+        rename(new, target)
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    renameat2 = getattr(libc, "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
-    # A file system without RENAME_EXCHANGE: two renames, undone if the second fails, or by the next run.
+    if exchange(new, target):
+        return
+    # One after the other, undone if the second fails, or by the next run.
     aside = new.with_name(_OLD)
-    target.rename(aside)
+    rename(target, aside)
     try:
-        new.rename(target)
+        rename(new, target)
     except OSError:
-        aside.rename(target)
+        rename(aside, target)
         raise
+    with suppress(OSError):  # the next run removes it
+        rename(aside, new)
 
 
 def _here_for(target: Url) -> Path:
     """Where on this machine an output at an address is made."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - some have no home
     digest = hashlib.sha256(str(target).encode()).hexdigest()[:16]
-    return Path(caches) / "gfldeploy" / "outputs" / f"{digest}-{target.name[:100]}"
+    return cache_folder() / "gfldeploy" / "outputs" / f"{digest}-{target.name[:100]}"
 
 
 def _check_there(target: Url, kind: DirectoryKind, force: bool) -> None:

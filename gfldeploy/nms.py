@@ -22,6 +22,7 @@ _MOST_KEPT = 2**31 - 1  # PaddleDetection's are 32-bit
 # its score.
 _PART, _PART_SCORE = 0.5, 0.5
 _PAIRS = 1 << 20  # of boxes that are compared at once
+_BAND_BOXES = 1 << 11  # of a band of an image, if they were spread evenly
 _BLOCK = 192  # pairs compared at once: large enough for NumPy to pay, small enough for their square to stay cheap
 
 
@@ -416,23 +417,37 @@ def _near_of_many(
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """All pairs of boxes of a class that are not `_apart`, the earlier first, some at a time; `columns`: as `_columns`.
 
-    By a sweep along x: an image in thousands of tiles has too many boxes to look at all pairs of them.
+    An image in thousands of tiles has too many boxes to look at all pairs: a sweep along x, in each of some bands of y.
+    A box is in every band that it meets; a pair counts in the band in which the lower of the two begins.
     """
-    order = np.lexsort((columns[0], classes))
-    ordered = columns[:, order]
+    if not len(classes):
+        return
+    count = max(columns.shape[1] // _BAND_BOXES, 1)
+    top = columns[1].min()
+    height = max((np.maximum(columns[1], columns[3]).max() - top) / count, np.float32(1e-6))
+    first, last = (np.clip((columns[row] - top) / height, 0, count - 1).astype(np.intp) for row in (1, 3))
+    times = np.maximum(last - first, 0) + 1
+    boxes = np.repeat(np.arange(len(classes)), times)
+    bands = np.arange(len(boxes)) - np.repeat(np.cumsum(times) - times - first, times)
+    keys = bands * (int(classes.max()) + 1) + classes[boxes]
+    order = np.lexsort((columns[0].take(boxes), keys))
+    boxes, bands, keys = boxes[order], bands[order], keys[order]
+    ordered = columns.take(boxes, axis=1)
     # A box meets the ones of its class that begin before it ends: those that follow it here up to this place.
-    ends = np.empty(len(order), np.intp)
-    bounds = [*np.flatnonzero(np.diff(classes[order], prepend=-1)).tolist(), len(order)]
+    ends = np.empty(len(boxes), np.intp)
+    bounds = [*np.flatnonzero(np.diff(keys, prepend=-1)).tolist(), len(boxes)]
     for start, stop in itertools.pairwise(bounds):
         ends[start:stop] = start + np.searchsorted(ordered[0, start:stop], ordered[2, start:stop], side="right")
-    counts = np.maximum(ends - np.arange(1, len(order) + 1), 0)
+    counts = np.maximum(ends - np.arange(1, len(boxes) + 1), 0)
     totals = np.cumsum(counts)
     start = done = 0
-    while start < len(order):
+    while start < len(boxes):
         stop = max(int(np.searchsorted(totals, done + _PAIRS, side="right")), start + 1)
         some = counts[start:stop]
         one = np.repeat(np.arange(start, stop), some)
         other = one + 1 + np.arange(len(one)) - np.repeat(totals[start:stop] - some - done, some)
-        one, other = (order.take(places) for places in _near(ordered, one, other))
+        one, other = _near(ordered, one, other)
+        here = np.maximum(first.take(boxes.take(one)), first.take(boxes.take(other))) == bands.take(one)
+        one, other = boxes.take(one[here]), boxes.take(other[here])
         yield np.minimum(one, other), np.maximum(one, other)
         start, done = stop, int(totals[stop - 1])

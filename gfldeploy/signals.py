@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-_NUMBERS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+from gfldeploy.system import STOP_SIGNALS, die_with, interrupt_self
+
 _STOPPING_S = 1.0  # so soon after a first one, another signal is the same impatience
 _AGAIN_S = 0.05
-_PR_SET_PDEATHSIG = 1
 _PARENT = "GFLDEPLOY_PARENT"
 
 _asked: list[tuple[float, int]] = []  # the interruptions: when, by `time.monotonic`, and by which signal
@@ -34,7 +33,7 @@ def terminate_as_interrupt(before: object = None) -> Iterator[None]:
     if not _blocks:
         _asked.clear()
     replaced = (signal.SIG_DFL, signal.default_int_handler, before)
-    ours = [number for number in _NUMBERS if signal.getsignal(number) in replaced]
+    ours = [number for number in STOP_SIGNALS if signal.getsignal(number) in replaced]
     previous: dict[int, Any] = {number: signal.signal(number, _interrupt) for number in ours}
     _blocks.append(previous)
     try:
@@ -63,7 +62,7 @@ def asked_to_stop(stop: Callable[[], None]) -> Iterator[None]:
             previous[number](number, frame)
 
     if _is_main_thread():
-        for number in _NUMBERS:
+        for number in STOP_SIGNALS:
             if callable(handler := signal.getsignal(number)):
                 previous[number] = handler
                 signal.signal(number, handle)
@@ -97,7 +96,7 @@ def hold_interrupts() -> Iterator[None]:
         return
     arrived: list[int] = []
     previous: dict[int, Any] = {}
-    for number in _NUMBERS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.signal(number, lambda number, frame: arrived.append(number))
     try:
@@ -113,14 +112,14 @@ def interrupt_again() -> None:
     """Interrupt once more, in a moment: for an interruption that was raised where nothing can be raised."""
     number = _asked[-1][1] if _asked else signal.SIGINT
     _asked.clear()
-    timer = threading.Timer(_AGAIN_S, lambda: os.kill(os.getpid(), number))
+    timer = threading.Timer(_AGAIN_S, lambda: interrupt_self(number))
     timer.daemon = True
     timer.start()
 
 
 def ignore_interrupts() -> None:
     """For the end of a process that has nothing more to write."""
-    for number in _NUMBERS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -130,12 +129,8 @@ def child_environment(environment: Mapping[str, str] | None = None) -> dict[str,
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the process that started it ends, in whatever way. Linux only."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # It may have gone before this.
-    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
-        os._exit(1)
+    """End this process when the process that started it ends, in whatever way: `system.die_with`."""
+    die_with(int(os.environ.get(_PARENT) or os.getppid()))
 
 
 def _interrupt(number: int, frame: object) -> None:

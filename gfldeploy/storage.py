@@ -45,7 +45,9 @@ _WHOLE_BYTES = 1 << 24  # nearly all images are smaller: one request is all of t
 _MOST_BLOCK = 1 << 22
 # Answers of a store that the next request would have too.
 _ANSWERS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
-_ANSWER_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.EREMCHG, errno.ERANGE}
+_ANSWER_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ERANGE} | (
+    {errno.EREMCHG} if hasattr(errno, "EREMCHG") else set()  # of Linux
+)
 # Errors of botocore and google-auth, and codes of S3, that say that no request will be let in.
 _NO_CREDENTIALS = re.compile(
     r"NoCredentials|PartialCredentials|CredentialRetrieval|TokenRetrieval|ProfileNotFound|SSO|LoginError|NoAuthToken"
@@ -161,7 +163,8 @@ def source_of(given: str | os.PathLike[str] | Url) -> Source:
         host, _, path = rest.partition("/")
         if host not in ("", "localhost") or not path:
             raise DataError(f"{text[:200]} is no file of this machine", "Write file:///folder/name, or the path.")
-        return Path(f"/{unquote(path, errors='surrogateescape')}")
+        found_path = unquote(path, errors="surrogateescape")
+        return Path(found_path if Path(found_path).drive else f"/{found_path}")  # drives are of Windows
     if scheme not in PACKAGES:
         raise DataError(f"{scheme[:40]}:// is no address that is read here", _GIVE)
     place, _, path = rest.partition("/")

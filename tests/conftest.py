@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,9 @@ LONGEST = (  # files
     "test_export",
     "test_config",
 )
+# Whose slow tests run code that no fast one runs. In those of others coverage is not counted: tracing takes a third of
+# their time.
+COUNTED = ("export", "cli")  # folders
 STDERR = pytest.StashKey[int]()
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 
@@ -81,6 +84,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     # Paddle takes crashes over when it is imported, and tells of them where pytest captures it: nobody would know why.
     faulthandler.disable()
     faulthandler.enable(item.config.stash[STDERR])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Pause coverage, where it is measured, for all of a slow test: pytest-cov's `no_cover` leaves its fixtures in."""
+    coverage = sys.modules.get("coverage")
+    measured = coverage and coverage.Coverage.current()
+    if measured is None or item.get_closest_marker("slow") is None or item.path.parent.name in COUNTED:
+        return (yield)
+    measured.stop()
+    try:
+        return (yield)
+    finally:
+        measured.start()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import importlib.util
 import os
@@ -10,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +20,7 @@ import pytest
 from gfldeploy import demo
 from gfldeploy.cli import main
 from gfldeploy.demo.dataset import generate
+from gfldeploy.system import DirectoryLock
 
 needs_export = pytest.mark.needs_ppdet
 needs_quant = pytest.mark.needs_paddleslim
@@ -135,12 +135,13 @@ def once(make: Callable[[pytest.TempPathFactory], Path]) -> Callable[[pytest.Tem
         # pytest-xdist gives each of its workers a folder in that of the session.
         base = factory.getbasetemp()
         session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-        with (session / f"{make.__name__}.path").open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            if not (made := file.read()):
-                file.write(made := str(make(factory)))
-            return Path(made)
+        folder = session / f"{make.__name__}.once"
+        folder.mkdir(exist_ok=True)
+        with closing(DirectoryLock(folder)) as lock:
+            lock.acquire(wait=True)
+            if not (made := folder / "path").exists():
+                made.write_text(str(make(factory)))
+            return Path(made.read_text())
 
     return shared
 

@@ -420,6 +420,7 @@ def test_the_bundle_itself_may_be_a_link(bundle: Path, tmp_path: Path) -> None:
     assert Bundle.open(tmp_path / "link").name == "tiny"
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("place", ["onnx/pipe", ONNX, MANIFEST])
 def test_a_pipe_in_a_bundle_is_not_waited_for(place: str, bundle: Path) -> None:
     (bundle / place).unlink(missing_ok=True)

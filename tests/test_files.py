@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from gfldeploy.files import (
     write_json,
     write_text,
 )
+from gfldeploy.system import DirectoryLock
 
 
 def ours(directory: Path, **content: str) -> Path:
@@ -49,9 +49,11 @@ def ours(directory: Path, **content: str) -> Path:
 
 
 def tree(directory: Path) -> dict[str, str | None]:
+    """What is there but the locks that a killed process leaves where directories cannot be locked."""
     return {
         path.relative_to(directory).as_posix(): path.read_text() if path.is_file() else None
         for path in directory.rglob("*")
+        if path.suffix != ".lock"
     }
 
 
@@ -195,7 +197,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next_and_a_running_one_is_not(tmp_pat
         assert running.stdout is not None
         alive = running.stdout.readline().strip()
         # The stale one is gone already.
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(alive).parts[0], "out"])
+        assert {path for path in tree(tmp_path) if "/" not in path} == {Path(alive).parts[0], "out"}
         with atomic_directory(target, force=True) as directory:
             (directory / "new").write_text("2")
         assert (tmp_path / alive / "half").exists()
@@ -243,6 +245,20 @@ def test_killed_between_two_renames_the_old_one_comes_back(tmp_path: Path) -> No
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", force=True):
         raise RuntimeError
     assert sorted(tree(tmp_path)) == ["out", "out/a", "out/manifest.json"]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_killed_while_unfinished_work_replaces_another(replaced: bool, tmp_path: Path) -> None:
+    place, out = tmp_path / "out.unfinished", tmp_path / "out"
+    place.mkdir()
+    (place / ".made-by-gfldeploy").write_text("gfldeploy predict, on its way to out\n")
+    note = json.dumps({"what": "results of gfldeploy predict", "files": ["a.json"]})
+    for folder, text in ((place / "old", "1"), *([(out, "2")] if replaced else [])):
+        folder.mkdir()
+        (folder / "predict.json").write_text(note)
+        (folder / "a.json").write_text(text)
+    work(out)
+    assert tree(tmp_path) == {"out": None, "out/predict.json": note, "out/a.json": "2" if replaced else "1"}
 
 
 def test_scratch_of_a_killed_run_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,12 +372,11 @@ def test_a_partial_directory_of_another_is_never_followed(tmp_path: Path) -> Non
 
 def test_the_partial_directory_is_locked(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "out") as directory:
-        handle = os.open(directory.parent, os.O_RDONLY)
-        try:
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        finally:
-            os.close(handle)
+        with closing(DirectoryLock(directory.parent)) as other:
+            assert not other.acquire()
+        with closing(DirectoryLock(directory.parent)) as other:  # which took nothing away
+            assert not other.acquire()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_sigterm_unwinds_and_is_given_back(tmp_path: Path) -> None:
@@ -442,7 +457,10 @@ def test_native_code_that_keeps_a_full_disk_to_itself(small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.posix
 def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
+    import resource
+
     code = (
         "import resource, sys\nfrom pathlib import Path\nfrom gfldeploy.files import *\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"

@@ -82,7 +82,7 @@ def test_what_is_ignored_or_handled_by_the_program_stays_so() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "class Lost:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\nLost()\ntime.sleep(30)",
+        "class Lost:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\nLost()\nwhile True: time.sleep(0.1)",
         "try: signal.raise_signal(signal.SIGTERM)\nexcept BaseException: raise ImportError('initialization failed')",
         "signal.raise_signal(signal.SIGINT)",
     ],

@@ -18,7 +18,7 @@ from sample_results import OK, altered, sample_results
 
 from gfldeploy import Detector, audit, benchmark, compare, evaluate, merge_parts, predict_images
 from gfldeploy.accuracy import coco_accuracy, coco_results
-from gfldeploy.batch_detection import DetectionJob, DetectionWork, task_of
+from gfldeploy.batch_detection import DetectionJob, DetectionWork, detect_images, task_of
 from gfldeploy.batching.tiles import InTiles, Tiling
 from gfldeploy.bench.inputs import tile_batches
 from gfldeploy.bench.results import BenchResults
@@ -191,6 +191,7 @@ def test_what_is_left_is_what_the_rule_says(
     eta: float, normalized: bool, pairs_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gfldeploy.nms._PAIRS", pairs_at_once)
+    monkeypatch.setattr("gfldeploy.nms._BAND_BOXES", min(pairs_at_once, 1 << 11))
     random = np.random.default_rng(24)
     params = NmsParams(0.05, 0.6, 100, 5, normalized, eta)
     turned = UserNms(0.05, 0.6, 100, 30, normalized, eta, class_agnostic=True, most=30)
@@ -321,6 +322,19 @@ def test_eval_measures_what_a_detector_finds(tiny_bundle: Path, images: Path) ->
         )  # fmt: skip
         assert measured.accuracy == expected and measured.tiling == Tiling(TILE, OVERLAP)
     assert evaluate(tiny_bundle, data=data, engine="onnxruntime").accuracy.detections == len(SIZES) < len(results)
+
+
+def test_channels_without_a_class_take_no_part_in_merging(tiny_bundle: Path, images: Path) -> None:
+    """GFLv2 has one more channel than classes, and what is there is no object."""
+    bundle = Bundle.open(tiny_bundle)
+    manifest, nms = bundle.manifest, NmsParams(0.0, 0.6, 100, 100)
+    with open_engine("onnxruntime", bundle, EngineOptions()) as engine:
+        for classes, expected in ((("box", "ball"), {0, 1}), (("box",), {0})):
+            ((_, found),) = detect_images(
+                engine, [images / "1.png"], manifest.preprocess, nms, [[0]],
+                cut=InTiles(Tiling(TILE, OVERLAP), 1), classes=classes,
+            )  # fmt: skip
+            assert set(found.classes.tolist()) == expected
 
 
 def test_workers_elsewhere_find_the_same(tiny_bundle: Path, images: Path) -> None:

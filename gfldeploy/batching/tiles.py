@@ -141,12 +141,14 @@ class InTiles:
         """
         if len(found) == 1:
             return found[0][1]
-        moved, cut = [], []
-        for region, one in found:
-            corner = np.array([region.left, region.top] * 2, np.float32)
-            moved.append(replace(one, boxes=one.boxes + corner))
-            cut.append(_is_cut(one.boxes, region, size))
-        return merge_tiles(moved, cut, nms)
+        return merge_tiles(*moved(found, size), nms)
+
+
+def moved(found: Sequence[tuple[Region, Detections]], size: Size) -> tuple[list[Detections], list[NDArray[np.bool_]]]:
+    """What is in each region of an image of this size, in pixels of the image, and which boxes end at an inner edge."""
+    corners = [np.array([region.left, region.top] * 2, np.float32) for region, _ in found]
+    parts = [replace(one, boxes=one.boxes + corner) for (_, one), corner in zip(found, corners, strict=True)]
+    return parts, [_is_cut(one.boxes, region, size) for region, one in found]
 
 
 def _is_cut(boxes: NDArray[np.float32], region: Region, size: Size) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ import psutil
 
 from gfldeploy.bench.results import Idle, Monitored
 from gfldeploy.engines.base import Device
+from gfldeploy.system import usable_cpus
 
 BUSY_PERCENT = 20.0
 """Use of the CPUs, or of the GPU, by others from which on a machine counts as busy."""
@@ -48,7 +49,7 @@ class Monitor:
         if hz <= 0:
             raise ValueError(f"hz must be positive, not {hz}")
         self._interval_s = 1 / hz
-        self._cpus = sorted(os.sched_getaffinity(0))
+        self._cpus = usable_cpus()
         self._gpu = Gpu() if device == "gpu" else None
         self._gpu_limits: dict[str, Any] = dict(self._gpu.limits()) if self._gpu else {}
         self._process = psutil.Process()
@@ -203,7 +204,7 @@ def wait_until_idle(device: Device, busy_percent: float = BUSY_PERCENT, patience
 
     Returns the last measurement and the time waited, 0 if the machine was idle at once.
     """
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus = usable_cpus()
     gpu = Gpu() if device == "gpu" else None
     start = time.perf_counter()
     waited_s = 0.0
@@ -225,7 +226,7 @@ class OthersUse:
 
     def __init__(self) -> None:
         """Starts to count."""
-        self._cpus = sorted(os.sched_getaffinity(0))
+        self._cpus = usable_cpus()
         self._process = psutil.Process()
         self._before = self._now()
 
@@ -238,8 +239,9 @@ class OthersUse:
         """Seconds: the clock's, those that the CPUs were busy for anyone, and those that this process ran."""
         times = _cpu_times(self._cpus).values()
         own = self._process.cpu_times()
-        # Linux counts guests in user time already.
-        busy = sum(sum(one) - one.idle - one.iowait - one.guest - one.guest_nice for one in times)
+        # Linux counts guests in user time already; other systems know neither them nor waiting.
+        idle = ("idle", "iowait", "guest", "guest_nice")
+        busy = sum(sum(one) - sum(getattr(one, name, 0.0) for name in idle) for one in times)
         return time.perf_counter(), busy, own.user + own.system
 
 

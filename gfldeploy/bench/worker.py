@@ -50,6 +50,7 @@ from gfldeploy.errors import EngineError
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.preprocess import Preprocess
 from gfldeploy.serialization import build, plain
+from gfldeploy.system import peak_memory_mb
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _time(task: Task) -> Timed:
                 samples = measure(engine, [batch.inputs for batch in batches], settings, counter, of_images)
                 formed = [batch.formed for batch in batches]
             # Before anything else runs: to say what it executes, an engine may load the model a second time.
-            peak_rss_mb = _peak_rss_mb()
+            peak_rss_mb = peak_memory_mb()
             stages = None
             if cell.scenario != "server":  # whose batches are formed as images arrive
                 files = [[task.images[place] for place in batch.places] for batch in batches]
@@ -249,13 +250,6 @@ def _convolutions(engine: Engine, inputs: Tensors) -> tuple[ExecutedConvolution,
         return engine.executed_convolutions(inputs)
     except EngineError:
         return ()
-
-
-def _peak_rss_mb() -> float:
-    # Not getrusage: its ru_maxrss starts with the memory of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

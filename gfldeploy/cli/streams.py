@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gfldeploy.system import is_windows_console
+
 
 class _Kept(io.FileIO):
     """A file whose `write` never fails: the first error is kept in `error`, and the data is lost."""
@@ -26,7 +28,7 @@ class _Kept(io.FileIO):
                 return len(memoryview(data).cast("B"))
             if written is not None:
                 return written
-            select.select([], [self], [])  # a pipe that does not block, and is full
+            select.select([], [self], [])  # a pipe that does not block, and is full; Windows has none
 
 
 @contextmanager
@@ -42,14 +44,20 @@ def standard_streams() -> Iterator[Callable[[], OSError | None]]:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    names = [name for name in ("stdout", "stderr") if getattr(sys, name) in (None, getattr(sys, f"__{name}__"))]
+    names = [
+        name
+        for name in ("stdout", "stderr")
+        if getattr(sys, name) in (None, getattr(sys, f"__{name}__")) and not is_windows_console(getattr(sys, name))
+    ]
     before = {name: getattr(sys, name) for name in names}
     kept = {name: _Kept(1 if name == "stdout" else 2, "w", closefd=False) for name in names}
     for name, raw in kept.items():
         stream = before[name]
         if stream is not None:
             stream.flush()
-        encoding, errors = (stream.encoding, stream.errors) if stream is not None else ("utf-8", "backslashreplace")
+        # What an encoding lacks, as those of Windows do, is shown by its code.
+        errors = "backslashreplace" if stream is None or stream.errors == "strict" else stream.errors
+        encoding = "utf-8" if stream is None else stream.encoding
         text = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
         setattr(sys, name, text)
 

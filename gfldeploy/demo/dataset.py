@@ -157,7 +157,7 @@ def _write_split(directory: Path, split: str, count: int, progress: Progress) ->
         "annotations": annotations,
         "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
     }
-    with (directory / "annotations.json").open("w", encoding="utf-8") as file:
+    with (directory / "annotations.json").open("w", encoding="utf-8", newline="") as file:
         json.dump(coco, file)
         file.flush()
         os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from pathlib import Path
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import Engine
 from gfldeploy.errors import OutputError
+from gfldeploy.system import rename
 
 
 def _home() -> Path:
@@ -49,7 +50,7 @@ def keep(path: Path, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             part = Path(file.name)
             file.write(hashlib.sha256(content).digest() + content)
-        part.replace(path)
+        rename(part, path)
     except OSError as error:
         if part is not None:
             part.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gfldeploy.system import cpu_name, usable_cpus
+
 # The flags that decide how fast low precision is.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx512_fp16")
 FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
@@ -20,8 +22,12 @@ _T = TypeVar("_T")
 
 
 def cpu_model() -> str:
-    """Its name, or the architecture where Linux does not tell."""
-    return next(iter(_values("/proc/cpuinfo", "model name")), "") or platform.machine()
+    """Its name, or the architecture where nobody tells; of an ARM on Linux the numbers of its design."""
+    if named := next(iter(_values("/proc/cpuinfo", "model name")), "") or cpu_name():
+        return named
+    makers, parts = (_values("/proc/cpuinfo", f"CPU {what}") for what in ("implementer", "part"))
+    designs = dict.fromkeys(map("/".join, zip(makers, parts, strict=False)))
+    return " ".join((platform.machine(), *designs))
 
 
 def processor(on_gpu: bool) -> str:
@@ -31,7 +37,7 @@ def processor(on_gpu: bool) -> str:
 
 def usable_threads() -> int:
     """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(usable_cpus())
 
 
 @cache

@@ -7,8 +7,9 @@ Where there is another C library, nothing happens.
 
 from __future__ import annotations
 
-import ctypes
 import os
+
+from gfldeploy.system import c_function
 
 _M_ARENA_MAX = -8  # malloc.h
 _kept: list[object] | None = None
@@ -17,7 +18,7 @@ _kept: list[object] | None = None
 def limit_arenas(most: int) -> None:
     """Have at most so many arenas, unless the environment says how many. Before threads are started."""
     tuned = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = c_function("mallopt")
     if mallopt is not None and not tuned:
         mallopt(_M_ARENA_MAX, most)
 
@@ -39,6 +40,6 @@ def freed_at_exit(what: object) -> None:
 
 def give_memory_back() -> None:
     """Give the pages that nothing uses back to the system."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    malloc_trim = c_function("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)

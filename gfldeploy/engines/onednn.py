@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gfldeploy.errors import EngineError
+from gfldeploy.system import flush_c_streams
 
 _PRECISION = {"s8": "int8", "u8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
@@ -55,9 +56,8 @@ def verbose_log(libraries: Sequence[Path], run: Callable[[], object], log: Path)
         set_verbose = onednn.dnnl_set_verbose
     except (StopIteration, OSError, AttributeError) as error:
         raise EngineError("the engine's oneDNN library cannot be asked what it executes") from error
-    libc = ctypes.CDLL(None)
     sys.stdout.flush()
-    libc.fflush(None)
+    flush_c_streams()
     saved = os.dup(1)
     try:
         with log.open("wb") as file:
@@ -66,10 +66,10 @@ def verbose_log(libraries: Sequence[Path], run: Callable[[], object], log: Path)
         run()
     finally:
         set_verbose(0)
-        libc.fflush(None)
+        flush_c_streams()
         os.dup2(saved, 1)
         os.close(saved)
-    return log.read_text(errors="replace")
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def read_primitives(log: str) -> tuple[LoggedPrimitive, ...]:

@@ -68,8 +68,8 @@ class OnnxRuntimeEngine(Engine):
         self._ort = require("onnxruntime", "the ONNX Runtime engine")
         self.version: str = self._ort.__version__
         if options.device == "gpu":
-            if options.tf32:
-                set_tf32(True)  # the environment may forbid what the provider's option allows
+            if options.tf32 or options.precision == "fp16":
+                set_tf32(options.tf32)  # in the environment: see `cuda_options`
             load_libraries(ENGINES[self.name])
             # cuDNN's attempts that come to nothing are no errors, and are hundreds of lines: what fails is raised.
             self._ort.set_default_logger_severity(_FATAL_ONLY)
@@ -273,9 +273,12 @@ def cuda_options(options: EngineOptions) -> dict[str, str]:
 
     `cudnn_conv_algo_search`: which of cuDNN's heuristics chooses kernels. Since 1.20 the default, EXHAUSTIVE, searches
     no more, but asks another heuristic, whose choice was slower (benchmarks/README.md, "On an H100").
+    `use_tf32`: without it, tensor cores are left out of the choice altogether, of FP16 too. So FP16 has it, and what
+    there is of FP32, the decode, is kept from TF32 by the environment.
     The memory arena stays at its default, which grows by doubling: by what each shape needs it would be fragmented.
     """
-    return {"use_tf32": str(int(options.tf32)), "cudnn_conv_algo_search": "HEURISTIC"}
+    tensor_cores = options.tf32 or options.precision == "fp16"
+    return {"use_tf32": str(int(tensor_cores)), "cudnn_conv_algo_search": "HEURISTIC"}
 
 
 def session_options(ort: Any, threads: int, streams: int = 1) -> Any:

@@ -6,12 +6,10 @@ run inputs of any shape.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +33,7 @@ from gfldeploy.engines.nvidia_libraries import tensorrt_library as tensorrt_libr
 from gfldeploy.errors import EngineError, OutputError
 from gfldeploy.files import write_json
 from gfldeploy.progress import Progress
+from gfldeploy.system import DirectoryLock
 
 # What TensorRT's tactics may use: more than the convolutions of a GFL need at 800x1344. With too little, TensorRT
 # silently chooses slower ones.
@@ -251,14 +250,11 @@ def _lock(directory: Path, progress: Progress) -> bool:
     if (locks := _locks.get()) is None:
         return False
     # Not through a link, which who can write to a shared cache might have put there: the folder may be emptied.
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    locks.callback(os.close, handle)
+    lock = locks.enter_context(closing(DirectoryLock(directory)))
     with suppress(OSError):  # a file system without locks
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock.acquire():
             progress.stage("waiting for another process that builds the same engine")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock.acquire(wait=True)
         return True
     return False
 

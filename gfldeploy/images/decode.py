@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import DataError
 from gfldeploy.images.formats import MAX_FILE_BYTES, read_header
-from gfldeploy.images.native_stderr import heard
+from gfldeploy.images.native_stderr import heard, hears
 from gfldeploy.storage import Source, Url, check_size, open_url, read_url
+from gfldeploy.system import without_waiting
 
 # What libjpeg reports of data that it could not follow. It continues, with grey or with anything.
 _DAMAGED_JPEG = re.compile(rb"Corrupt JPEG data: .*|Premature end of JPEG.*|Inconsistent progression.*")
@@ -80,11 +81,24 @@ def decode_image(data: bytes, what: object = "the image", reduction: int = 1) ->
         raise DataError(f"OpenCV cannot decode {what}: {getattr(error, 'err', error)}", _CONVERT) from error
     if image is None:
         raise DataError(f"{what} is damaged or not an image that OpenCV reads", _CONVERT)
+    if header.kind == "JPEG" and not hears():
+        said = _complaint(data)
     if header.kind == "JPEG" and (damage := _DAMAGED_JPEG.search(said)):
         spare = _SPARE_BYTES.search(damage[0])
         if spare is None or int(spare[1]) > _MOST_SPARE * len(data):
             raise DataError(f"{what} is damaged ({damage[0].decode('ascii', 'replace')})", _FETCH)
     return np.asarray(image, np.uint8) if way == "COLOR_RGB" else _to_rgb(image)
+
+
+def _complaint(data: bytes) -> bytes:
+    """What libjpeg reports of a JPEG, from a decoder that raises it; it reads the whole file once more, for grey."""
+    import simplejpeg
+
+    try:
+        simplejpeg.decode_jpeg(data, "GRAY", fastdct=True, fastupsample=True, min_height=1, min_width=1)
+    except ValueError as error:
+        return str(error).encode()
+    return b""
 
 
 def _to_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -140,8 +154,7 @@ def open_file(path: Source, most_bytes: int | None = MAX_FILE_BYTES) -> Iterator
             with open_url(path, most_bytes) as remote:
                 yield remote
             return
-        # A pipe would wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"

@@ -24,12 +24,14 @@ from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import build, check
 from gfldeploy.signals import hold_interrupts
+from gfldeploy.system import allow_open_files
 
 _MODEL = "/v1/model"
 _DETECT = "/v1/detect"
 _ANY = "application/octet-stream"
 _MOST_BYTES = 1 << 30  # of all images, which are held in memory
 _MOST_REQUESTS = 1_000_000  # of one load, each of which is a sample
+_OTHER_FILES = 64  # that the process has open beside its connections
 _MOST_KEY = 4096  # bytes of a file with a key
 _KEEPS_UP = 0.95  # a server that answers less than this share of what arrives is falling behind
 _QUOTABLE = 30  # requests of a load, from which on figures are more than a first look (`Settings.quick`)
@@ -302,11 +304,6 @@ def _key(path: Path) -> str:
 
 def _allow_files(connections: int) -> None:
     """Let this process have so many connections. Raises `UsageError`."""
-    import resource
-
-    needed = connections + 64  # what the rest of the process has open
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UsageError(f"{connections} connections are more than this process may open: {hard - 64}")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    needed = connections + _OTHER_FILES
+    if (most := allow_open_files(needed)) < needed:
+        raise UsageError(f"{connections} connections are more than this process may open: {most - _OTHER_FILES}")

@@ -24,6 +24,7 @@ from gfldeploy.predict.fonts import missing_glyphs, runs
 from gfldeploy.predict.outputs import Record, read_records
 from gfldeploy.predict.sources import video_frames, video_rate
 from gfldeploy.storage import Source, source_of
+from gfldeploy.system import folder_path, name_for_file, rename
 from gfldeploy.text import first_of
 
 _QUALITY = 92
@@ -142,7 +143,7 @@ class LiveVideo(ClosesOnExit):
             self._write()
             self._writer.write(self._waiting[-1][1])
             self._writer.release()
-            self._partial.replace(self._target)
+            rename(self._partial, self._target)
         self._writer = None
         self._waiting = []
 
@@ -175,18 +176,16 @@ def _video_writer(
 ) -> tuple[Any, str | None]:
     """A `cv2.VideoWriter`, and the first codec that this OpenCV has, or None. The name of `path` is ASCII."""
     cv2 = load_cv2()
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    # Not by its name, as OpenCV crashes on one that is not UTF-8.
-    name = f"/proc/self/fd/{folder}/{path.name}"
-    try:
+    with folder_path(path.parent) as folder:
+        if folder is None:
+            return cv2.VideoWriter(), None
+        name = f"{folder}/{path.name}"
         for codec in codecs:
             fourcc = cv2.VideoWriter_fourcc(*codec)
             writer, _ = heard(functools.partial(cv2.VideoWriter, name, cv2.CAP_FFMPEG, fourcc, rate, size))
             if writer.isOpened():
                 return writer, codec
         return writer, None
-    finally:
-        os.close(folder)
 
 
 def _fitted(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -211,12 +210,12 @@ def _write_jpeg(target: Path, image: NDArray[np.uint8]) -> None:
         raise OutputError(f"OpenCV cannot encode {target}", "Leave --draw out.")
     with writing(target):
         partial.write_bytes(data.tobytes())
-        partial.replace(target)
+        rename(partial, target)
 
 
 def _name(number: int, path: Source, suffix: str) -> str:
     """The name of a picture, short enough for any file system."""
-    stem = os.fsencode(path.stem)
+    stem = os.fsencode(name_for_file(path.stem))
     if len(stem) > _MOST_STEM_BYTES:
         stem = stem[:_MOST_STEM_BYTES].decode("utf-8", "ignore").encode()
     return f"{number:06d}-{os.fsdecode(stem)}{suffix}"
@@ -247,4 +246,4 @@ def _draw_video(path: Source, lines: Iterable[tuple[int, Record]], directory: Pa
             drawn = draw_boxes(frame.read(), record["detections"], threshold)
             writer.write(cv2.cvtColor(_fitted(drawn, size), cv2.COLOR_RGB2BGR))
             yield number
-    partial.replace(target)
+    rename(partial, target)

@@ -157,9 +157,12 @@ class LiveSource(ClosesOnExit):
         self._wait_s, self._failed = _FIRST_WAIT_S, 0
         self._first: float | None = None  # when the first frame was read
         self._base = self._next = 0  # numbers: of the first frame of this connection, and of the next that is expected
-        if problem := self._connect():
+        try:
+            if problem := self._connect():
+                raise problem
+        except BaseException:
             self.close()
-            raise problem
+            raise
 
     def read(self) -> _Read | None:
         """The newest frame that was not given yet, as soon as there is one; None at the end. For one thread."""

@@ -228,7 +228,7 @@ class _TextFile(ClosesOnExit):
     def __init__(self, path: Path, target: Source) -> None:
         self._target = target
         with writing(target):
-            self._file: IO[str] = path.open("x", encoding="utf-8")
+            self._file: IO[str] = path.open("x", encoding="utf-8", newline="")  # the same bytes everywhere
 
     def write(self, text: str) -> None:
         with writing(self._target):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -111,11 +112,11 @@ def _check_here(path: Path, size: int) -> None:
         found = path.stat().st_size
     except OSError as error:
         raise DataError(
-            f"a worker on {os.uname().nodename} cannot read {path}, which is on the machine of the command",
+            f"a worker on {platform.node()} cannot read {path}, which is on the machine of the command",
             "Put the inputs on storage that every machine mounts at the same path, or give s3:// addresses.",
         ) from error
     if found != size:
         raise DataError(
-            f"{path} has {found} bytes on {os.uname().nodename}, and {size} on the machine of the command",
+            f"{path} has {found} bytes on {platform.node()}, and {size} on the machine of the command",
             "Copy the same inputs to every machine, or put them on storage that every machine mounts.",
         )

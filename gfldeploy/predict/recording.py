@@ -23,7 +23,7 @@ import numpy as np
 from gfldeploy.batching.tiles import InTiles
 from gfldeploy.engines.base import ClosesOnExit, EngineOptions
 from gfldeploy.engines.registry import ENGINES
-from gfldeploy.errors import DataError
+from gfldeploy.errors import DataError, OutputError
 from gfldeploy.files import (
     Unfinished,
     check_target,
@@ -119,13 +119,18 @@ class _Lines(ClosesOnExit):
     """The `detections.jsonl` of a recording, to which lines are appended; `kept`: what was there."""
 
     def __init__(self, path: Path, target: Source) -> None:
-        """Open it, and cut off a line that was not finished. Raises `OutputError` about `target`."""
+        """Open it, and cut off a last line that was not finished.
+
+        Raises `OutputError` about `target`, and where another line is not as it was written: what follows it may be.
+        """
         self._target = target
         self.kept = _Recorded()
         with writing(target), ExitStack() as undo:
             self._file: IO[bytes] = undo.enter_context(open_own(path))
             position = 0
-            while self._take(line := self._file.readline(_MOST_LINE)):
+            while (line := self._file.readline(_MOST_LINE)).endswith(b"\n"):
+                if not self._take(line):
+                    raise OutputError(f"{path} was changed after byte {position:,}", f"Move {path.parent.parent} away.")
                 position += len(line)
             self._file.seek(position)
             self._file.truncate()
@@ -141,10 +146,10 @@ class _Lines(ClosesOnExit):
             self._file.close()
 
     def _take(self, line: bytes) -> bool:
-        """Count a line in; False for one that is not whole."""
+        """Count a line in; False for one that was not written here."""
         kept = self.kept
         try:
-            record = json.loads(line) if line.endswith(b"\n") else {}
+            record = json.loads(line)
             found, dropped, number = len(record["detections"]), int(record["dropped"]), int(record["frame"])
             read_at = datetime.fromisoformat(record["time"])
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -31,6 +31,7 @@ from gfldeploy.images.decode import decode_image, image_size, load_cv2, open_fil
 from gfldeploy.images.formats import IMAGE_SUFFIXES, MAX_PIXELS
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.storage import Inputs, Source, Url, files_at, look_at, read_range, source_of
+from gfldeploy.system import descriptor_path, named_path
 from gfldeploy.text import first_of
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ _MOST_KINDS = 5  # that a note names
 REQUESTS = 32  # at once, for files at addresses
 _MOST_VIDEO_BYTES = 1 << 33  # of one that is copied from an address
 _COPY_BYTES = 1 << 24  # a request
+_COPY = "video"
 _MOST_LINE = 1 << 16  # of a list of files
 # So many files of a list at addresses are looked at before they are read.
 MOST_LOOKED_AT = 10_000
@@ -464,8 +466,11 @@ def _opened(path: Source) -> Iterator[_Video | None]:
         yield None
         return
     with _on_disk(path) as file:
-        # Not by its name: FFmpeg takes some for addresses, and OpenCV crashes on one that is not UTF-8.
-        name = f"/proc/self/fd/{file.fileno()}"
+        # Not by its name if possible: FFmpeg takes some for addresses, though none that is an absolute path.
+        name = descriptor_path(file.fileno()) or named_path(file.name)
+        if name is None:
+            yield None
+            return
         capture, _ = heard(lambda: cv2.VideoCapture(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))
         try:
             keys = (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS)
@@ -490,12 +495,16 @@ def _on_disk(path: Source) -> Iterator[BinaryIO | IO[bytes]]:
 
 
 class _Copies:
-    """The last file that was copied from an address, without a name on the disk: sizes, frames and rate need it."""
+    """The last file that was copied from an address: sizes, frames and rate need it.
+
+    It has a name on the disk only where C code cannot open it without one.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._key: object = None
         self._handle: int | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @contextmanager
     def of(self, url: Url) -> Iterator[IO[bytes]]:
@@ -503,20 +512,41 @@ class _Copies:
         with self._lock:
             try:
                 key = version_of(look_at(url) or url)
-                if self._handle is None or self._key != key:
-                    if self._handle is not None:
-                        os.close(self._handle)
-                        self._handle = None
-                    with tempfile.TemporaryFile() as file:
-                        _copy(url, file)
-                        self._key, self._handle = key, os.dup(file.fileno())
-                handle = os.dup(self._handle)
+                if self._key != key:
+                    self._drop()
+                    self._make(url)
+                    self._key = key
+                copy = self._open()
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 problem = f"cannot copy the video {url}: {reason}"
                 raise DataError(problem, "Free some space for temporary files (TMPDIR), or give a file.") from error
-        with os.fdopen(handle, "rb") as copy:
+        with copy:
             yield copy
+
+    def _drop(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._key = self._handle = self._folder = None
+
+    def _make(self, url: Url) -> None:
+        if descriptor_path(0) is not None:
+            with tempfile.TemporaryFile() as file:
+                _copy(url, file)
+                self._handle = os.dup(file.fileno())
+            return
+        # Not one that is removed when it is closed: Windows lets nobody else open it.
+        self._folder = tempfile.TemporaryDirectory(prefix="gfldeploy-", ignore_cleanup_errors=True)
+        with (Path(self._folder.name) / _COPY).open("wb") as file:
+            _copy(url, file)
+
+    def _open(self) -> IO[bytes]:
+        if self._folder is not None:
+            return (Path(self._folder.name) / _COPY).open("rb")
+        assert self._handle is not None
+        return os.fdopen(os.dup(self._handle), "rb")
 
 
 _copies = _Copies()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from gfldeploy.system import allow_open_files
 
 HEADER_S = 10.0
 """Seconds from the first byte of a connection, or of its next request, to the end of the header."""
@@ -109,13 +110,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
 
 def share_files() -> int:
     """Raise the limit on open files as far as this user may, and return how many connections that leaves room for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_CONNECTIONS + _OTHER_FILES
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
-    return max(min(_MOST_CONNECTIONS, soft - _OTHER_FILES), 16)
+    return max(allow_open_files(_MOST_CONNECTIONS + _OTHER_FILES) - _OTHER_FILES, 16)
 
 
 def give_up_on_the_slow(sock: socket.socket) -> None:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gfldeploy.errors import DataError
 from gfldeploy.serve.problems import Problem, answer_to
+from gfldeploy.system import without_waiting
 
 _MOST_BYTES = 1 << 20
 # Letters and digits give 6 bits each: 16 of them cannot be guessed, however fast the server answers.
@@ -107,7 +108,7 @@ def _digest(key: bytes) -> bytes:
 
 def _keys_in(path: Path) -> list[bytes]:
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # a FIFO would wait
+        file = os.fdopen(without_waiting(str(path), os.O_RDONLY), "rb")
     except OSError as error:
         problem = f"the keys in {path} cannot be read: {error.strerror or error}"
         raise DataError(problem, "Give --api-key-file a file that this user may read.") from error

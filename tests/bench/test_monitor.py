@@ -173,7 +173,8 @@ def test_a_gpu_is_read_by_the_signatures_of_its_library(monkeypatch: pytest.Monk
     assert record.gpu_clock_mhz == (1410.0,) * count
     assert (record.gpu_most_clock_mhz, record.gpu_most_power_w) == (1980.0, 700.0)
     # That it is idle now and then is no reason of the hardware's.
-    assert record.throttled == (f"GPU: power cap in {count} of {count} samples",)
+    told = [one for one in record.throttled if one.startswith("GPU: ")]  # a busy host may have taken CPU time as well
+    assert told == [f"GPU: power cap in {count} of {count} samples"]
     assert monitor.gpu_energy_j() == 1234.5
     # NVIDIA's data sheet of the H100 SXM says 3.35 TB/s.
     assert gpu_bandwidth_gb_per_s() == pytest.approx(3350, rel=0.01)
@@ -188,7 +189,7 @@ def test_what_a_gpu_does_not_tell_is_left_out_alone(monkeypatch: pytest.MonkeyPa
     monitor, _ = watched(monkeypatch, answers, {"nvmlDeviceGetCurrentClocksEventReasons"})
     record = monitor.record()
     assert record.gpu_percent == () and record.gpu_power_w and record.gpu_memory_mb and record.gpu_clock_mhz
-    assert record.throttled[0].startswith("GPU: hardware thermal slowdown in ")
+    assert any(one.startswith("GPU: hardware thermal slowdown in ") for one in record.throttled)
     assert monitor.gpu_energy_j() is None and gpu_bandwidth_gb_per_s() is None
 
 

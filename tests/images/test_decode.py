@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import read_image
+from gfldeploy.images.native_stderr import hears
 
 PIL_Image = pytest.importorskip("PIL.Image")
 
@@ -237,7 +238,8 @@ def test_damage_inside_a_jpeg_is_an_error_of_that_image(
     # Bytes that nothing reads, before the end, harm no pixel.
     extra = read_image(write(tmp_path, name, data[:-2] + bytes(range(1, 60)) + data[-2:]))
     np.testing.assert_array_equal(extra, read_image(write(tmp_path, name, data)))
-    assert capfd.readouterr() == ("", "")
+    if hears():
+        assert capfd.readouterr() == ("", "")
 
 
 def test_damage_is_told_of_the_right_image_by_threads(tmp_path: Path) -> None:
@@ -257,6 +259,7 @@ def test_damage_is_told_of_the_right_image_by_threads(tmp_path: Path) -> None:
         assert list(pool.map(failed, paths)) == [path == bad for path in paths]
 
 
+@pytest.mark.posix
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", Path("/dev/zero")):

@@ -112,13 +112,14 @@ def test_what_no_font_has_is_drawn_as_its_code(folder_of_fonts: Path) -> None:
     assert (one != other).any(), "names that differ look different"
 
 
-def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["café", pytest.param("caf\udce9", marks=pytest.mark.posix)])  # which is not UTF-8
+def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(name: str, tmp_path: Path) -> None:
     video = tmp_path / "a.mp4"
     writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"mp4v"), 10, (80, 48))
     for _ in range(3):
         writer.write(np.full((48, 80, 3), 200, np.uint8))
     writer.release()
-    video = video.rename(tmp_path / "caf\udce9.mp4")  # a name that is not UTF-8
+    video = video.rename(tmp_path / f"{name}.mp4")
     size = {"width": 80, "height": 48, "detections": [box(4, 20, 30, 9)]}
     lines: list[dict[str, object]] = [{"file": str(video), "frame": number, "time_s": 0, **size} for number in range(3)]
     lines += [{"file": str(video), "error": f"{video} ends early"}]
@@ -128,7 +129,7 @@ def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(tmp_path: 
     out.mkdir()
     assert list(draw_all(records, out, 0.0)) == [1, 2, 3, 4]
     (drawn,) = out.iterdir()
-    assert drawn.name == "000001-caf\udce9.mp4"
+    assert drawn.name == f"000001-{name}.mp4"
     capture = cv2.VideoCapture(str(drawn.rename(out / "drawn.mp4")))
     codec = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode()
     frames = []

@@ -271,7 +271,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.posix if name == "a pipe" else ()) for name in DAMAGE]
+)
 def test_a_damaged_part_is_named(name: str, parts: list[Path], tmp_path: Path) -> None:
     damage, message = DAMAGE[name]
     damage(parts[1])

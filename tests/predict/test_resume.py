@@ -6,7 +6,6 @@ import base64
 import gc
 import json
 import math
-import resource
 import tracemalloc
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -174,7 +173,10 @@ def test_what_was_there_of_a_shard_is_void(tmp_path: Path) -> None:
         assert working.complete and read_back(working) == WHOLE
 
 
+@pytest.mark.posix
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    import resource
+
     path = tmp_path / "w"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -115,6 +115,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert len(list_inputs([tmp_path / "top", tmp_path / "elsewhere"])) == 5
 
 
+@pytest.mark.posix
 def test_what_is_left_out_is_named_once(tmp_path: Path) -> None:
     for name in ("a.JFIF", "b.tif", "c.avif", "d.m2ts", "e.heic", "f.heic", "g.txt", "readme"):
         (tmp_path / name).touch()

@@ -1,9 +1,9 @@
-"""Which kernels a GPU runs for a detector in ONNX Runtime, and for how long: PyTorch's profiler sees those of others too.
+"""Which kernels a GPU runs for a detector in ONNX Runtime, and for how long: PyTorch's profiler sees those of others.
 
     python benchmarks/gpu_kernels.py --bundle gfl_r50/fp32 --size 800x1344 --batch-size 8 --name gfl_r50 --machine GPU
 
-Needs PyTorch for the same CUDA. Random images run in the session for any shape, without a graph, in FP16, TF32 and FP32;
-times are of one inference, the mean of `--runs`, and the input is copied from pageable memory. Writes
+Needs PyTorch for the same CUDA. Random images run in the session for any shape, without a graph, in FP16, TF32 and
+FP32; times are of one inference, the mean of `--runs`, and the input is copied from pageable memory. Writes
 results/MACHINE/checks/NAME_kernels.json beside this script, and prints the longest.
 """
 

@@ -476,7 +476,7 @@ def _remove_stale(target: Path) -> None:
             if not lock.acquire() or not _is_partial(path):
                 continue
             if (path / _OLD).exists() and not os.path.lexists(target):
-                (path / _OLD).rename(target)
+                rename(path / _OLD, target)
             _removed(path)
 
 

@@ -128,6 +128,17 @@ def cache_folder() -> Path:
         return Path("/nonexistent/.cache")
 
 
+def font_folders() -> list[Path]:
+    """Where the system and this user have fonts; on Linux where fontconfig looks by default."""
+    if os.name == "nt":
+        return [Path(os.environ.get("WINDIR", "C:\\Windows")) / "Fonts", cache_folder() / "Microsoft/Windows/Fonts"]
+    if sys.platform == "darwin":
+        return [Path("/System/Library/Fonts"), Path("/Library/Fonts"), Path.home() / "Library/Fonts"]
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+    shared = (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")
+    return [*(Path(one) / "fonts" for one in (home, *shared) if one), Path.home() / ".fonts"]
+
+
 def allow_open_files(wanted: int) -> int:
     """Let this process have so many files and connections open if it may; how many it may have, no more than that.
 

@@ -10,6 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from gfldeploy.system import font_folders
+
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
@@ -91,13 +93,10 @@ def _font(path: Path | None, size: int) -> Font:
 
 @cache
 def _system_fonts() -> tuple[Path, ...]:
-    """The font files in the folders that fontconfig looks in by default, the plainest first."""
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
-    shared = (os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")
-    folders = dict.fromkeys([*(Path(one) / "fonts" for one in (home, *shared) if one), Path.home() / ".fonts"])
+    """The font files of the system and of this user, the plainest first."""
     found = {
         Path(name) / file
-        for folder in folders
+        for folder in font_folders()
         for name, _, files in os.walk(folder)
         for file in files
         if file.lower().endswith(_SUFFIXES)

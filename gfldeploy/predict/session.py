@@ -59,6 +59,7 @@ from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import build, plain
 from gfldeploy.signals import check_interrupted, hold_interrupts
 from gfldeploy.storage import Inputs, Source, Url, source_of
+from gfldeploy.system import rename
 
 if TYPE_CHECKING:  # a third of the time until an interruption is answered
     from gfldeploy.cluster.ray_cluster import ClusterOptions
@@ -417,7 +418,7 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
         path = unfinished.directory / WORKING
         with writing(request.output):
             if (results / RECORDS).exists() and not path.exists():  # killed between the last two steps of a part
-                (results / RECORDS).rename(path)
+                rename(results / RECORDS, path)
         with WorkingFile(path, question, request.mine, len(classes), anew=request.force) as working:
             kept = working.images
             unfinished.worth_keeping = bool(kept)
@@ -453,7 +454,7 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
         with writing(request.output), hold_interrupts() if isinstance(request.output, Path) else nullcontext():
             check_target(request.output, "predict", force=request.force)  # another process may have written it
             if request.part is not None:
-                path.rename(results / RECORDS)
+                rename(path, results / RECORDS)
             publish(results, request.output, "predict")
             unfinished.worth_keeping = False
             shutil.rmtree(results, ignore_errors=True)  # those that were replaced

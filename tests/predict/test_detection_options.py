@@ -41,10 +41,6 @@ from gfldeploy.predict.resume import batch_of
 from gfldeploy.predict.session import predict_images
 from gfldeploy.predict.shards import ShardJob
 from gfldeploy.serialization import build, plain
-from gfldeploy.serve.app import create_app
-from gfldeploy.serve.reload import check_golden
-from gfldeploy.serve.requests import RequestLimits
-from gfldeploy.serve.service import DetectionService, ServiceSettings
 from gfldeploy.tune.deploy_file import Deploy
 
 CLASSES = ("person", "car", "traffic light")
@@ -254,7 +250,10 @@ def test_predict_and_the_detector(bundle: Path, raws: list[Raw], given: dict[str
     assert note.get("detection", {}) == recorded
 
 
-def ask(service: DetectionService, *requests: tuple[str, Raw]) -> list[httpx.Response]:
+def ask(service: Any, *requests: tuple[str, Raw]) -> list[httpx.Response]:
+    from gfldeploy.serve.app import create_app
+    from gfldeploy.serve.requests import RequestLimits
+
     async def answers() -> list[httpx.Response]:
         transport = httpx.ASGITransport(create_app(service, RequestLimits(timeout_ms=60_000)))
         async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as client:
@@ -281,7 +280,10 @@ def answered(response: httpx.Response) -> list[Row]:
 
 
 @pytest.mark.parametrize("given", TURNED, ids=lambda given: "+".join(given) or "nothing")
+@pytest.mark.posix
 def test_the_server_and_what_its_clients_ask_for(bundle: Path, raws: list[Raw], given: dict[str, Any]) -> None:
+    from gfldeploy.serve.service import DetectionService, ServiceSettings
+
     raw, keep = raws[0], {**CONFIG, **given}["keep_top_k"]
     service = DetectionService(choose(bundle, **HERE, detection=DetectionOptions.of(**given)), ServiceSettings())
     paths = [
@@ -308,7 +310,10 @@ def test_the_server_and_what_its_clients_ask_for(bundle: Path, raws: list[Raw], 
     same(found[5], [row for row, least in zip(left, lights, strict=True) if row[1] >= least][:keep])
 
 
+@pytest.mark.posix
 def test_a_class_that_the_server_does_not_keep_is_refused(bundle: Path, raws: list[Raw]) -> None:
+    from gfldeploy.serve.service import DetectionService, ServiceSettings
+
     service = DetectionService(choose(bundle, **HERE, detection=DetectionOptions(classes=("car",))), ServiceSettings())
     try:
         (refused,) = ask(service, ("/v1/detect?classes=person", raws[0]))
@@ -319,8 +324,12 @@ def test_a_class_that_the_server_does_not_keep_is_refused(bundle: Path, raws: li
     assert "without the class person" in refused.json()["error"]["message"]
 
 
+@pytest.mark.posix
 def test_the_golden_picture_has_the_nms_that_it_was_made_with(tiny_whole: Path) -> None:
     """A server that keeps none of what it expects is compared all the same."""
+    from gfldeploy.serve.reload import check_golden
+    from gfldeploy.serve.service import DetectionService, ServiceSettings
+
     detection = DetectionOptions(classes=("ball",), score_threshold=0.9)
     service = DetectionService(choose(tiny_whole, **HERE, detection=detection), ServiceSettings())
     try:

@@ -85,6 +85,7 @@ def folder_of_fonts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.posix
 def test_names_are_drawn_in_a_font_that_has_them(folder_of_fonts: Path) -> None:
     pytest.importorskip("fontTools")
     font_with(folder_of_fonts / "squares.ttf", "中文")

@@ -6,8 +6,8 @@ Measures a bundle and a copy of it `--runs` times with `gfldeploy bench`. Compar
 every other one, as files; and in each run the bundle with its copy, whose rounds are interleaved (`compare --bundles`).
 Each as it is, and with all latencies of one cell after the other multiplied by each of `--planted`. Counts the gates
 that fail for a slower cell, by PERCENT. Prints the shares, and writes results/MACHINE/checks/NAME_gate_noise.json
-beside this script. `--folder` keeps the runs: another call adds what is missing. What follows are arguments of
-`benchmark`, as NAME=VALUE.
+beside this script. `--folder` keeps the runs: another call adds what is missing. Arguments of `benchmark`
+follow as NAME=VALUE.
 """
 
 from __future__ import annotations

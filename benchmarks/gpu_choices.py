@@ -5,9 +5,11 @@
 Each variant of the engine runs in a process of its own, on the same random images, and its outputs are held against
 those of the first:
 
-    as it is        a CUDA graph, and cuDNN's heuristic A (HEURISTIC): what the engine does
+    as it is        a CUDA graph, and what `cuda_options` says: cuDNN's heuristic A (HEURISTIC) where tensor cores may
+                    be used, in FP16 and TF32, else B (EXHAUSTIVE, ONNX Runtime's default, which searches no more)
     no graph        the same without the graph
-    heuristic B     as it is, with heuristic B (EXHAUSTIVE, ONNX Runtime's default, which searches no more)
+    heuristic A     as it is, with HEURISTIC
+    heuristic B     as it is, with EXHAUSTIVE
     fallback        as it is, with the heuristic FALLBACK (DEFAULT)
     override        as it is, with `use_tf32` and NVIDIA_TF32_OVERRIDE=0: tensor cores, where FP32 does not need TF32
     no tensor cores as it is, without `use_tf32`
@@ -70,6 +72,7 @@ class Variant:
 VARIANTS: Mapping[str, Variant] = {
     "as it is": Variant(GRAPH),
     "no graph": Variant(NO_GRAPH),
+    "heuristic A": Variant({**GRAPH, "cudnn_conv_algo_search": "HEURISTIC"}),
     "heuristic B": Variant({**GRAPH, "cudnn_conv_algo_search": "EXHAUSTIVE"}),
     "fallback": Variant({**GRAPH, "cudnn_conv_algo_search": "DEFAULT"}),
     "override": Variant({**GRAPH, "use_tf32": "1"}, override=True),

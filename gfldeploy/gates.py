@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gfldeploy.accuracy import EvalResults
 from gfldeploy.batching.audit import Audit
 from gfldeploy.batching.buckets import Order, Size, size_in_words
-from gfldeploy.bench.compare import Comparison, Pair, Slowness
+from gfldeploy.bench.compare import Comparison, Slowness
 from gfldeploy.engines.base import with_tf32
 
 _FIGURES = {
@@ -17,7 +17,7 @@ _FIGURES = {
     "server latency": "in the latency of what the server answered",
     "answers in time": "in answers within the bound",
 }
-# By how much a cell may be slower: less is within what two runs of one bundle differ by (benchmarks/gate_noise.py).
+# By how much a cell may be slower: with less, gates failed with nothing changed (benchmarks/gate_noise.py).
 DEFAULT_PERCENT = 10.0
 
 _MOST_NAMED, _MOST_TEXT = 3, 200
@@ -123,17 +123,14 @@ def speed_gate(found: Comparison, percent: float = DEFAULT_PERCENT) -> Gate:
         return Gate(False, text)
     limit = 1 + percent / 100
     cells = [pair.cell for pair in found.pairs]
-    worst = {
-        pair: max((one for one in pair.slowness if (one.at_least or 0) > limit), key=_least, default=None)
-        for pair in found.pairs
-    }
-    slower = sorted(((pair, one) for pair, one in worst.items() if one), key=lambda both: -_least(both[1]))
+    worst = [(pair, max(pair.slowness, key=_least)) for pair in found.pairs]
+    slower = sorted((both for both in worst if _least(both[1]) > limit), key=lambda both: -_least(both[1]))
     unknown = [pair for pair in found.pairs if any(one.at_least is None for one in pair.slowness)]
     problems, remedies = [], []
     if slower:
         pair, one = slower[0]
         more = f", and {_count(len(slower) - 1, 'more cell')}" if len(slower) > 1 else ""
-        named = f"{pair.cell.name(cells)} takes {_ratio(one)} as long {_FIGURES[one.figure]}{more}{_flags(slower)}"
+        named = f"{pair.cell.name(cells)} takes {_ratio(one)} as long {_FIGURES[one.figure]}{more}"
         problems.append(f"{_count(len(slower), 'cell')} of {len(cells)} slower by more than {percent:g}%: {named}")
         remedies.append("Measure both again on an idle machine; if it stays, find what changed, or allow a PERCENT")
     if missing := [f"{one.cell.name(cells)}{f' ({one.reason})' if one.reason else ''}" for one in found.only_a]:
@@ -149,6 +146,8 @@ def speed_gate(found: Comparison, percent: float = DEFAULT_PERCENT) -> Gate:
         if some
     ]
     notes += [f"on other {what}" for some, what in ((found.hardware, "hardware"), (found.data, "data")) if some]
+    flags = dict.fromkeys(flag for pair in found.pairs for flag in (*pair.a_flags, *pair.b_flags) if flag != "padded")
+    notes += [f"read with care: {', '.join(flags)}"] if flags else []
     told = "".join(f"; {note}" for note in notes)
     if problems:
         return Gate(False, f"{'; '.join(problems)}{told}. {'. '.join(remedies)}.")
@@ -176,14 +175,6 @@ def _ratio(one: Slowness) -> str:
     ratio = one.ratio
     interval = "" if ratio.low is None else f" (95% interval {ratio.low:.3g} to {ratio.high:.3g})"
     return f"{ratio.value:.3g} times{interval}"
-
-
-def _flags(slower: Sequence[tuple[Pair, Slowness]]) -> str:
-    """Why the measurements of the slower cells are to be read with care."""
-    flags = dict.fromkeys(
-        flag for pair, _ in slower for flag in (*pair.a_flags, *pair.b_flags) if flag not in ("padded",)
-    )
-    return f" (read with care: {', '.join(flags)})" if flags else ""
 
 
 def _first(names: Sequence[str]) -> str:

@@ -271,14 +271,18 @@ def _shape(inputs: Tensors) -> Shape | None:
 def cuda_options(options: EngineOptions) -> dict[str, str]:
     """Provider options of ONNX Runtime's CUDAExecutionProvider; what is not here is left as it is.
 
-    `cudnn_conv_algo_search`: which of cuDNN's heuristics chooses kernels. Since 1.20 the default, EXHAUSTIVE, searches
-    no more, but asks another heuristic, whose choice was slower (benchmarks/README.md, "On an H100").
+    `cudnn_conv_algo_search`: which of cuDNN's heuristics chooses kernels; since 1.20 nothing is searched. For tensor
+    cores HEURISTIC (A) chooses faster ones, for plain FP32 EXHAUSTIVE (B), and more exact ones (docs/decisions.md,
+    "cuDNN's heuristics"). Sessions for one shape and for any have the same, so that they give the same.
     `use_tf32`: without it, tensor cores are left out of the choice altogether, of FP16 too. So FP16 has it, and what
     there is of FP32, the decode, is kept from TF32 by the environment.
     The memory arena stays at its default, which grows by doubling: by what each shape needs it would be fragmented.
     """
     tensor_cores = options.tf32 or options.precision == "fp16"
-    return {"use_tf32": str(int(tensor_cores)), "cudnn_conv_algo_search": "HEURISTIC"}
+    return {
+        "use_tf32": str(int(tensor_cores)),
+        "cudnn_conv_algo_search": "HEURISTIC" if tensor_cores else "EXHAUSTIVE",
+    }
 
 
 def session_options(ort: Any, threads: int, streams: int = 1) -> Any:

@@ -82,6 +82,8 @@ def test_options_that_providers_have() -> None:
     assert set(cuda_options(EngineOptions(device="gpu"))) < CUDA_OPTIONS
     assert cuda_options(EngineOptions(device="gpu"))["use_tf32"] == "0"
     assert cuda_options(EngineOptions(device="gpu", tf32=True))["use_tf32"] == "1"
+    # Else tensor cores are left out, of FP16 too; its decode in FP32 is kept from TF32 by the environment.
+    assert cuda_options(EngineOptions("fp16", "gpu"))["use_tf32"] == "1"
     # TF32 in TensorRT is up to the environment alone.
     assert not any("tf32" in name for name in TENSORRT_OPTIONS)
 

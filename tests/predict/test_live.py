@@ -142,7 +142,7 @@ def check_bounded(frames: list[LiveFrame], done: list[float]) -> None:
 def test_the_newest_frame_is_detected_in_and_the_others_are_counted(detector: Detector) -> None:
     done: list[float] = []
     frames: list[LiveFrame] = []
-    with camera() as one, LiveSource(one.address) as source:
+    with camera() as one, LiveSource(one.address, timeout_s=100) as source:
         assert source.name == one.name and source.size == (HEIGHT, WIDTH)
         for frame in detector.live(source):
             done.append(time.monotonic())

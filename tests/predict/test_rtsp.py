@@ -78,7 +78,7 @@ def test_a_stream_that_is_faster_than_the_detector(
     frames: list[LiveFrame] = []
     # Of so large an input a frame takes longer than the next needs to come.
     with Detector(tiny_bundle, engine="onnxruntime", threads=1, input_size=(1440, 1920)) as detector:
-        with LiveSource(f"rtsp://127.0.0.1:{server.port}/street") as source:
+        with LiveSource(f"rtsp://127.0.0.1:{server.port}/street", timeout_s=100) as source:
             for frame in detector.live(source):
                 done.append(time.monotonic())
                 frames.append(frame)

@@ -4,7 +4,8 @@
         [-- OPTIONS]
 
 Every leg is a process of its own; all are interleaved, `--rounds` times, after one that fills the caches: engines', and
-Python's of compiled modules, as an installed package has them.
+Python's of compiled modules, as an installed package has them. Where a machine is quiet for minutes only, run it with
+`--rounds 0` and PYTHONPYCACHEPREFIX set to a folder that stays, which fills them, and then with `--append` each time.
 
 From files to boxes, from the start of a process to its end, on the same `--images` images of the built-in detector's
 data, or those in `--folder`: "plain script" is `rivals.openvino_throughput` on the bundle's ONNX file at `--size`, with
@@ -50,7 +51,7 @@ from gfldeploy.demo.dataset import generate
 from gfldeploy.engines.base import EngineOptions, Precision, Shape
 from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import capability, open_engine
-from gfldeploy.files import files_below, write_json
+from gfldeploy.files import files_below, read_json, write_json
 from gfldeploy.images.decode import image_size, read_image
 from gfldeploy.machine import describe_machine
 from gfldeploy.predict.engine_selection import choose
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 2), metavar="B", help="of the network alone")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="of the network alone, each round")
     parser.add_argument("--rounds", type=int, default=3, metavar="R")
+    parser.add_argument("--append", action="store_true", help="to the rounds in the results file; the caches are full")
     parser.add_argument("--no-files", action="store_true")
     parser.add_argument("--no-network", action="store_true")
     parser.add_argument("options", nargs="*", metavar="OPTION", help="of `gfldeploy predict`, after --")
@@ -85,14 +87,21 @@ def main() -> None:
     files: dict[str, list[Round]] = {}
     rates: dict[str, list[float]] = {}
     same_bytes = True
+    output = HERE / "results" / args.machine / "checks" / f"{args.name}_files_to_boxes.json"
+    first = -1  # round: it fills caches, and does not count
+    if args.append:
+        before = read_json(output)
+        files = {name: [*map(tuple, rounds)] for name, rounds in before["rounds"].items()}
+        rates, same_bytes = before["network_images_per_s"], before.get("same_bytes", True)
+        first = max(map(len, [*files.values(), *rates.values()]), default=0)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(scratch) / "bytecode")
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(scratch) / "bytecode"))
         folder = args.folder or generate(Path(scratch), "val", args.images).parent / "images"
         images = len(list(folder.iterdir()))
         checkouts = {PREDICT: Path(gfldeploy.__file__).parents[1]} | ({BEFORE: args.before} if args.before else {})
         legs = network_legs(args.bundle, args.size, args.batch_sizes, args.seconds)
-        for number in range(-1, args.rounds):  # the first fills caches, and does not count
+        for number in range(first, max(first, 0) + args.rounds):
             if not args.no_files:
                 took, same = race(args.bundle, folder, Path(scratch), checkouts, args.size, number, args.options)
                 same_bytes &= same
@@ -107,7 +116,6 @@ def main() -> None:
         "network_images_per_s": {name: rates[name] for name in legs if name in rates},
         **({"same_bytes": same_bytes} if args.before else {}),
     }  # fmt: skip
-    output = HERE / "results" / args.machine / "checks" / f"{args.name}_files_to_boxes.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, record)
     if not same_bytes:

@@ -318,6 +318,12 @@ class Engine(ClosesOnExit):
         """
         return inputs
 
+    def prepare(self, shape: Shape) -> None:
+        """Load what runs batches of this shape, one of those that are to come; otherwise the first `infer` of it does.
+
+        Other threads may infer meanwhile. Raises `EngineError`.
+        """
+
     def host_array(self, values: int) -> NDArray[np.float32]:
         """Memory for so many values of an input, uninitialised, from which the engine copies as fast as it can."""
         return np.empty(values, np.float32)

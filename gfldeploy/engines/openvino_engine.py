@@ -114,6 +114,12 @@ class OpenVinoEngine(Engine):
                 outputs = {name: np.array(request.get_output_tensor(place).data) for name, place in loaded.places}
         return outputs, CopyTimes.between(start, start, ran, time.perf_counter())
 
+    def prepare(self, shape: tuple[int, int, int]) -> None:
+        if self._settled is not None:
+            with self._explained():
+                batch, *size = shape
+                self._loaded_for((batch, 3, *size))
+
     def executed_convolutions(self, inputs: Tensors) -> tuple[ExecutedConvolution, ...]:
         """From the runtime model of what runs inputs of this shape."""
         import onnx

@@ -71,8 +71,6 @@ class OnnxRuntimeEngine(Engine):
             if options.tf32 or options.precision == "fp16":
                 set_tf32(options.tf32)  # in the environment: see `cuda_options`
             load_libraries(ENGINES[self.name])
-            # cuDNN's attempts that come to nothing are no errors, and are hundreds of lines: what fails is raised.
-            self._ort.set_default_logger_severity(_FATAL_ONLY)
         self._providers = self._choose_providers(bundle)
         self._manifest = bundle.manifest
         self._session: Any = None
@@ -259,7 +257,11 @@ class OnnxRuntimeEngine(Engine):
 
     def _choose_providers(self, bundle: Bundle) -> Providers:
         """The execution providers with their options, the one that must not be missing first."""
-        return [(PROVIDERS[self.options.device], cuda_options(self.options) if self.options.device == "gpu" else {})]
+        if self.options.device == "cpu":
+            return [(PROVIDERS["cpu"], {})]
+        # cuDNN's attempts that come to nothing are no errors, and are hundreds of lines: what fails is raised.
+        self._ort.set_default_logger_severity(_FATAL_ONLY)
+        return [(PROVIDERS["gpu"], cuda_options(self.options))]
 
 
 def _shape(inputs: Tensors) -> Shape | None:

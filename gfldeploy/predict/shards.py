@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -192,9 +193,16 @@ class ShardWorker(ClosesOnExit):
             streams=self._options.streams,
             cut=job.cut,
         )
+        # Beside the batches: one whose shape is only then loaded holds up those after it, as they are given in order.
+        loader = ThreadPoolExecutor(1, "gfldeploy-load")
+        for shape in self._options.shapes:
+            loader.submit(self._engine.prepare, shape)  # if it fails, so does the batch that needs it
         with closing(found):
-            for batch in found:
-                yield numbers.popleft(), batch
+            try:
+                for batch in found:
+                    yield numbers.popleft(), batch
+            finally:
+                loader.shutdown(cancel_futures=True)
 
     def detect_pictures(self, images: Iterable[Picture]) -> Generator[list[Found]]:
         """Pictures that come one by one, in order and each by itself; the rest as for `detect_shards`."""

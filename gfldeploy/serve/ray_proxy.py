@@ -158,4 +158,4 @@ def waited_s(scope: Scope) -> float:
 @cache
 def _boot() -> str:
     """What is the same as long and as far as `time.monotonic` can be compared: between processes of one kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

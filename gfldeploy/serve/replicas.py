@@ -459,7 +459,8 @@ def _on(cpus: Sequence[int]) -> Iterator[None]:
 def _memory_mb(pid: int) -> float:
     """What a process holds, 10^6 bytes; of pages that it shares with others its part."""
     with suppress(OSError):
-        if found := re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE):
+        told = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+        if found := re.search(r"^Pss:\s+(\d+) kB", told, re.MULTILINE):
             return int(found[1]) * 1024 / 1e6
     return float(psutil.Process(pid).memory_info().rss / 1e6)
 

@@ -286,7 +286,8 @@ def test_what_a_server_did_with_what_arrived() -> None:
     found = served(cell, 60.0)
     assert found.in_time_per_s == 6.0 and found.rejected == 0.1
     assert found.mean_batch == pytest.approx(1.5) and found.percent_of_possible == 75.0
-    assert served(altered(cell, runs=cell.runs * 4), 60.0) == replace(found, percent=99)
+    four = replace(found, in_time=4 * found.in_time, seconds=4 * found.seconds, percent=99)
+    assert served(altered(cell, runs=cell.runs * 4), 60.0) == four
     assert served(server([5.0] * 3, 0, most_kept=0), 60.0).percent_of_possible is None
 
 

@@ -163,6 +163,17 @@ def test_shapes_that_are_known_beforehand_settle_what_runs_an_input(
         assert set(engine.models) == {(), *((1, 3, 32, 32 * k) for k in range(1, 5))}
 
 
+def test_what_is_prepared_is_loaded_before_the_first_image(tiny_bundle: Path) -> None:
+    with opened(tiny_bundle, shapes=tuple((1, 32, 32 * k) for k in range(1, 7))) as engine:
+        for width in (64, 192):  # of the four most common, and not
+            engine.prepare((1, 32, width))
+        before = dict(engine.models)
+        assert set(before) == {(1, 3, 32, 64), ()}
+        engine.infer(image(32, 64))
+        engine.infer(image(32, 192))
+        assert dict(engine.models) == before
+
+
 def test_a_shape_of_a_few_images_has_no_model_of_its_own(tiny_bundle: Path) -> None:
     to_come = [(1, 32, 96), *[(1, 32, 32)] * 9, *[(2, 32, 64)] * 5]
     options = EngineOptions().expecting(to_come)

@@ -6,16 +6,24 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import served
 from served import AT_ONCE, LONG_MS, Gate, contents, same, serving, until
 
+from gfldeploy.bundle import Bundle
 from gfldeploy.detector import Detector
+from gfldeploy.engines import ort_engine
+from gfldeploy.engines.base import Tensors
+from gfldeploy.engines.ort_engine import PROVIDERS, OnnxRuntimeEngine, Providers
 from gfldeploy.errors import DataError, EngineError, RejectedError
 from gfldeploy.images.decode import decode_image
+from gfldeploy.predict.engine_selection import Choice, choose
 from gfldeploy.progress import Progress
+from gfldeploy.serve import loaded
 from gfldeploy.serve.loaded import Answer, LoadedDetector
 from gfldeploy.serve.service import DetectionService, Watch
 
@@ -36,6 +44,50 @@ def test_answers_are_those_of_the_detector(tiny_bundle: Path, tiny_coco: Path, b
         same(before, answer.detections)
         assert min(answer.times.decode, answer.times.preprocess, answer.times.infer) > 0
     assert [answer.size for answer in found[:2]] == [(48, 80), (80, 48)]
+
+
+def test_on_a_gpu_batches_are_filled_up_to_a_power_of_two(
+    tiny_bundle: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the provider and the memory of the CPU. Each number of images would be a shape to plan for."""
+    rows: list[int] = []
+
+    class SimulatedGpu(OnnxRuntimeEngine):
+        memory = "cpu"
+
+        def _choose_providers(self, bundle: Bundle) -> Providers:
+            return [(PROVIDERS["cpu"], {})]
+
+        def infer_timed(self, inputs: Tensors) -> Any:
+            rows.append(len(inputs["image"]))
+            return super().infer_timed(inputs)
+
+    def choose_gpu(*arguments: Any, **named: Any) -> Choice:
+        found = choose(*arguments, **named)
+        return replace(found, options=replace(found.options, device="gpu"))
+
+    monkeypatch.setattr(served, "choose", choose_gpu)
+    monkeypatch.setattr(ort_engine, "load_libraries", lambda _: None)
+    monkeypatch.setattr(loaded, "open_engine", lambda _, bundle, options: SimulatedGpu(bundle, options, "onnx"))
+    good, *_ = contents(tiny_coco)
+    with Detector(tiny_bundle, engine="onnxruntime", threads=1) as detector:
+        (alone,) = detector.detect([good], threshold=0)
+
+    async def ask(service: DetectionService) -> list[Answer]:
+        gate = Gate(service)
+        first = asyncio.ensure_future(service.detect(good, LONG_MS))
+        await until(gate.entered.is_set)
+        others = [asyncio.ensure_future(service.detect(good, LONG_MS)) for _ in range(3)]
+        gate.open.set()
+        return [await first, *await asyncio.gather(*others)]
+
+    with serving(tiny_bundle, batch_size=4) as service:
+        assert set(rows) == {1, 2, 4}
+        rows.clear()
+        found = asyncio.run(ask(service))
+    assert rows and set(rows) <= {1, 2, 4}
+    for answer in found:
+        same(alone, answer.detections)
 
 
 def test_warmed_up_by_a_folder(tiny_bundle: Path, tiny_coco: Path) -> None:

@@ -210,7 +210,7 @@ def _stages(points: list[_Point]) -> Plot | None:
     totals = [sum(trace["x"][number] for trace in data) for number in range(len(names))]
     edge = _FLATTENS * statistics.median(totals)
     if beyond := {name: total for name, total in zip(names, totals, strict=True) if total > edge}:
-        axis["range"] = [0, 1.05 * max([total for total in totals if total <= edge])]
+        axis["range"] = [0, 1.05 * max(total for total in totals if total <= edge)]
         longest = max(beyond, key=lambda name: beyond[name])
         about += (
             f" {len(beyond)} bar{'s go' if len(beyond) > 1 else ' goes'} on beyond the edge, the longest, {longest}, "

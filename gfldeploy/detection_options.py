@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gfldeploy.detections import Detections
 from gfldeploy.errors import ConfigError, UsageError
 from gfldeploy.nms import NmsParams, UserNms
-from gfldeploy.text import meant
+from gfldeploy.text import first_of, meant
 
 # The lowest score that is shown unless told otherwise: what PaddleDetection draws from.
 DEFAULT_THRESHOLD = 0.5
@@ -209,6 +209,7 @@ def class_ids(words: Iterable[str], class_names: Sequence[str]) -> tuple[int, ..
     found = []
     for word in words:
         if (number := ids.get(word)) is None:
-            raise UsageError(f"there is no class {word[:80]!r}", meant(word, class_names))
+            remedy = meant(word, class_names) or f"Name some of {first_of(class_names, 20)}, or their ids from 0."
+            raise UsageError(f"there is no class {word[:80]!r}", remedy)
         found.append(number)
     return tuple(dict.fromkeys(found))

@@ -81,8 +81,8 @@ def is_live(text: str) -> bool:
 
 def shown_address(address: str | int) -> str:
     """Without what may be a password or a key. Raises `DataError` for what is no address of a stream."""
-    if isinstance(address, int):
-        return f"camera {address}"
+    if isinstance(address, int) or _CAMERA.fullmatch(address):
+        return f"camera {int(address)}"
     problem = "the address of a stream"
     remedy = "Write rtsp://host:port/path or http://host:port/path."
     try:

@@ -99,14 +99,12 @@ class DetectionOptions:
         """As arguments of functions give them: ids may be numbers. Raises `UsageError`, and `TypeError` for a text."""
         if isinstance(classes, str):
             raise TypeError(f"classes are a list of names, not a text: [{classes!r:.60}]")
+        by_class = {str(one): _plain(value) for one, value in class_thresholds.items()} if class_thresholds else None
         return cls(
-            threshold,
-            {str(one): value for one, value in class_thresholds.items()} if class_thresholds else None,
+            _plain(threshold),
+            by_class,
             None if classes is None else tuple(dict.fromkeys(map(str, classes))),
-            score_threshold,
-            nms_threshold,
-            keep_top_k,
-            class_agnostic,
+            *map(_plain, (score_threshold, nms_threshold, keep_top_k, class_agnostic)),
         )
 
     @property
@@ -191,6 +189,11 @@ class DetectionOptions:
 
 
 AS_CONFIGURED = DetectionOptions()
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python, anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @lru_cache(maxsize=64)

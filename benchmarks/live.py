@@ -115,7 +115,8 @@ def live(detector: Detector, server: Server, count: int) -> dict[str, float]:
                 started = time.perf_counter()
             if frame.number >= count:
                 break
-    shares = [frame.latency_s / (now - before) for frame, now, before in zip(frames[2:], done[2:], done, strict=False)]
+    had = [frame.time_s + frame.latency_s for frame in frames]
+    shares = [frame.latency_s / (now - before) for frame, now, before in zip(frames[2:], had[2:], had, strict=False)]
     steps = [b - a for a, b in itertools.pairwise(done)]
     latencies = [1e3 * frame.latency_s for frame in frames]
     return {

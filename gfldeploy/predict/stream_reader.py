@@ -135,11 +135,11 @@ class _Reader:
                 break
             if pace is not None:
                 pace.wait(capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3)
-            about = {"number": number, "monotonic": time.monotonic(), "time": time.time(), "size": frame.shape[:2]}
-            number += 1
-            with self._changed:
+            with self._changed:  # from now on it can be had
+                about = {"number": number, "monotonic": time.monotonic(), "time": time.time(), "size": frame.shape[:2]}
                 self._frame = frame, about
                 self._changed.notify_all()
+            number += 1
         with self._changed:
             self._ended = True
             self._changed.notify_all()

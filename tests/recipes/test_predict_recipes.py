@@ -55,6 +55,15 @@ def test_what_the_pipeline_costs(tiny_bundle: Path, tiny_coco: Path, tmp_path: P
     )
 
 
+def test_the_time_of_tiles(tiny_bundle: Path, tmp_path: Path) -> None:
+    options = ("--engine", "onnxruntime", "--data", tmp_path / "data", "--scenes", 1, "--timed", 1, "--rounds", 1)
+    tiles = ("--tiles", "800x800", "1200x1600", "--parts", "time")
+    _, record = run("tiles.py", tmp_path, "--bundle", tiny_bundle, *options, *tiles)
+    assert record["time"]["scenes"] == 1 and record["overlap"] == 0.2
+    inputs = {name: record["time"][name]["inputs"] for name in ("whole", "800x800", "1200x1600")}
+    assert inputs["whole"] == 1 < inputs["1200x1600"] < inputs["800x800"]
+
+
 def test_predict_beside_a_plain_script(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (tmp_path / "rivals.py").write_text((BENCHMARKS / "rivals.py").read_text())

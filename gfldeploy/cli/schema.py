@@ -23,6 +23,7 @@ def command(name: str | None) -> None:
     if name is not None:
         click.echo(json.dumps(schema(name), indent=2, ensure_ascii=False))
         return
-    width = max(map(len, names()))
-    for one in names():
-        click.echo(f"{one:{width}}  {schema(one)['title']:24}  {path_of(one)}")
+    titles = {one: schema(one)["title"] for one in names()}
+    widths = [max(map(len, column)) for column in (titles, titles.values())]
+    for one, title in titles.items():
+        click.echo(f"{one:{widths[0]}}  {title:{widths[1]}}  {path_of(one)}")

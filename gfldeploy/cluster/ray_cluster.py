@@ -476,7 +476,6 @@ def _started(start: Callable[[], object], limit_s: float, late: GfldeployError) 
     thread.start()
     try:
         if not answered.wait(limit_s):
-            atexit.unregister(ray.shutdown)  # it would wait for the same answer
             raise late
         if failure:
             raise failure[0]
@@ -485,6 +484,8 @@ def _started(start: Callable[[], object], limit_s: float, late: GfldeployError) 
         over.set()
         if answered.is_set():
             thread.join(_END_S)
+        else:  # late, or interrupted
+            atexit.unregister(ray.shutdown)  # it would wait for the same answer
 
 
 @contextmanager

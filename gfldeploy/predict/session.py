@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -413,6 +413,8 @@ def _predict(request: _Request, progress: Progress) -> PredictResults:
         if not again or (done := _done_before(request, {**_question(request), **about})) is None:
             raise
         progress.note(f"{request.output} is this part already: nothing is done again")
+        with suppress(OutputError), unfinished_beside(request.output, "predict", MADE):
+            pass  # a run that was killed after it had written all has left its folder
         return done
     with unfinished_beside(request.output, "predict", MADE) as unfinished:
         question = _question(request)

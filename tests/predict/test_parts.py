@@ -339,6 +339,8 @@ def test_a_part_that_is_there_already_is_done(
     part, before = parts[1], demo_bundles.snapshot(parts[1])
     machine = describe_machine()
     progress = RecordedProgress()
+    killed = part.with_name(f"{part.name}.unfinished")  # between its last step and its end
+    killed.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(session, "describe_machine", lambda: replace(machine, cpu="another"))
         patch.setattr(session, "ShardWorker", None)  # nothing is done again
@@ -346,6 +348,7 @@ def test_a_part_that_is_there_already_is_done(
             tiny_bundle, images, output=part, engine="onnxruntime", threads=1, shard=(2, 3), progress=progress
         )
     assert (found.images, found.failed, found.kept) == (32, 1, 32) and "this part already" in str(progress.notes)
+    assert not killed.exists()
     for other in ({"threshold": 0.4}, {"batch_size": 2}, {"inputs": images / "000.jpg"}):
         with pytest.raises(OutputError, match="exists already"):
             predict(part, (2, 3), **other)

@@ -249,7 +249,7 @@ def _record(
             stem = _UNSAFE.sub("_", source.name).strip("_")
             video = stack.enter_context(LiveVideo(results / PICTURES, stem))
         if request.duration is not None:
-            timer = threading.Timer(request.duration, end)
+            timer = threading.Timer(min(request.duration, threading.TIMEOUT_MAX), end)
             timer.daemon = True
             stack.callback(timer.cancel)
             timer.start()

@@ -287,6 +287,8 @@ def predict_images(
         raise ValueError(f"shard must be (k, n) with k from 1 to n, not {shard!r}")
     if shard is not None and draw:
         raise UsageError("a part has no pictures", "Give --draw to `gfldeploy merge`, which needs the images again.")
+    if duration is not None and not duration > 0:
+        raise ValueError(f"duration is above 0, not {duration}")
     tiling = Tiling.of(tile, overlap)
     if tiling is not None and decode == "fast":
         raise UsageError("tiles are cut out of all the pixels of an image", "Leave --decode fast out, or --tile.")

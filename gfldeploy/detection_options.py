@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gfldeploy.detections import Detections
 from gfldeploy.errors import ConfigError, UsageError
 from gfldeploy.nms import NmsParams, UserNms
-from gfldeploy.text import meant
+from gfldeploy.text import first_of, meant
 
 # The lowest score that is shown unless told otherwise: what PaddleDetection draws from.
 DEFAULT_THRESHOLD = 0.5
@@ -99,14 +99,12 @@ class DetectionOptions:
         """As arguments of functions give them: ids may be numbers. Raises `UsageError`, and `TypeError` for a text."""
         if isinstance(classes, str):
             raise TypeError(f"classes are a list of names, not a text: [{classes!r:.60}]")
+        by_class = {str(one): _plain(value) for one, value in class_thresholds.items()} if class_thresholds else None
         return cls(
-            threshold,
-            {str(one): value for one, value in class_thresholds.items()} if class_thresholds else None,
+            _plain(threshold),
+            by_class,
             None if classes is None else tuple(dict.fromkeys(map(str, classes))),
-            score_threshold,
-            nms_threshold,
-            keep_top_k,
-            class_agnostic,
+            *map(_plain, (score_threshold, nms_threshold, keep_top_k, class_agnostic)),
         )
 
     @property
@@ -193,6 +191,11 @@ class DetectionOptions:
 AS_CONFIGURED = DetectionOptions()
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python, anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 @lru_cache(maxsize=64)
 def _alike(lowest: float, classes: int) -> Shown:
     """One score for so many classes. Kept, since servers ask for each image."""
@@ -209,6 +212,7 @@ def class_ids(words: Iterable[str], class_names: Sequence[str]) -> tuple[int, ..
     found = []
     for word in words:
         if (number := ids.get(word)) is None:
-            raise UsageError(f"there is no class {word[:80]!r}", meant(word, class_names))
+            remedy = meant(word, class_names) or f"Name some of {first_of(class_names, 20)}, or their ids from 0."
+            raise UsageError(f"there is no class {word[:80]!r}", remedy)
         found.append(number)
     return tuple(dict.fromkeys(found))

@@ -3,7 +3,7 @@
 Small objects vanish when a large image is resized to the network's input; in tiles they keep their pixels. The idea and
 its defaults are those of SAHI (Akyon et al., Slicing Aided Hyper Inference, ICIP 2022, arXiv:2202.06934; obss/sahi on
 GitHub): an overlap of 0.2, the last tiles shifted inwards, the whole image beside the tiles. How results are merged is
-not: see `detections.merge_tiles`.
+not: see `nms.merge_tiles`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class InTiles:
     def merged(self, found: Sequence[tuple[Region, Detections]], size: Size, nms: NmsParams) -> Detections:
         """What is in an image of this size, in its pixels, by what is in each of its regions, in the region's pixels.
 
-        See `detections.merge_tiles`. What is found in an image that is not cut stays as it is.
+        See `nms.merge_tiles`. What is found in an image that is not cut stays as it is.
         """
         if len(found) == 1:
             return found[0][1]

@@ -81,8 +81,8 @@ def is_live(text: str) -> bool:
 
 def shown_address(address: str | int) -> str:
     """Without what may be a password or a key. Raises `DataError` for what is no address of a stream."""
-    if isinstance(address, int):
-        return f"camera {address}"
+    if isinstance(address, int) or _CAMERA.fullmatch(address):
+        return f"camera {int(address)}"
     problem = "the address of a stream"
     remedy = "Write rtsp://host:port/path or http://host:port/path."
     try:
@@ -94,6 +94,8 @@ def shown_address(address: str | int) -> str:
         raise DataError(f"{problem} has no host, or a port that cannot be", remedy)
     if not address.isprintable() or " " in address:
         raise DataError(f"{problem} has characters that none can have", remedy)
+    if "@" in url.path:  # behind a password with a slash, most likely
+        raise DataError(f"{problem} has an @ in its path", "Write it as %40, and / ? # of a password as %2F %3F %23.")
     host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
     return f"{url.scheme.lower()}://{host}{'' if port is None else f':{port}'}{url.path}"
 

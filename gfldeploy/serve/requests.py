@@ -159,8 +159,7 @@ def class_ids(
     try:
         ids = detection_options.class_ids(separate, class_names)
     except UsageError as error:
-        remedy = error.remedy or "GET /v1/model lists the classes."
-        raise Problem(400, "unknown_class", error.problem, remedy) from None
+        raise Problem(400, "unknown_class", error.problem, error.remedy) from None
     if detection.classes is not None and (others := set(ids).difference(detection.kept(class_names))):
         problem = f"this server was started without the class {class_names[min(others)]:.80}"
         raise Problem(400, "unknown_class", problem, "Leave it out, or start the server with it in --classes.")

@@ -216,6 +216,8 @@ class Deploy(Versioned):
     def __post_init__(self) -> None:
         if len(self.shapes) > MOST_SHAPES:
             raise ValueError(f"shapes must be at most {MOST_SHAPES}, not {len(self.shapes)}")
+        if self.choice.cell.tiling is not None:
+            raise ValueError("the choice's tiling must be null: tiles are asked for by `--tile`, or Detector's `tile`")
         most = self.choice.cell.batch_size
         if wrong := [shape for shape in self.shapes if min(shape) < 1 or shape[0] > most]:
             raise ValueError(f"shapes must be of 1 to {most} images with pixels, not {list(wrong[0])}")

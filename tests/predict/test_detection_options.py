@@ -417,6 +417,11 @@ def test_map_is_that_of_the_nms_that_was_turned(bundle: Path, raws: list[Raw], t
         evaluate(bundle, **settings, nms_threshold=0.2, end_to_end=True)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers: dict[str, Any] = {"threshold": np.float32(0.5), "keep_top_k": np.int64(2)}
+    assert DetectionOptions.of(**numbers) == DetectionOptions(0.5, keep_top_k=2)
+
+
 def box_of(corners: tuple[float, ...]) -> list[float]:
     x1, y1, x2, y2 = corners
     return [x1, y1, x2 - x1, y2 - y1]

@@ -217,6 +217,8 @@ def test_what_a_killed_run_has_recorded_is_kept(tiny_bundle: Path, tmp_path: Pat
         kept = unfinished.read_bytes()
         kept = kept[: kept.rindex(b"\n") + 1]
         unfinished.write_bytes(kept + b'{"file": "')
+        done = run_here("predict", *command, f"{one.address}?channel=2")
+        assert done.returncode == 2 and "unfinished run with other address" in done.stderr
         done = run_here("predict", *command, one.address, "--duration", 0.4)
         assert done.returncode == 0, done.stderr
         count = kept.count(b"\n")
@@ -285,6 +287,8 @@ def test_what_is_no_live_source(tiny_bundle: Path, tmp_path: Path, run_here: Run
         LiveSource(f"rtsp://somebody:secret@127.0.0.1:{port}/")
     with pytest.raises(DataError, match=r"cannot open camera 99: there is no such camera, or another program"):
         LiveSource("99")
+    done = run_here("predict", tiny_bundle, "99", "-o", tmp_path / "out")
+    assert done.returncode == 2 and "cannot open camera 99: there is no such camera" in done.stderr
     for others in (("--shard", "1/2"), ("--ray", "local"), ("--batch-size", 2), ("more.jpg",)):
         done = run_here("predict", tiny_bundle, "rtsp://a:secret@b/c", *others, "-o", tmp_path / "out")
         named = "other inputs" if others[0] == "more.jpg" else others[0]
@@ -320,8 +324,16 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "7").touch()
     assert not is_live("7"), "a file of that name"
     assert shown_address("rtsp://me:p%40ss@Camera:8554/a/b?user=me&password=p#x") == "rtsp://camera:8554/a/b"
+    assert shown_address(0) == shown_address("00") == "camera 0"
     assert shown_address("https://me@[::1]/a") == "https://[::1]/a"
-    for bad in ("rtsp://", "rtsp://me:secret@/a", "http://a:99999/secret", "http://a b/secret", "rtsp://a:0/secret"):
+    for bad in (
+        "rtsp://",
+        "rtsp://me:secret@/a",
+        "http://a:99999/secret",
+        "http://a b/secret",
+        "rtsp://a:0/secret",
+        "rtsp://me:12/secret@a/",
+    ):
         with pytest.raises(DataError) as raised:
             shown_address(bad)
         assert "secret" not in str(raised.value)

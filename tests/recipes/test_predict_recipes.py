@@ -67,8 +67,11 @@ def test_the_time_of_tiles(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_predict_beside_a_plain_script(tiny_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (tmp_path / "rivals.py").write_text((BENCHMARKS / "rivals.py").read_text())
-    options = ("--images", 4, "--rounds", 2, "--size", 64, 96, "--before", BENCHMARKS.parent, "--no-network")
-    shown, record = run("files_to_boxes.py", tmp_path, "--bundle", tiny_bundle, *options, "--", "--batch-size", 2)
+    options = ("--images", 4, "--rounds", 1, "--size", 64, 96, "--before", BENCHMARKS.parent, "--no-network")
+    for more in (), ("--append",):
+        shown, record = run(
+            "files_to_boxes.py", tmp_path, "--bundle", tiny_bundle, *options, *more, "--", "--batch-size", 2
+        )
     assert "| plain script | " in shown and "| network alone | " in shown
     assert {name: len(rounds) for name, rounds in record["rounds"].items()} == dict.fromkeys(
         ("plain script", "predict", "predict before", "network alone"), 2

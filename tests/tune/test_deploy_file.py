@@ -126,6 +126,10 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
             broken(lambda data: data["choice"]["cell"].update(batch_size=0)),
             "choice.cell: batch_size, threads and streams must",
         ),
+        (
+            broken(lambda data: data["choice"]["cell"].update(tiling={"tile": [64, 64], "overlap": 0.2})),
+            "tiling must be null",
+        ),
         (broken(lambda data: data["choice"].update(path="/home/me/int8")), "path must be relative"),
         (broken(lambda data: data["choice"]["evidence"].update(ap=float("nan"))), "must be a finite number"),
         (broken(lambda data: data["bounds"].update(max_drop=2.0)), "max_drop must be from 0 to 1"),

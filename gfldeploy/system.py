@@ -149,8 +149,9 @@ def allow_open_files(wanted: int) -> int:
     soft, hard = _resource.getrlimit(_resource.RLIMIT_NOFILE)
     most = wanted if hard == _resource.RLIM_INFINITY else min(wanted, hard)
     if soft != _resource.RLIM_INFINITY and soft < most:
-        _resource.setrlimit(_resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
+        with suppress(OSError, ValueError):  # macOS has a limit below the one that it tells
+            _resource.setrlimit(_resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
     return wanted if soft == _resource.RLIM_INFINITY else min(wanted, soft)
 
 

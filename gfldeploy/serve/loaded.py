@@ -131,12 +131,15 @@ class LoadedDetector(ClosesOnExit):
         samples = dict(self._samples(warm_up))
         self.sizes = tuple(samples)
         self._smallest = min(self.sizes, key=area)
-        # On a GPU every number of images is a shape, which is planned for: batches are filled up to a power of two.
-        powers = [2**power for power in range(self.most.bit_length())] if choice.options.device == "gpu" else [1]
+        # On a GPU every number of images is a shape to plan for: batches are filled up to a power of two. TensorRT,
+        # which is built for a range of shapes, runs them as they are.
+        needs_shapes = ENGINES[choice.engine].needs_shapes
+        self._fills = self._fixed is not None or (choice.options.device == "gpu" and not needs_shapes)
+        powers = [2**power for power in range(self.most.bit_length())] if self._fills else [1]
         self._counts = [self._fixed] if self._fixed else sorted({*powers, self.most})
         expected = tuple((count, *size) for size in samples for count in self._counts)
         options = replace(choice.options, progress=progress)
-        if not ENGINES[choice.engine].needs_shapes:
+        if not needs_shapes:
             options = replace(options, shapes=expected)
         progress.stage(f"loading {choice}")
         start = time.perf_counter()
@@ -243,9 +246,7 @@ class LoadedDetector(ClosesOnExit):
 
     def _rows(self, count: int) -> int:
         """Of the input for so many images."""
-        if self._choice.options.device == "cpu" and self._fixed is None:
-            return count
-        return next(rows for rows in self._counts if rows >= count)
+        return next(rows for rows in self._counts if rows >= count) if self._fills else count
 
     def _fill(self, thread: int, job: _Job, row: NDArray[np.float32]) -> _Filled | DataError:
         """Decode and preprocess an image into a row of the network's input, of a batch of this thread."""

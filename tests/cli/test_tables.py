@@ -135,7 +135,7 @@ def test_compare_keeps_times_ratio_and_map(shown: Shown, tmp_path: Path) -> None
     text = shown(command("compare", tmp_path / "a.json", tmp_path / "b.json"), 80)
     lines = table(text)
     assert max(map(len, lines)) <= 80
-    assert sum(bool(re.search(r" 1434\.0 +1434\.0 +1\.000 +no difference +\+0\.000$", line)) for line in lines) == 16
+    assert sum(bool(re.search(r" 1434\.0 +1434\.0 +1\.000 +no difference +1\.000 +\+0\.000$", line)) for line in lines) == 16
     assert "1.000 (0." in shown(command("compare", tmp_path / "a.json", tmp_path / "b.json"), None)
 
 
@@ -230,4 +230,4 @@ def test_a_real_terminal(tmp_path: Path) -> None:
     text = re.sub(r"\x1b\[[0-9;]*m", "", os.read(main_end, 65536).decode().replace("\r", ""))
     lines = table(text)
     assert max(map(len, lines)) <= 80
-    assert sum(bool(re.search(r" 1\.000 +no difference +\+0\.000$", line)) for line in lines) == 8
+    assert sum(bool(re.search(r" 1\.000 +no difference +1\.000 +\+0\.000$", line)) for line in lines) == 8

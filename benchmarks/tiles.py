@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -41,6 +40,7 @@ from gfldeploy.demo.dataset import generate
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import EngineOptions
 from gfldeploy.engines.detect import found_in, inputs_of
+from gfldeploy.engines.hardware import usable_threads
 from gfldeploy.engines.registry import open_engine
 from gfldeploy.files import read_json, write_json
 from gfldeploy.images.coco import CocoDataset
@@ -141,7 +141,7 @@ def merged_as(parts: Parts, nms: NmsParams, *, cut: bool) -> Detections:
 def regions_of(args: argparse.Namespace, bundle: Bundle, dataset: CocoDataset) -> Iterable[Parts]:
     cut = InTiles(Tiling(args.tiles[0], args.overlap), 1)
     manifest = bundle.manifest
-    with open_engine(args.engine, bundle, EngineOptions(manifest.precision, threads=os.cpu_count() or 1)) as engine:
+    with open_engine(args.engine, bundle, EngineOptions(manifest.precision, threads=usable_threads())) as engine:
         for one in dataset.images:
             image = read_image(one.path)
             size = image.shape[0], image.shape[1]
@@ -187,7 +187,7 @@ def measured(dataset: CocoDataset, classes: Sequence[str], found: Sequence[Detec
 def times(args: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Seconds of a scene, the median of the rounds and all of them."""
     paths = [image.path for image in CocoDataset.load(data, None, args.timed).images]
-    streams = os.cpu_count() or 1
+    streams = usable_threads()
     given = {"engine": args.engine, "threads": 1, "streams": streams}
     detectors = {name: Detector(args.bundle, **given, **way) for name, way in ways(args).items()}
     seconds: dict[str, list[float]] = {name: [] for name in detectors}
@@ -240,7 +240,7 @@ def tiled(scene: Path, side: int) -> NDArray[np.uint8]:
 
 def in_this_process(args: argparse.Namespace) -> dict[str, Any]:
     tiling, side = Tiling(args.tiles[0], args.overlap), SIDES[args.kind]
-    given = {"threads": 1, "streams": os.cpu_count(), "tile": tiling.tile, "overlap": tiling.overlap}
+    given = {"threads": 1, "streams": usable_threads(), "tile": tiling.tile, "overlap": tiling.overlap}
     with Detector(args.bundle, engine=args.engine, **given) as detector:
         detector.detect(np.zeros((800, 1200, 3), np.uint8))
         before_mb = peak_mb()

@@ -12,6 +12,7 @@ import cv2
 import demo_bundles
 import numpy as np
 import pytest
+import share_cpus
 from numpy.typing import NDArray
 from recorded_progress import RecordedProgress
 from sample_results import OK, altered, sample_results
@@ -281,7 +282,8 @@ def test_prediction_in_tiles_is_one_however_it_is_done(tiny_bundle: Path, images
     with Detector(tiny_bundle, engine="onnxruntime", tile=TILE, overlap=OVERLAP) as detector:
         for line, alone in zip(lines, detector.detect(files), strict=False):
             assert [item["score"] for item in line["detections"]] == alone.scores.tolist()
-    again = predict_images(tiny_bundle, output=tmp_path / "two", **{**given, "streams": 2, "batch_size": 4})
+    with share_cpus.two_cpus():
+        again = predict_images(tiny_bundle, output=tmp_path / "two", **{**given, "streams": 2, "batch_size": 4})
     assert again.detections == found.detections
 
     class Stops(RecordedProgress):

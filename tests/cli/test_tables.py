@@ -135,7 +135,10 @@ def test_compare_keeps_times_ratio_and_map(shown: Shown, tmp_path: Path) -> None
     text = shown(command("compare", tmp_path / "a.json", tmp_path / "b.json"), 80)
     lines = table(text)
     assert max(map(len, lines)) <= 80
-    assert sum(bool(re.search(r" 1434\.0 +1434\.0 +1\.000 +no difference +1\.000 +\+0\.000$", line)) for line in lines) == 16
+    assert (
+        sum(bool(re.search(r" 1434\.0 +1434\.0 +1\.000 +no difference +1\.000 +\+0\.000$", line)) for line in lines)
+        == 16
+    )
     assert "1.000 (0." in shown(command("compare", tmp_path / "a.json", tmp_path / "b.json"), None)
 
 

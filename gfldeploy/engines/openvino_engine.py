@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from gfldeploy.errors import EngineError, OutputError
 from gfldeploy.files import sha256
 
 Shape = tuple[int, ...]
+
+_making = threading.Lock()  # of the core
 
 # FP32 has to be said: processors with BF16 use it on their own.
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -72,7 +75,7 @@ class OpenVinoEngine(Engine):
         self._openvino = require("openvino", "the OpenVINO engine")
         self.version: str = self._openvino.__version__.partition("-")[0]
         self._cache = self._cache_directory(bundle)
-        self._core: Any = self._openvino.Core()
+        self._core: Any = shared_core()
         self._any_shape = any(side is None for side in bundle.manifest.inputs[0].shape)
         self._network: Any = None
         if self._cache is None or not any(self._cache.glob("*.model")):
@@ -87,7 +90,7 @@ class OpenVinoEngine(Engine):
     def close(self) -> None:
         freed_at_exit(self._compiled)
         self._compiled = {}
-        self._network = self._core = None
+        self._network = None
 
     @property
     def models(self) -> Mapping[Shape, bool]:
@@ -208,8 +211,7 @@ class OpenVinoEngine(Engine):
 
     def _read(self) -> Any:
         with self._explained(f"cannot read {self._model}"):
-            add_operators(self._core)
-            return self._core.read_model(str(self._model))
+            return _reader().read_model(str(self._model))
 
     def _compile(self, shape: Shape, **more: object) -> Any:
         with self._choosing:
@@ -264,6 +266,30 @@ class OpenVinoEngine(Engine):
         """The last line with text: OpenVINO writes where it happened first, then what."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return (lines or [type(error).__name__])[-1]
+
+
+def shared_core() -> Any:
+    """The one `Core` of this process, which is never freed.
+
+    The first model that a core compiles gives the thread a stack for handlers of signals, and the core takes it away
+    when it is freed. Of two cores, freed in the order in which they were made, the first one's stack comes back after
+    it was unmapped: the next Ctrl-C or SIGTERM is a segmentation fault (OpenVINO 2026.4).
+    """
+    with _making:
+        return _core()
+
+
+@cache
+def _core() -> Any:
+    return require("openvino", "the OpenVINO engine").Core()
+
+
+@cache
+def _reader() -> Any:
+    """The same, with the operators that it cannot read by itself."""
+    core = shared_core()
+    add_operators(core)
+    return core
 
 
 class _Loaded(NamedTuple):

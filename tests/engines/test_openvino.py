@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,3 +233,25 @@ def test_a_fixed_shape(tiny_bundle: Path, tmp_path: Path) -> None:
         assert set(engine.models) == {()}
         with pytest.raises(EngineError, match="OpenVINO failed"):
             engine.infer(image(64, 64))
+
+
+def test_signals_are_survived_by_a_process_that_has_closed_two_engines(tiny_bundle: Path) -> None:
+    code = (
+        "import numpy as np, signal, sys\n"
+        "from gfldeploy.bundle import Bundle\n"
+        "from gfldeploy.engines.base import EngineOptions\n"
+        "from gfldeploy.engines.registry import open_engine\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "engines = [open_engine('openvino', Bundle.open(sys.argv[1]), EngineOptions('fp32')) for _ in range(2)]\n"
+        "for engine in engines:\n"
+        "    engine.infer({'image': np.zeros((1, 3, 64, 96), np.float32)})\n"
+        "while engines:\n"
+        "    engines.pop(0).close()\n"
+        "del engine\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tiny_bundle], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gfldeploy.engines.base import Precision
+from gfldeploy.engines.openvino_engine import shared_core
 from gfldeploy.engines.openvino_rewrite import rewrite
 from gfldeploy.engines.registry import capability
 
@@ -44,7 +45,7 @@ def run(model: Any, image: Array, precision: Precision | None = None) -> tuple[l
     """The outputs, and how many operators of each kind ran in which precision, to which."""
     if precision is not None:
         rewrite(model, precision)
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     outputs = compiled([image])
     told = [one.get_rt_info() for one in compiled.get_runtime_model().get_ops()]
     ran = Counter(

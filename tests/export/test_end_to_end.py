@@ -16,6 +16,7 @@ from onnx import numpy_helper, parser
 
 from gfldeploy.bundle import Graph, Manifest, TensorSpec
 from gfldeploy.detections import Detections
+from gfldeploy.engines.openvino_engine import shared_core
 from gfldeploy.export.end_to_end import obstacle, wrap
 from gfldeploy.graph_guard import METADATA
 from gfldeploy.images.preprocess import Preprocess
@@ -91,7 +92,7 @@ def in_onnx_runtime(model: Any) -> Callable[[Arrays], Arrays]:
 
 
 def in_openvino(model: Any) -> Callable[[Arrays], Arrays]:
-    core = ov.Core()
+    core = shared_core()
     compiled = core.compile_model(
         core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )

@@ -58,7 +58,7 @@ LONGEST = (  # files
 )
 # Whose slow tests run code that no fast one runs. In those of others coverage is not counted: tracing takes a third of
 # their time.
-COUNTED = ("export", "cli")  # folders
+COUNTED = ("export", "cli", "quant")  # folders
 STDERR = pytest.StashKey[int]()
 WORKER_GB = 3  # what a worker and a command that it runs take at most
 

@@ -90,7 +90,7 @@ class OpenVinoEngine(Engine):
     def close(self) -> None:
         freed_at_exit(self._compiled)
         self._compiled = {}
-        self._network = None
+        self._network = self._core = None
 
     @property
     def models(self) -> Mapping[Shape, bool]:
@@ -211,7 +211,8 @@ class OpenVinoEngine(Engine):
 
     def _read(self) -> Any:
         with self._explained(f"cannot read {self._model}"):
-            return _reader().read_model(str(self._model))
+            add_operators(self._core)
+            return self._core.read_model(str(self._model))
 
     def _compile(self, shape: Shape, **more: object) -> Any:
         with self._choosing:
@@ -282,14 +283,6 @@ def shared_core() -> Any:
 @cache
 def _core() -> Any:
     return require("openvino", "the OpenVINO engine").Core()
-
-
-@cache
-def _reader() -> Any:
-    """The same, with the operators that it cannot read by itself."""
-    core = shared_core()
-    add_operators(core)
-    return core
 
 
 class _Loaded(NamedTuple):

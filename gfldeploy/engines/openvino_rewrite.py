@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ _SHORT_ROW = 16
 _FACTORS = {"Multiply", "Divide", "Negative"}
 
 
+@cache
 def add_operators(core: Any) -> None:
-    """Teach OpenVINO's reader of ONNX an operator that OpenVINO has, but cannot read: DeformConv."""
+    """Teach a core's reader of ONNX an operator that OpenVINO has, but cannot read: DeformConv. Once for a core."""
     from openvino.frontend.onnx import ConversionExtension
 
     core.add_extension(ConversionExtension("DeformConv", _deformable_convolution))

@@ -125,6 +125,14 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+@pytest.fixture(autouse=True)
+def folder_stays() -> Iterator[None]:
+    """The current directory, which a worker of a cluster changes to that of its command, also in a test's process."""
+    before = Path.cwd()
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def needs_ppdet() -> None:
     """Marks the tests of every fixture that asks for it."""

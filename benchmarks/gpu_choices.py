@@ -18,7 +18,7 @@ those of the first:
     fused bias      as it is, with `fuse_conv_bias`
     two at once     as it is, two engines in two threads of one process, each with its own session and stream
     two processes   the same in two processes: the GPU takes turns between them
-    shapes          images of this size and of its other orientation by turns, in a session of its own for each
+    shapes          images of this size and of its other orientation interleaved, in a session of its own for each
     any shape       the same in the session for any shape, in which cuDNN plans anew at each turn
 
 Writes results/MACHINE/checks/NAME_choices.json beside this script, and prints the rows. `ms`: median of `infer`, copies

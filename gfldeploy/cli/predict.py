@@ -86,7 +86,7 @@ def command(output: Path | str, **given: Any) -> int:
     stopped when it is run again, and writes the same bytes.
 
     A live source is the only INPUT: the number of a camera, or the address of a stream (rtsp://, http://, https://).
-    The newest frame is detected in, those that come meanwhile are dropped. It goes on until Ctrl-C, SIGTERM or
+    The newest frame is detected in, those that come meanwhile are dropped. It runs until Ctrl-C, SIGTERM or
     --duration stop it, or it is gone, and OUTPUT then has detections.jsonl, without coco.json and images.json.
 
     \b

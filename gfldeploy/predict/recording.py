@@ -1,7 +1,7 @@
 """`predict` on a live source: a line for each frame that is detected in, until it is stopped or the source is gone.
 
 Lines are appended to the `detections.jsonl` that is published in the end, and are on their way to the disk before the
-next frame is looked at. What a run that was killed has left is kept: the same command goes on behind it.
+next frame is looked at. What a run that was killed has left is kept: the same command appends to it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ UV = """#!/bin/sh
 [ "$1" = --version ] && echo "uv 1.2.3" && exit
 case "$*" in *{refused}*) echo "error: no wheels of toy, see https://index.example/toy/" >&2; exit 1;; esac
 while [ "$1" != --output-file ]; do shift; done
-printf '[[packages]]\\nname = "toy"\\nwheels = [{{ url = "https://index.example/a/toy-1-any.whl" }}]\\n' > "$2"
+printf '[[packages]]\\nname = "toy"\\nwheels = [{{ url = "file:///a/toy-1-any.whl" }}]\\n' > "$2"
 """
 
 

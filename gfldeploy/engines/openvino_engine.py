@@ -57,8 +57,8 @@ class OpenVinoEngine(Engine):
     fuses fewer operators, and is prepared again when the shape changes. A model for every shape would fill the memory,
     replacing the oldest of a few would compile all the time, and one for a few images would take longer than it saves.
     In INT8 results of the two kinds differ a little; with `EngineOptions.shapes` it is fixed in advance which one runs
-    an input. Every compiled model has the streams of the
-    options: threads that call at once are each in one stream of one model, so that no more CPUs are taken than allowed.
+    an input. Every compiled model has the streams of the options: threads that call at once are each in one stream of
+    one model, so that no more CPUs are taken than allowed.
     """
 
     name = "openvino"

@@ -261,7 +261,7 @@ def predict_images(
         workers: How many workers; by default as many as the cluster has room for. Each takes `threads` times `streams`
             CPUs.
         gpus_per_worker: GPUs of one worker, by default 1 on GPUs and else 0.
-        duration: Stop a live source after so many seconds; otherwise it goes on until it is gone, or Ctrl-C or SIGTERM
+        duration: Stop a live source after so many seconds; otherwise until it is gone, or Ctrl-C or SIGTERM
             stop it.
         reconnects: How often to try to make a lost connection of a live source again, by default 10.
         force: Replace the output if gfldeploy made it, and what is left of another run.

@@ -68,10 +68,8 @@ class DetectionOptions:
     def __post_init__(self) -> None:
         by_class = {f"class_thresholds of {name!r:.60}": value for name, value in (self.class_thresholds or {}).items()}
         for name, value in {"threshold": self.threshold, **by_class}.items():
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1
-            ):
-                raise UsageError(f"{name} is {value!r:.40}", "Give a number from 0 to 1.")
+            if value is not None:
+                _check_score(name, value)
         if not isinstance(self.class_agnostic, bool | None):
             raise UsageError(f"class_agnostic is {self.class_agnostic!r:.40}", "Give true or false.")
         if self.classes == ():
@@ -148,9 +146,11 @@ class DetectionOptions:
     def shown(self, class_names: Sequence[str], threshold: float | None = None) -> Shown:
         """What is shown of a detector with these classes.
 
-        `threshold`: another one that somebody asks for, who never gets less than that. Raises `UsageError` for a class
-        that the detector does not have.
+        `threshold`: another one that somebody asks for, who never gets less than that. Raises `UsageError` for one that
+        cannot be, and for a class that the detector does not have.
         """
+        if threshold is not None:
+            _check_score("threshold", threshold := _plain(threshold))
         one_for_all = self.lowest if threshold is None else float(threshold)
         if self.classes is None and not self.class_thresholds:
             return _alike(one_for_all, len(class_names))
@@ -189,6 +189,11 @@ class DetectionOptions:
 
 
 AS_CONFIGURED = DetectionOptions()
+
+
+def _check_score(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UsageError(f"{name} is {value!r:.40}", "Give a number from 0 to 1.")
 
 
 def _plain(value: Any) -> Any:

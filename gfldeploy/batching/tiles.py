@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import index
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -74,12 +75,17 @@ class Tiling:
 
     @classmethod
     def of(cls, tile: Size | None, overlap: float | None) -> Self | None:
-        """What is asked for by these two; None for no tiles. Raises `UsageError` for an overlap without a tile."""
+        """What is asked for by these two; None for no tiles. Raises `UsageError`, also for an overlap without a tile."""
         if tile is None:
             if overlap is not None:
                 raise UsageError("--overlap is of tiles, and there are none", "Give --tile too.")
             return None
-        return cls((tile[0], tile[1]), DEFAULT_OVERLAP if overlap is None else overlap)
+        try:
+            height, width = map(index, tile)
+        except (TypeError, ValueError) as error:
+            problem = f"a tile is {tile!r:.40}"
+            raise UsageError(problem, "Give its (height, width), whole numbers of pixels.") from error
+        return cls((height, width), DEFAULT_OVERLAP if overlap is None else overlap)
 
     def __str__(self) -> str:
         overlap = "" if self.overlap == DEFAULT_OVERLAP else f" that overlap by {self.overlap:g}"

@@ -99,13 +99,13 @@ def command(output: Path | str, **given: Any) -> int:
         leave_to_exit()
     start = time.monotonic()
     found = predict_images(**given, output=output, progress=TerminalProgress())
-    report(found, time.monotonic() - start)
+    report(found, time.monotonic() - start, part=given["shard"] is not None)
     click.echo(str(output))
     return 1 if found.failed or (found.live is not None and found.live.error) else 0
 
 
-def report(summary: PredictResults, seconds: float) -> None:
-    """Say what was found."""
+def report(summary: PredictResults, seconds: float, *, part: bool = False) -> None:
+    """Say what was found. A `part` has no detections.jsonl, which merging writes."""
     live = summary.live
     click.echo(
         f"{summary.images:,} {'images' if live is None else f'frames of {live.name}'}"
@@ -128,7 +128,7 @@ def report(summary: PredictResults, seconds: float) -> None:
     for reason in summary.reasons:
         click.echo(f"  {reason}", err=True)
     if summary.reasons and (more := summary.failed - len(summary.reasons)):
-        click.echo(f"  and {more:,} more, see detections.jsonl", err=True)
+        click.echo(f"  and {more:,} more" + (", see detections.jsonl" if not part else ""), err=True)
     if summary.incomplete:
         click.echo(
             f"Note: {summary.incomplete:,} of them may lack detections, or have other ones, that score below "

@@ -111,8 +111,10 @@ class OpenVinoEngine(Engine):
                 # Not `request.infer`, whose conversions take as long as a hundredth of a small detector's inference.
                 for name, array in arrays.items():
                     request.set_tensor(name, self._openvino.Tensor(array, shared_memory=True))
-                request.start_async()
-                request.wait()
+                try:
+                    request.start_async()
+                finally:  # after Ctrl-C too: it reads the arrays, which are freed then
+                    request.wait()
                 ran = time.perf_counter()
                 outputs = {name: np.array(request.get_output_tensor(place).data) for name, place in loaded.places}
         return outputs, CopyTimes.between(start, start, ran, time.perf_counter())

@@ -307,6 +307,7 @@ def predict_images(
             "--ray": ray,
             "--workers": workers,
             "--gpus-per-worker": gpus_per_worker,
+            "--decode fast": None if decode == "exact" else decode,
         }
         if tiling is None and batch_size is not None and batch_size > 1:
             others["--batch-size"] = batch_size  # of tiles it is the number

@@ -449,6 +449,11 @@ def test_what_cannot_be_turned_is_one_line(bundle: Path, raws: list[Raw], given:
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_a_threshold_of_one_call_is_checked_too(bundle: Path, raws: list[Raw]) -> None:
+    with Detector(bundle, **HERE) as detector, pytest.raises(UsageError, match=r"threshold is nan. Give a number"):
+        detector.detect(raws[0].path, threshold=float("nan"))
+
+
 def test_a_threshold_below_what_leaves_nms_is_noted(bundle: Path) -> None:
     with pytest.warns(UserWarning, match=r"scores 0.2 or less leaves the detector's NMS.*score_threshold below 0.1"):
         Detector(bundle, **HERE, threshold=0.1).close()

@@ -289,7 +289,7 @@ def test_what_is_no_live_source(tiny_bundle: Path, tmp_path: Path, run_here: Run
         LiveSource("99")
     done = run_here("predict", tiny_bundle, "99", "-o", tmp_path / "out")
     assert done.returncode == 2 and "cannot open camera 99: there is no such camera" in done.stderr
-    for others in (("--shard", "1/2"), ("--ray", "local"), ("--batch-size", 2), ("more.jpg",)):
+    for others in (("--shard", "1/2"), ("--ray", "local"), ("--batch-size", 2), ("--decode", "fast"), ("more.jpg",)):
         done = run_here("predict", tiny_bundle, "rtsp://a:secret@b/c", *others, "-o", tmp_path / "out")
         named = "other inputs" if others[0] == "more.jpg" else others[0]
         assert done.returncode == 2 and f"rtsp://b/c is a live source, which does not go with {named}" in done.stderr

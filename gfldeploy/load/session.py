@@ -232,6 +232,8 @@ async def _send(target: Target, detect: str, bodies: Sequence[bytes], load: Load
 
 
 def _result(cell: Cell, server: _Described, seen: Seen, started: str) -> CellResult:
+    if not seen.requests:
+        return CellResult(cell, "failed", "no request was due in so short a time", "Send for longer: --duration.")
     if not seen.latency_ms:
         endings = ", ".join(f"{count} x {ending}" for ending, count in seen.traffic.endings.items())
         reason = f"none of {seen.requests} requests was answered: {endings}"

@@ -221,7 +221,7 @@ def test_loads_that_differ_are_not_compared(images: Path) -> None:
 
 def test_nothing_is_answered(images: Path, tmp_path: Path, run_here: RunHere) -> None:
     async def full(asked: Asked) -> bytes:
-        return error(429, "queue_full") if asked.number else reply()
+        return error(429, "queue_full")
 
     with ScriptedServer(full) as server:
         ended = run_here(

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gfldeploy.errors import GfldeployError
+from gfldeploy.errors import GfldeployError, RejectedError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.access_log import AccessLog, Exchanges
@@ -178,6 +178,10 @@ class _AtOnce:
             response = await endpoint(Request(scope, receive, send))
         except (GfldeployError, HTTPException, ClientDisconnect) as error:
             response = answer_to(scope, problem_of(error))
+        except asyncio.CancelledError:  # the server ends, and waits no longer for the body
+            response = answer_to(
+                scope, problem_of(RejectedError("the server has stopped", "Try again later.", "closed"))
+            )
         await response(scope, receive, send)
 
 

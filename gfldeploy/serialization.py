@@ -128,10 +128,10 @@ def _convert(kind: Any, value: object, where: str) -> Any:
 
 
 def _scalar(kind: Any, value: object, where: str) -> Any:
+    if kind is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value)  # half a surrogate pair stands for a byte that is not UTF-8
     if isinstance(value, str) and (len(value) > _MOST_TEXT or any("\ud800" <= one <= "\udfff" for one in value)):
         raise _wrong(where, "text of a sensible length", value)
-    if kind is Path and isinstance(value, str) and "\0" not in value:
-        return Path(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and not _is_sensible(value):
         raise _wrong(where, "a finite number of a sensible size", value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

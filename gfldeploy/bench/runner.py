@@ -29,6 +29,7 @@ from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import build, plain
+from gfldeploy.text import printable
 
 _WORKER = "gfldeploy.bench.worker"
 _NO_BUNDLE = BundleIdentity("", "", "")
@@ -311,7 +312,7 @@ def _read(kind: _Kind, answer: Mapping[str, Any]) -> _Answer | EngineError:
     """What a worker answered. Raises `DataError` for nonsense."""
     if "reason" in answer:
         remedy = answer.get("remedy")
-        return EngineError(str(answer["reason"]), None if remedy is None else str(remedy))
+        return EngineError(printable(str(answer["reason"])), None if remedy is None else printable(str(remedy)))
     return build(_TYPES[kind], answer.get(kind), kind)
 
 

@@ -23,6 +23,7 @@ from gfldeploy.engines.registry import REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
 from gfldeploy.export import half
 from gfldeploy.export.golden import golden_picture, read_golden, write_golden
+from gfldeploy.export.heads import HEADS
 from gfldeploy.files import StrPath, check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
@@ -44,6 +45,8 @@ from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
 _AGREEMENT_IMAGES = 8
 _COPIED = ("infer_cfg.yml", LAYERS)
+# Layers whose outputs become scores: of classes, and of GFLv2's quality.
+_LOGITS = frozenset((*(head.class_output for head in HEADS.values()), "dgqp_reg_conv2"))
 
 
 def quantize_bundle(
@@ -294,7 +297,8 @@ class _Attempts:
                 progress.step("observing", done, len(self.images))
                 yield preprocess.batch([preprocess(read_image(path))])
 
-        outputs = observe_outputs(onnx_file, batches(), self.threads)
+        logits = [weight for weight, path in weights.layers().items() if path.rpartition(".")[2] in _LOGITS]
+        outputs = observe_outputs(onnx_file, batches(), self.threads, logits)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix

@@ -44,6 +44,7 @@ from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
 _AGREEMENT_IMAGES = 8
+_FEW_IMAGES = 16  # to calibrate on, without labels to judge by
 _COPIED = ("infer_cfg.yml", LAYERS)
 # Layers whose outputs become scores: of classes, and of GFLv2's quality.
 _LOGITS = frozenset((*(head.class_output for head in HEADS.values()), "dgqp_reg_conv2"))
@@ -174,6 +175,12 @@ def quantize_bundle(
         fp32_reference = Fp32Reference.of(source, compared, evaluation, threads, progress, cluster)
         if problem := unjudgeable(fp32_reference.detections, fp32_reference.accuracy, limits):
             raise problem
+        if evaluation is None and len(paths) < _FEW_IMAGES:
+            few = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+            progress.note(
+                f"INT8 is fitted to {few}, and judged by nothing else: calibrate on 32 to 64 like those you deploy on, "
+                "or give labelled ones with --eval-data"
+            )
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
         evaluator = Evaluator(fp32_reference, limits, directory / "work", progress)

@@ -241,8 +241,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
         if isinstance(kind, click.Path) and not all(isinstance(item, str) for item in items):
             raise click.BadParameter(f"{path}: {option} must be a path{' or a list of paths' * lists}", ctx, param)
-        if several:
-            defaults[key] = items
+        # As typed: whole numbers and flags take 2.7 or false for something else without a word.
+        texts = list(map(str, items))
+        defaults[key] = texts if several or isinstance(value, list) else texts[0]
     ctx.default_map = {key: value for key, value in defaults.items() if value is not None}
 
 

@@ -420,7 +420,7 @@ class BodyGuard:
                 return
             await send({**message, "more_body": True})
             discarded = 0
-            with suppress(TimeoutError):
+            with suppress(TimeoutError, asyncio.CancelledError):  # by the end of the server
                 async with asyncio.timeout(_DISCARDED_S):
                     while unread and discarded <= self._limits.body_bytes:
                         discarded += len((await next_message()).get("body", b""))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gfldeploy.detection_options import Shown
 from gfldeploy.engines.base import ClosesOnExit
 from gfldeploy.errors import OutputError, UsageError
-from gfldeploy.files import writing
+from gfldeploy.files import check_native_write, writing
 from gfldeploy.images.decode import load_cv2, read_image
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.predict.fonts import missing_glyphs, runs
@@ -161,6 +161,7 @@ class LiveVideo(ClosesOnExit):
             self._write()
             self._writer.write(self._waiting[-1][1])
             self._writer.release()
+            check_native_write(self._partial)
             rename(self._partial, self._target)
         self._writer = None
         self._waiting = []
@@ -264,4 +265,5 @@ def _draw_video(path: Source, lines: Iterable[tuple[int, Record]], directory: Pa
             drawn = draw_boxes(frame.read(), record["detections"], threshold)
             writer.write(cv2.cvtColor(_fitted(drawn, size), cv2.COLOR_RGB2BGR))
             yield number
+    check_native_write(partial)
     rename(partial, target)

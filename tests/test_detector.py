@@ -83,8 +83,9 @@ def test_a_bad_image_raises_or_is_kept_to_itself(detector: Detector, paths: list
     assert [one.index for one in found] == [0, 1, 2, 3]
     assert [one.error is None for one in found] == [True, False, False, True]
     assert "absent.jpg" in str(found[2].error) and found[2].size is None
-    with pytest.raises(ValueError, match="an image must be RGB"):
-        detector.detect([np.zeros((4, 4), np.uint8)])
+    for grey in (np.zeros((4, 4), np.uint8), [np.zeros((4, 4), np.uint8)]):
+        with pytest.raises(ValueError, match=r"an image must be RGB, uint8 \[h, w, 3\], not uint8 \[4, 4\]"):
+            detector.detect(grey)
     assert len(detector.detect(paths)) == len(paths), "it works on"
 
 

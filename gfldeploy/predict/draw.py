@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.detection_options import Shown
 from gfldeploy.engines.base import ClosesOnExit
-from gfldeploy.errors import OutputError
+from gfldeploy.errors import OutputError, UsageError
 from gfldeploy.files import writing
 from gfldeploy.images.decode import load_cv2, read_image
 from gfldeploy.images.native_stderr import heard
@@ -85,6 +86,23 @@ def colour(category: int) -> tuple[int, int, int]:
     """RGB, 0 to 255, of a class id: always the same, and far from those of the next ids."""
     red, green, blue = colorsys.hsv_to_rgb(category * _GOLDEN % 1, 0.85, (1.0, 0.8)[category % 2])
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def drawn_from(draw: bool, threshold: float | None, shown: Shown) -> float | None:
+    """The lowest score that is drawn, None for no pictures; `threshold`: as somebody asks for it.
+
+    Raises `UsageError` for one below what is `shown`: nothing else is drawn.
+    """
+    if threshold is None:
+        return shown.least if draw else None
+    if not draw:
+        raise UsageError("--draw-threshold is of pictures, and there are none", "Add --draw, or leave it out.")
+    if not shown.least <= threshold <= 1:
+        raise UsageError(
+            f"draw_threshold is {threshold:g}, and what is shown scores from {shown.least:g} to 1",
+            "Give one of these scores, or a lower threshold, too.",
+        )
+    return threshold
 
 
 def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:

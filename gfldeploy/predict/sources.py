@@ -162,7 +162,7 @@ def is_one_image(images: object) -> bool:
     """Whether it is one image, not several."""
     if isinstance(images, str | bytes | os.PathLike | Url):
         return True
-    return images.ndim == 3 if isinstance(images, np.ndarray) else hasattr(images, "convert")
+    return images.ndim in (2, 3) if isinstance(images, np.ndarray) else hasattr(images, "convert")
 
 
 def pictures(

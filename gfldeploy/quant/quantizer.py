@@ -148,7 +148,8 @@ def quantize_bundle(
     others = [size for size in dict.fromkeys(input_sizes) if source.at_size(size) is not source]
     progress.stage(f"checking {len(paths)} calibration images")
     for path in paths:
-        read_image(path)
+        height, width, _ = read_image(path).shape
+        source.manifest.preprocess.resized_size(height, width, path)
     calibrated_on = digests(paths)
     evaluated_on: dict[str, str] = {}
     if evaluation is not None:

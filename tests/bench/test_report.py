@@ -303,3 +303,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is not a file that gfldeploy wrote" in capsys.readouterr().err
     assert run(tmp_path / "none.json", "-o", tmp_path / "x.html") == 2
     assert not (tmp_path / "x.html").exists()
+    capsys.readouterr()
+    assert run(".") == 2 and ". cannot be read" in capsys.readouterr().err

@@ -54,10 +54,10 @@ def report(results: BenchResults | StrPath, *, output: StrPath | None = None, fo
         OutputError: The page exists already, or cannot be written.
     """
     source = Path("results") if isinstance(results, BenchResults) else Path(results)
+    read = results if isinstance(results, BenchResults) else BenchResults.read(source)
     page = source.with_suffix(".html") if output is None else Path(output)
-    beside = output is None and not isinstance(results, BenchResults)
-    check_file(page, "html", force=force or beside)
-    write_report(results if isinstance(results, BenchResults) else BenchResults.read(source), page)
+    check_file(page, "html", force=force or (output is None and read is not results))
+    write_report(read, page)
     return page
 
 

@@ -57,13 +57,18 @@ def detect_images(
 
     Several at once where the engine has streams. `cut`: each image is cut into tiles, and detected in by itself; what
     is found in channels that are none of the `classes` is then left out before tiles are merged. Raises `DataError` for
-    an image that cannot be read, and `EngineError`.
+    an image that cannot be read or resized, and `EngineError`.
     """
     with ExitStack() as stack:
         infer: Callable[[Tensors], dict[str, NDArray[Any]]] = engine.infer
         if (streams := engine.options.streams) > 1:
             runners = stack.enter_context(ThreadPoolExecutor(streams + engine.queued, "gfldeploy-infer"))
             infer = lambda inputs: runners.submit(engine.infer, inputs).result()  # noqa: E731
+
+        def read(index: int) -> NDArray[np.uint8]:
+            image = read_image(paths[index])
+            preprocess.resized_size(image.shape[0], image.shape[1], paths[index])  # raises, with the file's name
+            return image
 
         def detect_in(images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
             inputs, scales = inputs_of(engine, images, preprocess)
@@ -79,8 +84,8 @@ def detect_images(
 
         def detect(batch: Batch) -> list[tuple[int, Detections]]:
             if cut is not None:
-                return [(index, detect_in_tiles(cut, read_image(paths[index]))) for index in batch]
-            found = detect_in([read_image(paths[index]) for index in batch])
+                return [(index, detect_in_tiles(cut, read(index))) for index in batch]
+            found = detect_in([read(index) for index in batch])
             return list(zip(batch, found, strict=True))
 
         every: Iterable[list[tuple[int, Detections]]] = map(detect, batches)

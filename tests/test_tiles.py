@@ -179,9 +179,10 @@ def test_tiles_that_cannot_be() -> None:
     for tile, overlap in ((None, 0.2), ((0, 96), None), ((64, 96), 0.95), ((64, 96), float("nan"))):
         with pytest.raises(UsageError):
             Tiling.of(tile, overlap)
-    for tile in (640, (64,), (64.0, 96.0), "64x96"):
+    wrong: tuple[Any, ...] = (640, (64,), (64.0, 96.0), "64x96")
+    for tile in wrong:
         with pytest.raises(UsageError, match="whole numbers of pixels"):
-            Tiling.of(tile, None)  # type: ignore[arg-type]
+            Tiling.of(tile, None)
     with pytest.raises(
         DataError, match=r"an image of 20000 x 20000 px makes 4,00\d,00\d tiles of 10x10 .*larger tiles"
     ):

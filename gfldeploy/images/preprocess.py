@@ -261,17 +261,18 @@ class Preprocess:
         scale = max(self.scales(height, width))
         return next((factor for factor in (8, 4, 2) if scale * factor <= 1), 1)
 
-    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+    def resized_size(self, height: int, width: int, file: object = None) -> tuple[int, int]:
         """The size (h, w) of an image of this size once resized, without padding; all in pixels.
 
-        Raises `DataError` when the image is so elongated that a side would vanish.
+        Raises `DataError`, naming the `file` if it is given, when the image is so elongated that a side would vanish.
         """
         scale_y, scale_x = self.scales(height, width)
         # OpenCV rounds the new size to the nearest even half, as Python's round does.
         resized = round(height * scale_y), round(width * scale_x)
         if min(resized) < 1:
+            named = "" if file is None else f"{file}: "
             raise DataError(
-                f"an image of {width} x {height} px is too elongated: one side vanishes when it is resized",
+                f"{named}an image of {width} x {height} px is too elongated: one side vanishes when it is resized",
                 "Remove it from the data.",
             )
         return resized

@@ -23,6 +23,7 @@ from gfldeploy.engines.registry import REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
 from gfldeploy.export import half
 from gfldeploy.export.golden import golden_picture, read_golden, write_golden
+from gfldeploy.export.heads import HEADS
 from gfldeploy.files import StrPath, check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
@@ -43,7 +44,10 @@ from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
 _AGREEMENT_IMAGES = 8
+_FEW_IMAGES = 16  # to calibrate on, without labels to judge by
 _COPIED = ("infer_cfg.yml", LAYERS)
+# Layers whose outputs become scores: of classes, and of GFLv2's quality.
+_LOGITS = frozenset((*(head.class_output for head in HEADS.values()), "dgqp_reg_conv2"))
 
 
 def quantize_bundle(
@@ -148,7 +152,8 @@ def quantize_bundle(
     others = [size for size in dict.fromkeys(input_sizes) if source.at_size(size) is not source]
     progress.stage(f"checking {len(paths)} calibration images")
     for path in paths:
-        read_image(path)
+        height, width, _ = read_image(path).shape
+        source.manifest.preprocess.resized_size(height, width, path)
     calibrated_on = digests(paths)
     evaluated_on: dict[str, str] = {}
     if evaluation is not None:
@@ -170,6 +175,12 @@ def quantize_bundle(
         fp32_reference = Fp32Reference.of(source, compared, evaluation, threads, progress, cluster)
         if problem := unjudgeable(fp32_reference.detections, fp32_reference.accuracy, limits):
             raise problem
+        if evaluation is None and len(paths) < _FEW_IMAGES:
+            few = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+            progress.note(
+                f"INT8 is fitted to {few}, and judged by nothing else: calibrate on 32 to 64 like those you deploy on, "
+                "or give labelled ones with --eval-data"
+            )
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
         evaluator = Evaluator(fp32_reference, limits, directory / "work", progress)
@@ -293,7 +304,8 @@ class _Attempts:
                 progress.step("observing", done, len(self.images))
                 yield preprocess.batch([preprocess(read_image(path))])
 
-        outputs = observe_outputs(onnx_file, batches(), self.threads)
+        logits = [weight for weight, path in weights.layers().items() if path.rpartition(".")[2] in _LOGITS]
+        outputs = observe_outputs(onnx_file, batches(), self.threads, logits)
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ MOST_HEADER_BYTES = 1 << 16
 _MOST_CONNECTIONS, _OTHER_FILES = 4096, 128
 _SENDING_S = 30.0
 _TELLS = hasattr(AutoHTTPProtocol, "on_headers_complete")  # httptools tells what a byte belongs to
+_UPGRADE = re.compile(rb"(?<=\n)upgrade(?=:)", re.IGNORECASE)
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of two classes, whichever is installed
@@ -62,7 +64,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Begin to wait for a header with its first byte."""
         if self.idle or _TELLS:
             self._header_bytes += len(data)
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if self.idle else data)
         if not self.idle:
             self._forget_timer()
             state = self.scope["state"]
@@ -106,6 +108,16 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         self._timer = None
         if self.idle:
             self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """What begins with a header, with another name for its field Upgrade, which nothing here heeds.
+
+    httptools takes all that follows for another protocol, the body too, and Java's clients ask for HTTP/2 in this way.
+    """
+    end = data.find(b"\r\n\r\n")
+    found = _UPGRADE.search(data, 0, len(data) if end < 0 else end)
+    return data if found is None else data[: found.start()] + b"Ignored" + data[found.end() :]
 
 
 def share_files() -> int:

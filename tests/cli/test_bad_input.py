@@ -550,6 +550,7 @@ BROKEN = {
     "empty.jpg": (b"", "is empty"),
     "text.jpg": (b"<html>404</html>", "damaged or not an image"),
     "cut.jpg": (None, "is truncated"),
+    "wide.ppm": (b"P6 9000 1 255\n" + bytes(27_000), "an image of 9000 x 1 px is too elongated"),
 }
 
 
@@ -570,10 +571,12 @@ def test_broken_pictures(
 def test_a_broken_picture_is_found_before_calibration(
     tiny_bundle: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    (pictures / "cut.jpg").write_bytes((pictures / "colour.jpg").read_bytes()[:500])
+    (pictures / "wide.ppm").write_bytes(BROKEN["wide.ppm"][0] or b"")
     source = with_program(tiny_bundle, tmp_path / "source")
     arguments = ("quantize", source, "--data", pictures, "--samples", 8, "-o", tmp_path / "out")
-    assert "cut.jpg is truncated" in refused(*arguments)
+    assert "wide.ppm: an image of 9000 x 1 px is too elongated" in refused(*arguments)
+    (pictures / "cut.jpg").write_bytes((pictures / "colour.jpg").read_bytes()[:500])
+    assert "cut.jpg is truncated" in refused(*arguments[:5], 9, *arguments[6:])
 
 
 def test_too_few_images(tiny_bundle: Path, pictures: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -8,7 +8,7 @@ for all scores all the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,18 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import EngineError
+from gfldeploy.export.heads import HEADS
 from gfldeploy.quant.calibration import OutputRange
 from gfldeploy.quant.qdq import conv_outputs
 
 _LARGEST_LOGIT = 4.6  # of a score of 0.99
+# Layers whose outputs become scores: of classes, and of GFLv2's quality.
+_LOGITS = frozenset((*(head.class_output for head in HEADS.values()), "dgqp_reg_conv2"))
+
+
+def of_scores(layers: Mapping[str, str]) -> list[str]:
+    """Of these layers, the path of each by the name of its weight, the weights of those whose outputs become scores."""
+    return [weight for weight, path in layers.items() if path.rpartition(".")[2] in _LOGITS]
 
 
 def observe_outputs(

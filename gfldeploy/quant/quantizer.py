@@ -23,7 +23,6 @@ from gfldeploy.engines.registry import REFERENCE_ENGINE, capability, open_engine
 from gfldeploy.errors import BundleError, EngineError, ParityError, UnsupportedError, UsageError
 from gfldeploy.export import half
 from gfldeploy.export.golden import golden_picture, read_golden, write_golden
-from gfldeploy.export.heads import HEADS
 from gfldeploy.files import StrPath, check_apart, check_target, write_json
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
@@ -37,7 +36,7 @@ from gfldeploy.quant.groups import match
 from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.method import DEFAULT_STEPS, MethodOptions, QuantMethod, Refined
 from gfldeploy.quant.methods import METHODS
-from gfldeploy.quant.observer import observe_outputs, weight_ranges
+from gfldeploy.quant.observer import observe_outputs, of_scores, weight_ranges
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record, size_line, size_record
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares
@@ -46,8 +45,6 @@ from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 _AGREEMENT_IMAGES = 8
 _FEW_IMAGES = 16  # to calibrate on, without labels to judge by
 _COPIED = ("infer_cfg.yml", LAYERS)
-# Layers whose outputs become scores: of classes, and of GFLv2's quality.
-_LOGITS = frozenset((*(head.class_output for head in HEADS.values()), "dgqp_reg_conv2"))
 
 
 def quantize_bundle(
@@ -304,8 +301,7 @@ class _Attempts:
                 progress.step("observing", done, len(self.images))
                 yield preprocess.batch([preprocess(read_image(path))])
 
-        logits = [weight for weight, path in weights.layers().items() if path.rpartition(".")[2] in _LOGITS]
-        outputs = observe_outputs(onnx_file, batches(), self.threads, logits)
+        outputs = observe_outputs(onnx_file, batches(), self.threads, of_scores(weights.layers()))
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix

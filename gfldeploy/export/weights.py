@@ -23,10 +23,10 @@ _CONSTANT = "distribution_project.project"  # 0 to reg_max: no weight, though in
 def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
     """Set every parameter and buffer of `model` (a paddle Layer) from `weights`, converted to the model's dtype.
 
-    Names and shapes must agree both ways; nothing is set unless all do. The constants of the box integral may be absent,
-    as PaddleDetection lets them be. One kind of extra name is accepted: where
-    the file holds a whole distillation model, `student_model.*` is the detector and `teacher_model.*` and
-    `distill_loss.*` exist for training only. uint16 arrays for float parameters are Paddle's bfloat16.
+    Names and shapes must agree both ways; nothing is set unless all do. The constants of the box integral may be
+    absent, as PaddleDetection lets them be. One kind of extra name is accepted: where the file holds a whole
+    distillation model, `student_model.*` is the detector and `teacher_model.*` and `distill_loss.*` exist for training
+    only. uint16 arrays for float parameters are Paddle's bfloat16.
 
     Raises `CheckpointError` that counts the missing, unexpected and misshapen names, gives the first of each, and says
     what kind of checkpoint it seems to be instead (quantised, pruned, of other classes, a backbone, ...).

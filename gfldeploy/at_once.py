@@ -10,6 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+_LONGEST_WAIT_S = 2.0  # for a job that is on its way when no more are wanted
 
 
 def at_once(work: Callable[[T], R], jobs: Iterable[T], threads: int) -> Generator[R]:
@@ -17,7 +18,8 @@ def at_once(work: Callable[[T], R], jobs: Iterable[T], threads: int) -> Generato
 
     The jobs are taken by one more thread, the same all the time: what they come from need not be made for several. At
     most `threads` + 1 jobs have been taken whose results were not. Errors of a job, and of taking it, are raised in its
-    place. Closing the iterator ends the threads after their current job.
+    place. Closing the iterator ends the threads after their current job. Who is waiting for the next job then, as of a
+    queue, is waited for a moment and no longer: that thread ends when the job comes.
     """
     room = threading.Semaphore(threads + 1)
     todo: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
@@ -56,7 +58,7 @@ def at_once(work: Callable[[T], R], jobs: Iterable[T], threads: int) -> Generato
             del taken, job, result  # or memory holds them until the next job comes
 
     named = [("gfldeploy-take", take), *[("gfldeploy-batch", run)] * threads]
-    workers = [threading.Thread(target=target, name=name, daemon=True) for name, target in named]
+    taker, *_ = workers = [threading.Thread(target=target, name=name, daemon=True) for name, target in named]
     for worker in workers:
         worker.start()
     try:
@@ -67,6 +69,8 @@ def at_once(work: Callable[[T], R], jobs: Iterable[T], threads: int) -> Generato
     finally:
         stopped = True
         room.release()
+        for _ in range(threads):
+            todo.put(None)
         for worker in workers:
             if worker is not threading.current_thread():  # which it is if the garbage collector closes this
-                worker.join()
+                worker.join(_LONGEST_WAIT_S if worker is taker else None)

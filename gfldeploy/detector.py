@@ -15,6 +15,7 @@ from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.detections import Detections
 from gfldeploy.engines.base import ClosesOnExit, Device, Precision
 from gfldeploy.engines.registry import open_engine
+from gfldeploy.errors import UsageError
 from gfldeploy.files import StrPath
 from gfldeploy.predict.engine_selection import choose
 from gfldeploy.predict.live import LiveFrame, LiveSource, live_frames
@@ -112,6 +113,7 @@ class Detector(ClosesOnExit):
             EngineError: The engine failed to load the bundle.
             OutputError: The engine cannot keep what it compiled.
         """
+        self._closed = False
         self._tiling = Tiling.of(tile, overlap)
         cache = None if engine_cache is None else Path(engine_cache)
         self.choice = choose(
@@ -141,8 +143,13 @@ class Detector(ClosesOnExit):
         return self.choice.bundle.manifest.classes
 
     def close(self) -> None:
-        """Free the detector."""
+        """Free the detector, which detects no more."""
+        self._closed = True
         self._engine.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the detector is closed", "Use it before that, or make another.")
 
     def detect(
         self,
@@ -167,6 +174,7 @@ class Detector(ClosesOnExit):
 
         Raises:
             DataError: An image cannot be used; it is the first that cannot.
+            UsageError: The threshold cannot be, or the detector is closed.
             ValueError: An array is not uint8 [h, w, 3], or `reduced` goes with tiles.
             TypeError: Something is no image.
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
@@ -205,10 +213,12 @@ class Detector(ClosesOnExit):
             What is in each image, in the order of the images. One that cannot be used has its `error`.
 
         Raises:
+            UsageError: The threshold cannot be, or the detector is closed.
             ValueError: An array is not uint8 [h, w, 3], or `reduced` goes with tiles.
             TypeError: Something is no image.
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
+        self._check_open()
         if color not in ("rgb", "bgr"):
             raise ValueError(f"color is 'rgb' or 'bgr', not {color!r}")
         if reduced and self._tiling is not None:
@@ -249,9 +259,10 @@ class Detector(ClosesOnExit):
             Frames, each with its detections, until the source ends: `source.error` then says why.
 
         Raises:
+            UsageError: The threshold cannot be, or the detector is closed.
             EngineError: The engine failed, or its first batch differs from the CPU (compared on GPUs).
         """
-
+        self._check_open()
         detection = self.choice.detection
         shown = detection.shown(self.classes, threshold)
         manifest = self.choice.bundle.manifest.turned(detection, threshold)

@@ -325,16 +325,21 @@ def native_writes(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _probe(directory)
+        _probe(directory, directory.rglob("*"))
         raise
-    _probe(directory)
+    _probe(directory, directory.rglob("*"))
 
 
-def _probe(directory: Path) -> None:
+def check_native_write(file: Path) -> None:
+    """As after `native_writes`, of one file: the others of its directory may be many. Raises `OutputError`."""
+    _probe(file.parent, [file])
+
+
+def _probe(directory: Path, written: Iterable[Path]) -> None:
     with writing(directory):
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(_PROBE_BYTES))
-        sizes = (path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        sizes = (path.stat().st_size for path in written if path.is_file())
         if (limit := largest_file()) is not None and max(sizes, default=0) >= limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 

@@ -21,7 +21,8 @@ Record = TypeVar("Record")
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 _REMEDY = "Use a file that gfldeploy wrote."
-_LARGEST = 1e18
+# Of numbers but 0, by magnitude: what is computed of a few of them is finite.
+_SMALLEST, _LARGEST = 1e-100, 1e18
 _MOST_TEXT = 20_000
 _YAML_WIDTH = 120
 # Fields that are counted or measured and are never negative, by the units and nouns that their names end in.
@@ -127,17 +128,21 @@ def _convert(kind: Any, value: object, where: str) -> Any:
 
 
 def _scalar(kind: Any, value: object, where: str) -> Any:
+    if kind is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value)  # half a surrogate pair stands for a byte that is not UTF-8
     if isinstance(value, str) and (len(value) > _MOST_TEXT or any("\ud800" <= one <= "\udfff" for one in value)):
         raise _wrong(where, "text of a sensible length", value)
-    if kind is Path and isinstance(value, str) and "\0" not in value:
-        return Path(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= _LARGEST:  # NaN is not
+    if isinstance(value, int | float) and not isinstance(value, bool) and not _is_sensible(value):
         raise _wrong(where, "a finite number of a sensible size", value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
     raise _wrong(where, {Path: "a path", float: "a finite number"}.get(kind, f"of type {kind.__name__}"), value)
+
+
+def _is_sensible(number: float) -> bool:
+    return number == 0 or _SMALLEST <= abs(number) <= _LARGEST  # NaN is neither
 
 
 def _inside(where: str, name: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import gfldeploy
 from gfldeploy import Detector
-from gfldeploy.errors import BundleError, DataError
+from gfldeploy.errors import BundleError, DataError, UsageError
 from gfldeploy.images.decode import read_image
 from gfldeploy.predict.pipeline import Found
 
@@ -79,12 +79,16 @@ def test_a_bad_image_raises_or_is_kept_to_itself(detector: Detector, paths: list
     images = [paths[0], bad, tmp_path / "absent.jpg", paths[1]]
     with pytest.raises(DataError, match=r"bad\.jpg is truncated"):
         detector.detect(images)
+    cv2.imwrite(str(tmp_path / "thin.png"), np.zeros((20_000, 1, 3), np.uint8))
+    with pytest.raises(DataError, match=r"thin\.png: an image of 1 x 20000 px is too elongated"):
+        detector.detect(tmp_path / "thin.png")
     found = list(detector.stream(images))
     assert [one.index for one in found] == [0, 1, 2, 3]
     assert [one.error is None for one in found] == [True, False, False, True]
     assert "absent.jpg" in str(found[2].error) and found[2].size is None
-    with pytest.raises(ValueError, match="an image must be RGB"):
-        detector.detect([np.zeros((4, 4), np.uint8)])
+    for grey in (np.zeros((4, 4), np.uint8), [np.zeros((4, 4), np.uint8)]):
+        with pytest.raises(ValueError, match=r"an image must be RGB, uint8 \[h, w, 3\], not uint8 \[4, 4\]"):
+            detector.detect(grey)
     assert len(detector.detect(paths)) == len(paths), "it works on"
 
 
@@ -115,6 +119,25 @@ def test_what_goes_wrong_with_the_images_themselves_is_raised(detector: Detector
     with pytest.raises(RuntimeError, match="the camera is gone"):
         found += detector.stream(images(), look_ahead=0)
     assert [one.name for one in threading.enumerate() if one.name.startswith("gfldeploy")] == []
+
+
+def test_streams_side_by_side_leave_opencv_its_threads(detector: Detector, paths: list[Path]) -> None:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        for one, other in zip(detector.stream(paths), detector.stream(paths), strict=True):
+            assert one.detections is not None and other.detections is not None and cv2.getNumThreads() == 1
+            np.testing.assert_array_equal(one.detections.scores, other.detections.scores)
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
+
+
+def test_a_closed_detector_says_so(tiny_bundle: Path, paths: list[Path]) -> None:
+    with Detector(tiny_bundle, threads=1) as closed:
+        pass
+    with pytest.raises(UsageError, match="the detector is closed"):
+        closed.detect(paths[0])
 
 
 def test_reduced_decoding_is_asked_for(detector: Detector, tmp_path: Path) -> None:

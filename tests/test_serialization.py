@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,8 @@ class YamlOuter(Outer):
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert build(Outer, json.loads(json.dumps(plain(OUTER)))) == OUTER
+    no_utf8 = replace(OUTER, place=Path(os.fsdecode(b"caf\xe9")))
+    assert build(Outer, json.loads(json.dumps(plain(no_utf8)))) == no_utf8
     OUTER.write(tmp_path / "new" / "a.json")
     assert Outer.read(tmp_path / "new" / "a.json") == OUTER
     assert next(iter(json.loads((tmp_path / "new" / "a.json").read_text()).items())) == ("schema", 3)

@@ -179,9 +179,10 @@ def test_tiles_that_cannot_be() -> None:
     for tile, overlap in ((None, 0.2), ((0, 96), None), ((64, 96), 0.95), ((64, 96), float("nan"))):
         with pytest.raises(UsageError):
             Tiling.of(tile, overlap)
-    for tile in (640, (64,), (64.0, 96.0), "64x96"):
+    wrong: tuple[Any, ...] = (640, (64,), (64.0, 96.0), "64x96")
+    for tile in wrong:
         with pytest.raises(UsageError, match="whole numbers of pixels"):
-            Tiling.of(tile, None)  # type: ignore[arg-type]
+            Tiling.of(tile, None)
     with pytest.raises(
         DataError, match=r"an image of 20000 x 20000 px makes 4,00\d,00\d tiles of 10x10 .*larger tiles"
     ):
@@ -380,6 +381,8 @@ def test_audit_counts_tiles_and_inferences(tiny_bundle: Path, images: Path) -> N
     assert in_tiles.answer[0].startswith(
         f"In tiles of 64x96 that overlap by 0.25 an image is {in_tiles.inputs:.3g} inputs"
     )
+    small = audit(data=images, config_or_bundle=tiny_bundle, batch_sizes=(1,), tile=(4, 4)).in_tiles
+    assert small and " inputs of the network, " in small.answer[0] and "e+" not in " ".join(small.answer)
 
 
 def test_bench_times_images_with_all_their_tiles(tiny_bundle: Path, images: Path) -> None:

@@ -39,7 +39,10 @@ def main(model, picture, least_score=0.4):
     about = json.loads(session.get_modelmeta().custom_metadata_map.get("gfldeploy", "{}"))
     if about.get("preprocess", {}).get("interp") != 1:  # linear
         sys.exit("Error: give onnx/end_to_end.onnx of a bundle; if that file's `interp` is not 1, change `resize`.")
-    image = np.asarray(ImageOps.exif_transpose(Image.open(picture)).convert("RGB"))
+    opened = ImageOps.exif_transpose(Image.open(picture))
+    if opened.mode.startswith("I;16"):  # 16-bit grey, of which `convert` makes white all that is above 255
+        opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+    image = np.asarray(opened.convert("RGB"))
     y, x = factors(*image.shape[:2], about["preprocess"])
     resized = resize(image, y, x)
     fixed = [size if isinstance(size, int) else 0 for size in session.get_inputs()[0].shape]

@@ -22,7 +22,7 @@ from gfldeploy.engines.base import Device, Precision, Shape
 from gfldeploy.engines.cache import DEFAULT_ENGINE_CACHE
 from gfldeploy.engines.registry import ENGINES, is_compared, open_engine
 from gfldeploy.engines.selection import select_engine
-from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError
+from gfldeploy.errors import GfldeployError, OutputError, UnsupportedError, UsageError
 from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.images.decode import read_image
@@ -83,6 +83,7 @@ def analyze(
         The measurements, the causes that follow from them, and the answer in sentences.
 
     Raises:
+        UsageError: No batch size is larger than 1.
         BundleError: The bundle is damaged, or does not take the input size.
         DataError: Annotations or an image cannot be read.
         UnsupportedError: The bundle has a fixed batch size, or does not run in this engine and precision.
@@ -90,6 +91,8 @@ def analyze(
         OutputError: The output exists already, or cannot be written.
     """
     orders = batch_orders(batch_sizes)
+    if len(orders) == 1:
+        raise UsageError("there is no batch size to compare with batch 1", "Give larger ones, such as 2,4,8.")
     path = None if output is None else Path(output)
     _check_output(path, force)
     own = Bundle.open(bundle)

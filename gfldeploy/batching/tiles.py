@@ -75,7 +75,7 @@ class Tiling:
 
     @classmethod
     def of(cls, tile: Size | None, overlap: float | None) -> Self | None:
-        """What is asked for by these two; None for no tiles. Raises `UsageError`, also for an overlap without a tile."""
+        """What is asked for by these two; None for no tiles. Raises `UsageError`, as for an overlap without a tile."""
         if tile is None:
             if overlap is not None:
                 raise UsageError("--overlap is of tiles, and there are none", "Give --tile too.")

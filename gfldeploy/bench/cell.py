@@ -11,6 +11,7 @@ from gfldeploy.batching.buckets import Order, Size, size_in_words
 from gfldeploy.batching.tiles import Tiling
 from gfldeploy.bundle import Bundle
 from gfldeploy.engines.base import DEVICES, PRECISIONS, Device, Precision, with_tf32
+from gfldeploy.text import printable
 
 # After MLPerf Inference. single-stream: one query of one image after the other; multi-stream: one query of several
 # images after the other; offline: all images at once, in the order and batches that are fastest; server: images arrive
@@ -38,7 +39,8 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class BundleIdentity:
-    """A bundle's `name` in its manifest, the last part of its `directory`, and the SHA-256 of its manifest.
+    """A bundle's `name` in its manifest, the last part of its `directory`, as it is shown, and the SHA-256 of its
+    manifest.
 
     Results are published: where the bundle lies on the machine that measured it is not part of it.
     """
@@ -50,7 +52,7 @@ class BundleIdentity:
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
         """The identity of an opened bundle."""
-        return cls(bundle.name, bundle.directory.resolve().name, bundle.digest)
+        return cls(bundle.name, printable(bundle.directory.resolve().name, keep=""), bundle.digest)
 
 
 @dataclass(frozen=True, kw_only=True)

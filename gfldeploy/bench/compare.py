@@ -162,10 +162,11 @@ def compare(
     count = sum(len(_figures(one.cell)) for one, _ in measured)
     pairs = tuple(_pair(one, other, same_images, count, bundles is not None) for one, other in measured)
     if not pairs:
+        both_sides, alike = ("files", "bundles of the same name") if bundles is None else ("bundles", "both")
         raise DataError(
-            f"no cell is measured in both files: {_extent(a_cells)} in the first, {_extent(b_cells)} in the second",
-            "Measure the same engines, precisions, input sizes, batch sizes, threads and scenarios of bundles of the "
-            "same name.",
+            f"no cell is measured in both {both_sides}: {_extent(a_cells)} in the first, {_extent(b_cells)} in the "
+            "second",
+            f"Measure the same engines, precisions, input sizes, batch sizes, threads and scenarios of {alike}.",
         )
     return Comparison(
         identical=a == b,
@@ -350,7 +351,8 @@ def _notes(a: BenchResults, b: BenchResults) -> Iterator[Difference]:
 
 def _differences(*values: tuple[str, str | float | None, str | float | None]) -> Iterator[Difference]:
     for what, *sides in values:
-        a, b = (f"{side:g}" if isinstance(side, int | float) else side for side in sides)
+        # Whole: of a seed such as 20261126 six digits are not all.
+        a, b = (f"{side:g}" if isinstance(side, float) else None if side is None else str(side) for side in sides)
         if a != b:
             yield Difference(what, a, b)
 
@@ -360,5 +362,6 @@ def _extent(cells: dict[Cell, Row]) -> str:
     measured = [row.cell for row in cells.values() if row.ok]
     if not measured:
         return "none"
-    models = ", ".join(sorted({f"{cell.engine} {cell.precision} of {cell.bundle.name}" for cell in measured}))
+    named = {(f"{cell.engine} {cell.precision}", cell.bundle.name) for cell in measured}
+    models = ", ".join(f"{setup} of {name}" if name else setup for setup, name in sorted(named))
     return f"{len(measured)} cell{'s' if len(measured) > 1 else ''} ({models})"

@@ -24,6 +24,7 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         """Keep the files in `directory`, which exists."""
         self._directory = directory
+        self._kept: set[Path] = set()
 
     def find(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
         """The answer to this question, if there is one. A damaged file is none."""
@@ -43,6 +44,11 @@ class Journal:
     def keep(self, question: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         """Write the answer, in one step. Raises `OutputError`."""
         write_json(self._path(question), {"question": question, "answer": answer})
+        self._kept.add(self._path(question))
+
+    def kept_now(self, question: Mapping[str, Any]) -> bool:
+        """Whether the answer is this run's own, rather than of one before it."""
+        return self._path(question) in self._kept
 
     def _path(self, question: Mapping[str, Any]) -> Path:
         return self._directory / f"{hashlib.sha256(_canonical(question).encode()).hexdigest()}.json"

@@ -51,7 +51,7 @@ class StageTimes:
     def transfer_share(self) -> float:
         """Both copies, of their time and that of the network."""
         copies = self.input_copy_ms + self.output_copy_ms
-        return copies / (copies + self.inference_ms)
+        return copies / (copies + self.inference_ms) if copies else 0.0
 
 
 def stage_times(row: Row) -> StageTimes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from gfldeploy.machine import Machine
 from gfldeploy.serialization import FileFormat, Versioned, part
 
 Status = Literal["ok", "failed", "skipped"]
+_SHAPE = re.compile(r"[1-9]\d{0,8}(x[1-9]\d{0,8}){3}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Monitored:
     gpu_most_power_w: float | None = None
     throttled: tuple[str, ...] = ()
     overhead_percent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(self.cpu_percent):
+            raise ValueError("cpu_percent must have a value of at least one CPU in each sample")
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,12 @@ class Run:
     serving: Serving | None = None
     parity: Parity | None = None
     not_compared: str | None = None
+
+    def __post_init__(self) -> None:
+        if not all(_SHAPE.fullmatch(shape) and count > 0 for shape, count in self.shapes.items()):
+            raise ValueError("shapes must be such as 1x3x800x1216, each of at least one batch")
+        if self.stages is not None and not self.shapes:
+            raise ValueError("shapes must be those of the batches whose stages were timed")
 
 
 @dataclass(frozen=True)

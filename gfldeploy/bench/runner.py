@@ -29,6 +29,7 @@ from gfldeploy.files import sha256
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import build, plain
+from gfldeploy.text import printable
 
 _WORKER = "gfldeploy.bench.worker"
 _NO_BUNDLE = BundleIdentity("", "", "")
@@ -101,9 +102,10 @@ class _Step:
 class Runner:
     """Measures cells of the `bundles`, by the directories of these.
 
-    Every answer of a process goes to the `journal`, failures included, and what is there is not measured again.
-    `limits`: of a process. `engine_cache`: where engines keep what they compiled. `about`: what else answers depend on,
-    the machine and its software. `worker`: the worker's module or command line.
+    Every answer of a process goes to the `journal`, and what is there is not measured again: failures by this run, for
+    another may have followed their remedy. `limits`: of a process. `engine_cache`: where engines keep what they
+    compiled. `about`: what else answers depend on, the machine and its software. `worker`: the worker's module or
+    command line.
     """
 
     bundles: Mapping[BundleIdentity, Path]
@@ -125,10 +127,10 @@ class Runner:
     ) -> tuple[CellResult, ...]:
         """Measure every cell; the results are in the cells' order.
 
-        Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again. One that
-        differs from the CPU, where that is compared, has failed before anything is timed. Then the mAP is measured,
-        once for each bundle, engine and precision of which a cell did not fail, and with `peak` what each engine and
-        precision reaches at best.
+        Each of `settings.rounds` rounds runs every cell once, in order; a cell that failed is not tried again, but by
+        another run that resumes. One that differs from the CPU, where that is compared, has failed before anything is
+        timed. Then the mAP is measured, once for each bundle, engine and precision of which a cell did not fail, and
+        with `peak` what each engine and precision reaches at best.
 
         A process that crashes, exits with an error, answers nonsense, or goes beyond the limits becomes a result with
         its reason, and the others are run. Whatever ends this function, KeyboardInterrupt included, kills the process
@@ -147,7 +149,7 @@ class Runner:
 
         for step in steps:
             with suppress(DataError):  # an answer that cannot be read is none
-                if (kept := self.journal.find(self._question(step, settings))) is not None:
+                if (kept := self._known(self._question(step, settings))) is not None:
                     answers[step] = _read(step.kind, kept)
         pending = [step for step in steps if step not in answers and is_useful(step)]
         start = time.monotonic()
@@ -160,6 +162,11 @@ class Runner:
                 self.journal.keep(self._question(step, settings), answer)
                 answers[step] = _read(step.kind, answer)
         return tuple(self._result(cell, some, answers) for cell, some in needs.items())
+
+    def _known(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the journal answers, but for the failures of an earlier run."""
+        answer = self.journal.find(question)
+        return answer if answer is None or "reason" not in answer or self.journal.kept_now(question) else None
 
     def _question(self, step: _Step, settings: Settings) -> dict[str, Any]:
         description = self.data.description
@@ -216,7 +223,7 @@ class Runner:
             alike = replace(alike, scenario=STREAMS[cell.batch_size > 1], rate=None, policy=None)
         step = _Step("reference", alike)
         question = self._question(step, _UNTIMED)
-        file, answer = self.journal.file(question), self.journal.find(question)
+        file, answer = self.journal.file(question), self._known(question)
         if answer is None or ("reason" not in answer and not file.exists()):
             progress.stage(str(step))
             answer = self._ask(replace(self._task(step, _UNTIMED), reference=file))
@@ -305,7 +312,7 @@ def _read(kind: _Kind, answer: Mapping[str, Any]) -> _Answer | EngineError:
     """What a worker answered. Raises `DataError` for nonsense."""
     if "reason" in answer:
         remedy = answer.get("remedy")
-        return EngineError(str(answer["reason"]), None if remedy is None else str(remedy))
+        return EngineError(printable(str(answer["reason"])), None if remedy is None else printable(str(remedy)))
     return build(_TYPES[kind], answer.get(kind), kind)
 
 

@@ -11,7 +11,7 @@ import psutil
 
 from gfldeploy.batching.buckets import Size
 from gfldeploy.batching.tiles import Tiling
-from gfldeploy.bench.cell import POLICIES, STREAMS, Scenario, ServerPolicy
+from gfldeploy.bench.cell import POLICIES, STREAMS, BundleIdentity, Scenario, ServerPolicy
 from gfldeploy.bench.journal import journal_beside
 from gfldeploy.bench.matrix import Plan, plan
 from gfldeploy.bench.report.page import write_report
@@ -44,6 +44,8 @@ _MEMORY_SHARE = 0.9
 _STARTUP_S = 4.0
 # A worker also times whole batches, stage by stage, for `min_seconds`.
 _TIMED_PARTS = 2
+# Said where a scenario or a policy has no cell.
+_TAKEN = "single-stream and no-batching take batches of 1, multi-stream and the other policies larger ones"
 
 
 def benchmark(
@@ -132,7 +134,7 @@ def benchmark(
         A result for each cell; one that failed or was skipped has its reason.
 
     Raises:
-        UsageError: The options contradict each other.
+        UsageError: The options contradict each other, or results could not tell two bundles apart.
         BundleError: A bundle is damaged.
         DataError: Annotations or an image cannot be read, or mAP cannot be measured against them.
         UnsupportedError: There is no such engine, or nothing that TF32 is for.
@@ -164,6 +166,7 @@ def benchmark(
         monitor_hz=monitor_hz,
     )
     opened = open_bundles(bundles)
+    _check_told_apart(opened)
     measured_on = Data.load(
         Path(data),
         None if images is None else Path(images),
@@ -189,6 +192,10 @@ def benchmark(
         tiling,
     )
     _tell(planned, settings, measured_on, progress)
+    every = [*planned.cells, *(one.cell for one in planned.skipped)]
+    asked = (*(scenarios if tuple(scenarios) != STREAMS else ()), *(policies if "server" in scenarios else ()))
+    if every and (without := {*asked} - {one.scenario for one in every} - {one.policy for one in every}):
+        progress.note(f"nothing is measured of {', '.join(one for one in asked if one in without)}: {_TAKEN}")
     if not planned.cells:
         raise nothing_to_run(planned)
     machine = describe_machine()
@@ -229,6 +236,17 @@ def open_bundles(paths: StrPath | Sequence[StrPath]) -> list[Bundle]:
     return [Bundle.open(path if path.name not in ("", "..") else resolved) for resolved, path in unique.items()]
 
 
+def _check_told_apart(bundles: Sequence[Bundle]) -> None:
+    """Refuse now what `compare`, and who reads the results, could not tell apart."""
+    known: dict[tuple[str, str], Bundle] = {}
+    for one in bundles:
+        name = BundleIdentity.of(one).directory
+        other = known.setdefault((name, one.manifest.precision), one)
+        if other is not one:
+            problem = f"{other.directory} and {one.directory} would both be {name} in the results"
+            raise UsageError(problem, "Give their directories different names, or measure one after the other.")
+
+
 def limits(cell_timeout: float, memory_limit: float | None = None) -> Limits:
     """What a process may take; by default most of the memory that is free now."""
     return Limits(cell_timeout, memory_limit or psutil.virtual_memory().available / 1e6 * _MEMORY_SHARE)
@@ -237,10 +255,7 @@ def limits(cell_timeout: float, memory_limit: float | None = None) -> Limits:
 def nothing_to_run(planned: Plan) -> EngineError:
     """Why a plan has no cells."""
     if not planned.skipped:
-        return EngineError(
-            "nothing to run: the scenarios do not go with the batch sizes",
-            "single-stream and no-batching take batches of 1, multi-stream and the other policies larger ones.",
-        )
+        return EngineError("nothing to run: the scenarios do not go with the batch sizes", f"{_TAKEN}.")
     first = planned.skipped[0]
     problem = f"nothing to run: {first.cell.setup()} on {first.cell.device}: {first.reason}"
     return EngineError(problem, _sentence(first.remedy))

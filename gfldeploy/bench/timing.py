@@ -28,6 +28,9 @@ from gfldeploy.nms import postprocess
 T = TypeVar("T")
 # How many windows the samples are cut into, the latest of which must agree.
 _WINDOWS = 5
+# Of its last piece of work, so long a stream waits for others that are about to end, before it does one that no longer
+# counts: the others' last pieces run by themselves for no longer than that.
+_ABOUT_TO_END = 0.1
 
 
 # Figures of less than this, over all rounds, are good for a first look alone.
@@ -42,7 +45,8 @@ class Settings:
     each shape at least.
 
     A round is not over before `min_seconds` have passed and `min_count` inferences are done; then it is as soon as the
-    samples are stable (`is_stable`), and in any case once `max_seconds` have passed.
+    samples are stable (`is_stable`), and in any case once `max_seconds` have passed. With a `min_count` of 0 the
+    network alone runs once in each stream: what goes by the time from file to boxes needs no more.
 
     `seed`: of the arrival times. `latency_bound_ms`: from arrival to answer, in the server scenario; None without it.
     `monitor_hz`: hardware samples per second, 0 for none.
@@ -66,8 +70,8 @@ class Settings:
             raise ValueError("rounds must be at least 1, warmup, monitor_hz and tail_count not negative")
         if self.latency_bound_ms is not None and self.latency_bound_ms <= 0:
             raise ValueError("latency_bound_ms must be positive")
-        if self.min_count < 1 or self.min_seconds < 0 or self.max_seconds < self.min_seconds:
-            raise ValueError("min_count must be at least 1, min_seconds not negative, max_seconds not less than that")
+        if self.min_count < 0 or self.min_seconds < 0 or self.max_seconds < self.min_seconds:
+            raise ValueError("min_count and min_seconds must not be negative, max_seconds not less than min_seconds")
 
     @property
     def quick(self) -> bool:
@@ -167,12 +171,16 @@ def measure(
         raise ValueError(f"all batches must have the same size, and there must be one; sizes: {sorted(sizes)}")
     (batch_size,) = sizes
     queries = [(batch,) for batch in batches] if images is None else [[batches[k] for k in one] for one in images]
+    if not settings.min_count:
+        queries = queries[: engine.options.streams]
     with StreamThreads(engine.options.streams) as streams:
         share = math.ceil(settings.warmup / engine.options.streams)
         warmup_ms = [ms for some in streams.each(lambda: warm_up(engine, batches, share)) for ms in some]
 
-        def is_over(latency_ms: Sequence[float], seconds: float) -> bool:
-            if seconds < settings.min_seconds or len(latency_ms) < settings.min_count:
+        def is_over(latency_ms: Sequence[float], count: int, seconds: float) -> bool:
+            if not settings.min_count:
+                return True
+            if seconds < settings.min_seconds or count < settings.min_count:
                 return False
             return seconds >= settings.max_seconds or is_stable(latency_ms, len(queries))
 
@@ -234,8 +242,8 @@ def time_stages(
     must be warm for their shapes. Raises `DataError` and `EngineError`.
     """
 
-    def is_over(rows: Sequence[BatchTimes], seconds: float) -> bool:
-        return seconds >= settings.min_seconds and (len(rows) >= settings.tail_count or seconds >= settings.max_seconds)
+    def is_over(rows: Sequence[BatchTimes], count: int, seconds: float) -> bool:
+        return seconds >= settings.min_seconds and (count >= settings.tail_count or seconds >= settings.max_seconds)
 
     # Memory that is used again is for one thread, and for GPUs.
     memory = HostMemory(engine) if engine.options.streams == 1 else None
@@ -292,16 +300,17 @@ class StreamThreads(ClosesOnExit):
         return [one.result() for one in [self._pool.submit(begin) for _ in range(self.count)]]
 
     def passes(
-        self, work: Callable[[int], T], period: int, is_over: Callable[[Sequence[T], float], bool]
+        self, work: Callable[[int], T], period: int, is_over: Callable[[Sequence[T], int, float], bool]
     ) -> tuple[list[T], float]:
         """`work(0)` to `work(period - 1)`, again and again, until after a whole pass it is over.
 
-        `is_over` is asked with the results so far and the seconds since the start. Returns the results in the order in
-        which they came, and the seconds from the start to the end of a stream's last one: the mean of the streams. One
-        that finds no more to do goes on, uncounted, until the others end: all that counts ran beside as many others.
+        `is_over` is asked with the results so far, how many there will be if it is, and the seconds since the start.
+        Returns the results in the order in which they came, and the seconds from the start to the end of a stream's
+        last one: the mean of the streams. One that finds no more to do goes on, uncounted, until the others end or are
+        about to: all that counts ran beside as many others.
         """
         results: list[T] = []
-        lock = threading.Lock()
+        lock, ended = threading.Lock(), threading.Event()
         taken, busy, over = 0, self.count, False
         start = time.perf_counter()
 
@@ -309,7 +318,7 @@ class StreamThreads(ClosesOnExit):
             nonlocal taken, over
             with lock:
                 if taken >= period and taken % period == 0:
-                    over = over or is_over(results, seconds)
+                    over = over or is_over(results, taken, seconds)
                 if over:
                     return None
                 taken += 1
@@ -317,11 +326,13 @@ class StreamThreads(ClosesOnExit):
 
         def run() -> float:
             nonlocal over, busy
-            seconds = 0.0
+            seconds = took = 0.0
             try:
                 while (place := take(seconds)) is not None:
+                    begun = time.perf_counter() - start
                     result = work(place)
                     seconds = time.perf_counter() - start
+                    took = seconds - begun
                     with lock:
                         results.append(result)
             except BaseException:
@@ -330,7 +341,9 @@ class StreamThreads(ClosesOnExit):
             finally:
                 with lock:
                     busy -= 1
-            while busy:
+                    if not busy:
+                        ended.set()
+            while not ended.wait(_ABOUT_TO_END * took):
                 work(0)
             return seconds
 

@@ -32,11 +32,16 @@ Group = tuple[Option, ...]
 
 
 class PathType(click.Path):
-    """A path that the system can take: not one that is too long, or has a NUL, which no later check expects."""
+    """A path that the system can take: not one that is empty or too long, has a NUL, or is a link that leads to itself.
+
+    No later check expects these. An empty one, as of a variable that is not set, would be the current folder.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fsdecode(value):
+            self.fail("'' is no path", param, ctx)
         try:
-            os.lstat(value)
+            Path(os.fsdecode(value)).stat()
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 shown = os.fsdecode(value)
@@ -236,8 +241,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: Path | None) 
             raise click.BadParameter(f"{path}: {option} must be a value{' or a list of values' * lists}", ctx, param)
         if isinstance(kind, click.Path) and not all(isinstance(item, str) for item in items):
             raise click.BadParameter(f"{path}: {option} must be a path{' or a list of paths' * lists}", ctx, param)
-        if several:
-            defaults[key] = items
+        # As typed: whole numbers and flags take 2.7 or false for something else without a word.
+        texts = list(map(str, items))
+        defaults[key] = texts if several or isinstance(value, list) else texts[0]
     ctx.default_map = {key: value for key, value in defaults.items() if value is not None}
 
 
@@ -463,7 +469,7 @@ DRAW = group(
         "--draw-threshold",
         type=FiniteFloat(0, 1),
         show_default="that of --threshold",
-        help="Lowest score in pictures.",
+        help="Lowest score in pictures, if a higher one.",
     ),
 )
 

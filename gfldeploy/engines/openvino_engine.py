@@ -133,8 +133,8 @@ class OpenVinoEngine(Engine):
 
     def runtime_model(self, inputs: Tensors) -> Any:
         """OpenVINO's own account of what runs inputs of this shape. Raises `EngineError`."""
-        self.infer(inputs)
-        return self._loaded_for(_shape(inputs)).model.get_runtime_model()
+        with self._explained():
+            return self._loaded_for(_shape(inputs)).model.get_runtime_model()
 
     def convolution_share(self, inputs: Tensors) -> float | None:
         """From OpenVINO's own times, in a model of its own."""

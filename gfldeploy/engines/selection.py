@@ -63,8 +63,8 @@ def select_engine(
     `UnsupportedError` where nothing here can run it, and `EngineError` for more streams than fit.
     """
     precision, device = precision or bundle.manifest.precision, device or "cpu"
-    streams = streams or 1
-    threads = max(usable_threads() // streams, 1) if threads is None else threads
+    streams = 1 if streams is None else streams
+    threads = max(usable_threads() // max(streams, 1), 1) if threads is None else threads
     options = EngineOptions(precision, device, threads, cache_dir, tf32=bool(tf32), streams=streams)
     if engine is not None:
         check_possible(engine, bundle, options)

@@ -81,10 +81,9 @@ class Target:
         """With an address, so that no connection waits for a name server. Raises `ServerError`."""
         try:
             found = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise ServerError(
-                f"{self.host} has no address: {error.strerror or error}", "Check the host in the URL."
-            ) from error
+        except (OSError, UnicodeError) as error:  # the second for a name with two dots in a row
+            reason = getattr(error, "strerror", None) or error
+            raise ServerError(f"{self.host} has no address: {reason}", "Check the host in the URL.") from error
         return Target(self.host, self.port, self.tls, self.path, self.key, str(found[0][4][0]))
 
     def header(self, method: str, path: str, length: int = 0, content_type: str | None = None) -> bytes:

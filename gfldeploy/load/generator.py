@@ -201,7 +201,7 @@ class LoadGenerator:
         else:
             self._drop(connection)
         if isinstance(answer, Reply):
-            self._ended(request, _ending(answer), answer.status)
+            self._ended(request, ending_of(answer), answer.status)
         elif isinstance(answer, ConnectionAbortedError) and connection.uses > 1 and not request.resent:
             # The server closed an idle connection as the request was on its way: what HTTP leaves to the client.
             request.resent, request.connection = True, None
@@ -283,7 +283,7 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
         yield from numbers
 
 
-def _ending(reply: Reply) -> str:
+def ending_of(reply: Reply) -> str:
     """Such as "200", or "429 queue_full" with the code of an error."""
     code = ""
     if reply.status >= 400:

@@ -19,7 +19,7 @@ from gfldeploy.files import StrPath, check_file
 from gfldeploy.images.coco import list_images
 from gfldeploy.images.decode import open_file
 from gfldeploy.load.connection import HttpConnection, MalformedAnswerError, Reply, Target
-from gfldeploy.load.generator import Load, LoadGenerator, Seen
+from gfldeploy.load.generator import Load, LoadGenerator, Seen, ending_of
 from gfldeploy.machine import describe_machine
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import build, check
@@ -171,7 +171,7 @@ class _Described:
 
 
 async def _look(target: Target, detect: str, body: bytes) -> tuple[Target, _Described]:
-    """The server's address and what it says of itself; it must answer an image. Raises `ServerError`."""
+    """The server's address and what it says of itself; it must take an image, if it has time. Raises `ServerError`."""
     target = await target.resolved()
     shown = f"{target.authority}{target.path}"
     reply = await _ask(target, target.header("GET", _MODEL), b"", f"{shown}{_MODEL}")
@@ -185,7 +185,7 @@ async def _look(target: Target, detect: str, body: bytes) -> tuple[Target, _Desc
 
 
 async def _ask(target: Target, header: bytes, body: bytes, shown: str) -> Reply:
-    """What the server answers, which must be a 200. Raises `ServerError`."""
+    """What the server answers, which must be a 200, or that it is too busy now. Raises `ServerError`."""
     connection = HttpConnection()
     answer: asyncio.Future[Reply | Exception] = asyncio.get_running_loop().create_future()
     try:
@@ -204,12 +204,13 @@ async def _ask(target: Target, header: bytes, body: bytes, shown: str) -> Reply:
     if isinstance(found, Exception):
         what = "answers no HTTP/1.1" if isinstance(found, MalformedAnswerError) else "closed the connection"
         raise ServerError(f"{shown} {what}", "Check the URL: the port, and http or https.")
-    if found.status != 200:
+    if found.status != 200 and ending_of(found) not in _BUSY:
         raise ServerError(f"{shown} answered {found.status}{_told(found.body)}", _REMEDIES.get(found.status, _REMEDY))
     return found
 
 
 _FIRST_S = 30.0  # that the first answers may take
+_BUSY = ("429 queue_full", "503 deadline")  # others send to it too, say
 _REMEDY = "Give the URL of a running `gfldeploy serve` that is ready."
 _REMEDIES = {
     401: "Give the file with its key: --api-key-file.",
@@ -232,6 +233,8 @@ async def _send(target: Target, detect: str, bodies: Sequence[bytes], load: Load
 
 
 def _result(cell: Cell, server: _Described, seen: Seen, started: str) -> CellResult:
+    if not seen.requests:
+        return CellResult(cell, "failed", "no request was due in so short a time", "Send for longer: --duration.")
     if not seen.latency_ms:
         endings = ", ".join(f"{count} x {ending}" for ending, count in seen.traffic.endings.items())
         reason = f"none of {seen.requests} requests was answered: {endings}"

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gfldeploy.detection_options import Shown
 from gfldeploy.engines.base import ClosesOnExit
-from gfldeploy.errors import OutputError
-from gfldeploy.files import writing
+from gfldeploy.errors import OutputError, UsageError
+from gfldeploy.files import check_native_write, writing
 from gfldeploy.images.decode import load_cv2, read_image
 from gfldeploy.images.native_stderr import heard
 from gfldeploy.predict.fonts import missing_glyphs, runs
@@ -87,6 +88,23 @@ def colour(category: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def drawn_from(draw: bool, threshold: float | None, shown: Shown) -> float | None:
+    """The lowest score that is drawn, None for no pictures; `threshold`: as somebody asks for it.
+
+    Raises `UsageError` for one below what is `shown`: nothing else is drawn.
+    """
+    if threshold is None:
+        return shown.least if draw else None
+    if not draw:
+        raise UsageError("--draw-threshold is of pictures, and there are none", "Add --draw, or leave it out.")
+    if not shown.least <= threshold <= 1:
+        raise UsageError(
+            f"draw_threshold is {threshold:g}, and what is shown scores from {shown.least:g} to 1",
+            "Give one of these scores, or a lower threshold, too.",
+        )
+    return threshold
+
+
 def drawing_notes(classes: Sequence[str], videos: bool) -> list[str]:
     """Sentences about what pictures, and videos if there are any, cannot show."""
     notes = []
@@ -143,6 +161,7 @@ class LiveVideo(ClosesOnExit):
             self._write()
             self._writer.write(self._waiting[-1][1])
             self._writer.release()
+            check_native_write(self._partial)
             rename(self._partial, self._target)
         self._writer = None
         self._waiting = []
@@ -246,4 +265,5 @@ def _draw_video(path: Source, lines: Iterable[tuple[int, Record]], directory: Pa
             drawn = draw_boxes(frame.read(), record["detections"], threshold)
             writer.write(cv2.cvtColor(_fitted(drawn, size), cv2.COLOR_RGB2BGR))
             yield number
+    check_native_write(partial)
     rename(partial, target)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from gfldeploy.files import (
     writing,
 )
 from gfldeploy.images.coco import CocoId
+from gfldeploy.predict.draw import drawn_from
 from gfldeploy.predict.outputs import NOTE, PredictResults, write_outputs
 from gfldeploy.predict.pipeline import Found, in_order
 from gfldeploy.predict.resume import Records, differences, read_header
@@ -107,7 +108,7 @@ class _Part:
 
 
 def merge_parts(
-    parts: StrPath | Sequence[StrPath],
+    parts: StrPath | Iterable[StrPath],
     *,
     output: StrPath,
     draw: bool = False,
@@ -124,7 +125,7 @@ def merge_parts(
         parts: The folders of all parts, in any order, paths or addresses of filesystems.
         output: The folder to write, as that of `predict_images`.
         draw: Draw the boxes, too: the images have to be where they were.
-        draw_threshold: The lowest score in pictures, if another than in `detections.jsonl`.
+        draw_threshold: The lowest score in pictures, if a higher one than in `detections.jsonl`.
         force: Replace the output if gfldeploy made it.
         progress: Told of notes, and of the images that are done.
 
@@ -132,11 +133,14 @@ def merge_parts(
         How many images there were, how many could not be read, and why.
 
     Raises:
+        UsageError: Pictures cannot have this threshold.
         DataError: A part is missing, is there twice, is of another run, or is damaged; or no image could be read.
         ServerError: A store of parts at addresses, or of the output, does not answer, or lets nobody in.
         OutputError: The output cannot be written, or something is in the way.
     """
     given = [source_of(one) for one in ([parts] if isinstance(parts, str | os.PathLike) else parts)]
+    if not given:
+        raise DataError("there are no parts to merge", _REMEDY)
     target = source_of(output)
     check_apart(target, given)
     check_target(target, "predict", force=force)
@@ -164,9 +168,7 @@ def _merge(
     several = question["processor"] if isinstance(question["processor"], list) else list(gpus)
     if len(several) > 1:
         progress.note(f"the parts ran on several processors, which may round differently: {'; '.join(several):.300}")
-    if draw:
-        lowest = detection.shown(note["classes"]).least
-        question["draw_threshold"] = lowest if draw_threshold is None else draw_threshold
+    question["draw_threshold"] = drawn_from(draw, draw_threshold, detection.shown(note["classes"]))
     for one in found:
         if sha256(one.folder / RECORDS) != one.note["records"]:
             raise one.damaged(f"{RECORDS} is not as it was written")

@@ -47,6 +47,8 @@ _MOST_DECODERS = 8
 # Batches that are prepared, or in NMS, beside those in the network. On a CPU one would do if the threads never waited
 # for each other, as for Python's lock; what a GPU leaves to the CPU may take longer than the network.
 PREPARED: Mapping[Device, int] = {"cpu": 2, "gpu": 3}
+_sharing = threading.Lock()
+_before: list[int] = []  # OpenCV's threads before the first that shares the CPU, once for each that does
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,17 @@ def detect_batches(
             yield [
                 Found(
                     *(index, picture.name, picture.size, None if isinstance(one, DataError) else one),
-                    *(one if isinstance(one, DataError) else None, picture.frame, picture.time_s),
+                    *(_of(picture, one) if isinstance(one, DataError) else None, picture.frame, picture.time_s),
                 )
                 for (index, picture), one in zip(job.group, each, strict=True)
             ]
+
+
+def _of(picture: Picture, error: DataError) -> DataError:
+    """The error with the name of the picture's file, which errors of its size alone do not know."""
+    if isinstance(picture.source, bytes) or picture.name in error.problem:
+        return error
+    return DataError(f"{picture.name}: {error.problem}", error.remedy)
 
 
 def _together(
@@ -329,16 +338,21 @@ def in_order(groups: Iterable[Iterable[tuple[int, T]]]) -> Iterator[T]:
 def _cpu_shared(options: EngineOptions) -> Iterator[int]:
     """How many threads decode, while OpenCV has no threads of its own. The CPU is split in this place alone.
 
-    An engine on the CPU keeps it, and one decoding thread keeps up with it. A GPU leaves the CPU to decoding.
+    An engine on the CPU keeps it, and one decoding thread keeps up with it. A GPU leaves the CPU to decoding. Several
+    may be in such blocks at once, which need not end in order: OpenCV has its threads again after the last.
     """
     import cv2
 
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
+    with _sharing:
+        _before.append(_before[0] if _before else cv2.getNumThreads())
+        cv2.setNumThreads(1)
     try:
         yield 1 if options.device == "cpu" else min(options.threads, _MOST_DECODERS)
     finally:
-        cv2.setNumThreads(before)
+        with _sharing:
+            before = _before.pop()
+            if not _before:
+                cv2.setNumThreads(before)
 
 
 def _filled(

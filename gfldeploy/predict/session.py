@@ -35,7 +35,7 @@ from gfldeploy.files import (
 )
 from gfldeploy.images.coco import CocoDataset, CocoId
 from gfldeploy.machine import describe_machine
-from gfldeploy.predict.draw import draw_all, drawing_notes
+from gfldeploy.predict.draw import draw_all, drawing_notes, drawn_from
 from gfldeploy.predict.engine_selection import Choice, choose, in_batches
 from gfldeploy.predict.live import RECONNECTS, is_live, shown_address
 from gfldeploy.predict.outputs import (
@@ -171,7 +171,7 @@ def part_of(shards: int, number: int, parts: int) -> range:
 
 def predict_images(
     source: StrPath,
-    inputs: StrPath | Sequence[StrPath] = (),
+    inputs: StrPath | Iterable[StrPath] = (),
     *,
     output: StrPath,
     input_list: StrPath | None = None,
@@ -233,7 +233,7 @@ def predict_images(
         nms_threshold: NMS drops a box whose IoU with a better one of its class is above this.
         keep_top_k: The most detections of an image, the best ones.
         class_agnostic: NMS drops a box for a better one of any class; by default of its own.
-        draw_threshold: The lowest score in pictures, if another.
+        draw_threshold: The lowest score in pictures, if a higher one than in `detections.jsonl`.
         decode: "fast" decodes JPEGs at 1/2, 1/4 or 1/8 where they are that much larger than the network's input.
         engine: The engine that runs the bundle.
         precision: The precision in which it runs.
@@ -294,7 +294,7 @@ def predict_images(
         raise UsageError("tiles are cut out of all the pixels of an image", "Leave --decode fast out, or --tile.")
     # Before OpenCV is loaded: what its video library has to say comes as an error of ours.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    named = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    named = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     live = next((text for one in named if is_live(text := os.fspath(one))), None)
     if live is None and (duration, reconnects) != (None, None):
         raise UsageError("a duration and reconnects are of a live source", "Give a camera or a stream as INPUT.")
@@ -335,6 +335,8 @@ def predict_images(
         input_size=input_size,
         detection=detection,
     )
+    names = choice.bundle.manifest.classes
+    drawn = drawn_from(draw, draw_threshold, choice.detection.shown(names))
     annotations = None if data is None else Path(data)
     read: list[Source] = [Path(source), *given, *(path for path in (annotations, listed) if path is not None)]
     check_apart(folder, read, choice.bundle.directory)
@@ -344,7 +346,6 @@ def predict_images(
 
         cluster = ClusterOptions.of(ray, workers, gpus_per_worker, choice.options)
     dataset, files, notes = (None, (), []) if live else _inputs(given, listed, annotations, folder)
-    names = choice.bundle.manifest.classes
     if dataset is not None:
         notes += [*dataset.notes, *dataset.match(names).notes]
     if draw:
@@ -354,11 +355,8 @@ def predict_images(
     for note in (*choice.notes, *notes):
         progress.note(note)
     progress.stage(str(choice))
-    drawn = choice.detection.shown(names).least if draw_threshold is None else draw_threshold
     cut = None if tiling is None else InTiles(tiling, choice.batch_size)
-    request = _Request(
-        choice, files, folder, dataset, drawn if draw else None, decode == "fast", force, shard, cluster, cut
-    )
+    request = _Request(choice, files, folder, dataset, drawn, decode == "fast", force, shard, cluster, cut)
     if live is None:
         return _predict(request, progress)
     from gfldeploy.predict.recording import LiveRequest, record_live

@@ -124,7 +124,12 @@ def picture_of(image: Image, color: ColorOrder = "rgb") -> Picture:
             raise ValueError(
                 f"an image must be {color.upper()}, uint8 [h, w, 3], not {image.dtype} {list(image.shape)}"
             )
-        pixels = np.ascontiguousarray(image[..., ::-1] if color == "bgr" else image)
+        # A copy in any case: whoever gives it may use the same memory for the next one, as cameras do.
+        if color == "bgr":  # NumPy would take ten times as long
+            cv2 = load_cv2()
+            pixels = np.asarray(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_BGR2RGB), np.uint8)
+        else:
+            pixels = np.array(image, order="C")
         return Picture("array", pixels, (image.shape[0], image.shape[1]))
     if not isinstance(image, bytes | str | os.PathLike | Url):
         return _pil_picture(image)
@@ -162,7 +167,7 @@ def is_one_image(images: object) -> bool:
     """Whether it is one image, not several."""
     if isinstance(images, str | bytes | os.PathLike | Url):
         return True
-    return images.ndim == 3 if isinstance(images, np.ndarray) else hasattr(images, "convert")
+    return images.ndim in (2, 3) if isinstance(images, np.ndarray) else hasattr(images, "convert")
 
 
 def pictures(

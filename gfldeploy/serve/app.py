@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gfldeploy.errors import GfldeployError
+from gfldeploy.errors import GfldeployError, RejectedError
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serialization import plain
 from gfldeploy.serve.access_log import AccessLog, Exchanges
@@ -80,7 +80,7 @@ def create_app(
         request.state.images = len(asked.images)
         with current.use() as service:
             left_ms = max(_left_ms(request.scope, asked.timeout_ms), _LATE_MS)
-            found = await _unless_gone(request, asked.images, left_ms, service)
+            found = await _unless_gone(request, asked.images, left_ms, service, asked.threshold)
         if len(found) == 1 and isinstance(found[0], BaseException):
             raise found[0]
         detection, most = service.choice.detection, service.choice.manifest.nms.keep_top_k
@@ -98,7 +98,7 @@ def create_app(
         request.state.images = 1
         with current.use() as service:
             left_ms = max(_left_ms(request.scope, limits.timeout_ms), _LATE_MS)
-            (found,) = await _unless_gone(request, [asked.image], left_ms, service)
+            (found,) = await _unless_gone(request, [asked.image], left_ms, service, asked.threshold)
         if isinstance(found, BaseException):
             raise found
         return json_response(await paddlex_answer(found.detections, asked, service.choice, drawing))
@@ -178,6 +178,10 @@ class _AtOnce:
             response = await endpoint(Request(scope, receive, send))
         except (GfldeployError, HTTPException, ClientDisconnect) as error:
             response = answer_to(scope, problem_of(error))
+        except asyncio.CancelledError:  # the server ends, and waits no longer for the body
+            response = answer_to(
+                scope, problem_of(RejectedError("the server has stopped", "Try again later.", "closed"))
+            )
         await response(scope, receive, send)
 
 
@@ -192,12 +196,15 @@ def _left_ms(scope: Scope, timeout_ms: float) -> float:
 
 
 async def _unless_gone(
-    request: Request, images: Sequence[bytes], timeout_ms: float, service: DetectionService
+    request: Request, images: Sequence[bytes], timeout_ms: float, service: DetectionService, threshold: float | None
 ) -> Sequence[Answer | BaseException]:
     """What was found in each image, or why nothing was. Raises `ClientDisconnect` if the client leaves before.
 
-    The work is withdrawn then, as far as it has not begun.
+    The work is withdrawn then, as far as it has not begun. `threshold`: that of the request.
     """
+    detection, own = service.choice.detection, service.choice.bundle.manifest
+    # Of those that are shown by thresholds of classes, `keep_top_k` leave NMS: which ones depends on the request, too.
+    nms = detection.nms(own.nms, own.classes, threshold) if detection.class_thresholds else None
     task, gone = asyncio.current_task(), False
     assert task is not None
 
@@ -219,10 +226,10 @@ async def _unless_gone(
     try:
         if len(images) == 1:  # needs no task of its own
             try:
-                return [await service.detect(images[0], timeout_ms)]
+                return [await service.detect(images[0], timeout_ms, nms)]
             except Exception as error:  # noqa: BLE001 - the answer to this image
                 return [error]
-        jobs = (service.detect(content, timeout_ms) for content in images)
+        jobs = (service.detect(content, timeout_ms, nms) for content in images)
         return await asyncio.gather(*jobs, return_exceptions=True)
     except asyncio.CancelledError:
         if not gone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ MOST_HEADER_BYTES = 1 << 16
 _MOST_CONNECTIONS, _OTHER_FILES = 4096, 128
 _SENDING_S = 30.0
 _TELLS = hasattr(AutoHTTPProtocol, "on_headers_complete")  # httptools tells what a byte belongs to
+_UPGRADE = re.compile(rb"(?<=\n)upgrade(?=:)", re.IGNORECASE)
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of two classes, whichever is installed
@@ -62,7 +64,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Begin to wait for a header with its first byte."""
         if self.idle or _TELLS:
             self._header_bytes += len(data)
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if self.idle else data)
         if not self.idle:
             self._forget_timer()
             state = self.scope["state"]
@@ -71,12 +73,13 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         unending = _TELLS or (self.idle and not (self.cycle and self.cycle.more_body))
         if self._header_bytes > MOST_HEADER_BYTES and unending:
             self.transport.close()
-        elif self.idle and self._timer is None:
+        elif self.idle and self._timer is None and self.timeout_keep_alive_task is None:
             self._await_header()
 
     def on_headers_complete(self) -> None:
         """Of httptools: a header has ended."""
         self._header_bytes = 0
+        self._unset_keepalive_if_required()
         super().on_headers_complete()
         if Connection.to_shed > 0 and self.cycle is not None:
             Connection.to_shed -= 1
@@ -86,6 +89,13 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Of httptools: a piece of a body."""
         self._header_bytes = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Of httptools: a body has ended. After one that was refused unread, no header is awaited but the next one."""
+        super().on_message_complete()
+        if self.idle:
+            self._forget_timer()
+            self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE_S, self.timeout_keep_alive_handler)
 
     @property
     def idle(self) -> bool:
@@ -106,6 +116,16 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         self._timer = None
         if self.idle:
             self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """What begins with a header, with another name for its field Upgrade, which nothing here heeds.
+
+    httptools takes all that follows for another protocol, the body too, and Java's clients ask for HTTP/2 in this way.
+    """
+    end = data.find(b"\r\n\r\n")
+    found = _UPGRADE.search(data, 0, len(data) if end < 0 else end)
+    return data if found is None else data[: found.start()] + b"Ignored" + data[found.end() :]
 
 
 def share_files() -> int:

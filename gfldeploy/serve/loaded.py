@@ -35,6 +35,7 @@ from gfldeploy.engines.tensorrt import possible_shapes
 from gfldeploy.errors import DataError, GfldeployError, RejectedError
 from gfldeploy.images.decode import decode_image, load_cv2, read_file, read_image, size_of
 from gfldeploy.images.preprocess import Preprocess
+from gfldeploy.nms import NmsParams
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.predict.pipeline import PREPARED, room
 from gfldeploy.predict.sources import is_video, list_inputs, picture_sizes
@@ -76,13 +77,13 @@ class Answer:
 class _Job:
     """An image file's content, the size (h, w) that its header says, and when it arrived, by `time.perf_counter`.
 
-    `own`: NMS is that of the bundle's config, whatever was turned: what the golden picture expects.
+    `nms`: another one than the detector's, for this image; None for that.
     """
 
     content: bytes
     size: tuple[int, int]
     arrived: float
-    own: bool = False
+    nms: NmsParams | None = None
 
 
 class _Filled(NamedTuple):
@@ -123,7 +124,6 @@ class LoadedDetector(ClosesOnExit):
         self._choice, self._reduced = choice, reduced
         self._ran: Callable[[int, int, int], object] = lambda images, pixels, own_pixels: None  # not of the warm-up
         self._manifest = manifest = choice.manifest
-        self._own_nms = choice.bundle.manifest.nms
         self._preprocess = manifest.preprocess
         self._fixed = manifest.inputs[0].shape[0]
         self.most = self._fixed or choice.batch_size
@@ -167,12 +167,14 @@ class LoadedDetector(ClosesOnExit):
             self._run, Adaptive(model, self.most, at_once), None, most_waiting, at_once
         )
 
-    def submit(self, content: bytes, size: tuple[int, int], timeout_ms: float, own_nms: bool = False) -> Future[Answer]:
+    def submit(
+        self, content: bytes, size: tuple[int, int], timeout_ms: float, nms: NmsParams | None = None
+    ) -> Future[Answer]:
         """Ask for what is in an image file whose header says this size, (h, w).
 
-        `own_nms`: with the NMS of the bundle's config. Raises as `DynamicBatcher.submit`.
+        `nms`: in place of the detector's. Raises as `DynamicBatcher.submit`.
         """
-        job = _Job(content, size, time.perf_counter(), own_nms)
+        job = _Job(content, size, time.perf_counter(), nms)
         self._preprocess.resized_size(*size)  # raises DataError where nothing would be left of it
         return self.batcher.submit(job, self._preprocess.input_size(*size), timeout_ms)
 
@@ -228,8 +230,8 @@ class LoadedDetector(ClosesOnExit):
         scales = [one.scale for one in filled if not isinstance(one, DataError)]
         prepared = time.perf_counter()
         self._signs[thread] = time.monotonic()
-        own_nms = [job.own for job, one in zip(jobs, filled, strict=True) if not isinstance(one, DataError)]
-        found = iter(self._infer(tensor, scales, own_nms) if scales else ())
+        nms = [job.nms for job, one in zip(jobs, filled, strict=True) if not isinstance(one, DataError)]
+        found = iter(self._infer(tensor, scales, nms) if scales else ())
         infer_ms = (time.perf_counter() - prepared) * 1e3
         own = sum(area(self._preprocess.input_size(*job.size)) for job in jobs)
         self._ran(len(jobs), len(jobs) * area(size), own)
@@ -264,9 +266,9 @@ class LoadedDetector(ClosesOnExit):
         return _Filled(scale, (decoded - start) * 1e3, (time.perf_counter() - decoded) * 1e3)
 
     def _infer(
-        self, tensor: NDArray[np.float32], scales: list[tuple[float, float]], own_nms: Sequence[bool]
+        self, tensor: NDArray[np.float32], scales: list[tuple[float, float]], nms: Sequence[NmsParams | None]
     ) -> list[Detections]:
-        """The detections in the first rows of the tensor; `own_nms`: as for `submit`, of each."""
+        """The detections in the first rows of the tensor; `nms`: as for `submit`, of each."""
         count = len(scales)
         tensor = tensor[: self._rows(count)]
         tensor[count:] = 0
@@ -279,9 +281,10 @@ class LoadedDetector(ClosesOnExit):
             self._check(tensor, outputs, count)
         chosen = self._manifest.candidates is not None
         found = detections_of(scores[:count], boxes[:count], scales, self._manifest.nms, chosen)
-        for row in (row for row, own in enumerate(own_nms) if own and self._manifest.nms is not self._own_nms):
-            one = slice(row, row + 1)
-            found[one] = detections_of(scores[one], boxes[one], scales[one], self._own_nms, chosen)
+        for row, other in enumerate(nms):
+            if other not in (None, self._manifest.nms):
+                one = slice(row, row + 1)
+                found[one] = detections_of(scores[one], boxes[one], scales[one], other, chosen)
         return [one.named(self._manifest.classes) for one in found]
 
     def _settle(self, samples: Mapping[Size, Sequence[bytes]], at_once: int, progress: Progress) -> LatencyModel:

@@ -138,7 +138,7 @@ class Canary:
         if self._first is None:
             await check_golden(service)
         try:
-            answer = await service.detect(self._content, seconds * 1e3, own_nms=True)
+            answer = await service.detect(self._content, seconds * 1e3, service.choice.bundle.manifest.nms)
         except RejectedError:
             return
         if self._first is None:

@@ -211,7 +211,8 @@ async def check_golden(service: DetectionService) -> str:
         expected = f"{own} at the bundle's own input size"
         return f"not compared: the detections expected in the golden picture are those of {expected}"
     picture = await asyncio.to_thread((bundle.directory / PICTURE).read_bytes)
-    answer = await service.detect(picture, _GOLDEN_TIMEOUT_MS, own_nms=True)
+    # Its detections are those of the config's own NMS, whatever was turned.
+    answer = await service.detect(picture, _GOLDEN_TIMEOUT_MS, bundle.manifest.nms)
     return agreement(bundle, answer.detections, choice.engine)
 
 

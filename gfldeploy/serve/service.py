@@ -23,6 +23,7 @@ from gfldeploy.engines.base import Device, Precision
 from gfldeploy.errors import BundleError, DataError, EngineError, GfldeployError, RejectedError, Rejection
 from gfldeploy.images.decode import size_of
 from gfldeploy.images.formats import JPEG_START, read_header
+from gfldeploy.nms import NmsParams
 from gfldeploy.predict.engine_selection import Choice
 from gfldeploy.progress import SILENT, Progress
 from gfldeploy.serve.loaded import Answer, AnswerTimes, LoadedDetector
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 _HEADER_BYTES = 1 << 14
 _READERS = 2
 _LOOK_S = 1.0
+_LATE_MS = 1e-3  # what is left to an image whose size took too long to find: it is refused
 _NICER = 10  # steps of Linux' nice values: a tenth of the time, where both want all of it
 DRAINING = "the server is stopping"
 
@@ -163,15 +165,15 @@ class DetectionService:
             choice.detection,
         )
 
-    async def detect(self, content: bytes, timeout_ms: float, own_nms: bool = False) -> Answer:
+    async def detect(self, content: bytes, timeout_ms: float, nms: NmsParams | None = None) -> Answer:
         """What is in the image file with this content, within so many milliseconds from now.
 
-        `own_nms`: with the NMS of the bundle's config, whatever was turned. Cancelling withdraws it unless its batch
-        has begun. Raises `DataError` for the image, `RejectedError`, and `EngineError`.
+        `nms`: in place of the detector's. Cancelling withdraws it unless its batch has begun. Raises `DataError` for
+        the image, `RejectedError`, and `EngineError`.
         """
         self.in_flight += 1
         try:
-            answer = await self._detect(content, timeout_ms, own_nms)
+            answer = await self._detect(content, timeout_ms, nms)
         except RejectedError as error:
             self._watch.rejected(error.reason)
             raise
@@ -214,19 +216,21 @@ class DetectionService:
         self._closed = True
         self._detector.abandon(RejectedError("the server has stopped", "Try again later.", "closed"))
 
-    async def _detect(self, content: bytes, timeout_ms: float, own_nms: bool) -> Answer:
+    async def _detect(self, content: bytes, timeout_ms: float, nms: NmsParams | None) -> Answer:
         self._check_ready()
-        size = _quick_size(content)
+        size, most_pixels = _quick_size(content), self._settings.most_pixels
         if size is None:
-            size = await asyncio.get_running_loop().run_in_executor(self._readers, _slow_size, content)
+            began, loop = time.monotonic(), asyncio.get_running_loop()
+            size = await loop.run_in_executor(self._readers, _slow_size, content, most_pixels)
             self._check_ready()
-        if size[0] * size[1] > self._settings.most_pixels:
+            timeout_ms = max(timeout_ms - (time.monotonic() - began) * 1e3, _LATE_MS)
+        if size[0] * size[1] > most_pixels:
             raise DataError(
-                f"the image has {size[1]} x {size[0]} px, more than {self._settings.most_pixels / 1e6:g} million",
+                f"the image has {size[1]} x {size[0]} px, more than {most_pixels / 1e6:g} million",
                 "Scale it down, or raise --max-megapixels of the server.",
             )
         try:
-            return await _answer_of(self._detector.submit(content, size, timeout_ms, own_nms))
+            return await _answer_of(self._detector.submit(content, size, timeout_ms, nms))
         except DataError:
             raise
         except RejectedError as error:
@@ -377,5 +381,10 @@ def _quick_size(content: bytes) -> tuple[int, int] | None:
     return (header.width, header.height) if header.turned else (header.height, header.width)
 
 
-def _slow_size(content: bytes) -> tuple[int, int]:
+def _slow_size(content: bytes, most_pixels: float) -> tuple[int, int]:
+    """(h, w), for which some formats have to be decoded: not if their header says more than `most_pixels`."""
+    if content:
+        header = read_header(io.BytesIO(content), "the image", whole=False)
+        if header.turned is None and header.height * header.width > most_pixels:
+            return header.height, header.width
     return size_of(io.BytesIO(content))

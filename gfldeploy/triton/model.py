@@ -165,6 +165,9 @@ class DetectorModel(_PythonModel):
 
     def _answers(self, asked: Sequence[_Asked]) -> Sequence[Outputs | Exception]:
         detection, names = self._detector.choice.detection, self._detector.classes
+        if detection.class_thresholds and len({one.threshold for one in asked}) > 1:
+            # Which `keep_top_k` leave NMS then depends on the threshold: no request may turn what another gets.
+            return [self._answers([one])[0] for one in asked]
         every = [detection.shown(names, one.threshold) for one in asked]
         # Thresholds of single classes hold beside whichever of these is lowest; without any it is the detector's own.
         least = None if {one.threshold for one in asked} == {None} else min(shown.least for shown in every)

@@ -2,8 +2,8 @@
 
 Assumed of throughput and latency, and wrong where a machine behaves otherwise:
 
-- Batching multiplies the throughput of a bundle in an engine by `BATCH_GAIN` at most, and each doubling gains no more
-  than the one before, beyond the noise.
+- Batching multiplies the throughput of a bundle in an engine by `BATCH_GAIN` at most, in several streams, which leave
+  no CPU idle anyway, by `STREAMS_BATCH_GAIN`; and each doubling gains no more than the one before, beyond the noise.
 - A larger batch takes longer and more memory: what exceeds a bound there exceeds it for all larger ones.
 - Another number of threads, in as many streams as there are CPUs for, or another order, multiplies it by `TURN_GAIN` at
   most, and the best of them for one batch size of an engine is the best of its neighbours, or next to it, for others.
@@ -26,6 +26,7 @@ from gfldeploy.engines.base import Device, Precision
 from gfldeploy.tune.measured import NOISE, Measured
 
 BATCH_GAIN: Mapping[Device, float] = {"cpu": 2.0, "gpu": 16.0}
+STREAMS_BATCH_GAIN = 1.5
 TURN_GAIN = 1.25
 # Throughputs within this much of the best count as equal; then the lowest latency decides.
 TIE = 0.02
@@ -441,18 +442,18 @@ class Search:
         if not known:
             return inf
         ratios = (self._speed(starts[one]) * max(self._pixels(one) / self._pixels(model), 1.0) for one in known)
-        return min(ratios) * (1 + NOISE) * BATCH_GAIN[starts[model].device]
+        return min(ratios) * (1 + NOISE) * _batch_gain(starts[model])
 
     def _larger_batch(self, model: Model, best: float) -> Cell | None:
         """The next larger batch with the usual threads, None where it cannot reach `best` images a second."""
         cells = self.line(model)
-        if self._speed(cells[0]) * (1 + NOISE) * BATCH_GAIN[cells[0].device] < best:
+        if self._speed(cells[0]) * (1 + NOISE) * _batch_gain(cells[0]) < best:
             return None
         base, flat = 0.0, 0
         for number, cell in enumerate(cells):
             if cell not in self.known:
                 before, last = (self._speed(cells[max(number - back, 0)]) for back in (2, 1))
-                gain = max(last / before * (1 + NOISE), 1.0) if number > 1 else BATCH_GAIN[cell.device]
+                gain = max(last / before * (1 + NOISE), 1.0) if number > 1 else _batch_gain(cell)
                 steps = len(cells) - number if number > 1 else 1
                 return cell if last * (1 + NOISE) * gain**steps >= best else None
             measured = self.known[cell]
@@ -503,6 +504,10 @@ def choose(finished: Mapping[Cell, Measured]) -> tuple[Cell, ...]:
     tied = [cell for cell in tied if cell.input_size is None or replace(cell, input_size=None) not in tied]
     choice = min(tied, key=lambda cell: (finished[cell].median_ms, cell.threads))
     return (choice, *(cell for cell in ranked if cell != choice))
+
+
+def _batch_gain(cell: Cell) -> float:
+    return STREAMS_BATCH_GAIN if cell.streams > 1 else BATCH_GAIN[cell.device]
 
 
 def _around(cells: Sequence[Cell], top: Cell) -> Iterator[Cell]:

@@ -187,7 +187,8 @@ def tune_bundles(
         runner = Runner(
             planned.bundles, measured_on, journal, limits(cell_timeout), Path(engine_cache), {"machine": plain(machine)}
         )
-        look = Settings(min_seconds=look_seconds, min_count=min_count, max_seconds=look_seconds)
+        # From file to boxes, which decides.
+        look = Settings(min_seconds=look_seconds, min_count=0, max_seconds=look_seconds)
         session = _Session(search, known_bundles, engines, runner, look, settings, accuracy, progress)
         for cell, result, file in reuse([Path(path) for path in results], search.cells, now):
             search.known[cell] = session.add(cell, result, file.settings.quick)

@@ -158,6 +158,10 @@ def test_other_software_is_told_of() -> None:
 def test_nothing_in_common() -> None:
     with pytest.raises(DataError, match="no cell is measured in both"):
         compare(results(timed(STEADY)), results(timed(STEADY, batch_size=4)))
+    one = timed(STEADY)
+    other = timed(STEADY, precision="fp32", bundle=replace(OK.cell.bundle, directory="other"))
+    with pytest.raises(DataError, match=r"both bundles: 1 cell \(.* int8\) in .* \(.* fp32\) .*scenarios of both\."):
+        compare(results(one, other), bundles=("tiny_dir", "other"))
 
 
 def run(*arguments: object) -> int:
@@ -191,14 +195,14 @@ def test_a_file_that_was_cut_off_is_one_line(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_servers_are_compared_by_what_they_answered_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def results(in_time: int, bound_ms: float = 50.0) -> BenchResults:
+    def results(in_time: int, bound_ms: float = 50.0, seed: int = 20261126) -> BenchResults:
         samples = Samples((10.0,) * in_time + (60.0,) * (40 - in_time), (), 2, 40, 4.0, True)
         runs = (replace(RUN, samples=samples, serving=Serving(45, 5, (Point(1, (64, 96), 5.0),), 45)),)
         cells = tuple(
             altered(OK, scenario="server", rate=10.0, policy=policy, runs=runs)
             for policy in ("fixed-timeout", "adaptive")
         )
-        settings = replace(sample_results().settings, latency_bound_ms=bound_ms)
+        settings = replace(sample_results().settings, latency_bound_ms=bound_ms, seed=seed)
         return replace(sample_results(), settings=settings, cells=cells)
 
     found = compare(results(30), results(36))
@@ -208,6 +212,8 @@ def test_servers_are_compared_by_what_they_answered_in_time(tmp_path: Path, caps
     ]
     with pytest.raises(DataError, match="latency bound in ms \\(50, 70\\)"):
         compare(results(30), results(30, bound_ms=70.0))
+    with pytest.raises(DataError, match="seed of the arrivals \\(20261126, 20261127\\)"):
+        compare(results(30), results(30, seed=20261127))
     for name, one in (("a", results(30)), ("b", results(36))):
         one.write(tmp_path / f"{name}.json")
     with pytest.raises(SystemExit):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 from sample_results import OK, RUN, altered, sample_results
 
 from gfldeploy.batching.latency import Point
+from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.results import Serving
 from gfldeploy.bench.table import write_csv
 from gfldeploy.bench.timing import Samples
+from gfldeploy.bundle import Bundle
 from gfldeploy.cli.results import show_results
 
 
@@ -21,7 +25,7 @@ def lines(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_line_for_each_cell(tmp_path: Path) -> None:
+def test_a_line_for_each_cell(tiny_bundle: Path, tmp_path: Path) -> None:
     write_csv(sample_results(), tmp_path / "results.csv")
     ok, failed, skipped = lines(tmp_path / "results.csv")
     assert (ok["network_median_ms"], ok["padding"], ok["low_precision_convolutions"]) == ("13.0", "1.25", "52 of 53")
@@ -29,6 +33,9 @@ def test_a_line_for_each_cell(tmp_path: Path) -> None:
     assert float(ok["file_to_boxes_images_per_s"]) == pytest.approx(8 / 0.072) and ok["status"] == "ok"
     assert ok["policy"] == ok["in_time_per_s"] == ok["rejected_percent"] == ok["bound_held"] == ""
     assert ok["answer_median_ms"] == "", "that is of servers"
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / os.fsdecode(b"caf\xe9")))
+    write_csv(replace(sample_results(), cells=(altered(OK, bundle=BundleIdentity.of(bundle)),)), tmp_path / "x.csv")
+    assert lines(tmp_path / "x.csv")[0]["bundle"] == r"caf\udce9", "bytes that are no text of a file"
     assert failed["note"] == "failed: it crashed" and (skipped["batch_size"], skipped["padding"]) == ("2", "")
 
 

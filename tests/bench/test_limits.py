@@ -74,6 +74,7 @@ def row(one: CellResult) -> Row:
         ({"throttled": ("GPU: power cap in 1 of 5 samples",)}, ["it reaches 25%"]),
         ({"gpu_clock_mhz": 1400.0}, ["it reaches 25%"]),
         ({"peak": None}, []),
+        ({"stages": dict.fromkeys(("input_copy_ms", "inference_ms", "output_copy_ms"), 0.0)}, ["it reaches 25%"]),
     ],
 )
 def test_the_limit_is_the_one_that_is_there(more: dict[str, Any], limits: list[str]) -> None:

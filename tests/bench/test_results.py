@@ -92,6 +92,11 @@ def change(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (change("cells.0.cell.rate", 5.0), "the server scenario has a rate and a policy"),
         (change("cells.0.runs.0.serving", SERVING), "what became of the requests"),
         (change("cells.0.runs.0.stages.decode_ms", [1.0]), "one value for each batch"),
+        (change("cells.0.runs.0.shapes", {"large": 1}), r"runs\[0\]: shapes must be such as 1x3x800x1216"),
+        (change("cells.0.runs.0.shapes", {"1x3x64x96": 0}), "each of at least one batch"),
+        (change("cells.0.runs.0.shapes", {}), "shapes must be those of the batches whose stages"),
+        (change("cells.0.runs.0.monitored.cpu_percent", [[], []]), "at least one CPU in each sample"),
+        (change("cells.0.runs.0.samples.wall_s", 1e-320), "wall_s must be a finite number of a sensible size"),
     ],
 )
 def test_refuses(edit: Callable[[dict[str, Any]], object], message: str, results: BenchResults, tmp_path: Path) -> None:

@@ -72,4 +72,6 @@ def test_nothing_is_replaced_unasked(
     page.write_text("mine")
     assert run(tiny_bundle, "--data", tiny_coco, "-o", tmp_path / "analysis.json", *QUICK) == 2
     assert "analysis.html exists already. Choose another" in capfd.readouterr().err
+    assert run(tiny_bundle, "--data", tiny_coco, "-o", tmp_path / "a.json", "--batch-sizes", "1") == 2
+    assert "no batch size to compare with batch 1. Give larger ones" in capfd.readouterr().err
     assert page.read_text() == "mine"

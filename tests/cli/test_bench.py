@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -135,6 +136,14 @@ def test_bad_values_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bundles_that_results_cannot_tell_apart(
+    tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(tiny_bundle, tmp_path / "other" / tiny_bundle.name)
+    assert run(tiny_bundle, other, "--data", tiny_coco, "-o", tmp_path / "r.json") == 2
+    assert f"{tiny_bundle} and {other} would both be {tiny_bundle.name} in the results" in capfd.readouterr().err
+
+
 def test_classes_that_do_not_fit_are_found_before_measuring(
     tiny_bundle: Path, tiny_coco: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +193,9 @@ def test_options_from_a_file(
         ("{", "is not YAML"),
         ("engines: [tensorflow]", "'tensorflow' is not one of"),
         ("rounds: many", "'many' is not a valid integer range"),
+        ("rounds: 2.7", "'2.7' is not a valid integer range"),
+        ("min-seconds: false", "'False' is not a valid float range"),
+        ("accuracy: 2", "'2' is not a valid boolean"),
         ("batch-sizes: [1, 0]", "'0' is not a whole number from 1"),
         ("force: true", "has an unknown option, 'force'"),
         ("data: 5", "data must be a path"),

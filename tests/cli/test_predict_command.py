@@ -259,6 +259,9 @@ def test_results_are_replaced_only_on_request(
     (tmp_path / "other" / "mine.txt").touch()
     assert run(tiny_bundle, images, "-o", tmp_path / "other", "--force") == 2
     assert "gfldeploy did not write" in capfd.readouterr().err
+    (tmp_path / "loop").symlink_to("loop")
+    assert run(tiny_bundle, images, "-o", tmp_path / "loop") == 2
+    assert "loop' is no path: Too many levels of symbolic links" in capfd.readouterr().err
 
 
 def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp_path: Path) -> None:
@@ -273,6 +276,7 @@ def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp
     [
         (("BUNDLE",), "there is nothing to detect in"),
         (("BUNDLE", "IMAGES", "nowhere.jpg"), "there is no nowhere.jpg"),
+        (("BUNDLE", ""), "'' is no path"),
         (("nowhere", "IMAGES"), "there is no nowhere"),
         (("BUNDLE", "IMAGES", "--precision", "int8"), "int8 is not possible"),
         (("BUNDLE", "IMAGES", "--engine", "paddle"), "paddle fp32 on cpu is not possible: the bundle tiny has no"),
@@ -282,6 +286,11 @@ def test_the_output_is_not_among_the_inputs(tiny_bundle: Path, images: Path, tmp
         (("BUNDLE", "BAD"), "none of 1 images can be used: "),
         (("BUNDLE", "IMAGES", "--shard", "3/2"), "'3/2' is not a part such as 1/8"),
         (("BUNDLE", "IMAGES", "--shard", "1/2", "--draw"), "a part has no pictures. Give --draw to `gfldeploy merge`"),
+        (("BUNDLE", "IMAGES", "--draw-threshold", "0.7"), "--draw-threshold is of pictures, and there are none. Add"),
+        (
+            ("BUNDLE", "IMAGES", "--draw", "--draw-threshold", "0.3"),
+            "0.3, and what is shown scores from 0.5 to 1",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import demo_bundles
 import numpy as np
 import pytest
@@ -77,8 +79,20 @@ def test_the_example_needs_nothing_of_gfldeploy(tiny_whole: Path) -> None:
     check_example(tiny_whole, 0.5)
 
 
+def test_the_example_reads_16_bit_grey(tiny_whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    grey = cv2.imread(str(tiny_whole / PICTURE), cv2.IMREAD_GRAYSCALE)
+    assert grey is not None
+    printed = []
+    for pixels in (grey, grey.astype(np.uint16) * 256 + 77):
+        cv2.imwrite(str(tmp_path / "grey.png"), pixels)
+        main(tiny_whole / "onnx/end_to_end.onnx", tmp_path / "grey.png", 0.0)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
+
+
 def test_the_example_says_what_it_needs(tiny_whole: Path) -> None:
-    assert len(EXAMPLE.read_text().splitlines()) < 60
+    assert len(EXAMPLE.read_text().splitlines()) < 65
     for arguments in ((), (tiny_whole / "onnx/model.onnx", tiny_whole / PICTURE)):
         ended = example(*arguments)
         assert (ended.returncode, ended.stdout) == (1, "")

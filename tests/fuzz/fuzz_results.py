@@ -22,12 +22,13 @@ _GOOD = sample_results()
 
 
 def seeds() -> Iterable[bytes]:
-    """With every status and, the second, a server."""
+    """With every status, a server, and a GPU."""
     yield json.dumps(_GOOD.to_dict()).encode()
     served = replace(RUN, serving=Serving(10, 2, (Point(1, (64, 96), 5.0), Point(2, (64, 96), 8.0)), 9))
     cell = altered(OK, scenario="server", rate=30.0, policy="adaptive", runs=(served, served))
     settings = replace(_GOOD.settings, latency_bound_ms=50.0)
     yield json.dumps(replace(_GOOD, cells=(*_GOOD.cells, cell), settings=settings).to_dict()).encode()
+    yield json.dumps(replace(_GOOD, cells=(altered(OK, device="gpu"),)).to_dict()).encode()
 
 
 def one(data: bytes, folder: Path) -> None:

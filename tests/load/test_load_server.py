@@ -221,7 +221,7 @@ def test_loads_that_differ_are_not_compared(images: Path) -> None:
 
 def test_nothing_is_answered(images: Path, tmp_path: Path, run_here: RunHere) -> None:
     async def full(asked: Asked) -> bytes:
-        return error(429, "queue_full") if asked.number else reply()
+        return error(429, "queue_full")
 
     with ScriptedServer(full) as server:
         ended = run_here(
@@ -231,6 +231,9 @@ def test_nothing_is_answered(images: Path, tmp_path: Path, run_here: RunHere) ->
     assert ended.returncode == 2 and "none of" in ended.stderr and "429 queue_full" in ended.stderr
     (cell,) = BenchResults.read(tmp_path / "load.json").cells
     assert cell.status == "failed"
+    with ScriptedServer() as server:
+        (cell,) = brief(server.url, images=images, rates=[1e-3], duration=0.05).cells
+    assert (cell.status, cell.reason) == ("failed", "no request was due in so short a time")
 
 
 @pytest.mark.parametrize(
@@ -263,6 +266,8 @@ def test_a_server_that_cannot_use_the_first_image_or_is_not_there(images: Path) 
             load_server(url, images=images, rates=[10.0])
     with pytest.raises(ServerError, match=r"cannot be reached: .* Start the server, or check the URL"):
         load_server(url, images=images, rates=[10.0])
+    with pytest.raises(ServerError, match=r"a\.\.b has no address: .* Check the host in the URL"):
+        load_server("http://a..b", images=images, rates=[10.0])
 
 
 def test_the_key_is_sent_and_not_written(images: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from gfldeploy.errors import OutputError
 from gfldeploy.predict import fonts
 from gfldeploy.predict.draw import colour, draw_all, draw_boxes, drawing_notes
 
@@ -113,21 +114,44 @@ def test_what_no_font_has_is_drawn_as_its_code(folder_of_fonts: Path) -> None:
     assert (one != other).any(), "names that differ look different"
 
 
-@pytest.mark.parametrize("name", ["café", pytest.param("caf\udce9", marks=pytest.mark.posix)])  # which is not UTF-8
-def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(name: str, tmp_path: Path) -> None:
-    video = tmp_path / "a.mp4"
+def write_records(folder: Path, name: str) -> tuple[Path, Path]:
+    """The records of a video of three frames, which is beside them, and a folder for what is drawn."""
+    video = folder / "a.mp4"
     writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"mp4v"), 10, (80, 48))
     for _ in range(3):
         writer.write(np.full((48, 80, 3), 200, np.uint8))
     writer.release()
-    video = video.rename(tmp_path / f"{name}.mp4")
+    video = video.rename(folder / f"{name}.mp4")
     size = {"width": 80, "height": 48, "detections": [box(4, 20, 30, 9)]}
     lines: list[dict[str, object]] = [{"file": str(video), "frame": number, "time_s": 0, **size} for number in range(3)]
     lines += [{"file": str(video), "error": f"{video} ends early"}]
-    records = tmp_path / "records.jsonl"
+    records, out = folder / "records.jsonl", folder / "out"
     records.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = tmp_path / "out"
     out.mkdir()
+    return records, out
+
+
+@pytest.mark.posix
+def test_a_video_that_the_disk_did_not_take_is_none(tmp_path: Path) -> None:
+    import resource
+
+    records, out = write_records(tmp_path, "clip")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"File too large\. Raise the limit"):
+            list(draw_all(records, out, 0.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(draw_all(records, out, 0.0)) == [1, 2, 3, 4]
+    capture = cv2.VideoCapture(str(out / "000001-clip.mp4"))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    capture.release()
+
+
+@pytest.mark.parametrize("name", ["café", pytest.param("caf\udce9", marks=pytest.mark.posix)])  # which is not UTF-8
+def test_a_drawn_video_plays_in_browsers_and_takes_frames_of_any_size(name: str, tmp_path: Path) -> None:
+    records, out = write_records(tmp_path, name)
     assert list(draw_all(records, out, 0.0)) == [1, 2, 3, 4]
     (drawn,) = out.iterdir()
     assert drawn.name == f"000001-{name}.mp4"

@@ -242,6 +242,8 @@ def test_what_cannot_be_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
         choose(tiny_bundle, precision="fp16")
     with pytest.raises(BundleError, match=r"there is no .*nowhere"):
         choose(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="streams must be at least 1, not 0"):
+        choose(tiny_bundle, streams=0)
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match="neither a bundle nor a deploy file"):
         choose(tmp_path / "file")

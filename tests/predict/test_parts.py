@@ -114,7 +114,7 @@ def test_pictures_are_drawn_where_parts_are_merged(
     with pytest.raises(UsageError, match=r"a part has no pictures. Give --draw to `gfldeploy merge`"):
         predict(tmp_path / "drawn", (1, 3), draw=True)
     assert list(tmp_path.iterdir()) == []
-    given = {"draw": True, "draw_threshold": 0.7}
+    given = {"draw": True, "draw_threshold": 0.7, "inputs": iter(sorted(images.iterdir()))}
     merge_parts(made, output=tmp_path / "merged", draw=True, draw_threshold=0.7)
     assert demo_bundles.snapshot(tmp_path / "merged") == demo_bundles.snapshot(predict(tmp_path / "one", **given))
 
@@ -122,6 +122,7 @@ def test_pictures_are_drawn_where_parts_are_merged(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ((), "there are no parts to merge. Give the folders"),
         ((0, 2), "of 3 parts 2 is missing. Give its folder too, or run --shard 2/3"),
         ((1,), "of 3 parts 1, 3 are missing. Give their folders too, or run --shard 1/3"),
         ((0, 1, 1, 2), r"part2 and .*part2 are both part 2 of 3. Give each part once"),

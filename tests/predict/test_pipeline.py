@@ -155,6 +155,23 @@ def test_closing_ends_what_is_behind_too() -> None:
     assert len(closed) == 1
 
 
+def test_closing_does_not_wait_for_a_job_that_may_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gfldeploy.at_once._LONGEST_WAIT_S", 0.01)
+    more = threading.Event()
+
+    def jobs() -> Iterator[int]:
+        yield 1
+        more.wait(10)
+        yield 2
+
+    with closing(at_once(lambda number: number, jobs(), 2)) as items:
+        assert next(items) == 1
+    assert not more.is_set() and threads() == {"gfldeploy-take"}
+    more.set()
+    while threads():
+        time.sleep(0.001)
+
+
 def test_order_is_restored() -> None:
     groups = [[(1, "b"), (3, "d")], [(0, "a")], [(4, "e")], [(2, "c")]]
     assert "".join(in_order(groups)) == "abcde"

@@ -15,7 +15,16 @@ from PIL import Image
 
 from gfldeploy import storage
 from gfldeploy.errors import DataError
-from gfldeploy.predict.sources import _ends_early, _Video, list_inputs, picture_of, picture_sizes, pictures, video_rate
+from gfldeploy.predict.sources import (
+    ColorOrder,
+    _ends_early,
+    _Video,
+    list_inputs,
+    picture_of,
+    picture_sizes,
+    pictures,
+    video_rate,
+)
 from gfldeploy.storage import Inputs, Source, Url
 
 FRAMES, RATE = 7, 12.5
@@ -245,6 +254,15 @@ def test_arrays_must_be_rgb(shape: tuple[int, ...]) -> None:
         picture_of(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="float32"):
         picture_of(np.zeros((4, 4, 3), np.float32))
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr"])
+def test_the_memory_of_an_array_may_be_used_for_the_next(color: ColorOrder) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8)
+    for given in (pixels, pixels[::-1, ::2], np.asfortranarray(pixels)):
+        picture, expected = picture_of(given, color), given[..., :: -1 if color == "bgr" else 1].copy()
+        given[:] = 0
+        np.testing.assert_array_equal(picture.read(), expected)
 
 
 def test_many_inputs_take_little_memory() -> None:

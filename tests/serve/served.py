@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 from starlette.types import ASGIApp
 
+from gfldeploy.detection_options import AS_CONFIGURED
 from gfldeploy.detections import Detections
 from gfldeploy.images.coco import CocoDataset
 from gfldeploy.predict.engine_selection import choose
@@ -29,7 +30,9 @@ _gates: list[Gate] = []
 @contextmanager
 def serving(bundle: Path, watch: Watch | None = None, **settings: Any) -> Iterator[DetectionService]:
     """A service over the bundle, in ONNX Runtime with one thread."""
-    choice = choose(bundle, engine="onnxruntime", threads=1, batch_size=settings.pop("batch_size", 1))
+    turned = settings.pop("detection", AS_CONFIGURED)
+    batch_size = settings.pop("batch_size", 1)
+    choice = choose(bundle, engine="onnxruntime", threads=1, batch_size=batch_size, detection=turned)
     service = DetectionService(choice, ServiceSettings(**settings), watch)
     try:
         yield service

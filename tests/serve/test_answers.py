@@ -17,6 +17,7 @@ import pytest
 from served import contents, serving, talk
 from starlette.applications import Starlette
 
+from gfldeploy.detection_options import DetectionOptions
 from gfldeploy.detections import Detections
 from gfldeploy.detector import Detector
 from gfldeploy.errors import EngineError
@@ -127,6 +128,21 @@ def test_threshold_and_classes_filter(threshold: float, classes: tuple[str, ...]
     assert (record["height"], record["width"]) == (30, 40)
     assert record["times_ms"] == {"decode": 1, "preprocess": 2, "queue": 3, "infer": 4}
     assert record.get("may_lack_below") == (0.25 if threshold == 0 else None)
+
+
+def test_thresholds_of_classes_go_with_that_of_a_request(tiny_bundle: Path, files: list[bytes]) -> None:
+    """The two that leave NMS are the best of those that the request asks for, as for `Detector`."""
+    turned = DetectionOptions(class_thresholds={"box": 0.97}, score_threshold=0.001, nms_threshold=1.0, keep_top_k=2)
+    alone = Detector(tiny_bundle, engine="onnxruntime", threads=1, **turned.given)
+    with serving(tiny_bundle, detection=turned) as service, alone as detector:
+        app = create_app(service, LIMITS)
+        for threshold in (0.0, 0.01, 0.6):
+            (expected,) = detector.detect(files[0], threshold=threshold)
+            assert len(expected) == (2 if threshold < 0.1 else 0)
+            answer = post(app, f"/v1/detect?threshold={threshold}", files[0], "image/jpeg")
+            check(answer.json()["images"][0], expected)
+            _, content = paddlex(app, image=in_base64(files[0]), threshold=threshold, visualize=False)
+            assert [one["score"] for one in content["result"]["detectedObjects"]] == expected.scores.tolist()
 
 
 def test_a_class_that_the_detector_no_longer_has(files: list[bytes], alone: list[Detections]) -> None:

@@ -115,6 +115,30 @@ def test_a_client_that_leaves_takes_its_work_along(tiny_bundle: Path, tiny_coco:
     assert (counts.answered, counts.cancelled) == (AT_ONCE, 3)
 
 
+def test_a_body_that_arrives_while_the_server_ends_is_refused(tiny_bundle: Path) -> None:
+    async def run() -> list[object]:
+        sent: list[object] = []
+        asked = asyncio.Event()
+
+        async def receive() -> dict[str, object]:
+            asked.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message.get("status"))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/detect", "query_string": b"", "headers": []}
+        task = asyncio.ensure_future(create_app(service, RequestLimits())(scope, receive, send))  # type: ignore[arg-type]
+        await asked.wait()
+        task.cancel()  # as uvicorn does at the end of its time
+        await task
+        return sent
+
+    with serving(tiny_bundle) as service:
+        assert asyncio.run(run()) == [503, None]
+
+
 def test_what_will_be_refused_is_before_its_body_is_read(tiny_bundle: Path, tiny_coco: Path) -> None:
     image, *_ = contents(tiny_coco)
 

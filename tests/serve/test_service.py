@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import served
+from PIL import Image as PIL_Image
 from served import AT_ONCE, LONG_MS, Gate, contents, same, serving, until
 
 from gfldeploy.bundle import Bundle
@@ -125,8 +127,27 @@ def test_a_bad_image_fails_alone(tiny_bundle: Path, tiny_coco: Path) -> None:
 
 def test_an_image_of_too_many_pixels(tiny_bundle: Path, tiny_coco: Path) -> None:
     image, *_ = contents(tiny_coco)  # 48 x 80
-    with serving(tiny_bundle, most_pixels=3839) as service, pytest.raises(DataError, match="80 x 48 px, more than"):
-        asyncio.run(service.detect(image, LONG_MS))
+    turned, exif = io.BytesIO(), PIL_Image.Exif()
+    exif[0x0112] = 6
+    PIL_Image.new("RGB", (80, 48)).save(turned, "PNG", exif=exif)
+    with serving(tiny_bundle, most_pixels=3839) as service:
+        # The second has to be decoded for its size, and cannot be: it is refused before.
+        for content in (image, turned.getvalue()[:-20]):
+            with pytest.raises(DataError, match="80 x 48 px, more than"):
+                asyncio.run(service.detect(content, LONG_MS))
+
+
+def test_what_it_takes_to_find_the_size_of_an_image_counts(tiny_bundle: Path, tiny_coco: Path) -> None:
+    *_, png, _ = contents(tiny_coco)
+
+    async def ask(service: DetectionService) -> None:
+        busy = [service._readers.submit(time.sleep, 0.2) for _ in range(2)]
+        with pytest.raises(RejectedError, match="after its deadline"):
+            await service.detect(png, 150)
+        assert all(one.done() for one in busy)
+
+    with serving(tiny_bundle) as service:
+        asyncio.run(ask(service))
 
 
 def test_what_is_too_much_is_refused_at_once(tiny_bundle: Path, tiny_coco: Path) -> None:

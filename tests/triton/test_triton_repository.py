@@ -202,6 +202,11 @@ def test_what_deploy_yml_turns_is_turned_in_triton(
         mixed = made.execute([image_request(images[0]), image_request(images[0], threshold=0.5)])
         assert [set(values_of(one)["names"].tolist()) for one in mixed] == [{b"ball"}, {b"box"}]
     made.finalize()
+    # What another request gets, which asks for many boxes that score more, takes no room from the balls.
+    few = replace(detection, nms_threshold=1.0, keep_top_k=2)
+    with Detector(tiny_bundle, **few.given) as made._detector:
+        mixed = made.execute([image_request(images[0]), image_request(images[0], threshold=0.01)])
+    assert [values_of(one)["names"].tolist() for one in mixed] == [[b"ball"] * 2, [b"box"] * 2]
     with pytest.raises(gfldeploy.UsageError, match=r"deploy.yml says threshold, class_thresholds, score_threshold"):
         triton_repository(deploy, output=tmp_path / "others", backend="onnxruntime")
 

@@ -130,12 +130,20 @@ def parity_pictures(shape: Shape, seed: int) -> NDArray[np.uint8]:
 
 
 def eager_outputs(detector: Any, images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Scores [N, A, C] and boxes [N, A, 4] from ppdet's own layers and decode."""
+    """Scores [N, A, C] and boxes [N, A, 4] from ppdet's own layers and decode. Raises `ParityError` for NaN."""
     import paddle
 
     with paddle.no_grad(), quiet():
         scores, boxes = detector.head(detector.neck(detector.backbone({"image": paddle.to_tensor(images)})))
-        return {"scores": paddle.concat(scores, 1).numpy(), "boxes": paddle.concat(boxes, 1).numpy()}
+        outputs = {"scores": paddle.concat(scores, 1).numpy(), "boxes": paddle.concat(boxes, 1).numpy()}
+    _check_eager(outputs)
+    return outputs
+
+
+def _check_eager(outputs: Outputs) -> None:
+    for name in ("scores", "boxes"):
+        if not np.isfinite(outputs[name]).all():
+            raise ParityError(f"the eager model itself gives NaN or infinite {name}", "Check the checkpoint.")
 
 
 def eager_detections(detector: Any, outputs: Outputs, scale: tuple[float, float]) -> Iterator[Detections]:
@@ -184,10 +192,9 @@ def compare(graph: GraphName, engine: Engine, images: NDArray[np.float32], refer
     batch, _, height, width = images.shape
     where = f"the {graph} graph in {engine.name} at {batch}x3x{height}x{width}"
     rows = outputs.get("anchors", reference["scores"][..., 0]).shape
+    _check_eager(reference)
     for name in ("scores", "boxes"):
         actual, expected = outputs[name], reference[name]
-        if not np.isfinite(expected).all():
-            raise ParityError(f"the eager model itself gives NaN or infinite {name}", "Check the checkpoint.")
         if len(rows) != 2 or rows[0] != len(expected) or actual.shape != (*rows, expected.shape[2]):
             raise ParityError(
                 f"{where} gives {name} {list(actual.shape)}, the reference {list(expected.shape)}", _DEFECT

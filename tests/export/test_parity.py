@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
 from gfldeploy.errors import ParityError
-from gfldeploy.export.parity import GraphComparison, Outputs, compare, parity_shapes
+from gfldeploy.export.parity import GraphComparison, Outputs, compare, eager_outputs, parity_shapes
 from gfldeploy.images.preprocess import Preprocess
 
 CELLS, CLASSES, CHOSEN = 12, 3, 5
@@ -122,3 +123,12 @@ def test_what_is_compared_is_the_readers_largest_picture_within_reason(
     assert shapes[-1] == (1, *largest)
     assert all(height % 32 == width % 32 == 0 for _, height, width in shapes)
     assert parity_shapes(Preprocess(target, pad_stride=32), (None, 8192, 8192))[-1] == (3, 8192, 8192)
+
+
+def test_a_checkpoint_that_gives_nan_is_told_before_anything_is_written() -> None:
+    paddle = pytest.importorskip("paddle")
+    full = {name: paddle.to_tensor(values) for name, values in everything().items()}
+    broken = [full["scores"]], [full["boxes"] * float("nan")]
+    same = dict.fromkeys(("backbone", "neck"), lambda given: given)
+    with pytest.raises(ParityError, match=r"gives NaN or infinite boxes\. Check the checkpoint"):
+        eager_outputs(SimpleNamespace(**same, head=lambda given: broken), IMAGES)

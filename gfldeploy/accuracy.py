@@ -8,6 +8,7 @@ import io
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -424,12 +425,14 @@ def measure_accuracy(
     label: str = "evaluating",
     cut: InTiles | None = None,
     kept: Container[int] | None = None,
+    fill: bool = False,
 ) -> Accuracy:
     """Run an engine over a dataset and measure the accuracy.
 
     `order`: how the images are put into batches, see `batching.buckets`. `classes`: the model's class names, in the
     order of its score channels. `label`: what `progress` calls the images that are done. `cut`: how images are, each
-    by itself then; None for whole ones. `kept`: the ids of the classes that count; None for all.
+    by itself then; None for whole ones. `kept`: the ids of the classes that count; None for all. `fill`: batches of
+    fewer images, the last ones, are filled up with their own, for a network that takes no other number.
 
     Raises `DataError` before anything runs where mAP is undefined, and at the first image that cannot be read, because
     the accuracy over a part of the data would pass for one over all of it; `EngineError` when the engine fails or
@@ -437,7 +440,7 @@ def measure_accuracy(
     """
     paths = [image.path for image in dataset.images]
     detect = partial(detect_images, engine, paths, preprocess, nms, cut=cut, classes=classes)
-    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label, cut, kept)
+    return accuracy_of(detect, dataset, preprocess, classes, batch_size, order, progress, label, cut, kept, fill)
 
 
 def accuracy_of(
@@ -451,6 +454,7 @@ def accuracy_of(
     label: str = "evaluating",
     cut: InTiles | None = None,
     kept: Container[int] | None = None,
+    fill: bool = False,
 ) -> Accuracy:
     """As `measure_accuracy`, of what `detect` finds, wherever it does that: here or on other machines.
 
@@ -464,12 +468,13 @@ def accuracy_of(
     by_size = order in ("sorted", "bucketed")  # the others do not depend on sizes
     sizes = [preprocess.input_size(*image.size()) if by_size else (0, 0) for image in dataset.images]
     batches = [one.indices for one in group(sizes, batch_size, order)]
+    filled = [tuple(islice(cycle(batch), batch_size)) if fill else batch for batch in batches]
     found: dict[int, list[dict[str, Any]]] = {}
-    with contextlib.closing(detect(batches)) as detected:
-        for done, (index, one) in enumerate(detected, start=1):
+    with contextlib.closing(detect(filled)) as detected:
+        for index, one in detected:
             found[index] = coco_results(dataset.images[index].id, one, category_ids)
-            if done % batch_size == 0 or done == len(sizes):
-                progress.step(label, done, len(sizes))
+            if len(found) % batch_size == 0 or len(found) == len(sizes):
+                progress.step(label, len(found), len(sizes))
     results = [row for batch in batches for index in batch for row in found[index]]
     return coco_accuracy(dataset, results, category_ids)
 

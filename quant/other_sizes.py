@@ -38,7 +38,7 @@ from gfldeploy.quant import ptq
 from gfldeploy.quant.artefacts import GRAPHS, Quantized, write_artefacts
 from gfldeploy.quant.calibration import Calibration, ConvRanges
 from gfldeploy.quant.method import MethodOptions
-from gfldeploy.quant.observer import observe_outputs, weight_ranges
+from gfldeploy.quant.observer import observe_outputs, of_scores, weight_ranges
 from gfldeploy.quant.samples import calibration_images
 from gfldeploy.serialization import plain
 
@@ -115,7 +115,8 @@ class Recipe:
             thresholds = ptq.calibrate(source, paths, ALGORITHM, MethodOptions(THREADS))
             onnx_file, preprocess = source.graph("onnx")[0], source.manifest.preprocess
             batches = (preprocess.batch([preprocess(read_image(path))]) for path in paths)
-            outputs, weights = observe_outputs(onnx_file, batches, THREADS), weight_ranges(onnx_file)
+            outputs = observe_outputs(onnx_file, batches, THREADS, of_scores(source.layers()))
+            weights = weight_ranges(onnx_file)
             ranges = {
                 name: ConvRanges(tuple(inputs), outputs[name], weights[name]) for name, inputs in thresholds.items()
             }

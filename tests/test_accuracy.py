@@ -245,6 +245,14 @@ def test_a_whole_evaluation(tmp_path: Path, batch_size: int) -> None:
     assert sum(shape[0] for shape in engine.shapes) == 3
 
 
+def test_a_network_of_a_fixed_batch_size(tmp_path: Path) -> None:
+    arguments = CocoDataset.load(make_data(tmp_path)), PREPROCESS, NMS, ["blue", "red"]
+    engine, progress = ColourEngine(), RecordedProgress()
+    filled = measure_accuracy(engine, *arguments, 2, "bucketed", progress, fill=True)
+    assert filled == measure_accuracy(ColourEngine(), *arguments)
+    assert {shape[0] for shape in engine.shapes} == {2} and progress.steps[-1] == ("evaluating", 3, 3)
+
+
 def test_an_engine_with_streams_is_given_several_batches_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

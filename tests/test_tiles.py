@@ -381,6 +381,8 @@ def test_audit_counts_tiles_and_inferences(tiny_bundle: Path, images: Path) -> N
     assert in_tiles.answer[0].startswith(
         f"In tiles of 64x96 that overlap by 0.25 an image is {in_tiles.inputs:.3g} inputs"
     )
+    small = audit(data=images, config_or_bundle=tiny_bundle, batch_sizes=(1,), tile=(4, 4)).in_tiles
+    assert small and " inputs of the network, " in small.answer[0] and "e+" not in " ".join(small.answer)
 
 
 def test_bench_times_images_with_all_their_tiles(tiny_bundle: Path, images: Path) -> None:

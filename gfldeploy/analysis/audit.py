@@ -168,14 +168,19 @@ def _cost(own: Audit, other: Audit) -> str:
 def _of_tiles(whole: Audit, in_tiles: Audit) -> Iterator[str]:
     """What images cost in tiles, and how well batches fill."""
     work = f" ({gmac(in_tiles.macs)} GMAC instead of {gmac(whole.macs)})" if in_tiles.macs and whole.macs else ""
-    most = f", {in_tiles.most_inputs} at most" if in_tiles.most_inputs > in_tiles.inputs else ""
+    most = f", {in_tiles.most_inputs:,} at most" if in_tiles.most_inputs > in_tiles.inputs else ""
     yield (
-        f"In {in_tiles.tiling} an image is {in_tiles.inputs:.3g} inputs of the network{most}: "
-        f"{in_tiles.pixels / whole.pixels:.3g}x its pixels{work}; rounding up to the stride makes them "
+        f"In {in_tiles.tiling} an image is {_count(in_tiles.inputs)} inputs of the network{most}: "
+        f"{_count(in_tiles.pixels / whole.pixels)}x its pixels{work}; rounding up to the stride makes them "
         f"{in_tiles.rounding:.3f}x the pixels of the resized tiles."
     )
-    each = ", ".join(f"{row.batch_size}: {row.inferences:.3g}" for row in in_tiles.rows)
+    each = ", ".join(f"{row.batch_size}: {_count(row.inferences or 0.0)}" for row in in_tiles.rows)
     yield f"Inferences of an image by batch size, tiles of one input size in each: {each}."
+
+
+def _count(mean: float) -> str:
+    """In three digits, or all of its whole ones."""
+    return f"{mean:.3g}" if mean < 999.5 else f"{mean:,.0f}"
 
 
 def _sentences(result: Audit, buckets: int | None, fixed: bool) -> Iterator[str]:

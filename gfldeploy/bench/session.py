@@ -134,7 +134,7 @@ def benchmark(
         A result for each cell; one that failed or was skipped has its reason.
 
     Raises:
-        UsageError: The options contradict each other.
+        UsageError: The options contradict each other, or results could not tell two bundles apart.
         BundleError: A bundle is damaged.
         DataError: Annotations or an image cannot be read, or mAP cannot be measured against them.
         UnsupportedError: There is no such engine, or nothing that TF32 is for.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gfldeploy.accuracy import Accuracy, batch_shapes, measure_accuracy
-from gfldeploy.batching.buckets import union
+from gfldeploy.batching.buckets import Order, union
 from gfldeploy.batching.tiles import InTiles
 from gfldeploy.bench.cell import Cell
 from gfldeploy.bench.cpu_parity import compare_with_cpu, open_reference, write_reference
@@ -57,11 +57,11 @@ from gfldeploy.system import peak_memory_mb
 class Task:
     """What to measure of a cell, whose bundle is the directory `bundle`.
 
-    timing: on these `images`; `idle`: how the machine was before. accuracy: COCO's at batch 1, whatever the cell's
-    batch size, on the first `accuracy_limit` images (None: all) of the `annotations`. peak: what the engine reaches at
-    best. `engine_cache`: where engines keep what they compiled. reference: writes the outputs of a few of the `images`
-    into the file `reference`, with which timing compares its own, and what wrote them is `reference_by`;
-    `not_compared`: why it does not, though it should.
+    timing: on these `images`; `idle`: how the machine was before. accuracy: COCO's of images none of which is padded to
+    another, whatever the cell's batch size, on the first `accuracy_limit` images (None: all) of the `annotations`.
+    peak: what the engine reaches at best. `engine_cache`: where engines keep what they compiled. reference: writes the
+    outputs of a few of the `images` into the file `reference`, with which timing compares its own, and what wrote them
+    is `reference_by`; `not_compared`: why it does not, though it should.
     """
 
     kind: Literal["reference", "timing", "accuracy", "peak"]
@@ -233,14 +233,27 @@ def _accuracy(task: Task) -> Accuracy:
     manifest = bundle.manifest
     dataset = CocoDataset.load(task.annotations, task.image_dir, task.accuracy_limit)
     cut = _cut(cell)
-    shapes = batch_shapes(dataset, manifest.preprocess, 1, "listed", cut)
+    # A network of a fixed batch size gives for images of one size what one for any gives for each alone.
+    size = manifest.inputs[0].shape[0] or 1
+    batches: tuple[int, Order] = (size, "listed" if size == 1 else "bucketed")
+    shapes = batch_shapes(dataset, manifest.preprocess, *batches, cut)
+    if size > 1:
+        shapes = ((size, *one[1:]) for one in shapes)
     threads = cell.threads * cell.streams
     options = EngineOptions(cell.precision, cell.device, threads, task.engine_cache, tf32=cell.tf32)
     # Nothing is timed. Known beforehand, the shapes settle what runs an input, which streams would leave to chance.
-    options = throughput_options(cell.engine, options, 1).expecting(shapes)
+    options = throughput_options(cell.engine, options, size).expecting(shapes)
     with (open_by_itself if cell.end_to_end else open_engine)(cell.engine, bundle, options) as engine:
         return measure_accuracy(
-            engine, dataset, manifest.preprocess, manifest.nms, manifest.classes, batch_size=1, progress=PARENT, cut=cut
+            engine,
+            dataset,
+            manifest.preprocess,
+            manifest.nms,
+            manifest.classes,
+            *batches,
+            progress=PARENT,
+            cut=cut,
+            fill=size > 1,
         )
 
 

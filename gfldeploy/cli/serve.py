@@ -30,7 +30,7 @@ from gfldeploy.cli.console import TerminalProgress
 )
 @click.option("--max-waiting", type=options.WholeNumber(1), default=64, help="Number of images that wait at most.")
 @click.option(
-    "--max-body-mb", type=options.FiniteFloat(0, min_open=True), default=32.0, help="Largest request, 10^6 bytes."
+    "--max-body-mb", type=options.FiniteFloat(0, 1e6, min_open=True), default=32.0, help="Largest request, 10^6 bytes."
 )
 @click.option(
     "--max-megapixels",

@@ -17,14 +17,16 @@ from gfldeploy.export.heads import HEADS
 
 _CLASS_OUTPUTS = {head.class_output for head in HEADS.values()}
 _BOX_OUTPUTS = {head.box_output for head in HEADS.values()}
+_CONSTANT = "distribution_project.project"  # 0 to reg_max: no weight, though in the state_dict
 
 
 def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
     """Set every parameter and buffer of `model` (a paddle Layer) from `weights`, converted to the model's dtype.
 
-    Names and shapes must agree both ways; nothing is set unless all do. One kind of extra name is accepted: where
-    the file holds a whole distillation model, `student_model.*` is the detector and `teacher_model.*` and
-    `distill_loss.*` exist for training only. uint16 arrays for float parameters are Paddle's bfloat16.
+    Names and shapes must agree both ways; nothing is set unless all do. The constants of the box integral may be
+    absent, as PaddleDetection lets them be. One kind of extra name is accepted: where the file holds a whole
+    distillation model, `student_model.*` is the detector and `teacher_model.*` and `distill_loss.*` exist for training
+    only. uint16 arrays for float parameters are Paddle's bfloat16.
 
     Raises `CheckpointError` that counts the missing, unexpected and misshapen names, gives the first of each, and says
     what kind of checkpoint it seems to be instead (quantised, pruned, of other classes, a backbone, ...).
@@ -33,7 +35,9 @@ def fit_weights(model: Any, weights: Mapping[str, NDArray[Any]]) -> None:
     if not weights:
         problem = "the checkpoint holds the teacher of a distillation, without its student"
         raise CheckpointError(problem, f"{_USE_TRAINED}.")
-    state: dict[str, Any] = model.state_dict()
+    state: dict[str, Any] = {
+        name: one for name, one in model.state_dict().items() if name in weights or not name.endswith(_CONSTANT)
+    }
     missing = [name for name in state if name not in weights]
     unexpected = [name for name in weights if name not in state]
     misshapen = [
@@ -88,6 +92,7 @@ _QUANTISED = re.compile(
 )
 _MASK = re.compile(r"_mask\Z")
 _USE_ITS_CONFIG = "Use the config this checkpoint was trained with."
+_SAVE_ALL = "save the detector's whole state_dict with paddle.save."
 _USE_TRAINED = "Pass the checkpoint that training with this config saved, such as output/CONFIG/model_final.pdparams"
 
 
@@ -145,6 +150,8 @@ def _explain(
                 "has fewer channels than the config: it was pruned, or trained with narrower layers",
                 "Export the checkpoint from before pruning, or use the config this checkpoint was trained with.",
             )
+    if not unexpected and not misshapen:
+        return "is not complete, or the config has more layers", f"{_USE_ITS_CONFIG} If this is it: {_SAVE_ALL}"
     if len(parts) == 1 and (part := parts.pop()) in ("backbone", "neck", "head"):
         return f"fits the config but for the {part}, which is another", _USE_ITS_CONFIG
     return "does not fit the config", _USE_ITS_CONFIG
@@ -183,7 +190,7 @@ def set_random_weights(model: Any, seed: int) -> None:
         raise ValueError(f"seed must not be negative, not {seed}")
     state: dict[str, Any] = model.state_dict()
     for name, tensor in state.items():
-        if name.endswith("distribution_project.project"):
+        if name.endswith(_CONSTANT):
             continue
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = _draw(rng, name, tuple(int(size) for size in tensor.shape), state.keys())

@@ -87,7 +87,8 @@ class CocoDataset:
 
     `images` are sorted by id, numbers before text. `categories` are in the order of the annotation file:
     PaddleDetection numbers its classes by that order. `annotations` are those of `images`; there may be none.
-    `labelled`: the categories that have boxes in the file, in any image. `notes`: sentences about what was left out.
+    `labelled`: the categories that have boxes in the file, in any image. `notes`: sentences about what was left out,
+    and about boxes that cannot be found.
     """
 
     images: tuple[CocoImage, ...]
@@ -361,7 +362,7 @@ def _parse_categories(entries: list[Any], path: Path) -> list[CocoCategory]:
 def _parse_annotations(
     entries: list[Any], path: Path, images: set[CocoId], categories: set[CocoId]
 ) -> tuple[list[CocoAnnotation], list[str]]:
-    """Those with a box and of a listed image, and notes about the others.
+    """Those with a box and of a listed image, and notes about the others and about boxes that cannot be found.
 
     Raises `DataError` if all are of other images, and for an unknown category.
     """
@@ -405,6 +406,14 @@ def _parse_annotations(
         notes.append(
             f"{len(strangers)} annotations of {path} are of {len(lost)} images that it does not list "
             f"({_few(map(_short, lost))}), and are left out"
+        )
+    counted = [box for box in kept if not box.crowd]
+    if flat := sum(min(box.bbox[2:]) == 0 for box in counted):
+        notes.append(f"{flat} annotations of {path} have boxes without area, which no detector finds: mAP is the lower")
+    if again := len(counted) - len({(box.image_id, box.category_id, box.bbox) for box in counted}):
+        notes.append(
+            f"{again} annotations of {path} repeat another one's image, category and box, and a detector finds an "
+            "object once: mAP is the lower"
         )
     return kept, notes
 

@@ -27,6 +27,8 @@ _MOST_PROGRESSIVE_PIXELS = MAX_PIXELS * 2 // 3
 # Pixels times scans of one JPEG: each scan goes over all pixels, and a few bytes make one.
 _MOST_SCANNED = 1 << 32
 _ORDINARY_SCANS = 16
+# Segments of a JPEG, chunks of a PNG or WebP: millions of empty ones keep whoever reads them busy for a minute.
+_MOST_SEGMENTS, _SEGMENT_BYTES = 10_000, 1 << 10
 # A TIFF's tile may be larger than the image.
 _MOST_TILE_PIXELS = 1 << 24
 _MOST_TIFF_ENTRIES = 1000
@@ -108,8 +110,9 @@ def _at(file: BinaryIO, place: int, count: int) -> bytes:
 
 def _jpeg(data: bytes, whole: bool) -> Header | None:
     """Marker syntax: ITU-T T.81, annex B. An embedded thumbnail has markers too: segments are skipped whole."""
-    position, scans, size, turned, ended, progressive = 2, 0, None, None, False, False
+    position, scans, segments, size, turned, ended, progressive = 2, 0, 0, None, None, False, False
     while (found := _JPEG_MARKER.search(data, position)) is not None:
+        _check_segments(segments := segments + 1, position)
         marker = data[found.end() - 1]
         if ended := marker == _JPEG_END:
             break
@@ -138,14 +141,21 @@ def _jpeg(data: bytes, whole: bool) -> Header | None:
     return Header("JPEG", height, width, bool(turned), ended or not whole)
 
 
+def _check_segments(count: int, place: int) -> None:
+    """Raise `ValueError` where there are more of them up to this place than in any ordinary file."""
+    if count > _MOST_SEGMENTS + place // _SEGMENT_BYTES:
+        raise ValueError(f"there are {count:,} segments in its first {place:,} bytes")
+
+
 def _png(file: BinaryIO, start: bytes) -> Header | None:
     """Chunk syntax: PNG specification, section 5.3; every chunk up to and with IEND must be complete."""
     if len(start) < 24 or start[12:16] != b"IHDR":
         return None
     width, height = struct.unpack_from(">II", start, 16)
-    position, turned, complete = len(PNG_START), False, False
+    position, chunks, turned, complete = len(PNG_START), 0, False, False
     length = file.seek(0, io.SEEK_END)
     while len(chunk := _at(file, position, 8)) == 8:
+        _check_segments(chunks := chunks + 1, position)
         size, kind = int.from_bytes(chunk[:4], "big"), chunk[4:]
         turned |= kind == b"eXIf" and _turns(_at(file, position + 8, min(size, _MOST_EXIF)))
         position += 12 + size
@@ -169,8 +179,9 @@ def _webp(file: BinaryIO, start: bytes) -> Header | None:
         width, height = (value & 0x3FFF for value in struct.unpack_from("<HH", body, 6))
     else:
         return None
-    position, turned = 12, False
+    position, chunks, turned = 12, 0, False
     while kind == b"VP8X" and len(chunk := _at(file, position, 8)) == 8:
+        _check_segments(chunks := chunks + 1, position)
         size = int.from_bytes(chunk[4:], "little")
         turned |= chunk[:4] == b"EXIF" and _turns(_at(file, position + 8, min(size, _MOST_EXIF)))
         position += 8 + size + size % 2

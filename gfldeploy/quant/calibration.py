@@ -18,7 +18,10 @@ class ConvUse(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputRange:
-    """The smallest and largest value that a convolution gave over the calibration images, after its ReLU if any."""
+    """The smallest and largest value that a convolution gave over the calibration images, after its ReLU if any.
+
+    Of class logits, and of those of GFLv2's quality, `high` is the logit of a score of 0.99 at least.
+    """
 
     low: float
     high: float

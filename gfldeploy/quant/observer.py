@@ -2,12 +2,13 @@
 
 PaddleSlim gives thresholds of convolution inputs. Outputs are observed here, as plain minimum and maximum: the class
 logits of the rare positive cells are their outliers, and clipping those is what makes a quantised detector find
-nothing.
+nothing. Few images, or images without large objects, show no such cell of a level: what is squashed to a score has room
+for all scores all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +16,40 @@ from numpy.typing import NDArray
 
 from gfldeploy.engines.dependencies import require
 from gfldeploy.errors import EngineError
+from gfldeploy.export.heads import HEADS
 from gfldeploy.quant.calibration import OutputRange
 from gfldeploy.quant.qdq import conv_outputs
+
+_LARGEST_LOGIT = 4.6  # of a score of 0.99
+# Layers whose outputs become scores: of classes, and of GFLv2's quality.
+_LOGITS = frozenset((*(head.class_output for head in HEADS.values()), "dgqp_reg_conv2"))
+
+
+def of_scores(layers: Mapping[str, str]) -> list[str]:
+    """Of these layers, the path of each by the name of its weight, the weights of those whose outputs become scores."""
+    return [weight for weight, path in layers.items() if path.rpartition(".")[2] in _LOGITS]
 
 
 def observe_outputs(
     onnx_file: Path,
     batches: Iterable[NDArray[np.float32]],
     threads: int,
+    logits: Collection[str] = (),
 ) -> dict[str, tuple[OutputRange, ...]]:
-    """The ranges of the convolutions' outputs by weight name, one for each use; see `observe_tensors`."""
+    """The ranges of the convolutions' outputs by weight name, one for each use; see `observe_tensors`.
+
+    `logits`: the weights of those whose outputs become scores: their ranges reach a score of 0.99 at least.
+    """
     import onnx
 
     found = conv_outputs(onnx.load(str(onnx_file)))
     ranges = observe_tensors(onnx_file, [tensor for _, _, tensor in found], batches, threads)
     result: dict[str, tuple[OutputRange, ...]] = {}
     for weight, _, tensor in found:
-        result[weight] = (*result.get(weight, ()), ranges[tensor])
+        one = ranges[tensor]
+        if weight in logits:
+            one = OutputRange(one.low, max(one.high, _LARGEST_LOGIT))
+        result[weight] = (*result.get(weight, ()), one)
     return result
 
 

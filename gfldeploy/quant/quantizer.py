@@ -36,13 +36,14 @@ from gfldeploy.quant.groups import match
 from gfldeploy.quant.measurement import Fp32Reference, int8_engines
 from gfldeploy.quant.method import DEFAULT_STEPS, MethodOptions, QuantMethod, Refined
 from gfldeploy.quant.methods import METHODS
-from gfldeploy.quant.observer import observe_outputs, weight_ranges
+from gfldeploy.quant.observer import observe_outputs, of_scores, weight_ranges
 from gfldeploy.quant.record import algorithms_record, int8_manifest, parity_record, size_line, size_record
 from gfldeploy.quant.samples import calibration_images, digests, evaluation_record, refuse_overlap, spread
 from gfldeploy.quant.sensitivity import macs_shares
 from gfldeploy.quant.sensitivity import to_record as sensitivity_record
 
 _AGREEMENT_IMAGES = 8
+_FEW_IMAGES = 16  # to calibrate on, without labels to judge by
 _COPIED = ("infer_cfg.yml", LAYERS)
 
 
@@ -171,6 +172,12 @@ def quantize_bundle(
         fp32_reference = Fp32Reference.of(source, compared, evaluation, threads, progress, cluster)
         if problem := unjudgeable(fp32_reference.detections, fp32_reference.accuracy, limits):
             raise problem
+        if evaluation is None and len(paths) < _FEW_IMAGES:
+            few = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+            progress.note(
+                f"INT8 is fitted to {few}, and judged by nothing else: calibrate on 32 to 64 like those you deploy on, "
+                "or give labelled ones with --eval-data"
+            )
         # Inside the unfinished bundle, so that whatever ends the run removes it too.
         (directory / "work").mkdir()
         evaluator = Evaluator(fp32_reference, limits, directory / "work", progress)
@@ -294,7 +301,7 @@ class _Attempts:
                 progress.step("observing", done, len(self.images))
                 yield preprocess.batch([preprocess(read_image(path))])
 
-        outputs = observe_outputs(onnx_file, batches(), self.threads)
+        outputs = observe_outputs(onnx_file, batches(), self.threads, of_scores(weights.layers()))
         largest = weight_ranges(onnx_file)
         for algorithm in algorithms:
             label = algorithm + suffix

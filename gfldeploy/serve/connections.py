@@ -73,12 +73,13 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         unending = _TELLS or (self.idle and not (self.cycle and self.cycle.more_body))
         if self._header_bytes > MOST_HEADER_BYTES and unending:
             self.transport.close()
-        elif self.idle and self._timer is None:
+        elif self.idle and self._timer is None and self.timeout_keep_alive_task is None:
             self._await_header()
 
     def on_headers_complete(self) -> None:
         """Of httptools: a header has ended."""
         self._header_bytes = 0
+        self._unset_keepalive_if_required()
         super().on_headers_complete()
         if Connection.to_shed > 0 and self.cycle is not None:
             Connection.to_shed -= 1
@@ -88,6 +89,13 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # one of 
         """Of httptools: a piece of a body."""
         self._header_bytes = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Of httptools: a body has ended. After one that was refused unread, no header is awaited but the next one."""
+        super().on_message_complete()
+        if self.idle:
+            self._forget_timer()
+            self.timeout_keep_alive_task = self.loop.call_later(KEEP_ALIVE_S, self.timeout_keep_alive_handler)
 
     @property
     def idle(self) -> bool:

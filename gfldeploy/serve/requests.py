@@ -101,6 +101,11 @@ async def read_request(
         images = _from_form(_boundary(request.headers["content-type"]), await read_body(request, limits), limits)
     elif kind in ("", BYTES_TYPE, _CURL_TYPE) or kind.startswith("image/"):
         images = [await read_body(request, limits)]
+        if kind == _CURL_TYPE and images[0] and not any(byte in images[0] for byte in b"\0\r\n"):
+            # Some of these are in every image.
+            problem = "the body is not the content of an image: curl's -d drops line breaks and zeros"
+            remedy = f"Give curl --data-binary @FILE, or -H 'Content-Type: {JSON_TYPE}' with JSON."
+            raise Problem(400, "bad_body", problem, remedy)
     else:
         raise Problem(415, "unsupported_type", f"a body of type {kind[:_LONGEST_WORD]} is not read here", _SEND)
     return DetectRequest(tuple(images), threshold, timeout_ms, classes)

@@ -121,6 +121,10 @@ def serve_detector(
         ParityError: What runs on a GPU differs from the CPU.
     """
     given = {**locals()}
+    if not host:  # which sockets take for every address
+        raise UsageError(
+            "the host is empty", "Give --host 127.0.0.1 for this machine alone, 0.0.0.0 for all addresses."
+        )
     packages = _PACKAGES if ray is None else {**_PACKAGES, **_RAY_PACKAGES}
     if missing := [name for module, name in packages.items() if not is_installed(module)]:
         raise MissingDependencyError(

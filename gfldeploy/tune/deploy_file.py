@@ -15,8 +15,9 @@ from gfldeploy.bench.compare import hardware_differences, software_differences
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bench.results import DataDescription
 from gfldeploy.bundle import Bundle
-from gfldeploy.detection_options import DetectionOptions
-from gfldeploy.engines.base import Shape
+from gfldeploy.detection_options import AS_CONFIGURED, DetectionOptions
+from gfldeploy.engines.base import EngineOptions, Shape
+from gfldeploy.engines.registry import check_possible
 from gfldeploy.engines.tensorrt import Profile, possible_shapes
 from gfldeploy.errors import BundleError, DataError
 from gfldeploy.files import StrPath
@@ -252,7 +253,7 @@ class Deploy(Versioned):
 
 
 def check_deploy(path: StrPath, bundle: StrPath | None = None) -> tuple[str, ...]:
-    """Check that the choice in a `deploy.yml` holds for this machine and for its bundle.
+    """Check that the choice in a `deploy.yml` holds for this machine and for its bundle, and can run.
 
     Args:
         path: The `deploy.yml` that `tune_bundles` wrote.
@@ -264,7 +265,13 @@ def check_deploy(path: StrPath, bundle: StrPath | None = None) -> tuple[str, ...
     Raises:
         BundleError: The bundle is damaged, or not the one that was tuned.
         DataError: The file cannot be read, or was made on another machine.
+        UnsupportedError: The bundle does not run in this engine and precision here.
+        UsageError: What the file turns of NMS cannot be.
     """
     path = Path(path)
     deploy = Deploy.read(path)
-    return deploy.check(Bundle.open(bundle or deploy.bundle_path(path)), describe_machine())
+    opened, cell = Bundle.open(bundle or deploy.bundle_path(path)), deploy.choice.cell
+    changes = deploy.check(opened, describe_machine())
+    check_possible(cell.engine, opened, EngineOptions(cell.precision, cell.device, cell.threads, streams=cell.streams))
+    opened.manifest.turned(deploy.detection or AS_CONFIGURED)
+    return changes

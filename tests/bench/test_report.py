@@ -218,10 +218,10 @@ def test_the_short_answer() -> None:
     assert short_answer(replace(results, cells=(FAILED,))) == ["Nothing could be measured; the reasons are below."]
 
 
-def test_the_short_answer_names_the_input_size() -> None:
-    faster = altered(OK, input_size=(256, 384), batch_size=1)
+def test_the_short_answer_names_the_input_size_and_streams() -> None:
+    faster = altered(OK, input_size=(256, 384), batch_size=1, streams=2, scenario="offline")
     (answer, *_) = (line for line in short_answer(replace(sample_results(), cells=(faster,))) if "Highest" in line)
-    assert f"ONNX Runtime {faster.cell.precision.upper()} at 256x384, batch 1" in answer
+    assert f"ONNX Runtime {faster.cell.precision.upper()} at 256x384 in 2 streams, batch 1, offline" in answer
 
 
 def test_what_pads_says_that_it_changes_boxes() -> None:

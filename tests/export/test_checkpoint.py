@@ -431,6 +431,9 @@ def test_mismatch_both_ways_in_one_line_and_nothing_is_set() -> None:
     assert all(tensor.value.size == 0 for tensor in target.state_dict().values())
     with pytest.raises(CheckpointError, match="1 unexpected"):
         fit_weights(model(a=(1,)), {"a": np.ones(1), "extra": np.ones(1)})
+    whole = model(**{"a": (1,), "head.distribution_project.project": (17,)})
+    fit_weights(whole, {"a": np.ones(1)})
+    assert whole.state_dict()["a"].value == 1, "the other is no weight"
 
 
 DETECTOR = {
@@ -515,6 +518,11 @@ DETECTOR = {
             lambda weights: {("neck.other" if "neck" in name else name): array for name, array in weights.items()},
             "fits the config but for the neck",
             "Use the config",
+        ),
+        (
+            lambda weights: {name: array for name, array in weights.items() if "cls.bias" not in name},
+            "is not complete, or the config has more layers: of 6 parameters, 1 missing (head.gfl_head_cls.bias)",
+            "save the detector's whole state_dict",
         ),
         (
             lambda weights: {name.removeprefix("backbone."): array for name, array in weights.items() if "res" in name},

@@ -255,6 +255,17 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     ]
 
 
+def test_boxes_that_cannot_be_found_are_said(tmp_path: Path) -> None:
+    content = source()
+    flat = {"image_id": 2, "category_id": 3, "bbox": [4, 4, 0, 9]}
+    crowd = {"image_id": 2, "category_id": 3, "bbox": [1, 1, 0, 0], "iscrowd": 1}
+    content["annotations"] += [flat, *[content["annotations"][0]] * 2, crowd, crowd]
+    dataset = CocoDataset.load(write(tmp_path, content))
+    assert len(dataset.annotations) == len(content["annotations"])
+    assert [note.partition(" of ")[0] for note in dataset.notes] == ["1 annotations", "2 annotations"]
+    assert "without area" in dataset.notes[0] and "repeat another" in dataset.notes[1]
+
+
 def test_images_alone_are_enough_to_detect_in(tmp_path: Path) -> None:
     content = source()
     del content["annotations"], content["categories"]

@@ -13,6 +13,7 @@ import pytest
 
 from gfldeploy.errors import DataError
 from gfldeploy.images.decode import image_size, read_image
+from gfldeploy.images.formats import read_header
 
 PIL_Image = pytest.importorskip("PIL.Image")
 
@@ -200,6 +201,17 @@ def test_hostile_jpegs_and_tiffs_are_refused_before_decoding(tmp_path: Path) -> 
     path.write_bytes(tags)
     with pytest.raises(DataError, match="its tiles are of 30000 x 30000 px"):
         image_size(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "empty"),
+    [("JPEG", 2, b"\xff\xfe\0\2"), ("PNG", 33, bytes(4) + b"tEXt" + bytes(4)), ("WEBP", 30, b"XXXX" + bytes(4))],
+)
+def test_millions_of_empty_segments_are_not_read(kind: str, place: int, empty: bytes) -> None:
+    plain = encode(kind, exif=exif(1)) if kind == "WEBP" else encode(kind)
+    assert read_header(io.BytesIO(plain[:place] + empty * 9_000 + plain[place:]), "it").kind == kind
+    with pytest.raises(DataError, match=r"there are 10,\d\d\d segments in its first"):
+        read_header(io.BytesIO(plain[:place] + empty * 1_000_000 + plain[place:]), "it")
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

@@ -435,6 +435,9 @@ def test_the_most_sensitive_go_back_to_float(four: Arguments) -> None:
     made = quantize_bundle(**four, progress=progress)
     kept = json.loads((made.directory / "calibration.json").read_text())["kept_float"]
     assert kept == [["neck", 0], ["res", 0]], "head alone has more than half of the work"
+    assert [one.partition(":")[0] for one in progress.notes] == [
+        "INT8 is fitted to 3 images, and judged by nothing else"
+    ]
     parity = json.loads((made.directory / "parity.json").read_text())
     assert parity["kept_float"] == [
         {"name": f"model.{name}", "convolutions": 1, "why": "to hold the gate"} for name in ("neck", "res")

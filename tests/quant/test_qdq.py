@@ -362,6 +362,16 @@ def test_a_calibration_of_another_graph(change: Any, message: str, tmp_path: Pat
     assert caught.value.remedy
 
 
+def test_what_becomes_a_score_has_room_for_scores_that_no_image_shows(tmp_path: Path) -> None:
+    onnx.save(shared().model(), str(tmp_path / "float.onnx"))
+    pale = [image * np.float32(0.001) for image in images()]
+    seen = observe_outputs(tmp_path / "float.onnx", pale, 1)
+    name = min(seen, key=lambda one: max(found.high for found in seen[one]))
+    assert all(one.high < 4.6 for one in seen[name]), "otherwise this tests nothing"
+    found = observe_outputs(tmp_path / "float.onnx", pale, 1, [name])
+    assert found == {**seen, name: tuple(replace(one, high=4.6) for one in seen[name])}
+
+
 def test_nothing_to_observe(tmp_path: Path) -> None:
     onnx.save(residual().model(), str(tmp_path / "float.onnx"))
     with pytest.raises(EngineError, match="no calibration image"):

@@ -46,6 +46,8 @@ def test_every_convolution_is_calibrated_and_runs_in_int8(fp32: Path, int8: Path
     for name, ranges in calibration.convolutions.items():
         assert len(ranges.inputs) == len(ranges.outputs) == uses.count(name)
     assert max(uses.count(name) for name in uses) == 5, "the head's convolutions, shared by five levels"
+    (scores,) = (name for name, path in Bundle.open(fp32).layers().items() if path == "head.gfl_head_cls")
+    assert all(one.high >= 4.6 for one in calibration.convolutions[scores].outputs), "scores up to 0.99 on every level"
     engines = json.loads((int8 / "parity.json").read_text())["engines"]
     for engine in int8_engines():
         assert engines[engine]["convolutions"] == {"int8": len(uses)}

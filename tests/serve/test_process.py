@@ -201,6 +201,25 @@ def test_clients_that_ask_for_another_protocol_are_answered_in_this_one(tiny_bun
     run(tiny_bundle, talk)
 
 
+def test_a_connection_is_kept_after_a_body_that_was_refused_unread(
+    tiny_bundle: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, *_ = contents(tiny_coco)
+    monkeypatch.setattr(connections, "HEADER_S", 0.1)
+
+    def talk(clients: Clients, service: DetectionService) -> None:
+        sock = clients.connect()
+        request = b"POST /%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        sock.sendall(request % (b"nothing", len(image)) + image[:100])
+        assert response(sock)[0] == 404
+        sock.sendall(image[100:])
+        time.sleep(0.2)
+        sock.sendall(request % (b"v1/detect?timeout_ms=60000", len(image)) + image)
+        assert response(sock)[0] == 200
+
+    run(tiny_bundle, talk)
+
+
 def test_answers_leave_at_once(tiny_bundle: Path) -> None:
     from gfldeploy.serve.process import bound
 

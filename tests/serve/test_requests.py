@@ -311,6 +311,13 @@ def test_malformed_json_is_refused(body: bytes) -> None:
     assert (asked.status, asked.error["code"]) == (400, "bad_body")
 
 
+@pytest.mark.parametrize("body", [FIRST.translate(None, b"\0\r\n"), in_json(FIRST)])
+def test_what_curl_sends_without_being_told_that_it_is_binary_is_refused_with_the_remedy(body: bytes) -> None:
+    asked = ask(body, "application/x-www-form-urlencoded")
+    assert (asked.status, asked.error["code"]) == (400, "bad_body")
+    assert "--data-binary @FILE" in asked.error["remedy"]
+
+
 def test_an_empty_image_is_an_image_that_cannot_be_used() -> None:
     """Which the service says of it, so that of several images only that one has an error."""
     assert images(ask(b'{"images": ["", "data:;base64,"]}', "application/json")) == (b"", b"")

@@ -98,3 +98,5 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(tiny_bundle: Path, keys
     assert ran.returncode == 2 and "others may read or change it" in ran.stderr and "chmod 600" in ran.stderr
     ran = run_here("serve", tiny_bundle, "--port", 0, "--access-log", keys / "access.log")
     assert ran.returncode == 2 and "the access log cannot be written to" in ran.stderr
+    ran = run_here("serve", tiny_bundle, "--port", 0, "--host", "")  # of an unset variable, say
+    assert ran.returncode == 2 and "the host is empty. Give --host 127.0.0.1" in ran.stderr

@@ -15,10 +15,12 @@ from sample_deploy import CELL, CHOICE, DEPLOY, EVIDENCE, SECOND, UNMEASURED
 from gfldeploy.bench.cell import BundleIdentity
 from gfldeploy.bench.estimates import Estimate
 from gfldeploy.bundle import Bundle
-from gfldeploy.errors import BundleError, DataError
+from gfldeploy.detection_options import DetectionOptions
+from gfldeploy.engines.base import Precision
+from gfldeploy.errors import BundleError, DataError, GfldeployError
 from gfldeploy.machine import describe_machine
 from gfldeploy.serialization import plain
-from gfldeploy.tune.deploy_file import Deploy, SizeChoice
+from gfldeploy.tune.deploy_file import Deploy, SizeChoice, check_deploy
 from gfldeploy.tune.search import Bounds
 
 SIZES = SizeChoice((64, 96), Estimate(1.5, 1.4, 1.6, 12), 0.01, (((64, 96), 0.004), ((32, 48), 0.2)))
@@ -175,3 +177,30 @@ def test_it_holds_for_its_bundle_and_its_machine_alone(tiny_bundle: Path) -> Non
         deploy.check(bundle, replace(machine, cpu="Abacus"))
     updated = replace(machine, python="9.9", packages={**machine.packages, "onnxruntime": "9.0"})
     assert len(deploy.check(bundle, updated)) == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "detection", "message"),
+    [
+        ("onnxruntime", "fp32", None, None),
+        ("tensorflow", "fp32", None, "there is no engine 'tensorflow'"),
+        ("onnxruntime", "int8", None, "onnxruntime int8 on cpu is not possible: .*tiny is FP32"),
+        ("onnxruntime", "fp32", DetectionOptions(classes=("boxx",)), "Did you mean 'box'"),
+    ],
+)
+def test_what_cannot_run_does_not_hold(
+    engine: str,
+    precision: Precision,
+    detection: DetectionOptions | None,
+    message: str | None,
+    tiny_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("onnxruntime")
+    cell = replace(CELL, bundle=BundleIdentity.of(Bundle.open(tiny_bundle)), engine=engine, precision=precision)
+    replace(DEPLOY, choice=replace(CHOICE, cell=cell), detection=detection).write(tmp_path / "deploy.yml")
+    if message is None:
+        assert check_deploy(tmp_path / "deploy.yml", tiny_bundle) == ()
+        return
+    with pytest.raises(GfldeployError, match=message):
+        check_deploy(tmp_path / "deploy.yml", tiny_bundle)

@@ -173,10 +173,12 @@ def _speed(row: Row) -> str:
 
 
 def _model(cell: Cell) -> str:
-    """Engine and precision, the file that deploys by itself, tiles, and an input size that is not the bundle's own."""
+    """Engine and precision, the file that deploys by itself, tiles, several streams, and an input size that is not the
+    bundle's own."""
     more = " by itself" if cell.end_to_end else ""
     more += f" at {size_in_words(cell.input_size)}" if cell.input_size else ""
     more += f" in {cell.tiling}" if cell.tiling else ""
+    more += f" in {cell.streams} streams" if cell.streams > 1 else ""
     return f"{title_of(cell.engine)} {with_tf32(cell.precision.upper(), cell.tf32)}{more}"
 
 

@@ -45,7 +45,7 @@ class Detector(ClosesOnExit):
     take minutes, and is kept for the next detector. A `UserWarning` comes before.
 
     An image is a file's path or its content (`bytes`), an array, uint8 [h, w, 3], or a PIL image. A detector is not for
-    several threads at once.
+    several threads at once. Processes that use detectors are started by "spawn": after a fork OpenVINO does not run.
 
     Attributes:
         choice: What runs and how: bundle, engine, options, batch size and order, and in words why. Its `notes` are what

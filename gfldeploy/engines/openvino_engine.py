@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
 from collections import Counter
@@ -149,6 +150,11 @@ class OpenVinoEngine(Engine):
 
     def _loaded_for(self, shape: Shape) -> _Loaded:
         """The model that serves inputs of this shape."""
+        if _process_of_threads() != os.getpid():  # they would be waited for without end
+            raise EngineError(
+                "OpenVINO ran in the process that this one was forked from, and its threads are there alone",
+                'Start processes by "spawn", as multiprocessing.get_context("spawn") does.',
+            )
         with self._choosing:
             shape = self._model_shape(shape)
             if self._any_shape and shape == _DYNAMIC:
@@ -280,6 +286,12 @@ def shared_core() -> Any:
     """
     with _making:
         return _core()
+
+
+@cache
+def _process_of_threads() -> int:
+    """The process in which OpenVINO started its threads: the first that asks for it."""
+    return os.getpid()
 
 
 @cache

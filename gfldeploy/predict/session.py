@@ -217,7 +217,7 @@ def predict_images(
         source: The directory of a bundle, or the `deploy.yml` that `tune_bundles` wrote.
         inputs: Images, videos and folders of them, paths or addresses of filesystems (s3://, gs://, hdfs://, file://).
             With `data`, the one folder in which its file names start, or none. Or one live source: the number of a
-            camera, or the address of a stream (rtsp://, http://), as for `LiveSource`.
+            camera, as text, or the address of a stream (rtsp://, http://).
         output: The folder to write, a path or an address: `detections.jsonl`, `coco.json`, `images.json`, and
             `pictures/` with `draw`.
         input_list: A text file that names a file on each line, a path or an address, beside `inputs`.

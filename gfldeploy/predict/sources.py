@@ -151,11 +151,12 @@ def _pil_picture(image: PilImage) -> Picture:
         raise TypeError(f"an image is a path, bytes, an array or a PIL image, not {type(image).__name__}")
     name = str(getattr(image, "filename", "") or "PIL image")
     try:
+        turned = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I;16", "I")):  # 16 bits, as OpenCV makes them 8
-            pixels = np.repeat((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)[..., np.newaxis], 3, axis=2)
+            pixels = np.repeat((np.asarray(turned) // 256).clip(0, 255).astype(np.uint8)[..., np.newaxis], 3, axis=2)
         else:
             # Without alpha, whatever is under it, as for files.
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGBA" if image.mode == "P" else "RGB"))[..., :3]
+            pixels = np.asarray(turned.convert("RGBA" if image.mode == "P" else "RGB"))[..., :3]
     except (OSError, SyntaxError, ValueError) as error:
         return Picture(name, b"", None, DataError(f"{name} cannot be read: {error}", "Give another image."))
     if 0 in pixels.shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -255,3 +257,18 @@ def test_signals_are_survived_by_a_process_that_has_closed_two_engines(tiny_bund
     )
     done = subprocess.run([sys.executable, "-c", code, tiny_bundle], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+@pytest.mark.posix
+def test_a_forked_process_is_told_and_does_not_wait(tiny_bundle: Path) -> None:
+    with opened(tiny_bundle) as engine:
+        engine.infer(image(64, 96))
+        if (child := os.fork()) == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)  # ends what waits
+            try:
+                engine.infer(image(64, 96))
+            except EngineError as error:
+                os._exit(0 if 'Start processes by "spawn"' in str(error) else 1)
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0

@@ -213,6 +213,9 @@ def test_content_and_pil_images_are_those_of_the_file(tmp_path: Path) -> None:
         assert found.size == (30, 20)
         np.testing.assert_array_equal(found.read(), expected)
     np.testing.assert_array_equal(picture_of(pixels[..., ::-1], "bgr").read(), pixels)
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    deep.getexif()[0x0112] = 6
+    assert picture_of(deep).size == (30, 20)
     for mode in ("L", "LA", "RGBA", "P", "1", "I;16"):
         deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
         picture = deep if mode == "I;16" else Image.fromarray(pixels).convert(mode)

@@ -150,6 +150,8 @@ def benchmark(
         raise UsageError("several --streams are of the offline and server scenarios", "Add offline to --scenarios.")
     if rates and latency_bound_ms is None:
         raise UsageError("the server scenario needs --latency-bound-ms")
+    if min_count < 1:
+        raise ValueError(f"min_count must be at least 1, not {min_count}")
     if max_seconds is not None and max_seconds < min_seconds:
         raise UsageError("--max-seconds is less than --min-seconds")
     tiling = Tiling.of(tile, overlap)

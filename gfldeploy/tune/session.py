@@ -133,6 +133,8 @@ def tune_bundles(
     """
     if not set(orders) <= set(STREAM_ORDERS):
         raise ValueError(f"orders must be of {', '.join(STREAM_ORDERS)}, not {orders!r}")
+    if min_count < 1:
+        raise ValueError(f"min_count must be at least 1, not {min_count}")
     if max_drop is not None and not accuracy:
         raise UsageError("--max-drop needs mAP", "Leave --no-accuracy out.")
     if input_sizes and max_drop is None:

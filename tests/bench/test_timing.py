@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gfldeploy
 from gfldeploy.bench.timing import Samples, Settings, is_stable, measure
 from gfldeploy.engines import base
 from gfldeploy.engines.base import Engine, EngineOptions, Tensors
@@ -166,6 +169,12 @@ def test_what_goes_by_the_time_from_file_to_boxes_runs_the_network_alone_once(cp
     batches = [batch(mark, 8) for mark in range(1, 6)]
     samples = measure(Crowd(streams), batches, Settings(60, 0, 60, warmup=0))
     assert len(samples.latency_ms) == streams and samples.images == 2 * streams
+
+
+@pytest.mark.parametrize("measured_by", [gfldeploy.benchmark, gfldeploy.tune_bundles])
+def test_who_asks_for_figures_has_the_network_alone_timed(measured_by: Callable[..., object], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="min_count must be at least 1, not 0"):
+        measured_by([tmp_path], data=tmp_path / "none.json", output=tmp_path / "out", min_count=0)
 
 
 def test_a_failure_of_one_stream_ends_all(cpus: None) -> None:
